@@ -1,0 +1,240 @@
+"""The messages of a session: what a client, its hops and the links between them say (spec/session.md).
+
+Knows each message's fields and limits; knows neither streams nor tensors: activations travel as the
+message's body, described by its `tensor` field (spec/tensors.md). What may be said when is the
+business of the hosted session and the client's session, which share the tuples at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from peerd.protocol.rows import Drop, Fork, Op, RowSlice
+from peerd.protocol.schema import (
+    Message,
+    binary,
+    built,
+    choice,
+    group,
+    integer,
+    many,
+    mapping,
+    optional,
+    required,
+    text,
+)
+
+INFER_PROTOCOL = "/peerd/infer/1"
+LINK_PROTOCOL = "/peerd/link/1"
+
+U32 = 2**32 - 1
+MAX_ROWS = 256
+MAX_LENGTH = 2**24
+# A longer prefill is sent as several steps, which the hops then work on at the same time.
+MAX_STEP_POSITIONS = 4096
+# Steps that a client may have unanswered unless the hop grants more; a depth that keeps a chain of
+# three busy with a prefill and leaves one step on its way.
+DEFAULT_MAX_STEPS = 4
+# Everything this version of a hop can do that a client may `need`.
+FEATURES = frozenset({"fork", "push_from", "route"})
+
+Want = Literal["none", "last", "all"]
+
+
+_row = integer(0, MAX_ROWS - 1)
+_length = integer(0, MAX_LENGTH)
+_rows = many(built(group(_row, _length, integer(1, MAX_STEP_POSITIONS)), RowSlice), MAX_ROWS)
+_lengths = many(group(_row, _length), MAX_ROWS)
+_name = text(64)
+_OP_FORMS: dict[str, tuple[type[Op], Any]] = {
+    "fork": (Fork, group(choice("fork"), _row, _row, _length)),
+    "drop": (Drop, group(choice("drop"), _row)),
+}
+
+
+def _op(value: Any) -> Op:
+    name = value[0] if type(value) in (list, tuple) and value else None
+    if name not in _OP_FORMS:
+        raise ValueError("a list of [fork, source, target, length] and [drop, row]")
+    build, rule = _OP_FORMS[name]
+    return build(*rule(value)[1:])
+
+
+def _dump_op(op: Op) -> list[Any]:
+    if isinstance(op, Fork):
+        return ["fork", op.source, op.target, op.length]
+    return ["drop", op.row]
+
+
+def _dump_rows(rows: tuple[RowSlice, ...]) -> list[list[int]]:
+    return [[slice_.row, slice_.start, slice_.count] for slice_ in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class NextHop:
+    """Where a hop pushes its results: the ticket to show there, and that peer's signed `peer` record."""
+
+    ticket: bytes
+    record: bytes
+
+
+_next_hop = built(group(binary(1, 1024), binary(1, 1024)), NextHop)
+
+
+def _maybe_next(value: Any) -> NextHop | None:
+    return None if value is None else _next_hop(value)
+
+
+def _dump_next(value: NextHop | None) -> list[bytes] | None:
+    return None if value is None else [value.ticket, value.record]
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Message):
+    """Client to each hop: commit KV for `max_rows` rows of `max_length` positions of these blocks."""
+
+    TYPE: ClassVar[str] = "open"
+    session: bytes = required(binary(16, 16))
+    hop: int = required(integer(0, 255))
+    epoch: int = required(integer(0, U32))
+    model: bytes = required(binary(32, 32))
+    start: int = required(integer(0, 4095))
+    end: int = required(integer(1, 4096))
+    max_length: int = required(integer(1, MAX_LENGTH))
+    max_rows: int = optional(integer(1, MAX_ROWS), 1)
+    max_rollback: int = optional(_length, 0)
+    max_steps: int = optional(integer(1, 64), DEFAULT_MAX_STEPS)
+    dtype: str = optional(choice("float32", "float16", "bfloat16"), "float32")
+    codec: str = optional(_name, "exact")
+    adapter: str = optional(text(128), "")
+    timeout_ms: int = optional(integer(0, 600_000), 2000)
+    needs: tuple[str, ...] = optional(many(_name, 32), ())
+    next: NextHop | None = optional(_maybe_next, None, _dump_next)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(Message):
+    """Hop to client: the KV is committed. `have`: what the hop already caches of each row."""
+
+    TYPE: ClassVar[str] = "opened"
+    epoch: int = required(integer(0, U32))
+    max_steps: int = required(integer(1, 64))
+    have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Route(Message):
+    """Client to a hop: from now on epoch `epoch`, pushing to `next` (none: answer the client)."""
+
+    TYPE: ClassVar[str] = "route"
+    epoch: int = required(integer(1, U32))
+    next: NextHop | None = optional(_maybe_next, None, _dump_next)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed(Message):
+    """Hop to client: the route stands, and `replayed` positions were sent again along it.
+
+    `kept_from` gives, for each row, the first position that the hop could still resend; `have`, what
+    the hop itself caches.
+    """
+
+    TYPE: ClassVar[str] = "routed"
+    epoch: int = required(integer(1, U32))
+    replayed: int = optional(integer(0, U32), 0)
+    kept_from: tuple[tuple[int, int], ...] = optional(_lengths, ())
+    have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Message):
+    """New positions of some rows, on their way down the chain. Body: `[sum of counts, hidden]`.
+
+    `ops` apply before the rows. A hop computes every position and pushes on those from `push_from`
+    (one absolute position a row of `rows`; empty: all).
+    """
+
+    TYPE: ClassVar[str] = "step"
+    epoch: int = required(integer(0, U32))
+    seq: int = required(integer(0, U32))
+    rows: tuple[RowSlice, ...] = required(_rows, _dump_rows)
+    tensor: dict[str, Any] | None = optional(mapping, None)
+    want: Want = optional(choice("none", "last", "all"), "last")
+    ops: tuple[Op, ...] = optional(many(_op, 2 * MAX_ROWS), (), lambda ops: [_dump_op(op) for op in ops])
+    push_from: tuple[int, ...] = optional(many(_length, MAX_ROWS), ())
+    needs: tuple[str, ...] = optional(many(_name, 32), ())
+
+    @property
+    def positions(self) -> int:
+        return sum(slice_.count for slice_ in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Output(Message):
+    """Last hop to client: the answer to step `seq`. `rows` says which positions the body holds."""
+
+    TYPE: ClassVar[str] = "output"
+    epoch: int = required(integer(0, U32))
+    seq: int = required(integer(0, U32))
+    rows: tuple[RowSlice, ...] = optional(_rows, (), _dump_rows)
+    tensor: dict[str, Any] | None = optional(mapping, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap(Message):
+    """Hop to client: step `seq` starts behind what this hop caches; `have` is what it has."""
+
+    TYPE: ClassVar[str] = "gap"
+    epoch: int = required(integer(0, U32))
+    seq: int = required(integer(0, U32))
+    have: tuple[tuple[int, int], ...] = required(_lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown(Message):
+    """Hop to client: its link to the next hop does not work. Blames the link, not a peer."""
+
+    TYPE: ClassVar[str] = "link_failed"
+    epoch: int = required(integer(0, U32))
+    message: str = optional(text(500), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure(Message):
+    """An error (spec/errors.md). With `seq`: of that step; without: of the session, which ends."""
+
+    TYPE: ClassVar[str] = "error"
+    code: str = required(_name)
+    message: str = optional(text(500), "")
+    seq: int | None = optional(integer(0, U32), None)
+    free_tokens: int = optional(integer(0, 2**40), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Link(Message):
+    """Upstream hop to downstream hop, first on a link: the ticket that the session's client signed."""
+
+    TYPE: ClassVar[str] = "link"
+    session: bytes = required(binary(16, 16))
+    ticket: bytes = required(binary(1, 1024))
+
+
+@dataclass(frozen=True, slots=True)
+class Linked(Message):
+    """Downstream to upstream: the link stands.
+
+    `have`: cached lengths here; `next_have`: cached lengths at the hop after, which is where a replay's
+    `push_from` lies (none where this is the last hop).
+    """
+
+    TYPE: ClassVar[str] = "linked"
+    have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+    next_have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+
+
+# Who says what on which stream.
+CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (Open, Step, Route)
+CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure)
+LINK_FROM_UPSTREAM: tuple[type[Message], ...] = (Step,)
+LINK_FROM_DOWNSTREAM: tuple[type[Message], ...] = (Linked, Failure)
