@@ -36,6 +36,8 @@ MAX_STEP_POSITIONS = 4096
 # Steps that a client may have unanswered unless the hop grants more; a depth that keeps a chain of
 # three busy with a prefill and leaves one step on its way.
 DEFAULT_MAX_STEPS = 4
+# The `seq` of a step that replays what was sent before.
+REPLAY_SEQ = 0
 # Everything this version of a hop can do that a client may `need`.
 FEATURES = frozenset({"fork", "push_from", "route"})
 
@@ -136,22 +138,22 @@ class Route(Message):
 class Routed(Message):
     """Hop to client: the route stands, and `replayed` positions were sent again along it.
 
-    `kept_from` gives, for each row, the first position that the hop could still resend; `have`, what
-    the hop itself caches.
+    `kept_from` gives, for each row, the first position that the hop could still resend; `next_have`,
+    the lengths that the hop found cached at its new next hop before it replayed.
     """
 
     TYPE: ClassVar[str] = "routed"
     epoch: int = required(integer(1, U32))
     replayed: int = optional(integer(0, U32), 0)
     kept_from: tuple[tuple[int, int], ...] = optional(_lengths, ())
-    have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+    next_have: tuple[tuple[int, int], ...] = optional(_lengths, ())
 
 
 @dataclass(frozen=True, slots=True)
 class Step(Message):
     """New positions of some rows, on their way down the chain. Body: `[sum of counts, hidden]`.
 
-    `ops` apply before the rows. A hop computes every position and pushes on those from `push_from`
+    `seq` 0 is a replay, which nobody answers. `ops` apply before the rows. A hop computes every position and pushes on those from `push_from`
     (one absolute position a row of `rows`; empty: all).
     """
 

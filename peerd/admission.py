@@ -1,0 +1,85 @@
+"""Who gets the KV tokens that several sessions want: first come, first served, nobody hogging.
+
+Knows waiting and fairness; the accounting itself is the engine's, which says NoRoom. The difficulty
+is two clients that each hold half a chain and wait for the other half: the bounded wait here, and the
+client that then closes everything and tries again after a random delay, resolve it (spec/session.md).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import trio
+
+from peerd.protocol.errors import NoRoom
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    owner: Hashable
+    tokens: int
+    attempt: Callable[[], None]
+    done: trio.Event = field(default_factory=trio.Event)
+    granted: bool = False
+
+
+class Admission:
+    """Grants tokens of one pool. `attempt` callbacks commit them and raise NoRoom where there are too few."""
+
+    def __init__(self, total_tokens: int) -> None:
+        self._total = total_tokens
+        self._held: Counter[Hashable] = Counter()
+        self._waiters: deque[_Waiter] = deque()
+
+    async def admit(self, owner: Hashable, tokens: int, attempt: Callable[[], None], timeout_s: float) -> None:
+        """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`.
+
+        While others wait, an owner whose holdings would exceed half of the pool is passed over.
+        """
+        waiter = _Waiter(owner, tokens, attempt)
+        self._waiters.append(waiter)
+        try:
+            self._grant_in_order()
+            if not waiter.granted:
+                with trio.move_on_after(timeout_s):
+                    await waiter.done.wait()
+            if not waiter.granted:
+                # The last word is the pool's own: it says how much is free.
+                attempt()
+                self._record(waiter)
+        finally:
+            if not waiter.granted:
+                self._waiters.remove(waiter)
+                # Whoever stood behind us may fit where we did not.
+                self._grant_in_order()
+
+    def release(self, owner: Hashable, tokens: int) -> None:
+        """Tokens of `owner` were freed: wake whoever waits for them."""
+        self._held[owner] -= tokens
+        if self._held[owner] <= 0:
+            del self._held[owner]
+        self._grant_in_order()
+
+    def _grant_in_order(self) -> None:
+        for waiter in list(self._waiters):
+            if self._hogs(waiter):
+                continue
+            try:
+                waiter.attempt()
+            except NoRoom:
+                # Nobody overtakes the first who waits, or a big request would wait forever.
+                return
+            self._waiters.remove(waiter)
+            self._record(waiter)
+            waiter.done.set()
+
+    def _record(self, waiter: _Waiter) -> None:
+        waiter.granted = True
+        self._held[waiter.owner] += waiter.tokens
+
+    def _hogs(self, waiter: _Waiter) -> bool:
+        held = self._held[waiter.owner]
+        others_wait = any(other.owner != waiter.owner for other in self._waiters)
+        return held > 0 and others_wait and held + waiter.tokens > self._total // 2
