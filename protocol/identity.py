@@ -21,7 +21,9 @@ NODE_ID_BYTES = 20
 
 # libp2p's peer ids: multihash `identity` (0x00) of 36 bytes, which are the protobuf
 # PublicKey{Type=1: Ed25519 (1), Data=2: 32 bytes} in its one canonical encoding.
-_MULTIHASH_PREFIX = bytes.fromhex("002408011220")
+_PROTOBUF_PREFIX = bytes.fromhex("08011220")
+_IDENTITY_MULTIHASH = bytes.fromhex("0024")
+_MULTIHASH_PREFIX = _IDENTITY_MULTIHASH + _PROTOBUF_PREFIX
 _MULTIHASH_BYTES = len(_MULTIHASH_PREFIX) + KEY_BYTES
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
@@ -99,6 +101,20 @@ def public_key_of(peer_id: str) -> bytes:
     return multihash[len(_MULTIHASH_PREFIX) :]
 
 
+def encode_public_key(public_key: bytes) -> bytes:
+    """libp2p's protobuf form of a raw 32-byte key: 36 bytes. Raises ValueError for any other length."""
+    if len(public_key) != KEY_BYTES:
+        raise ValueError(f"an Ed25519 public key has {KEY_BYTES} bytes, not {len(public_key)}")
+    return _PROTOBUF_PREFIX + public_key
+
+
+def decode_public_key(data: bytes) -> bytes:
+    """The raw 32-byte key in libp2p's protobuf form. Raises ValueError unless it is the one canonical encoding."""
+    if len(data) != len(_PROTOBUF_PREFIX) + KEY_BYTES or not data.startswith(_PROTOBUF_PREFIX):
+        raise ValueError("not the canonical protobuf of an Ed25519 public key")
+    return data[len(_PROTOBUF_PREFIX) :]
+
+
 def node_id_of(peer_id: str) -> bytes:
     """Where a peer stands in the DHT: sha256 of the PeerId's 38 multihash bytes, cut to 20 bytes.
 
@@ -108,9 +124,7 @@ def node_id_of(peer_id: str) -> bytes:
 
 
 def _multihash_of(public_key: bytes) -> bytes:
-    if len(public_key) != KEY_BYTES:
-        raise ValueError(f"an Ed25519 public key has {KEY_BYTES} bytes, not {len(public_key)}")
-    return _MULTIHASH_PREFIX + public_key
+    return _IDENTITY_MULTIHASH + encode_public_key(public_key)
 
 
 def _base58_encode(data: bytes) -> str:
