@@ -1,0 +1,62 @@
+"""msgpack as peers may use it: maps with unique text keys, bounded depth, no extension types.
+
+Knows forms, not meanings: schema.py checks fields. The difficulty is that what msgpack's own decoder
+lets pass (repeated keys, byte-string keys, timestamps, a thousand levels) two implementations would read
+differently, or not survive. The caller bounds the size before it calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+from peerd.protocol.errors import RemoteProtocolError
+
+MAX_DEPTH = 8
+
+_SCALARS = (str, bytes, int, float, bool, type(None))
+
+
+def pack(value: Any) -> bytes:
+    """`value` in msgpack's shortest form. Raises TypeError or ValueError for what msgpack cannot hold."""
+    packed: bytes = msgpack.packb(value)
+    return packed
+
+
+def unpack(data: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Any:
+    """The one value in `data`: None, bool, int, float, str, bytes, list or dict, nested at most `max_depth` deep.
+
+    Raises RemoteProtocolError for anything else.
+    """
+    try:
+        value = msgpack.unpackb(data, strict_map_key=True, object_pairs_hook=_unique_keys, ext_hook=_refuse_extension)
+    except ValueError as error:
+        raise RemoteProtocolError(f"malformed msgpack: {str(error) or type(error).__name__}") from None
+    _check(value, max_depth)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    if any(type(key) is not str for key, _ in pairs):
+        raise ValueError("a map's keys must be text")
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a map has the same key twice")
+    return unique
+
+
+def _refuse_extension(code: int, _data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
+def _check(value: Any, depth_left: int) -> None:
+    """Refuse what the hooks do not see: depth, and msgpack's built-in timestamp extension."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return
+    if kind is not list and kind is not dict:
+        raise RemoteProtocolError("malformed msgpack: extension type -1")
+    if depth_left == 0:
+        raise RemoteProtocolError("malformed msgpack: nested too deep")
+    for item in value.values() if kind is dict else value:
+        _check(item, depth_left - 1)
