@@ -1,0 +1,277 @@
+"""What peers announce: the bodies of the three kinds of record, and the DHT keys they belong under.
+
+Knows fields, limits and keys; knows no signatures (records.py) and no storage. The difficulty is that
+a peer may move a span while old records of it are still valid somewhere: a span is therefore announced
+in a numbered slot, and whoever sees two records of one slot believes the newer (spec/records.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+from peerd.protocol.addresses import MAX_ADDRESS_CHARS, Multiaddr
+from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.identity import (
+    KEY_BYTES,
+    NODE_ID_BYTES,
+    PeerId,
+    encode_public_key,
+    node_id_of,
+    peer_id_of,
+    public_key_of,
+)
+from peerd.protocol.packing import pack, unpack
+from peerd.protocol.schema import Message, Rule, binary, built, choice, group, integer, many, optional, required
+from peerd.protocol.span import MAX_BLOCKS, Span
+
+DIGEST_BYTES = 32
+# A DHT key covers this many blocks, and so does one root of block digests.
+SHARD_BLOCKS = 16
+# What one record announces; a longer span takes several slots. 16 roots are half of a record's 1 KiB.
+MAX_SHARDS = 16
+# Spans that one peer may announce at a time.
+MAX_SLOTS = 8
+MAX_ADDRESSES = 8
+MAX_RELAYS = 4
+MAX_RTTS = 8
+MAX_NAMES = 8
+# A record has at most 1024 bytes; its envelope takes up to 121 of them.
+MAX_PAYLOAD_BYTES = 896
+# A body holds a map, with lists of lists.
+_MAX_PAYLOAD_DEPTH = 4
+
+ServerState = Literal["joining", "online", "draining", "offline"]
+
+
+def _number(low: float, high: float) -> Rule:
+    def rule(value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"a number from {low} to {high}")
+        return float(value)
+
+    return rule
+
+
+def _label(max_chars: int, *, min_chars: int = 1) -> Rule:
+    """Text that people will see, so no control characters."""
+
+    def rule(value: Any) -> str:
+        if type(value) is not str or not min_chars <= len(value) <= max_chars or not value.isprintable():
+            raise ValueError(f"{min_chars} to {max_chars} printable characters")
+        return value
+
+    return rule
+
+
+def _peer(value: Any) -> PeerId:
+    return peer_id_of(_key(value))
+
+
+def _dump_rtts(rtts: tuple[tuple[PeerId, float], ...]) -> list[tuple[bytes, float]]:
+    return [(public_key_of(peer_id), rtt_s) for peer_id, rtt_s in rtts]
+
+
+def _dump_span(span: Span) -> tuple[int, int]:
+    return span.start, span.end
+
+
+_key = binary(KEY_BYTES, KEY_BYTES)
+_digest = binary(DIGEST_BYTES, DIGEST_BYTES)
+_names = many(_label(32), MAX_NAMES)
+_span = built(group(integer(0, MAX_BLOCKS), integer(0, MAX_BLOCKS)), Span)
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement(Message):
+    """What every body has. `seq` grows with each record of a slot; `expires` is in unix seconds."""
+
+    seq: int = required(integer(0, 2**63 - 1))
+    expires: float = required(_number(0, 2**53))
+
+    def to_payload(self) -> bytes:
+        """The bytes that get signed. The kind stands in the envelope, so it is left out here."""
+        header = self.to_header()
+        del header["type"]
+        return pack(header)
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> Self:
+        """Check and build. Unknown fields are ignored. Raises RemoteProtocolError naming the field."""
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            raise RemoteProtocolError(f"{cls.TYPE}: the payload has {len(payload)} bytes, over {MAX_PAYLOAD_BYTES}")
+        fields = unpack(payload, max_depth=_MAX_PAYLOAD_DEPTH)
+        if type(fields) is not dict:
+            raise RemoteProtocolError(f"{cls.TYPE}: the payload is no map")
+        try:
+            return cls.from_header(fields)
+        except ValueError as error:
+            raise RemoteProtocolError(f"{cls.TYPE}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord(Announcement):
+    """Where the peer that signs this can be reached.
+
+    addresses: multiaddrs without a peer, best first. relays: multiaddrs of relays, each with its peer.
+    """
+
+    TYPE: ClassVar[str] = "peer"
+
+    addresses: tuple[str, ...] = required(many(_label(MAX_ADDRESS_CHARS), MAX_ADDRESSES))
+    relays: tuple[str, ...] = optional(many(_label(MAX_ADDRESS_CHARS), MAX_RELAYS), ())
+
+    def ways_to(self, peer_id: PeerId) -> tuple[Multiaddr, ...]:
+        """What can be dialled to reach `peer_id`, who signed this: direct addresses, then relayed ones.
+
+        Texts that this version does not understand are left out: a newer peer may have more transports.
+        """
+        direct = [address.with_peer(peer_id) for address in _understood(self.addresses) if address.peer_id is None]
+        relayed = [
+            replace(address, relay=address.peer_id, peer_id=peer_id)
+            for address in _understood(self.relays)
+            if address.peer_id is not None
+        ]
+        return (*direct, *relayed)
+
+
+def _understood(texts: tuple[str, ...]) -> list[Multiaddr]:
+    found = []
+    for text in texts:
+        try:
+            address = Multiaddr.parse(text)
+        except ValueError:
+            continue
+        if address.is_dialable and address.relay is None:
+            found.append(address)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRecord(Announcement):
+    """One span that the peer that signs this hosts. Raises ValueError if span and roots do not fit together.
+
+    throughput: positions a second through one block. free_tokens: KV cache left, in tokens.
+    rtts: seconds to and back from peers it may push to, most useful first.
+    block_roots: one a shard that the span touches (`block_roots`), or none while they are unknown.
+    slot: which of the peer's spans this is; it stays when the span moves.
+    """
+
+    TYPE: ClassVar[str] = "server"
+
+    model: bytes = required(_digest)
+    span: Span = required(_span, _dump_span)
+    state: ServerState = required(choice("joining", "online", "draining", "offline"))
+    dtype: str = required(_label(16))
+    quantization: str = required(_label(16))
+    codecs: tuple[str, ...] = required(_names)
+    throughput: float = required(_number(0, 1e12))
+    free_tokens: int = required(integer(0, 2**40))
+    max_length: int = required(integer(0, 2**32 - 1))
+    adapters: tuple[str, ...] = optional(_names, ())
+    rtts: tuple[tuple[PeerId, float], ...] = optional(many(group(_peer, _number(0, 3600)), MAX_RTTS), (), _dump_rtts)
+    block_roots: tuple[bytes, ...] = optional(many(_digest, MAX_SHARDS), ())
+    slot: int = optional(integer(0, MAX_SLOTS - 1), 0)
+
+    def __post_init__(self) -> None:
+        shards = len(shards_of(self.span))
+        if shards > MAX_SHARDS:
+            raise ValueError(f"{self.span} touches {shards} shards of {SHARD_BLOCKS} blocks, more than {MAX_SHARDS}")
+        if self.block_roots and len(self.block_roots) != shards:
+            raise ValueError(f"{self.span} needs {shards} block_roots, not {len(self.block_roots)}")
+
+    def fitted(self) -> ServerRecord:
+        """The same without its last RTTs, as many as must go for it to fit a record: they are hints, the rest is not."""
+        body = self
+        while body.rtts and len(body.to_payload()) > MAX_PAYLOAD_BYTES:
+            body = replace(body, rtts=body.rtts[:-1])
+        return body
+
+    def offline(self, *, seq: int, expires: float) -> ServerRecord:
+        """The record that withdraws this one and every other record of its slot that expires by `expires`.
+
+        Raises ValueError if this one would outlive it: an old record that comes back must meet the newer one.
+        """
+        if seq <= self.seq or expires < self.expires:
+            raise ValueError("an offline record must be newer than what it withdraws, and expire no sooner")
+        return replace(self, seq=seq, expires=expires, state="offline", rtts=(), block_roots=())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord(Announcement):
+    """What a model digest stands for, in words. `hub_id` and `revision` are empty for a local checkpoint."""
+
+    TYPE: ClassVar[str] = "model"
+
+    model: bytes = required(_digest)
+    name: str = required(_label(96))
+    hub_id: str = required(_label(128, min_chars=0))
+    revision: str = required(_label(64, min_chars=0))
+    block_count: int = required(integer(1, MAX_BLOCKS))
+
+
+def shards_of(span: Span) -> range:
+    """The shards whose blocks `span` has some of."""
+    return range(span.start // SHARD_BLOCKS, (span.end - 1) // SHARD_BLOCKS + 1)
+
+
+def block_roots(span: Span, digests: Sequence[bytes]) -> tuple[bytes, ...]:
+    """For each shard, sha256 over the digests of the span's blocks in it. `digests`: 32 bytes for each block of `span`.
+
+    Raises ValueError for another number of digests.
+    """
+    if len(digests) != len(span):
+        raise ValueError(f"{span} has {len(span)} blocks, not {len(digests)}")
+    roots = []
+    for shard in shards_of(span):
+        first = max(shard * SHARD_BLOCKS, span.start) - span.start
+        last = min((shard + 1) * SHARD_BLOCKS, span.end) - span.start
+        roots.append(hashlib.sha256(b"".join(digests[first:last])).digest())
+    return tuple(roots)
+
+
+def server_key(model: bytes, shard: int, nibble: int | None = None) -> bytes:
+    """Where the servers of a shard are announced; with `nibble`, a sixteenth of them (once the whole is full)."""
+    parts = shard.to_bytes(2, "big") + (b"" if nibble is None else bytes([nibble]))
+    return _dht_key(b"/peerd/servers/1", model + parts)
+
+
+def peer_key(peer_id: PeerId) -> bytes:
+    """Where a peer's addresses are announced."""
+    return _dht_key(b"/peerd/peers/1", encode_public_key(public_key_of(peer_id)))
+
+
+def model_key(model: bytes) -> bytes:
+    """Where the words for a model digest are announced."""
+    return _dht_key(b"/peerd/models/1", model)
+
+
+def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
+    """The DHT keys under which `peer_id` announces `body`: for a server, one for each shard it touches."""
+    match body:
+        case PeerRecord():
+            return (peer_key(peer_id),)
+        case ModelRecord():
+            return (model_key(body.model),)
+        case ServerRecord():
+            return tuple(server_key(body.model, shard) for shard in shards_of(body.span))
+    raise TypeError(f"not a kind of record: {type(body).__name__}")
+
+
+def split_keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
+    """Where `body` goes when one of `keys_of` is full: in the same order, or empty for what does not split."""
+    if not isinstance(body, ServerRecord):
+        return ()
+    nibble = node_id_of(peer_id)[0] >> 4
+    return tuple(server_key(body.model, shard, nibble) for shard in shards_of(body.span))
+
+
+def next_seq(now: float, last: int) -> int:
+    """The next `seq`: `now` (unix seconds) in microseconds, but always above `last`, which outlives restarts."""
+    return max(int(now * 1e6), last + 1)
+
+
+def _dht_key(domain: bytes, name: bytes) -> bytes:
+    return hashlib.sha256(domain + name).digest()[:NODE_ID_BYTES]

@@ -1,0 +1,191 @@
+"""Signed records: the envelope in which announcements travel, and every check before one is believed.
+
+Knows signatures and times (the clock is an argument); knows no storage and no network. The difficulty
+is to check cheaply first and the exact bytes always: a payload is verified as it came and never
+re-encoded, and whatever is wrong with a record is one typed error (spec/records.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from peerd.protocol.announcements import (
+    SHARD_BLOCKS,
+    Announcement,
+    ModelRecord,
+    PeerRecord,
+    ServerRecord,
+    ServerState,
+    block_roots,
+    keys_of,
+    model_key,
+    next_seq,
+    peer_key,
+    server_key,
+    shards_of,
+    split_keys_of,
+)
+from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId, peer_id_of, verify
+from peerd.protocol.packing import pack, unpack
+
+__all__ = [
+    "MAX_RECORD_BYTES",
+    "MAX_TTL_S",
+    "SKEW_S",
+    "SignedRecord",
+    "VerifiedRecord",
+    "Slot",
+    "sign_record",
+    "open_record",
+    "replaces",
+    # The bodies and their keys, from announcements.py.
+    "Announcement",
+    "PeerRecord",
+    "ServerRecord",
+    "ServerState",
+    "ModelRecord",
+    "SHARD_BLOCKS",
+    "shards_of",
+    "block_roots",
+    "server_key",
+    "peer_key",
+    "model_key",
+    "keys_of",
+    "split_keys_of",
+    "next_seq",
+]
+
+MAX_RECORD_BYTES = 1024
+# The longest that a record may still have to live, and how far the announcer's clock may be ahead of ours.
+MAX_TTL_S = 600.0
+SKEW_S = 60.0
+_DOMAIN = b"/peerd/record/1"
+_MAX_KIND_CHARS = 16
+
+_BODIES: dict[str, type[Announcement]] = {cls.TYPE: cls for cls in (PeerRecord, ServerRecord, ModelRecord)}
+
+
+class Slot(NamedTuple):
+    """What a record is about. Of the records of one slot, wherever they were found, only the newest counts."""
+
+    peer_id: PeerId
+    kind: str
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRecord:
+    """The envelope as it travels. Nothing in it is believed before `open_record`."""
+
+    public_key: bytes
+    kind: str
+    payload: bytes
+    signature: bytes
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who claims to have signed it."""
+        return peer_id_of(self.public_key)
+
+    def encode(self) -> bytes:
+        """A msgpack array of the four fields."""
+        return pack([self.public_key, self.kind, self.payload, self.signature])
+
+    @classmethod
+    def decode(cls, data: bytes) -> SignedRecord:
+        """Read the one encoding there is of a record. Raises RemoteProtocolError."""
+        if len(data) > MAX_RECORD_BYTES:
+            raise RemoteProtocolError(f"a record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}")
+        fields = unpack(data, max_depth=1)
+        if type(fields) is not list or [type(field) for field in fields] != [bytes, str, bytes, bytes]:
+            raise RemoteProtocolError("a record is a list of a key, a kind, a payload and a signature")
+        record = cls(*fields)
+        if len(record.public_key) != KEY_BYTES or len(record.signature) != SIGNATURE_BYTES:
+            raise RemoteProtocolError("a record's key or signature has a wrong length")
+        if len(record.kind) > _MAX_KIND_CHARS:
+            raise RemoteProtocolError(f"a record's kind has at most {_MAX_KIND_CHARS} characters")
+        if record.encode() != data:
+            raise RemoteProtocolError("a record must be encoded in msgpack's shortest form")
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedRecord:
+    """A record that passed every check of `open_record`, which alone makes these."""
+
+    peer_id: PeerId
+    kind: str
+    body: Announcement
+    signed: SignedRecord
+
+    @property
+    def slot(self) -> Slot:
+        """What the record is about: the peer itself, one of its numbered spans, or a model."""
+        match self.body:
+            case ServerRecord():
+                name = bytes([self.body.slot])
+            case ModelRecord():
+                name = self.body.model
+            case _:
+                name = b""
+        return Slot(self.peer_id, self.kind, name)
+
+
+def sign_record(identity: Identity, body: Announcement) -> SignedRecord:
+    """Announce `body` as `identity`. Raises ValueError if it breaks a limit, so that others would refuse it."""
+    payload = body.to_payload()
+    try:
+        type(body).from_payload(payload)
+    except RemoteProtocolError as error:
+        raise ValueError(str(error)) from None
+    signature = identity.sign(_signed_bytes(body.TYPE, payload))
+    return SignedRecord(identity.public_key, body.TYPE, payload, signature)
+
+
+def open_record(signed: SignedRecord, *, now: float, key: bytes | None = None) -> VerifiedRecord:
+    """Check a decoded record at `now` (unix seconds) and, if it was stored under `key`, that it belongs there.
+
+    Raises RemoteProtocolError saying what is wrong.
+    """
+    body_type = _BODIES.get(signed.kind)
+    if body_type is None:
+        raise RemoteProtocolError(f"unknown kind of record {signed.kind!r}")
+    body = body_type.from_payload(signed.payload)
+    if body.expires <= now:
+        raise RemoteProtocolError(f"the record expired {now - body.expires:.0f} s ago")
+    if body.expires > now + MAX_TTL_S + SKEW_S:
+        raise RemoteProtocolError(f"the record expires in {body.expires - now:.0f} s, more than {MAX_TTL_S:.0f}")
+    peer_id = signed.peer_id
+    if key is not None and key not in keys_of(body, peer_id) and key not in split_keys_of(body, peer_id):
+        raise RemoteProtocolError("the record does not belong under this key")
+    if not verify(signed.public_key, _signed_bytes(signed.kind, signed.payload), signed.signature):
+        raise RemoteProtocolError("the record's signature is wrong")
+    return VerifiedRecord(peer_id, signed.kind, body, signed)
+
+
+def replaces(new: VerifiedRecord, old: VerifiedRecord) -> bool:
+    """Whether `new` takes the place of `old` in a set: same slot, greater `seq`.
+
+    With equal `seq` the old one stays, whether the bytes are the same (nothing to do) or not (a peer
+    that says two things at once). Raises ValueError for records of two slots.
+    """
+    if new.slot != old.slot:
+        raise ValueError("records of different slots do not replace each other")
+    return new.body.seq > old.body.seq
+
+
+def _signed_bytes(kind: str, payload: bytes) -> bytes:
+    """libp2p's RFC 0002: domain, type and payload, each behind its length, so that none can run into the next."""
+    parts = (_DOMAIN, kind.encode(), payload)
+    return b"".join([_varint(len(part)) + part for part in parts])
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
