@@ -28,8 +28,9 @@ class _Waiter:
 class Admission:
     """Grants tokens of one pool. `attempt` callbacks commit them and raise NoRoom where there are too few."""
 
-    def __init__(self, total_tokens: int) -> None:
+    def __init__(self, total_tokens: int, free_tokens: Callable[[], int]) -> None:
         self._total = total_tokens
+        self._free = free_tokens
         self._held: Counter[Hashable] = Counter()
         self._waiters: deque[_Waiter] = deque()
 
@@ -46,9 +47,8 @@ class Admission:
                 with trio.move_on_after(timeout_s):
                     await waiter.done.wait()
             if not waiter.granted:
-                # The last word is the pool's own: it says how much is free.
-                attempt()
-                self._record(waiter)
+                free = self._free()
+                raise NoRoom(f"{tokens} KV tokens wanted, {free} free after {timeout_s:g} s of waiting", free)
         finally:
             if not waiter.granted:
                 self._waiters.remove(waiter)

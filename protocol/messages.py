@@ -138,15 +138,13 @@ class Route(Message):
 class Routed(Message):
     """Hop to client: the route stands, and `replayed` positions were sent again along it.
 
-    `kept_from` gives, for each row, the first position that the hop could still resend; `next_have`,
-    the lengths that the hop found cached at its new next hop before it replayed.
+    `kept_from` gives, for each row, the first position that the hop could still resend.
     """
 
     TYPE: ClassVar[str] = "routed"
     epoch: int = required(integer(1, U32))
     replayed: int = optional(integer(0, U32), 0)
     kept_from: tuple[tuple[int, int], ...] = optional(_lengths, ())
-    next_have: tuple[tuple[int, int], ...] = optional(_lengths, ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,80 @@
+"""A client's control stream to one hop: opens it and reads what the hop says.
+
+Knows one hop; knows no chain. What the messages mean for the session is `session`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import trio
+
+from peerd.connections import Connections, Stream
+from peerd.protocol.errors import ConnectionLost, PeerFault, RemoteProtocolError, Unresponsive, from_wire
+from peerd.protocol.frames import Priority
+from peerd.protocol.messages import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
+from peerd.protocol.schema import Message, parse
+from peerd.routing.chain import Hop
+
+# Beyond what the hop itself may let us wait: dialling, the handshake, a slow link.
+OPEN_MARGIN_S = 10.0
+
+OnMessage = Callable[["ControlStream", Message, memoryview], None]
+
+
+class ControlStream:
+    """One hop of an open chain: `number` is its name in tickets, `opened` its answer to `open`."""
+
+    def __init__(self, hop: Hop, number: int, stream: Stream, opened: Opened) -> None:
+        self.hop = hop
+        self.number = number
+        self.stream = stream
+        self.opened = opened
+
+    def __repr__(self) -> str:
+        return f"<ControlStream hop={self.hop.index} {self.hop.span} {self.stream}>"
+
+    def send_nowait(self, message: Message, body: tuple[()] | list[memoryview] = (), *, priority: Priority) -> None:
+        self.stream.send_nowait(message.to_header(), body, priority=priority)
+
+    async def read(self, on_message: OnMessage, max_body: int) -> None:
+        """Hand every message to `on_message` until the stream ends. Raises PeerFault then, always."""
+        try:
+            while True:
+                raw = await self.stream.receive(max_body=max_body)
+                on_message(self, parse(raw.header, CONTROL_FROM_HOP), raw.body)
+        except trio.EndOfChannel:
+            raise ConnectionLost(f"{self.hop.peer_id} ended the session") from None
+
+    def close(self) -> None:
+        """End the session on this hop, at once."""
+        self.stream.reset("closed")
+
+
+async def open_control(connections: Connections, hop: Hop, opening: Open) -> ControlStream:
+    """Ask a hop for its part of a session. Raises what it refuses with, or a PeerFault."""
+    with _deadline(hop, opening.timeout_ms / 1000 + OPEN_MARGIN_S):
+        stream = await connections.open_stream(
+            hop.peer_id, INFER_PROTOCOL, addresses=hop.offer.addresses, priority=Priority.DECODE
+        )
+        try:
+            await stream.send(opening.to_header())
+            said = parse((await stream.receive()).header, (Opened, Failure))
+            if isinstance(said, Failure):
+                raise from_wire(said.code, said.message, said.free_tokens)
+        except trio.EndOfChannel:
+            raise ConnectionLost(f"{hop.peer_id} ended the stream") from None
+        except BaseException:
+            stream.reset("cancelled")
+            raise
+    return ControlStream(hop, opening.hop, stream, said)
+
+
+@contextmanager
+def _deadline(hop: Hop, seconds: float) -> Iterator[None]:
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        raise Unresponsive(f"{hop.peer_id} did not open the session within {seconds:g} s") from None

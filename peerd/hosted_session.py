@@ -1,0 +1,281 @@
+"""One client's session as a hop sees it: steps in, results on to the next hop or back to the client.
+
+Knows epochs, retention and back-pressure (spec/session.md); knows no admission, no dialling and no
+model. The difficulty is that three things change under a step on its way: the route (a higher epoch
+makes older steps worthless), the row (a rollback rewrites what was kept) and the next hop (slow,
+frozen, or not there yet). So results never wait for a stream: they are queued on it, and a session
+with too many unsent is left out of the next batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+import trio
+
+from peerd.compute.engine import StepResult
+from peerd.connections import Stream
+from peerd.downstream import Downstream, OpenLink
+from peerd.engine_task import EngineTask, StepGap
+from peerd.protocol.errors import (
+    CallerError,
+    InvalidRequest,
+    PeerdError,
+    PeerFault,
+    RemoteProtocolError,
+    Superseded,
+    to_wire,
+)
+from peerd.protocol.frames import Priority
+from peerd.protocol.identity import PeerId
+from peerd.protocol.messages import (
+    FEATURES,
+    REPLAY_SEQ,
+    Failure,
+    Gap,
+    NextHop,
+    Open,
+    Opened,
+    Output,
+    Route,
+    Step,
+)
+from peerd.protocol.schema import Message
+from peerd.protocol.span import Span
+from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
+from peerd.retained import Retained
+from peerd.step_tensors import priority_of, pushed_part, wanted_part, wanted_rows
+
+# More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
+MAX_UNSENT_RESULTS = 2
+# However deep a client's pipeline, a hop queues no more than this (`open` may ask for up to 64).
+MAX_GRANTED_STEPS = 16
+
+
+class HostedSession:
+    """One hop of a session. `run` owns its tasks; the handlers of its streams feed it."""
+
+    def __init__(self, opening: Open, owner: PeerId, engine: EngineTask, open_link: OpenLink) -> None:
+        self.opening = opening
+        self.owner = owner
+        self.epoch = opening.epoch
+        self.max_steps = min(opening.max_steps, MAX_GRANTED_STEPS)
+        self.last_used = trio.current_time()
+        self.control: Stream | None = None
+        self._engine = engine
+        self._dtype = DTYPES[opening.dtype]
+        self._retained = Retained()
+        self._down = Downstream(opening.codec, self._dtype, self._retained, open_link, self.tell)
+        self._last = opening.next is None
+        self._pending: deque[Step] = deque()
+        self._upstream = trio.CancelScope()
+        self._held = False
+        self._moved = trio.lowlevel.ParkingLot()
+        self._closed = trio.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"<HostedSession {self.opening.session.hex()[:8]} hop={self.opening.hop} epoch={self.epoch}"
+            f" pending={len(self._pending)} of {self.owner}>"
+        )
+
+    async def admit(self) -> None:
+        """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong."""
+        opening = self.opening
+        await self._engine.open(
+            self,
+            self.owner,
+            self.deliver,
+            timeout_s=opening.timeout_ms / 1000,
+            blocks=Span(opening.start, opening.end),
+            max_length=opening.max_length,
+            max_rows=opening.max_rows,
+            max_rollback=opening.max_rollback,
+        )
+
+    def release(self) -> None:
+        """Free the KV."""
+        self._engine.close(self, self.owner)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Follow the route and hold the session back while results pile up, until `close`."""
+        async with trio.open_nursery() as nursery:
+            self._tasks = nursery
+            task_status.started()
+            if self.opening.next is not None:
+                nursery.start_soon(self._follow, self.epoch, self.opening.next, False)
+            nursery.start_soon(self._hold_back)
+            await self._closed.wait()
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """End the session: `run` returns, links are dropped."""
+        self._closed.set()
+        self._upstream.cancel()
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
+
+    # From the client.
+
+    def attach(self, control: Stream) -> None:
+        """Answer on this control stream from now on."""
+        self.control = control
+        have = tuple(sorted(self._engine.engine.lengths(self).items()))
+        self.tell(Opened(epoch=self.epoch, max_steps=self.max_steps, have=have))
+
+    def route(self, route: Route) -> None:
+        """Push to another next hop from now on. Raises Superseded unless the epoch is new."""
+        if route.epoch <= self.epoch:
+            raise Superseded(f"route {route.epoch} is not newer than {self.epoch}")
+        if self._last and route.next is not None and self._engine.engine.lengths(self):
+            raise InvalidRequest("a last hop keeps no results, so it cannot be given a next one")
+        self.epoch = route.epoch
+        self._last = route.next is None
+        if route.next is not None:
+            self._tasks.start_soon(self._follow, route.epoch, route.next, True)
+        self._moved.unpark_all()
+
+    def accept_from_client(self, step: Step, body: memoryview) -> None:
+        """Queue a step that came on the control stream. Raises RemoteProtocolError where it floods."""
+        # Twice what was granted: after a route the client sends again what is still queued here.
+        if len(self._pending) >= 2 * self.max_steps:
+            raise RemoteProtocolError(f"more than the {self.max_steps} unanswered steps that were granted")
+        self.accept(step, body)
+
+    # From either side.
+
+    def accept(self, step: Step, body: memoryview) -> None:
+        """Queue a step for the engine, or tell the client why not. Raises RemoteProtocolError."""
+        if step.epoch < self.epoch:
+            return
+        self.epoch = step.epoch
+        self.last_used = trio.current_time()
+        try:
+            hidden = self._decode(step, body)
+            self._engine.submit(self, step, hidden)
+        except StepGap as gap:
+            self.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
+        except CallerError as error:
+            self.tell(Failure(**to_wire(error), seq=step.seq))
+        else:
+            self._pending.append(step)
+
+    def take_over(self, epoch: int) -> trio.CancelScope:
+        """A link with this epoch's ticket came: end the one before. Raises Superseded."""
+        if epoch < self.epoch:
+            raise Superseded(f"the session is at epoch {self.epoch}, the ticket says {epoch}")
+        self._upstream.cancel()
+        self._upstream = trio.CancelScope()
+        self.epoch = epoch
+        return self._upstream
+
+    async def lengths_along(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Cached lengths here and, once our own link stands, at the next hop: what an upstream must know."""
+        if not self._last:
+            await self._down.wait_standing()
+        return self._engine.engine.lengths(self), {} if self._last else self._down.next_have
+
+    async def wait_for_room(self) -> None:
+        """Wait until fewer steps are queued than were granted: holds a link's credit back."""
+        while len(self._pending) >= self.max_steps:
+            await self._moved.park()
+
+    def tell(self, message: Message) -> None:
+        """Queue a message for the client; nothing where it is away: on coming back it asks."""
+        self._send_control(message, (), Priority.CONTROL)
+
+    # From the engine.
+
+    def deliver(self, result: StepResult) -> None:
+        """Send a step's result where it belongs. Called by the engine task; never blocks."""
+        self._route_result(self._pending.popleft(), result)
+        if self._unsent > MAX_UNSENT_RESULTS:
+            self._held = True
+            self._engine.hold(self, True)
+        self._moved.unpark_all()
+
+    def _route_result(self, step: Step, result: StepResult) -> None:
+        if result.hidden is None:
+            self.tell(Failure(**to_wire(result.error), seq=step.seq))
+            return
+        if not self._last:
+            self._retained.apply(step.ops)
+            self._retained.add(step.rows, result.hidden)
+        if step.epoch < self.epoch:
+            return
+        pushed, hidden = pushed_part(step, result.hidden)
+        if step.rows and not pushed.rows:
+            return
+        if not self._last:
+            self._down.push(pushed, hidden)
+        elif step.seq != REPLAY_SEQ:
+            self._answer(pushed, hidden)
+
+    def _answer(self, step: Step, hidden: torch.Tensor) -> None:
+        rows = wanted_rows(step)
+        if not rows:
+            self._send_control(Output(epoch=step.epoch, seq=step.seq), (), priority_of(0))
+            return
+        wanted = wanted_part(step, hidden)
+        header, body = encode_tensor(wanted, codec=self.opening.codec, dtype=self._dtype)
+        output = Output(epoch=step.epoch, seq=step.seq, rows=rows, tensor=header.to_fields())
+        self._send_control(output, body, priority_of(len(wanted)))
+
+    def _send_control(self, message: Message, body: tuple[()] | list[memoryview], priority: Priority) -> None:
+        if self.control is None:
+            return
+        try:
+            self.control.send_nowait(message.to_header(), body, priority=priority)
+        except (PeerFault, trio.ClosedResourceError):
+            # The control stream's own handler learns of its end and decides.
+            return
+
+    def _decode(self, step: Step, body: memoryview) -> torch.Tensor:
+        missing = set(step.needs) - FEATURES
+        if missing:
+            raise InvalidRequest(f"this peer lacks {', '.join(sorted(missing))}")
+        rows = [piece.row for piece in step.rows]
+        if len(set(rows)) != len(rows):
+            raise InvalidRequest("a step names each row at most once")
+        if len(step.push_from) not in (0, len(rows)):
+            raise InvalidRequest("push_from has one position a row, or none")
+        width = self._engine.engine.hidden_size
+        if not rows:
+            return torch.empty((0, width), dtype=self._dtype)
+        if step.tensor is None:
+            raise RemoteProtocolError("a step with rows carries a tensor")
+        header = TensorHeader.from_fields(step.tensor, max_elements=step.positions * width)
+        if header.shape != (step.positions, width):
+            raise InvalidRequest(f"activations of shape {header.shape}, not {(step.positions, width)}")
+        return decode_tensor(header, body)
+
+    @property
+    def _unsent(self) -> int:
+        if not self._last:
+            return self._down.unsent
+        return self.control.unsent_messages if self.control is not None else 0
+
+    async def _follow(self, epoch: int, next_hop: NextHop, replay: bool) -> None:
+        await self._down.follow(epoch, next_hop, replay=replay)
+
+    async def _hold_back(self) -> None:
+        """Let a held session run again as soon as its results are on their way."""
+        while True:
+            if not self._held:
+                await self._moved.park()
+                continue
+            if not self._last:
+                await self._down.wait_unsent_at_most(MAX_UNSENT_RESULTS)
+            elif self.control is not None:
+                await self._wait_control_sent(self.control)
+            self._held = False
+            self._engine.hold(self, False)
+
+    @staticmethod
+    async def _wait_control_sent(control: Stream) -> None:
+        try:
+            await control.wait_unsent_below(MAX_UNSENT_RESULTS + 1)
+        except (PeerFault, trio.ClosedResourceError):
+            return

@@ -1,0 +1,293 @@
+"""Serves spans: admits sessions, hands their streams to them, and frees everything they held.
+
+Knows admission, tickets, lingering and draining; what a session does is `hosted_session`'s business.
+The difficulty is lifetimes: a session outlives its control stream by a few seconds (a client's
+connection may come back) but nothing outlives the session. So every session is a task in the server's
+nursery, and the handlers of its streams only feed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from peerd.connections import Connections, Stream
+from peerd.engine_task import EngineTask
+from peerd.hosted_session import HostedSession
+from peerd.links import open_link
+from peerd.protocol.errors import (
+    ConnectionLost,
+    Draining,
+    Evicted,
+    NotServed,
+    Overloaded,
+    PeerdError,
+    PeerFault,
+    RemoteProtocolError,
+    TicketRefused,
+    UnsupportedFeature,
+    to_wire,
+)
+from peerd.protocol.identity import PeerId
+from peerd.protocol.messages import (
+    CONTROL_FROM_CLIENT,
+    FEATURES,
+    INFER_PROTOCOL,
+    LINK_FROM_UPSTREAM,
+    LINK_PROTOCOL,
+    MAX_STEP_POSITIONS,
+    REPLAY_SEQ,
+    Failure,
+    Link,
+    Linked,
+    Open,
+    Route,
+    Step,
+)
+from peerd.protocol.schema import parse
+from peerd.protocol.span import Span
+from peerd.protocol.tensors import CODECS
+from peerd.protocol.tickets import Ticket, open_ticket
+
+# A client whose connection broke may come back to its session for this long (spec/session.md).
+LINGER_S = 15.0
+# A session that asks for nothing for this long gives its pages to others.
+IDLE_S = 300.0
+# A ticket may overtake the client's `open`, since both travel at once.
+LINK_PATIENCE_S = 10.0
+# Sessions of one peer at once, whatever their size: each costs tasks and buffers beside its tokens.
+MAX_SESSIONS_A_PEER = 64
+# What else travels in a step's body never outweighs four bytes a value.
+BYTES_A_VALUE = 4
+REFUSAL_DEADLINE_S = 2.0
+
+SessionKey = tuple[PeerId, bytes, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSpan:
+    """Blocks of one model that this peer serves, and the engine that runs them."""
+
+    model: bytes
+    max_length: int
+    task: EngineTask
+
+    @property
+    def span(self) -> Span:
+        return self.task.engine.span
+
+
+class Server:
+    """Serves spans to sessions. `run` owns the sessions; `handlers` go to the connections."""
+
+    def __init__(self, spans: Sequence[ServedSpan], now: Callable[[], float]) -> None:
+        self.spans = tuple(spans)
+        self.draining = False
+        self._now = now
+        self._sessions: dict[SessionKey, HostedSession] = {}
+        self._arrival = trio.lowlevel.ParkingLot()
+        self._attached = trio.Event()
+        self.handlers = {INFER_PROTOCOL: self._handle_control, LINK_PROTOCOL: self._handle_link}
+
+    def __repr__(self) -> str:
+        return f"<Server {' '.join(str(served.span) for served in self.spans)} sessions={len(self._sessions)}>"
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that hold KV here."""
+        return len(self._sessions)
+
+    def attach(self, connections: Connections) -> None:
+        """Dial next hops over these connections. Streams that came before have waited for it."""
+        self._connections = connections
+        self._attached.set()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run engines and sessions until cancelled, which must come after the connections have closed."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for served in self.spans:
+                nursery.start_soon(served.task.run)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new sessions and wait for the others to end, at most `timeout_s`."""
+        self.draining = True
+        with trio.move_on_after(timeout_s):
+            for session in list(self._sessions.values()):
+                await session.wait_closed()
+
+    # Control streams.
+
+    async def _handle_control(self, stream: Stream) -> None:
+        """A client's control stream: `open` first, then steps and routes until it ends."""
+        await self._attached.wait()
+        try:
+            opening = parse((await stream.receive()).header, (Open,))
+            session = await self._admit(stream, opening)
+        except PeerdError as error:
+            await _refuse(stream, error)
+            return
+        except trio.EndOfChannel:
+            return
+        try:
+            await self._serve(stream, session)
+        except ConnectionLost:
+            self._linger(session, stream)
+        except PeerdError as error:
+            session.close()
+            await _refuse(stream, error)
+        except trio.EndOfChannel:
+            session.close()
+        except trio.Cancelled:
+            self._linger(session, stream)
+            raise
+
+    async def _admit(self, stream: Stream, opening: Open) -> HostedSession:
+        key = (stream.peer, opening.session, opening.hop)
+        known = self._sessions.get(key)
+        if known is not None:
+            if known.control is not None:
+                raise RemoteProtocolError("this session is open already")
+            known.attach(stream)
+            return known
+        served = self._check(stream.peer, opening)
+        session = HostedSession(
+            opening, stream.peer, served.task, partial(open_link, self._connections, opening.session, now=self._now)
+        )
+        # Known before it is admitted, so that a client cannot open the same session twice while it waits.
+        self._sessions[key] = session
+        try:
+            await session.admit()
+        except BaseException:
+            del self._sessions[key]
+            raise
+        await self._nursery.start(self._host, key, session)
+        session.attach(stream)
+        self._arrival.unpark_all()
+        return session
+
+    def _check(self, owner: PeerId, opening: Open) -> ServedSpan:
+        """Refuse what no waiting would make possible. Raises CallerError, Draining."""
+        if self.draining:
+            raise Draining("this peer is leaving")
+        if sum(key[0] == owner for key in self._sessions) >= MAX_SESSIONS_A_PEER:
+            raise Overloaded(f"{MAX_SESSIONS_A_PEER} sessions of yours are open here already")
+        missing = sorted(set(opening.needs) - FEATURES)
+        if missing:
+            raise UnsupportedFeature(f"this peer lacks {', '.join(missing)}")
+        if opening.codec not in CODECS:
+            raise UnsupportedFeature(f"codec {opening.codec!r} is not one of {', '.join(sorted(CODECS))}")
+        if opening.adapter:
+            raise UnsupportedFeature(f"this peer has no adapter {opening.adapter!r}")
+        for served in self.spans:
+            wanted = served.span.start <= opening.start < opening.end <= served.span.end
+            if served.model == opening.model and wanted:
+                return served
+        raise NotServed(f"blocks {opening.start}:{opening.end} of that model are not served here")
+
+    async def _serve(self, stream: Stream, session: HostedSession) -> None:
+        while True:
+            raw = await stream.receive(max_body=self._max_body)
+            message = parse(raw.header, CONTROL_FROM_CLIENT)
+            if isinstance(message, Step):
+                if message.seq == REPLAY_SEQ:
+                    # A replay may be long: it waits in the stream, as on a link.
+                    await session.wait_for_room()
+                session.accept_from_client(message, raw.body)
+            elif isinstance(message, Route):
+                session.route(message)
+            else:
+                raise RemoteProtocolError("a session is opened once")
+
+    async def _host(
+        self, key: SessionKey, session: HostedSession, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._evict_idle, session)
+                await session.run(task_status)
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._sessions[key]
+            session.release()
+
+    async def _evict_idle(self, session: HostedSession) -> None:
+        while (idle := trio.current_time() - session.last_used) < IDLE_S:
+            await trio.sleep(IDLE_S - idle)
+        session.tell(Failure(**to_wire(Evicted(f"nothing was asked for {IDLE_S:g} s"))))
+        session.close()
+
+    def _linger(self, session: HostedSession, stream: Stream) -> None:
+        """The connection broke: keep the session a while, unless its client is back already."""
+        if session.control is not stream:
+            return
+        session.control = None
+        self._nursery.start_soon(self._close_unless_back, session)
+
+    async def _close_unless_back(self, session: HostedSession) -> None:
+        with trio.move_on_after(LINGER_S):
+            await session.wait_closed()
+        if session.control is None:
+            session.close()
+
+    # Links.
+
+    async def _handle_link(self, stream: Stream) -> None:
+        """A link from an upstream hop: a ticket, then steps until it ends or another supersedes it."""
+        try:
+            link = parse((await stream.receive()).header, (Link,))
+            session, epoch = await self._session_of(link, stream.peer)
+            superseded = session.take_over(epoch)
+            with superseded:
+                have, next_have = await session.lengths_along()
+                await stream.send(
+                    Linked(have=tuple(sorted(have.items())), next_have=tuple(sorted(next_have.items()))).to_header()
+                )
+                while True:
+                    await session.wait_for_room()
+                    raw = await stream.receive(max_body=self._max_body)
+                    session.accept(parse(raw.header, LINK_FROM_UPSTREAM), raw.body)
+            # Superseded, or the session ended: either way this link is of no more use.
+            stream.reset("superseded")
+        except trio.EndOfChannel:
+            return
+        except PeerdError as error:
+            await _refuse(stream, error)
+
+    async def _session_of(self, link: Link, sender: PeerId) -> tuple[HostedSession, int]:
+        """The session that a ticket opens, waiting for its `open` a little. Raises TicketRefused."""
+        with trio.move_on_after(LINK_PATIENCE_S):
+            while True:
+                for (owner, session_id, hop), session in self._sessions.items():
+                    if session_id != link.session:
+                        continue
+                    ticket = open_ticket(link.ticket, owner=owner, now=self._now())
+                    if ticket.hop == hop and ticket.session == session_id:
+                        self._check_ticket(ticket, sender)
+                        return session, ticket.epoch
+                await self._arrival.park()
+        raise TicketRefused("no such session here")
+
+    def _check_ticket(self, ticket: Ticket, sender: PeerId) -> None:
+        if ticket.sender != sender:
+            raise TicketRefused("the ticket names another sender")
+        if ticket.receiver != self._connections.peer_id:
+            raise TicketRefused("the ticket names another receiver")
+
+    @property
+    def _max_body(self) -> int:
+        width = max(served.task.engine.hidden_size for served in self.spans)
+        return MAX_STEP_POSITIONS * width * BYTES_A_VALUE
+
+
+async def _refuse(stream: Stream, error: PeerdError) -> None:
+    """Say why, then finish the stream. The peer may be gone already, or not reading."""
+    with trio.move_on_after(REFUSAL_DEADLINE_S), suppress(PeerFault, trio.ClosedResourceError):
+        await stream.send(Failure(**to_wire(error)).to_header())
+        stream.finish()

@@ -1,0 +1,144 @@
+"""What a client has sent in a session and what of it was answered: enough to start again anywhere.
+
+Knows steps and rows; knows no chain and no time. The difficulty is keeping two states apart: `retained`
+is where every hop surely stands (all that was answered), `pending` what came after, in order. Sending
+`pending` again on top of `retained` gives the same caches whoever died in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import trio
+
+from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, PeerdError, RemoteProtocolError
+from peerd.protocol.messages import Output, Step, Want
+from peerd.protocol.rows import Fork, Op, RowSlice
+from peerd.protocol.tensors import TensorHeader, decode_tensor
+from peerd.retained import Retained
+from peerd.step_tensors import wanted_rows
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A step without an answer. `done` is set with either `result` or `error`."""
+
+    step: Step
+    hidden: torch.Tensor
+    rolls_back: bool
+    done: trio.Event = field(default_factory=trio.Event)
+    result: torch.Tensor | None = None
+    error: PeerdError | None = None
+
+    def fail(self, error: PeerdError) -> None:
+        self.error = error
+        self.done.set()
+
+
+class StepLog:
+    """The rows of one session: at most `max_rows` of `max_length` positions."""
+
+    def __init__(self, *, max_length: int, max_rows: int, max_rollback: int) -> None:
+        self.retained = Retained()
+        self.pending: dict[int, Pending] = {}
+        self._max_length = max_length
+        self._max_rows = max_rows
+        self._max_rollback = max_rollback
+        self._lengths: dict[int, int] = {}
+        self._next_seq = 1
+
+    def __repr__(self) -> str:
+        return f"<StepLog {self._lengths} pending={list(self.pending)}>"
+
+    def length(self, row: int) -> int:
+        """Positions of the row once all pending steps are answered."""
+        return self._lengths.get(row, 0)
+
+    def check(self, hidden: torch.Tensor, rows: Sequence[RowSlice], ops: Sequence[Op]) -> dict[int, int]:
+        """Lengths of all rows after these. Raises InvalidRequest, ContextTooLong."""
+        positions = sum(piece.count for piece in rows)
+        if hidden.shape[0] != positions or len({piece.row for piece in rows}) != len(rows):
+            raise InvalidRequest(f"{hidden.shape[0]} positions given for {positions} in rows that must differ: {rows}")
+        lengths = dict(self._lengths)
+        self._apply(lengths, ops)
+        for piece in rows:
+            self._check(piece, lengths.get(piece.row, 0))
+            lengths[piece.row] = piece.end
+        return lengths
+
+    def add(self, hidden: torch.Tensor, rows: Sequence[RowSlice], ops: Sequence[Op], want: Want, epoch: int) -> Pending:
+        """Note a new step. Raises what `check` raises, having changed nothing."""
+        lengths = self.check(hidden, rows, ops)
+        rolls_back = any(piece.start < self.length(piece.row) for piece in rows)
+        self._lengths = lengths
+        step = Step(epoch=epoch, seq=self._next_seq, rows=tuple(rows), ops=tuple(ops), want=want)
+        self._next_seq += 1
+        pending = Pending(step, hidden, rolls_back)
+        self.pending[step.seq] = pending
+        return pending
+
+    def answer(self, output: Output, body: memoryview, width: int) -> None:
+        """Take the answer to the oldest pending step. Raises BadResult, RemoteProtocolError."""
+        oldest = next(iter(self.pending))
+        if output.seq != oldest:
+            raise RemoteProtocolError(f"step {output.seq} was answered before {oldest}")
+        pending = self.pending[oldest]
+        rows = wanted_rows(pending.step)
+        if output.rows != rows:
+            raise BadResult(f"asked for {rows}, answered {output.rows}")
+        if rows:
+            pending.result = _decode(output, body, (sum(piece.count for piece in rows), width))
+        else:
+            pending.result = pending.hidden[:0]
+        del self.pending[oldest]
+        self.retained.apply(pending.step.ops)
+        self.retained.add(pending.step.rows, pending.hidden)
+        pending.done.set()
+
+    def fail(self, error: PeerdError) -> None:
+        """Give up all pending steps: rows stand where the last answer left them."""
+        for pending in self.pending.values():
+            pending.fail(error)
+        self.pending.clear()
+        self._lengths = self.retained.lengths
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether pending steps may be sent again to hops that ran some of them already.
+
+        Later forks, drops and rollbacks would then be seen by earlier steps; the first step's own are
+        applied once (spec/session.md).
+        """
+        later = list(self.pending.values())[1:]
+        return not any(pending.step.ops or pending.rolls_back for pending in later)
+
+    def _check(self, piece: RowSlice, length: int) -> None:
+        if not 0 <= piece.row < self._max_rows:
+            raise InvalidRequest(f"row {piece.row}: the session was opened for {self._max_rows}")
+        if piece.count < 1 or not 0 <= piece.start <= length:
+            raise InvalidRequest(f"{piece} does not continue a row of {length} positions")
+        if length - piece.start > self._max_rollback:
+            raise InvalidRequest(f"{piece} cuts {length - piece.start} positions, max_rollback is {self._max_rollback}")
+        if piece.end > self._max_length:
+            raise ContextTooLong(f"{piece.end} positions in a session of max_length {self._max_length}")
+
+    @staticmethod
+    def _apply(lengths: dict[int, int], ops: Sequence[Op]) -> None:
+        for op in ops:
+            if isinstance(op, Fork):
+                if not 0 <= op.length <= lengths.get(op.source, 0):
+                    raise InvalidRequest(f"{op}: row {op.source} has {lengths.get(op.source, 0)} positions")
+                lengths[op.target] = op.length
+            else:
+                lengths.pop(op.row, None)
+
+
+def _decode(output: Output, body: memoryview, shape: tuple[int, int]) -> torch.Tensor:
+    if output.tensor is None:
+        raise BadResult("an answer without its tensor")
+    header = TensorHeader.from_fields(output.tensor, max_elements=shape[0] * shape[1])
+    if header.shape != shape:
+        raise BadResult(f"an answer of shape {header.shape}, not {shape}")
+    return decode_tensor(header, body)

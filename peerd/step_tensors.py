@@ -1,0 +1,97 @@
+"""Which positions of a step travel on: pure slicing, shared by clients and hops (spec/session.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from peerd.protocol.frames import Priority
+from peerd.protocol.messages import REPLAY_SEQ, Step
+from peerd.protocol.rows import RowSlice
+from peerd.protocol.tensors import encode_tensor
+from peerd.retained import Retained
+
+# A step of at most this many positions is somebody waiting for a token; more is a prefill.
+DECODE_POSITIONS = 32
+# Steps of this size let the hops of a chain work on one prefill at the same time.
+PREFILL_POSITIONS = 128
+
+
+def priority_of(positions: int) -> Priority:
+    return Priority.DECODE if positions <= DECODE_POSITIONS else Priority.PREFILL
+
+
+def pushed_part(step: Step, hidden: torch.Tensor) -> tuple[Step, torch.Tensor]:
+    """The step as the next hop gets it: only positions from `push_from` on. `hidden`: `[positions, width]`."""
+    if not step.push_from:
+        return step, hidden
+    starts = (max(piece.start, start) for piece, start in zip(step.rows, step.push_from, strict=True))
+    rows, hidden = _cut(step.rows, tuple(starts), hidden)
+    return replace(step, rows=rows, push_from=()), hidden
+
+
+def wanted_rows(step: Step) -> tuple[RowSlice, ...]:
+    """The positions of a step that its client wants back: all, each row's last, or none."""
+    if step.want == "all":
+        return step.rows
+    if step.want == "none":
+        return ()
+    return tuple(RowSlice(piece.row, piece.end - 1, 1) for piece in step.rows)
+
+
+def wanted_part(step: Step, hidden: torch.Tensor) -> torch.Tensor:
+    """Of a step's result, `[positions, width]`, those positions."""
+    if step.want == "all":
+        return hidden
+    if step.want == "none":
+        return hidden[:0]
+    return _cut(step.rows, tuple(piece.end - 1 for piece in step.rows), hidden)[1]
+
+
+def replay_steps(
+    retained: Retained, have: Mapping[int, int], push_from: Mapping[int, int], epoch: int
+) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Steps that bring a hop which caches `have` to where `retained` stands, in pieces of a prefill's size."""
+    for row, length in sorted(retained.lengths.items()):
+        start = have.get(row, 0)
+        if start >= length:
+            continue
+        hidden = retained.since(row, start)
+        for offset in range(0, length - start, PREFILL_POSITIONS):
+            part = hidden[offset : offset + PREFILL_POSITIONS]
+            yield (
+                Step(
+                    epoch=epoch,
+                    seq=REPLAY_SEQ,
+                    rows=(RowSlice(row, start + offset, len(part)),),
+                    want="none",
+                    push_from=(push_from.get(row, 0),),
+                ),
+                part,
+            )
+
+
+def encoded(step: Step, hidden: torch.Tensor, codec: str, dtype: torch.dtype) -> tuple[dict[str, Any], list[memoryview]]:
+    """The step's header and body as they travel."""
+    header, body = encode_tensor(hidden, codec=codec, dtype=dtype)
+    return replace(step, tensor=header.to_fields()).to_header(), body
+
+
+def _cut(
+    rows: tuple[RowSlice, ...], starts: tuple[int, ...], hidden: torch.Tensor
+) -> tuple[tuple[RowSlice, ...], torch.Tensor]:
+    """Of each slice the positions from its start in `starts` on."""
+    kept_rows = []
+    kept = []
+    offset = 0
+    for piece, start in zip(rows, starts, strict=True):
+        if start < piece.end:
+            kept_rows.append(RowSlice(piece.row, start, piece.end - start))
+            kept.append(hidden[offset + start - piece.start : offset + piece.count])
+        offset += piece.count
+    if len(kept) == 1:
+        return tuple(kept_rows), kept[0]
+    return tuple(kept_rows), torch.cat(kept) if kept else hidden[:0]
