@@ -1,0 +1,193 @@
+"""One peer's end of the DHT: asks others and answers them, and learns from both who is alive.
+
+Kademlia's protocol over a transport that proves who is at the other end. Knows questions and answers;
+knows no lookups. The difficulty is whom to keep: the table holds peers that answered or asked and can
+be dialled; one that fails leaves it at once, and one without addresses never enters anybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from random import Random
+from typing import Protocol, TypeVar
+
+import trio
+from kademlia.node import Node
+from kademlia.protocol import KademliaProtocol
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import CallerError, InvalidRequest, Overloaded, PeerFault, RemoteProtocolError
+from peerd.protocol.identity import PeerId
+from peerd.protocol.schema import Message, parse
+from peerd.routing.dht_messages import (
+    MAX_STORED_AT_ONCE,
+    QUESTIONS,
+    REPLICAS,
+    FindNode,
+    FindValue,
+    Found,
+    Outcome,
+    Packet,
+    Ping,
+    Pong,
+    Question,
+    Store,
+    Stored,
+)
+from peerd.routing.store import RecordStore
+from peerd.routing.table import Bucket, Contact, ContactTable, PeerNode
+
+# A dial has four round trips and a busy peer may take a second; more would only delay giving up.
+REQUEST_TIMEOUT_S = 3.0
+
+
+class DhtTransport(Protocol):
+    """Carries a question to a peer whose identity the connection proves, and its answer back.
+
+    Raises PeerFault (ConnectFailed, ConnectionLost, ...) where the peer failed, and the error that it
+    answered with otherwise. Sets no deadline: the caller cancels.
+    """
+
+    async def request(self, contact: Contact, packet: Packet) -> Packet: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FindReply:
+    """What one peer answered to a lookup."""
+
+    nodes: list[PeerNode]
+    records: tuple[bytes, ...]
+    split: bool
+
+
+M = TypeVar("M", bound=Message)
+
+
+class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes no types
+    """kademlia's `call_*` (what we ask) and `rpc_*` (what we answer), on typed messages.
+
+    addresses: where we can be dialled, sent along with each question; () makes us a DHT client.
+    """
+
+    def __init__(self, own: PeerNode, store: RecordStore, transport: DhtTransport, random: Random) -> None:
+        super().__init__(own, store, REPLICAS)
+        self.source_node: PeerNode = own
+        self.storage: RecordStore = store
+        self.router = ContactTable(own, REPLICAS, trio.current_time)
+        self.addresses: tuple[Multiaddr, ...] = own.contact.addresses
+        self._transport = transport
+        self._random = random
+
+    def __getattr__(self, name: str) -> object:
+        # The library turns every unknown attribute, and so every misspelling, into a remote call.
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    # What we ask. None stands for "no answer", whatever the reason.
+
+    async def call_ping(self, node_to_ask: PeerNode) -> bool:
+        return await self._ask(node_to_ask, Ping(self.addresses), Pong) is not None
+
+    async def call_find_node(self, node_to_ask: PeerNode, node_to_find: Node) -> FindReply | None:
+        question = FindNode(node_to_find.id, self.addresses)
+        return _find_reply(await self._ask(node_to_ask, question, Found))
+
+    async def call_find_value(self, node_to_ask: PeerNode, node_to_find: Node) -> FindReply | None:
+        question = FindValue(node_to_find.id, self.addresses)
+        return _find_reply(await self._ask(node_to_ask, question, Found))
+
+    async def call_store(self, node_to_ask: PeerNode, key: bytes, records: Sequence[bytes]) -> tuple[Outcome, ...]:
+        """What became of each record; () if the peer did not say so for each."""
+        answer = await self._ask(node_to_ask, Store(key, self.addresses), Stored, records)
+        if answer is None or len(answer[0].outcomes) != len(records):
+            return ()
+        return answer[0].outcomes
+
+    async def _ask(
+        self, node: PeerNode, question: Question, expected: type[M], records: Sequence[bytes] = ()
+    ) -> tuple[M, tuple[bytes, ...]] | None:
+        try:
+            with trio.fail_after(REQUEST_TIMEOUT_S):
+                packet = await self._transport.request(node.contact, Packet(question.to_header(), tuple(records)))
+            answer = parse(packet.header, (expected,))
+        except (PeerFault, trio.TooSlowError):
+            self.router.remove_contact(node)
+            return None
+        except (Overloaded, CallerError):
+            # It lives, and will not answer this.
+            return None
+        # Its own word on its addresses, if we have that, is worth more than what others told us.
+        self.welcome_if_new(self.router.get(node.id) or node)
+        return answer, packet.records
+
+    def welcome_if_new(self, node: PeerNode) -> None:
+        """Note that the peer is alive.
+
+        The library also hands it every record it should now hold; ours are put anew within a third of
+        their short lives, so that a newcomer has them soon and nobody can make us send them in bulk.
+        """
+        if node.id == self.source_node.id:
+            return
+        if node.contact.addresses:
+            self.router.add_contact(node)
+        else:
+            self.router.remove_contact(node)
+
+    def get_refresh_ids(self, buckets: Sequence[Bucket] | None = None) -> list[bytes]:
+        """A place to look up in each of the buckets, by default those where nothing was for long."""
+        chosen = self.router.lonely_buckets() if buckets is None else buckets
+        # The library draws from the global generator.
+        return [self._random.randrange(bucket.range[0], bucket.range[1]).to_bytes(20, "big") for bucket in chosen]
+
+    # What we answer.
+
+    def answer(self, sender: PeerId, packet: Packet, source: IPv4Address | IPv6Address | None) -> Packet:
+        """Answer a question of the peer that its connection proves to be `sender`.
+
+        source: the address that we see it at. Raises InvalidRequest.
+        """
+        try:
+            question: Question = parse(packet.header, QUESTIONS)
+        except RemoteProtocolError as error:
+            raise InvalidRequest(str(error)) from None
+        node = PeerNode(Contact(sender, question.addresses))
+        self.welcome_if_new(node)
+        match question:
+            case Ping():
+                return Packet(self.rpc_ping().to_header())
+            case FindNode(key):
+                return Packet(self.rpc_find_node(node, key).to_header())
+            case FindValue(key):
+                found, records = self.rpc_find_value(node, key)
+                return Packet(found.to_header(), records)
+            case Store(key):
+                return Packet(self.rpc_store(node, key, packet.records, source).to_header())
+
+    def rpc_ping(self) -> Pong:
+        return Pong()
+
+    def rpc_find_node(self, sender: PeerNode, key: bytes) -> Found:
+        return Found(tuple(self._neighbors(sender, key)))
+
+    def rpc_find_value(self, sender: PeerNode, key: bytes) -> tuple[Found, tuple[bytes, ...]]:
+        # Contacts go along with records: a lookup never stops at the first peer that has some.
+        found = Found(tuple(self._neighbors(sender, key)), self.storage.is_split(key))
+        return found, self.storage.get_encoded(key)
+
+    def rpc_store(
+        self, sender: PeerNode, key: bytes, records: Sequence[bytes], source: IPv4Address | IPv6Address | None
+    ) -> Stored:
+        if not 0 < len(records) <= MAX_STORED_AT_ONCE:
+            raise InvalidRequest(f"store: takes 1 to {MAX_STORED_AT_ONCE} records, not {len(records)}")
+        storer = sender.contact.peer_id
+        return Stored(tuple(self.storage.put(key, record, storer=storer, source=source) for record in records))
+
+    def _neighbors(self, sender: PeerNode, key: bytes) -> list[PeerNode]:
+        return self.router.find_neighbors(Node(key), exclude=sender)
+
+
+def _find_reply(answer: tuple[Found, tuple[bytes, ...]] | None) -> FindReply | None:
+    if answer is None:
+        return None
+    found, records = answer
+    return FindReply(list(found.nodes), records, found.split)

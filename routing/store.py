@@ -1,0 +1,197 @@
+"""The records that we keep for others: sets of them under DHT keys, bounded in every direction.
+
+Knows validity, newness, quotas and the time it is given; knows nobody's whereabouts but the network a
+storer writes from. The difficulty is to refuse without harm: a write that is refused changes nothing,
+and whoever fills a key or the store makes room for themselves only (spec/dht.md).
+
+It is not kademlia's `IStorage`, whose `store[key] = value` has no place for who asks or for a refusal.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import TypeVar
+
+from peerd.protocol.addresses import is_private_ip
+from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.identity import PeerId
+from peerd.protocol.records import SignedRecord, Slot, VerifiedRecord, open_record, replaces
+from peerd.routing.dht_messages import MAX_RECORDS, Outcome
+
+Name = TypeVar("Name", bound=str)
+
+# Ends of records that were replaced since: tolerated up to this many, and as many as there are records.
+_SPARE_ENDS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Bytes of records. A peer with 8 slots of 16 shards announces at most 128 KiB, and on up to 20 peers each."""
+
+    total_bytes: int = 64 * 2**20
+    storer_bytes: int = 256 * 2**10
+    network_bytes: int = 2 * 2**20
+    records_a_key: int = MAX_RECORDS
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    record: VerifiedRecord
+    data: bytes
+    # Whose shares it counts against.
+    storer: PeerId
+    network: str | None
+
+
+class RecordStore:
+    """Sets of valid records by key. `now` gives unix seconds, corrected as spec/records.md says."""
+
+    def __init__(self, now: Callable[[], float], limits: StoreLimits | None = None) -> None:
+        self._now = now
+        self._limits = limits or StoreLimits()
+        self._sets: dict[bytes, dict[Slot, _Entry]] = {}
+        self._split_until: dict[bytes, float] = {}
+        # When entries and splits end, soonest first; an entry that was replaced stays here until then.
+        self._ends: list[tuple[float, bytes]] = []
+        self._count = 0
+        self._bytes = 0
+        self._storer_bytes: Counter[PeerId] = Counter()
+        self._network_bytes: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        self._expire()
+        return self._count
+
+    @property
+    def used_bytes(self) -> int:
+        self._expire()
+        return self._bytes
+
+    def get(self, key: bytes) -> list[VerifiedRecord]:
+        """The valid records under `key`, one for each slot."""
+        self._expire()
+        return [entry.record for entry in self._sets.get(key, {}).values()]
+
+    def get_encoded(self, key: bytes) -> tuple[bytes, ...]:
+        """The same, as they came."""
+        self._expire()
+        return tuple(entry.data for entry in self._sets.get(key, {}).values())
+
+    def is_split(self, key: bytes) -> bool:
+        """Whether a record that may still be valid was refused because `key` was full: look at its parts too."""
+        self._expire()
+        return key in self._split_until
+
+    def put(
+        self, key: bytes, data: bytes, *, storer: PeerId, source: IPv4Address | IPv6Address | None = None
+    ) -> Outcome:
+        """Keep an encoded record that `storer` sent from `source` (None: not known, or ourselves)."""
+        self._expire()
+        held = self._sets.get(key, {})
+        if any(entry.data == data for entry in held.values()):
+            return "known"
+        try:
+            record = open_record(SignedRecord.decode(data), now=self._now(), key=key)
+        except RemoteProtocolError:
+            return "invalid"
+        old = held.get(record.slot)
+        if old is not None and not replaces(record, old.record):
+            return "older"
+        if old is None and len(held) >= self._limits.records_a_key:
+            self._split(key, record.body.expires)
+            return "full"
+        entry = _Entry(record, data, storer, _network_of(source))
+        if not self._has_room(entry, old):
+            return "quota"
+        if old is not None:
+            self._remove(key, old)
+        self._add(key, entry)
+        return "stored"
+
+    def _has_room(self, new: _Entry, old: _Entry | None) -> bool:
+        """Whether every share still suffices once `new` has taken the place of `old`."""
+        freed = 0 if old is None else len(old.data)
+        freed_storer = freed if old is not None and old.storer == new.storer else 0
+        freed_network = freed if old is not None and old.network == new.network else 0
+        size = len(new.data)
+        return (
+            self._bytes + size - freed <= self._limits.total_bytes
+            and self._storer_bytes[new.storer] + size - freed_storer <= self._limits.storer_bytes
+            and (
+                new.network is None
+                or self._network_bytes[new.network] + size - freed_network <= self._limits.network_bytes
+            )
+        )
+
+    def _add(self, key: bytes, entry: _Entry) -> None:
+        self._sets.setdefault(key, {})[entry.record.slot] = entry
+        self._charge(entry, 1)
+        self._end(entry.record.body.expires, key)
+
+    def _remove(self, key: bytes, entry: _Entry) -> None:
+        held = self._sets[key]
+        del held[entry.record.slot]
+        if not held:
+            del self._sets[key]
+        self._charge(entry, -1)
+
+    def _charge(self, entry: _Entry, sign: int) -> None:
+        size = sign * len(entry.data)
+        self._count += sign
+        self._bytes += size
+        _add_to(self._storer_bytes, entry.storer, size)
+        if entry.network is not None:
+            _add_to(self._network_bytes, entry.network, size)
+
+    def _split(self, key: bytes, until: float) -> None:
+        if until > self._split_until.get(key, 0.0):
+            self._split_until[key] = until
+            self._end(until, key)
+
+    def _end(self, when: float, key: bytes) -> None:
+        heapq.heappush(self._ends, (when, key))
+        if len(self._ends) > 2 * self._count + len(self._split_until) + _SPARE_ENDS:
+            self._ends = [(e.record.body.expires, key) for key, held in self._sets.items() for e in held.values()]
+            self._ends += [(until, key) for key, until in self._split_until.items()]
+            heapq.heapify(self._ends)
+
+    def _expire(self) -> None:
+        now = self._now()
+        while self._ends and self._ends[0][0] <= now:
+            _, key = heapq.heappop(self._ends)
+            ended = [entry for entry in self._sets.get(key, {}).values() if entry.record.body.expires <= now]
+            for entry in ended:
+                self._remove(key, entry)
+            if self._split_until.get(key, now + 1) <= now:
+                del self._split_until[key]
+
+
+def newest(records: Iterable[VerifiedRecord]) -> list[VerifiedRecord]:
+    """Of each slot the record that replaces the others, in order of first appearance."""
+    best: dict[Slot, VerifiedRecord] = {}
+    for record in records:
+        old = best.get(record.slot)
+        if old is None or replaces(record, old):
+            best[record.slot] = record
+    return list(best.values())
+
+
+def _add_to(counter: Counter[Name], name: Name, size: int) -> None:
+    counter[name] += size
+    if not counter[name]:
+        # Strangers' names are theirs to make up: keep none that has nothing here.
+        del counter[name]
+
+
+def _network_of(source: IPv4Address | IPv6Address | None) -> str | None:
+    """The /24 (IPv6: /48, what one site gets) whose share is used; None on a LAN, where all share one address range."""
+    if source is None or is_private_ip(source):
+        return None
+    if isinstance(source, IPv6Address) and source.ipv4_mapped is not None:
+        source = source.ipv4_mapped
+    return str(ip_network((source, 24 if source.version == 4 else 48), strict=False))

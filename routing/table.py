@@ -1,0 +1,165 @@
+"""Which peers of the DHT we know: kademlia's routing table, without its asyncio, its clock and its mistakes.
+
+Knows ids, distances and the order in which contacts were last heard of; sends nothing. The difficulty
+lies in what the library does on the side, so that each override says why it is there: a full bucket
+pings through asyncio, buckets read the system's clock, and the search for neighbours is not exact.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kademlia.node import Node
+from kademlia.routing import KBucket, RoutingTable
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.identity import PeerId, node_id_of, public_key_of
+
+# Kademlia paper, 2.3: a bucket in which nothing was looked up for an hour is refreshed.
+IDLE_BUCKET_S = 3600.0
+
+# A reply names 20 contacts, most of them the same as the reply before: decoding base58 again is waste.
+_node_id = lru_cache(maxsize=8192)(node_id_of)
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """A peer and where it says it can be dialled. No addresses: it can only be answered (a DHT client)."""
+
+    peer_id: PeerId
+    addresses: tuple[Multiaddr, ...] = ()
+
+
+class PeerNode(Node):  # type: ignore[misc]  # kademlia publishes no types
+    """A contact at its place in the DHT. Raises ValueError for a malformed PeerId."""
+
+    def __init__(self, contact: Contact) -> None:
+        super().__init__(_node_id(contact.peer_id))
+        self.contact = contact
+
+    def same_home_as(self, node: Node) -> bool:
+        # The library compares ip and port, which none of our nodes has: it would drop them all.
+        return bool(self.id == node.id)
+
+    def __repr__(self) -> str:
+        return f"<PeerNode {self.contact.peer_id}>"
+
+
+class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
+    """A KBucket that is told the time."""
+
+    def __init__(self, low: int, high: int, ksize: int, now: Callable[[], float]) -> None:
+        self._now = now
+        super().__init__(low, high, ksize)
+
+    def touch_last_updated(self) -> None:
+        self.last_updated = self._now()
+
+    def split(self) -> tuple[Bucket, Bucket]:
+        # As the library's, which would make plain KBuckets.
+        middle = (self.range[0] + self.range[1]) // 2
+        lower = Bucket(self.range[0], middle, self.ksize, self._now)
+        upper = Bucket(middle + 1, self.range[1], self.ksize, self._now)
+        for node in (*self.nodes.values(), *self.replacement_nodes.values()):
+            (lower if node.long_id <= middle else upper).add_node(node)
+        lower.last_updated = upper.last_updated = self.last_updated
+        return lower, upper
+
+
+class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no types
+    """Up to `ksize` contacts for each range of distances from `own`. `now` is any steady count of seconds."""
+
+    def __init__(self, own: Node, ksize: int, now: Callable[[], float]) -> None:
+        self._now = now
+        self._suspects: dict[bytes, PeerNode] = {}
+        super().__init__(None, ksize, own)
+
+    def flush(self) -> None:
+        self.buckets = [Bucket(0, 2**160, self.ksize, self._now)]
+
+    def __iter__(self) -> Iterator[PeerNode]:
+        for bucket in self.buckets:
+            yield from bucket.nodes.values()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.buckets))
+
+    def __contains__(self, node: Node) -> bool:
+        return self.get(node.id) is not None
+
+    def get(self, node_id: bytes) -> PeerNode | None:
+        """The contact with this id, if it is in the table."""
+        found: PeerNode | None = self.buckets[self.get_bucket_for(Node(node_id))][node_id]
+        return found
+
+    def add_contact(self, node: PeerNode) -> None:
+        """Note that this peer is alive; in a full bucket it waits until the one unheard of for longest fails."""
+        index = self.get_bucket_for(node)
+        bucket = self.buckets[index]
+        if bucket.add_node(node):
+            return
+        # Paper, 4.2: split our own range always, others until their depth is a multiple of 5.
+        if bucket.has_in_range(self.node) or bucket.depth() % 5 != 0:
+            self.split_bucket(index)
+            self.add_contact(node)
+        else:
+            # The library pings through asyncio here; ours is a list that somebody with a nursery works off.
+            self.suspect(bucket.head())
+
+    def remove_contact(self, node: Node) -> None:
+        """Forget a peer; the newest that waited for its place takes it."""
+        super().remove_contact(node)
+        self._suspects.pop(node.id, None)
+
+    def suspect(self, node: PeerNode) -> None:
+        """Ask for this peer to be pinged, if it is in the table."""
+        if node in self:
+            self._suspects[node.id] = node
+
+    def take_suspects(self) -> list[PeerNode]:
+        """The peers to ping now; each is handed out once."""
+        suspects = list(self._suspects.values())
+        self._suspects.clear()
+        return suspects
+
+    def lonely_buckets(self) -> list[Bucket]:
+        """The buckets in whose range nothing was looked up for an hour."""
+        return [bucket for bucket in self.buckets if bucket.last_updated < self._now() - IDLE_BUCKET_S]
+
+    def touch(self, node: Node) -> None:
+        """Note that something was looked up at this place."""
+        self.buckets[self.get_bucket_for(node)].touch_last_updated()
+
+    def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[PeerNode]:
+        """The k contacts nearest to `node`, nearest first: all of them are compared.
+
+        The library walks outwards bucket by bucket and stops at k, which misses 14-23 % of the nearest.
+        """
+        others = (other for other in self if exclude is None or other.id != exclude.id)
+        return heapq.nsmallest(k or self.ksize, others, key=node.distance_to)
+
+
+def dump_contacts(contacts: Iterable[Contact]) -> str:
+    """JSON, which can be read in an editor and, unlike the library's pickle, never runs anything."""
+    listed = [{"peer_id": c.peer_id, "addresses": [str(address) for address in c.addresses]} for c in contacts]
+    return json.dumps({"version": 1, "contacts": listed}, indent=1)
+
+
+def load_contacts(text: str) -> list[Contact]:
+    """What `dump_contacts` wrote. Raises ValueError if it is anything else."""
+    try:
+        state = json.loads(text)
+        if state["version"] != 1:
+            raise ValueError(f"contacts of version {state['version']!r}, not 1")
+        contacts = [
+            Contact(PeerId(entry["peer_id"]), tuple(Multiaddr.parse(address) for address in entry["addresses"]))
+            for entry in state["contacts"]
+        ]
+        for contact in contacts:
+            public_key_of(contact.peer_id)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a list of contacts: {error!r}") from None
+    return contacts
