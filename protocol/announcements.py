@@ -183,7 +183,7 @@ class ServerRecord(Announcement):
             raise ValueError(f"{self.span} needs {shards} block_roots, not {len(self.block_roots)}")
 
     def fitted(self) -> ServerRecord:
-        """The same without its last RTTs, as many as must go for it to fit a record: they are hints, the rest is not."""
+        """The same without as many of the last RTTs as must go for it to fit a record: they are hints."""
         body = self
         while body.rtts and len(body.to_payload()) > MAX_PAYLOAD_BYTES:
             body = replace(body, rtts=body.rtts[:-1])

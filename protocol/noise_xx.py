@@ -192,8 +192,10 @@ class NoiseXX:
             for token in self._messages[self.turn]:
                 rest = self._read_token(token, rest)
             payload = self._symmetric.decrypt_and_hash(rest)
-        except RemoteProtocolError as error:
-            raise HandshakeFailed(f"the handshake failed: {error}") from None
+        except RemoteProtocolError:
+            raise HandshakeFailed(
+                "a handshake message did not authenticate: changed on the way, or of another protocol version"
+            ) from None
         self.turn += 1
         return payload
 
