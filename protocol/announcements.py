@@ -80,7 +80,8 @@ def _dump_span(span: Span) -> tuple[int, int]:
 
 _key = binary(KEY_BYTES, KEY_BYTES)
 _digest = binary(DIGEST_BYTES, DIGEST_BYTES)
-_names = many(_label(32), MAX_NAMES)
+_codecs = many(_label(32), MAX_NAMES)
+_adapters = many(_label(128), MAX_NAMES)
 _span = built(group(integer(0, MAX_BLOCKS), integer(0, MAX_BLOCKS)), Span)
 
 
@@ -166,11 +167,11 @@ class ServerRecord(Announcement):
     state: ServerState = required(choice("joining", "online", "draining", "offline"))
     dtype: str = required(_label(16))
     quantization: str = required(_label(16))
-    codecs: tuple[str, ...] = required(_names)
+    codecs: tuple[str, ...] = required(_codecs)
     throughput: float = required(_number(0, 1e12))
     free_tokens: int = required(integer(0, 2**40))
     max_length: int = required(integer(0, 2**32 - 1))
-    adapters: tuple[str, ...] = optional(_names, ())
+    adapters: tuple[str, ...] = optional(_adapters, ())
     rtts: tuple[tuple[PeerId, float], ...] = optional(many(group(_peer, _number(0, 3600)), MAX_RTTS), (), _dump_rtts)
     block_roots: tuple[bytes, ...] = optional(many(_digest, MAX_SHARDS), ())
     slot: int = optional(integer(0, MAX_SLOTS - 1), 0)
