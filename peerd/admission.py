@@ -60,7 +60,12 @@ class Admission:
         self._held[owner] -= tokens
         if self._held[owner] <= 0:
             del self._held[owner]
-        self._grant_in_order()
+        self.retry()
+
+    def retry(self) -> None:
+        """Grant what can be granted now."""
+        if self._waiters:
+            self._grant_in_order()
 
     def _grant_in_order(self) -> None:
         for waiter in list(self._waiters):

@@ -2,36 +2,69 @@
 
 Knows the engine, time and the thread; knows no streams. All of a span's tensors belong to that thread:
 everything else here runs between two batches, on Trio's side. A batch that has begun is not cut short:
-closing waits for it, which the engine's token budget bounds.
+closing waits for it, which the engine's token budget bounds. The engine's errors become the wire's here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import torch
 import trio
 
 from peerd.admission import Admission
-from peerd.compute.engine import Batch, BatchOutput, Engine, EngineStep, StepResult
+from peerd.compute.engine import Engine
+from peerd.compute.engine_errors import (
+    ContextTooLongError,
+    EngineError,
+    InvalidStepError,
+    NonFiniteError,
+    NoRoomError,
+    StepGapError,
+)
+from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
+from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, NoRoom, PeerdError
+from peerd.protocol.messages import Open, Step
+from peerd.protocol.span import Span
 
-Deliver = Callable[[StepResult], None]
 RunBatch = Callable[[Callable[[Batch], BatchOutput], Batch], Awaitable[BatchOutput]]
+Deliver = Callable[["torch.Tensor | PeerdError"], None]
+"""Takes a step's result, `[positions, hidden_size]` on the CPU, or the error that struck it."""
+
+
+class StepGap(Exception):
+    """A step starts beyond what is cached; `have` says what will be, by row."""
+
+    def __init__(self, have: dict[int, int]) -> None:
+        super().__init__(str(have))
+        self.have = have
+
+
+@dataclass(frozen=True, slots=True)
+class _Tenant:
+    owner: Hashable
+    tokens: int
+    deliver: Deliver
 
 
 class EngineTask:
-    """One engine, its device thread, and the sessions that wait for its results."""
+    """One engine, its device thread, and the sessions that wait for its results.
+
+    `run_batch` runs the engine's blocking part; the default hands it to a worker thread.
+    """
 
     def __init__(self, engine: Engine, *, run_batch: RunBatch | None = None) -> None:
         self.engine = engine
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._limiter = trio.CapacityLimiter(1)
         self._run_batch = run_batch or self._in_thread
-        self._deliver: dict[Hashable, Deliver] = {}
+        self._tenants: dict[Hashable, _Tenant] = {}
         self._work = trio.Event()
 
     def __repr__(self) -> str:
-        return f"<EngineTask {self.engine.span} sessions={len(self._deliver)} free={self.engine.free_tokens}>"
+        return f"<EngineTask {self.engine.span} sessions={len(self._tenants)} free={self.engine.free_tokens}>"
 
     async def run(self) -> None:
         """Run batches until cancelled."""
@@ -43,36 +76,75 @@ class EngineTask:
                 continue
             output = await self._run_batch(self.engine.run, batch)
             for result in self.engine.collect(batch, output):
-                # A session may have closed while its batch ran.
-                if deliver := self._deliver.get(result.session):
-                    deliver(result)
+                self._hand_over(result)
+            # Pages of sessions that closed while the batch ran are free only now.
+            self.admission.retry()
 
-    async def open(
-        self, session: Hashable, owner: Hashable, deliver: Deliver, *, timeout_s: float, **wanted: Any
-    ) -> None:
-        """Commit KV for `session`, waiting for room. `wanted` is what `Engine.open` takes.
+    async def open(self, session: Hashable, owner: Hashable, opening: Open, deliver: Deliver) -> None:
+        """Commit the KV that `opening` asks for, waiting for room as long as it allows.
 
         Raises NoRoom, ContextTooLong, InvalidRequest.
         """
-        tokens = self.engine.tokens_wanted(**wanted)
-        await self.admission.admit(owner, tokens, lambda: self.engine.open(session, **wanted), timeout_s)
-        self._deliver[session] = deliver
 
-    def submit(self, step: EngineStep) -> None:
-        """Queue a step. Raises what `Engine.submit` raises."""
-        self.engine.submit(step)
+        def attempt() -> None:
+            with _wire_errors():
+                self.engine.open(
+                    session,
+                    blocks=Span(opening.start, opening.end),
+                    max_length=opening.max_length,
+                    max_rows=opening.max_rows,
+                    max_rollback=opening.max_rollback,
+                )
+
+        tokens = opening.max_length * opening.max_rows
+        await self.admission.admit(owner, tokens, attempt, opening.timeout_ms / 1000)
+        self._tenants[session] = _Tenant(owner, tokens, deliver)
+
+    def submit(self, session: Hashable, step: Step, hidden: torch.Tensor) -> None:
+        """Queue a step. Raises StepGap, ContextTooLong, InvalidRequest, having changed nothing."""
+        with _wire_errors():
+            self.engine.submit(EngineStep(session, step.seq, step.ops, step.rows, hidden))
         self._work.set()
 
     def hold(self, session: Hashable, held: bool) -> None:
         """Whether the session is left out of batches, because its results pile up unsent."""
         self.engine.hold(session, held)
-        self._work.set()
+        if not held:
+            self._work.set()
 
-    def close(self, session: Hashable, owner: Hashable, tokens: int) -> None:
-        """Free what the session holds."""
-        del self._deliver[session]
+    def close(self, session: Hashable) -> None:
+        """Free what the session holds, and let whoever waits for it in."""
+        tenant = self._tenants.pop(session)
         self.engine.close(session)
-        self.admission.release(owner, tokens)
+        self.admission.release(tenant.owner, tenant.tokens)
+
+    def _hand_over(self, result: StepResult) -> None:
+        tenant = self._tenants.get(result.session)
+        if tenant is None:
+            return
+        if result.hidden is not None:
+            tenant.deliver(result.hidden)
+        elif isinstance(result.error, NonFiniteError):
+            tenant.deliver(BadResult(str(result.error)))
+        else:
+            tenant.deliver(InternalError(str(result.error)))
 
     async def _in_thread(self, run: Callable[[Batch], BatchOutput], batch: Batch) -> BatchOutput:
         return await trio.to_thread.run_sync(run, batch, limiter=self._limiter)
+
+
+@contextmanager
+def _wire_errors() -> Iterator[None]:
+    """The engine's errors as those that travel: `compute` knows no wire."""
+    try:
+        yield
+    except NoRoomError as error:
+        raise NoRoom(str(error), error.free_tokens) from None
+    except ContextTooLongError as error:
+        raise ContextTooLong(str(error)) from None
+    except StepGapError as error:
+        raise StepGap(error.have) from None
+    except InvalidStepError as error:
+        raise InvalidRequest(str(error)) from None
+    except EngineError as error:
+        raise InternalError(str(error)) from error

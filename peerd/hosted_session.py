@@ -10,11 +10,11 @@ with too many unsent is left out of the next batches.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import torch
 import trio
 
-from peerd.compute.engine import StepResult
 from peerd.connections import Stream
 from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
@@ -42,7 +42,6 @@ from peerd.protocol.messages import (
     Step,
 )
 from peerd.protocol.schema import Message
-from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
 from peerd.retained import Retained
 from peerd.step_tensors import priority_of, pushed_part, wanted_part, wanted_rows
@@ -68,7 +67,9 @@ class HostedSession:
         self._retained = Retained()
         self._down = Downstream(opening.codec, self._dtype, self._retained, open_link, self.tell)
         self._last = opening.next is None
-        self._pending: deque[Step] = deque()
+        # What the engine has, and the step as it travels on: they differ where `ops` were applied before.
+        self._pending: deque[tuple[Step, Step]] = deque()
+        self._ops_seq = REPLAY_SEQ
         self._upstream = trio.CancelScope()
         self._held = False
         self._moved = trio.lowlevel.ParkingLot()
@@ -82,21 +83,11 @@ class HostedSession:
 
     async def admit(self) -> None:
         """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong."""
-        opening = self.opening
-        await self._engine.open(
-            self,
-            self.owner,
-            self.deliver,
-            timeout_s=opening.timeout_ms / 1000,
-            blocks=Span(opening.start, opening.end),
-            max_length=opening.max_length,
-            max_rows=opening.max_rows,
-            max_rollback=opening.max_rollback,
-        )
+        await self._engine.open(self, self.owner, self.opening, self.deliver)
 
     def release(self) -> None:
         """Free the KV."""
-        self._engine.close(self, self.owner)
+        self._engine.close(self)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the route and hold the session back while results pile up, until `close`."""
@@ -152,15 +143,18 @@ class HostedSession:
             return
         self.epoch = step.epoch
         self.last_used = trio.current_time()
+        # After a change of route a step may come again; forking twice is not forking once.
+        fresh = replace(step, ops=()) if step.ops and step.seq <= self._ops_seq else step
         try:
-            hidden = self._decode(step, body)
-            self._engine.submit(self, step, hidden)
+            self._engine.submit(self, fresh, self._decode(step, body))
         except StepGap as gap:
             self.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
         except CallerError as error:
             self.tell(Failure(**to_wire(error), seq=step.seq))
         else:
-            self._pending.append(step)
+            self._pending.append((fresh, step))
+            if fresh.ops:
+                self._ops_seq = step.seq
 
     def take_over(self, epoch: int) -> trio.CancelScope:
         """A link with this epoch's ticket came: end the one before. Raises Superseded."""
@@ -188,30 +182,31 @@ class HostedSession:
 
     # From the engine.
 
-    def deliver(self, result: StepResult) -> None:
+    def deliver(self, result: torch.Tensor | PeerdError) -> None:
         """Send a step's result where it belongs. Called by the engine task; never blocks."""
-        self._route_result(self._pending.popleft(), result)
+        done, step = self._pending.popleft()
+        if isinstance(result, PeerdError):
+            self.tell(Failure(**to_wire(result), seq=step.seq))
+        else:
+            self._pass_on(done, step, result)
         if self._unsent > MAX_UNSENT_RESULTS:
             self._held = True
             self._engine.hold(self, True)
         self._moved.unpark_all()
 
-    def _route_result(self, step: Step, result: StepResult) -> None:
-        if result.hidden is None:
-            self.tell(Failure(**to_wire(result.error), seq=step.seq))
-            return
+    def _pass_on(self, done: Step, step: Step, hidden: torch.Tensor) -> None:
         if not self._last:
-            self._retained.apply(step.ops)
-            self._retained.add(step.rows, result.hidden)
+            self._retained.apply(done.ops)
+            self._retained.add(step.rows, hidden)
         if step.epoch < self.epoch:
             return
-        pushed, hidden = pushed_part(step, result.hidden)
+        pushed, part = pushed_part(step, hidden)
         if step.rows and not pushed.rows:
             return
         if not self._last:
-            self._down.push(pushed, hidden)
+            self._down.push(pushed, part)
         elif step.seq != REPLAY_SEQ:
-            self._answer(pushed, hidden)
+            self._answer(pushed, part)
 
     def _answer(self, step: Step, hidden: torch.Tensor) -> None:
         rows = wanted_rows(step)

@@ -192,9 +192,7 @@ class Session:
             parts.append(await self._submit(hidden[offset : offset + count], (piece,), () if offset else ops, wanted))
         return parts
 
-    async def _submit(
-        self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want
-    ) -> Pending:
+    async def _submit(self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want) -> Pending:
         while len(self.log.pending) >= self._max_steps:
             await self._changed.park()
         pending = self.log.add(hidden, rows, ops, want, self._epoch)

@@ -1,0 +1,161 @@
+"""A model that a swarm serves, as a client uses it: its head is here, its blocks are elsewhere.
+
+Knows the head, the tokenizer and how to start sessions; owns their tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from peerd.head_task import HeadTask
+from peerd.open_chain import ChainOpener, Terms
+from peerd.protocol.errors import ContextTooLong, InvalidRequest
+from peerd.protocol.messages import DEFAULT_MAX_STEPS
+from peerd.protocol.span import Span
+from peerd.session import ChainFinder, Patience, Session
+
+if TYPE_CHECKING:
+    import torch
+
+    from peerd.generation import Generation
+
+# A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
+OPEN_TIMEOUT_MS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a client knows of a model without its blocks."""
+
+    name: str
+    digest: bytes
+    block_count: int
+    width: int
+    max_length: int
+    dtype: str
+
+
+class RemoteModel:
+    """One model of a swarm. Made by `Peer.model`."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        head: HeadTask,
+        tokenizer: Any,
+        generation_config: Any,
+        finder: ChainFinder,
+        opener: ChainOpener,
+        tasks: trio.Nursery,
+    ) -> None:
+        self.facts = facts
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+        self._head = head
+        self._finder = finder
+        self._opener = opener
+        self._tasks = tasks
+        self._rng = random.Random(os.urandom(16))
+
+    def __repr__(self) -> str:
+        return f"<RemoteModel {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
+
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Token ids to the first block's input, `[n, width]`."""
+        return self._head.embed(token_ids)
+
+    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last block's output, `[n, width]`, to float32 logits, `[n, vocabulary]`."""
+        return await self._head.logits(hidden)
+
+    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
+        """Text to token ids; with `chat`, as a user's turn in the model's own template. Raises InvalidRequest."""
+        if chat and not self.tokenizer.chat_template:
+            raise InvalidRequest(f"{self.facts.name} has no chat template; leave out --chat")
+        if chat:
+            turn = [{"role": "user", "content": prompt}]
+            rendered = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer.encode(rendered, add_special_tokens=False)
+        else:
+            ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise InvalidRequest("the prompt is empty")
+        return list(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids to text, without special tokens."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @asynccontextmanager
+    async def session(
+        self,
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        blocks: Span | None = None,
+        patience: Patience | None = None,
+    ) -> AsyncIterator[Session]:
+        """A session over `blocks` (default: all), for rows of at most `max_length` positions.
+
+        Raises NoChain, Overloaded or ContextTooLong before the body runs.
+        """
+        session = await self.start_session(
+            max_length=max_length, max_rows=max_rows, max_rollback=max_rollback, blocks=blocks, patience=patience
+        )
+        try:
+            await session.open()
+            yield session
+        finally:
+            session.close()
+
+    async def start_session(
+        self,
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        blocks: Span | None = None,
+        patience: Patience | None = None,
+    ) -> Session:
+        """A session whose chain opens with its first step, and which the caller must `close`."""
+        if max_length > self.facts.max_length:
+            raise ContextTooLong(
+                f"{max_length} positions wanted (prompt and answer together), {self.facts.name} takes"
+                f" {self.facts.max_length}"
+            )
+        terms = Terms(
+            model=self.facts.digest,
+            max_length=max_length,
+            max_rows=max_rows,
+            max_rollback=max_rollback,
+            max_steps=DEFAULT_MAX_STEPS,
+            dtype=self.facts.dtype,
+            codec="exact",
+            timeout_ms=OPEN_TIMEOUT_MS,
+        )
+        blocks = blocks or Span(0, self.facts.block_count)
+        session = Session(
+            self._finder, self._opener, blocks, self.facts.width, terms, self._rng, patience or Patience()
+        )
+        await self._tasks.start(session.run)
+        return session
+
+    def generate(self, prompt: str | Sequence[int], *, chat: bool = False, **sampling: Any) -> Generation:
+        """Generate an answer: `async for token in model.generate("Once", max_new_tokens=20): ...`.
+
+        `sampling` is what `SamplingParams` takes; what is left out comes from the model's own generation
+        config. Raises InvalidRequest or ValueError here, NoChain and Overloaded while iterating.
+        """
+        from peerd.generation import Generation
+        from peerd.sampling import SamplingParams
+
+        ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
+        return Generation(self, ids, SamplingParams.from_config(self.generation_config, **sampling))

@@ -1,0 +1,36 @@
+"""Nurseries that an `open_*` makes for its caller, whose exceptions come out as they went in.
+
+Trio wraps whatever leaves a nursery in an exception group. A caller who writes `except NoChain` must
+not have to know that there was one, so a group of a single exception is unwrapped, once, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+
+@asynccontextmanager
+async def open_tasks() -> AsyncIterator[trio.Nursery]:
+    """A nursery for background tasks: cancelled when the body ends, unwrapped when one exception leaves."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        only = _only(group)
+        raise only from only.__cause__
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one exception in `group`, cancellation aside; the group itself where there are several."""
+    leaves = [leaf for leaf in _leaves(group) if not isinstance(leaf, trio.Cancelled)]
+    return leaves[0] if len(leaves) == 1 else group
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in _leaves(part)]
+    return [error]
