@@ -1,0 +1,220 @@
+"""A checkpoint on this machine: its configuration, and the tensors of just the blocks that are wanted.
+
+A checkpoint is a directory of safetensors with a `config.json`, or one GGUF file; which of the two shows
+only in how it is opened. Nothing is ever unpickled and no code that came with it is run. Knows no devices
+and no modules; Transformers is imported when a checkpoint is opened, not when this file is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.families import FAMILIES, Family, family_named
+from peerd.compute.parameter_names import LM_HEAD
+from peerd.compute.weights import Weights
+from peerd.protocol.span import MAX_BLOCKS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedConfig
+
+
+class Checkpoint:
+    """An open checkpoint of one language model. Use it as a context manager, or `close` it."""
+
+    def __init__(self, path: Path, family: Family, config: PreTrainedConfig, weights: Weights, name: str) -> None:
+        self.path = path
+        self.family = family
+        #: The text model's configuration, unmodified.
+        self.config = config
+        #: What people call the model.
+        self.name = name
+        self._weights = weights
+        self._names_of_block = self._sort_names()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.name} blocks={self.block_count} bytes_read={self.bytes_read}>"
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._weights.close()
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks the model has."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states that travel between blocks."""
+        return int(self.config.hidden_size)
+
+    @property
+    def max_length(self) -> int | None:
+        """How many positions the model was made for; None where its position scheme has no limit (ALiBi)."""
+        length = getattr(self.config, "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file rather than a directory."""
+        return self.path.suffix == ".gguf"
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the weights were published in; fp32 for a GGUF file, whose weights are dequantized."""
+        import torch
+
+        if self.is_gguf:
+            return torch.float32
+        declared = getattr(torch, str(self.config.dtype).removeprefix("torch."), None)
+        return declared if isinstance(declared, torch.dtype) else torch.float32
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of the weights files were read so far, headers included."""
+        return self._weights.bytes_read
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Every weights file of the model, whether it was read or not."""
+        return self._weights.files
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """How the publisher means the model to be sampled, and the ids that end a sequence."""
+        from transformers import GenerationConfig
+
+        path = self.path / "generation_config.json"
+        if self.is_gguf or not path.exists():
+            return GenerationConfig.from_model_config(self.config)
+        return GenerationConfig.from_dict(_read_json(path))
+
+    def names_of_block(self, block: int) -> tuple[str, ...]:
+        """The parameters of one block by the decoder's names, such as `layers.7.mlp.down_proj.weight`.
+
+        Raises IndexError for a block that the model doesn't have.
+        """
+        if not 0 <= block < self.block_count:
+            raise IndexError(f"{self.name} has blocks 0 to {self.block_count - 1}, not {block}")
+        return self._names_of_block.get(block, ())
+
+    def head_names(self) -> tuple[str, ...]:
+        """The parameters that belong to no block: embeddings, norms outside the blocks, an untied `lm_head.weight`."""
+        tied = self.config.tie_word_embeddings
+        return tuple(name for name in self._names_of_block[-1] if not (tied and name == LM_HEAD))
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read parameters one by one, each in memory of its own, in the dtype they are stored in.
+
+        A quantized GGUF tensor comes dequantized to fp32. Raises CheckpointError.
+        """
+        for name in names:
+            yield name, self._weights.read(name)
+
+    def size_of(self, name: str) -> tuple[int, int]:
+        """How many values a parameter has, and how many bytes it takes in the file. Raises CheckpointError."""
+        return self._weights.size_of(name)
+
+    @cached_property
+    def model_digest(self) -> bytes:
+        """32 bytes that two checkpoints share if and only if they are the same model in the same files.
+
+        Reads every weights file once; what was found is remembered across runs. Raises CheckpointError.
+        """
+        from peerd.compute.digests import model_digest
+
+        return model_digest(self.config, self.weight_files)
+
+    def block_digest(self, block: int) -> bytes:
+        """32 bytes over the block's tensors as they are stored: names, dtypes, shapes and bytes."""
+        from peerd.compute.digests import tensors_digest
+
+        names = self.names_of_block(block)
+        return tensors_digest(stored for name in names for stored in self._weights.stored(name))
+
+    def _sort_names(self) -> dict[int, tuple[str, ...]]:
+        """Parameters by block, sorted; those of no block under -1."""
+        found: dict[int, list[str]] = {-1: []}
+        prefix = f"{self.family.layers}."
+        for name in sorted(self._weights.parameters):
+            number = name.removeprefix(prefix).split(".", 1)[0] if name.startswith(prefix) else ""
+            found.setdefault(int(number) if number.isdecimal() else -1, []).append(name)
+        return {block: tuple(names) for block, names in found.items()}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a model directory (safetensors and `config.json`) or a `.gguf` file.
+
+    Reads headers only. Raises CheckpointError, or its subclass UnsupportedModel.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _open_directory(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from peerd.compute.gguf_weights import open_gguf
+
+        return open_gguf(path)
+    found = "is neither" if path.exists() else "does not exist; it must be"
+    raise CheckpointError(f"{path}: {found} a directory with config.json and safetensors, or a .gguf file")
+
+
+def check_config(config: PreTrainedConfig, where: object) -> None:
+    """Refuse what cannot run, with the reason. Raises UnsupportedModel or CheckpointError."""
+    blocks = config.num_hidden_layers
+    if not isinstance(blocks, int) or not 0 < blocks <= MAX_BLOCKS:
+        raise CheckpointError(f"{where}: num_hidden_layers is {blocks!r}")
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method", "an unknown way")
+        raise UnsupportedModel(f"{where}: its weights are quantized by {method}, which we do not read")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModel(f"{where}: its blocks attend to later positions")
+
+
+def _open_directory(directory: Path) -> Checkpoint:
+    from peerd.compute.safetensors_weights import SafetensorsWeights
+
+    config_path = directory / "config.json"
+    raw = _text_config(_read_json(config_path))
+    family = family_named(raw.get("model_type"))
+    try:
+        config = family.config_type().from_dict(raw)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{config_path}: is not a valid {family.model_type} configuration: {error}") from error
+    check_config(config, config_path)
+    return Checkpoint(directory, family, config, SafetensorsWeights(directory, family), directory.resolve().name)
+
+
+def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration that also describes, say, a vision tower."""
+    text = raw.get("text_config")
+    if raw.get("model_type") in FAMILIES or not isinstance(text, dict):
+        return raw
+    outer = {"model_type": f"{raw.get('model_type')}_text", "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    return outer | text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value

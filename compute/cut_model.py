@@ -1,0 +1,66 @@
+"""Building Transformers modules without their weights, cutting them, and filling what is left.
+
+Everything is built whole on the meta device from the unmodified configuration, which costs no memory, and
+then cut: a configuration with fewer layers builds other layers in some families. Knows nothing of spans.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peerd.compute.errors import CheckpointError
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def build_on_meta(
+    model_type: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """The whole model in `dtype` on the meta device, with a configuration of its own, in evaluation mode."""
+    with torch.device("meta"):
+        model = model_type._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    return model.eval()
+
+
+def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device, where: object) -> None:
+    """Put tensors into `module` in place of its meta parameters, each converted to the parameter's dtype.
+
+    Parameters are frozen. Raises CheckpointError for a name or a shape that the module does not have.
+    """
+    parameters = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in tensors:
+        expected = parameters.get(name)
+        if expected is None:
+            raise CheckpointError(f"{where}: tensor {name} belongs to no part of the model")
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected.shape)}"
+            )
+        owner_name, _, leaf = name.rpartition(".")
+        owner: Any = module.get_submodule(owner_name)
+        value = tensor.to(device=device, dtype=expected.dtype)
+        if isinstance(expected, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(owner, leaf, value)
+
+
+def rebuild_rotaries(module: nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
+    """Build rotary embeddings anew on `device`: their frequencies are in no checkpoint."""
+    for name, child in list(module.named_modules()):
+        if type(child).__name__.endswith("RotaryEmbedding"):
+            rotary: Any = type(child)
+            with torch.device(device):
+                module.set_submodule(name, rotary(config=config))
+
+
+def check_filled(module: nn.Module, where: object) -> None:
+    """Raise CheckpointError if any parameter or buffer is still without a value."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if missing := [name for name, tensor in tensors if tensor.is_meta]:
+        rest = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{where}: tensor {missing[0]} is missing{rest}")

@@ -1,0 +1,18 @@
+"""What can be wrong with a checkpoint on this machine, as one clear error each.
+
+These never travel: a peer that cannot open its own checkpoint does not serve, so they are not part of
+the taxonomy that peers tell each other.
+"""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used: absent, truncated, incomplete, or not what it says it is.
+
+    The message names the file, and the tensor where there is one.
+    """
+
+
+class UnsupportedModel(CheckpointError):
+    """The checkpoint is sound, but its architecture or storage is one that we do not run. The message says which."""

@@ -1,0 +1,93 @@
+"""From the names in a checkpoint to the parameters of a decoder.
+
+Checkpoints carry their publisher's prefix, names that Transformers has changed since, and one tensor an
+expert where Transformers keeps all experts in one. Pure: strings in, recipes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from peerd.compute.errors import CheckpointError
+from peerd.compute.families import Family
+
+LM_HEAD = "lm_head.weight"
+
+# Where publishers put the decoder inside the whole model, most specific first.
+_PREFIXES = ("language_model.model.", "model.language_model.", "transformer.", "model.", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The stored tensors that make one parameter.
+
+    With `parts` 0 it is the single tensor `names[0]`. Otherwise `names` lists, expert by expert, the `parts` tensors
+    whose rows make that expert's slice of a parameter [experts, rows, columns].
+    """
+
+    names: tuple[str, ...]
+    parts: int = 0
+
+
+def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[str, Recipe]:
+    """Each decoder parameter (and `lm_head.weight`) that these tensors hold.
+
+    Parameters have the decoder's own names, such as `layers.7.mlp.down_proj.weight`. Tensors outside the decoder
+    are left out. Raises CheckpointError, saying `where`, if there are no blocks or an expert is missing.
+    """
+    stored_names = tuple(stored_names)
+    prefix = _prefix(stored_names, family, where)
+    found: dict[str, Recipe] = {}
+    pieces: dict[str, dict[tuple[int, int], str]] = {}
+    for stored in stored_names:
+        name = _decoder_name(stored, prefix, family)
+        if name is None:
+            continue
+        piece = _piece(name, family)
+        if piece is None:
+            found[name] = Recipe((stored,))
+        else:
+            whole, expert, part = piece
+            pieces.setdefault(whole, {})[expert, part] = stored
+    for whole, parts in pieces.items():
+        found[whole] = _assemble(whole, parts, where)
+    return found
+
+
+def _prefix(stored_names: tuple[str, ...], family: Family, where: object) -> str:
+    for prefix in _PREFIXES:
+        if any(name.startswith(f"{prefix}{family.layers}.") for name in stored_names):
+            return prefix
+    raise CheckpointError(f"{where}: holds no {family.model_type} blocks: no tensor is called {family.layers}.N")
+
+
+def _decoder_name(stored: str, prefix: str, family: Family) -> str | None:
+    if stored == LM_HEAD or stored.endswith(f".{LM_HEAD}"):
+        return LM_HEAD
+    if not stored.startswith(prefix):
+        return None
+    name = stored.removeprefix(prefix)
+    for old, new in family.renamed:
+        name = name.replace(old, new)
+    return name
+
+
+def _piece(name: str, family: Family) -> tuple[str, int, int] | None:
+    """For one expert's piece of a fused parameter: the whole's name, the expert, and which part it is."""
+    for fused in family.fused:
+        for part, pattern in enumerate(fused.parts):
+            expert_pattern = re.escape(pattern).replace(r"\{expert\}", r"(\d{1,5})")
+            if match := re.fullmatch(rf"({re.escape(family.layers)}\.\d{{1,5}}\.){expert_pattern}", name):
+                return f"{match[1]}{fused.parameter}", int(match[2]), part
+    return None
+
+
+def _assemble(whole: str, found: Mapping[tuple[int, int], str], where: object) -> Recipe:
+    experts = 1 + max(expert for expert, _ in found)
+    parts = 1 + max(part for _, part in found)
+    wanted = [(expert, part) for expert in range(experts) for part in range(parts)]
+    if missing := [key for key in wanted if key not in found]:
+        raise CheckpointError(f"{where}: tensor {whole} is incomplete: expert {missing[0][0]} is missing")
+    return Recipe(tuple(found[key] for key in wanted), parts)

@@ -1,0 +1,92 @@
+"""Rotary position embeddings that follow each session's declared length.
+
+`dynamic` and `longrope` choose their frequencies by how long a sequence is. Transformers takes the longest
+position of the batch, so a neighbour's length, or an answer growing past a threshold, would change what is
+computed here. We take the `max_length` that the session declared when it opened: constant for its life, and
+its own. With `max_length` equal to the sequence's length both give the same numbers.
+
+The difficulty is to reuse every family's own arithmetic (how cos and sin are laid out differs): tokens are
+grouped by the frequencies that they need, and the family's module runs once a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: One length for all tokens, or int64 lengths that broadcast to the shape of the position ids.
+MaxLengths = int | torch.Tensor
+
+_Rule = tuple[str, int]  # rope type, and the longest length that it leaves unscaled
+
+
+def length_rules(config: PreTrainedConfig) -> Mapping[str | None, _Rule]:
+    """Which of the model's ropes depend on the length: by layer type, or under None if all layers share one."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_type = {None: parameters} if "rope_type" in parameters else parameters
+    rules: dict[str | None, _Rule] = {}
+    for layer_type, rope in by_type.items():
+        kind = (rope or {}).get("rope_type")
+        if kind == "longrope":
+            rules[layer_type] = (kind, int(rope["original_max_position_embeddings"]))
+        elif kind == "dynamic":
+            rules[layer_type] = (kind, int(config.max_position_embeddings))
+    return rules
+
+
+class DeclaredLengthRotary(nn.Module):
+    """Stands in for a decoder's `rotary_emb` when `length_rules` has any. Set `max_lengths` before each forward."""
+
+    def __init__(self, rotary: nn.Module, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.max_lengths: MaxLengths | None = None
+        self._rotary: Any = rotary
+        self._config = config
+        self._rules = length_rules(config)
+        self._frequencies: dict[tuple[str | None, int], tuple[torch.Tensor, float]] = {}
+        # The module's own wrapper rescales by the batch's longest position unless the type is another.
+        kinds = rotary.rope_type
+        rotary.rope_type = "default" if isinstance(kinds, str) else dict.fromkeys(kinds, "default")
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+        """cos and sin for each position: [*position_ids.shape, width], in the dtype of `x`."""
+        if layer_type not in self._rules:
+            return self._rotary(x, position_ids, layer_type)
+        if self.max_lengths is None:
+            raise ValueError("this model's rotary embeddings follow declared lengths: pass max_lengths")
+        lengths = torch.as_tensor(self.max_lengths, device=position_ids.device)
+        groups = self._group(lengths, self._rules[layer_type])
+        cos_sin: Any = None
+        for group in torch.unique(groups).tolist():
+            own = self._for_length(x, position_ids, layer_type, group)
+            chosen = (groups == group)[..., None]
+            cos_sin = (
+                own if cos_sin is None else [torch.where(chosen, *pair) for pair in zip(own, cos_sin, strict=True)]
+            )
+        return cos_sin
+
+    @staticmethod
+    def _group(lengths: torch.Tensor, rule: _Rule) -> torch.Tensor:
+        """One representative length for all lengths that need the same frequencies."""
+        kind, unscaled = rule
+        return lengths.clamp(unscaled, unscaled + 1) if kind == "longrope" else lengths.clamp(min=unscaled)
+
+    def _for_length(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None, length: int) -> Any:
+        key = layer_type, length
+        if key not in self._frequencies:
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            compute = ROPE_INIT_FUNCTIONS[self._rules[layer_type][0]]
+            arguments = {} if layer_type is None else {"layer_type": layer_type}
+            self._frequencies[key] = compute(self._config, position_ids.device, seq_len=length, **arguments)
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        inv_freq, scaling = self._frequencies[key]
+        setattr(self._rotary, f"{prefix}inv_freq", inv_freq)
+        setattr(self._rotary, f"{prefix}attention_scaling", scaling)
+        return self._rotary(x, position_ids, *(() if layer_type is None else (layer_type,)))

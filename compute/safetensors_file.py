@@ -1,0 +1,159 @@
+"""One safetensors file: where each tensor lies, and reading exactly those bytes.
+
+Reads with `pread` rather than a memory map: what is read is what was asked for, is counted, and a file that
+somebody truncates meanwhile is an error instead of a SIGBUS. Nothing in the header is believed before it
+was checked against the file's size. Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from peerd.compute.errors import CheckpointError, UnsupportedModel
+
+# As in the reference implementation: no honest header is larger.
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as the file holds it: `offset` counts from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_values(self) -> int:
+        return math.prod(self.shape)
+
+
+class SafetensorsFile:
+    """An open safetensors file. Raises CheckpointError on opening if it isn't a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes_read = 0
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        try:
+            self.tensors: Mapping[str, StoredTensor] = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Closing twice does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in its stored dtype, in memory of its own. Raises CheckpointError."""
+        stored = self.stored(name)
+        dtype = DTYPES.get(stored.dtype)
+        if dtype is None:
+            raise UnsupportedModel(f"{self.path}: tensor {name} is stored as {stored.dtype}, which we do not read")
+        return self.read_bytes(stored).view(dtype).reshape(stored.shape)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Where a tensor lies. Raises CheckpointError if the file has none of that name."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing") from None
+
+    def read_bytes(self, stored: StoredTensor) -> torch.Tensor:
+        """The tensor's bytes as they lie in the file, as uint8 [n_bytes]. Raises CheckpointError."""
+        out = torch.empty(stored.n_bytes, dtype=torch.uint8)
+        self._read_into(memoryview(out.numpy()), stored.offset, stored.name)
+        return out
+
+    def _read_header(self) -> dict[str, StoredTensor]:
+        size = os.fstat(self._fd).st_size
+        prefix = bytearray(8)
+        if size < 8:
+            raise CheckpointError(f"{self.path}: truncated: {size} bytes are not a safetensors file")
+        self._read_into(memoryview(prefix), 0, "header length")
+        length = int.from_bytes(prefix, "little")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{self.path}: its header claims {length} bytes, the file has {size}")
+        header = bytearray(length)
+        self._read_into(memoryview(header), 8, "header")
+        try:
+            entries = json.loads(header)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: its header is not JSON") from error
+        if not isinstance(entries, dict):
+            raise CheckpointError(f"{self.path}: its header is not a JSON object")
+        entries.pop("__metadata__", None)
+        tensors = {name: self._entry(name, entry, 8 + length) for name, entry in entries.items()}
+        self._check_layout(tensors, 8 + length, size)
+        return tensors
+
+    def _entry(self, name: str, entry: Any, data_start: int) -> StoredTensor:
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name} has a malformed entry") from error
+        numbers = (*shape, begin, end)
+        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers) or begin > end:
+            raise CheckpointError(f"{self.path}: tensor {name} has a malformed entry")
+        known = DTYPES.get(dtype)
+        if known is not None and math.prod(shape) * known.itemsize != end - begin:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of {dtype} {list(shape)} cannot take {end - begin} bytes"
+            )
+        return StoredTensor(name, dtype, shape, data_start + begin, end - begin)
+
+    def _check_layout(self, tensors: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
+        ordered = sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.n_bytes))
+        for before, after in pairwise(ordered):
+            if before.offset + before.n_bytes > after.offset:
+                raise CheckpointError(f"{self.path}: tensors {before.name} and {after.name} overlap")
+        end = ordered[-1].offset + ordered[-1].n_bytes if ordered else data_start
+        if end > size:
+            raise CheckpointError(f"{self.path}: truncated: tensor {ordered[-1].name} ends at {end} of {size} bytes")
+
+    def _read_into(self, out: memoryview, offset: int, what: str) -> None:
+        done = 0
+        while done < len(out):
+            got = os.preadv(self._fd, [out[done:]], offset + done)
+            if got == 0:
+                raise CheckpointError(f"{self.path}: truncated: {what} ends after {done} of {len(out)} bytes")
+            done += got
+        self.bytes_read += done

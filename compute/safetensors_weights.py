@@ -1,0 +1,123 @@
+"""A directory of safetensors shards, read as the parameters of a decoder.
+
+Opens a shard only when one of its tensors is read, so that a span needs only the shards that hold it.
+Knows files and recipes; knows no modules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from peerd.compute.errors import CheckpointError
+from peerd.compute.families import Family
+from peerd.compute.parameter_names import Recipe, recipes
+from peerd.compute.safetensors_file import SafetensorsFile
+from peerd.compute.weights import StoredBytes
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class SafetensorsWeights:
+    """Implements `Weights`. Raises CheckpointError if the directory has no safetensors or its index is malformed."""
+
+    def __init__(self, directory: Path, family: Family) -> None:
+        self.directory = directory
+        self._open: dict[str, SafetensorsFile] = {}
+        self._bytes_of_closed = 0
+        try:
+            self._shard_of = self._index()
+            self._recipes = recipes(self._shard_of, family, directory)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self._recipes)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.directory / name for name in sorted(set(self._shard_of.values())))
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_of_closed + sum(file.bytes_read for file in self._open.values())
+
+    def read(self, parameter: str) -> torch.Tensor:
+        recipe = self._recipe(parameter)
+        return self._read_experts(parameter, recipe) if recipe.parts else self._read_one(recipe.names[0])
+
+    def size_of(self, parameter: str) -> tuple[int, int]:
+        stored = [self._file_of(name).stored(name) for name in self._recipe(parameter).names]
+        return sum(tensor.n_values for tensor in stored), sum(tensor.n_bytes for tensor in stored)
+
+    def stored(self, parameter: str) -> Iterator[StoredBytes]:
+        for name in self._recipe(parameter).names:
+            file = self._file_of(name)
+            tensor = file.stored(name)
+            yield StoredBytes(name, tensor.dtype, tensor.shape, memoryview(file.read_bytes(tensor).numpy()))
+
+    def close(self) -> None:
+        self._bytes_of_closed = self.bytes_read
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _index(self) -> Mapping[str, str]:
+        """Stored name -> the shard's file name."""
+        index_path = self.directory / INDEX_NAME
+        if index_path.exists():
+            return _read_index(index_path)
+        if not (self.directory / SINGLE_NAME).exists():
+            raise CheckpointError(
+                f"{self.directory}: holds neither {SINGLE_NAME} nor {INDEX_NAME} (pickled weights are never read)"
+            )
+        file = self._open[SINGLE_NAME] = SafetensorsFile(self.directory / SINGLE_NAME)
+        return dict.fromkeys(file.tensors, SINGLE_NAME)
+
+    def _recipe(self, parameter: str) -> Recipe:
+        try:
+            return self._recipes[parameter]
+        except KeyError:
+            raise CheckpointError(f"{self.directory}: tensor {parameter} is missing") from None
+
+    def _file_of(self, stored_name: str) -> SafetensorsFile:
+        shard = self._shard_of[stored_name]
+        if shard not in self._open:
+            self._open[shard] = SafetensorsFile(self.directory / shard)
+        return self._open[shard]
+
+    def _read_one(self, stored_name: str) -> torch.Tensor:
+        return self._file_of(stored_name).read(stored_name)
+
+    def _read_experts(self, parameter: str, recipe: Recipe) -> torch.Tensor:
+        """Read expert by expert into the whole, so that no second copy of it is ever held."""
+        first = [self._read_one(name) for name in recipe.names[: recipe.parts]]
+        if any(piece.ndim != 2 for piece in first):
+            raise CheckpointError(f"{self.directory}: tensor {parameter} has experts that are no matrices")
+        rows, columns = [piece.shape[0] for piece in first], first[0].shape[1]
+        whole = torch.empty(len(recipe.names) // recipe.parts, sum(rows), columns, dtype=first[0].dtype)
+        for index, name in enumerate(recipe.names):
+            expert, part = divmod(index, recipe.parts)
+            piece = self._read_one(name) if expert else first[part]
+            if piece.shape != (rows[part], columns) or piece.dtype != whole.dtype:
+                raise CheckpointError(f"{self.directory}: tensor {name} differs from the other experts'")
+            whole[expert, sum(rows[:part]) : sum(rows[: part + 1])] = piece
+        return whole
+
+
+def _read_index(path: Path) -> Mapping[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        items = dict(weight_map.items())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not an index of shards") from error
+    for name, shard in items.items():
+        # A shard lies beside its index: an index may not name other files of this machine.
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: tensor {name} is said to lie in {shard!r}, which is no shard's name")
+    return items

@@ -1,0 +1,172 @@
+"""A span is the model's own decoder with its ends taken off.
+
+The whole Transformers base model is built on the meta device, its layer list cut to the span, its final norm
+replaced by an identity, its embeddings dropped; then only the span's tensors are read. No architecture is
+written again here. The difficulty is what a decoder's forward reads beside its layers: per-layer lists are
+sliced, layer numbers start from 0 again, and what it does to embeddings is left to the head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peerd.compute.cut_model import build_on_meta, check_filled, fill, rebuild_rotaries
+from peerd.compute.families import Family
+from peerd.compute.layer_kinds import LayerKind, layer_kinds
+from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, length_rules
+from peerd.protocol.span import Span
+from torch import nn
+
+if TYPE_CHECKING:
+    from peerd.compute.checkpoint import Checkpoint
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class SpanModel(nn.Module):
+    """Blocks `span.start` to `span.end - 1`: hidden states in, hidden states out. Frozen, in evaluation mode.
+
+    Layers are numbered from 0 within the span (`layer_idx`), so a cache holds the span's layers only.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, family: Family, span: Span, kinds: tuple[LayerKind, ...]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.family = family
+        self.span = span
+        #: One for each block of the span, in order.
+        self.kinds = kinds
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The decoder's own configuration: per-layer lists are cut to the span."""
+        return self.decoder.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The span's blocks."""
+        layers: nn.ModuleList = getattr(self.decoder, self.family.layers)
+        return layers
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the span lies."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the span computes in."""
+        return next(self.parameters()).dtype
+
+    @property
+    def follows_max_length(self) -> bool:
+        """Whether `forward` needs `max_lengths`: the rotary embeddings scale with a session's declared length."""
+        return isinstance(self._rotary, DeclaredLengthRotary)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        *,
+        max_lengths: MaxLengths | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run hidden states [B, T, hidden_size] at positions [B, T] (int64) through the span: [B, T, hidden_size].
+
+        `past_key_values` is a Transformers cache, or anything with its `update`; without one nothing is kept.
+        `max_lengths` is the declared length of each token's session: an int, or int64 that broadcasts to [B, T]; where
+        it is None each row's longest position counts, as in Transformers. `kwargs` go to the attention function.
+        """
+        rotary = self._rotary
+        if isinstance(rotary, DeclaredLengthRotary):
+            rotary.max_lengths = position_ids.amax(-1, keepdim=True) + 1 if max_lengths is None else max_lengths
+        output = self.decoder(
+            inputs_embeds=hidden,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            use_cache=past_key_values is not None,
+            **kwargs,
+        )
+        result: torch.Tensor = output.last_hidden_state
+        return result
+
+    def forward_no_cache(self, hidden: torch.Tensor, max_length: int | None = None) -> torch.Tensor:
+        """Run whole sequences [B, T, hidden_size] from position 0, keeping nothing. Gradients flow to `hidden`."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+        return self.forward(hidden, positions, max_lengths=max_length)
+
+    @property
+    def _rotary(self) -> nn.Module | None:
+        return getattr(self.decoder, "rotary_emb", None)
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    span: Span,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+) -> SpanModel:
+    """Read a span's blocks onto `device`, in `dtype` (the checkpoint's own if None).
+
+    `attention` is `eager`, `sdpa`, or a name registered with `AttentionInterface`; a family without that interface
+    uses its own. Raises CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the
+    model does not have.
+    """
+    if span.end > checkpoint.block_count:
+        raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
+    family, device = checkpoint.family, torch.device(device)
+    kinds = layer_kinds(checkpoint.config)[span.start : span.end]
+    attention = attention if family.attention_interface else "eager"
+    decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype or checkpoint.dtype, attention)
+    _cut(decoder, family, span)
+    fill(decoder, _renumbered(checkpoint, span), device, checkpoint.path)
+    rebuild_rotaries(decoder, decoder.config, device)
+    check_filled(decoder, checkpoint.path)
+    if length_rules(decoder.config):
+        decoder.rotary_emb = DeclaredLengthRotary(decoder.rotary_emb, decoder.config)
+    return SpanModel(decoder, family, span, kinds).eval()
+
+
+def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
+    layers: nn.ModuleList = getattr(decoder, family.layers)
+    config = decoder.config
+    _slice_lists(config, len(layers), span)
+    setattr(decoder, family.layers, layers[span.start : span.end])
+    for index, layer in enumerate(layers[span.start : span.end]):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    setattr(decoder, family.norm, nn.Identity())
+    setattr(decoder, family.embeddings, None)
+    if family.embedding_norm:
+        setattr(decoder, family.embedding_norm, nn.Identity())
+    if family.embedding_scale:
+        setattr(decoder, family.embedding_scale, 1.0)
+
+
+def _slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
+    """Cut the configuration's per-layer lists (`layer_types` and the like), which forward reads by new numbers."""
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == block_count:
+            setattr(config, name, value[span.start : span.end])
+    config.num_hidden_layers = len(span)
+
+
+def _renumbered(checkpoint: Checkpoint, span: Span) -> Iterator[tuple[str, torch.Tensor]]:
+    """The span's tensors under the names that its blocks have within the span."""
+    prefix = re.escape(checkpoint.family.layers)
+    for index, block in enumerate(range(span.start, span.end)):
+        for name, tensor in checkpoint.read(checkpoint.names_of_block(block)):
+            yield re.sub(rf"^{prefix}\.\d+", f"{checkpoint.family.layers}.{index}", name), tensor

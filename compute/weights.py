@@ -1,0 +1,59 @@
+"""What a checkpoint needs of the files that hold its tensors, whatever their format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """One tensor as a file holds it, for digests: its stored name, dtype and shape, and its bytes untouched."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class Weights(Protocol):
+    """A decoder's parameters by the decoder's own names (`layers.7.mlp.down_proj.weight`), and `lm_head.weight`.
+
+    Every method that takes a parameter raises CheckpointError if it is missing or its file is not whole.
+    """
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of all parameters there are."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every weights file of the checkpoint, sorted by name."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of those files were read so far, headers included."""
+        ...
+
+    def read(self, parameter: str) -> torch.Tensor:
+        """One parameter in its stored dtype (fp32 if it was dequantized), in memory of its own."""
+        ...
+
+    def size_of(self, parameter: str) -> tuple[int, int]:
+        """How many values it has, and how many bytes it takes in the file."""
+        ...
+
+    def stored(self, parameter: str) -> Iterator[StoredBytes]:
+        """The stored tensors that make one parameter."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
