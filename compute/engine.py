@@ -1,0 +1,114 @@
+"""The engine: sessions of many clients on one span, run as batches. Synchronous; it knows no trio.
+
+The main thread opens sessions, submits steps, plans batches and collects them; a device thread runs
+one batch at a time and is alone in touching the span's tensors. What each side may call is the
+contract that makes locks unnecessary: everything but `run` and `forward` is the main thread's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+
+import torch
+from peerd.compute.pages import PagePool
+from peerd.compute.scheduler import Scheduler
+from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
+from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.span import Span
+
+__all__ = ["BaseEngine", "Batch", "BatchOutput", "Drop", "EngineStep", "Fork", "RowSlice", "StepResult"]
+
+
+class BaseEngine(ABC):
+    """All of an engine but the arithmetic."""
+
+    def __init__(self, span: Span, hidden_size: int, *, kv_tokens: int, page_tokens: int, batch_tokens: int) -> None:
+        self.span = span
+        self.hidden_size = hidden_size
+        # Positions that went through the blocks with a cache, replays included.
+        self.positions_computed = 0
+        self.batches_run = 0
+        self._pool = PagePool(kv_tokens // page_tokens, page_tokens)
+        self._scheduler = Scheduler(span, hidden_size, self._pool, batch_tokens)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._scheduler!r}>"
+
+    @property
+    def total_tokens(self) -> int:
+        """KV tokens of the pool."""
+        return self._pool.pages * self._pool.page_tokens
+
+    @property
+    def free_tokens(self) -> int:
+        """KV tokens that no session has committed."""
+        return self._pool.free_pages * self._pool.page_tokens
+
+    def tokens_wanted(self, *, blocks: Span | None = None, max_length: int, max_rows: int, max_rollback: int) -> int:
+        """What `open` with the same arguments commits."""
+        return self._scheduler.tokens_wanted(max_length, max_rows)
+
+    def open(
+        self,
+        session: Hashable,
+        *,
+        blocks: Span | None = None,
+        max_length: int,
+        max_rows: int,
+        max_rollback: int,
+    ) -> None:
+        """Commit KV for `max_rows` rows of `max_length` positions; `blocks` (default all) are those it runs.
+
+        Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError.
+        """
+        self._scheduler.open(session, blocks or self.span, max_length, max_rows)
+
+    def close(self, session: Hashable) -> None:
+        """Forget the session and its queued steps; pages in a running batch are freed when it is collected."""
+        self._scheduler.close(session)
+
+    def lengths(self, session: Hashable) -> dict[int, int]:
+        """Cached positions of each row that has any, once the running batch has ended."""
+        return self._scheduler.lengths(session)
+
+    def check(self, step: EngineStep) -> None:
+        """Whether `step` can follow what is queued.
+
+        Raises StepGapError, ContextTooLongError, InvalidStepError; KeyError where the session is not open.
+        """
+        self._scheduler.check(step)
+
+    def submit(self, step: EngineStep) -> None:
+        """Queue a step. A slice that starts below its row's length cuts the row there. Raises what `check` raises."""
+        self._scheduler.submit(step)
+
+    def hold(self, session: Hashable, held: bool) -> None:
+        """A held session is left out of batches; its steps stay queued."""
+        self._scheduler.hold(session, held)
+
+    def ready(self) -> bool:
+        """Whether `plan` would return a batch."""
+        return self._scheduler.is_ready
+
+    def plan(self) -> Batch | None:
+        """The next batch, or None. It must be run and collected before another is planned."""
+        return self._scheduler.plan()
+
+    def collect(self, batch: Batch, output: BatchOutput) -> list[StepResult]:
+        """Take the batch back; returns the results of the steps that ended with it.
+
+        A step whose result is not finite fails, with every later step of its session that was queued; its
+        rows are cut where it began. Nobody else notices.
+        """
+        self.positions_computed += batch.positions
+        self.batches_run += 1
+        return self._scheduler.collect(output)
+
+    @abstractmethod
+    def run(self, batch: Batch) -> BatchOutput:
+        """Run a planned batch. Device thread."""
+
+    @abstractmethod
+    def forward(self, hidden: torch.Tensor, blocks: Span | None = None) -> torch.Tensor:
+        """Run sequences `[batch, positions, hidden_size]` from position 0, without a cache. Device thread."""

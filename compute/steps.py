@@ -1,0 +1,101 @@
+"""What goes in and out of an engine: steps, results, and the batches between them.
+
+Values only. A batch is a snapshot: whatever the device thread reads is in it, so the main thread may
+go on accepting steps while it runs, without a lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peerd.compute.engine_errors import EngineError
+from peerd.protocol.rows import Op, RowSlice
+from peerd.protocol.span import Span
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineStep:
+    """New positions of some rows of one session, after `ops`.
+
+    `hidden`: `[sum of the rows' counts, hidden_size]`, any floating dtype, on the CPU, in the order of `rows`.
+    """
+
+    session: Hashable
+    seq: int
+    ops: tuple[Op, ...]
+    rows: tuple[RowSlice, ...]
+    hidden: torch.Tensor
+
+    @property
+    def positions(self) -> int:
+        return sum(piece.count for piece in self.rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What became of a step: `hidden` as in the step, or the error that struck this session alone."""
+
+    session: Hashable
+    seq: int
+    hidden: torch.Tensor | None
+    error: EngineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive new positions of one row in a batch.
+
+    `pages` are the row's pages from its first position to the last of this segment; a `range` where
+    they lie side by side, so that its cache can be read as one view. `max_length` is what the session
+    declared: RoPE variants that depend on the context's length follow it.
+    """
+
+    start: int
+    count: int
+    pages: Sequence[int]
+    max_length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """What a batch takes of one step: `count` positions from the step's `offset` on."""
+
+    step: EngineStep
+    offset: int
+    count: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy a page in every block before the batch runs: two rows shared it and one is about to write."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One turn of the engine: pieces of many sessions' steps, run through the same blocks."""
+
+    blocks: Span
+    pieces: tuple[Piece, ...]
+    copies: tuple[PageCopy, ...]
+
+    @property
+    def positions(self) -> int:
+        return sum(piece.count for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchOutput:
+    """For each piece its hidden states, `[count, hidden_size]` on the CPU, and whether all are finite."""
+
+    hidden: tuple[torch.Tensor, ...]
+    finite: tuple[bool, ...]
