@@ -19,8 +19,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	PYTHON=$(BIN)/python sh .ci/typecheck
+	PYTHON=$(BIN)/python sh .ci/check-rooms
 
 bench: setup
 	$(BIN)/python tests/bench/run.py

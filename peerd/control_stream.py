@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import trio
 
 from peerd.connections import Connections, Stream
-from peerd.protocol.errors import ConnectionLost, PeerFault, RemoteProtocolError, Unresponsive, from_wire
+from peerd.protocol.errors import ConnectionLost, Unresponsive
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
 from peerd.protocol.schema import Message, parse
@@ -60,9 +60,9 @@ async def open_control(connections: Connections, hop: Hop, opening: Open) -> Con
         )
         try:
             await stream.send(opening.to_header())
-            said = parse((await stream.receive()).header, (Opened, Failure))
-            if isinstance(said, Failure):
-                raise from_wire(said.code, said.message, said.free_tokens)
+            said: Opened | Failure = parse((await stream.receive()).header, (Opened, Failure))
+            if not isinstance(said, Opened):
+                raise said.error
         except trio.EndOfChannel:
             raise ConnectionLost(f"{hop.peer_id} ended the stream") from None
         except BaseException:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import torch
 import trio
 
 from peerd.connections import Stream
-from peerd.protocol.errors import LinkFailed, PeerFault, from_wire
+from peerd.protocol.errors import LinkFailed, PeerFault
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Failure, LinkDown, Linked, NextHop, Routed, Step
 from peerd.protocol.schema import Message, parse
@@ -76,11 +76,9 @@ class Downstream:
         if self._link is None:
             self._backlog.append((step.epoch, header, body, priority))
             return
-        try:
+        # Whoever follows the link reports its end; the client then sends this step again.
+        with suppress(PeerFault, trio.ClosedResourceError):
             self._link.send_nowait(header, body, priority=priority)
-        except (PeerFault, trio.ClosedResourceError):
-            # Whoever follows the link reports its end; the client then sends this step again.
-            pass
 
     async def follow(self, epoch: int, next_hop: NextHop, *, replay: bool) -> None:
         """Open the link of a route and stay until it ends or another route supersedes it."""
@@ -113,7 +111,7 @@ class Downstream:
         finally:
             if self._link is link:
                 self._unlink()
-        raise LinkFailed(f"the next hop ended the link: {from_wire(said.code, said.message)}")
+        raise LinkFailed(f"the next hop ended the link: {said.error}")
 
     async def _replay(self, link: Stream, linked: Linked, epoch: int) -> None:
         have, push_from = dict(linked.have), dict(linked.next_have)

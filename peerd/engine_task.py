@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import trio
 
 from peerd.admission import Admission
-from peerd.compute.engine import Engine
+from peerd.compute.engine import BaseEngine
 from peerd.compute.engine_errors import (
     ContextTooLongError,
     EngineError,
@@ -42,6 +43,15 @@ class StepGap(Exception):
         self.have = have
 
 
+class _Wanted(TypedDict):
+    """What `BaseEngine.open` takes."""
+
+    blocks: Span
+    max_length: int
+    max_rows: int
+    max_rollback: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Tenant:
     owner: Hashable
@@ -55,7 +65,7 @@ class EngineTask:
     `run_batch` runs the engine's blocking part; the default hands it to a worker thread.
     """
 
-    def __init__(self, engine: Engine, *, run_batch: RunBatch | None = None) -> None:
+    def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None) -> None:
         self.engine = engine
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._limiter = trio.CapacityLimiter(1)
@@ -85,18 +95,18 @@ class EngineTask:
 
         Raises NoRoom, ContextTooLong, InvalidRequest.
         """
+        wanted = _Wanted(
+            blocks=Span(opening.start, opening.end),
+            max_length=opening.max_length,
+            max_rows=opening.max_rows,
+            max_rollback=opening.max_rollback,
+        )
 
         def attempt() -> None:
             with _wire_errors():
-                self.engine.open(
-                    session,
-                    blocks=Span(opening.start, opening.end),
-                    max_length=opening.max_length,
-                    max_rows=opening.max_rows,
-                    max_rollback=opening.max_rollback,
-                )
+                self.engine.open(session, **wanted)
 
-        tokens = opening.max_length * opening.max_rows
+        tokens = self.engine.tokens_wanted(**wanted)
         await self.admission.admit(owner, tokens, attempt, opening.timeout_ms / 1000)
         self._tenants[session] = _Tenant(owner, tokens, deliver)
 

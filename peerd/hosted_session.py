@@ -25,7 +25,6 @@ from peerd.protocol.errors import (
     PeerFault,
     RemoteProtocolError,
     Superseded,
-    to_wire,
 )
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
@@ -150,7 +149,7 @@ class HostedSession:
         except StepGap as gap:
             self.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
         except CallerError as error:
-            self.tell(Failure(**to_wire(error), seq=step.seq))
+            self.tell(Failure.of(error, step.seq))
         else:
             self._pending.append((fresh, step))
             if fresh.ops:
@@ -186,7 +185,7 @@ class HostedSession:
         """Send a step's result where it belongs. Called by the engine task; never blocks."""
         done, step = self._pending.popleft()
         if isinstance(result, PeerdError):
-            self.tell(Failure(**to_wire(result), seq=step.seq))
+            self.tell(Failure.of(result, step.seq))
         else:
             self._pass_on(done, step, result)
         if self._unsent > MAX_UNSENT_RESULTS:

@@ -13,7 +13,7 @@ import trio
 
 from peerd.connections import Connections, Stream
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.errors import CallerError, LinkFailed, Overloaded, PeerFault, from_wire
+from peerd.protocol.errors import CallerError, LinkFailed, Overloaded, PeerFault
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import LINK_FROM_DOWNSTREAM, LINK_PROTOCOL, Failure, Link, Linked, NextHop
 from peerd.protocol.records import PeerRecord, SignedRecord, open_record
@@ -58,7 +58,7 @@ async def _answer(stream: Stream) -> Linked:
     except PeerFault as error:
         raise LinkFailed(f"{stream.peer}: {error}") from error
     if isinstance(said, Failure):
-        raise LinkFailed(f"{stream.peer}: {from_wire(said.code, said.message)}")
+        raise LinkFailed(f"{stream.peer}: {said.error}")
     assert isinstance(said, Linked)
     return said
 

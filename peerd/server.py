@@ -30,7 +30,6 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     TicketRefused,
     UnsupportedFeature,
-    to_wire,
 )
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import (
@@ -218,9 +217,9 @@ class Server:
             session.release()
 
     async def _evict_idle(self, session: HostedSession) -> None:
-        while (idle := trio.current_time() - session.last_used) < IDLE_S:
-            await trio.sleep(IDLE_S - idle)
-        session.tell(Failure(**to_wire(Evicted(f"nothing was asked for {IDLE_S:g} s"))))
+        while session.last_used + IDLE_S > trio.current_time():
+            await trio.sleep_until(session.last_used + IDLE_S)
+        session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
         session.close()
 
     def _linger(self, session: HostedSession, stream: Stream) -> None:
@@ -289,5 +288,5 @@ class Server:
 async def _refuse(stream: Stream, error: PeerdError) -> None:
     """Say why, then finish the stream. The peer may be gone already, or not reading."""
     with trio.move_on_after(REFUSAL_DEADLINE_S), suppress(PeerFault, trio.ClosedResourceError):
-        await stream.send(Failure(**to_wire(error)).to_header())
+        await stream.send(Failure.of(error).to_header())
         stream.finish()

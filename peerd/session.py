@@ -31,7 +31,6 @@ from peerd.protocol.errors import (
     PeerFault,
     RemoteProtocolError,
     UnsupportedFeature,
-    from_wire,
 )
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
@@ -91,6 +90,8 @@ class Session:
         patience: Patience = Patience(),
     ) -> None:
         self.failovers = 0
+        # Positions that were sent again to bring replacements to where their predecessors stood.
+        self.replayed_positions = 0
         self.log = StepLog(max_length=terms.max_length, max_rows=terms.max_rows, max_rollback=terms.max_rollback)
         self._finder = finder
         self._opener = opener
@@ -254,7 +255,7 @@ class Session:
         self._changed.unpark_all()
 
     def _on_failure(self, control: ControlStream, failure: Failure) -> None:
-        error = from_wire(failure.code, failure.message, failure.free_tokens)
+        error = failure.error
         if failure.seq is None or not isinstance(error, CallerError):
             self._fault(control, error)
         elif failure.seq in self.log.pending:

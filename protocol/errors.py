@@ -194,14 +194,6 @@ def _subclasses(cls: type[PeerdError]) -> list[type[PeerdError]]:
 _BY_CODE = {cls.code: cls for cls in _subclasses(PeerdError)}
 
 
-def to_wire(error: PeerdError) -> dict[str, object]:
-    """The fields of an error message: `code`, `message` and, for `NoRoom`, `free_tokens`."""
-    fields: dict[str, object] = {"code": error.code, "message": str(error)[:500]}
-    if isinstance(error, NoRoom):
-        fields["free_tokens"] = error.free_tokens
-    return fields
-
-
 def from_wire(code: str, message: str, free_tokens: int = 0) -> PeerdError:
     """The error a peer told us. An unknown code is the peer's fault: it is newer, or lying."""
     cls = _BY_CODE.get(code, PeerFault)

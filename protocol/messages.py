@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from peerd.protocol.errors import NoRoom, PeerdError, from_wire
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 from peerd.protocol.schema import (
     Message,
@@ -36,6 +37,7 @@ MAX_STEP_POSITIONS = 4096
 # Steps that a client may have unanswered unless the hop grants more; a depth that keeps a chain of
 # three busy with a prefill and leaves one step on its way.
 DEFAULT_MAX_STEPS = 4
+MAX_ERROR_TEXT = 500
 # The `seq` of a step that replays what was sent before.
 REPLAY_SEQ = 0
 # Everything this version of a hop can do that a client may `need`.
@@ -151,8 +153,8 @@ class Routed(Message):
 class Step(Message):
     """New positions of some rows, on their way down the chain. Body: `[sum of counts, hidden]`.
 
-    `seq` 0 is a replay, which nobody answers. `ops` apply before the rows. A hop computes every position and pushes on those from `push_from`
-    (one absolute position a row of `rows`; empty: all).
+    `seq` 0 is a replay, which nobody answers. `ops` apply before the rows. A hop computes every position
+    and pushes on those from `push_from` (one absolute position for each of `rows`; empty: all).
     """
 
     TYPE: ClassVar[str] = "step"
@@ -197,7 +199,7 @@ class LinkDown(Message):
 
     TYPE: ClassVar[str] = "link_failed"
     epoch: int = required(integer(0, U32))
-    message: str = optional(text(500), "")
+    message: str = optional(text(MAX_ERROR_TEXT), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +208,20 @@ class Failure(Message):
 
     TYPE: ClassVar[str] = "error"
     code: str = required(_name)
-    message: str = optional(text(500), "")
+    message: str = optional(text(MAX_ERROR_TEXT), "")
     seq: int | None = optional(integer(0, U32), None)
     free_tokens: int = optional(integer(0, 2**40), 0)
+
+    @classmethod
+    def of(cls, error: PeerdError, seq: int | None = None) -> Failure:
+        """How `error` travels."""
+        free_tokens = error.free_tokens if isinstance(error, NoRoom) else 0
+        return cls(error.code, str(error)[:MAX_ERROR_TEXT], seq, free_tokens)
+
+    @property
+    def error(self) -> PeerdError:
+        """The error that travelled."""
+        return from_wire(self.code, self.message, self.free_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,5 +249,5 @@ class Linked(Message):
 # Who says what on which stream.
 CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (Open, Step, Route)
 CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure)
-LINK_FROM_UPSTREAM: tuple[type[Message], ...] = (Step,)
+LINK_FROM_UPSTREAM: tuple[type[Step], ...] = (Step,)
 LINK_FROM_DOWNSTREAM: tuple[type[Message], ...] = (Linked, Failure)
