@@ -166,7 +166,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         return _open_directory(path)
     if path.is_file() and path.suffix == ".gguf":
-        from peerd.compute.gguf_weights import open_gguf
+        from peerd.compute.gguf_checkpoint import open_gguf
 
         return open_gguf(path)
     found = "is neither" if path.exists() else "does not exist; it must be"

@@ -23,8 +23,10 @@ def build_on_meta(
 ) -> PreTrainedModel:
     """The whole model in `dtype` on the meta device, with a configuration of its own, in evaluation mode."""
     with torch.device("meta"):
-        model = model_type._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
-    return model.eval()
+        build: Any = model_type._from_config
+        model: PreTrainedModel = build(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    model.train(False)
+    return model
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device, where: object) -> None:

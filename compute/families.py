@@ -58,15 +58,18 @@ class Family:
 
     def config_type(self) -> type[PreTrainedConfig]:
         """The configuration class, imported now."""
-        return self._load("configuration", self.config_class or f"{self.prefix}Config")
+        config: type[PreTrainedConfig] = self._load("configuration", self.config_class or f"{self.prefix}Config")
+        return config
 
     def decoder_type(self) -> type[PreTrainedModel]:
         """The class of the base model: embeddings, blocks and final norm, imported now."""
-        return self._load("modeling", self.decoder_class or f"{self.prefix}Model")
+        decoder: type[PreTrainedModel] = self._load("modeling", self.decoder_class or f"{self.prefix}Model")
+        return decoder
 
     def causal_type(self) -> type[PreTrainedModel]:
         """The class of the whole language model, imported now."""
-        return self._load("modeling", f"{self.prefix}ForCausalLM")
+        causal: type[PreTrainedModel] = self._load("modeling", f"{self.prefix}ForCausalLM")
+        return causal
 
     def _load(self, kind: str, name: str) -> Any:
         return getattr(importlib.import_module(f"transformers.models.{self.module}.{kind}_{self.module}"), name)

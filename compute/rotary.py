@@ -43,10 +43,10 @@ def length_rules(config: PreTrainedConfig) -> Mapping[str | None, _Rule]:
 class DeclaredLengthRotary(nn.Module):
     """Stands in for a decoder's `rotary_emb` when `length_rules` has any. Set `max_lengths` before each forward."""
 
-    def __init__(self, rotary: nn.Module, config: PreTrainedConfig) -> None:
+    def __init__(self, rotary: Any, config: PreTrainedConfig) -> None:
         super().__init__()
         self.max_lengths: MaxLengths | None = None
-        self._rotary: Any = rotary
+        self._rotary = rotary
         self._config = config
         self._rules = length_rules(config)
         self._frequencies: dict[tuple[str | None, int], tuple[torch.Tensor, float]] = {}
@@ -57,7 +57,7 @@ class DeclaredLengthRotary(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         """cos and sin for each position: [*position_ids.shape, width], in the dtype of `x`."""
         if layer_type not in self._rules:
-            return self._rotary(x, position_ids, layer_type)
+            return self._rotary(x, position_ids, *self._arguments(layer_type))
         if self.max_lengths is None:
             raise ValueError("this model's rotary embeddings follow declared lengths: pass max_lengths")
         lengths = torch.as_tensor(self.max_lengths, device=position_ids.device)
@@ -65,10 +65,10 @@ class DeclaredLengthRotary(nn.Module):
         cos_sin: Any = None
         for group in torch.unique(groups).tolist():
             own = self._for_length(x, position_ids, layer_type, group)
-            chosen = (groups == group)[..., None]
-            cos_sin = (
-                own if cos_sin is None else [torch.where(chosen, *pair) for pair in zip(own, cos_sin, strict=True)]
-            )
+            if cos_sin is not None:
+                chosen = (groups == group)[..., None]
+                own = tuple(torch.where(chosen, new, old) for new, old in zip(own, cos_sin, strict=True))
+            cos_sin = own
         return cos_sin
 
     @staticmethod
@@ -89,4 +89,9 @@ class DeclaredLengthRotary(nn.Module):
         inv_freq, scaling = self._frequencies[key]
         setattr(self._rotary, f"{prefix}inv_freq", inv_freq)
         setattr(self._rotary, f"{prefix}attention_scaling", scaling)
-        return self._rotary(x, position_ids, *(() if layer_type is None else (layer_type,)))
+        return self._rotary(x, position_ids, *self._arguments(layer_type))
+
+    @staticmethod
+    def _arguments(layer_type: str | None) -> tuple[str, ...]:
+        """Families whose layers share one rope do not take a layer type."""
+        return () if layer_type is None else (layer_type,)

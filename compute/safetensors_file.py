@@ -100,7 +100,7 @@ class SafetensorsFile:
     def read_bytes(self, stored: StoredTensor) -> torch.Tensor:
         """The tensor's bytes as they lie in the file, as uint8 [n_bytes]. Raises CheckpointError."""
         out = torch.empty(stored.n_bytes, dtype=torch.uint8)
-        self._read_into(memoryview(out.numpy()), stored.offset, stored.name)
+        self._read_into(memoryview(out.numpy().data), stored.offset, stored.name)
         return out
 
     def _read_header(self) -> dict[str, StoredTensor]:

@@ -59,7 +59,7 @@ class SafetensorsWeights:
         for name in self._recipe(parameter).names:
             file = self._file_of(name)
             tensor = file.stored(name)
-            yield StoredBytes(name, tensor.dtype, tensor.shape, memoryview(file.read_bytes(tensor).numpy()))
+            yield StoredBytes(name, tensor.dtype, tensor.shape, file.read_bytes(tensor).numpy().data)
 
     def close(self) -> None:
         self._bytes_of_closed = self.bytes_read

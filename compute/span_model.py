@@ -145,7 +145,8 @@ def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
     _slice_lists(config, len(layers), span)
     setattr(decoder, family.layers, layers[span.start : span.end])
     for index, layer in enumerate(layers[span.start : span.end]):
-        for module in layer.modules():
+        parts: Iterator[Any] = layer.modules()
+        for module in parts:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
     setattr(decoder, family.norm, nn.Identity())
