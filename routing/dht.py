@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from random import Random
 
@@ -23,7 +22,8 @@ from peerd.protocol.records import SignedRecord, VerifiedRecord, keys_of, open_r
 from peerd.routing.dht_messages import MAX_STORED_AT_ONCE, REPLICAS, Outcome, Packet, contact_addresses
 from peerd.routing.dht_rpc import DhtProtocol, DhtTransport, FindReply
 from peerd.routing.lookup import Crawl
-from peerd.routing.store import RecordStore, newest
+from peerd.routing.record_sets import RecordKey, newest
+from peerd.routing.store import RecordStore
 from peerd.routing.table import Contact, PeerNode, dump_contacts
 
 log = logging.getLogger(__name__)
@@ -36,14 +36,6 @@ ALPHA = 5
 QUORUM = 8
 # Lookups at a time; each has a few requests under way.
 MAX_LOOKUPS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class RecordKey:
-    """Where a set of records is, and the parts over which it spreads once it is full."""
-
-    key: bytes
-    parts: tuple[bytes, ...] = ()
 
 
 class Dht:

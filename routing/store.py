@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import TypeVar
@@ -169,16 +169,6 @@ class RecordStore:
                 self._remove(key, entry)
             if self._split_until.get(key, now + 1) <= now:
                 del self._split_until[key]
-
-
-def newest(records: Iterable[VerifiedRecord]) -> list[VerifiedRecord]:
-    """Of each slot the record that replaces the others, in order of first appearance."""
-    best: dict[Slot, VerifiedRecord] = {}
-    for record in records:
-        old = best.get(record.slot)
-        if old is None or replaces(record, old):
-            best[record.slot] = record
-    return list(best.values())
 
 
 def _add_to(counter: Counter[Name], name: Name, size: int) -> None:

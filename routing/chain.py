@@ -1,0 +1,203 @@
+"""Which peers to chain: the shortest path through the blocks, entering and leaving spans anywhere inside.
+
+Knows offers, delays and costs, all given; knows no clock and sends nothing. The difficulty is size: 1000
+peers of 128 blocks have millions of (peer, block) -> (peer, block) edges, and a client waits for the answer.
+Blocks are computed in order, so the graph has no cycle and one sweep over the blocks finds what Dijkstra's
+queue would. And a change of peers that pays at all pays best where the one span ends or the other
+starts: sliding it from there changes the cost linearly. So only those edges are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+from peerd.protocol.errors import NoChain
+from peerd.protocol.identity import PeerId
+from peerd.protocol.span import Span
+from peerd.routing.offer import Offer, agreeing
+
+# What a hop costs beside its link: framing, queueing for the engine, copies. Petals reckons with 18 ms.
+HOP_S = 0.005
+# A peer that was never measured is taken to be on another continent: unknown must not beat known.
+UNKNOWN_RTT_S = 0.2
+# A peer without the room for the session would make it wait, or refuse: use it only where nobody else can.
+NO_ROOM_S = 10.0
+# Chains that cost so much more than the best are as good: choosing among them keeps clients from herding.
+NEAR_BEST = 1.05
+# Sums of the same costs in another order differ by rounding.
+_ROUNDING_S = 1e-9
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One place in a chain: a peer, the part of its span that is used, and its place among the hops."""
+
+    index: int
+    peer_id: PeerId
+    span: Span
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Hops whose spans join up. `cost_s`: the seconds that one position is expected to take, there and back."""
+
+    hops: tuple[Hop, ...]
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChainNeeds:
+    """What the client knows and wants.
+
+    rtts_s: seconds to a peer and back, as measured by the client. tokens: KV tokens needed on each hop.
+    positions: positions a step, for which computing is weighed against delays.
+    """
+
+    rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
+    tokens: int = 0
+    positions: int = 1
+
+
+def plan_chain(
+    offers: Iterable[Offer],
+    span: Span,
+    *,
+    needs: ChainNeeds,
+    random: Random,
+    avoid: Collection[PeerId] = (),
+) -> Chain:
+    """A chain over the blocks of `span` that costs at most 5 % more than the best, chosen at random among such.
+
+    Raises NoChain whose `missing` has the runs of blocks, as (start, end), that no usable offer holds.
+    """
+    usable = [
+        offer
+        for offer in offers
+        if offer.record.state == "online"
+        and offer.peer_id not in avoid
+        and offer.span.start < span.end
+        and span.start < offer.span.end
+    ]
+    usable = agreeing(usable)
+    _check_covered(usable, span)
+    return _Planner(usable, span, needs).choose(random)
+
+
+def _check_covered(offers: Sequence[Offer], span: Span) -> None:
+    missing: list[tuple[int, int]] = []
+    reached = span.start
+    for offer in sorted(offers, key=lambda offer: offer.span.start):
+        if offer.span.start > reached:
+            missing.append((reached, offer.span.start))
+        reached = max(reached, offer.span.end)
+    if reached < span.end:
+        missing.append((reached, span.end))
+    if missing:
+        runs = ", ".join(f"{start}:{end}" for start, end in missing)
+        raise NoChain(f"nobody reachable serves blocks {runs}", tuple(missing))
+
+
+class _Planner:
+    """The sweep's tables, one column an offer.
+
+    reach[b, i]: the least cost of being at offer i when it has just computed the b-th block of the span.
+    """
+
+    def __init__(self, offers: Sequence[Offer], span: Span, needs: ChainNeeds) -> None:
+        self._offers = offers
+        self._first = span.start
+        self._blocks = len(span)
+        self._starts = np.array([max(offer.span.start, span.start) - span.start for offer in offers])
+        self._ends = np.array([min(offer.span.end, span.end) - span.start for offer in offers])
+        self._block_s: Floats = np.array([offer.block_s * needs.positions for offer in offers])
+        self._enter_s: Floats = np.array(
+            [HOP_S + (NO_ROOM_S if offer.record.free_tokens < needs.tokens else 0.0) for offer in offers]
+        )
+        self._client_s: Floats = np.array([needs.rtts_s.get(o.peer_id, UNKNOWN_RTT_S) / 2 for o in offers])
+        self._link_s = _link_delays(offers, self._client_s)
+        self._reach = self._sweep()
+
+    def choose(self, random: Random) -> Chain:
+        """Walk back from the last block, taking at random any offer that leaves the rest affordable."""
+        totals = self._reach[self._blocks] + self._client_s
+        budget = float(totals.min()) * NEAR_BEST
+        at = _pick(totals, budget, random)
+        cost_s, budget = self._client_s[at], budget - self._client_s[at]
+        runs: list[tuple[int, int, int]] = []
+        block = end = self._blocks
+        while True:
+            block -= 1
+            budget -= self._block_s[at]
+            cost_s += self._block_s[at]
+            # A peer is kept for as long as that is affordable: fewer hops.
+            if block > 0 and self._reach[block, at] <= budget + _ROUNDING_S:
+                continue
+            runs.append((at, block, end))
+            cost_s += self._enter_s[at]
+            if block == 0:
+                break
+            budget -= self._enter_s[at]
+            before = _pick(self._reach[block] + self._link_s[at], budget, random)
+            budget -= self._link_s[before, at]
+            cost_s += self._link_s[before, at]
+            at, end = before, block
+        return self._chain(runs[::-1], float(cost_s + self._client_s[at]))
+
+    def _chain(self, runs: list[tuple[int, int, int]], cost_s: float) -> Chain:
+        hops = []
+        for index, (at, start, end) in enumerate(runs):
+            offer = self._offers[at]
+            hops.append(Hop(index, offer.peer_id, Span(self._first + start, self._first + end), offer))
+        return Chain(tuple(hops), cost_s)
+
+    def _sweep(self) -> Floats:
+        reach = np.full((self._blocks + 1, len(self._offers)), np.inf)
+        for block in range(self._blocks):
+            arrive = self._client_s if block == 0 else self._arrive(reach[block], block)
+            best = np.minimum(reach[block], arrive + self._enter_s) + self._block_s
+            holds = (self._starts <= block) & (block < self._ends)
+            reach[block + 1, holds] = best[holds]
+        return reach
+
+    def _arrive(self, reach: Floats, block: int) -> Floats:
+        """The least cost of having come to each offer from another one after `block` blocks."""
+        arrive: Floats = np.full(len(self._offers), np.inf)
+        ending = np.flatnonzero(self._ends == block)
+        if ending.size:
+            arrive = (reach[ending, None] + self._link_s[ending]).min(axis=0)
+        starting = np.flatnonzero(self._starts == block)
+        if starting.size:
+            arrive[starting] = np.minimum(arrive[starting], (reach + self._link_s[starting]).min(axis=1))
+        return arrive
+
+
+def _link_delays(offers: Sequence[Offer], client_s: Floats) -> Floats:
+    """Seconds between any two offers' peers: as either measured it, else guessed from the client's own."""
+    # Two peers are about as far from each other as the farther one is from us.
+    delays: Floats = np.maximum.outer(client_s, client_s)
+    columns: dict[PeerId, list[int]] = {}
+    for index, offer in enumerate(offers):
+        columns.setdefault(offer.peer_id, []).append(index)
+    measured = [
+        (row, column, rtt_s / 2)
+        for row, offer in enumerate(offers)
+        for peer_id, rtt_s in ((offer.peer_id, 0.0), *offer.record.rtts)
+        for column in columns.get(peer_id, ())
+    ]
+    rows, cols, values = (np.array(part) for part in zip(*measured, strict=True))
+    for pair in ((rows, cols), (cols, rows)):
+        delays[pair] = np.inf
+    for pair in ((rows, cols), (cols, rows)):
+        np.minimum.at(delays, pair, values)
+    return delays
+
+
+def _pick(costs: Floats, budget: float, random: Random) -> int:
+    return int(random.choice(np.flatnonzero(costs <= budget + _ROUNDING_S)))

@@ -1,0 +1,59 @@
+"""One span that somebody offers to serve: the unit that chains and placement are planned with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.identity import PeerId
+from peerd.protocol.records import SHARD_BLOCKS, ServerRecord, SignedRecord, shards_of
+from peerd.protocol.span import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A peer's announcement of one span, with the ways to the peer (best first).
+
+    peer_record is the peer's own signed word on its addresses, which a hop passes on to the hop before it.
+    """
+
+    peer_id: PeerId
+    record: ServerRecord
+    addresses: tuple[Multiaddr, ...]
+    peer_record: SignedRecord
+
+    @property
+    def span(self) -> Span:
+        return self.record.span
+
+    @property
+    def block_s(self) -> float:
+        """Seconds that one position takes through one block; 1 s if the peer never measured it."""
+        return 1 / max(self.record.throughput, 1.0)
+
+
+def agreeing(offers: Sequence[Offer]) -> list[Offer]:
+    """The offers without those whose blocks differ from what most peers have in their place.
+
+    Two offers can be compared where they hold the same blocks of a shard. This catches a corrupted or
+    differently converted checkpoint, not a liar. Offers without roots are kept: nothing speaks against them.
+    """
+    votes: dict[Span, Counter[bytes]] = {}
+    for _, part, root in {(offer.peer_id, *pair) for offer in offers for pair in _rooted_parts(offer)}:
+        votes.setdefault(part, Counter())[root] += 1
+    # Of equally many, the greater root: every client must decide alike, or replacements would not fit.
+    chosen = {part: max(counts, key=lambda root: (counts[root], root)) for part, counts in votes.items()}
+    return [offer for offer in offers if all(chosen[part] == root for part, root in _rooted_parts(offer))]
+
+
+def _rooted_parts(offer: Offer) -> list[tuple[Span, bytes]]:
+    """Each part of the span that lies within one shard, with the root of its blocks' digests."""
+    if not offer.record.block_roots:
+        return []
+    parts = [
+        Span(max(shard * SHARD_BLOCKS, offer.span.start), min((shard + 1) * SHARD_BLOCKS, offer.span.end))
+        for shard in shards_of(offer.span)
+    ]
+    return list(zip(parts, offer.record.block_roots, strict=True))
