@@ -26,9 +26,9 @@ class Head:
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         decoder: Any = model.base_model
         self._model: Any = model
-        self._embeddings: nn.Module = getattr(decoder, family.embeddings)
+        self._embeddings: Any = getattr(decoder, family.embeddings)
         self._scale = 1.0
-        self._norm: nn.Module = nn.Identity()
+        self._norm: Any = nn.Identity()
         # A span's decoder leaves out what the whole one does to its input; here the input may also be the last
         # block's output, so it is done in `embed` and left out of the model too.
         if family.embedding_scale:
@@ -57,13 +57,12 @@ class Head:
     @property
     def embedding_weight(self) -> torch.Tensor:
         """The embedding table, [vocabulary, hidden size]."""
-        weight = self._embeddings.weight
-        assert isinstance(weight, torch.Tensor)
+        weight: torch.Tensor = self._embeddings.weight
         return weight
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Ids, int64 [n], to the first block's input, [n, hidden size], scaled and normed as the family does."""
-        with torch.inference_mode():
+        with torch.no_grad():
             embedded = self._embeddings(token_ids.to(self.embedding_weight.device))
             # A product with 1 is exact.
             result: torch.Tensor = self._norm(embedded * self._scale)
@@ -72,9 +71,10 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last block's output, [n, hidden size], to logits, fp32 [n, vocabulary]."""
         weight = self.embedding_weight
-        with torch.inference_mode():
-            inputs = hidden.to(device=weight.device, dtype=weight.dtype)[None]
-            result: torch.Tensor = self._model(inputs_embeds=inputs, use_cache=False).logits[0]
+        with torch.no_grad():
+            # As n sequences of one position: for one sequence of n, the model would build a mask of n x n.
+            inputs = hidden.to(device=weight.device, dtype=weight.dtype)[:, None]
+            result: torch.Tensor = self._model(inputs_embeds=inputs, use_cache=False).logits[:, 0]
             return result.float()
 
 
@@ -85,14 +85,9 @@ def load_head(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dty
     decoder = model.base_model
     setattr(decoder, family.layers, nn.ModuleList())
     prefix = f"{model.base_model_prefix}."
-    names = checkpoint.head_names()
-    tensors = checkpoint.read(names)
-    fill(
-        model,
-        ((name if name == LM_HEAD else prefix + name, tensor) for name, tensor in tensors),
-        device,
-        checkpoint.path,
-    )
+    tensors = checkpoint.read(checkpoint.head_names())
+    named = ((name if name == LM_HEAD else prefix + name, tensor) for name, tensor in tensors)
+    fill(model, named, device, checkpoint.path)
     if checkpoint.config.tie_word_embeddings:
         model.tie_weights()
     rebuild_rotaries(model, model.config, device)
