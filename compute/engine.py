@@ -12,12 +12,19 @@ from collections.abc import Hashable
 
 import torch
 from peerd.compute.pages import PagePool
+from peerd.compute.runner import SpanRunner
 from peerd.compute.scheduler import Scheduler
+from peerd.compute.span_model import SpanModel
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 
-__all__ = ["BaseEngine", "Batch", "BatchOutput", "Drop", "EngineStep", "Fork", "RowSlice", "StepResult"]
+__all__ = ["BaseEngine", "Batch", "BatchOutput", "Drop", "Engine", "EngineStep", "Fork", "RowSlice", "StepResult"]
+
+# Rows of a session seldom end on a page's border: half a page a row is lost. Smaller pages cost bookkeeping.
+PAGE_TOKENS = 16
+# A prefill of more positions is cut, so that whoever decodes beside it waits no longer than for these.
+BATCH_TOKENS = 256
 
 
 class BaseEngine(ABC):
@@ -112,3 +119,30 @@ class BaseEngine(ABC):
     @abstractmethod
     def forward(self, hidden: torch.Tensor, blocks: Span | None = None) -> torch.Tensor:
         """Run sequences `[batch, positions, hidden_size]` from position 0, without a cache. Device thread."""
+
+
+class Engine(BaseEngine):
+    """An engine over a loaded span, whose model was loaded with `attention=register_attention()`.
+
+    `kv_tokens`: capacity of the KV pool, in positions, rounded down to whole pages; the pool lies on the
+    model's device in its dtype. `batch_tokens`: positions a batch may have. Raises ValueError for no pages.
+    """
+
+    def __init__(
+        self,
+        model: SpanModel,
+        *,
+        kv_tokens: int,
+        page_tokens: int = PAGE_TOKENS,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        super().__init__(
+            model.span, model.hidden_size, kv_tokens=kv_tokens, page_tokens=page_tokens, batch_tokens=batch_tokens
+        )
+        self._runner = SpanRunner(model, self.total_tokens, page_tokens)
+
+    def run(self, batch: Batch) -> BatchOutput:
+        return self._runner.run(batch)
+
+    def forward(self, hidden: torch.Tensor, blocks: Span | None = None) -> torch.Tensor:
+        return self._runner.forward(hidden, blocks or self.span)

@@ -1,0 +1,266 @@
+"""Attention over the KV pool, for unmodified Transformers models.
+
+The one place that reads the cache. Each attention module of a span carries a `BlockAttention`, which
+knows the block's mask rule and the view of the batch that runs; Transformers calls it through a
+function registered with `AttentionInterface`. That name has no mask function registered, so
+Transformers builds no mask of its own. Without a batch in view (forward and training) the same
+rules hold over whole sequences.
+
+The difficulty is cost: 30 blocks times 16 sessions call this for every token. So whatever is the same
+in all blocks is worked out once a batch, keys are read as views where pages lie side by side, and
+query heads that share a key head are one matrix against it instead of copies of the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peerd.compute.kv_cache import KVPool, KVWriter, RowSlots
+from peerd.compute.layer_kinds import LayerKind
+from peerd.compute.steps import Segment
+from torch import nn
+
+_NAME = "peerd"
+_ATTRIBUTE = "peerd_block_attention"
+
+
+class Visible:
+    """Which of a row's keys some consecutive queries see: those from `start` on, under `mask`.
+
+    `mask` is None where every query sees all of them; `causal` where the two lie on the same positions.
+    """
+
+    __slots__ = ("causal", "mask", "start")
+
+    def __init__(self, kind: LayerKind, first: int, end: int, device: torch.device) -> None:
+        self.start = 0
+        if kind.window is not None:
+            self.start = max(first - kind.window + 1, 0)
+        elif kind.chunk is not None:
+            self.start = first // kind.chunk * kind.chunk
+        self.causal = False
+        self.mask: torch.Tensor | None = None
+        if end - first == 1:
+            return
+        limited = (kind.window is not None and kind.window < end) or (kind.chunk is not None and kind.chunk < end)
+        if first == 0 and not limited:
+            self.causal = True
+        else:
+            self.mask = _mask(kind, first, self.start, end, device)
+
+
+def _mask(kind: LayerKind, first: int, start: int, end: int, device: torch.device) -> torch.Tensor:
+    """True where the query at `first..end` (rows) sees the key at `start..end` (columns)."""
+    queries = torch.arange(first, end, device=device)[:, None]
+    keys = torch.arange(start, end, device=device)
+    mask = keys <= queries
+    if kind.window is not None:
+        mask &= queries - keys < kind.window
+    if kind.chunk is not None:
+        mask &= queries // kind.chunk == keys // kind.chunk
+    return mask
+
+
+class BatchView:
+    """One batch as attention sees it; also the `past_key_values` that the model writes through."""
+
+    # Transformers asks these of any cache.
+    is_compileable = False
+
+    def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
+        self.pool = pool
+        self.segments = segments
+        self.rows = [pool.slots(segment) for segment in segments]
+        self._writer = KVWriter(self.rows, segments, pool.device)
+        self._visible: dict[tuple[int | None, int | None], list[Visible]] = {}
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache a block's new keys and values, `[1, kv_heads, positions, width]`. Attention reads the pool itself."""
+        self._writer.write(self.pool.keys[layer], keys[0])
+        self._writer.write(self.pool.values[layer], values[0])
+        return keys, values
+
+    def get_seq_length(self, _layer: int = 0) -> int:
+        """Transformers' question for where positions start; ours come explicitly."""
+        return 0
+
+    def visible(self, kind: LayerKind) -> list[Visible]:
+        """What each segment sees in blocks of this kind."""
+        rule = (kind.window, kind.chunk)
+        found = self._visible.get(rule)
+        if found is None:
+            found = [Visible(kind, segment.start, segment.end, self.pool.device) for segment in self.segments]
+            self._visible[rule] = found
+        return found
+
+
+class RowView:
+    """One segment of one row as the cache of a model that brings its own attention (Bloom, GPT-J, MPT, Falcon)."""
+
+    is_compileable = False
+    is_sliding = (False,)
+
+    def __init__(self, pool: KVPool, segment: Segment) -> None:
+        self._pool = pool
+        self._segment = segment
+        self._row: RowSlots = pool.slots(segment)
+        self._writer = KVWriter([self._row], [segment], pool.device)
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache a block's new keys and values; returns the row's, `[1, kv_heads, length, width]`."""
+        self._writer.write(self._pool.keys[layer], keys[0])
+        self._writer.write(self._pool.values[layer], values[0])
+        return self._row.read(self._pool.keys[layer], 0)[None], self._row.read(self._pool.values[layer], 0)[None]
+
+    def get_seq_length(self, _layer: int = 0) -> int:
+        """Positions cached before this segment."""
+        return self._segment.start
+
+    def get_query_offset(self, _layer: int = 0) -> int:
+        """The first new position."""
+        return self._segment.start
+
+    def get_mask_sizes(self, _query_length: int, _layer: int) -> tuple[int, int]:
+        """Length of the keys that `update` returns, and the position of the first."""
+        return self._segment.end, 0
+
+
+class SpanAttention:
+    """Ties a span's attention modules to the batch in view. One an engine."""
+
+    def __init__(self, layers: nn.ModuleList, kinds: Sequence[LayerKind]) -> None:
+        self.view: BatchView | None = None
+        for layer, kind in zip(layers, kinds, strict=True):
+            for module in layer.modules():
+                layer_idx: Any = getattr(module, "layer_idx", None)
+                if layer_idx is not None:
+                    setattr(module, _ATTRIBUTE, BlockAttention(self, layer_idx, kind))
+
+
+class BlockAttention:
+    """Attention of one block: over the batch in view, or over whole sequences where there is none."""
+
+    def __init__(self, owner: SpanAttention, layer: int, kind: LayerKind) -> None:
+        self._owner = owner
+        self._layer = layer
+        self._kind = kind
+
+    def __call__(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """`query`: `[batch, heads, positions, width]`. Returns `[batch, positions, heads, value_dim]`."""
+        view = self._owner.view
+        if view is None:
+            visible = Visible(self._kind, 0, query.shape[2], query.device)
+            return _attend(query, keys, values, visible, scores)
+        all_keys, all_values = view.pool.keys[self._layer], view.pool.values[self._layer]
+        visibles = view.visible(self._kind)
+        if len(visibles) == 1:
+            visible, row = visibles[0], view.rows[0]
+            return _attend(
+                query,
+                row.read(all_keys, visible.start)[None],
+                row.read(all_values, visible.start)[None],
+                visible,
+                scores,
+            )
+        outputs = []
+        offset = 0
+        for segment, row, visible in zip(view.segments, view.rows, visibles, strict=True):
+            own = query[:, :, offset : offset + segment.count]
+            offset += segment.count
+            row_keys, row_values = row.read(all_keys, visible.start)[None], row.read(all_values, visible.start)[None]
+            outputs.append(_attend(own, row_keys, row_values, visible, scores))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+class Scores:
+    """How a model turns products of query and key into weights."""
+
+    __slots__ = ("scaling", "sinks", "softcap")
+
+    def __init__(self, scaling: float | None, softcap: float | None, sinks: torch.Tensor | None) -> None:
+        self.scaling = scaling
+        self.softcap = softcap
+        self.sinks = sinks
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores
+) -> torch.Tensor:
+    """`query` `[b, heads, n, width]` over `keys` and `values` `[b, kv_heads, m, ...]`: `[b, n, heads, value_dim]`."""
+    batch, heads, count, width = query.shape
+    kv_heads = keys.shape[1]
+    if scores.softcap is not None or scores.sinks is not None:
+        output = _attend_in_steps(query, keys, values, visible, scores)
+    elif count == 1:
+        # Query heads that share a key head stand where several queries would: one product, no copies.
+        packed = query.reshape(batch, kv_heads, heads // kv_heads, width)
+        output = F.scaled_dot_product_attention(packed, keys, values, scale=scores.scaling)
+    else:
+        output = F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=visible.mask,
+            is_causal=visible.causal,
+            scale=scores.scaling,
+            enable_gqa=heads != kv_heads,
+        )
+    return output.reshape(batch, heads, count, -1).transpose(1, 2)
+
+
+def _attend_in_steps(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores
+) -> torch.Tensor:
+    """The same where scores are capped or share their weight with a sink, which fused kernels cannot."""
+    batch, heads, count, width = query.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    packed = query.reshape(batch, kv_heads, -1, width)
+    scaling = width**-0.5 if scores.scaling is None else scores.scaling
+    products = (packed @ keys.transpose(2, 3)).view(batch, heads, count, length) * scaling
+    if scores.softcap is not None:
+        products = torch.tanh(products / scores.softcap) * scores.softcap
+    mask = visible.mask
+    if visible.causal:
+        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        products = products.masked_fill(~mask, -torch.inf)
+    if scores.sinks is not None:
+        sinks = scores.sinks.to(products.dtype).view(1, heads, 1, 1).expand(batch, heads, count, 1)
+        products = torch.cat([products, sinks], dim=-1)
+    weights = products.softmax(-1, dtype=torch.float32)[..., :length].to(values.dtype)
+    return weights.reshape(batch, kv_heads, -1, length) @ values
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What Transformers' attention modules call."""
+    if position_bias is not None:
+        raise NotImplementedError("attention with a learned position bias is not supported")
+    block: BlockAttention = getattr(module, _ATTRIBUTE)
+    return block(query, key, value, Scores(scaling, softcap, s_aux)), None
+
+
+def register_attention() -> str:
+    """Make this attention known to Transformers. Returns the name for `load_span(..., attention=name)`."""
+    # Not at the top: importing Transformers takes seconds, which those who never load a model need not wait.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attention_forward)
+    return _NAME

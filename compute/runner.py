@@ -1,0 +1,111 @@
+"""Runs batches through a span's blocks: the device thread's side of an engine, without policy.
+
+Knows the model, the KV pool and how a batch becomes one ragged forward `[1, positions, hidden_size]`.
+A model that brings its own attention (Bloom) runs its segments one after the other over the same pool.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from peerd.compute.attention import BatchView, RowView, SpanAttention
+from peerd.compute.kv_cache import KVPool
+from peerd.compute.span_model import SpanModel, _slice_lists
+from peerd.compute.steps import Batch, BatchOutput, Segment
+from peerd.protocol.span import Span
+
+
+class SpanRunner:
+    """A span's model with the KV of all its sessions."""
+
+    def __init__(self, model: SpanModel, kv_tokens: int, page_tokens: int) -> None:
+        self._models = {model.span: model}
+        self._whole = model
+        self._pool = KVPool(model.kinds, kv_tokens, page_tokens, device=model.device, dtype=model.dtype)
+        self._attention = SpanAttention(model.layers, model.kinds)
+
+    def run(self, batch: Batch) -> BatchOutput:
+        """Run a batch. The results are on the CPU, in the model's dtype."""
+        with torch.inference_mode():
+            self._pool.copy_pages(batch.copies)
+            output = self._run_blocks(batch).cpu()
+            finite = output.isfinite().all(-1)
+        counts = [piece.count for piece in batch.pieces]
+        # Cloned outside of inference mode: tensors that anybody may write to, and none larger than its piece.
+        return BatchOutput(
+            tuple(part.clone() for part in torch.split(output, counts)),
+            tuple(bool(part.all()) for part in torch.split(finite, counts)),
+        )
+
+    def forward(self, hidden: torch.Tensor, blocks: Span) -> torch.Tensor:
+        """Run whole sequences `[batch, positions, hidden_size]` without a cache. The result is on the CPU."""
+        with torch.inference_mode():
+            output = self._model(blocks).forward_no_cache(hidden.to(self._whole.device, self._whole.dtype))
+        return output.cpu().clone()
+
+    def _run_blocks(self, batch: Batch) -> torch.Tensor:
+        parts = [piece.step.hidden[piece.offset : piece.offset + piece.count] for piece in batch.pieces]
+        hidden = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._whole.device, self._whole.dtype)
+        segments = [segment for piece in batch.pieces for segment in piece.segments]
+        if not segments:
+            return hidden
+        model = self._model(batch.blocks)
+        if model.family.attention_interface:
+            return self._run_ragged(model, hidden, segments)
+        rows = torch.split(hidden, [segment.count for segment in segments])
+        return torch.cat(
+            [
+                _forward(model, row, [segment], RowView(self._pool, segment))
+                for row, segment in zip(rows, segments, strict=True)
+            ]
+        )
+
+    def _run_ragged(self, model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        view = BatchView(self._pool, segments)
+        self._attention.view = view
+        try:
+            return model(
+                hidden[None], _positions(segments, hidden.device), view, max_lengths=_max_lengths(model, segments)
+            )[0]
+        finally:
+            self._attention.view = None
+
+    def _model(self, blocks: Span) -> SpanModel:
+        model = self._models.get(blocks)
+        if model is None:
+            model = self._models[blocks] = _part_of(self._whole, blocks)
+        return model
+
+
+def _forward(
+    model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment], cache: BatchView | RowView
+) -> torch.Tensor:
+    positions = _positions(segments, hidden.device)
+    return model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))[0]
+
+
+def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+    """The absolute position of each new one: `[1, positions]`."""
+    positions = [position for segment in segments for position in range(segment.start, segment.end)]
+    return torch.tensor([positions], device=device)
+
+
+def _max_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor | None:
+    """For each new position what its session declared, `[1, positions]`, where the model asks for it."""
+    if not model.follows_max_length:
+        return None
+    lengths = [segment.max_length for segment in segments for _ in range(segment.count)]
+    return torch.tensor([lengths], device=model.device)
+
+
+def _part_of(model: SpanModel, blocks: Span) -> SpanModel:
+    """Some of a span's blocks, shared with it. Layers keep their numbers, by which the pool knows them."""
+    part = Span(blocks.start - model.span.start, blocks.end - model.span.start)
+    decoder = copy.copy(model.decoder)
+    decoder._modules = dict(decoder._modules)
+    decoder.config = copy.deepcopy(model.config)
+    _slice_lists(decoder.config, len(model.span), part)
+    setattr(decoder, model.family.layers, model.layers[part.start : part.end])
+    return SpanModel(decoder, model.family, blocks, model.kinds[part.start : part.end]).eval()
