@@ -60,7 +60,9 @@ class Dht:
         self._now = now
         self._protocol = DhtProtocol(self._own, store, transport, random)
         self._table = self._protocol.router
+        # Where to start from if the table is empty: what `bootstrap` was given, and whom we knew a while ago.
         self._seeds: list[PeerNode] = []
+        self._last_known: list[PeerNode] = []
         self._lookups = trio.Semaphore(MAX_LOOKUPS)
 
     def __repr__(self) -> str:
@@ -95,7 +97,10 @@ class Dht:
         async with trio.open_nursery() as nursery:
             for node in self._table.take_suspects():
                 nursery.start_soon(self._protocol.call_ping, node)
-        if not len(self._table):
+        if len(self._table):
+            self._last_known = list(self._table)
+        else:
+            # Our own network failed, more likely than everybody's at once.
             await self._join()
         await self._look_up_all(self._protocol.get_refresh_ids())
 
@@ -177,7 +182,7 @@ class Dht:
         """The nearest peers that answered, nearest first, and all answers."""
         async with self._lookups:
             self._table.touch(target)
-            start = self._table.find_neighbors(target) or self._seeds
+            start = self._table.find_neighbors(target) or [*self._seeds, *self._last_known]
             crawl: Crawl[FindReply] = Crawl(self._own, target, start, ask, ksize=REPLICAS, alpha=ALPHA, quorum=quorum)
             nodes = await crawl.find()
         for node in crawl.unanswered:

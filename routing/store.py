@@ -17,6 +17,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import TypeVar
 
 from peerd.protocol.addresses import is_private_ip
+from peerd.protocol.announcements import MAX_SLOTS
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import SignedRecord, Slot, VerifiedRecord, open_record, replaces
@@ -30,12 +31,17 @@ _SPARE_ENDS = 1024
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """Bytes of records. A peer with 8 slots of 16 shards announces at most 128 KiB, and on up to 20 peers each."""
+    """Shares of the store, and of each key. A network is a /24 of public addresses (IPv6: a /48).
+
+    A peer with 8 slots of 16 shards announces at most 128 KiB of records, up to 8 of them under one key.
+    """
 
     total_bytes: int = 64 * 2**20
     storer_bytes: int = 256 * 2**10
     network_bytes: int = 2 * 2**20
     records_a_key: int = MAX_RECORDS
+    storer_records_a_key: int = MAX_SLOTS
+    network_records_a_key: int = MAX_RECORDS // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +108,20 @@ class RecordStore:
         old = held.get(record.slot)
         if old is not None and not replaces(record, old.record):
             return "older"
-        if old is None and len(held) >= self._limits.records_a_key:
+        entry = _Entry(record, data, storer, _network_of(source))
+        others = [other for other in held.values() if other is not old]
+        if not self._has_room(entry, old) or not self._storer_has_place(storer, others):
+            return "quota"
+        if not self._has_place(entry, others):
             self._split(key, record.body.expires)
             return "full"
-        entry = _Entry(record, data, storer, _network_of(source))
-        if not self._has_room(entry, old):
-            return "quota"
         if old is not None:
             self._remove(key, old)
         self._add(key, entry)
         return "stored"
 
     def _has_room(self, new: _Entry, old: _Entry | None) -> bool:
-        """Whether every share still suffices once `new` has taken the place of `old`."""
+        """Whether every share of the store still suffices once `new` has taken the place of `old`."""
         freed = 0 if old is None else len(old.data)
         freed_storer = freed if old is not None and old.storer == new.storer else 0
         freed_network = freed if old is not None and old.network == new.network else 0
@@ -127,6 +134,17 @@ class RecordStore:
                 or self._network_bytes[new.network] + size - freed_network <= self._limits.network_bytes
             )
         )
+
+    def _storer_has_place(self, storer: PeerId, others: list[_Entry]) -> bool:
+        """Whether the storer has a place left under the key: honest ones store what they announce themselves."""
+        return sum(other.storer == storer for other in others) < self._limits.storer_records_a_key
+
+    def _has_place(self, new: _Entry, others: list[_Entry]) -> bool:
+        """Whether the key has a place left, and one for this network: one swarm of sybils must not fill it."""
+        if len(others) >= self._limits.records_a_key:
+            return False
+        in_network = sum(other.network == new.network for other in others)
+        return new.network is None or in_network < self._limits.network_records_a_key
 
     def _add(self, key: bytes, entry: _Entry) -> None:
         self._sets.setdefault(key, {})[entry.record.slot] = entry

@@ -153,13 +153,13 @@ def load_contacts(text: str) -> list[Contact]:
     try:
         state = json.loads(text)
         if state["version"] != 1:
-            raise ValueError(f"contacts of version {state['version']!r}, not 1")
+            raise ValueError(f"version {state['version']!r} instead of 1")
         contacts = [
             Contact(PeerId(entry["peer_id"]), tuple(Multiaddr.parse(address) for address in entry["addresses"]))
             for entry in state["contacts"]
         ]
         for contact in contacts:
             public_key_of(contact.peer_id)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a list of contacts: {error!r}") from None
     return contacts

@@ -12,7 +12,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.packing import pack, unpack
-from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, sign_record
+from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.dht import Dht
 from peerd.routing.dht_messages import Packet, pack_records, unpack_records
@@ -24,8 +24,7 @@ EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))
 
 
-def unix_now() -> float:
-    """The mock clock as unix seconds."""
+def _unix_now() -> float:
     return EPOCH + trio.current_time()
 
 
@@ -52,20 +51,21 @@ class Network:
     random: Random
     loss: float = 0.0
     latency_s: tuple[float, float] = (0.005, 0.05)
+    limits: StoreLimits | None = None
     peers: dict[PeerId, Peer] = field(default_factory=dict)
     dead: set[PeerId] = field(default_factory=set)
     requests: list[tuple[PeerId, PeerId, str]] = field(default_factory=list)
     # Peers that answer as they like.
     liars: dict[PeerId, Callable[[Packet], Packet]] = field(default_factory=dict)
 
-    def add(self, *, client: bool = False, limits: StoreLimits | None = None) -> Peer:
+    def add(self, *, client: bool = False) -> Peer:
         number = len(self.peers)
         identity = Identity.from_seed(number.to_bytes(32, "big"))
         address = Multiaddr.parse(f"/ip4/10.0.{number // 250}.{number % 250 + 1}/tcp/31330/ws")
-        store = RecordStore(unix_now, limits)
+        store = RecordStore(_unix_now, self.limits)
         transport = _Transport(self, identity.peer_id)
         addresses = () if client else (address,)
-        dht = Dht(identity.peer_id, transport, store, now=unix_now, random=Random(number), addresses=addresses)
+        dht = Dht(identity.peer_id, transport, store, now=_unix_now, random=Random(number), addresses=addresses)
         peer = Peer(identity, addresses, store, dht)
         self.peers[peer.peer_id] = peer
         return peer
@@ -129,7 +129,7 @@ def server_body() -> Callable[..., ServerRecord]:
     def make(**fields: object) -> ServerRecord:
         defaults: dict[str, object] = {
             "seq": 1,
-            "expires": EPOCH + 60,
+            "expires": EPOCH + 300,
             "model": MODEL,
             "span": Span(0, 4),
             "state": "online",
@@ -150,14 +150,21 @@ def peer_body() -> Callable[..., PeerRecord]:
     """Makes peer records; every field has a default."""
 
     def make(**fields: object) -> PeerRecord:
-        return PeerRecord(**{"seq": 1, "expires": EPOCH + 60, "addresses": ("/ip4/10.0.0.1/tcp/1/ws",), **fields})
+        return PeerRecord(**{"seq": 1, "expires": EPOCH + 300, "addresses": ("/ip4/10.0.0.1/tcp/1/ws",), **fields})
 
     return make
 
 
 @pytest.fixture
-def sign() -> Callable[..., SignedRecord]:
-    return sign_record
+def epoch() -> float:
+    """The unix time at which the mock clock starts; `server_body` and `peer_body` expire 300 s later."""
+    return EPOCH
+
+
+@pytest.fixture
+def unix_now() -> Callable[[], float]:
+    """The mock clock as unix seconds."""
+    return _unix_now
 
 
 @pytest.fixture
