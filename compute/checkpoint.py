@@ -8,7 +8,7 @@ and no modules; Transformers is imported when a checkpoint is opened, not when t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 class Checkpoint:
     """An open checkpoint of one language model. Use it as a context manager, or `close` it."""
 
-    def __init__(self, path: Path, family: Family, config: PreTrainedConfig, weights: Weights, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        family: Family,
+        config: PreTrainedConfig,
+        weights: Weights,
+        *,
+        name: str,
+        published_config: Mapping[str, Any],
+    ) -> None:
         self.path = path
         self.family = family
         #: The text model's configuration, unmodified.
@@ -36,6 +45,8 @@ class Checkpoint:
         #: What people call the model.
         self.name = name
         self._weights = weights
+        # What came beside the weights files and is not in them: other versions of Transformers read it otherwise.
+        self._published_config = published_config
         self._names_of_block = self._sort_names()
 
     def __enter__(self) -> Checkpoint:
@@ -126,10 +137,6 @@ class Checkpoint:
         for name in names:
             yield name, self._weights.read(name)
 
-    def size_of(self, name: str) -> tuple[int, int]:
-        """How many values a parameter has, and how many bytes it takes in the file. Raises CheckpointError."""
-        return self._weights.size_of(name)
-
     @cached_property
     def model_digest(self) -> bytes:
         """32 bytes that two checkpoints share if and only if they are the same model in the same files.
@@ -138,7 +145,7 @@ class Checkpoint:
         """
         from peerd.compute.digests import model_digest
 
-        return model_digest(self.config, self.weight_files)
+        return model_digest(self._published_config, self.weight_files)
 
     def block_digest(self, block: int) -> bytes:
         """32 bytes over the block's tensors as they are stored: names, dtypes, shapes and bytes."""
@@ -189,14 +196,16 @@ def _open_directory(directory: Path) -> Checkpoint:
     from peerd.compute.safetensors_weights import SafetensorsWeights
 
     config_path = directory / "config.json"
-    raw = _text_config(_read_json(config_path))
+    published = _read_json(config_path)
+    raw = _text_config(published)
     family = family_named(raw.get("model_type"))
     try:
         config = family.config_type().from_dict(raw)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{config_path}: is not a valid {family.model_type} configuration: {error}") from error
     check_config(config, config_path)
-    return Checkpoint(directory, family, config, SafetensorsWeights(directory, family), directory.resolve().name)
+    weights = SafetensorsWeights(directory, family)
+    return Checkpoint(directory, family, config, weights, name=directory.resolve().name, published_config=published)
 
 
 def _text_config(raw: dict[str, Any]) -> dict[str, Any]:

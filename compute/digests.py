@@ -13,29 +13,25 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import platformdirs
 from peerd.compute.errors import CheckpointError
 from peerd.compute.weights import StoredBytes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 # Which program wrote a configuration, where it was read from and how it is run are not what the model is.
 _VOLATILE = frozenset(
-    {"transformers_version", "_name_or_path", "_model_name_or_path", "_attn_implementation", "attn_implementation"}
-    | {"dtype", "torch_dtype", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "architectures"}
+    {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype", "use_cache", "architectures"}
 )
 
 
-def canonical_config(config: PreTrainedConfig) -> bytes:
-    """The configuration as sorted, compact JSON of what differs from its class's defaults, without volatile keys."""
-    fields = {key: value for key, value in config.to_diff_dict().items() if key not in _VOLATILE}
+def canonical_config(config: Mapping[str, Any]) -> bytes:
+    """A published configuration as sorted, compact JSON without volatile keys."""
+    fields = {key: value for key, value in config.items() if key not in _VOLATILE}
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def model_digest(config: PreTrainedConfig, files: Sequence[Path]) -> bytes:
+def model_digest(config: Mapping[str, Any], files: Sequence[Path]) -> bytes:
     """sha256 over the canonical configuration and each weights file's name and sha256, sorted by name: 32 bytes.
 
     Raises CheckpointError if a file is missing.
@@ -49,7 +45,7 @@ def model_digest(config: PreTrainedConfig, files: Sequence[Path]) -> bytes:
 
 
 def tensors_digest(tensors: Iterable[StoredBytes]) -> bytes:
-    """sha256 over tensors sorted as given: each one's name, dtype, shape and stored bytes: 32 bytes."""
+    """sha256 over tensors in the order given: each one's name, dtype, shape and stored bytes: 32 bytes."""
     digest = hashlib.sha256(b"peerd block 1\n")
     for tensor in tensors:
         _add(digest, tensor.name.encode())

@@ -47,10 +47,6 @@ class StoredTensor:
     offset: int
     n_bytes: int
 
-    @property
-    def n_values(self) -> int:
-        return math.prod(self.shape)
-
 
 class SafetensorsFile:
     """An open safetensors file. Raises CheckpointError on opening if it isn't a whole one."""

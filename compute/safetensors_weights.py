@@ -51,10 +51,6 @@ class SafetensorsWeights:
         recipe = self._recipe(parameter)
         return self._read_experts(parameter, recipe) if recipe.parts else self._read_one(recipe.names[0])
 
-    def size_of(self, parameter: str) -> tuple[int, int]:
-        stored = [self._file_of(name).stored(name) for name in self._recipe(parameter).names]
-        return sum(tensor.n_values for tensor in stored), sum(tensor.n_bytes for tensor in stored)
-
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         for name in self._recipe(parameter).names:
             file = self._file_of(name)

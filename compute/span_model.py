@@ -8,8 +8,7 @@ sliced, layer numbers start from 0 again, and what it does to embeddings is left
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,11 +116,12 @@ def load_span(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     attention: str = "sdpa",
+    on_block: Callable[[int], None] | None = None,
 ) -> SpanModel:
     """Read a span's blocks onto `device`, in `dtype` (the checkpoint's own if None).
 
     `attention` is `eager`, `sdpa`, or a name registered with `AttentionInterface`; a family without that interface
-    uses its own. Raises CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the
+    uses its own. `on_block` hears of each block once it is read. Raises CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the
     model does not have.
     """
     if span.end > checkpoint.block_count:
@@ -131,7 +131,10 @@ def load_span(
     attention = attention if family.attention_interface else "eager"
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype or checkpoint.dtype, attention)
     _cut(decoder, family, span)
-    fill(decoder, _renumbered(checkpoint, span), device, checkpoint.path)
+    for index, block in enumerate(range(span.start, span.end)):
+        fill(decoder, _renumbered(checkpoint, block, index), device, checkpoint.path)
+        if on_block is not None:
+            on_block(block)
     rebuild_rotaries(decoder, decoder.config, device)
     check_filled(decoder, checkpoint.path)
     if length_rules(decoder.config):
@@ -165,9 +168,8 @@ def _slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None
     config.num_hidden_layers = len(span)
 
 
-def _renumbered(checkpoint: Checkpoint, span: Span) -> Iterator[tuple[str, torch.Tensor]]:
-    """The span's tensors under the names that its blocks have within the span."""
-    prefix = re.escape(checkpoint.family.layers)
-    for index, block in enumerate(range(span.start, span.end)):
-        for name, tensor in checkpoint.read(checkpoint.names_of_block(block)):
-            yield re.sub(rf"^{prefix}\.\d+", f"{checkpoint.family.layers}.{index}", name), tensor
+def _renumbered(checkpoint: Checkpoint, block: int, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """One block's tensors under the names that it has as block `index` of the span."""
+    layers = checkpoint.family.layers
+    for name, tensor in checkpoint.read(checkpoint.names_of_block(block)):
+        yield f"{layers}.{index}.{name.removeprefix(f'{layers}.{block}.')}", tensor

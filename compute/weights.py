@@ -46,10 +46,6 @@ class Weights(Protocol):
         """One parameter in its stored dtype (fp32 if it was dequantized), in memory of its own."""
         ...
 
-    def size_of(self, parameter: str) -> tuple[int, int]:
-        """How many values it has, and how many bytes it takes in the file."""
-        ...
-
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         """The stored tensors that make one parameter."""
         ...
