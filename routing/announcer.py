@@ -101,7 +101,6 @@ class Announcer:
         spans = {body.slot: body for body in bodies if isinstance(body, ServerRecord)}
         # Before the new records: of a slot whose span moved, the newest record must be the new span's.
         await self._withdraw([old for slot, old in self._servers.items() if self._leaves_keys(old, spans.get(slot))])
-        self._servers |= spans
         expires = self._now() + TTL_S
         return not bodies or await self._publish([replace(body, expires=expires) for body in bodies]) > 0
 
@@ -118,13 +117,15 @@ class Announcer:
         now = self._now()
         offline = []
         for server in servers:
-            del self._servers[server.slot]
             ends = max(self._slot_ends[server.slot], now + TTL_S)
             # Beyond that our clock was wrong when we signed, and nobody takes the record anyway.
             if ends <= now + MAX_TTL_S:
                 offline.append(server.offline(seq=server.seq + 1, expires=ends))
         if offline:
             await self._publish(offline)
+        # Only now: who is cancelled in between withdraws again on leaving.
+        for server in servers:
+            del self._servers[server.slot]
 
     async def _publish(self, bodies: Sequence[Announcement]) -> int:
         """Sign with the next `seq` each and store."""
@@ -136,6 +137,8 @@ class Announcer:
         for body in numbered:
             if isinstance(body, ServerRecord):
                 self._slot_ends[body.slot] = max(body.expires, self._slot_ends.get(body.slot, 0.0))
+                if body.state != "offline":
+                    self._servers[body.slot] = body
         return await self._sink.put(*(self._sign(body) for body in numbered))
 
     def _sign(self, body: Announcement) -> SignedRecord:

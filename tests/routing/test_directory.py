@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from peerd.protocol.identity import Identity
+from peerd.protocol.records import (
+    Announcement,
+    PeerRecord,
+    ServerRecord,
+    VerifiedRecord,
+    keys_of,
+    open_record,
+    sign_record,
+)
+from peerd.protocol.span import Span
+from peerd.routing.directory import CACHE_S, Directory
+from peerd.routing.record_sets import RecordKey
+
+MODEL = bytes(range(32))
+MakeServer = Callable[..., ServerRecord]
+MakePeer = Callable[..., PeerRecord]
+
+
+@dataclass
+class Swarm:
+    """What is announced, under its keys, and what was asked."""
+
+    now: float
+    records: dict[bytes, list[VerifiedRecord]] = field(default_factory=dict)
+    asked: list[Sequence[RecordKey]] = field(default_factory=list)
+
+    def announce(self, number: int, *bodies: Announcement) -> str:
+        identity = Identity.from_seed(number.to_bytes(32, "big"))
+        for body in bodies:
+            record = open_record(sign_record(identity, body), now=self.now)
+            for key in keys_of(body, identity.peer_id):
+                self.records.setdefault(key, []).append(record)
+        return identity.peer_id
+
+    async def get_many(self, wanted: Sequence[RecordKey]) -> list[list[VerifiedRecord]]:
+        self.asked.append(wanted)
+        return [self.records.get(one.key, []) for one in wanted]
+
+
+@pytest.fixture
+def swarm(epoch: float) -> Swarm:
+    return Swarm(epoch)
+
+
+@pytest.fixture
+def directory(swarm: Swarm) -> Directory:
+    return Directory(swarm, lambda: swarm.now)
+
+
+async def test_servers_of_all_shards_are_offered_with_the_ways_to_them(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    first = swarm.announce(1, server_body(span=Span(0, 20)), peer_body())
+    second = swarm.announce(2, server_body(span=Span(30, 40)), server_body(span=Span(2, 4), slot=1), peer_body())
+    offers = await directory.servers(MODEL, 40)
+    assert sorted((offer.peer_id, str(offer.span)) for offer in offers) == sorted(
+        [(first, "0:20"), (second, "30:40"), (second, "2:4")]
+    )
+    for offer in offers:
+        assert [str(address) for address in offer.addresses] == [f"/ip4/10.0.0.1/tcp/1/ws/p2p/{offer.peer_id}"]
+        assert offer.peer_record.peer_id == offer.peer_id
+
+
+async def test_who_is_offline_unreachable_or_serves_other_blocks_is_not_offered(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    swarm.announce(1, server_body(state="offline"), peer_body())
+    swarm.announce(2, server_body())
+    swarm.announce(3, server_body(span=Span(0, 9)), peer_body())
+    draining = swarm.announce(4, server_body(state="draining"), peer_body())
+    assert [offer.peer_id for offer in await directory.servers(MODEL, 8)] == [draining]
+
+
+async def test_a_span_that_moved_is_offered_once(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    swarm.announce(1, server_body(seq=2, span=Span(16, 20)), server_body(seq=1, span=Span(0, 4)), peer_body())
+    assert [str(offer.span) for offer in await directory.servers(MODEL, 40)] == ["16:20"]
+
+
+async def test_an_older_copy_does_not_come_back(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    swarm.announce(1, server_body(seq=2, state="offline"), peer_body())
+    assert await directory.servers(MODEL, 8) == []
+    swarm.records.clear()
+    swarm.announce(1, server_body(seq=1), peer_body())
+    swarm.now += CACHE_S
+    assert await directory.servers(MODEL, 8) == []
+
+
+async def test_lookups_are_not_repeated_at_once_nor_forever(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    swarm.announce(1, server_body(expires=swarm.now + 60), peer_body())
+    await directory.servers(MODEL, 8)
+    asked = len([one for wanted in swarm.asked for one in wanted])
+    assert len(await directory.servers(MODEL, 8)) == 1
+    assert len([one for wanted in swarm.asked for one in wanted]) == asked
+    swarm.announce(2, server_body(), peer_body())
+    assert len(await directory.servers(MODEL, 8)) == 1
+    assert len(await directory.servers(MODEL, 8, max_age_s=0)) == 2
+    # Peer 1 is heard of no more.
+    swarm.records = {key: records[1:] for key, records in swarm.records.items()}
+    swarm.now += 60
+    assert len(await directory.servers(MODEL, 8)) == 1
+
+
+async def test_nobody_is_offered_while_nobody_serves(directory: Directory) -> None:
+    assert await directory.servers(MODEL, 80) == []
