@@ -25,7 +25,7 @@ DEFAULT_KV_TOKENS = 8192
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """How many bytes the model's largest block takes in `dtype`."""
-    decoder = build_on_meta(checkpoint.family.decoder_type(), checkpoint.config, dtype, "eager")
+    decoder = build_on_meta(checkpoint.family.decoder_type(), checkpoint.config, dtype)
     layers: Iterable[torch.nn.Module] = getattr(decoder, checkpoint.family.layers)
     return max(sum(int(tensor.nbytes) for tensor in layer.state_dict().values()) for layer in layers)
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.families import FAMILIES, Family, family_named
-from peerd.compute.parameter_names import LM_HEAD
 from peerd.compute.weights import Weights
 from peerd.protocol.span import MAX_BLOCKS
 
@@ -47,7 +46,7 @@ class Checkpoint:
         self._weights = weights
         # What came beside the weights files and is not in them: other versions of Transformers read it otherwise.
         self._published_config = published_config
-        self._names_of_block = self._sort_names()
+        self._names_of_block = self._by_block()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -124,11 +123,6 @@ class Checkpoint:
             raise IndexError(f"{self.name} has blocks 0 to {self.block_count - 1}, not {block}")
         return self._names_of_block.get(block, ())
 
-    def head_names(self) -> tuple[str, ...]:
-        """The parameters that belong to no block: embeddings, norms outside the blocks, an untied `lm_head.weight`."""
-        tied = self.config.tie_word_embeddings
-        return tuple(name for name in self._names_of_block[-1] if not (tied and name == LM_HEAD))
-
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Read parameters one by one, each in memory of its own, in the dtype they are stored in.
 
@@ -154,13 +148,13 @@ class Checkpoint:
         names = self.names_of_block(block)
         return tensors_digest(stored for name in names for stored in self._weights.stored(name))
 
-    def _sort_names(self) -> dict[int, tuple[str, ...]]:
-        """Parameters by block, sorted; those of no block under -1."""
-        found: dict[int, list[str]] = {-1: []}
-        prefix = f"{self.family.layers}."
+    def _by_block(self) -> dict[int, tuple[str, ...]]:
+        found: dict[int, list[str]] = {}
         for name in sorted(self._weights.parameters):
-            number = name.removeprefix(prefix).split(".", 1)[0] if name.startswith(prefix) else ""
-            found.setdefault(int(number) if number.isdecimal() else -1, []).append(name)
+            layers, _, rest = name.partition(".")
+            number = rest.partition(".")[0]
+            if layers == self.family.layers and number.isdecimal():
+                found.setdefault(int(number), []).append(name)
         return {block: tuple(names) for block, names in found.items()}
 
 

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 
 def build_on_meta(
-    model_type: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str
+    model_type: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = "eager"
 ) -> PreTrainedModel:
-    """The whole model in `dtype` on the meta device, with a configuration of its own, in evaluation mode."""
+    """The whole model in `dtype` on the meta device, with a configuration of its own, in evaluation mode.
+
+    `attention` None is the best that Transformers has for the family.
+    """
     with torch.device("meta"):
         build: Any = model_type._from_config
         model: PreTrainedModel = build(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
@@ -32,13 +35,11 @@ def build_on_meta(
 def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device, where: object) -> None:
     """Put tensors into `module` in place of its meta parameters, each converted to the parameter's dtype.
 
-    Parameters are frozen. Raises CheckpointError for a name or a shape that the module does not have.
+    Parameters are frozen. Every name is one that the module has; raises CheckpointError for another shape.
     """
     parameters = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, tensor in tensors:
-        expected = parameters.get(name)
-        if expected is None:
-            raise CheckpointError(f"{where}: tensor {name} belongs to no part of the model")
+        expected = parameters[name]
         if tensor.shape != expected.shape:
             raise CheckpointError(
                 f"{where}: tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected.shape)}"

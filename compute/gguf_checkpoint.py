@@ -140,7 +140,7 @@ def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str
 
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
     known = get_tensor_name_map(arch, config.num_hidden_layers)
-    model = build_on_meta(family.causal_type(), config, torch.float32, "eager")
+    model = build_on_meta(family.causal_type(), config, torch.float32)
     prefix = f"{model.base_model_prefix}."
     names: dict[str, str] = {}
     for full_name in model.state_dict():

@@ -81,14 +81,15 @@ class Head:
 def load_head(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Head:
     """Read the head onto `device`, in `dtype` (the checkpoint's own if None). Raises CheckpointError."""
     family, device = checkpoint.family, torch.device(device)
-    model = build_on_meta(family.causal_type(), checkpoint.config, dtype or checkpoint.dtype, "eager")
-    decoder = model.base_model
-    setattr(decoder, family.layers, nn.ModuleList())
+    model = build_on_meta(family.causal_type(), checkpoint.config, dtype or checkpoint.dtype)
+    setattr(model.base_model, family.layers, nn.ModuleList())
     prefix = f"{model.base_model_prefix}."
-    tensors = checkpoint.read(checkpoint.head_names())
+    tied = bool(checkpoint.config.tie_word_embeddings)
+    wanted = [name.removeprefix(prefix) for name in model.state_dict() if not (tied and name == LM_HEAD)]
+    tensors = checkpoint.read(wanted)
     named = ((name if name == LM_HEAD else prefix + name, tensor) for name, tensor in tensors)
     fill(model, named, device, checkpoint.path)
-    if checkpoint.config.tie_word_embeddings:
+    if tied:
         model.tie_weights()
     rebuild_rotaries(model, model.config, device)
     check_filled(model, checkpoint.path)

@@ -115,24 +115,25 @@ def load_span(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> SpanModel:
     """Read a span's blocks onto `device`, in `dtype` (the checkpoint's own if None).
 
-    `attention` is `eager`, `sdpa`, or a name registered with `AttentionInterface`; a family without that interface
-    uses its own. `on_block` hears of each block once it is read. Raises CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the
-    model does not have.
+    `attention` is `eager`, `sdpa`, a name registered with `AttentionInterface`, or None for the best that Transformers
+    has; a family without that interface uses its own. `on_block` hears of each block once it is read. Raises
+    CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the model does not have.
     """
     if span.end > checkpoint.block_count:
         raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
     family, device = checkpoint.family, torch.device(device)
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
-    attention = attention if family.attention_interface else "eager"
+    attention = attention if family.attention_interface else None
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype or checkpoint.dtype, attention)
     _cut(decoder, family, span)
-    for index, block in enumerate(range(span.start, span.end)):
-        fill(decoder, _renumbered(checkpoint, block, index), device, checkpoint.path)
+    layers: nn.ModuleList = getattr(decoder, family.layers)
+    for layer, block in zip(layers, range(span.start, span.end), strict=True):
+        _fill_block(layer, checkpoint, block, device)
         if on_block is not None:
             on_block(block)
     rebuild_rotaries(decoder, decoder.config, device)
@@ -168,8 +169,8 @@ def _slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None
     config.num_hidden_layers = len(span)
 
 
-def _renumbered(checkpoint: Checkpoint, block: int, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """One block's tensors under the names that it has as block `index` of the span."""
-    layers = checkpoint.family.layers
-    for name, tensor in checkpoint.read(checkpoint.names_of_block(block)):
-        yield f"{layers}.{index}.{name.removeprefix(f'{layers}.{block}.')}", tensor
+def _fill_block(layer: nn.Module, checkpoint: Checkpoint, block: int, device: torch.device) -> None:
+    """Read what the block needs. What else the checkpoint has of it, such as old buffers, is left alone."""
+    prefix = f"{checkpoint.family.layers}.{block}."
+    tensors = checkpoint.read(f"{prefix}{name}" for name in layer.state_dict())
+    fill(layer, ((name.removeprefix(prefix), tensor) for name, tensor in tensors), device, checkpoint.path)
