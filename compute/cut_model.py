@@ -52,13 +52,15 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device:
         setattr(owner, leaf, value)
 
 
-def rebuild_rotaries(module: nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
-    """Build rotary embeddings anew on `device`: their frequencies are in no checkpoint."""
+def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
+    """Give values to the buffers that are in no checkpoint: rotary frequencies, and Gemma's embedding scale."""
     for name, child in list(module.named_modules()):
         if type(child).__name__.endswith("RotaryEmbedding"):
             rotary: Any = type(child)
             with torch.device(device):
                 module.set_submodule(name, rotary(config=config))
+        elif hasattr(child, "scalar_embed_scale"):
+            child.embed_scale = torch.tensor(child.scalar_embed_scale, device=device)
 
 
 def check_filled(module: nn.Module, where: object) -> None:

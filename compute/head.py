@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peerd.compute.cut_model import build_on_meta, check_filled, fill, rebuild_rotaries
+from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.families import Family
 from peerd.compute.parameter_names import LM_HEAD
 from torch import nn
@@ -91,6 +91,6 @@ def load_head(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dty
     fill(model, named, device, checkpoint.path)
     if tied:
         model.tie_weights()
-    rebuild_rotaries(model, model.config, device)
+    compute_buffers(model, model.config, device)
     check_filled(model, checkpoint.path)
     return Head(model, family)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peerd.compute.cut_model import build_on_meta, check_filled, fill, rebuild_rotaries
+from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.families import Family
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, length_rules
@@ -136,7 +136,7 @@ def load_span(
         _fill_block(layer, checkpoint, block, device)
         if on_block is not None:
             on_block(block)
-    rebuild_rotaries(decoder, decoder.config, device)
+    compute_buffers(decoder, decoder.config, device)
     check_filled(decoder, checkpoint.path)
     if length_rules(decoder.config):
         decoder.rotary_emb = DeclaredLengthRotary(decoder.rotary_emb, decoder.config)
