@@ -121,7 +121,8 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stablelm": ("stablelm", "StableLm", {"use_qkv_bias": True}),
     "starcoder2": ("starcoder2", "Starcoder2", {"sliding_window": WINDOW}),
     "cohere2": ("cohere2", "Cohere2", {"sliding_window": WINDOW, "logit_scale": 0.3}),
-    "bloom": ("bloom", "Bloom", {"n_layer": BLOCKS, "n_head": 4}),
+    # Bloom shares no key heads: it would ignore the common number, and layer_kinds would not.
+    "bloom": ("bloom", "Bloom", {"n_layer": BLOCKS, "n_head": 4, "num_key_value_heads": 4}),
 }
 
 

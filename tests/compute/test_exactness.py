@@ -1,0 +1,193 @@
+"""Chained engines compute what the whole Transformers model computes, however work is cut and batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peerd.compute.attention import register_attention
+from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.engine import Engine, EngineStep
+from peerd.compute.span_model import load_span
+from peerd.protocol.rows import Fork, Op, RowSlice
+from peerd.protocol.span import Span
+
+CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
+FAMILY_NAMES = ("llama", "qwen3", "mixtral", "gemma3_text", "gpt_oss", "smollm3", "bloom")
+# Longer than the tiny models' windows, and than what their scaled ropes leave unscaled.
+LENGTH = 40
+UNSCALED_LENGTH = 32
+# Outputs are of size 1 to 20.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@dataclass
+class Reference:
+    """A tiny whole model: what enters its first block and what leaves its last, `[rows, LENGTH, width]`."""
+
+    checkpoint: Checkpoint
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """New positions of one row of a session, of the reference's row `text`."""
+
+    session: str
+    row: int
+    text: int
+    start: int
+    count: int
+
+
+def open_reference(folder: Path) -> Reference:
+    checkpoint = open_checkpoint(folder)
+    family = checkpoint.family
+    # Neither capped scores nor sinks are known to Transformers' sdpa.
+    model = family.causal_type().from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    seen: list[torch.Tensor] = []
+    decoder = model.base_model
+    getattr(decoder, family.layers)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    getattr(decoder, family.norm).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    tokens = torch.randint(3, model.config.vocab_size, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoder(input_ids=tokens)
+    return Reference(checkpoint, *seen)
+
+
+class Chain:
+    """Engines over the model's blocks, one after the other."""
+
+    def __init__(self, whole: Reference, spans: Sequence[Span] = CUT, **settings: int) -> None:
+        self.whole = whole
+        small = {"kv_tokens": 512, "page_tokens": 4, "batch_tokens": 64} | settings
+        self.engines = [
+            Engine(load_span(whole.checkpoint, span, dtype=torch.float32, attention=register_attention()), **small)
+            for span in spans
+        ]
+
+    def open(self, name: str, *, max_rows: int = 1, max_length: int = LENGTH) -> None:
+        for engine in self.engines:
+            engine.open(name, max_length=max_length, max_rows=max_rows, max_rollback=max_length)
+
+    def run(self, *parts: Part, ops: Sequence[Op] = ()) -> list[torch.Tensor]:
+        """Run parts, one step each, through the chain, all in the same batches; their results."""
+        hidden = [self.whole.inputs[part.text, part.start : part.start + part.count] for part in parts]
+        for engine in self.engines:
+            for seq, (part, new) in enumerate(zip(parts, hidden, strict=True)):
+                rows = (RowSlice(part.row, part.start, part.count),)
+                engine.submit(EngineStep(part.session, seq, tuple(ops), rows, new))
+            results = {}
+            while batch := engine.plan():
+                for result in engine.collect(batch, engine.run(batch)):
+                    assert result.hidden is not None
+                    results[result.seq] = result.hidden
+            hidden = [results[seq] for seq in range(len(parts))]
+        return hidden
+
+    def check(self, *parts: Part, ops: Sequence[Op] = ()) -> None:
+        """Run parts and compare with the whole model."""
+        for part, result in zip(parts, self.run(*parts, ops=ops), strict=True):
+            expected = self.whole.outputs[part.text, part.start : part.start + part.count]
+            torch.testing.assert_close(result, expected, **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def references(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[[str], Reference]]:
+    found: dict[str, Reference] = {}
+
+    def get(name: str) -> Reference:
+        if name not in found:
+            found[name] = open_reference(tiny_checkpoint(name))
+        return found[name]
+
+    yield get
+    for reference in found.values():
+        reference.checkpoint.close()
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def whole(request: pytest.FixtureRequest, references: Callable[[str], Reference]) -> Reference:
+    return references(request.param)
+
+
+def test_ragged_batches_equal_the_whole_model(references: Callable[[str], Reference], tiny_name: str):
+    if tiny_name in ("llama_dynamic", "phi3_longrope"):
+        pytest.skip("declared lengths have their own test")
+    chain = Chain(references(tiny_name))
+    chain.open("a", max_rows=2)
+    chain.open("b")
+    chain.check(Part("a", 0, 0, 0, 20), Part("a", 1, 1, 0, 11), Part("b", 0, 2, 0, 5))
+    for turn in range(4):
+        chain.check(Part("b", 0, 2, 5 + turn, 1), Part("a", 1, 1, 11 + turn, 1), Part("a", 0, 0, 20 + turn, 1))
+    # A prefill beside a decode, and two positions at once.
+    chain.check(Part("b", 0, 2, 9, 28), Part("a", 1, 1, 15, 2), Part("a", 0, 0, 24, 1))
+
+
+def test_a_prefill_cut_into_chunks_equals_the_whole_model(whole: Reference):
+    chain = Chain(whole, batch_tokens=7)
+    chain.open("a")
+    chain.open("b")
+    chain.check(Part("a", 0, 0, 0, 37), Part("b", 0, 1, 0, 17))
+
+
+def test_rolling_back_and_stepping_again_equals_the_whole_model(whole: Reference):
+    chain = Chain(whole)
+    chain.open("a")
+    chain.check(Part("a", 0, 0, 0, 15))
+    chain.run(Part("a", 0, 1, 15, 5))
+    chain.check(Part("a", 0, 0, 13, 4))
+    chain.run(Part("a", 0, 2, 3, 1))
+    chain.check(Part("a", 0, 0, 2, 1), Part("a", 0, 0, 3, 20))
+
+
+def test_a_forked_row_equals_the_whole_model(whole: Reference):
+    chain = Chain(whole)
+    chain.open("a", max_rows=3)
+    chain.check(Part("a", 0, 0, 0, 14))
+    chain.check(Part("a", 2, 0, 14, 3), ops=[Fork(0, 2, 14)])
+    chain.run(Part("a", 2, 1, 17, 3))
+    chain.check(Part("a", 0, 0, 14, 2), Part("a", 0, 0, 16, 1))
+
+
+def test_a_part_of_a_span_equals_those_blocks(whole: Reference):
+    split = Chain(whole, (Span(0, 5), Span(5, 8)))
+    split.open("a")
+    expected = split.run(Part("a", 0, 0, 0, 12))[0]
+    chain = Chain(whole, (Span(0, 8), Span(3, 8)))
+    for engine, blocks in zip(chain.engines, (Span(0, 5), Span(5, 8)), strict=True):
+        engine.open("a", blocks=blocks, max_length=LENGTH, max_rows=1, max_rollback=4)
+    torch.testing.assert_close(chain.run(Part("a", 0, 0, 0, 12))[0], expected, **TOLERANCE)
+
+
+def test_forward_without_a_cache_equals_the_whole_model(whole: Reference):
+    chain = Chain(whole)
+    hidden = whole.inputs
+    for engine in chain.engines:
+        hidden = engine.forward(hidden)
+    torch.testing.assert_close(hidden, whole.outputs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic", "phi3_longrope"])
+def test_a_long_neighbour_changes_nothing_where_rope_follows_the_length(
+    references: Callable[[str], Reference], name: str
+):
+    whole = references(name)
+
+    def short(chain: Chain, *neighbours: Part) -> torch.Tensor:
+        chain.open("short", max_length=UNSCALED_LENGTH)
+        return chain.run(Part("short", 0, 0, 0, 10), *neighbours)[0]
+
+    alone, beside = Chain(whole), Chain(whole)
+    beside.open("long")
+    result = short(beside, Part("long", 0, 1, 0, LENGTH))
+    torch.testing.assert_close(result, short(alone), rtol=1e-5, atol=1e-5)
+    # The long one is scaled as in Transformers, where the sequence is as long as was declared.
+    chain = Chain(whole)
+    chain.open("long")
+    chain.check(Part("long", 0, 0, 0, LENGTH))
+    assert not torch.allclose(result, whole.outputs[0, :10], **TOLERANCE)
