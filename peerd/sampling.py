@@ -1,0 +1,185 @@
+"""From logits to the next token, on the client: Transformers' own logits processors, and a draw of ours.
+
+Knows numbers only; knows no model and no session. The difficulty is replay: after a failover, or in another
+process, the same token must come out, however many draws were made before. So a draw is a hash of (seed, row,
+position) instead of the next number of a generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from peerd.protocol.errors import BadResult
+
+# Long enough for an answer, short enough not to reserve a peer's KV pool for a model that never stops.
+DEFAULT_MAX_NEW_TOKENS = 256
+# What Transformers' `generate` takes where a model's generation config names none.
+DEFAULT_TOP_K = 50
+
+_SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen, and when to stop. Raises ValueError naming the field that is out of range.
+
+    `temperature` 0 takes the likeliest token; then `top_k`, `top_p`, `min_p` and `seed` have no effect.
+    `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off. Generation ends with a token of
+    `eos_token_ids`, or after `max_new_tokens`.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, _is_number(self.temperature) and self.temperature >= 0, "0 or more")
+        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 or more")
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "more than 0, at most 1")
+        _check("min_p", self.min_p, _is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, _is_number(penalty) and penalty > 0, "more than 0")
+        seed_fits = _is_integer(self.seed) and abs(self.seed) < 2**_SEED_BITS
+        _check("seed", self.seed, seed_fits, f"a whole number of {_SEED_BITS} bits and a sign")
+        limit = self.max_new_tokens
+        _check("max_new_tokens", limit, _is_integer(limit) and limit >= 1, "a whole number, 1 or more")
+        eos_fit = all(_is_integer(token) and token >= 0 for token in self.eos_token_ids)
+        _check("eos_token_ids", self.eos_token_ids, eos_fit, "token ids")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: GenerationConfig,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> SamplingParams:
+        """The caller's choices; for what is None the model's own, then what Transformers' `generate` does.
+
+        A model whose config does not say `do_sample` is greedy until a `temperature` is asked for. Without a
+        `seed` every call draws another one. Raises ValueError as the class does.
+        """
+        own_temperature = _first(config.temperature, 1.0) if config.do_sample else 0.0
+        return cls(
+            temperature=_first(temperature, own_temperature),
+            top_k=_first(top_k, config.top_k, DEFAULT_TOP_K),
+            top_p=_first(top_p, config.top_p, 1.0),
+            min_p=_first(min_p, config.min_p, 0.0),
+            repetition_penalty=_first(repetition_penalty, config.repetition_penalty, 1.0),
+            seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
+            max_new_tokens=_first(max_new_tokens, config.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
+            eos_token_ids=_token_ids(config.eos_token_id) if eos_token_ids is None else tuple(eos_token_ids),
+        )
+
+
+class Sampler:
+    """Picks tokens by `params`. Keeps no state: the same arguments always pick the same token."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._processors = _processors(params)
+        self._reads_context = params.repetition_penalty != 1
+
+    def __repr__(self) -> str:
+        return f"<Sampler {self.params}>"
+
+    def pick(self, logits: torch.Tensor, context: Sequence[int] | torch.Tensor, *, row: int, position: int) -> int:
+        """The token for `position` of `row`, given `logits` `[vocabulary]` and the `context`: all tokens before it.
+
+        Raises BadResult if the logits are not numbers.
+        """
+        scores = self.scores(logits, context)
+        if self.params.temperature == 0:
+            token = int(scores.argmax())
+            # NaN and infinity win argmax, and -inf wins it only if there is nothing else.
+            if not math.isfinite(scores[token].item()):
+                raise BadResult(f"the logits of position {position} are not finite")
+            return token
+        cumulative = scores.double().softmax(dim=-1).cumsum_(dim=-1)
+        total = cumulative[-1].item()
+        if not math.isfinite(total):
+            raise BadResult(f"the logits of position {position} are not finite")
+        # Rounding must not lift a draw to the total itself, behind which no token lies.
+        place = min(draw(self.params.seed, row, position) * total, math.nextafter(total, 0.0))
+        return int(torch.searchsorted(cumulative, place, right=True))
+
+    def scores(self, logits: torch.Tensor, context: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """`logits` `[vocabulary]` as the processors leave them: excluded tokens are -inf."""
+        ids = torch.as_tensor(context if self._reads_context else (), dtype=torch.long)
+        processed: torch.Tensor = self._processors(ids[None], logits.float()[None])  # type: ignore[arg-type]
+        return processed[0]
+
+
+def draw(seed: int, row: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its three arguments: 53 bits of their sha256."""
+    digest = hashlib.sha256(b"peerd sampling 1" + struct.pack("<qIQ", seed, row, position)).digest()
+    return (int.from_bytes(digest[:8], "little") >> 11) * 2.0**-53
+
+
+def _processors(params: SamplingParams) -> LogitsProcessorList:
+    """In the order in which Transformers' `generate` applies them."""
+    processors = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    if params.temperature == 0:
+        return processors
+    if params.temperature != 1:
+        processors.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        processors.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        processors.append(TopPLogitsWarper(float(params.top_p)))
+    if params.min_p > 0:
+        processors.append(MinPLogitsWarper(float(params.min_p)))
+    return processors
+
+
+def _first(*choices: Any) -> Any:
+    return next(choice for choice in choices if choice is not None)
+
+
+def _token_ids(eos: int | list[int] | None) -> tuple[int, ...]:
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(name: str, value: object, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")
