@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peerd.protocol.errors import BadResult, LocalProtocolError, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.tensors import CODECS, DTYPES, GROUP, TensorHeader, decode_tensor, encode_tensor
@@ -261,6 +261,7 @@ def read(fields: dict[str, Any], body: bytes) -> torch.Tensor | None:
     return got
 
 
+@settings(derandomize=True, deadline=None)
 @given(headers, st.sampled_from(["shape", "dtype", "codec", "more"]), values, st.binary(max_size=64))
 def test_any_field_of_any_type_is_decoded_or_refused(
     fields: dict[str, Any], name: str, value: Any, body: bytes
@@ -268,6 +269,7 @@ def test_any_field_of_any_type_is_decoded_or_refused(
     read({**fields, name: value}, body)
 
 
+@settings(derandomize=True, deadline=None)
 @given(headers, st.data())
 def test_any_body_of_the_right_length_is_decoded_or_refused(fields: dict[str, Any], data: st.DataObject) -> None:
     header = TensorHeader(tuple(fields["shape"]), fields["dtype"], fields["codec"])
@@ -276,6 +278,7 @@ def test_any_body_of_the_right_length_is_decoded_or_refused(fields: dict[str, An
     read(fields, (pattern * (length // len(pattern) + 1))[:length])
 
 
+@settings(derandomize=True, deadline=None)
 @given(headers, st.integers(0, 2**32), st.integers(0, 255), st.integers(-1, 1))
 def test_a_changed_byte_or_length_is_decoded_or_refused(
     fields: dict[str, Any], place: int, byte: int, growth: int
@@ -288,6 +291,7 @@ def test_a_changed_byte_or_length_is_decoded_or_refused(
     assert growth == 0 or got is None
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.lists(st.floats(-8e6, 8e6, width=32), min_size=1, max_size=130))
 def test_whatever_is_encoded_can_be_decoded(numbers: list[float]) -> None:
     sent = torch.tensor(numbers)
