@@ -1,0 +1,247 @@
+"""Frames: the unit that a connection encrypts, sends and interleaves (spec/frames.md).
+
+Knows each kind's bytes and limits; knows no streams, so nothing about which frame may come when
+(`streams` has that table). The difficulty is strictness: a frame is read in one way or refused, and
+nothing in it makes us allocate more than its own length.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from peerd.protocol.errors import RemoteProtocolError
+
+# Header: kind u8, flags u8, stream u32.
+_HEADER: Final = struct.Struct(">BBI")
+_OPEN: Final = struct.Struct(">BI")
+_U32: Final = struct.Struct(">I")
+HEADER_BYTES = _HEADER.size
+MAX_PAYLOAD_BYTES = 32 * 1024
+MAX_FRAME_BYTES = HEADER_BYTES + MAX_PAYLOAD_BYTES
+
+MAX_STREAM_ID = 2**32 - 1
+MAX_CREDIT = 2**31 - 1
+MAX_PROTOCOL_CHARS = 128
+MAX_CODE_CHARS = 64
+MAX_REASON_BYTES = 500
+PING_BYTES = 8
+
+FIN = 0x01
+"""The only flag: on DATA, the sender says no more on this stream."""
+
+_PROTOCOL_ID = re.compile(r"/[!-~]+")
+_CODE = re.compile(r"[a-z0-9_]+")
+
+
+class Priority(IntEnum):
+    """Of two messages that wait, the one with the smaller value goes first."""
+
+    CONTROL = 0
+    DECODE = 1
+    PREFILL = 2
+    BULK = 3
+
+
+class Kind(IntEnum):
+    OPEN = 1
+    DATA = 2
+    CREDIT = 3
+    RESET = 4
+    PING = 5
+    PONG = 6
+    GOAWAY = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A new stream. `credit`: how many bytes its receiver may send back before it is given more."""
+
+    stream: int
+    protocol: str
+    priority: Priority
+    credit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Bytes of a stream's messages. Empty only with `fin`."""
+
+    stream: int
+    payload: memoryview
+    fin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The receiver of a stream's bytes has consumed some: so many more may be sent."""
+
+    stream: int
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """The stream ends at once, in both directions; `code` is one of spec/errors.md or a use's own."""
+
+    stream: int
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GoAway:
+    """The sender's last frame. `reason` is for people."""
+
+    code: str
+    reason: str = ""
+
+
+Frame = Open | Data | Credit | Reset | Ping | Pong | GoAway
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The frame's bytes. Our own code keeps the limits; what breaks them is a ValueError or struct.error."""
+    match frame:
+        case Open(stream, protocol, priority, credit):
+            payload = _OPEN.pack(priority, credit) + _checked_protocol(protocol).encode()
+            return _HEADER.pack(Kind.OPEN, 0, stream) + payload
+        case Data(stream, view, fin):
+            return encode_data(stream, (view,), fin=fin)
+        case Credit(stream, amount):
+            return _HEADER.pack(Kind.CREDIT, 0, stream) + _U32.pack(amount)
+        case Reset(stream, code):
+            return _HEADER.pack(Kind.RESET, 0, stream) + _checked_code(code).encode()
+        case Ping(token):
+            return _HEADER.pack(Kind.PING, 0, 0) + token
+        case Pong(token):
+            return _HEADER.pack(Kind.PONG, 0, 0) + token
+        case GoAway(code, reason):
+            text = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
+            coded = _checked_code(code).encode()
+            return _HEADER.pack(Kind.GOAWAY, 0, 0) + bytes((len(coded),)) + coded + text
+
+
+def encode_data(stream: int, parts: Sequence[bytes | bytearray | memoryview], *, fin: bool) -> bytes:
+    """A DATA frame whose payload is `parts`, copied once: the path that every tensor takes."""
+    return b"".join((_HEADER.pack(Kind.DATA, FIN if fin else 0, stream), *parts))
+
+
+def decode_frame(data: bytes) -> Frame:
+    """Read one frame. DATA's payload is a view into `data`. Raises RemoteProtocolError."""
+    if not HEADER_BYTES <= len(data) <= MAX_FRAME_BYTES:
+        raise RemoteProtocolError(f"a frame of {len(data)} bytes: it has {HEADER_BYTES} to {MAX_FRAME_BYTES}")
+    kind, flags, stream = _HEADER.unpack_from(data)
+    decode = _DECODERS.get(kind)
+    if decode is None:
+        raise RemoteProtocolError(f"a frame of unknown kind {kind}")
+    if flags and (kind != Kind.DATA or flags != FIN):
+        raise RemoteProtocolError(f"{Kind(kind).name} with unknown flags {flags:#04x}")
+    if (stream == 0) != (kind in _OF_CONNECTION):
+        raise RemoteProtocolError(f"{Kind(kind).name} on stream {stream}")
+    return decode(stream, flags, memoryview(data)[HEADER_BYTES:])
+
+
+def _decode_open(stream: int, _flags: int, payload: memoryview) -> Open:
+    if len(payload) < _OPEN.size:
+        raise RemoteProtocolError("OPEN is too short")
+    priority, credit = _OPEN.unpack_from(payload)
+    if priority > max(Priority):
+        raise RemoteProtocolError(f"OPEN with unknown priority {priority}")
+    if credit > MAX_CREDIT:
+        raise RemoteProtocolError(f"OPEN with more than {MAX_CREDIT} bytes of credit")
+    try:
+        protocol = _checked_protocol(str(payload[_OPEN.size :], "ascii"))
+    except ValueError:
+        raise RemoteProtocolError("OPEN without a protocol id such as /peerd/dht/1") from None
+    return Open(stream, protocol, Priority(priority), credit)
+
+
+def _decode_data(stream: int, flags: int, payload: memoryview) -> Data:
+    if not payload and not flags:
+        raise RemoteProtocolError("DATA that is empty and does not finish the stream")
+    return Data(stream, payload, flags == FIN)
+
+
+def _decode_credit(stream: int, _flags: int, payload: memoryview) -> Credit:
+    if len(payload) != _U32.size:
+        raise RemoteProtocolError("CREDIT of a wrong length")
+    (amount,) = _U32.unpack(payload)
+    if not 0 < amount <= MAX_CREDIT:
+        raise RemoteProtocolError(f"CREDIT of {amount} bytes: it gives 1 to {MAX_CREDIT}")
+    return Credit(stream, amount)
+
+
+def _decode_reset(stream: int, _flags: int, payload: memoryview) -> Reset:
+    return Reset(stream, _decode_code(payload, "RESET"))
+
+
+def _decode_ping(_stream: int, _flags: int, payload: memoryview) -> Ping:
+    return Ping(_decode_token(payload, "PING"))
+
+
+def _decode_pong(_stream: int, _flags: int, payload: memoryview) -> Pong:
+    return Pong(_decode_token(payload, "PONG"))
+
+
+def _decode_goaway(_stream: int, _flags: int, payload: memoryview) -> GoAway:
+    length = payload[0] if payload else 0
+    code = _decode_code(payload[1 : 1 + length], "GOAWAY")
+    reason = payload[1 + length :]
+    if len(code) != length or len(reason) > MAX_REASON_BYTES:
+        raise RemoteProtocolError("GOAWAY of a wrong length")
+    try:
+        return GoAway(code, str(reason, "utf-8"))
+    except UnicodeDecodeError:
+        raise RemoteProtocolError("GOAWAY whose reason is no text") from None
+
+
+_DECODERS: Final[dict[int, Callable[[int, int, memoryview], Frame]]] = {
+    Kind.OPEN: _decode_open,
+    Kind.DATA: _decode_data,
+    Kind.CREDIT: _decode_credit,
+    Kind.RESET: _decode_reset,
+    Kind.PING: _decode_ping,
+    Kind.PONG: _decode_pong,
+    Kind.GOAWAY: _decode_goaway,
+}
+# These belong to the connection and say stream 0; the others never do.
+_OF_CONNECTION: Final = frozenset((Kind.PING, Kind.PONG, Kind.GOAWAY))
+
+
+def _decode_token(payload: memoryview, kind: str) -> bytes:
+    if len(payload) != PING_BYTES:
+        raise RemoteProtocolError(f"{kind} carries {PING_BYTES} bytes, not {len(payload)}")
+    return bytes(payload)
+
+
+def _decode_code(payload: memoryview, kind: str) -> str:
+    try:
+        return _checked_code(str(payload, "ascii"))
+    except ValueError:
+        raise RemoteProtocolError(f"{kind} without a code such as {RemoteProtocolError.code!r}") from None
+
+
+def _checked_protocol(protocol: str) -> str:
+    if len(protocol) > MAX_PROTOCOL_CHARS or _PROTOCOL_ID.fullmatch(protocol) is None:
+        raise ValueError(f"{protocol[:MAX_PROTOCOL_CHARS]!r} is no protocol id")
+    return protocol
+
+
+def _checked_code(code: str) -> str:
+    if len(code) > MAX_CODE_CHARS or _CODE.fullmatch(code) is None:
+        raise ValueError(f"{code[:MAX_CODE_CHARS]!r} is no code: a-z, 0-9 and _ only, at most {MAX_CODE_CHARS}")
+    return code

@@ -1,0 +1,55 @@
+"""Hello: what two peers tell each other first, on every connection (spec/connection.md).
+
+Knows the fields and their limits. Everything in it is a claim: nothing here is proven but the PeerId
+of the connection that carried it, so no other room may trust more than "the peer says so".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peerd.protocol.addresses import MAX_ADDRESS_CHARS, Multiaddr
+from peerd.protocol.frames import MAX_PROTOCOL_CHARS
+from peerd.protocol.schema import Message, integer, many, optional, required, text
+
+HELLO_PROTOCOL = "/peerd/hello/1"
+
+MAX_AGENT_CHARS = 64
+MAX_ROLE_CHARS = 32
+MAX_ITEMS = 64
+# An IPv6 address in full.
+MAX_IP_CHARS = 45
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """Who the peer says it is and how it sees us.
+
+    agent: program and version, for people.
+    time_us: its clock when it wrote this, in microseconds since 1970.
+    protocols: what may be opened on it.
+    addresses: multiaddrs it listens on; texts, since a newer peer may have kinds that we cannot read.
+    observed_ip: the IP address it sees us at; "" where it cannot tell.
+    roles: what it does, such as `serve` or `relay`.
+    """
+
+    TYPE: ClassVar[str] = "hello"
+
+    agent: str = required(text(MAX_AGENT_CHARS))
+    time_us: int = required(integer(0, 2**63 - 1))
+    protocols: tuple[str, ...] = optional(many(text(MAX_PROTOCOL_CHARS), MAX_ITEMS), ())
+    addresses: tuple[str, ...] = optional(many(text(MAX_ADDRESS_CHARS), MAX_ITEMS), ())
+    observed_ip: str = optional(text(MAX_IP_CHARS), "")
+    roles: tuple[str, ...] = optional(many(text(MAX_ROLE_CHARS), MAX_ITEMS), ())
+
+    @property
+    def multiaddrs(self) -> tuple[Multiaddr, ...]:
+        """Those of `addresses` that this version understands."""
+        found = []
+        for address in self.addresses:
+            try:
+                found.append(Multiaddr.parse(address))
+            except ValueError:
+                continue
+        return tuple(found)

@@ -1,0 +1,301 @@
+"""One stream of a connection: what may come next, what waits to be sent, what waits to be read.
+
+Knows messages, bytes and credit; knows no other stream (`schedule` decides whose turn it is) and no
+encryption. The difficulty is memory: the peer decides how much arrives and in how small pieces, our
+application decides when it reads. So credit is given back only for bytes that were consumed, and small
+pieces are merged while they wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+from typing import Any, Final
+
+from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
+from peerd.protocol.frames import MAX_CREDIT, Data, Priority
+from peerd.protocol.wire import Buffer, MessageReader, RawMessage, encode_message
+
+# What either side may send on a new stream at once; more comes with CREDIT. It is part of the protocol for
+# the stream's opener, and what we grant in OPEN. 256 streams of it bound what a peer can make us hold.
+INITIAL_CREDIT_BYTES = 64 * 1024
+# A stream that carries big messages is given a window of their size, so that the next one does not stall
+# for a round trip; 4 MiB keep 300 Mbit/s busy over 100 ms.
+MAX_WINDOW_BYTES = 4 * 1024 * 1024
+# Pieces smaller than this are merged while they wait, or their bookkeeping would outweigh them.
+_SMALL_PIECE_BYTES = 512
+_MERGED_PIECE_BYTES = 16 * 1024
+
+
+class State(Enum):
+    """A stream's state: `FINISHED` is our side's, `PEER_FINISHED` the other's."""
+
+    OPEN = auto()
+    FINISHED = auto()
+    PEER_FINISHED = auto()
+    CLOSED = auto()
+
+
+class Step(Enum):
+    """What can happen to a stream on the wire, after OPEN."""
+
+    SEND_DATA = auto()
+    SEND_FIN = auto()
+    SEND_RESET = auto()
+    DATA = auto()
+    FIN = auto()
+    CREDIT = auto()
+    RESET = auto()
+
+
+# Whatever is not here is an error of whoever did it. Frames for a stream that is CLOSED and forgotten are
+# ignored: they may have crossed our RESET (spec/connection.md).
+TRANSITIONS: Final[dict[State, dict[Step, State]]] = {
+    State.OPEN: {
+        Step.SEND_DATA: State.OPEN,
+        Step.SEND_FIN: State.FINISHED,
+        Step.SEND_RESET: State.CLOSED,
+        Step.DATA: State.OPEN,
+        Step.FIN: State.PEER_FINISHED,
+        Step.CREDIT: State.OPEN,
+        Step.RESET: State.CLOSED,
+    },
+    State.FINISHED: {
+        Step.SEND_RESET: State.CLOSED,
+        Step.DATA: State.FINISHED,
+        Step.FIN: State.CLOSED,
+        Step.CREDIT: State.FINISHED,
+        Step.RESET: State.CLOSED,
+    },
+    State.PEER_FINISHED: {
+        Step.SEND_DATA: State.PEER_FINISHED,
+        Step.SEND_FIN: State.CLOSED,
+        Step.SEND_RESET: State.CLOSED,
+        Step.CREDIT: State.PEER_FINISHED,
+        Step.RESET: State.CLOSED,
+    },
+    State.CLOSED: {},
+}
+_FROM_PEER: Final = frozenset((Step.DATA, Step.FIN, Step.CREDIT, Step.RESET))
+
+
+class _Unsent:
+    """A message that waits, and how far it has gone."""
+
+    __slots__ = ("index", "left", "offset", "parts", "priority")
+
+    def __init__(self, parts: Sequence[Buffer], priority: Priority) -> None:
+        self.parts = [memoryview(part) for part in parts]
+        self.priority = priority
+        self.index = 0
+        self.offset = 0
+        self.left = sum(map(len, self.parts))
+
+    def cut(self, count: int) -> list[memoryview]:
+        """The next `count` bytes, as views."""
+        self.left -= count
+        pieces = []
+        while count:
+            piece = self.parts[self.index][self.offset : self.offset + count]
+            pieces.append(piece)
+            count -= len(piece)
+            self.offset += len(piece)
+            if self.offset == len(self.parts[self.index]):
+                self.index += 1
+                self.offset = 0
+        return pieces
+
+
+class Outgoing:
+    """What we still have to send on a stream, and how much of it the peer takes now."""
+
+    __slots__ = ("_queue", "credit", "fin_sent", "finishing", "unsent_bytes")
+
+    def __init__(self, credit: int) -> None:
+        self._queue: deque[_Unsent] = deque()
+        self.credit = credit
+        self.unsent_bytes = 0
+        self.finishing = False
+        self.fin_sent = False
+
+    @property
+    def unsent_messages(self) -> int:
+        """Messages of which some part has yet to be sent."""
+        return len(self._queue)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a frame could be sent now."""
+        if self._queue:
+            return self.credit > 0
+        return self.finishing and not self.fin_sent
+
+    def priority(self, otherwise: Priority) -> Priority:
+        """The head message's, so that nothing overtakes what was said before it on the same stream."""
+        return self._queue[0].priority if self._queue else otherwise
+
+    def push(self, header: Mapping[str, Any], body: Sequence[Buffer], priority: Priority) -> None:
+        message = _Unsent(encode_message(header, body), priority)
+        self._queue.append(message)
+        self.unsent_bytes += message.left
+
+    def cut(self, max_bytes: int) -> tuple[list[memoryview], bool, bool]:
+        """What the next DATA frame carries, whether it finishes the stream, whether it ends a message."""
+        if not self._queue:
+            self.fin_sent = True
+            return [], True, False
+        head = self._queue[0]
+        count = min(head.left, self.credit, max_bytes)
+        pieces = head.cut(count)
+        self.credit -= count
+        self.unsent_bytes -= count
+        ended = not head.left
+        if ended:
+            self._queue.popleft()
+            self.fin_sent = self.finishing and not self._queue
+        return pieces, self.fin_sent, ended
+
+    def add_credit(self, amount: int) -> None:
+        """Raises RemoteProtocolError for more than a stream can use: a peer that lost count."""
+        if self.credit + amount > MAX_CREDIT:
+            raise RemoteProtocolError(f"more than {MAX_CREDIT} bytes of credit on one stream")
+        self.credit += amount
+
+    def drop(self) -> None:
+        """Forget what was not sent."""
+        self._queue.clear()
+        self.unsent_bytes = 0
+
+
+class Incoming:
+    """What the peer sent on a stream and nobody has read yet.
+
+    `outstanding` is the credit that the peer has and has not got back: what it may send plus what waits here.
+    """
+
+    __slots__ = ("_pieces", "_reader", "_window", "buffered", "finished", "outstanding")
+
+    def __init__(self) -> None:
+        self._pieces: deque[memoryview | bytearray] = deque()
+        self._reader = MessageReader(0)
+        self._window = INITIAL_CREDIT_BYTES
+        self.buffered = 0
+        self.outstanding = INITIAL_CREDIT_BYTES
+        self.finished = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the peer finished and all of it was read."""
+        return self.finished and not self._pieces
+
+    def accept(self, payload: memoryview) -> None:
+        """Keep bytes until they are read. Raises RemoteProtocolError where the peer had no credit for them."""
+        if self.buffered + len(payload) > self.outstanding:
+            raise RemoteProtocolError("a stream was sent more than its credit")
+        self.buffered += len(payload)
+        if len(payload) >= _SMALL_PIECE_BYTES or not self._pieces:
+            if payload:
+                self._pieces.append(payload)
+            return
+        last = self._pieces[-1]
+        if type(last) is bytearray and len(last) < _MERGED_PIECE_BYTES:
+            last += payload
+        else:
+            self._pieces.append(bytearray(payload))
+
+    def read(self, max_body: int) -> tuple[RawMessage | None, int]:
+        """The next message if all of it is here, and how many bytes were consumed on the way.
+
+        Raises RemoteProtocolError for bytes that are no message, and for a stream that ends within one.
+        """
+        reader = self._reader
+        reader.max_body = max_body
+        consumed = 0
+        message = None
+        while message is None and self._pieces:
+            consumed += self._feed_piece(reader)
+            message = reader.take()
+        self.buffered -= consumed
+        self.outstanding -= consumed
+        if message is not None:
+            self._window = max(self._window, min(len(message.body), MAX_WINDOW_BYTES))
+        elif self.finished and reader.in_message:
+            raise RemoteProtocolError("a stream ended within a message")
+        return message, consumed
+
+    def wanted_credit(self) -> int:
+        """How much more the peer should be given: the window, or the rest of the body that is being read."""
+        if self.finished:
+            return 0
+        target = max(self._window, min(self._reader.missing_body_bytes, MAX_CREDIT))
+        missing = target - self.outstanding
+        # Small refunds would cost a frame each; half a window in hand keeps the peer sending.
+        return missing if 2 * missing >= self._window else 0
+
+    def drop(self) -> None:
+        """Forget what was not read. Its credit is not given back."""
+        self._pieces.clear()
+        self._reader = MessageReader(0)
+        self.outstanding -= self.buffered
+        self.buffered = 0
+
+    def _feed_piece(self, reader: MessageReader) -> int:
+        # A view of a merged piece also stops it from growing under the message that is cut from it.
+        piece = memoryview(self._pieces[0])
+        used = reader.feed(piece)
+        if used == len(piece):
+            self._pieces.popleft()
+        else:
+            self._pieces[0] = piece[used:]
+        return used
+
+
+class Stream:
+    """Both directions of one stream, and its state. Made by `Connection`."""
+
+    __slots__ = ("closing", "id", "incoming", "outgoing", "priority", "protocol", "reset_code", "state")
+
+    def __init__(self, stream_id: int, protocol: str, priority: Priority, credit: int) -> None:
+        self.id = stream_id
+        self.protocol = protocol
+        self.priority = priority
+        self.state = State.OPEN
+        self.outgoing = Outgoing(credit)
+        self.incoming = Incoming()
+        self.closing = False
+        """We read no more; whatever is still unsent goes out first."""
+        self.reset_code: str | None = None
+        """The code with which the peer reset it."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<Stream {self.id} {self.protocol} {self.state.name} unsent={self.outgoing.unsent_bytes}"
+            f" credit={self.outgoing.credit} unread={self.incoming.buffered}>"
+        )
+
+    def step(self, step: Step) -> None:
+        """Move on. Raises RemoteProtocolError or LocalProtocolError where the table has no such step."""
+        after = TRANSITIONS[self.state].get(step)
+        if after is None:
+            what = f"{step.name} on stream {self.id} in state {self.state.name}"
+            raise RemoteProtocolError(what) if step in _FROM_PEER else LocalProtocolError(what)
+        self.state = after
+
+    def accept(self, frame: Data) -> None:
+        """Take a DATA frame. Raises RemoteProtocolError."""
+        if frame.payload:
+            self.step(Step.DATA)
+        if frame.fin:
+            self.step(Step.FIN)
+        self.incoming.accept(frame.payload)
+        self.incoming.finished = self.incoming.finished or frame.fin
+        if self.closing:
+            self.incoming.drop()
+
+    def note_sent(self, *, data: bool, fin: bool) -> None:
+        """A DATA frame of ours leaves."""
+        if data:
+            self.step(Step.SEND_DATA)
+        if fin:
+            self.step(Step.SEND_FIN)
