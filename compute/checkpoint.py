@@ -174,8 +174,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raise CheckpointError(f"{path}: {found} a directory with config.json and safetensors, or a .gguf file")
 
 
-def check_config(config: PreTrainedConfig, where: object) -> None:
-    """Refuse what cannot run, with the reason. Raises UnsupportedModel or CheckpointError."""
+def make_config(family: Family, fields: dict[str, Any], where: object) -> PreTrainedConfig:
+    """The family's configuration out of published fields. Raises CheckpointError, UnsupportedModel, saying `where`."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = family.config_type().from_dict(fields)
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where}: is no valid {family.model_type} configuration: {error}") from error
+    _check_config(config, where)
+    return config
+
+
+def _check_config(config: PreTrainedConfig, where: object) -> None:
+    """Refuse what cannot run, with the reason."""
     blocks = config.num_hidden_layers
     if not isinstance(blocks, int) or not 0 < blocks <= MAX_BLOCKS:
         raise CheckpointError(f"{where}: num_hidden_layers is {blocks!r}")
@@ -193,11 +205,7 @@ def _open_directory(directory: Path) -> Checkpoint:
     published = _read_json(config_path)
     raw = _text_config(published)
     family = family_named(raw.get("model_type"))
-    try:
-        config = family.config_type().from_dict(raw)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{config_path}: is not a valid {family.model_type} configuration: {error}") from error
-    check_config(config, config_path)
+    config = make_config(family, raw, config_path)
     weights = SafetensorsWeights(directory, family)
     return Checkpoint(directory, family, config, weights, name=directory.resolve().name, published_config=published)
 

@@ -23,11 +23,16 @@ def build_on_meta(
 ) -> PreTrainedModel:
     """The whole model in `dtype` on the meta device, with a configuration of its own, in evaluation mode.
 
-    `attention` None is the best that Transformers has for the family.
+    `attention` None is the best that Transformers has for the family. Raises CheckpointError for a configuration that
+    contradicts itself.
     """
-    with torch.device("meta"):
-        build: Any = model_type._from_config
-        model: PreTrainedModel = build(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    build: Any = model_type._from_config
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = build(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    except (AssertionError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        # The constructor runs on a configuration that somebody published.
+        raise CheckpointError(f"no {config.model_type} can be built from this configuration: {error}") from error
     model.train(False)
     return model
 

@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peerd.compute.checkpoint import Checkpoint, check_config
+from peerd.compute.checkpoint import Checkpoint, make_config
 from peerd.compute.cut_model import build_on_meta
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import Family, family_named
 from peerd.compute.gguf_file import GgufFile, LongArray
 from peerd.compute.gguf_weights import GgufWeights
@@ -42,8 +42,15 @@ _MORE_FIELDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "qwen3": {"attention.key_length": "head_dim"},
         "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
         "phi3": {"attention.sliding_window": "sliding_window"},
+        "gemma2": {
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
     }
 )
+# The Gemmas of 27B, by their number of blocks, scale queries by the square root of this where all others take the
+# width of a head; no field says so, and llama.cpp tells them apart as we do.
+_GEMMA_27B_BLOCKS: Mapping[str, int] = MappingProxyType({"gemma2": 46, "gemma3": 62})
 # Tensors that change RoPE's frequencies.
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -60,11 +67,7 @@ def open_gguf(path: Path) -> Checkpoint:
         _refuse_what_would_be_wrong(file, architecture)
         family = family_named(model_type)
         fields = _config_fields(file, architecture, model_type)
-        try:
-            config = family.config_type().from_dict(fields)
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: its metadata are no valid {model_type} configuration: {error}") from error
-        check_config(config, path)
+        config = make_config(family, fields, path)
         weights = _weights(file, family, config, fields)
     except BaseException:
         file.close()
@@ -112,7 +115,15 @@ def _config_fields(file: GgufFile, architecture: str, model_type: str) -> dict[s
         fields.setdefault("vocab_size", len(tokens))
     # llama.cpp writes an output matrix only where it is not the embedding; bloom's always is.
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors or model_type == "bloom"
+    if architecture in _GEMMA_27B_BLOCKS:
+        fields["query_pre_attn_scalar"] = _gemma_query_scalar(fields, _GEMMA_27B_BLOCKS[architecture])
     return fields | {"model_type": model_type}
+
+
+def _gemma_query_scalar(fields: Mapping[str, Any], blocks_of_27b: int) -> int | None:
+    if fields.get("num_hidden_layers") == blocks_of_27b:
+        return int(fields["hidden_size"]) // int(fields["num_attention_heads"])
+    return fields.get("head_dim")
 
 
 def _weights(file: GgufFile, family: Family, config: PreTrainedConfig, fields: Mapping[str, Any]) -> GgufWeights:
@@ -143,15 +154,14 @@ def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str
     model = build_on_meta(family.causal_type(), config, torch.float32)
     prefix = f"{model.base_model_prefix}."
     names: dict[str, str] = {}
-    for full_name in model.state_dict():
-        parameter = full_name.removeprefix(prefix)
-        name, dot, suffix = processor.preprocess_name(full_name).rpartition(".")
+    for full_name in map(processor.preprocess_name, model.state_dict()):
+        stem, dot, suffix = full_name.rpartition(".")
         if suffix not in ("weight", "bias"):
-            name, dot, suffix = processor.preprocess_name(full_name), "", ""
+            stem, dot, suffix = full_name, "", ""
         # Some files were converted from the base model, whose names have no prefix.
-        gguf_name = known.get_name(name) or known.get_name(name.removeprefix(prefix))
+        gguf_name = known.get_name(stem) or known.get_name(stem.removeprefix(prefix))
         if gguf_name is not None:
-            names[f"{gguf_name}{dot}{suffix}"] = parameter
+            names[f"{gguf_name}{dot}{suffix}"] = full_name
         else:
-            processor.perform_fallback_tensor_mapping(names, f"{dot}{suffix}", "", parameter)
-    return names
+            processor.perform_fallback_tensor_mapping(names, f"{dot}{suffix}", "", full_name)
+    return {stored: name.removeprefix(prefix) for stored, name in names.items()}

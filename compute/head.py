@@ -25,7 +25,7 @@ class Head:
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         decoder: Any = model.base_model
-        self._model: Any = model
+        self.model: Any = model
         self._embeddings: Any = getattr(decoder, family.embeddings)
         self._scale = 1.0
         self._norm: Any = nn.Identity()
@@ -41,7 +41,7 @@ class Head:
     @property
     def config(self) -> PreTrainedConfig:
         """The whole model's configuration."""
-        config: PreTrainedConfig = self._model.config
+        config: PreTrainedConfig = self.model.config
         return config
 
     @property
@@ -74,7 +74,7 @@ class Head:
         with torch.no_grad():
             # As n sequences of one position: for one sequence of n, the model would build a mask of n x n.
             inputs = hidden.to(device=weight.device, dtype=weight.dtype)[:, None]
-            result: torch.Tensor = self._model(inputs_embeds=inputs, use_cache=False).logits[:, 0]
+            result: torch.Tensor = self.model(inputs_embeds=inputs, use_cache=False).logits[:, 0]
             return result.float()
 
 
