@@ -1,1 +1,91 @@
-"""A peer that serves or uses a language model split over a swarm."""
+"""A peer that serves or uses a language model split over a swarm.
+
+What applications use is named here and imported when it is first touched: `import peerd` loads neither
+torch nor transformers, so that a command line answers at once and a bootstrap peer stays small.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peerd.compute.errors import CheckpointError
+    from peerd.generation import Generation, Token
+    from peerd.model import RemoteModel
+    from peerd.peer import Peer, open_peer
+    from peerd.protocol.addresses import Multiaddr
+    from peerd.protocol.errors import (
+        CallerError,
+        ContextTooLong,
+        InvalidRequest,
+        LinkFailed,
+        NoChain,
+        NoRoom,
+        Overloaded,
+        PeerdError,
+        PeerFault,
+    )
+    from peerd.protocol.identity import Identity, PeerId
+    from peerd.protocol.span import Span
+    from peerd.serving import ServeSpec
+    from peerd.session import Session
+
+    __version__: str
+
+__all__ = [
+    "open_peer",
+    "Peer",
+    "ServeSpec",
+    "RemoteModel",
+    "Generation",
+    "Token",
+    "Session",
+    "Identity",
+    "PeerId",
+    "Multiaddr",
+    "Span",
+    "PeerdError",
+    "NoChain",
+    "Overloaded",
+    "NoRoom",
+    "PeerFault",
+    "LinkFailed",
+    "CallerError",
+    "InvalidRequest",
+    "ContextTooLong",
+    "CheckpointError",
+    "__version__",
+]
+
+_MODULE_OF = {
+    "open_peer": "peerd.peer",
+    "Peer": "peerd.peer",
+    "ServeSpec": "peerd.serving",
+    "RemoteModel": "peerd.model",
+    "Generation": "peerd.generation",
+    "Token": "peerd.generation",
+    "Session": "peerd.session",
+    "Identity": "peerd.protocol.identity",
+    "PeerId": "peerd.protocol.identity",
+    "Multiaddr": "peerd.protocol.addresses",
+    "Span": "peerd.protocol.span",
+    "CheckpointError": "peerd.compute.errors",
+}
+_ERRORS = "peerd.protocol.errors"
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("peerd")
+    if name not in __all__:
+        raise AttributeError(f"module 'peerd' has no attribute {name!r}")
+    value: object = getattr(import_module(_MODULE_OF.get(name, _ERRORS)), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

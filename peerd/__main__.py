@@ -1,0 +1,5 @@
+"""`python -m peerd`: the same as the `peerd` command."""
+
+from peerd.cli import main
+
+main()

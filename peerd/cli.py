@@ -1,0 +1,285 @@
+"""The `peerd` command: options in, exit codes out.
+
+Knows what can be asked for and how to say that it is wrong; the work is done in `cli_serve`,
+`cli_generate` and `demo`, which are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+import platformdirs
+import trio
+from click.core import ParameterSource
+
+from peerd.cli_options import (
+    DTYPES,
+    bootstrap_option,
+    json_option,
+    parse_address,
+    parse_blocks,
+    parse_memory,
+    parse_model,
+    sampling_options,
+    verbose_option,
+)
+from peerd.compute.errors import CheckpointError
+from peerd.console import say, set_up_logging, working
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault
+from peerd.protocol.span import Span
+
+if TYPE_CHECKING:
+    from peerd.cli_serve import Daemon
+    from peerd.serving import ServeSpec
+
+EXIT_USAGE = 2
+EXIT_NO_CHAIN = 3
+EXIT_PEERS = 4
+EXIT_SIGINT = 130
+
+_EXIT_CODES = """\b
+Exit codes:
+  0    done; a daemon: stopped as it was told to
+  2    a mistake in the command, or a model that cannot be used
+  3    nobody serves some blocks of the model; the message says which
+  4    peers failed, or all of them are busy
+  130  interrupted by Ctrl-C (143: by SIGTERM)
+"""
+_EXAMPLES = """\b
+Examples:
+  peerd demo                                          a swarm on this machine
+  peerd --listen /ip4/0.0.0.0/tcp/31330/ws            a bootstrap peer
+  peerd --serve-blocks 0:16 --model DIR --bootstrap ADDRESS
+  peerd generate DIR --prompt "Hello" --bootstrap ADDRESS
+"""
+DEMO_PROMPT = "Explain in two sentences how bees make honey."
+
+
+class _Cli(click.Group):
+    """A group that turns the errors that peerd has names for into messages and exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NoChain as error:
+            _fail(ctx, error, EXIT_NO_CHAIN)
+        except (PeerFault, LinkFailed, Overloaded) as error:
+            _fail(ctx, error, EXIT_PEERS)
+        except (CallerError, CheckpointError) as error:
+            _fail(ctx, error, EXIT_USAGE)
+        except KeyboardInterrupt:
+            ctx.exit(EXIT_SIGINT)
+
+
+def _fail(ctx: click.Context, error: Exception, code: int) -> None:
+    say(f"Error: {error}")
+    ctx.exit(code)
+
+
+@click.group(
+    cls=_Cli,
+    invoke_without_command=True,
+    epilog=f"{_EXAMPLES}\n{_EXIT_CODES}",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--serve-blocks",
+    type=parse_blocks,
+    metavar="A:B|N|auto",
+    help="Serve blocks A to B-1 of --model; or N blocks; or all that fit into free memory.",
+)
+@click.option("--model", type=parse_model, metavar="MODEL", help="A model's directory, or a .gguf file.")
+@click.option("--client", is_flag=True, help="Be a client that stays in the swarm, with --serve-blocks or without.")
+@bootstrap_option
+@click.option(
+    "--listen",
+    type=parse_address,
+    multiple=True,
+    metavar="MULTIADDR",
+    help="Where to listen. Default for a server: /ip4/0.0.0.0/tcp/0/ws, any free port.",
+)
+@click.option(
+    "--announce",
+    type=parse_address,
+    multiple=True,
+    metavar="MULTIADDR",
+    help="Announced instead of the listen addresses, for forwarded ports and proxies.",
+)
+@click.option(
+    "--identity",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The key that this peer is; made if it is not there. Each daemon needs its own. What the peer keeps across"
+    " restarts lies beside it.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="What to compute in. Default: the checkpoint's.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cpu.")
+@click.option("--kv-tokens", type=click.IntRange(min=1), metavar="N", help="Positions to keep KV for, of all sessions.")
+@click.option("--memory", type=parse_memory, metavar="SIZE", help="Bounds blocks and KV together, such as 6GiB.")
+@click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers.")
+@verbose_option
+@click.version_option(package_name="peerd")
+@click.pass_context
+def cli(ctx: click.Context, /, **options: Any) -> None:
+    """Run a language model that is bigger than any machine you own.
+
+    Without a COMMAND this is a daemon: a peer of a swarm, until it is stopped. With --serve-blocks it runs
+    some of a model's blocks for others; with --client it joins without serving; with --listen alone it is
+    a bootstrap peer, which only keeps the swarm's directory. Once it is up it prints the addresses under
+    which others reach it, one a line: give them to others as --bootstrap.
+
+    SIGTERM tells the swarm that the peer leaves and gives open sessions a minute to end; Ctrl-C gives
+    them a second; a second signal stops at once.
+    """
+    given = [name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if ctx.invoked_subcommand is not None:
+        if given:
+            option = next(param.opts[-1] for param in cli.params if param.name == given[0])
+            raise click.UsageError(f"{option} belongs behind {ctx.invoked_subcommand}, or to a daemon")
+        return
+    if not given:
+        click.echo(ctx.get_help())
+        return
+    set_up_logging(logging.DEBUG if options.pop("verbose") else logging.INFO)
+    daemon = _daemon(**options)
+    from peerd.cli_serve import run_daemon
+
+    _run(ctx, partial(run_daemon, daemon))
+
+
+@cli.command(epilog=_EXIT_CODES)
+@click.argument("model_path", type=parse_model, metavar="MODEL")
+@click.option("--prompt", metavar="TEXT", help="What to continue, or to answer with --chat; - reads standard input.")
+@click.option("--prompt-file", type=click.File(encoding="utf-8"), metavar="FILE", help="Read the prompt from a file.")
+@click.option("--chat", is_flag=True, help="Ask in the model's chat template, as a user would.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="At most this long. Default: 256.")
+@sampling_options
+@json_option
+@bootstrap_option
+@verbose_option
+@click.pass_context
+def generate(
+    ctx: click.Context,
+    /,
+    model_path: Path,
+    prompt: str | None,
+    prompt_file: TextIO | None,
+    chat: bool,
+    as_json: bool,
+    bootstrap: tuple[Multiaddr, ...],
+    verbose: bool,
+    **sampling: Any,
+) -> None:
+    """Generate text with MODEL, whose blocks a swarm runs.
+
+    MODEL is a directory with config.json and safetensors, or a .gguf file; only its embeddings and its head
+    are read here. The text goes to standard output as it comes; all else to standard error.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("say --prompt TEXT, --prompt - to read standard input, or --prompt-file FILE")
+    if not bootstrap:
+        raise click.UsageError("--bootstrap is missing: an address that a peer of the swarm printed")
+    if prompt_file is not None:
+        prompt = prompt_file.read()
+    elif prompt == "-":
+        prompt = click.get_text_stream("stdin").read()
+    from peerd.cli_generate import Request
+    from peerd.cli_generate import generate as run_generate
+
+    request = Request(prompt or "", chat, sampling)
+    _run_once(ctx, partial(run_generate, model_path, bootstrap, request, as_json=as_json), verbose=verbose)
+
+
+@cli.command(epilog=_EXIT_CODES)
+@click.option("--prompt", default=DEMO_PROMPT, show_default=True, metavar="TEXT", help="What to ask the model.")
+@click.option("--servers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="How many.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=96, show_default=True, metavar="N")
+@sampling_options
+@json_option
+@verbose_option
+@click.pass_context
+def demo(
+    ctx: click.Context, /, prompt: str, servers: int, max_new_tokens: int, as_json: bool, verbose: bool, **sampling: Any
+) -> None:
+    """Start a swarm on this machine, ask it something, and stop it.
+
+    A bootstrap peer and the servers run as processes of their own on loopback; each server holds a part of
+    SmolLM2-135M-Instruct, which is installed with the demonstration. Nothing leaves this machine.
+    """
+    with working("starting"):
+        from peerd.cli_generate import Request
+        from peerd.demo import demo as run_demo
+
+    request = Request(prompt, True, {"max_new_tokens": max_new_tokens, **sampling})
+    _run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
+
+
+def _daemon(
+    *,
+    serve_blocks: Span | int | str | None,
+    model: Path | None,
+    client: bool,
+    bootstrap: tuple[Multiaddr, ...],
+    listen: tuple[Multiaddr, ...],
+    announce: tuple[Multiaddr, ...],
+    identity: Path | None,
+    stop_on_eof: bool,
+    device: str | None,
+    **serving: Any,
+) -> Daemon:
+    """What the options ask for together. Raises click.UsageError where they do not fit each other."""
+    if (serve_blocks is None) != (model is None):
+        raise click.UsageError("--serve-blocks says which blocks, --model of which model: say both, or neither")
+    if serve_blocks is None and any([device, *serving.values()]):
+        raise click.UsageError("--dtype, --device, --kv-tokens and --memory say how to serve: add --serve-blocks")
+    if serve_blocks is None and not (client or listen):
+        raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")
+    if announce and not (serve_blocks or listen):
+        raise click.UsageError("--announce needs --listen: who dials the address must reach this peer")
+    from peerd.cli_serve import Daemon
+    from peerd.peer import DEFAULT_LISTEN
+
+    specs: tuple[ServeSpec, ...] = ()
+    if serve_blocks is not None and model is not None:
+        with working("starting"):
+            from peerd.serving import ServeSpec
+
+        blocks = None if isinstance(serve_blocks, str) else serve_blocks
+        specs = (ServeSpec(model, blocks, device=device or "cpu", **serving),)
+        listen = listen or (DEFAULT_LISTEN,)
+    return Daemon(
+        identity=identity or platformdirs.user_state_path("peerd") / "identity.key",
+        listen=listen,
+        announce=announce,
+        bootstrap=bootstrap,
+        serve=specs,
+        stop_on_eof=stop_on_eof,
+    )
+
+
+def _run_once(ctx: click.Context, work: Callable[[], Awaitable[None]], *, verbose: bool) -> None:
+    """Run a one-shot command: quiet unless it is to be verbose, ended by the first signal."""
+    set_up_logging(logging.DEBUG if verbose else logging.WARNING)
+    from peerd.signals import until_signalled
+
+    _run(ctx, partial(until_signalled, work))
+
+
+def _run(ctx: click.Context, work: Callable[[], Awaitable[None]]) -> None:
+    from peerd.signals import Interrupted
+
+    try:
+        trio.run(work)
+    except Interrupted as interrupted:
+        ctx.exit(interrupted.exit_code)
+
+
+def main() -> None:
+    """The entry point."""
+    cli(prog_name="peerd")

@@ -1,0 +1,99 @@
+"""`peerd generate`: one answer from a swarm, streamed to standard output or reported as JSON.
+
+Knows how an answer is shown; how it comes about is `generation`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peerd.console import say, short, working, write
+from peerd.peer import open_peer
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from peerd.generation import Generation
+    from peerd.model import RemoteModel
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of a model. `sampling` is what `SamplingParams.from_config` takes."""
+
+    prompt: str
+    chat: bool
+    sampling: Mapping[str, float | int | None]
+
+
+async def generate(model_path: Path, bootstrap: tuple[Multiaddr, ...], request: Request, *, as_json: bool) -> None:
+    """Join a swarm as a client for one answer. Raises PeerdError, CheckpointError."""
+    async with AsyncExitStack() as stack:
+        with working("joining the swarm") as status:
+            peer = await stack.enter_async_context(open_peer(bootstrap=bootstrap))
+            if status:
+                status.update(f"reading the head of {model_path.name}")
+            model = await stack.enter_async_context(peer.model(model_path))
+        generation = await answer(model, request, quiet=as_json)
+    if as_json:
+        write(report(generation) + "\n")
+    else:
+        say(figures(generation))
+
+
+async def answer(model: RemoteModel, request: Request, *, quiet: bool) -> Generation:
+    """Generate, streaming the text to standard output unless `quiet`. Raises PeerdError."""
+    try:
+        generation = model.generate(request.prompt, chat=request.chat, **request.sampling)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    async with aclosing(generation.tokens()) as tokens:
+        with working("waiting for the first token"):
+            token = await anext(tokens)
+        if quiet:
+            with working("generating"):
+                async for _ in tokens:
+                    pass
+            return generation
+        try:
+            write(token.text)
+            async for token in tokens:
+                write(token.text)
+        finally:
+            # Whatever comes next on the terminal, an error too, begins on a line of its own.
+            write("\n")
+    return generation
+
+
+def report(generation: Generation) -> str:
+    """The answer and its figures as one JSON object."""
+    return json.dumps(
+        {
+            "text": generation.text,
+            "token_ids": generation.token_ids,
+            "prompt_tokens": len(generation.prompt),
+            "tokens_per_second": generation.tokens_per_second,
+            "time_to_first_token_s": generation.time_to_first_token_s,
+            "chain": generation.chain,
+            "failovers": generation.failovers,
+        },
+        ensure_ascii=False,
+    )
+
+
+def figures(generation: Generation) -> str:
+    """The figures of an answer as a line for people."""
+    parts = [f"{len(generation.token_ids)} tokens"]
+    if generation.tokens_per_second is not None:
+        parts.append(f"{generation.tokens_per_second:.1f} tokens/s")
+    if generation.time_to_first_token_s is not None:
+        parts.append(f"first after {generation.time_to_first_token_s:.2f} s")
+    if generation.failovers:
+        parts.append(f"{generation.failovers} failover{'s' if generation.failovers > 1 else ''}")
+    chain = " -> ".join(f"{short(hop['peer'])} {hop['start']}:{hop['end']}" for hop in generation.chain)
+    return f"{', '.join(parts)} (chain: {chain})"

@@ -1,0 +1,114 @@
+"""What options look like on the command line, and what is said where they are wrong.
+
+Knows spellings; imports nothing slow, so that `--help` and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.span import MAX_BLOCKS, Span
+from peerd.sizes import parse_size
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# What the wire can carry (spec/tensors.md).
+DTYPES = ("float32", "float16", "bfloat16")
+AUTO = "auto"
+
+
+def parse_address(value: str) -> Multiaddr:
+    """A multiaddr."""
+    try:
+        return Multiaddr.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def parse_bootstrap(value: str) -> Multiaddr:
+    """A multiaddr that names its peer: joining a swarm through whoever answers would be joining anybody's."""
+    found = parse_address(value)
+    if found.peer_id is None:
+        raise click.BadParameter(f"{value} does not say who is there: add /p2p/ and the PeerId, as that peer prints it")
+    return found
+
+
+def parse_blocks(value: str) -> Span | int | str:
+    """`A:B`, a count, or `auto`."""
+    if value == AUTO:
+        return AUTO
+    if value.isascii() and value.isdecimal() and 0 < int(value) <= MAX_BLOCKS:
+        return int(value)
+    try:
+        return Span.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; or say how many, such as 8, or auto") from None
+
+
+def parse_model(value: str) -> Path:
+    """A checkpoint on this machine, as far as a look at the path can tell."""
+    path = Path(value).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        raise click.BadParameter(f"{value} has no config.json, so it is no model's directory")
+    found = "is no .gguf file" if path.exists() else "does not exist"
+    raise click.BadParameter(
+        f"{value} {found}; a model is a directory with config.json and safetensors, or a .gguf file."
+        " Names on a model hub are not understood: download the model first."
+    )
+
+
+def parse_memory(value: str) -> int:
+    """An amount of memory, in bytes."""
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+bootstrap_option = click.option(
+    "--bootstrap",
+    type=parse_bootstrap,
+    multiple=True,
+    metavar="MULTIADDR",
+    help="A peer of the swarm to join: an address that it printed. Repeat it for several.",
+)
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
+
+
+def sampling_options(command: Command) -> Command:
+    """How tokens are chosen; what is left out the model's own generation config decides."""
+    for option in reversed(
+        (
+            click.option(
+                "--temperature",
+                type=click.FloatRange(min=0),
+                metavar="T",
+                help="0 takes the likeliest token. Default: the model's.",
+            ),
+            click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="Among the K likeliest; 0: all."),
+            click.option(
+                "--top-p",
+                type=click.FloatRange(0, 1, min_open=True),
+                metavar="P",
+                help="Among the likeliest that together have probability P.",
+            ),
+            click.option(
+                "--seed",
+                type=click.IntRange(min=0),
+                metavar="N",
+                help="The same seed draws the same tokens.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

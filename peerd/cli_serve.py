@@ -1,0 +1,144 @@
+"""The daemon: a peer that stays until it is told to stop.
+
+Knows options, signals and what an operator reads; what a peer does is `peer`'s business. The difficulty is
+stopping. The first signal announces that the peer leaves, refuses new sessions and lets the others end for
+a while (SIGTERM; Ctrl-C waits a second only, for somebody sits there); the second stops at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.console import working, write
+from peerd.keyfile import load_or_create_identity
+from peerd.nurseries import open_tasks
+from peerd.peer import open_peer
+from peerd.protocol.addresses import Multiaddr
+from peerd.signals import Interrupted
+
+if TYPE_CHECKING:
+    from peerd.peer import Peer
+    from peerd.serving import ServeSpec
+
+log = logging.getLogger(__name__)
+
+# How long sessions may go on once their peer was told to leave. Below systemd's 90 s before it kills.
+DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGINT: 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """What a daemon was asked to be. `stop_on_eof`: it lives as long as its standard input."""
+
+    identity: Path
+    listen: tuple[Multiaddr, ...]
+    announce: tuple[Multiaddr, ...]
+    bootstrap: tuple[Multiaddr, ...]
+    serve: tuple[ServeSpec, ...]
+    stop_on_eof: bool
+
+
+async def run_daemon(daemon: Daemon) -> None:
+    """Be a peer until a signal. Raises PeerdError, CheckpointError; Interrupted if it was stopped before it served."""
+    stopping = _Stopping()
+    async with open_tasks() as tasks:
+        stopping.at_once = tasks.cancel_scope
+        await tasks.start(stopping.watch_signals)
+        if daemon.stop_on_eof:
+            tasks.start_soon(stopping.watch_input)
+        await _be_a_peer(daemon, stopping)
+    if not stopping.serving:
+        raise Interrupted(stopping.number)
+
+
+async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
+    async with AsyncExitStack() as stack:
+        identity = stack.enter_context(load_or_create_identity(daemon.identity))
+        with working(_starting(daemon.serve)):
+            peer = await stack.enter_async_context(
+                open_peer(
+                    identity,
+                    listen=daemon.listen,
+                    announce=daemon.announce,
+                    bootstrap=daemon.bootstrap,
+                    serve=daemon.serve,
+                    state_dir=_state_dir(daemon.identity),
+                )
+            )
+        stopping.serving = True
+        for address in peer.addresses:
+            write(f"{address}\n")
+        log.info("%s is up%s", peer.peer_id, _roles(peer))
+        try:
+            await stopping.asked.wait()
+            log.info("leaving: no new sessions, %g s for those that are open", stopping.drain_s)
+            await peer.drain(stopping.drain_s)
+        finally:
+            _log_positions(peer)
+
+
+class _Stopping:
+    """Turns signals and the end of standard input into one request to stop, and a second into an order."""
+
+    def __init__(self) -> None:
+        self.asked = trio.Event()
+        self.serving = False
+        self.number = signal.SIGTERM
+        self.at_once = trio.CancelScope()
+
+    @property
+    def drain_s(self) -> float:
+        return DRAIN_S[self.number]
+
+    async def watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(*DRAIN_S) as signals:
+            task_status.started()
+            async for number in signals:
+                self._stop(signal.Signals(number))
+                if self.at_once.cancel_called:
+                    # From here on a signal does what it does to any process.
+                    return
+
+    async def watch_input(self) -> None:
+        """Stop when standard input ends, that is, when whoever started us has gone."""
+        async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stream:
+            async for _ in stream:
+                pass
+        self._stop(signal.SIGINT)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self.asked.is_set() or not self.serving:
+            self.at_once.cancel()
+        self.number = number
+        self.asked.set()
+
+
+def _state_dir(identity: Path) -> Path:
+    """What a peer keeps belongs to its identity: `identity.key` has `identity.state` beside it."""
+    directory = identity.with_suffix(".state")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory
+
+
+def _starting(specs: Sequence[ServeSpec]) -> str:
+    return ", ".join(f"reading blocks of {Path(spec.model).name}" for spec in specs) or "joining the swarm"
+
+
+def _roles(peer: Peer) -> str:
+    spans = ", ".join(str(served.span) for served in peer.served)
+    return f", serving blocks {spans}" if spans else ""
+
+
+def _log_positions(peer: Peer) -> None:
+    for served in peer.served:
+        log.info("blocks %s computed %d positions", served.span, served.task.engine.positions_computed)

@@ -1,0 +1,96 @@
+"""What people see: results on standard output, logs and progress on standard error.
+
+Knows terminals; knows no peers. The difficulty is that text may come from strangers (a hostile server
+can make a model "say" anything, and errors travel): on a terminal, control characters would be commands.
+So whatever goes to one passes through `printable`, and nothing is ever read as markup.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unicodedata import category
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.status import Status
+from rich.table import Table
+
+# Two of them differ by 6 random base58 digits: more than a screenful of peers ever needs.
+_PEER_ID_TAIL = 6
+# Unicode's control characters, and halves of characters, which cannot be encoded.
+_COMMANDS = ("Cc", "Cs")
+_PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def screen() -> Console:
+    """Standard error, as whatever stands behind it can show it."""
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` without the control characters that a terminal would obey; line feeds and tabs stay."""
+    return "".join(char for char in text if char in "\n\t" or category(char) not in _COMMANDS)
+
+
+def write(text: str) -> None:
+    """Results to standard output, at once. What a program reads from a pipe is left as it is."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A line for the person, on standard error."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(text: str) -> Iterator[Status | None]:
+    """Show that something goes on, on a terminal; elsewhere (None) nothing is shown."""
+    console = screen()
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status(printable(text)) as status:
+        yield status
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stderr: bool) -> None:
+    """A small table."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(printable, row))
+    console = Console(stderr=to_stderr, markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.file.flush()
+
+
+def short(peer_id: object) -> str:
+    """A PeerId as people can compare it: `12D3KooW..aB3xYz`."""
+    text = str(peer_id)
+    return f"{text[:8]}..{text[-_PEER_ID_TAIL:]}"
+
+
+def set_up_logging(level: int, *, libraries: int = logging.WARNING) -> None:
+    """Log our own messages from `level` and other libraries' from `libraries`, on standard error."""
+    console = screen()
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(
+            console=console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S", markup=False
+        )
+        handler.setFormatter(_Printable("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Printable(_PLAIN_FORMAT))
+    logging.basicConfig(level=libraries, handlers=[handler], force=True)
+    logging.getLogger("peerd").setLevel(level)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

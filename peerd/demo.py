@@ -1,0 +1,96 @@
+"""`peerd demo`: a swarm on this machine, and an answer from it.
+
+A bootstrap peer and the servers are processes of their own, as they would be on machines of their own; we
+are the client. Whatever can start at once does, for what takes seconds is importing torch in each process.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import trio
+
+from peerd.cli_generate import Request, answer, figures, report
+from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.demo_model import demo_model_path
+from peerd.console import short, show_table, working, write
+from peerd.nurseries import open_tasks
+from peerd.peer import open_peer
+from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes, threads_each
+from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.span import Span
+
+
+async def demo(request: Request, servers: int, *, as_json: bool) -> None:
+    """Start a swarm, ask it, stop it. Raises PeerdError, CheckpointError, ProcessEnded."""
+    path = demo_model_path()
+    threads = threads_each(servers)
+    torch.set_num_threads(threads)
+    async with AsyncExitStack() as stack:
+        with working(f"starting a bootstrap peer and {servers} servers"):
+            processes = await stack.enter_async_context(open_peer_processes(threads=threads))
+            tasks = await stack.enter_async_context(open_tasks())
+            swarm = _Swarm(processes, path)
+            await tasks.start(swarm.start, servers)
+            peer = await stack.enter_async_context(open_peer(bootstrap=[swarm.bootstrap.address]))
+            model = await stack.enter_async_context(peer.model(path))
+            await swarm.serving.wait()
+        swarm.show(to_stderr=as_json)
+        generation = await answer(model, request, quiet=as_json)
+        write((report(generation) if as_json else f"\n{figures(generation)}") + "\n")
+
+
+def even_spans(blocks: int, count: int) -> list[Span]:
+    """`blocks` cut into `count` spans whose lengths differ by one at most. Raises InvalidRequest."""
+    if count > blocks:
+        raise InvalidRequest(f"the model has {blocks} blocks, too few for {count} servers")
+    ends = [blocks * number // count for number in range(count + 1)]
+    return [Span(start, end) for start, end in pairwise(ends)]
+
+
+class _Swarm:
+    """The demonstration's processes: a bootstrap peer, and one server a span."""
+
+    bootstrap: PeerProcess
+
+    def __init__(self, processes: PeerProcesses, model: Path) -> None:
+        self.serving = trio.Event()
+        self._processes = processes
+        self._model = model
+        self._servers: dict[Span, PeerProcess] = {}
+
+    async def start(self, servers: int, task_status: trio.TaskStatus[None]) -> None:
+        """Started is when the swarm can be joined; `serving` is set when all blocks are served."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._start_bootstrap)
+            spans = even_spans(await trio.to_thread.run_sync(_count_blocks, self._model), servers)
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            for span in spans:
+                nursery.start_soon(self._start_server, span)
+        self.serving.set()
+
+    def show(self, *, to_stderr: bool) -> None:
+        """A table of who does what."""
+        rows = [
+            (short(server.peer_id), f"blocks {span}", str(server.address.with_peer(None)))
+            for span, server in sorted(self._servers.items())
+        ]
+        rows.append((short(self.bootstrap.peer_id), "bootstrap", str(self.bootstrap.address.with_peer(None))))
+        show_table(f"{self._model.stem} on {len(rows)} peers", ("peer", "serves", "address"), rows, to_stderr=to_stderr)
+
+    async def _start_bootstrap(self) -> None:
+        self.bootstrap = await self._processes.start()
+
+    async def _start_server(self, span: Span) -> None:
+        self._servers[span] = await self._processes.start(
+            "--serve-blocks", str(span), "--model", str(self._model), "--bootstrap", str(self.bootstrap.address)
+        )
+
+
+def _count_blocks(path: Path) -> int:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.block_count

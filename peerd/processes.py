@@ -1,0 +1,121 @@
+"""Peers as processes of their own on this machine, for demonstrations, examples and tests.
+
+Knows how to start them, when they serve and how to end them; knows nothing of what they do. The difficulty
+is leaving none behind: they are stopped in a shielded clean-up whatever ended the caller, and they hold the
+read end of a pipe from us, so that they end even where we are killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import trio
+
+from peerd.protocol.addresses import Multiaddr
+
+# From SIGTERM until a process is killed: no demonstration's session is worth more.
+STOP_S = 2.0
+_LOG_TAIL_CHARS = 2000
+_READ_BYTES = 4096
+
+
+class ProcessEnded(Exception):
+    """A peer's process ended before it served. The message holds the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerProcess:
+    """A running peer. `address` is the first that it printed, with its PeerId."""
+
+    process: trio.Process
+    address: Multiaddr
+    log: Path
+
+    @property
+    def peer_id(self) -> str:
+        """Who it is."""
+        return str(self.address.peer_id)
+
+
+class PeerProcesses:
+    """The processes of one `open_peer_processes`. Start several at once from several tasks."""
+
+    def __init__(self, directory: Path, threads: int) -> None:
+        self._directory = directory
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._numbers = itertools.count()
+        self._running: list[trio.Process] = []
+
+    async def start(self, *arguments: str) -> PeerProcess:
+        """Run `peerd ARGUMENTS` on loopback until it serves. Raises ProcessEnded."""
+        number = next(self._numbers)
+        log = self._directory / f"peer-{number}.log"
+        command = [sys.executable, "-m", "peerd", "--stop-on-eof"]
+        command += ["--listen", "/ip4/127.0.0.1/tcp/0/ws", "--identity", str(self._directory / f"peer-{number}.key")]
+        with log.open("wb") as log_file:
+            process = await trio.lowlevel.open_process(
+                [*command, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                env=self._environment,
+                # A Ctrl-C is for us to pass on, in our order.
+                start_new_session=True,
+            )
+        self._running.append(process)
+        line = await _first_line(process)
+        if line is None:
+            await process.wait()
+            raise ProcessEnded(f"a peer ended with exit code {process.returncode}: {_tail(log)}")
+        return PeerProcess(process, Multiaddr.parse(line), log)
+
+    async def stop(self) -> None:
+        """End all: SIGTERM, then SIGKILL for who is still there after `STOP_S`."""
+        for process in self._running:
+            process.terminate()
+        with trio.move_on_after(STOP_S):
+            for process in self._running:
+                await process.wait()
+        for process in self._running:
+            process.kill()
+            await process.wait()
+
+
+@asynccontextmanager
+async def open_peer_processes(*, threads: int) -> AsyncIterator[PeerProcesses]:
+    """A place to start peers in, each with `threads` compute threads. All are stopped when the body ends."""
+    with TemporaryDirectory(prefix="peerd-") as directory:
+        processes = PeerProcesses(Path(directory), threads)
+        try:
+            yield processes
+        finally:
+            with trio.CancelScope(shield=True):
+                await processes.stop()
+
+
+def threads_each(processes: int) -> int:
+    """How many compute threads each of `processes` gets, so that together they do not fight over the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+async def _first_line(process: trio.Process) -> str | None:
+    assert process.stdout is not None
+    received = b""
+    while b"\n" not in received:
+        chunk = await process.stdout.receive_some(_READ_BYTES)
+        if not chunk:
+            return None
+        received += chunk
+    return received.split(b"\n", 1)[0].decode()
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-_LOG_TAIL_CHARS:].strip()

@@ -1,0 +1,41 @@
+"""How one-shot commands end on SIGINT and SIGTERM. The library itself leaves signals alone.
+
+The difficulty is a person who presses Ctrl-C twice: the first one starts an orderly end, and then the
+handlers of before are back, so that the second one ends the process whatever the clean-up is doing.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from peerd.nurseries import open_tasks
+
+
+class Interrupted(Exception):
+    """A signal ended the work, which has cleaned up after itself. `exit_code` is a shell's: 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+async def until_signalled(work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work`, cancelled by the first signal. Raises Interrupted once it has cleaned up."""
+    received: list[int] = []
+
+    async def watch(task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                received.append(number)
+                break
+        tasks.cancel_scope.cancel()
+
+    async with open_tasks() as tasks:
+        await tasks.start(watch)
+        await work()
+    if received:
+        raise Interrupted(received[0])

@@ -1,0 +1,147 @@
+"""The command line: what it says, what it refuses and how, without a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from peerd.compute.errors import CheckpointError
+from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
+
+from peerd.cli import cli
+from peerd.console import printable, short
+
+ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, prog_name="peerd")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """What looks like a model's directory, for mistakes that are found before it is opened."""
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+def test_no_arguments_print_the_help() -> None:
+    result = run()
+    assert result.exit_code == 0
+    assert result.stdout == run("--help").stdout
+    assert "Usage: peerd" in result.stdout
+
+
+def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
+    text = run("--help").stdout
+    assert "peerd demo" in text
+    assert "peerd --serve-blocks" in text
+    assert "3    nobody serves some blocks" in text
+    for command in ("generate", "demo"):
+        assert "3    nobody serves some blocks" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--serve-blocks", "0:3"], "--model"),
+        (["--serve-blocks", "3:3", "--model", "MODEL"], "0 <= START < END"),
+        (["--serve-blocks", "most", "--model", "MODEL"], "START:END"),
+        (["--serve-blocks", "0", "--model", "MODEL"], "START:END"),
+        (["--model", "MODEL"], "--serve-blocks"),
+        (["--bootstrap", ADDRESS], "--client"),
+        (["--client", "--bootstrap", "/ip4/127.0.0.1/tcp/31330/ws"], "add /p2p/"),
+        (["--client", "--kv-tokens", "64"], "add --serve-blocks"),
+        (["--client", "--device", "cpu"], "add --serve-blocks"),
+        (["--client", "--announce", ADDRESS], "--announce needs --listen"),
+        (["--client", "--listen", "127.0.0.1:80"], "allowed is /ip4|ip6"),
+        (["--serve-blocks", "auto", "--model", "MODEL", "--memory", "lots"], "lots"),
+        (["--serve-blocks", "auto", "--model", "MODEL", "--dtype", "int3"], "bfloat16"),
+        (["--client", "generate", "MODEL", "--prompt", "x"], "--client belongs"),
+        (["generate", "MODEL", "--prompt", "x"], "--bootstrap"),
+        (["generate", "MODEL", "--bootstrap", ADDRESS], "--prompt-file FILE"),
+        (["generate", "MODEL", "--bootstrap", ADDRESS, "--prompt", "x", "--temperature", "-1"], "x>=0"),
+        (["generate", "MODEL", "--bootstrap", ADDRESS, "--prompt", "x", "--top-p", "0"], "0<x<=1"),
+        (["generate", "MODEL", "--bootstrap", ADDRESS, "--prompt", "x", "--max-new-tokens", "0"], "x>=1"),
+        (["demo", "--servers", "0"], "x>=1"),
+        (["serve"], "No such command"),
+    ],
+)
+def test_a_mistake_exits_2_and_says_what_to_write_instead(arguments: list[str], message: str, model: str) -> None:
+    result = run(*[model if word == "MODEL" else word for word in arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    empty, text = tmp_path / "empty", tmp_path / "notes.txt"
+    empty.mkdir()
+    text.write_text("no model")
+    arguments = ["--prompt", "x", "--bootstrap", ADDRESS]
+    assert "has no config.json" in run("generate", str(empty), *arguments).stderr
+    assert "is no .gguf file" in run("generate", str(text), *arguments).stderr
+    missing = run("generate", "someone/some-model", *arguments)
+    assert missing.exit_code == 2
+    assert "download the model first" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NoChain("nobody serves blocks 15:30", ((15, 30),)), 3),
+        (NoRoom("12 KV tokens are free"), 4),
+        (ConnectionLost("the connection ended"), 4),
+        (LinkFailed("hop 0 cannot reach hop 1"), 4),
+        (ContextTooLong("9000 positions wanted"), 2),
+        (CheckpointError("model.gguf: is truncated"), 2),
+    ],
+)
+def test_each_kind_of_failure_has_its_exit_code_and_one_line(error: Exception, code: int) -> None:
+    @click.command()
+    def fails() -> None:
+        raise error
+
+    group = type(cli)("peerd", commands=[fails])
+    result = CliRunner().invoke(group, ["fails"])
+    assert result.exit_code == code
+    assert result.stderr == f"Error: {error}\n"
+
+
+def test_a_bug_is_not_dressed_up_as_an_error_of_the_user() -> None:
+    @click.command()
+    def fails() -> None:
+        raise PeerdError("nobody said whose fault this is")
+
+    result = CliRunner().invoke(type(cli)("peerd", commands=[fails]), ["fails"])
+    assert isinstance(result.exception, PeerdError)
+
+
+def test_a_terminal_never_gets_control_characters_from_strangers() -> None:
+    assert printable("a\x1b[31mb\x9bc\r\nd\te\u00a0\U0001f468\u200d\U0001f469") == (
+        "a[31mbc\nd\te\u00a0\U0001f468\u200d\U0001f469"
+    )
+
+
+def test_a_short_peer_id_shows_where_it_differs() -> None:
+    assert short("12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA") == "12D3KooW..AJU5SA"
+
+
+def test_the_command_line_and_the_package_load_no_torch_until_it_is_needed() -> None:
+    code = "import sys, peerd, peerd.cli; assert not {'torch', 'transformers'} & set(sys.modules); print('light')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("light\n", "")
+
+
+def test_all_that_the_package_names_is_there() -> None:
+    import peerd
+
+    for name in peerd.__all__:
+        assert getattr(peerd, name) is not None
+    assert set(peerd.__all__) <= set(dir(peerd))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        peerd.no_such_name  # noqa: B018
