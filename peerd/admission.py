@@ -68,17 +68,23 @@ class Admission:
             self._grant_in_order()
 
     def _grant_in_order(self) -> None:
-        for waiter in list(self._waiters):
+        # Each grant may make room for somebody who was passed over, so start again after it.
+        while (waiter := self._first_that_fits()) is not None:
+            self._waiters.remove(waiter)
+            self._record(waiter)
+            waiter.done.set()
+
+    def _first_that_fits(self) -> _Waiter | None:
+        for waiter in self._waiters:
             if self._hogs(waiter):
                 continue
             try:
                 waiter.attempt()
             except NoRoom:
                 # Nobody overtakes the first who waits, or a big request would wait forever.
-                return
-            self._waiters.remove(waiter)
-            self._record(waiter)
-            waiter.done.set()
+                return None
+            return waiter
+        return None
 
     def _record(self, waiter: _Waiter) -> None:
         waiter.granted = True

@@ -44,8 +44,7 @@ async def _dial(connections: Connections, next_hop: NextHop, now: float) -> Stre
     record = open_record(SignedRecord.decode(next_hop.record), now=now)
     if not isinstance(record.body, PeerRecord):
         raise LinkFailed("the next hop's record is not a peer record")
-    claimed = [Multiaddr.parse(text) for text in record.body.addresses]
-    allowed = dialable(claimed, connections.listen_addresses)
+    allowed = dialable(record.body.ways_to(record.peer_id), connections.listen_addresses)
     return await connections.open_stream(record.peer_id, LINK_PROTOCOL, addresses=allowed, priority=Priority.DECODE)
 
 

@@ -106,6 +106,7 @@ class Session:
         self._ready = False
         # Every hop of the chain has replayed what it had to: one death can be mended.
         self._whole = False
+        self._mending: ControlStream | None = None
         self._faults: list[tuple[ControlStream, PeerdError]] = []
         self._routed_epoch = -1
         self._alarm = trio.Event()
@@ -272,6 +273,11 @@ class Session:
     def _fault(self, control: ControlStream, error: PeerdError) -> None:
         if self._chain is None or control not in self._chain.controls:
             return
+        if self._culprit(control, error) is self._mending:
+            # Its death is told twice, by itself and by the hop before it.
+            if isinstance(error, PeerFault):
+                self._finder.failed(control.hop.peer_id)
+            return
         self._faults.append((control, error))
         self._ready = False
         self._attempt.cancel()
@@ -320,12 +326,15 @@ class Session:
             if isinstance(error, PeerFault):
                 self._finder.failed(control.hop.peer_id)
             elif isinstance(error, LinkFailed):
-                exclude.add(self._after(control).hop.peer_id)
+                exclude.add(self._culprit(control, error).hop.peer_id)
         return exclude
 
-    def _after(self, control: ControlStream) -> ControlStream:
+    def _culprit(self, control: ControlStream, error: PeerdError) -> ControlStream:
+        """The hop to replace: the one that failed, or the far end of a link that did."""
         assert self._chain is not None
         controls = self._chain.controls
+        if not isinstance(error, LinkFailed):
+            return control
         return controls[min(controls.index(control) + 1, len(controls) - 1)]
 
     async def _mend(self, control: ControlStream, error: PeerdError, exclude: set[PeerId]) -> bool:
@@ -334,7 +343,13 @@ class Session:
         if chain is None or not self.log.repeatable:
             return False
         self._whole = False
-        dead = self._after(control) if isinstance(error, LinkFailed) else control
+        dead = self._mending = self._culprit(control, error)
+        try:
+            return await self._replace(chain, dead, exclude)
+        finally:
+            self._mending = None
+
+    async def _replace(self, chain: OpenChain, dead: ControlStream, exclude: set[PeerId]) -> bool:
         index = chain.controls.index(dead)
         try:
             found = await self._finder.find(dead.hop.span, tokens=self._terms.tokens, exclude=exclude)
@@ -385,7 +400,7 @@ class Session:
                 found = await self._finder.find(self._blocks, tokens=self._terms.tokens, exclude=exclude)
                 return await self._opener.open(found, self._terms)
             except NoChain:
-                if waited >= self._patience.missing_s:
+                if waited >= self._patience.missing_s and not exclude:
                     raise
                 exclude.clear()
             except HopRefused as refused:

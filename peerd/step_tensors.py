@@ -77,7 +77,9 @@ def replay_steps(
 def encoded(
     step: Step, hidden: torch.Tensor, codec: str, dtype: torch.dtype
 ) -> tuple[dict[str, Any], list[memoryview]]:
-    """The step's header and body as they travel."""
+    """The step's header and body as they travel; a step without rows has no tensor."""
+    if not step.rows:
+        return step.to_header(), []
     header, body = encode_tensor(hidden, codec=codec, dtype=dtype)
     return replace(step, tensor=header.to_fields()).to_header(), body
 

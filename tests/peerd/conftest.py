@@ -1,0 +1,217 @@
+"""A swarm in memory: servers with a fake engine, clients, and deaths at the test's command."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+import torch
+import trio
+from peerd.compute.fake_engine import FakeEngine, fake_forward
+from peerd.compute.steps import Batch, BatchOutput
+from peerd.connections import Connections, open_connections
+from peerd.engine_task import EngineTask
+from peerd.nurseries import open_tasks
+from peerd.open_chain import ChainOpener, Terms
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
+from peerd.protocol.span import Span
+from peerd.routing.chain import Chain, ChainNeeds, plan_chain
+from peerd.routing.links import Links
+from peerd.routing.offer import Offer
+from peerd.server import ServedSpan, Server
+from peerd.session import Patience, Session
+from peerd.testing import MemoryNetwork
+
+EPOCH = 1_800_000_000.0
+MODEL = bytes(range(32))
+WIDTH = 8
+MAX_LENGTH = 1024
+
+
+def unix_now() -> float:
+    return EPOCH + trio.current_time()
+
+
+@dataclass(eq=False)
+class Host:
+    """One serving peer."""
+
+    ip: str
+    identity: Identity
+    span: Span
+    server: Server
+    task: EngineTask
+    connections: Connections
+    online: bool = True
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.identity.peer_id
+
+    def offer(self) -> Offer:
+        peer = PeerRecord(
+            seq=1, expires=unix_now() + 60, addresses=tuple(str(a) for a in self.connections.listen_addresses)
+        )
+        server = ServerRecord(
+            seq=1,
+            expires=unix_now() + 60,
+            model=MODEL,
+            span=self.span,
+            state="online",
+            dtype="float32",
+            quantization="none",
+            codecs=("exact",),
+            throughput=1000.0,
+            free_tokens=self.task.engine.free_tokens,
+            max_length=MAX_LENGTH,
+        )
+        addresses = tuple(address.with_peer(self.peer_id) for address in self.connections.listen_addresses)
+        return Offer(self.peer_id, server, addresses, sign_record(self.identity, peer))
+
+
+@dataclass
+class Finder:
+    """Plans over whoever is announced now, as the swarm's own finder does over the DHT."""
+
+    swarm: Swarm
+    links: Links = field(default_factory=lambda: Links(trio.current_time))
+    random: Random = field(default_factory=lambda: Random(1))
+    failures: list[PeerId] = field(default_factory=list)
+
+    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId]) -> Chain:
+        await trio.lowlevel.checkpoint()
+        offers = [host.offer() for host in self.swarm.hosts if host.online]
+        avoid = self.links.avoided() | frozenset(exclude)
+        return plan_chain(offers, blocks, needs=ChainNeeds(tokens=tokens), random=self.random, avoid=avoid)
+
+    def failed(self, peer: PeerId) -> None:
+        self.failures.append(peer)
+        self.links.failed(peer)
+
+    def succeeded(self, peer: PeerId) -> None:
+        self.links.succeeded(peer)
+
+
+@dataclass
+class Client:
+    """A peer that only asks."""
+
+    ip: str
+    identity: Identity
+    connections: Connections
+    finder: Finder
+    opener: ChainOpener
+    tasks: trio.Nursery
+    rng: Random
+
+    async def session(
+        self, blocks: Span, *, max_rows: int = 1, max_length: int = 512, max_rollback: int = 512, **more: object
+    ) -> Session:
+        terms = Terms(
+            model=MODEL,
+            max_length=max_length,
+            max_rows=max_rows,
+            max_rollback=max_rollback,
+            max_steps=4,
+            dtype="float32",
+            codec="exact",
+            timeout_ms=2000,
+        )
+        patience = more.pop("patience", Patience())
+        assert isinstance(patience, Patience)
+        session = Session(self.finder, self.opener, blocks, WIDTH, terms, self.rng, patience)
+        await self.tasks.start(session.run)
+        return session
+
+
+class Swarm:
+    """Hosts and clients on one in-memory network, 5 ms apart."""
+
+    def __init__(self, tasks: trio.Nursery) -> None:
+        self.network = MemoryNetwork(lambda here, there: 0.005)
+        self.hosts: list[Host] = []
+        self._tasks = tasks
+        self._next = 1
+
+    def _new(self) -> tuple[str, Identity]:
+        number, self._next = self._next, self._next + 1
+        return f"10.0.0.{number}", Identity.from_seed(number.to_bytes(32, "big"))
+
+    async def serve(
+        self, start: int, end: int, *, kv_tokens: int = 4096, step_s: float = 0.01, batch_tokens: int = 256
+    ) -> Host:
+        """A server of blocks, whose batches take `step_s`."""
+
+        async def run_batch(run: Callable[[Batch], BatchOutput], batch: Batch) -> BatchOutput:
+            await trio.sleep(step_s)
+            return run(batch)
+
+        ip, identity = self._new()
+        engine = FakeEngine(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
+        host: Host = await self._tasks.start(self._run_host, ip, identity, EngineTask(engine, run_batch=run_batch))
+        self.hosts.append(host)
+        return host
+
+    async def _run_host(
+        self, ip: str, identity: Identity, task: EngineTask, task_status: trio.TaskStatus[Host]
+    ) -> None:
+        server = Server(unix_now)
+        async with open_tasks() as tasks:
+            await tasks.start(server.run)
+            async with open_connections(
+                identity,
+                transport=self.network.transport(ip),
+                listen=[Multiaddr.parse(f"/ip4/{ip}/tcp/4000/ws")],
+                handlers=server.handlers,
+                now=unix_now,
+            ) as connections:
+                server.attach(connections)
+                server.serve(ServedSpan(MODEL, MAX_LENGTH, task))
+                task_status.started(Host(ip, identity, task.engine.span, server, task, connections))
+                await trio.sleep_forever()
+
+    def kill(self, host: Host) -> None:
+        """The process dies: connections break, nobody answers."""
+        host.online = False
+        self.network.kill(host.ip)
+
+    def freeze(self, host: Host) -> None:
+        """The process hangs: nothing it sends or is sent arrives, and nothing breaks."""
+        host.online = False
+        for number in range(1, self._next):
+            self.network.partition(host.ip, f"10.0.0.{number}")
+
+    async def client(self) -> Client:
+        """A peer that only asks."""
+        client: Client = await self._tasks.start(self._run_client, *self._new())
+        return client
+
+    async def _run_client(self, ip: str, identity: Identity, task_status: trio.TaskStatus[Client]) -> None:
+        rng = Random(ip)
+        async with open_connections(identity, transport=self.network.transport(ip), now=unix_now) as connections:
+            opener = ChainOpener(connections, identity, unix_now, rng.randbytes)
+            task_status.started(Client(ip, identity, connections, Finder(self), opener, self._tasks, rng))
+            await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def _open_swarm() -> AsyncIterator[Swarm]:
+    async with open_tasks() as tasks:
+        yield Swarm(tasks)
+
+
+@pytest.fixture
+def open_swarm() -> Callable[[], object]:
+    """`async with open_swarm() as swarm:` an empty swarm, torn down at the end."""
+    return _open_swarm
+
+
+@pytest.fixture
+def whole_forward() -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """What a model of so many blocks makes of a whole row at once: `[n, width]` to `[n, width]`."""
+    return lambda hidden, blocks: fake_forward(hidden, Span(0, blocks))

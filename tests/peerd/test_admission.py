@@ -1,0 +1,108 @@
+"""Who gets KV tokens, in which order, and what happens to those who give up waiting."""
+
+import pytest
+import trio
+import trio.testing
+from peerd.admission import Admission
+from peerd.protocol.errors import NoRoom
+
+
+class Pool:
+    """Counts tokens as the engine does."""
+
+    def __init__(self, total: int) -> None:
+        self.total = self.free = total
+        self.admission = Admission(total, lambda: self.free)
+        self.order: list[str] = []
+
+    async def take(self, owner: str, tokens: int, timeout_s: float = 100) -> None:
+        def attempt() -> None:
+            if tokens > self.free:
+                raise NoRoom("full", self.free)
+            self.free -= tokens
+            self.order.append(owner)
+
+        await self.admission.admit(owner, tokens, attempt, timeout_s)
+
+    def give(self, owner: str, tokens: int) -> None:
+        self.free += tokens
+        self.admission.release(owner, tokens)
+
+
+async def test_a_full_pool_says_how_much_is_free_once_the_timeout_is_over():
+    pool = Pool(100)
+    await pool.take("a", 70)
+    before = trio.current_time()
+    with pytest.raises(NoRoom) as caught:
+        await pool.take("b", 50, timeout_s=2)
+    assert caught.value.free_tokens == 30
+    assert trio.current_time() - before == pytest.approx(2)
+
+
+async def test_a_timeout_of_zero_answers_at_once():
+    pool = Pool(100)
+    await pool.take("a", 100, timeout_s=0)
+    before = trio.current_time()
+    with pytest.raises(NoRoom):
+        await pool.take("b", 1, timeout_s=0)
+    assert trio.current_time() == before
+
+
+async def test_waiters_are_served_in_order_and_nobody_overtakes_a_big_request():
+    pool = Pool(100)
+    await pool.take("a", 80)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.take, "big", 90)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(pool.take, "small", 10)
+        await trio.testing.wait_all_tasks_blocked()
+        assert pool.order == ["a"]
+        pool.give("a", 80)
+    assert pool.order == ["a", "big", "small"]
+
+
+async def test_who_gives_up_lets_the_next_one_in():
+    pool = Pool(100)
+    await pool.take("a", 80)
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            nursery.start_soon(pool.take, "small", 20)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            await pool.take("big", 90)
+    assert pool.order == ["a", "small"]
+    assert pool.free == 0
+
+
+async def test_a_cancelled_waiter_leaves_no_trace():
+    pool = Pool(100)
+    await pool.take("a", 80)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.take, "b", 90)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    pool.give("a", 80)
+    assert pool.free == 100
+    await pool.take("c", 100, timeout_s=0)
+
+
+async def test_while_others_wait_one_owner_holds_at_most_half():
+    pool = Pool(100)
+    await pool.take("hog", 40)
+    await pool.take("other", 50)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.take, "hog", 20)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(pool.take, "modest", 30)
+        await trio.testing.wait_all_tasks_blocked()
+        pool.give("other", 50)
+        await trio.testing.wait_all_tasks_blocked()
+        # The hog came first, but would hold 60 of 100 while somebody waits. Nobody waits once modest is in.
+        assert pool.order == ["hog", "other", "modest", "hog"]
+
+
+async def test_a_lone_owner_may_hold_everything():
+    pool = Pool(100)
+    await pool.take("only", 60)
+    await pool.take("only", 40, timeout_s=0)
+    assert pool.free == 0

@@ -1,0 +1,333 @@
+"""Sessions over a swarm: the same results as one local model, whoever dies meanwhile."""
+
+import pytest
+import torch
+import trio
+from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom
+from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.span import Span
+from peerd.session import Patience
+
+WIDTH = 8
+BLOCKS = Span(0, 9)
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 251, (count, WIDTH), generator=generator).float()
+
+
+async def chain_of_three(swarm):
+    return [await swarm.serve(0, 3), await swarm.serve(3, 6), await swarm.serve(6, 9)]
+
+
+async def test_steps_through_three_servers_equal_the_whole_model(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(20)
+        expected = whole_forward(row, 9)
+        assert torch.equal(await session.step(row[:7]), expected[6:7])
+        assert torch.equal(await session.step(row[7:12], want="all"), expected[7:12])
+        for position in range(12, 20):
+            assert torch.equal(await session.step(row[position : position + 1]), expected[position : position + 1])
+        assert [hop["start"] for hop in session.chain] == [0, 3, 6]
+
+
+async def test_results_go_from_server_to_server_and_not_through_the_client(open_swarm):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        client = await swarm.client()
+        session = await client.session(BLOCKS)
+        await session.step(tokens(5))
+        assert hosts[1].peer_id in hosts[0].connections.live
+        assert hosts[2].peer_id in hosts[1].connections.live
+        # 5 ms a hop: client -> 0 -> 1 -> 2 -> client is 20 ms beside 30 ms of computing; hub and spoke 30.
+        before = trio.current_time()
+        await session.step(tokens(1))
+        assert trio.current_time() - before == pytest.approx(0.050, abs=0.002)
+
+
+async def test_empty_steps_change_nothing(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(6)
+        for start in range(0, 6, 2):
+            await session.step(row[:0])
+            result = await session.step(row[start : start + 2], want="all")
+            assert torch.equal(result, whole_forward(row, 9)[start : start + 2])
+
+
+async def test_a_long_prefill_travels_in_pieces_that_the_servers_work_on_at_once(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        for start in (0, 3, 6):
+            await swarm.serve(start, start + 3, step_s=0.1, batch_tokens=128)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(512)
+        await session.open()
+        before = trio.current_time()
+        assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
+        # Four pieces through three servers of 100 ms: 6 turns, where one after the other would take 12.
+        assert trio.current_time() - before < 0.75
+
+
+async def test_rows_are_independent_and_may_have_different_lengths(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS, max_rows=3)
+        one, two = tokens(9, 1), tokens(4, 2)
+        rows = [RowSlice(0, 0, 9), RowSlice(2, 0, 4)]
+        result = await session.step(torch.cat([one, two]), rows=rows)
+        assert torch.equal(result, torch.stack([whole_forward(one, 9)[-1], whole_forward(two, 9)[-1]]))
+
+
+async def test_rolling_back_and_stepping_again_equals_never_having_gone_there(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        row, other = tokens(12), tokens(12, 1)
+        await session.step(row)
+        mixed = torch.cat([row[:4], other[:3]])
+        assert torch.equal(await session.step(other[:3], start=4, want="all"), whole_forward(mixed, 9)[4:])
+
+
+async def test_forks_and_drops_act_in_the_step_that_brings_them(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS, max_rows=2)
+        row, branch = tokens(8), tokens(2, 1)
+        await session.step(row)
+        result = await session.step(branch, row=1, start=5, ops=[Fork(0, 1, 5)], want="all")
+        assert torch.equal(result, whole_forward(torch.cat([row[:5], branch]), 9)[5:])
+        await session.step(row[:1], row=0, start=0, ops=[Drop(0)])
+        assert session.log.length(0) == 1
+
+
+async def test_spans_may_be_entered_and_left_anywhere_inside(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        await swarm.serve(0, 6)
+        await swarm.serve(4, 9)
+        session = await (await swarm.client()).session(Span(0, 9))
+        row = tokens(5)
+        assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
+
+
+async def test_a_session_may_ask_for_some_blocks_only(open_swarm):
+    from peerd.compute.fake_engine import fake_forward
+
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(Span(2, 5))
+        row = tokens(5)
+        assert torch.equal(await session.step(row, want="all"), fake_forward(row, Span(2, 5)))
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+async def test_when_a_server_dies_the_others_keep_their_kv_and_nothing_is_lost(open_swarm, whole_forward, victim):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        client = await swarm.client()
+        session = await client.session(BLOCKS)
+        row = tokens(60)
+        expected = whole_forward(row, 9)
+        await session.step(row[:40])
+        twin = await swarm.serve(hosts[victim].span.start, hosts[victim].span.end)
+        before = [host.task.engine.positions_computed for host in hosts]
+        swarm.kill(hosts[victim])
+        for position in range(40, 60):
+            assert torch.equal(await session.step(row[position : position + 1]), expected[position : position + 1])
+        assert session.failovers == 1
+        assert session.replayed_positions == 40
+        assert twin.task.engine.positions_computed >= 60
+        survivors = [index for index in range(3) if index != victim]
+        # 20 new positions, and at most the one that was under way again.
+        assert all(hosts[i].task.engine.positions_computed - before[i] <= 21 for i in survivors)
+        assert client.finder.failures == [hosts[victim].peer_id]
+
+
+async def test_a_death_in_the_middle_of_a_step_is_not_noticed_by_its_caller(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        await swarm.serve(3, 6)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(300)
+        async with trio.open_nursery() as nursery:
+
+            async def kill_soon() -> None:
+                await trio.sleep(0.035)
+                swarm.kill(next(host for host in hosts if any(h["peer"] == host.peer_id for h in session.chain[1:2])))
+
+            await session.open()
+            nursery.start_soon(kill_soon)
+            assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
+
+
+async def test_two_deaths_at_once_are_survived(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(30)
+        await session.step(row[:20])
+        await swarm.serve(0, 3)
+        await swarm.serve(3, 6)
+        swarm.kill(hosts[0])
+        swarm.kill(hosts[1])
+        assert torch.equal(await session.step(row[20:], want="all"), whole_forward(row, 9)[20:])
+
+
+async def test_a_server_that_hangs_is_overtaken_in_seconds(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(30)
+        await session.step(row[:20])
+        await swarm.serve(3, 6)
+        swarm.freeze(hosts[1])
+        before = trio.current_time()
+        assert torch.equal(await session.step(row[20:], want="all"), whole_forward(row, 9)[20:])
+        assert trio.current_time() - before < 30
+
+
+async def test_forks_survive_a_death(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS, max_rows=2)
+        row, branch = tokens(10), tokens(4, 1)
+        await session.step(row)
+        await session.step(branch[:1], row=1, start=6, ops=[Fork(0, 1, 6)])
+        await swarm.serve(3, 6)
+        swarm.kill(hosts[1])
+        result = await session.step(branch[1:], row=1, want="all")
+        assert torch.equal(result, whole_forward(torch.cat([row[:6], branch]), 9)[7:])
+        more = tokens(2, 5)
+        assert torch.equal(await session.step(more, want="all"), whole_forward(torch.cat([row, more]), 9)[10:])
+
+
+async def test_without_a_twin_the_error_says_which_blocks_nobody_serves_and_the_session_can_resume(
+    open_swarm, whole_forward
+):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS, patience=Patience(missing_s=1))
+        row = tokens(12)
+        await session.step(row[:5])
+        swarm.kill(hosts[1])
+        with pytest.raises(NoChain, match="3:6") as caught:
+            await session.step(row[5:6])
+        assert caught.value.missing == ((3, 6),)
+        await swarm.serve(3, 6)
+        assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
+
+
+async def test_two_clients_that_want_the_same_scarce_pool_both_finish(open_swarm):
+    async with open_swarm() as swarm:
+        for start in (0, 3, 6):
+            await swarm.serve(start, start + 3, kv_tokens=512)
+        done = []
+
+        async def use(client, name: str) -> None:
+            session = await client.session(BLOCKS, max_length=400)
+            for _ in range(10):
+                await session.step(tokens(3))
+            session.close()
+            done.append(name)
+
+        async with trio.open_nursery() as nursery:
+            for name in ("a", "b", "c", "d"):
+                nursery.start_soon(use, await swarm.client(), name)
+        assert sorted(done) == ["a", "b", "c", "d"]
+        await trio.sleep(1)
+        assert all(host.task.engine.free_tokens == 512 for host in swarm.hosts)
+
+
+async def test_a_client_that_vanishes_leaves_nothing_behind(open_swarm):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        client = await swarm.client()
+        session = await client.session(BLOCKS)
+        await session.step(tokens(5))
+        assert all(host.task.engine.free_tokens < 4096 for host in hosts)
+        swarm.network.kill(client.ip)
+        await trio.sleep(20)
+        assert all(host.task.engine.free_tokens == 4096 for host in hosts)
+        assert all(host.server.sessions == 0 for host in hosts)
+
+
+async def test_closing_a_session_frees_its_kv_at_once(open_swarm):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        await session.step(tokens(5))
+        session.close()
+        await trio.sleep(0.1)
+        assert all(host.task.engine.free_tokens == 4096 for host in hosts)
+
+
+async def test_a_session_larger_than_any_pool_is_refused_before_work_starts(open_swarm):
+    async with open_swarm() as swarm:
+        await swarm.serve(0, 9, kv_tokens=256)
+        session = await (await swarm.client()).session(BLOCKS, max_length=1024)
+        with pytest.raises(ContextTooLong):
+            await session.step(tokens(1))
+
+
+async def test_a_full_swarm_says_so_after_the_callers_patience(open_swarm):
+    async with open_swarm() as swarm:
+        await swarm.serve(0, 9, kv_tokens=512)
+        first = await (await swarm.client()).session(BLOCKS, max_length=400)
+        await first.step(tokens(1))
+        second = await (await swarm.client()).session(BLOCKS, max_length=400, patience=Patience(busy_s=5))
+        before = trio.current_time()
+        with pytest.raises(NoRoom) as caught:
+            await second.step(tokens(1))
+        assert caught.value.free_tokens == 112
+        assert trio.current_time() - before < 10
+
+
+async def test_a_wrong_step_is_refused_and_the_session_goes_on(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(6)
+        await session.step(row[:3])
+        with pytest.raises(InvalidRequest):
+            await session.step(row[3:], start=5)
+        assert torch.equal(await session.step(row[3:], want="all"), whole_forward(row, 9)[3:])
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.011, 0.021, 0.029, 0.041, 0.049])
+async def test_a_cancelled_step_leaves_the_session_usable(open_swarm, whole_forward, delay_s):
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(8)
+        await session.step(row[:4])
+        with trio.move_on_after(delay_s):
+            await session.step(row[4:6])
+        result = await session.step(row[4:], start=4, want="all")
+        assert torch.equal(result, whole_forward(row, 9)[4:])
+
+
+async def test_many_sessions_share_batches_and_none_sees_another(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        client = await swarm.client()
+        results = {}
+
+        async def use(seed: int) -> None:
+            row = tokens(12, seed)
+            session = await client.session(BLOCKS, max_length=64)
+            parts = [await session.step(row[:4], want="all")]
+            parts += [await session.step(row[i : i + 1]) for i in range(4, 12)]
+            results[seed] = torch.equal(torch.cat(parts), whole_forward(row, 9))
+            session.close()
+
+        before = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for seed in range(16):
+                nursery.start_soon(use, seed)
+        assert results == dict.fromkeys(range(16), True)
+        # One by one: 16 x 9 steps of 50 ms. Together they take hardly longer than one.
+        assert trio.current_time() - before < 16 * 9 * 0.05 / 5
+        assert hosts[0].task.engine.positions_computed == 16 * 12
