@@ -60,6 +60,7 @@ class HostedSession:
         self.epoch = opening.epoch
         self.max_steps = min(opening.max_steps, MAX_GRANTED_STEPS)
         self.last_used = trio.current_time()
+        self.admitted = False
         self.control: Stream | None = None
         self._engine = engine
         self._dtype = DTYPES[opening.dtype]
@@ -83,6 +84,7 @@ class HostedSession:
     async def admit(self) -> None:
         """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong."""
         await self._engine.open(self, self.owner, self.opening, self.deliver)
+        self.admitted = True
 
     def release(self) -> None:
         """Free the KV."""

@@ -8,7 +8,7 @@ nursery, and the handlers of its streams only feed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,7 @@ from peerd.protocol.tickets import Ticket, open_ticket
 LINGER_S = 15.0
 # A session that asks for nothing for this long gives its pages to others.
 IDLE_S = 300.0
+EVICTION_ROUND_S = 10.0
 # A ticket may overtake the client's `open`, since both travel at once.
 LINK_PATIENCE_S = 10.0
 # Sessions of one peer at once, whatever their size: each costs tasks and buffers beside its tokens.
@@ -81,10 +82,10 @@ class ServedSpan:
 
 
 class Server:
-    """Serves spans to sessions. `run` owns the sessions; `handlers` go to the connections."""
+    """Serves spans to sessions. `run` owns engines and sessions; `handlers` go to the connections."""
 
-    def __init__(self, spans: Sequence[ServedSpan], now: Callable[[], float]) -> None:
-        self.spans = tuple(spans)
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
         self._now = now
         self._sessions: dict[SessionKey, HostedSession] = {}
@@ -109,10 +110,13 @@ class Server:
         """Run engines and sessions until cancelled, which must come after the connections have closed."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for served in self.spans:
-                nursery.start_soon(served.task.run)
             task_status.started()
-            await trio.sleep_forever()
+            await self._evict_idle()
+
+    def serve(self, served: ServedSpan) -> None:
+        """Take sessions on one more span from now on."""
+        self._nursery.start_soon(served.task.run)
+        self.spans += (served,)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the others to end, at most `timeout_s`."""
@@ -151,7 +155,7 @@ class Server:
         key = (stream.peer, opening.session, opening.hop)
         known = self._sessions.get(key)
         if known is not None:
-            if known.control is not None:
+            if known.control is not None or not known.admitted:
                 raise RemoteProtocolError("this session is open already")
             known.attach(stream)
             return known
@@ -208,19 +212,18 @@ class Server:
         self, key: SessionKey, session: HostedSession, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._evict_idle, session)
-                await session.run(task_status)
-                nursery.cancel_scope.cancel()
+            await session.run(task_status)
         finally:
             del self._sessions[key]
             session.release()
 
-    async def _evict_idle(self, session: HostedSession) -> None:
-        while session.last_used + IDLE_S > trio.current_time():
-            await trio.sleep_until(session.last_used + IDLE_S)
-        session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
-        session.close()
+    async def _evict_idle(self) -> None:
+        while True:
+            await trio.sleep(EVICTION_ROUND_S)
+            for session in list(self._sessions.values()):
+                if trio.current_time() - session.last_used >= IDLE_S:
+                    session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
+                    session.close()
 
     def _linger(self, session: HostedSession, stream: Stream) -> None:
         """The connection broke: keep the session a while, unless its client is back already."""
@@ -264,7 +267,7 @@ class Server:
         with trio.move_on_after(LINK_PATIENCE_S):
             while True:
                 for (owner, session_id, hop), session in self._sessions.items():
-                    if session_id != link.session:
+                    if session_id != link.session or not session.admitted:
                         continue
                     ticket = open_ticket(link.ticket, owner=owner, now=self._now())
                     if ticket.hop == hop and ticket.session == session_id:

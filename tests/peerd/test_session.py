@@ -138,7 +138,8 @@ async def test_when_a_server_dies_the_others_keep_their_kv_and_nothing_is_lost(o
         for position in range(40, 60):
             assert torch.equal(await session.step(row[position : position + 1]), expected[position : position + 1])
         assert session.failovers == 1
-        assert session.replayed_positions == 40
+        # 40 answered ones, and the one under way if the hop before the dead one had it already.
+        assert 40 <= session.replayed_positions <= 41
         assert twin.task.engine.positions_computed >= 60
         survivors = [index for index in range(3) if index != victim]
         # 20 new positions, and at most the one that was under way again.
