@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from peerd.compute.attention import BatchView, RowView, SpanAttention
 from peerd.compute.kv_cache import KVPool
+from peerd.compute.packed_linear import pack_linears
 from peerd.compute.span_model import SpanModel, _slice_lists
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span
@@ -21,6 +22,7 @@ class SpanRunner:
     """A span's model with the KV of all its sessions."""
 
     def __init__(self, model: SpanModel, kv_tokens: int, page_tokens: int) -> None:
+        pack_linears(model)
         self._models = {model.span: model}
         self._whole = model
         self._pool = KVPool(model.kinds, kv_tokens, page_tokens, device=model.device, dtype=model.dtype)
@@ -83,7 +85,8 @@ def _forward(
     model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment], cache: BatchView | RowView
 ) -> torch.Tensor:
     positions = _positions(segments, hidden.device)
-    return model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))[0]
+    output: torch.Tensor = model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))
+    return output[0]
 
 
 def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:

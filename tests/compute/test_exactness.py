@@ -116,8 +116,6 @@ def whole(request: pytest.FixtureRequest, references: Callable[[str], Reference]
 
 
 def test_ragged_batches_equal_the_whole_model(references: Callable[[str], Reference], tiny_name: str):
-    if tiny_name in ("llama_dynamic", "phi3_longrope"):
-        pytest.skip("declared lengths have their own test")
     chain = Chain(references(tiny_name))
     chain.open("a", max_rows=2)
     chain.open("b")
