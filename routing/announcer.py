@@ -27,7 +27,7 @@ from peerd.protocol.records import (
 
 log = logging.getLogger(__name__)
 
-# A peer that crashes is gone within this; DESIGN allows 60 s, and a third of it bounds the traffic.
+# A span whose peer crashes is gone within this. Everything is announced anew every third of it.
 TTL_S = 60.0
 # After an announcement that reached nobody.
 RETRY_S = 5.0
@@ -101,12 +101,16 @@ class Announcer:
         spans = {body.slot: body for body in bodies if isinstance(body, ServerRecord)}
         # Before the new records: of a slot whose span moved, the newest record must be the new span's.
         await self._withdraw([old for slot, old in self._servers.items() if self._leaves_keys(old, spans.get(slot))])
-        expires = self._now() + TTL_S
-        return not bodies or await self._publish([replace(body, expires=expires) for body in bodies]) > 0
+        return not bodies or await self._publish([self._timed(body) for body in bodies]) > 0
 
     async def leave(self) -> None:
         """Announce every span as `offline`. The caller bounds the time, and shields it from its own end."""
         await self._withdraw(list(self._servers.values()))
+
+    def _timed(self, body: Announcement) -> Announcement:
+        # Only spans disappear with their peer; where it was, and what a model is called, hurts nobody.
+        ttl_s = TTL_S if isinstance(body, ServerRecord) else MAX_TTL_S
+        return replace(body, expires=self._now() + ttl_s)
 
     def _leaves_keys(self, old: ServerRecord, new: ServerRecord | None) -> bool:
         """Whether copies of the old record lie under keys where no copy of the new one will."""

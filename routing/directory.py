@@ -11,20 +11,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import SHARD_BLOCKS, PeerRecord, ServerRecord, VerifiedRecord
+from peerd.protocol.records import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
 from peerd.routing.offer import Offer
 from peerd.routing.record_sets import RecordSource, addresses_of, newest, servers_of
 
 # A swarm changes by the minute; a client that opens several sessions at once should look it up once.
 CACHE_S = 5.0
+# Addresses change seldom; a record of them is handed to hops, which must still find it valid.
+PEER_CACHE_S = 60.0
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Model:
     """What is known of one model: server records that have not expired, and when they were last looked up."""
 
     records: list[VerifiedRecord]
     looked_up: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """What a lookup of a peer's addresses found, and when."""
+
+    record: VerifiedRecord | None
+    looked_up: float
+
+    def is_fresh(self, now: float) -> bool:
+        if self.record is None:
+            return now < self.looked_up + CACHE_S
+        return now < min(self.looked_up + PEER_CACHE_S, self.record.body.expires - PEER_CACHE_S)
+
+    def is_of_use(self, now: float) -> bool:
+        return self.is_fresh(now) or (self.record is not None and now < self.record.body.expires)
 
 
 class Directory:
@@ -33,8 +51,8 @@ class Directory:
     def __init__(self, source: RecordSource, now: Callable[[], float]) -> None:
         self._source = source
         self._now = now
-        self._models: dict[bytes, _Seen] = {}
-        self._peers: dict[PeerId, VerifiedRecord] = {}
+        self._models: dict[bytes, _Model] = {}
+        self._peers: dict[PeerId, _Peer] = {}
 
     async def servers(self, model: bytes, block_count: int, *, max_age_s: float = CACHE_S) -> list[Offer]:
         """The offers of all blocks of a model (digest), by peers whose addresses are known too.
@@ -46,25 +64,36 @@ class Directory:
         await self._find_peers({record.peer_id for record in servers})
         return [offer for record in servers if (offer := self._offer(record, block_count)) is not None]
 
+    async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
+        """The peer's own word on its addresses, valid for a while yet; None if it cannot be found."""
+        await self._find_peers({peer_id})
+        record = self._peers[peer_id].record
+        return None if record is None else record.signed
+
     async def _server_records(self, model: bytes, block_count: int, max_age_s: float) -> list[VerifiedRecord]:
-        seen = self._models.setdefault(model, _Seen([], float("-inf")))
-        if self._now() - seen.looked_up >= max_age_s:
+        known = self._models.setdefault(model, _Model([], float("-inf")))
+        if self._now() - known.looked_up >= max_age_s:
             shards = range((block_count - 1) // SHARD_BLOCKS + 1)
             found = await self._source.get_many([servers_of(model, shard) for shard in shards])
             # What was seen before counts as well: a peer that holds an older copy must not bring it back.
-            seen.records = newest(record for part in (seen.records, *found) for record in part)
-            seen.looked_up = self._now()
-        seen.records = [record for record in seen.records if record.body.expires > self._now()]
-        return seen.records
+            known.records = newest(record for part in (known.records, *found) for record in part)
+            known.looked_up = self._now()
+        known.records = [record for record in known.records if record.body.expires > self._now()]
+        return known.records
 
     async def _find_peers(self, peers: set[PeerId]) -> None:
-        self._peers = {peer: record for peer, record in self._peers.items() if record.body.expires > self._now()}
-        unknown = sorted(peers - self._peers.keys())
-        for records in await self._source.get_many([addresses_of(peer) for peer in unknown]):
-            self._peers.update((record.peer_id, record) for record in records)
+        now = self._now()
+        self._peers = {peer: known for peer, known in self._peers.items() if known.is_of_use(now)}
+        wanted = sorted(peer for peer in peers if peer not in self._peers or not self._peers[peer].is_fresh(now))
+        found = await self._source.get_many([addresses_of(peer) for peer in wanted])
+        for peer, records in zip(wanted, found, strict=True):
+            before = self._peers.get(peer)
+            # An older copy counts no more than none.
+            known = newest([*records, *([before.record] if before and before.record else [])])
+            self._peers[peer] = _Peer(known[0] if known else None, now)
 
     def _offer(self, record: VerifiedRecord, block_count: int) -> Offer | None:
-        server, peer = record.body, self._peers.get(record.peer_id)
+        server, peer = record.body, self._peers[record.peer_id].record
         if not isinstance(server, ServerRecord) or peer is None or not isinstance(peer.body, PeerRecord):
             return None
         if server.state == "offline" or server.span.end > block_count:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from peerd.protocol.identity import Identity
+from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records import (
     Announcement,
     PeerRecord,
@@ -115,3 +115,37 @@ async def test_lookups_are_not_repeated_at_once_nor_forever(
 
 async def test_nobody_is_offered_while_nobody_serves(directory: Directory) -> None:
     assert await directory.servers(MODEL, 80) == []
+
+
+async def test_peers_are_not_looked_up_again_whether_they_are_found_or_not(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    swarm.announce(1, server_body(), peer_body())
+    swarm.announce(2, server_body())
+    await directory.servers(MODEL, 8)
+    swarm.asked.clear()
+    await directory.servers(MODEL, 8)
+    assert [one for wanted in swarm.asked for one in wanted] == []
+    swarm.now += CACHE_S
+    await directory.servers(MODEL, 8)
+    # The shard, and the peer that was not found.
+    assert len([one for wanted in swarm.asked for one in wanted]) == 2
+
+
+async def test_a_peers_record_stays_valid_for_a_while_when_handed_on(
+    swarm: Swarm, directory: Directory, peer_body: MakePeer
+) -> None:
+    peer_id = PeerId(swarm.announce(1, peer_body(seq=1, expires=swarm.now + 100)))
+    first = await directory.peer_record(peer_id)
+    swarm.records.clear()
+    swarm.announce(1, peer_body(seq=2, expires=swarm.now + 600))
+    swarm.now += 30
+    assert await directory.peer_record(peer_id) == first
+    swarm.now += 20
+    second = await directory.peer_record(peer_id)
+    assert second is not None
+    assert open_record(second, now=swarm.now).body.seq == 2
+
+
+async def test_a_peer_that_nobody_knows_has_no_record(directory: Directory) -> None:
+    assert await directory.peer_record(Identity.from_seed(bytes(32)).peer_id) is None
