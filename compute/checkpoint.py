@@ -149,6 +149,7 @@ class Checkpoint:
         return tensors_digest(stored for name in names for stored in self._weights.stored(name))
 
     def _by_block(self) -> dict[int, tuple[str, ...]]:
+        """The names of each block's parameters, sorted."""
         found: dict[int, list[str]] = {}
         for name in sorted(self._weights.parameters):
             layers, _, rest = name.partition(".")
@@ -188,9 +189,10 @@ def make_config(family: Family, fields: dict[str, Any], where: object) -> PreTra
 
 def _check_config(config: PreTrainedConfig, where: object) -> None:
     """Refuse what cannot run, with the reason."""
-    blocks = config.num_hidden_layers
-    if not isinstance(blocks, int) or not 0 < blocks <= MAX_BLOCKS:
-        raise CheckpointError(f"{where}: num_hidden_layers is {blocks!r}")
+    for field, most in (("num_hidden_layers", MAX_BLOCKS), ("hidden_size", 2**20), ("num_attention_heads", 2**20)):
+        value = getattr(config, field)
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise CheckpointError(f"{where}: {field} is {value!r}")
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method", "an unknown way")
         raise UnsupportedModel(f"{where}: its weights are quantized by {method}, which we do not read")

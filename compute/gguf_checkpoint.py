@@ -68,6 +68,10 @@ def open_gguf(path: Path) -> Checkpoint:
         family = family_named(model_type)
         fields = _config_fields(file, architecture, model_type)
         config = make_config(family, fields, path)
+        if architecture in _GEMMA_27B_BLOCKS:
+            is_27b = config.num_hidden_layers == _GEMMA_27B_BLOCKS[architecture]
+            width = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+            config.query_pre_attn_scalar = width
         weights = _weights(file, family, config, fields)
     except BaseException:
         file.close()
@@ -115,15 +119,7 @@ def _config_fields(file: GgufFile, architecture: str, model_type: str) -> dict[s
         fields.setdefault("vocab_size", len(tokens))
     # llama.cpp writes an output matrix only where it is not the embedding; bloom's always is.
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors or model_type == "bloom"
-    if architecture in _GEMMA_27B_BLOCKS:
-        fields["query_pre_attn_scalar"] = _gemma_query_scalar(fields, _GEMMA_27B_BLOCKS[architecture])
     return fields | {"model_type": model_type}
-
-
-def _gemma_query_scalar(fields: Mapping[str, Any], blocks_of_27b: int) -> int | None:
-    if fields.get("num_hidden_layers") == blocks_of_27b:
-        return int(fields["hidden_size"]) // int(fields["num_attention_heads"])
-    return fields.get("head_dim")
 
 
 def _weights(file: GgufFile, family: Family, config: PreTrainedConfig, fields: Mapping[str, Any]) -> GgufWeights:
@@ -133,13 +129,12 @@ def _weights(file: GgufFile, family: Family, config: PreTrainedConfig, fields: M
     processor_type: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = processor_type(config=dict(fields))
     names = _parameter_names(family, config, architecture, processor)
-    sources: dict[str, tuple[str, ...]] = {}
-    for stored in file.tensors:
+    sources: dict[str, list[str]] = {}
+    for stored, parameter in names.items():
         # A parameter without `.weight`, such as fused experts, is stored with it.
-        parameter = names.get(stored) or names.get(stored.removesuffix(".weight"))
-        if parameter is not None:
-            sources[parameter] = (*sources.get(parameter, ()), stored)
-    return GgufWeights(file, sources, names, processor)
+        sources.setdefault(parameter, []).append(stored if stored in file.tensors else f"{stored}.weight")
+    found = {name: tuple(stored) for name, stored in sources.items() if not file.tensors.keys().isdisjoint(stored)}
+    return GgufWeights(file, found, names, processor)
 
 
 def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str, processor: Any) -> dict[str, str]:

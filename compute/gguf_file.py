@@ -105,7 +105,10 @@ class GgufFile:
         out = np.empty((end - start, width), dtype=np.uint8)
         view, done, offset = memoryview(out.reshape(-1).data), 0, tensor.offset + start * width
         while done < len(view):
-            got = os.preadv(self._fd, [view[done:]], offset + done)
+            try:
+                got = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: tensor {tensor.name} cannot be read: {error.strerror}") from error
             if got == 0:
                 raise CheckpointError(f"{self.path}: truncated: tensor {tensor.name} ends after {offset + done} bytes")
             done += got

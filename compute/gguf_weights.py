@@ -75,10 +75,10 @@ class GgufWeights:
         self._file.close()
 
     def _tensors(self, parameter: str) -> list[GgufTensor]:
-        try:
-            return [self._file.tensors[name] for name in self._sources[parameter]]
-        except KeyError:
-            raise CheckpointError(f"{self._file.path}: tensor {parameter} is missing") from None
+        names = self._sources.get(parameter, (parameter,))
+        if missing := [name for name in names if name not in self._file.tensors]:
+            raise CheckpointError(f"{self._file.path}: tensor {missing[0]} is missing")
+        return [self._file.tensors[name] for name in names]
 
     def _dequantized(self, tensor: GgufTensor) -> NDArray[np.float32]:
         """The tensor's values, fp32, in its shape."""

@@ -148,7 +148,10 @@ class SafetensorsFile:
     def _read_into(self, out: memoryview, offset: int, what: str) -> None:
         done = 0
         while done < len(out):
-            got = os.preadv(self._fd, [out[done:]], offset + done)
+            try:
+                got = os.preadv(self._fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: {what} cannot be read: {error.strerror}") from error
             if got == 0:
                 raise CheckpointError(f"{self.path}: truncated: {what} ends after {done} of {len(out)} bytes")
             done += got

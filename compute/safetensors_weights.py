@@ -27,7 +27,6 @@ class SafetensorsWeights:
     def __init__(self, directory: Path, family: Family) -> None:
         self.directory = directory
         self._open: dict[str, SafetensorsFile] = {}
-        self._bytes_of_closed = 0
         try:
             self._shard_of = self._index()
             self._recipes = recipes(self._shard_of, family, directory)
@@ -45,7 +44,7 @@ class SafetensorsWeights:
 
     @property
     def bytes_read(self) -> int:
-        return self._bytes_of_closed + sum(file.bytes_read for file in self._open.values())
+        return sum(file.bytes_read for file in self._open.values())
 
     def read(self, parameter: str) -> torch.Tensor:
         recipe = self._recipe(parameter)
@@ -58,10 +57,8 @@ class SafetensorsWeights:
             yield StoredBytes(name, tensor.dtype, tensor.shape, file.read_bytes(tensor).numpy().data)
 
     def close(self) -> None:
-        self._bytes_of_closed = self.bytes_read
         for file in self._open.values():
             file.close()
-        self._open.clear()
 
     def _index(self) -> Mapping[str, str]:
         """Stored name -> the shard's file name."""

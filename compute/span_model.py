@@ -127,9 +127,9 @@ def load_span(
     if span.end > checkpoint.block_count:
         raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
     family, device = checkpoint.family, torch.device(device)
-    kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     attention = attention if family.attention_interface else None
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype or checkpoint.dtype, attention)
+    kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     _cut(decoder, family, span)
     layers: nn.ModuleList = getattr(decoder, family.layers)
     for layer, block in zip(layers, range(span.start, span.end), strict=True):

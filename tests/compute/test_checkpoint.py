@@ -191,11 +191,18 @@ def test_what_cannot_run_is_refused_with_the_reason(copied: Path, changes: dict[
         open_checkpoint(copied)
 
 
-@pytest.mark.parametrize("blocks", [0, -1, 5000, "8", None])
-def test_an_absurd_number_of_blocks_is_refused(copied: Path, blocks: object) -> None:
-    edit_config(copied, num_hidden_layers=blocks)
-    with pytest.raises(CheckpointError):
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "num_attention_heads"])
+@pytest.mark.parametrize("value", [0, -1, 2**40, "8", None])
+def test_an_absurd_size_is_refused(copied: Path, field: str, value: object) -> None:
+    edit_config(copied, **{field: value})
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         open_checkpoint(copied)
+
+
+def test_a_configuration_that_contradicts_itself_is_an_error(copied: Path) -> None:
+    edit_config(copied, pad_token_id=100_000)
+    with open_checkpoint(copied) as checkpoint, pytest.raises(CheckpointError, match="can be built"):
+        load_span(checkpoint, Span(0, 1))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": ' * 100_000])

@@ -163,6 +163,33 @@ def test_opening_block_7_reads_block_7s_bytes_only(tiny_checkpoint: TinyCheckpoi
         assert checkpoint.bytes_read - before == sum(tensor.nbytes for tensor in span.layers[0].state_dict().values())
 
 
+def test_a_missing_half_of_the_experts_is_named(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, AutoModelForCausalLM.from_pretrained(tiny_checkpoint("qwen3_moe_full")), "qwen3moe")
+    path.write_bytes(path.read_bytes().replace(b"blk.3.ffn_gate_exps", b"blk.3.ffn_gone_exps"))
+    with open_checkpoint(path) as checkpoint:
+        load_span(checkpoint, Span(0, 3))
+        with pytest.raises(CheckpointError, match=r"tiny\.gguf: tensor blk\.3\.ffn_gate_exps\.weight is missing"):
+            load_span(checkpoint, Span(3, 4))
+
+
+@pytest.mark.parametrize(("blocks", "scalar"), [(26, 16), (46, 8)])
+def test_a_gemma_of_27b_scales_its_queries_by_another_width(tmp_path: Path, blocks: int, scalar: int) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "gemma.gguf", "gemma2")
+    sizes = {"block_count": blocks, "embedding_length": 32, "attention.head_count": 4, "attention.key_length": 16}
+    for key, value in sizes.items():
+        writer.add_uint32(f"gemma2.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_checkpoint(tmp_path / "gemma.gguf") as checkpoint:
+        assert checkpoint.config.query_pre_attn_scalar == scalar
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
