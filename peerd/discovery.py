@@ -1,0 +1,275 @@
+"""Finding others and being found: the DHT over our connections, kept alive for as long as a peer runs.
+
+Knows streams, files and deadlines; what a record means is `routing`'s business. The difficulty is starting
+and ending: a swarm whose bootstrap peers sleep must be joined as soon as one wakes, and who leaves must
+say so while there is still somebody connected to hear it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import trio
+
+from peerd.connections import Connections, Stream
+from peerd.links import dialable
+from peerd.nurseries import open_tasks
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
+from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
+from peerd.protocol.frames import Priority
+from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.messages import Failure
+from peerd.protocol.records import MAX_RECORD_BYTES, Announcement, PeerRecord, ServerRecord
+from peerd.routing.announcer import Announcer
+from peerd.routing.clock import SwarmClock
+from peerd.routing.dht import Dht
+from peerd.routing.dht_messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
+from peerd.routing.directory import Directory
+from peerd.routing.links import Links
+from peerd.routing.store import RecordStore
+from peerd.routing.table import Contact, load_contacts
+
+log = logging.getLogger(__name__)
+
+# A set of records, each behind its length.
+MAX_BODY_BYTES = MAX_RECORDS * (MAX_RECORD_BYTES + 2)
+# Beyond this a message travels with the prefills.
+SMALL_BODY_BYTES = 4096
+# From the question's first byte to the answer's last: the asker gives up after 3 s.
+ANSWER_DEADLINE_S = 10.0
+# How long `open_discovery` waits for the swarm before it lets its caller begin without.
+JOIN_WAIT_S = 5.0
+# Between attempts to join while nobody answers.
+FIRST_RETRY_S = 1.0
+MAX_RETRY_S = 60.0
+REFRESH_S = 60.0
+# For saying goodbye.
+LEAVE_S = 5.0
+
+_SEQ_FILE = "seq"
+_CONTACTS_FILE = "contacts.json"
+
+
+class Discovery:
+    """A peer's view of the swarm, made by `open_discovery`.
+
+    dht, directory, links and clock are for anybody to use. What is announced is what `serve` was given,
+    together with where we can be reached.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        identity: Identity,
+        bootstrap: Sequence[Multiaddr],
+        state_dir: Path | None,
+        random: Random,
+        clock: SwarmClock,
+    ) -> None:
+        self.clock = clock
+        self.links = Links(trio.current_time)
+        transport = _StreamTransport(connections, bootstrap)
+        self.dht = Dht(identity.peer_id, transport, RecordStore(clock), now=clock, random=random)
+        self.directory = Directory(self.dht, clock)
+        self._bootstrap = _contacts_of(bootstrap)
+        self._state = _State(state_dir)
+        self._random = random
+        self._addresses: tuple[Multiaddr, ...] = ()
+        self._relays: tuple[Multiaddr, ...] = ()
+        self._spans: Callable[[], Sequence[ServerRecord]] = tuple
+        self._announcer = Announcer(identity, self.dht, self._state, self._announcements, clock)
+
+    def __repr__(self) -> str:
+        return f"<Discovery of {self.dht!r}>"
+
+    def reachable_at(self, addresses: Sequence[Multiaddr], relays: Sequence[Multiaddr] = ()) -> None:
+        """Say where others can dial us from now on; each relay with its PeerId. No addresses: a DHT client."""
+        self.dht.addresses = addresses
+        self._addresses = tuple(addresses)
+        self._relays = tuple(relays)
+        self.changed()
+
+    def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
+        """Announce what `spans` returns, asked each time; `seq` and `expires` are filled in."""
+        self._spans = spans
+        self.changed()
+
+    def changed(self) -> None:
+        """What we serve has changed: announce it soon."""
+        self._announcer.changed()
+
+    async def answer(self, stream: Stream) -> None:
+        """Answer the question that opens a stream of the DHT's protocol."""
+        async with stream:
+            with trio.move_on_after(ANSWER_DEADLINE_S):
+                await self._answer(stream)
+
+    async def _answer(self, stream: Stream) -> None:
+        question = await stream.receive(max_body=MAX_BODY_BYTES)
+        packet = Packet(question.header, unpack_records(question.body))
+        try:
+            answer = await self.dht.handle(stream.peer, packet, stream.remote_ip)
+        except InvalidRequest as error:
+            answer = Packet(Failure.of(error).to_header())
+        await _send(stream, answer)
+
+    def _announcements(self) -> list[Announcement]:
+        spans = self._spans()
+        if not spans:
+            # Whoever serves nothing need not be found by everybody.
+            return []
+        addresses = tuple(str(address.with_peer(None)) for address in self._addresses[:MAX_ADDRESSES])
+        relays = tuple(str(relay) for relay in self._relays[:MAX_RELAYS])
+        return [*spans, PeerRecord(seq=0, expires=0.0, addresses=addresses, relays=relays)]
+
+    async def _run(self, joined: trio.Event) -> None:
+        """Join, then announce and keep the routing table fresh until cancelled."""
+        contacts = [*self._bootstrap, *self._state.load_contacts()]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._join, contacts, joined)
+            await joined.wait()
+            nursery.start_soon(self._announcer.run)
+            nursery.start_soon(self._refresh)
+
+    async def _join(self, contacts: list[Contact], tried: trio.Event) -> None:
+        """Try until somebody answers, ever more seldom."""
+        retry_s = FIRST_RETRY_S
+        while contacts and not await self.dht.bootstrap(contacts):
+            if not tried.is_set():
+                log.warning("none of %d known peers answers; trying again", len(contacts))
+            tried.set()
+            await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
+            retry_s = min(2 * retry_s, MAX_RETRY_S)
+        tried.set()
+        # What we serve was announced to nobody but ourselves so far.
+        self.changed()
+
+    async def _refresh(self) -> None:
+        while True:
+            await trio.sleep(REFRESH_S)
+            await self.dht.refresh()
+            self._state.save_contacts(self.dht)
+
+    async def _leave(self) -> None:
+        with trio.move_on_after(LEAVE_S, shield=True):
+            await self._announcer.leave()
+        self._state.save_contacts(self.dht)
+
+
+@asynccontextmanager
+async def open_discovery(
+    connections: Connections,
+    identity: Identity,
+    bootstrap: Sequence[Multiaddr],
+    *,
+    state_dir: Path | None,
+    random: Random,
+    clock: SwarmClock,
+) -> AsyncIterator[Discovery]:
+    """Join the swarm through `bootstrap` or the peers known before; leave it at the end.
+
+    Yields once somebody answered, or after 5 s, and goes on trying. state_dir: where the routing table and
+    the last `seq` are kept; None for a peer that nobody will meet again. Raises ValueError for a bootstrap
+    address without a PeerId.
+    """
+    discovery = Discovery(connections, identity, bootstrap, state_dir, random, clock)
+    async with open_tasks() as nursery:
+        joined = trio.Event()
+        nursery.start_soon(discovery._run, joined)
+        with trio.move_on_after(JOIN_WAIT_S):
+            await joined.wait()
+        try:
+            yield discovery
+        finally:
+            await discovery._leave()
+
+
+class _StreamTransport:
+    """Carries each question on a stream of its own: its cancelling is a reset, and no answer waits for another."""
+
+    def __init__(self, connections: Connections, bootstrap: Sequence[Multiaddr]) -> None:
+        self._connections = connections
+        self._bootstrap = tuple(bootstrap)
+
+    async def request(self, contact: Contact, packet: Packet) -> Packet:
+        """Raises what the peer answered, or a PeerFault."""
+        # Strangers must not aim us at our own network; a swarm that we joined in a private range lives there.
+        addresses = dialable(contact.addresses, (*self._connections.listen_addresses, *self._bootstrap))
+        stream = await self._connections.open_stream(
+            contact.peer_id, DHT_PROTOCOL, addresses=addresses, priority=Priority.CONTROL
+        )
+        async with stream:
+            await _send(stream, packet)
+            try:
+                answer = await stream.receive(max_body=MAX_BODY_BYTES)
+            except trio.EndOfChannel:
+                raise RemoteProtocolError(f"{contact.peer_id} did not answer") from None
+        if answer.header.get("type") == Failure.TYPE:
+            raise Failure.from_header(answer.header).error
+        return Packet(answer.header, unpack_records(answer.body))
+
+
+async def _send(stream: Stream, packet: Packet) -> None:
+    body = pack_records(packet.records)
+    # A set of records may be as large as a prefill, and must not go before the steps of a session.
+    priority = Priority.CONTROL if len(body) <= SMALL_BODY_BYTES else Priority.PREFILL
+    await stream.send(packet.header, [memoryview(body)], priority=priority)
+
+
+class _State:
+    """What outlives a restart: the routing table and the last `seq`, in a directory; or nothing, without one."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+
+    def load(self) -> int:
+        """The last `seq`; 0 if none was kept. Raises ValueError if the file holds no number."""
+        text = self._read(_SEQ_FILE)
+        return int(text) if text else 0
+
+    async def save(self, seq: int) -> None:
+        self._write(_SEQ_FILE, f"{seq}\n")
+
+    def load_contacts(self) -> list[Contact]:
+        """The peers known before; none if the file is missing or damaged, which costs only a slower start."""
+        text = self._read(_CONTACTS_FILE)
+        try:
+            return load_contacts(text) if text else []
+        except ValueError as error:
+            log.warning("cannot use %s: %s", _CONTACTS_FILE, error)
+            return []
+
+    def save_contacts(self, dht: Dht) -> None:
+        # An empty table is no reason to forget whom we knew.
+        if dht.contacts:
+            self._write(_CONTACTS_FILE, dht.dump())
+
+    def _read(self, name: str) -> str:
+        if self._directory is None or not (self._directory / name).exists():
+            return ""
+        return (self._directory / name).read_text()
+
+    def _write(self, name: str, text: str) -> None:
+        # Small, and renamed whole: done here, faster than a thread would start.
+        if self._directory is not None:
+            path = self._directory / name
+            new = path.with_suffix(".new")
+            new.write_text(text)
+            os.replace(new, path)
+
+
+def _contacts_of(bootstrap: Sequence[Multiaddr]) -> list[Contact]:
+    """One contact a peer, with all its addresses."""
+    addresses: dict[PeerId, list[Multiaddr]] = defaultdict(list)
+    for address in bootstrap:
+        if address.peer_id is None:
+            raise ValueError(f"{address} must say whom it leads to: add /p2p/PEER_ID")
+        addresses[address.peer_id].append(address.with_peer(None))
+    return [Contact(peer_id, tuple(known)) for peer_id, known in addresses.items()]
