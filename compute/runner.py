@@ -68,9 +68,7 @@ class SpanRunner:
         view = BatchView(self._pool, segments)
         self._attention.view = view
         try:
-            return model(
-                hidden[None], _positions(segments, hidden.device), view, max_lengths=_max_lengths(model, segments)
-            )[0]
+            return _forward(model, hidden, segments, view)
         finally:
             self._attention.view = None
 
@@ -85,8 +83,8 @@ def _forward(
     model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment], cache: BatchView | RowView
 ) -> torch.Tensor:
     positions = _positions(segments, hidden.device)
-    output: torch.Tensor = model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))
-    return output[0]
+    output = model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))
+    return output.squeeze(0)
 
 
 def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
