@@ -116,7 +116,10 @@ class MessageSent:
 
 @dataclass(frozen=True, slots=True)
 class StreamEnded:
-    """The peer reset the stream: `stream.reset_code` says why."""
+    """The stream is over in both directions; what arrived before may still be read.
+
+    Where the peer reset it, `stream.reset_code` says why.
+    """
 
     stream: Stream
 
@@ -196,6 +199,11 @@ class Connection:
     def rtt_s(self) -> float | None:
         """The last measured round trip; None before the first."""
         return self._liveness.rtt_s if self._liveness else None
+
+    def ask(self) -> None:
+        """PING the peer as soon as possible, whether or not it was silent."""
+        if self._liveness is not None:
+            self._liveness.ping_due = True
 
     @property
     def deadline(self) -> float:
@@ -394,7 +402,6 @@ class Connection:
         if not stream.incoming.finished:
             stream.incoming.drop()
         self._forget(stream)
-        self._events.append(StreamEnded(stream))
 
     def _known(self, stream_id: int) -> Stream | None:
         """The stream, or None for one that has ended: its last frames may still be on their way."""
@@ -418,6 +425,7 @@ class Connection:
         self._streams.pop(stream.id, None)
         self._schedule.remove(stream.id)
         self._refunds.pop(stream.id, None)
+        self._events.append(StreamEnded(stream))
 
     def _forget_if_closed(self, stream: Stream) -> None:
         if stream.state is State.CLOSED:

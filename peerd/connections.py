@@ -1,0 +1,292 @@
+"""All connections of a peer: at most one for each other peer, dialled by either side.
+
+Knows who is connected; what is said on the streams is the handlers' business. The difficulty is that two
+peers dial each other at the same moment, or one dials again because it lost a connection that the other
+still believes in. Of two peers the one with the smaller PeerId chooses, nothing is sent on a connection
+before it has, and it asks its old connection for a sign of life before it takes or refuses a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+
+import trio
+
+from peerd.dial import ADDRESS_TIMEOUT_S, Dial
+from peerd.gate import Gate
+from peerd.nurseries import open_tasks
+from peerd.peer_connection import SETTLE_S, PeerConnection, StreamHandler
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection import Connection, Limits
+from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
+from peerd.protocol.frames import Priority
+from peerd.protocol.hello import MAX_ITEMS, Hello
+from peerd.protocol.identity import Identity, PeerId
+from peerd.stream import Stream
+from peerd.transport import MessageChannel, Transport
+
+__all__ = ["Connections", "PeerConnection", "Stream", "StreamHandler", "open_connections"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_AGENT = "peerd"
+# How long a connection that we believe in may take to show that it lives, when a second one comes.
+PROBE_S = 2.0
+# Beyond so many peers nobody else may dial us: each costs a few tasks and up to 80 MiB if it tries hard.
+MAX_CONNECTIONS = 1024
+
+Observer = Callable[[PeerConnection], None]
+
+
+class Connections:
+    """Live connections by PeerId. Made by `open_connections`.
+
+    handlers: protocol id -> what runs for each stream of it that a peer opens. May be changed at any time.
+    on_connected, on_lost: called, without waiting, when a peer is connected and when it no longer is.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        transport: Transport,
+        handlers: Mapping[str, StreamHandler],
+        nursery: trio.Nursery,
+        *,
+        swarm_key: bytes | None,
+        agent: str,
+        roles: Sequence[str],
+        limits: Limits,
+        unix_time: Callable[[], float],
+    ) -> None:
+        self.peer_id = identity.peer_id
+        self.handlers = handlers
+        self.listen_addresses: tuple[Multiaddr, ...] = ()
+        self.on_connected: list[Observer] = []
+        self.on_lost: list[Observer] = []
+        self._identity = identity
+        self._transport = transport
+        self._nursery = nursery
+        self._swarm_key = swarm_key
+        self._agent = agent
+        self._roles = tuple(roles)
+        self._limits = limits
+        self._unix_time = unix_time
+        self._gate = Gate()
+        self._live: dict[PeerId, PeerConnection] = {}
+        self._dials: dict[PeerId, Dial] = {}
+        self._arrival = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        return f"<Connections of {self.peer_id} live={len(self._live)} dials={len(self._dials)} {self._gate!r}>"
+
+    @property
+    def live(self) -> Mapping[PeerId, PeerConnection]:
+        """Who is connected now; a view that changes."""
+        return MappingProxyType(self._live)
+
+    async def connect(self, peer_id: PeerId | None, addresses: Sequence[Multiaddr]) -> PeerConnection:
+        """The connection to a peer: the live one, or a new one through any of `addresses`.
+
+        peer_id: None takes whoever answers (an address that names a peer still means that peer). Callers who
+        want the same peer share one dial. Sets no deadline beyond 10 s for each address. Raises ConnectFailed
+        with each address's reason, WrongPeer, InvalidRequest for our own PeerId.
+        """
+        if peer_id is None:
+            return await self._dial_anybody(addresses)
+        if peer_id == self.peer_id:
+            raise InvalidRequest("a peer does not dial itself")
+        tried: set[Multiaddr] = set()
+        while True:
+            if (connection := self._live.get(peer_id)) is not None:
+                await trio.lowlevel.checkpoint()
+                if connection.lost is None:
+                    return connection
+                continue
+            dial = self._dials.get(peer_id)
+            if dial is None:
+                fresh = [address.with_peer(peer_id) for address in addresses]
+                dial = Dial([address for address in dict.fromkeys(fresh) if address not in tried])
+                self._dials[peer_id] = dial
+                self._nursery.start_soon(self._run_dial, dial, peer_id)
+            await dial.wait()
+            if dial.connection is not None and dial.connection.lost is None:
+                return dial.connection
+            tried |= set(dial.addresses)
+            if tried >= {address.with_peer(peer_id) for address in addresses}:
+                raise dial.error(peer_id)
+
+    async def open_stream(
+        self,
+        peer_id: PeerId,
+        protocol: str,
+        *,
+        addresses: Sequence[Multiaddr] = (),
+        priority: Priority = Priority.CONTROL,
+    ) -> Stream:
+        """A new stream to a peer, over its live connection or a new one.
+
+        priority: of messages that name none. Raises as `connect` does, and ConnectionLost, Overloaded.
+        """
+        connection = await self.connect(peer_id, addresses)
+        return connection.open_stream(protocol, priority=priority)
+
+    async def listen(self, address: Multiaddr) -> Multiaddr:
+        """Take connections there too; returns the address with its real port. Raises OSError."""
+        bound: Multiaddr = await self._nursery.start(self._transport.listen, address.with_peer(None), self._serve)
+        self.listen_addresses += (bound,)
+        return bound
+
+    # Dialling.
+
+    async def _dial_anybody(self, addresses: Sequence[Multiaddr]) -> PeerConnection:
+        dial = Dial(tuple(dict.fromkeys(addresses)))
+        self._nursery.start_soon(self._run_dial, dial, None)
+        await dial.wait()
+        if dial.connection is None:
+            raise dial.error("the peer")
+        return dial.connection
+
+    async def _run_dial(self, dial: Dial, peer_id: PeerId | None) -> None:
+        try:
+            await dial.run(self._nursery, self._attempt)
+        finally:
+            if peer_id is not None and self._dials.get(peer_id) is dial:
+                del self._dials[peer_id]
+
+    async def _attempt(self, address: Multiaddr, dial: Dial) -> PeerFault:
+        try:
+            with trio.fail_after(ADDRESS_TIMEOUT_S):
+                channel = await self._transport.dial(address)
+        except trio.TooSlowError:
+            return ConnectFailed(f"no answer within {ADDRESS_TIMEOUT_S:g} s")
+        except PeerFault as error:
+            return error
+        connection = self._connection(channel, initiator=True, expected=address.peer_id)
+        connection.on_settled = lambda: dial.succeed(connection, address)
+        await connection.run()
+        if connection.is_duplicate:
+            await self._take_other(connection, dial)
+        assert isinstance(connection.lost, PeerFault)
+        return connection.lost
+
+    async def _take_other(self, refused: PeerConnection, dial: Dial) -> None:
+        """One of both sides had a better connection: use that, which may be on its way to us still."""
+        with trio.move_on_after(SETTLE_S):
+            while (other := self._live.get(refused.peer_id)) is None:
+                await self._arrival.park()
+            dial.succeed(other)
+
+    # Accepting.
+
+    async def _serve(self, channel: MessageChannel) -> None:
+        ip = channel.remote_ip
+        if len(self._live) >= MAX_CONNECTIONS or not self._gate.enter(ip):
+            log.debug("turned %s away: too many connections", ip)
+            return
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            if not left:
+                left = True
+                self._gate.leave(ip)
+
+        connection = self._connection(channel, initiator=False)
+        connection.on_proven = leave
+        try:
+            await connection.run()
+        finally:
+            leave()
+
+    def _connection(
+        self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None
+    ) -> PeerConnection:
+        core = Connection(
+            self._identity,
+            initiator=initiator,
+            now=trio.current_time(),
+            expected=expected,
+            swarm_key=self._swarm_key,
+            limits=self._limits,
+        )
+        return PeerConnection(core, channel, self)
+
+    # What each PeerConnection asks.
+
+    def hello_to(self, connection: PeerConnection) -> Hello:
+        return Hello(
+            agent=self._agent,
+            time_us=int(self._unix_time() * 1e6),
+            protocols=tuple(sorted(self.handlers))[:MAX_ITEMS],
+            addresses=tuple(str(address) for address in self.listen_addresses if address.is_dialable)[:MAX_ITEMS],
+            observed_ip=str(connection.remote_ip or ""),
+            roles=self._roles,
+        )
+
+    def decides(self, peer_id: PeerId) -> bool:
+        return self.peer_id < peer_id
+
+    async def decide(self, connection: PeerConnection) -> bool:
+        while (old := self._live.get(connection.peer_id)) is not None:
+            if await old.answers(PROBE_S):
+                return False
+            old.close("replaced", "there is a newer connection")
+        return True
+
+    def settled(self, connection: PeerConnection) -> None:
+        peer_id = connection.peer_id
+        if (old := self._live.get(peer_id)) is not None:
+            old.close("replaced", "there is a newer connection")
+        self._live[peer_id] = connection
+        if (dial := self._dials.get(peer_id)) is not None:
+            dial.succeed(connection)
+        self._arrival.unpark_all()
+        log.info("connected to %s", peer_id)
+        for observer in tuple(self.on_connected):
+            observer(connection)
+
+    def ended(self, connection: PeerConnection) -> None:
+        if connection.settled and self._live.get(connection.peer_id) is connection:
+            del self._live[connection.peer_id]
+            log.info("lost %s: %s", connection.peer_id, connection.lost)
+            for observer in tuple(self.on_lost):
+                observer(connection)
+
+
+@asynccontextmanager
+async def open_connections(
+    identity: Identity,
+    *,
+    transport: Transport,
+    listen: Sequence[Multiaddr] = (),
+    handlers: Mapping[str, StreamHandler],
+    swarm_key: bytes | None = None,
+    agent: str = DEFAULT_AGENT,
+    roles: Sequence[str] = (),
+    limits: Limits | None = None,
+    unix_time: Callable[[], float] = time.time,
+) -> AsyncIterator[Connections]:
+    """Listen, and yield what dials. At the end every connection is closed, within a second.
+
+    swarm_key: the private swarm's 32 bytes. agent, roles: what hellos say of us; unix_time: of our clock.
+    Raises OSError for an address that cannot be listened on, and whatever bug a handler has.
+    """
+    async with open_tasks() as nursery:
+        connections = Connections(
+            identity,
+            transport,
+            handlers,
+            nursery,
+            swarm_key=swarm_key,
+            agent=agent,
+            roles=roles,
+            limits=limits or Limits(),
+            unix_time=unix_time,
+        )
+        for address in listen:
+            await connections.listen(address)
+        yield connections

@@ -1,0 +1,98 @@
+"""One search for a way to a peer: its addresses are tried one after the other, without waiting for each.
+
+Knows who waits for the outcome and what became of each address; how an address is tried is its caller's
+business. The difficulty is that several callers share a dial: it goes on as long as one of them waits,
+and ends for all of them as soon as there is a connection, whichever side dialled it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import ConnectFailed, PeerFault, WrongPeer
+
+if TYPE_CHECKING:
+    from peerd.peer_connection import PeerConnection
+
+# RFC 8305 (happy eyeballs), section 5: when the next address is tried beside one that has not answered.
+STAGGER_S = 0.25
+# TCP alone would try for minutes. The handshake has its own deadline after that.
+ADDRESS_TIMEOUT_S = 10.0
+
+Attempt = Callable[[Multiaddr, "Dial"], Awaitable[PeerFault]]
+"""Tries one address and calls `Dial.succeed`, or returns why there is no connection."""
+
+
+class Dial:
+    """Tries `addresses`. `wait` from as many tasks as like; `run` in one."""
+
+    def __init__(self, addresses: Sequence[Multiaddr]) -> None:
+        self.addresses = tuple(addresses)
+        self.failures: dict[Multiaddr, PeerFault] = {}
+        self.connection: PeerConnection | None = None
+        self._waiting = 0
+        self._done = trio.Event()
+        self._trying = trio.CancelScope()
+        self._one_failed = trio.Event()
+        self._scopes: dict[Multiaddr, trio.CancelScope] = {}
+
+    def __repr__(self) -> str:
+        return f"<Dial failed={len(self.failures)}/{len(self.addresses)} waiting={self._waiting}>"
+
+    async def wait(self) -> None:
+        """Until there is a connection or no address is left. The last one to be cancelled here ends the dial."""
+        self._waiting += 1
+        try:
+            await self._done.wait()
+        finally:
+            self._waiting -= 1
+            if not self._waiting and not self._done.is_set():
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Nobody wants it any more, or it is not needed: stop trying."""
+        self._done.set()
+        self._trying.cancel()
+        for scope in self._scopes.values():
+            scope.cancel()
+
+    def succeed(self, connection: PeerConnection, address: Multiaddr | None = None) -> None:
+        """There is a connection: the attempt at `address` stays, the others end."""
+        if address is not None:
+            self._scopes.pop(address, None)
+        if self.connection is None:
+            self.connection = connection
+            self.abandon()
+
+    async def run(self, nursery: trio.Nursery, attempt: Attempt) -> None:
+        """Try all addresses; the attempts run in `nursery`, since one of them becomes a connection."""
+        with self._trying:
+            for address in self.addresses:
+                self._one_failed = trio.Event()
+                self._scopes[address] = trio.CancelScope()
+                nursery.start_soon(self._try, address, attempt)
+                with trio.move_on_after(STAGGER_S):
+                    await self._one_failed.wait()
+            while len(self.failures) < len(self.addresses):
+                self._one_failed = trio.Event()
+                await self._one_failed.wait()
+        self._done.set()
+
+    async def _try(self, address: Multiaddr, attempt: Attempt) -> None:
+        with self._scopes[address]:
+            self.failures[address] = await attempt(address, self)
+            self._scopes.pop(address, None)
+            self._one_failed.set()
+
+    def error(self, name: str) -> PeerFault:
+        """Why there is no connection: every address with its reason. WrongPeer where that was the only one."""
+        reasons = "; ".join(f"{address}: {failure}" for address, failure in self.failures.items())
+        message = f"{name} cannot be reached: {reasons or 'no address'}"
+        kinds = {type(failure) for failure in self.failures.values()}
+        if kinds == {WrongPeer}:
+            return WrongPeer(message)
+        return ConnectFailed(message)

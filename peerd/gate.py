@@ -1,0 +1,59 @@
+"""How many strangers may stand at the door: connections that came to us and have not proved who they are.
+
+Counts them in all and by public address; a private one may be a proxy in front of everybody, so those
+count in all only. Whoever is proven has left the door.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
+
+from peerd.protocol.addresses import is_private_ip
+
+MAX_UNPROVEN = 64
+MAX_UNPROVEN_AN_ADDRESS = 8
+# One host has a whole /64 of IPv6 addresses to come from.
+_HOST_PREFIX = 64
+
+IpAddress = IPv4Address | IPv6Address
+
+
+class Gate:
+    """The connections at the door. `enter` and `leave` once each."""
+
+    def __init__(self, max_unproven: int = MAX_UNPROVEN, max_an_address: int = MAX_UNPROVEN_AN_ADDRESS) -> None:
+        self._max_unproven = max_unproven
+        self._max_an_address = max_an_address
+        self._unproven = 0
+        self._by_host: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        return f"<Gate unproven={self._unproven}>"
+
+    def enter(self, ip: IpAddress | None) -> bool:
+        """Whether one more may come in from there; if so it is counted."""
+        host = _host(ip)
+        if self._unproven >= self._max_unproven or (host and self._by_host[host] >= self._max_an_address):
+            return False
+        self._unproven += 1
+        if host:
+            self._by_host[host] += 1
+        return True
+
+    def leave(self, ip: IpAddress | None) -> None:
+        """One that entered is proven, or gone."""
+        self._unproven -= 1
+        if host := _host(ip):
+            self._by_host[host] -= 1
+            # Or every address that ever came would stay here.
+            if not self._by_host[host]:
+                del self._by_host[host]
+
+
+def _host(ip: IpAddress | None) -> str:
+    if ip is None or is_private_ip(ip):
+        return ""
+    if isinstance(ip, IPv6Address):
+        return str(IPv6Network((ip, _HOST_PREFIX), strict=False))
+    return str(ip)

@@ -1,0 +1,374 @@
+"""One live connection: the tasks that move its bytes, and the handlers of the streams that the peer opens.
+
+Drives `protocol.connection`, which decides everything. Three tasks: one reads and never sends, one sends
+and is never cancelled for a request's sake, one watches the clock. The difficulty is the end: whoever
+notices it first says why, all who wait are woken with that reason, handlers get a moment to clean up,
+and nothing takes longer than a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address
+from typing import Protocol
+
+import trio
+
+from peerd.protocol import streams
+from peerd.protocol.connection import (
+    MAX_STREAMS,
+    Connection,
+    GoneAway,
+    HandshakeDone,
+    MessageSent,
+    StreamEnded,
+    StreamOpened,
+    StreamReadable,
+)
+from peerd.protocol.errors import (
+    ConnectionLost,
+    HandshakeFailed,
+    LocalProtocolError,
+    Overloaded,
+    PeerdError,
+    PeerFault,
+    RemoteProtocolError,
+    UnsupportedFeature,
+)
+from peerd.protocol.frames import Priority
+from peerd.protocol.hello import HELLO_PROTOCOL, Hello
+from peerd.protocol.identity import PeerId
+from peerd.stream import Stream
+from peerd.transport import MessageChannel
+
+log = logging.getLogger(__name__)
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+
+# From HandshakeDone until both sides agree that this is their connection and know each other's hello.
+SETTLE_S = 10.0
+# What handlers get to notice that their connection is gone, before they are cancelled.
+HANDLER_GRACE_S = 0.5
+# How long our last words may take.
+FAREWELL_S = 0.4
+_MAX_HELLO_BODY_BYTES = 0
+# The code of a GOAWAY that ends one of two connections between the same peers.
+_DUPLICATE = "duplicate"
+
+
+class Owner(Protocol):
+    """What a PeerConnection asks of the `Connections` it belongs to."""
+
+    handlers: Mapping[str, StreamHandler]
+
+    def hello_to(self, connection: PeerConnection) -> Hello:
+        """What we say about ourselves."""
+
+    def decides(self, peer_id: PeerId) -> bool:
+        """Whether we, and not the peer, choose between several connections."""
+
+    async def decide(self, connection: PeerConnection) -> bool:
+        """Whether to take this one; else another to the same peer is kept."""
+
+    def settled(self, connection: PeerConnection) -> None:
+        """Both sides take this connection."""
+
+    def ended(self, connection: PeerConnection) -> None:
+        """It was lost or closed."""
+
+
+class PeerConnection:
+    """A connection to `peer_id`. Streams may be opened on it once it is settled."""
+
+    def __init__(self, core: Connection, channel: MessageChannel, owner: Owner) -> None:
+        self.core = core
+        """The protocol machine; for `Stream` alone."""
+        self.hello: Hello | None = None
+        self.lost: PeerdError | None = None
+        """Why it ended; None while it lives."""
+        self.settled = False
+        self.is_duplicate = False
+        """Whether we or the peer had a better connection."""
+        self.on_proven: Callable[[], None] = _nothing
+        self.on_settled: Callable[[], None] = _nothing
+        self._channel = channel
+        self._owner = owner
+        self._streams: dict[int, Stream] = {}
+        self._handlers_running = 0
+        self._idle = trio.lowlevel.ParkingLot()
+        self._heard = trio.lowlevel.ParkingLot()
+        self._proven = trio.Event()
+        self._said_hello = trio.Event()
+        self._ended = trio.Event()
+        self._moving = trio.CancelScope()
+        self._sending = False
+
+    def __repr__(self) -> str:
+        state = f"lost ({self.lost})" if self.lost else "settled" if self.settled else "unsettled"
+        return f"<PeerConnection {state} {self._channel!r} streams={len(self._streams)}>"
+
+    # For everybody.
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who is at the other end."""
+        return self.core.peer_id
+
+    @property
+    def remote_ip(self) -> IPv4Address | IPv6Address | None:
+        """Where we see the peer: the last proxy's address, if there is one."""
+        return self._channel.remote_ip
+
+    @property
+    def rtt_s(self) -> float | None:
+        """The last measured round trip; None before the first."""
+        return self.core.rtt_s
+
+    def open_stream(self, protocol: str, *, priority: Priority = Priority.CONTROL) -> Stream:
+        """Open a stream, at once: whether the peer takes it, its first message will show.
+
+        priority: of messages, in both directions, that name none. Raises ConnectionLost, Overloaded.
+        """
+        if self.lost is not None:
+            raise self.lost_error()
+        stream = self._adopt(self.core.open_stream(protocol, priority))
+        self.wake()
+        return stream
+
+    async def wait_hello(self) -> Hello:
+        """What the peer says about itself, a moment after the handshake. Raises ConnectionLost."""
+        await self._said_hello.wait()
+        if self.hello is None:
+            raise self.lost_error()
+        return self.hello
+
+    async def wait_lost(self) -> PeerdError:
+        """Why it ended, once it has."""
+        await self._ended.wait()
+        assert self.lost is not None
+        return self.lost
+
+    async def answers(self, within_s: float) -> bool:
+        """Whether the peer is there: something of it arrives in time after we asked."""
+        if self.lost is None:
+            self.core.ask()
+            self.wake()
+            with trio.move_on_after(within_s):
+                await self._heard.park()
+                return self.lost is None
+        return False
+
+    def close(self, code: str = "closed", reason: str = "") -> None:
+        """End it: the peer is told why, unsent messages are dropped. Nothing after its end."""
+        self.core.go_away(code, reason)
+        self._lose(ConnectionLost(f"we closed the connection: {reason or code}"))
+
+    def lost_error(self) -> ConnectionLost:
+        """A fresh ConnectionLost for somebody who came too late."""
+        return ConnectionLost(f"the connection to {self._name} is gone: {self.lost}")
+
+    # For `Stream` and `Connections`.
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        self._idle.unpark_all()
+
+    async def run(self) -> None:
+        """Be this connection, from the first byte to the last. Returns when it has ended; `lost` says why.
+
+        Raises only what a handler raised that is no PeerdError: a bug.
+        """
+        async with trio.open_nursery() as handlers:
+            self._handlers = handlers
+            try:
+                await self._move()
+            finally:
+                self.close()
+                await self._say_farewell()
+            handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
+
+    # Tasks.
+
+    async def _move(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self._moving = nursery.cancel_scope
+            if self.lost is not None:
+                return
+            nursery.start_soon(self._until_lost, self._write)
+            nursery.start_soon(self._until_lost, self._keep_time)
+            nursery.start_soon(self._until_lost, self._settle)
+            await self._until_lost(self._read)
+
+    async def _until_lost(self, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except PeerFault as error:
+            self._lose(error)
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._channel.receive()
+            self.core.receive(message, trio.current_time())
+            self._take_events()
+            self.wake()
+            self._heard.unpark_all()
+
+    async def _write(self) -> None:
+        while True:
+            message = self.core.next_message(trio.current_time())
+            self._take_events()
+            if message is None:
+                await self._idle.park()
+                continue
+            self._sending = True
+            await self._channel.send(message)
+            self._sending = False
+
+    async def _keep_time(self) -> None:
+        while True:
+            await trio.sleep_until(self.core.deadline)
+            self.core.check(trio.current_time())
+            self.wake()
+
+    async def _settle(self) -> None:
+        """Agree with the peer on this connection: the smaller PeerId chooses, its hello says so."""
+        await self._proven.wait()
+        with trio.move_on_after(SETTLE_S):
+            if self._owner.decides(self.peer_id):
+                if not await self._owner.decide(self):
+                    self.is_duplicate = True
+                    self.close(_DUPLICATE, "we have another connection")
+                    return
+                self._be_settled()
+                stream = self.open_stream(HELLO_PROTOCOL)
+                stream.send_nowait(self._owner.hello_to(self).to_header())
+                await self._take_hello(stream)
+            await self._said_hello.wait()
+            return
+        raise HandshakeFailed(f"the peer did not say hello within {SETTLE_S:g} s")
+
+    async def _take_hello(self, stream: Stream) -> None:
+        try:
+            said = await stream.receive(max_body=_MAX_HELLO_BODY_BYTES)
+        except trio.EndOfChannel:
+            raise RemoteProtocolError("the peer finished its hello without saying it") from None
+        self.hello = Hello.from_header(said.header)
+        stream.finish()
+        self._said_hello.set()
+
+    async def _answer_hello(self, stream: Stream) -> None:
+        stream.send_nowait(self._owner.hello_to(self).to_header())
+        await self._take_hello(stream)
+
+    async def _handle(self, handler: StreamHandler, stream: Stream) -> None:
+        """Run a handler. Its stream ends with it; what is our bug and not the peer's doing is raised."""
+        self._handlers_running += 1
+        try:
+            await handler(stream)
+            stream.close()
+        except (PeerdError, trio.EndOfChannel, BaseExceptionGroup) as error:
+            fault = _fault(error)
+            if fault is None:
+                log.exception("the handler of %s has a bug", stream)
+                raise
+            log.debug("%s ends: %r", stream, fault)
+            stream.reset(fault.code if isinstance(fault, PeerdError) else RemoteProtocolError.code)
+        finally:
+            self._handlers_running -= 1
+
+    async def _say_farewell(self) -> None:
+        if not self._sending:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S), suppress(ConnectionLost):
+                while (message := self.core.next_message(trio.current_time())) is not None:
+                    await self._channel.send(message)
+        await self._channel.aclose()
+
+    # Events.
+
+    def _take_events(self) -> None:
+        while (event := self.core.next_event()) is not None:
+            match event:
+                case StreamReadable(core):
+                    if (stream := self._streams.get(core.id)) is not None:
+                        stream.wake_receiver()
+                case MessageSent(core):
+                    if (stream := self._streams.get(core.id)) is not None:
+                        stream.wake_sender()
+                case StreamOpened(core):
+                    self._take_stream(core)
+                case StreamEnded(core):
+                    if (stream := self._streams.pop(core.id, None)) is not None:
+                        stream.wake()
+                case HandshakeDone():
+                    self.on_proven()
+                    self._proven.set()
+                case GoneAway(code, reason):
+                    self.is_duplicate = code == _DUPLICATE and not self.settled
+                    self._lose(ConnectionLost(f"the peer ended the connection: {reason or code}"))
+
+    def _take_stream(self, core: streams.Stream) -> None:
+        if core.protocol == HELLO_PROTOCOL:
+            if self.settled or self._owner.decides(self.peer_id):
+                raise RemoteProtocolError("the peer says hello twice, or out of turn")
+            self._be_settled()
+            self._handlers.start_soon(self._until_lost, partial(self._answer_hello, self._adopt(core)))
+            return
+        if not self.settled:
+            raise RemoteProtocolError("the peer opened a stream before it said hello")
+        handler = self._owner.handlers.get(core.protocol)
+        if handler is None:
+            self.core.reset(core, UnsupportedFeature.code)
+        elif self._handlers_running >= MAX_STREAMS:
+            self.core.reset(core, Overloaded.code)
+        else:
+            self._handlers.start_soon(self._handle, handler, self._adopt(core))
+
+    def _adopt(self, core: streams.Stream) -> Stream:
+        stream = Stream(self, core)
+        self._streams[core.id] = stream
+        return stream
+
+    def _be_settled(self) -> None:
+        self.settled = True
+        self.on_settled()
+        self._owner.settled(self)
+
+    def _lose(self, error: PeerdError) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        self.core.go_away(error.code, str(error))
+        log.debug("%s", self)
+        self._owner.ended(self)
+        self._ended.set()
+        self._said_hello.set()
+        self._heard.unpark_all()
+        for stream in self._streams.values():
+            stream.wake()
+        self._moving.cancel()
+
+    @property
+    def _name(self) -> str:
+        try:
+            return self.peer_id
+        except LocalProtocolError:
+            return "an unproven peer"
+
+
+def _nothing() -> None:
+    pass
+
+
+def _fault(error: BaseException) -> PeerdError | trio.EndOfChannel | None:
+    """What a handler's exception says about its stream; None where it is no fault of the peer's or caller's."""
+    if isinstance(error, BaseExceptionGroup):
+        faults = [_fault(part) for part in error.exceptions]
+        return None if None in faults else faults[0]
+    if isinstance(error, trio.EndOfChannel):
+        return error
+    if isinstance(error, PeerdError) and not isinstance(error, LocalProtocolError):
+        return error
+    return None

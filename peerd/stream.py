@@ -1,0 +1,201 @@
+"""One stream to one peer, as handlers and callers use it: whole messages in, whole messages out.
+
+Knows how tasks wait; what may be sent when is the protocol's business. The difficulty is cancellation:
+a send that is cancelled has queued nothing, a receive that is cancelled has lost nothing, and neither
+ever leaves the connection in the middle of a frame, since only the connection's writer touches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from peerd.protocol import streams
+from peerd.protocol.errors import PeerdError, StreamReset
+from peerd.protocol.frames import Priority
+from peerd.protocol.identity import PeerId
+from peerd.protocol.wire import Buffer, RawMessage
+
+if TYPE_CHECKING:
+    from peerd.peer_connection import PeerConnection
+
+# `send` waits while more than this is unsent: enough to keep the writer busy while the sender makes more.
+HIGH_WATER_BYTES = 256 * 1024
+DEFAULT_MAX_BODY_BYTES = 1024 * 1024
+
+
+class Stream:
+    """A stream to `peer`. Made by `PeerConnection.open_stream`, or handed to a handler.
+
+    After the connection was lost, methods raise ConnectionLost; after the peer reset the stream,
+    StreamReset; after we closed it, trio.ClosedResourceError. As a context manager it is closed at the end,
+    or reset where an exception ends it.
+    """
+
+    def __init__(self, connection: PeerConnection, core: streams.Stream) -> None:
+        self.connection = connection
+        self._core = core
+        self._closed = False
+        self._readable = trio.lowlevel.ParkingLot()
+        self._sent = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        return f"<Stream {self._core.id} {self.protocol} to {self.peer} {self._core.state.name}>"
+
+    @property
+    def peer(self) -> PeerId:
+        """Who is at the other end, as the connection proved it."""
+        return self.connection.peer_id
+
+    @property
+    def protocol(self) -> str:
+        """What is spoken here, such as `/peerd/dht/1`."""
+        return self._core.protocol
+
+    @property
+    def unsent_messages(self) -> int:
+        """Messages that were queued and are not wholly on the wire."""
+        return self._core.outgoing.unsent_messages
+
+    async def send(
+        self, header: Mapping[str, Any], body: Sequence[Buffer] = (), *, priority: Priority | None = None
+    ) -> None:
+        """Queue one message, having waited while more than 256 KiB of this stream are unsent.
+
+        body: its buffers must not change until they are sent. priority: None is the stream's own. Cancelled,
+        it has queued nothing. Raises ConnectionLost, StreamReset, trio.ClosedResourceError.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
+        while self._core.outgoing.unsent_bytes > HIGH_WATER_BYTES:
+            self._raise_if_ended()
+            await self._sent.park()
+            waited = True
+        self.send_nowait(header, body, priority=priority)
+        if not waited:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def send_nowait(
+        self, header: Mapping[str, Any], body: Sequence[Buffer] = (), *, priority: Priority | None = None
+    ) -> None:
+        """Queue one message, however much waits already. Raises as `send` does."""
+        self._raise_if_ended()
+        if self._core.outgoing.finishing:
+            raise trio.ClosedResourceError("this stream was finished")
+        self.connection.core.send(self._core, header, body, self._core.priority if priority is None else priority)
+        self.connection.wake()
+
+    async def wait_unsent_below(self, count: int) -> None:
+        """Wait until fewer than `count` messages are unsent. Raises as `send` does."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
+        self._raise_if_ended()
+        while self._core.outgoing.unsent_messages >= count:
+            await self._sent.park()
+            self._raise_if_ended()
+            waited = True
+        if not waited:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def receive(self, max_body: int = DEFAULT_MAX_BODY_BYTES) -> RawMessage:
+        """The next message. Only while somebody waits here is the peer given credit for more.
+
+        max_body: the longest body to take, in bytes. Cancelled, it has lost nothing. Raises
+        trio.EndOfChannel after the peer finished, RemoteProtocolError for what is no message (the stream is
+        reset then), ConnectionLost, StreamReset, trio.ClosedResourceError.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
+        while (message := self._receive_nowait(max_body)) is None:
+            await self._readable.park()
+            waited = True
+        if not waited:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        return message
+
+    def finish(self) -> None:
+        """Send no more, after what is queued; the peer's messages can still be received."""
+        self.connection.core.finish(self._core)
+        self.connection.wake()
+
+    def reset(self, code: str) -> None:
+        """End the stream at once, in both directions; what is unsent is dropped. Nothing after its end."""
+        self._closed = True
+        self.connection.core.reset(self._core, code)
+        self._wake_and_write()
+
+    def close(self) -> None:
+        """Receive no more and finish, after what is queued. Repeating it changes nothing."""
+        if not self._closed:
+            self._closed = True
+            self.connection.core.close(self._core)
+            self._wake_and_write()
+
+    async def aclose(self) -> None:
+        """`close`, and a checkpoint. It does not wait until everything is sent."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            await self.aclose()
+        else:
+            self.reset(code_of(error))
+
+    def wake(self) -> None:
+        """Something about the stream has changed: let all who wait look again."""
+        self._readable.unpark_all()
+        self._sent.unpark_all()
+
+    def wake_receiver(self) -> None:
+        """Bytes, or the end, have arrived."""
+        self._readable.unpark_all()
+
+    def wake_sender(self) -> None:
+        """A message has been sent."""
+        self._sent.unpark_all()
+
+    def _wake_and_write(self) -> None:
+        self.wake()
+        self.connection.wake()
+
+    def _receive_nowait(self, max_body: int) -> RawMessage | None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed")
+        message = self.connection.core.read(self._core, max_body)
+        # Credit may have become due, or a RESET.
+        self.connection.wake()
+        if message is None and self._core.incoming.ended:
+            raise trio.EndOfChannel
+        if message is None:
+            self._raise_if_ended()
+        return message
+
+    def _raise_if_ended(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed")
+        if self._core.reset_code is not None:
+            raise StreamReset(f"{self.peer} ended the stream: {self._core.reset_code}", self._core.reset_code)
+        if self.connection.lost is not None:
+            raise self.connection.lost_error()
+        if self._core.state is streams.State.CLOSED:
+            raise trio.ClosedResourceError("this stream has ended")
+
+
+def code_of(error: BaseException) -> str:
+    """The code with which an exception resets the stream that it ends."""
+    match error:
+        case PeerdError():
+            return error.code
+        case trio.Cancelled():
+            return "cancelled"
+        case _:
+            return "closed"
