@@ -46,6 +46,7 @@ class Connections:
     """Live connections by PeerId. Made by `open_connections`.
 
     handlers: protocol id -> what runs for each stream of it that a peer opens. May be changed at any time.
+    announced: where others are told to dial us; may be changed too.
     on_connected, on_lost: called, without waiting, when a peer is connected and when it no longer is.
     """
 
@@ -60,11 +61,12 @@ class Connections:
         agent: str,
         roles: Sequence[str],
         limits: Limits,
-        unix_time: Callable[[], float],
+        now: Callable[[], float],
     ) -> None:
         self.peer_id = identity.peer_id
-        self.handlers = handlers
+        self.handlers = dict(handlers)
         self.listen_addresses: tuple[Multiaddr, ...] = ()
+        self.announced: tuple[Multiaddr, ...] = ()
         self.on_connected: list[Observer] = []
         self.on_lost: list[Observer] = []
         self._identity = identity
@@ -74,7 +76,7 @@ class Connections:
         self._agent = agent
         self._roles = tuple(roles)
         self._limits = limits
-        self._unix_time = unix_time
+        self._now = now
         self._gate = Gate()
         self._live: dict[PeerId, PeerConnection] = {}
         self._dials: dict[PeerId, Dial] = {}
@@ -220,9 +222,9 @@ class Connections:
     def hello_to(self, connection: PeerConnection) -> Hello:
         return Hello(
             agent=self._agent,
-            time_us=int(self._unix_time() * 1e6),
+            time_us=int(self._now() * 1e6),
             protocols=tuple(sorted(self.handlers))[:MAX_ITEMS],
-            addresses=tuple(str(address) for address in self.listen_addresses if address.is_dialable)[:MAX_ITEMS],
+            addresses=tuple(map(str, self.announced))[:MAX_ITEMS],
             observed_ip=str(connection.remote_ip or ""),
             roles=self._roles,
         )
@@ -268,11 +270,11 @@ async def open_connections(
     agent: str = DEFAULT_AGENT,
     roles: Sequence[str] = (),
     limits: Limits | None = None,
-    unix_time: Callable[[], float] = time.time,
+    now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Connections]:
     """Listen, and yield what dials. At the end every connection is closed, within a second.
 
-    swarm_key: the private swarm's 32 bytes. agent, roles: what hellos say of us; unix_time: of our clock.
+    swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us and of our clock, in seconds since 1970.
     Raises OSError for an address that cannot be listened on, and whatever bug a handler has.
     """
     async with open_tasks() as nursery:
@@ -285,7 +287,7 @@ async def open_connections(
             agent=agent,
             roles=roles,
             limits=limits or Limits(),
-            unix_time=unix_time,
+            now=now,
         )
         for address in listen:
             await connections.listen(address)

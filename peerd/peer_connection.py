@@ -9,7 +9,7 @@ and nothing takes longer than a second.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
@@ -62,7 +62,7 @@ _DUPLICATE = "duplicate"
 class Owner(Protocol):
     """What a PeerConnection asks of the `Connections` it belongs to."""
 
-    handlers: Mapping[str, StreamHandler]
+    handlers: dict[str, StreamHandler]
 
     def hello_to(self, connection: PeerConnection) -> Hello:
         """What we say about ourselves."""

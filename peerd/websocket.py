@@ -225,7 +225,7 @@ class WebSocketChannel:
         if self._size > MAX_MESSAGE_BYTES:
             raise RemoteProtocolError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
         if event.data:
-            self._parts.append(event.data)
+            self._parts.append(bytes(event.data))
         if not event.message_finished:
             return None
         message = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
