@@ -274,7 +274,7 @@ async def open_connections(
 ) -> AsyncIterator[Connections]:
     """Listen, and yield what dials. At the end every connection is closed, within a second.
 
-    swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us and of our clock, in seconds since 1970.
+    swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us; `now` is in seconds since 1970.
     Raises OSError for an address that cannot be listened on, and whatever bug a handler has.
     """
     async with open_tasks() as nursery:
