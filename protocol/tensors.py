@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from peerd.protocol.errors import BadResult, LocalProtocolError, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.schema import Rule, choice, integer, many
 
 Body = bytes | bytearray | memoryview
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # Deep prompts [blocks, rows, positions, width] are the deepest that travels.
 MAX_RANK = 4
@@ -97,7 +98,7 @@ def encode_tensor(
     could read: another dtype, an unknown codec, no values, more than `MAX_RANK` sides.
     """
     values = tensor.detach() if dtype is None else tensor.detach().to(dtype)
-    name = _NAMES.get(values.dtype)
+    name = DTYPE_NAMES.get(values.dtype)
     if name is None or codec not in CODECS or not values.numel() or not 1 <= values.dim() <= MAX_RANK:
         raise LocalProtocolError(f"no {values.dtype} of shape {tuple(values.shape)} travels as {codec!r}")
     try:

@@ -10,10 +10,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from peerd.protocol.errors import CallerError
-from peerd.protocol.identity import Identity
 
 from peerd.keyfile import KeyFileError, load_or_create_identity
+from peerd.protocol.errors import CallerError
+from peerd.protocol.identity import Identity
 
 SEED = bytes(range(32))
 

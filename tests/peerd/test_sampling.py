@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from peerd.protocol.errors import BadResult
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from peerd.protocol.errors import BadResult
 from peerd.sampling import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TOP_K, Sampler, SamplingParams, draw
 
 VOCABULARY = 40

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from peerd.protocol.tensors import decode_tensor, encode_tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -23,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
 )
+
+from peerd.protocol.tensors import decode_tensor, encode_tensor
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,

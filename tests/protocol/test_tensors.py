@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from peerd.protocol.errors import BadResult, LocalProtocolError, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.tensors import CODECS, DTYPES, GROUP, TensorHeader, decode_tensor, encode_tensor
 
