@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from peerd.compute.kv_cache import KVPool, KVWriter, RowSlots
 from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import Segment
-from torch import nn
 
 _NAME = "peerd"
 _ATTRIBUTE = "peerd_block_attention"

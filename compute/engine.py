@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable
 
 import torch
+
 from peerd.compute.pages import PagePool
 from peerd.compute.runner import SpanRunner
 from peerd.compute.scheduler import Scheduler
@@ -67,9 +68,11 @@ class BaseEngine(ABC):
     ) -> None:
         """Commit KV for `max_rows` rows of `max_length` positions; `blocks` (default all) are those it runs.
 
+        Every position is kept, in blocks with windows too, so rows may be cut anywhere: the promise of
+        `max_rollback` is kept whatever it is, and steps that are sent again after a failure always fit.
         Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError.
         """
-        self._scheduler.open(session, blocks or self.span, max_length, max_rows)
+        self._scheduler.open(session, blocks or self.span, max_length, max_rows, max_rollback)
 
     def close(self, session: Hashable) -> None:
         """Forget the session and its queued steps; pages in a running batch are freed when it is collected."""

@@ -9,6 +9,7 @@ same however positions were cut into steps, batches and spans.
 from __future__ import annotations
 
 import torch
+
 from peerd.compute.engine import BaseEngine
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import PageCopy, Segment
 

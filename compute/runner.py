@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+
 from peerd.compute.attention import BatchView, RowView, SpanAttention
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.packed_linear import pack_linears

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from peerd.compute.engine_errors import EngineError
 from peerd.protocol.rows import Op, RowSlice
 from peerd.protocol.span import Span

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 
 import torch
+from transformers import DynamicCache
+
 from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.demo_model import demo_model_path
@@ -20,7 +22,6 @@ from peerd.compute.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
-from transformers import DynamicCache
 
 SESSIONS = (1, 8, 16)
 ROUNDS = 3

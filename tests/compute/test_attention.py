@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
 from peerd.compute.attention import BatchView, SpanAttention, _attention_forward
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import Segment
-from torch import nn
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 6, 2, 8, 5
 SIZE = 4

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine import Engine, EngineStep

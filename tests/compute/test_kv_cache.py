@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from peerd.compute.kv_cache import KVPool, KVWriter
 from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import PageCopy, Segment

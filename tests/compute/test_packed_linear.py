@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peerd.compute.packed_linear import PackedLinear, pack_linears
 from torch import nn
+
+from peerd.compute.packed_linear import PackedLinear, pack_linears
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from peerd.compute.engine_errors import NoRoomError
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.pages import PagePool, PageTable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from peerd.compute.engine_errors import (
     ContextTooLongError,
     InvalidStepError,
@@ -90,7 +91,8 @@ def test_decode_goes_before_prefill_and_both_move_on():
     engine.submit(step(tokens(100), (0, 0), session="long"))
     engine.submit(step(tokens(1), (0, 0), session="short"))
     batch = engine.plan()
-    assert [(piece.step.session, piece.count) for piece in batch.pieces] == [("short", 1), ("long", 39)]
+    # Beside a decode a prefill gets a quarter of the budget.
+    assert [(piece.step.session, piece.count) for piece in batch.pieces] == [("short", 1), ("long", 10)]
     assert [result.session for result in engine.collect(batch, engine.run(batch))] == ["short"]
     assert [result.session for result in drain(engine)] == ["long"]
 
@@ -121,7 +123,7 @@ def test_a_prefill_is_not_starved_by_decodes_that_fill_every_batch():
                 engine.submit(step(tokens(1), (0, length), session=name))
                 lengths[name] += 1
         turn(engine)
-    assert engine.lengths("long")[0] >= 6
+    assert engine.lengths("long")[0] >= 3
 
 
 def test_sessions_on_different_blocks_both_get_their_turn():
