@@ -10,19 +10,19 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from random import Random
 
 import trio
 
-from peerd.connections import Connections, Stream
+from peerd.connections import Connections, PeerConnection, Stream
 from peerd.links import dialable
 from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
-from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
+from peerd.protocol.errors import ConnectionLost, InvalidRequest, RemoteProtocolError
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import Failure
@@ -50,6 +50,7 @@ JOIN_WAIT_S = 5.0
 FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 REFRESH_S = 60.0
+MEASURE_S = 5.0
 # For saying goodbye.
 LEAVE_S = 5.0
 
@@ -75,10 +76,11 @@ class Discovery:
     ) -> None:
         self.clock = clock
         self.links = Links(trio.current_time)
-        transport = _StreamTransport(connections, bootstrap)
-        self.dht = Dht(identity.peer_id, transport, RecordStore(clock), now=clock, random=random)
+        self._connections = connections
+        self._transport = _StreamTransport(connections)
+        self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock)
-        self._bootstrap = _contacts_of(bootstrap)
+        self._bootstrap = tuple(bootstrap)
         self._state = _State(state_dir)
         self._random = random
         self._addresses: tuple[Multiaddr, ...] = ()
@@ -94,6 +96,8 @@ class Discovery:
         self.dht.addresses = addresses
         self._addresses = tuple(addresses)
         self._relays = tuple(relays)
+        # Strangers must not aim us at our own network; but a swarm that we joined in a private range lives there.
+        self._transport.ranges = (*self._bootstrap, *addresses)
         self.changed()
 
     def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
@@ -107,15 +111,15 @@ class Discovery:
 
     async def answer(self, stream: Stream) -> None:
         """Answer the question that opens a stream of the DHT's protocol."""
-        async with stream:
-            with trio.move_on_after(ANSWER_DEADLINE_S):
+        with trio.move_on_after(ANSWER_DEADLINE_S):
+            async with stream:
                 await self._answer(stream)
 
     async def _answer(self, stream: Stream) -> None:
         question = await stream.receive(max_body=MAX_BODY_BYTES)
         packet = Packet(question.header, unpack_records(question.body))
         try:
-            answer = await self.dht.handle(stream.peer, packet, stream.remote_ip)
+            answer = await self.dht.handle(stream.peer, packet, stream.connection.remote_ip)
         except InvalidRequest as error:
             answer = Packet(Failure.of(error).to_header())
         await _send(stream, answer)
@@ -129,14 +133,44 @@ class Discovery:
         relays = tuple(str(relay) for relay in self._relays[:MAX_RELAYS])
         return [*spans, PeerRecord(seq=0, expires=0.0, addresses=addresses, relays=relays)]
 
-    async def _run(self, joined: trio.Event) -> None:
-        """Join, then announce and keep the routing table fresh until cancelled."""
-        contacts = [*self._bootstrap, *self._state.load_contacts()]
+    async def run(self, joined: trio.Event) -> None:
+        """Join, then announce, and keep what we know fresh, until cancelled. `joined`: the first attempt has ended."""
+        contacts = [*_contacts_of(self._bootstrap), *self._state.load_contacts()]
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._join, contacts, joined)
-            await joined.wait()
-            nursery.start_soon(self._announcer.run)
-            nursery.start_soon(self._refresh)
+            with self._hearing_clocks(nursery):
+                nursery.start_soon(self._measure)
+                nursery.start_soon(self._join, contacts, joined)
+                await joined.wait()
+                nursery.start_soon(self._announcer.run)
+                await self._refresh()
+
+    @contextmanager
+    def _hearing_clocks(self, nursery: trio.Nursery) -> Iterator[None]:
+        """Hear what time it is from everybody we are connected to."""
+
+        def observer(connection: PeerConnection) -> None:
+            nursery.start_soon(self._hear_clock, connection)
+
+        for connection in self._connections.live.values():
+            observer(connection)
+        self._connections.on_connected.append(observer)
+        try:
+            yield
+        finally:
+            self._connections.on_connected.remove(observer)
+
+    async def _hear_clock(self, connection: PeerConnection) -> None:
+        with suppress(ConnectionLost):
+            hello = await connection.wait_hello()
+            self.clock.observed(connection.peer_id, hello.time_us / 1e6)
+
+    async def _measure(self) -> None:
+        """Note what the connections' own pings measured."""
+        while True:
+            for peer_id, connection in self._connections.live.items():
+                if connection.rtt_s is not None:
+                    self.links.measured(peer_id, connection.rtt_s)
+            await trio.sleep(MEASURE_S)
 
     async def _join(self, contacts: list[Contact], tried: trio.Event) -> None:
         """Try until somebody answers, ever more seldom."""
@@ -157,7 +191,8 @@ class Discovery:
             await self.dht.refresh()
             self._state.save_contacts(self.dht)
 
-    async def _leave(self) -> None:
+    async def leave(self) -> None:
+        """Take back what we announced, and keep whom we know for the next start. Takes at most 5 s."""
         with trio.move_on_after(LEAVE_S, shield=True):
             await self._announcer.leave()
         self._state.save_contacts(self.dht)
@@ -172,45 +207,50 @@ async def open_discovery(
     state_dir: Path | None,
     random: Random,
     clock: SwarmClock,
+    addresses: Sequence[Multiaddr] = (),
 ) -> AsyncIterator[Discovery]:
-    """Join the swarm through `bootstrap` or the peers known before; leave it at the end.
+    """Join the swarm through `bootstrap` or the peers known before; leave it at the end, over the same connections.
 
-    Yields once somebody answered, or after 5 s, and goes on trying. state_dir: where the routing table and
-    the last `seq` are kept; None for a peer that nobody will meet again. Raises ValueError for a bootstrap
-    address without a PeerId.
+    Yields once somebody answered, or after 5 s, and goes on trying. addresses: see `Discovery.reachable_at`.
+    state_dir: where the routing table and the last `seq` are kept; None for a peer that nobody will meet
+    again. Raises ValueError for a bootstrap address without a PeerId.
     """
     discovery = Discovery(connections, identity, bootstrap, state_dir, random, clock)
-    async with open_tasks() as nursery:
-        joined = trio.Event()
-        nursery.start_soon(discovery._run, joined)
-        with trio.move_on_after(JOIN_WAIT_S):
-            await joined.wait()
-        try:
+    discovery.reachable_at(addresses)
+    # Before anybody hears of us.
+    connections.handlers[DHT_PROTOCOL] = discovery.answer
+    try:
+        async with open_tasks() as nursery:
+            joined = trio.Event()
+            nursery.start_soon(discovery.run, joined)
+            with trio.move_on_after(JOIN_WAIT_S):
+                await joined.wait()
             yield discovery
-        finally:
-            await discovery._leave()
+    finally:
+        await discovery.leave()
 
 
 class _StreamTransport:
     """Carries each question on a stream of its own: its cancelling is a reset, and no answer waits for another."""
 
-    def __init__(self, connections: Connections, bootstrap: Sequence[Multiaddr]) -> None:
+    def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._bootstrap = tuple(bootstrap)
+        # Addresses of the ranges, loopback or private ones, in which we may be sent to others.
+        self.ranges: tuple[Multiaddr, ...] = ()
 
     async def request(self, contact: Contact, packet: Packet) -> Packet:
         """Raises what the peer answered, or a PeerFault."""
-        # Strangers must not aim us at our own network; a swarm that we joined in a private range lives there.
-        addresses = dialable(contact.addresses, (*self._connections.listen_addresses, *self._bootstrap))
+        addresses = dialable(contact.addresses, self.ranges)
         stream = await self._connections.open_stream(
             contact.peer_id, DHT_PROTOCOL, addresses=addresses, priority=Priority.CONTROL
         )
         async with stream:
             await _send(stream, packet)
+            stream.finish()
             try:
                 answer = await stream.receive(max_body=MAX_BODY_BYTES)
             except trio.EndOfChannel:
-                raise RemoteProtocolError(f"{contact.peer_id} did not answer") from None
+                raise RemoteProtocolError(f"{contact.peer_id} finished without an answer") from None
         if answer.header.get("type") == Failure.TYPE:
             raise Failure.from_header(answer.header).error
         return Packet(answer.header, unpack_records(answer.body))

@@ -1,6 +1,6 @@
 """What time it is for the swarm: our clock, corrected by what other peers' clocks say.
 
-Knows offsets that it is told; measures none. The difficulty is whom to believe: records live for a minute,
+Knows the times that it is told; asks nobody. The difficulty is whom to believe: records live for a minute,
 so a clock that is minutes wrong makes a peer invisible, but no single peer may turn ours.
 """
 
@@ -35,10 +35,10 @@ class SwarmClock:
         """Now."""
         return self._system() + self.correction_s
 
-    def observed(self, peer_id: PeerId, offset_s: float) -> None:
-        """A peer's clock is `offset_s` ahead of the machine's (less than 0: behind)."""
+    def observed(self, peer_id: PeerId, unix_s: float) -> None:
+        """A peer's clock shows `unix_s` now."""
         self._offsets_s.pop(peer_id, None)
-        self._offsets_s[peer_id] = offset_s
+        self._offsets_s[peer_id] = unix_s - self._system()
         if len(self._offsets_s) > MAX_PEERS:
             del self._offsets_s[next(iter(self._offsets_s))]
         if len(self._offsets_s) >= MIN_PEERS:
