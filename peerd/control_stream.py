@@ -60,9 +60,10 @@ async def open_control(connections: Connections, hop: Hop, opening: Open) -> Con
         )
         try:
             await stream.send(opening.to_header())
-            said: Opened | Failure = parse((await stream.receive()).header, (Opened, Failure))
-            if not isinstance(said, Opened):
+            said = parse((await stream.receive()).header, (Opened, Failure))
+            if isinstance(said, Failure):
                 raise said.error
+            assert isinstance(said, Opened)
         except trio.EndOfChannel:
             raise ConnectionLost(f"{hop.peer_id} ended the stream") from None
         except BaseException:

@@ -52,6 +52,6 @@ class HeadTask:
             requests, self._requests = self._requests, []
             hidden = torch.cat([request.hidden for request in requests])
             logits = await trio.to_thread.run_sync(self._head.logits, hidden, limiter=self._limiter)
-            for request, part in zip(requests, logits.split([len(r.hidden) for r in requests]), strict=True):
+            for request, part in zip(requests, torch.split(logits, [len(r.hidden) for r in requests]), strict=True):
                 request.logits = part
                 request.done.set()

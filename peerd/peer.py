@@ -1,9 +1,9 @@
 """A peer: its identity, its connections, what it serves and what it uses, under one owner.
 
-`open_peer` wires the rooms together and owns the nursery that everything of a peer runs in; what each part
-does is its own business. The difficulty is the order of endings: announcements go offline while
+`open_peer` wires the rooms together and owns the nursery in which everything of a peer runs; what each
+part does is its own business. The difficulty is the order of endings: announcements go offline while
 connections still live, connections close before the sessions whose streams they carry, and a caller's
-exception comes out of here as it went in.
+exception comes out as it went in.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -24,35 +24,228 @@ from peerd.discovery import Discovery, open_discovery
 from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.messages import MAX_LENGTH
+from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
-from peerd.transport import Transport
+from peerd.reachable import dialable_forms
+from peerd.routing.clock import SwarmClock
+from peerd.routing.dht_messages import DHT_PROTOCOL
+from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
-    from peerd.model import RemoteModel
-    from peerd.server import Server, ServedSpan
-    from peerd.serving import ServeSpec
+    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.head import Head
+    from peerd.model import ModelFacts, RemoteModel
+    from peerd.server import ServedSpan, Server
+    from peerd.serving import LoadedSpan, ServeSpec
+    from peerd.transport import Transport
 
 log = logging.getLogger(__name__)
 
+Address = Multiaddr | str
+# Every interface, any free port.
 DEFAULT_LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/0/ws")
 
 
 class Peer:
-    """One peer, made by `open_peer`. Its parts are its attributes."""
+    """One peer, made by `open_peer`. `connections`, `discovery` and `server` are its parts."""
 
     def __init__(
         self,
         identity: Identity,
         connections: Connections,
         discovery: Discovery,
-        tasks: trio.Nursery,
-        announce: Sequence[Multiaddr],
-        now: Callable[[], float],
+        server: Server | None,
     ) -> None:
         self.identity = identity
         self.connections = connections
         self.discovery = discovery
-        self.server: Server | None = None
-        self._tasks = tasks
-        self._announce = tuple(announce)
-        self._now = now
+        self.server = server
+        self._loaded: list[tuple[ServedSpan, LoadedSpan]] = []
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.peer_id} {' '.join(str(served.span) for served in self.served) or 'client'}>"
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who we are."""
+        return self.identity.peer_id
+
+    @property
+    def addresses(self) -> tuple[Multiaddr, ...]:
+        """Where others can dial us, each with our PeerId."""
+        return tuple(address.with_peer(self.peer_id) for address in self.connections.announced)
+
+    @property
+    def served(self) -> tuple[ServedSpan, ...]:
+        """The spans that we serve."""
+        return self.server.spans if self.server is not None else ()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
+        if self.server is None:
+            return
+        self.server.draining = True
+        self.discovery.changed()
+        await self.server.drain(timeout_s)
+
+    @asynccontextmanager
+    async def model(self, path: str | Path) -> AsyncIterator[RemoteModel]:
+        """A model whose blocks the swarm serves; `path` gives its head. Raises CheckpointError."""
+        from peerd.compute.checkpoint import open_checkpoint
+        from peerd.finder import SwarmFinder
+        from peerd.head_task import HeadTask
+        from peerd.model import RemoteModel
+        from peerd.open_chain import ChainOpener
+
+        with await trio.to_thread.run_sync(open_checkpoint, path) as checkpoint:
+            facts, head, tokenizer = await trio.to_thread.run_sync(_read_client_side, checkpoint)
+            random = Random(os.urandom(16))
+            finder = SwarmFinder(self.discovery.directory, self.discovery.links, facts.digest, facts.block_count, random)
+            opener = ChainOpener(self.connections, self.identity, self.discovery.clock, os.urandom)
+            async with open_tasks() as tasks:
+                task = HeadTask(head)
+                tasks.start_soon(task.run)
+                yield RemoteModel(facts, task, tokenizer, checkpoint.generation_config, finder, opener, tasks)
+
+    async def serve(self, spec: ServeSpec) -> ServedSpan:
+        """Serve blocks of a model from now on. Raises CheckpointError, InvalidRequest."""
+        from peerd.compute.checkpoint import open_checkpoint
+        from peerd.engine_task import EngineTask
+        from peerd.server import ServedSpan
+        from peerd.serving import load
+
+        assert self.server is not None
+        with await trio.to_thread.run_sync(open_checkpoint, spec.model) as checkpoint:
+            span = await self._choose(spec, checkpoint)
+            loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
+            served = ServedSpan(
+                checkpoint.model_digest, checkpoint.max_length or MAX_LENGTH, EngineTask(loaded.engine)
+            )
+        self.server.serve(served)
+        self._announce(served, loaded)
+        return served
+
+    async def _choose(self, spec: ServeSpec, checkpoint: Checkpoint) -> Span:
+        """The span that was asked for, or the one that the swarm needs most."""
+        from peerd.routing.placement import choose_span
+        from peerd.serving import how_many_blocks
+
+        # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
+        digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
+        if isinstance(spec.blocks, Span):
+            return spec.blocks
+        count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
+        offers = await self.discovery.directory.servers(digest, checkpoint.block_count)
+        return choose_span(offers, checkpoint.block_count, count)
+
+    def _announce(self, served: ServedSpan, loaded: LoadedSpan) -> None:
+        self._loaded.append((served, loaded))
+        self.discovery.serve(self._records)
+
+    def _records(self) -> list[ServerRecord]:
+        """What we announce of each span now; `seq` and `expires` are the announcer's."""
+        assert self.server is not None
+        return [
+            ServerRecord(
+                seq=0,
+                expires=0.0,
+                model=served.model,
+                span=served.span,
+                state="draining" if self.server.draining else "online",
+                dtype=loaded.dtype,
+                quantization="none",
+                codecs=loaded.codecs,
+                throughput=loaded.throughput,
+                free_tokens=served.task.engine.free_tokens,
+                max_length=served.max_length,
+                block_roots=loaded.roots,
+                slot=slot,
+            )
+            for slot, (served, loaded) in enumerate(self._loaded)
+        ]
+
+
+@asynccontextmanager
+async def open_peer(
+    identity: Identity | None = None,
+    *,
+    listen: Sequence[Address] = (),
+    announce: Sequence[Address] = (),
+    bootstrap: Sequence[Address] = (),
+    serve: Sequence[ServeSpec] = (),
+    state_dir: Path | None = None,
+    swarm_key: bytes | None = None,
+    transport: Transport | None = None,
+    now: Callable[[], float] = time.time,
+) -> AsyncIterator[Peer]:
+    """Be a peer, in anybody's Trio program, until the block ends. Yields once everything in `serve` is served.
+
+    identity: who we are; None makes up somebody for this occasion.
+    listen: where to accept connections; without any we are a client, whom nobody dials.
+    announce: where others are told to dial, instead of `listen` (forwarded ports, proxies).
+    bootstrap: addresses of peers of the swarm, each with its PeerId.
+    state_dir: where the routing table is kept; None for a peer that nobody will meet again.
+
+    Raises OSError where an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
+    """
+    identity = identity or Identity.generate()
+    clock = SwarmClock(now)
+    async with open_tasks() as tasks:
+        server = await _start_server(tasks, clock) if serve else None
+        async with open_connections(
+            identity,
+            transport=transport or WebSocketTransport(),
+            listen=_parsed(listen),
+            handlers=server.handlers if server else {},
+            swarm_key=swarm_key,
+            now=now,
+        ) as connections:
+            connections.announced = _parsed(announce) or dialable_forms(connections.listen_addresses)
+            async with open_discovery(
+                connections,
+                identity,
+                _parsed(bootstrap),
+                state_dir=state_dir,
+                random=Random(os.urandom(16)),
+                clock=clock,
+            ) as discovery:
+                connections.handlers[DHT_PROTOCOL] = discovery.answer
+                discovery.reachable_at(connections.announced)
+                peer = Peer(identity, connections, discovery, server)
+                if server:
+                    server.attach(connections)
+                for spec in serve:
+                    await peer.serve(spec)
+                yield peer
+
+
+async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
+    # Serving needs torch, which whoever only keeps the DHT need not wait for.
+    from peerd.server import Server
+
+    server = Server(clock)
+    await tasks.start(server.run)
+    return server
+
+
+def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any]:
+    """What a client needs of a model: facts, head, tokenizer. Blocks; run it in a thread."""
+    from peerd.compute.head import load_head
+    from peerd.compute.tokenizer import load_tokenizer
+    from peerd.model import ModelFacts
+    from peerd.protocol.tensors import DTYPE_NAMES
+
+    facts = ModelFacts(
+        name=checkpoint.name,
+        digest=checkpoint.model_digest,
+        block_count=checkpoint.block_count,
+        width=checkpoint.hidden_size,
+        max_length=checkpoint.max_length or MAX_LENGTH,
+        dtype=DTYPE_NAMES[checkpoint.dtype],
+    )
+    return facts, load_head(checkpoint), load_tokenizer(checkpoint)
+
+
+def _parsed(addresses: Sequence[Address]) -> tuple[Multiaddr, ...]:
+    return tuple(Multiaddr.parse(address) if isinstance(address, str) else address for address in addresses)

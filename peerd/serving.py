@@ -7,12 +7,12 @@ the peer runs it in a worker thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from peerd.compute.attention import register_attention
 from peerd.compute.capacity import block_bytes, fits, free_memory, kv_bytes_per_token
 from peerd.compute.checkpoint import Checkpoint
 from peerd.compute.engine import Engine
@@ -20,7 +20,7 @@ from peerd.compute.span_model import load_span
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.records import block_roots
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import DTYPES
+from peerd.protocol.tensors import CODECS, DTYPE_NAMES, DTYPES
 
 # Enough for 16 sessions of 4096 positions; more than that an operator asks for.
 DEFAULT_KV_TOKENS = 65536
@@ -51,6 +51,7 @@ class LoadedSpan:
 
     engine: Engine
     dtype: str
+    codecs: tuple[str, ...]
     throughput: float
     roots: tuple[bytes, ...]
 
@@ -72,19 +73,15 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
     return min(count, checkpoint.block_count)
 
 
-def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span, on_block: Callable[[int], None]) -> LoadedSpan:
-    """Read the span's blocks, make its engine and time it. Raises CheckpointError, InvalidRequest.
-
-    `on_block` hears of every block that was read, from this thread.
-    """
+def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
+    """Read the span's blocks, make its engine and time it. Raises CheckpointError, InvalidRequest."""
     dtype = _dtype(spec, checkpoint)
-    model = load_span(checkpoint, span, device=spec.device, dtype=dtype, attention=Engine.ATTENTION)
+    model = load_span(checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention())
     engine = Engine(model, kv_tokens=_kv_tokens(spec, checkpoint, span, dtype))
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
-    return LoadedSpan(engine, _DTYPE_NAMES[dtype], _throughput(engine, len(span)), block_roots(span, digests))
-
-
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+    return LoadedSpan(
+        engine, DTYPE_NAMES[dtype], tuple(sorted(CODECS)), _throughput(engine, len(span)), block_roots(span, digests)
+    )
 
 
 def _dtype(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:

@@ -81,4 +81,4 @@ def test_any_values_give_a_message_or_a_protocol_error(kind, fields):
     except RemoteProtocolError:
         return
     assert isinstance(message, Message)
-    assert message.TYPE == kind
+    assert kind == message.TYPE

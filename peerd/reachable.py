@@ -1,0 +1,36 @@
+"""Where others can dial us: the addresses that we listen on, as somebody else would write them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import replace
+
+from peerd.protocol.addresses import Multiaddr
+
+# Addresses for documentation (RFC 5737, RFC 3849): asking the routing table for the way there sends nothing.
+_SOMEWHERE = {"ip4": (socket.AF_INET, "192.0.2.1"), "ip6": (socket.AF_INET6, "2001:db8::1")}
+_LOOPBACK = {"ip4": "127.0.0.1", "ip6": "::1"}
+
+
+def dialable_forms(listening: Iterable[Multiaddr]) -> tuple[Multiaddr, ...]:
+    """What to announce for what we listen on: a wildcard becomes this machine's own address and loopback."""
+    found: list[Multiaddr] = []
+    for address in listening:
+        if not address.is_wildcard:
+            found.append(address)
+            continue
+        hosts = [_own_address(address.kind), _LOOPBACK[address.kind]]
+        found += [replace(address, host=host) for host in dict.fromkeys(hosts) if host is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def _own_address(kind: str) -> str | None:
+    """The address from which this machine would speak to the internet; None without a way there."""
+    family, somewhere = _SOMEWHERE[kind]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((somewhere, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
