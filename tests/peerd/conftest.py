@@ -133,7 +133,7 @@ class Swarm:
     """Hosts and clients on one in-memory network, 5 ms apart."""
 
     def __init__(self, tasks: trio.Nursery) -> None:
-        self.network = MemoryNetwork(lambda here, there: 0.005)
+        self.network = MemoryNetwork(latency_s=0.005)
         self.hosts: list[Host] = []
         self._tasks = tasks
         self._next = 1
@@ -183,8 +183,16 @@ class Swarm:
     def freeze(self, host: Host) -> None:
         """The process hangs: nothing it sends or is sent arrives, and nothing breaks."""
         host.online = False
+        self._part(host.ip)
+
+    def vanish(self, client: Client) -> None:
+        """The client's machine is gone for good, its connections with it."""
+        self._part(client.ip)
+        self.network.kill(client.ip)
+
+    def _part(self, ip: str) -> None:
         for number in range(1, self._next):
-            self.network.partition(host.ip, f"10.0.0.{number}")
+            self.network.partition(ip, f"10.0.0.{number}")
 
     async def client(self) -> Client:
         """A peer that only asks."""
@@ -193,7 +201,9 @@ class Swarm:
 
     async def _run_client(self, ip: str, identity: Identity, task_status: trio.TaskStatus[Client]) -> None:
         rng = Random(ip)
-        async with open_connections(identity, transport=self.network.transport(ip), now=unix_now) as connections:
+        async with open_connections(
+            identity, transport=self.network.transport(ip), handlers={}, now=unix_now
+        ) as connections:
             opener = ChainOpener(connections, identity, unix_now, rng.randbytes)
             task_status.started(Client(ip, identity, connections, Finder(self), opener, self._tasks, rng))
             await trio.sleep_forever()

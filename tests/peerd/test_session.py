@@ -249,7 +249,7 @@ async def test_a_client_that_vanishes_leaves_nothing_behind(open_swarm):
         session = await client.session(BLOCKS)
         await session.step(tokens(5))
         assert all(host.task.engine.free_tokens < 4096 for host in hosts)
-        swarm.network.kill(client.ip)
+        swarm.vanish(client)
         await trio.sleep(20)
         assert all(host.task.engine.free_tokens == 4096 for host in hosts)
         assert all(host.server.sessions == 0 for host in hosts)
