@@ -10,7 +10,7 @@ import torch
 from peerd.compute.engine_errors import NoRoomError
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.pages import PagePool, PageTable
-from peerd.compute.steps import EngineStep
+from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 
@@ -98,10 +98,24 @@ class _Shadow:
         self.max_rows = max_rows
         self.max_length = max_length
         self.rows: dict[int, torch.Tensor] = {}
-        self.awaited: dict[int, torch.Tensor] = {}
+        # By step: its result, and the rows as they are where it fails.
+        self.awaited: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
 
     def row(self, row: int) -> torch.Tensor:
         return self.rows.get(row, torch.zeros(0, 2))
+
+    def check(self, results: list[StepResult]) -> None:
+        """Compare one batch's results of this session; where one failed, all later ones must have."""
+        for result in results:
+            expected, rows_on_failure = self.awaited.pop(result.seq)
+            if result.error is None:
+                assert torch.equal(result.hidden, expected)
+                continue
+            assert expected.isnan().any()
+            assert [later.seq for later in results if later.error] == [result.seq, *self.awaited]
+            self.awaited.clear()
+            self.rows = rows_on_failure
+            return
 
 
 def _random_step(chance: random.Random, name: str, seq: int, shadow: _Shadow, span: Span) -> EngineStep:
@@ -114,22 +128,25 @@ def _random_step(chance: random.Random, name: str, seq: int, shadow: _Shadow, sp
     if chance.random() < 0.1:
         ops.append(Drop(0))
         shadow.rows.pop(0, None)
-    slices, inputs, outputs = [], [], []
+    slices, inputs, outputs, on_failure = [], [], [], dict(shadow.rows)
     for row in chance.sample(range(shadow.max_rows), chance.randint(0, shadow.max_rows)):
         start = len(shadow.row(row)) if chance.random() < 0.7 else chance.randint(0, len(shadow.row(row)))
         count = min(chance.randint(1, 6), shadow.max_length - start)
         if count:
             new = torch.tensor([[chance.randrange(99), chance.randrange(99)] for _ in range(count)], dtype=torch.float)
+            if chance.random() < 0.02:
+                new[-1] = torch.nan
+            on_failure[row] = shadow.row(row)[:start]
             shadow.rows[row] = torch.cat([shadow.row(row)[:start], new])
             slices.append(RowSlice(row, start, count))
             inputs.append(new)
             outputs.append(fake_forward(shadow.rows[row], span)[start:])
     empty = torch.zeros(0, 2)
-    shadow.awaited[seq] = torch.cat([empty, *outputs])
+    shadow.awaited[seq] = torch.cat([empty, *outputs]), on_failure
     return EngineStep(name, seq, tuple(ops), tuple(slices), torch.cat([empty, *inputs]))
 
 
-def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_and_closes():
+def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_failures_and_closes():
     chance = random.Random(2)
     span = Span(4, 5)
     engine = FakeEngine(span, hidden_size=2, kv_tokens=60 * SIZE, page_tokens=SIZE, batch_tokens=9)
@@ -151,10 +168,9 @@ def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_and_
                 engine.submit(_random_step(chance, name, event, shadows[name], span))
             case "turn" if engine.ready():
                 batch = engine.plan()
-                assert batch is not None
-                for result in engine.collect(batch, engine.run(batch)):
-                    assert result.hidden is not None
-                    assert torch.equal(result.hidden, shadows[result.session].awaited.pop(result.seq))
+                results = engine.collect(batch, engine.run(batch))
+                for name in {result.session for result in results}:
+                    shadows[name].check([result for result in results if result.session == name])
         committed = sum(s.max_rows * -(-s.max_length // SIZE) * SIZE for s in shadows.values())
         assert engine.free_tokens == engine.total_tokens - committed
     for name in shadows:
