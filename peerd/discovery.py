@@ -1,6 +1,7 @@
 """Finding others and being found: the DHT over our connections, kept alive for as long as a peer runs.
 
-Knows streams, files and deadlines; what a record means is `routing`'s business. The difficulty is starting
+Knows when to join, announce, refresh and leave, and the files that outlive a restart; what is said on
+streams is `dht_streams`' business, what a record means `routing`'s. The difficulty is starting
 and ending: a swarm whose bootstrap peers sleep must be joined as soon as one wakes, and who leaves must
 say so while there is still somebody connected to hear it.
 """
@@ -18,19 +19,17 @@ from random import Random
 import trio
 
 from peerd.connections import Connections, PeerConnection, Stream
-from peerd.links import dialable
+from peerd.dht_streams import StreamTransport, answer_question
 from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
-from peerd.protocol.errors import ConnectionLost, InvalidRequest, RemoteProtocolError
-from peerd.protocol.frames import Priority
+from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import Failure
-from peerd.protocol.records import MAX_RECORD_BYTES, Announcement, PeerRecord, ServerRecord
+from peerd.protocol.records import Announcement, PeerRecord, ServerRecord
 from peerd.routing.announcer import Announcer
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht import Dht
-from peerd.routing.dht_messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
+from peerd.routing.dht_messages import DHT_PROTOCOL
 from peerd.routing.directory import Directory
 from peerd.routing.links import Links
 from peerd.routing.store import RecordStore
@@ -38,12 +37,6 @@ from peerd.routing.table import Contact, load_contacts
 
 log = logging.getLogger(__name__)
 
-# A set of records, each behind its length.
-MAX_BODY_BYTES = MAX_RECORDS * (MAX_RECORD_BYTES + 2)
-# Beyond this a message travels with the prefills.
-SMALL_BODY_BYTES = 4096
-# From the question's first byte to the answer's last: the asker gives up after 3 s.
-ANSWER_DEADLINE_S = 10.0
 # How long `open_discovery` waits for the swarm before it lets its caller begin without.
 JOIN_WAIT_S = 5.0
 # Between attempts to join while nobody answers.
@@ -77,7 +70,7 @@ class Discovery:
         self.clock = clock
         self.links = Links(trio.current_time)
         self._connections = connections
-        self._transport = _StreamTransport(connections)
+        self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock)
         self._bootstrap = tuple(bootstrap)
@@ -110,19 +103,8 @@ class Discovery:
         self._announcer.changed()
 
     async def answer(self, stream: Stream) -> None:
-        """Answer the question that opens a stream of the DHT's protocol."""
-        with trio.move_on_after(ANSWER_DEADLINE_S):
-            async with stream:
-                await self._answer(stream)
-
-    async def _answer(self, stream: Stream) -> None:
-        question = await stream.receive(max_body=MAX_BODY_BYTES)
-        packet = Packet(question.header, unpack_records(question.body))
-        try:
-            answer = await self.dht.handle(stream.peer, packet, stream.connection.remote_ip)
-        except InvalidRequest as error:
-            answer = Packet(Failure.of(error).to_header())
-        await _send(stream, answer)
+        """Handle a stream of the DHT's protocol."""
+        await answer_question(self.dht, stream)
 
     def _announcements(self) -> list[Announcement]:
         spans = self._spans()
@@ -230,39 +212,6 @@ async def open_discovery(
         await discovery.leave()
 
 
-class _StreamTransport:
-    """Carries each question on a stream of its own: its cancelling is a reset, and no answer waits for another."""
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-        # Addresses of the ranges, loopback or private ones, in which we may be sent to others.
-        self.ranges: tuple[Multiaddr, ...] = ()
-
-    async def request(self, contact: Contact, packet: Packet) -> Packet:
-        """Raises what the peer answered, or a PeerFault."""
-        addresses = dialable(contact.addresses, self.ranges)
-        stream = await self._connections.open_stream(
-            contact.peer_id, DHT_PROTOCOL, addresses=addresses, priority=Priority.CONTROL
-        )
-        async with stream:
-            await _send(stream, packet)
-            stream.finish()
-            try:
-                answer = await stream.receive(max_body=MAX_BODY_BYTES)
-            except trio.EndOfChannel:
-                raise RemoteProtocolError(f"{contact.peer_id} finished without an answer") from None
-        if answer.header.get("type") == Failure.TYPE:
-            raise Failure.from_header(answer.header).error
-        return Packet(answer.header, unpack_records(answer.body))
-
-
-async def _send(stream: Stream, packet: Packet) -> None:
-    body = pack_records(packet.records)
-    # A set of records may be as large as a prefill, and must not go before the steps of a session.
-    priority = Priority.CONTROL if len(body) <= SMALL_BODY_BYTES else Priority.PREFILL
-    await stream.send(packet.header, [memoryview(body)], priority=priority)
-
-
 class _State:
     """What outlives a restart: the routing table and the last `seq`, in a directory; or nothing, without one."""
 
@@ -270,9 +219,12 @@ class _State:
         self._directory = directory
 
     def load(self) -> int:
-        """The last `seq`; 0 if none was kept. Raises ValueError if the file holds no number."""
+        """The last `seq`; 0 if none was kept, or the file is damaged: then the clock alone must not go back."""
         text = self._read(_SEQ_FILE)
-        return int(text) if text else 0
+        if text and not text.strip().isdecimal():
+            log.warning("cannot use %s: it holds no number", _SEQ_FILE)
+            return 0
+        return int(text or "0")
 
     async def save(self, seq: int) -> None:
         self._write(_SEQ_FILE, f"{seq}\n")
@@ -299,6 +251,7 @@ class _State:
     def _write(self, name: str, text: str) -> None:
         # Small, and renamed whole: done here, faster than a thread would start.
         if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
             path = self._directory / name
             new = path.with_suffix(".new")
             new.write_text(text)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import trio
+
 from peerd.protocol.identity import Identity
 from peerd.protocol.records import (
     MAX_TTL_S,

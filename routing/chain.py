@@ -15,6 +15,7 @@ from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
+
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span

@@ -15,6 +15,7 @@ from random import Random
 
 import trio
 from kademlia.node import Node
+
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId

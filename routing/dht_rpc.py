@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import trio
 from kademlia.node import Node
 from kademlia.protocol import KademliaProtocol
+
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import CallerError, InvalidRequest, Overloaded, PeerFault, RemoteProtocolError
 from peerd.protocol.identity import PeerId

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+
 from peerd.protocol.span import Span
 from peerd.routing.offer import Offer
 

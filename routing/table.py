@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from kademlia.node import Node
 from kademlia.routing import KBucket, RoutingTable
+
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId, node_id_of, public_key_of
 

@@ -13,7 +13,8 @@ import pytest
 import trio
 
 from peerd.connections import Connections, open_connections
-from peerd.discovery import ANSWER_DEADLINE_S, JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
+from peerd.dht_streams import ANSWER_DEADLINE_S
+from peerd.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
 from peerd.protocol.identity import Identity
@@ -223,9 +224,9 @@ async def test_a_peer_alone_starts_at_once(swarm: Swarm) -> None:
 
 async def test_the_peers_known_before_are_asked_after_a_restart(swarm: Swarm, tmp_path: Path) -> None:
     async with swarm.open(1, bootstrap=()) as (_, _), swarm.open(2):
-        async with swarm.open(3, state_dir=tmp_path) as (_, before):
+        async with swarm.open(3, state_dir=tmp_path / "new") as (_, before):
             assert len(before.dht.contacts) == 2
-        async with swarm.open(3, state_dir=tmp_path, bootstrap=()) as (_, after):
+        async with swarm.open(3, state_dir=tmp_path / "new", bootstrap=()) as (_, after):
             assert {c.peer_id for c in after.dht.contacts} == {identity(1).peer_id, identity(2).peer_id}
 
 
@@ -243,6 +244,7 @@ async def test_no_seq_is_used_twice_over_a_restart_with_a_clock_set_back(swarm: 
 @pytest.mark.parametrize("text", ["", "{", '{"version": 3}', json.dumps({"version": 1, "contacts": [1]})])
 async def test_a_damaged_state_costs_only_a_slower_start(swarm: Swarm, tmp_path: Path, text: str) -> None:
     (tmp_path / "contacts.json").write_text(text)
+    (tmp_path / "seq").write_text(text)
     async with swarm.open(1), swarm.open(2, state_dir=tmp_path) as (_, discovery):
         assert len(discovery.dht.contacts) == 1
     assert json.loads((tmp_path / "contacts.json").read_text())["version"] == 1

@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 import trio
+
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId

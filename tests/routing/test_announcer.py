@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+
 from peerd.protocol.identity import Identity
 from peerd.protocol.records import (
     Announcement,

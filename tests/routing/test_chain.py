@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
+
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.span import Span

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from peerd.protocol.identity import PeerId
 from peerd.routing.clock import MAX_PEERS, SwarmClock
 

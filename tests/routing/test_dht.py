@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
 from peerd.protocol.identity import Identity, node_id_of
 from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, peer_key, server_key, sign_record

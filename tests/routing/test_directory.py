@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records import (
     Announcement,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from peerd.protocol.identity import PeerId
 from peerd.routing.links import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, MAX_PEERS, Links
 

@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 import trio
+
 from peerd.protocol.identity import Identity
 from peerd.routing.lookup import GIVE_UP_S, PATIENCE_S, Crawl
 from peerd.routing.table import Contact, Node, PeerNode

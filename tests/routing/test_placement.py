@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from peerd.protocol.span import Span
 from peerd.routing.offer import Offer
 from peerd.routing.placement import block_rates, choose_span

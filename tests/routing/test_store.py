@@ -5,6 +5,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
+
 from peerd.protocol.identity import Identity
 from peerd.protocol.packing import pack
 from peerd.protocol.records import (

@@ -4,6 +4,7 @@ import json
 from random import Random
 
 import pytest
+
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.routing.table import Contact, ContactTable, Node, PeerNode, dump_contacts, load_contacts

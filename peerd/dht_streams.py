@@ -1,0 +1,73 @@
+"""The DHT's questions and answers over streams: one question a stream (spec/dht.md).
+
+Knows messages and deadlines; what they mean is `routing`'s business. The difficulty is strangers' words:
+an address that somebody claims for a peer may lie in our own network, and a body may be large.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from peerd.connections import Connections, Stream
+from peerd.links import dialable
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
+from peerd.protocol.frames import Priority
+from peerd.protocol.messages import Failure
+from peerd.protocol.records import MAX_RECORD_BYTES
+from peerd.routing.dht import Dht
+from peerd.routing.dht_messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
+from peerd.routing.table import Contact
+
+# A set of records, each behind its length.
+MAX_BODY_BYTES = MAX_RECORDS * (MAX_RECORD_BYTES + 2)
+# A set of records may be as large as a prefill. Beyond this it travels as one, behind the steps of sessions.
+SMALL_BODY_BYTES = 4096
+# From the question's first byte to the answer's last: the asker gives up after 3 s.
+ANSWER_DEADLINE_S = 10.0
+
+
+class StreamTransport:
+    """Carries each question on a stream of its own: its cancelling is a reset, and no answer waits for another.
+
+    ranges: addresses of the loopback and private ranges in which others may make us dial.
+    """
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self.ranges: tuple[Multiaddr, ...] = ()
+
+    async def request(self, contact: Contact, packet: Packet) -> Packet:
+        """Raises what the peer answered, or a PeerFault."""
+        stream = await self._connections.open_stream(
+            contact.peer_id, DHT_PROTOCOL, addresses=dialable(contact.addresses, self.ranges)
+        )
+        async with stream:
+            await _send(stream, packet)
+            stream.finish()
+            try:
+                answer = await stream.receive(max_body=MAX_BODY_BYTES)
+            except trio.EndOfChannel:
+                raise RemoteProtocolError(f"{contact.peer_id} finished without an answer") from None
+        if answer.header.get("type") == Failure.TYPE:
+            raise Failure.from_header(answer.header).error
+        return Packet(answer.header, unpack_records(answer.body))
+
+
+async def answer_question(dht: Dht, stream: Stream) -> None:
+    """Answer the question that opens a stream of the DHT's protocol, and end the stream."""
+    with trio.move_on_after(ANSWER_DEADLINE_S):
+        async with stream:
+            question = await stream.receive(max_body=MAX_BODY_BYTES)
+            packet = Packet(question.header, unpack_records(question.body))
+            try:
+                answer = await dht.handle(stream.peer, packet, stream.connection.remote_ip)
+            except InvalidRequest as error:
+                answer = Packet(Failure.of(error).to_header())
+            await _send(stream, answer)
+
+
+async def _send(stream: Stream, packet: Packet) -> None:
+    body = pack_records(packet.records)
+    priority = Priority.CONTROL if len(body) <= SMALL_BODY_BYTES else Priority.PREFILL
+    await stream.send(packet.header, [body], priority=priority)
