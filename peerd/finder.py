@@ -9,17 +9,31 @@ from __future__ import annotations
 from collections.abc import Collection
 from random import Random
 
+from peerd.connections import Connections
+from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chain import Chain, ChainNeeds, plan_chain
-from peerd.routing.directory import Directory
+from peerd.routing.directory import CACHE_S, Directory
 from peerd.routing.links import Links
+
+# Clients that wait for a missing server look again this often, not oftener.
+FRESH_S = 0.5
 
 
 class SwarmFinder:
     """Chains over one model's blocks, from the directory's latest view."""
 
-    def __init__(self, directory: Directory, links: Links, model: bytes, block_count: int, random: Random) -> None:
+    def __init__(
+        self,
+        connections: Connections,
+        directory: Directory,
+        links: Links,
+        model: bytes,
+        block_count: int,
+        random: Random,
+    ) -> None:
+        self._connections = connections
         self._directory = directory
         self._links = links
         self._model = model
@@ -28,8 +42,18 @@ class SwarmFinder:
 
     async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId]) -> Chain:
         """The best chain over `blocks`. Raises NoChain, naming the blocks that nobody serves."""
-        offers = await self._directory.servers(self._model, self._block_count)
+        try:
+            return await self._plan(blocks, tokens, exclude, CACHE_S)
+        except NoChain:
+            # Whoever is missing may have come since we looked.
+            return await self._plan(blocks, tokens, exclude, FRESH_S)
+
+    async def _plan(self, blocks: Span, tokens: int, exclude: Collection[PeerId], max_age_s: float) -> Chain:
+        offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
         avoid = self._links.avoided() | frozenset(exclude)
+        for peer_id, connection in self._connections.live.items():
+            if connection.rtt_s is not None:
+                self._links.measured(peer_id, connection.rtt_s)
         needs = ChainNeeds(rtts_s=self._links.rtts_s(), tokens=tokens)
         return plan_chain(offers, blocks, needs=needs, random=self._random, avoid=avoid)
 

@@ -6,7 +6,7 @@ piece of text is given out only once later tokens can no longer change it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class Generation:
     def __aiter__(self) -> AsyncIterator[Token]:
         return self.tokens()
 
-    async def tokens(self) -> AsyncIterator[Token]:
+    async def tokens(self) -> AsyncGenerator[Token, None]:
         """The tokens, as they come. Raises NoChain, Overloaded, ContextTooLong, InvalidRequest."""
         self.started = trio.current_time()
         sampling = self._sampling

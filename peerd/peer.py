@@ -101,7 +101,14 @@ class Peer:
         with await trio.to_thread.run_sync(open_checkpoint, path) as checkpoint:
             facts, head, tokenizer = await trio.to_thread.run_sync(_read_client_side, checkpoint)
             random = Random(os.urandom(16))
-            finder = SwarmFinder(self.discovery.directory, self.discovery.links, facts.digest, facts.block_count, random)
+            finder = SwarmFinder(
+                self.connections,
+                self.discovery.directory,
+                self.discovery.links,
+                facts.digest,
+                facts.block_count,
+                random,
+            )
             opener = ChainOpener(self.connections, self.identity, self.discovery.clock, os.urandom)
             async with open_tasks() as tasks:
                 task = HeadTask(head)
@@ -119,9 +126,7 @@ class Peer:
         with await trio.to_thread.run_sync(open_checkpoint, spec.model) as checkpoint:
             span = await self._choose(spec, checkpoint)
             loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
-            served = ServedSpan(
-                checkpoint.model_digest, checkpoint.max_length or MAX_LENGTH, EngineTask(loaded.engine)
-            )
+            served = ServedSpan(checkpoint.model_digest, checkpoint.max_length or MAX_LENGTH, EngineTask(loaded.engine))
         self.server.serve(served)
         self._announce(served, loaded)
         return served
