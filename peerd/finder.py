@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from random import Random
 
-from peerd.connections import Connections
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
@@ -24,16 +23,7 @@ FRESH_S = 0.5
 class SwarmFinder:
     """Chains over one model's blocks, from the directory's latest view."""
 
-    def __init__(
-        self,
-        connections: Connections,
-        directory: Directory,
-        links: Links,
-        model: bytes,
-        block_count: int,
-        random: Random,
-    ) -> None:
-        self._connections = connections
+    def __init__(self, directory: Directory, links: Links, model: bytes, block_count: int, random: Random) -> None:
         self._directory = directory
         self._links = links
         self._model = model
@@ -51,9 +41,6 @@ class SwarmFinder:
     async def _plan(self, blocks: Span, tokens: int, exclude: Collection[PeerId], max_age_s: float) -> Chain:
         offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
         avoid = self._links.avoided() | frozenset(exclude)
-        for peer_id, connection in self._connections.live.items():
-            if connection.rtt_s is not None:
-                self._links.measured(peer_id, connection.rtt_s)
         needs = ChainNeeds(rtts_s=self._links.rtts_s(), tokens=tokens)
         return plan_chain(offers, blocks, needs=needs, random=self._random, avoid=avoid)
 

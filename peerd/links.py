@@ -68,7 +68,7 @@ def dialable(claimed: Iterable[Multiaddr], ours: Iterable[Multiaddr]) -> tuple[M
     Loopback and private ones only where we ourselves listen on such an address, or on all of them.
     """
     ours = tuple(ours)
-    loopback = any(address.is_loopback for address in ours)
+    loopback = any(address.is_loopback or address.is_wildcard for address in ours)
     private = any(address.is_private for address in ours)
     return tuple(
         address

@@ -10,14 +10,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Protocol
 
 import trio
 
 from peerd.connections import Connections
 from peerd.control_stream import ControlStream, open_control
 from peerd.protocol.errors import PeerdError
-from peerd.protocol.identity import Identity
+from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import NextHop, Open, Route
+from peerd.protocol.records import SignedRecord
 from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.chain import Chain, Hop
 
@@ -89,6 +91,13 @@ class OpenChain:
             control.close()
 
 
+class PeerRecords(Protocol):
+    """Where peers say they are: the directory."""
+
+    async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
+        """The peer's newest record; None if none is found."""
+
+
 class ChainOpener:
     """Opens sessions along chains, in the name of one identity."""
 
@@ -96,11 +105,13 @@ class ChainOpener:
         self,
         connections: Connections,
         identity: Identity,
+        directory: PeerRecords,
         now: Callable[[], float],
         random_bytes: Callable[[int], bytes],
     ) -> None:
         self._connections = connections
         self._identity = identity
+        self._directory = directory
         self._now = now
         self._random_bytes = random_bytes
 
@@ -109,7 +120,7 @@ class ChainOpener:
         session = self._random_bytes(16)
         hops = chain.hops
         openings = [
-            self._opening(session, hop, terms, 0, index, self._next(session, hop, after, index + 1, 0))
+            self._opening(session, hop, terms, 0, index, await self._next(session, hop, after, index + 1, 0))
             for index, (hop, after) in enumerate(zip_longest(hops, hops[1:]))
         ]
         granted: dict[int, ControlStream] = {}
@@ -140,16 +151,16 @@ class ChainOpener:
         next_hop = None
         if index + 1 < len(chain.controls):
             after = chain.controls[index + 1]
-            next_hop = self._next(chain.session, hop, after.hop, after.number, epoch)
+            next_hop = await self._next(chain.session, hop, after.hop, after.number, epoch)
         opening = self._opening(chain.session, hop, terms, epoch, chain.next_number, next_hop)
         try:
             return await open_control(self._connections, hop, opening)
         except PeerdError as error:
             raise HopRefused(hop, error) from error
 
-    def route(self, chain: OpenChain, upstream: ControlStream, to: ControlStream) -> Route:
+    async def route(self, chain: OpenChain, upstream: ControlStream, to: ControlStream) -> Route:
         """What tells `upstream` to push to `to` from the chain's epoch on."""
-        next_hop = self._next(chain.session, upstream.hop, to.hop, to.number, chain.epoch)
+        next_hop = await self._next(chain.session, upstream.hop, to.hop, to.number, chain.epoch)
         return Route(epoch=chain.epoch, next=next_hop)
 
     def _opening(
@@ -172,10 +183,14 @@ class ChainOpener:
             next=next_hop,
         )
 
-    def _next(self, session: bytes, sender: Hop, receiver: Hop | None, number: int, epoch: int) -> NextHop | None:
+    async def _next(
+        self, session: bytes, sender: Hop, receiver: Hop | None, number: int, epoch: int
+    ) -> NextHop | None:
         """Leave for `sender` to push this session's results to `receiver`, which knows itself as hop `number`."""
         if receiver is None:
             return None
+        # Where the receiver is now: what its offer came with may have expired in a long session.
+        record = await self._directory.peer_record(receiver.peer_id) or receiver.offer.peer_record
         ticket = Ticket(
             session=session,
             hop=number,
@@ -184,4 +199,4 @@ class ChainOpener:
             receiver=receiver.peer_id,
             expires=math.ceil(self._now() + TICKET_LIFETIME_S),
         )
-        return NextHop(sign_ticket(self._identity, ticket), receiver.offer.peer_record.encode())
+        return NextHop(sign_ticket(self._identity, ticket), record.encode())

@@ -29,7 +29,6 @@ from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.reachable import dialable_forms
 from peerd.routing.clock import SwarmClock
-from peerd.routing.dht_messages import DHT_PROTOCOL
 from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
@@ -101,15 +100,9 @@ class Peer:
         with await trio.to_thread.run_sync(open_checkpoint, path) as checkpoint:
             facts, head, tokenizer = await trio.to_thread.run_sync(_read_client_side, checkpoint)
             random = Random(os.urandom(16))
-            finder = SwarmFinder(
-                self.connections,
-                self.discovery.directory,
-                self.discovery.links,
-                facts.digest,
-                facts.block_count,
-                random,
-            )
-            opener = ChainOpener(self.connections, self.identity, self.discovery.clock, os.urandom)
+            discovery = self.discovery
+            finder = SwarmFinder(discovery.directory, discovery.links, facts.digest, facts.block_count, random)
+            opener = ChainOpener(self.connections, self.identity, discovery.directory, discovery.clock, os.urandom)
             async with open_tasks() as tasks:
                 task = HeadTask(head)
                 tasks.start_soon(task.run)
@@ -214,9 +207,8 @@ async def open_peer(
                 state_dir=state_dir,
                 random=Random(os.urandom(16)),
                 clock=clock,
+                addresses=connections.announced,
             ) as discovery:
-                connections.handlers[DHT_PROTOCOL] = discovery.answer
-                discovery.reachable_at(connections.announced)
                 peer = Peer(identity, connections, discovery, server)
                 if server:
                     server.attach(connections)

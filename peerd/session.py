@@ -372,7 +372,7 @@ class Session:
     async def _reroute(self, chain: OpenChain, index: int) -> bool:
         """Point the hop before `index` to its new next hop, and wait until it has replayed."""
         upstream = chain.controls[index - 1]
-        route = self._opener.route(chain, upstream, chain.controls[index])
+        route = await self._opener.route(chain, upstream, chain.controls[index])
         try:
             upstream.send_nowait(route, priority=Priority.CONTROL)
         except (PeerFault, trio.ClosedResourceError):

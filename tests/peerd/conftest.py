@@ -18,7 +18,7 @@ from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener, Terms
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
+from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.chain import Chain, ChainNeeds, plan_chain
 from peerd.routing.links import Links
@@ -175,6 +175,11 @@ class Swarm:
                 task_status.started(Host(ip, identity, task.engine.span, server, task, connections))
                 await trio.sleep_forever()
 
+    async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
+        """As the directory does it."""
+        await trio.lowlevel.checkpoint()
+        return next((host.offer().peer_record for host in self.hosts if host.peer_id == peer_id), None)
+
     def kill(self, host: Host) -> None:
         """The process dies: connections break, nobody answers."""
         host.online = False
@@ -204,7 +209,7 @@ class Swarm:
         async with open_connections(
             identity, transport=self.network.transport(ip), handlers={}, now=unix_now
         ) as connections:
-            opener = ChainOpener(connections, identity, unix_now, rng.randbytes)
+            opener = ChainOpener(connections, identity, self, unix_now, rng.randbytes)
             task_status.started(Client(ip, identity, connections, Finder(self), opener, self._tasks, rng))
             await trio.sleep_forever()
 
