@@ -14,7 +14,7 @@ import torch
 from peerd.compute.attention import BatchView, RowView, SpanAttention
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.packed_linear import pack_linears
-from peerd.compute.span_model import SpanModel, _slice_lists
+from peerd.compute.span_model import SpanModel, slice_lists
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span
 
@@ -108,6 +108,6 @@ def _part_of(model: SpanModel, blocks: Span) -> SpanModel:
     decoder = copy.copy(model.decoder)
     decoder._modules = dict(decoder._modules)
     decoder.config = copy.deepcopy(model.config)
-    _slice_lists(decoder.config, len(model.span), part)
+    slice_lists(decoder.config, len(model.span), part)
     setattr(decoder, model.family.layers, model.layers[part.start : part.end])
     return SpanModel(decoder, model.family, blocks, model.kinds[part.start : part.end]).eval()

@@ -146,7 +146,7 @@ def load_span(
 def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
     layers: nn.ModuleList = getattr(decoder, family.layers)
     config = decoder.config
-    _slice_lists(config, len(layers), span)
+    slice_lists(config, len(layers), span)
     setattr(decoder, family.layers, layers[span.start : span.end])
     for index, layer in enumerate(layers[span.start : span.end]):
         parts: Iterator[Any] = layer.modules()
@@ -161,7 +161,7 @@ def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
         setattr(decoder, family.embedding_scale, 1.0)
 
 
-def _slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
+def slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
     """Cut the configuration's per-layer lists (`layer_types` and the like), which forward reads by new numbers."""
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) == block_count:
