@@ -12,9 +12,9 @@ import sys
 from contextlib import aclosing
 
 import trio
-from peerd.compute.demo_model import demo_model_path
 
 import peerd
+from peerd.compute.demo_model import demo_model_path
 
 LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
 

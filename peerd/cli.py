@@ -7,10 +7,13 @@ Knows what can be asked for and how to say that it is wrong; the work is done in
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 import platformdirs
@@ -23,6 +26,7 @@ from peerd.cli_options import (
     json_option,
     parse_address,
     parse_blocks,
+    parse_device,
     parse_memory,
     parse_model,
     sampling_options,
@@ -119,9 +123,15 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     " restarts lies beside it.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="What to compute in. Default: the checkpoint's.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cpu.")
+@click.option("--device", type=parse_device, metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cpu.")
 @click.option("--kv-tokens", type=click.IntRange(min=1), metavar="N", help="Positions to keep KV for, of all sessions.")
-@click.option("--memory", type=parse_memory, metavar="SIZE", help="Bounds blocks and KV together, such as 6GiB.")
+@click.option(
+    "--memory",
+    "memory_bytes",
+    type=parse_memory,
+    metavar="SIZE",
+    help="Bounds blocks and KV together, such as 6GiB.",
+)
 @click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers.")
 @verbose_option
 @click.version_option(package_name="peerd")
@@ -242,7 +252,7 @@ def _daemon(
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")
     if announce and not (serve_blocks or listen):
         raise click.UsageError("--announce needs --listen: who dials the address must reach this peer")
-    from peerd.cli_serve import Daemon
+    from peerd.cli_serve import Daemon, check_device
     from peerd.peer import DEFAULT_LISTEN
 
     specs: tuple[ServeSpec, ...] = ()
@@ -250,6 +260,7 @@ def _daemon(
         with working("starting"):
             from peerd.serving import ServeSpec
 
+            check_device(device or "cpu")
         blocks = None if isinstance(serve_blocks, str) else serve_blocks
         specs = (ServeSpec(model, blocks, device=device or "cpu", **serving),)
         listen = listen or (DEFAULT_LISTEN,)
@@ -280,6 +291,14 @@ def _run(ctx: click.Context, work: Callable[[], Awaitable[None]]) -> None:
         ctx.exit(interrupted.exit_code)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The entry point."""
-    cli(prog_name="peerd")
+    try:
+        cli(prog_name="peerd")
+    except SystemExit as end:
+        code = end.code
+    # All that had to end has ended. Taking torch's modules apart would be another second or two of waiting.
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)

@@ -5,6 +5,7 @@ Knows spellings; imports nothing slow, so that `--help` and mistakes are answere
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +65,13 @@ def parse_model(value: str) -> Path:
         f"{value} {found}; a model is a directory with config.json and safetensors, or a .gguf file."
         " Names on a model hub are not understood: download the model first."
     )
+
+
+def parse_device(value: str) -> str:
+    """A device by torch's name; whether it is there only torch knows."""
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", value) is None:
+        raise click.BadParameter(f"{value!r} is not cpu, cuda or cuda:N")
+    return value
 
 
 def parse_memory(value: str) -> int:

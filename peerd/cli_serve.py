@@ -24,6 +24,7 @@ from peerd.keyfile import load_or_create_identity
 from peerd.nurseries import open_tasks
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import InvalidRequest
 from peerd.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -63,28 +64,35 @@ async def run_daemon(daemon: Daemon) -> None:
 
 async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
     async with AsyncExitStack() as stack:
-        identity = stack.enter_context(load_or_create_identity(daemon.identity))
         with working(_starting(daemon.serve)):
-            peer = await stack.enter_async_context(
-                open_peer(
-                    identity,
-                    listen=daemon.listen,
-                    announce=daemon.announce,
-                    bootstrap=daemon.bootstrap,
-                    serve=daemon.serve,
-                    state_dir=_state_dir(daemon.identity),
-                )
-            )
+            peer = await _open(stack, daemon)
         stopping.serving = True
         for address in peer.addresses:
             write(f"{address}\n")
         log.info("%s is up%s", peer.peer_id, _roles(peer))
         try:
             await stopping.asked.wait()
-            log.info("leaving: no new sessions, %g s for those that are open", stopping.drain_s)
+            log.info("leaving%s", f"; open sessions get {stopping.drain_s:g} s to end" if peer.served else "")
             await peer.drain(stopping.drain_s)
         finally:
             _log_positions(peer)
+
+
+async def _open(stack: AsyncExitStack, daemon: Daemon) -> Peer:
+    identity = stack.enter_context(load_or_create_identity(daemon.identity))
+    opening = open_peer(
+        identity,
+        listen=daemon.listen,
+        announce=daemon.announce,
+        bootstrap=daemon.bootstrap,
+        serve=daemon.serve,
+        state_dir=_state_dir(daemon.identity),
+    )
+    try:
+        return await stack.enter_async_context(opening)
+    except OSError as error:
+        wanted = ", ".join(map(str, daemon.listen))
+        raise InvalidRequest(f"cannot listen on {wanted}: {error.strerror}; choose another --listen") from error
 
 
 class _Stopping:
@@ -121,6 +129,18 @@ class _Stopping:
             self.at_once.cancel()
         self.number = number
         self.asked.set()
+
+
+def check_device(name: str) -> None:
+    """Raises InvalidRequest if torch cannot compute there."""
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(
+            f"there is no {name} here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices;"
+            " leave out --device to use the CPU"
+        )
 
 
 def _state_dir(identity: Path) -> Path:

@@ -39,6 +39,8 @@ async def demo(request: Request, servers: int, *, as_json: bool) -> None:
             model = await stack.enter_async_context(peer.model(path))
             await swarm.serving.wait()
         swarm.show(to_stderr=as_json)
+        if not as_json:
+            write(f"\n> {request.prompt}\n")
         generation = await answer(model, request, quiet=as_json)
         write((report(generation) if as_json else f"\n{figures(generation)}") + "\n")
 

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+
 from peerd.compute.demo_model import demo_model_path
+from peerd.demo import even_spans
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
-
-from peerd.demo import even_spans
 
 pytestmark = [pytest.mark.processes, pytest.mark.model, pytest.mark.real_time]
 
@@ -74,8 +75,9 @@ def peerd(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def children_of(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children]
+    """Each process belongs to the thread that started it."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for children in lists for child in children]
 
 
 def still_there(pids: list[int]) -> list[int]:
@@ -114,7 +116,10 @@ def test_printed_addresses_can_be_dialled_and_name_their_peer(swarm: dict[str, D
 
 def test_generate_streams_text_and_reports_the_same_answer_as_json(swarm: dict[str, Daemon]) -> None:
     question = ["--prompt", "What is the capital of France?", "--chat", "--max-new-tokens", "24"]
-    streamed, reported = generate(swarm, *question), generate(swarm, *question, "--json")
+    with ThreadPoolExecutor() as both:
+        streaming = both.submit(generate, swarm, *question)
+        reported = generate(swarm, *question, "--json")
+    streamed = streaming.result()
     assert (streamed.returncode, reported.returncode) == (0, 0), streamed.stderr + reported.stderr
     answer = json.loads(reported.stdout)
     assert "Paris" in answer["text"]
@@ -171,8 +176,7 @@ def test_ctrl_c_in_mid_answer_stops_the_demo_and_all_its_processes() -> None:
     command = [*PEERD, "demo", "--max-new-tokens", "2000", "--prompt", "Count from one to a thousand."]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        # The table ends with the bootstrap peer; what follows is the answer.
-        while "bootstrap" not in process.stdout.readline():
+        while not process.stdout.readline().startswith("> Count"):
             pass
         assert process.stdout.read(20)
         started = children_of(process.pid)

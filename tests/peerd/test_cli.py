@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
-from peerd.compute.errors import CheckpointError
-from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
 
 from peerd.cli import cli
+from peerd.compute.errors import CheckpointError
 from peerd.console import printable, short
+from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 
@@ -57,6 +57,8 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--client", "--bootstrap", "/ip4/127.0.0.1/tcp/31330/ws"], "add /p2p/"),
         (["--client", "--kv-tokens", "64"], "add --serve-blocks"),
         (["--client", "--device", "cpu"], "add --serve-blocks"),
+        (["--serve-blocks", "1", "--model", "MODEL", "--device", "gpu"], "cuda:N"),
+        (["--serve-blocks", "1", "--model", "MODEL", "--device", "cuda:99"], "there is no cuda:99 here"),
         (["--client", "--announce", ADDRESS], "--announce needs --listen"),
         (["--client", "--listen", "127.0.0.1:80"], "allowed is /ip4|ip6"),
         (["--serve-blocks", "auto", "--model", "MODEL", "--memory", "lots"], "lots"),
