@@ -198,7 +198,7 @@ def generate(
     if prompt_file is not None:
         prompt = prompt_file.read()
     elif prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     from peerd.cli_generate import Request
     from peerd.cli_generate import generate as run_generate
 
