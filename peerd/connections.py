@@ -109,7 +109,7 @@ class Connections:
                     return connection
                 continue
             dial = self._dials.get(peer_id)
-            if dial is None:
+            if dial is None or dial.over:
                 fresh = [address.with_peer(peer_id) for address in addresses]
                 dial = Dial([address for address in dict.fromkeys(fresh) if address not in tried])
                 self._dials[peer_id] = dial
@@ -277,7 +277,8 @@ async def open_connections(
     swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us; `now` is in seconds since 1970.
     Raises OSError for an address that cannot be listened on, and whatever bug a handler has.
     """
-    async with open_tasks() as nursery:
+    async with open_tasks() as tasks:
+        shelter, nursery = await tasks.start(_shelter)
         connections = Connections(
             identity,
             transport,
@@ -289,6 +290,20 @@ async def open_connections(
             limits=limits or Limits(),
             now=now,
         )
-        for address in listen:
-            await connections.listen(address)
-        yield connections
+        try:
+            for address in listen:
+                await connections.listen(address)
+            yield connections
+        finally:
+            shelter.cancel()
+
+
+async def _shelter(task_status: trio.TaskStatus[tuple[trio.CancelScope, trio.Nursery]]) -> None:
+    """A nursery that lives until its own scope is cancelled.
+
+    Who uses connections may be cancelled and still have a last word to say over them: that it leaves.
+    """
+    with trio.CancelScope(shield=True) as scope:
+        async with trio.open_nursery() as nursery:
+            task_status.started((scope, nursery))
+            await trio.sleep_forever()

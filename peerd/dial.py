@@ -43,6 +43,11 @@ class Dial:
     def __repr__(self) -> str:
         return f"<Dial failed={len(self.failures)}/{len(self.addresses)} waiting={self._waiting}>"
 
+    @property
+    def over(self) -> bool:
+        """Whether it has come to an end, whichever."""
+        return self._done.is_set()
+
     async def wait(self) -> None:
         """Until there is a connection or no address is left. The last one to be cancelled here ends the dial."""
         self._waiting += 1

@@ -217,7 +217,8 @@ class PeerConnection:
             self._heard.unpark_all()
 
     async def _write(self) -> None:
-        while True:
+        # The last message is not for this task, which is about to be cancelled.
+        while self.lost is None:
             message = self.core.next_message(trio.current_time())
             self._take_events()
             if message is None:
@@ -228,10 +229,12 @@ class PeerConnection:
             self._sending = False
 
     async def _keep_time(self) -> None:
+        with trio.move_on_at(self.core.deadline):
+            await self._proven.wait()
         while True:
-            await trio.sleep_until(self.core.deadline)
             self.core.check(trio.current_time())
             self.wake()
+            await trio.sleep_until(self.core.deadline)
 
     async def _settle(self) -> None:
         """Agree with the peer on this connection: the smaller PeerId chooses, its hello says so."""

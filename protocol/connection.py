@@ -207,7 +207,7 @@ class Connection:
 
     @property
     def deadline(self) -> float:
-        """When `check` must be called. It only ever moves later, except in `check`."""
+        """When `check` must be called. It only ever moves later, but for the moment of HandshakeDone."""
         return self._liveness.deadline if self._liveness else self._handshake_deadline
 
     def check(self, now: float) -> None:

@@ -41,6 +41,8 @@ class Liveness:
         self._heard = now
         self._token = 0
         self._asked: float | None = None
+        # Whether the present silence has lasted long enough to be asked about.
+        self._doubting = False
         self.ping_due = True
         """Whether a PING should go out as soon as possible."""
         self.rtt_s: float | None = None
@@ -48,13 +50,13 @@ class Liveness:
 
     @property
     def deadline(self) -> float:
-        """When `check` has something to do."""
-        waiting = self.ping_due or self._asked is not None
-        return self._heard + (self._patience.dead_after_s if waiting else self._patience.ping_after_s)
+        """When `check` has something to do. It only ever moves later."""
+        return self._heard + (self._patience.dead_after_s if self._doubting else self._patience.ping_after_s)
 
     def heard(self, now: float) -> None:
         """Something authentic arrived."""
         self._heard = now
+        self._doubting = False
 
     def ping(self, now: float) -> bytes:
         """The token of the PING that leaves now."""
@@ -76,7 +78,8 @@ class Liveness:
         silent_s = now - self._heard
         if now - self.deadline > _OVERSLEPT_S:
             self._heard = now - self._patience.ping_after_s
-        elif silent_s >= self._patience.dead_after_s:
+        elif self._doubting:
             raise ConnectionLost(f"the peer has been silent for {silent_s:.1f} s")
+        self._doubting = True
         if self._asked is None:
             self.ping_due = True

@@ -1,6 +1,7 @@
 """Silence: when we ask, when we give up, and whom an oversleeper blames."""
 
 import pytest
+
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.frames import Pong
 from peerd.protocol.liveness import Liveness, Patience
@@ -67,6 +68,17 @@ def test_a_late_first_look_asks():
     liveness.check(3600)
     assert liveness.ping_due
     assert liveness.deadline == 3605
+
+
+def test_the_deadline_only_ever_moves_later():
+    liveness = Liveness(Patience(), 100.0)
+    assert liveness.deadline == 105
+    token = liveness.ping(100)
+    liveness.check(105)
+    assert liveness.deadline == 110
+    liveness.heard(106)
+    liveness.pong(Pong(token), 106)
+    assert liveness.deadline == 111
 
 
 def test_an_answer_to_another_question_proves_nothing():

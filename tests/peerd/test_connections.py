@@ -1,0 +1,535 @@
+"""Connections between peers on a network in memory: who is connected to whom, and how it ends."""
+
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from peerd.connections import open_connections
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import (
+    ConnectFailed,
+    ConnectionLost,
+    InvalidRequest,
+    LocalProtocolError,
+    NotServed,
+    Overloaded,
+    RemoteProtocolError,
+    StreamReset,
+    UnsupportedFeature,
+    WrongPeer,
+)
+from peerd.protocol.frames import Priority
+from peerd.protocol.identity import Identity
+from peerd.testing import MemoryNetwork
+
+LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/31330/ws")
+# Sorted by PeerId: of two, the one with the smaller id chooses between connections.
+IDENTITIES = sorted((Identity.from_seed(bytes([n]) * 32) for n in range(1, 9)), key=lambda one: one.peer_id)
+
+
+def _address(number):
+    return Multiaddr("ip4", f"10.0.0.{number}", 31330)
+
+
+class Swarm:
+    """Peers by number, each on its own host `10.0.0.<number>`."""
+
+    def __init__(self, network, stack):
+        self.network = network
+        self.stack = stack
+
+    async def start(self, number, handlers=None, **arguments):
+        arguments.setdefault("listen", [LISTEN])
+        return await self.stack.enter_async_context(
+            open_connections(
+                arguments.pop("identity", IDENTITIES[number]),
+                transport=self.network.transport(f"10.0.0.{number}"),
+                handlers=handlers or {"/echo/1": _echo},
+                **arguments,
+            )
+        )
+
+    async def pair(self, handlers=None):
+        return await self.start(0, handlers), await self.start(1, handlers)
+
+
+@asynccontextmanager
+async def _swarm(latency_s=0.01, **arguments):
+    async with AsyncExitStack() as stack:
+        yield Swarm(MemoryNetwork(latency_s=latency_s, **arguments), stack)
+
+
+async def _echo(stream):
+    while True:
+        try:
+            message = await stream.receive(1 << 26)
+        except trio.EndOfChannel:
+            return
+        await stream.send(message.header, [message.body])
+
+
+async def _sink(_stream):
+    await trio.sleep_forever()
+
+
+async def _ask(connections, number, body=b"hi"):
+    stream = await connections.open_stream(IDENTITIES[number].peer_id, "/echo/1", addresses=[_address(number)])
+    async with stream:
+        await stream.send({"n": 1}, [body])
+        return bytes((await stream.receive()).body)
+
+
+# Connecting.
+
+
+@pytest.mark.parametrize(("dialler", "listener"), [(0, 1), (1, 0)])
+async def test_a_stream_to_a_peer_carries_messages_both_ways(dialler, listener):
+    async with _swarm() as swarm:
+        peers = await swarm.pair()
+        assert await _ask(peers[dialler], listener) == b"hi"
+        assert list(peers[dialler].live) == [peers[listener].peer_id]
+        assert list(peers[listener].live) == [peers[dialler].peer_id]
+
+
+async def test_both_sides_say_hello():
+    async with _swarm() as swarm:
+        one, other = await swarm.start(0, agent="test/1", now=lambda: 5.0), await swarm.start(1, roles=["serve"])
+        other.announced = (_address(1),)
+        connection = await one.connect(other.peer_id, [_address(1)])
+        hello = await connection.wait_hello()
+        assert (hello.roles, hello.multiaddrs, hello.observed_ip) == (("serve",), (_address(1),), "10.0.0.0")
+        there = await other.live[one.peer_id].wait_hello()
+        assert (there.agent, there.time_us, there.protocols) == ("test/1", 5_000_000, ("/echo/1",))
+        assert connection.rtt_s == pytest.approx(0.02)
+
+
+async def test_a_peer_is_dialled_once_however_many_ask_at_the_same_time():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        found = []
+
+        async def connect():
+            found.append(await one.connect(other.peer_id, [_address(1)]))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(connect)
+        assert len(set(found)) == 1
+        assert repr(swarm.network) == "<MemoryNetwork channels=2 listeners=2>"
+
+
+async def test_a_caller_who_gives_up_does_not_spoil_the_dial_for_another():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        async with trio.open_nursery() as nursery:
+            with trio.move_on_after(0.001) as impatient:
+                await one.connect(other.peer_id, [_address(1)])
+            nursery.start_soon(one.connect, other.peer_id, [_address(1)])
+        assert impatient.cancelled_caught
+        assert len(one.live) == 1
+
+
+async def test_a_dial_that_nobody_waits_for_any_more_ends():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        swarm.network.partition("10.0.0.0", "10.0.0.1")
+        with trio.move_on_after(1):
+            await one.connect(other.peer_id, [_address(1)])
+        await wait_all_tasks_blocked()
+        assert "dials=0" in repr(one)
+
+
+@pytest.mark.parametrize("offset_s", [0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06])
+async def test_simultaneous_dials_settle_on_one_connection_and_no_stream_is_lost(offset_s):
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        answers = []
+
+        async def ask(connections, number, delay_s):
+            await trio.sleep(delay_s)
+            for _ in range(20):
+                answers.append(await _ask(connections, number))
+
+        for first, second in ((0, offset_s), (offset_s, 0)):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, one, 1, first)
+                nursery.start_soon(ask, other, 0, second)
+            await trio.sleep(3)
+            assert len(one.live) == len(other.live) == 1
+            # Two ends of one channel: the other connection is gone on both sides.
+            assert repr(swarm.network) == "<MemoryNetwork channels=2 listeners=2>"
+            swarm.network.disconnect("10.0.0.0", "10.0.0.1")
+            await trio.sleep(1)
+        assert answers == [b"hi"] * 80
+
+
+async def test_a_peer_behind_a_wall_is_reached_over_the_connection_that_it_made():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        client = await swarm.start(1, listen=[])
+        await client.connect(one.peer_id, [_address(0)])
+        await wait_all_tasks_blocked()
+        assert await _ask(one, 1) == b"hi"
+
+
+async def test_an_inbound_connection_ends_a_dial_that_hangs():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        swarm.network.partition("10.0.0.0", "10.9.9.9")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.connect, other.peer_id, [Multiaddr("ip4", "10.9.9.9", 1)])
+            await other.connect(one.peer_id, [_address(0)])
+        assert trio.current_time() < 1
+        assert len(one.live) == 1
+
+
+async def test_the_next_address_is_tried_beside_one_that_does_not_answer():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        swarm.network.partition("10.0.0.0", "10.9.9.9")
+        start = trio.current_time()
+        await one.connect(other.peer_id, [Multiaddr("ip4", "10.9.9.9", 1), _address(1)])
+        assert trio.current_time() - start < 0.5
+
+
+async def test_when_no_address_works_every_reason_is_told():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        swarm.network.partition("10.0.0.0", "10.9.9.9")
+        nobody, silent = Multiaddr("ip4", "10.0.0.7", 1), Multiaddr("ip4", "10.9.9.9", 1)
+        with pytest.raises(ConnectFailed) as caught:
+            await one.connect(IDENTITIES[7].peer_id, [nobody, silent])
+        text = str(caught.value)
+        assert "10.0.0.7:1 refused" in text
+        assert "no answer within 10 s" in text
+
+
+async def test_without_an_address_there_is_no_way():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        with pytest.raises(ConnectFailed, match="no address"):
+            await one.connect(IDENTITIES[7].peer_id, [])
+
+
+async def test_finding_another_peer_at_the_address_is_told():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        with pytest.raises(WrongPeer):
+            await one.connect(IDENTITIES[5].peer_id, [_address(1)])
+        assert await _ask(one, 1) == b"hi"
+        assert len(other.live) == 1
+
+
+async def test_whoever_answers_is_taken_where_no_peer_was_named():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        connection = await one.connect(None, [_address(1)])
+        assert connection.peer_id == other.peer_id
+        assert await one.connect(None, [_address(1)]) is connection
+
+
+@pytest.mark.parametrize(("dialler", "listener"), [(0, 1), (1, 0)])
+async def test_a_peer_that_was_found_twice_keeps_its_first_connection(dialler, listener):
+    async with _swarm() as swarm:
+        peers = await swarm.pair()
+        first = await peers[dialler].connect(None, [_address(listener)])
+        assert await peers[dialler].connect(None, [_address(listener)]) is first
+        assert await _ask(peers[listener], dialler) == b"hi"
+        assert repr(swarm.network) == "<MemoryNetwork channels=2 listeners=2>"
+
+
+async def test_a_peer_does_not_dial_itself():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        with pytest.raises(InvalidRequest, match="itself"):
+            await one.connect(one.peer_id, [_address(0)])
+        with pytest.raises(ConnectFailed, match="the peer is ourselves"):
+            await one.connect(None, [_address(0)])
+
+
+async def test_strangers_do_not_get_into_a_private_swarm():
+    async with _swarm() as swarm:
+        one, other = await swarm.start(0, swarm_key=b"k" * 32), await swarm.start(1, swarm_key=b"k" * 32)
+        stranger = await swarm.start(2)
+        assert await _ask(one, 1) == b"hi"
+        with pytest.raises(ConnectFailed):
+            await stranger.connect(other.peer_id, [_address(1)])
+        assert list(other.live) == [one.peer_id]
+
+
+# Endings.
+
+
+@pytest.mark.parametrize("number", [0, 1])
+async def test_a_peer_that_restarts_is_taken_back_at_once(number):
+    async with _swarm() as swarm:
+        stays = await swarm.start(1 - number)
+        async with AsyncExitStack() as life:
+            first = await Swarm(swarm.network, life).start(number)
+            await first.connect(stays.peer_id, [_address(1 - number)])
+            # Its host vanishes without a word, and comes back with the same identity.
+            swarm.network.partition("10.0.0.0", "10.0.0.1")
+        swarm.network.heal("10.0.0.0", "10.0.0.1")
+        second = await swarm.start(number, listen=[])
+        with trio.fail_after(4):
+            assert await _ask(second, 1 - number) == b"hi"
+        assert len(stays.live) == 1
+
+
+async def test_a_half_open_connection_is_lost_in_ten_seconds_and_everybody_is_told():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        lost = []
+        one.on_lost.append(lambda connection: lost.append(connection.peer_id))
+        stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])
+        await trio.sleep(1)
+        swarm.network.partition("10.0.0.0", "10.0.0.1")
+        start = trio.current_time()
+        with pytest.raises(ConnectionLost, match="silent for 10"):
+            await stream.receive()
+        assert trio.current_time() - start <= 10
+        assert lost == [other.peer_id]
+        assert not one.live
+
+
+async def test_a_killed_peer_is_lost_at_once():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])
+        await trio.sleep(1)
+        start = trio.current_time()
+        swarm.network.kill("10.0.0.1")
+        with pytest.raises(ConnectionLost):
+            await stream.receive()
+        assert trio.current_time() == start
+        assert isinstance(await stream.connection.wait_lost(), ConnectionLost)
+        with pytest.raises(ConnectFailed):
+            await one.connect(other.peer_id, [_address(1)])
+
+
+async def test_who_closes_says_why():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        connection = await one.connect(other.peer_id, [_address(1)])
+        await connection.wait_hello()
+        other.live[one.peer_id].close("draining", "this peer is leaving")
+        assert "this peer is leaving" in str(await connection.wait_lost())
+
+
+async def test_observers_hear_of_peers_as_they_come_and_go():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        heard = []
+        one.on_connected.append(lambda connection: heard.append(("connected", connection.peer_id)))
+        one.on_lost.append(lambda connection: heard.append(("lost", connection.peer_id)))
+        await other.connect(one.peer_id, [_address(0)])
+        await trio.sleep(1)
+        swarm.network.disconnect("10.0.0.0", "10.0.0.1")
+        await trio.sleep(1)
+        assert heard == [("connected", other.peer_id), ("lost", other.peer_id)]
+
+
+async def test_cancelling_closes_everything_within_a_second():
+    async with _swarm(bytes_a_second=1000.0) as swarm:
+        other = await swarm.start(1, {"/sink/1": _sink})
+        with trio.CancelScope() as scope:
+            async with open_connections(
+                IDENTITIES[0], transport=swarm.network.transport("10.0.0.0"), handlers={}
+            ) as one:
+                stream = await one.open_stream(other.peer_id, "/sink/1", addresses=[_address(1)])
+                await stream.send({}, [bytes(1 << 20)])
+                await trio.sleep(30)
+                start = trio.current_time()
+                scope.cancel()
+                await trio.sleep_forever()
+        assert trio.current_time() - start < 1
+        await trio.sleep(2)
+        assert not other.live
+
+
+# Handlers.
+
+
+async def test_a_protocol_that_the_peer_does_not_speak_is_refused_by_name():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        stream = await one.open_stream(other.peer_id, "/unknown/1", addresses=[_address(1)])
+        with pytest.raises(StreamReset) as caught:
+            await stream.receive()
+        assert caught.value.reason == UnsupportedFeature.code
+        assert await _ask(one, 1) == b"hi"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [NotServed("x"), RemoteProtocolError("x"), Overloaded("x"), StreamReset("x"), ExceptionGroup("", [NotServed("x")])],
+    ids=repr,
+)
+async def test_what_a_handler_blames_others_for_resets_its_stream_and_the_daemon_lives_on(error):
+    async def fail(stream):
+        await stream.receive()
+        raise error
+
+    async with _swarm() as swarm:
+        one, other = await swarm.pair({"/fail/1": fail, "/echo/1": _echo})
+        stream = await one.open_stream(other.peer_id, "/fail/1", addresses=[_address(1)])
+        await stream.send({})
+        with pytest.raises(StreamReset) as caught:
+            await stream.receive()
+        expected = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+        assert caught.value.reason == expected.code
+        assert await _ask(one, 1) == b"hi"
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), LocalProtocolError("a bug")])
+async def test_a_handler_with_a_bug_ends_the_peer_loudly(error):
+    async def crash(_stream):
+        raise error
+
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+
+        async def be_a_peer():
+            transport = swarm.network.transport("10.0.0.1")
+            async with open_connections(
+                IDENTITIES[1], transport=transport, listen=[LISTEN], handlers={"/crash/1": crash}
+            ) as other:
+                await one.open_stream(other.peer_id, "/crash/1", addresses=[_address(1)])
+                await trio.sleep_forever()
+
+        with pytest.raises(type(error), match="a bug"):
+            await be_a_peer()
+
+
+async def test_a_handler_that_returns_ends_its_stream_after_what_it_said():
+    async def brief(stream):
+        await stream.send({"said": "bye"}, [bytes(300_000)])
+
+    async with _swarm() as swarm:
+        one, other = await swarm.pair({"/brief/1": brief})
+        stream = await one.open_stream(other.peer_id, "/brief/1", addresses=[_address(1)])
+        assert len((await stream.receive(300_000)).body) == 300_000
+        with pytest.raises(trio.EndOfChannel):
+            await stream.receive()
+
+
+async def test_a_handler_hears_why_its_connection_went():
+    heard = []
+
+    async def listen(stream):
+        try:
+            await stream.receive()
+        except ConnectionLost as error:
+            heard.append(error)
+
+    async with _swarm() as swarm:
+        one, other = await swarm.pair({"/listen/1": listen})
+        await one.open_stream(other.peer_id, "/listen/1", addresses=[_address(1)])
+        await trio.sleep(1)
+        swarm.network.disconnect("10.0.0.0", "10.0.0.1")
+        await trio.sleep(1)
+        assert len(heard) == 1
+
+
+async def test_a_handler_that_ignores_the_end_of_its_connection_is_cancelled():
+    ended = trio.Event()
+
+    async def stubborn(_stream):
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    async with _swarm() as swarm:
+        one, other = await swarm.pair({"/stubborn/1": stubborn})
+        await one.open_stream(other.peer_id, "/stubborn/1", addresses=[_address(1)])
+        await trio.sleep(1)
+        swarm.network.disconnect("10.0.0.0", "10.0.0.1")
+        with trio.fail_after(1):
+            await ended.wait()
+
+
+# Streams.
+
+
+async def test_a_closed_stream_says_that_we_closed_it():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])
+        await stream.aclose()
+        await stream.aclose()
+        for use in (stream.receive, lambda: stream.send({}), lambda: stream.wait_unsent_below(1)):
+            with pytest.raises(trio.ClosedResourceError):
+                await use()
+        with pytest.raises(trio.ClosedResourceError):
+            stream.send_nowait({})
+
+
+async def test_closing_wakes_who_waits():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])
+        async with trio.open_nursery() as nursery:
+
+            async def wait():
+                with pytest.raises(trio.ClosedResourceError):
+                    await stream.receive()
+
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            stream.reset("cancelled")
+
+
+async def test_leaving_a_stream_with_an_exception_resets_it_with_its_code():
+    codes = []
+
+    async def listen(stream):
+        try:
+            await stream.receive()
+        except StreamReset as error:
+            codes.append(error.reason)
+
+    async with _swarm() as swarm:
+        one, other = await swarm.pair({"/listen/1": listen})
+        for error in (NotServed("x"), ValueError("x")):
+            with pytest.raises(type(error)):
+                async with await one.open_stream(other.peer_id, "/listen/1", addresses=[_address(1)]):
+                    raise error
+        with trio.move_on_after(1):
+            async with await one.open_stream(other.peer_id, "/listen/1"):
+                await trio.sleep_forever()
+        await trio.sleep(1)
+        assert codes == ["not_served", "closed", "cancelled"]
+
+
+async def test_sending_waits_while_much_is_unsent_and_nowait_does_not():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair({"/sink/1": _sink})
+        stream = await one.open_stream(other.peer_id, "/sink/1", addresses=[_address(1)])
+        await stream.send({}, [bytes(1 << 20)])
+        with trio.move_on_after(1) as waited:
+            await stream.send({}, [b"x"])
+        assert waited.cancelled_caught
+        assert stream.unsent_messages == 1
+        stream.send_nowait({}, [b"x"], priority=Priority.BULK)
+        assert stream.unsent_messages == 2
+        with pytest.raises(trio.TooSlowError), trio.fail_after(1):
+            await stream.wait_unsent_below(2)
+
+
+async def test_waiting_for_unsent_messages_ends_when_they_have_left():
+    async def drain(stream):
+        for _ in range(4):
+            await stream.receive()
+
+    async with _swarm() as swarm:
+        one, other = await swarm.pair({"/drain/1": drain})
+        async with await one.open_stream(other.peer_id, "/drain/1", addresses=[_address(1)]) as stream:
+            for _ in range(4):
+                stream.send_nowait({}, [bytes(1 << 20)])
+            await stream.wait_unsent_below(2)
+            assert stream.unsent_messages == 1
+            await stream.wait_unsent_below(1)
+            assert stream.unsent_messages == 0
