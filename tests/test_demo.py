@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,10 +42,6 @@ class Daemon:
             assert line, self.log
             self.addresses.append(line)
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(STOP_S)
-
     @property
     def log(self) -> str:
         return self._log.read_text()
@@ -66,6 +62,12 @@ def daemon(directory: Path, name: str, *arguments: str) -> Iterator[Daemon]:
 
 def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*PEERD, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+    )
 
 
 def peerd(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -114,17 +116,20 @@ def test_printed_addresses_can_be_dialled_and_name_their_peer(swarm: dict[str, D
             assert address.peer_id is not None
 
 
-def test_generate_streams_text_and_reports_the_same_answer_as_json(swarm: dict[str, Daemon]) -> None:
-    question = ["--prompt", "What is the capital of France?", "--chat", "--max-new-tokens", "24"]
-    with ThreadPoolExecutor() as both:
-        streaming = both.submit(generate, swarm, *question)
-        reported = generate(swarm, *question, "--json")
-    streamed = streaming.result()
-    assert (streamed.returncode, reported.returncode) == (0, 0), streamed.stderr + reported.stderr
-    answer = json.loads(reported.stdout)
+QUESTION = ["--prompt", "What is the capital of France?", "--chat", "--max-new-tokens", "24"]
+
+
+@pytest.fixture(scope="module")
+def answer(swarm: dict[str, Daemon]) -> dict[str, Any]:
+    """What `generate --json` printed for QUESTION."""
+    result = generate(swarm, *QUESTION, "--json")
+    assert result.returncode == 0, result.stderr
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def test_json_holds_the_answer_its_speed_and_its_chain(swarm: dict[str, Daemon], answer: dict[str, Any]) -> None:
     assert "Paris" in answer["text"]
-    assert streamed.stdout == answer["text"] + "\n"
-    assert "tokens/s" in streamed.stderr
     assert len(answer["token_ids"]) <= 24
     assert answer["prompt_tokens"] > 8
     assert answer["tokens_per_second"] > 0
@@ -145,11 +150,26 @@ def test_a_second_daemon_with_the_same_key_is_refused(swarm: dict[str, Daemon], 
     assert second.stdout == ""
 
 
-def test_generate_exits_3_and_names_the_blocks_when_a_server_without_a_twin_is_stopped(
+def test_a_server_that_is_told_to_stop_finishes_the_answer_that_it_is_part_of(
+    swarm: dict[str, Daemon], answer: dict[str, Any]
+) -> None:
+    join = ["--bootstrap", swarm["bootstrap"].addresses[0]]
+    with start("generate", str(demo_model_path()), *join, *QUESTION) as streaming:
+        assert streaming.stdout is not None
+        assert streaming.stderr is not None
+        streamed = streaming.stdout.read(8)
+        swarm["second"].process.terminate()
+        streamed += streaming.stdout.read()
+        assert streamed == answer["text"] + "\n"
+        assert streaming.wait(ANSWER_S) == 0
+        assert "tokens/s" in streaming.stderr.read()
+    assert swarm["second"].process.wait(STOP_S) == 0
+    assert "blocks 15:30 computed" in swarm["second"].log
+
+
+def test_generate_exits_3_and_names_the_blocks_of_a_server_that_has_gone_without_a_twin(
     swarm: dict[str, Daemon],
 ) -> None:
-    assert swarm["second"].stop() == 0
-    assert "blocks 15:30 computed" in swarm["second"].log
     result = generate(swarm, "--prompt", "Hello", "--max-new-tokens", "4")
     assert result.returncode == 3, result.stderr
     assert "15:30" in result.stderr
@@ -157,8 +177,7 @@ def test_generate_exits_3_and_names_the_blocks_when_a_server_without_a_twin_is_s
 
 
 def test_the_demo_answers_in_json_and_leaves_no_process_behind() -> None:
-    command = [*PEERD, "demo", "--json", "--max-new-tokens", "16"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with start("demo", "--json", "--max-new-tokens", "16") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         table = [process.stderr.readline() for _ in range(5)]
@@ -173,8 +192,7 @@ def test_the_demo_answers_in_json_and_leaves_no_process_behind() -> None:
 
 
 def test_ctrl_c_in_mid_answer_stops_the_demo_and_all_its_processes() -> None:
-    command = [*PEERD, "demo", "--max-new-tokens", "2000", "--prompt", "Count from one to a thousand."]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with start("demo", "--max-new-tokens", "2000", "--prompt", "Count from one to a thousand.") as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("> Count"):
             pass
