@@ -59,7 +59,7 @@ _OP_FORMS: dict[str, tuple[type[Op], Any]] = {
 
 def _op(value: Any) -> Op:
     name = value[0] if type(value) in (list, tuple) and value else None
-    if name not in _OP_FORMS:
+    if type(name) is not str or name not in _OP_FORMS:
         raise ValueError("a list of [fork, source, target, length] and [drop, row]")
     build, rule = _OP_FORMS[name]
     return build(*rule(value)[1:])
