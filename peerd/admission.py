@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from peerd.protocol.errors import NoRoom
+from peerd.protocol.errors import NoRoom, PeerdError
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +23,7 @@ class _Waiter:
     attempt: Callable[[], None]
     done: trio.Event = field(default_factory=trio.Event)
     granted: bool = False
+    error: PeerdError | None = None
 
 
 class Admission:
@@ -35,7 +36,7 @@ class Admission:
         self._waiters: deque[_Waiter] = deque()
 
     async def admit(self, owner: Hashable, tokens: int, attempt: Callable[[], None], timeout_s: float) -> None:
-        """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`.
+        """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`, and what it raises.
 
         While others wait, an owner whose holdings would exceed half of the pool is passed over.
         """
@@ -43,14 +44,16 @@ class Admission:
         self._waiters.append(waiter)
         try:
             self._grant_in_order()
-            if not waiter.granted:
+            if not waiter.done.is_set():
                 with trio.move_on_after(timeout_s):
                     await waiter.done.wait()
+            if waiter.error is not None:
+                raise waiter.error
             if not waiter.granted:
                 free = self._free()
                 raise NoRoom(f"{tokens} KV tokens wanted, {free} free after {timeout_s:g} s of waiting", free)
         finally:
-            if not waiter.granted:
+            if not waiter.done.is_set():
                 self._waiters.remove(waiter)
                 # Whoever stood behind us may fit where we did not.
                 self._grant_in_order()
@@ -71,7 +74,8 @@ class Admission:
         # Each grant may make room for somebody who was passed over, so start again after it.
         while (waiter := self._first_that_fits()) is not None:
             self._waiters.remove(waiter)
-            self._record(waiter)
+            if waiter.error is None:
+                self._record(waiter)
             waiter.done.set()
 
     def _first_that_fits(self) -> _Waiter | None:
@@ -83,6 +87,9 @@ class Admission:
             except NoRoom:
                 # Nobody overtakes the first who waits, or a big request would wait forever.
                 return None
+            except PeerdError as error:
+                # Its own fault, and nobody else's: whoever freed the tokens must not hear of it.
+                waiter.error = error
             return waiter
         return None
 
