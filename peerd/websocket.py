@@ -216,7 +216,8 @@ class WebSocketChannel:
             raise ConnectionLost("the peer closed the connection")
         try:
             self._websocket.receive_data(bytes(data))
-        except BrokenWebsocket as error:
+        # A header that is not ASCII is a UnicodeError, which wsproto lets through.
+        except (BrokenWebsocket, UnicodeError) as error:
             raise RemoteProtocolError(f"no websocket: {error}") from None
 
     def _join(self, event: BytesMessage) -> bytes | None:
