@@ -9,6 +9,7 @@ say so while there is still somebody connected to hear it.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ REFRESH_S = 60.0
 MEASURE_S = 5.0
 # For saying goodbye.
 LEAVE_S = 5.0
+CANCELLED_LEAVE_S = 0.5
 
 _SEQ_FILE = "seq"
 _CONTACTS_FILE = "contacts.json"
@@ -175,7 +177,8 @@ class Discovery:
 
     async def leave(self) -> None:
         """Take back what we announced, and keep whom we know for the next start. Takes at most 5 s."""
-        with trio.move_on_after(LEAVE_S, shield=True):
+        cancelled = trio.current_effective_deadline() == -math.inf
+        with trio.move_on_after(CANCELLED_LEAVE_S if cancelled else LEAVE_S, shield=True):
             await self._announcer.leave()
         self._state.save_contacts(self.dht)
 

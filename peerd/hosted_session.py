@@ -20,6 +20,7 @@ from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
 from peerd.protocol.errors import (
     CallerError,
+    Evicted,
     InvalidRequest,
     PeerdError,
     PeerFault,
@@ -87,7 +88,8 @@ class HostedSession:
         self.admitted = True
 
     def release(self) -> None:
-        """Free the KV."""
+        """Free the KV. What its streams still bring is refused."""
+        self.admitted = False
         self._engine.close(self)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -139,7 +141,9 @@ class HostedSession:
     # From either side.
 
     def accept(self, step: Step, body: memoryview) -> None:
-        """Queue a step for the engine, or tell the client why not. Raises RemoteProtocolError."""
+        """Queue a step for the engine, or tell the client why not. Raises RemoteProtocolError, Evicted."""
+        if not self.admitted:
+            raise Evicted("the session has ended")
         if step.epoch < self.epoch:
             return
         self.epoch = step.epoch
@@ -167,9 +171,14 @@ class HostedSession:
         return self._upstream
 
     async def lengths_along(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Cached lengths here and, once our own link stands, at the next hop: what an upstream must know."""
+        """Cached lengths here and, once our own link stands, at the next hop: what an upstream must know.
+
+        Raises Evicted where the session has ended meanwhile.
+        """
         if not self._last:
             await self._down.wait_standing()
+        if not self.admitted:
+            raise Evicted("the session has ended")
         return self._engine.engine.lengths(self), {} if self._last else self._down.next_have
 
     async def wait_for_room(self) -> None:

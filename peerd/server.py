@@ -87,6 +87,7 @@ class Server:
     def __init__(self, now: Callable[[], float]) -> None:
         self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
+        self._stopped = False
         self._now = now
         self._sessions: dict[SessionKey, HostedSession] = {}
         self._arrival = trio.lowlevel.ParkingLot()
@@ -107,11 +108,14 @@ class Server:
         self._attached.set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run engines and sessions until cancelled, which must come after the connections have closed."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await self._evict_idle()
+        """Run engines and sessions until cancelled. Streams that are still open then are told that we leave."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await self._evict_idle()
+        finally:
+            self.draining = self._stopped = True
 
     def serve(self, served: ServedSpan) -> None:
         """Take sessions on one more span from now on."""
@@ -227,7 +231,7 @@ class Server:
 
     def _linger(self, session: HostedSession, stream: Stream) -> None:
         """The connection broke: keep the session a while, unless its client is back already."""
-        if session.control is not stream:
+        if session.control is not stream or self._stopped:
             return
         session.control = None
         self._nursery.start_soon(self._close_unless_back, session)
