@@ -60,14 +60,14 @@ class WebSocketTransport:
         try:
             stream = await self._connect(address)
         except (OSError, trio.BrokenResourceError) as error:
-            raise ConnectFailed(f"{address}: {error}") from error
+            raise ConnectFailed(_cause(error)) from error
         channel = WebSocketChannel(stream, WSConnection(ConnectionType.CLIENT))
         try:
             await channel.request(address)
         except BaseException as error:
             await trio.aclose_forcefully(stream)
             if isinstance(error, ConnectionLost | RemoteProtocolError):
-                raise ConnectFailed(f"{address}: {error}") from error
+                raise ConnectFailed(str(error)) from error
             raise
         return channel
 
