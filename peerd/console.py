@@ -16,7 +16,6 @@ from unicodedata import category
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.status import Status
-from rich.table import Table
 
 # Two of them differ by 6 random base58 digits: more than a screenful of peers ever needs.
 _PEER_ID_TAIL = 6
@@ -57,16 +56,11 @@ def working(text: str) -> Iterator[Status | None]:
         yield status
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stderr: bool) -> None:
-    """A small table."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*map(printable, row))
-    console = Console(stderr=to_stderr, markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
-    console.file.flush()
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, their columns under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def short(peer_id: object) -> str:

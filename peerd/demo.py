@@ -16,7 +16,7 @@ import trio
 from peerd.cli_generate import Request, answer, figures, report
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
-from peerd.console import short, show_table, working, write
+from peerd.console import say, short, table, working, write
 from peerd.nurseries import open_tasks
 from peerd.peer import open_peer
 from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes, threads_each
@@ -38,11 +38,12 @@ async def demo(request: Request, servers: int, *, as_json: bool) -> None:
             peer = await stack.enter_async_context(open_peer(bootstrap=[swarm.bootstrap.address]))
             model = await stack.enter_async_context(peer.model(path))
             await swarm.serving.wait()
-        swarm.show(to_stderr=as_json)
-        if not as_json:
-            write(f"\n> {request.prompt}\n")
+        if as_json:
+            say(swarm.describe())
+        else:
+            write(f"{swarm.describe()}\n\n> {request.prompt}\n")
         generation = await answer(model, request, quiet=as_json)
-        write((report(generation) if as_json else f"\n{figures(generation)}") + "\n")
+        write(f"{report(generation)}\n" if as_json else f"\n{figures(generation)}\n")
 
 
 def even_spans(blocks: int, count: int) -> list[Span]:
@@ -75,14 +76,13 @@ class _Swarm:
                 nursery.start_soon(self._start_server, span)
         self.serving.set()
 
-    def show(self, *, to_stderr: bool) -> None:
-        """A table of who does what."""
-        rows = [
-            (short(server.peer_id), f"blocks {span}", str(server.address.with_peer(None)))
-            for span, server in sorted(self._servers.items())
-        ]
+    def describe(self) -> str:
+        """Who does what."""
+        rows = [("peer", "serves", "address")]
+        for span, server in sorted(self._servers.items()):
+            rows.append((short(server.peer_id), f"blocks {span}", str(server.address.with_peer(None))))
         rows.append((short(self.bootstrap.peer_id), "bootstrap", str(self.bootstrap.address.with_peer(None))))
-        show_table(f"{self._model.stem} on {len(rows)} peers", ("peer", "serves", "address"), rows, to_stderr=to_stderr)
+        return f"{self._model.stem} on {len(self._servers)} servers\n\n{table(rows)}"
 
     async def _start_bootstrap(self) -> None:
         self.bootstrap = await self._processes.start()

@@ -180,7 +180,7 @@ def test_the_demo_answers_in_json_and_leaves_no_process_behind() -> None:
     with start("demo", "--json", "--max-new-tokens", "16") as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        table = [process.stderr.readline() for _ in range(5)]
+        table = [process.stderr.readline() for _ in range(6)]
         started = children_of(process.pid)
         answer = json.loads(process.stdout.read())
         assert process.wait(STOP_S) == 0, process.stderr.read()

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from peerd.cli import cli
 from peerd.compute.errors import CheckpointError
-from peerd.console import printable, short
+from peerd.console import printable, short, table
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
@@ -131,6 +131,12 @@ def test_a_terminal_never_gets_control_characters_from_strangers() -> None:
 
 def test_a_short_peer_id_shows_where_it_differs() -> None:
     assert short("12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA") == "12D3KooW..AJU5SA"
+
+
+def test_a_table_has_its_columns_under_each_other_and_no_trailing_spaces() -> None:
+    assert table([("peer", "serves"), ("a", "blocks 0:15"), ("longer", "b")]) == (
+        "peer     serves\na        blocks 0:15\nlonger   b"
+    )
 
 
 def test_the_command_line_and_the_package_load_no_torch_until_it_is_needed() -> None:
