@@ -34,6 +34,7 @@ from peerd.cli_options import (
 )
 from peerd.compute.errors import CheckpointError
 from peerd.console import say, set_up_logging, working
+from peerd.processes import ProcessEnded
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault
 from peerd.protocol.span import Span
@@ -73,7 +74,7 @@ class _Cli(click.Group):
             return super().invoke(ctx)
         except NoChain as error:
             _fail(ctx, error, EXIT_NO_CHAIN)
-        except (PeerFault, LinkFailed, Overloaded) as error:
+        except (PeerFault, LinkFailed, Overloaded, ProcessEnded) as error:
             _fail(ctx, error, EXIT_PEERS)
         except (CallerError, CheckpointError) as error:
             _fail(ctx, error, EXIT_USAGE)

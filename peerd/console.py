@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from unicodedata import category
 
 from rich.console import Console
@@ -24,8 +25,9 @@ _COMMANDS = ("Cc", "Cs")
 _PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+@cache
 def screen() -> Console:
-    """Standard error, as whatever stands behind it can show it."""
+    """Standard error, as whatever stands behind it can show it; one for all, so that logs go above a spinner."""
     return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
