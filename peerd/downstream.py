@@ -16,7 +16,7 @@ import torch
 import trio
 
 from peerd.connections import Stream
-from peerd.protocol.errors import LinkFailed, PeerFault
+from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Failure, LinkDown, Linked, NextHop, Routed, Step
 from peerd.protocol.schema import Message, parse
@@ -91,7 +91,8 @@ class Downstream:
             try:
                 async with self._open_link(next_hop) as (link, linked):
                     await self._use(link, linked, epoch, replay)
-            except (LinkFailed, PeerFault) as error:
+            # CallerError: what was kept for the replay does not fit the codec.
+            except (LinkFailed, PeerFault, CallerError) as error:
                 self._report(LinkDown(epoch=epoch, message=str(error)[:500]))
 
     async def _use(self, link: Stream, linked: Linked, epoch: int, replay: bool) -> None:

@@ -19,6 +19,7 @@ from peerd.connections import Stream
 from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
 from peerd.protocol.errors import (
+    BadResult,
     CallerError,
     Evicted,
     InvalidRequest,
@@ -26,6 +27,7 @@ from peerd.protocol.errors import (
     PeerFault,
     RemoteProtocolError,
     Superseded,
+    UnsupportedFeature,
 )
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
@@ -48,6 +50,8 @@ from peerd.step_tensors import priority_of, pushed_part, wanted_part, wanted_row
 
 # More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2
+# Answers that a client leaves unread before it is taken to have left: several times what it may ask for at once.
+MAX_UNREAD_ANSWERS = 64
 # However deep a client's pipeline, a hop queues no more than this (`open` may ask for up to 64).
 MAX_GRANTED_STEPS = 16
 
@@ -63,6 +67,8 @@ class HostedSession:
         self.last_used = trio.current_time()
         self.admitted = False
         self.control: Stream | None = None
+        # How often the client has come: to tell one absence from the next.
+        self.visits = 0
         self._engine = engine
         self._dtype = DTYPES[opening.dtype]
         self._retained = Retained()
@@ -72,6 +78,7 @@ class HostedSession:
         self._pending: deque[tuple[Step, Step]] = deque()
         self._ops_seq = REPLAY_SEQ
         self._upstream = trio.CancelScope()
+        self._attended = trio.CancelScope()
         self._held = False
         self._moved = trio.lowlevel.ParkingLot()
         self._closed = trio.Event()
@@ -86,6 +93,7 @@ class HostedSession:
         """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong."""
         await self._engine.open(self, self.owner, self.opening, self.deliver)
         self.admitted = True
+        self.last_used = trio.current_time()
 
     def release(self) -> None:
         """Free the KV. What its streams still bring is refused."""
@@ -104,20 +112,28 @@ class HostedSession:
             nursery.cancel_scope.cancel()
 
     def close(self) -> None:
-        """End the session: `run` returns, links are dropped."""
+        """End the session: `run` returns, links are dropped, nobody attends to the client any more."""
         self._closed.set()
         self._upstream.cancel()
+        self._attended.cancel()
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
     # From the client.
 
-    def attach(self, control: Stream) -> None:
-        """Answer on this control stream from now on."""
+    def attach(self, control: Stream) -> trio.CancelScope:
+        """Answer on this control stream from now on; the scope is cancelled when the session ends. Raises Evicted."""
+        if not self.admitted:
+            raise Evicted("the session has ended")
         self.control = control
+        self.visits += 1
+        self._attended = trio.CancelScope()
         have = tuple(sorted(self._engine.engine.lengths(self).items()))
         self.tell(Opened(epoch=self.epoch, max_steps=self.max_steps, have=have))
+        if self._closed.is_set():
+            self._attended.cancel()
+        return self._attended
 
     def route(self, route: Route) -> None:
         """Push to another next hop from now on. Raises Superseded unless the epoch is new."""
@@ -195,10 +211,12 @@ class HostedSession:
     def deliver(self, result: torch.Tensor | PeerdError) -> None:
         """Send a step's result where it belongs. Called by the engine task; never blocks."""
         done, step = self._pending.popleft()
-        if isinstance(result, PeerdError):
-            self.tell(Failure.of(result, step.seq))
-        else:
+        try:
+            if isinstance(result, PeerdError):
+                raise result
             self._pass_on(done, step, result)
+        except PeerdError as error:
+            self.tell(Failure.of(error, step.seq))
         if self._unsent > MAX_UNSENT_RESULTS:
             self._held = True
             self._engine.hold(self, True)
@@ -213,10 +231,14 @@ class HostedSession:
         pushed, part = pushed_part(step, hidden)
         if step.rows and not pushed.rows:
             return
-        if not self._last:
-            self._down.push(pushed, part)
-        elif step.seq != REPLAY_SEQ:
-            self._answer(pushed, part)
+        try:
+            if not self._last:
+                self._down.push(pushed, part)
+            elif step.seq != REPLAY_SEQ:
+                self._answer(pushed, part)
+        except BadResult as error:
+            # The engine's result was finite: it is the dtype asked for that cannot hold it.
+            raise UnsupportedFeature(f"{error}: {self.opening.dtype} is too narrow for these activations") from None
 
     def _answer(self, step: Step, hidden: torch.Tensor) -> None:
         rows = wanted_rows(step)
@@ -230,6 +252,10 @@ class HostedSession:
 
     def _send_control(self, message: Message, body: tuple[()] | list[memoryview], priority: Priority) -> None:
         if self.control is None:
+            return
+        if self.control.unsent_messages >= MAX_UNREAD_ANSWERS:
+            self.close()
+            self.control.reset(RemoteProtocolError.code)
             return
         try:
             self.control.send_nowait(message.to_header(), body, priority=priority)

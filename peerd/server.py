@@ -143,13 +143,17 @@ class Server:
         except trio.EndOfChannel:
             return
         try:
-            await self._serve(stream, session)
+            with session.attach(stream):
+                await self._serve(stream, session)
+            # The session ended before its stream did; why was said already.
+            await _finish(stream)
         except ConnectionLost:
             self._linger(session, stream)
         except PeerdError as error:
             session.close()
             await _refuse(stream, error)
-        except trio.EndOfChannel:
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            # The client has finished, or the session gave it up because it left its answers unread.
             session.close()
         except trio.Cancelled:
             self._linger(session, stream)
@@ -161,7 +165,6 @@ class Server:
         if known is not None:
             if known.control is not None or not known.admitted:
                 raise RemoteProtocolError("this session is open already")
-            known.attach(stream)
             return known
         served = self._check(stream.peer, opening)
         session = HostedSession(
@@ -173,9 +176,13 @@ class Server:
             await session.admit()
         except BaseException:
             del self._sessions[key]
+            session.close()
             raise
+        if self._stopped:
+            del self._sessions[key]
+            session.release()
+            raise Draining("this peer is leaving")
         await self._nursery.start(self._host, key, session)
-        session.attach(stream)
         self._arrival.unpark_all()
         return session
 
@@ -225,7 +232,7 @@ class Server:
         while True:
             await trio.sleep(EVICTION_ROUND_S)
             for session in list(self._sessions.values()):
-                if trio.current_time() - session.last_used >= IDLE_S:
+                if session.admitted and trio.current_time() - session.last_used >= IDLE_S:
                     session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
                     session.close()
 
@@ -234,12 +241,12 @@ class Server:
         if session.control is not stream or self._stopped:
             return
         session.control = None
-        self._nursery.start_soon(self._close_unless_back, session)
+        self._nursery.start_soon(self._close_unless_back, session, session.visits)
 
-    async def _close_unless_back(self, session: HostedSession) -> None:
+    async def _close_unless_back(self, session: HostedSession, visits: int) -> None:
         with trio.move_on_after(LINGER_S):
             await session.wait_closed()
-        if session.control is None:
+        if session.visits == visits:
             session.close()
 
     # Links.
@@ -268,17 +275,23 @@ class Server:
 
     async def _session_of(self, link: Link, sender: PeerId) -> tuple[HostedSession, int]:
         """The session that a ticket opens, waiting for its `open` a little. Raises TicketRefused."""
+        refusal = TicketRefused("no such session here")
         with trio.move_on_after(LINK_PATIENCE_S):
             while True:
                 for (owner, session_id, hop), session in self._sessions.items():
                     if session_id != link.session or not session.admitted:
                         continue
-                    ticket = open_ticket(link.ticket, owner=owner, now=self._now())
+                    try:
+                        ticket = open_ticket(link.ticket, owner=owner, now=self._now())
+                    except TicketRefused as error:
+                        # Whoever has learnt a session's id may open one of his own under it: look further.
+                        refusal = error
+                        continue
                     if ticket.hop == hop and ticket.session == session_id:
                         self._check_ticket(ticket, sender)
                         return session, ticket.epoch
                 await self._arrival.park()
-        raise TicketRefused("no such session here")
+        raise refusal
 
     def _check_ticket(self, ticket: Ticket, sender: PeerId) -> None:
         if ticket.sender != sender:
@@ -293,7 +306,17 @@ class Server:
 
 
 async def _refuse(stream: Stream, error: PeerdError) -> None:
-    """Say why, then finish the stream. The peer may be gone already, or not reading."""
+    """Say why, then finish the stream. The peer may be gone already."""
     with trio.move_on_after(REFUSAL_DEADLINE_S), suppress(PeerFault, trio.ClosedResourceError):
         await stream.send(Failure.of(error).to_header())
+    await _finish(stream)
+
+
+async def _finish(stream: Stream) -> None:
+    """Finish the stream. What a peer does not read in time is dropped, or it would lie here as long as it likes."""
+    with suppress(PeerFault, trio.ClosedResourceError):
         stream.finish()
+        with trio.move_on_after(REFUSAL_DEADLINE_S):
+            await stream.wait_unsent_below(1)
+            return
+        stream.reset(Overloaded.code)

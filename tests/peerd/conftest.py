@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 import trio
+
+from peerd.chain_keeper import Patience
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.steps import Batch, BatchOutput
-from peerd.connections import Connections, open_connections
+from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
 from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener, Terms
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import PeerdError
+from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.messages import (
+    CONTROL_FROM_HOP,
+    INFER_PROTOCOL,
+    LINK_FROM_DOWNSTREAM,
+    Failure,
+    NextHop,
+    Open,
+    Opened,
+)
 from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, sign_record
+from peerd.protocol.schema import Message, parse
 from peerd.protocol.span import Span
+from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.chain import Chain, ChainNeeds, plan_chain
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
 from peerd.server import ServedSpan, Server
-from peerd.session import Patience, Session
+from peerd.session import Session
 from peerd.testing import MemoryNetwork
 
 EPOCH = 1_800_000_000.0
@@ -129,6 +145,76 @@ class Client:
         return session
 
 
+class Caller:
+    """A client that says each message itself, so that it can break every rule."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.ip = client.ip
+        self.identity = client.identity
+        self.connections = client.connections
+
+    async def stream(self, host: Host, protocol: str = INFER_PROTOCOL) -> Stream:
+        return await self.connections.open_stream(
+            host.peer_id, protocol, addresses=host.connections.listen_addresses, priority=Priority.DECODE
+        )
+
+    def opening(self, host: Host, **fields: Any) -> Open:
+        """An `open` for all that the host serves, but for `fields`."""
+        asked: dict[str, Any] = {
+            "session": b"s" * 16,
+            "hop": 0,
+            "epoch": 0,
+            "model": MODEL,
+            "start": host.span.start,
+            "end": host.span.end,
+            "max_length": 256,
+        }
+        return Open(**asked | fields)
+
+    async def ask(self, stream: Stream, message: Message, body: Sequence[memoryview] = ()) -> Message:
+        """Send a message and return what comes next."""
+        await stream.send(message.to_header(), body)
+        return await self.hear(stream)
+
+    async def hear(self, stream: Stream) -> Message:
+        raw = await stream.receive(max_body=2**22)
+        return parse(raw.header, (*CONTROL_FROM_HOP, *LINK_FROM_DOWNSTREAM))
+
+    async def open(self, host: Host, **fields: Any) -> Stream:
+        """A control stream whose session was granted."""
+        stream = await self.stream(host)
+        said = await self.ask(stream, self.opening(host, **fields))
+        assert isinstance(said, Opened), said
+        return stream
+
+    async def refused(self, host: Host, **fields: Any) -> PeerdError:
+        """Why an `open` is refused."""
+        stream = await self.stream(host)
+        said = await self.ask(stream, self.opening(host, **fields))
+        assert isinstance(said, Failure), said
+        with pytest.raises(trio.EndOfChannel):
+            await stream.receive()
+        return said.error
+
+    def ticket(self, sender: PeerId, host: Host, *, signer: Identity | None = None, **fields: Any) -> bytes:
+        """Leave for `sender` to push to `host`, as hop 1 of the session of `opening`."""
+        said: dict[str, Any] = {
+            "session": b"s" * 16,
+            "hop": 1,
+            "epoch": 0,
+            "sender": sender,
+            "receiver": host.peer_id,
+            "expires": int(unix_now()) + 60,
+        }
+        return sign_ticket(signer or self.identity, Ticket(**said | fields))
+
+    def next_hop(self, sender: Host, host: Host, **fields: Any) -> NextHop:
+        record = host.offer().peer_record
+        assert record is not None
+        return NextHop(self.ticket(sender.peer_id, host, **fields), record.encode())
+
+
 class Swarm:
     """Hosts and clients on one in-memory network, 5 ms apart."""
 
@@ -143,7 +229,14 @@ class Swarm:
         return f"10.0.0.{number}", Identity.from_seed(number.to_bytes(32, "big"))
 
     async def serve(
-        self, start: int, end: int, *, kv_tokens: int = 4096, step_s: float = 0.01, batch_tokens: int = 256
+        self,
+        start: int,
+        end: int,
+        *,
+        kv_tokens: int = 4096,
+        step_s: float = 0.01,
+        batch_tokens: int = 256,
+        engine_type: type[FakeEngine] = FakeEngine,
     ) -> Host:
         """A server of blocks, whose batches take `step_s`."""
 
@@ -152,7 +245,7 @@ class Swarm:
             return run(batch)
 
         ip, identity = self._new()
-        engine = FakeEngine(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
+        engine = engine_type(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
         host: Host = await self._tasks.start(self._run_host, ip, identity, EngineTask(engine, run_batch=run_batch))
         self.hosts.append(host)
         return host
@@ -198,6 +291,10 @@ class Swarm:
     def _part(self, ip: str) -> None:
         for number in range(1, self._next):
             self.network.partition(ip, f"10.0.0.{number}")
+
+    async def caller(self) -> Caller:
+        """A client that may break the rules."""
+        return Caller(await self.client())
 
     async def client(self) -> Client:
         """A peer that only asks."""
