@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from peerd.chain_keeper import ChainFinder, Patience
 from peerd.head_task import HeadTask
 from peerd.open_chain import ChainOpener, Terms
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages import DEFAULT_MAX_STEPS
 from peerd.protocol.span import Span
-from peerd.session import ChainFinder, Patience, Session
+from peerd.session import Session
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import trio
 
-from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, PeerdError, RemoteProtocolError
+from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages import Output, Step, Want
 from peerd.protocol.rows import Fork, Op, RowSlice
 from peerd.protocol.tensors import TensorHeader, decode_tensor
@@ -30,9 +30,9 @@ class Pending:
     rolls_back: bool
     done: trio.Event = field(default_factory=trio.Event)
     result: torch.Tensor | None = None
-    error: PeerdError | None = None
+    error: Exception | None = None
 
-    def fail(self, error: PeerdError) -> None:
+    def fail(self, error: Exception) -> None:
         self.error = error
         self.done.set()
 
@@ -97,7 +97,7 @@ class StepLog:
         self.retained.add(pending.step.rows, pending.hidden)
         pending.done.set()
 
-    def fail(self, error: PeerdError) -> None:
+    def fail(self, error: Exception) -> None:
         """Give up all pending steps: rows stand where the last answer left them."""
         for pending in self.pending.values():
             pending.fail(error)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import trio
+
+from peerd.chain_keeper import Patience
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.session import Patience
 
 WIDTH = 8
 BLOCKS = Span(0, 9)
@@ -219,6 +220,18 @@ async def test_without_a_twin_the_error_says_which_blocks_nobody_serves_and_the_
         assert caught.value.missing == ((3, 6),)
         await swarm.serve(3, 6)
         assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
+
+
+async def test_blocks_of_a_dead_server_that_is_still_announced_are_named_as_missing(open_swarm):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS)
+        await session.step(tokens(5))
+        swarm.kill(hosts[1])
+        hosts[1].online = True
+        with pytest.raises(NoChain, match="3:6") as caught:
+            await session.step(tokens(1))
+        assert caught.value.missing == ((3, 6),)
 
 
 async def test_two_clients_that_want_the_same_scarce_pool_both_finish(open_swarm):
