@@ -316,7 +316,7 @@ class ChainKeeper:
         return self._routed_epoch == chain.epoch
 
     async def _reopen(self, exclude: set[PeerId]) -> None:
-        """Open a new chain and send it everything. Raises NoChain, Overloaded, CallerError, PeerFault."""
+        """Open a new chain and send it everything. Raises NoChain, Overloaded, CallerError."""
         self._drop_chain()
         chain = await self._open_some_chain(exclude)
         self._chain = chain

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import trio
+
+import peerd
 from peerd.compute.demo_model import demo_model_path
 from peerd.demo import even_spans
 from peerd.nurseries import open_tasks
 from peerd.processes import open_peer_processes
-
-import peerd
 
 LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
 BLOCKS = 30
