@@ -23,6 +23,7 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
 )
 from peerd.protocol.frames import (
+    MAX_CREDIT,
     MAX_STREAM_ID,
     Credit,
     Data,
@@ -68,6 +69,11 @@ _FRAME_BYTES: Final = {
     Priority.PREFILL: 16 * 1024,
     Priority.BULK: 16 * 1024,
 }
+# The fastest line for which windows are made: so much times the round trip is on its way at once. On a short
+# line that is little, and should be: what the reader cannot keep up with would wait in front of it, in the
+# system's buffers, where no priority reaches.
+_LINE_BYTES_A_SECOND = 125_000_000
+_MIN_USEFUL_BYTES = 256 * 1024
 # RESETs that wait for a peer which opens streams but does not read.
 _MAX_WAITING_CONTROL = 4096
 
@@ -435,7 +441,7 @@ class Connection:
         if stream.state is State.CLOSED:
             return
         incoming = stream.incoming
-        amount = incoming.wanted_credit()
+        amount = incoming.wanted_credit(self._useful_credit())
         beyond = incoming.outstanding + amount - INITIAL_CREDIT_BYTES
         if amount and beyond > 0:
             shared = sum(
@@ -448,6 +454,12 @@ class Connection:
         if amount > 0:
             incoming.outstanding += amount
             self._refunds[stream.id] = self._refunds.get(stream.id, 0) + amount
+
+    def _useful_credit(self) -> int:
+        best_rtt_s = self._liveness.best_rtt_s if self._liveness else None
+        if best_rtt_s is None:
+            return MAX_CREDIT
+        return min(MAX_CREDIT, max(_MIN_USEFUL_BYTES, int(best_rtt_s * _LINE_BYTES_A_SECOND)))
 
     def _next_frame(self, now: float) -> bytes | None:
         if self._over:

@@ -47,6 +47,8 @@ class Liveness:
         """Whether a PING should go out as soon as possible."""
         self.rtt_s: float | None = None
         """The last measured round trip, None before the first."""
+        self.best_rtt_s: float | None = None
+        """The shortest: what the line itself takes, without anybody's queues."""
 
     @property
     def deadline(self) -> float:
@@ -69,6 +71,7 @@ class Liveness:
         """Take an answer; one that we did not ask for proves nothing and is ignored."""
         if self._asked is not None and frame.token == _TOKEN.pack(self._token):
             self.rtt_s = now - self._asked
+            self.best_rtt_s = self.rtt_s if self.best_rtt_s is None else min(self.best_rtt_s, self.rtt_s)
             self._asked = None
 
     def check(self, now: float) -> None:

@@ -224,14 +224,17 @@ class Incoming:
             raise RemoteProtocolError("a stream ended within a message")
         return message, consumed
 
-    def wanted_credit(self) -> int:
-        """How much more the peer should be given: the window, or the rest of the body that is being read."""
+    def wanted_credit(self, useful_bytes: int) -> int:
+        """How much more the peer should be given: the window, or the rest of the body that is being read.
+
+        useful_bytes: what the line can hold; more would only wait in somebody's buffers, ahead of what is urgent.
+        """
         if self.finished:
             return 0
-        target = max(self._window, min(self._reader.missing_body_bytes, MAX_CREDIT))
+        target = min(max(self._window, self._reader.missing_body_bytes), max(useful_bytes, INITIAL_CREDIT_BYTES))
         missing = target - self.outstanding
-        # Small refunds would cost a frame each; half a window in hand keeps the peer sending.
-        return missing if 2 * missing >= self._window else 0
+        # Small refunds would cost a frame each; half the credit in hand keeps the peer sending.
+        return missing if 2 * missing >= target else 0
 
     def drop(self) -> None:
         """Forget what was not read. Its credit is not given back."""

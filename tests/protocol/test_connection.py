@@ -65,6 +65,16 @@ class Pair:
         self.events = {self.one: [], self.other: []}
         self.sent = {self.one: 0, self.other: 0}
 
+    def shake(self, rtt_s):
+        """Handshake and first PINGs, over a line of this length."""
+        for sender in (self.one, self.other, self.one):
+            self.move(sender)
+        pings = self.one.next_message(self.now), self.other.next_message(self.now)
+        self.now += rtt_s
+        self.other.receive(pings[0], self.now)
+        self.one.receive(pings[1], self.now)
+        self.settle()
+
     def move(self, sender):
         """Let one message pass. Returns whether there was one."""
         message = sender.next_message(self.now)
@@ -121,12 +131,8 @@ def test_both_sides_learn_who_the_other_is(pair):
 
 def test_the_round_trip_is_measured_at_once():
     pair = Pair()
-    for sender in (pair.one, pair.other, pair.one):
-        pair.move(sender)
-    start = pair.now
-    pair.other.receive(pair.one.next_message(start), start + 0.1)
-    pair.one.receive(pair.other.next_message(start + 0.1), start + 0.25)
-    assert pair.one.rtt_s == 0.25
+    pair.shake(rtt_s=0.25)
+    assert pair.one.rtt_s == pair.other.rtt_s == 0.25
 
 
 def test_dialling_one_peer_and_finding_another_is_told_before_we_say_who_we_are():
@@ -311,17 +317,19 @@ def test_nothing_more_is_sent_than_the_reader_has_room_for(pair):
     assert here.outgoing.unsent_messages == 10
 
 
-def test_reading_lets_the_rest_come(pair):
+@pytest.mark.parametrize(("rtt_s", "rounds"), [(0.1, 1), (0.0, 16)])
+def test_on_a_long_line_a_long_body_gets_all_its_credit_at_once_and_on_a_short_one_bit_by_bit(rtt_s, rounds):
+    pair = Pair()
+    pair.shake(rtt_s)
     here, there = pair.open()
     pair.one.send(here, {}, [bytes(4 * MIB)], Priority.BULK)
     pair.settle()
-    rounds = 0
+    looks = 0
     while (message := pair.other.read(there, 4 * MIB)) is None:
         pair.settle()
-        rounds += 1
+        looks += 1
     assert len(message.body) == 4 * MIB
-    # One look at the header, and the whole body has its credit: long bodies do not wait for many round trips.
-    assert rounds == 1
+    assert looks == rounds
 
 
 def test_a_stream_that_nobody_reads_does_not_hold_another_up(pair):
@@ -337,7 +345,7 @@ def test_a_stream_that_nobody_reads_does_not_hold_another_up(pair):
 
 def test_long_bodies_share_what_one_connection_may_hold():
     pair = Pair(limits=Limits(shared_credit_bytes=MIB))
-    pair.settle()
+    pair.shake(rtt_s=0.1)
     streams = [pair.open(Priority.BULK) for _ in range(4)]
     for here, _ in streams:
         pair.one.send(here, {}, [bytes(4 * MIB)], Priority.BULK)

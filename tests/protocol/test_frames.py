@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.frames import (
     HEADER_BYTES,
@@ -52,7 +53,7 @@ def test_invalid_frames_are_refused_with_a_typed_error(vector):
 
 def test_vectors_cover_every_kind():
     assert {v["fields"]["kind"] for v in VECTORS if "fields" in v} == set(
-        "OPEN DATA CREDIT RESET PING PONG GOAWAY".split()
+        ["OPEN", "DATA", "CREDIT", "RESET", "PING", "PONG", "GOAWAY"]
     )
 
 

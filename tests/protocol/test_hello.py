@@ -1,6 +1,7 @@
 """Hello: valid ones travel unchanged, claims are bounded, unknown addresses are left out."""
 
 import pytest
+
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.hello import Hello

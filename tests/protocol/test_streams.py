@@ -5,6 +5,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 from peerd.protocol.frames import MAX_CREDIT, Data, Priority
 from peerd.protocol.streams import (
@@ -101,16 +102,16 @@ def test_credit_is_due_for_what_was_read_and_not_for_what_arrived():
     message = memoryview(_message(INITIAL_CREDIT_BYTES - 9))
     incoming.accept(message[:40_000])
     incoming.accept(message[40_000:])
-    assert incoming.wanted_credit() == 0
+    assert incoming.wanted_credit(MAX_CREDIT) == 0
     assert incoming.read(MAX_WINDOW_BYTES)[1] == INITIAL_CREDIT_BYTES
-    assert incoming.wanted_credit() == INITIAL_CREDIT_BYTES
+    assert incoming.wanted_credit(MAX_CREDIT) == INITIAL_CREDIT_BYTES
 
 
 def test_nothing_is_due_before_half_a_window_was_read():
     incoming = Incoming()
     incoming.accept(memoryview(_message(1000)))
     incoming.read(1000)
-    assert incoming.wanted_credit() == 0
+    assert incoming.wanted_credit(MAX_CREDIT) == 0
     assert incoming.outstanding == INITIAL_CREDIT_BYTES - 1009
 
 
@@ -119,7 +120,16 @@ def test_a_long_body_is_given_credit_for_the_rest_once_somebody_reads_it():
     body = 10 * INITIAL_CREDIT_BYTES
     incoming.accept(memoryview(_message(body))[:1009])
     assert incoming.read(body) == (None, 1009)
-    assert incoming.outstanding + incoming.wanted_credit() == body - 1000
+    assert incoming.outstanding + incoming.wanted_credit(MAX_CREDIT) == body - 1000
+
+
+def test_no_more_credit_is_given_than_the_line_can_hold():
+    incoming = Incoming()
+    body = 10 * INITIAL_CREDIT_BYTES
+    incoming.accept(memoryview(_message(body))[:1009])
+    incoming.read(body)
+    assert incoming.outstanding + incoming.wanted_credit(3 * INITIAL_CREDIT_BYTES) == 3 * INITIAL_CREDIT_BYTES
+    assert incoming.wanted_credit(0) == 0
 
 
 def test_a_body_longer_than_the_reader_allows_gets_none():
@@ -134,12 +144,12 @@ def test_a_stream_of_long_messages_keeps_a_window_for_the_next():
     body = 3 * INITIAL_CREDIT_BYTES
     incoming.accept(memoryview(_message(body))[:1009])
     incoming.read(body)
-    incoming.outstanding += incoming.wanted_credit()
+    incoming.outstanding += incoming.wanted_credit(MAX_CREDIT)
     incoming.accept(memoryview(bytes(body - 1000)))
     message, _ = incoming.read(body)
     assert len(message.body) == body
     assert incoming.outstanding == 0
-    assert incoming.wanted_credit() == body
+    assert incoming.wanted_credit(MAX_CREDIT) == body
 
 
 def test_a_peer_that_has_finished_is_given_no_credit():
@@ -147,7 +157,7 @@ def test_a_peer_that_has_finished_is_given_no_credit():
     incoming.accept(memoryview(_message(INITIAL_CREDIT_BYTES - 9)))
     incoming.finished = True
     incoming.read(INITIAL_CREDIT_BYTES)
-    assert incoming.wanted_credit() == 0
+    assert incoming.wanted_credit(MAX_CREDIT) == 0
     assert incoming.ended
 
 

@@ -2,11 +2,13 @@
 
 import json
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 from peerd.protocol.packing import pack
 from peerd.protocol.wire import FIRST_ALLOCATION_BYTES, MAX_HEADER_BYTES, MessageReader, encode_message
@@ -28,7 +30,7 @@ def _read(data, cuts=(), max_body=MAX_BODY):
     reader = MessageReader(max_body)
     found = []
     edges = [0, *sorted(cuts), len(data)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         piece = memoryview(data)[start:end]
         while piece:
             used = reader.feed(piece)
