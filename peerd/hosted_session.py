@@ -72,11 +72,13 @@ class HostedSession:
         self._engine = engine
         self._dtype = DTYPES[opening.dtype]
         self._retained = Retained()
-        self._down = Downstream(opening.codec, self._dtype, self._retained, open_link, self.tell)
+        self._down = Downstream(opening.codec, self._dtype, self._retained, open_link, self._report)
         self._last = opening.next is None
         # What the engine has, and the step as it travels on: they differ where `ops` were applied before.
         self._pending: deque[tuple[Step, Step]] = deque()
         self._ops_seq = REPLAY_SEQ
+        # What became of the route while the client was away.
+        self._missed: Message | None = None
         self._upstream = trio.CancelScope()
         self._attended = trio.CancelScope()
         self._held = False
@@ -131,6 +133,9 @@ class HostedSession:
         self._attended = trio.CancelScope()
         have = tuple(sorted(self._engine.engine.lengths(self).items()))
         self.tell(Opened(epoch=self.epoch, max_steps=self.max_steps, have=have))
+        if self._missed is not None:
+            self.tell(self._missed)
+            self._missed = None
         if self._closed.is_set():
             self._attended.cancel()
         return self._attended
@@ -205,6 +210,13 @@ class HostedSession:
     def tell(self, message: Message) -> None:
         """Queue a message for the client; nothing where it is away: on coming back it asks."""
         self._send_control(message, (), Priority.CONTROL)
+
+    def _report(self, message: Message) -> None:
+        """Say what became of the route; to a client that is not there, as soon as it is."""
+        if self.control is None:
+            self._missed = message
+        else:
+            self.tell(message)
 
     # From the engine.
 

@@ -19,8 +19,9 @@ from peerd.protocol.messages import LINK_FROM_DOWNSTREAM, LINK_PROTOCOL, Failure
 from peerd.protocol.records import PeerRecord, SignedRecord, open_record
 from peerd.protocol.schema import parse
 
-# Dialling, and the next hop's wait for the client's `open` and for its own link further down.
-LINK_DEADLINE_S = 10.0
+# Dialling, and the next hop's wait for the client's `open` and for its own link further down. A little more than
+# the 10 s that it waits for an `open`, so that its refusal is still heard.
+LINK_DEADLINE_S = 12.0
 
 
 @asynccontextmanager
