@@ -44,6 +44,8 @@ from peerd.step_tensors import encoded, priority_of, replay_steps
 RETRY_S = 1.0
 # A route stands once the upstream hop has replayed what the replacement lacks.
 ROUTE_DEADLINE_S = 30.0
+# A chain that opens and fails, again and again, without one answer: two peers that cannot reach each other.
+MAX_BARREN_RECOVERIES = 6
 BYTES_A_VALUE = 4
 
 
@@ -108,6 +110,8 @@ class ChainKeeper:
         self._mending: ControlStream | None = None
         self._faults: list[tuple[ControlStream, PeerdError]] = []
         self._routed_epoch = -1
+        # Recoveries since the last answer.
+        self._barren = 0
         self._alarm = trio.Event()
         self._attempt = trio.CancelScope()
 
@@ -185,6 +189,7 @@ class ChainKeeper:
         if output.epoch != self.epoch or output.seq not in self._log.pending:
             return
         self._log.answer(output, body, self._width)
+        self._barren = 0
         self._finder.succeeded(control.hop.peer_id)
         self.changed.unpark_all()
 
@@ -228,6 +233,7 @@ class ChainKeeper:
                 await self._recover()
             except PeerdError as error:
                 self._drop_chain()
+                self._barren = 0
                 self._log.fail(error)
                 self.changed.unpark_all()
 
@@ -235,6 +241,9 @@ class ChainKeeper:
         """Get to a chain that stands where `retained` does, then send `pending` again."""
         failing_over = self._chain is not None
         faults, self._faults = self._faults, []
+        self._barren += 1
+        if faults and self._barren > MAX_BARREN_RECOVERIES:
+            raise faults[-1][1]
         exclude = self._blame(faults)
         with trio.CancelScope() as self._attempt:
             if not (self._whole and len(faults) == 1 and await self._mend(*faults[0], exclude)):

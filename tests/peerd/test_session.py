@@ -5,7 +5,7 @@ import torch
 import trio
 
 from peerd.chain_keeper import Patience
-from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom
+from peerd.protocol.errors import ContextTooLong, InvalidRequest, LinkFailed, NoChain, NoRoom
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 
@@ -345,3 +345,27 @@ async def test_many_sessions_share_batches_and_none_sees_another(open_swarm, who
         # One by one: 16 x 9 steps of 50 ms. Together they take hardly longer than one.
         assert trio.current_time() - before < 16 * 9 * 0.05 / 5
         assert hosts[0].task.engine.positions_computed == 16 * 12
+
+
+async def test_two_servers_that_never_reach_each_other_end_in_an_error_that_blames_the_link(open_swarm):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        swarm.network.partition(hosts[0].ip, hosts[1].ip)
+        client = await swarm.client()
+        session = await client.session(BLOCKS)
+        with pytest.raises(LinkFailed):
+            await session.step(tokens(3))
+        assert client.finder.failures == []
+
+
+async def test_a_broken_link_is_routed_around_where_there_is_another_server(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        client = await swarm.client()
+        session = await client.session(BLOCKS)
+        row = tokens(20)
+        await session.step(row[:10])
+        await swarm.serve(3, 6)
+        swarm.network.partition(hosts[0].ip, hosts[1].ip)
+        assert torch.equal(await session.step(row[10:], want="all"), whole_forward(row, 9)[10:])
+        assert client.finder.failures == []
