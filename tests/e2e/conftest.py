@@ -100,6 +100,12 @@ class Reference:
         logits: torch.Tensor = self.model(torch.tensor([list(token_ids)])).logits[0]
         return logits
 
+    @torch.inference_mode()
+    def hidden_states(self, token_ids: Sequence[int]) -> list[torch.Tensor]:
+        """What each block takes of a whole row, `[n, width]`."""
+        states = self.model(torch.tensor([list(token_ids)]), output_hidden_states=True).hidden_states
+        return [state[0] for state in states]
+
 
 @pytest.fixture(scope="session")
 def reference(model_path: Path) -> Reference:

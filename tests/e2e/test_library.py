@@ -1,0 +1,145 @@
+"""peerd inside somebody's Trio program: what its contexts promise about results, errors and endings."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+import pytest
+import torch
+import trio
+
+import peerd
+
+pytestmark = [pytest.mark.real_time, pytest.mark.model]
+
+LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
+PROMPT = "The sea is"
+# As far as fp32 rounding may take a logit: half of the margin within which greedy tokens are promised.
+LOGIT_TOLERANCE = 5e-4
+
+
+async def until(condition, limit_s=1.0):
+    with trio.fail_after(limit_s):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+def all_free(swarm) -> bool:
+    return all(server.engine.free_tokens == server.engine.total_tokens for server in swarm.servers)
+
+
+async def test_steps_of_a_session_equal_the_whole_model_also_after_rolling_back(open_local_swarm, reference):
+    async with open_local_swarm(2) as swarm, swarm.client() as model:
+        ids, other = model.encode(PROMPT + " full of fish that nobody has seen."), model.encode(" not a lake")
+        async with model.session(max_length=64, max_rollback=64) as session:
+            hidden = await session.step(model.embed(ids), want="all")
+            torch.testing.assert_close(await model.logits(hidden), reference.logits(ids), atol=LOGIT_TOLERANCE, rtol=0)
+            branch = ids[:4] + other
+            hidden = await session.step(model.embed(other), start=4, want="all")
+            expected = reference.logits(branch)[4:]
+            torch.testing.assert_close(await model.logits(hidden), expected, atol=LOGIT_TOLERANCE, rtol=0)
+        await until(lambda: all_free(swarm))
+
+
+async def test_a_session_over_some_blocks_equals_those_blocks(open_local_swarm, reference):
+    async with open_local_swarm(2) as swarm, swarm.client() as model:
+        ids = model.encode(PROMPT)
+        states = reference.hidden_states(ids)
+        async with model.session(max_length=16, blocks=peerd.Span(10, 20)) as session:
+            result = await session.step(states[10], want="all")
+        torch.testing.assert_close(result, states[20], atol=1e-3, rtol=1e-4)
+
+
+async def test_leaving_an_answer_early_frees_the_servers_at_once(open_local_swarm):
+    async with open_local_swarm(2) as swarm, swarm.client() as model:
+        async with aclosing(model.generate(PROMPT, max_new_tokens=64).tokens()) as tokens:
+            async for _ in tokens:
+                break
+        await until(lambda: all_free(swarm))
+        assert [server.peer.server.sessions for server in swarm.servers] == [0, 0]
+
+
+async def test_cancelling_a_client_in_mid_answer_closes_everything_within_a_second(open_local_swarm, model_path):
+    async with open_local_swarm(2) as swarm:
+        tasks_before = trio.lowlevel.current_statistics().tasks_living
+        with trio.CancelScope() as scope:
+            async with peerd.open_peer(bootstrap=swarm.bootstrap) as peer, peer.model(model_path) as model:
+                async for token in model.generate(PROMPT, temperature=0, max_new_tokens=200, eos_token_ids=()):
+                    if token.position > 10:
+                        cancelled = trio.current_time()
+                        scope.cancel()
+        assert trio.current_time() - cancelled < 1
+        await until(lambda: all_free(swarm), limit_s=1 - (trio.current_time() - cancelled))
+        await until(lambda: not any(server.peer.connections.live.get(peer.peer_id) for server in swarm.servers))
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks_before)
+
+
+async def test_cancelling_a_whole_swarm_in_mid_answer_closes_everything_within_a_second(open_local_swarm):
+    tasks_before = trio.lowlevel.current_statistics().tasks_living
+    with trio.CancelScope() as scope:
+        async with open_local_swarm(2) as swarm, swarm.client() as model:
+            async for token in model.generate(PROMPT, temperature=0, max_new_tokens=200, eos_token_ids=()):
+                if token.position > 10:
+                    addresses = swarm.bootstrap
+                    cancelled = trio.current_time()
+                    scope.cancel()
+    assert trio.current_time() - cancelled < 1
+    assert trio.lowlevel.current_statistics().tasks_living == tasks_before
+    with pytest.raises(OSError, match="connect"):
+        await trio.open_tcp_stream(addresses[0].host, addresses[0].port)
+
+
+async def test_a_server_that_left_is_missed_by_name(open_local_swarm):
+    """It said that it left, so that a client that comes later need not try it."""
+    async with open_local_swarm(3) as swarm:
+        await swarm.servers[1].stop()
+        async with swarm.client() as model:
+            with pytest.raises(peerd.NoChain, match="10:20") as caught:
+                async for _ in model.generate(PROMPT, max_new_tokens=4):
+                    pass
+        assert caught.value.missing == ((10, 20),)
+
+
+async def test_a_server_answers_its_own_questions_with_the_blocks_it_serves(model_path, reference):
+    """One that holds the first half and asks as a client, twice: alone it must say what is missing."""
+    first, second = peerd.ServeSpec(model_path, peerd.Span(0, 15)), peerd.ServeSpec(model_path, peerd.Span(15, 30))
+    async with (
+        peerd.open_peer(listen=[LISTEN], serve=[first]) as one,
+        peerd.open_peer(listen=[LISTEN], serve=[second], bootstrap=one.addresses) as two,
+    ):
+        answer = reference.answer(reference.encode(PROMPT), 8)
+        for peer in (one, two):
+            async with peer.model(model_path) as model:
+                generation = model.generate(PROMPT, temperature=0, max_new_tokens=8)
+                async for _ in generation:
+                    pass
+            assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
+
+
+async def test_one_server_may_be_two_hops_of_a_chain(model_path, reference):
+    specs = [peerd.ServeSpec(model_path, span) for span in (peerd.Span(0, 15), peerd.Span(15, 30))]
+    async with (
+        peerd.open_peer(listen=[LISTEN], serve=specs) as server,
+        peerd.open_peer(bootstrap=server.addresses) as client,
+        client.model(model_path) as model,
+    ):
+        answer = reference.answer(reference.encode(PROMPT), 8)
+        generation = model.generate(PROMPT, temperature=0, max_new_tokens=8)
+        async for _ in generation:
+            pass
+        assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
+        assert len(generation.chain) == 2
+
+
+async def test_callers_catch_what_was_raised_and_not_a_group(open_local_swarm, model_path):
+    with pytest.raises(KeyError, match="mine"):
+        async with peerd.open_peer() as peer, peer.model(model_path):
+            raise KeyError("mine")
+    async with peerd.open_peer(listen=[LISTEN]) as peer:
+        with pytest.raises(OSError, match="in use"):
+            async with peerd.open_peer(listen=[peer.addresses[0]]):
+                pass
+    async with peerd.open_peer() as peer:
+        with pytest.raises(peerd.CheckpointError, match="nowhere"):
+            async with peer.model(model_path.parent / "nowhere"):
+                pass
