@@ -18,6 +18,7 @@ import trio
 
 from peerd.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.gate import Gate
+from peerd.loopback import loopback
 from peerd.nurseries import open_tasks
 from peerd.peer_connection import SETTLE_S, PeerConnection, StreamHandler
 from peerd.protocol.addresses import Multiaddr
@@ -80,6 +81,7 @@ class Connections:
         self._gate = Gate()
         self._live: dict[PeerId, PeerConnection] = {}
         self._dials: dict[PeerId, Dial] = {}
+        self._loopback: PeerConnection | None = None
         self._arrival = trio.lowlevel.ParkingLot()
 
     def __repr__(self) -> str:
@@ -94,8 +96,9 @@ class Connections:
         """The connection to a peer: the live one, or a new one through any of `addresses`.
 
         peer_id: None takes whoever answers (an address that names a peer still means that peer). Callers who
-        want the same peer share one dial. Sets no deadline beyond 10 s for each address. Raises ConnectFailed
-        with each address's reason, WrongPeer, InvalidRequest for our own PeerId.
+        want the same peer share one dial. Sets no deadline beyond 10 s for each address. What it returns may
+        be lost again by then. Raises ConnectFailed with each address's reason, WrongPeer, InvalidRequest for
+        our own PeerId.
         """
         if peer_id is None:
             return await self._dial_anybody(addresses)
@@ -115,7 +118,7 @@ class Connections:
                 self._dials[peer_id] = dial
                 self._nursery.start_soon(self._run_dial, dial, peer_id)
             await dial.wait()
-            if dial.connection is not None and dial.connection.lost is None:
+            if dial.connection is not None:
                 return dial.connection
             tried |= set(dial.addresses)
             if tried >= {address.with_peer(peer_id) for address in addresses}:
@@ -129,11 +132,14 @@ class Connections:
         addresses: Sequence[Multiaddr] = (),
         priority: Priority = Priority.CONTROL,
     ) -> Stream:
-        """A new stream to a peer, over its live connection or a new one.
+        """A new stream to a peer, over its live connection or a new one; to ourselves, in memory.
 
         priority: of messages that name none. Raises as `connect` does, and ConnectionLost, Overloaded.
         """
-        connection = await self.connect(peer_id, addresses)
+        if peer_id == self.peer_id:
+            connection = await self._to_ourselves()
+        else:
+            connection = await self.connect(peer_id, addresses)
         return connection.open_stream(protocol, priority=priority)
 
     async def listen(self, address: Multiaddr) -> Multiaddr:
@@ -141,6 +147,14 @@ class Connections:
         bound: Multiaddr = await self._nursery.start(self._transport.listen, address.with_peer(None), self._serve)
         self.listen_addresses += (bound,)
         return bound
+
+    async def _to_ourselves(self) -> PeerConnection:
+        if self._loopback is None or self._loopback.lost is not None:
+            self._loopback, run = loopback(self, self.peer_id, self._limits)
+            self._nursery.start_soon(run)
+        connection = self._loopback
+        await connection.wait_hello()
+        return connection
 
     # Dialling.
 

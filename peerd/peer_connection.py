@@ -268,7 +268,6 @@ class PeerConnection:
 
     async def _handle(self, handler: StreamHandler, stream: Stream) -> None:
         """Run a handler. Its stream ends with it; what is our bug and not the peer's doing is raised."""
-        self._handlers_running += 1
         try:
             await handler(stream)
             stream.close()
@@ -327,6 +326,7 @@ class PeerConnection:
         elif self._handlers_running >= MAX_STREAMS:
             self.core.reset(core, Overloaded.code)
         else:
+            self._handlers_running += 1
             self._handlers.start_soon(self._handle, handler, self._adopt(core))
 
     def _adopt(self, core: streams.Stream) -> Stream:

@@ -43,6 +43,7 @@ MAX_MESSAGE_BYTES: Final = MAX_FRAME_BYTES + TAG_BYTES
 _RECEIVE_BYTES: Final = 64 * 1024
 # How long a close may wait for the other side to take our last words.
 _LINGER_S: Final = 0.5
+_FAMILIES: Final = {"dns4": trio.socket.AF_INET, "dns6": trio.socket.AF_INET6}
 _UPGRADE_REQUIRED = 426
 _FORBIDDEN = 403
 
@@ -81,6 +82,8 @@ class WebSocketTransport:
         """Serve websockets on a TCP address until cancelled. Raises OSError. TLS is a proxy's business."""
         if address.secure:
             raise OSError(f"cannot listen on {address}: let a proxy end TLS, and listen on ws behind it")
+        if address.ip is None:
+            raise OSError(f"cannot listen on {address}: listen on an IP address, names are for dialling")
         [listener] = await trio.open_tcp_listeners(address.port, host=address.host)
         port = listener.socket.getsockname()[1]
         bound = Multiaddr(address.kind, address.host, port, peer_id=address.peer_id)
@@ -89,7 +92,7 @@ class WebSocketTransport:
             task_status.started(bound)
 
     async def _connect(self, address: Multiaddr) -> trio.abc.Stream:
-        stream = await trio.open_tcp_stream(address.host, address.port)
+        stream = await trio.open_tcp_stream(await _host(address), address.port)
         if not address.secure:
             return stream
         context = self._ssl_context or ssl.create_default_context()
@@ -100,6 +103,15 @@ class WebSocketTransport:
             await trio.aclose_forcefully(secured)
             raise
         return secured
+
+
+async def _host(address: Multiaddr) -> str:
+    """What to connect to: a `dns4` or `dns6` name's first address of that family, else the host itself."""
+    family = _FAMILIES.get(address.kind)
+    if family is None:
+        return address.host
+    found = await trio.socket.getaddrinfo(address.host, address.port, family=family, type=trio.socket.SOCK_STREAM)
+    return str(found[0][4][0])
 
 
 async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: trio.SocketStream) -> None:

@@ -1,6 +1,6 @@
 """Connections between peers on a network in memory: who is connected to whom, and how it ends."""
 
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -8,6 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from peerd.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection import Connection, GoneAway, StreamOpened
 from peerd.protocol.errors import (
     ConnectFailed,
     ConnectionLost,
@@ -21,6 +22,7 @@ from peerd.protocol.errors import (
     WrongPeer,
 )
 from peerd.protocol.frames import Priority
+from peerd.protocol.hello import HELLO_PROTOCOL
 from peerd.protocol.identity import Identity
 from peerd.testing import MemoryNetwork
 
@@ -249,6 +251,21 @@ async def test_a_peer_does_not_dial_itself():
             await one.connect(None, [_address(0)])
 
 
+async def test_streams_to_oneself_reach_ones_own_handlers_and_no_observer():
+    async with _swarm() as swarm:
+        one = await swarm.start(0, swarm_key=b"k" * 32)
+        seen = []
+        one.on_connected.append(seen.append)
+        for _ in range(2):
+            async with await one.open_stream(one.peer_id, "/echo/1") as stream:
+                assert stream.peer == one.peer_id
+                await stream.send({"type": "a"}, [memoryview(bytes(1 << 20))])
+                assert len((await stream.receive(1 << 20)).body) == 1 << 20
+                stream.finish()
+        assert not one.live
+        assert not seen
+
+
 async def test_strangers_do_not_get_into_a_private_swarm():
     async with _swarm() as swarm:
         one, other = await swarm.start(0, swarm_key=b"k" * 32), await swarm.start(1, swarm_key=b"k" * 32)
@@ -257,6 +274,106 @@ async def test_strangers_do_not_get_into_a_private_swarm():
         with pytest.raises(ConnectFailed):
             await stranger.connect(other.peer_id, [_address(1)])
         assert list(other.live) == [one.peer_id]
+
+
+@pytest.mark.parametrize("after_ms", range(5, 100, 10))
+async def test_a_dial_that_is_cancelled_at_any_moment_leaves_nothing_behind(after_ms):
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        with trio.move_on_after(after_ms / 1000) as cancelled:
+            await one.connect(other.peer_id, [_address(1)])
+        await trio.sleep(3)
+        expected = 0 if cancelled.cancelled_caught else 1
+        assert len(one.live) == len(other.live) == expected
+        assert repr(swarm.network) == f"<MemoryNetwork channels={2 * expected} listeners=2>"
+        assert await _ask(one, 1) == b"hi"
+
+
+# Peers that keep the handshake and not the rest.
+
+
+class Rogue:
+    """Number 1's identity, dialling number 0 with a bare protocol machine."""
+
+    def __init__(self, swarm):
+        self.core = Connection(IDENTITIES[1], initiator=True, now=trio.current_time())
+        self._transport = swarm.network.transport("10.0.0.1")
+
+    async def shake(self):
+        self.channel = await self._transport.dial(_address(0))
+        await self.flush()
+        self.core.receive(await self.channel.receive(), trio.current_time())
+        await self.flush()
+
+    async def flush(self):
+        with suppress(ConnectionLost):  # what it said before it closed is still to be read
+            while (message := self.core.next_message(trio.current_time())) is not None:
+                await self.channel.send(message)
+
+    async def until(self, kind):
+        """Answer like an honest peer until an event of this kind comes."""
+        while True:
+            while (event := self.core.next_event()) is not None:
+                if isinstance(event, kind):
+                    return event
+            self.core.receive(await self.channel.receive(), trio.current_time())
+            await self.flush()
+
+
+async def test_a_peer_that_opens_a_stream_before_the_hello_is_shown_out():
+    async with _swarm() as swarm:
+        await swarm.start(0)
+        rogue = Rogue(swarm)
+        await rogue.shake()
+        rogue.core.open_stream("/echo/1", Priority.CONTROL)
+        await rogue.flush()
+        assert (await rogue.until(GoneAway)).code == "protocol"
+
+
+async def test_a_peer_that_says_hello_out_of_turn_is_shown_out():
+    async with _swarm() as swarm:
+        await swarm.start(0)
+        rogue = Rogue(swarm)
+        await rogue.shake()
+        await rogue.until(StreamOpened)
+        rogue.core.open_stream(HELLO_PROTOCOL, Priority.CONTROL)
+        await rogue.flush()
+        assert (await rogue.until(GoneAway)).code == "protocol"
+
+
+async def test_a_peer_that_never_says_hello_is_shown_out_in_ten_seconds():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        rogue = Rogue(swarm)
+        await rogue.shake()
+        start = trio.current_time()
+        assert (await rogue.until(GoneAway)).code == "handshake"
+        assert trio.current_time() - start < 11
+        assert not one.live
+
+
+async def test_a_peer_that_lies_about_its_hello_is_shown_out():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        rogue = Rogue(swarm)
+        await rogue.shake()
+        stream = (await rogue.until(StreamOpened)).stream
+        rogue.core.send(stream, {"type": "hello", "agent": 7, "time_us": 0}, [], Priority.CONTROL)
+        await rogue.flush()
+        assert "agent" in (await rogue.until(GoneAway)).reason
+        assert not one.live
+
+
+async def test_bytes_that_are_no_frame_end_the_connection_and_the_daemon_lives_on():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        rogue = Rogue(swarm)
+        await rogue.shake()
+        await rogue.channel.send(bytes(100))
+        assert (await rogue.until(GoneAway)).code == "protocol"
+        honest = await swarm.start(2)
+        assert await _ask(honest, 0) == b"hi"
+        assert list(one.live) == [honest.peer_id]
 
 
 # Endings.

@@ -61,9 +61,10 @@ async def test_messages_come_back_whole_and_in_order(address):
 
 
 @real_time
-async def test_a_name_is_resolved():
+@pytest.mark.parametrize("kind", ["dns", "dns4"])
+async def test_a_name_is_resolved(kind):
     async with _listening(_echo) as bound:
-        channel = await WebSocketTransport().dial(Multiaddr("dns4", "localhost", bound.port))
+        channel = await WebSocketTransport().dial(Multiaddr(kind, "localhost", bound.port))
         await channel.send(b"x")
         assert await channel.receive() == b"x"
         await channel.aclose()
@@ -127,11 +128,12 @@ async def test_what_is_no_direct_address_is_not_dialled(text):
         await WebSocketTransport().dial(Multiaddr.parse(text))
 
 
-async def test_tls_is_not_ours_to_listen_with():
-    with pytest.raises(OSError, match="proxy"):
-        await WebSocketTransport().listen(
-            Multiaddr.parse("/ip4/127.0.0.1/tcp/0/wss"), _echo, task_status=trio.TASK_STATUS_IGNORED
-        )
+@pytest.mark.parametrize(
+    ("text", "advice"), [("/ip4/127.0.0.1/tcp/0/wss", "proxy"), ("/dns/localhost/tcp/0/ws", "IP address")]
+)
+async def test_tls_and_names_are_not_listened_on(text, advice):
+    with pytest.raises(OSError, match=advice):
+        await WebSocketTransport().listen(Multiaddr.parse(text), _echo, task_status=trio.TASK_STATUS_IGNORED)
 
 
 # Servers that are not ours.
