@@ -209,6 +209,8 @@ async def open_peer(
                 clock=clock,
                 addresses=connections.announced,
             ) as discovery:
+                # Nobody's blocks are nearer than our own.
+                discovery.links.measured(identity.peer_id, 0.0)
                 peer = Peer(identity, connections, discovery, server)
                 if server:
                     server.attach(connections)
