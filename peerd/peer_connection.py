@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
@@ -104,7 +103,7 @@ class PeerConnection:
         self._said_hello = trio.Event()
         self._ended = trio.Event()
         self._moving = trio.CancelScope()
-        self._sending = False
+        self._writing = trio.CancelScope(shield=True)
 
     def __repr__(self) -> str:
         state = f"lost ({self.lost})" if self.lost else "settled" if self.settled else "unsettled"
@@ -186,21 +185,23 @@ class PeerConnection:
             try:
                 await self._move()
             finally:
-                self.close()
-                await self._say_farewell()
+                await self._channel.aclose()
             handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
 
     # Tasks.
 
     async def _move(self) -> None:
-        async with trio.open_nursery() as nursery:
-            self._moving = nursery.cancel_scope
-            if self.lost is not None:
-                return
-            nursery.start_soon(self._until_lost, self._write)
-            nursery.start_soon(self._until_lost, self._keep_time)
-            nursery.start_soon(self._until_lost, self._settle)
-            await self._until_lost(self._read)
+        async with trio.open_nursery() as writing:
+            writing.start_soon(self._until_lost, self._write)
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._moving = nursery.cancel_scope
+                    if self.lost is None:
+                        nursery.start_soon(self._until_lost, self._keep_time)
+                        nursery.start_soon(self._until_lost, self._settle)
+                        await self._until_lost(self._read)
+            finally:
+                self.close()
 
     async def _until_lost(self, task: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -217,16 +218,17 @@ class PeerConnection:
             self._heard.unpark_all()
 
     async def _write(self) -> None:
-        # The last message is not for this task, which is about to be cancelled.
-        while self.lost is None:
-            message = self.core.next_message(trio.current_time())
-            self._take_events()
-            if message is None:
-                await self._idle.park()
-                continue
-            self._sending = True
-            await self._channel.send(message)
-            self._sending = False
+        # Shielded, so that nothing is ever cut off in the middle but by `_lose`'s deadline.
+        with self._writing:
+            while True:
+                message = self.core.next_message(trio.current_time())
+                self._take_events()
+                if message is not None:
+                    await self._channel.send(message)
+                elif self.lost is None:
+                    await self._idle.park()
+                else:
+                    return
 
     async def _keep_time(self) -> None:
         with trio.move_on_at(self.core.deadline):
@@ -281,17 +283,10 @@ class PeerConnection:
         finally:
             self._handlers_running -= 1
 
-    async def _say_farewell(self) -> None:
-        if not self._sending:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S), suppress(ConnectionLost):
-                while (message := self.core.next_message(trio.current_time())) is not None:
-                    await self._channel.send(message)
-        await self._channel.aclose()
-
     # Events.
 
     def _take_events(self) -> None:
-        while (event := self.core.next_event()) is not None:
+        while self.lost is None and (event := self.core.next_event()) is not None:
             match event:
                 case StreamReadable(core):
                     if (stream := self._streams.get(core.id)) is not None:
@@ -352,6 +347,8 @@ class PeerConnection:
         for stream in self._streams.values():
             stream.wake()
         self._moving.cancel()
+        self._writing.deadline = trio.current_time() + FAREWELL_S
+        self.wake()
 
     @property
     def _name(self) -> str:

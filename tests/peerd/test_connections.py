@@ -293,14 +293,14 @@ async def test_a_dial_that_is_cancelled_at_any_moment_leaves_nothing_behind(afte
 
 
 class Rogue:
-    """Number 1's identity, dialling number 0 with a bare protocol machine."""
+    """One number's identity, dialling another with a bare protocol machine."""
 
-    def __init__(self, swarm):
-        self.core = Connection(IDENTITIES[1], initiator=True, now=trio.current_time())
-        self._transport = swarm.network.transport("10.0.0.1")
+    def __init__(self, swarm, number=1):
+        self.core = Connection(IDENTITIES[number], initiator=True, now=trio.current_time())
+        self._transport = swarm.network.transport(f"10.0.0.{number}")
 
-    async def shake(self):
-        self.channel = await self._transport.dial(_address(0))
+    async def shake(self, other=0):
+        self.channel = await self._transport.dial(_address(other))
         await self.flush()
         self.core.receive(await self.channel.receive(), trio.current_time())
         await self.flush()
@@ -322,12 +322,14 @@ class Rogue:
 
 async def test_a_peer_that_opens_a_stream_before_the_hello_is_shown_out():
     async with _swarm() as swarm:
-        await swarm.start(0)
-        rogue = Rogue(swarm)
-        await rogue.shake()
+        one = await swarm.start(1)
+        rogue = Rogue(swarm, number=0)
+        await rogue.shake(other=1)
         rogue.core.open_stream("/echo/1", Priority.CONTROL)
         await rogue.flush()
-        assert (await rogue.until(GoneAway)).code == "protocol"
+        gone = await rogue.until(GoneAway)
+        assert (gone.code, gone.reason) == ("protocol", "the peer opened a stream before it said hello")
+        assert not one.live
 
 
 async def test_a_peer_that_says_hello_out_of_turn_is_shown_out():
