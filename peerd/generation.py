@@ -32,7 +32,7 @@ class Token:
 
 
 class Generation:
-    """An answer in the making: iterate over it for its tokens. Figures below grow as it runs.
+    """An answer in the making: iterate over it, once, for its tokens. Figures below grow as it runs.
 
     Leaving the loop early ends the session on all peers; in a long-lived task, do so under
     `contextlib.aclosing(generation.tokens())`, as for any asynchronous generator.
@@ -72,6 +72,8 @@ class Generation:
 
     async def tokens(self) -> AsyncGenerator[Token, None]:
         """The tokens, as they come. Raises NoChain, Overloaded, ContextTooLong, InvalidRequest."""
+        if self.started is not None:
+            raise RuntimeError("a generation is iterated over once; call generate() for another answer")
         self.started = trio.current_time()
         sampling = self._sampling
         session = await self._model.start_session(max_length=len(self.prompt) + sampling.max_new_tokens)

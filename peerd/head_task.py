@@ -13,6 +13,7 @@ import torch
 import trio
 
 from peerd.compute.head import Head
+from peerd.protocol.errors import InvalidRequest
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +33,11 @@ class HeadTask:
         self._limiter = trio.CapacityLimiter(1)
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Token ids to `[n, width]`, on the CPU."""
-        return self._head.embed(torch.tensor(token_ids))
+        """Token ids to `[n, width]`, on the CPU. Raises InvalidRequest for ids outside the vocabulary."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self._head.vocab_size:
+                raise InvalidRequest(f"token {token_id} is not one of the model's {self._head.vocab_size}")
+        return self._head.embed(torch.tensor(token_ids, dtype=torch.long))
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[n, width]` to `[n, vocabulary]`, float32."""

@@ -69,7 +69,7 @@ class RemoteModel:
         return f"<RemoteModel {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Token ids to the first block's input, `[n, width]`."""
+        """Token ids to the first block's input, `[n, width]`. Raises InvalidRequest for ids that there are not."""
         return self._head.embed(token_ids)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -86,8 +86,6 @@ class RemoteModel:
             ids = self.tokenizer.encode(rendered, add_special_tokens=False)
         else:
             ids = self.tokenizer.encode(prompt)
-        if not ids:
-            raise InvalidRequest("the prompt is empty")
         return list(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -159,4 +157,6 @@ class RemoteModel:
         from peerd.sampling import SamplingParams
 
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise InvalidRequest("the prompt is empty")
         return Generation(self, ids, SamplingParams.from_config(self.generation_config, **sampling))

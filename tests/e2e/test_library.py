@@ -50,6 +50,15 @@ async def test_a_session_over_some_blocks_equals_those_blocks(open_local_swarm, 
         torch.testing.assert_close(result, states[20], atol=1e-3, rtol=1e-4)
 
 
+async def test_tokens_that_the_model_does_not_have_are_refused(open_local_swarm):
+    async with open_local_swarm(1) as swarm, swarm.client() as model:
+        for token_id in (-1, 49152):
+            with pytest.raises(peerd.InvalidRequest, match=str(token_id)):
+                model.embed([1, token_id])
+        with pytest.raises(peerd.InvalidRequest, match="49152"):
+            await anext(model.generate([49152]).tokens())
+
+
 async def test_leaving_an_answer_early_frees_the_servers_at_once(open_local_swarm):
     async with open_local_swarm(2) as swarm, swarm.client() as model:
         async with aclosing(model.generate(PROMPT, max_new_tokens=64).tokens()) as tokens:
@@ -101,7 +110,7 @@ async def test_a_server_that_left_is_missed_by_name(open_local_swarm):
 
 
 async def test_a_server_answers_its_own_questions_with_the_blocks_it_serves(model_path, reference):
-    """One that holds the first half and asks as a client, twice: alone it must say what is missing."""
+    """Each holds one half, and asks as a client too."""
     first, second = peerd.ServeSpec(model_path, peerd.Span(0, 15)), peerd.ServeSpec(model_path, peerd.Span(15, 30))
     async with (
         peerd.open_peer(listen=[LISTEN], serve=[first]) as one,
