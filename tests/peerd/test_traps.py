@@ -138,7 +138,7 @@ async def test_crossing_bulk_sends_do_not_deadlock(attempt):
         async with trio.open_nursery() as nursery:
             for connection in (one, other):
                 for _ in range(2):
-                    nursery.start_soon(_send_and_finish, connection, (4 + attempt) * MIB)
+                    nursery.start_soon(_send_and_finish, connection, 4 * MIB + attempt)
         assert one.lost is other.lost is None
 
 
