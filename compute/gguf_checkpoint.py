@@ -76,10 +76,8 @@ def open_gguf(path: Path) -> Checkpoint:
     except BaseException:
         file.close()
         raise
-    name = file.metadata.get("general.name")
-    name = name if isinstance(name, str) and name else path.stem
     # The weights file holds the configuration too.
-    return Checkpoint(path, family, config, weights, name=name, published_config={})
+    return Checkpoint(path, family, config, weights, name=path.stem, published_config={})
 
 
 def _refuse_what_would_be_wrong(file: GgufFile, architecture: str) -> None:

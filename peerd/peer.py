@@ -23,6 +23,7 @@ from peerd.connections import Connections, open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import MAX_LENGTH
 from peerd.protocol.records import ServerRecord
@@ -132,6 +133,8 @@ class Peer:
         # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
         digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
         if isinstance(spec.blocks, Span):
+            if spec.blocks.end > checkpoint.block_count:
+                raise InvalidRequest(f"{checkpoint.name} has blocks 0:{checkpoint.block_count}, not {spec.blocks}")
             return spec.blocks
         count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
         offers = await self.discovery.directory.servers(digest, checkpoint.block_count)

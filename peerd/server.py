@@ -123,10 +123,15 @@ class Server:
         self.spans += (served,)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new sessions and wait for the others to end, at most `timeout_s`."""
+        """Refuse new sessions and wait for the others to end, at most `timeout_s`.
+
+        Who is away is not waited for: by the time it came back we would be gone.
+        """
         self.draining = True
         with trio.move_on_after(timeout_s):
             for session in list(self._sessions.values()):
+                if session.control is None:
+                    session.close()
                 await session.wait_closed()
 
     # Control streams.
@@ -241,7 +246,10 @@ class Server:
         if session.control is not stream or self._stopped:
             return
         session.control = None
-        self._nursery.start_soon(self._close_unless_back, session, session.visits)
+        if self.draining:
+            session.close()
+        else:
+            self._nursery.start_soon(self._close_unless_back, session, session.visits)
 
     async def _close_unless_back(self, session: HostedSession, visits: int) -> None:
         with trio.move_on_after(LINGER_S):
