@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.layer_kinds import layer_kinds
 

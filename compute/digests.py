@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+
 from peerd.compute.errors import CheckpointError
 from peerd.compute.weights import StoredBytes
 

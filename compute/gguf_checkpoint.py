@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from peerd.compute.checkpoint import Checkpoint, make_config
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.errors import UnsupportedModel

@@ -19,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
+
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 
 MAGIC = b"GGUF"

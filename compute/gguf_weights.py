@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 from numpy.typing import NDArray
+
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.gguf_file import GgufFile, GgufTensor
 from peerd.compute.weights import StoredBytes

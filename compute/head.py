@@ -10,14 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.families import Family
 from peerd.compute.parameter_names import LM_HEAD
-from torch import nn
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from peerd.compute.checkpoint import Checkpoint
 
 
 class Head:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 
 # As in the reference implementation: no honest header is larger.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families import Family
 from peerd.compute.parameter_names import Recipe, recipes

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.families import Family
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, length_rules
 from peerd.protocol.span import Span
-from torch import nn
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from peerd.compute.checkpoint import Checkpoint
 
 
 class SpanModel(nn.Module):

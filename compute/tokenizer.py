@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from peerd.compute.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
     from transformers import PreTrainedTokenizerBase
+
+    from peerd.compute.checkpoint import Checkpoint
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -183,9 +183,7 @@ class ChainOpener:
             next=next_hop,
         )
 
-    async def _next(
-        self, session: bytes, sender: Hop, receiver: Hop | None, number: int, epoch: int
-    ) -> NextHop | None:
+    async def _next(self, session: bytes, sender: Hop, receiver: Hop | None, number: int, epoch: int) -> NextHop | None:
         """Leave for `sender` to push this session's results to `receiver`, which knows itself as hop `number`."""
         if receiver is None:
             return None

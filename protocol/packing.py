@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgpack
+
 from peerd.protocol.errors import RemoteProtocolError
 
 MAX_DEPTH = 8

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 import trio
+from rich.console import Console
+from rich.table import Table
+
 from peerd.compute.demo_model import demo_model_path
 from peerd.demo import even_spans
 from peerd.model import RemoteModel
 from peerd.peer import open_peer
 from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes
-from rich.console import Console
-from rich.table import Table
 
 PROMPT_TOKENS = 32
 DECODE_TOKENS = 64

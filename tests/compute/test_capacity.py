@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from peerd.compute.capacity import HEADROOM, block_bytes, fits, free_memory, kv_bytes_per_token
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.span_model import load_span

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.digests import file_digest, tensors_digest
 from peerd.compute.errors import CheckpointError

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.head import Head, load_head

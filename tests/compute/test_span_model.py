@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.families import FAMILIES
 from peerd.compute.head import load_head

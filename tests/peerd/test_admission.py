@@ -3,6 +3,7 @@
 import pytest
 import trio
 import trio.testing
+
 from peerd.admission import Admission
 from peerd.protocol.errors import NoRoom
 

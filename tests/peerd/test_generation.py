@@ -249,5 +249,6 @@ async def test_chat_needs_a_template(open_model):
 async def test_chat_prompts_are_written_as_the_template_says(open_model):
     async with open_model() as (model, _):
         model.tokenizer = byte_tokenizer()
-        model.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+        turns = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
+        model.tokenizer.chat_template = turns + "{% if add_generation_prompt %}[a]{% endif %}"
         assert bytes(model.encode("hé", chat=True)) == "[user]hé[a]".encode()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages import Output
 from peerd.protocol.rows import Drop, Fork, RowSlice

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from peerd.protocol.addresses import MAX_ADDRESS_CHARS, Multiaddr, is_private_ip
 from peerd.protocol.identity import PeerId, peer_id_of
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from peerd.protocol.identity import (
     PEER_ID_CHARS,
     Identity,

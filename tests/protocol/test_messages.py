@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from peerd.protocol import messages
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
 from peerd.protocol.messages import Fork, RowSlice, Step

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise.connection import Keypair, NoiseConnection
+
 from peerd.protocol.errors import HandshakeFailed, LocalProtocolError, PeerdError, RemoteProtocolError, WrongPeer
 from peerd.protocol.identity import Identity, encode_public_key, peer_id_of
 from peerd.protocol.noise import PROLOGUE, Handshake

@@ -2,6 +2,7 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.packing import MAX_DEPTH, pack, unpack
 

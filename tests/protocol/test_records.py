@@ -6,6 +6,7 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from peerd.protocol.announcements import MAX_PAYLOAD_BYTES
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import Identity, node_id_of, peer_id_of

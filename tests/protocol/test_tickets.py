@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from peerd.protocol.errors import TicketRefused
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.tickets import TICKET_BYTES, Ticket, open_ticket, sign_ticket
