@@ -17,16 +17,7 @@ from typing import Protocol
 import trio
 
 from peerd.protocol import streams
-from peerd.protocol.connection import (
-    MAX_STREAMS,
-    Connection,
-    GoneAway,
-    HandshakeDone,
-    MessageSent,
-    StreamEnded,
-    StreamOpened,
-    StreamReadable,
-)
+from peerd.protocol.connection import Connection
 from peerd.protocol.errors import (
     ConnectionLost,
     HandshakeFailed,
@@ -37,9 +28,11 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
+from peerd.protocol.events import GoneAway, HandshakeDone, MessageSent, StreamEnded, StreamOpened, StreamReadable
 from peerd.protocol.frames import Priority
 from peerd.protocol.hello import HELLO_PROTOCOL, Hello
 from peerd.protocol.identity import PeerId
+from peerd.protocol.stream_table import MAX_STREAMS
 from peerd.stream import Stream
 from peerd.transport import MessageChannel
 

@@ -11,20 +11,26 @@ from __future__ import annotations
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from peerd.protocol.errors import (
-    ConnectionLost,
     HandshakeFailed,
     LocalProtocolError,
     Overloaded,
     PeerdError,
     RemoteProtocolError,
 )
+from peerd.protocol.events import (
+    Event,
+    GoneAway,
+    HandshakeDone,
+    MessageSent,
+    StreamEnded,
+    StreamOpened,
+    StreamReadable,
+)
 from peerd.protocol.frames import (
     MAX_CREDIT,
-    MAX_STREAM_ID,
     Credit,
     Data,
     Frame,
@@ -39,28 +45,15 @@ from peerd.protocol.frames import (
     encode_frame,
 )
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.liveness import Liveness, Patience
-from peerd.protocol.noise import TAG_BYTES, CipherState, Handshake
+from peerd.protocol.liveness import Liveness
+from peerd.protocol.noise import CipherState, Handshake
 from peerd.protocol.schedule import Schedule
+from peerd.protocol.stream_table import Limits, StreamTable
 from peerd.protocol.streams import INITIAL_CREDIT_BYTES, State, Step, Stream
 from peerd.protocol.wire import Buffer, RawMessage
 
-__all__ = [
-    "Connection",
-    "Event",
-    "GoneAway",
-    "HandshakeDone",
-    "Limits",
-    "MessageSent",
-    "MAX_STREAMS",
-    "StreamEnded",
-    "StreamOpened",
-    "StreamReadable",
-    "TAG_BYTES",
-]
+__all__ = ["Connection", "Limits"]
 
-# Streams that each side may have open that it opened itself. Both sides count, so it is part of the protocol.
-MAX_STREAMS = 256
 # Small frames let what is urgent go between them: 16 KiB of bulk delay a decode by 1.3 ms at 100 Mbit/s.
 # Decodes need not be interrupted, and 31 KiB still fit into a frame of a relayed connection.
 _FRAME_BYTES: Final = {
@@ -76,69 +69,6 @@ _LINE_BYTES_A_SECOND = 125_000_000
 _MIN_USEFUL_BYTES = 256 * 1024
 # RESETs that wait for a peer which opens streams but does not read.
 _MAX_WAITING_CONTROL = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one peer may make us hold or do, over one connection.
-
-    opens_burst, opens_a_second: how fast it may open streams.
-    shared_credit_bytes: credit beyond each stream's initial one, over all streams together.
-    """
-
-    opens_burst: int = 1024
-    opens_a_second: float = 512.0
-    shared_credit_bytes: int = 64 * 1024 * 1024
-    patience: Patience = field(default_factory=Patience)
-
-
-@dataclass(frozen=True, slots=True)
-class HandshakeDone:
-    """The peer has proved who it is; streams may be opened."""
-
-    peer_id: PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class StreamOpened:
-    """The peer opened a stream."""
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class StreamReadable:
-    """Bytes of a stream, or its end, arrived: `Connection.read` may have more."""
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class MessageSent:
-    """The last byte of one of the stream's messages left."""
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class StreamEnded:
-    """The stream is over in both directions; what arrived before may still be read.
-
-    Where the peer reset it, `stream.reset_code` says why.
-    """
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class GoneAway:
-    """The peer ended the connection. Nothing comes after this."""
-
-    code: str
-    reason: str
-
-
-Event = HandshakeDone | StreamOpened | StreamReadable | MessageSent | StreamEnded | GoneAway
 
 
 class Connection:
@@ -174,16 +104,11 @@ class Connection:
         self._over = False
         self._farewell: GoAway | None = None
         self._events: deque[Event] = deque()
-        self._streams: dict[int, Stream] = {}
+        self._streams = StreamTable(self._limits, initiator=initiator, now=now)
         self._schedule = Schedule()
         self._control: deque[Frame] = deque()
         self._pong: Pong | None = None
         self._refunds: OrderedDict[int, int] = OrderedDict()
-        # The initiator's streams are odd, so that neither side needs the other's word for a free number.
-        self._next_id = 1 if initiator else 2
-        self._last_peer_id = 0
-        self._open_allowance = float(self._limits.opens_burst)
-        self._allowed_at = now
 
     def __repr__(self) -> str:
         state = "over" if self._over else "open" if self._ciphers else "handshake"
@@ -282,13 +207,7 @@ class Connection:
         """
         if self._ciphers is None or self._over:
             raise LocalProtocolError("streams can be opened only on a connection that is open")
-        if self._count(ours=True) >= MAX_STREAMS:
-            raise Overloaded(f"{MAX_STREAMS} streams to {self.peer_id} are open already")
-        if self._next_id > MAX_STREAM_ID:
-            raise ConnectionLost("all stream numbers of this connection are used")
-        stream = Stream(self._next_id, protocol, priority, INITIAL_CREDIT_BYTES)
-        self._next_id += 2
-        self._streams[stream.id] = stream
+        stream = self._streams.open(protocol, priority)
         self._control.append(Open(stream.id, protocol, priority, INITIAL_CREDIT_BYTES))
         return stream
 
@@ -354,7 +273,7 @@ class Connection:
         self._over = True
         self._pong = None
         self._control.clear()
-        for stream in list(self._streams.values()):
+        for stream in self._streams:
             stream.state = State.CLOSED
             self._forget(stream)
 
@@ -363,19 +282,19 @@ class Connection:
         self._liveness.heard(now)
         match frame:
             case Data(stream_id):
-                if (stream := self._known(stream_id)) is not None:
+                if (stream := self._streams.known(stream_id)) is not None:
                     stream.accept(frame)
                     self._events.append(StreamReadable(stream))
                     self._forget_if_closed(stream)
             case Credit(stream_id, amount):
-                if (stream := self._known(stream_id)) is not None:
+                if (stream := self._streams.known(stream_id)) is not None:
                     stream.step(Step.CREDIT)
                     stream.outgoing.add_credit(amount)
                     self._schedule_if_ready(stream)
             case Open():
                 self._take_open(frame, now)
             case Reset(stream_id, code):
-                if (stream := self._known(stream_id)) is not None:
+                if (stream := self._streams.known(stream_id)) is not None:
                     self._take_reset(stream, code)
             case Ping(token):
                 # A newer one replaces one that was not answered yet: a flood costs one answer.
@@ -387,20 +306,13 @@ class Connection:
                 self._events.append(GoneAway(code, reason))
 
     def _take_open(self, frame: Open, now: float) -> None:
-        if frame.stream % 2 == self._next_id % 2 or frame.stream <= self._last_peer_id:
-            raise RemoteProtocolError(f"OPEN of stream {frame.stream}, which is ours or was used before")
-        earned = (now - self._allowed_at) * self._limits.opens_a_second
-        self._open_allowance = min(self._open_allowance + earned, self._limits.opens_burst) - 1
-        self._allowed_at = now
-        if self._open_allowance < 0 or len(self._control) >= _MAX_WAITING_CONTROL:
-            raise RemoteProtocolError("the peer opens streams too fast")
-        self._last_peer_id = frame.stream
-        if self._count(ours=False) >= MAX_STREAMS:
+        if len(self._control) >= _MAX_WAITING_CONTROL:
+            raise RemoteProtocolError("the peer opens streams and does not read what becomes of them")
+        stream = self._streams.accept(frame, now)
+        if stream is None:
             self._control.append(Reset(frame.stream, Overloaded.code))
-            return
-        stream = Stream(frame.stream, frame.protocol, frame.priority, frame.credit)
-        self._streams[stream.id] = stream
-        self._events.append(StreamOpened(stream))
+        else:
+            self._events.append(StreamOpened(stream))
 
     def _take_reset(self, stream: Stream, code: str) -> None:
         stream.step(Step.RESET)
@@ -409,29 +321,16 @@ class Connection:
             stream.incoming.drop()
         self._forget(stream)
 
-    def _known(self, stream_id: int) -> Stream | None:
-        """The stream, or None for one that has ended: its last frames may still be on their way."""
-        stream = self._streams.get(stream_id)
-        if stream is None:
-            ours = stream_id % 2 == self._next_id % 2
-            if stream_id >= self._next_id if ours else stream_id > self._last_peer_id:
-                raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
-        return stream
-
-    def _count(self, *, ours: bool) -> int:
-        parity = self._next_id % 2
-        return sum((stream_id % 2 == parity) is ours for stream_id in self._streams)
-
     def _schedule_if_ready(self, stream: Stream) -> None:
         if stream.outgoing.ready:
             self._schedule.put(stream.id, stream.outgoing.priority(stream.priority))
 
     def _forget(self, stream: Stream) -> None:
-        stream.outgoing.drop()
-        self._streams.pop(stream.id, None)
-        self._schedule.remove(stream.id)
-        self._refunds.pop(stream.id, None)
-        self._events.append(StreamEnded(stream))
+        if self._streams.forget(stream):
+            stream.outgoing.drop()
+            self._schedule.remove(stream.id)
+            self._refunds.pop(stream.id, None)
+            self._events.append(StreamEnded(stream))
 
     def _forget_if_closed(self, stream: Stream) -> None:
         if stream.state is State.CLOSED:
@@ -441,17 +340,8 @@ class Connection:
         if stream.state is State.CLOSED:
             return
         incoming = stream.incoming
-        amount = incoming.wanted_credit(self._useful_credit())
-        beyond = incoming.outstanding + amount - INITIAL_CREDIT_BYTES
-        if amount and beyond > 0:
-            shared = sum(
-                max(0, other.incoming.outstanding - INITIAL_CREDIT_BYTES)
-                for other in self._streams.values()
-                if other is not stream
-            )
-            free = self._limits.shared_credit_bytes - shared
-            amount = min(amount, INITIAL_CREDIT_BYTES - incoming.outstanding + max(0, free))
-        if amount > 0:
+        amount = self._streams.affordable(stream, incoming.wanted_credit(self._useful_credit()))
+        if amount:
             incoming.outstanding += amount
             self._refunds[stream.id] = self._refunds.get(stream.id, 0) + amount
 

@@ -8,7 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from peerd.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection import Connection, GoneAway, StreamOpened
+from peerd.protocol.connection import Connection
 from peerd.protocol.errors import (
     ConnectFailed,
     ConnectionLost,
@@ -21,6 +21,7 @@ from peerd.protocol.errors import (
     UnsupportedFeature,
     WrongPeer,
 )
+from peerd.protocol.events import GoneAway, StreamOpened
 from peerd.protocol.frames import Priority
 from peerd.protocol.hello import HELLO_PROTOCOL
 from peerd.protocol.identity import Identity

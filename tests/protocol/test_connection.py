@@ -8,17 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerd.protocol import noise
-from peerd.protocol.connection import (
-    MAX_STREAMS,
-    Connection,
-    GoneAway,
-    HandshakeDone,
-    Limits,
-    MessageSent,
-    StreamEnded,
-    StreamOpened,
-    StreamReadable,
-)
+from peerd.protocol.connection import Connection, Limits
 from peerd.protocol.errors import (
     ConnectionLost,
     HandshakeFailed,
@@ -28,6 +18,7 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     WrongPeer,
 )
+from peerd.protocol.events import GoneAway, HandshakeDone, MessageSent, StreamEnded, StreamOpened, StreamReadable
 from peerd.protocol.frames import (
     MAX_FRAME_BYTES,
     Credit,
@@ -43,6 +34,7 @@ from peerd.protocol.frames import (
 )
 from peerd.protocol.identity import Identity
 from peerd.protocol.noise import Handshake
+from peerd.protocol.stream_table import MAX_STREAMS
 from peerd.protocol.streams import INITIAL_CREDIT_BYTES
 
 DIALLER, LISTENER = Identity.from_seed(b"1" * 32), Identity.from_seed(b"2" * 32)

@@ -1,0 +1,118 @@
+"""The streams of one connection: their numbers, how many there may be, and what they may hold together.
+
+Knows who opened which; knows no frames that are on their way. The difficulty is to tell a stream that has
+ended, whose last frames may still arrive, from one that never was, without remembering all that ever were:
+numbers only grow, so the highest of each side is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from peerd.protocol.errors import ConnectionLost, Overloaded, RemoteProtocolError
+from peerd.protocol.frames import MAX_STREAM_ID, Open, Priority
+from peerd.protocol.liveness import Patience
+from peerd.protocol.streams import INITIAL_CREDIT_BYTES, Stream
+
+# Streams that each side may have open that it opened itself. Both sides count, so it is part of the protocol.
+MAX_STREAMS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one peer may make us hold or do, over one connection.
+
+    opens_burst, opens_a_second: how fast it may open streams.
+    shared_credit_bytes: credit beyond each stream's initial one, over all streams together.
+    """
+
+    opens_burst: int = 1024
+    opens_a_second: float = 512.0
+    shared_credit_bytes: int = 64 * 1024 * 1024
+    patience: Patience = field(default_factory=Patience)
+
+
+class StreamTable:
+    """The open streams by number. The initiator's are odd, so that neither side needs the other's word."""
+
+    def __init__(self, limits: Limits, *, initiator: bool, now: float) -> None:
+        self._limits = limits
+        self._streams: dict[int, Stream] = {}
+        self._next_id = 1 if initiator else 2
+        self._last_peer_id = 0
+        self._allowance = float(limits.opens_burst)
+        self._allowed_at = now
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(tuple(self._streams.values()))
+
+    def __getitem__(self, stream_id: int) -> Stream:
+        return self._streams[stream_id]
+
+    def open(self, protocol: str, priority: Priority) -> Stream:
+        """A new stream of ours. Raises Overloaded beyond 256, ConnectionLost when all numbers are used."""
+        if self._count(ours=True) >= MAX_STREAMS:
+            raise Overloaded(f"{MAX_STREAMS} streams to this peer are open already")
+        if self._next_id > MAX_STREAM_ID:
+            raise ConnectionLost("all stream numbers of this connection are used")
+        stream = Stream(self._next_id, protocol, priority, INITIAL_CREDIT_BYTES)
+        self._next_id += 2
+        self._streams[stream.id] = stream
+        return stream
+
+    def accept(self, frame: Open, now: float) -> Stream | None:
+        """A new stream of the peer's; None where it has too many, which it is told with a RESET.
+
+        Raises RemoteProtocolError for a number that is not its to use, and for opening too fast.
+        """
+        if self._is_ours(frame.stream) or frame.stream <= self._last_peer_id:
+            raise RemoteProtocolError(f"OPEN of stream {frame.stream}, which is ours or was used before")
+        earned = (now - self._allowed_at) * self._limits.opens_a_second
+        self._allowance = min(self._allowance + earned, self._limits.opens_burst) - 1
+        self._allowed_at = now
+        if self._allowance < 0:
+            raise RemoteProtocolError("the peer opens streams too fast")
+        self._last_peer_id = frame.stream
+        if self._count(ours=False) >= MAX_STREAMS:
+            return None
+        stream = Stream(frame.stream, frame.protocol, frame.priority, frame.credit)
+        self._streams[stream.id] = stream
+        return stream
+
+    def known(self, stream_id: int) -> Stream | None:
+        """The stream, or None for one that has ended: its last frames may still be on their way.
+
+        Raises RemoteProtocolError for one that never was.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            never = stream_id >= self._next_id if self._is_ours(stream_id) else stream_id > self._last_peer_id
+            if never:
+                raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
+        return stream
+
+    def forget(self, stream: Stream) -> bool:
+        """The stream has ended. Returns whether that is news."""
+        return self._streams.pop(stream.id, None) is not None
+
+    def affordable(self, stream: Stream, credit: int) -> int:
+        """Of the credit that a stream should be given, what all of them together leave for it."""
+        own = INITIAL_CREDIT_BYTES - stream.incoming.outstanding
+        if credit <= own:
+            return credit
+        others = sum(
+            max(0, other.incoming.outstanding - INITIAL_CREDIT_BYTES)
+            for other in self._streams.values()
+            if other is not stream
+        )
+        return max(0, min(credit, own + max(0, self._limits.shared_credit_bytes - others)))
+
+    def _is_ours(self, stream_id: int) -> bool:
+        return stream_id % 2 == self._next_id % 2
+
+    def _count(self, *, ours: bool) -> int:
+        return sum(self._is_ours(stream_id) is ours for stream_id in self._streams)
