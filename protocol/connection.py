@@ -161,6 +161,8 @@ class Connection:
             return
         try:
             if self._ciphers is None:
+                if self._handshake.must_write:
+                    raise RemoteProtocolError("the peer sent a handshake message out of turn")
                 self._handshake.read(data)
                 self._establish(now)
             else:

@@ -241,6 +241,21 @@ async def test_mutated_hellos_and_handshakes_harm_nobody(open_swarm, whole_forwa
             nursery.start_soon(garble, 50 + number)
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 9])
+async def test_handshake_messages_out_of_turn_harm_nobody(open_swarm, whole_forward, at_once):
+    async with attacked(open_swarm, whole_forward) as (swarm, host):
+        for number in range(3):
+            channel = await dial(swarm, host, number)
+            first = Handshake(identity(number), initiator=True).write()
+            for _ in range(at_once):
+                await channel.send(first)
+            with pytest.raises(PeerFault), trio.fail_after(5):
+                while True:
+                    await channel.receive()
+            await channel.aclose()
+        await trio.sleep(1)
+
+
 async def test_floods_of_streams_pings_credit_and_resets_harm_nobody(open_swarm, whole_forward):
     async def attack(number):
         for round_ in range(4):
