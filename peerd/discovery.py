@@ -104,6 +104,10 @@ class Discovery:
         """What we serve has changed: announce it soon."""
         self._announcer.changed()
 
+    async def announced(self) -> None:
+        """Wait until what we serve now was announced: who looks for it from then on finds it."""
+        await self._announcer.announced()
+
     async def answer(self, stream: Stream) -> None:
         """Handle a stream of the DHT's protocol."""
         await answer_question(self.dht, stream)

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 Address = Multiaddr | str
 # Every interface, any free port.
 DEFAULT_LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/0/ws")
+# Who serves waits so long to be known, and goes on without if nobody answers.
+ANNOUNCE_WAIT_S = 2.0
 
 
 class Peer:
@@ -110,7 +112,7 @@ class Peer:
                 yield RemoteModel(facts, task, tokenizer, checkpoint.generation_config, finder, opener, tasks)
 
     async def serve(self, spec: ServeSpec) -> ServedSpan:
-        """Serve blocks of a model from now on. Raises CheckpointError, InvalidRequest."""
+        """Serve blocks of a model from now on, where others find them. Raises CheckpointError, InvalidRequest."""
         from peerd.compute.checkpoint import open_checkpoint
         from peerd.engine_task import EngineTask
         from peerd.server import ServedSpan
@@ -123,6 +125,8 @@ class Peer:
             served = ServedSpan(checkpoint.model_digest, checkpoint.max_length or MAX_LENGTH, EngineTask(loaded.engine))
         self.server.serve(served)
         self._announce(served, loaded)
+        with trio.move_on_after(ANNOUNCE_WAIT_S):
+            await self.discovery.announced()
         return served
 
     async def _choose(self, spec: ServeSpec, checkpoint: Checkpoint) -> Span:

@@ -75,6 +75,8 @@ class Announcer:
         self._current = current
         self._now = now
         self._changed = trio.Event()
+        # Set when the next round has ended.
+        self._announced = trio.Event()
         # The span announced in each slot, until it is withdrawn; and when the last record of the slot ends.
         self._servers: dict[int, ServerRecord] = {}
         self._slot_ends: dict[int, float] = {}
@@ -83,18 +85,26 @@ class Announcer:
         """Announce soon: what `current` returns has changed."""
         self._changed.set()
 
+    async def announced(self) -> None:
+        """Wait until what `current` returns now was announced, or nobody took it."""
+        await self._announced.wait()
+
     async def run(self) -> None:
         """Announce every third of the records' lifetime, and soon after each change. Runs until cancelled."""
         while True:
             started = trio.current_time()
             self._changed = trio.Event()
+            announced, self._announced = self._announced, trio.Event()
             delivered = await self.announce()
+            announced.set()
             if not delivered:
                 log.warning("nobody took some announcement of ours; trying again in %g s", RETRY_S)
             period_s = TTL_S / 3 if delivered else RETRY_S
             with trio.move_on_at(started + period_s):
                 await self._changed.wait()
-            await trio.sleep_until(started + MIN_PERIOD_S)
+            # What is said for the first time does not wait for a round that said nothing.
+            if self._servers:
+                await trio.sleep_until(started + MIN_PERIOD_S)
 
     async def announce(self) -> bool:
         """Sign and store what is to be announced now. Returns whether somebody took each record."""

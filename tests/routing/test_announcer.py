@@ -109,6 +109,25 @@ async def test_what_is_announced_is_asked_for_each_time_and_soon_after_a_change(
     assert all(later - earlier >= MIN_PERIOD_S for earlier, later in pairwise(times))
 
 
+async def test_what_is_served_first_is_announced_at_once_and_whoever_waits_knows(
+    unix_now: Callable[[], float], server_body: MakeServer
+) -> None:
+    setup = Setup(unix_now)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.announcer.run)
+        await trio.sleep(0.5)
+        assert not setup.sink.puts
+        setup.bodies = [server_body()]
+        setup.announcer.changed()
+        await setup.announcer.announced()
+        assert [at for at, _ in setup.sink.puts] == [0.5]
+        setup.bodies = [server_body(free_tokens=1)]
+        setup.announcer.changed()
+        await setup.announcer.announced()
+        assert [at for at, _ in setup.sink.puts] == [0.5, 0.5 + MIN_PERIOD_S]
+        nursery.cancel_scope.cancel()
+
+
 async def test_an_announcement_that_reached_nobody_is_repeated_soon(
     unix_now: Callable[[], float], server_body: MakeServer
 ) -> None:
