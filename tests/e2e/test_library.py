@@ -9,6 +9,7 @@ import torch
 import trio
 
 import peerd
+from peerd.session import Patience
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model]
 
@@ -50,8 +51,8 @@ async def test_a_session_over_some_blocks_equals_those_blocks(open_local_swarm, 
         torch.testing.assert_close(result, states[20], atol=1e-3, rtol=1e-4)
 
 
-async def test_tokens_that_the_model_does_not_have_are_refused(open_local_swarm):
-    async with open_local_swarm(1) as swarm, swarm.client() as model:
+async def test_tokens_that_the_model_does_not_have_are_refused(model_path):
+    async with peerd.open_peer() as peer, peer.model(model_path) as model:
         for token_id in (-1, 49152):
             with pytest.raises(peerd.InvalidRequest, match=str(token_id)):
                 model.embed([1, token_id])
@@ -104,9 +105,22 @@ async def test_a_server_that_left_is_missed_by_name(open_local_swarm):
         await swarm.servers[1].stop()
         async with swarm.client() as model:
             with pytest.raises(peerd.NoChain, match="10:20") as caught:
-                async for _ in model.generate(PROMPT, max_new_tokens=4):
+                async with model.session(max_length=16, patience=Patience(missing_s=0)):
                     pass
         assert caught.value.missing == ((10, 20),)
+
+
+async def test_a_server_that_drains_finishes_its_answers_and_takes_no_others(open_local_swarm, reference):
+    async with open_local_swarm(1) as swarm, swarm.client() as model, trio.open_nursery() as nursery:
+        answer = reference.answer(reference.encode(PROMPT), 16)
+        generation = model.generate(PROMPT, temperature=0, max_new_tokens=16)
+        async for token in generation:
+            if token.position == len(generation.prompt) + 2:
+                nursery.start_soon(swarm.servers[0].peer.drain, 30)
+        assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
+        with pytest.raises(peerd.NoChain, match="0:30"):
+            async with model.session(max_length=16, patience=Patience(missing_s=0)):
+                pass
 
 
 async def test_a_server_answers_its_own_questions_with_the_blocks_it_serves(model_path, reference):
