@@ -15,12 +15,17 @@ import trio
 
 from peerd.protocol.errors import NoRoom, PeerdError
 
+# The first who waits keeps those behind it waiting for so long, so that a big request is not always overtaken; but no
+# longer, or one stranger who asks for more than is free would shut everybody out. Below the 2 s that clients wait.
+HOLD_UP_S = 1.0
+
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
     owner: Hashable
     tokens: int
     attempt: Callable[[], None]
+    since: float = field(default_factory=trio.current_time)
     done: trio.Event = field(default_factory=trio.Event)
     granted: bool = False
     error: PeerdError | None = None
@@ -38,7 +43,7 @@ class Admission:
     async def admit(self, owner: Hashable, tokens: int, attempt: Callable[[], None], timeout_s: float) -> None:
         """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`, and what it raises.
 
-        While others wait, an owner whose holdings would exceed half of the pool is passed over.
+        Who has waited for a second in vain may be overtaken. While others wait, an owner whose holdings would exceed half of the pool is passed over.
         """
         waiter = _Waiter(owner, tokens, attempt)
         self._waiters.append(waiter)
@@ -46,6 +51,9 @@ class Admission:
             self._grant_in_order()
             if not waiter.done.is_set():
                 with trio.move_on_after(timeout_s):
+                    with trio.move_on_after(HOLD_UP_S):
+                        await waiter.done.wait()
+                    self._grant_in_order()
                     await waiter.done.wait()
             if waiter.error is not None:
                 raise waiter.error
@@ -85,8 +93,9 @@ class Admission:
             try:
                 waiter.attempt()
             except NoRoom:
-                # Nobody overtakes the first who waits, or a big request would wait forever.
-                return None
+                if trio.current_time() - waiter.since < HOLD_UP_S:
+                    return None
+                continue
             except PeerdError as error:
                 # Its own fault, and nobody else's: whoever freed the tokens must not hear of it.
                 waiter.error = error

@@ -189,6 +189,18 @@ async def test_a_session_too_long_for_the_pool_harms_only_whoever_asked_behind_a
         assert await serves_well(swarm, host)
 
 
+async def test_who_asks_for_more_than_is_free_shuts_nobody_else_out(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=256)
+        holder, *greedy = [await swarm.caller() for _ in range(4)]
+        await holder.open(host, max_length=64)
+        for caller in greedy:
+            waiting = await caller.stream(host)
+            await waiting.send(caller.opening(host, max_length=256, timeout_ms=600_000).to_header())
+        for seed in range(3):
+            assert await serves_well(swarm, host, seed)
+
+
 async def test_while_others_wait_one_peer_holds_at_most_half(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4, kv_tokens=256)
