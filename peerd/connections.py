@@ -176,7 +176,7 @@ class Connections:
     async def _attempt(self, address: Multiaddr, dial: Dial) -> PeerFault:
         try:
             with trio.fail_after(ADDRESS_TIMEOUT_S):
-                channel = await self._transport.dial(address)
+                channel = await self._transport.dial(address, self._nursery)
         except trio.TooSlowError:
             return ConnectFailed(f"no answer within {ADDRESS_TIMEOUT_S:g} s")
         except PeerFault as error:

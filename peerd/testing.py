@@ -124,8 +124,8 @@ class MemoryTransport:
         self._network = network
         self.host = host
 
-    async def dial(self, address: Multiaddr) -> MemoryChannel:
-        """Connect, one round trip later. Across a partition this never returns."""
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery | None = None) -> MemoryChannel:
+        """Connect, one round trip later. Across a partition this never returns. Nothing runs in `tasks`."""
         await trio.sleep(2 * self._network.latency(self.host, address.host))
         if self._network.parted(self.host, address.host):
             await trio.sleep_forever()

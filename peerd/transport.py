@@ -41,8 +41,11 @@ class MessageChannel(Protocol):
 class Transport(Protocol):
     """Dials and listens."""
 
-    async def dial(self, address: Multiaddr) -> MessageChannel:
-        """Connect to an address, without a time-out. Raises ConnectFailed, VersionMismatch."""
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
+        """Connect to an address, without a time-out. Raises ConnectFailed, VersionMismatch.
+
+        `tasks` holds what the channel needs to run, until it is closed.
+        """
 
     async def listen(
         self,

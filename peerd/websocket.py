@@ -1,34 +1,28 @@
 """Carries connections in websockets, `ws://` directly or `wss://` through a proxy that ends TLS for us.
 
-Glues wsproto to Trio's streams: no task of its own, so a message passes from the socket to its reader
-without a switch between. The difficulty is never to send from the reading side: two peers that each
-wait for the other to read would wait for ever. So a websocket ping is answered with our next message.
+Trio-websocket speaks the protocol; this knows how to live with it. Each websocket has a reader task of the
+library's in a nursery of its own, so that what it raises ends that websocket alone. The difficulty is a
+stranger who hangs up in the middle of the upgrade: the library then waits for ever, so the stream beneath it is
+watched, and its end ends the waiting.
 """
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Final
+from typing import Any, Final
 
 import trio
-from wsproto import ConnectionType, WSConnection
-from wsproto.events import (
-    AcceptConnection,
-    BytesMessage,
-    CloseConnection,
-    Ping,
-    Pong,
-    RejectConnection,
-    RejectData,
-    Request,
-    TextMessage,
+from trio_websocket import (
+    ConnectionClosed,
+    ConnectionRejected,
+    WebSocketConnection,
+    WebSocketRequest,
+    wrap_client_stream,
+    wrap_server_stream,
 )
-from wsproto.utilities import LocalProtocolError as CannotSend
-from wsproto.utilities import RemoteProtocolError as BrokenWebsocket
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
@@ -39,13 +33,23 @@ from peerd.transport import MessageChannel
 # Names the major version before the handshake binds it, so that a mismatch can be told from a wrong key.
 SUBPROTOCOL: Final = "peerd.1"
 MAX_MESSAGE_BYTES: Final = MAX_FRAME_BYTES + TAG_BYTES
-# Small reads make bulk 2-5 times slower.
+# The library's own 4 KiB make bulk 2-5 times slower.
 _RECEIVE_BYTES: Final = 64 * 1024
+# Between the library's reader and ours, which never waits for anything else.
+_QUEUE_MESSAGES: Final = 16
+_OPTIONS: Final[dict[str, Any]] = {
+    "message_queue_size": _QUEUE_MESSAGES,
+    "max_message_size": MAX_MESSAGE_BYTES,
+    "receive_buffer_size": _RECEIVE_BYTES,
+}
 # How long a close may wait for the other side to take our last words.
 _LINGER_S: Final = 0.5
 _FAMILIES: Final = {"dns4": trio.socket.AF_INET, "dns6": trio.socket.AF_INET6}
 _UPGRADE_REQUIRED = 426
 _FORBIDDEN = 403
+_TOO_BIG = 1009
+# wsproto lets header bytes that are not ASCII through as UnicodeError.
+_READER_ERRORS = (ConnectionRejected, UnicodeError)
 
 
 class WebSocketTransport:
@@ -54,7 +58,7 @@ class WebSocketTransport:
     def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
         self._ssl_context = ssl_context
 
-    async def dial(self, address: Multiaddr) -> WebSocketChannel:
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> WebSocketChannel:
         """Connect and upgrade, without a time-out. Raises ConnectFailed, VersionMismatch."""
         if address.relay is not None or not address.is_dialable:
             raise ConnectFailed(f"{address} cannot be dialled directly")
@@ -62,11 +66,12 @@ class WebSocketTransport:
             stream = await self._connect(address)
         except (OSError, trio.BrokenResourceError) as error:
             raise ConnectFailed(_cause(error)) from error
-        channel = WebSocketChannel(stream, WSConnection(ConnectionType.CLIENT))
+        channel = WebSocketChannel(stream)
+        readers = await tasks.start(channel.host)
         try:
-            await channel.request(address)
+            await channel.request(readers, address)
         except BaseException as error:
-            await trio.aclose_forcefully(stream)
+            channel.abort()
             if isinstance(error, ConnectionLost | RemoteProtocolError):
                 raise ConnectFailed(str(error)) from error
             raise
@@ -116,149 +121,163 @@ async def _host(address: Multiaddr) -> str:
 
 async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: trio.SocketStream) -> None:
     try:
-        channel = WebSocketChannel(stream, WSConnection(ConnectionType.SERVER))
+        channel = WebSocketChannel(stream)
     except OSError:
         # It was gone before we looked who it was.
         return
-    try:
-        await handler(channel)
-    finally:
-        await channel.aclose()
+    async with trio.open_nursery() as nursery:
+        channel.readers = await nursery.start(channel.host)
+        try:
+            await handler(channel)
+        finally:
+            await channel.aclose()
 
 
 class WebSocketChannel:
     """A MessageChannel over one websocket. A server's side upgrades at its first `receive`."""
 
-    def __init__(self, stream: trio.abc.Stream, websocket: WSConnection) -> None:
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        # Where a server's side upgrades; None on a client's.
+        self.readers: trio.Nursery | None = None
         self._stream = stream
-        self._websocket = websocket
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._pongs = b""
-        self._broken = False
+        self._websocket: WebSocketConnection | None = None
+        self._opening = trio.CancelScope()
+        self._closed = trio.Event()
+        self._failure: BaseException | None = None
         self._remote_ip = _remote_ip(stream)
 
     def __repr__(self) -> str:
-        return f"<WebSocketChannel {self._remote_ip} {self._websocket.state.name}>"
+        return f"<WebSocketChannel {self._remote_ip} {self._websocket or 'opening'}>"
 
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
         return self._remote_ip
 
-    async def request(self, address: Multiaddr) -> None:
-        """Upgrade a client's side. Raises ConnectionLost, RemoteProtocolError, VersionMismatch."""
+    async def host(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
+        """Own the nursery of the library's reader until the channel is closed; its errors end this channel only."""
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started(nursery)
+                await self._closed.wait()
+                nursery.cancel_scope.cancel()
+        except* _READER_ERRORS as group:
+            self._failure = group.exceptions[0]
+        finally:
+            self._opening.cancel()
+            await trio.aclose_forcefully(self._stream)
+
+    async def request(self, readers: trio.Nursery, address: Multiaddr) -> None:
+        """Upgrade a client's side. Raises ConnectionLost, VersionMismatch."""
         host = f"[{address.host}]" if address.kind == "ip6" else address.host
-        request = Request(host=f"{host}:{address.port}", target="/", subprotocols=[SUBPROTOCOL])
-        await self._send(self._websocket.send(request))
-        while True:
-            for event in self._websocket.events():
-                match event:
-                    case AcceptConnection(subprotocol=chosen):
-                        if chosen != SUBPROTOCOL:
-                            raise VersionMismatch(f"the other side chose {chosen!r}, not {SUBPROTOCOL!r}")
-                        return
-                    case RejectConnection(status_code=status):
-                        if status == _UPGRADE_REQUIRED:
-                            raise VersionMismatch(f"the other side does not speak {SUBPROTOCOL}")
-                        raise ConnectionLost(f"refused with HTTP status {status}")
-            await self._read()
+        with self._opening:
+            self._websocket = await wrap_client_stream(
+                readers, self._watched(), f"{host}:{address.port}", "/", subprotocols=[SUBPROTOCOL], **_OPTIONS
+            )
+        if isinstance(self._failure, ConnectionRejected):
+            status = self._failure.status_code
+            if status == _UPGRADE_REQUIRED:
+                raise VersionMismatch(f"the other side does not speak {SUBPROTOCOL}")
+            raise ConnectionLost(f"refused with HTTP status {status}")
+        if self._websocket is None:
+            raise ConnectionLost("the other side hung up before it was a websocket")
+        if self._websocket.subprotocol != SUBPROTOCOL:
+            raise VersionMismatch(f"the other side chose {self._websocket.subprotocol!r}, not {SUBPROTOCOL!r}")
 
     async def send(self, message: bytes) -> None:
-        pongs, self._pongs = self._pongs, b""
+        if self._websocket is None:
+            raise ConnectionLost("the websocket is not open")
         try:
-            data = self._websocket.send(BytesMessage(data=message))
-        except CannotSend:
-            raise ConnectionLost("the websocket is closed") from None
-        await self._send(pongs + data)
+            await self._websocket.send_message(message)
+        except ConnectionClosed as closed:
+            raise _lost(closed) from None
 
     async def receive(self) -> bytes:
-        while True:
-            for event in self._websocket.events():
-                match event:
-                    case BytesMessage():
-                        message = self._join(event)
-                        if message is not None:
-                            return message
-                    case Request():
-                        await self._accept(event)
-                    case Ping():
-                        # A flood of pings costs one answer.
-                        self._pongs = self._websocket.send(event.response())
-                    case CloseConnection(code=code):
-                        raise ConnectionLost(f"the peer closed the websocket ({int(code)})")
-                    case TextMessage():
-                        raise RemoteProtocolError("a text message on a binary protocol")
-                    case Pong():
-                        pass
-            await self._read()
+        if self._websocket is None:
+            self._websocket = await self._upgrade()
+        try:
+            message = await self._websocket.get_message()
+        except ConnectionClosed as closed:
+            raise _lost(closed) from None
+        if isinstance(message, str):
+            raise RemoteProtocolError("a text message on a binary protocol")
+        # The library joins what came in several parts in a bytearray.
+        return bytes(message)
+
+    def abort(self) -> None:
+        """End it at once, with no last words."""
+        self._closed.set()
 
     async def aclose(self) -> None:
         """Say goodbye and let the other side read what was sent, for half a second at most."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _LINGER_S):
-            if not self._broken:
-                with suppress(ConnectionLost, CannotSend):
-                    await self._send(self._websocket.send(CloseConnection(code=1000)))
-                    await self._drain()
+            if self._websocket is not None:
+                await self._websocket.aclose()
+        self.abort()
         await trio.aclose_forcefully(self._stream)
 
-    async def _drain(self) -> None:
-        """Read on until the other side has closed: closing with unread bytes would destroy our last words."""
-        if isinstance(self._stream, trio.SocketStream):
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                await self._stream.send_eof()
-                while await self._stream.receive_some(_RECEIVE_BYTES):
-                    pass
-
-    async def _send(self, data: bytes) -> None:
-        broken, self._broken = self._broken, True
-        try:
-            if broken:
-                raise ConnectionLost("half a message was sent: the websocket is broken")
-            await self._stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionLost(f"the connection broke: {_cause(error)}") from error
-        self._broken = False
-
-    async def _read(self) -> None:
-        try:
-            data = await self._stream.receive_some(_RECEIVE_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionLost(f"the connection broke: {_cause(error)}") from error
-        if not data:
-            raise ConnectionLost("the peer closed the connection")
-        try:
-            self._websocket.receive_data(bytes(data))
-        # A header that is not ASCII is a UnicodeError, which wsproto lets through.
-        except (BrokenWebsocket, UnicodeError) as error:
-            raise RemoteProtocolError(f"no websocket: {error}") from None
-
-    def _join(self, event: BytesMessage) -> bytes | None:
-        """The message, once its last part is here."""
-        self._size += len(event.data)
-        if self._size > MAX_MESSAGE_BYTES:
-            raise RemoteProtocolError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
-        if event.data:
-            self._parts.append(bytes(event.data))
-        if not event.message_finished:
-            return None
-        message = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts = []
-        self._size = 0
-        return message
-
-    async def _accept(self, request: Request) -> None:
+    async def _upgrade(self) -> WebSocketConnection:
         """Upgrade a server's side. A browser's page has no business here, whatever it claims to speak."""
-        if any(name.lower() == b"origin" for name, _ in request.extra_headers):
-            await self._reject(_FORBIDDEN, b"peers do not come from web pages\n")
-        if SUBPROTOCOL not in request.subprotocols:
-            await self._reject(_UPGRADE_REQUIRED, f"this is a peer that speaks {SUBPROTOCOL}\n".encode())
-        await self._send(self._websocket.send(AcceptConnection(subprotocol=SUBPROTOCOL)))
+        if self.readers is None:
+            raise ConnectionLost("the websocket is closed")
+        request: WebSocketRequest | None = None
+        with self._opening:
+            request = await wrap_server_stream(self.readers, self._watched(), **_OPTIONS)
+        if request is None:
+            raise PeerFault(f"no websocket: {self._failure or 'the other side hung up or spoke no HTTP'}")
+        try:
+            if any(name.lower() == b"origin" for name, _ in request.headers):
+                await self._reject(request, _FORBIDDEN, "peers do not come from web pages")
+            if SUBPROTOCOL not in request.proposed_subprotocols:
+                await self._reject(request, _UPGRADE_REQUIRED, f"this is a peer that speaks {SUBPROTOCOL}")
+            return await request.accept(subprotocol=SUBPROTOCOL)
+        except ConnectionClosed as closed:
+            raise _lost(closed) from None
 
-    async def _reject(self, status: int, reason: bytes) -> None:
-        headers = [(b"content-length", str(len(reason)).encode()), (b"content-type", b"text/plain")]
-        response = self._websocket.send(RejectConnection(status_code=status, headers=headers, has_body=True))
-        await self._send(response + self._websocket.send(RejectData(data=reason)))
-        raise PeerFault(f"refused a websocket: {reason.decode().strip()}")
+    @staticmethod
+    async def _reject(request: WebSocketRequest, status: int, reason: str) -> None:
+        headers = [(b"content-type", b"text/plain")]
+        await request.reject(status, extra_headers=headers, body=f"{reason}\n".encode())
+        raise PeerFault(f"refused a websocket: {reason}")
+
+    def _watched(self) -> Any:
+        return _WatchedStream(self._stream, self._opening.cancel)
+
+
+class _WatchedStream(trio.abc.Stream):
+    """A stream that says when it has ended, which trio-websocket does not tell who waits for the upgrade."""
+
+    def __init__(self, stream: trio.abc.Stream, on_end: Callable[[], None]) -> None:
+        self._stream = stream
+        self._on_end = on_end
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        try:
+            data = await self._stream.receive_some(max_bytes)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._on_end()
+            raise
+        if not data:
+            self._on_end()
+        return data
+
+    async def aclose(self) -> None:
+        self._on_end()
+        await self._stream.aclose()
+
+
+def _lost(closed: ConnectionClosed) -> PeerFault:
+    reason = closed.reason
+    if reason is None or reason.code is None:
+        return ConnectionLost("the connection broke")
+    if reason.code == _TOO_BIG:
+        return RemoteProtocolError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+    return ConnectionLost(f"the websocket was closed ({reason.code})")
 
 
 def _remote_ip(stream: trio.abc.Stream) -> IPv4Address | IPv6Address | None:

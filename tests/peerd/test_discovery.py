@@ -59,9 +59,9 @@ class NotingTransport:
     transport: MemoryTransport
     dialled: dict[str, list[Multiaddr]]
 
-    async def dial(self, address: Multiaddr) -> MessageChannel:
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
         self.dialled.setdefault(self.transport.host, []).append(address)
-        return await self.transport.dial(address)
+        return await self.transport.dial(address, tasks)
 
     async def listen(
         self,

@@ -17,6 +17,7 @@ from wsproto.events import BytesMessage, Ping, Pong, Request, TextMessage
 
 from peerd.connections import open_connections
 from peerd.gate import Gate
+from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
 from peerd.protocol.identity import Identity
@@ -43,6 +44,16 @@ async def _echo(channel):
         pass
 
 
+@asynccontextmanager
+async def _dial(transport, address):
+    async with open_tasks() as tasks:
+        channel = await transport.dial(address, tasks)
+        try:
+            yield channel
+        finally:
+            await channel.aclose()
+
+
 async def _wait(_channel):
     await trio.sleep_forever()
 
@@ -52,22 +63,23 @@ async def _wait(_channel):
 async def test_messages_come_back_whole_and_in_order(address):
     async with _listening(_echo, address=address) as bound:
         assert bound.port
-        channel = await WebSocketTransport().dial(bound)
-        for size in (0, 1, 125, 126, 65, MAX_MESSAGE_BYTES):
-            await channel.send(b"x" * size)
-            assert await channel.receive() == b"x" * size
-        assert channel.remote_ip == ip_address(address.host)
-        await channel.aclose()
+        async with _dial(WebSocketTransport(), bound) as channel:
+            for size in (0, 1, 125, 126, 65, MAX_MESSAGE_BYTES):
+                await channel.send(b"x" * size)
+                assert await channel.receive() == b"x" * size
+            assert channel.remote_ip == ip_address(address.host)
+            await channel.aclose()
 
 
 @real_time
 @pytest.mark.parametrize("kind", ["dns", "dns4"])
 async def test_a_name_is_resolved(kind):
-    async with _listening(_echo) as bound:
-        channel = await WebSocketTransport().dial(Multiaddr(kind, "localhost", bound.port))
+    async with (
+        _listening(_echo) as bound,
+        _dial(WebSocketTransport(), Multiaddr(kind, "localhost", bound.port)) as channel,
+    ):
         await channel.send(b"x")
         assert await channel.receive() == b"x"
-        await channel.aclose()
 
 
 @real_time
@@ -77,8 +89,7 @@ async def test_what_was_sent_before_closing_is_still_received():
         for _ in range(10):
             await channel.send(bytes(30_000))
 
-    async with _listening(say_and_close) as bound:
-        channel = await WebSocketTransport().dial(bound)
+    async with _listening(say_and_close) as bound, _dial(WebSocketTransport(), bound) as channel:
         await channel.send(b"go")
         await channel.send(b"never read by the other side")
         for _ in range(10):
@@ -90,8 +101,7 @@ async def test_what_was_sent_before_closing_is_still_received():
 
 @real_time
 async def test_using_a_closed_channel_says_so():
-    async with _listening(_echo) as bound:
-        channel = await WebSocketTransport().dial(bound)
+    async with _listening(_echo) as bound, _dial(WebSocketTransport(), bound) as channel:
         await channel.aclose()
         await channel.aclose()
         with pytest.raises(ConnectionLost):
@@ -105,7 +115,8 @@ async def test_nobody_listening_is_a_failed_dial():
     async with _listening(_echo) as bound:
         pass
     with pytest.raises(ConnectFailed, match=str(bound.port)):
-        await WebSocketTransport().dial(bound)
+        async with _dial(WebSocketTransport(), bound):
+            pass
 
 
 @real_time
@@ -125,7 +136,8 @@ async def test_an_address_that_is_taken_is_an_error_of_the_system():
 )
 async def test_what_is_no_direct_address_is_not_dialled(text):
     with pytest.raises(ConnectFailed, match="cannot be dialled"):
-        await WebSocketTransport().dial(Multiaddr.parse(text))
+        async with _dial(WebSocketTransport(), Multiaddr.parse(text)):
+            pass
 
 
 @pytest.mark.parametrize(
@@ -168,7 +180,8 @@ async def _serving_bytes(answer):
 async def test_a_server_that_is_no_peer_is_told_apart(answer, error):
     async with _serving_bytes(answer) as address:
         with trio.fail_after(5), pytest.raises(error):
-            await WebSocketTransport().dial(address)
+            async with _dial(WebSocketTransport(), address):
+                pass
 
 
 # Clients that are not ours.
@@ -221,12 +234,11 @@ async def test_a_web_page_is_refused():
 
 
 @real_time
-async def test_a_ping_is_answered_with_the_next_message_and_not_by_the_reader():
+async def test_websocket_pings_are_answered_beside_messages():
     async with _listening(_echo) as bound, Client.connect(bound) as client:
-        await client.say(*[Ping(payload=bytes([n])) for n in range(50)], BytesMessage(data=b"x"))
+        await client.say(Ping(payload=b"?"), BytesMessage(data=b"x"))
         heard = [await client.hear(), await client.hear()]
-        assert [type(event) for event in heard] == [Pong, BytesMessage]
-        assert heard[0].payload == bytes([49])
+        assert {type(event) for event in heard} == {Pong, BytesMessage}
 
 
 @real_time
@@ -345,13 +357,14 @@ async def test_wss_goes_through_a_proxy_that_ends_tls_and_checks_its_certificate
         )
         port = listener.transport_listener.socket.getsockname()[1]
         address = Multiaddr("dns4", "localhost", port, secure=True)
-        channel = await WebSocketTransport(trusting).dial(address)
-        await channel.send(b"x" * 20_000)
-        assert await channel.receive() == b"x" * 20_000
-        await channel.aclose()
-        with pytest.raises(ConnectFailed, match=r"(?i)certificate"):
-            await WebSocketTransport().dial(address)
-        nursery.cancel_scope.cancel()
+        async with _dial(WebSocketTransport(trusting), address) as channel:
+            await channel.send(b"x" * 20_000)
+            assert await channel.receive() == b"x" * 20_000
+            await channel.aclose()
+            with pytest.raises(ConnectFailed, match=r"(?i)certificate"):
+                async with _dial(WebSocketTransport(), address):
+                    pass
+            nursery.cancel_scope.cancel()
 
 
 # The door.
