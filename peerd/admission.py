@@ -43,7 +43,8 @@ class Admission:
     async def admit(self, owner: Hashable, tokens: int, attempt: Callable[[], None], timeout_s: float) -> None:
         """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`, and what it raises.
 
-        Who has waited for a second in vain may be overtaken. While others wait, an owner whose holdings would exceed half of the pool is passed over.
+        Who has waited for a second in vain may be overtaken. While others wait, an owner whose holdings would exceed
+        half of the pool is passed over.
         """
         waiter = _Waiter(owner, tokens, attempt)
         self._waiters.append(waiter)
