@@ -30,6 +30,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
 from peerd.hostile import (
     HostilePeer,
@@ -328,8 +329,10 @@ async def fill_pool(model: RemoteModel) -> None:
 
 async def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     path = demo_model_path()
+    with open_checkpoint(path) as checkpoint:
+        span = Span(0, checkpoint.block_count)
     async with open_peer_processes(threads=1) as processes:
-        server = await processes.start("--serve-blocks", "auto", "--model", str(path), "--kv-tokens", str(KV_TOKENS))
+        server = await processes.start("--serve-blocks", str(span), "--model", str(path), "--kv-tokens", str(KV_TOKENS))
         async with open_peer(bootstrap=[server.address]) as peer, peer.model(path) as model:
             console.log("filling the server's KV memory")
             await fill_pool(model)
