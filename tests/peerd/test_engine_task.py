@@ -1,0 +1,148 @@
+"""The device's task: batches in, results to whom they belong, the engine's errors as the wire's."""
+
+import threading
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+import trio
+
+from peerd.compute.fake_engine import FakeEngine, fake_forward
+from peerd.compute.steps import BatchOutput
+from peerd.engine_task import EngineTask, StepGap
+from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom
+from peerd.protocol.messages import Open, Step
+from peerd.protocol.rows import RowSlice
+from peerd.protocol.span import Span
+
+WIDTH = 8
+SPAN = Span(2, 5)
+STEP_S = 1.0
+
+
+def tokens(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 251, (count, WIDTH), generator=generator).float()
+
+
+def opening(**fields):
+    asked = {"session": bytes(16), "hop": 0, "epoch": 0, "model": bytes(32), "start": 2, "end": 5, "max_length": 64}
+    return Open(**asked | fields)
+
+
+def step(start, count, seq=1, row=0):
+    return Step(epoch=0, seq=seq, rows=(RowSlice(row, start, count),))
+
+
+@asynccontextmanager
+async def running(engine=None, run_batch=None):
+    async def slow(run, batch):
+        await trio.sleep(STEP_S)
+        return run(batch)
+
+    task = EngineTask(engine or FakeEngine(SPAN, hidden_size=WIDTH, kv_tokens=256), run_batch=run_batch or slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(task.run)
+        yield task
+        nursery.cancel_scope.cancel()
+
+
+async def test_results_come_back_in_order_to_their_own_session():
+    async with running() as task:
+        results = {"a": [], "b": []}
+        for name, took in results.items():
+            await task.open(name, name, opening(), took.append)
+        rows = {"a": tokens(5, 1), "b": tokens(5, 2)}
+        for name, row in rows.items():
+            task.submit(name, step(0, 3), row[:3])
+            task.submit(name, step(3, 2, 2), row[3:])
+        await trio.sleep(5 * STEP_S)
+        for name, row in rows.items():
+            assert torch.equal(torch.cat(results[name]), fake_forward(row, SPAN))
+
+
+async def test_the_engines_errors_travel_as_the_wires():
+    async with running() as task:
+        with pytest.raises(ContextTooLong):
+            await task.open("x", "x", opening(max_length=257), print)
+        await task.open("a", "a", opening(max_length=200), print)
+        with pytest.raises(NoRoom) as caught:
+            await task.open("b", "b", opening(timeout_ms=1000), print)
+        assert caught.value.free_tokens == 48
+        with pytest.raises(InvalidRequest):
+            task.submit("a", step(0, 2), tokens(3))
+        with pytest.raises(InvalidRequest):
+            task.submit("a", step(0, 2, row=1), tokens(2))
+        with pytest.raises(ContextTooLong):
+            task.submit("a", step(0, 201), tokens(201))
+        task.submit("a", step(0, 4), tokens(4))
+        with pytest.raises(StepGap) as gap:
+            task.submit("a", step(7, 1, 2), tokens(1))
+        assert gap.value.have == {0: 4}
+
+
+async def test_a_result_that_is_not_finite_is_a_bad_result():
+    class Broken(FakeEngine):
+        def run(self, batch):
+            output = super().run(batch)
+            return BatchOutput(output.hidden, (False,) * len(output.finite))
+
+    async with running(Broken(SPAN, hidden_size=WIDTH)) as task:
+        results = []
+        await task.open("a", "a", opening(), results.append)
+        task.submit("a", step(0, 4), tokens(4))
+        await trio.sleep(2 * STEP_S)
+        assert [type(result) for result in results] == [BadResult]
+
+
+async def test_a_held_session_is_left_out_until_it_is_let_go():
+    async with running() as task:
+        held, free = [], []
+        await task.open("held", 1, opening(), held.append)
+        await task.open("free", 2, opening(), free.append)
+        task.hold("held", True)
+        task.submit("held", step(0, 1), tokens(1))
+        task.submit("free", step(0, 1), tokens(1))
+        await trio.sleep(10 * STEP_S)
+        assert (len(held), len(free)) == (0, 1)
+        task.hold("held", False)
+        await trio.sleep(1.5 * STEP_S)
+        assert len(held) == 1
+
+
+async def test_a_session_that_closes_in_mid_batch_frees_its_pages_after_it_and_lets_the_next_in():
+    async with running() as task:
+        results = []
+        await task.open("a", "a", opening(max_length=256), results.append)
+        task.submit("a", step(0, 4), tokens(4))
+        await trio.sleep(0.5 * STEP_S)
+        task.close("a")
+        # The device may still write to its pages.
+        assert task.engine.free_tokens == 0
+        before = trio.current_time()
+        await task.open("b", "b", opening(max_length=256, timeout_ms=60_000), results.append)
+        assert trio.current_time() - before == pytest.approx(0.5 * STEP_S)
+        assert results == []
+        task.close("b")
+        assert task.engine.free_tokens == 256
+
+
+@pytest.mark.real_time
+async def test_batches_run_in_another_thread_one_at_a_time():
+    here, there = threading.get_ident(), set()
+
+    class Watched(FakeEngine):
+        def run(self, batch):
+            there.add(threading.get_ident())
+            return super().run(batch)
+
+    task = EngineTask(Watched(SPAN, hidden_size=WIDTH))
+    done = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(task.run)
+        await task.open("a", "a", opening(), lambda _: done.set())
+        task.submit("a", step(0, 4), tokens(4))
+        await done.wait()
+        nursery.cancel_scope.cancel()
+    assert there
+    assert here not in there
