@@ -29,6 +29,18 @@ def long_prompt() -> str:
     return "\n".join(f"{number} times {number + 7} is {number * (number + 7)}." for number in range(3, 80))
 
 
+async def run_all(generations):
+    """All of them at once."""
+
+    async def run(generation) -> None:
+        async for _ in generation:
+            pass
+
+    async with trio.open_nursery() as nursery:
+        for generation in generations:
+            nursery.start_soon(run, generation)
+
+
 @pytest.fixture(scope="module")
 def answers(reference):
     """Ten prompts, nine short ones and a long one, with what Transformers answers."""
@@ -55,14 +67,7 @@ async def test_ten_answers_at_once_equal_local_transformers(open_local_swarm, an
             model.generate(text, chat=chat, temperature=0, max_new_tokens=len(answer.token_ids))
             for (text, chat), answer in zip(prompts, answers, strict=True)
         ]
-
-        async def run(generation) -> None:
-            async for _ in generation:
-                pass
-
-        async with trio.open_nursery() as nursery:
-            for generation in generations:
-                nursery.start_soon(run, generation)
+        await run_all(generations)
 
         for generation, answer in zip(generations, answers, strict=True):
             assert tuple(generation.prompt) == answer.prompt
@@ -75,14 +80,12 @@ async def test_ten_answers_at_once_equal_local_transformers(open_local_swarm, an
 
 
 async def test_sampling_with_a_seed_gives_the_same_tokens_whoever_serves(open_local_swarm):
-    sampling = {"temperature": 0.9, "top_k": 0, "top_p": 0.95, "max_new_tokens": 16}
     sampled = []
     for servers in (1, 2):
         async with open_local_swarm(servers) as swarm, swarm.client() as model:
-            for seed in (1, 1, 2):
-                generation = model.generate("My favourite animal is", seed=seed, **sampling)
-                async for _ in generation:
-                    pass
-                sampled.append(generation.token_ids)
+            sampling = {"temperature": 0.9, "top_k": 0, "top_p": 0.95, "max_new_tokens": NEW_TOKENS}
+            generations = [model.generate("My favourite animal is", seed=seed, **sampling) for seed in (1, 1, 2)]
+            await run_all(generations)
+            sampled += [generation.token_ids for generation in generations]
     assert sampled[0] == sampled[1] == sampled[3] == sampled[4]
     assert sampled[2] == sampled[5] != sampled[0]
