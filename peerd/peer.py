@@ -118,7 +118,8 @@ class Peer:
         from peerd.server import ServedSpan
         from peerd.serving import load
 
-        assert self.server is not None
+        if self.server is None:
+            raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
         with await trio.to_thread.run_sync(open_checkpoint, spec.model) as checkpoint:
             span = await self._choose(spec, checkpoint)
             loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)

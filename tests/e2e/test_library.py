@@ -154,7 +154,7 @@ async def test_one_server_may_be_two_hops_of_a_chain(model_path, reference):
         assert len(generation.chain) == 2
 
 
-async def test_callers_catch_what_was_raised_and_not_a_group(open_local_swarm, model_path):
+async def test_callers_catch_what_was_raised_and_not_a_group(model_path):
     with pytest.raises(KeyError, match="mine"):
         async with peerd.open_peer() as peer, peer.model(model_path):
             raise KeyError("mine")
@@ -166,3 +166,5 @@ async def test_callers_catch_what_was_raised_and_not_a_group(open_local_swarm, m
         with pytest.raises(peerd.CheckpointError, match="nowhere"):
             async with peer.model(model_path.parent / "nowhere"):
                 pass
+        with pytest.raises(peerd.InvalidRequest, match="opened as a client"):
+            await peer.serve(peerd.ServeSpec(model_path, 1))
