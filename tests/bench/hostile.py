@@ -18,8 +18,8 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -52,6 +52,7 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import INFER_PROTOCOL
 from peerd.protocol.noise import Handshake
 from peerd.protocol.span import Span
+from peerd.transport import MessageChannel
 from peerd.websocket import WebSocketTransport
 
 # The pool is filled once before anything is measured: memory that the server committed at its start is not growth.
@@ -122,8 +123,12 @@ class Attackers:
 
     async def _attack(self, limit: trio.CapacityLimiter, name: str, attack: Callable[[], Awaitable[None]]) -> None:
         async with limit:
-            with trio.move_on_after(ATTACK_S), suppress(OSError, trio.BrokenResourceError, PeerFault):
-                await attack()
+            with trio.move_on_after(ATTACK_S):
+                try:
+                    await attack()
+                except* (OSError, trio.BrokenResourceError, PeerFault):
+                    # It was thrown out, as it should be.
+                    pass
             self.sent[name] += 1
 
     async def tcp_garbage(self) -> None:
@@ -148,10 +153,9 @@ class Attackers:
             await stream.receive_some(1000)
 
     async def noise_garbage(self) -> None:
-        channel = await WebSocketTransport().dial(self.address)
-        try:
-            handshake = Handshake(Identity.generate(), initiator=True)
-            first = handshake.write()
+        handshake = Handshake(Identity.generate(), initiator=True)
+        first = handshake.write()
+        async with self._dialled() as channel:
             if self.random.random() < 0.5:
                 await channel.send(mutated_bytes(first, self.random))
             else:
@@ -160,8 +164,6 @@ class Attackers:
                 await channel.send(mutated_bytes(handshake.write(), self.random))
             await channel.send(self.random.randbytes(self.random.choice([1, 96, 30_000])))
             await channel.receive()
-        finally:
-            await channel.aclose()
 
     async def slow(self) -> None:
         async with await trio.open_tcp_stream(self.address.host, self.address.port) as stream:
@@ -246,8 +248,8 @@ class Attackers:
         self, identity: Identity, attack: Callable[[HostilePeer], Awaitable[None]], hello: bytes | None = None
     ) -> None:
         """Attack over a connection that we are let in on, listening most of the time."""
-        peer = HostilePeer(identity, await WebSocketTransport().dial(self.address))
-        try:
+        async with self._dialled() as channel:
+            peer = HostilePeer(identity, channel)
             await peer.enter(message_bytes(hello_message(time.time())) if hello is None else hello)
             async with trio.open_nursery() as nursery:
                 if self.random.random() < 0.8:
@@ -255,8 +257,16 @@ class Attackers:
                 with suppress(PeerFault):
                     await attack(peer)
                 nursery.cancel_scope.cancel()
-        finally:
-            await peer.aclose()
+
+    @asynccontextmanager
+    async def _dialled(self) -> AsyncIterator[MessageChannel]:
+        async with trio.open_nursery() as tasks:
+            channel = await WebSocketTransport().dial(self.address, tasks)
+            try:
+                yield channel
+            finally:
+                await channel.aclose()
+                tasks.cancel_scope.cancel()
 
 
 async def _stay(peer: HostilePeer) -> None:
