@@ -308,6 +308,20 @@ async def test_a_next_hops_record_must_be_its_own_and_in_date(open_swarm):
             assert isinstance(said, LinkDown), what
 
 
+@pytest.mark.parametrize("address", ["/ip4/127.0.0.1/tcp/4000/ws", "/dns4/localhost/tcp/4000/ws"])
+async def test_a_hop_is_not_aimed_at_its_own_machine(open_swarm, address):
+    async with open_swarm() as swarm:
+        host, after = await swarm.serve(0, 4), await swarm.serve(4, 8)
+        client = await swarm.caller()
+        await client.open(after, hop=1)
+        now = 1_800_000_000 + trio.current_time()
+        record = sign_record(after.identity, PeerRecord(seq=1, expires=now + 60, addresses=(address,)))
+        ticket = client.ticket(host.identity.peer_id, after)
+        said = await told(client, host, after, NextHop(ticket, record.encode()))
+        assert isinstance(said, LinkDown)
+        assert "no address" in said.message
+
+
 async def test_the_next_hops_refusal_is_told_to_the_client(open_swarm):
     async with open_swarm() as swarm:
         host, after = await swarm.serve(0, 4), await swarm.serve(4, 8)
