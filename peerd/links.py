@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import trio
 
@@ -45,7 +46,8 @@ async def _dial(connections: Connections, next_hop: NextHop, now: float) -> Stre
     record = open_record(SignedRecord.decode(next_hop.record), now=now)
     if not isinstance(record.body, PeerRecord):
         raise LinkFailed("the next hop's record is not a peer record")
-    allowed = dialable(record.body.ways_to(record.peer_id), connections.listen_addresses)
+    ours = connections.listen_addresses
+    allowed = dialable(await _located(dialable(record.body.ways_to(record.peer_id), ours), ours), ours)
     return await connections.open_stream(record.peer_id, LINK_PROTOCOL, addresses=allowed, priority=Priority.DECODE)
 
 
@@ -61,6 +63,31 @@ async def _answer(stream: Stream) -> Linked:
         raise LinkFailed(f"{stream.peer}: {said.error}")
     assert isinstance(said, Linked)
     return said
+
+
+async def _located(claimed: Iterable[Multiaddr], ours: Iterable[Multiaddr]) -> list[Multiaddr]:
+    """The addresses with their names looked up: a name may lead where its owner could not name the place."""
+    found: list[Multiaddr] = []
+    for address in claimed:
+        if address.ip is not None:
+            found.append(address)
+            continue
+        places = await _places(address)
+        if not address.secure:
+            found += places
+        elif places and len(dialable(places, ours)) == len(places):
+            # TLS proves the name, so the name is what must be dialled.
+            found.append(address)
+    return found
+
+
+async def _places(address: Multiaddr) -> list[Multiaddr]:
+    try:
+        infos = await trio.socket.getaddrinfo(address.host, address.port, type=trio.socket.SOCK_STREAM)
+    except OSError:
+        return []
+    ips = dict.fromkeys(str(info[4][0]) for info in infos)
+    return [replace(address, kind="ip6" if ":" in ip else "ip4", host=ip) for ip in ips]
 
 
 def dialable(claimed: Iterable[Multiaddr], ours: Iterable[Multiaddr]) -> tuple[Multiaddr, ...]:
