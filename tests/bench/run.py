@@ -7,10 +7,11 @@ a machine that slows down slows them all. Absolute times vary between machines: 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ DECODE_TOKENS = 64
 PREFILL_TOKENS = 512
 SESSIONS = (1, 4, 8, 16)
 SERVERS = (1, 2, 3)
+DECODE = "decode, tokens/s"
+FIRST = f"first token of {PREFILL_TOKENS}, s"
+SUM = "{} sessions, sum of tokens/s"
 
 
 @dataclass(frozen=True)
@@ -133,61 +137,73 @@ async def start_to_first_token(processes: PeerProcesses, path: Path) -> float:
         return time.perf_counter() - started
 
 
-async def measure(rounds: int, console: Console) -> dict[str, dict[str, float]]:
+class Samples:
+    """Figures by row and column, one for each round."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def note(self, column: str, row: str, value: float) -> None:
+        self.rows[row][column].append(value)
+
+    def median(self, row: str, column: str) -> float:
+        return statistics.median(self.rows[row][column])
+
+    def ratio(self, row: str, column: str, other: str) -> float:
+        """The median of the rounds' own ratios: a machine that slows down slows both sides of each."""
+        pairs = zip(self.rows[row][column], self.rows[row][other], strict=True)
+        return statistics.median(one / two for one, two in pairs)
+
+
+async def measure(rounds: int, console: Console) -> Samples:
     path = demo_model_path()
     local = Local(path)
-    blocks = local.model.config.num_hidden_layers
-    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-
-    def note(column: str, row: str, value: float) -> None:
-        samples[row][column].append(value)
-
+    samples = Samples()
     async with open_peer_processes(threads=1) as processes, AsyncExitStack() as stack:
+        blocks = local.model.config.num_hidden_layers
         variants = [await stack.enter_async_context(swarm(processes, path, blocks, count)) for count in SERVERS]
-        prompt, long = prompts_of(1, PROMPT_TOKENS)[0], prompts_of(1, PREFILL_TOKENS)[0]
-        for round_ in range(rounds + 1):
-            counted = round_ > 0
-            console.log(f"round {round_} of {rounds}" if counted else "warm-up")
-            record: Callable[[str, str, float], None] = note if counted else lambda *_: None
-            record("local", "decode, tokens/s", 1 / local.token_times(prompt, DECODE_TOKENS)[1])
-            record("local", f"first token of {PREFILL_TOKENS}, s", local.token_times(long, 1)[0])
-            for variant in variants:
-                record(
-                    variant.name, "decode, tokens/s", 1 / (await remote_times(variant.model, prompt, DECODE_TOKENS))[1]
-                )
-                record(
-                    variant.name, f"first token of {PREFILL_TOKENS}, s", (await remote_times(variant.model, long, 1))[0]
-                )
-                for count in SESSIONS:
-                    rate = await together(variant.model, prompts_of(count, PROMPT_TOKENS), DECODE_TOKENS)
-                    record(variant.name, f"{count} sessions, sum of tokens/s", rate)
+        await alone(local, variants, Samples(), DECODE_TOKENS // 8)
+        for number in range(1, rounds + 1):
+            console.log(f"one session, round {number} of {rounds}")
+            await alone(local, variants, samples, DECODE_TOKENS)
+        for number in range(1, rounds // 2 + 1):
+            console.log(f"many sessions, round {number} of {rounds // 2}")
+            for variant, count in itertools.product(variants, SESSIONS):
+                rate = await together(variant.model, prompts_of(count, PROMPT_TOKENS), DECODE_TOKENS)
+                samples.note(variant.name, SUM.format(count), rate)
         for variant in variants:
-            note(
-                variant.name,
-                "memory a server, MiB",
-                statistics.mean(memory_mib(s.process.pid) for s in variant.servers),
-            )
-        for _ in range(rounds):
-            note("1 server", "server start to first token, s", await start_to_first_token(processes, path))
-    return {
-        row: {column: statistics.median(values) for column, values in cells.items()} for row, cells in samples.items()
-    }
+            for server in variant.servers:
+                samples.note(variant.name, "memory a server, MiB", memory_mib(server.process.pid))
+        for _ in range(rounds // 2):
+            samples.note("1 server", "server start to first token, s", await start_to_first_token(processes, path))
+    return samples
 
 
-def show(figures: dict[str, dict[str, float]], console: Console) -> None:
-    columns = ["local", "1 server", "2 servers", "3 servers"]
+async def alone(local: Local, variants: list[Variant], samples: Samples, tokens: int) -> None:
+    """One session at a time, everybody in turn."""
+    prompt, long = prompts_of(1, PROMPT_TOKENS)[0], prompts_of(1, PREFILL_TOKENS)[0]
+    samples.note("local", DECODE, 1 / local.token_times(prompt, tokens)[1])
+    for variant in variants:
+        samples.note(variant.name, DECODE, 1 / (await remote_times(variant.model, prompt, tokens))[1])
+    samples.note("local", FIRST, local.token_times(long, 1)[0])
+    for variant in variants:
+        samples.note(variant.name, FIRST, (await remote_times(variant.model, long, 1))[0])
+
+
+def show(samples: Samples, console: Console) -> None:
+    columns = ["local", *(f"{count} server{'s' if count > 1 else ''}" for count in SERVERS)]
     table = Table("", *columns, title="SmolLM2-135M-Instruct, fp32, one thread a process, loopback; medians")
-    for row, cells in figures.items():
-        table.add_row(row, *(f"{cells[column]:.4g}" if column in cells else "" for column in columns))
+    for row, cells in samples.rows.items():
+        table.add_row(row, *(f"{samples.median(row, c):.4g}" if c in cells else "" for c in columns))
     console.print(table)
-    decode = figures["decode, tokens/s"]
-    shares = {column: decode[column] / decode["local"] for column in columns[1:]}
-    console.print(f"share of local decode speed: {', '.join(f'{c} {shares[c]:.2f}' for c in shares)}")
-    hop_ms = 1000 * (1 / decode["3 servers"] - 1 / decode["1 server"]) / 2
-    console.print(f"added by a hop: {hop_ms:.2f} ms a token")
+    shares = ", ".join(f"{column} {samples.ratio(DECODE, column, 'local'):.2f}" for column in columns[1:])
+    console.print(f"share of local decode speed: {shares}")
+    rates = samples.rows[DECODE]
+    hops = [1000 * (1 / three - 1 / one) / 2 for one, three in zip(rates["1 server"], rates["3 servers"], strict=True)]
+    console.print(f"added by a hop: {statistics.median(hops):.2f} ms a token")
     for column in columns[1:]:
-        one = figures["1 sessions, sum of tokens/s"][column]
-        gains = ", ".join(f"{n}: {figures[f'{n} sessions, sum of tokens/s'][column] / one:.1f}x" for n in SESSIONS[1:])
+        one = samples.median(SUM.format(1), column)
+        gains = ", ".join(f"{count}: {samples.median(SUM.format(count), column) / one:.1f}x" for count in SESSIONS[1:])
         console.print(f"sessions beside one, {column}: {gains}")
 
 
