@@ -46,6 +46,8 @@ RETRY_S = 1.0
 ROUTE_DEADLINE_S = 30.0
 # A chain that opens and fails, again and again, without one answer: two peers that cannot reach each other.
 MAX_BARREN_RECOVERIES = 6
+# A step of 128 positions on a slow machine takes a minute; longer than this no honest hop computes.
+STEP_DEADLINE_S = 180.0
 BYTES_A_VALUE = 4
 
 
@@ -112,6 +114,8 @@ class ChainKeeper:
         self._routed_epoch = -1
         # Recoveries since the last answer.
         self._barren = 0
+        # When the last step was answered, or the first was asked for.
+        self._progress = trio.current_time()
         self._alarm = trio.Event()
         self._attempt = trio.CancelScope()
 
@@ -124,6 +128,7 @@ class ChainKeeper:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
+                nursery.start_soon(self._watch_pace)
                 await self._keep_open()
         finally:
             self._drop_chain()
@@ -144,6 +149,8 @@ class ChainKeeper:
 
     def submit(self, pending: Pending) -> None:
         """Send a step that is in the log, now or as soon as there is a chain."""
+        if len(self._log.pending) == 1:
+            self._progress = trio.current_time()
         if self._ready:
             self._send(pending)
         else:
@@ -190,6 +197,7 @@ class ChainKeeper:
             return
         self._log.answer(output, body, self._width)
         self._barren = 0
+        self._progress = trio.current_time()
         self._finder.succeeded(control.hop.peer_id)
         self.changed.unpark_all()
 
@@ -237,6 +245,15 @@ class ChainKeeper:
                 self._log.fail(error)
                 self.changed.unpark_all()
 
+    async def _watch_pace(self) -> None:
+        """Find hops that answer our pings and not our steps. Nobody knows which hop it is, so nobody is blamed."""
+        while True:
+            await trio.sleep(STEP_DEADLINE_S / 10)
+            late = trio.current_time() - self._progress >= STEP_DEADLINE_S
+            if late and self._ready and self._log.pending and self._chain is not None:
+                self._whole = False
+                self._fault(self._chain.controls[0], Overloaded(f"no answer within {STEP_DEADLINE_S:g} s"))
+
     async def _recover(self) -> None:
         """Get to a chain that stands where `retained` does, then send `pending` again."""
         failing_over = self._chain is not None
@@ -255,6 +272,7 @@ class ChainKeeper:
             return
         self.failovers += failing_over
         self._ready = True
+        self._progress = trio.current_time()
         for pending in list(self._log.pending.values()):
             self._send(pending)
         self.changed.unpark_all()

@@ -150,7 +150,9 @@ class Discovery:
     async def _hear_clock(self, connection: PeerConnection) -> None:
         with suppress(ConnectionLost):
             hello = await connection.wait_hello()
-            self.clock.observed(connection.peer_id, hello.time_us / 1e6)
+            # Whoever dials us may be the same stranger many times over; whom we dial we chose.
+            if connection.dialled:
+                self.clock.observed(connection.peer_id, hello.time_us / 1e6)
 
     async def _measure(self) -> None:
         """Note what the connections' own pings measured."""

@@ -115,6 +115,11 @@ class PeerConnection:
         return self._channel.remote_ip
 
     @property
+    def dialled(self) -> bool:
+        """Whether we dialled, rather than the peer."""
+        return self.core.initiator
+
+    @property
     def rtt_s(self) -> float | None:
         """The last measured round trip; None before the first."""
         return self.core.rtt_s

@@ -94,6 +94,7 @@ class Connection:
         limits: Limits | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        self.initiator = initiator
         self._limits = limits or Limits()
         self._handshake = Handshake(
             identity, initiator=initiator, expected=expected, swarm_key=swarm_key, random_bytes=random_bytes

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 MIN_PEERS = 2
 # Of the peers met last.
 MAX_PEERS = 64
+# Identities are free: whoever makes up enough of them turns our clock no further than this.
+MAX_CORRECTION_S = 600.0
 # Beyond this somebody should set the machine's clock: for skews up to 60 s, records are still taken.
 WARN_S = 30.0
 
@@ -42,7 +44,8 @@ class SwarmClock:
         if len(self._offsets_s) > MAX_PEERS:
             del self._offsets_s[next(iter(self._offsets_s))]
         if len(self._offsets_s) >= MIN_PEERS:
-            self.correction_s = median([0.0, *self._offsets_s.values()])
+            offset_s = median([0.0, *self._offsets_s.values()])
+            self.correction_s = max(-MAX_CORRECTION_S, min(MAX_CORRECTION_S, offset_s))
         if abs(self.correction_s) > WARN_S and not self._warned:
             self._warned = True
             direction = "behind" if self.correction_s > 0 else "ahead of"

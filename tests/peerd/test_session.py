@@ -369,3 +369,20 @@ async def test_a_broken_link_is_routed_around_where_there_is_another_server(open
         swarm.network.partition(hosts[0].ip, hosts[1].ip)
         assert torch.equal(await session.step(row[10:], want="all"), whole_forward(row, 9)[10:])
         assert client.finder.failures == []
+
+
+async def test_a_server_that_answers_pings_and_no_steps_does_not_hang_its_client(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        stuck = await swarm.serve(0, 9, step_s=1e6)
+        session = await (await swarm.client()).session(BLOCKS)
+        row = tokens(5)
+        async with trio.open_nursery() as nursery:
+
+            async def help_later() -> None:
+                await trio.sleep(60)
+                stuck.online = False
+                await swarm.serve(0, 9)
+
+            nursery.start_soon(help_later)
+            assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
+        assert trio.current_time() < 300

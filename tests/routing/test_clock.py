@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from peerd.protocol.identity import PeerId
-from peerd.routing.clock import MAX_PEERS, SwarmClock
+from peerd.routing.clock import MAX_CORRECTION_S, MAX_PEERS, SwarmClock
 
 
 @pytest.fixture
@@ -43,3 +43,9 @@ def test_a_clock_far_off_is_warned_of_once(clock: SwarmClock, caplog: pytest.Log
     for name in "abcdef":
         clock.observed(PeerId(name), 1031.0)
     assert [record.message for record in caplog.records] == ["this machine's clock is 31 s behind the swarm's"]
+
+
+def test_many_liars_turn_the_clock_by_minutes_at_most(clock: SwarmClock) -> None:
+    for number in range(50):
+        clock.observed(PeerId(f"liar {number}"), 2e8)
+    assert clock() == 1000.0 + MAX_CORRECTION_S
