@@ -8,7 +8,6 @@ exception comes out as it went in.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from peerd.server import ServedSpan, Server
     from peerd.serving import LoadedSpan, ServeSpec
     from peerd.transport import Transport
-
-log = logging.getLogger(__name__)
 
 Address = Multiaddr | str
 # Every interface, any free port.

@@ -21,6 +21,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.records import block_roots
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS, DTYPE_NAMES, DTYPES
+from peerd.sizes import format_size
 
 # Enough for 16 sessions of 4096 positions; more than that an operator asks for.
 DEFAULT_KV_TOKENS = 65536
@@ -67,7 +68,8 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
     count = fits(checkpoint, room, dtype=dtype, kv_tokens=spec.kv_tokens or 0)
     if count < 1:
         raise InvalidRequest(
-            f"one block of {checkpoint.name} takes {block_bytes(checkpoint, dtype)} bytes, {room} are free:"
+            f"one block of {checkpoint.name} takes {format_size(block_bytes(checkpoint, dtype))},"
+            f" {format_size(room)} are free:"
             " free some memory or raise --memory"
         )
     return min(count, checkpoint.block_count)
