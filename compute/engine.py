@@ -65,14 +65,19 @@ class BaseEngine(ABC):
         max_length: int,
         max_rows: int,
         max_rollback: int,
+        owner: Hashable = None,
+        adapter: str = "",
     ) -> None:
         """Commit KV for `max_rows` rows of `max_length` positions; `blocks` (default all) are those it runs.
 
+        `owner` is whose session it is: batches are fair among owners. `adapter` names one of the engine's adapters.
         Every position is kept, in blocks with windows too, so rows may be cut anywhere: the promise of
         `max_rollback` is kept whatever it is, and steps that are sent again after a failure always fit.
         Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError.
         """
-        self._scheduler.open(session, blocks or self.span, max_length, max_rows, max_rollback)
+        self._scheduler.open(
+            session, blocks or self.span, max_length, max_rows, max_rollback, owner=owner, adapter=adapter
+        )
 
     def close(self, session: Hashable) -> None:
         """Forget the session and its queued steps; pages in a running batch are freed when it is collected."""

@@ -8,7 +8,7 @@ table only; knows neither other sessions nor batches.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +62,8 @@ class EngineSession:
     max_length: int
     max_rows: int
     reserve: PageReserve
+    owner: Hashable = None
+    adapter: str = ""
     tables: dict[int, PageTable] = field(default_factory=dict)
     queued: dict[int, int] = field(default_factory=dict)
     queue: deque[QueuedStep] = field(default_factory=deque)

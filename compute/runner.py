@@ -110,4 +110,5 @@ def _part_of(model: SpanModel, blocks: Span) -> SpanModel:
     decoder.config = copy.deepcopy(model.config)
     slice_lists(decoder.config, len(model.span), part)
     setattr(decoder, model.family.layers, model.layers[part.start : part.end])
-    return SpanModel(decoder, model.family, blocks, model.kinds[part.start : part.end]).eval()
+    kinds = model.kinds[part.start : part.end]
+    return SpanModel(decoder, model.family, blocks, kinds, device=model.device, dtype=model.dtype).eval()

@@ -43,7 +43,17 @@ class Scheduler:
         """KV tokens that such a session commits: each row in whole pages."""
         return max_rows * self._pool.pages_for(max_length) * self._pool.page_tokens
 
-    def open(self, name: Hashable, blocks: Span, max_length: int, max_rows: int, max_rollback: int) -> None:
+    def open(
+        self,
+        name: Hashable,
+        blocks: Span,
+        max_length: int,
+        max_rows: int,
+        max_rollback: int,
+        *,
+        owner: Hashable = None,
+        adapter: str = "",
+    ) -> None:
         if name in self._sessions:
             raise ValueError(f"session {name!r} is open")
         if not self._span.covers(blocks):
@@ -54,7 +64,7 @@ class Scheduler:
         if self.tokens_wanted(max_length, max_rows) > total:
             raise ContextTooLongError(f"{max_rows} rows of {max_length} positions exceed this peer's {total} KV tokens")
         reserve = self._pool.reserve(max_rows, self._pool.pages_for(max_length))
-        self._sessions[name] = EngineSession(blocks, max_length, max_rows, reserve)
+        self._sessions[name] = EngineSession(blocks, max_length, max_rows, reserve, owner, adapter)
 
     def close(self, name: Hashable) -> None:
         session = self._sessions.pop(name)
@@ -186,4 +196,4 @@ class _Packing:
         table = session.table(piece.row)
         table.cut(piece.start)
         self.copies.extend(table.grow(piece.count))
-        return Segment(piece.start, piece.count, table.snapshot(), session.max_length)
+        return Segment(piece.start, piece.count, table.snapshot(), session.max_length, session.adapter)

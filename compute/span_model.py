@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
+from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers
 from peerd.compute.families import Family
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
+from peerd.compute.load_blocks import load_block
 from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, length_rules
 from peerd.protocol.span import Span
 
@@ -32,13 +33,26 @@ class SpanModel(nn.Module):
     Layers are numbered from 0 within the span (`layer_idx`), so a cache holds the span's layers only.
     """
 
-    def __init__(self, decoder: PreTrainedModel, family: Family, span: Span, kinds: tuple[LayerKind, ...]) -> None:
+    def __init__(
+        self,
+        decoder: PreTrainedModel,
+        family: Family,
+        span: Span,
+        kinds: tuple[LayerKind, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.family = family
         self.span = span
         #: One for each block of the span, in order.
         self.kinds = kinds
+        #: Where the span lies.
+        self.device = device
+        #: What the span computes in, whatever its weights are stored as.
+        self.dtype = dtype
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -55,16 +69,6 @@ class SpanModel(nn.Module):
     def hidden_size(self) -> int:
         """The width of the hidden states."""
         return int(self.config.hidden_size)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the span lies."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the span computes in."""
-        return next(self.parameters()).dtype
 
     @property
     def follows_max_length(self) -> bool:
@@ -130,19 +134,20 @@ def load_span(
         raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
     family, device = checkpoint.family, torch.device(device)
     attention = attention if family.attention_interface else None
-    decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype or checkpoint.dtype, attention)
+    dtype = dtype or checkpoint.dtype
+    decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype, attention)
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     _cut(decoder, family, span)
     layers: nn.ModuleList = getattr(decoder, family.layers)
     for layer, block in zip(layers, range(span.start, span.end), strict=True):
-        _fill_block(layer, checkpoint, block, device)
+        load_block(layer, checkpoint, block, device)
         if on_block is not None:
             on_block(block)
     compute_buffers(decoder, decoder.config, device)
     check_filled(decoder, checkpoint.path)
     if length_rules(decoder.config):
         decoder.rotary_emb = DeclaredLengthRotary(decoder.rotary_emb, decoder.config)
-    return SpanModel(decoder, family, span, kinds).eval()
+    return SpanModel(decoder, family, span, kinds, device=device, dtype=dtype).eval()
 
 
 def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
@@ -169,10 +174,3 @@ def slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
         if isinstance(value, (list, tuple)) and len(value) == block_count:
             setattr(config, name, value[span.start : span.end])
     config.num_hidden_layers = len(span)
-
-
-def _fill_block(layer: nn.Module, checkpoint: Checkpoint, block: int, device: torch.device) -> None:
-    """Read what the block needs. What else the checkpoint has of it, such as old buffers, is left alone."""
-    prefix = f"{checkpoint.family.layers}.{block}."
-    tensors = checkpoint.read(f"{prefix}{name}" for name in layer.state_dict())
-    fill(layer, ((name.removeprefix(prefix), tensor) for name, tensor in tensors), device, checkpoint.path)

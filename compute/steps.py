@@ -50,13 +50,15 @@ class Segment:
 
     `pages` are the row's pages from its first position to the last of this segment; a `range` where
     they lie side by side, so that its cache can be read as one view. `max_length` is what the session
-    declared: RoPE variants that depend on the context's length follow it.
+    declared: RoPE variants that depend on the context's length follow it. `adapter` names the weights that
+    the session asked for beside the span's own; none if empty.
     """
 
     start: int
     count: int
     pages: Sequence[int]
     max_length: int
+    adapter: str = ""
 
     @property
     def end(self) -> int:

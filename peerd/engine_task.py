@@ -104,7 +104,7 @@ class EngineTask:
 
         def attempt() -> None:
             with _wire_errors():
-                self.engine.open(session, **wanted)
+                self.engine.open(session, owner=owner, adapter=opening.adapter, **wanted)
 
         tokens = self.engine.tokens_wanted(**wanted)
         await self.admission.admit(owner, tokens, attempt, opening.timeout_ms / 1000)
