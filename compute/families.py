@@ -48,6 +48,17 @@ class Family:
     embedding_norm: str | None = None
     #: An attribute by which the decoder's forward multiplies its input embeddings.
     embedding_scale: str | None = None
+    #: A table of absolute positions that the decoder's forward adds to its input embeddings. The head's: it adds
+    #: row `position + position_offset`; a span adds nothing.
+    positions: str | None = None
+    position_offset: int = 0
+    #: Linear maps (or None, by the configuration) between the width of the embeddings and that of the blocks. The head's.
+    project_in: str | None = None
+    project_out: str | None = None
+    #: Where the base model (`causal.base_model`) keeps the decoder, if it isn't the decoder itself.
+    decoder_at: str = ""
+    #: Where the causal model keeps its LM head.
+    lm_head: str = "lm_head"
     #: Whether all blocks slide once the configuration sets a `sliding_window`, rather than those that it lists.
     uniform_window: bool = False
     #: Whether attention goes through Transformers' `AttentionInterface`.

@@ -166,6 +166,18 @@ def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
         setattr(decoder, family.embedding_norm, nn.Identity())
     if family.embedding_scale:
         setattr(decoder, family.embedding_scale, 1.0)
+    if family.positions:
+        setattr(decoder, family.positions, _NoPositions())
+    for projection in (family.project_in, family.project_out):
+        if projection:
+            setattr(decoder, projection, nn.Identity())
+
+
+class _NoPositions(nn.Module):
+    """Stands in for a table of positions, which the head has added already: a zero to add."""
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros(())
 
 
 def slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
