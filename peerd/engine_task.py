@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 import trio
@@ -30,6 +30,7 @@ from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, Inva
 from peerd.protocol.messages import Open, Step
 from peerd.protocol.span import Span
 
+T = TypeVar("T")
 RunBatch = Callable[[Callable[[Batch], BatchOutput], Batch], Awaitable[BatchOutput]]
 Deliver = Callable[["torch.Tensor | PeerdError"], None]
 """Takes a step's result, `[positions, hidden_size]` on the CPU, or the error that struck it."""
@@ -62,13 +63,17 @@ class _Tenant:
 class EngineTask:
     """One engine, its device thread, and the sessions that wait for its results.
 
-    `run_batch` runs the engine's blocking part; the default hands it to a worker thread.
+    `run_batch` runs the engine's blocking part; the default hands it to a worker thread. With a `run_batch`
+    nothing else needs a thread either (an engine without a device): `run_blocking` runs where it is called.
     """
 
     def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None) -> None:
         self.engine = engine
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._limiter = trio.CapacityLimiter(1)
+        # Held while a batch is planned and run: what comes between two batches never meets a plan that is older.
+        self._device = trio.Lock()
+        self._threaded = run_batch is None
         self._run_batch = run_batch or self._in_thread
         self._tenants: dict[Hashable, _Tenant] = {}
         self._work = trio.Event()
@@ -79,16 +84,33 @@ class EngineTask:
     async def run(self) -> None:
         """Run batches until cancelled."""
         while True:
-            batch = self.engine.plan()
-            if batch is None:
+            if not await self._run_one():
                 self._work = trio.Event()
                 await self._work.wait()
-                continue
+
+    async def run_blocking(self, work: Callable[[], T]) -> T:
+        """Run `work` on the device thread between two batches: it may touch the span's tensors.
+
+        Whoever waits for the device gets it in order of arrival, so batches wait for one such call at most.
+        Cancelled, it ends once `work` has.
+        """
+        async with self._device:
+            if self._threaded:
+                return await trio.to_thread.run_sync(work, limiter=self._limiter)
+            return work()
+
+    async def _run_one(self) -> bool:
+        """Plan, run and collect one batch. False where there is nothing to run."""
+        async with self._device:
+            batch = self.engine.plan()
+            if batch is None:
+                return False
             output = await self._run_batch(self.engine.run, batch)
             for result in self.engine.collect(batch, output):
                 self._hand_over(result)
-            # Pages of sessions that closed while the batch ran are free only now.
-            self.admission.retry()
+        # Pages of sessions that closed while the batch ran are free only now.
+        self.admission.retry()
+        return True
 
     async def open(self, session: Hashable, owner: Hashable, opening: Open, deliver: Deliver) -> None:
         """Commit the KV that `opening` asks for, waiting for room as long as it allows.

@@ -146,3 +146,36 @@ async def test_batches_run_in_another_thread_one_at_a_time():
         nursery.cancel_scope.cancel()
     assert there
     assert here not in there
+
+
+async def test_work_for_the_device_waits_for_the_batch_before_it_and_goes_before_the_next():
+    order = []
+
+    async def slow(run, batch):
+        order.append("begins")
+        await trio.sleep(STEP_S)
+        order.append("ends")
+        return run(batch)
+
+    async with running(run_batch=slow) as task:
+        await task.open("a", "a", opening(), lambda _: None)
+        task.submit("a", step(0, 3), tokens(3))
+        await trio.sleep(STEP_S / 2)
+        task.submit("a", step(3, 1, 2), tokens(1))
+        assert await task.run_blocking(lambda: order.append("work") or 7) == 7
+        await trio.sleep(2 * STEP_S)
+    assert order == ["begins", "ends", "work", "begins", "ends"]
+
+
+async def test_work_that_fails_says_so_to_its_caller_and_the_device_goes_on():
+    def fail():
+        raise ValueError("no")
+
+    async with running() as task:
+        with pytest.raises(ValueError, match="no"):
+            await task.run_blocking(fail)
+        took = []
+        await task.open("a", "a", opening(), took.append)
+        task.submit("a", step(0, 3), tokens(3))
+        await trio.sleep(2 * STEP_S)
+        assert torch.equal(took[0], fake_forward(tokens(3), SPAN))
