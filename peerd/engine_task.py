@@ -3,15 +3,19 @@
 Knows the engine, time and the thread; knows no streams. All of a span's tensors belong to that thread:
 everything else here runs between two batches, on Trio's side. A batch that has begun is not cut short:
 closing waits for it, which the engine's token budget bounds. The engine's errors become the wire's here.
+
+Between two batches the thread does other things: what sessions can wait for (`run_blocking`), and, below
+inference, turns of training (`run_work`; `device_work` knows who gets which share).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from typing import Protocol, TypedDict, TypeVar
 
+import outcome
 import torch
 import trio
 
@@ -25,15 +29,22 @@ from peerd.compute.engine_errors import (
     NoRoomError,
     StepGapError,
 )
-from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
+from peerd.compute.steps import EngineStep, StepResult
+from peerd.device_work import Job, Work, WorkQueue, run_slice
 from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, NoRoom, PeerdError
 from peerd.protocol.messages import Open, Step
 from peerd.protocol.span import Span
 
 T = TypeVar("T")
-RunBatch = Callable[[Callable[[Batch], BatchOutput], Batch], Awaitable[BatchOutput]]
+A = TypeVar("A")
 Deliver = Callable[["torch.Tensor | PeerdError"], None]
 """Takes a step's result, `[positions, hidden_size]` on the CPU, or the error that struck it."""
+
+
+class RunBatch(Protocol):
+    """Runs a blocking function of one argument, such as an engine's `run`, and waits for it."""
+
+    async def __call__(self, run: Callable[[A], T], argument: A, /) -> T: ...
 
 
 class StepGap(Exception):
@@ -76,13 +87,14 @@ class EngineTask:
         self._threaded = run_batch is None
         self._run_batch = run_batch or self._in_thread
         self._tenants: dict[Hashable, _Tenant] = {}
+        self._jobs = WorkQueue()
         self._work = trio.Event()
 
     def __repr__(self) -> str:
         return f"<EngineTask {self.engine.span} sessions={len(self._tenants)} free={self.engine.free_tokens}>"
 
     async def run(self) -> None:
-        """Run batches until cancelled."""
+        """Run batches and turns of works until cancelled."""
         while True:
             if not await self._run_one():
                 self._work = trio.Event()
@@ -99,18 +111,47 @@ class EngineTask:
                 return await trio.to_thread.run_sync(work, limiter=self._limiter)
             return work()
 
+    async def run_work(self, owner: Hashable, work: Work) -> None:
+        """Do a long work in turns, below inference and fairly among owners. Raises what its turns raise.
+
+        Raises Overloaded where too much waits already. Cancelled, it gets no further turn.
+        """
+        job = self._jobs.add(owner, work)
+        self._work.set()
+        try:
+            await job.done.wait()
+        finally:
+            self._jobs.leave(job)
+        assert job.result is not None
+        job.result.unwrap()
+
     async def _run_one(self) -> bool:
-        """Plan, run and collect one batch. False where there is nothing to run."""
+        """Run a turn of a work, or plan, run and collect one batch. False where there is nothing to run."""
         async with self._device:
+            job = self._jobs.due(inference_ready=self.engine.ready())
+            if job is not None:
+                await self._run_turn(job)
+                return True
             batch = self.engine.plan()
             if batch is None:
                 return False
+            began = trio.current_time()
             output = await self._run_batch(self.engine.run, batch)
+            self._jobs.spent_on_inference(trio.current_time() - began)
             for result in self.engine.collect(batch, output):
                 self._hand_over(result)
         # Pages of sessions that closed while the batch ran are free only now.
         self.admission.retry()
         return True
+
+    async def _run_turn(self, job: Job) -> None:
+        began = trio.current_time()
+        said = await self._run_batch(run_slice, job.work)
+        self._jobs.spent_on_job(trio.current_time() - began)
+        if isinstance(said, outcome.Error):
+            job.end(said)
+        elif said.value:
+            job.end(outcome.Value(None))
 
     async def open(self, session: Hashable, owner: Hashable, opening: Open, deliver: Deliver) -> None:
         """Commit the KV that `opening` asks for, waiting for room as long as it allows.
@@ -161,8 +202,8 @@ class EngineTask:
         else:
             tenant.deliver(InternalError(str(result.error)))
 
-    async def _in_thread(self, run: Callable[[Batch], BatchOutput], batch: Batch) -> BatchOutput:
-        return await trio.to_thread.run_sync(run, batch, limiter=self._limiter)
+    async def _in_thread(self, run: Callable[[A], T], argument: A, /) -> T:
+        return await trio.to_thread.run_sync(run, argument, limiter=self._limiter)
 
 
 @contextmanager

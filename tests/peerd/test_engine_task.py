@@ -1,5 +1,6 @@
 """The device's task: batches in, results to whom they belong, the engine's errors as the wire's."""
 
+import itertools
 import threading
 from contextlib import asynccontextmanager
 
@@ -9,8 +10,9 @@ import trio
 
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.steps import BatchOutput
+from peerd.device_work import MAX_JOBS_AN_OWNER
 from peerd.engine_task import EngineTask, StepGap
-from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom
+from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
 from peerd.protocol.messages import Open, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
@@ -179,3 +181,111 @@ async def test_work_that_fails_says_so_to_its_caller_and_the_device_goes_on():
         task.submit("a", step(0, 3), tokens(3))
         await trio.sleep(2 * STEP_S)
         assert torch.equal(took[0], fake_forward(tokens(3), SPAN))
+
+
+class Turns:
+    """A work of so many turns, each longer than a slice is; notes when each began."""
+
+    def __init__(self, count, log=None, name="work"):
+        self.left = count
+        self.log = log if log is not None else []
+        self.name = name
+
+    def turn(self):
+        self.log.append((self.name, trio.current_time()))
+        self.left -= 1
+        return self.left == 0
+
+
+def one_turn_a_slice(monkeypatch):
+    monkeypatch.setattr("peerd.device_work.SLICE_S", 0.0)
+
+
+async def test_training_runs_at_once_where_nobody_decodes(monkeypatch):
+    one_turn_a_slice(monkeypatch)
+    async with running() as task:
+        work = Turns(5)
+        await task.run_work("trainer", work)
+        assert [when for _, when in work.log] == [STEP_S * turn for turn in range(1, 6)]
+
+
+async def test_a_decode_waits_for_one_turn_of_training_and_not_for_all_of_it(monkeypatch):
+    one_turn_a_slice(monkeypatch)
+    async with running() as task:
+        answered = []
+        await task.open("a", "a", opening(), lambda _: answered.append(trio.current_time()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run_work, "trainer", Turns(100))
+            await trio.sleep(10.5 * STEP_S)
+            task.submit("a", step(0, 1), tokens(1))
+            await trio.sleep(3 * STEP_S)
+            nursery.cancel_scope.cancel()
+        assert answered == [12 * STEP_S]
+
+
+async def test_training_gets_an_eighth_of_a_device_that_never_stops_decoding(monkeypatch):
+    one_turn_a_slice(monkeypatch)
+    async with running() as task:
+        positions = itertools.count()
+
+        def decode(_=None):
+            position = next(positions)
+            task.submit("a", step(position, 1, position + 1), tokens(1))
+
+        await task.open("a", "a", opening(max_length=256), decode)
+        decode()
+        work = Turns(1000)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run_work, "trainer", work)
+            await trio.sleep(80.5 * STEP_S)
+            nursery.cancel_scope.cancel()
+        assert len(work.log) == 10
+
+
+async def test_owners_take_turns_and_each_ones_works_keep_their_order(monkeypatch):
+    one_turn_a_slice(monkeypatch)
+    async with running() as task, trio.open_nursery() as nursery:
+        log = []
+        for owner, name in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1")):
+            nursery.start_soon(task.run_work, owner, Turns(2, log, name))
+            await trio.sleep(0)
+        await trio.sleep(9 * STEP_S)
+        assert [name for name, _ in log] == ["a1", "a1", "a2", "a2", "b1", "b1", "a3", "a3"]
+
+
+async def test_a_work_whose_caller_left_gets_no_further_turn_and_lets_the_next_in(monkeypatch):
+    one_turn_a_slice(monkeypatch)
+    async with running() as task:
+        gone, queued = Turns(100), Turns(100)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run_work, "a", gone)
+            nursery.start_soon(task.run_work, "a", queued)
+            await trio.sleep(2.5 * STEP_S)
+            nursery.cancel_scope.cancel()
+        next_one = Turns(1)
+        await task.run_work("b", next_one)
+        assert (100 - gone.left) + (100 - queued.left) == 3
+        assert next_one.log == [("work", 4 * STEP_S)]
+
+
+async def test_a_work_that_fails_tells_its_caller_and_nobody_else():
+    class Broken(Turns):
+        def turn(self):
+            raise ValueError("broken")
+
+    async with running() as task:
+        with pytest.raises(ValueError, match="broken"):
+            await task.run_work("a", Broken(1))
+        await task.run_work("a", Turns(1))
+
+
+async def test_too_many_works_of_one_owner_are_refused_and_other_owners_are_not():
+    async with running() as task, trio.open_nursery() as nursery:
+        # One of them runs, the others wait.
+        for _ in range(MAX_JOBS_AN_OWNER + 1):
+            nursery.start_soon(task.run_work, "a", Turns(3))
+            await trio.sleep(0.01 * STEP_S)
+        with pytest.raises(Overloaded):
+            await task.run_work("a", Turns(3))
+        await task.run_work("b", Turns(1))
+        nursery.cancel_scope.cancel()
