@@ -114,6 +114,10 @@ class Checkpoint:
             return GenerationConfig.from_model_config(self.config)
         return GenerationConfig.from_dict(_read_json(path))
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint stores this parameter."""
+        return name in self._weights.parameters
+
     def names_of_block(self, block: int) -> tuple[str, ...]:
         """The parameters of one block by the decoder's names, such as `layers.7.mlp.down_proj.weight`.
 

@@ -1,8 +1,9 @@
 """The head is what is not a block: embeddings before the first, final norm and LM head after the last.
 
-It is the whole model with all its blocks taken out, so that Transformers' own code scales embeddings, caps
-and scales logits. Holds the embedding once, also where it is the LM head as well. Safe to use from several
-threads at once.
+It is the whole model with all its blocks taken out, so that Transformers' own code norms the last hidden
+states, caps and scales logits. Holds the embedding once where it is the LM head as well. Safe to use from
+several threads at once. The difficulty is positions: some families add a row of a table to each embedding,
+so a token must be embedded for the position that it will have.
 """
 
 from __future__ import annotations
@@ -14,31 +15,30 @@ from torch import nn
 
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.families import Family
-from peerd.compute.parameter_names import LM_HEAD
+from peerd.compute.input_side import take_off_input_side
+from peerd.compute.lm_head import LmHead
+from peerd.compute.parameter_names import LM_HEAD, LM_HEAD_BIAS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from peerd.compute.checkpoint import Checkpoint
 
+# Logits are computed for this many positions at a time: what a family does to them (Gemma's cap) takes copies of them,
+# 128 MiB each for a vocabulary of 256k.
+POSITIONS_AT_ONCE = 128
+
 
 class Head:
     """Token ids to hidden states, and hidden states to logits. Frozen, in evaluation mode."""
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        decoder: Any = model.base_model
         self.model: Any = model
+        decoder = _decoder(model, family)
         self._embeddings: Any = getattr(decoder, family.embeddings)
-        self._scale = 1.0
-        self._norm: Any = nn.Identity()
-        # A span's decoder leaves out what the whole one does to its input; here the input may also be the last
-        # block's output, so it is done in `embed` and left out of the model too.
-        if family.embedding_scale:
-            self._scale = float(getattr(decoder, family.embedding_scale))
-            setattr(decoder, family.embedding_scale, 1.0)
-        if family.embedding_norm:
-            self._norm = getattr(decoder, family.embedding_norm)
-            setattr(decoder, family.embedding_norm, nn.Identity())
+        # `logits` runs the model on the last block's output, which is no embedding.
+        self._input_side = take_off_input_side(decoder, family)
+        setattr(model, family.lm_head, LmHead(getattr(model, family.lm_head)))
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -48,51 +48,79 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """How many logits there are for a position."""
+        """How many token ids, and logits for a position, there are."""
         return int(self.embedding_weight.shape[0])
 
     @property
     def hidden_size(self) -> int:
         """The width of the hidden states."""
-        return int(self.embedding_weight.shape[1])
+        return int(self.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions can be embedded; None where an embedding does not depend on its position."""
+        return self._input_side.max_positions
 
     @property
     def embedding_weight(self) -> torch.Tensor:
-        """The embedding table, [vocabulary, hidden size]."""
+        """The embedding table, [vocabulary, embedding width]."""
         weight: torch.Tensor = self._embeddings.weight
         return weight
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Ids, int64 [n], to the first block's input, [n, hidden size], scaled and normed as the family does."""
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids, int64 [n], to the first block's input, [n, hidden size], as the family makes it.
+
+        `positions`, int64 [n], are absolute, less than `max_positions`; left out, they count from 0.
+        """
+        if positions is None:
+            positions = torch.arange(token_ids.shape[-1])
         with torch.no_grad():
-            embedded = self._embeddings(token_ids.to(self.embedding_weight.device))
-            # A product with 1 is exact.
-            result: torch.Tensor = self._norm(embedded * self._scale)
-            return result
+            return self._input_side(self._embeddings(token_ids.to(self.embedding_weight.device)), positions)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last block's output, [n, hidden size], to logits, fp32 [n, vocabulary]."""
+        """The last block's output, [n, hidden size], to logits, fp32 [n, vocabulary], on the head's device."""
         weight = self.embedding_weight
+        result = torch.empty(len(hidden), self.vocab_size, device=weight.device)
         with torch.no_grad():
-            # As n sequences of one position: for one sequence of n, the model would build a mask of n x n.
-            inputs = hidden.to(device=weight.device, dtype=weight.dtype)[:, None]
-            result: torch.Tensor = self.model(inputs_embeds=inputs, use_cache=False).logits[:, 0]
-            return result.float()
+            for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+                part = hidden[start : start + POSITIONS_AT_ONCE].to(device=weight.device, dtype=weight.dtype)
+                # As n sequences of one position: for one sequence of n, the model would build a mask of n x n.
+                output = self.model(inputs_embeds=part[:, None], use_cache=False)
+                result[start : start + POSITIONS_AT_ONCE] = output.logits[:, 0]
+        return result
 
 
 def load_head(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Head:
     """Read the head onto `device`, in `dtype` (the checkpoint's own if None). Raises CheckpointError."""
     family, device = checkpoint.family, torch.device(device)
     model = build_on_meta(family.causal_type(), checkpoint.config, dtype or checkpoint.dtype)
-    setattr(model.base_model, family.layers, nn.ModuleList())
-    prefix = f"{model.base_model_prefix}."
-    tied = bool(checkpoint.config.tie_word_embeddings)
-    wanted = [name.removeprefix(prefix) for name in model.state_dict() if not (tied and name == LM_HEAD)]
-    tensors = checkpoint.read(wanted)
-    named = ((name if name == LM_HEAD else prefix + name, tensor) for name, tensor in tensors)
-    fill(model, named, device, checkpoint.path)
-    if tied:
-        model.tie_weights()
+    decoder = _decoder(model, family)
+    setattr(decoder, family.layers, nn.ModuleList())
+    fill(decoder, checkpoint.read(list(decoder.state_dict())), device, checkpoint.path)
+    _fill_lm_head(getattr(model, family.lm_head), getattr(decoder, family.embeddings), checkpoint, device)
     compute_buffers(model, model.config, device)
     check_filled(model, checkpoint.path)
     return Head(model, family)
+
+
+def _decoder(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    base: Any = model.base_model
+    decoder: PreTrainedModel = getattr(base, family.decoder_at) if family.decoder_at else base
+    return decoder
+
+
+def _fill_lm_head(linear: nn.Linear, embeddings: nn.Embedding, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Give the LM head its weights: its own where the checkpoint stores them, or else, if it is tied, the embedding's.
+
+    Some checkpoints say that the two are tied and store both. As in Transformers, what is stored then decides.
+    """
+    names = {LM_HEAD: "weight", LM_HEAD_BIAS: "bias"}
+    wanted = [name for name, leaf in names.items() if getattr(linear, leaf) is not None]
+    tied = bool(checkpoint.config.tie_word_embeddings)
+    if tied and not checkpoint.has(LM_HEAD):
+        linear.weight = embeddings.weight
+        wanted.remove(LM_HEAD)
+    tensors = ((names[name], tensor) for name, tensor in checkpoint.read(wanted))
+    fill(linear, tensors, device, checkpoint.path)
+    if tied and torch.equal(linear.weight, embeddings.weight):
+        linear.weight = embeddings.weight

@@ -14,9 +14,21 @@ from peerd.compute.errors import CheckpointError
 from peerd.compute.families import Family
 
 LM_HEAD = "lm_head.weight"
+LM_HEAD_BIAS = "lm_head.bias"
 
 # Where publishers put the decoder inside the whole model, most specific first.
-_PREFIXES = ("language_model.model.", "model.language_model.", "transformer.", "model.", "")
+_PREFIXES = (
+    "language_model.model.",
+    "model.language_model.",
+    "model.decoder.",
+    "decoder.",
+    "transformer.",
+    "gpt_neox.",
+    "model.",
+    "",
+)
+# How else publishers call the LM head: GPT-NeoX until Transformers 5.
+_OTHER_HEADS = {"embed_out.weight": LM_HEAD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +44,7 @@ class Recipe:
 
 
 def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[str, Recipe]:
-    """Each decoder parameter (and `lm_head.weight`) that these tensors hold.
+    """Each decoder parameter (and `lm_head.weight`, `lm_head.bias`) that these tensors hold.
 
     Parameters have the decoder's own names, such as `layers.7.mlp.down_proj.weight`. Tensors outside the decoder
     are left out. Raises CheckpointError, saying `where`, if there are no blocks or an expert is missing.
@@ -64,8 +76,11 @@ def _prefix(stored_names: tuple[str, ...], family: Family, where: object) -> str
 
 
 def _decoder_name(stored: str, prefix: str, family: Family) -> str | None:
-    if stored == LM_HEAD or stored.endswith(f".{LM_HEAD}"):
-        return LM_HEAD
+    for head in (LM_HEAD, LM_HEAD_BIAS):
+        if stored == head or stored.endswith(f".{head}"):
+            return head
+    if stored in _OTHER_HEADS:
+        return _OTHER_HEADS[stored]
     if not stored.startswith(prefix):
         return None
     name = stored.removeprefix(prefix)

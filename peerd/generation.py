@@ -95,9 +95,9 @@ class Generation:
             session.close()
 
     async def _next(self, session: Session, sampler: Sampler, new: Sequence[int]) -> int:
-        hidden = await session.step(self._model.embed(new))
-        logits = await self._model.logits(hidden)
         context = self.prompt + self.token_ids
+        hidden = await session.step(self._model.embed(new, len(context) - len(new)))
+        logits = await self._model.logits(hidden)
         return sampler.pick(logits[-1], context, row=0, position=len(context))
 
     def _note(self, session: Session, token_id: int) -> None:

@@ -32,12 +32,19 @@ class HeadTask:
         self._work = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
 
-    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Token ids to `[n, width]`, on the CPU. Raises InvalidRequest for ids outside the vocabulary."""
+    def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
+        """Token ids to `[n, width]`, on the CPU, for positions from `start` on.
+
+        Raises InvalidRequest for ids outside the vocabulary, and for positions that the model has no embedding for.
+        """
         for token_id in token_ids:
             if not 0 <= token_id < self._head.vocab_size:
                 raise InvalidRequest(f"token {token_id} is not one of the model's {self._head.vocab_size}")
-        return self._head.embed(torch.tensor(token_ids, dtype=torch.long))
+        end, most = start + len(token_ids), self._head.max_positions
+        if start < 0 or (most is not None and end > most):
+            raise InvalidRequest(f"positions {start} to {end - 1} wanted; the model embeds {most}")
+        positions = torch.arange(start, end)
+        return self._head.embed(torch.tensor(token_ids, dtype=torch.long), positions)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[n, width]` to `[n, vocabulary]`, float32."""

@@ -68,9 +68,13 @@ class RemoteModel:
     def __repr__(self) -> str:
         return f"<RemoteModel {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
 
-    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Token ids to the first block's input, `[n, width]`. Raises InvalidRequest for ids that there are not."""
-        return self._head.embed(token_ids)
+    def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
+        """Token ids to the first block's input, `[n, width]`, for the positions from `start` on.
+
+        Some models (GPT-2, OPT) embed a token by its position too: give the `start` that the step has. Raises
+        InvalidRequest for ids and positions that there are not.
+        """
+        return self._head.embed(token_ids, start)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last block's output, `[n, width]`, to float32 logits, `[n, vocabulary]`."""

@@ -308,7 +308,7 @@ class Decoder:
             while True:
                 # Around again where the session is full: the next position is then a rollback.
                 position = PROMPT_TOKENS if position == SESSION_LENGTH else position
-                hidden = await session.step(self.model.embed([token]), start=position)
+                hidden = await session.step(self.model.embed([token], position), start=position)
                 token = int((await self.model.logits(hidden))[-1].argmax())
                 position += 1
                 self.times.append(trio.current_time())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError
@@ -34,7 +37,10 @@ def test_ids_become_what_the_first_block_is_given(tiny_checkpoint: TinyCheckpoin
     ids = torch.arange(3, 20)
     given: list[torch.Tensor] = []
     whole: Any = AutoModelForCausalLM.from_pretrained(path).eval()
-    first_block = whole.base_model.h[0] if tiny_name == "bloom" else whole.base_model.layers[0]
+    with open_checkpoint(path) as checkpoint:
+        family = checkpoint.family
+    decoder = getattr(whole.base_model, family.decoder_at) if family.decoder_at else whole.base_model
+    first_block = getattr(decoder, family.layers)[0]
     first_block.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
     with torch.no_grad():
         whole(ids[None])
@@ -57,6 +63,59 @@ def test_a_tied_embedding_is_held_once(tiny_checkpoint: TinyCheckpoint) -> None:
     assert set(untied) == {*tied, "lm_head.weight"}
 
 
+def save_changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a checkpoint with its tensors changed."""
+    target.mkdir()
+    shutil.copy(source / "config.json", target)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("stored_name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_tied_lm_head_that_is_stored_too_is_still_held_once(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, stored_name: str
+) -> None:
+    path = save_changed(
+        tiny_checkpoint("llama_tied"),
+        tmp_path / "both",
+        lambda tensors: tensors.update({stored_name: tensors["model.embed_tokens.weight"]}),
+    )
+    head = head_of(path)
+    assert set(parameters_of(head)) == {"model.embed_tokens.weight", "model.norm.weight"}
+    hidden = torch.randn(3, head.hidden_size)
+    assert torch.equal(head.logits(hidden), head_of(tiny_checkpoint("llama_tied")).logits(hidden))
+
+
+def test_a_stored_lm_head_is_used_where_the_configuration_wrongly_ties_it(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def store_another(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = -2 * tensors["model.embed_tokens.weight"]
+
+    path = save_changed(tiny_checkpoint("llama_tied"), tmp_path / "both", store_another)
+    whole: Any = AutoModelForCausalLM.from_pretrained(path).eval()
+    hidden = torch.randn(3, whole.config.hidden_size)
+    with torch.no_grad():
+        expected = whole.lm_head(whole.model.norm(hidden))
+    torch.testing.assert_close(head_of(path).logits(hidden), expected)
+
+
+def test_a_configuration_that_does_not_say_whether_it_ties_is_read_as_its_family_does(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Gemma ties unless told otherwise, Llama does not."""
+    for name, ties in (("gemma2", True), ("llama", False)):
+        path = save_changed(tiny_checkpoint(name), tmp_path / name, lambda tensors: None)
+        config = json.loads((path / "config.json").read_text())
+        config.pop("tie_word_embeddings", None)
+        (path / "config.json").write_text(json.dumps(config))
+        assert ("lm_head.weight" not in parameters_of(head_of(path))) == ties
+
+
 def test_a_head_in_another_dtype_gives_fp32_logits(tiny_checkpoint: TinyCheckpoint) -> None:
     head = head_of(tiny_checkpoint("llama"), torch.bfloat16)
     embedded = head.embed(torch.tensor([3, 4]))
@@ -70,17 +129,9 @@ def test_no_tokens_give_no_hidden_states(tiny_checkpoint: TinyCheckpoint) -> Non
 
 
 def test_a_missing_part_of_the_head_is_named(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    source = tiny_checkpoint("llama")
-    shutil.copy(source / "config.json", tmp_path)
-    tensors = load_file(source / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "model.safetensors")
+    path = save_changed(tiny_checkpoint("llama"), tmp_path / "less", lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
-        head_of(tmp_path)
+        head_of(path)
 
 
 @pytest.mark.model

@@ -36,7 +36,7 @@ async def test_steps_of_a_session_equal_the_whole_model_also_after_rolling_back(
             hidden = await session.step(model.embed(ids), want="all")
             torch.testing.assert_close(await model.logits(hidden), reference.logits(ids), atol=LOGIT_TOLERANCE, rtol=0)
             branch = ids[:4] + other
-            hidden = await session.step(model.embed(other), start=4, want="all")
+            hidden = await session.step(model.embed(other, 4), start=4, want="all")
             expected = reference.logits(branch)[4:]
             torch.testing.assert_close(await model.logits(hidden), expected, atol=LOGIT_TOLERANCE, rtol=0)
         await until(lambda: all_free(swarm))

@@ -22,12 +22,19 @@ END = 256
 class ByteHead:
     """Embeds a token as its number, eight times; the likeliest next token is the first value that comes back."""
 
-    def embed(self, token_ids):
+    def embed(self, token_ids, start=0):
         return torch.tensor(token_ids).float()[:, None].expand(-1, WIDTH).clone()
 
     async def logits(self, hidden):
         await trio.lowlevel.checkpoint()
         return torch.nn.functional.one_hot(hidden[:, 0].long(), END + 1).float()
+
+
+class PositionHead(ByteHead):
+    """Embeds a token by its position too, as models with a table of positions do."""
+
+    def embed(self, token_ids, start=0):
+        return super().embed(token_ids) + 7 * torch.arange(start, start + len(token_ids))[:, None]
 
 
 class ScriptedHead(ByteHead):
@@ -82,11 +89,11 @@ def open_model(open_swarm, tokenizer):
     return open_it
 
 
-def foretold(whole_forward, prompt, count):
+def foretold(whole_forward, prompt, count, head=None):
     """What greedy generation says, computed without cache, session or swarm."""
     row = list(prompt)
     for _ in range(count):
-        row.append(int(whole_forward(ByteHead().embed(row), BLOCKS)[-1, 0]))
+        row.append(int(whole_forward((head or ByteHead()).embed(row), BLOCKS)[-1, 0]))
     return row[len(prompt) :]
 
 
@@ -120,6 +127,17 @@ async def test_a_death_in_mid_answer_changes_no_token(open_model, whole_forward)
                 swarm.kill(next(host for host in swarm.hosts if host.peer_id == peer))
         assert generation.token_ids == foretold(whole_forward, [5, 6], 30)
         assert generation.failovers == 1
+
+
+async def test_each_token_is_embedded_for_its_own_position_also_after_a_death(open_model, whole_forward):
+    async with open_model(PositionHead()) as (model, swarm):
+        generation = model.generate([5, 6], max_new_tokens=30, eos_token_ids=())
+        async for token in generation:
+            if token.position == 12:
+                swarm.kill(next(host for host in swarm.hosts if host.peer_id == generation.chain[1]["peer"]))
+                await swarm.serve(3, 6)
+        assert generation.token_ids == foretold(whole_forward, [5, 6], 30, PositionHead())
+        assert generation.token_ids != foretold(whole_forward, [5, 6], 30)
 
 
 async def test_the_end_of_sequence_ends_the_answer_and_has_no_text(open_model):

@@ -1,0 +1,74 @@
+"""What a decoder's forward does to its input embeddings before the first block.
+
+Granite multiplies them, Bloom norms them, GPT-2 adds a row of positions, OPT also widens them. All of that
+belongs to the head: it is taken off the decoder, so that the decoder's input is the input of its first
+block wherever that block lies. Knows no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peerd.compute.families import Family
+
+
+@dataclass(frozen=True, slots=True)
+class InputSide:
+    """The parts that were taken off, in the order in which they apply."""
+
+    scale: float
+    project: nn.Module | None
+    #: Its `weight` holds one row a position, after `position_offset` rows of another use.
+    positions: nn.Embedding | None
+    position_offset: int
+    norm: nn.Module
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions there are rows for; None where positions are no part of the embedding."""
+        return None if self.positions is None else int(self.positions.weight.shape[0]) - self.position_offset
+
+    def __call__(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding table [n, embedding width] at absolute `positions` [n]: the first block's input."""
+        # A product with 1 is exact.
+        hidden = embedded * self.scale
+        if self.project is not None:
+            hidden = self.project(hidden)
+        if self.positions is not None:
+            rows = positions.to(hidden.device) + self.position_offset
+            hidden = hidden + nn.functional.embedding(rows, self.positions.weight)
+        result: torch.Tensor = self.norm(hidden)
+        return result
+
+
+def take_off_input_side(decoder: PreTrainedModel, family: Family) -> InputSide:
+    """Remove from `decoder` what it does to its input embeddings, and return it."""
+    parts: Any = decoder
+    scale, norm, positions, project = 1.0, nn.Identity(), None, None
+    if family.embedding_scale:
+        scale = float(getattr(parts, family.embedding_scale))
+        setattr(parts, family.embedding_scale, 1.0)
+    if family.embedding_norm:
+        norm = getattr(parts, family.embedding_norm)
+        setattr(parts, family.embedding_norm, nn.Identity())
+    if family.positions:
+        positions = getattr(parts, family.positions)
+        setattr(parts, family.positions, _NoPositions())
+    if family.project_in:
+        project = getattr(parts, family.project_in)
+        setattr(parts, family.project_in, None)
+    return InputSide(scale, project, positions, family.position_offset, norm)
+
+
+class _NoPositions(nn.Module):
+    """Stands where a table of positions was; adds nothing, and changes no dtype."""
+
+    def forward(self, *_: object, **__: object) -> torch.Tensor:
+        return torch.zeros(())
