@@ -124,14 +124,22 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     " restarts lies beside it.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="What to compute in. Default: the checkpoint's.")
-@click.option("--device", type=parse_device, metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cpu.")
+@click.option(
+    "--device",
+    "devices",
+    type=parse_device,
+    multiple=True,
+    metavar="DEVICE",
+    help="cpu, cuda (the first GPU), cuda:N, or cuda:all. Repeat it for several: each runs a part of the blocks, as its"
+    " memory allows. Default: cpu.",
+)
 @click.option("--kv-tokens", type=click.IntRange(min=1), metavar="N", help="Positions to keep KV for, of all sessions.")
 @click.option(
     "--memory",
     "memory_bytes",
     type=parse_memory,
     metavar="SIZE",
-    help="Bounds blocks and KV together, such as 6GiB.",
+    help="Bounds blocks and KV together, on each device, such as 6GiB.",
 )
 @click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers.")
 @verbose_option
@@ -241,29 +249,30 @@ def _daemon(
     announce: tuple[Multiaddr, ...],
     identity: Path | None,
     stop_on_eof: bool,
-    device: str | None,
+    devices: tuple[str, ...],
     **serving: Any,
 ) -> Daemon:
     """What the options ask for together. Raises click.UsageError where they do not fit each other."""
     if (serve_blocks is None) != (model is None):
         raise click.UsageError("--serve-blocks says which blocks, --model of which model: say both, or neither")
-    if serve_blocks is None and any([device, *serving.values()]):
+    if serve_blocks is None and any([devices, *serving.values()]):
         raise click.UsageError("--dtype, --device, --kv-tokens and --memory say how to serve: add --serve-blocks")
     if serve_blocks is None and not (client or listen):
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")
     if announce and not (serve_blocks or listen):
         raise click.UsageError("--announce needs --listen: who dials the address must reach this peer")
-    from peerd.cli_serve import Daemon, check_device
+    from peerd.cli_serve import Daemon
     from peerd.peer import DEFAULT_LISTEN
 
     specs: tuple[ServeSpec, ...] = ()
     if serve_blocks is not None and model is not None:
         with working("starting"):
+            from peerd.devices import check_devices
             from peerd.serving import ServeSpec
 
-            check_device(device or "cpu")
+            device = check_devices(",".join(devices) or "cpu")
         blocks = None if isinstance(serve_blocks, str) else serve_blocks
-        specs = (ServeSpec(model, blocks, device=device or "cpu", **serving),)
+        specs = (ServeSpec(model, blocks, device=device, **serving),)
         listen = listen or (DEFAULT_LISTEN,)
     return Daemon(
         identity=identity or platformdirs.user_state_path("peerd") / "identity.key",

@@ -68,9 +68,10 @@ def parse_model(value: str) -> Path:
 
 
 def parse_device(value: str) -> str:
-    """A device by torch's name; whether it is there only torch knows."""
-    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", value) is None:
-        raise click.BadParameter(f"{value!r} is not cpu, cuda or cuda:N")
+    """A device by torch's name, `cuda:all`, or several with commas; whether they are there only torch knows."""
+    for name in value.split(","):
+        if re.fullmatch(r"cpu|cuda(:\d{1,3}|:all)?", name) is None:
+            raise click.BadParameter(f"{name!r} is not cpu, cuda, cuda:N or cuda:all")
     return value
 
 

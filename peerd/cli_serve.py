@@ -131,18 +131,6 @@ class _Stopping:
         self.asked.set()
 
 
-def check_device(name: str) -> None:
-    """Raises InvalidRequest if torch cannot compute there."""
-    import torch
-
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest(
-            f"there is no {name} here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices;"
-            " leave out --device to use the CPU"
-        )
-
-
 def _state_dir(identity: Path) -> Path:
     """What a peer keeps belongs to its identity: `identity.key` has `identity.state` beside it."""
     directory = identity.with_suffix(".state")

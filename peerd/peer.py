@@ -108,8 +108,11 @@ class Peer:
                 tasks.start_soon(task.run)
                 yield RemoteModel(facts, task, tokenizer, checkpoint.generation_config, finder, opener, tasks)
 
-    async def serve(self, spec: ServeSpec) -> ServedSpan:
-        """Serve blocks of a model from now on, where others find them. Raises CheckpointError, InvalidRequest."""
+    async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
+        """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
+
+        Raises CheckpointError, InvalidRequest.
+        """
         from peerd.compute.checkpoint import open_checkpoint
         from peerd.engine_task import EngineTask
         from peerd.server import ServedSpan
@@ -117,30 +120,42 @@ class Peer:
 
         if self.server is None:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
+        ready = []
         with await trio.to_thread.run_sync(open_checkpoint, spec.model) as checkpoint:
-            span = await self._choose(spec, checkpoint)
-            loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
-            served = ServedSpan(checkpoint.model_digest, checkpoint.max_length or MAX_LENGTH, EngineTask(loaded.engine))
-        self.server.serve(served)
-        self._announce(served, loaded)
+            for own, span in await self._choose(spec, checkpoint):
+                loaded = await trio.to_thread.run_sync(load, own, checkpoint, span)
+                max_length = checkpoint.max_length or MAX_LENGTH
+                ready.append((ServedSpan(checkpoint.model_digest, max_length, EngineTask(loaded.engine)), loaded))
+        for served, loaded in ready:
+            self.server.serve(served)
+            self._announce(served, loaded)
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self.discovery.announced()
-        return served
+        return tuple(served for served, _ in ready)
 
-    async def _choose(self, spec: ServeSpec, checkpoint: Checkpoint) -> Span:
-        """The span that was asked for, or the one that the swarm needs most."""
+    async def _choose(self, spec: ServeSpec, checkpoint: Checkpoint) -> list[tuple[ServeSpec, Span]]:
+        """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices."""
+        from peerd.devices import rooms, share_span, specs_by_device
         from peerd.routing.placement import choose_span
         from peerd.serving import how_many_blocks
 
         # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
         digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
+        specs = specs_by_device(spec)
+        room = await trio.to_thread.run_sync(rooms, specs, checkpoint) if len(specs) > 1 else [1]
         if isinstance(spec.blocks, Span):
             if spec.blocks.end > checkpoint.block_count:
                 raise InvalidRequest(f"{checkpoint.name} has blocks 0:{checkpoint.block_count}, not {spec.blocks}")
-            return spec.blocks
-        count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
-        offers = await self.discovery.directory.servers(digest, checkpoint.block_count)
-        return choose_span(offers, checkpoint.block_count, count)
+            span = spec.blocks
+        else:
+            if spec.blocks is None and len(specs) > 1:
+                count = min(sum(room), checkpoint.block_count)
+            else:
+                count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
+            offers = await self.discovery.directory.servers(digest, checkpoint.block_count)
+            span = choose_span(offers, checkpoint.block_count, count)
+        shares = zip(specs, share_span(span, room), strict=True)
+        return [(own, share) for own, share in shares if share is not None]
 
     def _announce(self, served: ServedSpan, loaded: LoadedSpan) -> None:
         self._loaded.append((served, loaded))

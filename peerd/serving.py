@@ -35,7 +35,8 @@ _TIMED_PASSES = 8
 class ServeSpec:
     """What an operator wants served. `blocks`: a span, how many, or None for all that fit.
 
-    `dtype` defaults to the checkpoint's; `memory_bytes` bounds blocks and KV together.
+    `dtype` defaults to the checkpoint's; `memory_bytes` bounds blocks and KV together, on each device. `device` is
+    torch's name; several, with commas between them, divide the blocks (`open_peer` and `Peer.serve` see to that).
     """
 
     model: str | Path

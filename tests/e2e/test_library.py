@@ -139,10 +139,11 @@ async def test_a_server_answers_its_own_questions_with_the_blocks_it_serves(mode
             assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
 
 
-async def test_one_server_may_be_two_hops_of_a_chain(model_path, reference):
-    specs = [peerd.ServeSpec(model_path, span) for span in (peerd.Span(0, 15), peerd.Span(15, 30))]
+async def test_devices_of_one_server_are_hops_of_a_chain(model_path, reference):
+    """One order for two devices: each gets half of the blocks, and a session crosses both."""
+    spec = peerd.ServeSpec(model_path, peerd.Span(0, 30), device="cpu,cpu", kv_tokens=512)
     async with (
-        peerd.open_peer(listen=[LISTEN], serve=specs) as server,
+        peerd.open_peer(listen=[LISTEN], serve=[spec]) as server,
         peerd.open_peer(bootstrap=server.addresses) as client,
         client.model(model_path) as model,
     ):
@@ -151,6 +152,7 @@ async def test_one_server_may_be_two_hops_of_a_chain(model_path, reference):
         async for _ in generation:
             pass
         assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
+        assert [served.span for served in server.served] == [peerd.Span(0, 15), peerd.Span(15, 30)]
         assert len(generation.chain) == 2
 
 
