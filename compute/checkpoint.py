@@ -135,6 +135,13 @@ class Checkpoint:
         for name in names:
             yield name, self._weights.read(name)
 
+    def read_slices(self, name: str) -> Iterator[torch.Tensor]:
+        """Read a parameter of three dimensions matrix by matrix (experts), so that only one need be held.
+
+        A GGUF file is read whole first. Raises CheckpointError.
+        """
+        return self._weights.read_slices(name)
+
     @cached_property
     def model_digest(self) -> bytes:
         """32 bytes that two checkpoints share if and only if they are the same model in the same files.

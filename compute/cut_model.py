@@ -7,7 +7,7 @@ then cut: a configuration with fewer layers builds other layers in some families
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,16 +46,21 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device:
     parameters = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, tensor in tensors:
         expected = parameters[name]
-        if tensor.shape != expected.shape:
-            raise CheckpointError(
-                f"{where}: tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected.shape)}"
-            )
+        check_shape(name, tensor, expected.shape, where)
         owner_name, _, leaf = name.rpartition(".")
         owner: Any = module.get_submodule(owner_name)
         value = tensor.to(device=device, dtype=expected.dtype)
         if isinstance(expected, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         setattr(owner, leaf, value)
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int], where: object) -> None:
+    """Raise CheckpointError if a tensor that was read has another shape than the configuration says."""
+    if tensor.shape != torch.Size(expected):
+        raise CheckpointError(
+            f"{where}: tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected)}"
+        )
 
 
 def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.device) -> None:

@@ -67,6 +67,10 @@ class GgufWeights:
                 return torch.from_numpy(np.ascontiguousarray(processed.weights))
         return gathered["tensors"][parameter]
 
+    def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
+        # Transformers' processors take whole tensors only, so one is in memory at a time.
+        yield from self.read(parameter)
+
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         for tensor in self._tensors(parameter):
             data = self._file.read_rows(tensor, 0, math.prod(tensor.shape[:-1]))

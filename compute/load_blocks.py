@@ -1,20 +1,63 @@
-"""Reading one block's tensors from a checkpoint into its module: no more is in memory than the block itself."""
+"""Reading one block's tensors from a checkpoint into its module, quantized on the way if that is asked for.
+
+The difficulty is what lies in memory meanwhile: a quantized tensor's source is dropped before the next is read, and
+experts are read one at a time, so that loading a span takes the span, as it will be, and less than one block beside it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from peerd.compute.cut_model import fill
+from peerd.compute.cut_model import check_shape, fill
+from peerd.compute.errors import CheckpointError
+from peerd.compute.quantized_formats import FORMATS, NONE, Format
+from peerd.compute.quantized_modules import Place, places, put_quantized
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint import Checkpoint
 
 
-def load_block(layer: nn.Module, checkpoint: Checkpoint, block: int, device: torch.device) -> None:
-    """Read what the block needs. What else the checkpoint has of it, such as old buffers, is left alone."""
+def load_block(
+    layer: nn.Module, checkpoint: Checkpoint, block: int, device: torch.device, quantize: str = NONE
+) -> None:
+    """Read what the block needs. What else the checkpoint has of it, such as old buffers, is left alone.
+
+    `quantize` is `none`, `int8` or `nf4`. Raises CheckpointError, UnsupportedModel, and KeyError for another format.
+    """
     prefix = f"{checkpoint.family.layers}.{block}."
-    tensors = checkpoint.read(f"{prefix}{name}" for name in layer.state_dict())
+    names = list(layer.state_dict())
+    if quantize != NONE:
+        form = FORMATS[quantize]
+        for name, place in places(layer).items():
+            names.remove(name)
+            _load_quantized(layer, place, form, _sources(checkpoint, prefix, place), device, checkpoint.path)
+    tensors = checkpoint.read(f"{prefix}{name}" for name in names)
     fill(layer, ((name.removeprefix(prefix), tensor) for name, tensor in tensors), device, checkpoint.path)
+
+
+def _sources(checkpoint: Checkpoint, prefix: str, place: Place) -> Iterator[torch.Tensor]:
+    """The matrices of a place as they are stored, each read when it is asked for."""
+    if place.stacked:
+        yield from checkpoint.read_slices(f"{prefix}{place.name}")
+    else:
+        yield from (tensor for _, tensor in checkpoint.read([f"{prefix}{place.name}"]))
+
+
+def _load_quantized(
+    layer: nn.Module, place: Place, form: Format, sources: Iterator[torch.Tensor], device: torch.device, where: object
+) -> None:
+    expected = (place.columns, place.rows) if place.transposed else (place.rows, place.columns)
+    for matrix in put_quantized(layer, place, form, device):
+        source = next(sources, None)
+        if source is None:
+            raise CheckpointError(f"{where}: tensor {place.name} has fewer than {place.count} experts")
+        check_shape(place.name, source, expected, where)
+        matrix.store(source)
+        # The next is read before the loop would let go of this one.
+        del source
+    if next(sources, None) is not None:
+        raise CheckpointError(f"{where}: tensor {place.name} has more than {place.count} experts")

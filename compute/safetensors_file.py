@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -81,11 +81,16 @@ class SafetensorsFile:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, in memory of its own. Raises CheckpointError."""
-        stored = self.stored(name)
-        dtype = DTYPES.get(stored.dtype)
-        if dtype is None:
-            raise UnsupportedModel(f"{self.path}: tensor {name} is stored as {stored.dtype}, which we do not read")
-        return self.read_bytes(stored).view(dtype).reshape(stored.shape)
+        return self._read(self.stored(name))
+
+    def read_slices(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor's slices along its first dimension, one after the other, each as `read` would give it."""
+        whole = self.stored(name)
+        count = whole.shape[0] if whole.shape else 0
+        size = whole.n_bytes // count if count else 0
+        for index in range(count):
+            part = replace(whole, shape=whole.shape[1:], offset=whole.offset + index * size, n_bytes=size)
+            yield self._read(part)
 
     def stored(self, name: str) -> StoredTensor:
         """Where a tensor lies. Raises CheckpointError if the file has none of that name."""
@@ -93,6 +98,14 @@ class SafetensorsFile:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.path}: tensor {name} is missing") from None
+
+    def _read(self, stored: StoredTensor) -> torch.Tensor:
+        dtype = DTYPES.get(stored.dtype)
+        if dtype is None:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {stored.name} is stored as {stored.dtype}, which we do not read"
+            )
+        return self.read_bytes(stored).view(dtype).reshape(stored.shape)
 
     def read_bytes(self, stored: StoredTensor) -> torch.Tensor:
         """The tensor's bytes as they lie in the file, as uint8 [n_bytes]. Raises CheckpointError."""

@@ -51,6 +51,17 @@ class SafetensorsWeights:
         recipe = self._recipe(parameter)
         return self._read_experts(parameter, recipe) if recipe.parts else self._read_one(recipe.names[0])
 
+    def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
+        recipe = self._recipe(parameter)
+        if not recipe.parts:
+            yield from self._file_of(recipe.names[0]).read_slices(recipe.names[0])
+            return
+        for first in range(0, len(recipe.names), recipe.parts):
+            pieces = [self._read_one(name) for name in recipe.names[first : first + recipe.parts]]
+            if any(piece.ndim != 2 or piece.shape[1:] != pieces[0].shape[1:] for piece in pieces):
+                raise CheckpointError(f"{self.directory}: tensor {recipe.names[first]} does not fit its neighbours")
+            yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         for name in self._recipe(parameter).names:
             file = self._file_of(name)

@@ -18,6 +18,7 @@ from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers
 from peerd.compute.families import Family
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.load_blocks import load_block
+from peerd.compute.quantized_formats import NONE
 from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, length_rules
 from peerd.protocol.span import Span
 
@@ -122,12 +123,14 @@ def load_span(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     attention: str | None = None,
+    quantize: str = NONE,
     on_block: Callable[[int], None] | None = None,
 ) -> SpanModel:
     """Read a span's blocks onto `device`, in `dtype` (the checkpoint's own if None).
 
     `attention` is `eager`, `sdpa`, a name registered with `AttentionInterface`, or None for the best that Transformers
-    has; a family without that interface uses its own. `on_block` hears of each block once it is read. Raises
+    has; a family without that interface uses its own. `quantize` is `none`, `int8` or `nf4`: how linear layers and
+    experts are stored (they compute in `dtype`). `on_block` hears of each block once it is read. Raises
     CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the model does not have.
     """
     if span.end > checkpoint.block_count:
@@ -138,9 +141,12 @@ def load_span(
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype, attention)
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     _cut(decoder, family, span)
+    if quantize != NONE:
+        # Transformers' other ways to run experts need all of them as one plain tensor.
+        decoder.set_experts_implementation("eager")
     layers: nn.ModuleList = getattr(decoder, family.layers)
     for layer, block in zip(layers, range(span.start, span.end), strict=True):
-        load_block(layer, checkpoint, block, device)
+        load_block(layer, checkpoint, block, device, quantize)
         if on_block is not None:
             on_block(block)
     compute_buffers(decoder, decoder.config, device)

@@ -46,6 +46,10 @@ class Weights(Protocol):
         """One parameter in its stored dtype (fp32 if it was dequantized), in memory of its own."""
         ...
 
+    def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
+        """A parameter of three dimensions, one matrix of its first dimension after the other, as `read` gives it."""
+        ...
+
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         """The stored tensors that make one parameter."""
         ...

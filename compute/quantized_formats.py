@@ -1,0 +1,175 @@
+"""How a matrix is stored in eight or in four bits: values with scales, and back.
+
+`int8` is LLM.int8's format: one scale a row. `nf4` is QLoRA's: a scale for each 64 values of the flat matrix, and 16
+levels. Both are weight-only: activations stay as they are. bitsandbytes would also round activations to int8, and take
+the columns with outliers from the whole batch, so that whoever shares a batch would change what others get.
+
+Knows matrices; knows neither modules nor checkpoints. Works in runs of rows, so that nothing the size of a whole matrix
+is ever made beside it. The difficulty is bitsandbytes itself, which differs by device and shape: its int8 kernel for
+CUDA takes fp16 only, and its CPU kernel for nf4 mistakes the scales of matrices whose rows do not end on a scale's
+border. So int8 is computed here, bit for bit as bitsandbytes does on the CPU, and nf4 goes through it as flat runs.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from peerd.compute.bitsandbytes_import import load_bitsandbytes
+
+NONE = "none"
+# A run that stays in a core's cache is read back for the product at once, so decoding costs no more than with plain
+# weights (4096 x 4096, fp32, one core: 4 ms a row, plain 3 to 7 ms, the whole matrix at once 33 ms).
+RUN_VALUES_CPU = 1 << 19
+# On a GPU each run costs launches; this bounds what is dequantized beside the weights to 128 MiB.
+RUN_VALUES_GPU = 1 << 26
+
+
+class Format(ABC):
+    """One way to store matrices. Values and scales are flat tensors."""
+
+    name: ClassVar[str]
+    values_dtype: ClassVar[torch.dtype]
+
+    @abstractmethod
+    def ends(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many entries of values and of scales the first `rows` rows take."""
+
+    @abstractmethod
+    def step(self, columns: int) -> int:
+        """Runs start at multiples of so many rows."""
+
+    @abstractmethod
+    def pack(self, run: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+        """Store `run`, fp32 `[rows, columns]`, into entries of its size."""
+
+    @abstractmethod
+    def unpack(
+        self, values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What was stored, in its shape `[rows, columns]`."""
+
+    def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
+        """`x`, `[n, columns]`, times the run's transpose: `[n, rows]`."""
+        return F.linear(x, self.unpack(values, scales, (rows, x.shape[1]), x.dtype))
+
+    def n_bytes(self, rows: int, columns: int) -> int:
+        """How many bytes a matrix takes."""
+        values, scales = self.ends(rows, columns)
+        return values * self.values_dtype.itemsize + scales * torch.float32.itemsize
+
+    def runs(self, rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+        """The runs of rows, each with its end, in which a matrix is worked through."""
+        step = self.step(columns)
+        most = RUN_VALUES_CPU if device.type == "cpu" else RUN_VALUES_GPU
+        size = max(1, most // (columns * step)) * step
+        for start in range(0, rows, size):
+            yield start, min(start + size, rows)
+
+
+class Int8(Format):
+    """A byte a value, and an fp32 scale a row: the row's largest magnitude is 127."""
+
+    name = "int8"
+    values_dtype = torch.int8
+
+    def ends(self, rows: int, columns: int) -> tuple[int, int]:
+        return rows * columns, rows
+
+    def step(self, columns: int) -> int:
+        return 1
+
+    def pack(self, run: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+        largest = run.abs().amax(1)
+        # A row of zeros has no scale; below this the quotient would overflow.
+        scaled = run * (127.0 / largest.clamp(min=1e-30))[:, None]
+        values.view(run.shape).copy_(scaled.round_())
+        scales.copy_(largest)
+
+    def unpack(
+        self, values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return (values.view(shape) * (scales / 127.0)[:, None]).to(dtype)
+
+    def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
+        if x.dtype == torch.float16:
+            # Sums of values that are not scaled yet would overflow.
+            return super().linear(x, values, scales, rows)
+        weights, gains = values.view(rows, x.shape[1]), (scales / 127.0).to(x.dtype)
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= _FEW_ROWS:
+            product: torch.Tensor = torch._weight_int8pack_mm(x, weights, gains)
+            return product
+        # Integers up to 127 are exact in every dtype; scaling the result rounds once where scaling weights rounds each.
+        return F.linear(x, weights.to(x.dtype)).mul_(gains)
+
+
+# So many rows or fewer are faster with torch's own product of bf16 and int8 (one row: 3 ms, otherwise 8).
+_FEW_ROWS = 8
+
+
+class Nf4(Format):
+    """Half a byte a value, and an fp32 scale for each 64."""
+
+    name = "nf4"
+    values_dtype = torch.uint8
+    #: bitsandbytes' own default.
+    group: ClassVar[int] = 64
+
+    def ends(self, rows: int, columns: int) -> tuple[int, int]:
+        count = rows * columns
+        return -(-count // 2), -(-count // self.group)
+
+    def step(self, columns: int) -> int:
+        # Rows after which a group has just ended.
+        step = self.group
+        while step % 2 == 0 and (step // 2 * columns) % self.group == 0:
+            step //= 2
+        return step
+
+    def pack(self, run: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+        load_bitsandbytes()
+        packed, largest = torch.ops.bitsandbytes.quantize_4bit(run.reshape(-1), self.group, self.name, torch.uint8)
+        values.copy_(packed.reshape(-1))
+        scales.copy_(largest)
+
+    def unpack(
+        self, values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        load_bitsandbytes()
+        # Always flat, see above, and whole bytes.
+        flat = torch.ops.bitsandbytes.dequantize_4bit(values, scales, self.group, self.name, [2 * len(values)], dtype)
+        result: torch.Tensor = flat.reshape(-1)[: math.prod(shape)].view(shape)
+        return result
+
+    def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
+        if x.device.type == "cpu" or x.shape[1] % self.group:
+            return super().linear(x, values, scales, rows)
+        package = load_bitsandbytes()
+        state: Any = package.functional.QuantState(
+            absmax=scales,
+            shape=torch.Size((rows, x.shape[1])),
+            code=_levels(x.device),
+            blocksize=self.group,
+            quant_type=self.name,
+            dtype=x.dtype,
+        )
+        product: torch.Tensor = package.matmul_4bit(x, values.view(-1, 1).t(), state)
+        return product
+
+
+@cache
+def _levels(device: torch.device) -> torch.Tensor:
+    levels: torch.Tensor = load_bitsandbytes().functional.get_4bit_type("nf4", device=device)
+    return levels
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType({form.name: form for form in (Int8(), Nf4())})
+#: What `--quantize` takes.
+QUANTIZATIONS = (NONE, *FORMATS)

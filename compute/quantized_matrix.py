@@ -1,0 +1,145 @@
+"""A quantized matrix that takes part in products like a plain one, without ever being there in full.
+
+Knows one matrix and how torch asks for products with it; how it is stored is a format's business. Weights are frozen:
+gradients flow to the other factor only, and what they need is dequantized again, not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from peerd.compute.quantized_formats import Format
+
+
+class QuantizedMatrix:
+    """A matrix `[rows, columns]` of a linear layer `x @ matrix.T`, as values and scales of a format.
+
+    With `transposed` whoever uses it means `x @ matrix`, as Transformers' experts of some families do: it is stored
+    the other way round, so that a row is always what makes one output. `dtype` is what `dequantize` gives.
+    """
+
+    def __init__(
+        self,
+        form: Format,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        self.form = form
+        self.values = values
+        self.scales = scales
+        self.rows, self.columns = shape
+        self.dtype = dtype
+        self.transposed = transposed
+
+    def __repr__(self) -> str:
+        return f"<QuantizedMatrix {self.form.name} [{self.rows}, {self.columns}] on {self.values.device}>"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        if function in _MATMULS and isinstance(args[1], cls):
+            return args[1].matmul_from_left(args[0])
+        return NotImplemented
+
+    def store(self, weight: torch.Tensor) -> None:
+        """Take the values of `weight`, in the shape that users see, on any device, in any dtype."""
+        weight = weight.t() if self.transposed else weight
+        device = self.values.device
+        for start, end in self.form.runs(self.rows, self.columns, device):
+            values, scales = self._stored(start, end)
+            self.form.pack(weight[start:end].to(device, torch.float32).contiguous(), values, scales)
+
+    def dequantize(self) -> torch.Tensor:
+        """The whole matrix in the shape that users see."""
+        whole = torch.empty(self.rows, self.columns, dtype=self.dtype, device=self.values.device)
+        for start, end in self.form.runs(self.rows, self.columns, whole.device):
+            whole[start:end] = self._unpack(start, end, self.dtype)
+        return whole.t() if self.transposed else whole
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, `[..., columns]`, to `[..., rows]`, whatever way round users see the matrix. Differentiable in `x`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            apply: Any = _Product.apply
+            result: torch.Tensor = apply(x, self)
+            return result
+        return self._product(x)
+
+    def matmul_from_left(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ matrix`."""
+        if not self.transposed:
+            raise TypeError("this matrix is meant for F.linear: x @ matrix would sum over its outputs")
+        return self.product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.columns)
+        runs = list(self.form.runs(self.rows, self.columns, self.values.device))
+        if len(runs) == 1:
+            result = self.form.linear(flat, self.values, self.scales, self.rows)
+        else:
+            result = flat.new_empty(len(flat), self.rows)
+            for start, end in runs:
+                result[:, start:end] = self.form.linear(flat, *self._stored(start, end), end - start)
+        return result.view(*x.shape[:-1], self.rows)
+
+    def _product_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of what `_product` was given, from that of its result."""
+        flat = gradient.reshape(-1, self.rows)
+        # Summed over runs, so in fp32 whatever the dtype.
+        total = flat.new_zeros(len(flat), self.columns, dtype=torch.float32)
+        for start, end in self.form.runs(self.rows, self.columns, self.values.device):
+            total += flat[:, start:end] @ self._unpack(start, end, flat.dtype)
+        return total.to(gradient.dtype).view(*gradient.shape[:-1], self.columns)
+
+    def _unpack(self, start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.form.unpack(*self._stored(start, end), (end - start, self.columns), dtype)
+
+    def _stored(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, last = self.form.ends(start, self.columns), self.form.ends(end, self.columns)
+        return self.values[first[0] : last[0]], self.scales[first[1] : last[1]]
+
+
+class _Product(torch.autograd.Function):
+    """Keeps a reference to the quantized matrix, where autograd by itself would keep all that was dequantized."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
+        ctx.matrix = matrix
+        return matrix._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        matrix: QuantizedMatrix = ctx.matrix
+        return matrix._product_back(gradient), None
+
+
+def _linear(input: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What `F.linear` does."""
+    if weight.transposed:
+        raise TypeError("this matrix is meant for x @ matrix: F.linear would sum over its outputs")
+    result = weight.product(input)
+    return result if bias is None else result + bias
+
+
+_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
+def empty_storage(
+    form: Format, shape: tuple[int, int], device: torch.device, *, count: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the values and scales of `count` matrices: `[count, entries]` each."""
+    values, scales = form.ends(*shape)
+    return (
+        torch.empty(count, values, dtype=form.values_dtype, device=device),
+        torch.empty(count, scales, dtype=torch.float32, device=device),
+    )
