@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 import trio
+import trio.lowlevel
 
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.steps import BatchOutput
@@ -248,7 +249,7 @@ async def test_owners_take_turns_and_each_ones_works_keep_their_order(monkeypatc
         log = []
         for owner, name in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1")):
             nursery.start_soon(task.run_work, owner, Turns(2, log, name))
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         await trio.sleep(9 * STEP_S)
         assert [name for name, _ in log] == ["a1", "a1", "a2", "a2", "b1", "b1", "a3", "a3"]
 
