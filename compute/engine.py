@@ -13,6 +13,8 @@ from collections.abc import Hashable
 import torch
 
 from peerd.compute.pages import PagePool
+from peerd.compute.pass_memory import PassMemory
+from peerd.compute.passes import PassRunner
 from peerd.compute.runner import SpanRunner
 from peerd.compute.scheduler import Scheduler
 from peerd.compute.span_model import SpanModel
@@ -26,6 +28,8 @@ __all__ = ["BaseEngine", "Batch", "BatchOutput", "Drop", "Engine", "EngineStep",
 PAGE_TOKENS = 16
 # A prefill of more positions is cut, so that whoever decodes beside it waits no longer than for these.
 BATCH_TOKENS = 256
+# Memory for training where nobody says how much: 1024 positions through 30 blocks of 1024, with what a forward leaves.
+PASS_BYTES = 2**30
 
 
 class BaseEngine(ABC):
@@ -37,6 +41,8 @@ class BaseEngine(ABC):
         # Positions that went through the blocks with a cache, replays included.
         self.positions_computed = 0
         self.batches_run = 0
+        #: Training passes over this engine's span; None where the engine cannot train.
+        self.passes: PassRunner | None = None
         self._pool = PagePool(kv_tokens // page_tokens, page_tokens)
         self._scheduler = Scheduler(span, hidden_size, self._pool, batch_tokens)
 
@@ -133,7 +139,8 @@ class Engine(BaseEngine):
     """An engine over a loaded span, whose model was loaded with `attention=register_attention()`.
 
     `kv_tokens`: capacity of the KV pool, in positions, rounded down to whole pages; the pool lies on the
-    model's device in its dtype. `batch_tokens`: positions a batch may have. Raises ValueError for no pages.
+    model's device in its dtype. `batch_tokens`: positions a batch may have. `pass_bytes`: memory for training.
+    Raises ValueError for no pages.
     """
 
     def __init__(
@@ -143,11 +150,13 @@ class Engine(BaseEngine):
         kv_tokens: int,
         page_tokens: int = PAGE_TOKENS,
         batch_tokens: int = BATCH_TOKENS,
+        pass_bytes: int = PASS_BYTES,
     ) -> None:
         super().__init__(
             model.span, model.hidden_size, kv_tokens=kv_tokens, page_tokens=page_tokens, batch_tokens=batch_tokens
         )
         self._runner = SpanRunner(model, self.total_tokens, page_tokens)
+        self.passes = PassRunner(model, self._runner.part, PassMemory(pass_bytes))
 
     def run(self, batch: Batch) -> BatchOutput:
         return self._runner.run(batch)

@@ -43,7 +43,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`. Gradients flow to `x`; the layer itself is frozen."""
         if torch.is_grad_enabled() and x.requires_grad:
-            result: torch.Tensor = _Product.apply(x, self)
+            apply: Any = _Product.apply
+            result: torch.Tensor = apply(x, self)
             return result
         return self.product(x)
 

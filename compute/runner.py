@@ -48,6 +48,10 @@ class SpanRunner:
             output = self._model(blocks).forward_no_cache(hidden.to(self._whole.device, self._whole.dtype))
         return output.cpu().clone()
 
+    def part(self, blocks: Span) -> SpanModel:
+        """The model of some of the span's blocks, sharing its weights. Device thread."""
+        return self._model(blocks)
+
     def _run_blocks(self, batch: Batch) -> torch.Tensor:
         parts = [piece.step.hidden[piece.offset : piece.offset + piece.count] for piece in batch.pieces]
         hidden = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._whole.device, self._whole.dtype)

@@ -1,0 +1,135 @@
+"""How much memory a training pass takes, known before it starts.
+
+What autograd keeps of a block is measured once, on two short rows: part of it grows with the positions, part
+(scores of attention that no fused kernel computes) with the square of a row's length. A formula would have to know
+every family's blocks, and quantized and adapted ones besides. Knows sizes; decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from peerd.compute.engine_errors import EngineError
+
+# The probe's two lengths, in positions: long enough that whole rows of experts and tiles of kernels do not matter.
+PROBE_POSITIONS = (32, 64)
+# What autograd keeps differs a little with the routing of experts and the rounding of kernels.
+_MARGIN = 1.15
+# Beside what is kept, a block's forward or backward has intermediate values of about the same size at its peak.
+_WORKING = 2.0
+# Of an engine's memory for training, the part for the pass that runs; the rest is for tapes that wait.
+_WORKING_SHARE = 0.5
+# Of all tapes' memory, what one owner's may take.
+_OWNER_SHARE = 0.5
+
+
+class PassTooLargeError(EngineError):
+    """A row needs more memory than is set aside for training; the message has the numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """Bytes that autograd keeps of one block: a position, and a pair of positions of one row."""
+
+    a_position: float
+    a_pair: float
+
+    @classmethod
+    def fitted(cls, short: tuple[int, int], long: tuple[int, int]) -> BlockCost:
+        """From two measurements of (positions of one row, bytes)."""
+        (one, one_bytes), (two, two_bytes) = short, long
+        a_pair = max(0.0, (two_bytes / two - one_bytes / one) / (two - one))
+        return cls(_MARGIN * max(one_bytes / one - a_pair * one, two_bytes / two - a_pair * two), _MARGIN * a_pair)
+
+    def kept_bytes(self, rows: int, longest: int) -> int:
+        """For so many rows of that length."""
+        return int(rows * longest * (self.a_position + self.a_pair * longest))
+
+
+@dataclass(frozen=True, slots=True)
+class SpanCost:
+    """What passes over some blocks take. `boundary`: bytes of one position between two blocks."""
+
+    blocks: tuple[BlockCost, ...]
+    boundary: int
+    largest_weight_bytes: int
+
+    def inputs_bytes(self, positions: int) -> int:
+        """Every block's input, which is the least that a backward needs."""
+        return positions * self.boundary * len(self.blocks)
+
+    def working_bytes(self, rows: int, longest: int) -> int:
+        """The most that a micro-batch needs at once: all blocks' inputs and one block's activations."""
+        dearest = max(block.kept_bytes(rows, longest) for block in self.blocks)
+        ends = 2 * rows * longest * self.boundary
+        return int(self.inputs_bytes(rows * longest) + ends + _WORKING * dearest + self.largest_weight_bytes)
+
+
+class PassMemory:
+    """An engine's memory for training: how much a running pass may take, and who holds how much in tapes."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self._held: dict[Hashable, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<PassMemory {sum(self._held.values())} of {self._tapes_bytes} bytes in tapes>"
+
+    @property
+    def working_bytes(self) -> int:
+        """What the one pass that runs may take."""
+        return int(self.total_bytes * _WORKING_SHARE)
+
+    @property
+    def _tapes_bytes(self) -> int:
+        return self.total_bytes - self.working_bytes
+
+    def free_for(self, owner: Hashable) -> int:
+        """Bytes that `owner` may still hold in tapes."""
+        free = self._tapes_bytes - sum(self._held.values())
+        return max(0, min(free, int(self._tapes_bytes * _OWNER_SHARE) - self._held.get(owner, 0)))
+
+    def take(self, owner: Hashable, size_bytes: int) -> None:
+        """Note that `owner` holds so much more; or less, where negative."""
+        held = self._held.get(owner, 0) + size_bytes
+        if held > 0:
+            self._held[owner] = held
+        else:
+            self._held.pop(owner, None)
+
+
+class KeptBytes:
+    """Counts what autograd keeps inside `with`, but for `known` tensors (weights), each storage once."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._found: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    @property
+    def total(self) -> int:
+        return sum(self._found.values())
+
+    def __enter__(self) -> KeptBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def signature(layer: nn.Module) -> Hashable:
+    """Equal for blocks that keep the same: modules of the same types and tensors of the same shapes."""
+    parts = [(name, type(module).__name__) for name, module in layer.named_modules()]
+    tensors = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in layer.state_dict().items()]
+    return tuple(parts), tuple(tensors)

@@ -1,0 +1,136 @@
+"""What a client trains beside a span's frozen weights: deep prompts and LoRA tensors, block by block.
+
+A deep prompt of P positions is added to the first P positions of each row of its block's input. A LoRA pair
+(A `[r, in]`, B `[out, r]`) adds `scaling * (x A^T) B^T` to the output of one of the block's linear modules.
+Both are hung onto a block for one call only, so that nothing of one client's meets another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerd.compute.engine_errors import InvalidStepError
+
+PROMPT = "prompt"
+LORA_A, LORA_B = ".lora_A", ".lora_B"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tunables:
+    """Tensors by (block, name), on the CPU: `prompt`, `<module>.lora_A`, `<module>.lora_B`.
+
+    Prompts are `[1 or rows, P, hidden_size]`. Modules are named as inside the block: `self_attn.q_proj`.
+    """
+
+    tensors: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    scaling: float = 1.0
+
+    def check(self, layers: Mapping[int, nn.Module], rows: Sequence[int], hidden_size: int) -> None:
+        """Whether they fit these blocks and rows. Raises InvalidStepError naming what does not."""
+        widths = {block: linear_widths(layer) for block, layer in layers.items()}
+        for (block, name), tensor in self.tensors.items():
+            if block not in layers:
+                raise InvalidStepError(f"{name} is for block {block}, which this pass does not run")
+            if name == PROMPT:
+                _check_prompt(block, tensor, rows, hidden_size)
+            else:
+                self._check_lora(block, name, tensor, widths[block])
+
+    def _check_lora(self, block: int, name: str, tensor: torch.Tensor, known: Mapping[str, tuple[int, int]]) -> None:
+        module_name, suffix = name[: -len(LORA_A)], name[-len(LORA_A) :]
+        other = self.tensors.get((block, module_name + (LORA_B if suffix == LORA_A else LORA_A)))
+        widths = known.get(module_name)
+        if suffix not in (LORA_A, LORA_B) or widths is None:
+            raise InvalidStepError(f"block {block} has no {name!r}: LoRA goes beside {', '.join(sorted(known))}")
+        if other is None or tensor.dim() != 2 or other.dim() != 2:
+            raise InvalidStepError(f"block {block}: {module_name} needs a matrix {LORA_A[1:]} and one {LORA_B[1:]}")
+        wide_in, wide_out = widths
+        expected = [other.shape[1], wide_in] if suffix == LORA_A else [wide_out, other.shape[0]]
+        if list(tensor.shape) != expected:
+            raise InvalidStepError(f"block {block}: {name} has shape {list(tensor.shape)}, not {expected}")
+
+
+def _check_prompt(block: int, tensor: torch.Tensor, rows: Sequence[int], hidden_size: int) -> None:
+    if tensor.dim() != 3 or tensor.shape[0] not in (1, len(rows)) or tensor.shape[2] != hidden_size:
+        raise InvalidStepError(
+            f"the prompt of block {block} has shape {list(tensor.shape)}, not [1 or {len(rows)}, n, {hidden_size}]"
+        )
+    if tensor.shape[1] > min(rows):
+        raise InvalidStepError(
+            f"the prompt of block {block} has {tensor.shape[1]} positions, a row only {min(rows)}:"
+            " rows begin with the prompt's positions"
+        )
+
+
+def linear_widths(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """The block's linear modules by name, each with its input's and its output's width."""
+    found = {}
+    for name, module in layer.named_modules():
+        wide_in, wide_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(wide_in, int) and isinstance(wide_out, int):
+            found[name] = (wide_in, wide_out)
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class BlockLeaves:
+    """One block's tunables on its device, as leaves that get gradients."""
+
+    prompt: torch.Tensor | None = None
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    scaling: float = 1.0
+
+    @classmethod
+    def of(cls, tunables: Tunables, block: int, device: torch.device) -> BlockLeaves:
+        own = {
+            name: tensor.detach().to(device, torch.float32, copy=True).requires_grad_()
+            for (of_block, name), tensor in tunables.tensors.items()
+            if of_block == block
+        }
+        modules = [name.removesuffix(LORA_A) for name in own if name.endswith(LORA_A)]
+        lora = {name: (own[name + LORA_A], own[name + LORA_B]) for name in modules}
+        return cls(own.get(PROMPT), lora, tunables.scaling)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """All leaves by name."""
+        prompts = {PROMPT: self.prompt} if self.prompt is not None else {}
+        down = {name + LORA_A: pair[0] for name, pair in self.lora.items()}
+        up = {name + LORA_B: pair[1] for name, pair in self.lora.items()}
+        return prompts | down | up
+
+
+def with_prompt(hidden: torch.Tensor, prompt: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor:
+    """`[rows, positions, width]` with a prompt added to its first positions; `rows` are their numbers in the pass."""
+    if prompt is None:
+        return hidden
+    own = prompt if prompt.shape[0] == 1 else prompt[list(rows)]
+    count = prompt.shape[1]
+    return torch.cat((hidden[:, :count] + own.to(hidden.dtype), hidden[:, count:]), dim=1)
+
+
+@contextmanager
+def with_lora(layer: nn.Module, leaves: BlockLeaves) -> Iterator[None]:
+    """Inside, the block's linear modules add their LoRA pairs."""
+    handles = []
+    try:
+        for name, pair in leaves.lora.items():
+            handles.append(layer.get_submodule(name).register_forward_hook(_adding(*pair, leaves.scaling)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(down: torch.Tensor, up: torch.Tensor, scaling: float) -> Any:
+    def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        # In fp32, as LoRA is trained: bf16 would swallow small steps.
+        delta = (inputs[0].to(down.dtype) @ down.T) @ up.T
+        return output + (delta * scaling).to(output.dtype)
+
+    return add
