@@ -2,7 +2,8 @@
 
 The main thread opens sessions, submits steps, plans batches and collects them; a device thread runs
 one batch at a time and is alone in touching the span's tensors. What each side may call is the
-contract that makes locks unnecessary: everything but `run` and `forward` is the main thread's.
+contract that makes locks unnecessary: everything but `run`, `forward`, `load_adapter` and `unload_adapter` is
+the main thread's, and those four never run between the planning of a batch and its collection.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Hashable
 
 import torch
 
+from peerd.compute.engine_errors import UnknownAdapterError
+from peerd.compute.lora import Lora
 from peerd.compute.pages import PagePool
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.passes import PassRunner
@@ -30,6 +33,10 @@ PAGE_TOKENS = 16
 BATCH_TOKENS = 256
 # Memory for training where nobody says how much: 1024 positions through 30 blocks of 1024, with what a forward leaves.
 PASS_BYTES = 2**30
+
+
+# Adapters whose names begin so belong to one session each: nobody else is told of them.
+PRIVATE = "~"
 
 
 class BaseEngine(ABC):
@@ -79,8 +86,10 @@ class BaseEngine(ABC):
         `owner` is whose session it is: batches are fair among owners. `adapter` names one of the engine's adapters.
         Every position is kept, in blocks with windows too, so rows may be cut anywhere: the promise of
         `max_rollback` is kept whatever it is, and steps that are sent again after a failure always fit.
-        Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError.
+        Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError,
+        UnknownAdapterError.
         """
+        self._check_adapter(adapter)
         self._scheduler.open(
             session, blocks or self.span, max_length, max_rows, max_rollback, owner=owner, adapter=adapter
         )
@@ -88,6 +97,16 @@ class BaseEngine(ABC):
     def close(self, session: Hashable) -> None:
         """Forget the session and its queued steps; pages in a running batch are freed when it is collected."""
         self._scheduler.close(session)
+
+    def use_adapter(self, session: Hashable, adapter: str) -> None:
+        """Put a session that has not begun under one of the engine's adapters. Raises UnknownAdapterError."""
+        self._check_adapter(adapter)
+        self._scheduler.use_adapter(session, adapter)
+
+    def _check_adapter(self, adapter: str) -> None:
+        if adapter and adapter not in self.adapters:
+            there = ", ".join(sorted(name for name in self.adapters if not name.startswith(PRIVATE))) or "none"
+            raise UnknownAdapterError(f"there is no adapter {adapter!r} here; there is {there}")
 
     def lengths(self, session: Hashable) -> dict[int, int]:
         """Cached positions of each row that has any, once the running batch has ended."""
@@ -126,6 +145,19 @@ class BaseEngine(ABC):
         self.batches_run += 1
         return self._scheduler.collect(output)
 
+    @property
+    @abstractmethod
+    def adapters(self) -> frozenset[str]:
+        """The names of the adapters that sessions may ask for. Any thread."""
+
+    @abstractmethod
+    def load_adapter(self, name: str, lora: Lora) -> None:
+        """Have one more adapter, while sessions run. Device thread. Raises AdapterError where it does not fit."""
+
+    @abstractmethod
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no session uses any more. Device thread."""
+
     @abstractmethod
     def run(self, batch: Batch) -> BatchOutput:
         """Run a planned batch. Device thread."""
@@ -163,3 +195,13 @@ class Engine(BaseEngine):
 
     def forward(self, hidden: torch.Tensor, blocks: Span | None = None) -> torch.Tensor:
         return self._runner.forward(hidden, blocks or self.span)
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        return self._runner.adapters.names
+
+    def load_adapter(self, name: str, lora: Lora) -> None:
+        self._runner.adapters.load(name, lora)
+
+    def unload_adapter(self, name: str) -> None:
+        self._runner.adapters.unload(name)

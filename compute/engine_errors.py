@@ -35,5 +35,9 @@ class StepGapError(EngineError):
         self.have = have
 
 
+class UnknownAdapterError(EngineError):
+    """No adapter of that name is loaded; the message says which are."""
+
+
 class NonFiniteError(EngineError):
     """The blocks returned NaN or infinity for this session's positions."""

@@ -16,3 +16,10 @@ class CheckpointError(Exception):
 
 class UnsupportedModel(CheckpointError):
     """The checkpoint is sound, but its architecture or storage is one that we do not run. The message says which."""
+
+
+class AdapterError(CheckpointError):
+    """An adapter cannot be used: absent, malformed, of a kind that we do not run, or made for another model.
+
+    The message names the adapter, and the field or tensor where there is one.
+    """

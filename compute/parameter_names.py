@@ -17,7 +17,7 @@ LM_HEAD = "lm_head.weight"
 LM_HEAD_BIAS = "lm_head.bias"
 
 # Where publishers put the decoder inside the whole model, most specific first.
-_PREFIXES = (
+PREFIXES = (
     "language_model.model.",
     "model.language_model.",
     "model.decoder.",
@@ -69,7 +69,7 @@ def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[
 
 
 def _prefix(stored_names: tuple[str, ...], family: Family, where: object) -> str:
-    for prefix in _PREFIXES:
+    for prefix in PREFIXES:
         if any(name.startswith(f"{prefix}{family.layers}.") for name in stored_names):
             return prefix
     raise CheckpointError(f"{where}: holds no {family.model_type} blocks: no tensor is called {family.layers}.N")

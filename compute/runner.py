@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from peerd.compute.adapters import SpanAdapters
 from peerd.compute.attention import BatchView, RowView, SpanAttention
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.packed_linear import pack_linears
@@ -28,6 +29,8 @@ class SpanRunner:
         self._whole = model
         self._pool = KVPool(model.kinds, kv_tokens, page_tokens, device=model.device, dtype=model.dtype)
         self._attention = SpanAttention(model.layers, model.kinds)
+        #: Changed on the device thread only, between batches.
+        self.adapters = SpanAdapters(model)
 
     def run(self, batch: Batch) -> BatchOutput:
         """Run a batch. The results are on the CPU, in the model's dtype."""
@@ -64,7 +67,7 @@ class SpanRunner:
         rows = torch.split(hidden, [segment.count for segment in segments])
         return torch.cat(
             [
-                _forward(model, row, [segment], RowView(self._pool, segment))
+                self._forward(model, row, [segment], RowView(self._pool, segment))
                 for row, segment in zip(rows, segments, strict=True)
             ]
         )
@@ -73,23 +76,23 @@ class SpanRunner:
         view = BatchView(self._pool, segments)
         self._attention.view = view
         try:
-            return _forward(model, hidden, segments, view)
+            return self._forward(model, hidden, segments, view)
         finally:
             self._attention.view = None
+
+    def _forward(
+        self, model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment], cache: BatchView | RowView
+    ) -> torch.Tensor:
+        positions = _positions(segments, hidden.device)
+        with self.adapters.applied(segments):
+            output = model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))
+        return output.squeeze(0)
 
     def _model(self, blocks: Span) -> SpanModel:
         model = self._models.get(blocks)
         if model is None:
             model = self._models[blocks] = _part_of(self._whole, blocks)
         return model
-
-
-def _forward(
-    model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment], cache: BatchView | RowView
-) -> torch.Tensor:
-    positions = _positions(segments, hidden.device)
-    output = model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))
-    return output.squeeze(0)
 
 
 def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:

@@ -74,6 +74,12 @@ class Scheduler:
         if not session.running:
             session.reserve.close()
 
+    def use_adapter(self, name: Hashable, adapter: str) -> None:
+        session = self._sessions[name]
+        if session.queue or session.tables:
+            raise InvalidStepError("a session's adapter is chosen before its first step")
+        session.adapter = adapter
+
     def lengths(self, name: Hashable) -> dict[int, int]:
         return self._sessions[name].lengths()
 

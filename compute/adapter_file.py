@@ -1,0 +1,219 @@
+"""An adapter as peft writes it: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+
+Knows names and shapes; knows no device and no batches. The files come from strangers: a pickle is never opened, sizes
+are checked before anything is read, and every stored tensor must be one that we run, or the whole adapter
+is refused. Only the blocks that somebody asks for are read. What the tensors mean is the family's
+matter: their names are those of the whole model, with peft's own before them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerd.compute.adapter_config import LoraConfig, parse_config
+from peerd.compute.errors import AdapterError, CheckpointError
+from peerd.compute.families import Family
+from peerd.compute.lora import BlockModule, LoraPair
+from peerd.compute.parameter_names import PREFIXES
+from peerd.compute.safetensors_file import SafetensorsFile, StoredTensor
+from peerd.protocol.span import MAX_BLOCKS, Span
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+# peft writes a few hundred bytes; patterns for every module of a large model are some hundred KiB.
+_MAX_CONFIG_BYTES = 4 << 20
+# What peft puts before the model's own names.
+_PEFT_PREFIX = "base_model.model."
+_FLOATS = ("F32", "F16", "BF16")
+_STORED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_OTHER_KINDS: Mapping[str, str] = {
+    "lora_embedding_": "embeddings are the client's, not a block's",
+    "lora_magnitude_vector": "DoRA rescales whole weights",
+    "modules_to_save": "whole modules that were trained are not LoRA",
+    ".bias": "biases are not adapted",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredPair:
+    """Where one module's matrices lie. `module`: its name in the whole model."""
+
+    module: str
+    rank: int
+    scale: float
+    a: StoredTensor
+    b: StoredTensor
+
+
+class AdapterFile:
+    """An open adapter for models of one family. Made by `open_adapter`.
+
+    `digest`: 32 bytes that any two copies of the same weights with the same scales share.
+    """
+
+    def __init__(self, path: Path, config: LoraConfig, tensors: SafetensorsFile, family: Family) -> None:
+        self.path = path
+        self.config = config
+        self._tensors = tensors
+        self._root, self._pairs = _pairs(tensors, config, family, path)
+        self._digest: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"<AdapterFile {self.path} modules={len(self._pairs)}>"
+
+    @property
+    def modules(self) -> Mapping[BlockModule, tuple[int, int]]:
+        """What it adapts, with each layer's (out_features, in_features)."""
+        return {key: (pair.b.shape[0], pair.a.shape[1]) for key, pair in self._pairs.items()}
+
+    @property
+    def digest(self) -> bytes:
+        """sha256 over the weights file's sha256, then each module's name, a zero byte and its scale (spec/adapters.md).
+
+        Reads the whole file, the first time.
+        """
+        if self._digest is None:
+            with (self.path / WEIGHTS_FILE).open("rb") as file:
+                digest = hashlib.sha256(hashlib.file_digest(file, "sha256").digest())
+            for pair in sorted(self._pairs.values(), key=lambda pair: pair.module):
+                digest.update(pair.module.encode() + b"\0" + struct.pack(">d", pair.scale))
+            self._digest = digest.digest()
+        return self._digest
+
+    def targets(self, block: int, module: str) -> bool:
+        """Whether the configuration's list of targets names this module of a block, whatever is stored."""
+        return self.config.targets_module(f"{self._root}.{block}.{module}", block)
+
+    def n_bytes(self, blocks: Span | None = None) -> int:
+        """How many bytes the stored matrices take; those of `blocks`, if given."""
+        return sum(pair.a.n_bytes + pair.b.n_bytes for _, pair in self._within(blocks))
+
+    def read(self, blocks: Span | None = None) -> dict[BlockModule, LoraPair]:
+        """The weights of `blocks` (default: all), as stored, on the CPU.
+
+        Raises AdapterError for a value that is NaN or infinite, and where the file has changed meanwhile.
+        """
+        return {key: self._read(pair) for key, pair in self._within(blocks)}
+
+    def _within(self, blocks: Span | None) -> Iterator[tuple[BlockModule, _StoredPair]]:
+        for key, pair in self._pairs.items():
+            if blocks is None or blocks.start <= key[0] < blocks.end:
+                yield key, pair
+
+    def _read(self, pair: _StoredPair) -> LoraPair:
+        with _as_adapter_errors():
+            a, b = self._tensors.read(pair.a.name), self._tensors.read(pair.b.name)
+        for tensor, stored in ((a, pair.a), (b, pair.b)):
+            if not tensor.isfinite().all():
+                raise AdapterError(f"{self.path}: tensor {stored.name} has a value that is not finite")
+        return LoraPair(a, b, pair.scale)
+
+
+@contextmanager
+def open_adapter(source: str | Path, family: Family) -> Iterator[AdapterFile]:
+    """An adapter in peft's format, for models of `family`. Raises AdapterError."""
+    path = _directory_of(source)
+    config = _read_config(path / CONFIG_FILE)
+    with _as_adapter_errors():
+        tensors = SafetensorsFile(path / WEIGHTS_FILE)
+    with tensors:
+        yield AdapterFile(path, config, tensors, family)
+
+
+def _directory_of(source: str | Path) -> Path:
+    """Where the adapter's two files lie. A name on a model hub would be fetched here."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        raise AdapterError(f"{path} is a file: an adapter is the directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not path.is_dir():
+        raise AdapterError(f"{path} does not exist: an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not (path / WEIGHTS_FILE).exists():
+        pickled = next((name for name in PICKLED_FILES if (path / name).exists()), None)
+        if pickled is not None:
+            raise AdapterError(
+                f"{path / pickled} is a pickle, which runs whatever code is in it: it is never opened. Save the adapter"
+                f" again with peft's save_pretrained, which writes {WEIGHTS_FILE}"
+            )
+        raise AdapterError(f"{path} has no {WEIGHTS_FILE}")
+    return path
+
+
+def _read_config(path: Path) -> LoraConfig:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise AdapterError(f"{path} has {path.stat().st_size} bytes, over {_MAX_CONFIG_BYTES}: it is no such file")
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON") from error
+    return parse_config(fields, path)
+
+
+def _pairs(
+    tensors: SafetensorsFile, config: LoraConfig, family: Family, where: Path
+) -> tuple[str, dict[BlockModule, _StoredPair]]:
+    """Where the whole model keeps its blocks, and which matrices belong together, and to what.
+
+    Raises AdapterError for any tensor that we would have to leave out.
+    """
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, stored in tensors.tensors.items():
+        match = _STORED.fullmatch(name)
+        if match is None or not name.startswith(_PEFT_PREFIX):
+            reason = next((why for kind, why in _OTHER_KINDS.items() if kind in name), "it is no LoRA matrix")
+            raise AdapterError(f"{where}: tensor {name} is not run: {reason}")
+        if stored.dtype not in _FLOATS or len(stored.shape) != 2 or 0 in stored.shape:
+            raise AdapterError(f"{where}: tensor {name} is {stored.dtype} {list(stored.shape)}, not a matrix of floats")
+        modules.setdefault(match["module"].removeprefix(_PEFT_PREFIX), {})[match["side"]] = stored
+    if not modules:
+        raise AdapterError(f"{where}: it holds no LoRA matrix")
+    places = {module: _place_of(module, family, where) for module in modules}
+    found = {
+        (block, name): _pair(module, modules[module], config, where) for module, (_, block, name) in places.items()
+    }
+    roots = {root for root, _, _ in places.values()}
+    if len(found) < len(modules) or len(roots) > 1:
+        raise AdapterError(f"{where}: it adapts one module of the model under two names")
+    return roots.pop(), found
+
+
+def _pair(module: str, sides: Mapping[str, StoredTensor], config: LoraConfig, where: Path) -> _StoredPair:
+    if len(sides) < 2:
+        raise AdapterError(f"{where}: {module} has only one of its two matrices")
+    a, b, rank = sides["A"], sides["B"], config.rank_of(module)
+    if a.shape[0] != rank or b.shape[1] != rank or a.dtype != b.dtype:
+        shapes = f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+        raise AdapterError(f"{where}: {module} has matrices of {shapes}, which do not have rank {rank}")
+    return _StoredPair(module, rank, config.scale_of(module), a, b)
+
+
+def _place_of(module: str, family: Family, where: Path) -> tuple[str, int, str]:
+    """Taken apart, a module's name in the whole model: where blocks are kept, the block, and the name in it."""
+    for prefix in PREFIXES:
+        root = f"{prefix}{family.decoder_at}.{family.layers}" if family.decoder_at else f"{prefix}{family.layers}"
+        match = re.fullmatch(rf"{re.escape(root)}\.(\d{{1,4}})\.(.+)", module)
+        if match is not None and int(match[1]) < MAX_BLOCKS:
+            name = match[2]
+            for old, new in family.renamed:
+                name = name.replace(old, new)
+            return root, int(match[1]), name
+    raise AdapterError(f"{where}: it adapts {module}, which is no part of a block of a {family.model_type}: not run")
+
+
+@contextmanager
+def _as_adapter_errors() -> Iterator[None]:
+    try:
+        yield
+    except AdapterError:
+        raise
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error

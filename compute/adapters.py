@@ -1,0 +1,271 @@
+"""Several LoRA adapters over one span's frozen blocks, each session with its own or none.
+
+Each adapted linear layer carries a hook, which adds to the rows of a batch what their own sessions' adapters say. No
+module is replaced, so it is all the same to us whether a layer is packed, quantized or plain, and a span without
+adapters has no hooks. Which rows are whose is worked out once a batch. The difficulty is to mix nothing up:
+where many adapters share a batch their matrices are one, and what is another's is masked to exact zeros
+before it can reach a row, NaN and infinity included.
+
+All of it is the device thread's, but `names`, which is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peerd.compute.errors import AdapterError
+from peerd.compute.lora import BlockModule, Lora, LoraPair, bytes_of, check_fits, lora_delta, within
+from peerd.compute.steps import Segment
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from peerd.compute.adapter_file import AdapterFile
+    from peerd.compute.span_model import SpanModel
+
+# From so many adapters in a batch on, one product over all of them is cheaper than one for each.
+_MANY = 4
+# The positions of the forward that finds out which layers see every position once.
+_PROBE_POSITIONS = 3
+
+
+class SpanAdapters:
+    """The adapters of one span, by name. Loading one takes no part of what other sessions compute."""
+
+    def __init__(self, model: SpanModel) -> None:
+        #: Those that are loaded.
+        self.names: frozenset[str] = frozenset()
+        self._model = model
+        self._loaded: dict[str, Lora] = {}
+        self._hooks: dict[BlockModule, RemovableHandle] = {}
+        self._modules: Mapping[BlockModule, nn.Module] | None = None
+        self._routing: _Routing | _Everything | None = None
+
+    def __repr__(self) -> str:
+        return f"<SpanAdapters {self._model.span} {' '.join(sorted(self.names))}>"
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the adapters take on the device."""
+        return sum(bytes_of(lora) for lora in self._loaded.values())
+
+    def load(self, name: str, lora: Lora) -> None:
+        """Take the weights of this span's blocks; those of others are left out. Raises AdapterError.
+
+        A layer that the span lacks, or that does not see the positions one by one, is refused, and so are
+        shapes that do not fit and a name that is taken.
+        """
+        if name in self._loaded:
+            raise AdapterError(f"there is an adapter {name!r} already")
+        own = within(lora, self._model.span)
+        self.check(own)
+        device, dtype = self._model.device, self._model.dtype
+        self._loaded[name] = {key: pair.to(device, dtype) for key, pair in own.items()}
+        self.names = frozenset(self._loaded)
+        self._hook(own)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter, which no session may be using. KeyError if there is none of that name."""
+        del self._loaded[name]
+        self.names = frozenset(self._loaded)
+        used = set(chain.from_iterable(self._loaded.values()))
+        for key in set(self._hooks) - used:
+            self._hooks.pop(key).remove()
+
+    def check(self, lora: Lora) -> None:
+        """Raise AdapterError unless every layer is one of this span's that can be adapted, and of that shape."""
+        check_fits(lora, {key: _features(module) for key, module in self._adaptable().items()})
+
+    def check_complete(self, file: AdapterFile) -> None:
+        """Raise AdapterError if the file's list of targets names a layer of this span that it has no weights for."""
+        for block, name in self._adaptable():
+            if file.targets(block, name) and (block, name) not in file.modules:
+                raise AdapterError(
+                    f"{file.path}: it names {name} of block {block} as adapted, and has no weights for it"
+                )
+
+    @contextmanager
+    def applied(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Within this, the model's next positions are those of `segments`, each under its own adapter."""
+        names = {segment.adapter for segment in segments} - {""}
+        if not names:
+            yield
+            return
+        with self._routed(_Routing(segments, {name: self._loaded[name] for name in sorted(names)}, self._model.device)):
+            yield
+
+    @contextmanager
+    def using(self, lora: Lora) -> Iterator[None]:
+        """Within this, all positions are under `lora`, whatever is loaded; gradients flow to its matrices.
+
+        For forward and backward without a cache. They are taken in the span's dtype. Raises AdapterError.
+        """
+        own = within(lora, self._model.span)
+        self.check(own)
+        device, dtype = self._model.device, self._model.dtype
+        hooked = self._hook(own)
+        try:
+            with self._routed(_Everything({key: pair.to(device, dtype) for key, pair in own.items()})):
+                yield
+        finally:
+            for key in hooked:
+                self._hooks.pop(key).remove()
+
+    @contextmanager
+    def _routed(self, routing: _Routing | _Everything) -> Iterator[None]:
+        self._routing, before = routing, self._routing
+        try:
+            yield
+        finally:
+            self._routing = before
+
+    def _hook(self, lora: Lora) -> list[BlockModule]:
+        """Make these layers ask for what to add. Returns those that did not yet."""
+        new = [key for key in lora if key not in self._hooks]
+        for key in new:
+            self._hooks[key] = self._adaptable()[key].register_forward_hook(self._adder(key))
+        return new
+
+    def _adder(self, key: BlockModule) -> Any:
+        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            return self._routing.add(key, inputs[0], output) if self._routing is not None else None
+
+        return add
+
+    def _adaptable(self) -> Mapping[BlockModule, nn.Module]:
+        if self._modules is None:
+            self._modules = _position_wise(self._model)
+        return self._modules
+
+
+class _Everything:
+    """All positions under one adapter."""
+
+    def __init__(self, lora: Lora) -> None:
+        self._lora = lora
+
+    def add(self, key: BlockModule, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        pair = self._lora.get(key)
+        return output if pair is None else output + lora_delta(inputs, pair.a, pair.b, pair.scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """The rows of a batch that are under one adapter: a slice where they lie side by side, else their numbers."""
+
+    lora: Lora
+    rows: slice | torch.Tensor
+
+
+class _Routing:
+    """Which rows of a batch are under which adapter. For inference only: it adds in place."""
+
+    def __init__(self, segments: Sequence[Segment], loaded: Mapping[str, Lora], device: torch.device) -> None:
+        runs: dict[str, list[tuple[int, int]]] = {name: [] for name in loaded}
+        count = 0
+        for segment in segments:
+            if segment.adapter:
+                runs[segment.adapter].append((count, count + segment.count))
+            count += segment.count
+        self._groups = [_Group(lora, _rows(runs[name], device)) for name, lora in loaded.items()]
+        self._count = count
+        self._masks: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def add(self, key: BlockModule, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        x, y = inputs.reshape(self._count, -1), output.reshape(self._count, -1)
+        present = [(group, pair) for group in self._groups if (pair := group.lora.get(key)) is not None]
+        if len(present) >= _MANY:
+            y += self._joint(x, present)
+        else:
+            for group, pair in present:
+                delta = lora_delta(x[group.rows], pair.a, pair.b, pair.scale)
+                if isinstance(group.rows, slice):
+                    y[group.rows] += delta
+                else:
+                    y.index_add_(0, group.rows, delta)
+        return y.view(output.shape)
+
+    def _joint(self, x: torch.Tensor, present: Sequence[tuple[_Group, LoraPair]]) -> torch.Tensor:
+        """The sum of all, as one product: each row's part of the joint rank that is not its own becomes zero."""
+        a = torch.cat([pair.a for _, pair in present])
+        b = torch.cat([pair.b for _, pair in present], dim=1)
+        scales = self._mask(x, present)
+        # Not a product with zeros: what overflows under another's matrix must not become NaN here.
+        inner = torch.where(scales != 0, (x @ a.T) * scales, 0)
+        return inner @ b.T
+
+    def _mask(self, x: torch.Tensor, present: Sequence[tuple[_Group, LoraPair]]) -> torch.Tensor:
+        """`[rows, joint rank]`: the scale where the row is under that adapter, else zero. The same in most layers."""
+        key = tuple(chain.from_iterable((id(group), pair.rank, hash(pair.scale)) for group, pair in present))
+        mask = self._masks.get(key)
+        if mask is None:
+            mask = x.new_zeros(self._count, sum(pair.rank for _, pair in present))
+            first = 0
+            for group, pair in present:
+                mask[group.rows, first : first + pair.rank] = pair.scale
+                first += pair.rank
+            self._masks[key] = mask
+        return mask
+
+
+def _rows(runs: Sequence[tuple[int, int]], device: torch.device) -> slice | torch.Tensor:
+    if all(end == start for (_, end), (start, _) in pairwise(runs)):
+        return slice(runs[0][0], runs[-1][1])
+    return torch.tensor([row for start, end in runs for row in range(start, end)], device=device)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of anything linear: Linear, its packed and quantized kin, and GPT-2's Conv1D."""
+    if hasattr(module, "nf"):
+        weight: Any = module.weight
+        return int(weight.shape[1]), int(weight.shape[0])
+    sizes: Any = module
+    return int(sizes.out_features), int(sizes.in_features)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if type(module).__name__ == "Conv1D":
+        return hasattr(module, "nf")
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+
+
+def _position_wise(model: SpanModel) -> dict[BlockModule, nn.Module]:
+    """The linear layers that see each position exactly once, in order: found out by running some."""
+    seen: dict[BlockModule, list[tuple[int, int]]] = {}
+    found: dict[BlockModule, nn.Module] = {}
+    handles = []
+    for number, layer in enumerate(model.layers, model.span.start):
+        for name, module in layer.named_modules():
+            # Experts see what is routed to them; what they are made of differs by how they are run.
+            if name and _is_linear(module) and "experts" not in name.split("."):
+                found[number, name] = module
+                handles.append(module.register_forward_hook(_watcher(seen.setdefault((number, name), []))))
+    try:
+        with torch.inference_mode():
+            model.forward_no_cache(
+                torch.zeros(1, _PROBE_POSITIONS, model.hidden_size, device=model.device, dtype=model.dtype)
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        key: module
+        for key, module in found.items()
+        if seen[key] == [(_PROBE_POSITIONS * features, _PROBE_POSITIONS * out) for out, features in [_features(module)]]
+    }
+
+
+def _watcher(seen: list[tuple[int, int]]) -> Any:
+    def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.append((inputs[0].numel(), output.numel()))
+
+    return watch

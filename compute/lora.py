@@ -1,0 +1,75 @@
+"""LoRA weights as values, and the sum that they stand for.
+
+Knows pairs of matrices and the modules of blocks that they belong to; knows no files, no models and no
+batches. The functions are differentiable in every tensor that they take, so that training uses them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from peerd.compute.errors import AdapterError
+from peerd.protocol.span import Span
+
+BlockModule = tuple[int, str]
+"""A linear layer: the number of its block in the model, and its name in the block, such as `self_attn.q_proj`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraPair:
+    """What an adapter adds to one linear layer: `scale * b @ a @ x`.
+
+    `a`: `[rank, in_features]`; `b`: `[out_features, rank]`; both of one floating dtype.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self.a.nbytes + self.b.nbytes)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LoraPair:
+        """The same on `device`, rounded to `dtype`; gradients flow back to these tensors."""
+        return LoraPair(self.a.to(device, dtype), self.b.to(device, dtype), self.scale)
+
+
+Lora = Mapping[BlockModule, LoraPair]
+"""An adapter's weights, or those of some blocks."""
+
+
+def lora_delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """What to add to a linear layer's output for its input `x`, `[..., in_features]`: `[..., out_features]`."""
+    return F.linear(F.linear(x, a) * scale, b)
+
+
+def within(lora: Lora, blocks: Span) -> dict[BlockModule, LoraPair]:
+    """The part of an adapter that belongs to `blocks`."""
+    return {key: pair for key, pair in lora.items() if blocks.start <= key[0] < blocks.end}
+
+
+def bytes_of(lora: Lora, dtype: torch.dtype | None = None) -> int:
+    """How many bytes the weights take; once they are in `dtype`, if that is given."""
+    if dtype is None:
+        return sum(pair.n_bytes for pair in lora.values())
+    return sum((pair.a.numel() + pair.b.numel()) * dtype.itemsize for pair in lora.values())
+
+
+def check_fits(lora: Lora, features: Mapping[BlockModule, tuple[int, int]]) -> None:
+    """Raise AdapterError unless every matrix belongs to a layer of `features`, (out_features, in_features) each."""
+    for (block, name), pair in lora.items():
+        wanted = features.get((block, name))
+        if wanted is None:
+            raise AdapterError(f"block {block} has no linear layer {name} that can be adapted")
+        if (pair.a.shape, pair.b.shape) != ((pair.rank, wanted[1]), (wanted[0], pair.rank)):
+            got = f"{list(pair.b.shape)} x {list(pair.a.shape)}"
+            raise AdapterError(f"block {block}: {name} maps {wanted[1]} to {wanted[0]} values, not {got}")
