@@ -199,7 +199,7 @@ def _pair(module: str, sides: Mapping[str, StoredTensor], config: LoraConfig, wh
 def _place_of(module: str, family: Family, where: Path) -> tuple[str, int, str]:
     """Taken apart, a module's name in the whole model: where blocks are kept, the block, and the name in it."""
     for prefix in PREFIXES:
-        root = f"{prefix}{family.decoder_at}.{family.layers}" if family.decoder_at else f"{prefix}{family.layers}"
+        root = f"{prefix}{family.layers}"
         match = re.fullmatch(rf"{re.escape(root)}\.(\d{{1,4}})\.(.+)", module)
         if match is not None and int(match[1]) < MAX_BLOCKS:
             name = match[2]
