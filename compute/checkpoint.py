@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.families import FAMILIES, Family, family_named
+from peerd.compute.families import FAMILIES, family_named
+from peerd.compute.family import Family
 from peerd.compute.weights import Weights
 from peerd.protocol.span import MAX_BLOCKS
 

@@ -17,7 +17,8 @@ import torch
 from peerd.compute.checkpoint import Checkpoint, make_config
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.families import Family, family_named
+from peerd.compute.families import family_named
+from peerd.compute.family import Family
 from peerd.compute.gguf_file import GgufFile, LongArray
 from peerd.compute.gguf_weights import GgufWeights
 

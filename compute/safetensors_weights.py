@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from peerd.compute.errors import CheckpointError
-from peerd.compute.families import Family
+from peerd.compute.family import Family
 from peerd.compute.parameter_names import Recipe, recipes
 from peerd.compute.safetensors_file import SafetensorsFile
 from peerd.compute.weights import StoredBytes

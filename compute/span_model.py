@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers
-from peerd.compute.families import Family
+from peerd.compute.family import Family
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.load_blocks import load_block
 from peerd.compute.quantized_formats import NONE

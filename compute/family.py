@@ -1,0 +1,89 @@
+"""What a row of the table of families says. Knows no row, no tensors and no files."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A parameter that checkpoints store in pieces, one set an expert.
+
+    `parameter` is its name inside a block, of shape [experts, rows of all parts, columns]; `parts` are the stored
+    names, with `{expert}` for the expert's number, in the order in which their rows are concatenated.
+    """
+
+    parameter: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where one architecture keeps its parts. Attribute names are those of its decoder."""
+
+    model_type: str
+    prefix: str
+    layers: str = "layers"
+    norm: str = "norm"
+    embeddings: str = "embed_tokens"
+    #: Stored name inside a block -> the parameter's name there, for names that Transformers has changed since.
+    renamed: tuple[tuple[str, str], ...] = ()
+    fused: tuple[Fused, ...] = ()
+    #: Where publishers put the decoder's tensors, beside the usual places.
+    stored_under: tuple[str, ...] = ()
+    #: A norm that the decoder's forward applies to its input embeddings. May be `norm` itself, applied at both ends.
+    embedding_norm: str | None = None
+    #: An attribute by which the decoder's forward multiplies its input embeddings.
+    embedding_scale: str | None = None
+    #: A switch in the configuration: the decoder's forward multiplies its input embeddings by the root of their width.
+    root_scale_switch: str | None = None
+    #: A table of absolute positions that the decoder's forward adds to its input embeddings. The head's: it adds
+    #: row `position + position_offset`; a span adds nothing.
+    positions: str | None = None
+    position_offset: int = 0
+    #: Linear maps (or None, by the configuration) between the width of the embeddings and that of the blocks. The head's.
+    project_in: str | None = None
+    project_out: str | None = None
+    #: Where the base model (`causal.base_model`) keeps the decoder, if it isn't the decoder itself.
+    decoder_at: str = ""
+    #: Where the causal model keeps its LM head.
+    lm_head: str = "lm_head"
+    #: Whether all blocks slide once the configuration sets a `sliding_window` and lists no types of blocks.
+    uniform_window: bool = False
+    #: Whether the cache holds compressed latents, which the attention module expands into keys and values (MLA).
+    latent: bool = False
+    #: Whether attention goes through Transformers' `AttentionInterface`, so that a batch is one ragged forward. Without,
+    #: rows run one after the other.
+    attention_interface: bool = True
+    # Only where they are not called after `model_type` and `prefix`.
+    module: str = ""
+    config_class: str = ""
+    decoder_class: str = ""
+    causal_class: str = ""
+    #: Transformers' folder of the configuration, where it is not the model's.
+    config_module: str = ""
+
+    def config_type(self) -> type[PreTrainedConfig]:
+        """The configuration class, imported now."""
+        name = self.config_class or f"{self.prefix}Config"
+        config: type[PreTrainedConfig] = self._load("configuration", name, self.config_module)
+        return config
+
+    def decoder_type(self) -> type[PreTrainedModel]:
+        """The class of the base model: embeddings, blocks and final norm, imported now."""
+        decoder: type[PreTrainedModel] = self._load("modeling", self.decoder_class or f"{self.prefix}Model")
+        return decoder
+
+    def causal_type(self) -> type[PreTrainedModel]:
+        """The class of the whole language model, imported now."""
+        causal: type[PreTrainedModel] = self._load("modeling", self.causal_class or f"{self.prefix}ForCausalLM")
+        return causal
+
+    def _load(self, kind: str, name: str, folder: str = "") -> Any:
+        folder = folder or self.module or self.model_type.replace("-", "_")
+        return getattr(importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}"), name)
