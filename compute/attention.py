@@ -13,6 +13,7 @@ query heads that share a key head are one matrix against it instead of copies of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peerd.compute.kv_cache import KVPool, KVWriter, RowSlots
+from peerd.compute.latent_attention import LatentAttention
 from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import Segment
 
@@ -77,6 +79,7 @@ class BatchView:
         self.rows = [pool.slots(segment) for segment in segments]
         self._writer = KVWriter(self.rows, segments, pool.device)
         self._visible: dict[tuple[int | None, int | None], list[Visible]] = {}
+        self._lags: torch.Tensor | None = None
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
@@ -86,9 +89,20 @@ class BatchView:
         self._writer.write(self.pool.values[layer], values[0])
         return keys, values
 
-    def get_seq_length(self, _layer: int = 0) -> int:
-        """Transformers' question for where positions start; ours come explicitly."""
-        return 0
+    def get_seq_length(self, layer: int | None = None) -> int | torch.Tensor:
+        """Transformers' question for where positions start; ours come explicitly, so 0.
+
+        An attention module that asks for its own block (Llama 4) counts on from there to scale its queries: it gets, for
+        each of the batch's positions, how far that lies behind its place in the batch.
+        """
+        if layer is None:
+            return 0
+        if self._lags is None:
+            ends = itertools.accumulate(segment.count for segment in self.segments)
+            lags = [(segment.end - end, segment.count) for segment, end in zip(self.segments, ends, strict=True)]
+            values, counts = torch.tensor(lags, device=self.pool.device).unbind(1)
+            self._lags = values.repeat_interleave(counts)
+        return self._lags
 
     def visible(self, kind: LayerKind) -> list[Visible]:
         """What each segment sees in blocks of this kind."""
@@ -142,16 +156,20 @@ class SpanAttention:
             for module in layer.modules():
                 layer_idx: Any = getattr(module, "layer_idx", None)
                 if layer_idx is not None:
-                    setattr(module, _ATTRIBUTE, BlockAttention(self, layer_idx, kind))
+                    latent = LatentAttention(module) if kind.latent and hasattr(module, "expand_kv") else None
+                    setattr(module, _ATTRIBUTE, BlockAttention(self, layer_idx, kind, latent))
 
 
 class BlockAttention:
     """Attention of one block: over the batch in view, or over whole sequences where there is none."""
 
-    def __init__(self, owner: SpanAttention, layer: int, kind: LayerKind) -> None:
+    def __init__(
+        self, owner: SpanAttention, layer: int, kind: LayerKind, latent: LatentAttention | None = None
+    ) -> None:
         self._owner = owner
         self._layer = layer
         self._kind = kind
+        self._latent = latent
 
     def __call__(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """`query`: `[batch, heads, positions, width]`. Returns `[batch, positions, heads, value_dim]`."""
@@ -163,7 +181,7 @@ class BlockAttention:
         visibles = view.visible(self._kind)
         if len(visibles) == 1:
             visible, row = visibles[0], view.rows[0]
-            return _attend(
+            return self._over_row(
                 query,
                 row.read(all_keys, visible.start)[None],
                 row.read(all_values, visible.start)[None],
@@ -176,8 +194,18 @@ class BlockAttention:
             own = query[:, :, offset : offset + segment.count]
             offset += segment.count
             row_keys, row_values = row.read(all_keys, visible.start)[None], row.read(all_values, visible.start)[None]
-            outputs.append(_attend(own, row_keys, row_values, visible, scores))
+            outputs.append(self._over_row(own, row_keys, row_values, visible, scores))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _over_row(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores
+    ) -> torch.Tensor:
+        """One row's new positions over what the cache holds of it."""
+        if self._latent is None:
+            return _attend(query, keys, values, visible, scores)
+        if scores.scaling is None:
+            scores = Scores(query.shape[-1] ** -0.5, scores.softcap, scores.sinks)
+        return self._latent(query, keys, values, lambda q, k, v: _attend(q, k, v, visible, scores))
 
 
 class Scores:
@@ -244,14 +272,15 @@ def _attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What Transformers' attention modules call."""
+    """What Transformers' attention modules call. No mask comes: ours is the block's own."""
+    assert attention_mask is None
     if position_bias is not None:
         raise NotImplementedError("attention with a learned position bias is not supported")
     block: BlockAttention = getattr(module, _ATTRIBUTE)

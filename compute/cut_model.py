@@ -72,6 +72,22 @@ def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.d
                 module.set_submodule(name, rotary(config=config))
         elif hasattr(child, "scalar_embed_scale"):
             child.embed_scale = torch.tensor(child.scalar_embed_scale, device=device)
+        else:
+            _initialize_buffers(module, child, device)
+
+
+def _initialize_buffers(model: Any, child: nn.Module, device: torch.device) -> None:
+    """Let Transformers fill a module's own tables (sines of positions, causal masks), which are in no state dict."""
+    missing = [name for name in child._non_persistent_buffers_set if getattr(child, name).is_meta]
+    if not missing:
+        return
+    for name in missing:
+        setattr(child, name, torch.empty_like(getattr(child, name), device=device))
+    for parameter in child.parameters(recurse=False):
+        # Transformers' own mark for what came from a checkpoint and must stay.
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model._init_weights(child)
 
 
 def check_filled(module: nn.Module, where: object) -> None:

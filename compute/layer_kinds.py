@@ -1,18 +1,22 @@
 """What a block's attention keeps and which positions it may see, read off the configuration.
 
-The mask rule comes from the block's type, never from what a forward happens to pass along. Pure.
+The mask rule comes from the block's type, never from what a forward happens to pass along. Pure. The
+difficulty is that configurations say neither what Transformers caches nor, in some families, the shape of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import family_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_Shape = tuple[int, int, int]  # heads, width of a key, width of a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class LayerKind:
     with `window`: q - k < window (the query itself counts);
     with `chunk`: q // chunk == k // chunk.
 
-    The cache holds, a position, `kv_heads` keys of `key_dim` values and as many values of `value_dim`.
+    The cache holds, a position, `kv_heads` keys of `key_dim` values and as many values of `value_dim`. Where `latent`,
+    those are one compressed key and its rotary part, which the block's attention module expands (MLA).
     """
 
     window: int | None
@@ -30,6 +35,7 @@ class LayerKind:
     kv_heads: int
     key_dim: int
     value_dim: int
+    latent: bool = False
 
     @property
     def values_per_token(self) -> int:
@@ -39,25 +45,84 @@ class LayerKind:
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     """One kind for every block of the model, in order. Raises UnsupportedModel for a type of block not known here."""
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return tuple(
-        LayerKind(window, chunk, kv_heads, key_dim=width, value_dim=width) for window, chunk in _mask_rules(config)
-    )
-
-
-def _mask_rules(config: PreTrainedConfig) -> list[tuple[int | None, int | None]]:
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        slides = family_named(config.model_type).uniform_window
-        return [(window if slides else None, None)] * config.num_hidden_layers
+    family = family_named(config.model_type)
+    types = _types(config)
     rules = {
         "full_attention": (None, None),
-        "sliding_attention": (window, None),
+        "sliding_attention": (getattr(config, "sliding_window", None), None),
         "chunked_attention": (None, getattr(config, "attention_chunk_size", None)),
     }
     if unknown := set(types) - set(rules):
-        raise UnsupportedModel(f"{config.model_type} has blocks of type {', '.join(sorted(unknown))}")
-    return [rules[kind] for kind in types]
+        _refuse(config, sorted(unknown))
+    kinds = []
+    for layer_type in types:
+        # A model that brings its own attention masks by its own code, and is given all positions.
+        window, chunk = rules[layer_type] if family.attention_interface else (None, None)
+        heads, key_dim, value_dim = _shape(config, layer_type)
+        kinds.append(LayerKind(window, chunk, heads, key_dim, value_dim, family.latent))
+    return tuple(kinds)
+
+
+def _types(config: PreTrainedConfig) -> list[str]:
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return list(types)
+    slides = family_named(config.model_type).uniform_window and getattr(config, "sliding_window", None)
+    return ["sliding_attention" if slides else "full_attention"] * int(config.num_hidden_layers)
+
+
+def _refuse(config: PreTrainedConfig, types: list[str]) -> None:
+    listed = ", ".join(types)
+    if state := [name for name in types if name in _RUNNING_STATES]:
+        raise UnsupportedModel(
+            f"{config.model_type} has blocks of type {listed}: {state[0]} keeps a running state, "
+            "which cannot go back to an earlier position"
+        )
+    raise UnsupportedModel(f"{config.model_type} has blocks of type {listed}")
+
+
+# What Transformers calls blocks that keep no keys and values.
+_RUNNING_STATES = frozenset({"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"})
+
+
+def _shape(config: Any, layer_type: str) -> _Shape:
+    if family_named(config.model_type).latent:
+        return 1, int(config.kv_lora_rank), int(config.qk_rope_head_dim)
+    if own := _OWN_SHAPES.get(config.model_type):
+        return own(config, layer_type)
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return int(getattr(config, "num_key_value_heads", None) or heads), width, width
+
+
+def _all_heads(config: Any, _: str) -> _Shape:
+    """These share no keys, whatever their configurations are given beside what they know."""
+    width = int(config.hidden_size // config.num_attention_heads)
+    return int(config.num_attention_heads), width, width
+
+
+def _falcon(config: Any, _: str) -> _Shape:
+    heads, width, _ = _all_heads(config, "")
+    if config.new_decoder_architecture or not config.multi_query:
+        # Transformers repeats each key for the query heads that share it before it caches them.
+        return heads, width, width
+    return 1, width, width
+
+
+def _gpt_bigcode(config: Any, _: str) -> _Shape:
+    heads, width, _ = _all_heads(config, "")
+    return (1 if config.multi_query else heads), width, width
+
+
+def _mimo(config: Any, layer_type: str) -> _Shape:
+    shared = int(config.num_key_value_heads) * (2 if layer_type == "sliding_attention" else 1)
+    return shared, int(config.head_dim), int(config.v_head_dim)
+
+
+_OWN_SHAPES: dict[str, Callable[[Any, str], _Shape]] = {
+    "bloom": _all_heads,
+    "falcon": _falcon,
+    "gpt_bigcode": _gpt_bigcode,
+    "mimo_v2_flash": _mimo,
+    "mpt": _all_heads,
+}

@@ -170,6 +170,8 @@ def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
     setattr(decoder, family.embeddings, None)
     if family.embedding_norm:
         setattr(decoder, family.embedding_norm, nn.Identity())
+    if family.root_scale_switch:
+        setattr(config, family.root_scale_switch, False)
     if family.embedding_scale:
         setattr(decoder, family.embedding_scale, 1.0)
     if family.positions:

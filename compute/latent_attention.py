@@ -1,0 +1,51 @@
+"""Attention over compressed latents (MLA): what DeepSeek's families keep in the cache.
+
+The cache holds, a position, one latent and one rotary part for all heads. There are two ways to attend over
+them. Expanding makes keys and values of every cached position, for every head: what Transformers does, and
+cheap for many queries. Absorbing moves that product to the queries, which then meet the latents themselves,
+as if all heads shared one key: cheap for few queries, which is every decode. Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LatentAttention:
+    """One block's attention module as what turns its cached latents into an output."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        rank, nope, value = int(module.kv_lora_rank), int(module.qk_nope_head_dim), int(module.v_head_dim)
+        self._nope, self._value = nope, value
+        # For each cached position, expanding costs `rank * (nope + value)` a head, and each query then
+        # `2 * rank - nope - value` less than if it met the latents.
+        dearer = 2 * rank - nope - value
+        self._few = rank * (nope + value) // dearer if dearer > 0 else None
+
+    def __call__(self, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """`query` `[1, heads, n, nope + rope]` over `latents` `[1, 1, m, rank]` and `rotary` `[1, 1, m, rope]`.
+
+        `attend` does the plain thing with a query, keys and values. Returns `[1, n, heads, value_dim]`.
+        """
+        project = self._module.kv_b_proj
+        # Anything else than a plain layer (quantized, or with an adapter) is only asked for its product.
+        if type(project) is nn.Linear and (self._few is None or query.shape[2] <= self._few):
+            return self._absorb(project.weight, query, latents, rotary, attend)
+        keys, values = self._module.expand_kv(latents, rotary)
+        return attend(query, keys, values)
+
+    def _absorb(
+        self, weight: torch.Tensor, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        # [heads, nope, rank] makes keys of latents, [heads, value, rank] values.
+        to_key, to_value = weight.view(query.shape[1], self._nope + self._value, -1).split([self._nope, self._value], 1)
+        absorbed = torch.cat((query[..., : self._nope] @ to_key, query[..., self._nope :]), dim=-1)
+        output = attend(absorbed, torch.cat((latents, rotary), dim=-1), latents)
+        return torch.einsum("bnhr,hvr->bnhv", output, to_value)

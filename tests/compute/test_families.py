@@ -1,0 +1,130 @@
+"""Every family of the table, cut into a chain of engines, computes what its whole model computes in Transformers.
+
+One tiny model a family: it is saved as Transformers saves it, opened as a checkpoint, cut at 3 and 7, and run in
+every way that an engine can. The whole model is run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_exactness import LENGTH, TOLERANCE, Chain, Part, Reference
+from tiny_families import BLOCKS, VARIANTS, tiny_model
+
+from peerd.compute.attention import register_attention
+from peerd.compute.capacity import block_bytes, kv_bytes_per_token
+from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.families import FAMILIES
+from peerd.compute.head import load_head
+from peerd.compute.span_model import load_span
+from peerd.protocol.rows import Fork
+from peerd.protocol.span import Span
+
+Tiny = tuple[Reference, torch.Tensor, torch.Tensor]  # with the tokens and the logits of the whole model
+
+
+@pytest.fixture(scope="module", params=[*sorted(FAMILIES), *VARIANTS])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """A tiny model's checkpoint, with what the whole model computes."""
+    name, fields = VARIANTS.get(request.param, (request.param, None))
+    model = tiny_model(FAMILIES[name], fields)
+    folder: Path = tmp_path_factory.mktemp(name)
+    model.save_pretrained(folder)
+    with open_checkpoint(folder) as checkpoint:
+        seen, tokens, logits = run_whole(model, checkpoint)
+        yield Reference(checkpoint, *seen), tokens, logits
+
+
+def run_whole(model: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What enters the first block and leaves the last, the tokens, and the logits."""
+    family = checkpoint.family
+    decoder = model.base_model.get_submodule(family.decoder_at)
+    layers = getattr(decoder, family.layers)
+    seen: list[torch.Tensor] = []
+    layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+    )
+    layers[-1].register_forward_hook(lambda _, __, output: seen.append(output[0] if type(output) is tuple else output))
+    tokens = torch.randint(3, 96, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(tokens).logits
+    assert logits.std() > 0.05, "a model whose logits are all alike would prove nothing"
+    return seen, tokens, logits
+
+
+def test_a_chain_of_engines_equals_the_whole_model(tiny: Tiny) -> None:
+    whole, _, _ = tiny
+    chain = Chain(whole, batch_tokens=24)
+    chain.open("a", max_rows=3)
+    chain.open("b")
+    chain.open("c")
+    # Prompts of different lengths, in chunks of what a batch takes, past every window.
+    chain.check(Part("a", 0, 0, 0, 19), Part("b", 0, 1, 0, 37), Part("c", 0, 2, 0, 3))
+    for turn in range(2):
+        chain.check(Part("c", 0, 2, 3 + turn, 1), Part("b", 0, 1, 37 + turn, 1), Part("a", 0, 0, 19 + turn, 1))
+    # A prompt beside a token.
+    chain.check(Part("c", 0, 2, 5, 17), Part("a", 0, 0, 21, 1))
+    # Astray, back, and along the right way again.
+    chain.run(Part("a", 0, 1, 22, 4))
+    chain.check(Part("a", 0, 0, 20, 3))
+    # A copy goes its own way, and the first its own.
+    chain.check(Part("a", 2, 0, 23, 2), ops=[Fork(0, 2, 23)])
+    chain.run(Part("a", 2, 1, 25, 2))
+    chain.check(Part("a", 0, 0, 23, 5), Part("b", 0, 1, 39, 1))
+
+
+def test_without_a_cache_a_chain_equals_the_whole_model(tiny: Tiny) -> None:
+    whole, _, _ = tiny
+    hidden = whole.inputs
+    for engine in Chain(whole).engines:
+        hidden = engine.forward(hidden)
+    torch.testing.assert_close(hidden, whole.outputs, **TOLERANCE)
+
+
+def test_the_head_embeds_and_answers_as_the_whole_model(tiny: Tiny) -> None:
+    whole, tokens, logits = tiny
+    head = load_head(whole.checkpoint)
+    torch.testing.assert_close(head.embed(tokens[0]), whole.inputs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.logits(whole.outputs[0]), logits[0], **TOLERANCE)
+
+
+class _Recorder:
+    """A cache that keeps nothing but the shapes it was given."""
+
+    is_compileable = False
+    is_sliding = (False,)
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int, int]] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
+        heads, _, key_dim = keys.shape[1:]
+        assert values.shape[1] == heads
+        self.shapes[layer] = (heads, key_dim, values.shape[-1])
+        return keys, values
+
+    def get_seq_length(self, _layer: int = 0) -> int:
+        return 0
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, length: int, _layer: int) -> tuple[int, int]:
+        return length, 0
+
+
+def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
+    checkpoint = tiny[0].checkpoint
+    span = load_span(checkpoint, Span(0, BLOCKS))
+    recorder = _Recorder()
+    with torch.no_grad():
+        span(torch.zeros(1, 5, span.hidden_size), torch.arange(5)[None], recorder, max_lengths=5)
+    kinds = [(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in span.kinds]
+    assert [recorder.shapes[block] for block in range(BLOCKS)] == kinds
+    assert kv_bytes_per_token(checkpoint, torch.float16) == max(h * (k + v) for h, k, v in kinds) * 2
+    sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
+    assert block_bytes(checkpoint, torch.float32) == max(sizes)

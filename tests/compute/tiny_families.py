@@ -1,0 +1,138 @@
+"""For every family of the table the configuration of a tiny model: what makes it differ from the common one.
+
+Each has 8 blocks, so that cuts at 3 and 7 meet blocks of each type; windows and chunks are shorter than the tests'
+sequences; widths of heads differ from hidden size / heads where a family allows it; nothing that scales is 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peerd.compute.family import Family
+
+BLOCKS = 8
+WINDOW = 16
+
+#: Given to each family as far as its configuration knows them.
+_COMMON: dict[str, Any] = {
+    "num_hidden_layers": BLOCKS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "sliding_window": WINDOW,
+    "attention_chunk_size": WINDOW,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "shared_expert_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 4.0,
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"] * 2
+_BY_TYPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_FEW_DENSE = {"mlp_layer_types": ["dense", "dense"] + ["sparse"] * 6}
+
+#: What a family has beside the common fields; None takes a common one away. Those not here have nothing.
+_OWN: dict[str, dict[str, Any]] = {
+    "afmoe": {"mup_enabled": True, "num_dense_layers": 2, "layer_types": _MIXED},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "axk1": {**_LATENT, "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 7},
+    "beam": {"rope_parameters": None},
+    "biogpt": {"head_dim": None},
+    "codegen": {"rotary_dim": 4, "n_ctx": 64},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3},
+    "deepseek_v2": {**_LATENT, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_LATENT, "first_k_dense_replace": 1},
+    "dots1": {"first_k_dense_replace": 1, "layer_types": _MIXED},
+    "ernie4_5_moe": {"moe_k": 2, "moe_num_experts": 4, "moe_layer_start_index": 1, "moe_layer_interval": 2},
+    "falcon": {"multi_query": True, "parallel_attn": True, "bias": True},
+    "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
+    "gemma3_text": {"query_pre_attn_scalar": 12, "layer_types": _MIXED, "rope_parameters": _BY_TYPE},
+    "glm4_moe": {"first_k_dense_replace": 1, "use_qk_norm": True},
+    "glm4_moe_lite": {**_LATENT, **_FEW_DENSE},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": WINDOW},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["full_attention"] * BLOCKS, "shared_intermediate_size": 24},
+    "helium": {"head_dim": 8},
+    "laguna": {"layer_types": _MIXED, "num_attention_heads_per_layer": [4, 8] * 4, "rope_parameters": _BY_TYPE},
+    "llama4_text": {
+        "attn_temperature_tuning": True,
+        "floor_scale": 4,
+        "attn_scale": 0.5,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 40,
+    },
+    "mellum": {"layer_types": _MIXED, "rope_parameters": _BY_TYPE},
+    "mimo_v2_flash": {"layer_types": _MIXED, "v_head_dim": 12, "rope_parameters": None},
+    "minicpm3": _LATENT,
+    "ministral": {"layer_types": _MIXED},
+    "olmo3": {"layer_types": _MIXED},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 4},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 4, "mlp_only_layers": [1, 5]},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 5},
+    "qwen3_moe": {"mlp_only_layers": [1, 5]},
+    "smollm3": {"use_sliding_window": True, "no_rope_layer_interval": 3, "layer_types": _MIXED},
+    "stablelm": {"use_qkv_bias": True},
+    "xglm": {"ffn_dim": 48},
+    "youtu": _LATENT,
+}
+#: More of a family's variants, each as good as a family to the tests: name -> family and fields.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom of 6 heads": ("bloom", {"hidden_size": 48, "num_attention_heads": 6}),
+    "falcon of many queries": ("falcon", {"multi_query": False, "parallel_attn": False}),
+    "falcon with alibi": ("falcon", {"alibi": True, "multi_query": True, "num_attention_heads": 4}),
+    "falcon of the new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt_bigcode without shared keys": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neox with a sequential residual": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt without projections": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "deepseek_v3 without compressed queries": ("deepseek_v3", {**_OWN["deepseek_v3"], "q_lora_rank": None}),
+}
+
+
+def tiny_model(family: Family, fields: dict[str, Any] | None = None) -> Any:
+    """The whole causal model with random weights, in fp32: of the family's own fields, or of others."""
+    kind: Any = family.config_type()
+    own = _OWN.get(family.model_type, {}) if fields is None else fields
+    known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
+    common = {name: value for name, value in _COMMON.items() if name in known}
+    config = kind(**{name: value for name, value in (common | own).items() if value is not None or name in own})
+    torch.manual_seed(7)
+    model = family.causal_type()._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Large enough that every part matters: the default 0.02 makes all logits nearly equal.
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1))
+    return model
