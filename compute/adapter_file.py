@@ -19,7 +19,7 @@ from pathlib import Path
 
 from peerd.compute.adapter_config import LoraConfig, parse_config
 from peerd.compute.errors import AdapterError, CheckpointError
-from peerd.compute.families import Family
+from peerd.compute.family import Family
 from peerd.compute.lora import BlockModule, LoraPair
 from peerd.compute.parameter_names import PREFIXES
 from peerd.compute.safetensors_file import SafetensorsFile, StoredTensor

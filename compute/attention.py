@@ -92,8 +92,8 @@ class BatchView:
     def get_seq_length(self, layer: int | None = None) -> int | torch.Tensor:
         """Transformers' question for where positions start; ours come explicitly, so 0.
 
-        An attention module that asks for its own block (Llama 4) counts on from there to scale its queries: it gets, for
-        each of the batch's positions, how far that lies behind its place in the batch.
+        An attention module that asks for its own block (Llama 4) counts on from there to scale its queries: for each
+        of the batch's positions it gets how far that lies behind its place in the batch.
         """
         if layer is None:
             return 0

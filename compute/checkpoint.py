@@ -192,7 +192,9 @@ def make_config(family: Family, fields: dict[str, Any], where: object) -> PreTra
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        config = family.config_type().from_dict(fields)
+        kind: Any = family.config_type()
+        # Transformers writes an infinite number as an object of its own.
+        config: PreTrainedConfig = kind.from_dict(kind._decode_special_floats(fields))
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: is no valid {family.model_type} configuration: {error}") from error
     _check_config(config, where)

@@ -46,7 +46,7 @@ class Family:
     #: row `position + position_offset`; a span adds nothing.
     positions: str | None = None
     position_offset: int = 0
-    #: Linear maps (or None, by the configuration) between the width of the embeddings and that of the blocks. The head's.
+    #: Linear maps (or None, by the configuration) between the embeddings' width and the blocks'. The head's.
     project_in: str | None = None
     project_out: str | None = None
     #: Where the base model (`causal.base_model`) keeps the decoder, if it isn't the decoder itself.
@@ -57,8 +57,8 @@ class Family:
     uniform_window: bool = False
     #: Whether the cache holds compressed latents, which the attention module expands into keys and values (MLA).
     latent: bool = False
-    #: Whether attention goes through Transformers' `AttentionInterface`, so that a batch is one ragged forward. Without,
-    #: rows run one after the other.
+    #: Whether attention goes through Transformers' `AttentionInterface`, so that a batch is one ragged forward.
+    #: Without, rows run one after the other.
     attention_interface: bool = True
     # Only where they are not called after `model_type` and `prefix`.
     module: str = ""

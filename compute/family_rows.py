@@ -136,7 +136,14 @@ ROWS = (
             ("mlp.shared_expert.", "mlp.shared_experts."),
         ),
     ),
-    Family("llama4_text", "Llama4", module="llama4", config_class="Llama4TextConfig", decoder_class="Llama4TextModel"),
+    Family(
+        "llama4_text",
+        "Llama4",
+        module="llama4",
+        config_class="Llama4TextConfig",
+        decoder_class="Llama4TextModel",
+        decoder_at="model",
+    ),
     Family("mellum", "Mellum", fused=_EXPERTS),
     Family(
         "mimo_v2_flash",
@@ -195,7 +202,6 @@ ROWS = (
         project_out="project_out",
         decoder_at="decoder",
         decoder_class="OPTDecoder",
-        stored_under=("model.decoder.", "decoder."),
     ),
     Family(
         "xglm",
@@ -219,13 +225,7 @@ ROWS = (
     Family("diffllama", "DiffLlama", attention_interface=False),
     Family("doge", "Doge", attention_interface=False),
     Family("falcon", "Falcon", layers="h", norm="ln_f", embeddings="word_embeddings", attention_interface=False),
-    Family(
-        "gpt_neox",
-        "GPTNeoX",
-        norm="final_layer_norm",
-        embeddings="embed_in",
-        stored_under=("gpt_neox.",),
-    ),
+    Family("gpt_neox", "GPTNeoX", norm="final_layer_norm", embeddings="embed_in"),
     Family(
         "gpt_neox_japanese",
         "GPTNeoXJapanese",

@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peerd.compute.families import Family
+    from peerd.compute.family import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,15 @@ class InputSide:
 
     scale: float
     project: nn.Module | None
-    #: Its `weight` holds one row a position, after `position_offset` rows of another use.
-    positions: nn.Embedding | None
+    #: Its table holds one row a position, after `position_offset` rows of another use.
+    positions: nn.Module | None
     position_offset: int
     norm: nn.Module
 
     @property
     def max_positions(self) -> int | None:
         """How many positions there are rows for; None where positions are no part of the embedding."""
-        return None if self.positions is None else int(self.positions.weight.shape[0]) - self.position_offset
+        return None if self.positions is None else len(_table(self.positions)) - self.position_offset
 
     def __call__(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding table [n, embedding width] at absolute `positions` [n]: the first block's input."""
@@ -43,7 +43,7 @@ class InputSide:
             hidden = self.project(hidden)
         if self.positions is not None:
             rows = positions.to(hidden.device) + self.position_offset
-            hidden = hidden + nn.functional.embedding(rows, self.positions.weight)
+            hidden = hidden + nn.functional.embedding(rows, _table(self.positions))
         result: torch.Tensor = self.norm(hidden)
         return result
 
@@ -55,9 +55,14 @@ def take_off_input_side(decoder: PreTrainedModel, family: Family) -> InputSide:
     if family.embedding_scale:
         scale = float(getattr(parts, family.embedding_scale))
         setattr(parts, family.embedding_scale, 1.0)
+    if family.root_scale_switch and getattr(decoder.config, family.root_scale_switch):
+        scale = float(decoder.config.hidden_size) ** 0.5
+        setattr(decoder.config, family.root_scale_switch, False)
     if family.embedding_norm:
         norm = getattr(parts, family.embedding_norm)
-        setattr(parts, family.embedding_norm, nn.Identity())
+        # A norm that is the final one too stays there. It has no weights: applied twice it does nothing more.
+        if family.embedding_norm != family.norm:
+            setattr(parts, family.embedding_norm, nn.Identity())
     if family.positions:
         positions = getattr(parts, family.positions)
         setattr(parts, family.positions, _NoPositions())
@@ -65,6 +70,12 @@ def take_off_input_side(decoder: PreTrainedModel, family: Family) -> InputSide:
         project = getattr(parts, family.project_in)
         setattr(parts, family.project_in, None)
     return InputSide(scale, project, positions, family.position_offset, norm)
+
+
+def _table(positions: Any) -> torch.Tensor:
+    """Learned positions are an embedding's weight; XGLM computes its own."""
+    table: torch.Tensor = positions.weights if hasattr(positions, "weights") else positions.weight
+    return table
 
 
 class _NoPositions(nn.Module):

@@ -29,7 +29,9 @@ class LatentAttention:
         dearer = 2 * rank - nope - value
         self._few = rank * (nope + value) // dearer if dearer > 0 else None
 
-    def __call__(self, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def __call__(
+        self, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         """`query` `[1, heads, n, nope + rope]` over `latents` `[1, 1, m, rank]` and `rotary` `[1, 1, m, rope]`.
 
         `attend` does the plain thing with a query, keys and values. Returns `[1, n, heads, value_dim]`.
@@ -45,7 +47,8 @@ class LatentAttention:
         self, weight: torch.Tensor, query: torch.Tensor, latents: torch.Tensor, rotary: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         # [heads, nope, rank] makes keys of latents, [heads, value, rank] values.
-        to_key, to_value = weight.view(query.shape[1], self._nope + self._value, -1).split([self._nope, self._value], 1)
+        by_head = weight.view(query.shape[1], self._nope + self._value, -1)
+        to_key, to_value = by_head[:, : self._nope], by_head[:, self._nope :]
         absorbed = torch.cat((query[..., : self._nope] @ to_key, query[..., self._nope :]), dim=-1)
         output = attend(absorbed, torch.cat((latents, rotary), dim=-1), latents)
         return torch.einsum("bnhr,hvr->bnhv", output, to_value)

@@ -101,16 +101,16 @@ def _all_heads(config: Any, _: str) -> _Shape:
     return int(config.num_attention_heads), width, width
 
 
-def _falcon(config: Any, _: str) -> _Shape:
-    heads, width, _ = _all_heads(config, "")
+def _falcon(config: Any, layer_type: str) -> _Shape:
+    heads, width, _width = _all_heads(config, layer_type)
     if config.new_decoder_architecture or not config.multi_query:
         # Transformers repeats each key for the query heads that share it before it caches them.
         return heads, width, width
     return 1, width, width
 
 
-def _gpt_bigcode(config: Any, _: str) -> _Shape:
-    heads, width, _ = _all_heads(config, "")
+def _gpt_bigcode(config: Any, layer_type: str) -> _Shape:
+    heads, width, _width = _all_heads(config, layer_type)
     return (1 if config.multi_query else heads), width, width
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers
 from peerd.compute.family import Family
+from peerd.compute.input_side import take_off_input_side
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.load_blocks import load_block
 from peerd.compute.quantized_formats import NONE
@@ -164,28 +165,14 @@ def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
     for index, layer in enumerate(layers[span.start : span.end]):
         parts: Iterator[Any] = layer.modules()
         for module in parts:
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+            for number in ("layer_idx", "layer_id"):
+                if hasattr(module, number):
+                    setattr(module, number, index)
     setattr(decoder, family.norm, nn.Identity())
     setattr(decoder, family.embeddings, None)
-    if family.embedding_norm:
-        setattr(decoder, family.embedding_norm, nn.Identity())
-    if family.root_scale_switch:
-        setattr(config, family.root_scale_switch, False)
-    if family.embedding_scale:
-        setattr(decoder, family.embedding_scale, 1.0)
-    if family.positions:
-        setattr(decoder, family.positions, _NoPositions())
-    for projection in (family.project_in, family.project_out):
-        if projection:
-            setattr(decoder, projection, nn.Identity())
-
-
-class _NoPositions(nn.Module):
-    """Stands in for a table of positions, which the head has added already: a zero to add."""
-
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros(())
+    take_off_input_side(decoder, family)
+    if family.project_out:
+        setattr(decoder, family.project_out, None)
 
 
 def slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:

@@ -6,17 +6,15 @@ every way that an engine can. The whole model is run once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_exactness import LENGTH, TOLERANCE, Chain, Part, Reference
+from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 from tiny_families import BLOCKS, VARIANTS, tiny_model
 
-from peerd.compute.attention import register_attention
 from peerd.compute.capacity import block_bytes, kv_bytes_per_token
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.families import FAMILIES

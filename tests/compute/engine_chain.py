@@ -1,0 +1,78 @@
+"""Engines over all blocks of a tiny model, one after the other, and what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peerd.compute.attention import register_attention
+from peerd.compute.checkpoint import Checkpoint
+from peerd.compute.engine import Engine, EngineStep
+from peerd.compute.span_model import load_span
+from peerd.protocol.rows import Op, RowSlice
+from peerd.protocol.span import Span
+
+CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
+# Longer than the tiny models' windows, and than what their scaled ropes leave unscaled.
+LENGTH = 40
+# Outputs are of size 1 to 20.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@dataclass
+class Reference:
+    """A tiny whole model: what enters its first block and what leaves its last, `[rows, LENGTH, width]`."""
+
+    checkpoint: Checkpoint
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """New positions of one row of a session, of the reference's row `text`."""
+
+    session: str
+    row: int
+    text: int
+    start: int
+    count: int
+
+
+class Chain:
+    """Engines over the model's blocks, one after the other."""
+
+    def __init__(self, whole: Reference, spans: Sequence[Span] = CUT, **settings: int) -> None:
+        self.whole = whole
+        small = {"kv_tokens": 512, "page_tokens": 4, "batch_tokens": 64} | settings
+        self.engines = [
+            Engine(load_span(whole.checkpoint, span, dtype=torch.float32, attention=register_attention()), **small)
+            for span in spans
+        ]
+
+    def open(self, name: str, *, max_rows: int = 1, max_length: int = LENGTH) -> None:
+        for engine in self.engines:
+            engine.open(name, max_length=max_length, max_rows=max_rows, max_rollback=max_length)
+
+    def run(self, *parts: Part, ops: Sequence[Op] = ()) -> list[torch.Tensor]:
+        """Run parts, one step each, through the chain, all in the same batches; their results."""
+        hidden = [self.whole.inputs[part.text, part.start : part.start + part.count] for part in parts]
+        for engine in self.engines:
+            for seq, (part, new) in enumerate(zip(parts, hidden, strict=True)):
+                rows = (RowSlice(part.row, part.start, part.count),)
+                engine.submit(EngineStep(part.session, seq, tuple(ops), rows, new))
+            results = {}
+            while batch := engine.plan():
+                for result in engine.collect(batch, engine.run(batch)):
+                    assert result.hidden is not None
+                    results[result.seq] = result.hidden
+            hidden = [results[seq] for seq in range(len(parts))]
+        return hidden
+
+    def check(self, *parts: Part, ops: Sequence[Op] = ()) -> None:
+        """Run parts and compare with the whole model."""
+        for part, result in zip(parts, self.run(*parts, ops=ops), strict=True):
+            expected = self.whole.outputs[part.text, part.start : part.start + part.count]
+            torch.testing.assert_close(result, expected, **TOLERANCE)
