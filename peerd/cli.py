@@ -23,12 +23,15 @@ from click.core import ParameterSource
 from peerd.cli_options import (
     DTYPES,
     bootstrap_option,
+    is_loopback,
     json_option,
     parse_address,
     parse_blocks,
     parse_device,
+    parse_host_port,
     parse_memory,
     parse_model,
+    parse_named_model,
     sampling_options,
     verbose_option,
 )
@@ -40,7 +43,7 @@ from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, 
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
-    from peerd.cli_serve import Daemon
+    from peerd.cli_serve import Daemon, Offered
     from peerd.serving import ServeSpec
 
 EXIT_USAGE = 2
@@ -99,8 +102,41 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     metavar="A:B|N|auto",
     help="Serve blocks A to B-1 of --model; or N blocks; or all that fit into free memory.",
 )
-@click.option("--model", type=parse_model, metavar="MODEL", help="A model's directory, or a .gguf file.")
-@click.option("--client", is_flag=True, help="Be a client that stays in the swarm, with --serve-blocks or without.")
+@click.option(
+    "--model",
+    "models",
+    type=parse_named_model,
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    help="A model's directory, or a .gguf file: the one to serve, or one that the local API offers as NAME. Repeat it"
+    " for several.",
+)
+@click.option(
+    "--client",
+    is_flag=True,
+    help="Stay in the swarm for the programs on this machine, which ask through the local API.",
+)
+@click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Offer the local API on this unix socket. Default with --client: $XDG_RUNTIME_DIR/peerd.sock, else"
+    " /tmp/peerd-UID/peerd.sock.",
+)
+@click.option(
+    "--http",
+    type=parse_host_port,
+    metavar="HOST:PORT",
+    help="Offer the local API on a TCP port too, to whoever has the token.",
+)
+@click.option(
+    "--token-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Where the token of --http lies; made if it is not there. Default: in the state directory.",
+)
+@click.option("--no-token", is_flag=True, help="Ask for no token: any program on this machine may use --http.")
 @bootstrap_option
 @click.option(
     "--listen",
@@ -239,11 +275,32 @@ def demo(
     _run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
+@cli.command(epilog=_EXIT_CODES)
+@click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The socket of the daemon. Default: where peerd --client opens it.",
+)
+@json_option
+@click.pass_context
+def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> None:
+    """Say what the daemon on this machine does: peers, blocks, models and whether somebody serves all of them."""
+    from peerd.cli_status import show_status
+
+    _run_once(ctx, partial(show_status, socket_path, as_json=as_json), verbose=False)
+
+
 def _daemon(
     *,
     serve_blocks: Span | int | str | None,
-    model: Path | None,
+    models: tuple[tuple[str | None, Path], ...],
     client: bool,
+    socket_path: Path | None,
+    http: tuple[str, int] | None,
+    token_file: Path | None,
+    no_token: bool,
     bootstrap: tuple[Multiaddr, ...],
     listen: tuple[Multiaddr, ...],
     announce: tuple[Multiaddr, ...],
@@ -253,19 +310,27 @@ def _daemon(
     **serving: Any,
 ) -> Daemon:
     """What the options ask for together. Raises click.UsageError where they do not fit each other."""
-    if (serve_blocks is None) != (model is None):
-        raise click.UsageError("--serve-blocks says which blocks, --model of which model: say both, or neither")
+    offers = client or socket_path is not None or http is not None
+    if serve_blocks is not None and len(models) != 1:
+        raise click.UsageError("--serve-blocks says which blocks, --model of which one model: say each once")
+    if models and serve_blocks is None and not offers:
+        raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
     if serve_blocks is None and any([devices, *serving.values()]):
         raise click.UsageError("--dtype, --device, --kv-tokens and --memory say how to serve: add --serve-blocks")
-    if serve_blocks is None and not (client or listen):
+    if serve_blocks is None and not (offers or listen):
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")
+    if (token_file or no_token) and http is None:
+        raise click.UsageError("--token-file and --no-token are for --http HOST:PORT")
+    if no_token and http is not None and not is_loopback(http[0]):
+        raise click.UsageError(f"--no-token would open {http[0]} to the network: it is for 127.0.0.1, ::1 or localhost")
     if announce and not (serve_blocks or listen):
         raise click.UsageError("--announce needs --listen: who dials the address must reach this peer")
     from peerd.cli_serve import Daemon
     from peerd.peer import DEFAULT_LISTEN
 
     specs: tuple[ServeSpec, ...] = ()
-    if serve_blocks is not None and model is not None:
+    if serve_blocks is not None:
+        model = models[0][1]
         with working("starting"):
             from peerd.devices import check_devices
             from peerd.serving import ServeSpec
@@ -281,7 +346,26 @@ def _daemon(
         bootstrap=bootstrap,
         serve=specs,
         stop_on_eof=stop_on_eof,
+        offer=_offer(models, socket_path, http, token_file, no_token) if offers else None,
     )
+
+
+def _offer(
+    models: tuple[tuple[str | None, Path], ...],
+    socket_path: Path | None,
+    http: tuple[str, int] | None,
+    token_file: Path | None,
+    no_token: bool,
+) -> Offered:
+    from peerd.api.sockets import default_socket_path
+    from peerd.cli_serve import Offered
+
+    names = [name for name, _ in models if name is not None]
+    if len(set(names)) < len(names):
+        raise click.UsageError("two of --model have the same NAME")
+    if http is not None and not no_token and token_file is None:
+        token_file = platformdirs.user_state_path("peerd") / "api.token"
+    return Offered(models, socket_path or default_socket_path(), http, token_file)
 
 
 def _run_once(ctx: click.Context, work: Callable[[], Awaitable[None]], *, verbose: bool) -> None:

@@ -5,6 +5,7 @@ Knows spellings; imports nothing slow, so that `--help` and mistakes are answere
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,33 @@ def parse_model(value: str) -> Path:
         f"{value} {found}; a model is a directory with config.json and safetensors, or a .gguf file."
         " Names on a model hub are not understood: download the model first."
     )
+
+
+def parse_named_model(value: str) -> tuple[str | None, Path]:
+    """A model, and the name that it has in the local API: `NAME=MODEL`; without one, its own name."""
+    name, separator, path = value.partition("=")
+    if separator and "/" not in name and not Path(value).exists():
+        if not name:
+            raise click.BadParameter(f"{value} has no name before the =")
+        return name, parse_model(path)
+    return None, parse_model(value)
+
+
+def parse_host_port(value: str) -> tuple[str, int]:
+    """`HOST:PORT`, the host in brackets where it is an IPv6 address."""
+    host, _, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise click.BadParameter(f"{value!r} is not HOST:PORT, such as 127.0.0.1:8080")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def parse_device(value: str) -> str:

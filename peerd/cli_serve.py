@@ -28,6 +28,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.signals import Interrupted
 
 if TYPE_CHECKING:
+    from peerd.model import RemoteModel
     from peerd.peer import Peer
     from peerd.serving import ServeSpec
 
@@ -35,6 +36,16 @@ log = logging.getLogger(__name__)
 
 # How long sessions may go on once their peer was told to leave. Below systemd's 90 s before it kills.
 DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGINT: 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What the local API offers, and where. `token_file` None: TCP asks for no token."""
+
+    models: tuple[tuple[str | None, Path], ...]
+    socket_path: Path
+    http: tuple[str, int] | None
+    token_file: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ class Daemon:
     bootstrap: tuple[Multiaddr, ...]
     serve: tuple[ServeSpec, ...]
     stop_on_eof: bool
+    offer: Offered | None = None
 
 
 async def run_daemon(daemon: Daemon) -> None:
@@ -66,7 +78,10 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
     async with AsyncExitStack() as stack:
         with working(_starting(daemon.serve)):
             peer = await _open(stack, daemon)
+            urls = await _offer(stack, peer, daemon.offer) if daemon.offer is not None else ()
         stopping.serving = True
+        for url in urls:
+            log.info("local API at %s", url)
         for address in peer.addresses:
             write(f"{address}\n")
         log.info("%s is up%s", peer.peer_id, _roles(peer))
@@ -93,6 +108,23 @@ async def _open(stack: AsyncExitStack, daemon: Daemon) -> Peer:
     except OSError as error:
         wanted = ", ".join(map(str, daemon.listen))
         raise InvalidRequest(f"cannot listen on {wanted}: {error.strerror}; choose another --listen") from error
+
+
+async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> tuple[str, ...]:
+    """Open the local API over the models that were named. Raises CheckpointError, InvalidRequest."""
+    from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
+
+    models: dict[str, RemoteModel] = {}
+    for name, path in offered.models:
+        model = await stack.enter_async_context(peer.model(path))
+        if (name := name or model.facts.name) in models:
+            raise InvalidRequest(f"two models are called {name}: name one of them, --model NAME={path}")
+        models[name] = model
+    token = load_or_create_token(offered.token_file) if offered.token_file and offered.http else None
+    host, port = offered.http or (None, 0)
+    endpoint = Endpoint(offered.socket_path, host, port, token)
+    api = await stack.enter_async_context(open_local_api(peer, models, endpoint))
+    return api.urls
 
 
 class _Stopping:

@@ -9,9 +9,11 @@ exception comes out as it went in.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -91,6 +93,7 @@ class Peer:
     @asynccontextmanager
     async def model(self, path: str | Path) -> AsyncIterator[RemoteModel]:
         """A model whose blocks the swarm serves; `path` gives its head. Raises CheckpointError."""
+        await _import("peerd.compute.head", "peerd.model")
         from peerd.compute.checkpoint import open_checkpoint
         from peerd.finder import SwarmFinder
         from peerd.head_task import HeadTask
@@ -113,6 +116,7 @@ class Peer:
 
         Raises CheckpointError, InvalidRequest.
         """
+        await _import("peerd.serving")
         from peerd.compute.checkpoint import open_checkpoint
         from peerd.engine_task import EngineTask
         from peerd.server import ServedSpan
@@ -237,6 +241,13 @@ async def open_peer(
                 for spec in serve:
                     await peer.serve(spec)
                 yield peer
+
+
+async def _import(*modules: str) -> None:
+    """Import in a thread what brings torch along: it takes seconds, in which peers would think us dead."""
+    for module in modules:
+        if module not in sys.modules:
+            await trio.to_thread.run_sync(import_module, module)
 
 
 async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:

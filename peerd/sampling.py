@@ -11,6 +11,7 @@ import hashlib
 import math
 import secrets
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,10 @@ class SamplingParams:
     """How tokens are chosen, and when to stop. Raises ValueError naming the field that is out of range.
 
     `temperature` 0 takes the likeliest token; then `top_k`, `top_p`, `min_p` and `seed` have no effect.
-    `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off. Generation ends with a token of
-    `eos_token_ids`, or after `max_new_tokens`.
+    `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off. `frequency_penalty` is taken off a logit
+    for each time that the answer already has the token, `presence_penalty` once if it has it at all;
+    `logit_bias` (pairs of token id and number) is added. Generation ends with a token of `eos_token_ids`, or
+    after `max_new_tokens`.
     """
 
     temperature: float = 0.0
@@ -50,6 +53,9 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     eos_token_ids: tuple[int, ...] = ()
@@ -61,6 +67,10 @@ class SamplingParams:
         _check("min_p", self.min_p, _is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, _is_number(penalty) and penalty > 0, "more than 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            _check(name, getattr(self, name), _is_number(getattr(self, name)), "a number")
+        bias_fits = all(_is_integer(token) and token >= 0 and _is_number(bias) for token, bias in self.logit_bias)
+        _check("logit_bias", self.logit_bias, bias_fits, "token ids with a number each")
         seed_fits = _is_integer(self.seed) and abs(self.seed) < 2**_SEED_BITS
         _check("seed", self.seed, seed_fits, f"a whole number of {_SEED_BITS} bits and a sign")
         limit = self.max_new_tokens
@@ -78,6 +88,9 @@ class SamplingParams:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        logit_bias: Sequence[tuple[int, float]] | None = None,
         seed: int | None = None,
         max_new_tokens: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
@@ -94,6 +107,9 @@ class SamplingParams:
             top_p=_first(top_p, config.top_p, 1.0),
             min_p=_first(min_p, config.min_p, 0.0),
             repetition_penalty=_first(repetition_penalty, config.repetition_penalty, 1.0),
+            frequency_penalty=_first(frequency_penalty, 0.0),
+            presence_penalty=_first(presence_penalty, 0.0),
+            logit_bias=tuple(logit_bias or ()),
             seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
             max_new_tokens=_first(max_new_tokens, config.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
             eos_token_ids=_token_ids(config.eos_token_id) if eos_token_ids is None else tuple(eos_token_ids),
@@ -111,12 +127,22 @@ class Sampler:
     def __repr__(self) -> str:
         return f"<Sampler {self.params}>"
 
-    def pick(self, logits: torch.Tensor, context: Sequence[int] | torch.Tensor, *, row: int, position: int) -> int:
+    def pick(
+        self,
+        logits: torch.Tensor,
+        context: Sequence[int] | torch.Tensor,
+        *,
+        row: int,
+        position: int,
+        prompt_length: int | None = None,
+    ) -> int:
         """The token for `position` of `row`, given `logits` `[vocabulary]` and the `context`: all tokens before it.
 
-        Raises BadResult if the logits are not numbers.
+        `prompt_length` of them were given rather than picked (default: all). Raises BadResult if the logits are not
+        numbers.
         """
-        scores = self.scores(logits, context)
+        answer = context[len(context) if prompt_length is None else prompt_length :]
+        scores = self.scores(self._adjusted(logits, answer), context)
         if self.params.temperature == 0:
             token = int(scores.argmax())
             # NaN and infinity win argmax, and -inf wins it only if there is nothing else.
@@ -130,6 +156,18 @@ class Sampler:
         # Rounding must not lift a draw to the total itself, behind which no token lies.
         place = min(draw(self.params.seed, row, position) * total, math.nextafter(total, 0.0))
         return int(torch.searchsorted(cumulative, place, right=True))
+
+    def _adjusted(self, logits: torch.Tensor, answer: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        params = self.params
+        if not (params.frequency_penalty or params.presence_penalty or params.logit_bias):
+            return logits
+        logits = logits.float().clone()
+        for token, count in Counter(torch.as_tensor(answer).tolist()).items():
+            logits[token] -= params.frequency_penalty * count + params.presence_penalty
+        for token, bias in params.logit_bias:
+            if token < len(logits):
+                logits[token] += bias
+        return logits
 
     def scores(self, logits: torch.Tensor, context: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """`logits` `[vocabulary]` as the processors leave them: excluded tokens are -inf."""

@@ -1,0 +1,125 @@
+"""From what is asked to tokens: sizes are checked, models run, and all answers of a request come as one stream.
+
+Knows models and sampling; knows no HTTP and no shapes of JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.api.asked import CHAT_TOKENS, Asked
+from peerd.api.errors import ApiError, invalid
+from peerd.decoding import Decoding, Picked
+from peerd.nurseries import open_tasks
+from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from peerd.model import RemoteModel
+
+# Tokens that wait for a client that reads slowly: beyond that its session waits too.
+_AHEAD = 16
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens that went in and came out so far."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+class Answers:
+    """All answers to a request's prompts: `asked.rows` to each, numbered prompt by prompt."""
+
+    def __init__(self, model: RemoteModel, asked: Asked, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises ApiError for what cannot fit, before anything is asked of anybody."""
+        self.usage = Usage(sum(map(len, prompts)))
+        self._asked = asked
+        self._decodings = [
+            Decoding(
+                model,
+                prompt,
+                _sampling(model, asked, len(prompt)),
+                rows=asked.rows,
+                stop=asked.stop,
+                top_logprobs=asked.top_logprobs,
+            )
+            for prompt in prompts
+        ]
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[AsyncGenerator[Picked, None]]:
+        """The tokens of all answers as they come, `row` being the answer's number. Leaving ends the sessions.
+
+        Iterating raises PeerdError.
+        """
+        async with open_tasks() as tasks:
+            send, receive = trio.open_memory_channel[Picked | PeerdError](_AHEAD)
+            async with send:
+                for number, decoding in enumerate(self._decodings):
+                    tasks.start_soon(self._run, decoding, number * self._asked.rows, send.clone())
+            async with aclosing(self._counted(receive)) as tokens:
+                yield tokens
+
+    async def _run(self, decoding: Decoding, first: int, send: trio.MemorySendChannel[Picked | PeerdError]) -> None:
+        async with send, aclosing(decoding.tokens()) as tokens:
+            try:
+                async for picked in tokens:
+                    await send.send(replace(picked, row=first + picked.row))
+            except PeerdError as error:
+                # Several answers may fail of one cause, and the caller is told once.
+                await send.send(error)
+
+    async def _counted(self, receive: trio.MemoryReceiveChannel[Picked | PeerdError]) -> AsyncGenerator[Picked, None]:
+        async for picked in receive:
+            if isinstance(picked, PeerdError):
+                raise picked
+            self.usage.completion_tokens += 1
+            yield picked
+
+
+def encode_prompt(model: RemoteModel, prompt: str | list[int]) -> list[int]:
+    """A prompt's token ids. Raises ApiError."""
+    if isinstance(prompt, str):
+        ids = model.encode(prompt)
+        if not ids:
+            raise invalid("prompt is empty", "prompt")
+        return ids
+    try:
+        model.embed(prompt)
+    except InvalidRequest as error:
+        raise invalid(str(error), "prompt") from None
+    return prompt
+
+
+def _sampling(model: RemoteModel, asked: Asked, prompt_tokens: int) -> SamplingParams:
+    limit = model.facts.max_length
+    room = limit - prompt_tokens
+    wanted = asked.max_tokens if asked.max_tokens is not None else min(CHAT_TOKENS, room)
+    if room < 1 or wanted > room:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {limit} tokens. However, you requested"
+            f" {prompt_tokens + max(wanted, 1)} tokens ({prompt_tokens} in the prompt, {max(wanted, 1)} in the"
+            " completion). Reduce the length of the prompt or of the completion.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    try:
+        return SamplingParams.from_config(model.generation_config, max_new_tokens=wanted, **asked.sampling)
+    except ValueError as error:
+        raise invalid(str(error)) from None

@@ -1,0 +1,126 @@
+"""The local API's paths.
+
+Starlette; each endpoint reads what is asked and hands it on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from peerd.api.answers import Answers, encode_prompt
+from peerd.api.asked import read_chat, read_completion
+from peerd.api.chat_templates import ChatTemplates
+from peerd.api.errors import ApiError, api_error
+from peerd.api.fields import read_json
+from peerd.api.models import Models
+from peerd.api.responses import AnswerResponse
+from peerd.api.shapes import ChatShape, CompletionShape
+from peerd.api.status import Status
+from peerd.api.tensor_session import serve_session
+from peerd.protocol.errors import InvalidRequest, PeerdError
+
+# Each holds a session on every peer of a chain; beyond this the caller is told to come back.
+MAX_ANSWERING = 128
+
+
+class Api:
+    """The endpoints over one daemon's models."""
+
+    def __init__(self, models: Models, templates: ChatTemplates, status: Status) -> None:
+        self._models = models
+        self._templates = templates
+        self._status = status
+        self._slots = trio.CapacityLimiter(MAX_ANSWERING)
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes: list[BaseRoute] = [
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.show_model),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/peerd/v1/status", self.status),
+            Route("/healthz", self.health),
+            Route("/readyz", self.readiness),
+            WebSocketRoute("/peerd/v1/session", self.session),
+        ]
+        errors: dict[Any, Any] = {
+            ApiError: _refuse,
+            PeerdError: _refuse_peerd,
+            404: _not_found,
+            405: _wrong_method,
+        }
+        return Starlette(routes=routes, exception_handlers=errors)
+
+    async def list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._models.described(name) for name, _ in self._models]})
+
+    async def show_model(self, request: Request) -> Response:
+        return JSONResponse(self._models.described(request.path_params["name"]))
+
+    async def complete(self, request: Request) -> Response:
+        wanted = read_completion(await read_json(request))
+        model = self._models.named(wanted.asked.model)
+        prompts = [encode_prompt(model, prompt) for prompt in wanted.prompts]
+        answers = Answers(model, wanted.asked, prompts)
+        echoes = [model.decode(prompt) if wanted.echo else "" for prompt in prompts for _ in range(wanted.asked.rows)]
+        shape = CompletionShape(wanted.asked.model, model.decode, echoes)
+        return self._respond(answers, shape, len(echoes), wanted.asked.stream, wanted.asked.include_usage)
+
+    async def chat(self, request: Request) -> Response:
+        wanted = read_chat(await read_json(request))
+        model = self._models.named(wanted.asked.model)
+        tokenizer = model.tokenizer
+        if not tokenizer.chat_template:
+            raise InvalidRequest(f"{wanted.asked.model} has no chat template: use /v1/completions")
+        variables = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        text = await self._templates.render(tokenizer.get_chat_template(), wanted.messages, variables)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        answers = Answers(model, wanted.asked, [prompt])
+        shape = ChatShape(wanted.asked.model, model.decode)
+        return self._respond(answers, shape, wanted.asked.rows, wanted.asked.stream, wanted.asked.include_usage)
+
+    async def status(self, request: Request) -> Response:
+        return JSONResponse(await self._status.describe() | {"answering": self._slots.borrowed_tokens})
+
+    async def health(self, request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readiness(self, request: Request) -> Response:
+        ready, problem = await self._status.is_ready()
+        return PlainTextResponse("ready\n") if ready else PlainTextResponse(f"{problem}\n", 503)
+
+    async def session(self, websocket: WebSocket) -> None:
+        await serve_session(websocket, self._models)
+
+    def _respond(
+        self, answers: Answers, shape: ChatShape | CompletionShape, count: int, stream: bool, include_usage: bool
+    ) -> Response:
+        return AnswerResponse(
+            answers, shape, count=count, stream=stream, include_usage=include_usage, slots=self._slots
+        )
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _refuse_peerd(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PeerdError)
+    return api_error(error).response()
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    return ApiError(404, f"there is no {request.url.path[:200]} here", code="unknown_url").response()
+
+
+async def _wrong_method(request: Request, error: Exception) -> Response:
+    return ApiError(405, f"{request.method} is not for {request.url.path[:200]}").response()

@@ -1,0 +1,124 @@
+"""Renders chat templates in a process of its own, so that one that loops can be killed.
+
+A template is a program that came with a model: Jinja's sandbox keeps it from files, not from running for ever.
+Knows processes and time; knows no models. The process is started when it is first needed, serves one rendering
+after the other, and is replaced when it had to be killed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from peerd.protocol.errors import InternalError, InvalidRequest
+
+RENDER_LIMIT_S = 1.0
+# Importing the template engine; a loaded machine may need a while.
+_START_LIMIT_S = 60.0
+_CHUNK_BYTES = 65536
+_MAX_ANSWER_BYTES = 64 * 1024 * 1024
+
+
+class ChatTemplates:
+    """Renders one conversation at a time. Made by `open_chat_templates`."""
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+        self._process: trio.Process | None = None
+        self._rest = b""
+
+    async def render(self, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The conversation as the model reads it, ready for its answer.
+
+        Raises InvalidRequest for a template that refuses these messages, fails, or takes longer than a second.
+        """
+        asked = json.dumps({"template": template, "messages": messages, "variables": variables}).encode() + b"\n"
+        async with self._lock:
+            await self._start()
+            try:
+                with trio.fail_after(RENDER_LIMIT_S):
+                    answer = await self._ask(asked)
+            except trio.TooSlowError:
+                await self.close()
+                raise InvalidRequest(f"the chat template did not end within {RENDER_LIMIT_S:g} s") from None
+            except (trio.BrokenResourceError, trio.EndOfChannel):
+                await self.close()
+                raise InvalidRequest("the chat template took more memory than it may") from None
+            except BaseException:
+                # Half an answer may lie in the pipe.
+                await self.close()
+                raise
+        if "error" in answer:
+            raise InvalidRequest(f"the chat template refuses these messages: {answer['error']}")
+        return str(answer["text"])
+
+    async def close(self) -> None:
+        """Kill the process, if there is one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with trio.CancelScope(shield=True):
+            process.kill()
+            await process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                await pipe.aclose()
+
+    async def _start(self) -> None:
+        """Start the process if none runs. Raises InternalError."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        await self.close()
+        self._rest = b""
+        self._process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "peerd.api.template_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            with trio.fail_after(_START_LIMIT_S):
+                await self._read_line()
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, trio.EndOfChannel | trio.TooSlowError):
+                raise InternalError("the process that renders chat templates did not start") from error
+            raise
+
+    async def _ask(self, asked: bytes) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        await self._process.stdin.send_all(asked)
+        answer: dict[str, Any] = json.loads(await self._read_line())
+        return answer
+
+    async def _read_line(self) -> bytes:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        parts = [self._rest]
+        size = len(self._rest)
+        while b"\n" not in parts[-1]:
+            chunk = await self._process.stdout.receive_some(_CHUNK_BYTES)
+            size += len(chunk)
+            if not chunk or size > _MAX_ANSWER_BYTES:
+                raise trio.EndOfChannel
+            parts.append(bytes(chunk))
+        line, _, self._rest = b"".join(parts).partition(b"\n")
+        return line
+
+
+@asynccontextmanager
+async def open_chat_templates() -> AsyncIterator[ChatTemplates]:
+    """A renderer whose process ends with the block."""
+    templates = ChatTemplates()
+    try:
+        yield templates
+    finally:
+        await templates.close()

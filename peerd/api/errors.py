@@ -1,0 +1,67 @@
+"""Errors as OpenAI's clients expect them: a status, and a body with message, type, param and code.
+
+Knows which of our errors is whose fault, and so which status it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from peerd.protocol.errors import CallerError, ContextTooLong, NoChain, Overloaded, PeerdError
+
+# How long a client should wait before it asks again: a session's usual length, and the time a new server takes.
+_OVERLOADED_RETRY_S = 2
+_NO_CHAIN_RETRY_S = 5
+
+
+class ApiError(Exception):
+    """What a request is refused with."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.kind = kind
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error as JSON."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def invalid(message: str, param: str | None = None, *, code: str | None = None) -> ApiError:
+    """The caller's mistake."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def api_error(error: PeerdError) -> ApiError:
+    """What the swarm's error is to a client of the API."""
+    if isinstance(error, ContextTooLong):
+        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, CallerError):
+        return ApiError(400, str(error), code=error.code)
+    if isinstance(error, Overloaded):
+        retry = {"Retry-After": str(_OVERLOADED_RETRY_S)}
+        return ApiError(429, str(error), code=error.code, kind="rate_limit_error", headers=retry)
+    if isinstance(error, NoChain):
+        retry = {"Retry-After": str(_NO_CHAIN_RETRY_S)}
+        return ApiError(503, str(error), code=error.code, kind="server_error", headers=retry)
+    return ApiError(502, str(error), code=error.code, kind="server_error")

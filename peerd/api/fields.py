@@ -1,0 +1,119 @@
+"""Reads the fields of a JSON request, one by one, and says which is wrong.
+
+Knows types and ranges; knows no endpoint. A field that is null counts as left out, as OpenAI has it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+
+from peerd.api.errors import ApiError, invalid
+
+# A prompt at the longest context that the wire knows, as text or as token ids, is some tens of megabytes; a model
+# that takes so much is not served by anybody yet.
+MAX_BODY_BYTES = 16 * 1024 * 1024
+
+
+async def read_json(request: Request) -> Fields:
+    """The body of a request. Raises ApiError where it is too large or is no JSON object."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the body is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid("the body must be a JSON object")
+    return Fields(value)
+
+
+class Fields:
+    """The fields of a request. What was asked for is ticked off, so that `refuse_others` knows what is unknown."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self._values = dict(values)
+        self._path = path
+        self._known: set[str] = set()
+
+    def take(self, name: str) -> Any:
+        """A field's value as it is; None if it is not there."""
+        self._known.add(name)
+        return self._values.get(name)
+
+    def names(self) -> list[str]:
+        """All fields that there are."""
+        return list(self._values)
+
+    def number(self, name: str, low: float, high: float = math.inf) -> float | None:
+        value: float | None = self._checked(name, _number, f"a number from {low:g} to {high:g}", low, high)
+        return value
+
+    def integer(self, name: str, low: float, high: float = math.inf) -> int | None:
+        limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+        value: int | None = self._checked(name, _integer, f"an integer {limits}", low, high)
+        return value
+
+    def boolean(self, name: str) -> bool:
+        return bool(self._checked(name, lambda value: isinstance(value, bool), "true or false"))
+
+    def text(self, name: str) -> str | None:
+        value: str | None = self._checked(name, lambda value: isinstance(value, str), "a string")
+        return value
+
+    def group(self, name: str) -> Fields | None:
+        """The fields of an object within."""
+        value = self._checked(name, lambda value: isinstance(value, dict), "an object")
+        return None if value is None else Fields(value, f"{self._path}{name}.")
+
+    def required_text(self, name: str) -> str:
+        value = self.text(name)
+        if value is None:
+            raise self.error(name, "is missing", code="missing_required_parameter")
+        return value
+
+    def ignore(self, *names: str) -> None:
+        """Fields that change nothing here."""
+        self._known.update(names)
+
+    def refuse(self, names: Mapping[str, Any]) -> None:
+        """Fields that would change the answer and that we do not have, unless they say what we do anyway."""
+        for name, harmless in names.items():
+            value = self.take(name)
+            if value is not None and value != harmless:
+                raise self.error(name, "is not supported here: leave it out", code="unsupported_parameter")
+
+    def refuse_others(self) -> None:
+        """What is left is no field of OpenAI's."""
+        for name in sorted(self._values.keys() - self._known):
+            raise self.error(name, "is not a parameter that there is", code="unknown_parameter")
+
+    def error(self, name: str, problem: str, *, code: str | None = None) -> ApiError:
+        """What is wrong with a field."""
+        path = f"{self._path}{name}"[:100]
+        return invalid(f"{path} {problem}", path, code=code)
+
+    def _checked(self, name: str, check: Callable[..., bool], wanted: str, *limits: float) -> Any:
+        value = self.take(name)
+        if value is not None and not check(value, *limits):
+            raise self.error(name, f"must be {wanted}", code="invalid_value")
+        return value
+
+
+def _number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _integer(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,50 @@
+"""The models that the local API offers, by the names under which clients ask for them.
+
+Knows names and the models behind them; opens and closes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from peerd.api.errors import ApiError
+
+if TYPE_CHECKING:
+    from peerd.model import RemoteModel
+
+
+class Models:
+    """Every model that was named when the daemon started."""
+
+    def __init__(self, models: Mapping[str, RemoteModel]) -> None:
+        self._models = dict(models)
+        self._since = int(time.time())
+
+    def __iter__(self) -> Iterator[tuple[str, RemoteModel]]:
+        return iter(self._models.items())
+
+    def named(self, name: str) -> RemoteModel:
+        """Raises ApiError for a name that there is not."""
+        model = self._models.get(name)
+        if model is None:
+            known = ", ".join(self._models) or "none: start the daemon with --model NAME=PATH"
+            raise ApiError(
+                404, f"there is no model {name[:100]!r} here; models: {known}", param="model", code="model_not_found"
+            )
+        return model
+
+    def described(self, name: str) -> dict[str, Any]:
+        """One model in OpenAI's shape, and beside it what is ours. Raises ApiError."""
+        facts = self.named(name).facts
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._since,
+            "owned_by": "peerd",
+            "digest": facts.digest.hex(),
+            "block_count": facts.block_count,
+            "hidden_size": facts.width,
+            "max_length": facts.max_length,
+        }

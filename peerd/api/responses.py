@@ -1,0 +1,110 @@
+"""Responses that take a while: they stop working when the client hangs up.
+
+ASGI; knows answers and their shapes. The difficulty is that an error has a status only as long as nothing was sent,
+so the first token is awaited before the first byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import trio
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from peerd.api.answers import Answers
+from peerd.api.errors import ApiError, api_error
+from peerd.api.shapes import Shape
+from peerd.decoding import Picked
+from peerd.nurseries import open_tasks
+from peerd.protocol.errors import PeerdError
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Proxies would otherwise collect pieces.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class AnswerResponse(Response):
+    """A request's answers, whole or as server-sent events."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        shape: Shape,
+        *,
+        count: int,
+        stream: bool,
+        include_usage: bool,
+        slots: trio.CapacityLimiter,
+    ) -> None:
+        super().__init__()
+        self._answers = answers
+        self._shape = shape
+        self._count = count
+        self._stream = stream
+        self._include_usage = include_usage
+        self._slots = slots
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with open_tasks() as tasks:
+            tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
+            response = await self._respond(send)
+            if response is not None:
+                await response(scope, receive, send)
+
+    async def _respond(self, send: Send) -> Response | None:
+        """Answer; returned is what is still to be sent."""
+        try:
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            retry = {"Retry-After": "2"}
+            busy = f"{self._slots.total_tokens:g} requests are being answered already"
+            return ApiError(429, busy, code="overloaded", kind="rate_limit_error", headers=retry).response()
+        try:
+            async with self._answers.open() as tokens:
+                if self._stream:
+                    first = await anext(tokens)
+                    await self._send_events(send, first, tokens)
+                    return None
+                return JSONResponse(await self._collect(tokens))
+        except PeerdError as error:
+            return api_error(error).response()
+        finally:
+            self._slots.release()
+
+    async def _collect(self, tokens: AsyncGenerator[Picked, None]) -> dict[str, Any]:
+        answers: list[list[Picked]] = [[] for _ in range(self._count)]
+        async for picked in tokens:
+            answers[picked.row].append(picked)
+        return self._shape.whole(answers, self._answers.usage.to_json())
+
+    async def _send_events(self, send: Send, first: Picked, tokens: AsyncGenerator[Picked, None]) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        opening = [piece for index in range(self._count) if (piece := self._shape.opening(index))]
+        await _send_data(send, *opening, self._shape.piece(first))
+        try:
+            async for picked in tokens:
+                await _send_data(send, self._shape.piece(picked))
+        except PeerdError as error:
+            await _send_data(send, api_error(error).body)
+        else:
+            if self._include_usage:
+                await _send_data(send, self._shape.usage(self._answers.usage.to_json()))
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_data(send: Send, *values: dict[str, Any]) -> None:
+    body = b"".join(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n" for value in values)
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()

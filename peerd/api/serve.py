@@ -1,0 +1,141 @@
+"""Opens the local API: sockets, guard, application, and the HTTP server that runs them.
+
+Knows lifetimes. The difficulty is the end: the HTTP library shields its writes, so a client that reads nothing
+would keep the daemon alive; its socket is closed under it instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
+
+from peerd.api.app import Api
+from peerd.api.chat_templates import open_chat_templates
+from peerd.api.guard import Guard
+from peerd.api.models import Models
+from peerd.api.sockets import listen_tcp, listen_unix
+from peerd.api.status import Status
+from peerd.api.tensor_messages import MAX_BODY_BYTES
+from peerd.nurseries import open_tasks
+from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.wire import MAX_HEADER_BYTES
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from peerd.model import RemoteModel
+    from peerd.peer import Peer
+
+log = logging.getLogger(__name__)
+
+# A client that opened a connection and asks for nothing.
+_IDLE_S = 60.0
+_TOKEN_BYTES = 32
+_LEAST_TOKEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where to listen. `token` None: none is asked for."""
+
+    socket_path: Path | None = None
+    host: str | None = None
+    port: int = 0
+    token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalApi:
+    """A running API. `urls` are for people: `unix:PATH`, `http://HOST:PORT`."""
+
+    urls: tuple[str, ...]
+
+
+@asynccontextmanager
+async def open_local_api(peer: Peer, models: Mapping[str, RemoteModel], endpoint: Endpoint) -> AsyncIterator[LocalApi]:
+    """Serve the local API until the block ends; requests that still run are then cut off. Raises InvalidRequest."""
+    async with AsyncExitStack() as stack:
+        templates = await stack.enter_async_context(open_chat_templates())
+        offered = Models(models)
+        app = Api(offered, templates, Status(peer, offered)).app()
+        tasks = await stack.enter_async_context(open_tasks())
+        urls = []
+        if endpoint.socket_path is not None:
+            listener = stack.enter_context(listen_unix(endpoint.socket_path))
+            await tasks.start(_serve, Guard(app, token=None), listener)
+            urls.append(f"unix:{endpoint.socket_path}")
+        if endpoint.host is not None:
+            listener = stack.enter_context(listen_tcp(endpoint.host, endpoint.port))
+            guard = Guard(app, token=endpoint.token, names=[endpoint.host, socket.gethostname()])
+            await tasks.start(_serve, guard, listener)
+            host, port = listener.getsockname()[:2]
+            urls.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        yield LocalApi(tuple(urls))
+
+
+def load_or_create_token(path: Path) -> str:
+    """The token in a file that only its owner can read; made if it is not there. Raises InvalidRequest."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(f"{secrets.token_urlsafe(_TOKEN_BYTES)}\n")
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written: {error.strerror}; choose another --token-file") from None
+    token = path.read_text().strip()
+    if len(token) < _LEAST_TOKEN:
+        raise InvalidRequest(f"{path} holds no token of at least {_LEAST_TOKEN} characters: remove it for a new one")
+    return token
+
+
+async def _serve(app: ASGIApp, listener: socket.socket, *, task_status: trio.TaskStatus[None]) -> None:
+    config = _config()
+    wrapped: Any = wrap_app(app, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
+    context = WorkerContext(None)
+    streams: set[trio.SocketStream] = set()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        streams.add(stream)
+        try:
+            await TCPServer(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+        finally:
+            streams.discard(stream)
+
+    listener.setblocking(False)
+    accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
+    async with trio.open_nursery() as handlers:
+        await handlers.start(partial(trio.serve_listeners, handle, [accepting], handler_nursery=handlers))
+        task_status.started()
+        try:
+            await trio.sleep_forever()
+        finally:
+            for stream in streams:
+                stream.socket.close()
+
+
+def _config() -> Config:
+    config = Config()
+    config.errorlog = logging.getLogger("peerd.api.http")
+    config.accesslog = None
+    config.include_server_header = False
+    config.include_date_header = False
+    config.keep_alive_timeout = _IDLE_S
+    config.websocket_max_message_size = MAX_BODY_BYTES + MAX_HEADER_BYTES + 8
+    return config

@@ -1,0 +1,148 @@
+"""OpenAI's shapes: the JSON of answers, whole and in pieces.
+
+Knows field names; knows no models and no HTTP. A shape belongs to one request: its id and time are in every piece.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peerd.decoding import Picked
+
+Decode = Callable[[Sequence[int]], str]
+# What half a character decodes to.
+_INCOMPLETE = "\ufffd"
+
+
+class ChatShape:
+    """/v1/chat/completions."""
+
+    def __init__(self, model: str, decode: Decode) -> None:
+        self._model = model
+        self._decode = decode
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first piece of an answer: who speaks."""
+        return self._chunk([self._choice(index, {"role": "assistant", "content": ""})])
+
+    def piece(self, picked: Picked) -> dict[str, Any]:
+        """The piece that a token adds."""
+        delta = {"content": picked.text} if picked.text or picked.finish is None else {}
+        choice = self._choice(picked.row, delta)
+        choice["finish_reason"] = picked.finish
+        if picked.logprobs is not None:
+            choice["logprobs"] = {"content": [self._logprob(picked)], "refusal": None}
+        return self._chunk([choice])
+
+    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The last piece, where it was asked for."""
+        return self._chunk([]) | {"usage": usage}
+
+    def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
+        """All answers at once."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": _text(picks), "refusal": None},
+                "logprobs": self._logprobs(picks),
+                "finish_reason": picks[-1].finish,
+            }
+            for index, picks in enumerate(answers)
+        ]
+        return self._frame("chat.completion", choices) | {"usage": usage}
+
+    def _choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._frame("chat.completion.chunk", choices)
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+
+    def _logprobs(self, picks: Sequence[Picked]) -> dict[str, Any] | None:
+        if picks[0].logprobs is None:
+            return None
+        return {"content": [self._logprob(picked) for picked in picks], "refusal": None}
+
+    def _logprob(self, picked: Picked) -> dict[str, Any]:
+        assert picked.logprobs is not None
+        top = [self._token(token_id, logprob) for token_id, logprob in picked.logprobs.top]
+        return self._token(picked.id, picked.logprobs.logprob) | {"top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._decode([token_id])
+        # Of half a character the text is lost, and so are its bytes.
+        data = None if _INCOMPLETE in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": data}
+
+
+class CompletionShape:
+    """/v1/completions. `echoes`: what each answer begins with."""
+
+    def __init__(self, model: str, decode: Decode, echoes: Sequence[str]) -> None:
+        self._model = model
+        self._decode = decode
+        self._echoes = echoes
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._offsets = [len(echo) for echo in echoes]
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first piece of an answer, if it echoes."""
+        if not self._echoes[index]:
+            return None
+        return self._frame([self._choice(index, self._echoes[index], None, None)])
+
+    def piece(self, picked: Picked) -> dict[str, Any]:
+        """The piece that a token adds."""
+        return self._frame([self._choice(picked.row, picked.text, self._logprobs([picked]), picked.finish)])
+
+    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The last piece, where it was asked for."""
+        return self._frame([]) | {"usage": usage}
+
+    def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
+        """All answers at once."""
+        choices = [
+            self._choice(index, self._echoes[index] + _text(picks), self._logprobs(picks), picks[-1].finish)
+            for index, picks in enumerate(answers)
+        ]
+        return self._frame(choices) | {"usage": usage}
+
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _logprobs(self, picks: Sequence[Picked]) -> dict[str, Any] | None:
+        if picks[0].logprobs is None:
+            return None
+        shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for picked in picks:
+            assert picked.logprobs is not None
+            shown["tokens"].append(self._decode([picked.id]))
+            shown["token_logprobs"].append(picked.logprobs.logprob)
+            shown["top_logprobs"].append({self._decode([token]): value for token, value in picked.logprobs.top})
+            shown["text_offset"].append(self._offsets[picked.row])
+            self._offsets[picked.row] += len(picked.text)
+        return shown
+
+
+Shape = ChatShape | CompletionShape
+
+
+def _text(picks: Sequence[Picked]) -> str:
+    return "".join(picked.text for picked in picks)

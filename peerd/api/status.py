@@ -1,0 +1,106 @@
+"""What a daemon says of itself: who it is, whom it knows, what it serves, and whether models are covered.
+
+Reads; changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from peerd import __version__
+
+if TYPE_CHECKING:
+    from peerd.api.models import Models
+    from peerd.model import RemoteModel
+    from peerd.peer import Peer
+    from peerd.routing.offer import Offer
+
+# Whoever asks for status does not need it fresher, and the DHT is spared.
+_MAX_AGE_S = 2.0
+
+
+class Status:
+    """The daemon's view, made anew for each question."""
+
+    def __init__(self, peer: Peer, models: Models) -> None:
+        self._peer = peer
+        self._models = models
+        self._started = time.monotonic()
+
+    async def is_ready(self) -> tuple[bool, str]:
+        """Whether each model's every block is served by somebody; if not, what is missing."""
+        gaps = []
+        for name, model in self._models:
+            missing = [
+                _blocks(start, end) for start, end, owners in _coverage(model, await self._offers(model)) if not owners
+            ]
+            if missing:
+                gaps.append(f"nobody serves blocks {', '.join(missing)} of {name}")
+        return not gaps, "; ".join(gaps)
+
+    async def describe(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        peer = self._peer
+        connections = peer.connections.live
+        return {
+            "version": __version__,
+            "peer_id": str(peer.peer_id),
+            "addresses": [str(address) for address in peer.addresses],
+            "uptime_s": round(time.monotonic() - self._started, 1),
+            "peers": [
+                {"peer_id": str(peer_id), "rtt_ms": _milliseconds(connection.rtt_s)}
+                for peer_id, connection in sorted(connections.items(), key=lambda item: str(item[0]))
+            ],
+            "serving": [
+                {
+                    "model": served.model.hex(),
+                    "blocks": str(served.span),
+                    "free_tokens": served.task.engine.free_tokens,
+                    "total_tokens": served.task.engine.total_tokens,
+                    "positions_computed": served.task.engine.positions_computed,
+                }
+                for served in peer.served
+            ],
+            "sessions": peer.server.sessions if peer.server is not None else 0,
+            "models": [await self._describe_model(name, model) for name, model in self._models],
+        }
+
+    async def _describe_model(self, name: str, model: RemoteModel) -> dict[str, Any]:
+        offers = await self._offers(model)
+        coverage = _coverage(model, offers)
+        return {
+            "name": name,
+            "digest": model.facts.digest.hex(),
+            "block_count": model.facts.block_count,
+            "servers": len({offer.peer_id for offer in offers}),
+            "covered": all(owners for _, _, owners in coverage),
+            "coverage": [{"blocks": _blocks(start, end), "servers": owners} for start, end, owners in coverage],
+        }
+
+    async def _offers(self, model: RemoteModel) -> list[Offer]:
+        facts = model.facts
+        return await self._peer.discovery.directory.servers(facts.digest, facts.block_count, max_age_s=_MAX_AGE_S)
+
+
+def _coverage(model: RemoteModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
+    """Runs of blocks that equally many servers serve: start, end, how many."""
+    owners = [0] * model.facts.block_count
+    for offer in offers:
+        for block in range(offer.span.start, offer.span.end):
+            owners[block] += 1
+    runs = []
+    for count, blocks in groupby(range(len(owners)), key=lambda block: owners[block]):
+        numbers = list(blocks)
+        runs.append((numbers[0], numbers[-1] + 1, count))
+    return runs
+
+
+def _blocks(start: int, end: int) -> str:
+    return f"{start}:{end}"
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 2)

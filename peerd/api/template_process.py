@@ -1,0 +1,47 @@
+"""The process that renders chat templates: one JSON line in, one out, until standard input ends.
+
+It has Transformers' own template environment, a bound on its memory, and nothing else: no model, no torch, no key.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from typing import Any
+
+# What Python and Transformers map is a small part of it; a template that builds more than that is broken or hostile.
+_MEMORY_BYTES = 2 * 1024**3
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    render: Any = render_jinja_template
+    _write({"ready": True})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            rendered, _ = render(
+                conversations=[asked["messages"]],
+                chat_template=asked["template"],
+                add_generation_prompt=True,
+                **asked["variables"],
+            )
+            _write({"text": rendered[0]})
+        except MemoryError:
+            sys.exit(1)
+        except Exception as error:
+            # Whatever a stranger's template raises is the template's error.
+            _write({"error": f"{type(error).__name__}: {error}"[:500]})
+
+
+def _write(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What is said on `/peerd/v1/session`: the wire's own messages where there is one, and a few more (spec/local-api.md).
+
+Knows fields and limits; knows no sockets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.messages import MAX_LENGTH, MAX_ROWS, U32, Failure, Output, Step
+from peerd.protocol.schema import Message, integer, many, mapping, optional, parse, required, text
+from peerd.protocol.wire import Buffer, MessageReader, RawMessage, encode_message
+
+# A step of 4096 positions of the widest models, as float32.
+MAX_BODY_BYTES = 256 * 1024 * 1024
+# Ids travel in the header, which holds 16 KiB.
+MAX_TOKEN_IDS = 3000
+_TOKEN_ID = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession(Message):
+    """Client, first: a session over blocks `start` to `end - 1` (`end` 0: to the last) of the model of that name."""
+
+    TYPE: ClassVar[str] = "open"
+    model: str = required(text(256))
+    max_length: int = required(integer(1, MAX_LENGTH))
+    max_rows: int = optional(integer(1, MAX_ROWS), 1)
+    max_rollback: int = optional(integer(0, MAX_LENGTH), 0)
+    start: int = optional(integer(0, 4095), 0)
+    end: int = optional(integer(0, 4096), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened(Message):
+    """Daemon: every hop of a chain has committed its KV."""
+
+    TYPE: ClassVar[str] = "opened"
+    start: int = required(integer(0, 4095))
+    end: int = required(integer(1, 4096))
+    hidden_size: int = required(integer(1, 2**20))
+    dtype: str = required(text(16))
+
+
+@dataclass(frozen=True, slots=True)
+class Embed(Message):
+    """Client: the first block's input for these tokens, the first of them at position `start`."""
+
+    TYPE: ClassVar[str] = "embed"
+    seq: int = required(integer(1, U32))
+    token_ids: tuple[int, ...] = required(many(integer(0, _TOKEN_ID), MAX_TOKEN_IDS))
+    start: int = optional(integer(0, MAX_LENGTH), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Logits(Message):
+    """Client: logits of the hidden states in the body, `[n, hidden size]`, as the last block gave them."""
+
+    TYPE: ClassVar[str] = "logits"
+    seq: int = required(integer(1, U32))
+    tensor: dict[str, Any] = required(mapping)
+
+
+FROM_CLIENT: tuple[type[Message], ...] = (Step, Embed, Logits)
+FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, Failure)
+
+
+def read_message(data: bytes) -> RawMessage:
+    """The one message of a websocket message. Raises RemoteProtocolError."""
+    reader = MessageReader(MAX_BODY_BYTES)
+    used = reader.feed(data)
+    message = reader.take()
+    if message is None or used != len(data):
+        raise RemoteProtocolError("a websocket message holds one whole message")
+    return message
+
+
+def read_open(raw: RawMessage) -> OpenSession:
+    """The first message. Raises RemoteProtocolError."""
+    return parse(raw.header, (OpenSession,))
+
+
+def message_bytes(message: Message, body: list[memoryview] | None = None) -> bytes:
+    """A message as one websocket message."""
+    parts: list[Buffer] = encode_message(message.to_header(), body or ())
+    return b"".join(parts)

@@ -1,0 +1,79 @@
+"""`peerd status`: asks the daemon on this machine what it does, and shows it.
+
+Knows the local API's socket and one path of it. HTTP/1.0 over the socket: one question, one answer, the end.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from peerd.api.sockets import default_socket_path
+from peerd.console import short, table, write
+from peerd.protocol.errors import InvalidRequest, Unresponsive
+
+_DEADLINE_S = 10.0
+_MAX_ANSWER_BYTES = 16 * 1024 * 1024
+
+
+async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
+    """Print the daemon's status. Raises InvalidRequest where none listens, Unresponsive where it does not answer."""
+    status = await _ask(socket_path or default_socket_path())
+    write((json.dumps(status, indent=2) if as_json else describe(status)) + "\n")
+
+
+def describe(status: dict[str, Any]) -> str:
+    """The status for people."""
+    lines = [
+        f"peer      {status['peer_id']}",
+        f"version   {status['version']}, up {_duration(status['uptime_s'])}",
+        *(f"address   {address}" for address in status["addresses"]),
+    ]
+    for served in status["serving"]:
+        used = served["total_tokens"] - served["free_tokens"]
+        lines.append(
+            f"serving   blocks {served['blocks']}, {used} of {served['total_tokens']} KV tokens in use,"
+            f" {served['positions_computed']} positions computed"
+        )
+    if status["serving"]:
+        lines.append(f"sessions  {status['sessions']}")
+    for model in status["models"]:
+        runs = ", ".join(f"{run['blocks']} by {run['servers'] or 'nobody'}" for run in model["coverage"])
+        state = "complete" if model["covered"] else "incomplete"
+        lines.append(f"model     {model['name']}: {state}, {model['servers']} servers ({runs})")
+    rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"])) for peer in status["peers"]]
+    return "\n".join(lines) + f"\n\n{len(rows)} peers connected" + (f"\n{table(rows)}" if rows else "")
+
+
+async def _ask(path: Path) -> dict[str, Any]:
+    try:
+        with trio.fail_after(_DEADLINE_S):
+            async with await trio.open_unix_socket(path) as stream:
+                await stream.send_all(b"GET /peerd/v1/status HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                answer = bytearray()
+                async for chunk in stream:
+                    answer += chunk
+                    if len(answer) > _MAX_ANSWER_BYTES:
+                        break
+    except (OSError, trio.BrokenResourceError) as error:
+        raise InvalidRequest(f"no peerd listens on {path}: start one with peerd --client ({error})") from None
+    except trio.TooSlowError:
+        raise Unresponsive(f"the daemon on {path} did not answer within {_DEADLINE_S:g} s") from None
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    if b" 200 " not in head.partition(b"\r\n")[0] + b" ":
+        raise Unresponsive(f"the daemon on {path} answered {head[:100]!r}")
+    status: dict[str, Any] = json.loads(body)
+    return status
+
+
+def _rtt(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds:.1f} ms"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,137 @@
+"""The loop from logits to tokens, for one prompt and any number of answers to it.
+
+Answers are rows of one session: the prompt is computed once and shared, and each step carries the next token of
+every row that still runs. Knows sessions and sampling; knows no text but each row's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from peerd.protocol.rows import Drop, Fork, Op, RowSlice
+from peerd.sampling import Sampler, SamplingParams
+from peerd.text_stream import StopFilter, TextStream
+
+if TYPE_CHECKING:
+    from peerd.model import RemoteModel
+    from peerd.session import Session
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model itself (before temperature and filters) found a token, and what it liked best."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """One token of one row. `text` is what it completes; `finish` says why it is the row's last, if it is."""
+
+    row: int
+    id: int
+    position: int
+    text: str
+    logprobs: TokenLogprobs | None
+    finish: Finish | None
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    number: int
+    text: TextStream
+    stops: StopFilter
+    ids: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+class Decoding:
+    """Answers to `prompt` in the making. `tokens` runs them; `session` is theirs once it runs.
+
+    `stop` ends a row, and is left out of its text; `top_logprobs` asks for logprobs with so many alternatives.
+    """
+
+    def __init__(
+        self,
+        model: RemoteModel,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        rows: int = 1,
+        stop: Sequence[str] = (),
+        top_logprobs: int | None = None,
+    ) -> None:
+        self.session: Session | None = None
+        self._model = model
+        self._prompt = list(prompt)
+        self._sampling = sampling
+        self._sampler = Sampler(sampling)
+        self._top_logprobs = top_logprobs
+        self._rows = [_Row(number, TextStream(model.decode), StopFilter(stop)) for number in range(rows)]
+
+    async def tokens(self) -> AsyncGenerator[Picked, None]:
+        """The tokens of all rows, as they come; row 0 draws what a single answer would draw.
+
+        Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
+        """
+        session = await self._model.start_session(
+            max_length=len(self._prompt) + self._sampling.max_new_tokens, max_rows=len(self._rows)
+        )
+        self.session = session
+        try:
+            async with aclosing(self._run(session)) as tokens:
+                async for picked in tokens:
+                    yield picked
+        finally:
+            session.close()
+
+    async def _run(self, session: Session) -> AsyncGenerator[Picked, None]:
+        hidden = await session.step(self._model.embed(self._prompt))
+        logits = (await self._model.logits(hidden))[-1:].expand(len(self._rows), -1)
+        ops: tuple[Op, ...] = tuple(Fork(0, row.number, len(self._prompt)) for row in self._rows[1:])
+        live = self._rows
+        while True:
+            for row, scores in zip(live, logits, strict=True):
+                yield self._pick(row, scores)
+            ended = [row for row in live if row.finished]
+            live = [row for row in live if not row.finished]
+            if not live:
+                return
+            logits = await self._step(session, live, ops)
+            # Only now: row 0 may end before the others have forked from it.
+            ops = tuple(Drop(row.number) for row in ended)
+
+    async def _step(self, session: Session, live: Sequence[_Row], ops: Sequence[Op]) -> torch.Tensor:
+        start = len(self._prompt) + len(live[0].ids) - 1
+        hidden = self._model.embed([row.ids[-1] for row in live])
+        rows = [RowSlice(row.number, start, 1) for row in live]
+        return await self._model.logits(await session.step(hidden, rows=rows, ops=ops))
+
+    def _pick(self, row: _Row, logits: torch.Tensor) -> Picked:
+        context = self._prompt + row.ids
+        token_id = self._sampler.pick(
+            logits, context, row=row.number, position=len(context), prompt_length=len(self._prompt)
+        )
+        row.ids.append(token_id)
+        ends = token_id in self._sampling.eos_token_ids
+        final = ends or len(row.ids) == self._sampling.max_new_tokens
+        text = row.stops.add(row.text.add(token_id, final=final), final=final)
+        ends = ends or row.stops.stopped
+        row.finished = final or ends
+        finish: Finish | None = ("stop" if ends else "length") if row.finished else None
+        return Picked(row.number, token_id, len(context), text, self._logprobs(logits, token_id), finish)
+
+    def _logprobs(self, logits: torch.Tensor, token_id: int) -> TokenLogprobs | None:
+        if self._top_logprobs is None:
+            return None
+        scores = logits.float().log_softmax(-1)
+        values, ids = scores.topk(min(self._top_logprobs, len(scores)))
+        return TokenLogprobs(float(scores[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
