@@ -111,7 +111,7 @@ class Decoding:
 
     async def _step(self, session: Session, live: Sequence[_Row], ops: Sequence[Op]) -> torch.Tensor:
         start = len(self._prompt) + len(live[0].ids) - 1
-        hidden = self._model.embed([row.ids[-1] for row in live])
+        hidden = torch.cat([self._model.embed(row.ids[-1:], start) for row in live])
         rows = [RowSlice(row.number, start, 1) for row in live]
         return await self._model.logits(await session.step(hidden, rows=rows, ops=ops))
 

@@ -1,25 +1,23 @@
 """Text from a session: prompt in, tokens out, one at a time.
 
-Knows sampling and text; knows no chain. The difficulty is text: a token may be half a character, so a
-piece of text is given out only once later tokens can no longer change it.
+What an application iterates over, with the figures of one answer; the loop itself is `decoding`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.sampling import Sampler, SamplingParams
+from peerd.decoding import Decoding
+from peerd.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from peerd.model import RemoteModel
     from peerd.session import Session
-
-# A character of UTF-8 that is not complete yet decodes to this.
-_INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +73,13 @@ class Generation:
         if self.started is not None:
             raise RuntimeError("a generation is iterated over once; call generate() for another answer")
         self.started = trio.current_time()
-        sampling = self._sampling
-        session = await self._model.start_session(max_length=len(self.prompt) + sampling.max_new_tokens)
-        try:
-            text = _TextStream(self._model)
-            sampler = Sampler(sampling)
-            new = self.prompt
-            for _ in range(sampling.max_new_tokens):
-                token_id = await self._next(session, sampler, new)
-                self._note(session, token_id)
-                final = token_id in sampling.eos_token_ids or len(self.token_ids) == sampling.max_new_tokens
-                piece = text.add(token_id, final=final)
-                self.text += piece
-                yield Token(token_id, len(self.prompt) + len(self.token_ids) - 1, piece)
-                if final:
-                    return
-                new = [token_id]
-        finally:
-            session.close()
-
-    async def _next(self, session: Session, sampler: Sampler, new: Sequence[int]) -> int:
-        context = self.prompt + self.token_ids
-        hidden = await session.step(self._model.embed(new, len(context) - len(new)))
-        logits = await self._model.logits(hidden)
-        return sampler.pick(logits[-1], context, row=0, position=len(context))
+        decoding = Decoding(self._model, self.prompt, self._sampling)
+        async with aclosing(decoding.tokens()) as tokens:
+            async for picked in tokens:
+                assert decoding.session is not None
+                self._note(decoding.session, picked.id)
+                self.text += picked.text
+                yield Token(picked.id, picked.position, picked.text)
 
     def _note(self, session: Session, token_id: int) -> None:
         self.last_token = trio.current_time()
@@ -107,27 +88,3 @@ class Generation:
         self.token_ids.append(token_id)
         self.chain = session.chain
         self.failovers = session.failovers
-
-
-class _TextStream:
-    """Turns token ids into text that never has to be taken back.
-
-    A tokenizer joins tokens (spaces, bytes of one character), so each new text is decoded with the piece
-    before it as context, and that piece's own text is then left off.
-    """
-
-    def __init__(self, model: RemoteModel) -> None:
-        self._decode = model.decode
-        self._ids: list[int] = []
-        self._context = 0
-        self._given = 0
-
-    def add(self, token_id: int, *, final: bool) -> str:
-        """The text that became certain with this token; all that is left with the `final` one."""
-        self._ids.append(token_id)
-        known = self._decode(self._ids[self._context : self._given])
-        text = self._decode(self._ids[self._context :])
-        if text.endswith(_INCOMPLETE) and not final:
-            return ""
-        self._context, self._given = self._given, len(self._ids)
-        return text[len(known) :]

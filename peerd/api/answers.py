@@ -116,7 +116,6 @@ def _sampling(model: RemoteModel, asked: Asked, prompt_tokens: int) -> SamplingP
             f"This model's maximum context length is {limit} tokens. However, you requested"
             f" {prompt_tokens + max(wanted, 1)} tokens ({prompt_tokens} in the prompt, {max(wanted, 1)} in the"
             " completion). Reduce the length of the prompt or of the completion.",
-            param="messages",
             code="context_length_exceeded",
         )
     try:

@@ -55,7 +55,7 @@ def invalid(message: str, param: str | None = None, *, code: str | None = None) 
 def api_error(error: PeerdError) -> ApiError:
     """What the swarm's error is to a client of the API."""
     if isinstance(error, ContextTooLong):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, CallerError):
         return ApiError(400, str(error), code=error.code)
     if isinstance(error, Overloaded):

@@ -62,18 +62,19 @@ async def serve_session(websocket: WebSocket, models: Models) -> None:
 
 
 async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], scope: trio.CancelScope) -> None:
-    async with send:
-        while True:
-            try:
-                data = await websocket.receive_bytes()
-            except (WebSocketDisconnect, KeyError):
-                # KeyError: a text message, which has no bytes.
-                scope.cancel()
-                return
-            try:
-                send.send_nowait(read_message(data))
-            except trio.WouldBlock:
-                raise RemoteProtocolError(f"more than {MAX_WAITING} requests are unanswered") from None
+    """Pass on what the client says, also while a step runs: so that we learn at once when it leaves."""
+    while True:
+        try:
+            data = await websocket.receive_bytes()
+        except WebSocketDisconnect:
+            scope.cancel()
+            return
+        except KeyError:
+            raise RemoteProtocolError("a text message where messages are binary") from None
+        try:
+            send.send_nowait(read_message(data))
+        except trio.WouldBlock:
+            raise RemoteProtocolError(f"more than {MAX_WAITING} requests are unanswered") from None
 
 
 @asynccontextmanager
@@ -115,7 +116,7 @@ async def _result(
     model: RemoteModel, session: Session, asked: Step | Embed | Logits, body: memoryview
 ) -> tuple[tuple[RowSlice, ...], torch.Tensor]:
     if isinstance(asked, Embed):
-        return (), model.embed(asked.token_ids)
+        return (), model.embed(asked.token_ids, asked.start)
     if isinstance(asked, Logits):
         return (), await model.logits(_tensor(asked.tensor, body, model.facts.width))
     return await _step(session, asked, body, model.facts.width)

@@ -57,6 +57,12 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--client", "--bootstrap", "/ip4/127.0.0.1/tcp/31330/ws"], "add /p2p/"),
         (["--client", "--kv-tokens", "64"], "add --serve-blocks"),
         (["--client", "--device", "cpu"], "add --serve-blocks"),
+        (["--serve-blocks", "1", "--model", "MODEL", "--model", "MODEL"], "say each once"),
+        (["--client", "--model", "=MODEL"], "has no name"),
+        (["--client", "--model", "a=MODEL", "--model", "a=MODEL"], "the same NAME"),
+        (["--client", "--http", "8080"], "HOST:PORT"),
+        (["--client", "--no-token"], "for --http"),
+        (["--client", "--http", "0.0.0.0:8080", "--no-token"], "to the network"),
         (["--serve-blocks", "1", "--model", "MODEL", "--device", "gpu"], "cuda:N"),
         (["--serve-blocks", "1", "--model", "MODEL", "--device", "cuda:99"], "there is no cuda:99 here"),
         (["--client", "--announce", ADDRESS], "--announce needs --listen"),
@@ -74,7 +80,7 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
     ],
 )
 def test_a_mistake_exits_2_and_says_what_to_write_instead(arguments: list[str], message: str, model: str) -> None:
-    result = run(*[model if word == "MODEL" else word for word in arguments])
+    result = run(*[word.replace("MODEL", model) if word in ("MODEL", "a=MODEL") else word for word in arguments])
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""

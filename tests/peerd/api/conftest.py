@@ -1,0 +1,182 @@
+"""An API over an in-memory swarm whose model says what its fake blocks compute."""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import trio
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from peerd.api.app import Api
+from peerd.api.models import Models
+from peerd.model import ModelFacts, RemoteModel
+
+WIDTH = 8
+BLOCKS = 9
+MAX_LENGTH = 1024
+END = 256
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+class ByteHead:
+    """Embeds a token as its number, eight times; the likeliest next token is the first value that comes back."""
+
+    def embed(self, token_ids, start=0):
+        return torch.tensor(list(token_ids)).float()[:, None].expand(-1, WIDTH).clone()
+
+    async def logits(self, hidden):
+        await trio.lowlevel.checkpoint()
+        return 5 * torch.nn.functional.one_hot(hidden[:, 0].long(), END + 1).float()
+
+
+class ScriptedHead(ByteHead):
+    """Each row says the given text, whatever comes back, by the position that its hidden states do not show."""
+
+    def __init__(self, text):
+        self._script = [*text.encode(), END]
+        self._said = 0
+
+    async def logits(self, hidden):
+        await trio.lowlevel.checkpoint()
+        token = self._script[min(self._said, len(self._script) - 1)]
+        self._said += 1
+        return 5 * torch.nn.functional.one_hot(torch.tensor([token] * len(hidden)), END + 1).float()
+
+
+def _byte_characters():
+    """How byte-level BPE writes each byte: printable ones as themselves, others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """Each byte is a token, numbered as it is; an end-of-sequence token comes after them."""
+    alphabet = {character: byte for byte, character in _byte_characters().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def open_byte_model(open_swarm, byte_tokenizer):
+    """`async with open_byte_model(head) as (model, swarm):` three servers and a client's model."""
+
+    @asynccontextmanager
+    async def open_it(head=None):
+        async with open_swarm() as swarm:
+            for start in range(0, BLOCKS, 3):
+                await swarm.serve(start, start + 3)
+            client = await swarm.client()
+            facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
+            config = GenerationConfig(eos_token_id=END)
+            model = RemoteModel(
+                facts, head or ByteHead(), byte_tokenizer, config, client.finder, client.opener, client.tasks
+            )
+            yield model, swarm
+
+    return open_it
+
+
+class InProcessTemplates:
+    """Renders where the tests run; the process that does it for a daemon has tests of its own."""
+
+    async def render(self, template, messages, variables):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
+        return rendered[0]
+
+
+class NoStatus:
+    """Status has tests of its own, against real peers."""
+
+
+@dataclass
+class Answer:
+    """What came back over ASGI."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def events(self):
+        """Server-sent events, decoded but for the last."""
+        lines = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n") if line]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+class Caller:
+    """Speaks ASGI with the application, and hangs up on an event."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def post(self, path, value, *, hang_up=None):
+        hang_up, answer = trio.Event() if hang_up is None else hang_up, Answer()
+        request = [{"type": "http.request", "body": json.dumps(value).encode(), "more_body": False}]
+
+        async def receive():
+            if request:
+                return request.pop()
+            await hang_up.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                answer.status = message["status"]
+                answer.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            else:
+                answer.body += message["body"]
+            await trio.lowlevel.checkpoint()
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "scheme": "http"}
+        await self._app(scope | {"server": ("localhost", 80), "root_path": ""}, receive, send)
+        return answer
+
+    async def get(self, path):
+        answer = Answer()
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                answer.status = message["status"]
+            else:
+                answer.body += message["body"]
+
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "scheme": "http"}
+        await self._app(scope | {"server": ("localhost", 80), "root_path": ""}, receive, send)
+        return answer
+
+
+@pytest.fixture
+def open_api(open_byte_model):
+    """`async with open_api(head) as (caller, swarm):` the application over one model called `bytes`."""
+
+    @asynccontextmanager
+    async def open_it(head=None):
+        async with open_byte_model(head) as (model, swarm):
+            api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus())
+            yield Caller(api.app()), swarm
+
+    return open_it
+
+
+@pytest.fixture
+def scripted_head():
+    """`scripted_head(text)`: a head that makes the model say `text`."""
+    return ScriptedHead

@@ -1,0 +1,116 @@
+"""What requests may say: OpenAI's fields, their limits, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from peerd.api.asked import read_chat, read_completion
+from peerd.api.errors import ApiError
+from peerd.api.fields import Fields
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def chat(**fields):
+    return read_chat(Fields({"model": "m", "messages": MESSAGES} | fields))
+
+
+def completion(**fields):
+    return read_completion(Fields({"model": "m", "prompt": "Hi"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"model": 3}, "model"),
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role"),
+        ({"messages": [*MESSAGES, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "0"}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"temprature": 1}, "temprature"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_in_a_chat_is_named(fields, param):
+    with pytest.raises(ApiError) as caught:
+        chat(**fields)
+    assert caught.value.status == 400
+    assert caught.value.param == param
+    assert param in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["a"] * 200, "n": 2}, "n"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_in_a_completion_is_named(fields, param):
+    with pytest.raises(ApiError) as caught:
+        completion(**fields)
+    assert caught.value.param == param
+
+
+def test_fields_that_change_nothing_are_ignored_and_null_is_left_out():
+    asked = chat(
+        user="u", store=True, metadata={}, tools=None, temperature=None, response_format={"type": "text"}
+    ).asked
+    assert asked.sampling["temperature"] is None
+
+
+def test_the_newer_name_of_the_limit_wins():
+    assert chat(max_tokens=5, max_completion_tokens=7).asked.max_tokens == 7
+    assert chat(max_tokens=5).asked.max_tokens == 5
+    assert completion().asked.max_tokens == 16
+
+
+def test_text_parts_and_developer_messages_are_plain_text_to_the_template():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = chat(
+        messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    ).messages
+    assert messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "ab"}]
+
+
+@pytest.mark.parametrize("prompt", ["a", [1, 2], ["a", "b"], [[1], [2, 3]]], ids=str)
+def test_prompts_come_in_four_forms(prompt):
+    prompts = completion(prompt=prompt).prompts
+    assert prompts == (prompt if isinstance(prompt[0], str | list) and not isinstance(prompt, str) else [prompt])

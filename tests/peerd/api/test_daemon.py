@@ -1,0 +1,302 @@
+"""The local API as programs meet it: on real sockets, with the tools that their authors have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+import torch
+import trio
+import trio.lowlevel
+from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
+
+from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
+from peerd.api.tensor_messages import Embed, OpenSession, message_bytes, read_message
+from peerd.cli_status import describe, show_status
+from peerd.compute.fake_engine import fake_forward
+from peerd.protocol.messages import Step
+from peerd.protocol.rows import Fork, RowSlice
+from peerd.protocol.span import Span
+from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
+
+pytestmark = pytest.mark.real_time
+
+BLOCKS = 9
+WIDTH = 8
+TOKEN = "t" * 32
+PROMPT = [1, 2, 3]
+
+
+@pytest.fixture
+def open_daemon(open_byte_model, tmp_path):
+    """`async with open_daemon() as daemon:` an API on a unix socket and on a port."""
+
+    @asynccontextmanager
+    async def open_it(head=None):
+        async with open_byte_model(head) as (model, swarm):
+            client = SimpleNamespace(
+                peer_id="12D3KooWClientClientClient",
+                addresses=(),
+                served=(),
+                server=None,
+                connections=SimpleNamespace(live={}),
+                discovery=SimpleNamespace(directory=_Directory(swarm)),
+            )
+            endpoint = Endpoint(tmp_path / "p.sock", "127.0.0.1", 0, TOKEN)
+            async with open_local_api(client, {"bytes": model}, endpoint) as api:
+                yield SimpleNamespace(swarm=swarm, socket=tmp_path / "p.sock", url=api.urls[1])
+
+    return open_it
+
+
+class _Directory:
+    def __init__(self, swarm):
+        self._swarm = swarm
+
+    async def servers(self, model, block_count, *, max_age_s=0.0):
+        await trio.lowlevel.checkpoint()
+        return [host.offer() for host in self._swarm.hosts if host.online]
+
+
+def openai_client(daemon, over="unix", token=TOKEN):
+    if over == "tcp":
+        return openai.OpenAI(base_url=f"{daemon.url}/v1", api_key=token, max_retries=0)
+    http = httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.socket)))
+    return openai.OpenAI(base_url="http://localhost/v1", api_key="unused", http_client=http, max_retries=0)
+
+
+@pytest.mark.parametrize("over", ["unix", "tcp"])
+async def test_openai_s_own_client_completes_chats_and_streams(open_daemon, over):
+    async with open_daemon() as daemon:
+
+        def use(client):
+            whole = client.completions.create(model="bytes", prompt=PROMPT, max_tokens=20, temperature=0)
+            pieces = client.completions.create(model="bytes", prompt=PROMPT, max_tokens=20, temperature=0, stream=True)
+            chat = client.chat.completions.create(
+                model="bytes", messages=[{"role": "user", "content": "Hi"}], max_completion_tokens=5, logprobs=True
+            )
+            return whole, "".join(piece.choices[0].text for piece in pieces), chat, client.models.list()
+
+        with openai_client(daemon, over) as client:
+            whole, streamed, chat, models = await trio.to_thread.run_sync(use, client)
+    assert whole.choices[0].text == streamed
+    assert whole.usage.completion_tokens == 20
+    assert chat.choices[0].finish_reason == "length"
+    assert len(chat.choices[0].logprobs.content) == 5
+    assert [model.id for model in models] == ["bytes"]
+
+
+async def test_openai_s_asynchronous_client_streams(open_daemon):
+    async with open_daemon() as daemon:
+
+        async def use():
+            http = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(daemon.socket)))
+            async with openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="x", http_client=http) as client:
+                stream = await client.chat.completions.create(
+                    model="bytes",
+                    messages=[{"role": "user", "content": "Hi"}],
+                    max_tokens=7,
+                    stream=True,
+                    stream_options={"include_usage": True},
+                )
+                return [chunk async for chunk in stream]
+
+        chunks = await trio.to_thread.run_sync(lambda: asyncio.run(use()))
+    assert chunks[-1].usage.completion_tokens == 7
+    assert chunks[-2].choices[0].finish_reason == "length"
+
+
+async def test_openai_s_client_raises_what_its_users_catch(open_daemon):
+    async with open_daemon() as daemon:
+
+        def use(client):
+            complete = partial(client.completions.create, model="bytes", prompt=PROMPT)
+            with pytest.raises(openai.BadRequestError) as caught:
+                complete(max_tokens=5000)
+            assert caught.value.code == "context_length_exceeded"
+            with pytest.raises(openai.NotFoundError):
+                complete(model="other")
+            daemon.swarm.hosts[0].online = False
+            with pytest.raises(openai.InternalServerError) as caught:
+                complete()
+            assert caught.value.status_code == 503
+
+        with openai_client(daemon) as client:
+            await trio.to_thread.run_sync(use, client)
+        with openai_client(daemon, "tcp", token="wrong") as stranger, pytest.raises(openai.AuthenticationError):
+            await trio.to_thread.run_sync(stranger.models.list)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_curl_speaks_to_the_socket(open_daemon):
+    async with open_daemon() as daemon:
+        curl = ["curl", "-sS", "--unix-socket", str(daemon.socket)]
+        asked = json.dumps({"model": "bytes", "prompt": PROMPT, "max_tokens": 3})
+        posted = await trio.run_process(
+            [*curl, "http://localhost/v1/completions", "--json", asked], capture_stdout=True
+        )
+        ready = await trio.run_process([*curl, "http://localhost/readyz"], capture_stdout=True)
+        daemon.swarm.hosts[0].online = False
+        gone = await trio.run_process([*curl, "http://localhost/readyz"], capture_stdout=True)
+    assert json.loads(posted.stdout)["usage"]["completion_tokens"] == 3
+    assert ready.stdout == b"ready\n"
+    assert b"0:3" in gone.stdout
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_who_hangs_up_frees_the_session_on_every_peer(open_daemon, stream):
+    async with open_daemon() as daemon:
+        async with await trio.open_unix_socket(daemon.socket) as connection:
+            await connection.send_all(asking({"stream": stream}))
+            while not all(host.server.sessions for host in daemon.swarm.hosts):
+                await trio.sleep(0.01)
+        with trio.fail_after(1):
+            while any(host.server.sessions for host in daemon.swarm.hosts):
+                await trio.sleep(0.01)
+
+
+async def test_a_client_that_reads_nothing_does_not_keep_the_daemon_alive(open_daemon):
+    async with open_daemon() as daemon:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(str(daemon.socket))
+        connection.sendall(asking({"stream": True, "n": 20}))
+        await trio.sleep(0.5)
+        leaving = trio.current_time()
+    assert trio.current_time() - leaving < 2
+    connection.close()
+
+
+async def test_status_is_shown_to_people_and_programs(open_daemon, capsys):
+    async with open_daemon() as daemon:
+        await show_status(daemon.socket, as_json=True)
+        status = json.loads(capsys.readouterr().out)
+        daemon.swarm.hosts[1].online = False
+        await trio.lowlevel.checkpoint()
+        await show_status(daemon.socket, as_json=False)
+    assert status["models"][0]["covered"] is True
+    assert status["models"][0]["coverage"] == [{"blocks": "0:9", "servers": 1}]
+    said = capsys.readouterr().out
+    assert "bytes: incomplete" in said
+    assert "3:6 by nobody" in said
+    assert describe(status)
+
+
+@asynccontextmanager
+async def open_tensors(daemon, **fields):
+    """A tensor session, opened; `ask(message, tensor)` returns the answer's header and tensor."""
+    async with trio.open_nursery() as nursery, await trio.open_unix_socket(daemon.socket) as stream:
+        websocket = await wrap_client_stream(nursery, stream, "localhost", "/peerd/v1/session")
+
+        async def ask(message, tensor=None):
+            body = []
+            if tensor is not None:
+                described, body = encode_tensor(tensor)
+                message = replace(message, tensor=described.to_fields())
+            await websocket.send_message(message_bytes(message, body))
+            raw = read_message(await websocket.get_message())
+            if "tensor" not in raw.header:
+                return raw.header, None
+            described = TensorHeader.from_fields(raw.header["tensor"], max_elements=2**24)
+            return raw.header, decode_tensor(described, bytearray(raw.body))
+
+        said, _ = await ask(OpenSession(**{"model": "bytes", "max_length": 64} | fields))
+        yield SimpleNamespace(ask=ask, said=said, websocket=websocket)
+        await websocket.aclose()
+
+
+def asking(body):
+    """A completion, as HTTP/1.1 says it."""
+    data = json.dumps({"model": "bytes", "prompt": PROMPT, "max_tokens": 900} | body).encode()
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {len(data)}", "", ""]).encode() + data
+
+
+async def test_a_program_computes_hidden_states_rolls_back_and_forks(open_daemon):
+    hidden = torch.arange(1, 7).float()[:, None].expand(-1, WIDTH).clone()
+    async with open_daemon() as daemon, open_tensors(daemon, max_rows=2, max_rollback=8, end=6) as session:
+        assert (session.said["end"], session.said["hidden_size"]) == (6, WIDTH)
+        embedded, first = await session.ask(Embed(seq=1, token_ids=(1, 2, 3)))
+        assert torch.equal(first, hidden[:3])
+        header, out = await session.ask(Step(epoch=0, seq=2, rows=(RowSlice(0, 0, 3),), want="all"), first)
+        assert header["rows"] == [[0, 0, 3]]
+        assert torch.equal(out, fake_forward(hidden[:3], Span(0, 6)))
+        _, again = await session.ask(Step(epoch=0, seq=3, rows=(RowSlice(0, 1, 5),), want="last"), hidden[1:])
+        assert torch.equal(again, fake_forward(hidden, Span(0, 6))[-1:])
+        step = Step(epoch=0, seq=4, rows=(RowSlice(1, 2, 1),), ops=(Fork(0, 1, 2),), want="last")
+        _, forked = await session.ask(step, hidden[2:3])
+        assert torch.equal(forked, fake_forward(hidden[:3], Span(0, 6))[-1:])
+    assert embedded["seq"] == 1
+
+
+async def test_a_mistake_costs_one_answer_and_not_the_session(open_daemon):
+    wrong_width = torch.zeros(1, WIDTH + 1)
+    async with open_daemon() as daemon, open_tensors(daemon) as session:
+        said, _ = await session.ask(Step(epoch=0, seq=1, rows=(RowSlice(0, 0, 1),)), wrong_width)
+        assert (said["type"], said["seq"], said["code"]) == ("error", 1, "invalid")
+        said, _ = await session.ask(Step(epoch=0, seq=2, rows=(RowSlice(0, 5, 1),)), torch.zeros(1, WIDTH))
+        assert said["type"] == "error"
+        said, out = await session.ask(Step(epoch=0, seq=3, rows=(RowSlice(0, 0, 1),)), torch.zeros(1, WIDTH))
+        assert (said["type"], out.shape) == ("output", (1, WIDTH))
+
+
+@pytest.mark.parametrize("data", [b"", b"\0\0\0\2\x81", b"junk" * 10, message_bytes(Step(epoch=0, seq=1, rows=()))])
+async def test_who_does_not_speak_the_protocol_is_told_and_shown_out(open_daemon, data):
+    async with (
+        open_daemon() as daemon,
+        trio.open_nursery() as nursery,
+        await trio.open_unix_socket(daemon.socket) as stream,
+    ):
+        websocket = await wrap_client_stream(nursery, stream, "localhost", "/peerd/v1/session")
+        await websocket.send_message(data)
+        assert read_message(await websocket.get_message()).header["type"] == "error"
+        with pytest.raises(ConnectionClosed):
+            await websocket.get_message()
+
+
+async def test_a_tensor_session_ends_with_its_websocket(open_daemon):
+    async with open_daemon() as daemon:
+        async with open_tensors(daemon) as session:
+            await session.ask(Step(epoch=0, seq=1, rows=(RowSlice(0, 0, 1),)), torch.zeros(1, WIDTH))
+            assert all(host.server.sessions for host in daemon.swarm.hosts)
+        with trio.fail_after(2):
+            while any(host.server.sessions for host in daemon.swarm.hosts):
+                await trio.sleep(0.01)
+
+
+async def test_a_web_page_of_somebody_else_gets_no_websocket(open_daemon):
+    evil = [(b"Origin", b"http://evil.example")]
+    async with open_daemon() as daemon, await trio.open_unix_socket(daemon.socket) as stream:
+        with pytest.RaisesGroup(ConnectionRejected, flatten_subgroups=True, allow_unwrapped=True):
+            async with trio.open_nursery() as nursery:
+                await wrap_client_stream(nursery, stream, "localhost", "/peerd/v1/session", extra_headers=evil)
+
+
+def test_the_token_is_made_once_and_is_its_owner_s_alone(tmp_path):
+    path = tmp_path / "state" / "api.token"
+    token = load_or_create_token(path)
+    assert len(token) > 30
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert load_or_create_token(path) == token
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")
+async def test_a_program_in_node_reads_hidden_states(open_daemon):
+    script = Path(__file__).parents[3] / "examples/node/hidden_states.mjs"
+    if not (script.parent / "node_modules").is_dir():
+        pytest.skip("examples/node has no node_modules: npm install there")
+    async with open_daemon() as daemon:
+        command = ["node", str(script), "--socket", str(daemon.socket), "--model", "bytes", "--tokens", "1,2,3"]
+        ran = await trio.run_process([*command, "--end", "6"], capture_stdout=True)
+    hidden = torch.tensor([1.0, 2.0, 3.0])[:, None].expand(-1, WIDTH)
+    assert json.loads(ran.stdout) == fake_forward(hidden, Span(0, 6)).tolist()

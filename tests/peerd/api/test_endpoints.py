@@ -1,0 +1,230 @@
+"""OpenAI's endpoints over a swarm in memory: shapes, limits, errors, and what a closed connection ends."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import trio
+
+from peerd.api import app as app_module
+from peerd.compute.fake_engine import fake_forward
+from peerd.protocol.span import Span
+
+BLOCKS = 9
+WIDTH = 8
+MODEL_NAME = "bytes"
+
+
+def foretold(prompt, count):
+    """What the model says after `prompt`, token by token."""
+    ids = list(prompt)
+    for _ in range(count):
+        hidden = torch.tensor(ids).float()[:, None].expand(-1, WIDTH)
+        ids.append(int(fake_forward(hidden, Span(0, BLOCKS))[-1, 0]))
+    return ids[len(prompt) :]
+
+
+def complete(**fields):
+    return {"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 5} | fields
+
+
+def chat(**fields):
+    return {"model": MODEL_NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5} | fields
+
+
+async def test_a_completion_is_what_the_model_says(open_api):
+    async with open_api() as (caller, _):
+        answer = await caller.post("/v1/completions", complete(logprobs=2))
+    assert answer.status == 200
+    (choice,) = answer.json["choices"]
+    assert choice["finish_reason"] == "length"
+    assert len(choice["logprobs"]["tokens"]) == 5
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * 5
+    assert answer.json["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert answer.json["object"] == "text_completion"
+
+
+async def test_several_prompts_and_answers_are_numbered_prompt_by_prompt(open_api):
+    prompts = [[1, 2, 3], [9, 9]]
+    async with open_api() as (caller, _):
+        both = await caller.post("/v1/completions", complete(prompt=prompts, n=2))
+        alone = [await caller.post("/v1/completions", complete(prompt=prompt)) for prompt in prompts]
+    texts = [choice["text"] for choice in both.json["choices"]]
+    assert [choice["index"] for choice in both.json["choices"]] == [0, 1, 2, 3]
+    first, second = (answer.json["choices"][0]["text"] for answer in alone)
+    assert texts == [first, first, second, second]
+
+
+async def test_answers_to_one_prompt_draw_differently_and_the_first_as_alone(open_api):
+    fields = {"temperature": 2, "seed": 7, "max_tokens": 12, "top_k": 0, "logit_bias": {"256": -100}}
+    async with open_api() as (caller, _):
+        three = await caller.post("/v1/completions", complete(n=3, **fields))
+        again = await caller.post("/v1/completions", complete(n=3, **fields))
+        one = await caller.post("/v1/completions", complete(**fields))
+    texts = [choice["text"] for choice in three.json["choices"]]
+    assert len(set(texts)) == 3
+    assert texts == [choice["text"] for choice in again.json["choices"]]
+    assert texts[0] == one.json["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_pieces_add_up_to_the_whole(open_api, path):
+    asked = (complete if path == "/v1/completions" else chat)(max_tokens=20, n=2)
+    async with open_api() as (caller, _):
+        whole = (await caller.post(path, asked)).json
+        streamed = await caller.post(path, asked | {"stream": True, "stream_options": {"include_usage": True}})
+    *pieces, last, done = streamed.events
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    assert done == "[DONE]"
+    assert last["usage"] == whole["usage"]
+    assert last["choices"] == []
+    texts, ends = ["", ""], [None, None]
+    for piece in pieces:
+        assert piece["id"] == pieces[0]["id"]
+        (choice,) = piece["choices"]
+        texts[choice["index"]] += choice["text"] if "text" in choice else choice["delta"].get("content", "")
+        ends[choice["index"]] = choice["finish_reason"]
+    if path == "/v1/completions":
+        assert texts == [choice["text"] for choice in whole["choices"]]
+    else:
+        assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+    assert ends == [choice["finish_reason"] for choice in whole["choices"]]
+
+
+async def test_a_chat_goes_through_the_model_s_template(open_api):
+    text = "<system>Short.<user>Hi<assistant>"
+    messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "Hi"}]
+    async with open_api() as (caller, _):
+        answer = await caller.post("/v1/chat/completions", chat(messages=messages))
+        same = await caller.post("/v1/completions", complete(prompt=text))
+    assert answer.json["choices"][0]["message"]["content"] == same.json["choices"][0]["text"]
+    assert answer.json["usage"]["prompt_tokens"] == len(text)
+
+
+async def test_a_stop_string_ends_the_answer_and_is_left_out(open_api, scripted_head):
+    async with open_api(scripted_head("one two three")) as (caller, _):
+        answer = await caller.post("/v1/completions", complete(max_tokens=50, stop=["zero", " th"]))
+    (choice,) = answer.json["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("one two", "stop")
+
+
+async def test_an_answer_that_ends_by_itself_says_so(open_api, scripted_head):
+    async with open_api(scripted_head("good day")) as (caller, _):
+        answer = await caller.post("/v1/chat/completions", chat(max_tokens=50))
+    (choice,) = answer.json["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("good day", "stop")
+    assert answer.json["usage"]["completion_tokens"] == len("good day") + 1
+
+
+async def test_penalties_count_what_was_said_and_not_what_was_asked(open_api, scripted_head):
+    asked = complete(prompt="aaaa", max_tokens=4, logit_bias={"98": 3})
+    async with open_api(scripted_head("aaaa")) as (caller, _):
+        plain = await caller.post("/v1/completions", asked)
+    async with open_api(scripted_head("aaaa")) as (caller, _):
+        penalized = await caller.post("/v1/completions", asked | {"frequency_penalty": 1.5})
+    assert plain.json["choices"][0]["text"] == "aaaa"
+    # 5 for the likeliest against 3 for b: two a's take 3 off a, so b comes, takes 1.5 off itself, and a comes again.
+    assert penalized.json["choices"][0]["text"] == "aaba"
+
+
+async def test_an_echo_begins_with_the_prompt(open_api):
+    async with open_api() as (caller, _):
+        plain = await caller.post("/v1/completions", complete(prompt="Once"))
+        echo = await caller.post("/v1/completions", complete(prompt="Once", echo=True))
+    assert echo.json["choices"][0]["text"] == "Once" + plain.json["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code"),
+    [
+        ({"model": "other"}, 404, "model_not_found"),
+        ({"prompt": "x" * 1020, "max_tokens": 5}, 400, "context_length_exceeded"),
+        ({"prompt": [1] * 2000}, 400, "context_length_exceeded"),
+        ({"temperature": "hot"}, 400, "invalid_value"),
+        ({"wrong": 1}, 400, "unknown_parameter"),
+    ],
+)
+async def test_mistakes_are_told_before_anybody_is_asked(open_api, fields, status, code):
+    async with open_api() as (caller, swarm):
+        answer = await caller.post("/v1/completions", complete(**fields))
+        assert all(not host.server.sessions for host in swarm.hosts)
+        assert all(not host.task.engine.positions_computed for host in swarm.hosts)
+    assert answer.status == status
+    assert answer.json["error"]["code"] == code
+    assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_a_model_that_nobody_serves_is_a_503_that_says_when_to_come_back(open_api):
+    async with open_api() as (caller, swarm):
+        swarm.hosts[1].online = False
+        answer = await caller.post("/v1/completions", complete(stream=True))
+    assert answer.status == 503
+    assert "3:6" in answer.json["error"]["message"]
+    assert int(answer.headers["retry-after"]) > 0
+
+
+async def test_more_requests_than_the_daemon_answers_get_a_429(open_api, monkeypatch):
+    monkeypatch.setattr(app_module, "MAX_ANSWERING", 1)
+    answers = []
+
+    async with open_api() as (caller, _):
+
+        async def ask():
+            answers.append(await caller.post("/v1/completions", complete()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+    assert sorted(answer.status for answer in answers) == [200, 429]
+    busy = next(answer for answer in answers if answer.status == 429)
+    assert int(busy.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_closed_connection_ends_the_session_on_every_peer_within_a_second(open_api, stream):
+    async with open_api() as (caller, swarm), trio.open_nursery() as nursery:
+        hang_up = trio.Event()
+        nursery.start_soon(
+            partial(caller.post, hang_up=hang_up), "/v1/completions", complete(max_tokens=900, stream=stream)
+        )
+        await trio.sleep(0.5)
+        assert all(host.server.sessions for host in swarm.hosts)
+        hang_up.set()
+        await trio.sleep(1)
+        assert all(not host.server.sessions for host in swarm.hosts)
+
+
+async def test_an_error_in_mid_stream_is_an_event_and_no_done(open_api):
+    async with open_api() as (caller, swarm):
+
+        async def kill_soon():
+            await trio.sleep(0.3)
+            swarm.kill(swarm.hosts[1])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill_soon)
+            answer = await caller.post("/v1/completions", complete(max_tokens=900, stream=True))
+    assert answer.status == 200
+    assert "error" in answer.events[-1]
+    assert "[DONE]" not in answer.events
+
+
+async def test_models_are_listed_with_what_a_client_must_know(open_api):
+    async with open_api() as (caller, _):
+        listed = (await caller.get("/v1/models")).json
+        shown = (await caller.get("/v1/models/bytes")).json
+        missing = await caller.get("/v1/models/other")
+    assert [model["id"] for model in listed["data"]] == ["bytes"]
+    assert listed["data"][0] == shown
+    assert (shown["max_length"], shown["block_count"]) == (1024, 9)
+    assert missing.status == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/embeddings", "/v1/completions"])
+async def test_what_is_not_there_is_said_in_openai_s_shape(open_api, path):
+    async with open_api() as (caller, _):
+        answer = await caller.get(path)
+    assert answer.status in (404, 405)
+    assert "message" in answer.json["error"]
