@@ -36,7 +36,23 @@ ROWS = (
     Family("bitnet", "BitNet"),
     Family("cohere", "Cohere"),
     Family("cohere2", "Cohere2"),
+    # Its text; images would need positions of three parts.
+    Family(
+        "cohere_compass_text",
+        "CohereCompass",
+        module="cohere_compass",
+        config_class="CohereCompassTextConfig",
+        decoder_class="CohereCompassTextModel",
+    ),
     Family("cwm", "Cwm"),
+    Family(
+        "emu3_text_model",
+        "Emu3",
+        module="emu3",
+        config_class="Emu3TextConfig",
+        decoder_class="Emu3TextModel",
+        stored_under=("text_model.model.", "model.text_model."),
+    ),
     Family("ernie4_5", "Ernie4_5"),
     Family("exaone4", "Exaone4"),
     Family("gemma", "Gemma"),
@@ -82,6 +98,7 @@ ROWS = (
     ),
     Family("beam", "Beam", fused=_EXPERTS),
     Family("cohere2_moe", "Cohere2Moe", fused=_EXPERTS),
+    Family("dbrx", "Dbrx", layers="blocks", norm="norm_f", embeddings="wte"),
     Family("dots1", "Dots1", fused=_EXPERTS),
     Family(
         "ernie4_5_moe",

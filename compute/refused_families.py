@@ -1,17 +1,113 @@
-"""Which architectures cannot be served, and why: what `family_named` answers for them."""
+"""Which architectures cannot be served, and why: what `family_named` answers for them.
+
+A hop passes hidden states of one width to the next, and a session can go back to an earlier position. What
+needs more than the first, or cannot do the second, is refused by name. Together with the table of families this
+covers every causal language model of Transformers (`tests/compute/test_refused_families.py`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "gemma3n": "its blocks share KV caches and take per-layer inputs",
-        "gemma3n_text": "its blocks share KV caches and take per-layer inputs",
-        "gemma4": "its blocks share KV caches and take per-layer inputs",
-        "gemma4_text": "its blocks share KV caches and take per-layer inputs",
-        "zamba": "its blocks share one attention block and take the embeddings again",
-        "zamba2": "its blocks share one attention block and take the embeddings again",
-    }
+_SHARES_KV = "its blocks share KV caches and take per-layer inputs"
+_DRAFTS = "it drafts for another model, from that model's hidden states and KV caches"
+_ZAMBA = "its blocks share one attention block and take the embeddings again"
+_RUNNING_STATE = "its {} keep a running state, which cannot go back to an earlier position"
+_MAMBA = _RUNNING_STATE.format("Mamba blocks")
+_LINEAR = _RUNNING_STATE.format("blocks of linear attention")
+_CONVOLUTION = _RUNNING_STATE.format("convolutions")
+_INDEXED = "its sparse attention keeps an index of past positions beside keys and values"
+_STREAMS = "its blocks pass several residual streams to each other, not one"
+_ENCODER = "it is an encoder: its blocks were trained to see later positions too"
+_CROSS = "it is the decoder of an encoder-decoder model: its blocks attend to an encoder's output"
+_SPEECH = "it is a speech model: its blocks take codes of sound beside tokens"
+
+_REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (_SHARES_KV, ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")),
+    (_DRAFTS, ("gemma4_assistant", "gemma4_unified_assistant")),
+    (_ZAMBA, ("zamba", "zamba2")),
+    (_MAMBA, ("bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h")),
+    (
+        _LINEAR,
+        (
+            "bailing_hybrid",
+            "kimi_linear",
+            "minimax",
+            "olmo_hybrid",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "qwen3_5_text",
+            "qwen3_next",
+        ),
+    ),
+    (_RUNNING_STATE.format("recurrent blocks"), ("recurrent_gemma", "rwkv", "xlstm")),
+    (_CONVOLUTION, ("inkling2_text", "inkling_text", "lfm2", "lfm2_moe", "lfm3", "zaya")),
+    (
+        _INDEXED,
+        (
+            "axk2",
+            "deepseek_v32",
+            "dots3_note",
+            "dots3_note_text",
+            "glm_moe_dsa",
+            "minimax_m3_vl_text",
+        ),
+    ),
+    (_STREAMS, ("deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text")),
+    ("each of its blocks attends twice, with a KV cache for each", ("longcat_flash",)),
+    ("it runs its blocks over each token several times", ("hrm_text",)),
+    ("its blocks work on patches of bytes, which smaller models make and take apart", ("blt",)),
+    ("some of its blocks attend to an image", ("mllama",)),
+    ("its blocks take an image before the text, and let both see all of the image", ("git",)),
+    ("its embeddings are mixed with images and sound, by adapters of their own", ("phi4_multimodal",)),
+    (_SPEECH, ("moshi", "musicgen", "musicgen_melody")),
+    ("it keeps no keys and values: each token would compute the whole text again", ("openai-gpt",)),
+    ("its positions are no module of its decoder, which scales embeddings and adds them in one place", ("ctrl",)),
+    ("its head is more than a norm and a linear map", ("modernbert-decoder",)),
+    ("its positions are relative to prompts that it was trained with", ("cpmant",)),
+    ("its blocks pass two streams, and cache hashes of what they attend to", ("reformer",)),
+    ("it predicts permuted text: its blocks pass two streams", ("xlnet",)),
+    ("it has no list of blocks: their attentions, norms and feed-forwards lie in lists of their own", ("xlm",)),
+    (
+        _ENCODER,
+        (
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "xmod",
+        ),
+    ),
+    (
+        _CROSS,
+        (
+            "bart",
+            "bigbird_pegasus",
+            "blenderbot",
+            "blenderbot-small",
+            "marian",
+            "mbart",
+            "mvp",
+            "pegasus",
+            "plbart",
+            "prophetnet",
+            "trocr",
+            "whisper",
+        ),
+    ),
 )
+
+REFUSED: Mapping[str, str] = MappingProxyType({name: reason for reason, names in _REASONS for name in names})

@@ -72,6 +72,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4, "n_ctx": 64},
     "cohere": {"use_qk_norm": True, "logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3},
+    "cohere_compass_text": {"layer_types": _MIXED, "rope_parameters": _BY_TYPE, "logit_scale": 0.3},
+    "dbrx": {
+        "d_model": 32,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 3.0, "rope_theta": 500.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {**_LATENT, "first_k_dense_replace": 1},
     "deepseek_v3": {**_LATENT, "first_k_dense_replace": 1},
     "dots1": {"first_k_dense_replace": 1, "layer_types": _MIXED},
