@@ -21,6 +21,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # What the wire can carry (spec/tensors.md).
 DTYPES = ("float32", "float16", "bfloat16")
+# Those of compute/quantized_formats.py, which would import torch.
+QUANTIZATIONS = ("none", "int8", "nf4")
 AUTO = "auto"
 
 
