@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import click
 
+from peerd.compute.sizes import parse_size
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import MAX_BLOCKS, Span
-from peerd.sizes import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

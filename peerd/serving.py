@@ -19,13 +19,13 @@ from peerd.compute.checkpoint import Checkpoint
 from peerd.compute.engine import BATCH_TOKENS, PAGE_TOKENS, Engine
 from peerd.compute.free_memory import free_memory
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
+from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span
 from peerd.compute.throughput import measured_throughput
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.records import block_roots
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS, DTYPE_NAMES, DTYPES
-from peerd.sizes import format_size
 
 log = logging.getLogger(__name__)
 
