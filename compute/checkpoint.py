@@ -175,10 +175,8 @@ class Checkpoint:
 
     def fetch_head(self) -> None:
         """The same for the files that hold what is not a block."""
-        tied = bool(self.config.tie_word_embeddings)
         of_blocks = {name for names in self._names_of_block.values() for name in names}
-        names = [name for name in self._weights.parameters if name not in of_blocks]
-        self._weights.fetch([name for name in names if not (tied and name == LM_HEAD)])
+        self._weights.fetch([name for name in self._weights.parameters if name not in of_blocks])
 
     @cached_property
     def model_digest(self) -> bytes:

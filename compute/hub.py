@@ -165,9 +165,7 @@ class Hub:
         except HfHubHTTPError as error:
             raise self._status_error(what, error.response) from error
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
-            raise CheckpointError(
-                f"{what}: {self.endpoint} cannot be asked ({error}): check HF_ENDPOINT"
-            ) from error
+            raise CheckpointError(f"{what}: {self.endpoint} cannot be asked ({error}): check HF_ENDPOINT") from error
         except httpx2.TransportError as error:
             raise Transient(str(error) or type(error).__name__) from error
         except (httpx2.TooManyRedirects, httpx2.DecodingError) as error:
