@@ -8,7 +8,8 @@ at a time. Tensors are dequantized to fp32 in runs of rows, so that nothing is h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from peerd.compute.digests import file_digest
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.gguf_file import GgufFile, GgufTensor
+from peerd.compute.gguf_file import GgufTensor
+from peerd.compute.gguf_split import GgufFiles
 from peerd.compute.weights import StoredBytes
 
 # The codec makes several fp32 copies of what it is given: runs of this many values stay in a core's cache, which is
@@ -34,7 +35,7 @@ class GgufWeights:
     """
 
     def __init__(
-        self, file: GgufFile, sources: Mapping[str, tuple[str, ...]], names: Mapping[str, str], processor: Any
+        self, file: GgufFiles, sources: Mapping[str, tuple[str, ...]], names: Mapping[str, str], processor: Any
     ) -> None:
         self._file = file
         self._sources = sources
@@ -45,14 +46,9 @@ class GgufWeights:
     def parameters(self) -> tuple[str, ...]:
         return tuple(self._sources)
 
-    def digests(self) -> Mapping[str, bytes]:
-        return {self._file.path.name: file_digest(self._file.path)}
-
-    def fetch(self, parameters: Iterable[str]) -> None:
-        pass
-
-    def on_disk(self, parameter: str) -> bool:
-        return True
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._file.paths
 
     @property
     def bytes_read(self) -> int:

@@ -122,32 +122,6 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", "Starcoder2", {"sliding_window": WINDOW}),
     "cohere2": ("cohere2", "Cohere2", {"sliding_window": WINDOW, "logit_scale": 0.3}),
     # Bloom shares no key heads: it would ignore the common number, and layer_kinds would not.
-    # As GGUF metadata can say them: without a window, or with the types of blocks that a bare configuration has.
-    "qwen2_full": ("qwen2", "Qwen2", {}),
-    "qwen3_full": ("qwen3", "Qwen3", {"head_dim": 16}),
-    "qwen3_moe_full": (
-        "qwen3_moe",
-        "Qwen3Moe",
-        {
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "norm_topk_prob": True,
-        },
-    ),
-    "gemma2_default": (
-        "gemma2",
-        "Gemma2",
-        {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": WINDOW,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-        },
-    ),
-    "gemma3_default": ("gemma3", "Gemma3", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}),
     "bloom": ("bloom", "Bloom", {"num_key_value_heads": 4, "max_position_embeddings": None}),
 }
 

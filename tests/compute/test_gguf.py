@@ -2,113 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
 from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.gguf_architectures import ARCHITECTURES, architecture_of
 from peerd.compute.gguf_file import GgufFile, LongArray
 from peerd.compute.head import load_head
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span
-
-TinyCheckpoint = Callable[[str], Path]
-
-#: GGUF's architecture -> the tiny model that is written as it.
-ARCHITECTURES = {
-    "llama": "llama",
-    "qwen2": "qwen2_full",
-    "qwen3": "qwen3_full",
-    "qwen3moe": "qwen3_moe_full",
-    "gemma2": "gemma2_default",
-    "gemma3": "gemma3_default",
-    "phi3": "phi3",
-    "bloom": "bloom",
-}
-
-
-def write_gguf(path: Path, model: Any, architecture: str, **more: int | float | str) -> None:
-    """Write a Transformers model as llama.cpp's converter does, in F32."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in {**metadata_of(model.config), **more}.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        full_key = key if key.startswith(("split", "tokenizer")) else f"{architecture}.{key}"
-        if isinstance(value, str):
-            writer.add_string(full_key, value)
-        else:
-            add(full_key, value)
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        for stored, values in stored_tensors(name, tensor.numpy(), names, architecture, model.config):
-            writer.add_tensor(stored, np.ascontiguousarray(values, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def metadata_of(config: Any) -> dict[str, int | float | str]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
-    fields = {
-        "block_count": config.num_hidden_layers,
-        "context_length": getattr(config, "max_position_embeddings", None),
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": getattr(config, "intermediate_size", None),
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None),
-        "attention.key_length": getattr(config, "head_dim", None),
-        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
-        "attention.layer_norm_epsilon": getattr(config, "layer_norm_epsilon", None),
-        "attention.sliding_window": getattr(config, "sliding_window", None),
-        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
-        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
-        "rope.freq_base": rope.get("rope_theta"),
-        "rope.dimension_count": getattr(config, "head_dim", None),
-        "expert_count": getattr(config, "num_experts", None),
-        "expert_used_count": getattr(config, "num_experts_per_tok", None),
-        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
-        "vocab_size": config.vocab_size,
-        "tokenizer.ggml.padding_token_id": config.pad_token_id,
-        "tokenizer.ggml.eos_token_id": config.eos_token_id,
-    }
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def stored_tensors(
-    name: str, values: Any, names: Any, architecture: str, config: Any
-) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    """What the converter stores for one parameter: other names, llama's permutation, gemma's shift, bloom's order."""
-    block = name.split(".")[2] if ".layers." in name else ""
-    if name.endswith("experts.gate_up_proj"):
-        gate, up = np.split(values, 2, axis=1)
-        return [(f"blk.{block}.ffn_gate_exps.weight", gate), (f"blk.{block}.ffn_up_exps.weight", up)]
-    if name.endswith("experts.down_proj"):
-        return [(f"blk.{block}.ffn_down_exps.weight", values)]
-    stem, suffix = name.rsplit(".", 1)
-    stored = f"{names.get_name(stem) or names.get_name(stem.removeprefix('transformer.'))}.{suffix}"
-    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-        values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
-        values = values + 1
-    if architecture == "bloom" and "query_key_value" in name:
-        values = values.reshape(config.n_head, 3, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
-    return [(stored, values)]
 
 
 def small_file(*, tensors: int | None = None, fields: int | None = None, extra: bytes = b"") -> bytes:
@@ -135,41 +50,21 @@ def opened(tmp_path: Path) -> Callable[[bytes], GgufFile]:
     return open_bytes
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_a_model_written_as_gguf_comes_back_with_the_same_logits(
-    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, architecture: str
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(ARCHITECTURES[architecture])).eval()
+def test_opening_block_7_reads_block_7s_bytes_only(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, model, architecture)
-    ids = torch.randint(3, 128, (30,), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(ids[None]).logits[0]
-        with open_checkpoint(path) as checkpoint:
-            head, span = load_head(checkpoint), load_span(checkpoint, Span(0, 8))
-        logits = head.logits(span.forward_no_cache(head.embed(ids)[None])[0])
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_opening_block_7_reads_block_7s_bytes_only(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")), "llama")
+    write_model(path, "llama", tiny_model(tiny_config("llama")))
     with open_checkpoint(path) as checkpoint:
         before = checkpoint.bytes_read
         span = load_span(checkpoint, Span(7, 8))
         assert checkpoint.bytes_read - before == sum(tensor.nbytes for tensor in span.layers[0].state_dict().values())
 
 
-def test_a_missing_half_of_the_experts_is_named(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_a_missing_half_of_the_experts_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, AutoModelForCausalLM.from_pretrained(tiny_checkpoint("qwen3_moe_full")), "qwen3moe")
-    path.write_bytes(path.read_bytes().replace(b"blk.3.ffn_gate_exps", b"blk.3.ffn_gone_exps"))
+    model = tiny_model(tiny_config("qwen3_moe"))
+    tensors = dict(stored_tensors("qwen3moe", model))
+    del tensors["blk.3.ffn_gate_exps.weight"]
+    write_gguf(path, "qwen3moe", metadata_of("qwen3moe", model.config), tensors)
     with open_checkpoint(path) as checkpoint:
         load_span(checkpoint, Span(0, 3))
         with pytest.raises(CheckpointError, match=r"tiny\.gguf: tensor blk\.3\.ffn_gate_exps\.weight is missing"):
@@ -178,43 +73,55 @@ def test_a_missing_half_of_the_experts_is_named(tiny_checkpoint: TinyCheckpoint,
 
 @pytest.mark.parametrize(("blocks", "scalar"), [(26, 16), (46, 8)])
 def test_a_gemma_of_27b_scales_its_queries_by_another_width(tmp_path: Path, blocks: int, scalar: int) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "gemma.gguf", "gemma2")
     sizes = {"block_count": blocks, "embedding_length": 32, "attention.head_count": 4, "attention.key_length": 16}
-    for key, value in sizes.items():
-        writer.add_uint32(f"gemma2.{key}", value)
-    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "gemma.gguf", "gemma2", sizes, {"token_embd.weight": np.zeros((4, 32))})
     with open_checkpoint(tmp_path / "gemma.gguf") as checkpoint:
         assert checkpoint.config.query_pre_attn_scalar == scalar
 
 
+@pytest.mark.parametrize("stored", ["blk.2.attn_q_norm.weight", "blk.0.ffn_gate.0.weight", "blk.9.attn_q.weight"])
+def test_a_tensor_that_the_model_has_no_place_for_is_refused_by_name(tmp_path: Path, stored: str) -> None:
+    model = tiny_model(tiny_config("llama"))
+    tensors = {**dict(stored_tensors("llama", model)), stored: np.ones((32, 32))}
+    write_gguf(tmp_path / "tiny.gguf", "llama", metadata_of("llama", model.config), tensors)
+    with pytest.raises(UnsupportedModel, match=rf"tensor {re.escape(stored)} has no place in a llama"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_frequencies_that_every_block_repeats_are_passed_over(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config("llama"))
+    tensors = {**dict(stored_tensors("llama", model)), "blk.0.attn_rot_embd.weight": np.ones(8)}
+    write_gguf(tmp_path / "tiny.gguf", "llama", metadata_of("llama", model.config), tensors)
+    open_checkpoint(tmp_path / "tiny.gguf").close()
+
+
 @pytest.mark.parametrize(
-    ("more", "reason"),
+    ("architecture", "reason"),
     [
-        ({"rope.scaling.type": "yarn"}, "scaled .yarn."),
-        ({"expert_count": 8}, "llama with experts"),
-        ({"split.count": 3}, "one of 3 parts"),
+        ("mamba", "mamba cannot be served: some of its blocks keep a state"),
+        ("t5encoder", "t5encoder cannot be served: it is an encoder"),
+        ("gemma4", "gemma4 cannot be served: its blocks share KV caches"),
+        ("clip", "'clip' is not one of those supported: bloom"),
     ],
 )
-def test_what_transformers_would_read_wrong_is_refused(
-    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, more: dict[str, Any], reason: str
+def test_an_architecture_that_cannot_be_served_is_refused_by_name(
+    tmp_path: Path, architecture: str, reason: str
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")), "llama", **more)
+    write_gguf(tmp_path / "other.gguf", architecture, {}, {"token_embd.weight": np.ones((4, 4))})
     with pytest.raises(UnsupportedModel, match=reason):
-        open_checkpoint(path)
+        open_checkpoint(tmp_path / "other.gguf")
 
 
-def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "mamba.gguf"
-    path.write_bytes(small_file().replace(b"llama", b"mamba"))
-    with pytest.raises(UnsupportedModel, match="'mamba' is not one of those supported: bloom"):
-        open_checkpoint(path)
+def test_every_architecture_that_transformers_knows_is_read_or_refused_with_a_reason() -> None:
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf import GGUF_ARCHS
+
+    # These are no architectures: general fields, and a llama by another name.
+    for name in {*GGUF_CONFIG_MAPPING, *GGUF_ARCHS} - {"general", "tokenizer", "mistral"}:
+        written = {"gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}.get(name, name.replace("_moe", "moe"))
+        if written not in ARCHITECTURES:
+            with pytest.raises(UnsupportedModel, match=f"{written} cannot be served: "):
+                architecture_of({"general.architecture": written}, "here")
 
 
 def test_a_file_without_the_models_sizes_is_refused(tmp_path: Path) -> None:
@@ -222,6 +129,14 @@ def test_a_file_without_the_models_sizes_is_refused(tmp_path: Path) -> None:
     path.write_bytes(small_file())
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match=r"tensor layers\.0\..* is missing"):
         load_span(checkpoint, Span(0, 1))
+
+
+def test_the_embedding_says_how_large_the_vocabulary_is(tmp_path: Path) -> None:
+    """Tokenizers may list fewer tokens than a padded embedding has rows."""
+    model = tiny_model(tiny_config("qwen2"))
+    write_model(tmp_path / "tiny.gguf", "qwen2", model, vocab_size=90)
+    with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
+        assert load_head(checkpoint).vocab_size == 96
 
 
 def test_a_well_formed_file_opens(opened: Callable[[bytes], GgufFile]) -> None:

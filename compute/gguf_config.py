@@ -1,0 +1,102 @@
+"""The configuration that a GGUF file describes, by its metadata and by which tensors it has.
+
+Uses Transformers' own tables, but not its reader, which takes seconds over a vocabulary that we do not need.
+The difficulty is what metadata do not say: llama.cpp knows some of it by architecture, and some shows only
+in the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from peerd.compute.checkpoint import make_config
+from peerd.compute.errors import UnsupportedModel
+from peerd.compute.gguf_architectures import Architecture
+from peerd.compute.gguf_file import LongArray
+from peerd.compute.gguf_rope import rope_scaling
+from peerd.compute.gguf_split import GgufFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from peerd.compute.family import Family
+
+# The Gemmas of 27B, by their number of blocks, scale queries by the square root of this where all others take the
+# width of a head; no field says so, and llama.cpp tells them apart as we do.
+_GEMMA_27B_BLOCKS: Mapping[str, int] = MappingProxyType({"gemma2": 46, "gemma3": 62})
+# llama.cpp's number for experts that are chosen by a sigmoid.
+_SIGMOID = 2
+
+
+def config_of(
+    file: GgufFiles, architecture: Architecture, family: Family
+) -> tuple[PreTrainedConfig, Mapping[str, Any]]:
+    """The configuration, and the fields that Transformers' tensor processors look at."""
+    fields = _table_fields(file, architecture)
+    fields |= _facts_of_tensors(file, architecture, fields)
+    scaling = rope_scaling(file, architecture.name, fields)
+    if scaling is not None:
+        # Published GPT-OSS files leave out that their corrections are not rounded.
+        fields["rope_scaling"] = scaling | ({"truncate": False} if architecture.name == "gpt-oss" else {})
+        if scaling["rope_type"] == "longrope":
+            # Phi's configuration has it here, and looks nowhere else.
+            fields["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    config = make_config(family, dict(fields), file.path)
+    if architecture.name in _GEMMA_27B_BLOCKS:
+        is_27b = config.num_hidden_layers == _GEMMA_27B_BLOCKS[architecture.name]
+        width = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+        config.query_pre_attn_scalar = width
+    return config, fields
+
+
+def _table_fields(file: GgufFiles, architecture: Architecture) -> dict[str, Any]:
+    """What Transformers' tables make of the metadata, and what ours add."""
+    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+
+    table = architecture.table or architecture.model_type
+    tables: Any = (
+        (architecture.name, GGUF_CONFIG_MAPPING[table]),
+        (architecture.name, architecture.more),
+        ("tokenizer", GGUF_CONFIG_MAPPING["tokenizer"]),
+    )
+    fields: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(table) or {})
+    for section, names in tables:
+        for key, name in names.items():
+            value = file.metadata.get(f"{section}.{key}")
+            if name is not None and value is not None:
+                fields[name] = value
+    if architecture.partial_rotary:
+        turned = file.metadata.get(f"{architecture.name}.rope.dimension_count")
+        heads = fields.get("num_attention_heads")
+        if isinstance(turned, int) and isinstance(heads, int) and heads > 0:
+            fields["partial_rotary_factor"] = turned / (fields.get("head_dim") or fields["hidden_size"] // heads)
+    return fields | {"model_type": architecture.model_type}
+
+
+def _facts_of_tensors(file: GgufFiles, architecture: Architecture, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What only the tensors say."""
+    tensors = file.tensors
+    # llama.cpp writes an output matrix only where it is not the embedding.
+    facts: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in tensors or architecture.always_tied}
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if "token_embd.weight" in tensors:
+        facts["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    elif isinstance(tokens, LongArray | tuple):
+        facts["vocab_size"] = len(tokens)
+    if architecture.name == "llama":
+        # Transformers' processor leaves queries and keys in llama.cpp's order where it does not know this.
+        facts["num_key_value_heads"] = fields.get("num_key_value_heads") or fields.get("num_attention_heads")
+        facts["attention_bias"] = "blk.0.attn_output.bias" in tensors
+    if architecture.name == "stablelm":
+        facts["use_qkv_bias"] = "blk.0.attn_q.bias" in tensors
+        facts["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in tensors
+    if architecture.name == "falcon":
+        # The first Falcons share one key head, later ones one a group of heads.
+        grouped = fields.get("num_kv_heads", 1) != 1
+        norms = 2 if "blk.0.attn_norm_2.weight" in tensors else 1
+        facts |= {"new_decoder_architecture": grouped, "num_ln_in_parallel_attn": norms if grouped else None}
+    if architecture.name == "minimax-m2" and file.metadata.get("minimax-m2.expert_gating_func", _SIGMOID) != _SIGMOID:
+        raise UnsupportedModel(f"{file.path}: its experts are not chosen by a sigmoid")
+    return facts

@@ -1,0 +1,87 @@
+"""Undoing what llama.cpp's converter did to tensors, where Transformers has no processor that does.
+
+Each is called as Transformers' own are: one stored tensor at a time, in any order; parts of a parameter are
+gathered in `parsed_parameters`. Transformers' GPT-OSS processor expects names that no published file has,
+and it has none for Falcon's grouped heads or for experts in a llama file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUFTensor,
+    LlamaTensorProcessor,
+    Qwen2MoeTensorProcessor,
+    TensorProcessor,
+)
+
+_GPT_OSS_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.(weight|bias)")
+
+
+class MixtralProcessor(TensorProcessor):
+    """Queries and keys as in llama, experts as in Qwen."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config=config)  # type: ignore[no-untyped-call]
+        llama: Any = LlamaTensorProcessor
+        experts: Any = Qwen2MoeTensorProcessor
+        self._llama, self._experts = llama(config=config), experts(config=config)
+
+    def perform_fallback_tensor_mapping(self, *arguments: Any) -> None:
+        self._experts.perform_fallback_tensor_mapping(*arguments)
+
+    def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
+        owner = self._experts if "_exps." in name else self._llama
+        return owner.process(weights, name, **kwargs)
+
+
+class FalconProcessor(TensorProcessor):
+    """All queries, all keys, all values were stored one after the other; Falcon keeps each group of heads together."""
+
+    def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
+        if ".attn_qkv." in name:
+            heads, groups = self.config["num_attention_heads"], self.config["num_kv_heads"]
+            width = weights.shape[0] // (heads + 2 * groups)
+            query, key, value = np.split(weights, (heads * width, (heads + groups) * width))
+            parts = [part.reshape(groups, -1, *weights.shape[1:]) for part in (query, key, value)]
+            weights = np.concatenate(parts, axis=1).reshape(weights.shape)
+        return GGUFTensor(weights, name, {})
+
+
+class GptOssProcessor(TensorProcessor):
+    """Experts' gate and up alternate in one matrix, and matrices of experts lie transposed."""
+
+    def perform_fallback_tensor_mapping(self, names: Any, suffix: str, qual_name: str, hf_name: str) -> None:
+        block = hf_name.removeprefix("model.layers.").partition(".")[0]
+        stored = {
+            "gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+            "gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+            "down_proj": ("ffn_down_exps.weight",),
+            "down_proj_bias": ("ffn_down_exps.bias",),
+        }
+        if ".experts." in hf_name:
+            for leaf in stored.get(hf_name.rpartition(".")[2], ()):
+                names[f"blk.{block}.{leaf}"] = qual_name + hf_name
+
+    def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
+        match = _GPT_OSS_EXPERTS.fullmatch(name)
+        if match is None:
+            return GGUFTensor(weights, name, {})
+        values = torch.from_numpy(np.ascontiguousarray(weights))
+        if match[2] == "weight":
+            values = values.mT
+        gathered, names = kwargs["parsed_parameters"]["tensors"], kwargs["tensor_key_mapping"]
+        parameter = names[name if name in names else name.removesuffix(".weight")]
+        if match[1] == "down":
+            gathered[parameter] = values.contiguous()
+        else:
+            shape = (*values.shape[:-1], 2 * values.shape[-1])
+            whole = gathered.setdefault(parameter, torch.empty(shape))
+            whole[..., 0 if match[1] == "gate" else 1 :: 2] = values
+        # Without a name: it is gathered already.
+        gathered_tensor: Any = GGUFTensor
+        return gathered_tensor(weights, None, {})

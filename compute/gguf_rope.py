@@ -1,0 +1,133 @@
+"""What a GGUF file says of scaled rotary embeddings, as Transformers' `rope_scaling`.
+
+Transformers itself passes over it. The difficulty is that a file states frequencies where a configuration
+states the rule that they follow: Llama 3's is recognised among its published parameters by comparing every
+frequency, and any other is given as the list of factors that it is. What is stated by halves is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.gguf_split import GgufFiles
+
+# With Llama 3.1 to 3.3 came these, and factors of 8 and 32; llama.cpp stores what follows from them.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_FACTORS = "rope_freqs.weight"
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scaling, or None if there is none. Raises CheckpointError, UnsupportedModel if it cannot be read exactly."""
+    stated = _Stated(file, f"{architecture}.rope.scaling.")
+    kind = stated.get("type", "none")
+    if _LONG in file.tensors and _SHORT in file.tensors:
+        return _by_lists(stated, _factors(file, _SHORT), _factors(file, _LONG))
+    if kind == "linear" or (kind == "none" and file.metadata.get(f"{architecture}.rope.scale_linear")):
+        factor = stated.get("factor", file.metadata.get(f"{architecture}.rope.scale_linear"))
+        return {"rope_type": "linear", "factor": stated.number(factor, "factor")}
+    if kind == "yarn":
+        return _yarn(stated)
+    if kind != "none":
+        raise UnsupportedModel(f"{file.path}: its RoPE is scaled ({kind}), which GGUF states incompletely")
+    return _llama3(file, fields) if _FACTORS in file.tensors else None
+
+
+class _Stated:
+    """Metadata under one prefix."""
+
+    def __init__(self, file: GgufFiles, prefix: str) -> None:
+        self.path = file.path
+        self._file = file
+        self._prefix = prefix
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._file.metadata.get(self._prefix + key, default)
+
+    def number(self, value: Any, key: str) -> float:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UnsupportedModel(f"{self.path}: its RoPE is scaled, and {self._prefix}{key} is {value!r}")
+        return float(value)
+
+    def original_length(self) -> int:
+        return int(self.number(self.get("original_context_length"), "original_context_length"))
+
+
+def _yarn(stated: _Stated) -> dict[str, Any]:
+    for key in ("yarn_ext_factor", "yarn_log_multiplier"):
+        if stated.get(key) is not None:
+            raise UnsupportedModel(f"{stated.path}: its RoPE is scaled (yarn) with {key}, which we do not read")
+    scaling = {
+        "rope_type": "yarn",
+        "factor": stated.number(stated.get("factor"), "factor"),
+        "original_max_position_embeddings": stated.original_length(),
+    }
+    optional = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+    return scaling | {
+        name: stated.number(stated.get(key), key) for key, name in optional.items() if stated.get(key) is not None
+    }
+
+
+def _by_lists(stated: _Stated, short: list[float], long: list[float]) -> dict[str, Any]:
+    """Phi's: one list up to the original length, another beyond it."""
+    return {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": stated.original_length(),
+        "attention_factor": stated.number(stated.get("attn_factor"), "attn_factor"),
+    }
+
+
+def _llama3(file: GgufFiles, fields: Mapping[str, Any]) -> dict[str, Any]:
+    factors = _factors(file, _FACTORS)
+    half = _head_width(fields) // 2
+    if len(factors) != half:
+        raise CheckpointError(f"{file.path}: tensor {_FACTORS} has {len(factors)} values, a head's half is {half}")
+    found = np.array(factors)
+    # The slowest frequencies are divided by the whole factor.
+    factor = round(max(factors), 3)
+    base = float(fields.get("rope_theta", 10000.0))
+    if np.allclose(found, _llama3_factors(len(factors), base, factor), rtol=1e-5, atol=0):
+        return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    length = fields.get("max_position_embeddings")
+    if not isinstance(length, int):
+        raise CheckpointError(f"{file.path}: its RoPE is scaled, and its context length is {length!r}")
+    # The same list at every length.
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": length,
+        "attention_factor": 1.0,
+    }
+
+
+def _llama3_factors(count: int, base: float, factor: float) -> NDArray[np.float64]:
+    """By how much Llama 3's rule divides each of `count` frequencies."""
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    turns = _LLAMA3["original_max_position_embeddings"] * base ** (-np.arange(count) / count) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _head_width(fields: Mapping[str, Any]) -> int:
+    width = fields.get("head_dim") or fields.get("hidden_size", 0) // max(1, fields.get("num_attention_heads", 1))
+    return int(width)
+
+
+def _factors(file: GgufFiles, name: str) -> list[float]:
+    """A small tensor's values. Raises CheckpointError unless they can divide frequencies."""
+    tensor = file.tensors[name]
+    if tensor.kind.name != "F32" or len(tensor.shape) != 1:
+        raise CheckpointError(f"{file.path}: tensor {name} is {tensor.kind.name} of shape {list(tensor.shape)}")
+    values = file.read_rows(tensor, 0, 1).view(np.float32)[0]
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise CheckpointError(f"{file.path}: tensor {name} has values that are no factors")
+    return [float(value) for value in values]

@@ -1,0 +1,342 @@
+"""Writes a Transformers model as llama.cpp's converter does: its metadata, its names, its order of values.
+
+Written from the converter's rules, not from the reader's: what one of the two gets wrong shows beside the model
+that was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+Stored: TypeAlias = Iterator[tuple[str, Array]]
+
+BLOCKS = 8
+_COMMON: dict[str, Any] = {
+    "num_hidden_layers": BLOCKS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+#: Name of a tiny model -> GGUF's architecture, the family, and what its configuration has beside the common fields.
+TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bloom": ("bloom", "bloom", {}),
+    "falcon": ("falcon", "falcon", {}),
+    "falcon_grouped": ("falcon", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_11b": (
+        "falcon",
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 80},
+    ),
+    "gemma2": (
+        "gemma2",
+        "gemma2",
+        {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "rope_parameters": None},
+    ),
+    "gemma3": ("gemma3", "gemma3_text", {**_GEMMA, "rope_parameters": None}),
+    "gemma3_linear": (
+        "gemma3",
+        "gemma3_text",
+        {
+            **_GEMMA,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gpt2": ("gpt2", "gpt2", {"n_inner": 80}),
+    "gpt_oss": (
+        "gpt-oss",
+        "gpt_oss",
+        {
+            **_EXPERTS,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    ),
+    "llama": ("llama", "llama", {"head_dim": 16}),
+    "llama_biased": ("llama", "llama", {"attention_bias": True, "tie_word_embeddings": True}),
+    "minimax_m2": ("minimax-m2", "minimax_m2", {**_EXPERTS, "head_dim": 16, "rotary_dim": 8, "rope_parameters": None}),
+    "mixtral": ("llama", "mixtral", {**_EXPERTS, "head_dim": 16}),
+    "nemotron": ("nemotron", "nemotron", {"head_dim": 16, "partial_rotary_factor": 0.25, "norm_eps": 1e-3}),
+    "phi3": ("phi3", "phi3", {"sliding_window": 16}),
+    "qwen2": ("qwen2", "qwen2", {}),
+    "qwen2_moe": ("qwen2moe", "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 40}),
+    "qwen2_yarn": ("qwen2", "qwen2", {"rope_parameters": _YARN}),
+    "qwen3": ("qwen3", "qwen3", {"head_dim": 16}),
+    "qwen3_moe": ("qwen3moe", "qwen3_moe", {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "stablelm": ("stablelm", "stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm_parallel": ("stablelm", "stablelm", {"use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", "starcoder2", {}),
+}
+
+
+def metadata_of(architecture: str, config: Any) -> dict[str, int | float | str]:
+    """What the converter writes for this configuration, `None`s left out."""
+    stated = getattr(config, "rope_parameters", None) or {}
+    rope = stated.get("full_attention", stated)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    fields = {
+        "block_count": config.num_hidden_layers,
+        "context_length": getattr(config, "max_position_embeddings", None),
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": _first(config, "ffn_hidden_size", "intermediate_size", "n_inner"),
+        "attention.head_count": heads,
+        "attention.head_count_kv": _kv_heads(config),
+        "attention.key_length": getattr(config, "head_dim", None),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "attention.layer_norm_epsilon": _first(
+            config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"
+        ),
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+        "rope.freq_base": rope.get("rope_theta"),
+        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
+        "expert_count": _first(config, "num_local_experts", "num_experts"),
+        "expert_used_count": getattr(config, "num_experts_per_tok", None),
+        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
+        "expert_shared_feed_forward_length": getattr(config, "shared_expert_intermediate_size", None),
+        "vocab_size": config.vocab_size,
+        "tokenizer.ggml.padding_token_id": config.pad_token_id,
+        "tokenizer.ggml.eos_token_id": config.eos_token_id,
+        **_rope_scaling(rope),
+    }
+    if architecture in ("gemma2", "gemma3", "gpt-oss", "phi3"):
+        fields["attention.sliding_window"] = config.sliding_window
+    if architecture in ("gpt-oss", "minimax-m2"):
+        fields["expert_feed_forward_length"] = config.intermediate_size
+    if architecture == "minimax-m2":
+        fields["expert_gating_func"] = 2
+    if architecture == "phi3" and rope.get("rope_type") == "longrope":
+        scale = config.max_position_embeddings / rope["original_max_position_embeddings"]
+        fields["rope.scaling.attn_factor"] = float(
+            np.sqrt(1 + np.log(scale) / np.log(rope["original_max_position_embeddings"]))
+        )
+        fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    if rope.get("rope_type") == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
+    if rope.get("rope_type") != "yarn":
+        return {}
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": rope.get("beta_fast"),
+        "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+    }
+
+
+def _kv_heads(config: Any) -> int | None:
+    if config.model_type == "falcon":
+        return int(config.num_kv_heads) if config.new_decoder_architecture else 1
+    heads: int | None = getattr(config, "num_key_value_heads", None)
+    return heads
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+
+
+def stored_tensors(architecture: str, model: Any) -> Stored:
+    """Every tensor of the file: its name, and its values in the converter's order."""
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    prefix = f"{model.base_model_prefix}."
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        values = tensor.float().numpy()
+        if "experts." in name:
+            yield from _experts(name, values, architecture)
+            continue
+        stem, _, suffix = name.rpartition(".")
+        if suffix not in ("weight", "bias"):
+            # As the converter names parameters that are no part of a layer.
+            stem, suffix = {
+                "sinks": (name, "weight"),
+                "e_score_correction_bias": (f"{stem}.e_score_correction", "bias"),
+            }[suffix]
+        stored = names.get_name(stem) or names.get_name(stem.removeprefix(prefix))
+        assert stored, name
+        reorder = _REORDERED.get(architecture)
+        yield f"{stored}.{suffix}", values if reorder is None else reorder(name, values, model.config)
+    yield from _rope_tensors(architecture, model.config)
+
+
+def _experts(name: str, values: Array, architecture: str) -> Stored:
+    block, leaf = name.split(".")[2], name.rpartition(".")[2]
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    if architecture == "gpt-oss" and kind == "weight":
+        values = values.swapaxes(-1, -2)
+    if leaf.startswith("down_proj"):
+        yield f"blk.{block}.ffn_down_exps.{kind}", values
+        return
+    gate, up = (values[:, ::2], values[:, 1::2]) if architecture == "gpt-oss" else np.split(values, 2, axis=1)
+    yield f"blk.{block}.ffn_gate_exps.{kind}", gate
+    yield f"blk.{block}.ffn_up_exps.{kind}", up
+
+
+def _rope_tensors(architecture: str, config: Any) -> Stored:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        yield "rope_factors_long.weight", np.array(rope["long_factor"])
+        yield "rope_factors_short.weight", np.array(rope["short_factor"])
+    if rope.get("rope_type") == "llama3":
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        yield "rope_freqs.weight", np.array(_llama3_factors(width, rope))
+
+
+def _llama3_factors(width: int, rope: Mapping[str, Any]) -> list[float]:
+    low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+    high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
+    factors = []
+    for frequency in 1.0 / rope["rope_theta"] ** (np.arange(0, width, 2) / width):
+        wavelength = 2 * np.pi / frequency
+        if wavelength < high:
+            factors.append(1.0)
+        elif wavelength > low:
+            factors.append(rope["factor"])
+        else:
+            span = rope["high_freq_factor"] - rope["low_freq_factor"]
+            smooth = (rope["original_max_position_embeddings"] / wavelength - rope["low_freq_factor"]) / span
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return factors
+
+
+def _llama(name: str, values: Array, config: Any) -> Array:
+    """Halves of a rotary pair lie side by side."""
+    if "q_proj" not in name and "k_proj" not in name:
+        return values
+    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+    return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _shifted_norms(name: str, values: Array, _: Any) -> Array:
+    return values + 1 if name.endswith("norm.weight") else values
+
+
+def _bloom(name: str, values: Array, config: Any) -> Array:
+    if "query_key_value" not in name:
+        return values
+    return values.reshape(config.n_head, 3, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
+
+
+def _falcon(name: str, values: Array, config: Any) -> Array:
+    """Each group's queries, its key and its value: gathered by kind."""
+    if "query_key_value" not in name:
+        return values
+    heads, groups = config.num_attention_heads, _kv_heads(config) or 1
+    by_group = values.reshape(groups, heads // groups + 2, -1, config.hidden_size)
+    kinds = (by_group[:, :-2], by_group[:, -2], by_group[:, -1])
+    return np.concatenate([kind.reshape(-1, config.hidden_size) for kind in kinds])
+
+
+def _gpt2(name: str, values: Array, _: Any) -> Array:
+    """Its linear maps are stored transposed."""
+    linear = name.endswith((".c_attn.weight", ".c_fc.weight", ".c_proj.weight"))
+    return values.T if linear else values
+
+
+def _qwen2moe(name: str, values: Array, _: Any) -> Array:
+    return values[0] if name.endswith("shared_expert_gate.weight") else values
+
+
+_REORDERED: Mapping[str, Callable[[str, Array, Any], Array]] = {
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "gemma2": _shifted_norms,
+    "gemma3": _shifted_norms,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "nemotron": _shifted_norms,
+    "qwen2moe": _qwen2moe,
+}
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, int | float | str],
+    tensors: Mapping[str, Any],
+    kind: gguf.GGMLQuantizationType | None = None,
+) -> None:
+    """Write a file, matrices as `kind` where their rows allow it, all else in F32."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        full_key = key if key.startswith(("split", "tokenizer", "general")) else f"{architecture}.{key}"
+        if isinstance(value, str):
+            writer.add_string(full_key, value)
+        elif isinstance(value, float):
+            writer.add_float32(full_key, value)
+        elif full_key == "split.count":
+            writer.add_uint16(full_key, value)
+        else:
+            writer.add_uint32(full_key, value)
+    for name, values in tensors.items():
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        if kind is not None and values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_model(
+    path: Path, architecture: str, model: Any, kind: gguf.GGMLQuantizationType | None = None, **more: Any
+) -> None:
+    """Write a whole model as one file."""
+    metadata = {**metadata_of(architecture, model.config), **more}
+    write_gguf(path, architecture, metadata, dict(stored_tensors(architecture, model)), kind)
+
+
+def tiny_config(name: str) -> Any:
+    """The configuration of a tiny model."""
+    from peerd.compute.families import family_named
+
+    _, model_type, more = TINY[name]
+    kind: Any = family_named(model_type).config_type()
+    known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
+    fields = {**{key: value for key, value in _COMMON.items() if key in known}, **more}
+    return kind(**{key: value for key, value in fields.items() if value is not None})
+
+
+def tiny_model(config: Any) -> Any:
+    """A model of random weights, large enough that every part matters."""
+    import torch
+
+    from peerd.compute.families import family_named
+
+    torch.manual_seed(7)
+    causal: Any = family_named(config.model_type).causal_type()
+    model = causal(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1))
+    return model
