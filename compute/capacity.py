@@ -1,34 +1,97 @@
-"""How much memory blocks and KV take, and how many blocks fit into what is free.
+"""How much memory serving blocks takes, and how many blocks fit into what is free.
 
-Sizes come from the configuration alone, by building the model without its weights: no weights file need be
-there yet. Free memory is what this process may still take: a container's limit counts as much as the machine's.
+Weights and KV are counted to the byte; activations and buffers are bounded from above. The difficulty is to leave
+nothing out: a peer that promises more KV than there is memory for dies with all of its sessions, in the end of a long
+conversation. Sizes come from the configuration alone, by building the model without its weights: no weights file need
+be there yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from peerd.compute.cut_model import build_on_meta
+from peerd.compute.families import FAMILIES
 from peerd.compute.layer_kinds import layer_kinds
+from peerd.compute.quantized_formats import FORMATS, NONE, RUN_VALUES_CPU, Format
+from peerd.compute.quantized_modules import places
+from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from peerd.compute.checkpoint import Checkpoint
 
-# Beside blocks and KV there are activations, network buffers and the rest of the machine.
+# What is free now is not only ours: the rest of the machine may grow by so much of it.
 HEADROOM = 0.15
+# A server with many connections grows by some 30 MiB; the rest is what a fragmented heap holds on to.
+PROCESS_BYTES = 96 * 2**20
+# Of each position's activations a hop holds up to so many copies: kept for the next hop, in a buffer that grows by
+# doubling, and one in steps on their way in or results on their way out.
+_HOST_COPIES = 3
+_INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_EXPERTS_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 # Where the caller names no number: what one long conversation takes.
 DEFAULT_KV_TOKENS = 8192
 
 
-def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """How many bytes the model's largest block takes in `dtype`."""
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """What one block takes, and what reading it takes beside that while it lasts. In bytes."""
+
+    n_bytes: int
+    loading_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What serving some blocks takes beyond the program itself, in bytes.
+
+    `blocks`: their weights, exactly. `loading`: what reading them takes beside them, before there is any KV.
+    `kv_per_token`: a position in all of their KV caches. `host_per_token`: what a session's position takes in the
+    host's memory, whatever the device: activations on their way, and those kept for a next hop that dies. `working`:
+    a batch's activations. `process`: connections, buffers, and what the allocator cannot give back.
+    """
+
+    blocks: int
+    loading: int
+    kv_per_token: int
+    host_per_token: int
+    working: int
+    process: int = PROCESS_BYTES
+
+    def fixed(self, *, on_host: bool) -> int:
+        """What is taken before there is any KV; the device's own where that is not the host."""
+        return self.blocks + self.working + (self.process if on_host else 0)
+
+    def total(self, kv_tokens: int, *, on_host: bool) -> int:
+        """The most that is ever taken of the device's memory, with KV for `kv_tokens` positions all in use."""
+        each = self.kv_per_token + (self.host_per_token if on_host else 0)
+        serving = self.fixed(on_host=on_host) + kv_tokens * each
+        return max(serving, self.blocks + self.loading + (self.process if on_host else 0))
+
+    def kv_tokens_in(self, room: int, *, on_host: bool) -> int:
+        """Positions of KV that fit beside everything else into `room` bytes of the device; negative if nothing does."""
+        if self.total(0, on_host=on_host) > room:
+            return -1
+        each = self.kv_per_token + (self.host_per_token if on_host else 0)
+        return (room - self.fixed(on_host=on_host)) // each
+
+
+def block_costs(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> tuple[BlockCost, ...]:
+    """What each of the model's blocks takes, in order, computing in `dtype` and stored as `quantize` says."""
     decoder = build_on_meta(checkpoint.family.decoder_type(), checkpoint.config, dtype)
     layers: Iterable[torch.nn.Module] = getattr(decoder, checkpoint.family.layers)
-    return max(sum(int(tensor.nbytes) for tensor in layer.state_dict().values()) for layer in layers)
+    return tuple(_cost(checkpoint, layer, dtype, FORMATS.get(quantize)) for layer in layers)
+
+
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> int:
+    """How many bytes the model's largest block takes."""
+    return max(cost.n_bytes for cost in block_costs(checkpoint, dtype, quantize))
 
 
 def kv_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -36,59 +99,107 @@ def kv_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return max(kind.values_per_token for kind in layer_kinds(checkpoint.config)) * dtype.itemsize
 
 
-def fits(checkpoint: Checkpoint, free_bytes: int, *, dtype: torch.dtype, kv_tokens: int = 0) -> int:
-    """How many blocks fit into `free_bytes`, each with KV for `kv_tokens` positions, with head-room to spare.
+def span_budget(
+    checkpoint: Checkpoint,
+    span: Span | int,
+    dtype: torch.dtype,
+    quantize: str = NONE,
+    *,
+    batch_tokens: int,
+    adapter_bytes: int = 0,
+) -> Budget:
+    """What serving a span takes; or so many blocks, wherever they lie, taken for the largest."""
+    costs = block_costs(checkpoint, dtype, quantize)
+    sizes = [kind.values_per_token * dtype.itemsize for kind in layer_kinds(checkpoint.config)]
+    if isinstance(span, Span):
+        own = slice(span.start, span.end)
+        blocks, kv = sum(cost.n_bytes for cost in costs[own]), sum(sizes[own])
+    else:
+        blocks, kv = span * max(cost.n_bytes for cost in costs), span * max(sizes)
+    return Budget(
+        blocks=blocks + adapter_bytes,
+        loading=max(cost.loading_bytes for cost in costs),
+        kv_per_token=kv,
+        host_per_token=_HOST_COPIES * checkpoint.hidden_size * dtype.itemsize,
+        working=working_bytes(checkpoint, dtype, batch_tokens),
+    )
 
-    With `kv_tokens` 0 there is room for one conversation: the model's context, or 8192 positions if that is less.
-    Never more than the model has; 0 if not even one block fits.
+
+def default_kv_tokens(checkpoint: Checkpoint) -> int:
+    """One conversation: the model's context, or 8192 positions if that is less."""
+    return min(checkpoint.max_length or DEFAULT_KV_TOKENS, DEFAULT_KV_TOKENS)
+
+
+def working_bytes(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int) -> int:
+    """What a batch of `batch_tokens` positions takes while it runs, beside weights and KV.
+
+    An upper bound of what the families do: a block's activations, one batch of scores against one conversation, and
+    the keys and values of that conversation gathered.
     """
-    tokens = kv_tokens or min(checkpoint.max_length or DEFAULT_KV_TOKENS, DEFAULT_KV_TOKENS)
-    each = block_bytes(checkpoint, dtype) + kv_bytes_per_token(checkpoint, dtype) * tokens
-    return max(0, min(checkpoint.block_count, int(free_bytes * (1 - HEADROOM)) // each))
+    config = checkpoint.config
+    heads = int(config.num_attention_heads)
+    width = max(int(getattr(config, "head_dim", None) or 0), checkpoint.hidden_size // heads)
+    inner = max(int(getattr(config, name, None) or 0) for name in _INNER_WIDTHS) or 4 * checkpoint.hidden_size
+    copies = max(int(getattr(config, name, None) or 0) for name in _EXPERTS_A_TOKEN) or 1
+    values = 8 * checkpoint.hidden_size + 4 * heads * width + 4 * copies * (inner + checkpoint.hidden_size)
+    context = default_kv_tokens(checkpoint)
+    # Norms, softmax and masks are in fp32 whatever the dtype.
+    scores = 3 * heads * batch_tokens * context * torch.float32.itemsize if _keeps_scores(config) else 0
+    mask = 2 * batch_tokens * context * torch.float32.itemsize
+    gathered = 2 * context * kv_bytes_per_token(checkpoint, dtype)
+    dequantized = 4 * RUN_VALUES_CPU * torch.float32.itemsize
+    return batch_tokens * values * torch.float32.itemsize + scores + mask + gathered + dequantized
 
 
-def free_memory(device: str | torch.device = "cpu", *, root: Path = Path("/")) -> int:
-    """How many bytes can still be allocated on a device: for the CPU, the least that the machine and every control
-    group around this process leave. `root` is where `proc` and `sys` are found. Linux only.
+def fits(
+    checkpoint: Checkpoint,
+    room: int,
+    *,
+    dtype: torch.dtype,
+    batch_tokens: int,
+    kv_tokens: int = 0,
+    quantize: str = NONE,
+    on_host: bool = True,
+) -> int:
+    """How many blocks can be served within `room` bytes, each with KV for `kv_tokens` positions.
+
+    With `kv_tokens` 0 there is room for one conversation. Never more than the model has; 0 if not even one block fits.
     """
-    device = torch.device(device)
-    if device.type != "cpu":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    limits = [_available(root / "proc/meminfo"), *_left_by_groups(root)]
-    return max(0, min(limits))
+    tokens = kv_tokens or default_kv_tokens(checkpoint)
+    one = span_budget(checkpoint, 1, dtype, quantize, batch_tokens=batch_tokens)
+    two = span_budget(checkpoint, 2, dtype, quantize, batch_tokens=batch_tokens)
+    if one.total(tokens, on_host=on_host) > room:
+        return 0
+    # A budget grows by the same with each block, but for what loading takes, which counts once.
+    step = two.blocks - one.blocks + tokens * (two.kv_per_token - one.kv_per_token)
+    count = min(checkpoint.block_count, 1 + (room - one.total(tokens, on_host=on_host)) // step)
+    return int(count)
 
 
-def _available(meminfo: Path) -> int:
-    """The kernel's own estimate of what can be taken without swapping."""
-    for line in meminfo.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.removesuffix("kB")) * 1024
-    raise OSError(f"{meminfo} does not say MemAvailable")
+def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, form: Format | None) -> BlockCost:
+    found = places(layer) if form is not None else {}
+    stored_size = max(checkpoint.dtype.itemsize, dtype.itemsize)
+    # Transformers' processors for GGUF make a second copy, of whole tensors.
+    copies = 2 if checkpoint.is_gguf else 1
+    n_bytes, loading = 0, 0
+    for name, tensor in layer.state_dict().items():
+        source = tensor.numel() * stored_size * copies
+        if form is not None and name in found:
+            place = found[name]
+            n_bytes += place.n_bytes(form)
+            if place.stacked and not checkpoint.is_gguf:
+                # An expert's pieces, the expert, and the one before it.
+                source = 3 * source // place.count
+            source += 4 * RUN_VALUES_CPU * torch.float32.itemsize
+        else:
+            n_bytes += tensor.nbytes
+        loading = max(loading, source)
+    return BlockCost(n_bytes, loading)
 
 
-def _left_by_groups(root: Path) -> list[int]:
-    """What each control group (version 2) around this process leaves; unlimited ones are left out."""
-    try:
-        own = (root / "proc/self/cgroup").read_text()
-    except FileNotFoundError:
-        return []
-    path = next((line[3:] for line in own.splitlines() if line.startswith("0::")), "/")
-    mount = root / "sys/fs/cgroup"
-    group = mount / path.strip().lstrip("/")
-    left = [_left_by(folder) for folder in (group, *group.parents) if folder.is_relative_to(mount)]
-    return [bytes_left for bytes_left in left if bytes_left is not None]
-
-
-def _left_by(group: Path) -> int | None:
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        # The file cache is counted as used, but given back on demand.
-        used = int((group / "memory.current").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int(limit) - used + int(statistics.get("inactive_file", 0))
-    except FileNotFoundError:
-        return None
+def _keeps_scores(config: PreTrainedConfig) -> bool:
+    """Whether attention must have a batch's scores in memory: what fused kernels cannot do."""
+    if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
+        return True
+    family = FAMILIES.get(config.model_type)
+    return family is not None and not family.attention_interface

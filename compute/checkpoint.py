@@ -1,14 +1,15 @@
-"""A checkpoint on this machine: its configuration, and the tensors of just the blocks that are wanted.
+"""A checkpoint: its configuration, and the tensors of just the blocks that are wanted.
 
-A checkpoint is a directory of safetensors with a `config.json`, or one GGUF file; which of the two shows
-only in how it is opened. Nothing is ever unpickled and no code that came with it is run. Knows no devices
-and no modules; Transformers is imported when a checkpoint is opened, not when this file is.
+A checkpoint is a directory of safetensors with a `config.json`, the same on the hub, or one GGUF file; which of them
+shows only in how it is opened, and in that a hub's files are fetched when they are needed. Nothing is ever unpickled
+and no code that came with it is run. Knows no devices and no modules; Transformers is imported when a checkpoint is
+opened, not when this file is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +18,32 @@ from typing import TYPE_CHECKING, Any
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.families import FAMILIES, family_named
 from peerd.compute.family import Family
-from peerd.compute.weights import Weights
-from peerd.protocol.span import MAX_BLOCKS
+from peerd.compute.hub_id import HubId, hub_id_of
+from peerd.compute.hub_settings import HubSettings
+from peerd.compute.weights import INDEX_NAME, SINGLE_NAME, Weights
+from peerd.protocol.span import MAX_BLOCKS, Span
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig
+
+    from peerd.compute.folder import Folder
+
+# What a model is beside its weights, and how it is spoken to: small, and fetched when it is opened.
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    INDEX_NAME,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 class Checkpoint:
@@ -101,9 +122,11 @@ class Checkpoint:
         return self._weights.bytes_read
 
     @property
-    def weight_files(self) -> tuple[Path, ...]:
-        """Every weights file of the model, whether it was read or not."""
-        return self._weights.files
+    def blocks_on_disk(self) -> frozenset[int]:
+        """The blocks that can be read without fetching anything."""
+        return frozenset(
+            block for block, names in self._names_of_block.items() if all(map(self._weights.on_disk, names))
+        )
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
@@ -143,15 +166,28 @@ class Checkpoint:
         """
         return self._weights.read_slices(name)
 
+    def fetch_span(self, span: Span) -> None:
+        """Have the files that hold these blocks on this machine, until the checkpoint is closed.
+
+        Reading fetches too, but file by file. Raises CheckpointError, and what the hub's watcher raises.
+        """
+        self._weights.fetch([name for block in range(span.start, span.end) for name in self.names_of_block(block)])
+
+    def fetch_head(self) -> None:
+        """The same for the files that hold what is not a block."""
+        of_blocks = {name for names in self._names_of_block.values() for name in names}
+        self._weights.fetch([name for name in self._weights.parameters if name not in of_blocks])
+
     @cached_property
     def model_digest(self) -> bytes:
         """32 bytes that two checkpoints share if and only if they are the same model in the same files.
 
-        Reads every weights file once; what was found is remembered across runs. Raises CheckpointError.
+        Reads every weights file of this machine once; what was found is remembered across runs. Of files on the hub
+        it needs only what the hub lists. Raises CheckpointError.
         """
         from peerd.compute.digests import model_digest
 
-        return model_digest(self._published_config, self.weight_files)
+        return model_digest(self._published_config, self._weights.digests())
 
     def block_digest(self, block: int) -> bytes:
         """32 bytes over the block's tensors as they are stored: names, dtypes, shapes and bytes."""
@@ -171,20 +207,29 @@ class Checkpoint:
         return {block: tuple(names) for block, names in found.items()}
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a model directory (safetensors and `config.json`) or a `.gguf` file.
+def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSettings | None = None) -> Checkpoint:
+    """Open a model directory (safetensors and `config.json`), a `.gguf` file, or a model on the hub.
 
-    Reads headers only. Raises CheckpointError, or its subclass UnsupportedModel.
+    On the hub it is called `org/name` or `org/name@revision`; `hub` says how to get it. What is on this machine under
+    such a name comes first. Reads headers only, and fetches what is small. Raises CheckpointError, or its subclasses
+    UnsupportedModel, HubUnavailable and DiskFull.
     """
+    hub_id = hub_id_of(path, revision)
+    if hub_id is not None:
+        return _open_hub(hub_id, hub or HubSettings())
     path = Path(path).expanduser()
     if path.is_dir():
-        return _open_directory(path)
+        from peerd.compute.folder import LocalFolder
+
+        return _open_folder(LocalFolder(path), path.resolve().name)
     if path.is_file() and path.suffix == ".gguf":
         from peerd.compute.gguf_checkpoint import open_gguf
 
         return open_gguf(path)
     found = "is neither" if path.exists() else "does not exist; it must be"
-    raise CheckpointError(f"{path}: {found} a directory with config.json and safetensors, or a .gguf file")
+    raise CheckpointError(
+        f"{path}: {found} a directory with config.json and safetensors, or a .gguf file, or called org/name on the hub"
+    )
 
 
 def make_config(family: Family, fields: dict[str, Any], where: object) -> PreTrainedConfig:
@@ -214,16 +259,43 @@ def _check_config(config: PreTrainedConfig, where: object) -> None:
         raise UnsupportedModel(f"{where}: its blocks attend to later positions")
 
 
-def _open_directory(directory: Path) -> Checkpoint:
+def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
+    from peerd.compute.hub_folder import HubFolder
+
+    folder = HubFolder(hub_id, settings)
+    try:
+        _refuse_without_safetensors(folder.names(), hub_id)
+        folder.fetch([name for name in _SMALL_FILES if name in folder])
+        return _open_folder(folder, hub_id.name)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
+    """What else a repository may hold, and what to do about it."""
+    if INDEX_NAME in names or SINGLE_NAME in names:
+        return
+    if any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(f"{hub_id} holds GGUF files: download one of them and give its path")
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+        raise CheckpointError(
+            f"{hub_id} holds pickled weights only, which could run any program when they are read: they never are."
+            " Choose a revision or a model with safetensors, or convert it"
+        )
+    raise CheckpointError(f"{hub_id} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is no model that can be read")
+
+
+def _open_folder(folder: Folder, name: str) -> Checkpoint:
     from peerd.compute.safetensors_weights import SafetensorsWeights
 
-    config_path = directory / "config.json"
+    config_path = folder.where / "config.json"
     published = _read_json(config_path)
     raw = _text_config(published)
     family = family_named(raw.get("model_type"))
     config = make_config(family, raw, config_path)
-    weights = SafetensorsWeights(directory, family)
-    return Checkpoint(directory, family, config, weights, name=directory.resolve().name, published_config=published)
+    weights = SafetensorsWeights(folder, family)
+    return Checkpoint(folder.where, family, config, weights, name=name, published_config=published)
 
 
 def _text_config(raw: dict[str, Any]) -> dict[str, Any]:

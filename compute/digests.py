@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,13 @@ def canonical_config(config: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def model_digest(config: Mapping[str, Any], files: Sequence[Path]) -> bytes:
-    """sha256 over the canonical configuration and each weights file's name and sha256, sorted by name: 32 bytes.
-
-    Raises CheckpointError if a file is missing.
-    """
+def model_digest(config: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
+    """sha256 over the canonical configuration and each weights file's name and sha256, sorted by name: 32 bytes."""
     digest = hashlib.sha256(b"peerd model 1\n")
     _add(digest, canonical_config(config))
-    for path in sorted(files, key=lambda path: path.name):
-        _add(digest, path.name.encode())
-        digest.update(file_digest(path))
+    for name, sha256 in sorted(files.items()):
+        _add(digest, name.encode())
+        digest.update(sha256)
     return digest.digest()
 
 

@@ -23,3 +23,14 @@ class AdapterError(CheckpointError):
 
     The message names the adapter, and the field or tensor where there is one.
     """
+
+
+class HubUnavailable(CheckpointError):
+    """The hub cannot be reached, fails, or may not be asked (offline mode), and what is needed is not on this machine.
+
+    Nothing is wrong with the model: later, or with a network, it may work.
+    """
+
+
+class DiskFull(CheckpointError):
+    """What has to be fetched does not fit on the disk, or into what `--disk` allows. Nothing was lost."""

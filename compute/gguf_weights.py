@@ -8,8 +8,7 @@ at a time. Tensors are dequantized to fp32 in runs of rows, so that nothing is h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from peerd.compute.digests import file_digest
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.gguf_file import GgufTensor
 from peerd.compute.gguf_split import GgufFiles
@@ -46,9 +46,14 @@ class GgufWeights:
     def parameters(self) -> tuple[str, ...]:
         return tuple(self._sources)
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._file.paths
+    def digests(self) -> Mapping[str, bytes]:
+        return {path.name: file_digest(path) for path in self._file.paths}
+
+    def fetch(self, parameters: Iterable[str]) -> None:
+        pass
+
+    def on_disk(self, parameter: str) -> bool:
+        return True
 
     @property
     def bytes_read(self) -> int:

@@ -119,45 +119,9 @@ class SafetensorsFile:
         if size < 8:
             raise CheckpointError(f"{self.path}: truncated: {size} bytes are not a safetensors file")
         self._read_into(memoryview(prefix), 0, "header length")
-        length = int.from_bytes(prefix, "little")
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{self.path}: its header claims {length} bytes, the file has {size}")
-        header = bytearray(length)
+        header = bytearray(header_length(prefix, size, self.path))
         self._read_into(memoryview(header), 8, "header")
-        try:
-            entries = json.loads(header)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: its header is not JSON") from error
-        if not isinstance(entries, dict):
-            raise CheckpointError(f"{self.path}: its header is not a JSON object")
-        entries.pop("__metadata__", None)
-        tensors = {name: self._entry(name, entry, 8 + length) for name, entry in entries.items()}
-        self._check_layout(tensors, 8 + length, size)
-        return tensors
-
-    def _entry(self, name: str, entry: Any, data_start: int) -> StoredTensor:
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name} has a malformed entry") from error
-        numbers = (*shape, begin, end)
-        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers) or begin > end:
-            raise CheckpointError(f"{self.path}: tensor {name} has a malformed entry")
-        known = DTYPES.get(dtype)
-        if known is not None and math.prod(shape) * known.itemsize != end - begin:
-            raise CheckpointError(
-                f"{self.path}: tensor {name} of {dtype} {list(shape)} cannot take {end - begin} bytes"
-            )
-        return StoredTensor(name, dtype, shape, data_start + begin, end - begin)
-
-    def _check_layout(self, tensors: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
-        ordered = sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.n_bytes))
-        for before, after in pairwise(ordered):
-            if before.offset + before.n_bytes > after.offset:
-                raise CheckpointError(f"{self.path}: tensors {before.name} and {after.name} overlap")
-        end = ordered[-1].offset + ordered[-1].n_bytes if ordered else data_start
-        if end > size:
-            raise CheckpointError(f"{self.path}: truncated: tensor {ordered[-1].name} ends at {end} of {size} bytes")
+        return parse_header(header, size, self.path)
 
     def _read_into(self, out: memoryview, offset: int, what: str) -> None:
         done = 0
@@ -170,3 +134,50 @@ class SafetensorsFile:
                 raise CheckpointError(f"{self.path}: truncated: {what} ends after {done} of {len(out)} bytes")
             done += got
         self.bytes_read += done
+
+
+def header_length(prefix: bytes | bytearray, size: int, path: Path) -> int:
+    """How long the header is that follows a file's first 8 bytes. `size` is the file's. Raises CheckpointError."""
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(f"{path}: its header claims {length} bytes, the file has {size}")
+    return length
+
+
+def parse_header(header: bytes | bytearray, size: int, path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors lie in a file of `size` bytes, by name. Raises CheckpointError."""
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object")
+    entries.pop("__metadata__", None)
+    data_start = 8 + len(header)
+    tensors = {name: _entry(name, entry, data_start, path) for name, entry in entries.items()}
+    _check_layout(tensors, data_start, size, path)
+    return tensors
+
+
+def _entry(name: str, entry: Any, data_start: int, path: Path) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name} has a malformed entry") from error
+    numbers = (*shape, begin, end)
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers) or begin > end:
+        raise CheckpointError(f"{path}: tensor {name} has a malformed entry")
+    known = DTYPES.get(dtype)
+    if known is not None and math.prod(shape) * known.itemsize != end - begin:
+        raise CheckpointError(f"{path}: tensor {name} of {dtype} {list(shape)} cannot take {end - begin} bytes")
+    return StoredTensor(name, dtype, shape, data_start + begin, end - begin)
+
+
+def _check_layout(tensors: Mapping[str, StoredTensor], data_start: int, size: int, path: Path) -> None:
+    ordered = sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.n_bytes))
+    for before, after in pairwise(ordered):
+        if before.offset + before.n_bytes > after.offset:
+            raise CheckpointError(f"{path}: tensors {before.name} and {after.name} overlap")
+    end = ordered[-1].offset + ordered[-1].n_bytes if ordered else data_start
+    if end > size:
+        raise CheckpointError(f"{path}: truncated: tensor {ordered[-1].name} ends at {end} of {size} bytes")

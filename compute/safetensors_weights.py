@@ -1,36 +1,38 @@
-"""A directory of safetensors shards, read as the parameters of a decoder.
+"""A folder of safetensors shards, read as the parameters of a decoder.
 
 Opens a shard only when one of its tensors is read, so that a span needs only the shards that hold it.
-Knows files and recipes; knows no modules.
+Knows files and recipes; knows no modules, and not whether the folder is here or on the hub.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from peerd.compute.errors import CheckpointError
 from peerd.compute.family import Family
+from peerd.compute.folder import Folder
 from peerd.compute.parameter_names import Recipe, recipes
 from peerd.compute.safetensors_file import SafetensorsFile
-from peerd.compute.weights import StoredBytes
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from peerd.compute.weights import INDEX_NAME, SINGLE_NAME, StoredBytes
 
 
 class SafetensorsWeights:
-    """Implements `Weights`. Raises CheckpointError if the directory has no safetensors or its index is malformed."""
+    """Implements `Weights`. Raises CheckpointError if the folder has no safetensors or its index is malformed.
 
-    def __init__(self, directory: Path, family: Family) -> None:
-        self.directory = directory
+    Closes the folder with itself.
+    """
+
+    def __init__(self, folder: Folder, family: Family) -> None:
+        self.directory = folder.where
+        self._folder = folder
         self._open: dict[str, SafetensorsFile] = {}
         try:
             self._shard_of = self._index()
-            self._recipes = recipes(self._shard_of, family, directory)
+            self._recipes = recipes(self._shard_of, family, self.directory)
         except BaseException:
             self.close()
             raise
@@ -39,9 +41,14 @@ class SafetensorsWeights:
     def parameters(self) -> tuple[str, ...]:
         return tuple(self._recipes)
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(self.directory / name for name in sorted(set(self._shard_of.values())))
+    def digests(self) -> Mapping[str, bytes]:
+        return {shard: self._folder.sha256(shard) for shard in set(self._shard_of.values())}
+
+    def fetch(self, parameters: Iterable[str]) -> None:
+        self._folder.fetch({self._shard_of[name] for parameter in parameters for name in self._recipe(parameter).names})
+
+    def on_disk(self, parameter: str) -> bool:
+        return all(self._folder.on_disk(self._shard_of[name]) for name in self._recipe(parameter).names)
 
     @property
     def bytes_read(self) -> int:
@@ -71,18 +78,19 @@ class SafetensorsWeights:
     def close(self) -> None:
         for file in self._open.values():
             file.close()
+        self._folder.close()
 
     def _index(self) -> Mapping[str, str]:
         """Stored name -> the shard's file name."""
-        index_path = self.directory / INDEX_NAME
-        if index_path.exists():
-            return _read_index(index_path)
-        if not (self.directory / SINGLE_NAME).exists():
+        if INDEX_NAME in self._folder:
+            return _read_index(self._folder.path(INDEX_NAME))
+        if SINGLE_NAME not in self._folder:
             raise CheckpointError(
                 f"{self.directory}: holds neither {SINGLE_NAME} nor {INDEX_NAME} (pickled weights are never read)"
             )
-        file = self._open[SINGLE_NAME] = SafetensorsFile(self.directory / SINGLE_NAME)
-        return dict.fromkeys(file.tensors, SINGLE_NAME)
+        if self._folder.on_disk(SINGLE_NAME):
+            return dict.fromkeys(self._file(SINGLE_NAME).tensors, SINGLE_NAME)
+        return dict.fromkeys(self._folder.tensors(SINGLE_NAME), SINGLE_NAME)
 
     def _recipe(self, parameter: str) -> Recipe:
         try:
@@ -91,9 +99,11 @@ class SafetensorsWeights:
             raise CheckpointError(f"{self.directory}: tensor {parameter} is missing") from None
 
     def _file_of(self, stored_name: str) -> SafetensorsFile:
-        shard = self._shard_of[stored_name]
+        return self._file(self._shard_of[stored_name])
+
+    def _file(self, shard: str) -> SafetensorsFile:
         if shard not in self._open:
-            self._open[shard] = SafetensorsFile(self.directory / shard)
+            self._open[shard] = SafetensorsFile(self._folder.path(shard))
         return self._open[shard]
 
     def _read_one(self, stored_name: str) -> torch.Tensor:

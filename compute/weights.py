@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+# What publishers call their weights: one file, or shards that an index lists.
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,21 @@ class Weights(Protocol):
         """The names of all parameters there are."""
         ...
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Every weights file of the checkpoint, sorted by name."""
+    def digests(self) -> Mapping[str, bytes]:
+        """The sha256, 32 bytes, of every weights file of the checkpoint, by its name."""
+        ...
+
+    def fetch(self, parameters: Iterable[str]) -> None:
+        """Have the files that hold these on this machine, until they are closed; reading does the same, one by one."""
+        ...
+
+    def on_disk(self, parameter: str) -> bool:
+        """Whether it can be read without fetching anything."""
         ...
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes of those files were read so far, headers included."""
+        """How many bytes of the weights files were read so far, headers included."""
         ...
 
     def read(self, parameter: str) -> torch.Tensor:

@@ -22,6 +22,7 @@ from click.core import ParameterSource
 
 from peerd.cli_options import (
     DTYPES,
+    QUANTIZATIONS,
     bootstrap_option,
     is_loopback,
     json_option,
@@ -175,7 +176,19 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     "memory_bytes",
     type=parse_memory,
     metavar="SIZE",
-    help="Bounds blocks and KV together, on each device, such as 6GiB.",
+    help="What serving may take beyond the program itself, on each device, such as 6GiB. Default: what is free.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(QUANTIZATIONS),
+    help="How weights are stored: int8 in half of what bfloat16 takes, nf4 in a little more than a quarter. Default:"
+    " none, which is most exact.",
+)
+@click.option(
+    "--throughput",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="RATE",
+    help="Announce this speed, in positions a second through one block, instead of measuring it once.",
 )
 @click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers.")
 @verbose_option
@@ -307,6 +320,7 @@ def _daemon(
     identity: Path | None,
     stop_on_eof: bool,
     devices: tuple[str, ...],
+    quantize: str | None,
     **serving: Any,
 ) -> Daemon:
     """What the options ask for together. Raises click.UsageError where they do not fit each other."""
@@ -315,8 +329,10 @@ def _daemon(
         raise click.UsageError("--serve-blocks says which blocks, --model of which one model: say each once")
     if models and serve_blocks is None and not offers:
         raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
-    if serve_blocks is None and any([devices, *serving.values()]):
-        raise click.UsageError("--dtype, --device, --kv-tokens and --memory say how to serve: add --serve-blocks")
+    if serve_blocks is None and any([devices, quantize, *serving.values()]):
+        raise click.UsageError(
+            "--dtype, --device, --kv-tokens, --memory, --quantize and --throughput say how to serve: add --serve-blocks"
+        )
     if serve_blocks is None and not (offers or listen):
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")
     if (token_file or no_token) and http is None:
@@ -332,12 +348,13 @@ def _daemon(
     if serve_blocks is not None:
         model = models[0][1]
         with working("starting"):
+            from peerd.compute.quantized_formats import NONE
             from peerd.devices import check_devices
             from peerd.serving import ServeSpec
 
             device = check_devices(",".join(devices) or "cpu")
         blocks = None if isinstance(serve_blocks, str) else serve_blocks
-        specs = (ServeSpec(model, blocks, device=device, **serving),)
+        specs = (ServeSpec(model, blocks, device=device, quantize=quantize or NONE, **serving),)
         listen = listen or (DEFAULT_LISTEN,)
     return Daemon(
         identity=identity or platformdirs.user_state_path("peerd") / "identity.key",

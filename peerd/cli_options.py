@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 
 import click
 
+from peerd.compute.sizes import parse_size
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import MAX_BLOCKS, Span
-from peerd.sizes import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # What the wire can carry (spec/tensors.md).
 DTYPES = ("float32", "float16", "bfloat16")
+# Those of compute/quantized_formats.py, which would import torch.
+QUANTIZATIONS = ("none", "int8", "nf4")
 AUTO = "auto"
 
 

@@ -176,7 +176,7 @@ class Peer:
                 span=served.span,
                 state="draining" if self.server.draining else "online",
                 dtype=loaded.dtype,
-                quantization="none",
+                quantization=loaded.quantization,
                 codecs=loaded.codecs,
                 throughput=loaded.throughput,
                 free_tokens=served.task.engine.free_tokens,

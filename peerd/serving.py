@@ -6,37 +6,43 @@ the peer runs it in a worker thread.
 
 from __future__ import annotations
 
-import time
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from peerd.compute.attention import register_attention
-from peerd.compute.capacity import block_bytes, fits, free_memory, kv_bytes_per_token
+from peerd.compute.bitsandbytes_import import load_bitsandbytes
+from peerd.compute.capacity import HEADROOM, Budget, block_bytes, default_kv_tokens, fits, span_budget
 from peerd.compute.checkpoint import Checkpoint
-from peerd.compute.engine import Engine
+from peerd.compute.engine import BATCH_TOKENS, PAGE_TOKENS, Engine
+from peerd.compute.free_memory import free_memory
+from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
+from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span
+from peerd.compute.throughput import measured_throughput
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.records import block_roots
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS, DTYPE_NAMES, DTYPES
-from peerd.sizes import format_size
+
+log = logging.getLogger(__name__)
 
 # Enough for 16 sessions of 4096 positions; more than that an operator asks for.
 DEFAULT_KV_TOKENS = 65536
-# Of the memory that is left beside the blocks, what KV may take by default.
+# Of what is free beside the blocks, what KV may take where nobody said how much memory is ours.
 KV_SHARE = 0.5
-_WARM_UP_PASSES = 2
-_TIMED_PASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ServeSpec:
     """What an operator wants served. `blocks`: a span, how many, or None for all that fit.
 
-    `dtype` defaults to the checkpoint's; `memory_bytes` bounds blocks and KV together, on each device. `device` is
-    torch's name; several, with commas between them, divide the blocks (`open_peer` and `Peer.serve` see to that).
+    `dtype` defaults to the checkpoint's; `quantize` is how weights are stored: `none`, `int8` or `nf4`. `memory_bytes`
+    bounds what serving takes beyond the program itself, on each device. `throughput`, in positions a second through
+    one block, is announced instead of what is measured. `device` is torch's name; several, with commas between them,
+    divide the blocks (`open_peer` and `Peer.serve` see to that).
     """
 
     model: str | Path
@@ -45,6 +51,8 @@ class ServeSpec:
     device: str = "cpu"
     kv_tokens: int | None = None
     memory_bytes: int | None = None
+    quantize: str = NONE
+    throughput: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ class LoadedSpan:
 
     engine: Engine
     dtype: str
+    quantization: str
     codecs: tuple[str, ...]
     throughput: float
     roots: tuple[bytes, ...]
@@ -64,26 +73,51 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         if not 1 <= spec.blocks <= checkpoint.block_count:
             raise InvalidRequest(f"{checkpoint.name} has {checkpoint.block_count} blocks, not {spec.blocks}")
         return spec.blocks
-    dtype = _dtype(spec, checkpoint)
-    room = spec.memory_bytes or free_memory(spec.device)
-    count = fits(checkpoint, room, dtype=dtype, kv_tokens=spec.kv_tokens or 0)
+    dtype, room = _dtype(spec, checkpoint), _room(spec)
+    count = fits(
+        checkpoint,
+        room,
+        dtype=dtype,
+        batch_tokens=BATCH_TOKENS,
+        kv_tokens=spec.kv_tokens or 0,
+        quantize=_quantization(spec),
+        on_host=_on_host(spec),
+    )
     if count < 1:
+        tokens = spec.kv_tokens or default_kv_tokens(checkpoint)
+        budget = _budget(spec, checkpoint, 1)
         raise InvalidRequest(
-            f"one block of {checkpoint.name} takes {format_size(block_bytes(checkpoint, dtype))},"
-            f" {format_size(room)} are free:"
-            " free some memory or raise --memory"
+            f"to serve one block of {checkpoint.name} with KV for {tokens} positions takes"
+            f" {format_size(budget.total(tokens, on_host=_on_host(spec)))}"
+            f" (the block itself {format_size(block_bytes(checkpoint, dtype, spec.quantize))}),"
+            f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec)}"
         )
-    return min(count, checkpoint.block_count)
+    return count
 
 
 def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     """Read the span's blocks, make its engine and time it. Raises CheckpointError, InvalidRequest."""
-    dtype = _dtype(spec, checkpoint)
-    model = load_span(checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention())
-    engine = Engine(model, kv_tokens=_kv_tokens(spec, checkpoint, span, dtype))
+    dtype, quantize = _dtype(spec, checkpoint), _quantization(spec)
+    # Decided before anything is read: afterwards it would be too late to say that it does not fit.
+    kv_tokens = _kv_tokens(spec, checkpoint, span)
+    model = load_span(
+        checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
+    )
+    engine = Engine(model, kv_tokens=kv_tokens)
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
+    throughput = spec.throughput or measured_throughput(engine, checkpoint.model_digest, dtype, quantize, model.device)
+    log.info(
+        "blocks %s of %s: %s%s, KV for %d positions, %.0f positions a second through a block%s",
+        span,
+        checkpoint.name,
+        DTYPE_NAMES[dtype],
+        "" if quantize == NONE else f", weights in {quantize}",
+        engine.total_tokens,
+        throughput,
+        ", as --throughput says" if spec.throughput else "",
+    )
     return LoadedSpan(
-        engine, DTYPE_NAMES[dtype], tuple(sorted(CODECS)), _throughput(engine, len(span)), block_roots(span, digests)
+        engine, DTYPE_NAMES[dtype], quantize, tuple(sorted(CODECS)), throughput, block_roots(span, digests)
     )
 
 
@@ -95,25 +129,57 @@ def _dtype(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[spec.dtype]
 
 
-def _kv_tokens(spec: ServeSpec, checkpoint: Checkpoint, span: Span, dtype: torch.dtype) -> int:
-    per_token = kv_bytes_per_token(checkpoint, dtype) * len(span)
+def _quantization(spec: ServeSpec) -> str:
+    if spec.quantize not in QUANTIZATIONS:
+        raise InvalidRequest(f"quantization {spec.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
+    if spec.quantize == "nf4":
+        # Before memory is looked at: the package itself takes a good deal of it.
+        load_bitsandbytes()
+    return spec.quantize
+
+
+def _on_host(spec: ServeSpec) -> bool:
+    return torch.device(spec.device).type == "cpu"
+
+
+def _room(spec: ServeSpec) -> int:
+    """How many bytes of the device may be taken."""
+    return spec.memory_bytes or int(free_memory(spec.device) * (1 - HEADROOM))
+
+
+def _budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
+    dtype = _dtype(spec, checkpoint)
+    return span_budget(checkpoint, span, dtype, _quantization(spec), batch_tokens=BATCH_TOKENS)
+
+
+def _kv_tokens(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
+    """Positions of KV for the span. Raises InvalidRequest where what was asked for does not fit."""
+    budget, room, on_host = _budget(spec, checkpoint, span), _room(spec), _on_host(spec)
+    fit = budget.kv_tokens_in(room, on_host=on_host)
+    if not on_host:
+        # The device holds the KV, but the host what sessions keep of their activations.
+        host = int(free_memory() * (1 - HEADROOM)) - budget.process
+        fit = min(fit, host // budget.host_per_token)
+    wanted = spec.kv_tokens or PAGE_TOKENS
+    if fit < wanted:
+        raise InvalidRequest(
+            f"blocks {span} with KV for {wanted} positions take"
+            f" {format_size(budget.total(wanted, on_host=on_host))} ({format_size(budget.blocks)} the blocks),"
+            f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec)}"
+        )
     if spec.kv_tokens is not None:
         return spec.kv_tokens
-    if spec.memory_bytes is not None:
-        room = spec.memory_bytes - block_bytes(checkpoint, dtype) * len(span)
-    else:
-        room = int(free_memory(spec.device) * KV_SHARE)
-    if room < per_token:
-        raise InvalidRequest(f"no memory is left for KV beside blocks {span}: serve fewer blocks or raise --memory")
-    return min(DEFAULT_KV_TOKENS, room // per_token)
+    if spec.memory_bytes is None:
+        # Others on this machine want some of what is free; but a conversation's worth is what we are here for.
+        fit = max(int(fit * KV_SHARE), min(fit, default_kv_tokens(checkpoint)))
+    return min(DEFAULT_KV_TOKENS, fit)
 
 
-def _throughput(engine: Engine, blocks: int) -> float:
-    """Positions a second that one block does at batch 1, without cache: what announcements say."""
-    hidden = torch.zeros(1, 1, engine.hidden_size)
-    for _ in range(_WARM_UP_PASSES):
-        engine.forward(hidden)
-    started = time.perf_counter()
-    for _ in range(_TIMED_PASSES):
-        engine.forward(hidden)
-    return _TIMED_PASSES * blocks / (time.perf_counter() - started)
+def _remedy(spec: ServeSpec) -> str:
+    """What an operator can do about too little memory."""
+    ways = ["serve fewer blocks", "raise --memory" if spec.memory_bytes else "free some memory"]
+    if spec.kv_tokens:
+        ways.append("lower --kv-tokens")
+    if spec.quantize == NONE:
+        ways.append("serve with --quantize int8 or nf4")
+    return ", ".join(ways[:-1]) + f" or {ways[-1]}"

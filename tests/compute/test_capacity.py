@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute.capacity import HEADROOM, block_bytes, fits, free_memory, kv_bytes_per_token
+from peerd.compute.capacity import Budget, block_bytes, block_costs, fits, kv_bytes_per_token, span_budget
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.free_memory import free_memory
+from peerd.compute.kv_cache import KVPool
+from peerd.compute.layer_kinds import layer_kinds
+from peerd.compute.quantized_formats import QUANTIZATIONS
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span
 
@@ -44,18 +48,42 @@ def machine(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_a_block_takes_what_its_tensors_take(tiny_checkpoint: TinyCheckpoint, tiny_name: str) -> None:
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_a_block_takes_to_the_byte_what_was_predicted(
+    tiny_checkpoint: TinyCheckpoint, tiny_name: str, quantize: str
+) -> None:
     with open_checkpoint(tiny_checkpoint(tiny_name)) as checkpoint:
-        span = load_span(checkpoint, Span(0, 8))
-        sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
-        assert block_bytes(checkpoint, torch.float32) == max(sizes)
-        assert block_bytes(checkpoint, torch.bfloat16) == max(sizes) // 2
+        for dtype in (torch.float32, torch.bfloat16):
+            span = load_span(checkpoint, Span(0, 8), quantize=quantize, dtype=dtype)
+            sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
+            assert [cost.n_bytes for cost in block_costs(checkpoint, dtype, quantize)] == sizes
+            assert block_bytes(checkpoint, dtype, quantize) == max(sizes)
+
+
+def test_a_spans_budget_counts_its_own_blocks_and_their_kv(tiny_checkpoint: TinyCheckpoint) -> None:
+    with open_checkpoint(tiny_checkpoint("qwen3_moe")) as checkpoint:
+        costs = block_costs(checkpoint, torch.float32)
+        # Blocks 1 and 5 have no experts, and are smaller.
+        assert costs[1].n_bytes < costs[2].n_bytes
+        budget = span_budget(checkpoint, Span(0, 3), torch.float32, batch_tokens=16)
+        assert budget.blocks == sum(cost.n_bytes for cost in costs[:3])
+        pool = KVPool(layer_kinds(checkpoint.config)[:3], 10, 1, device=torch.device("cpu"), dtype=torch.float32)
+        assert 10 * budget.kv_per_token == sum(tensor.nbytes for tensor in (*pool.keys, *pool.values))
+        # Of blocks that are not chosen yet the largest counts.
+        assert span_budget(checkpoint, 3, torch.float32, batch_tokens=16).blocks == 3 * costs[2].n_bytes
+
+
+def test_reading_plain_experts_takes_all_of_them_at_once(tiny_checkpoint: TinyCheckpoint) -> None:
+    with open_checkpoint(tiny_checkpoint("mixtral")) as checkpoint:
+        plain = max(cost.loading_bytes for cost in block_costs(checkpoint, torch.float32))
+        # 4 experts of gate and up, [48 + 48, 32] each.
+        assert plain == 4 * 96 * 32 * 4
 
 
 def test_sizes_are_known_without_any_weights_file_being_read(tiny_checkpoint: TinyCheckpoint) -> None:
     with open_checkpoint(tiny_checkpoint("mixtral")) as checkpoint:
         before = checkpoint.bytes_read
-        assert fits(checkpoint, 2**40, dtype=torch.float16) == 8
+        assert fits(checkpoint, 2**40, dtype=torch.float16, batch_tokens=16, quantize="nf4") == 8
         assert checkpoint.bytes_read == before
 
 
@@ -63,18 +91,46 @@ def test_kv_takes_keys_and_values_of_every_head(llama: Checkpoint) -> None:
     assert kv_bytes_per_token(llama, torch.float16) == 2 * 2 * 16 * 2
 
 
-def test_as_many_blocks_fit_as_memory_holds_with_their_kv(llama: Checkpoint) -> None:
-    each = block_bytes(llama, torch.float32) + 100 * kv_bytes_per_token(llama, torch.float32)
-    room = each / (1 - HEADROOM)
-    assert fits(llama, 0, dtype=torch.float32) == 0
-    assert fits(llama, int(room * 0.99), dtype=torch.float32, kv_tokens=100) == 0
-    assert fits(llama, int(room * 3.01), dtype=torch.float32, kv_tokens=100) == 3
-    assert fits(llama, int(room * 1000), dtype=torch.float32, kv_tokens=100) == 8
+@pytest.mark.parametrize("on_host", [True, False])
+def test_as_many_blocks_fit_as_memory_holds_with_their_kv_and_all_else(llama: Checkpoint, on_host: bool) -> None:
+    def needed(blocks: int) -> int:
+        budget = span_budget(llama, blocks, torch.float32, batch_tokens=16)
+        return budget.total(100_000, on_host=on_host)
+
+    def fitting(room: int) -> int:
+        return fits(llama, room, dtype=torch.float32, batch_tokens=16, kv_tokens=100_000, on_host=on_host)
+
+    assert fitting(0) == 0
+    assert fitting(needed(1) - 1) == 0
+    assert fitting(needed(1)) == 1
+    assert fitting(needed(4) - 1) == 3
+    assert fitting(needed(4)) == 4
+    assert fitting(1000 * needed(8)) == 8
 
 
-def test_without_a_wish_there_is_room_for_the_models_context(llama: Checkpoint) -> None:
-    room = 10 * block_bytes(llama, torch.float32)
-    assert fits(llama, room, dtype=torch.float32) == fits(llama, room, dtype=torch.float32, kv_tokens=512)
+def test_kv_fills_what_is_left_and_no_more() -> None:
+    budget = Budget(blocks=1000, loading=500, kv_per_token=10, host_per_token=3, working=100, process=50)
+    for room in (1550, 1551, 1562, 1563, 10_000):
+        tokens = budget.kv_tokens_in(room, on_host=True)
+        assert budget.total(tokens, on_host=True) <= room
+        assert budget.total(tokens + 1, on_host=True) > room
+    # What reading takes is given back before there is any KV.
+    assert budget.kv_tokens_in(1550, on_host=True) == (1550 - 1150) // 13
+    assert budget.kv_tokens_in(1549, on_host=True) < 0
+    assert budget.kv_tokens_in(1500, on_host=False) == 40
+
+
+def test_without_a_wish_there_is_room_for_one_conversation(llama: Checkpoint) -> None:
+    room = span_budget(llama, 2, torch.float32, batch_tokens=16).total(512, on_host=True)
+    assert fits(llama, room, dtype=torch.float32, batch_tokens=16) == 2
+    assert fits(llama, room - 1, dtype=torch.float32, batch_tokens=16) == 1
+
+
+def test_quantized_more_blocks_fit(tiny_checkpoint: TinyCheckpoint) -> None:
+    with open_checkpoint(tiny_checkpoint("llama")) as checkpoint:
+        plain, int8, nf4 = (block_bytes(checkpoint, torch.bfloat16, name) for name in QUANTIZATIONS)
+    assert plain > 1.7 * int8
+    assert int8 > 1.6 * nf4
 
 
 def test_without_control_groups_the_machine_decides(machine: Callable[..., Path]) -> None:

@@ -166,7 +166,7 @@ def test_a_file_truncated_after_it_was_opened_is_an_error_too(copied: Path) -> N
 
 def test_what_is_accepted_is_said_for_any_other_path(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"")
-    for path in (tmp_path / "absent", tmp_path / "model.bin", "meta-llama/Llama-3.1-8B"):
+    for path in (tmp_path / "absent", tmp_path / "model.bin", "no name"):
         with pytest.raises(CheckpointError, match=r"a directory with config\.json and safetensors, or a \.gguf file"):
             open_checkpoint(path)
 
@@ -181,7 +181,7 @@ def test_pickled_weights_are_never_read(copied: Path) -> None:
     ("changes", "reason"),
     [
         ({"model_type": "gemma3n_text"}, "share KV"),
-        ({"model_type": "mamba"}, "'mamba' is not one of those supported"),
+        ({"model_type": "mamba"}, "mamba cannot be cut into spans: its Mamba blocks"),
         ({"model_type": None}, "None is not one"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
     ],

@@ -1,0 +1,280 @@
+"""Which files of the cache peerd fetched, when each was last used, and who may delete them.
+
+One ledger for all of a user's peerd processes. The difficulty is that they start, run and die as they like, beside
+other programs that use the same cache. So: whoever reads or fetches a file holds a lock on that very file, which the
+system drops with the process; files are only deleted, locked for reading, or renamed while the ledger itself is
+locked; and a file that is not the one we wrote (another inode) is not ours. Least-recently used goes first.
+Knows sizes and locks; knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from peerd.compute.errors import CheckpointError, DiskFull
+from peerd.compute.hub import HubFile
+from peerd.compute.hub_cache import PARTIAL_SUFFIX, HubCache, forget
+from peerd.compute.sizes import format_size
+
+log = logging.getLogger(__name__)
+
+# The file system is no place for the last byte: others write there too.
+_LEAVE_FREE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file that peerd fetched, or is fetching: then `size` is what it will take. `used` is unix time."""
+
+    size: int
+    used: float
+    inode: int
+
+
+@dataclass(slots=True)
+class Claims:
+    """What `DiskLedger.claim` did about each file: `held` are there and locked for reading, `mine` are locked to be
+    fetched by us, `elsewhere` is being fetched by another process. By name; values are file descriptors.
+    """
+
+    held: dict[str, int] = field(default_factory=dict)
+    mine: dict[str, int] = field(default_factory=dict)
+    elsewhere: list[str] = field(default_factory=list)
+
+
+class DiskLedger:
+    """The ledger in `folder`. Several may be open on one folder, in one process or many."""
+
+    def __init__(self, folder: Path, *, now: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._now = now
+
+    def claim(
+        self, cache: HubCache, commit: str, files: Sequence[HubFile], *, disk_bytes: int | None, offline: bool = False
+    ) -> Claims:
+        """Lock what is there for reading, and what is not for fetching, after making room for it.
+
+        `disk_bytes` bounds what peerd's files take. Raises DiskFull, CheckpointError; then nothing is locked.
+        """
+        claims = Claims()
+        with self._open(must=disk_bytes is not None) as entries:
+            try:
+                for file in files:
+                    self._claim_one(entries, claims, cache, commit, file, offline)
+                mine = [file for file in files if file.name in claims.mine]
+                if mine:
+                    self._make_room(entries, cache, mine, disk_bytes)
+                    for file in mine:
+                        inode = os.fstat(claims.mine[file.name]).st_ino
+                        entries[str(cache.blob(file))] = Entry(file.size, self._now(), inode)
+            except BaseException:
+                for name, fd in [*claims.held.items(), *claims.mine.items()]:
+                    if name in claims.mine and os.fstat(fd).st_size == 0:
+                        _partial_of(cache, files, name).unlink(missing_ok=True)
+                    os.close(fd)
+                raise
+        return claims
+
+    def publish(self, cache: HubCache, commit: str, file: HubFile, fd: int) -> None:
+        """A file that was ours to fetch is whole: give it its name, and hold it for reading from now on."""
+        with self._open() as entries:
+            try:
+                os.replace(cache.partial(file), cache.blob(file))
+                cache.link(commit, file)
+            except OSError as error:
+                raise CheckpointError(f"{cache.blob(file)}: cannot be written: {error.strerror}") from error
+            entries[str(cache.blob(file))] = Entry(file.size, self._now(), os.fstat(fd).st_ino)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+
+    def entries(self) -> Mapping[Path, Entry]:
+        """What is peerd's now."""
+        with self._open() as entries:
+            _drop_what_is_not_ours(entries)
+            return {Path(path): entry for path, entry in entries.items()}
+
+    def _claim_one(
+        self, entries: dict[str, Entry], claims: Claims, cache: HubCache, commit: str, file: HubFile, offline: bool
+    ) -> None:
+        pointer, blob = cache.snapshot(commit) / file.name, cache.blob(file)
+        try:
+            if not pointer.exists() and blob.is_file():
+                cache.link(commit, file)
+            if pointer.exists():
+                claims.held[file.name] = _hold(pointer)
+                if (entry := entries.get(str(blob))) is not None:
+                    entries[str(blob)] = replace(entry, used=self._now())
+            elif not offline:
+                fd = _lock_to_write(cache.partial(file))
+                if fd is None:
+                    claims.elsewhere.append(file.name)
+                else:
+                    claims.mine[file.name] = fd
+        except OSError as error:
+            raise CheckpointError(f"{pointer}: cannot be used: {error.strerror}") from error
+
+    def _make_room(
+        self, entries: dict[str, Entry], cache: HubCache, files: Sequence[HubFile], disk_bytes: int | None
+    ) -> None:
+        """Delete the least-recently used until `files` fit. Raises DiskFull."""
+        _drop_what_is_not_ours(entries)
+        wanted = {str(cache.blob(file)): file.size for file in files}
+        size = sum(wanted.values())
+        free = _free_bytes(cache.folder) + sum(_size(cache.partial(file)) for file in files) - _LEAVE_FREE_BYTES
+        others = {path: entry for path, entry in entries.items() if path not in wanted}
+        taken = sum(entry.size for entry in others.values())
+        excess = max(size - free, 0 if disk_bytes is None else taken + size - disk_bytes)
+        if disk_bytes is not None and size <= disk_bytes:
+            for path in sorted(others, key=lambda path: others[path].used):
+                if excess > 0 and _evict(Path(path)):
+                    log.info("deleted %s, used least recently: room for %s", path, cache.repo)
+                    excess -= entries.pop(path).size
+        if excess > 0:
+            raise DiskFull(_what_does_not_fit(cache, size, free, taken, disk_bytes))
+
+    @contextmanager
+    def _open(self, *, must: bool = False) -> Iterator[dict[str, Entry]]:
+        """The entries by path, locked; changes are kept. Raises CheckpointError if they `must` be and cannot."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._folder / "ledger.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if must:
+                raise CheckpointError(
+                    f"{self._folder}: cannot be written ({error.strerror}), and --disk counts there"
+                ) from error
+            # Who bounds nothing loses nothing but the record of what could be deleted.
+            yield {}
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = self._read()
+            entries = dict(before)
+            try:
+                yield entries
+            finally:
+                if entries != before:
+                    self._write(entries)
+        finally:
+            os.close(lock)
+
+    def _read(self) -> dict[str, Entry]:
+        try:
+            raw = json.loads((self._folder / "ledger.json").read_bytes())
+            return {path: Entry(int(e["size"]), float(e["used"]), int(e["inode"])) for path, e in raw.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            # What we do not know to be ours stays where it is.
+            log.warning("%s is damaged: what it listed will not be deleted by --disk", self._folder / "ledger.json")
+            return {}
+
+    def _write(self, entries: Mapping[str, Entry]) -> None:
+        with suppress(OSError):
+            with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False) as file:
+                json.dump({path: asdict(entry) for path, entry in entries.items()}, file)
+            os.replace(file.name, self._folder / "ledger.json")
+
+
+def _hold(path: Path) -> int:
+    """Open a file and lock it for reading, so that no peerd deletes it. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # Locked against us it can only be by other programs; some network file systems cannot lock at all.
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return fd
+
+
+def _lock_to_write(path: Path) -> int | None:
+    """Open a file, made if it is missing, as its only writer; None if there is another. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    if _locked_whole(fd):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _locked_whole(fd: int) -> bool:
+    """Lock against everybody else, if nobody has a lock. Raises OSError."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _evict(blob: Path) -> bool:
+    """Delete a file of ours, whole or partial, unless somebody uses it."""
+    path = _where(blob)
+    if path is None:
+        return True
+    try:
+        # Network file systems lock only what is open for writing.
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if not _locked_whole(fd):
+                return False
+            forget(path)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.warning("%s cannot be deleted: %s", path, error.strerror)
+        return False
+    return True
+
+
+def _where(blob: Path) -> Path | None:
+    """Where an entry's file lies: in its place, or still in parts; None if somebody deleted it."""
+    partial = blob.with_name(blob.name + PARTIAL_SUFFIX)
+    return next((path for path in (blob, partial) if path.is_file()), None)
+
+
+def _drop_what_is_not_ours(entries: dict[str, Entry]) -> None:
+    for path, entry in list(entries.items()):
+        found = _where(Path(path))
+        if found is None or found.is_symlink() or found.stat().st_ino != entry.inode:
+            del entries[path]
+
+
+def _partial_of(cache: HubCache, files: Sequence[HubFile], name: str) -> Path:
+    return cache.partial(next(file for file in files if file.name == name))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
+
+
+def _what_does_not_fit(cache: HubCache, size: int, free: int, taken: int, disk_bytes: int | None) -> str:
+    what = f"{cache.repo}: {format_size(size)} have to be fetched"
+    if disk_bytes is None:
+        return (
+            f"{what}, and {format_size(max(free, 0))} are free below {cache.folder.parent}: free some, set HF_HOME to"
+            " another disk, or let peerd delete what it fetched before with --disk SIZE"
+        )
+    if size > disk_bytes:
+        return f"{what}, and --disk allows {format_size(disk_bytes)}: raise it, or serve fewer blocks"
+    return (
+        f"{what}, and of the {format_size(disk_bytes)} that --disk allows {format_size(taken)} are taken by files that"
+        f" running peers use ({format_size(max(free, 0))} are free on the disk): raise --disk, or stop one of them"
+    )

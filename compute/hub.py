@@ -1,0 +1,217 @@
+"""Speaks the hub's HTTP: what a revision holds, and the bytes of a file from any position on.
+
+huggingface_hub's own session, headers, token and error types; its downloads are not used, because they keep no
+partial file across runs and cannot be stopped between blocks of 10 MB. The difficulty is whose fault a failure is:
+what may pass is `Transient`, for the caller to try again; all else is a CheckpointError that names the fix.
+Knows no disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from peerd.compute.errors import CheckpointError
+from peerd.compute.hub_id import HubId, is_commit
+from peerd.compute.hub_settings import HubSettings
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GIT_HASH = re.compile(r"[0-9a-f]{40}")
+# Beside the model's root are other formats and examples; none of it is read. Names become names on this disk.
+_NAME = re.compile(r"[\w][\w.+ -]{0,199}", re.ASCII)
+# Passes by itself: a timeout, too many requests, and whatever goes wrong inside the hub.
+_TRANSIENT_STATUS = (408, 425, 429)
+# Nobody waits longer for a hub that asks for patience.
+_MAX_RETRY_AFTER_S = 60.0
+
+
+class Transient(Exception):
+    """It may work in a moment. `after_s`: how long the hub asked us to wait."""
+
+    def __init__(self, reason: str, after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file as the hub lists it. `sha256` is known of LFS files only; `git_hash` is of others' content."""
+
+    name: str
+    size: int
+    sha256: str | None
+    git_hash: str
+
+    @property
+    def blob(self) -> str:
+        """What the cache calls its content: the hub's entity tag."""
+        return self.sha256 or self.git_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files at the root of one commit, by name."""
+
+    repo: str
+    commit: str
+    files: Mapping[str, HubFile]
+
+
+class Hub:
+    """One hub, as one user sees it."""
+
+    def __init__(self, settings: HubSettings) -> None:
+        self._endpoint = settings.endpoint
+        self._token = settings.token
+
+    @property
+    def endpoint(self) -> str:
+        """Where it is."""
+        return self._endpoint or constants.ENDPOINT
+
+    def listing(self, hub_id: HubId) -> Listing:
+        """What the revision holds now. Raises Transient, CheckpointError."""
+        api = HfApi(endpoint=self._endpoint, token=self._token)
+        revision = hub_id.revision or constants.DEFAULT_REVISION
+        with self._errors(hub_id):
+            try:
+                info = api.model_info(
+                    hub_id.repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+                )
+                if not is_commit(info.sha or ""):
+                    raise ValueError(f"the commit is {info.sha!r}")
+                files = [_file(sibling) for sibling in info.siblings or () if _NAME.fullmatch(sibling.rfilename)]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{self.endpoint} does not answer as a model hub about {hub_id} ({error}): check HF_ENDPOINT"
+                ) from error
+        return Listing(hub_id.repo, str(info.sha), {file.name: file for file in files})
+
+    @contextmanager
+    def stream(self, listing: Listing, file: HubFile, start: int, end: int | None = None) -> Iterator[Stream]:
+        """The file's bytes from `start` to before `end`. Raises Transient, CheckpointError, also while it is read."""
+        url = hf_hub_url(listing.repo, file.name, revision=listing.commit, endpoint=self._endpoint)
+        headers = build_hf_headers(token=self._token)
+        # Compressed, neither sizes nor positions would be the file's.
+        headers["Accept-Encoding"] = "identity"
+        if start or end is not None:
+            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        with (
+            self._errors(HubId(listing.repo, listing.commit), file.name),
+            get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
+        ):
+            hf_raise_for_status(response)
+            # Who ignores the range sends everything.
+            yield Stream(_first_position(response, start), response.iter_raw())
+
+    def read_range(self, listing: Listing, file: HubFile, start: int, end: int) -> bytes:
+        """Some bytes in the middle of a file. Raises Transient, CheckpointError."""
+        data = bytearray()
+        with self.stream(listing, file, start, end) as stream:
+            position = stream.start
+            for chunk in stream.chunks:
+                data += chunk[max(0, start - position) :]
+                position += len(chunk)
+                if len(data) >= end - start:
+                    return bytes(data[: end - start])
+        raise Transient(f"{file.name} ended after {position} bytes")
+
+    @contextmanager
+    def _errors(self, hub_id: HubId, name: str = "") -> Iterator[None]:
+        """Everything that can go wrong with a request, by whose fault it is."""
+        what = f"{hub_id}: {name}" if name else str(hub_id)
+        try:
+            yield
+        except GatedRepoError as error:
+            fix = "set HF_TOKEN or run `hf auth login`" if error.response.status_code == 401 else "wait to be admitted"
+            raise CheckpointError(
+                f"{what}: the model is gated: accept its terms at {self.endpoint}/{hub_id.repo}, then {fix}"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"{self.endpoint} has no model {hub_id.repo}, or it is private or gated: check the spelling; if you may"
+                " read it, set HF_TOKEN or run `hf auth login`"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise CheckpointError(
+                f"{hub_id.repo} has no revision {hub_id.revision!r} at {self.endpoint}: give a branch, a tag or"
+                " a commit"
+            ) from error
+        except RemoteEntryNotFoundError as error:
+            raise CheckpointError(f"{what}: is not there any more") from error
+        except DisabledRepoError as error:
+            raise CheckpointError(f"{what}: the hub has disabled this model") from error
+        except OfflineModeIsEnabled as error:
+            raise Transient("offline mode is on (HF_HUB_OFFLINE)") from error
+        except HfHubHTTPError as error:
+            raise self._status_error(what, error.response) from error
+        except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
+            raise CheckpointError(f"{what}: {self.endpoint} cannot be asked ({error}): check HF_ENDPOINT") from error
+        except httpx2.TransportError as error:
+            raise Transient(str(error) or type(error).__name__) from error
+        except (httpx2.TooManyRedirects, httpx2.DecodingError) as error:
+            raise CheckpointError(f"{what}: {self.endpoint} does not answer as a model hub: {error}") from error
+
+    def _status_error(self, what: str, response: httpx2.Response) -> Exception:
+        status = response.status_code
+        if status in _TRANSIENT_STATUS or status >= 500:
+            return Transient(f"the hub answered {status} {response.reason_phrase}", _retry_after_s(response))
+        if status == 401:
+            return CheckpointError(f"{what}: the hub refuses the token: check HF_TOKEN, or run `hf auth login`")
+        if status == 403:
+            return CheckpointError(f"{what}: the token may not read it (403): use one that may, as HF_TOKEN")
+        return CheckpointError(f"{what}: {self.endpoint} answered {status} {response.reason_phrase}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Bytes of a file as they come, the first of them at `start`."""
+
+    start: int
+    chunks: Iterator[bytes]
+
+
+def _file(sibling: RepoSibling) -> HubFile:
+    lfs = sibling.lfs
+    size = lfs.size if lfs else sibling.size
+    sha256 = lfs.sha256 if lfs else None
+    git_hash = sibling.blob_id or ""
+    if type(size) is not int or size < 0:
+        raise ValueError(f"{sibling.rfilename} has no size")
+    if not (_SHA256.fullmatch(sha256) if sha256 is not None else _GIT_HASH.fullmatch(git_hash)):
+        raise ValueError(f"{sibling.rfilename} has no hash")
+    return HubFile(sibling.rfilename, size, sha256, git_hash)
+
+
+def _first_position(response: httpx2.Response, asked: int) -> int:
+    """Where in the file the answer begins. Raises Transient where it does not say so."""
+    if response.status_code != 206:
+        return 0
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    if match is None or int(match[1]) > asked:
+        raise Transient("the hub answered another range than it was asked for")
+    return int(match[1])
+
+
+def _retry_after_s(response: httpx2.Response) -> float:
+    value = response.headers.get("Retry-After", "")
+    return min(float(value), _MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else 0.0

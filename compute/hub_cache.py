@@ -1,0 +1,118 @@
+"""One repository in huggingface_hub's cache on this disk: the layout that all programs here share.
+
+`blobs/` holds contents by their hash, `snapshots/COMMIT/` links names to them, `refs/` says which commit a branch was
+last. What the hub said of a commit is kept too, in peerd's own folder, so that a server can start again without it.
+Knows no HTTP and no locks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from peerd.compute.hub import HubFile, Listing
+from peerd.compute.hub_id import is_commit
+from peerd.compute.hub_settings import HubSettings
+
+# Not huggingface_hub's own suffix: other versions of it would append to our file, or delete it.
+PARTIAL_SUFFIX = ".peerd-incomplete"
+
+
+class HubCache:
+    """What is on this disk of one repository."""
+
+    def __init__(self, settings: HubSettings, repo: str) -> None:
+        name = f"models--{repo.replace('/', constants.REPO_ID_SEPARATOR)}"
+        self.repo = repo
+        self.folder = settings.folder / name
+        self._listings = settings.own_folder / "listings" / name
+
+    def snapshot(self, commit: str) -> Path:
+        """The folder with the commit's files by name."""
+        return self.folder / "snapshots" / commit
+
+    def blob(self, file: HubFile) -> Path:
+        """Where the file's content lies, or will lie."""
+        return self.folder / "blobs" / file.blob
+
+    def partial(self, file: HubFile) -> Path:
+        """Where the file's content lies until all of it is there."""
+        return self.folder / "blobs" / f"{file.blob}{PARTIAL_SUFFIX}"
+
+    def link(self, commit: str, file: HubFile) -> None:
+        """Give the file's content its name in the commit's snapshot."""
+        pointer, blob = self.snapshot(commit) / file.name, self.blob(file)
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            pointer.unlink()
+        try:
+            if constants.HF_HUB_DISABLE_SYMLINKS:
+                raise OSError("symbolic links are switched off")
+            os.symlink(os.path.relpath(blob, pointer.parent), pointer)
+        except FileExistsError:
+            pass  # another process was faster
+        except OSError:
+            os.link(blob, pointer)
+
+    def known_commit(self, revision: str | None) -> str | None:
+        """The commit that the revision was when somebody last asked, or None."""
+        revision = revision or constants.DEFAULT_REVISION
+        if is_commit(revision):
+            return revision
+        try:
+            commit = (self.folder / "refs" / revision).read_text().strip()
+        except OSError:
+            return None
+        return commit if is_commit(commit) else None
+
+    def remember(self, revision: str | None, listing: Listing) -> None:
+        """Keep what the hub said; if that cannot be written, the next start without the hub fails."""
+        revision = revision or constants.DEFAULT_REVISION
+        with suppress(OSError):
+            fields = {"files": [asdict(file) for file in listing.files.values()]}
+            _write(self._listings / f"{listing.commit}.json", json.dumps(fields))
+        if not is_commit(revision):
+            with suppress(OSError):
+                _write(self.folder / "refs" / revision, listing.commit)
+
+    def known_listing(self, commit: str) -> Listing | None:
+        """What the hub said of the commit, or what other programs have left of it here; None if there is nothing."""
+        try:
+            entries = json.loads((self._listings / f"{commit}.json").read_bytes())["files"]
+            files = [HubFile(**entry) for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError):
+            files = list(self._files_here(commit))
+        return Listing(self.repo, commit, {file.name: file for file in files}) if files else None
+
+    def _files_here(self, commit: str) -> Iterator[HubFile]:
+        with suppress(OSError):
+            for path in sorted(self.snapshot(commit).iterdir()):
+                if path.is_file():
+                    blob = path.resolve().name
+                    is_lfs = re.fullmatch(r"[0-9a-f]{64}", blob) is not None
+                    yield HubFile(path.name, path.stat().st_size, blob if is_lfs else None, "" if is_lfs else blob)
+
+
+def forget(blob: Path) -> None:
+    """Delete a content and every name that a snapshot gives it. Raises OSError."""
+    for pointer in (blob.parent.parent / "snapshots").glob("*/*"):
+        with suppress(FileNotFoundError):
+            if pointer.exists() and pointer.samefile(blob):
+                pointer.unlink()
+    blob.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)

@@ -1,0 +1,69 @@
+"""What a model on a hub is called: `org/name`, and after an @ a revision (a branch, a tag or a commit).
+
+Knows spelling only, and imports nothing slow: the command line asks it first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerd.compute.errors import CheckpointError
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# The hub's own limit.
+_MAX_REPO_CHARS = 96
+# Branches, tags, commits and pull requests (`refs/pr/3`).
+_REVISION = re.compile(r"[\w][\w./+-]{0,249}", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A repository on the hub and the revision that is meant; None is the hub's default, `main`."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+    @property
+    def name(self) -> str:
+        """What people call the model: the last part."""
+        return self.repo.rpartition("/")[2]
+
+
+def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
+    """The id that `text` spells, with `revision` if that is given beside it; None if it spells none.
+
+    Raises CheckpointError for a malformed revision, or two that differ.
+    """
+    repo, at, said = text.partition("@")
+    well_formed = _REPO.fullmatch(repo) and len(repo) <= _MAX_REPO_CHARS
+    if not well_formed or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git", ".gguf", ".safetensors")):
+        return None
+    if at and revision is not None and said != revision:
+        raise CheckpointError(f"{text} names one revision and {revision!r} is another: say one of them")
+    wanted = said if at else revision
+    if wanted is not None and (not _REVISION.fullmatch(wanted) or ".." in wanted or wanted.endswith("/")):
+        raise CheckpointError(f"{wanted!r} is no revision of {repo}: give a branch, a tag or a commit")
+    return HubId(repo, wanted)
+
+
+def hub_id_of(model: str | Path, revision: str | None = None) -> HubId | None:
+    """The hub id that is meant, or None where `model` is a path: what is on this machine comes first.
+
+    Raises CheckpointError for a malformed revision, or a revision of something on this machine.
+    """
+    path = Path(model).expanduser()
+    found = None if isinstance(model, Path) or path.exists() else parse_hub_id(model, revision)
+    if found is None and revision is not None:
+        raise CheckpointError(f"{model}: only a model on a hub has revisions, such as org/name; leave out {revision!r}")
+    return found
+
+
+def is_commit(revision: str) -> bool:
+    """Whether it is a whole commit hash, which never means anything else later."""
+    return _COMMIT.fullmatch(revision) is not None
