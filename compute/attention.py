@@ -24,6 +24,7 @@ from torch import nn
 from peerd.compute.kv_cache import KVPool, KVWriter, RowSlots
 from peerd.compute.latent_attention import LatentAttention
 from peerd.compute.layer_kinds import LayerKind
+from peerd.compute.own_attention import KeyBias
 from peerd.compute.steps import Segment
 
 _NAME = "peerd"
@@ -104,6 +105,14 @@ class BatchView:
             self._lags = values.repeat_interleave(counts)
         return self._lags
 
+    def get_mask_sizes(self, _length: int, _layer: int) -> tuple[int, int]:
+        """Transformers' question for how large a mask to make: none, for ours is made here."""
+        return 0, 0
+
+    def get_query_offset(self, _layer: int) -> int:
+        """Transformers' question for where a mask begins."""
+        return 0
+
     def visible(self, kind: LayerKind) -> list[Visible]:
         """What each segment sees in blocks of this kind."""
         rule = (kind.window, kind.chunk)
@@ -115,7 +124,7 @@ class BatchView:
 
 
 class RowView:
-    """One segment of one row as the cache of a model that brings its own attention (Bloom, GPT-J, MPT, Falcon)."""
+    """One segment of one row as the cache of a model whose attention we cannot reach (GPT-J, CodeGen, GPT-Neo)."""
 
     is_compileable = False
     is_sliding = (False,)
@@ -211,9 +220,16 @@ class BlockAttention:
 class Scores:
     """How a model turns products of query and key into weights."""
 
-    __slots__ = ("scaling", "sinks", "softcap")
+    __slots__ = ("bias", "scaling", "sinks", "softcap")
 
-    def __init__(self, scaling: float | None, softcap: float | None, sinks: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        bias: KeyBias | None = None,
+    ) -> None:
+        self.bias = bias
         self.scaling = scaling
         self.softcap = softcap
         self.sinks = sinks
@@ -227,6 +243,8 @@ def _attend(
     kv_heads = keys.shape[1]
     if scores.softcap is not None or scores.sinks is not None:
         output = _attend_in_steps(query, keys, values, visible, scores)
+    elif scores.bias is not None:
+        output = _attend_with_bias(query, keys, values, visible, scores, scores.bias)
     elif count == 1:
         # Query heads that share a key head stand where several queries would: one product, no copies.
         packed = query.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -242,6 +260,23 @@ def _attend(
             enable_gqa=heads != kv_heads,
         )
     return output.reshape(batch, heads, count, -1).transpose(1, 2)
+
+
+def _attend_with_bias(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores, bias: KeyBias
+) -> torch.Tensor:
+    """The same where something is added to each key's score (ALiBi)."""
+    _, heads, count, _ = query.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    added = bias(visible.start, visible.start + length).to(query.dtype)[None, :, None]
+    mask = visible.mask
+    if visible.causal:
+        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        added = added.masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=added, scale=scores.scaling, enable_gqa=heads != kv_heads
+    )
 
 
 def _attend_in_steps(
@@ -277,6 +312,7 @@ def _attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    key_bias: KeyBias | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """What Transformers' attention modules call. No mask comes: ours is the block's own."""
@@ -284,7 +320,7 @@ def _attention_forward(
     if position_bias is not None:
         raise NotImplementedError("attention with a learned position bias is not supported")
     block: BlockAttention = getattr(module, _ATTRIBUTE)
-    return block(query, key, value, Scores(scaling, softcap, s_aux)), None
+    return block(query, key, value, Scores(scaling, softcap, s_aux, key_bias)), None
 
 
 def register_attention() -> str:

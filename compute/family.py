@@ -60,6 +60,8 @@ class Family:
     #: Whether attention goes through Transformers' `AttentionInterface`, so that a batch is one ragged forward.
     #: Without, rows run one after the other.
     attention_interface: bool = True
+    #: Whether `own_attention.py` leads its attention there.
+    own_attention: bool = False
     # Only where they are not called after `model_type` and `prefix`.
     module: str = ""
     config_class: str = ""

@@ -236,12 +236,12 @@ ROWS = (
         norm="ln_f",
         embeddings="word_embeddings",
         embedding_norm="word_embeddings_layernorm",
-        attention_interface=False,
+        own_attention=True,
     ),
     Family("codegen", "CodeGen", layers="h", norm="ln_f", embeddings="wte", attention_interface=False),
     Family("diffllama", "DiffLlama", attention_interface=False),
     Family("doge", "Doge", attention_interface=False),
-    Family("falcon", "Falcon", layers="h", norm="ln_f", embeddings="word_embeddings", attention_interface=False),
+    Family("falcon", "Falcon", layers="h", norm="ln_f", embeddings="word_embeddings", own_attention=True),
     Family("gpt_neox", "GPTNeoX", norm="final_layer_norm", embeddings="embed_in"),
     Family(
         "gpt_neox_japanese",
@@ -253,5 +253,5 @@ ROWS = (
         stored_under=("gpt_neox_japanese.",),
     ),
     Family("gptj", "GPTJ", layers="h", norm="ln_f", embeddings="wte", attention_interface=False),
-    Family("mpt", "Mpt", layers="blocks", norm="norm_f", embeddings="wte", attention_interface=False),
+    Family("mpt", "Mpt", layers="blocks", norm="norm_f", embeddings="wte", own_attention=True),
 )

@@ -103,10 +103,9 @@ def _all_heads(config: Any, _: str) -> _Shape:
 
 def _falcon(config: Any, layer_type: str) -> _Shape:
     heads, width, _width = _all_heads(config, layer_type)
-    if config.new_decoder_architecture or not config.multi_query:
-        # Transformers repeats each key for the query heads that share it before it caches them.
-        return heads, width, width
-    return 1, width, width
+    if config.new_decoder_architecture:
+        return int(config.num_kv_heads), width, width
+    return (1 if config.multi_query else heads), width, width
 
 
 def _gpt_bigcode(config: Any, layer_type: str) -> _Shape:

@@ -19,6 +19,7 @@ from peerd.compute.family import Family
 from peerd.compute.input_side import take_off_input_side
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.load_blocks import load_block
+from peerd.compute.own_attention import install_own_attention
 from peerd.compute.quantized_formats import NONE
 from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, length_rules
 from peerd.protocol.span import Span
@@ -137,7 +138,8 @@ def load_span(
     if span.end > checkpoint.block_count:
         raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
     family, device = checkpoint.family, torch.device(device)
-    attention = attention if family.attention_interface else None
+    own = attention if family.own_attention and attention not in (None, "eager", "sdpa") else None
+    attention = attention if family.attention_interface and not own else None
     dtype = dtype or checkpoint.dtype
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype, attention)
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
@@ -152,6 +154,8 @@ def load_span(
             on_block(block)
     compute_buffers(decoder, decoder.config, device)
     check_filled(decoder, checkpoint.path)
+    if own:
+        install_own_attention(decoder, own, device, dtype)
     if length_rules(decoder.config):
         decoder.rotary_emb = DeclaredLengthRotary(decoder.rotary_emb, decoder.config)
     return SpanModel(decoder, family, span, kinds, device=device, dtype=dtype).eval()

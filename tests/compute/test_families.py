@@ -15,6 +15,7 @@ import torch
 from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 from tiny_families import BLOCKS, VARIANTS, tiny_model
 
+from peerd.compute.attention import SpanAttention, register_attention
 from peerd.compute.capacity import block_bytes, kv_bytes_per_token
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.families import FAMILIES
@@ -117,7 +118,8 @@ class _Recorder:
 
 def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
     checkpoint = tiny[0].checkpoint
-    span = load_span(checkpoint, Span(0, BLOCKS))
+    span = load_span(checkpoint, Span(0, BLOCKS), attention=register_attention())
+    SpanAttention(span.layers, span.kinds)
     recorder = _Recorder()
     with torch.no_grad():
         span(torch.zeros(1, 5, span.hidden_size), torch.arange(5)[None], recorder, max_lengths=5)

@@ -140,6 +140,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon of many queries": ("falcon", {"multi_query": False, "parallel_attn": False}),
     "falcon with alibi": ("falcon", {"alibi": True, "multi_query": True, "num_attention_heads": 4}),
     "falcon of the new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon with alibi of 6 heads": ("falcon", {"alibi": True, "hidden_size": 48, "num_attention_heads": 6}),
+    "mpt of 6 heads": ("mpt", {"d_model": 48, "n_heads": 6, "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.4}}),
     "gpt_bigcode without shared keys": ("gpt_bigcode", {"multi_query": False}),
     "gpt_neox with a sequential residual": ("gpt_neox", {"use_parallel_residual": False}),
     "opt without projections": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),

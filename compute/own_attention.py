@@ -1,0 +1,164 @@
+"""Bloom's, Falcon's and MPT's attention, for batches of many sessions.
+
+Their modules predate Transformers' `AttentionInterface`: each computes its attention itself, for rows of one
+length. Here their `forward` is written again around the modules' own projections, and hands queries, keys and
+values to the interface. Everything else of the families stays Transformers'.
+
+The difficulty is ALiBi, which favours near keys by a number a head and position. It depends on the key alone
+(what all keys of a query have in common, softmax takes away), so a table serves every row; it is made by
+Transformers' own functions, rounded as there.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A table is made for this many positions, or for twice as many as are needed.
+_FIRST_LENGTH = 2048
+_NO_MASK = "peerd_no_mask"
+
+
+class KeyBias:
+    """What is added to the scores of keys, by head and position. `make(length)` gives `[heads, length]`."""
+
+    def __init__(self, make: Callable[[int], torch.Tensor], *, from_end: bool = False) -> None:
+        self._make = make
+        # Whether positions are counted back from a row's last key.
+        self._from_end = from_end
+        self._table: torch.Tensor | None = None
+
+    def __call__(self, start: int, end: int) -> torch.Tensor:
+        """For the keys at `start` to `end - 1`, of rows that end there: `[heads, end - start]`."""
+        table = self._table
+        if table is None or table.shape[1] < end:
+            # Not as an inference tensor, which a training pass could not use afterwards.
+            with torch.inference_mode(False), torch.no_grad():
+                table = self._table = self._make(max(_FIRST_LENGTH, 2 * end))
+        shift = table.shape[1] - end if self._from_end else 0
+        return table[:, start + shift : end + shift]
+
+
+def install_own_attention(decoder: PreTrainedModel, attention: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Make a decoder's attention modules call `attention`, a name registered with `AttentionInterface`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    config: Any = decoder.config
+    forward, kind, bias = _INSTALLERS[config.model_type](decoder, device, dtype)
+    function = AttentionInterface()[attention]
+    # MPT's forward asks the mask for its dtype, and so must be given one, of whatever shape.
+    AttentionMaskInterface.register(_NO_MASK, _no_mask)
+    config._attn_implementation = _NO_MASK
+    for module in decoder.modules():
+        if isinstance(module, kind):
+            module.forward = types.MethodType(forward, module)
+            module.peerd_attention = function
+            module.peerd_key_bias = bias
+
+
+_Installed = tuple[Callable[..., Any], type[nn.Module], KeyBias | None]
+
+
+def _no_mask(**_: Any) -> torch.Tensor:
+    """Nothing reads it: masks are made with the attention."""
+    return torch.zeros((), dtype=torch.bool)
+
+
+def _attend(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`query` `[batch, heads, positions, width]`, as the interface wants it: `[batch, positions, heads * width]`."""
+    output, _ = module.peerd_attention(
+        module, query, keys, values, None, scaling=scaling, key_bias=module.peerd_key_bias
+    )
+    result: torch.Tensor = output.flatten(2)
+    return result
+
+
+def _bloom(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
+    from transformers.models.bloom import modeling_bloom as bloom
+
+    def alibi(length: int) -> torch.Tensor:
+        slopes = bloom._get_alibi_slopes(decoder.num_heads, device)
+        return (slopes[:, None] * torch.arange(length, device=device)).to(dtype)
+
+    return _bloom_forward, bloom.BloomAttention, KeyBias(alibi)
+
+
+def _bloom_forward(
+    module: Any, hidden_states: torch.Tensor, residual: torch.Tensor, layer_past: Any = None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    query, keys, values = module._reshape(module.query_key_value(hidden_states))
+    if layer_past is not None:
+        keys, values = layer_past.update(keys, values, module.layer_idx)
+    output = _attend(module, query, keys, values, module.inv_norm_factor)
+    return residual + module.dense(output), None
+
+
+def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
+    from transformers.models.falcon import modeling_falcon as falcon
+
+    heads = decoder.config.num_attention_heads
+    width = decoder.config.hidden_size // heads
+
+    def alibi(length: int) -> torch.Tensor:
+        everywhere = torch.ones(1, length, dtype=torch.long, device=device)
+        return falcon.build_alibi_tensor(everywhere, heads, dtype).squeeze(1) / width**0.5
+
+    return _falcon_forward, falcon.FalconAttention, KeyBias(alibi) if decoder.use_alibi else None
+
+
+def _falcon_forward(
+    module: Any, hidden_states: torch.Tensor, layer_past: Any = None, position_embeddings: Any = None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    fused = module.query_key_value(hidden_states)
+    if module.new_decoder_architecture:
+        # A key and a value for each group of queries; Transformers would repeat them before it caches them.
+        groups = fused.unflatten(-1, (module.num_kv_heads, -1, module.head_dim))
+        parts = groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]
+    else:
+        parts = module._split_heads(fused)
+    query, keys, values = (part.transpose(1, 2) for part in parts)
+    if module.peerd_key_bias is None:
+        query, keys = apply_rotary_pos_emb(query, keys, *position_embeddings)
+    if layer_past is not None:
+        keys, values = layer_past.update(keys, values, module.layer_idx)
+    return module.dense(_attend(module, query, keys, values, module.inv_norm_factor)), None
+
+
+def _mpt(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
+    from transformers.models.mpt import modeling_mpt as mpt
+
+    def alibi(length: int) -> torch.Tensor:
+        bias: torch.Tensor = mpt.build_mpt_alibi_tensor(decoder.num_heads, length, device=device)
+        return bias.squeeze(1)
+
+    return _mpt_forward, mpt.MptAttention, KeyBias(alibi, from_end=True)
+
+
+def _mpt_forward(
+    module: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    fused = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+    query, keys, values = (
+        part.unflatten(-1, (module.n_heads, module.head_dim)).transpose(1, 2) for part in fused.chunk(3, dim=2)
+    )
+    if past_key_values is not None:
+        keys, values = past_key_values.update(keys, values, module.layer_idx)
+    return module.out_proj(_attend(module, query, keys, values, module.softmax_scale)), None
+
+
+_INSTALLERS: dict[str, Callable[[Any, torch.device, torch.dtype], _Installed]] = {
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "mpt": _mpt,
+}
