@@ -81,11 +81,14 @@ def _attend(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.
 
 
 def _bloom(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
-    from transformers.models.bloom import modeling_bloom as bloom
+    from transformers.models.bloom import modeling_bloom
+
+    bloom: Any = modeling_bloom
 
     def alibi(length: int) -> torch.Tensor:
         slopes = bloom._get_alibi_slopes(decoder.num_heads, device)
-        return (slopes[:, None] * torch.arange(length, device=device)).to(dtype)
+        bias: torch.Tensor = slopes[:, None] * torch.arange(length, device=device)
+        return bias.to(dtype)
 
     return _bloom_forward, bloom.BloomAttention, KeyBias(alibi)
 
@@ -101,14 +104,16 @@ def _bloom_forward(
 
 
 def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
-    from transformers.models.falcon import modeling_falcon as falcon
+    from transformers.models.falcon import modeling_falcon
 
+    falcon: Any = modeling_falcon
     heads = decoder.config.num_attention_heads
     width = decoder.config.hidden_size // heads
 
     def alibi(length: int) -> torch.Tensor:
         everywhere = torch.ones(1, length, dtype=torch.long, device=device)
-        return falcon.build_alibi_tensor(everywhere, heads, dtype).squeeze(1) / width**0.5
+        bias: torch.Tensor = falcon.build_alibi_tensor(everywhere, heads, dtype)
+        return bias.squeeze(1) / width**0.5
 
     return _falcon_forward, falcon.FalconAttention, KeyBias(alibi) if decoder.use_alibi else None
 
@@ -116,8 +121,9 @@ def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installe
 def _falcon_forward(
     module: Any, hidden_states: torch.Tensor, layer_past: Any = None, position_embeddings: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+    from transformers.models.falcon import modeling_falcon
 
+    falcon: Any = modeling_falcon
     fused = module.query_key_value(hidden_states)
     if module.new_decoder_architecture:
         # A key and a value for each group of queries; Transformers would repeat them before it caches them.
@@ -127,14 +133,16 @@ def _falcon_forward(
         parts = module._split_heads(fused)
     query, keys, values = (part.transpose(1, 2) for part in parts)
     if module.peerd_key_bias is None:
-        query, keys = apply_rotary_pos_emb(query, keys, *position_embeddings)
+        query, keys = falcon.apply_rotary_pos_emb(query, keys, *position_embeddings)
     if layer_past is not None:
         keys, values = layer_past.update(keys, values, module.layer_idx)
     return module.dense(_attend(module, query, keys, values, module.inv_norm_factor)), None
 
 
 def _mpt(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
-    from transformers.models.mpt import modeling_mpt as mpt
+    from transformers.models.mpt import modeling_mpt
+
+    mpt: Any = modeling_mpt
 
     def alibi(length: int) -> torch.Tensor:
         bias: torch.Tensor = mpt.build_mpt_alibi_tensor(decoder.num_heads, length, device=device)
