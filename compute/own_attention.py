@@ -11,8 +11,9 @@ Transformers' own functions, rounded as there.
 
 from __future__ import annotations
 
+import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,15 +53,16 @@ def install_own_attention(decoder: PreTrainedModel, attention: str, device: torc
 
     config: Any = decoder.config
     forward, kind, bias = _INSTALLERS[config.model_type](decoder, device, dtype)
-    function = AttentionInterface()[attention]
+    functions: Any = AttentionInterface
+    function = functions()[attention]
     # MPT's forward asks the mask for its dtype, and so must be given one, of whatever shape.
     AttentionMaskInterface.register(_NO_MASK, _no_mask)
     config._attn_implementation = _NO_MASK
-    for module in decoder.modules():
-        if isinstance(module, kind):
-            module.forward = types.MethodType(forward, module)
-            module.peerd_attention = function
-            module.peerd_key_bias = bias
+    modules: Iterator[Any] = (module for module in decoder.modules() if isinstance(module, kind))
+    for module in modules:
+        module.forward = types.MethodType(forward, module)
+        module.peerd_attention = function
+        module.peerd_key_bias = bias
 
 
 _Installed = tuple[Callable[..., Any], type[nn.Module], KeyBias | None]
@@ -113,7 +115,8 @@ def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installe
     def alibi(length: int) -> torch.Tensor:
         everywhere = torch.ones(1, length, dtype=torch.long, device=device)
         bias: torch.Tensor = falcon.build_alibi_tensor(everywhere, heads, dtype)
-        return bias.squeeze(1) / width**0.5
+        result: torch.Tensor = bias.squeeze(1) / math.sqrt(width)
+        return result
 
     return _falcon_forward, falcon.FalconAttention, KeyBias(alibi) if decoder.use_alibi else None
 
