@@ -40,6 +40,7 @@ class HubFolder:
         self._hub = Hub(settings)
         self._cache = HubCache(settings, hub_id.repo)
         self._held: dict[str, int] = {}
+        self._closed = False
         self._listing = self._resolve(hub_id)
         self._fetcher = Fetcher(self._hub, self._cache, settings)
 
@@ -67,6 +68,9 @@ class HubFolder:
         files = [self._file(name) for name in sorted(set(names)) if name not in self._held]
         if files:
             self._held |= self._fetcher.obtain(self._listing, files)
+            if self._closed:
+                # While this thread fetched, its caller went away.
+                self.close()
 
     def path(self, name: str) -> Path:
         self.fetch([name])
@@ -93,6 +97,7 @@ class HubFolder:
         return bytes.fromhex(file.sha256) if file.sha256 else file_digest(self.path(name))
 
     def close(self) -> None:
+        self._closed = True
         while self._held:
             os.close(self._held.popitem()[1])
 

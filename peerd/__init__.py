@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peerd.compute.errors import CheckpointError
+    from peerd.compute.hub_settings import HubSettings
     from peerd.generation import Generation, Token
     from peerd.model import RemoteModel
     from peerd.peer import Peer, open_peer
@@ -37,6 +38,7 @@ __all__ = [
     "open_peer",
     "Peer",
     "ServeSpec",
+    "HubSettings",
     "RemoteModel",
     "Generation",
     "Token",
@@ -71,6 +73,7 @@ _MODULE_OF = {
     "Multiaddr": "peerd.protocol.addresses",
     "Span": "peerd.protocol.span",
     "CheckpointError": "peerd.compute.errors",
+    "HubSettings": "peerd.compute.hub_settings",
 }
 _ERRORS = "peerd.protocol.errors"
 

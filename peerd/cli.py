@@ -23,7 +23,9 @@ from click.core import ParameterSource
 from peerd.cli_options import (
     DTYPES,
     QUANTIZATIONS,
+    at_revision,
     bootstrap_option,
+    disk_option,
     is_loopback,
     json_option,
     parse_address,
@@ -33,6 +35,7 @@ from peerd.cli_options import (
     parse_memory,
     parse_model,
     parse_named_model,
+    revision_option,
     sampling_options,
     verbose_option,
 )
@@ -66,6 +69,7 @@ Examples:
   peerd --listen /ip4/0.0.0.0/tcp/31330/ws            a bootstrap peer
   peerd --serve-blocks 0:16 --model DIR --bootstrap ADDRESS
   peerd generate DIR --prompt "Hello" --bootstrap ADDRESS
+  peerd --serve-blocks auto --model org/name --disk 100GB --bootstrap ADDRESS
 """
 DEMO_PROMPT = "Explain in two sentences how bees make honey."
 
@@ -109,9 +113,11 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     type=parse_named_model,
     multiple=True,
     metavar="[NAME=]MODEL",
-    help="A model's directory, or a .gguf file: the one to serve, or one that the local API offers as NAME. Repeat it"
-    " for several.",
+    help="A model's directory, a .gguf file, or org/name[@revision] on the hub: the one to serve, or one that the local"
+    " API offers as NAME. Repeat it for several.",
 )
+@revision_option
+@disk_option
 @click.option(
     "--client",
     is_flag=True,
@@ -222,7 +228,9 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 
 
 @cli.command(epilog=_EXIT_CODES)
-@click.argument("model_path", type=parse_model, metavar="MODEL")
+@click.argument("model", type=parse_model, metavar="MODEL")
+@revision_option
+@disk_option
 @click.option("--prompt", metavar="TEXT", help="What to continue, or to answer with --chat; - reads standard input.")
 @click.option("--prompt-file", type=click.File(encoding="utf-8"), metavar="FILE", help="Read the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Ask in the model's chat template, as a user would.")
@@ -235,7 +243,9 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 def generate(
     ctx: click.Context,
     /,
-    model_path: Path,
+    model: Path | str,
+    revision: str | None,
+    disk_bytes: int | None,
     prompt: str | None,
     prompt_file: TextIO | None,
     chat: bool,
@@ -246,8 +256,9 @@ def generate(
 ) -> None:
     """Generate text with MODEL, whose blocks a swarm runs.
 
-    MODEL is a directory with config.json and safetensors, or a .gguf file; only its embeddings and its head
-    are read here. The text goes to standard output as it comes; all else to standard error.
+    MODEL is a directory with config.json and safetensors, a .gguf file, or org/name on the model hub; only its
+    embeddings and its head are fetched and read here. The text goes to standard output as it comes; all else to
+    standard error.
     """
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("say --prompt TEXT, --prompt - to read standard input, or --prompt-file FILE")
@@ -261,7 +272,10 @@ def generate(
     from peerd.cli_generate import generate as run_generate
 
     request = Request(prompt or "", chat, sampling)
-    _run_once(ctx, partial(run_generate, model_path, bootstrap, request, as_json=as_json), verbose=verbose)
+    work = partial(
+        run_generate, at_revision(model, revision), bootstrap, request, as_json=as_json, disk_bytes=disk_bytes
+    )
+    _run_once(ctx, work, verbose=verbose)
 
 
 @cli.command(epilog=_EXIT_CODES)
@@ -308,7 +322,9 @@ def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> No
 def _daemon(
     *,
     serve_blocks: Span | int | str | None,
-    models: tuple[tuple[str | None, Path], ...],
+    models: tuple[tuple[str | None, Path | str], ...],
+    revision: str | None,
+    disk_bytes: int | None,
     client: bool,
     socket_path: Path | None,
     http: tuple[str, int] | None,
@@ -327,6 +343,11 @@ def _daemon(
     offers = client or socket_path is not None or http is not None
     if serve_blocks is not None and len(models) != 1:
         raise click.UsageError("--serve-blocks says which blocks, --model of which one model: say each once")
+    if (revision or disk_bytes) and not models:
+        raise click.UsageError("--revision and --disk are for models: add --model")
+    if revision and len(models) > 1:
+        raise click.UsageError("--revision is for one --model; with several, write each as org/name@revision")
+    models = tuple((name, at_revision(model, revision)) for name, model in models)
     if models and serve_blocks is None and not offers:
         raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
     if serve_blocks is None and any([devices, quantize, *serving.values()]):
@@ -363,12 +384,13 @@ def _daemon(
         bootstrap=bootstrap,
         serve=specs,
         stop_on_eof=stop_on_eof,
+        disk_bytes=disk_bytes,
         offer=_offer(models, socket_path, http, token_file, no_token) if offers else None,
     )
 
 
 def _offer(
-    models: tuple[tuple[str | None, Path], ...],
+    models: tuple[tuple[str | None, Path | str], ...],
     socket_path: Path | None,
     http: tuple[str, int] | None,
     token_file: Path | None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peerd.compute.hub_settings import HubSettings
 from peerd.console import say, short, working, write
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
@@ -31,13 +32,20 @@ class Request:
     sampling: Mapping[str, float | int | None]
 
 
-async def generate(model_path: Path, bootstrap: tuple[Multiaddr, ...], request: Request, *, as_json: bool) -> None:
+async def generate(
+    model_path: Path | str,
+    bootstrap: tuple[Multiaddr, ...],
+    request: Request,
+    *,
+    as_json: bool,
+    disk_bytes: int | None = None,
+) -> None:
     """Join a swarm as a client for one answer. Raises PeerdError, CheckpointError."""
     async with AsyncExitStack() as stack:
-        with working("joining the swarm") as status:
-            peer = await stack.enter_async_context(open_peer(bootstrap=bootstrap))
-            if status:
-                status.update(f"reading the head of {model_path.name}")
+        with working("joining the swarm") as display:
+            hub = HubSettings(disk_bytes, watch=display.transferred)
+            peer = await stack.enter_async_context(open_peer(bootstrap=bootstrap, hub=hub))
+            display.update(f"reading the head of {Path(model_path).name}")
             model = await stack.enter_async_context(peer.model(model_path))
         generation = await answer(model, request, quiet=as_json)
     if as_json:

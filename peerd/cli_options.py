@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import click
 
+from peerd.compute.errors import CheckpointError
+from peerd.compute.hub_id import hub_id_of, parse_hub_id
 from peerd.compute.sizes import parse_size
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import MAX_BLOCKS, Span
@@ -54,8 +56,8 @@ def parse_blocks(value: str) -> Span | int | str:
         raise click.BadParameter(f"{error}; or say how many, such as 8, or auto") from None
 
 
-def parse_model(value: str) -> Path:
-    """A checkpoint on this machine, as far as a look at the path can tell."""
+def parse_model(value: str) -> Path | str:
+    """A checkpoint on this machine, as far as a look at the path can tell; or a hub id, as it was written."""
     path = Path(value).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return path
@@ -63,14 +65,29 @@ def parse_model(value: str) -> Path:
         return path
     if path.is_dir():
         raise click.BadParameter(f"{value} has no config.json, so it is no model's directory")
-    found = "is no .gguf file" if path.exists() else "does not exist"
+    if path.exists():
+        raise click.BadParameter(f"{value} is no .gguf file, and no directory with config.json and safetensors")
+    try:
+        if parse_hub_id(value) is not None:
+            return value
+    except CheckpointError as error:
+        raise click.BadParameter(str(error)) from None
     raise click.BadParameter(
-        f"{value} {found}; a model is a directory with config.json and safetensors, or a .gguf file."
-        " Names on a model hub are not understood: download the model first."
+        f"{value} does not exist; a model is a directory with config.json and safetensors, a .gguf file, or called"
+        " org/name on a model hub"
     )
 
 
-def parse_named_model(value: str) -> tuple[str | None, Path]:
+def at_revision(model: Path | str, revision: str | None) -> Path | str:
+    """The model at the revision that is given beside it."""
+    try:
+        found = hub_id_of(model, revision)
+    except CheckpointError as error:
+        raise click.BadParameter(str(error), param_hint="--revision") from None
+    return model if found is None else str(found)
+
+
+def parse_named_model(value: str) -> tuple[str | None, Path | str]:
     """A model, and the name that it has in the local API: `NAME=MODEL`; without one, its own name."""
     name, separator, path = value.partition("=")
     if separator and "/" not in name and not Path(value).exists():
@@ -119,6 +136,17 @@ bootstrap_option = click.option(
     multiple=True,
     metavar="MULTIADDR",
     help="A peer of the swarm to join: an address that it printed. Repeat it for several.",
+)
+revision_option = click.option(
+    "--revision", metavar="REV", help="The branch, tag or commit of a model on the hub; as good as org/name@REV."
+)
+disk_option = click.option(
+    "--disk",
+    "disk_bytes",
+    type=parse_memory,
+    metavar="SIZE",
+    help="What peerd's downloads from the hub may take, all together, such as 200GB. What was used least recently is"
+    " deleted first; never what a running peer reads, nor what other programs put into the cache.",
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from peerd.compute.hub_settings import HubSettings
 from peerd.console import working, write
 from peerd.keyfile import load_or_create_identity
 from peerd.nurseries import open_tasks
@@ -42,7 +43,7 @@ DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGINT: 1.0}
 class Offered:
     """What the local API offers, and where. `token_file` None: TCP asks for no token."""
 
-    models: tuple[tuple[str | None, Path], ...]
+    models: tuple[tuple[str | None, Path | str], ...]
     socket_path: Path
     http: tuple[str, int] | None
     token_file: Path | None
@@ -59,6 +60,7 @@ class Daemon:
     serve: tuple[ServeSpec, ...]
     stop_on_eof: bool
     offer: Offered | None = None
+    disk_bytes: int | None = None
 
 
 async def run_daemon(daemon: Daemon) -> None:
@@ -76,8 +78,8 @@ async def run_daemon(daemon: Daemon) -> None:
 
 async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
     async with AsyncExitStack() as stack:
-        with working(_starting(daemon.serve)):
-            peer = await _open(stack, daemon)
+        with working(_starting(daemon.serve)) as display:
+            peer = await _open(stack, daemon, HubSettings(daemon.disk_bytes, watch=display.transferred))
             urls = await _offer(stack, peer, daemon.offer) if daemon.offer is not None else ()
         stopping.serving = True
         for url in urls:
@@ -93,7 +95,7 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
             _log_positions(peer)
 
 
-async def _open(stack: AsyncExitStack, daemon: Daemon) -> Peer:
+async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer:
     identity = stack.enter_context(load_or_create_identity(daemon.identity))
     opening = open_peer(
         identity,
@@ -102,6 +104,7 @@ async def _open(stack: AsyncExitStack, daemon: Daemon) -> Peer:
         bootstrap=daemon.bootstrap,
         serve=daemon.serve,
         state_dir=_state_dir(daemon.identity),
+        hub=hub,
     )
     try:
         return await stack.enter_async_context(opening)

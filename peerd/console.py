@@ -14,10 +14,25 @@ from contextlib import contextmanager
 from functools import cache
 from unicodedata import category
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.status import Status
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from peerd.compute.hub_settings import Transfer
+
+# Beside the text, the sizes and the speed it fits into 80 columns.
+_BAR_CHARS = 16
 # Two of them differ by 6 random base58 digits: more than a screenful of peers ever needs.
 _PEER_ID_TAIL = 6
 # Unicode's control characters, and halves of characters, which cannot be encoded.
@@ -47,15 +62,58 @@ def say(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+class Working:
+    """What `working` shows: a text, and a bar while something is transferred. Any thread may change it."""
+
+    def __init__(self, display: Progress | None, text: str) -> None:
+        self._display = display
+        self._text = printable(text)
+        self._total: int | None = None
+        self._task = display.add_task(self._text, total=None) if display else TaskID(0)
+
+    def update(self, text: str) -> None:
+        """Say that something else goes on now."""
+        self._text = printable(text)
+        if self._display and self._total is None:
+            self._display.update(self._task, description=self._text)
+
+    def transferred(self, transfer: Transfer) -> None:
+        """Show how far a transfer is, until it is done."""
+        if self._display is None:
+            return
+        done, total = transfer.done_bytes, transfer.total_bytes or None
+        total = None if done == total else total
+        if total != self._total:
+            # A new bar: what was there before counts for the bar, but not for the speed.
+            self._total = total
+            text = f"fetching {printable(transfer.name)}" if total else self._text
+            self._display.reset(self._task, total=total, completed=done if total else 0, description=text)
+        elif total is not None:
+            self._display.update(self._task, completed=done)
+
+
+class _Transferring(ProgressColumn):
+    """A column that is there only while something is transferred."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        return self._column.render(task) if task.total else ""
+
+
 @contextmanager
-def working(text: str) -> Iterator[Status | None]:
-    """Show that something goes on, on a terminal; elsewhere (None) nothing is shown."""
+def working(text: str) -> Iterator[Working]:
+    """Show that something goes on, on a terminal; elsewhere nothing is shown."""
     console = screen()
     if not console.is_terminal:
-        yield None
+        yield Working(None, text)
         return
-    with console.status(printable(text)) as status:
-        yield status
+    bar = (BarColumn(_BAR_CHARS), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *map(_Transferring, bar))
+    with Progress(*columns, console=console, transient=True) as display:
+        yield Working(display, text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

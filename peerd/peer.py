@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from peerd.checkpoints import Checkpoints, fetch_head, fetch_span
+from peerd.compute.hub_settings import HubSettings
 from peerd.connections import Connections, open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.nurseries import open_tasks
@@ -57,11 +59,13 @@ class Peer:
         connections: Connections,
         discovery: Discovery,
         server: Server | None,
+        checkpoints: Checkpoints,
     ) -> None:
         self.identity = identity
         self.connections = connections
         self.discovery = discovery
         self.server = server
+        self._checkpoints = checkpoints
         self._loaded: list[tuple[ServedSpan, LoadedSpan]] = []
 
     def __repr__(self) -> str:
@@ -91,16 +95,19 @@ class Peer:
         await self.server.drain(timeout_s)
 
     @asynccontextmanager
-    async def model(self, path: str | Path) -> AsyncIterator[RemoteModel]:
-        """A model whose blocks the swarm serves; `path` gives its head. Raises CheckpointError."""
+    async def model(self, path: str | Path, *, revision: str | None = None) -> AsyncIterator[RemoteModel]:
+        """A model whose blocks the swarm serves; `path` gives its head, or a hub id, `org/name` or `org/name@revision`.
+
+        Raises CheckpointError.
+        """
         await _import("peerd.compute.head", "peerd.model")
-        from peerd.compute.checkpoint import open_checkpoint
         from peerd.finder import SwarmFinder
         from peerd.head_task import HeadTask
         from peerd.model import RemoteModel
         from peerd.open_chain import ChainOpener
 
-        with await trio.to_thread.run_sync(open_checkpoint, path) as checkpoint:
+        async with self._checkpoints.open(path, revision) as checkpoint:
+            await fetch_head(checkpoint)
             facts, head, tokenizer = await trio.to_thread.run_sync(_read_client_side, checkpoint)
             random = Random(os.urandom(16))
             discovery = self.discovery
@@ -117,7 +124,6 @@ class Peer:
         Raises CheckpointError, InvalidRequest.
         """
         await _import("peerd.serving")
-        from peerd.compute.checkpoint import open_checkpoint
         from peerd.engine_task import EngineTask
         from peerd.server import ServedSpan
         from peerd.serving import load
@@ -125,8 +131,10 @@ class Peer:
         if self.server is None:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
         ready = []
-        with await trio.to_thread.run_sync(open_checkpoint, spec.model) as checkpoint:
-            for own, span in await self._choose(spec, checkpoint):
+        async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
+            shares = await self._choose(spec, checkpoint)
+            await fetch_span(checkpoint, Span(shares[0][1].start, shares[-1][1].end))
+            for own, span in shares:
                 loaded = await trio.to_thread.run_sync(load, own, checkpoint, span)
                 max_length = checkpoint.max_length or MAX_LENGTH
                 ready.append((ServedSpan(checkpoint.model_digest, max_length, EngineTask(loaded.engine)), loaded))
@@ -157,7 +165,8 @@ class Peer:
             else:
                 count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
             offers = await self.discovery.directory.servers(digest, checkpoint.block_count)
-            span = choose_span(offers, checkpoint.block_count, count)
+            here = await trio.to_thread.run_sync(lambda: checkpoint.blocks_on_disk)
+            span = choose_span(offers, checkpoint.block_count, count, here)
         shares = zip(specs, share_span(span, room), strict=True)
         return [(own, share) for own, share in shares if share is not None]
 
@@ -198,6 +207,7 @@ async def open_peer(
     serve: Sequence[ServeSpec] = (),
     state_dir: Path | None = None,
     swarm_key: bytes | None = None,
+    hub: HubSettings | None = None,
     transport: Transport | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Peer]:
@@ -208,6 +218,7 @@ async def open_peer(
     announce: where others are told to dial, instead of `listen` (forwarded ports, proxies).
     bootstrap: addresses of peers of the swarm, each with its PeerId.
     state_dir: where the routing table is kept; None for a peer that nobody will meet again.
+    hub: how models that are named by a hub id are fetched; None is as huggingface_hub's environment variables say.
 
     Raises OSError where an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
     """
@@ -235,7 +246,7 @@ async def open_peer(
             ) as discovery:
                 # Nobody's blocks are nearer than our own.
                 discovery.links.measured(identity.peer_id, 0.0)
-                peer = Peer(identity, connections, discovery, server)
+                peer = Peer(identity, connections, discovery, server, Checkpoints(hub or HubSettings()))
                 if server:
                     server.attach(connections)
                 for spec in serve:

@@ -37,7 +37,9 @@ KV_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ServeSpec:
-    """What an operator wants served. `blocks`: a span, how many, or None for all that fit.
+    """What an operator wants served. `model`: a path or a hub id, of which `revision` is the branch, tag or commit.
+
+    `blocks`: a span, how many, or None for all that fit.
 
     `dtype` defaults to the checkpoint's; `quantize` is how weights are stored: `none`, `int8` or `nf4`. `memory_bytes`
     bounds what serving takes beyond the program itself, on each device. `throughput`, in positions a second through
@@ -53,6 +55,7 @@ class ServeSpec:
     memory_bytes: int | None = None
     quantize: str = NONE
     throughput: float | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,15 +27,20 @@ def block_rates(offers: Iterable[Offer], block_count: int) -> NDArray[np.float64
     return rates
 
 
-def choose_span(offers: Iterable[Offer], block_count: int, size: int) -> Span:
+def choose_span(offers: Iterable[Offer], block_count: int, size: int, on_disk: frozenset[int] = frozenset()) -> Span:
     """The span of `size` blocks (all, if there are fewer) to serve next to `offers`, which are without our own.
 
-    Of all such spans, the one whose weakest block is the weakest; where that is equal, the next weakest
-    decides, and at last the lower start. Raises ValueError unless `size` is positive.
+    Of all such spans, the one whose weakest block is the weakest; where that is equal, the next weakest decides, then
+    how many of its blocks are `on_disk` already, and at last the lower start. Raises ValueError unless `size` is
+    positive.
     """
     if size < 1:
         raise ValueError(f"a span has at least one block, not {size}")
     size = min(size, block_count)
     rates = block_rates(offers, block_count)
-    start = min(range(block_count - size + 1), key=lambda start: sorted(rates[start : start + size]))
+
+    def rank(start: int) -> tuple[list[float], int]:
+        return sorted(rates[start : start + size]), -len(on_disk.intersection(range(start, start + size)))
+
+    start = min(range(block_count - size + 1), key=rank)
     return Span(start, start + size)

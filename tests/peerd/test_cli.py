@@ -57,6 +57,12 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--client", "--bootstrap", "/ip4/127.0.0.1/tcp/31330/ws"], "add /p2p/"),
         (["--client", "--kv-tokens", "64"], "add --serve-blocks"),
         (["--client", "--device", "cpu"], "add --serve-blocks"),
+        (["--client", "--disk", "1GB"], "add --model"),
+        (["--client", "--model", "a=a/b", "--model", "c/d", "--revision", "main"], "org/name@revision"),
+        (["--serve-blocks", "1", "--model", "a/b@x y"], "no revision of a/b"),
+        (["--serve-blocks", "1", "--model", "a/b@x", "--revision", "y"], "say one of them"),
+        (["--serve-blocks", "1", "--model", "MODEL", "--revision", "main"], "only a model on a hub has revisions"),
+        (["--serve-blocks", "1", "--model", "a/b", "--disk", "much"], "much"),
         (["--serve-blocks", "1", "--model", "MODEL", "--model", "MODEL"], "say each once"),
         (["--client", "--model", "=MODEL"], "has no name"),
         (["--client", "--model", "a=MODEL", "--model", "a=MODEL"], "the same NAME"),
@@ -93,9 +99,9 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path
     arguments = ["--prompt", "x", "--bootstrap", ADDRESS]
     assert "has no config.json" in run("generate", str(empty), *arguments).stderr
     assert "is no .gguf file" in run("generate", str(text), *arguments).stderr
-    missing = run("generate", "someone/some-model", *arguments)
+    missing = run("generate", "./some-model", *arguments)
     assert missing.exit_code == 2
-    assert "download the model first" in missing.stderr
+    assert "called org/name on a model hub" in missing.stderr
 
 
 @pytest.mark.parametrize(

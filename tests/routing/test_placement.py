@@ -26,6 +26,13 @@ def test_the_weakest_blocks_are_lifted(make_offer: MakeOffer) -> None:
     assert choose_span(offers, 24, 8) == Span(8, 16)
 
 
+def test_of_spans_as_weak_as_each_other_that_which_is_here_is_taken(make_offer: MakeOffer) -> None:
+    assert choose_span([], 24, 8, frozenset(range(10, 20))) == Span(10, 18)
+    assert choose_span([], 24, 8, frozenset({0, 20})) == Span(0, 8), "one block each: the lower"
+    served = [make_offer(1, "8:24")]
+    assert choose_span(served, 24, 8, frozenset(range(8, 24))) == Span(0, 8), "a gap counts more than a download"
+
+
 def test_who_is_still_joining_counts_and_who_leaves_does_not(make_offer: MakeOffer) -> None:
     offers = [make_offer(0, "0:4", state="joining"), make_offer(1, "4:8", state="draining"), make_offer(2, "8:12")]
     assert choose_span(offers, 12, 4) == Span(4, 8)

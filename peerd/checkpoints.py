@@ -1,0 +1,113 @@
+"""Opens checkpoints and fetches what is missing of them, off the event loop.
+
+Everything here may wait for the hub, in a worker thread. The difficulty is being cancelled: a thread that waits for
+bytes notices at the next ones, or after ten seconds of silence; so nobody waits for it. It ends by itself, and what it
+fetched stays for the next time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.compute.hub_settings import HubSettings, Transfer, Watch
+from peerd.compute.sizes import format_size
+
+if TYPE_CHECKING:
+    from peerd.compute.checkpoint import Checkpoint
+    from peerd.protocol.span import Span
+
+log = logging.getLogger(__name__)
+
+# Often enough to see that it goes on, seldom enough for a log that is kept.
+LOG_EVERY_S = 30.0
+
+
+class Checkpoints:
+    """How one peer gets at models."""
+
+    def __init__(self, settings: HubSettings) -> None:
+        self._settings = settings
+
+    @asynccontextmanager
+    async def open(self, model: str | Path, revision: str | None = None) -> AsyncIterator[Checkpoint]:
+        """A checkpoint, here or on the hub, until the block ends. Raises CheckpointError."""
+
+        def open_it() -> Checkpoint:
+            from peerd.compute.checkpoint import open_checkpoint
+
+            checkpoint = open_checkpoint(model, revision=revision, hub=replace(self._settings, watch=watch))
+            try:
+                trio.from_thread.check_cancelled()
+            except BaseException:
+                checkpoint.close()
+                raise
+            return checkpoint
+
+        watch = _until_cancelled(_logged(self._settings.watch))
+        with await trio.to_thread.run_sync(open_it, abandon_on_cancel=True) as checkpoint:
+            yield checkpoint
+
+
+async def fetch_span(checkpoint: Checkpoint, span: Span) -> None:
+    """Have the span's files on this machine. Raises CheckpointError."""
+    await trio.to_thread.run_sync(checkpoint.fetch_span, span, abandon_on_cancel=True)
+
+
+async def fetch_head(checkpoint: Checkpoint) -> None:
+    """Have the files of the head on this machine. Raises CheckpointError."""
+    await trio.to_thread.run_sync(checkpoint.fetch_head, abandon_on_cancel=True)
+
+
+def _until_cancelled(watch: Watch) -> Watch:
+    """Stop the transfer when whoever waits for this thread is cancelled."""
+
+    def watched(transfer: Transfer) -> None:
+        trio.from_thread.check_cancelled()
+        watch(transfer)
+
+    return watched
+
+
+def _logged(watch: Watch, now: Callable[[], float] = time.monotonic) -> Watch:
+    """Log when a transfer begins and ends, and now and then between."""
+    state = _LogState(now)
+
+    def watched(transfer: Transfer) -> None:
+        if transfer.total_bytes:
+            state.see(transfer)
+        watch(transfer)
+
+    return watched
+
+
+class _LogState:
+    """What was logged of the transfer that is going on."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._total = 0
+        self._started = self._logged = 0.0
+        self._done_at_start = 0
+
+    def see(self, transfer: Transfer) -> None:
+        now, done, total = self._now(), transfer.done_bytes, transfer.total_bytes
+        if total != self._total:
+            self._total, self._started, self._logged, self._done_at_start = total, now, now, done
+            there = f", {format_size(done)} of it are here" if done else ""
+            log.info("fetching %s of %s%s", format_size(total), transfer.name, there)
+        if done == total:
+            log.info("fetched %s in %.1f s", transfer.name, now - self._started)
+            self._total = 0
+        elif now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            rate = (done - self._done_at_start) / (now - self._started)
+            so_far = f"{format_size(done)} of {format_size(total)}, {format_size(int(rate))}/s"
+            log.info("fetching %s: %s", transfer.name, so_far)
