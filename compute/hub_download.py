@@ -99,7 +99,6 @@ class Download:
             # The hub ignores ranges.
             self._start_over()
         for chunk in stream.chunks:
-            self._check()
             data = memoryview(chunk)[: self.file.size - self.done]
             try:
                 _write_all(self._fd, data, self.done)
@@ -109,6 +108,7 @@ class Download:
             self.done += len(data)
             if self.done == self.file.size:
                 return
+            self._check()
         if self.done < self.file.size:
             raise Transient(f"the transfer ended after {self.done} of {self.file.size} bytes")
 

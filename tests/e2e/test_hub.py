@@ -157,7 +157,10 @@ async def test_cancelling_a_download_takes_no_second_and_loses_nothing(hub, mode
     go_on.set()
     async with peerd.open_peer(listen=[LISTEN], serve=[spec], hub=settings) as server:
         assert [served.span for served in server.served] == [peerd.Span(3, 4)]
-    assert hub.served[name] == (model / name).stat().st_size, "no byte twice"
+    starts = [start for file, start in hub.answers if file == name]
+    # What flows may all be here before the cancellation is noticed.
+    assert len(starts) == 2 or not stalls
+    assert all(start >= 2 * SEND_BYTES for start in starts[1:]), "it goes on where it was"
 
 
 def test_ctrl_c_while_a_daemon_fetches_ends_it_at_once_and_says_nothing_wrong(hub, model, tmp_path):

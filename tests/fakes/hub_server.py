@@ -55,6 +55,8 @@ class HubServer:
         self.admitted = {"hf_good"}
         #: Bytes of content that were sent, by file name.
         self.served: Counter[str] = Counter()
+        #: The file and the first byte of every answer with content. (Bytes may be sent to who has just gone.)
+        self.answers: list[tuple[str, int]] = []
         #: `METHOD /path` of every request, and the token that came with it.
         self.requests: list[tuple[str, str | None]] = []
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)
@@ -195,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= len(data):
                 return self._refuse(416, headers={"Content-Range": f"bytes */{len(data)}"})
             status, headers = 206, headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+        if self.command == "GET":
+            self.hub.answers.append((name, start))
         if fault.corrupt:
             data = bytes(len(data))
         self._send(status, data[start:end], headers | {"Accept-Ranges": "bytes"}, name, fault)
