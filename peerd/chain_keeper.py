@@ -64,8 +64,8 @@ class Patience:
 class ChainFinder(Protocol):
     """Finds peers for blocks, and hears how they did."""
 
-    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId]) -> Chain:
-        """The best chain over `blocks` by what is known now. Raises NoChain."""
+    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId], positions: int = 1) -> Chain:
+        """The best chain over `blocks` for steps of so many positions, by what is known now. Raises NoChain."""
 
     def failed(self, peer: PeerId) -> None:
         """The peer broke a promise: leave it out for a while."""

@@ -30,18 +30,18 @@ class SwarmFinder:
         self._block_count = block_count
         self._random = random
 
-    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId]) -> Chain:
-        """The best chain over `blocks`. Raises NoChain, naming the blocks that nobody serves."""
+    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId], positions: int = 1) -> Chain:
+        """The best chain over `blocks` for steps of so many positions. Raises NoChain, naming what nobody serves."""
+        needs = ChainNeeds(rtts_s=self._links.rtts_s(), tokens=tokens, positions=positions)
         try:
-            return await self._plan(blocks, tokens, exclude, CACHE_S)
+            return await self._plan(blocks, needs, exclude, CACHE_S)
         except NoChain:
             # Whoever is missing may have come since we looked.
-            return await self._plan(blocks, tokens, exclude, FRESH_S)
+            return await self._plan(blocks, needs, exclude, FRESH_S)
 
-    async def _plan(self, blocks: Span, tokens: int, exclude: Collection[PeerId], max_age_s: float) -> Chain:
+    async def _plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId], max_age_s: float) -> Chain:
         offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
         avoid = self._links.avoided() | frozenset(exclude)
-        needs = ChainNeeds(rtts_s=self._links.rtts_s(), tokens=tokens)
         return plan_chain(offers, blocks, needs=needs, random=self._random, avoid=avoid)
 
     def failed(self, peer: PeerId) -> None:

@@ -6,8 +6,9 @@ not have to know that there was one, so a group of a single exception is unwrapp
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import trio
 
@@ -22,6 +23,26 @@ async def open_tasks() -> AsyncIterator[trio.Nursery]:
     except BaseExceptionGroup as group:
         only = _only(group)
         raise only from only.__cause__
+
+
+T = TypeVar("T")
+
+
+async def at_once(functions: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Call all at the same time and return their results in order; the first exception ends the others."""
+    results: dict[int, T] = {}
+
+    async def one(index: int) -> None:
+        results[index] = await functions[index]()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for index in range(len(functions)):
+                nursery.start_soon(one, index)
+    except BaseExceptionGroup as group:
+        only = _only(group)
+        raise only from only.__cause__
+    return [results[index] for index in range(len(functions))]
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -19,6 +19,7 @@ from peerd.connections import Connections, Stream
 from peerd.engine_task import EngineTask
 from peerd.hosted_session import HostedSession
 from peerd.links import open_link
+from peerd.pass_server import PassServer, PassSpan
 from peerd.protocol.errors import (
     ConnectionLost,
     Draining,
@@ -47,6 +48,7 @@ from peerd.protocol.messages import (
     Route,
     Step,
 )
+from peerd.protocol.pass_messages import PASS_PROTOCOL, Begin
 from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS
@@ -92,7 +94,12 @@ class Server:
         self._sessions: dict[SessionKey, HostedSession] = {}
         self._arrival = trio.lowlevel.ParkingLot()
         self._attached = trio.Event()
-        self.handlers = {INFER_PROTOCOL: self._handle_control, LINK_PROTOCOL: self._handle_link}
+        self.passes = PassServer(self._find_passes)
+        self.handlers = {
+            INFER_PROTOCOL: self._handle_control,
+            LINK_PROTOCOL: self._handle_link,
+            PASS_PROTOCOL: self.passes.handle,
+        }
 
     def __repr__(self) -> str:
         return f"<Server {' '.join(str(served.span) for served in self.spans)} sessions={len(self._sessions)}>"
@@ -204,11 +211,24 @@ class Server:
             raise UnsupportedFeature(f"codec {opening.codec!r} is not one of {', '.join(sorted(CODECS))}")
         if opening.adapter:
             raise UnsupportedFeature(f"this peer has no adapter {opening.adapter!r}")
+        return self._served(opening.model, opening.start, opening.end)
+
+    def _served(self, model: bytes, start: int, end: int) -> ServedSpan:
         for served in self.spans:
-            wanted = served.span.start <= opening.start < opening.end <= served.span.end
-            if served.model == opening.model and wanted:
+            if served.model == model and served.span.start <= start < end <= served.span.end:
                 return served
-        raise NotServed(f"blocks {opening.start}:{opening.end} of that model are not served here")
+        raise NotServed(f"blocks {start}:{end} of that model are not served here")
+
+    def _find_passes(self, begin: Begin) -> PassSpan:
+        """Who runs the training passes that a lane asks for. Raises CallerError, Draining."""
+        if self.draining:
+            raise Draining("this peer is leaving")
+        if begin.adapter:
+            raise UnsupportedFeature(f"this peer has no adapter {begin.adapter!r}")
+        served = self._served(begin.model, begin.start, begin.end)
+        if served.task.engine.passes is None:
+            raise UnsupportedFeature("this peer does not train")
+        return PassSpan(served.max_length, served.task, served.task.engine.passes)
 
     async def _serve(self, stream: Stream, session: HostedSession) -> None:
         while True:

@@ -13,8 +13,8 @@ import torch
 import trio
 
 from peerd.chain_keeper import Patience
+from peerd.compute.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.compute.steps import Batch, BatchOutput
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
 from peerd.nurseries import open_tasks
@@ -99,11 +99,13 @@ class Finder:
     random: Random = field(default_factory=lambda: Random(1))
     failures: list[PeerId] = field(default_factory=list)
 
-    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId]) -> Chain:
+    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId], positions: int = 1) -> Chain:
         await trio.lowlevel.checkpoint()
         offers = [host.offer() for host in self.swarm.hosts if host.online]
         avoid = self.links.avoided() | frozenset(exclude)
-        return plan_chain(offers, blocks, needs=ChainNeeds(tokens=tokens), random=self.random, avoid=avoid)
+        return plan_chain(
+            offers, blocks, needs=ChainNeeds(tokens=tokens, positions=positions), random=self.random, avoid=avoid
+        )
 
     def failed(self, peer: PeerId) -> None:
         self.failures.append(peer)
@@ -239,13 +241,17 @@ class Swarm:
         engine_type: type[FakeEngine] = FakeEngine,
     ) -> Host:
         """A server of blocks, whose batches take `step_s`."""
+        engine = engine_type(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
+        return await self.serve_engine(engine, step_s=step_s)
 
-        async def run_batch(run: Callable[[Batch], BatchOutput], batch: Batch) -> BatchOutput:
+    async def serve_engine(self, engine: BaseEngine, *, step_s: float = 0.01) -> Host:
+        """A server of what this engine has, whose batches, and slices of training, take `step_s`."""
+
+        async def run_batch(run: Callable[[Any], Any], batch: Any) -> Any:
             await trio.sleep(step_s)
             return run(batch)
 
         ip, identity = self._new()
-        engine = engine_type(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
         host: Host = await self._tasks.start(self._run_host, ip, identity, EngineTask(engine, run_batch=run_batch))
         self.hosts.append(host)
         return host

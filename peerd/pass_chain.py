@@ -1,0 +1,170 @@
+"""Lanes along a chain for one client's training passes: found, opened, and replaced when they fail.
+
+Knows hops, faults and patience; runs nothing itself. A client has the input of every hop, so a lane that
+fails costs the requests on it and nothing else: another peer, or several, take its blocks. The cuts between
+hops only ever get finer, so that whoever stands at one finds a lane that begins there.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import trio
+
+from peerd.chain_keeper import RETRY_S, ChainFinder, Patience
+from peerd.connections import Connections
+from peerd.nurseries import at_once
+from peerd.pass_lane import Lane, LaneTerms, open_lane
+from peerd.protocol.errors import (
+    CallerError,
+    Evicted,
+    NoChain,
+    NoRoom,
+    NotServed,
+    Overloaded,
+    PeerdError,
+    PeerFault,
+    UnsupportedFeature,
+)
+from peerd.protocol.identity import PeerId
+from peerd.protocol.span import Span
+from peerd.routing.chain import Hop
+
+# A pass asks for no KV.
+_NO_TOKENS = 0
+# Failures in a row, without one answer between, after which there is no use in trying on.
+MAX_BARREN = 8
+
+
+class PassChain:
+    """Lanes over `blocks`. `positions`: how many a request has, for which speed is weighed against distance."""
+
+    def __init__(
+        self,
+        finder: ChainFinder,
+        connections: Connections,
+        blocks: Span,
+        width: int,
+        terms: LaneTerms,
+        patience: Patience,
+        rng: random.Random,
+        positions: int,
+    ) -> None:
+        self.blocks = blocks
+        # How often a hop was replaced.
+        self.failovers = 0
+        self._finder = finder
+        self._connections = connections
+        self._width = width
+        self._terms = terms
+        self._patience = patience
+        self._rng = rng
+        self._positions = positions
+        self._hops: dict[int, Hop] = {}
+        self._lanes: dict[int, Lane] = {}
+        self._locks: dict[int, trio.Lock] = {}
+        # Who cannot train at all, and who is too busy or too small now.
+        self._unfit: set[PeerId] = set()
+        self._busy: dict[PeerId, PeerdError] = {}
+        self._barren = 0
+        # Since when nothing was answered, once something failed.
+        self._troubled_since: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<PassChain {self.blocks} {' '.join(map(str, self.describe()))}>"
+
+    def describe(self) -> list[dict[str, object]]:
+        """Who serves which blocks now; empty before the first request."""
+        return [
+            {"peer": str(hop.peer_id), "start": hop.span.start, "end": hop.span.end}
+            for _, hop in sorted(self._hops.items())
+        ]
+
+    @property
+    def hops(self) -> int:
+        """How many hops there are now."""
+        return len(self._hops)
+
+    async def open(self) -> None:
+        """Find a chain and open its lanes, all at once. Raises as `lane`."""
+        await self._plan(self.blocks)
+
+        await at_once([partial(self.lane, start) for start in self._hops])
+
+    async def lane(self, block: int) -> Lane:
+        """The lane whose blocks begin with `block`. Raises NoChain, Overloaded, CallerError."""
+        async with self._locks.setdefault(block, trio.Lock()):
+            while True:
+                lane = self._lanes.get(block)
+                if lane is not None and lane.broken is None:
+                    return lane
+                hop = self._hops[block]
+                try:
+                    self._lanes[block] = await open_lane(self._connections, hop, self._terms, self._width)
+                except PeerdError as error:
+                    await self._replace(hop, error)
+
+    async def failed(self, lane: Lane, error: PeerdError) -> None:
+        """A request on this lane failed: see that another peer takes its blocks. Raises what no peer could mend."""
+        block = lane.hop.span.start
+        async with self._locks.setdefault(block, trio.Lock()):
+            # Several requests fail with one lane; and a lane that only we closed has done no wrong.
+            if self._lanes.get(block) is lane:
+                del self._lanes[block]
+                await self._replace(lane.hop, error)
+
+    def answered(self, lane: Lane) -> None:
+        """A request was answered."""
+        self._barren = 0
+        self._troubled_since = None
+        self._finder.succeeded(lane.hop.peer_id)
+
+    def close(self) -> None:
+        """End all lanes."""
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+
+    async def _replace(self, hop: Hop, error: PeerdError) -> None:
+        """Plan anew for a hop's blocks, leaving out who failed."""
+        peer = hop.peer_id
+        if self._troubled_since is None:
+            self._troubled_since = trio.current_time()
+        if isinstance(error, Evicted):
+            # We were away for too long; it will have us again.
+            pass
+        elif isinstance(error, Overloaded):
+            self._busy[peer] = error
+        elif isinstance(error, UnsupportedFeature | NotServed):
+            self._unfit.add(peer)
+        elif isinstance(error, PeerFault):
+            self._finder.failed(peer)
+        elif isinstance(error, CallerError):
+            raise error
+        self._barren += 1
+        if self._barren > MAX_BARREN and not isinstance(error, Overloaded):
+            raise error
+        self.failovers += 1
+        await self._plan(hop.span)
+
+    async def _plan(self, span: Span) -> None:
+        """Find hops over `span`, as long as `patience` allows. Raises NoChain, Overloaded, UnsupportedFeature."""
+        began = trio.current_time() if self._troubled_since is None else self._troubled_since
+        while True:
+            waited = trio.current_time() - began
+            avoid = self._unfit | set(self._busy)
+            try:
+                found = await self._finder.find(span, tokens=_NO_TOKENS, exclude=avoid, positions=self._positions)
+                break
+            except NoChain as missing:
+                busy = next(iter(self._busy.values()), None)
+                if busy is None and waited >= self._patience.missing_s:
+                    raise
+                # Nobody has the memory, or had the time while we waited.
+                if isinstance(busy, NoRoom) or waited >= self._patience.busy_s:
+                    raise (busy or missing) from missing
+                self._busy.clear()
+            await trio.sleep(RETRY_S * self._rng.random())
+        for hop in found.hops:
+            self._hops[hop.span.start] = hop

@@ -1,0 +1,277 @@
+"""A client's lane to one hop: training passes over its blocks, several requests at a time (spec/training.md).
+
+Knows one hop; knows no chain. Requests are answered in their order, so each waits its turn to read. The
+difficulty is that a hop may refuse while we still send: so a request reads and sends at the same time, and
+one that fails, or is cancelled half-way, ends the lane for all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import trio
+
+from peerd.connections import Connections, Stream
+from peerd.nurseries import open_tasks
+from peerd.protocol.errors import (
+    ConnectionLost,
+    PeerdError,
+    RemoteProtocolError,
+    StreamReset,
+    Unresponsive,
+    UnsupportedFeature,
+)
+from peerd.protocol.frames import Priority
+from peerd.protocol.pass_messages import (
+    PASS_PROTOCOL,
+    Backward,
+    Begin,
+    Begun,
+    Forward,
+    Gradients,
+    Parameter,
+    PassFailure,
+    Result,
+)
+from peerd.protocol.schema import Message, parse
+from peerd.protocol.tensors import DTYPES
+from peerd.routing.chain import Hop
+from peerd.tensor_parts import receive_parts, send_parts
+
+# Dialling and the handshake, on a slow line; sending parameters takes as long as it takes.
+OPEN_DEADLINE_S = 15.0
+# Below inference a pass may wait long for its turn. Who is silent for longer has forgotten it: pings say only
+# that the peer lives.
+ANSWER_DEADLINE_S = 600.0
+
+T = TypeVar("T")
+M = TypeVar("M", Result, Gradients)
+Parameters = Mapping[tuple[int, str], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LaneTerms:
+    """What a lane is for. `parameters`: tensors by (block, name), those of a hop's blocks are sent to it."""
+
+    model: bytes
+    dtype: str
+    codec: str
+    adapter: str
+    parameters: Parameters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardAnswer:
+    """`kept` is the number to name in the backward, where the hop kept what helps it."""
+
+    output: torch.Tensor
+    kept: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BackwardAnswer:
+    """The input's gradient, and those of the parameters of the hop's blocks."""
+
+    grad: torch.Tensor
+    gradients: dict[tuple[int, str], torch.Tensor]
+
+
+class Lane:
+    """One hop's lane. Requests raise what the hop says or does; the lane is `broken` then.
+
+    `width` is that of the hidden states. Made by `open_lane`.
+    """
+
+    def __init__(self, hop: Hop, stream: Stream, terms: LaneTerms, begun: Begun, width: int) -> None:
+        self.hop = hop
+        self.begun = begun
+        self.broken: PeerdError | None = None
+        self._stream = stream
+        self._terms = terms
+        self._width = width
+        self._places = trio.CapacityLimiter(begun.max_requests)
+        self._sending = trio.Lock()
+        self._turns: deque[trio.Event] = deque()
+        self._seq = 0
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.hop.span} to {self.hop.peer_id}{' broken' if self.broken else ''}>"
+
+    def close(self) -> None:
+        """End the lane; the hop forgets whatever it kept for us."""
+        self._break(ConnectionLost("the lane was closed"))
+
+    async def forward(self, rows: tuple[int, ...], hidden: torch.Tensor, *, keep: bool) -> ForwardAnswer:
+        """Run `[sum of rows, width]`. Raises what the hop refuses with, or a PeerFault."""
+        shape = (sum(rows), self._width)
+
+        async def read(seq: int) -> ForwardAnswer:
+            said = await self._hear(Result, seq)
+            return ForwardAnswer(await receive_parts(self._stream, shape), seq if said.kept else None)
+
+        return await self._ask(lambda seq: Forward(seq, rows, keep), (hidden,), read)
+
+    async def backward(
+        self, rows: tuple[int, ...], hidden: torch.Tensor, kept: int | None, grad: torch.Tensor
+    ) -> BackwardAnswer:
+        """The backward of rows whose input was `hidden`; of what the hop `kept`, if it did. Raises as `forward`."""
+
+        async def read(seq: int) -> BackwardAnswer:
+            said = await self._hear(Gradients, seq)
+            back = await receive_parts(self._stream, grad.shape)
+            return BackwardAnswer(back, await self._read_gradients(said.parameters))
+
+        tensors = (hidden, grad) if kept is None else (grad,)
+        return await self._ask(lambda seq: Backward(seq, rows, kept), tensors, read)
+
+    async def _ask(
+        self, request: Callable[[int], Message], tensors: Sequence[torch.Tensor], read: Callable[[int], Awaitable[T]]
+    ) -> T:
+        async with self._places:
+            if self.broken is not None:
+                raise self.broken
+            turn = trio.Event()
+            try:
+                async with open_tasks() as tasks:
+                    seq: int = await tasks.start(self._send, request, tensors, turn)
+                    await turn.wait()
+                    if self.broken is not None:
+                        raise self.broken
+                    answer = await read(seq)
+            except PeerdError as error:
+                self._break(error)
+                raise
+            except (trio.EndOfChannel, trio.ClosedResourceError):
+                raise self._break(ConnectionLost(f"{self.hop.peer_id} ended the lane")) from None
+            except BaseException:
+                # Cancelled: what the hop still says would be taken for the next answer.
+                self.close()
+                raise
+            self._turns.popleft()
+            if self._turns:
+                self._turns[0].set()
+            return answer
+
+    async def _send(
+        self,
+        request: Callable[[int], Message],
+        tensors: Sequence[torch.Tensor],
+        turn: trio.Event,
+        *,
+        task_status: trio.TaskStatus[int],
+    ) -> None:
+        async with self._sending:
+            self._seq += 1
+            self._turns.append(turn)
+            if len(self._turns) == 1:
+                turn.set()
+            task_status.started(self._seq)
+            # Where the hop ended the lane, what it said last tells why: whoever reads hears it.
+            with suppress(ConnectionLost, StreamReset, trio.ClosedResourceError):
+                await self._stream.send(request(self._seq).to_header(), priority=Priority.BULK)
+                for tensor in tensors:
+                    await send_parts(self._stream, tensor, codec=self._terms.codec, dtype=DTYPES[self._terms.dtype])
+
+    async def _hear(self, kind: type[M], seq: int) -> M:
+        """The head of the answer to request `seq`."""
+        with trio.move_on_after(ANSWER_DEADLINE_S):
+            said = parse((await self._stream.receive()).header, (kind, PassFailure))
+            if isinstance(said, PassFailure):
+                raise said.error
+            assert isinstance(said, kind)
+            if said.seq != seq:
+                raise RemoteProtocolError(f"an answer to request {said.seq} where {seq} was next")
+            return said
+        raise Unresponsive(f"{self.hop.peer_id} computed nothing within {ANSWER_DEADLINE_S:g} s")
+
+    async def _read_gradients(self, count: int) -> dict[tuple[int, str], torch.Tensor]:
+        gradients: dict[tuple[int, str], torch.Tensor] = {}
+        own = own_parameters(self._terms.parameters, self.hop)
+        if count != len(own):
+            raise RemoteProtocolError(f"{count} gradients of {len(own)} parameters")
+        for _ in range(count):
+            said = parse((await self._stream.receive()).header, (Parameter,))
+            expected = own.get((said.block, said.name))
+            if expected is None or tuple(expected.shape) != said.shape or (said.block, said.name) in gradients:
+                raise RemoteProtocolError(f"a gradient of {said.name} in block {said.block}, shape {said.shape}")
+            gradients[said.block, said.name] = await receive_parts(self._stream, said.shape)
+        return gradients
+
+    def _break(self, error: PeerdError) -> PeerdError:
+        """End the lane; returns what broke it first."""
+        if self.broken is None:
+            self.broken = error
+            self._stream.reset("closed")
+            for turn in self._turns:
+                turn.set()
+        return self.broken
+
+
+def own_parameters(parameters: Parameters, hop: Hop) -> Parameters:
+    """Those of the hop's blocks."""
+    return {key: tensor for key, tensor in parameters.items() if hop.span.start <= key[0] < hop.span.end}
+
+
+async def open_lane(connections: Connections, hop: Hop, terms: LaneTerms, width: int) -> Lane:
+    """Open a lane and send it its parameters. Raises what the hop refuses with, or a PeerFault."""
+    stream = await _open_stream(connections, hop)
+    own = own_parameters(terms.parameters, hop)
+    begin = Begin(
+        model=terms.model,
+        start=hop.span.start,
+        end=hop.span.end,
+        dtype=terms.dtype,
+        codec=terms.codec,
+        adapter=terms.adapter,
+        parameters=len(own),
+        values=sum(tensor.numel() for tensor in own.values()),
+    )
+    try:
+        async with open_tasks() as tasks:
+            tasks.start_soon(_send_parameters, stream, begin, own)
+            # Also while we send: a refusal does not wait for the last parameter.
+            begun = await _hear_begun(stream, hop)
+    except BaseException:
+        stream.reset("cancelled")
+        raise
+    return Lane(hop, stream, terms, begun, width)
+
+
+async def _open_stream(connections: Connections, hop: Hop) -> Stream:
+    with trio.move_on_after(OPEN_DEADLINE_S):
+        return await connections.open_stream(
+            hop.peer_id, PASS_PROTOCOL, addresses=hop.offer.addresses, priority=Priority.BULK
+        )
+    raise Unresponsive(f"{hop.peer_id} could not be reached within {OPEN_DEADLINE_S:g} s")
+
+
+async def _send_parameters(stream: Stream, begin: Begin, parameters: Parameters) -> None:
+    # As in a request: whoever reads hears why the lane ended.
+    with suppress(ConnectionLost, StreamReset, trio.ClosedResourceError):
+        await stream.send(begin.to_header(), priority=Priority.BULK)
+        for (block, name), tensor in parameters.items():
+            said = Parameter(block, name, tuple(tensor.shape))
+            await stream.send(said.to_header(), priority=Priority.BULK)
+            await send_parts(stream, tensor, codec="exact", dtype=torch.float32)
+
+
+async def _hear_begun(stream: Stream, hop: Hop) -> Begun:
+    try:
+        with trio.move_on_after(ANSWER_DEADLINE_S):
+            said = parse((await stream.receive()).header, (Begun, PassFailure))
+            if isinstance(said, PassFailure):
+                raise said.error
+            assert isinstance(said, Begun)
+            return said
+    except trio.EndOfChannel:
+        raise ConnectionLost(f"{hop.peer_id} ended the lane") from None
+    except StreamReset as reset:
+        if reset.reason == UnsupportedFeature.code:
+            raise UnsupportedFeature(f"{hop.peer_id} does not train") from None
+        raise
+    raise Unresponsive(f"{hop.peer_id} did not begin within {ANSWER_DEADLINE_S:g} s")

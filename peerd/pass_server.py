@@ -1,0 +1,384 @@
+"""Serves training passes: reads requests off lanes, has them run below inference, and answers.
+
+Knows lanes, quotas and what a peer may hold; what a pass does is `compute`'s. A lane is one stream of one client:
+whatever the client holds here (parameters, requests, tapes) lives no longer than the lane. The difficulty
+is a client that goes away in the middle: its lane is always being read, so that it is noticed at once, and
+its work is then taken off the device's queue.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trio
+
+from peerd.compute.engine_errors import EngineError, InvalidStepError, NonFiniteError
+from peerd.compute.pass_memory import PassTooLargeError
+from peerd.compute.passes import PassInput, PassRunner, Tape
+from peerd.compute.tunables import Tunables
+from peerd.connections import Stream
+from peerd.engine_task import EngineTask
+from peerd.nurseries import open_tasks
+from peerd.protocol.errors import (
+    BadResult,
+    ContextTooLong,
+    Evicted,
+    InternalError,
+    InvalidRequest,
+    NoRoom,
+    Overloaded,
+    PeerdError,
+    PeerFault,
+    RemoteProtocolError,
+    UnsupportedFeature,
+)
+from peerd.protocol.identity import PeerId
+from peerd.protocol.pass_messages import (
+    MAX_PASS_POSITIONS,
+    MAX_REQUESTS,
+    PASS_FEATURES,
+    Backward,
+    Begin,
+    Begun,
+    Forward,
+    Gradients,
+    Parameter,
+    PassFailure,
+    Result,
+)
+from peerd.protocol.schema import parse
+from peerd.protocol.span import Span
+from peerd.protocol.tensors import CODECS, DTYPES
+from peerd.tensor_parts import receive_parts, send_parts
+
+# A client trains through one lane a hop; a few models and spans at once are plenty.
+MAX_LANES_A_PEER = 16
+# What all lanes together may hold in parameters and requests, on the host; one peer at most half of it.
+HOST_BYTES = 2**30
+# A lane that asks for nothing for this long gives its tapes to others, as a session does its pages.
+IDLE_S = 300.0
+# A request of 4096 positions of 8192 takes half a minute on a slow line of 50 Mbit/s.
+REQUEST_DEADLINE_S = 600.0
+# What somebody is told who found no room: passes take seconds.
+RETRY_MS = 1000
+REFUSAL_DEADLINE_S = 2.0
+_BYTES_A_VALUE = 4
+_REQUESTS: tuple[type[Forward | Backward], ...] = (Forward, Backward)
+
+
+@dataclass(frozen=True, slots=True)
+class PassSpan:
+    """Who runs a lane's passes. `max_length`: positions that a row may have."""
+
+    max_length: int
+    task: EngineTask
+    passes: PassRunner
+
+
+Find = Callable[[Begin], PassSpan]
+"""Who serves what a lane asks for. Raises NotServed, Draining, UnsupportedFeature."""
+
+
+class HostQuota:
+    """Bytes that lanes hold, in all and by peer."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total = total_bytes
+        self._held: Counter[PeerId] = Counter()
+
+    @property
+    def held_bytes(self) -> int:
+        """What all hold."""
+        return self._held.total()
+
+    def take(self, peer: PeerId, size_bytes: int) -> None:
+        """Reserve bytes for a peer. Raises NoRoom for more than there can ever be, Overloaded."""
+        if size_bytes > self._total // 2:
+            raise NoRoom(f"a request of {size_bytes} bytes: training has {self._total // 2} here for one peer")
+        left = min(self._total - self._held.total(), self._total // 2 - self._held[peer])
+        if size_bytes > left:
+            raise Overloaded(f"a request of {size_bytes} bytes: training has {left} left here for you now")
+        self._held[peer] += size_bytes
+
+    def give(self, peer: PeerId, size_bytes: int) -> None:
+        """Give back what was reserved."""
+        self._held[peer] -= size_bytes
+        if not self._held[peer]:
+            del self._held[peer]
+
+
+class PassServer:
+    """Answers lanes: `handle` goes to the connections."""
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
+        self._quota = HostQuota(HOST_BYTES)
+        self._lanes: Counter[PeerId] = Counter()
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that are open."""
+        return self._lanes.total()
+
+    @property
+    def held_bytes(self) -> int:
+        """What lanes hold in parameters and requests."""
+        return self._quota.held_bytes
+
+    async def handle(self, stream: Stream) -> None:
+        """One lane, from its `begin` to its end."""
+        peer = stream.peer
+        try:
+            if self._lanes[peer] >= MAX_LANES_A_PEER:
+                raise Overloaded(f"{MAX_LANES_A_PEER} lanes of yours are open here already")
+            self._lanes[peer] += 1
+            try:
+                await self._serve(stream)
+            finally:
+                self._lanes[peer] -= 1
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            # The client is done with the lane.
+            stream.reset("closed")
+        except PeerFault as error:
+            if isinstance(error, RemoteProtocolError | BadResult | InternalError):
+                await _refuse(stream, error)
+        except PeerdError as error:
+            await _refuse(stream, error)
+
+    async def _serve(self, stream: Stream) -> None:
+        begin = parse((await stream.receive()).header, (Begin,))
+        found = self._find(begin)
+        if missing := sorted(set(begin.needs) - PASS_FEATURES):
+            raise UnsupportedFeature(f"this peer lacks {', '.join(missing)} in training")
+        if begin.codec not in CODECS:
+            raise UnsupportedFeature(f"codec {begin.codec!r} is not one of {', '.join(sorted(CODECS))}")
+        lane = _Lane(stream, begin, found, self._quota)
+        try:
+            await lane.run()
+        finally:
+            lane.drop_all()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Request:
+    """A request that has arrived whole. `hidden` is None where a tape has it; `grad` is None in a forward.
+
+    `size_bytes` is what it holds of the quota.
+    """
+
+    message: Forward | Backward
+    hidden: torch.Tensor | None
+    grad: torch.Tensor | None
+    size_bytes: int
+
+
+class _Lane:
+    """One client's lane over one span's blocks: requests in, answers out, in order."""
+
+    def __init__(self, stream: Stream, begin: Begin, found: PassSpan, quota: HostQuota) -> None:
+        self._stream = stream
+        self._begin = begin
+        self._blocks = Span(begin.start, begin.end)
+        self._found = found
+        self._passes = found.passes
+        self._tunables = Tunables()
+        self._quota = quota
+        # Of the quota, what this lane holds.
+        self._held_bytes = 0
+        self._unanswered = 0
+        self._tapes: dict[int, tuple[Tape, int]] = {}
+        self._width = found.passes.whole.hidden_size
+        self._dtype = DTYPES[begin.dtype]
+
+    async def run(self) -> None:
+        """Answer requests until the client ends the lane. Raises what ended it."""
+        # As they came, and as leaves on the device.
+        self._hold(2 * self._begin.values * _BYTES_A_VALUE)
+        self._tunables = await self._receive_parameters()
+        if not self._passes.measured:
+            await self._found.task.run_blocking(self._passes.measure)
+        begun = Begun(max_positions=MAX_PASS_POSITIONS, max_requests=MAX_REQUESTS)
+        await self._stream.send(begun.to_header())
+        arrived, requests = trio.open_memory_channel[_Request](MAX_REQUESTS)
+        async with open_tasks() as tasks:
+            tasks.start_soon(self._answer_all, requests)
+            await self._read(arrived)
+
+    def drop_all(self) -> None:
+        """Give back what the lane holds."""
+        for seq in list(self._tapes):
+            self._drop(seq)
+        self._quota.give(self._stream.peer, self._held_bytes)
+        self._held_bytes = 0
+
+    def _hold(self, size_bytes: int) -> None:
+        self._quota.take(self._stream.peer, size_bytes)
+        self._held_bytes += size_bytes
+
+    # Reading.
+
+    async def _read(self, arrived: trio.MemorySendChannel[_Request]) -> None:
+        """Read requests as long as the client sends any: also while others compute, to notice its end."""
+        while True:
+            message = parse(await self._next_header(), _REQUESTS)
+            self._check(message)
+            if self._unanswered >= MAX_REQUESTS:
+                raise RemoteProtocolError(f"more than {MAX_REQUESTS} requests of a lane unanswered")
+            self._unanswered += 1
+            # Two tensors in and one out, at most.
+            size_bytes = 3 * sum(message.rows) * self._width * _BYTES_A_VALUE
+            self._hold(size_bytes)
+            with trio.move_on_after(REQUEST_DEADLINE_S) as deadline:
+                request = await self._receive_tensors(message, size_bytes)
+            if deadline.cancelled_caught:
+                raise Evicted(f"a request took more than {REQUEST_DEADLINE_S:g} s to arrive")
+            await arrived.send(request)
+
+    async def _next_header(self) -> dict[str, Any]:
+        """The next message's header. Raises Evicted where none comes, and none is computed, for a long time."""
+        while True:
+            with trio.move_on_after(IDLE_S):
+                return (await self._stream.receive()).header
+            if not self._unanswered:
+                raise Evicted(f"a lane idle for {IDLE_S:g} s")
+
+    async def _receive_parameters(self) -> Tunables:
+        """Deep prompts and LoRA tensors. Raises RemoteProtocolError where they are not what `begin` said."""
+        tensors: dict[tuple[int, str], torch.Tensor] = {}
+        left = self._begin.values
+        for _ in range(self._begin.parameters):
+            said = parse(await self._next_header(), (Parameter,))
+            left -= math.prod(said.shape)
+            if left < 0 or len(said.shape) < 2:
+                raise RemoteProtocolError(
+                    f"{said.name} of shape {said.shape} is not among the {self._begin.values} values announced"
+                )
+            tensors[said.block, said.name] = (await receive_parts(self._stream, said.shape)).float()
+        return Tunables(tensors)
+
+    async def _receive_tensors(self, message: Forward | Backward, size_bytes: int) -> _Request:
+        shape = (sum(message.rows), self._width)
+        hidden = grad = None
+        if isinstance(message, Forward) or message.of is None:
+            hidden = await receive_parts(self._stream, shape)
+        if isinstance(message, Backward):
+            grad = await receive_parts(self._stream, shape)
+        return _Request(message, hidden, grad, size_bytes)
+
+    def _check(self, message: Forward | Backward) -> None:
+        """Refuse what cannot be served before its parts come. Raises InvalidRequest, ContextTooLong."""
+        rows = message.rows
+        if message.seq in self._tapes:
+            raise RemoteProtocolError(f"two requests with the number {message.seq}")
+        if not rows:
+            raise InvalidRequest("a pass without rows")
+        if max(rows) > self._found.max_length:
+            raise ContextTooLong(f"a row of {max(rows)} positions: this model takes {self._found.max_length}")
+        if len(rows) > 1 and sum(rows) > MAX_PASS_POSITIONS:
+            raise InvalidRequest(f"{sum(rows)} positions in one request: at most {MAX_PASS_POSITIONS}, or one row")
+
+    # Answering.
+
+    async def _answer_all(self, requests: trio.MemoryReceiveChannel[_Request]) -> None:
+        async for request in requests:
+            with _wire_errors():
+                if isinstance(request.message, Forward):
+                    await self._answer_forward(request.message, request)
+                else:
+                    await self._answer_backward(request.message, request)
+            self._unanswered -= 1
+            self._quota.give(self._stream.peer, request.size_bytes)
+            self._held_bytes -= request.size_bytes
+
+    async def _answer_forward(self, message: Forward, request: _Request) -> None:
+        assert request.hidden is not None
+        given = PassInput(self._blocks, message.rows, request.hidden, self._tunables)
+        micros = self._passes.plan(given)
+        with self._tape_room(message, self._passes.tape_bytes(given, micros)) as allowed:
+            work = self._passes.forward(given, micros, allowed)
+            await self._found.task.run_work(self._stream.peer, work)
+        if work.tape is not None:
+            self._passes.memory.take(self._stream.peer, work.tape.size_bytes)
+            self._tapes[message.seq] = work.tape, work.tape.size_bytes
+        await self._stream.send(Result(message.seq, kept=work.tape is not None).to_header())
+        await self._send(work.output)
+
+    @contextmanager
+    def _tape_room(self, message: Forward, sizes: tuple[int, int]) -> Iterator[int]:
+        """Hold what a tape may take while its forward runs; yields how much that is."""
+        least, most = sizes
+        memory, owner = self._passes.memory, self._stream.peer
+        free = memory.free_for(owner) if message.keep else 0
+        allowed = min(free, most) if free >= least else 0
+        memory.take(owner, allowed)
+        try:
+            yield allowed
+        finally:
+            memory.take(owner, -allowed)
+
+    async def _answer_backward(self, message: Backward, request: _Request) -> None:
+        assert request.grad is not None
+        if message.of is not None:
+            tape = self._take_tape(message.of, message.rows)
+            work = self._passes.backward_of(tape, request.grad)
+        else:
+            assert request.hidden is not None
+            given = PassInput(self._blocks, message.rows, request.hidden, self._tunables)
+            work = self._passes.backward(given, self._passes.plan(given), request.grad)
+        try:
+            await self._found.task.run_work(self._stream.peer, work)
+        finally:
+            if message.of is not None:
+                self._drop(message.of)
+        await self._stream.send(Gradients(message.seq, len(work.gradients)).to_header())
+        await self._send(work.grad)
+        for (block, name), gradient in work.gradients.items():
+            await self._stream.send(Parameter(block, name, tuple(gradient.shape)).to_header())
+            # What an optimizer sums up over a thousand steps is not rounded on its way.
+            await send_parts(self._stream, gradient, codec="exact", dtype=torch.float32)
+
+    async def _send(self, tensor: torch.Tensor) -> None:
+        await send_parts(self._stream, tensor, codec=self._begin.codec, dtype=self._dtype)
+
+    def _take_tape(self, seq: int, rows: Sequence[int]) -> Tape:
+        tape, _ = self._tapes.get(seq, (None, 0))
+        if tape is None or tape.given.rows != tuple(rows):
+            raise RemoteProtocolError(f"no forward {seq} of these rows is kept on this lane")
+        return tape
+
+    def _drop(self, seq: int) -> None:
+        _, size_bytes = self._tapes.pop(seq)
+        self._passes.memory.take(self._stream.peer, -size_bytes)
+
+
+@contextmanager
+def _wire_errors() -> Iterator[None]:
+    """The engine's errors as those that travel."""
+    try:
+        yield
+    except PassTooLargeError as error:
+        raise NoRoom(str(error)) from None
+    except InvalidStepError as error:
+        raise InvalidRequest(str(error)) from None
+    except NonFiniteError as error:
+        raise BadResult(str(error)) from None
+    except EngineError as error:
+        raise InternalError(str(error)) from error
+
+
+async def _refuse(stream: Stream, error: PeerdError) -> None:
+    """Say why and finish the stream. What the peer does not read in time is dropped."""
+    retry_ms = RETRY_MS if isinstance(error, Overloaded) else 0
+    with suppress(PeerFault, trio.ClosedResourceError):
+        with trio.move_on_after(REFUSAL_DEADLINE_S):
+            await stream.send(PassFailure.of(error, retry_ms).to_header())
+            stream.finish()
+            await stream.wait_unsent_below(1)
+            return
+        stream.reset(error.code)

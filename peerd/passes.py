@@ -1,0 +1,356 @@
+"""A client's training pass: a forward through the swarm whose backward can follow.
+
+Knows rows, micro-batches and what belongs to whom; lanes and their failures are `pass_chain`'s. Micro-batches
+go through the hops one after the other, several at a time, so that all hops work at once. The client keeps
+every hop's input: whatever fails is computed again from there, by whoever serves those blocks then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+
+import torch
+
+from peerd.chain_keeper import ChainFinder, Patience
+from peerd.connections import Connections
+from peerd.nurseries import at_once
+from peerd.pass_chain import PassChain
+from peerd.pass_lane import Lane, LaneTerms
+from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.protocol.pass_messages import MAX_PASS_POSITIONS, MAX_PASS_ROWS
+from peerd.protocol.span import Span
+
+# Micro-batches for each hop of a chain: with four, hops wait a fifth of the time for each other and not a half.
+MICRO_BATCHES_A_HOP = 4
+# Fewer positions at once compute no faster, on any device.
+LEAST_POSITIONS = 256
+PROMPT, LORA_A, LORA_B = "prompt", ".lora_A", ".lora_B"
+
+LoraPairs = Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+"""By (block, module inside the block, such as `self_attn.q_proj`): A `[r, in]` and B `[out, r]`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What a backward returns, each shaped as what it is the gradient of, in fp32; None for what was not given."""
+
+    hidden: torch.Tensor
+    prompts: torch.Tensor | None
+    lora: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """What is trained beside the frozen blocks.
+
+    `prompts`: `[blocks, 1 or rows, P, width]`, added to the first P positions of each row at each block's input.
+    `lora`: pairs that add `scaling * (x A^T) B^T` to the outputs of linear modules.
+    """
+
+    prompts: torch.Tensor | None = None
+    lora: LoraPairs = field(default_factory=dict)
+    scaling: float = 1.0
+
+    @property
+    def has_row_prompts(self) -> bool:
+        """Whether each row has a prompt of its own."""
+        return self.prompts is not None and self.prompts.shape[1] > 1
+
+    def parameters(self, blocks: Span, rows: Sequence[int]) -> dict[tuple[int, str], torch.Tensor]:
+        """As lanes send them, for these rows of the pass."""
+        tensors: dict[tuple[int, str], torch.Tensor] = {}
+        if self.prompts is not None:
+            own = self.prompts[:, list(rows)] if self.has_row_prompts else self.prompts
+            for index, prompt in enumerate(own.detach().float()):
+                tensors[blocks.start + index, PROMPT] = prompt
+        for (block, module), (down, up) in self.lora.items():
+            tensors[block, module + LORA_A] = down.detach().float()
+            # The scaling travels inside B, so that hops need not know it.
+            tensors[block, module + LORA_B] = up.detach().float() * self.scaling
+        return tensors
+
+    def check(self, blocks: Span, rows: Sequence[int], width: int) -> None:
+        """Raises InvalidRequest for what does not fit; what fits a block's modules, its hop knows."""
+        if self.prompts is not None:
+            shape = tuple(self.prompts.shape)
+            if len(shape) != 4 or shape[0] != len(blocks) or shape[1] not in (1, len(rows)) or shape[3] != width:
+                raise InvalidRequest(
+                    f"prompts of shape {list(shape)} instead of [{len(blocks)}, 1 or {len(rows)}, n, {width}]"
+                )
+            if not 1 <= shape[2] <= min(rows):
+                raise InvalidRequest(f"prompts of {shape[2]} positions, and a row of {min(rows)}: rows include them")
+        for block, module in self.lora:
+            if not blocks.start <= block < blocks.end:
+                raise InvalidRequest(f"a LoRA pair for {module} of block {block}, which is not in {blocks}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Leg:
+    """A micro-batch's way through one hop: its input there, and what the hop kept of it."""
+
+    lane: Lane
+    hidden: torch.Tensor
+    kept: int | None
+
+    @property
+    def span(self) -> Span:
+        return self.lane.hop.span
+
+
+class MicroBatch:
+    """Some rows of a pass on their way through `chain`, and back."""
+
+    def __init__(self, chain: PassChain, numbers: Sequence[int], lengths: Sequence[int], offset: int) -> None:
+        self.chain = chain
+        self.numbers = tuple(numbers)
+        self.rows = tuple(lengths)
+        self.part = slice(offset, offset + sum(lengths))
+        self._legs: list[_Leg] = []
+
+    async def forward(self, hidden: torch.Tensor, *, keep: bool) -> torch.Tensor:
+        """Run `[positions, width]` through the chain. Raises NoChain, Overloaded, CallerError."""
+        output, legs = await self._run(self.chain.blocks, hidden, keep=keep)
+        self._legs = legs if keep else []
+        return output
+
+    async def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, dict[tuple[int, str], torch.Tensor]]:
+        """The gradients of the input and of the parameters, for that of the output. Raises as `forward`."""
+        legs, self._legs = self._legs, []
+        gradients: dict[tuple[int, str], torch.Tensor] = {}
+        while legs:
+            leg = legs.pop()
+            try:
+                answer = await leg.lane.backward(self.rows, leg.hidden, leg.kept, grad)
+            except PeerdError as error:
+                await self.chain.failed(leg.lane, error)
+                # Others have these blocks now, in one hop or more: go there once more, and back.
+                legs.extend((await self._run(leg.span, leg.hidden, keep=True))[1])
+                continue
+            self.chain.answered(leg.lane)
+            grad = answer.grad
+            gradients |= answer.gradients
+        return grad, gradients
+
+    async def _run(self, span: Span, hidden: torch.Tensor, *, keep: bool) -> tuple[torch.Tensor, list[_Leg]]:
+        legs: list[_Leg] = []
+        block = span.start
+        while block < span.end:
+            lane = await self.chain.lane(block)
+            try:
+                answer = await lane.forward(self.rows, hidden, keep=keep)
+            except PeerdError as error:
+                await self.chain.failed(lane, error)
+                continue
+            self.chain.answered(lane)
+            legs.append(_Leg(lane, hidden, answer.kept))
+            hidden = answer.output
+            block = lane.hop.span.end
+        return hidden, legs
+
+
+class Pass:
+    """A forward that was run; made by `RemoteModel.forward`.
+
+    `output` is shaped as the input. `backward` may be called once. Close what gets no backward: its hops keep
+    memory for it, for five minutes at most. A context manager, too.
+    """
+
+    def __init__(self, output: torch.Tensor, micros: Sequence[MicroBatch], blocks: Span, trained: Trained) -> None:
+        self.output = output
+        self._micros = micros
+        self._blocks = blocks
+        self._trained = trained
+        self._spent = False
+
+    def __repr__(self) -> str:
+        return f"<Pass {self._blocks} {list(self.output.shape)}>"
+
+    @property
+    def chain(self) -> list[dict[str, object]]:
+        """Who serves which blocks now."""
+        return self._micros[0].chain.describe()
+
+    @property
+    def failovers(self) -> int:
+        """How often a hop was replaced, in the forward and in the backward."""
+        return sum(chain.failovers for chain in self._chains)
+
+    async def backward(self, grad_output: torch.Tensor) -> Gradients:
+        """The gradients for `grad_output`, which is shaped as `output`; the pass is closed then.
+
+        Raises InvalidRequest, NoChain, Overloaded.
+        """
+        if self._spent:
+            raise InvalidRequest("this pass was closed, or has had its backward: run a forward again")
+        if grad_output.shape != self.output.shape:
+            raise InvalidRequest(
+                f"a gradient of shape {list(grad_output.shape)} for an output of {list(self.output.shape)}"
+            )
+        if not grad_output.isfinite().all():
+            raise InvalidRequest("the gradient has values that are not finite")
+        self._spent = True
+        packed = grad_output.detach().reshape(-1, grad_output.shape[-1])
+        try:
+            parts = await at_once([partial(micro.backward, packed[micro.part]) for micro in self._micros])
+        finally:
+            self.close()
+        hidden = torch.cat([grad.float() for grad, _ in parts]).view(self.output.shape)
+        return Gradients(hidden, self._prompts([each for _, each in parts]), self._lora([each for _, each in parts]))
+
+    def close(self) -> None:
+        """Let the hops forget the pass."""
+        self._spent = True
+        for chain in self._chains:
+            chain.close()
+
+    def __enter__(self) -> Pass:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def _chains(self) -> list[PassChain]:
+        return list(dict.fromkeys(micro.chain for micro in self._micros))
+
+    def _prompts(self, found: Sequence[Mapping[tuple[int, str], torch.Tensor]]) -> torch.Tensor | None:
+        prompts = self._trained.prompts
+        if prompts is None:
+            return None
+        total = torch.zeros(prompts.shape)
+        for micro, gradients in zip(self._micros, found, strict=True):
+            rows = list(micro.numbers) if self._trained.has_row_prompts else [0]
+            for index in range(len(self._blocks)):
+                total[index, rows] += gradients[self._blocks.start + index, PROMPT]
+        return total
+
+    def _lora(
+        self, found: Sequence[Mapping[tuple[int, str], torch.Tensor]]
+    ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        def total(block: int, name: str) -> torch.Tensor:
+            return torch.stack([gradients[block, name] for gradients in found]).sum(0)
+
+        scaling = self._trained.scaling
+        return {
+            (block, module): (total(block, module + LORA_A), total(block, module + LORA_B) * scaling)
+            for block, module in self._trained.lora
+        }
+
+
+class PassMaker:
+    """Runs forwards over one model, in the name of one client."""
+
+    def __init__(
+        self, finder: ChainFinder, connections: Connections, model: bytes, width: int, dtype: str, rng: random.Random
+    ) -> None:
+        self._finder = finder
+        self._connections = connections
+        self._model = model
+        self._width = width
+        # Gradients would vanish among float16's smallest numbers.
+        self._dtype = "float32" if dtype == "float16" else dtype
+        self._rng = rng
+
+    async def forward(
+        self,
+        hidden: torch.Tensor,
+        rows: Sequence[int],
+        blocks: Span,
+        trained: Trained,
+        *,
+        adapter: str = "",
+        codec: str = "exact",
+        keep: bool = True,
+        patience: Patience | None = None,
+    ) -> Pass:
+        """Run rows of these lengths, `[sum of rows, width]` or any shape of as many values, through `blocks`.
+
+        Without `keep` no backward can follow. Raises InvalidRequest, NoChain, Overloaded.
+        """
+        packed = self._check(hidden, rows)
+        trained.check(blocks, rows, self._width)
+
+        def new_chain(numbers: Sequence[int]) -> PassChain:
+            terms = LaneTerms(self._model, self._dtype, codec, adapter, trained.parameters(blocks, numbers))
+            positions = sum(rows[number] for number in numbers)
+            return PassChain(
+                self._finder,
+                self._connections,
+                blocks,
+                self._width,
+                terms,
+                patience or Patience(),
+                self._rng,
+                positions,
+            )
+
+        micros = await self._micro_batches(rows, trained, new_chain)
+        done = Pass(hidden, micros, blocks, trained)
+        try:
+            outputs = await at_once([partial(micro.forward, packed[micro.part], keep=keep) for micro in micros])
+        except BaseException:
+            done.close()
+            raise
+        done.output = torch.cat(outputs).view(hidden.shape)
+        if not keep:
+            done.close()
+        return done
+
+    async def _micro_batches(
+        self, rows: Sequence[int], trained: Trained, new_chain: Callable[[Sequence[int]], PassChain]
+    ) -> list[MicroBatch]:
+        if trained.has_row_prompts:
+            # A lane has one prompt for every request: rows with their own go by lanes of their own.
+            parts = cut(rows, positions_each(sum(rows), 1))
+            chains = [new_chain(numbers) for numbers, _, _ in parts]
+            await _open_all(chains)
+        else:
+            chains = [new_chain(range(len(rows)))]
+            await _open_all(chains)
+            parts = cut(rows, positions_each(sum(rows), chains[0].hops))
+            chains *= len(parts)
+        return [MicroBatch(chain, *part) for chain, part in zip(chains, parts, strict=True)]
+
+    def _check(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """The input as `[sum of rows, width]`. Raises InvalidRequest."""
+        if not rows or min(rows) < 1:
+            raise InvalidRequest("a pass has rows of at least one position")
+        if hidden.shape[-1] != self._width or hidden.numel() != sum(rows) * self._width:
+            raise InvalidRequest(
+                f"hidden states of shape {list(hidden.shape)} for rows of {sum(rows)} positions of {self._width}"
+            )
+        if not hidden.isfinite().all():
+            raise InvalidRequest("the hidden states have values that are not finite")
+        return hidden.detach().reshape(-1, self._width)
+
+
+async def _open_all(chains: Sequence[PassChain]) -> None:
+    try:
+        await at_once([chain.open for chain in chains])
+    except BaseException:
+        for chain in chains:
+            chain.close()
+        raise
+
+
+def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Consecutive rows in groups of at most `most` positions, or one row: numbers, lengths, where they begin."""
+    offsets = list(accumulate(lengths, initial=0))
+    groups: list[list[int]] = []
+    for number, length in enumerate(lengths):
+        last = groups[-1] if groups else []
+        taken = sum(lengths[other] for other in last)
+        if last and taken + length <= most and len(last) < MAX_PASS_ROWS:
+            last.append(number)
+        else:
+            groups.append([number])
+    return [(tuple(group), tuple(lengths[number] for number in group), offsets[group[0]]) for group in groups]
+
+
+def positions_each(positions: int, hops: int) -> int:
+    """How many positions a micro-batch should have, so that so many hops are all at work."""
+    return min(MAX_PASS_POSITIONS, max(LEAST_POSITIONS, -(-positions // (MICRO_BATCHES_A_HOP * hops))))

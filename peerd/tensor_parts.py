@@ -1,0 +1,62 @@
+"""Tensors of any size through a stream, as consecutive rows in messages of bounded size (spec/training.md).
+
+Knows shapes and parts; knows neither requests nor who is asking. The receiver says beforehand how many rows
+of which width it takes, so nothing that a stranger sends makes it allocate more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from peerd.connections import Stream
+from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.frames import Priority
+from peerd.protocol.pass_messages import PART_BYTES, Part, PassFailure
+from peerd.protocol.schema import parse
+from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
+
+# The widest value that a codec writes, scales included.
+_BYTES_A_VALUE = 5
+
+
+async def send_parts(stream: Stream, tensor: torch.Tensor, *, codec: str, dtype: torch.dtype) -> None:
+    """Send `[..., width]` in parts. It must not change until they are sent. Raises as `Stream.send`, BadResult."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    for first, last in _cuts(len(rows), rows.shape[1]):
+        header, body = encode_tensor(rows[first:last], codec=codec, dtype=dtype)
+        await stream.send(Part(header.to_fields()).to_header(), body, priority=Priority.BULK)
+
+
+async def receive_parts(stream: Stream, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of exactly this shape, in whatever dtype it travels. Raises RemoteProtocolError, and what the peer says.
+
+    The caller has checked that the shape is one that it wants.
+    """
+    width = shape[-1]
+    count = 1
+    for side in shape[:-1]:
+        count *= side
+    parts: list[torch.Tensor] = []
+    while count:
+        raw = await stream.receive(max_body=max(PART_BYTES, width * _BYTES_A_VALUE) + 64)
+        message = parse(raw.header, (Part, PassFailure))
+        if isinstance(message, PassFailure):
+            raise message.error
+        assert isinstance(message, Part)
+        header = TensorHeader.from_fields(message.tensor, max_elements=count * width)
+        if len(header.shape) != 2 or header.shape[1] != width or header.shape[0] > count:
+            raise RemoteProtocolError(f"a part of shape {header.shape} where [{count} or fewer, {width}] was expected")
+        if parts and parts[0].dtype != DTYPES[header.dtype]:
+            raise RemoteProtocolError("parts of one tensor have different dtypes")
+        parts.append(decode_tensor(header, raw.body))
+        count -= header.shape[0]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.view(shape)
+
+
+def _cuts(count: int, width: int) -> Iterator[tuple[int, int]]:
+    each = max(1, PART_BYTES // (width * _BYTES_A_VALUE))
+    for first in range(0, count, each):
+        yield first, min(count, first + each)

@@ -1,0 +1,388 @@
+"""Training through a swarm equals autograd on the whole model, whoever dies on the way."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import trio
+
+from peerd.chain_keeper import Patience
+from peerd.compute.attention import register_attention
+from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.engine import Engine
+from peerd.compute.span_model import load_span
+from peerd.passes import PassMaker, Trained
+from peerd.protocol.errors import InvalidRequest, NoChain, NoRoom
+from peerd.protocol.span import Span
+
+MODEL = bytes(range(32))
+BLOCKS = Span(0, 8)
+CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
+WIDTH = 32
+ROWS = (24, 7, 24, 20)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+SHORT = Patience(missing_s=2.0, busy_s=6.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=8,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    with open_checkpoint(folder) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def decoder(folder):
+    """Transformers' own, without its final norm."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).model
+    model.norm = torch.nn.Identity()
+    return model
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(prompts=1):
+    lora = {
+        (block, module): (0.3 * normal(2, WIDTH, seed=block), 0.3 * normal(wide, 2, seed=block + 9))
+        for block in (0, 4, 7)
+        for module, wide in (("self_attn.q_proj", 32), ("mlp.gate_proj", 48))
+    }
+    return Trained(0.3 * normal(8, prompts, 3, WIDTH, seed=5), lora, scaling=1.5)
+
+
+class Reference:
+    """What autograd says, a row at a time."""
+
+    def __init__(self, decoder, hidden, grad, what, rows=ROWS):
+        leaves = [hidden.clone().requires_grad_()]
+        prompts = what.prompts.clone().requires_grad_() if what.prompts is not None else None
+        pairs = {key: tuple(t.clone().requires_grad_() for t in pair) for key, pair in what.lora.items()}
+        outputs = [
+            self._row(decoder, row, number, prompts, pairs, what.scaling)
+            for number, row in enumerate(torch.split(leaves[0], rows))
+        ]
+        self.output = torch.cat(outputs)
+        self.output.backward(grad)
+        self.hidden = leaves[0].grad
+        self.prompts = prompts.grad if prompts is not None else None
+        self.lora = {key: tuple(t.grad for t in pair) for key, pair in pairs.items()}
+
+    @staticmethod
+    def _row(decoder, row, number, prompts, pairs, scaling):
+        handles = []
+        for block, layer in enumerate(decoder.layers):
+            if prompts is not None:
+                own = prompts[block, number if prompts.shape[1] > 1 else 0]
+
+                def add(_, args, own=own):
+                    return (args[0] + torch.cat((own, torch.zeros(args[0].shape[1] - len(own), WIDTH))), *args[1:])
+
+                handles.append(layer.register_forward_pre_hook(add))
+            for (of_block, module), (down, up) in pairs.items():
+                if of_block == block:
+
+                    def delta(_, args, output, down=down, up=up):
+                        return output + scaling * args[0] @ down.T @ up.T
+
+                    handles.append(layer.get_submodule(module).register_forward_hook(delta))
+        try:
+            return decoder(inputs_embeds=row[None], use_cache=False).last_hidden_state[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def assert_same(output, gradients, expected):
+    torch.testing.assert_close(output, expected.output.detach(), **TOLERANCE)
+    torch.testing.assert_close(gradients.hidden, expected.hidden, **TOLERANCE)
+    if expected.prompts is None:
+        assert gradients.prompts is None
+    else:
+        torch.testing.assert_close(gradients.prompts, expected.prompts, **TOLERANCE)
+    assert set(gradients.lora) == set(expected.lora)
+    for key, pair in expected.lora.items():
+        torch.testing.assert_close(gradients.lora[key], pair, **TOLERANCE)
+
+
+@pytest.fixture
+def serve(checkpoint):
+    """`await serve(swarm, span)`: a host with a real engine."""
+
+    async def start(swarm, span, *, step_s=0.01, pass_bytes=2**27):
+        model = load_span(checkpoint, span, dtype=torch.float32, attention=register_attention())
+        return await swarm.serve_engine(Engine(model, kv_tokens=256, pass_bytes=pass_bytes), step_s=step_s)
+
+    return start
+
+
+def maker_of(client, finder=None):
+    return PassMaker(finder or client.finder, client.connections, MODEL, WIDTH, "float32", random.Random(1))
+
+
+INPUT, GRAD = normal(sum(ROWS), WIDTH, seed=1), normal(sum(ROWS), WIDTH, seed=2)
+
+
+@pytest.mark.parametrize("prompts", [1, len(ROWS)], ids=["a shared prompt", "a prompt a row"])
+async def test_forward_and_backward_through_three_hops_equal_autograd(open_swarm, serve, decoder, prompts):
+    async with open_swarm() as swarm:
+        for span in CUT:
+            await serve(swarm, span)
+        maker = maker_of(await swarm.client())
+        what = trained(prompts)
+        done = await maker.forward(INPUT, ROWS, BLOCKS, what)
+        gradients = await done.backward(GRAD)
+        assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, what))
+        assert [hop["end"] for hop in done.chain] == [3, 7, 8]
+
+
+@pytest.fixture
+def small_micro_batches(monkeypatch):
+    """A row or two each, so that the few rows here make a pipeline."""
+    monkeypatch.setattr("peerd.passes.LEAST_POSITIONS", 24)
+    monkeypatch.setattr("peerd.passes.MICRO_BATCHES_A_HOP", 1)
+
+
+async def test_micro_batches_are_on_all_hops_at_once(open_swarm, serve, decoder, small_micro_batches):
+    async with open_swarm() as swarm:
+        for span in CUT:
+            await serve(swarm, span)
+        maker = maker_of(await swarm.client())
+        rows, inputs, grad = (20,) * 8, normal(160, WIDTH, seed=1), normal(160, WIDTH, seed=2)
+        took = []
+        for count in (2, 8):
+            began = trio.current_time()
+            part = slice(0, 20 * count)
+            done = await maker.forward(inputs[part], rows[:count], BLOCKS, Trained())
+            took.append(trio.current_time() - began)
+        gradients = await done.backward(grad)
+        assert_same(done.output, gradients, Reference(decoder, inputs, grad, Trained(), rows))
+        # Four times the work, in far less than four times the time.
+        assert took[1] < 2.2 * took[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("when", ["forward", "between", "backward"])
+async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(
+    open_swarm, serve, decoder, small_micro_batches, victim, when
+):
+    async with open_swarm() as swarm:
+        hosts = [await serve(swarm, span) for span in CUT]
+        twin = await serve(swarm, CUT[victim])
+        twin.online = False
+        client = await swarm.client()
+        maker = maker_of(client)
+        what = trained()
+        deaths = []
+
+        async def kill_after(batches):
+            """The victim dies while it works, its twin is known from then on."""
+            before = len(deaths)
+            task = hosts[victim].task
+            original = task._run_batch
+
+            async def dying(run, argument):
+                if len(deaths) - before < batches:
+                    deaths.append(trio.current_time())
+                    return await original(run, argument)
+                twin.online = True
+                swarm.kill(hosts[victim])
+                await trio.sleep_forever()
+
+            task._run_batch = dying
+
+        if when == "forward":
+            await kill_after(2)
+        done = await maker.forward(INPUT, ROWS, BLOCKS, what, patience=SHORT)
+        if when == "between":
+            twin.online = True
+            swarm.kill(hosts[victim])
+        elif when == "backward":
+            await kill_after(2)
+        gradients = await done.backward(GRAD)
+        assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, what))
+        assert done.failovers == 1
+        assert client.finder.failures == [hosts[victim].peer_id]
+
+
+async def test_a_hop_that_dies_may_be_replaced_by_two(open_swarm, serve, decoder):
+    async with open_swarm() as swarm:
+        whole = await serve(swarm, BLOCKS)
+        halves = [await serve(swarm, span) for span in (Span(0, 5), Span(5, 8))]
+        for half in halves:
+            half.online = False
+        maker = maker_of(await swarm.client())
+        done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
+        assert len(done.chain) == 1
+        for half in halves:
+            half.online = True
+        swarm.kill(whole)
+        gradients = await done.backward(GRAD)
+        assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
+
+
+async def test_blocks_that_nobody_serves_any_more_are_named(open_swarm, serve):
+    async with open_swarm() as swarm:
+        hosts = [await serve(swarm, span) for span in CUT]
+        maker = maker_of(await swarm.client())
+        done = await maker.forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
+        swarm.kill(hosts[1])
+        began = trio.current_time()
+        with pytest.raises(NoChain, match="3:7"):
+            await done.backward(GRAD)
+        assert trio.current_time() - began < 2 * SHORT.missing_s + 1
+
+
+async def test_without_room_for_tapes_the_results_are_the_same(open_swarm, serve, decoder):
+    async with open_swarm() as swarm:
+        for span in CUT:
+            host = await serve(swarm, span)
+            host.task.engine.passes.memory.free_for = lambda _: 0
+        maker = maker_of(await swarm.client())
+        done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
+        gradients = await done.backward(GRAD)
+        assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
+
+
+async def test_what_a_lane_held_is_given_back_when_its_pass_ends_however_it_ends(open_swarm, serve):
+    async with open_swarm() as swarm:
+        host = await serve(swarm, BLOCKS)
+        client = await swarm.client()
+        maker = maker_of(client)
+        memory, server = host.task.engine.passes.memory, host.server.passes
+        idle = memory.free_for(client.identity.peer_id)
+
+        async def settled():
+            await trio.sleep(1)
+            return memory.free_for(client.identity.peer_id) == idle and not server.lanes and not server.held_bytes
+
+        done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
+        assert memory.free_for(client.identity.peer_id) < idle
+        await done.backward(GRAD)
+        assert await settled()
+        with await maker.forward(INPUT, ROWS, BLOCKS, trained()):
+            assert not await settled()
+        assert await settled()
+        done = await maker.forward(INPUT, ROWS, BLOCKS, trained(), keep=False)
+        assert await settled()
+        with trio.move_on_after(0.03) as scope:
+            await maker.forward(INPUT, ROWS, BLOCKS, trained())
+        assert scope.cancelled_caught
+        assert await settled()
+        done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
+        with trio.move_on_after(0.015):
+            await done.backward(GRAD)
+        assert await settled()
+        swarm.vanish(client)
+        await trio.sleep(60)
+        assert await settled()
+
+
+async def test_a_cancelled_pass_frees_the_device_for_the_next(open_swarm, serve):
+    async with open_swarm() as swarm:
+        await serve(swarm, BLOCKS, step_s=1.0)
+        first, second = maker_of(await swarm.client()), maker_of(await swarm.client())
+        with trio.move_on_after(2.5):
+            await first.forward(INPUT, ROWS, BLOCKS, trained())
+        began = trio.current_time()
+        await second.forward(INPUT[:20], (20,), BLOCKS, Trained())
+        assert trio.current_time() - began < 8 * 1.0 + 3
+
+
+async def test_a_lane_idle_for_long_is_forgotten_and_its_backward_is_done_from_the_input(open_swarm, serve, decoder):
+    async with open_swarm() as swarm:
+        host = await serve(swarm, BLOCKS)
+        maker = maker_of(await swarm.client())
+        done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
+        await trio.sleep(400)
+        assert host.server.passes.lanes == 0
+        gradients = await done.backward(GRAD)
+        assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
+
+
+async def test_a_row_that_no_peer_has_memory_for_is_refused_with_the_numbers(open_swarm, serve):
+    async with open_swarm() as swarm:
+        await serve(swarm, BLOCKS, pass_bytes=2**16)
+        client = await swarm.client()
+        maker = maker_of(client)
+        with pytest.raises(NoRoom, match=r"a row of 24 positions takes [0-9]+ bytes .* 32768 are set aside"):
+            await maker.forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
+        assert client.finder.failures == []
+
+
+async def test_a_peer_with_memory_is_found_after_one_without(open_swarm, serve, decoder):
+    async with open_swarm() as swarm:
+        small = await serve(swarm, BLOCKS, pass_bytes=2**16)
+        large = await serve(swarm, BLOCKS)
+        large.online = False
+        maker = maker_of(await swarm.client())
+        await maker.forward(INPUT[:1], (1,), BLOCKS, Trained(), keep=False)
+        large.online = True
+        for _ in range(4):
+            done = await maker.forward(INPUT, ROWS, BLOCKS, Trained())
+            assert done.chain[0]["peer"] == str(large.peer_id) or small.peer_id
+            gradients = await done.backward(GRAD)
+            assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, Trained()))
+
+
+async def test_a_peer_that_does_not_train_is_passed_over_without_blame(open_swarm, serve):
+    async with open_swarm() as swarm:
+        await swarm.serve(0, 8)
+        client = await swarm.client()
+        with pytest.raises(NoChain):
+            await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
+        able = await serve(swarm, BLOCKS)
+        done = await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
+        assert done.chain[0]["peer"] == str(able.peer_id)
+        assert client.finder.failures == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ((24, 7, 24, 21), Trained()),
+        ((75, 0), Trained()),
+        (ROWS, Trained(normal(7, 1, 3, WIDTH))),
+        (ROWS, Trained(normal(8, 2, 3, WIDTH))),
+        (ROWS, Trained(normal(8, 1, 8, WIDTH))),
+        (ROWS, Trained(lora={(9, "self_attn.q_proj"): (normal(2, WIDTH), normal(WIDTH, 2))})),
+        (ROWS, Trained(lora={(0, "self_attn.other"): (normal(2, WIDTH), normal(WIDTH, 2))})),
+        (ROWS, Trained(lora={(0, "self_attn.q_proj"): (normal(2, WIDTH + 1), normal(WIDTH, 2))})),
+    ],
+)
+async def test_what_does_not_fit_is_the_callers_fault(open_swarm, serve, rows, what):
+    async with open_swarm() as swarm:
+        await serve(swarm, BLOCKS)
+        client = await swarm.client()
+        with pytest.raises(InvalidRequest):
+            await maker_of(client).forward(INPUT, rows, BLOCKS, what)
+        assert client.finder.failures == []
