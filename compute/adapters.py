@@ -102,6 +102,12 @@ class SpanAdapters:
             yield
 
     @contextmanager
+    def under(self, name: str) -> Iterator[None]:
+        """Within this, all positions are under a loaded adapter, none if empty; gradients flow to the input."""
+        with self._routed(_Everything(self._loaded[name]) if name else None):
+            yield
+
+    @contextmanager
     def using(self, lora: Lora) -> Iterator[None]:
         """Within this, all positions are under `lora`, whatever is loaded; gradients flow to its matrices.
 
@@ -119,7 +125,7 @@ class SpanAdapters:
                 self._hooks.pop(key).remove()
 
     @contextmanager
-    def _routed(self, routing: _Routing | _Everything) -> Iterator[None]:
+    def _routed(self, routing: _Routing | _Everything | None) -> Iterator[None]:
         self._routing, before = routing, self._routing
         try:
             yield

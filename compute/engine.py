@@ -188,7 +188,7 @@ class Engine(BaseEngine):
             model.span, model.hidden_size, kv_tokens=kv_tokens, page_tokens=page_tokens, batch_tokens=batch_tokens
         )
         self._runner = SpanRunner(model, self.total_tokens, page_tokens)
-        self.passes = PassRunner(model, self._runner.part, PassMemory(pass_bytes))
+        self.passes = PassRunner(model, self._runner.part, self._runner.adapters, PassMemory(pass_bytes))
 
     def run(self, batch: Batch) -> BatchOutput:
         return self._runner.run(batch)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peerd.compute.adapters import SpanAdapters
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
 from peerd.compute.micro_batches import MicroBatch, cut_rows
 from peerd.compute.pass_memory import (
@@ -35,12 +36,16 @@ MICRO_POSITIONS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassInput:
-    """Rows to run through `blocks`: `hidden` is `[sum of rows, hidden_size]` on the CPU, `rows` their lengths."""
+    """Rows to run through `blocks`: `hidden` is `[sum of rows, hidden_size]` on the CPU, `rows` their lengths.
+
+    `adapter` is one of the engine's, as frozen as its weights; `tunables` are the client's own.
+    """
 
     blocks: Span
     rows: tuple[int, ...]
     hidden: torch.Tensor
     tunables: Tunables = field(default_factory=Tunables)
+    adapter: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,9 +86,12 @@ class Pass:
 class PassRunner:
     """Passes over one engine's span. `part` gives the span's model of some of its blocks (device thread)."""
 
-    def __init__(self, whole: SpanModel, part: Callable[[Span], SpanModel], memory: PassMemory) -> None:
+    def __init__(
+        self, whole: SpanModel, part: Callable[[Span], SpanModel], adapters: SpanAdapters, memory: PassMemory
+    ) -> None:
         self.memory = memory
         self.whole = whole
+        self.adapters = adapters
         self._part = part
         self._costs: dict[int, BlockCost] = {}
         self._largest_weight_bytes = 0
@@ -153,7 +161,9 @@ class PassRunner:
         blocks = range(given.blocks.start, given.blocks.end)
         return {block: BlockLeaves.of(given.tunables, block, self.whole.device) for block in blocks}
 
-    def run_block(self, block: int, micro: MicroBatch, hidden: torch.Tensor, leaves: BlockLeaves) -> torch.Tensor:
+    def run_block(
+        self, block: int, micro: MicroBatch, hidden: torch.Tensor, leaves: BlockLeaves, adapter: str
+    ) -> torch.Tensor:
         """One block, `[rows, longest, hidden_size]` to the same, under whatever mode of torch's is on."""
         model = self._part(Span(block, block + 1))
         hidden = with_prompt(hidden, leaves.prompt, micro.rows)
@@ -162,7 +172,7 @@ class PassRunner:
         if model.follows_max_length:
             # What a row's embeddings scale with is its own length, whoever is beside it.
             lengths = torch.tensor(micro.lengths, device=hidden.device)[:, None]
-        with with_lora(model.layers[0], leaves):
+        with self.adapters.under(adapter), with_lora(model.layers[0], leaves):
             return model.forward(hidden, positions, max_lengths=lengths)
 
     def on_device(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -174,7 +184,7 @@ class PassRunner:
         hidden = self.on_device(torch.randn(1, count, self.whole.hidden_size, generator=generator)).requires_grad_()
         micro = MicroBatch((0,), (count,), (0,))
         with torch.enable_grad(), KeptBytes([*self.whole.parameters(), *self.whole.buffers()]) as kept:
-            self.run_block(block, micro, hidden, BlockLeaves())
+            self.run_block(block, micro, hidden, BlockLeaves(), "")
         return kept.total
 
     def _check(self, given: PassInput) -> None:
@@ -183,6 +193,8 @@ class PassRunner:
             raise InvalidStepError(f"blocks {given.blocks} are not in {span}")
         if not given.rows or min(given.rows) < 1:
             raise InvalidStepError("a pass has rows of at least one position")
+        if given.adapter and given.adapter not in self.adapters.names:
+            raise InvalidStepError(f"there is no adapter {given.adapter!r} here")
         if tuple(given.hidden.shape) != (sum(given.rows), self.whole.hidden_size):
             raise InvalidStepError(
                 f"hidden states have shape {list(given.hidden.shape)}, not {[sum(given.rows), self.whole.hidden_size]}"
@@ -224,7 +236,7 @@ class ForwardPass(Pass):
     ) -> Generator[None, None, torch.Tensor]:
         for block in range(self._given.blocks.start, self._given.blocks.end):
             with torch.inference_mode():
-                hidden = self._runner.run_block(block, micro, hidden, leaves[block])
+                hidden = self._runner.run_block(block, micro, hidden, leaves[block], self._given.adapter)
             yield
         return hidden
 
@@ -281,7 +293,7 @@ class BackwardPass(Pass):
         output = entry.output
         if output is None:
             with torch.enable_grad():
-                output = self._runner.run_block(block, micro, entry.hidden, leaves)
+                output = self._runner.run_block(block, micro, entry.hidden, leaves, self._tape.given.adapter)
         named = leaves.named()
         # An expert that no position was sent to has gradients of zero.
         wanted = [entry.hidden, *named.values()]
@@ -303,7 +315,7 @@ def _record(
         size_bytes = block_cost.kept_bytes(len(micro.rows), micro.longest)
         keeps = size_bytes <= graph_bytes
         with torch.set_grad_enabled(keeps):
-            output = runner.run_block(block, micro, hidden, tape.leaves[block])
+            output = runner.run_block(block, micro, hidden, tape.leaves[block], tape.given.adapter)
         entries.append(_Entry(hidden, output if keeps else None))
         if keeps:
             graph_bytes -= size_bytes

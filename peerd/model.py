@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from peerd.generation import Generation
+    from peerd.passes import LoraPairs, Pass, PassMaker
 
 # A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
@@ -64,6 +65,7 @@ class RemoteModel:
         self._opener = opener
         self._tasks = tasks
         self._rng = random.Random(os.urandom(16))
+        self._pass_maker: PassMaker | None = None
 
     def __repr__(self) -> str:
         return f"<RemoteModel {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
@@ -150,6 +152,48 @@ class RemoteModel:
         )
         await self._tasks.start(session.run)
         return session
+
+    async def forward(
+        self,
+        inputs: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        rows: Sequence[int] | None = None,
+        blocks: Span | None = None,
+        prompts: torch.Tensor | None = None,
+        lora: LoraPairs | None = None,
+        lora_scaling: float = 1.0,
+        adapter: str = "",
+        codec: str = "exact",
+        keep: bool = True,
+        patience: Patience | None = None,
+    ) -> Pass:
+        """Run whole rows through `blocks` (default: all) without a cache, for training: `pass_.backward` follows.
+
+        `inputs` are hidden states `[rows, positions, width]`, or packed `[sum of rows, width]` with the lengths in
+        `rows`, or token ids, a list a row. `prompts` `[blocks, 1 or rows, P, width]` are added to the first P
+        positions of each block's input; `lora` pairs act beside linear modules; `adapter` is one that the peers
+        have. Without `keep` there is no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
+        """
+        from peerd.passes import PassMaker, Trained, as_rows
+
+        hidden, lengths = as_rows(inputs, rows, self.embed)
+        if max(lengths) > self.facts.max_length:
+            raise ContextTooLong(f"a row of {max(lengths)} positions, {self.facts.name} takes {self.facts.max_length}")
+        if self._pass_maker is None:
+            facts = self.facts
+            self._pass_maker = PassMaker(
+                self._finder, self._opener.connections, facts.digest, facts.width, facts.dtype, self._rng
+            )
+        return await self._pass_maker.forward(
+            hidden,
+            lengths,
+            blocks or Span(0, self.facts.block_count),
+            Trained(prompts, lora or {}, lora_scaling),
+            adapter=adapter,
+            codec=codec,
+            keep=keep,
+            patience=patience,
+        )
 
     def generate(self, prompt: str | Sequence[int], *, chat: bool = False, **sampling: Any) -> Generation:
         """Generate an answer: `async for token in model.generate("Once", max_new_tokens=20): ...`.

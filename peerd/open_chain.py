@@ -115,6 +115,11 @@ class ChainOpener:
         self._now = now
         self._random_bytes = random_bytes
 
+    @property
+    def connections(self) -> Connections:
+        """Over which it opens them."""
+        return self._connections
+
     async def open(self, chain: Chain, terms: Terms) -> OpenChain:
         """Open every hop at once. Raises HopRefused for the first that refuses, having closed the others."""
         session = self._random_bytes(16)

@@ -298,7 +298,7 @@ class _Lane:
 
     async def _answer_forward(self, message: Forward, request: _Request) -> None:
         assert request.hidden is not None
-        given = PassInput(self._blocks, message.rows, request.hidden, self._tunables)
+        given = PassInput(self._blocks, message.rows, request.hidden, self._tunables, self._begin.adapter)
         micros = self._passes.plan(given)
         with self._tape_room(message, self._passes.tape_bytes(given, micros)) as allowed:
             work = self._passes.forward(given, micros, allowed)
@@ -329,7 +329,7 @@ class _Lane:
             work = self._passes.backward_of(tape, request.grad)
         else:
             assert request.hidden is not None
-            given = PassInput(self._blocks, message.rows, request.hidden, self._tunables)
+            given = PassInput(self._blocks, message.rows, request.hidden, self._tunables, self._begin.adapter)
             work = self._passes.backward(given, self._passes.plan(given), request.grad)
         try:
             await self._found.task.run_work(self._stream.peer, work)

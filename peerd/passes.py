@@ -337,6 +337,28 @@ async def _open_all(chains: Sequence[PassChain]) -> None:
         raise
 
 
+def as_rows(
+    inputs: torch.Tensor | Sequence[Sequence[int]],
+    rows: Sequence[int] | None,
+    embed: Callable[[Sequence[int]], torch.Tensor],
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Hidden states and the lengths of their rows, from either or from token ids. Raises InvalidRequest."""
+    if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
+        if rows is None and inputs.dim() == 3:
+            return inputs, (inputs.shape[1],) * inputs.shape[0]
+        if rows is None or inputs.dim() != 2 or not len(rows):
+            raise InvalidRequest("hidden states are [rows, positions, width], or [sum of rows, width] with `rows`")
+        return inputs, tuple(rows)
+    ids = inputs.tolist() if isinstance(inputs, torch.Tensor) else [list(row) for row in inputs]
+    if not ids or not all(isinstance(row, list) and row for row in ids):
+        raise InvalidRequest("token ids are rows of at least one each")
+    hidden = torch.cat([embed(row) for row in ids])
+    lengths = tuple(len(row) for row in ids)
+    if isinstance(inputs, torch.Tensor):
+        return hidden.view(len(ids), lengths[0], -1), lengths
+    return hidden, lengths
+
+
 def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
     """Consecutive rows in groups of at most `most` positions, or one row: numbers, lengths, where they begin."""
     offsets = list(accumulate(lengths, initial=0))

@@ -15,6 +15,7 @@ from functools import partial
 
 import trio
 
+from peerd.compute.engine import PRIVATE
 from peerd.connections import Connections, Stream
 from peerd.engine_task import EngineTask
 from peerd.hosted_session import HostedSession
@@ -223,9 +224,9 @@ class Server:
         """Who runs the training passes that a lane asks for. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
-        if begin.adapter:
-            raise UnsupportedFeature(f"this peer has no adapter {begin.adapter!r}")
         served = self._served(begin.model, begin.start, begin.end)
+        if begin.adapter and (begin.adapter.startswith(PRIVATE) or begin.adapter not in served.task.engine.adapters):
+            raise UnsupportedFeature(f"this peer has no adapter {begin.adapter!r}")
         if served.task.engine.passes is None:
             raise UnsupportedFeature("this peer does not train")
         return PassSpan(served.max_length, served.task, served.task.engine.passes)
