@@ -33,6 +33,8 @@ PROCESS_BYTES = 96 * 2**20
 # Of each position's activations a hop holds up to so many copies: kept for the next hop, in a buffer that grows by
 # doubling, and one in steps on their way in or results on their way out.
 _HOST_COPIES = 3
+# Of a run of weights that is being quantized: bitsandbytes' nf4 for the CPU makes the most.
+_PACKING_COPIES = 10
 _INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _EXPERTS_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 # Where the caller names no number: what one long conversation takes.
@@ -190,7 +192,7 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
             if place.stacked and not checkpoint.is_gguf:
                 # An expert's pieces, the expert, and the one before it.
                 source = 3 * source // place.count
-            source += 4 * RUN_VALUES_CPU * torch.float32.itemsize
+            source += _PACKING_COPIES * RUN_VALUES_CPU * torch.float32.itemsize
         else:
             n_bytes += tensor.nbytes
         loading = max(loading, source)

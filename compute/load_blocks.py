@@ -14,6 +14,7 @@ from torch import nn
 
 from peerd.compute.cut_model import check_shape, fill
 from peerd.compute.errors import CheckpointError
+from peerd.compute.heap import trim_heap
 from peerd.compute.quantized_formats import FORMATS, NONE, Format
 from peerd.compute.quantized_modules import Place, places, put_quantized
 
@@ -37,6 +38,7 @@ def load_block(
             _load_quantized(layer, place, form, _sources(checkpoint, prefix, place), device, checkpoint.path)
     tensors = checkpoint.read(f"{prefix}{name}" for name in names)
     fill(layer, ((name.removeprefix(prefix), tensor) for name, tensor in tensors), device, checkpoint.path)
+    trim_heap()
 
 
 def _sources(checkpoint: Checkpoint, prefix: str, place: Place) -> Iterator[torch.Tensor]:

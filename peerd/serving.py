@@ -18,6 +18,7 @@ from peerd.compute.capacity import HEADROOM, Budget, block_bytes, default_kv_tok
 from peerd.compute.checkpoint import Checkpoint
 from peerd.compute.engine import BATCH_TOKENS, PAGE_TOKENS, Engine
 from peerd.compute.free_memory import free_memory
+from peerd.compute.heap import trim_heap
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span
@@ -107,6 +108,8 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
     )
     engine = Engine(model, kv_tokens=kv_tokens)
+    # The engine reorders weights.
+    trim_heap()
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
     throughput = spec.throughput or measured_throughput(engine, checkpoint.model_digest, dtype, quantize, model.device)
     log.info(

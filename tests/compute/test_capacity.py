@@ -48,11 +48,13 @@ def machine(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+# `test_families.py` has all families.
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
 def test_a_block_takes_to_the_byte_what_was_predicted(
-    tiny_checkpoint: TinyCheckpoint, tiny_name: str, quantize: str
+    tiny_checkpoint: TinyCheckpoint, name: str, quantize: str
 ) -> None:
-    with open_checkpoint(tiny_checkpoint(tiny_name)) as checkpoint:
+    with open_checkpoint(tiny_checkpoint(name)) as checkpoint:
         for dtype in (torch.float32, torch.bfloat16):
             span = load_span(checkpoint, Span(0, 8), quantize=quantize, dtype=dtype)
             sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]

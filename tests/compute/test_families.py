@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
+from plain_weights import with_weights_of
 from tiny_families import BLOCKS, VARIANTS, tiny_model
 
 from peerd.compute.attention import SpanAttention, register_attention
-from peerd.compute.capacity import block_bytes, kv_bytes_per_token
+from peerd.compute.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import FAMILIES
 from peerd.compute.head import load_head
 from peerd.compute.span_model import load_span
@@ -128,3 +130,23 @@ def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
     assert kv_bytes_per_token(checkpoint, torch.float16) == max(h * (k + v) for h, k, v in kinds) * 2
     sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
     assert block_bytes(checkpoint, torch.float32) == max(sizes)
+
+
+def test_quantized_blocks_take_what_was_counted_and_compute_what_they_hold(tiny: Tiny) -> None:
+    checkpoint = tiny[0].checkpoint
+    if checkpoint.family.model_type in NOT_QUANTIZED:
+        with pytest.raises(UnsupportedModel, match="serve it without --quantize"):
+            load_span(checkpoint, Span(2, 3), quantize="nf4")
+        return
+    span = load_span(checkpoint, Span(2, 5), quantize="nf4", attention="eager")
+    sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
+    assert sizes == [cost.n_bytes for cost in block_costs(checkpoint, torch.float32, "nf4")[2:5]]
+    plain = with_weights_of(span, load_span(checkpoint, Span(2, 5), attention="eager"))
+    hidden = tiny[0].inputs[:2]
+    with torch.no_grad():
+        computed, wanted = span.forward_no_cache(hidden), plain.forward_no_cache(hidden)
+    assert (computed - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+# Its experts lie in two dimensions.
+NOT_QUANTIZED = {"dbrx"}
