@@ -60,22 +60,24 @@ class GgufWeights:
         return self._file.bytes_read
 
     def read(self, parameter: str) -> torch.Tensor:
-        # Experts' gate and up are two stored tensors of one parameter: the processor gathers them in here.
-        gathered: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
-        for tensor in self._tensors(parameter):
-            processed = self._processor.process(
-                weights=self._dequantized(tensor),
-                name=tensor.name,
-                tensor_key_mapping=self._names,
-                parsed_parameters=gathered,
-            )
-            if processed.name is not None:
-                return torch.from_numpy(np.ascontiguousarray(processed.weights))
-        return gathered["tensors"][parameter]
+        tensors = self._tensors(parameter)
+        if not self._are_experts(tensors):
+            return self._processed(parameter, tensors)
+        whole: torch.Tensor | None = None
+        # Expert by expert: a processor makes copies of what it is given.
+        for expert, matrix in enumerate(self.read_slices(parameter)):
+            whole = torch.empty(tensors[0].shape[0], *matrix.shape) if whole is None else whole
+            whole[expert] = matrix
+        assert whole is not None
+        return whole
 
     def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
-        # Transformers' processors take whole tensors only, so one is in memory at a time.
-        yield from self.read(parameter)
+        tensors = self._tensors(parameter)
+        if not self._are_experts(tensors):
+            yield from self._processed(parameter, tensors)
+            return
+        for expert in range(tensors[0].shape[0]):
+            yield self._processed(parameter, tensors, expert)[0]
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         for tensor in self._tensors(parameter):
@@ -91,17 +93,48 @@ class GgufWeights:
             raise CheckpointError(f"{self._file.path}: tensor {missing[0]} is missing")
         return [self._file.tensors[name] for name in names]
 
-    def _dequantized(self, tensor: GgufTensor) -> NDArray[np.float32]:
-        """The tensor's values, fp32, in its shape."""
-        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    def _processed(self, parameter: str, tensors: list[GgufTensor], expert: int | None = None) -> torch.Tensor:
+        """What the processor makes of a parameter's tensors, or of one expert's part of each: [1, rows, columns]."""
+        # Experts' gate and up are two stored tensors of one parameter: the processor gathers them in here.
+        gathered: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+        for tensor in tensors:
+            values = self._dequantized(tensor, expert)
+            try:
+                processed = self._processor.process(
+                    weights=values, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters=gathered
+                )
+            except (ValueError, LookupError, RuntimeError, ArithmeticError) as error:
+                # It reorders by the sizes that the metadata state.
+                shape = list(tensor.shape)
+                raise CheckpointError(
+                    f"{self._file.path}: tensor {tensor.name} has shape {shape}, which its metadata do not allow"
+                ) from error
+            if processed.name is not None:
+                return torch.from_numpy(np.ascontiguousarray(processed.weights))
+        return gathered["tensors"][parameter]
+
+    def _dequantized(self, tensor: GgufTensor, expert: int | None) -> NDArray[np.float32]:
+        """The tensor's values, fp32, in its shape; those of one expert as if there were no other."""
+        shape = tensor.shape if expert is None else (1, *tensor.shape[1:])
+        rows, columns = math.prod(shape[:-1]), shape[-1]
         out = np.empty((rows, columns), dtype=np.float32)
         run = max(1, RUN_VALUES // columns)
+        first = rows * (expert or 0)
         for start in range(0, rows, run):
             end = min(rows, start + run)
             try:
-                out[start:end] = dequantize(self._file.read_rows(tensor, start, end), tensor.kind)
+                out[start:end] = dequantize(self._file.read_rows(tensor, first + start, first + end), tensor.kind)
             except NotImplementedError as error:
                 raise UnsupportedModel(
                     f"{self._file.path}: tensor {tensor.name} is stored as {tensor.kind.name}, which we do not read"
                 ) from error
-        return out.reshape(tensor.shape)
+        return out.reshape(shape)
+
+    def _are_experts(self, tensors: list[GgufTensor]) -> bool:
+        """Whether each holds one matrix an expert. Raises CheckpointError unless they agree on the matrices' shape."""
+        if any(len(tensor.shape) != 3 for tensor in tensors):
+            return False
+        for other in tensors[1:]:
+            if other.shape != tensors[0].shape:
+                raise CheckpointError(f"{self._file.path}: tensors {tensors[0].name} and {other.name} differ in shape")
+        return True

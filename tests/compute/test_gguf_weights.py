@@ -9,11 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_writer import stored_tensors, tiny_config, tiny_model, write_model
+from gguf_writer import TINY, metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
 from peerd.compute import gguf_weights
 from peerd.compute.checkpoint import open_checkpoint
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.gguf_split import GgufFiles
 from peerd.compute.gguf_weights import GgufWeights
 from peerd.compute.head import load_head
@@ -75,3 +75,51 @@ def test_a_quantized_file_gives_the_values_that_it_holds(tmp_path: Path, kind: s
     held = gguf.quants.dequantize(gguf.quants.quantize(values, number), number)
     with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
         np.testing.assert_array_equal(load_head(checkpoint).embedding_weight.numpy(), held)
+
+
+def written(path: Path, name: str, **changed: Any) -> Path:
+    """A tiny model with some of its tensors changed."""
+    model = tiny_model(tiny_config(name))
+    architecture = TINY[name][0]
+    tensors = {**dict(stored_tensors(architecture, model)), **changed}
+    write_gguf(path / "tiny.gguf", architecture, metadata_of(architecture, model.config), tensors)
+    return path / "tiny.gguf"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral", "minimax_m2"])
+@pytest.mark.parametrize("leaf", ["gate_up_proj", "down_proj"])
+def test_experts_are_read_one_by_one_as_they_are_together(tmp_path: Path, name: str, leaf: str) -> None:
+    with open_checkpoint(written(tmp_path, name)) as checkpoint:
+        parameter = f"layers.2.mlp.experts.{leaf}"
+        ((_, whole),) = checkpoint.read([parameter])
+        before = checkpoint.bytes_read
+        slices = checkpoint.read_slices(parameter)
+        assert torch.equal(next(slices), whole[0])
+        assert checkpoint.bytes_read - before == whole[0].nbytes
+        assert torch.equal(torch.stack([whole[0], *slices]), whole)
+
+
+def test_experts_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "mixtral", **{"blk.1.ffn_up_exps.weight": np.ones((3, 48, 32))})
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=r"blk\.1\.ffn_gate_exps\.weight and blk\.1\.ffn_up_exps\.weight differ"),
+    ):
+        list(checkpoint.read(["layers.1.mlp.experts.gate_up_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "parameter"),
+    [
+        ("llama", "blk.1.attn_q.weight", "layers.1.self_attn.q_proj.weight"),
+        ("bloom", "blk.1.attn_qkv.weight", "h.1.self_attention.query_key_value.weight"),
+        ("falcon_grouped", "blk.1.attn_qkv.weight", "h.1.self_attention.query_key_value.weight"),
+    ],
+)
+def test_a_tensor_that_cannot_be_put_in_order_is_named(tmp_path: Path, name: str, stored: str, parameter: str) -> None:
+    path = written(tmp_path, name, **{stored: np.ones((7, 32))})
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=rf"tensor {stored} has shape \[7, 32\]"),
+    ):
+        list(checkpoint.read([parameter]))
