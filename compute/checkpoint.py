@@ -303,8 +303,9 @@ def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
     text = raw.get("text_config")
     if raw.get("model_type") in FAMILIES or not isinstance(text, dict):
         return raw
-    outer = {"model_type": f"{raw.get('model_type')}_text", "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
-    return outer | text
+    # The LM head is the whole model's, and so is what is said of it; the head looks at what is stored too.
+    tied = raw.get("tie_word_embeddings", True)
+    return {"model_type": f"{raw.get('model_type')}_text"} | text | {"tie_word_embeddings": tied}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

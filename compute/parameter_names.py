@@ -27,8 +27,8 @@ PREFIXES = (
     "model.",
     "",
 )
-# How else publishers call the LM head: GPT-NeoX until Transformers 5.
-_OTHER_HEADS = {"embed_out.weight": LM_HEAD}
+# What publishers call the LM head, beside what the family does: `embed_out` is GPT-NeoX's until Transformers 5.
+_HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,10 @@ def _prefix(stored_names: tuple[str, ...], family: Family, where: object) -> str
 
 
 def _decoder_name(stored: str, prefix: str, family: Family) -> str | None:
-    for head in (LM_HEAD, LM_HEAD_BIAS):
-        if stored == head or stored.endswith(f".{head}"):
-            return head
-    if stored in _OTHER_HEADS:
-        return _OTHER_HEADS[stored]
+    for name in (LM_HEAD, LM_HEAD_BIAS):
+        leaf = name.rpartition(".")[2]
+        if stored.endswith(f".{name}") or stored in {f"{head}.{leaf}" for head in (family.lm_head, *_HEADS)}:
+            return name
     if not stored.startswith(prefix):
         return None
     name = stored.removeprefix(prefix)
