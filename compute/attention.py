@@ -77,8 +77,9 @@ class BatchView:
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
         self.pool = pool
         self.segments = segments
-        self.rows = [pool.slots(segment) for segment in segments]
-        self._writer = KVWriter(self.rows, segments, pool.device)
+        #: By group of blocks, then by segment.
+        self.rows = [[pool.slots(segment, group) for segment in segments] for group in range(pool.layout.groups)]
+        self._writers = [KVWriter(rows, segments, pool.device) for rows in self.rows]
         self._visible: dict[tuple[int | None, int | None], list[Visible]] = {}
         self._lags: torch.Tensor | None = None
 
@@ -86,8 +87,9 @@ class BatchView:
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache a block's new keys and values, `[1, kv_heads, positions, width]`. Attention reads the pool itself."""
-        self._writer.write(self.pool.keys[layer], keys[0])
-        self._writer.write(self.pool.values[layer], values[0])
+        writer = self._writers[self.pool.layout.group_of[layer]]
+        writer.write(self.pool.keys[layer], keys[0])
+        writer.write(self.pool.values[layer], values[0])
         return keys, values
 
     def get_seq_length(self, layer: int | None = None) -> int | torch.Tensor:
@@ -132,7 +134,7 @@ class RowView:
     def __init__(self, pool: KVPool, segment: Segment) -> None:
         self._pool = pool
         self._segment = segment
-        self._row: RowSlots = pool.slots(segment)
+        self._row: RowSlots = pool.slots(segment, 0)
         self._writer = KVWriter([self._row], [segment], pool.device)
 
     def update(
@@ -188,8 +190,9 @@ class BlockAttention:
             return _attend(query, keys, values, visible, scores)
         all_keys, all_values = view.pool.keys[self._layer], view.pool.values[self._layer]
         visibles = view.visible(self._kind)
+        rows = view.rows[view.pool.layout.group_of[self._layer]]
         if len(visibles) == 1:
-            visible, row = visibles[0], view.rows[0]
+            visible, row = visibles[0], rows[0]
             return self._over_row(
                 query,
                 row.read(all_keys, visible.start)[None],
@@ -199,7 +202,7 @@ class BlockAttention:
             )
         outputs = []
         offset = 0
-        for segment, row, visible in zip(view.segments, view.rows, visibles, strict=True):
+        for segment, row, visible in zip(view.segments, rows, visibles, strict=True):
             own = query[:, :, offset : offset + segment.count]
             offset += segment.count
             row_keys, row_values = row.read(all_keys, visible.start)[None], row.read(all_values, visible.start)[None]

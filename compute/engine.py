@@ -14,6 +14,7 @@ from collections.abc import Hashable
 import torch
 
 from peerd.compute.engine_errors import UnknownAdapterError
+from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
 from peerd.compute.lora import Lora
 from peerd.compute.pages import PagePool
 from peerd.compute.pass_memory import PassMemory
@@ -27,10 +28,6 @@ from peerd.protocol.span import Span
 
 __all__ = ["BaseEngine", "Batch", "BatchOutput", "Drop", "Engine", "EngineStep", "Fork", "RowSlice", "StepResult"]
 
-# Rows of a session seldom end on a page's border: half a page a row is lost. Smaller pages cost bookkeeping.
-PAGE_TOKENS = 16
-# A prefill of more positions is cut, so that whoever decodes beside it waits no longer than for these.
-BATCH_TOKENS = 256
 # Memory for training where nobody says how much: 1024 positions through 30 blocks of 1024, with what a forward leaves.
 PASS_BYTES = 2**30
 
@@ -42,7 +39,9 @@ PRIVATE = "~"
 class BaseEngine(ABC):
     """All of an engine but the arithmetic."""
 
-    def __init__(self, span: Span, hidden_size: int, *, kv_tokens: int, page_tokens: int, batch_tokens: int) -> None:
+    def __init__(
+        self, span: Span, hidden_size: int, layout: KVLayout, *, kv_tokens: int, page_tokens: int, batch_tokens: int
+    ) -> None:
         self.span = span
         self.hidden_size = hidden_size
         # Positions that went through the blocks with a cache, replays included.
@@ -50,25 +49,30 @@ class BaseEngine(ABC):
         self.batches_run = 0
         #: Training passes over this engine's span; None where the engine cannot train.
         self.passes: PassRunner | None = None
-        self._pool = PagePool(kv_tokens // page_tokens, page_tokens)
-        self._scheduler = Scheduler(span, hidden_size, self._pool, batch_tokens)
+        self._pool = PagePool(layout.page_sets(kv_tokens, page_tokens), page_tokens, layout.groups)
+        self._scheduler = Scheduler(span, hidden_size, layout, self._pool, batch_tokens)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._scheduler!r}>"
 
     @property
     def total_tokens(self) -> int:
-        """KV tokens of the pool."""
-        return self._pool.pages * self._pool.page_tokens
+        """KV tokens of the pool (`kv_layout`)."""
+        return self._pool.total_tokens
 
     @property
     def free_tokens(self) -> int:
         """KV tokens that no session has committed."""
-        return self._pool.free_pages * self._pool.page_tokens
+        return self._pool.free_tokens
+
+    @property
+    def free_length(self) -> int:
+        """Positions that a new session of one row could commit now; more than KV tokens where blocks have windows."""
+        return self._scheduler.free_length
 
     def tokens_wanted(self, *, blocks: Span | None = None, max_length: int, max_rows: int, max_rollback: int) -> int:
         """What `open` with the same arguments commits."""
-        return self._scheduler.tokens_wanted(max_length, max_rows)
+        return self._scheduler.tokens_wanted(max_length, max_rows, max_rollback)
 
     def open(
         self,
@@ -84,8 +88,9 @@ class BaseEngine(ABC):
         """Commit KV for `max_rows` rows of `max_length` positions; `blocks` (default all) are those it runs.
 
         `owner` is whose session it is: batches are fair among owners. `adapter` names one of the engine's adapters.
-        Every position is kept, in blocks with windows too, so rows may be cut anywhere: the promise of
-        `max_rollback` is kept whatever it is, and steps that are sent again after a failure always fit.
+        Blocks with windows or chunks keep what they see and `max_rollback` positions more, and a little for steps that
+        are sent again after a failure (`kept_back`): a row can be cut or forked so far behind the longest that it
+        was. Further back a step is a gap, and such a fork invalid. Where all blocks keep everything, so do rows.
         Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError,
         UnknownAdapterError.
         """
@@ -170,9 +175,9 @@ class BaseEngine(ABC):
 class Engine(BaseEngine):
     """An engine over a loaded span, whose model was loaded with `attention=register_attention()`.
 
-    `kv_tokens`: capacity of the KV pool, in positions, rounded down to whole pages; the pool lies on the
-    model's device in its dtype. `batch_tokens`: positions a batch may have. `pass_bytes`: memory for training.
-    Raises ValueError for no pages.
+    `kv_tokens`: capacity of the KV pool, in positions of every block, rounded down to whole pages; the pool lies on
+    the model's device in its dtype. `batch_tokens`: positions a batch may have.
+    `pass_bytes`: memory for training. Raises ValueError for no pages.
     """
 
     def __init__(
@@ -185,9 +190,14 @@ class Engine(BaseEngine):
         pass_bytes: int = PASS_BYTES,
     ) -> None:
         super().__init__(
-            model.span, model.hidden_size, kv_tokens=kv_tokens, page_tokens=page_tokens, batch_tokens=batch_tokens
+            model.span,
+            model.hidden_size,
+            layout := lay_out(model.kinds),
+            kv_tokens=kv_tokens,
+            page_tokens=page_tokens,
+            batch_tokens=batch_tokens,
         )
-        self._runner = SpanRunner(model, self.total_tokens, page_tokens)
+        self._runner = SpanRunner(model, layout, self._pool.pages, page_tokens)
         self.passes = PassRunner(model, self._runner.part, self._runner.adapters, PassMemory(pass_bytes))
 
     def run(self, batch: Batch) -> BatchOutput:

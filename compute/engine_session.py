@@ -8,13 +8,15 @@ table only; knows neither other sessions nor batches.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
 from peerd.compute.engine_errors import ContextTooLongError, EngineError, InvalidStepError, StepGapError
-from peerd.compute.pages import PageReserve, PageTable
+from peerd.compute.pages import PageReserve
+from peerd.compute.row_cache import Retention, RowCache, RowState
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Fork, Op, RowSlice
 from peerd.protocol.span import Span
@@ -62,10 +64,11 @@ class EngineSession:
     max_length: int
     max_rows: int
     reserve: PageReserve
+    retention: Retention
     owner: Hashable = None
     adapter: str = ""
-    tables: dict[int, PageTable] = field(default_factory=dict)
-    queued: dict[int, int] = field(default_factory=dict)
+    rows: dict[int, RowCache] = field(default_factory=dict)
+    queued: dict[int, RowState] = field(default_factory=dict)
     queue: deque[QueuedStep] = field(default_factory=deque)
     held: bool = False
     running: bool = False
@@ -83,45 +86,46 @@ class EngineSession:
 
     def lengths(self) -> dict[int, int]:
         """Positions of each row that has any, the running batch's included."""
-        return {row: table.length for row, table in self.tables.items() if table.length}
+        return {number: row.length for number, row in self.rows.items() if row.length}
 
-    def table(self, row: int) -> PageTable:
-        table = self.tables.get(row)
-        if table is None:
-            table = self.tables[row] = PageTable(self.reserve, row)
-        return table
+    def row(self, number: int) -> RowCache:
+        row = self.rows.get(number)
+        if row is None:
+            row = self.rows[number] = RowCache(self.reserve, number, self.retention)
+        return row
 
-    def lengths_after(self, step: EngineStep) -> dict[int, int]:
-        """The rows' lengths once `step` has run after all that is queued.
+    def states_after(self, step: EngineStep) -> dict[int, RowState]:
+        """The rows once `step` has run after all that is queued.
 
         Raises StepGapError, ContextTooLongError, InvalidStepError.
         """
         if len({piece.row for piece in step.rows}) < len(step.rows):
             raise InvalidStepError("a step names each row at most once")
-        lengths = dict(self.queued)
+        states = dict(self.queued)
         for op in step.ops:
-            self._check_op(op, lengths)
+            self._check_op(op, states)
         for piece in step.rows:
-            self._check_slice(piece, lengths.get(piece.row, 0))
-            lengths[piece.row] = piece.end
-        return lengths
+            state = states.get(piece.row, RowState())
+            self._check_slice(piece, state)
+            states[piece.row] = self.retention.after(state, piece.start, piece.end)
+        return states
 
     def is_continued_by(self, step: EngineStep) -> bool:
         """Whether the step only adds to its rows, and so can share a batch with the one before it."""
-        return not step.ops and all(piece.start == self.table(piece.row).length for piece in step.rows)
+        return not step.ops and all(piece.start == self.row(piece.row).length for piece in step.rows)
 
     def apply(self, ops: tuple[Op, ...]) -> None:
         """Fork and drop rows, one after the other."""
         for op in ops:
             if isinstance(op, Fork):
-                self.table(op.target).become(self.table(op.source), op.length)
+                self.row(op.target).become(self.row(op.source), op.length)
             else:
-                self.table(op.row).cut(0)
+                self.row(op.row).cut(0)
 
     def undo(self, failed: QueuedStep) -> None:
-        """Cut a failed step's rows where it began, and forget what is left of it."""
+        """Cut a failed step's rows where it began, or to nothing; and forget what is left of it."""
         for piece in failed.step.rows:
-            self.table(piece.row).cut(piece.start)
+            self.row(piece.row).cut(piece.start)
         if self.queue and self.queue[0] is failed:
             self.queue.popleft()
 
@@ -129,31 +133,52 @@ class EngineSession:
         """Fail all that waits: it built on a step that failed."""
         results = [queued.fail(error) for queued in self.queue]
         self.queue.clear()
-        self.queued = self.lengths()
+        self.settle()
+        self.queued = {number: row.state for number, row in self.rows.items() if row.length}
         return results
 
-    def _check_op(self, op: Op, lengths: dict[int, int]) -> None:
-        """Check one op against `lengths` and apply it there."""
+    def settle(self) -> None:
+        """A batch has ended: give back pages that no row needs any more."""
+        if not self.retention.keeps_everything:
+            for row in self.rows.values():
+                row.settle()
+
+    def _check_op(self, op: Op, states: dict[int, RowState]) -> None:
+        """Check one op against `states` and apply it there."""
         if not isinstance(op, Fork):
             self._check_row(op.row)
-            lengths.pop(op.row, None)
+            states.pop(op.row, None)
             return
         self._check_row(op.source)
         self._check_row(op.target)
         if op.length < 0:
             raise InvalidStepError(f"a fork of {op.length} positions")
-        if op.length > lengths.get(op.source, 0):
-            raise StepGapError(f"row {op.source} has not the {op.length} positions to fork", dict(self.queued))
-        lengths[op.target] = op.length
+        source = states.get(op.source, RowState())
+        if op.length > source.length:
+            raise self._gap(f"row {op.source} has not the {op.length} positions to fork")
+        if not self.retention.allows_cut(source, op.length):
+            # Not a gap: sent again from the start, the row would only come to the same point.
+            raise InvalidStepError(
+                f"row {op.source} of {source.length} positions cannot be forked at {op.length}: blocks with a window"
+                f" forgot what that sees; fork at {source.floor} or later, or open with a larger max_rollback"
+            )
+        states[op.target] = RowState(op.length, source.floor if op.length else 0)
 
-    def _check_slice(self, piece: RowSlice, length: int) -> None:
+    def _check_slice(self, piece: RowSlice, state: RowState) -> None:
         self._check_row(piece.row)
         if piece.start < 0 or piece.count < 1:
             raise InvalidStepError(f"a slice has at least one position, from 0 on, not {piece}")
-        if piece.start > length:
-            raise StepGapError(f"row {piece.row} has {length} positions, not {piece.start}", dict(self.queued))
+        if piece.start > state.length:
+            raise self._gap(f"row {piece.row} has {state.length} positions, not {piece.start}")
+        if not self.retention.allows_cut(state, piece.start):
+            message = f"row {piece.row} of {state.length} positions cannot be cut at {piece.start}: windows have moved"
+            raise self._gap(message, {piece.row: 0})
         if piece.end > self.max_length:
             raise ContextTooLongError(f"position {piece.end} of the {self.max_length} that were committed")
+
+    def _gap(self, message: str, lost: Mapping[int, int] = MappingProxyType({})) -> StepGapError:
+        lengths = {row: state.length for row, state in self.queued.items()}
+        return StepGapError(message, lengths | dict(lost))
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.max_rows:

@@ -3,21 +3,23 @@
 Each block adds to a position a number that depends on everything before it in its row, through pages
 like a real cache, so a position lost, repeated, reordered or read from another's page shows in every
 later result. All results are whole numbers below 251: exact in every dtype and exact codec, and the
-same however positions were cut into steps, batches and spans. An adapter changes the numbers of the blocks that
-it has weights for, each pair of matrices in another way.
+same however positions were cut into steps, batches and spans. A block with a window or chunks mixes in what
+it sees alone, every position of it. An adapter changes the numbers of the blocks that it has weights for, each
+pair of matrices in another way.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from peerd.compute.engine import BaseEngine
 from peerd.compute.errors import AdapterError
+from peerd.compute.kv_layout import EVERYTHING, Keep, group
 from peerd.compute.lora import BlockModule, Lora, check_fits, within
-from peerd.compute.steps import Batch, BatchOutput, Segment
+from peerd.compute.steps import Batch, BatchOutput, RowPages, Segment
 from peerd.protocol.span import Span
 
 # bfloat16 holds whole numbers up to 256.
@@ -28,7 +30,7 @@ FAKE_LAYER = "proj"
 
 
 class FakeEngine(BaseEngine):
-    """`Engine`'s interface; `run` is cheap and needs no thread."""
+    """`Engine`'s interface; `run` is cheap and needs no thread. `keeps` names blocks that do not keep everything."""
 
     def __init__(
         self,
@@ -38,17 +40,26 @@ class FakeEngine(BaseEngine):
         kv_tokens: int = 4096,
         page_tokens: int = 16,
         batch_tokens: int = 256,
+        keeps: Mapping[int, Keep] | None = None,
     ) -> None:
-        super().__init__(span, hidden_size, kv_tokens=kv_tokens, page_tokens=page_tokens, batch_tokens=batch_tokens)
+        self._keeps = keeps or {}
+        layout = group([self._keeps.get(block, EVERYTHING) for block in range(span.start, span.end)])
+        super().__init__(
+            span, hidden_size, layout, kv_tokens=kv_tokens, page_tokens=page_tokens, batch_tokens=batch_tokens
+        )
         self._page_tokens = page_tokens
         # For each adapter what it adds in which block.
         self._salts: dict[str, dict[int, int]] = {}
-        # What each block remembers of the row up to a position, by slot: its "KV cache".
-        self._states = {block: [0] * self.total_tokens for block in range(span.start, span.end)}
+        self._layout = layout
+        # What blocks remember of rows, by slot: their "KV cache". Blocks of different groups share it.
+        self._stored = [[0] * (self._pool.pages * page_tokens) for _ in range(layout.blocks_per_page)]
 
     def run(self, batch: Batch) -> BatchOutput:
-        for copy in batch.copies:
-            self._copy_page(copy.source, copy.target)
+        copied = [[self._page(stored, copy.source) for stored in self._stored] for copy in batch.copies]
+        for copy, pages in zip(batch.copies, copied, strict=True):
+            first = copy.target * self._page_tokens
+            for stored, page in zip(self._stored, pages, strict=True):
+                stored[first : first + self._page_tokens] = page
         hidden = []
         for piece in batch.pieces:
             part = piece.step.hidden[piece.offset : piece.offset + piece.count]
@@ -61,7 +72,7 @@ class FakeEngine(BaseEngine):
         return BatchOutput(tuple(hidden), tuple(bool(part.isfinite().all()) for part in hidden))
 
     def forward(self, hidden: torch.Tensor, blocks: Span | None = None) -> torch.Tensor:
-        return torch.stack([fake_forward(sequence, blocks or self.span) for sequence in hidden])
+        return torch.stack([fake_forward(sequence, blocks or self.span, keeps=self._keeps) for sequence in hidden])
 
     @property
     def adapters(self) -> frozenset[str]:
@@ -79,31 +90,37 @@ class FakeEngine(BaseEngine):
         del self._salts[name]
 
     def _run_segment(self, blocks: Span, segment: Segment, hidden: torch.Tensor) -> torch.Tensor:
-        slots = [self._slot(segment, position) for position in range(max(segment.start - 1, 0), segment.end)]
         for block in range(blocks.start, blocks.end):
-            states = self._states[block]
-            before = states[slots[0]] if segment.start else 0
+            number = block - self.span.start
+            stored = self._stored[self._layout.place_of[number]]
+            row = segment.groups[self._layout.group_of[number]]
+
+            def slot(position: int, row: RowPages = row) -> int:
+                assert row.first <= position < segment.end, f"position {position} is not kept by {segment}"
+                page, within = divmod(position - row.first, self._page_tokens)
+                return row.pages[page] * self._page_tokens + within
+
+            def recall(position: int, stored: list[int] = stored, slot: Callable[[int], int] = slot) -> int:
+                return stored[slot(position)]
+
+            keep = self._keeps.get(block, EVERYTHING)
             salt = self._salts[segment.adapter].get(block, 0) if segment.adapter else 0
-            after, hidden = _run_block(block, segment.start, before, hidden, salt)
-            for slot, state in zip(slots[-segment.count :], after, strict=True):
-                states[slot] = state
+            after, hidden = _run_block(block, keep, segment.start, recall, hidden, salt)
+            for position, value in enumerate(after, segment.start):
+                stored[slot(position)] = value
         return hidden
 
-    def _slot(self, segment: Segment, position: int) -> int:
-        page, within = divmod(position, self._page_tokens)
-        return segment.pages[page] * self._page_tokens + within
-
-    def _copy_page(self, source: int, target: int) -> None:
-        size = self._page_tokens
-        for states in self._states.values():
-            states[target * size : (target + 1) * size] = states[source * size : (source + 1) * size]
+    def _page(self, stored: list[int], page: int) -> list[int]:
+        return stored[page * self._page_tokens : (page + 1) * self._page_tokens]
 
 
-def fake_forward(hidden: torch.Tensor, blocks: Span, lora: Lora | None = None) -> torch.Tensor:
+def fake_forward(
+    hidden: torch.Tensor, blocks: Span, lora: Lora | None = None, *, keeps: Mapping[int, Keep] | None = None
+) -> torch.Tensor:
     """What `blocks` make of one row `[positions, hidden_size]` from position 0: the reference for tests."""
     salts = _salts(lora or {})
     for block in range(blocks.start, blocks.end):
-        _, hidden = _run_block(block, 0, 0, hidden, salts.get(block, 0))
+        _, hidden = _run_block(block, (keeps or {}).get(block, EVERYTHING), 0, _nothing, hidden, salts.get(block, 0))
     return hidden
 
 
@@ -116,16 +133,43 @@ def _salts(lora: Lora) -> dict[int, int]:
     return {block: salt for (block, _), salt in salts.items()}
 
 
-def _run_block(block: int, start: int, state: int, hidden: torch.Tensor, salt: int) -> tuple[list[int], torch.Tensor]:
-    """One block on a row's positions from `start` on, where `state` is what it remembers of those before."""
+def _nothing(position: int) -> int:
+    raise AssertionError(f"position {position} of an empty row")
+
+
+def _run_block(
+    block: int, keep: Keep, start: int, recall: Callable[[int], int], hidden: torch.Tensor, salt: int
+) -> tuple[list[int], torch.Tensor]:
+    """One block on a row's positions from `start` on; `recall` says what it stored for one before.
+
+    Returns what it stores for each new position: the state up to there, or where it sees only some the number that
+    the position adds.
+    """
     if not hidden.isfinite().all():
-        return [state] * len(hidden), hidden
+        return [0] * len(hidden), hidden
     # Sixty-fourths, so that a change in the input's fraction shows too.
     numbers = (hidden.double() * 64).round().long()
     weights = torch.arange(1, hidden.shape[-1] + 1)
+    mixed = [
+        number + position + block + 1 + salt
+        for position, number in enumerate((numbers * weights).sum(-1).tolist(), start)
+    ]
+    if keep.reach is None:
+        states = stored = _chained(recall(start - 1) if start else 0, mixed)
+    else:
+        stored = [number % _STATE_MODULUS for number in mixed]
+        seen = range(keep.first_seen(start), start)
+        known = {position: recall(position) for position in seen} | dict(enumerate(stored, start))
+        ends = range(start, start + len(mixed))
+        states = [_chained(0, [known[each] for each in range(keep.first_seen(end), end + 1)])[-1] for end in ends]
+    results = (numbers + torch.tensor(states, dtype=torch.long)[:, None] * weights) % _OUTPUT_MODULUS
+    return stored, results.to(hidden.dtype)
+
+
+def _chained(state: int, numbers: list[int]) -> list[int]:
+    """The state after each of `numbers`: it depends on all of them and on their order."""
     states = []
-    for position, mixed in enumerate((numbers * weights).sum(-1).tolist(), start):
-        state = (state * 31 + mixed + position + block + 1 + salt) % _STATE_MODULUS
+    for number in numbers:
+        state = (state * 31 + number) % _STATE_MODULUS
         states.append(state)
-    results = (numbers + torch.tensor(states)[:, None] * weights) % _OUTPUT_MODULUS
-    return states, results.to(hidden.dtype)
+    return states

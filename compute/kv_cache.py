@@ -1,7 +1,8 @@
-"""The KV pool of a span: for each block one tensor of keys and one of values, addressed by slot.
+"""The KV pool of a span: tensors of keys and of values, addressed by slot.
 
-Knows slots, segments and device tensors; knows neither sessions nor attention. A page is
-`page_tokens` neighbouring slots, the same in every block. Slots lie along the second axis,
+Knows slots, segments and device tensors; knows neither sessions nor attention. A page is `page_tokens`
+neighbouring slots, in each of as many tensors as a page has blocks. The blocks of other groups
+(`kv_layout`) use the same tensors, with pages of their own. Slots lie along the second axis,
 `[kv_heads, slots, width]`, so that a row whose pages lie side by side reads as a view with the
 strides of a cache of its own: no gather, no copy. Only slots that were written are ever read: a
 stale NaN of somebody else's would survive any mask.
@@ -14,37 +15,54 @@ from dataclasses import dataclass
 
 import torch
 
+from peerd.compute.kv_layout import KVLayout
 from peerd.compute.layer_kinds import LayerKind
-from peerd.compute.steps import PageCopy, Segment
+from peerd.compute.steps import PageCopy, RowPages, Segment
 
 
 class KVPool:
-    """Keys and values of every block of a span. The device thread's."""
+    """Keys and values of every block of a span. The device thread's.
+
+    `keys[layer]` and `values[layer]` are `[kv_heads, slots, width]`, by the span's own numbers of layers; those at
+    the same place in different groups are one tensor.
+    """
 
     def __init__(
-        self, kinds: Sequence[LayerKind], tokens: int, page_tokens: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        kinds: Sequence[LayerKind],
+        layout: KVLayout,
+        pages: int,
+        page_tokens: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.page_tokens = page_tokens
         self.device = device
+        self.layout = layout
+        slots = pages * page_tokens
+        first = [kinds[layout.place_of.index(place)] for place in range(layout.blocks_per_page)]
         # Untouched memory costs nothing on the CPU, so a pool may be larger than what is in use.
-        self.keys = [torch.empty(kind.kv_heads, tokens, kind.key_dim, device=device, dtype=dtype) for kind in kinds]
-        self.values = [torch.empty(kind.kv_heads, tokens, kind.value_dim, device=device, dtype=dtype) for kind in kinds]
+        self._keys = [torch.empty(kind.kv_heads, slots, kind.key_dim, device=device, dtype=dtype) for kind in first]
+        self._values = [torch.empty(kind.kv_heads, slots, kind.value_dim, device=device, dtype=dtype) for kind in first]
+        self.keys = [self._keys[place] for place in layout.place_of]
+        self.values = [self._values[place] for place in layout.place_of]
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        """Copy whole pages in every block, as if all at once."""
+        """Copy whole pages, as if all at once."""
         if not copies:
             return
         sources = self._page_slots([copy.source for copy in copies])
         targets = self._page_slots([copy.target for copy in copies])
-        for stored in (*self.keys, *self.values):
+        for stored in (*self._keys, *self._values):
             stored.index_copy_(1, targets, stored.index_select(1, sources))
 
-    def slots(self, segment: Segment) -> RowSlots:
-        """Where the segment's row lies, from its first position to the segment's last."""
-        if isinstance(segment.pages, range):
-            first = segment.pages.start * self.page_tokens
-            return RowSlots(first, None, segment.end)
-        return RowSlots(None, self._page_slots(segment.pages)[: segment.end], segment.end)
+    def slots(self, segment: Segment, group: int) -> RowSlots:
+        """Where the segment's row lies in a group, from the first position kept there to the segment's last."""
+        row: RowPages = segment.groups[group]
+        if isinstance(row.pages, range):
+            return RowSlots(row.first, segment.end, row.pages.start * self.page_tokens, None)
+        return RowSlots(row.first, segment.end, None, self._page_slots(row.pages)[: segment.end - row.first])
 
     def _page_slots(self, pages: Sequence[int]) -> torch.Tensor:
         starts = torch.tensor(pages, device=self.device) * self.page_tokens
@@ -53,25 +71,27 @@ class KVPool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSlots:
-    """The slots of a row's first `length` positions: neighbours from `first` on, or the list in `index`."""
+    """The slots of a row's positions from `first` to `length - 1`: neighbours from `slot` on, or those in `index`."""
 
-    first: int | None
-    index: torch.Tensor | None
+    first: int
     length: int
+    slot: int | None
+    index: torch.Tensor | None
 
     def read(self, stored: torch.Tensor, start: int) -> torch.Tensor:
         """The row's positions from `start` on in one block: `[kv_heads, length - start, width]`."""
+        assert start >= self.first
         if self.index is None:
-            assert self.first is not None
-            return stored[:, self.first + start : self.first + self.length]
-        return stored.index_select(1, self.index[start:])
+            assert self.slot is not None
+            return stored[:, self.slot + start - self.first : self.slot + self.length - self.first]
+        return stored.index_select(1, self.index[start - self.first :])
 
     def tail(self, start: int) -> torch.Tensor | range:
         """The slots of the positions from `start` on."""
         if self.index is None:
-            assert self.first is not None
-            return range(self.first + start, self.first + self.length)
-        return self.index[start:]
+            assert self.slot is not None
+            return range(self.slot + start - self.first, self.slot + self.length - self.first)
+        return self.index[start - self.first :]
 
 
 class KVWriter:

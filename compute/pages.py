@@ -2,62 +2,79 @@
 
 Knows page numbers; knows no tensors. A session reserves at opening all pages it could ever need, so a
 row that grows is never refused, and the free count is exact at any moment. Rows of a session share
-pages by reference count until one of them writes. The difficulty is locality: a row whose pages lie
+pages by reference count until one of them writes. A row that keeps its last positions only gives
+pages back at its beginning and takes them at its end. The difficulty is locality: a row whose pages lie
 side by side can be read without a gather, so each row has a home, a run of neighbouring pages where
-the pool has one, and takes its pages there.
+the pool has one, and takes its pages there, round and round if it outgrows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain
 
 from peerd.compute.engine_errors import NoRoomError
-from peerd.compute.steps import PageCopy
+from peerd.compute.kv_layout import Demand, pages_for
+from peerd.compute.steps import PageCopy, RowPages
 
 _FREE = b"\x01"
 
 
 class PagePool:
-    """All pages of one span. Not thread-safe: the main thread alone touches it."""
+    """All pages of one span, committed in sets of one page a group. The main thread alone touches it."""
 
-    def __init__(self, pages: int, page_tokens: int) -> None:
-        if pages < 1 or page_tokens < 1:
-            raise ValueError(f"a pool has at least one page of one token, not {pages} of {page_tokens}")
-        self.pages = pages
+    def __init__(self, sets: int, page_tokens: int, groups: int = 1) -> None:
+        if sets < 1 or page_tokens < 1:
+            raise ValueError(f"a pool has at least one page of one token, not {sets} of {page_tokens}")
         self.page_tokens = page_tokens
-        self.free_pages = pages
+        self.groups = groups
+        self.sets = self.free_sets = sets
         # One byte a page: finding a run of n free pages is a search for n ones.
-        self._map = bytearray(_FREE * pages)
+        self._map = bytearray(_FREE * (sets * groups))
 
     def __repr__(self) -> str:
-        return f"<PagePool {self.free_pages} of {self.pages} pages free, {self.page_tokens} tokens each>"
+        return f"<PagePool {self.free_tokens} of {self.total_tokens} tokens free, {self.page_tokens} a page>"
 
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` positions of one row."""
-        return -(-tokens // self.page_tokens)
+    @property
+    def pages(self) -> int:
+        return len(self._map)
 
-    def reserve(self, rows: int, pages_per_row: int) -> PageReserve:
-        """Take `rows * pages_per_row` pages. Raises NoRoomError, and then takes none."""
-        if rows * pages_per_row > self.free_pages:
-            free_tokens = self.free_pages * self.page_tokens
-            wanted = rows * pages_per_row * self.page_tokens
-            raise NoRoomError(f"{wanted} KV tokens wanted, {free_tokens} free", free_tokens)
-        return PageReserve(self, [self._take_home(pages_per_row) for _ in range(rows)])
+    @property
+    def total_tokens(self) -> int:
+        return self.sets * self.page_tokens
 
-    def give_back(self, homes: Sequence[Sequence[int]]) -> None:
-        """Free the pages of a reserve."""
+    @property
+    def free_tokens(self) -> int:
+        return self.free_sets * self.page_tokens
+
+    def reserve(self, rows: int, demands: Sequence[Demand]) -> PageReserve:
+        """Take for each of `rows` what `demands` say. Raises NoRoomError, and then takes none."""
+        wanted = pages_for(rows * sum(demand.groups * demand.pages_per_row for demand in demands), self.groups)
+        if wanted > self.free_sets:
+            free, tokens = self.free_tokens, wanted * self.page_tokens
+            raise NoRoomError(f"{tokens} KV tokens wanted, {free} free", free)
+        self.free_sets -= wanted
+        stocks = tuple(
+            PageStock(
+                self.page_tokens,
+                [[self._take_home(demand.pages_per_row) for _ in range(rows)] for _ in range(demand.groups)],
+            )
+            for demand in demands
+        )
+        return PageReserve(self, wanted, stocks)
+
+    def give_back(self, sets: int, homes: Sequence[Sequence[int]]) -> None:
+        """Free what a reserve took."""
         for home in homes:
             for page in home:
                 self._map[page] = 1
-            self.free_pages += len(home)
+        self.free_sets += sets
 
     def _take_home(self, count: int) -> Sequence[int]:
         start = self._map.find(_FREE * count)
         home = range(start, start + count) if start >= 0 else self._scattered(count)
         for page in home:
             self._map[page] = 0
-        self.free_pages -= count
         return home
 
     def _scattered(self, count: int) -> list[int]:
@@ -70,25 +87,53 @@ class PagePool:
 
 
 class PageReserve:
-    """One session's pages, and how many of its rows hold each."""
+    """One session's pages: a stock for each way to keep."""
 
-    def __init__(self, pool: PagePool, homes: list[Sequence[int]]) -> None:
-        self.page_tokens = pool.page_tokens
+    def __init__(self, pool: PagePool, sets: int, stocks: tuple[PageStock, ...]) -> None:
+        self.stocks = stocks
         self._pool = pool
-        self._homes = homes
-        self._free = {page for home in homes for page in home}
-        self._holders: dict[int, int] = {}
+        self._sets = sets
 
     def __repr__(self) -> str:
-        return f"<PageReserve {len(self._holders)} pages in use, {len(self._free)} not>"
+        return f"<PageReserve {self._sets} sets {self.stocks}>"
+
+    def close(self) -> None:
+        """Return all pages to the pool."""
+        self._pool.give_back(self._sets, [home for stock in self.stocks for home in stock.homes])
+        self._sets = 0
+        self.stocks = ()
+
+
+class PageStock:
+    """A session's pages in the groups that keep alike, and how many of its rows hold each.
+
+    A page here is one page of the pool in each of the groups: numbered from 0, a row's home after the other.
+    """
+
+    def __init__(self, page_tokens: int, homes: list[list[Sequence[int]]]) -> None:
+        self.page_tokens = page_tokens
+        #: By group, then by row.
+        self._homes = homes
+        self._per_row = len(homes[0][0])
+        self._free = set(range(len(homes[0]) * self._per_row))
+        self._holders: dict[int, int] = {}
+        self._flat: list[list[int]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<PageStock {len(self._holders)} pages in use, {len(self._free)} not>"
 
     @property
     def used_pages(self) -> int:
         return len(self._holders)
 
+    @property
+    def homes(self) -> list[Sequence[int]]:
+        """The pool's pages that are ours."""
+        return [home for homes in self._homes for home in homes]
+
     def take(self, row: int, index: int) -> int:
         """A page for the row's `index`-th place: the one at its home where nobody holds it."""
-        page = self._homes[row][index]
+        page = row * self._per_row + index % self._per_row
         if page in self._free:
             self._free.remove(page)
         else:
@@ -110,71 +155,100 @@ class PageReserve:
     def is_shared(self, page: int) -> bool:
         return self._holders[page] > 1
 
-    def close(self) -> None:
-        """Return all pages to the pool."""
-        self._pool.give_back(self._homes)
-        self._homes = []
+    def in_pool(self, pages: Sequence[int]) -> list[Sequence[int]]:
+        """For each group the pool's pages: a `range` where they lie side by side, else a tuple."""
+        if not pages:
+            return [()] * len(self._homes)
+        first, count = pages[0], len(pages)
+        row, offset = divmod(first, self._per_row)
+        in_order = pages[-1] == first + count - 1 and list(pages) == list(range(first, first + count))
+        if in_order and offset + count <= self._per_row:
+            homes = [group[row][offset : offset + count] for group in self._homes]
+            return [home if isinstance(home, range) else tuple(home) for home in homes]
+        if self._flat is None:
+            self._flat = [list(chain.from_iterable(group)) for group in self._homes]
+        return [tuple(group[page] for page in pages) for group in self._flat]
+
+    def copies(self, source: int, target: int) -> list[PageCopy]:
+        """What copies a page in every group."""
+        found = self.in_pool((source,)), self.in_pool((target,))
+        return [PageCopy(before[0], after[0]) for before, after in zip(*found, strict=True)]
 
 
 class PageTable:
-    """One row's cache: its length in positions and the pages that hold them."""
+    """One row's cache in one stock: its length in positions, and the pages that hold the last of them."""
 
-    def __init__(self, reserve: PageReserve, row: int) -> None:
+    def __init__(self, stock: PageStock, row: int) -> None:
         self.length = 0
-        self._reserve = reserve
+        self._stock = stock
         self._row = row
+        self._first = 0
         self._pages: list[int] = []
-        self._side_by_side = True
+        self._snapshot: list[RowPages] | None = None
 
     def __repr__(self) -> str:
-        return f"<PageTable row={self._row} length={self.length} pages={self._pages}>"
+        return f"<PageTable row={self._row} length={self.length} pages={self._pages} from the {self._first}th>"
 
-    def snapshot(self) -> Sequence[int]:
-        """The row's pages in order: a `range` where they lie side by side, else a tuple."""
-        if self._side_by_side and self._pages:
-            return range(self._pages[0], self._pages[0] + len(self._pages))
-        return tuple(self._pages)
+    @property
+    def held_pages(self) -> int:
+        return len(self._pages)
+
+    def snapshot(self) -> list[RowPages]:
+        """The row's pages in order, for each group. Not to be changed."""
+        if self._snapshot is None:
+            first = self._first * self._stock.page_tokens
+            self._snapshot = [RowPages(first, pages) for pages in self._stock.in_pool(self._pages)]
+        return self._snapshot
 
     def cut(self, length: int) -> None:
-        """Forget the positions from `length` on."""
+        """Forget the positions from `length` on. Those before it that are still needed must be here."""
         if length >= self.length:
             return
         self.length = length
-        keep = -(-length // self._reserve.page_tokens)
-        for page in self._pages[keep:]:
-            self._reserve.drop(page)
-        del self._pages[keep:]
-        self._side_by_side = self._side_by_side or _side_by_side(self._pages)
+        self._forget_from(max(pages_for(length, self._stock.page_tokens) - self._first, 0))
+        if not length:
+            self._first = 0
+
+    def forget_before(self, position: int) -> None:
+        """Give back the pages that hold only positions before `position`."""
+        whole = min(position // self._stock.page_tokens - self._first, len(self._pages))
+        if whole > 0:
+            for page in self._pages[:whole]:
+                self._stock.drop(page)
+            del self._pages[:whole]
+            self._first += whole
+            self._snapshot = None
 
     def grow(self, count: int) -> list[PageCopy]:
         """Make room to write `count` positions at the end. Returns the copies that this needs first."""
-        size = self._reserve.page_tokens
-        copies = []
-        last = len(self._pages) - 1
+        stock, size = self._stock, self._stock.page_tokens
+        copies: list[PageCopy] = []
         # Only the last page can hold both old positions, which others may share, and new ones.
-        if self.length % size and self._reserve.is_shared(self._pages[last]):
-            fresh = self._reserve.take(self._row, last)
-            copies.append(PageCopy(self._pages[last], fresh))
-            self._reserve.drop(self._pages[last])
-            self._pages[last] = fresh
-            self._side_by_side = _side_by_side(self._pages)
+        if self.length % size and stock.is_shared(self._pages[-1]):
+            shared = self._pages[-1]
+            self._pages[-1] = stock.take(self._row, self._first + len(self._pages) - 1)
+            copies = stock.copies(shared, self._pages[-1])
+            stock.drop(shared)
+            self._snapshot = None
         self.length += count
-        while len(self._pages) * size < self.length:
-            page = self._reserve.take(self._row, len(self._pages))
-            self._side_by_side = self._side_by_side and (not self._pages or page == self._pages[-1] + 1)
-            self._pages.append(page)
+        while (index := self._first + len(self._pages)) * size < self.length:
+            self._pages.append(stock.take(self._row, index))
+            self._snapshot = None
         return copies
 
     def become(self, source: PageTable, length: int) -> None:
-        """Share the first `length` positions of `source` in place of what this row had."""
-        pages = source._pages[: -(-length // self._reserve.page_tokens)]
+        """Share the first `length` positions of `source`, or what it keeps of them, in place of what this row had."""
+        first = source._first
+        pages = source._pages[: max(pages_for(length, self._stock.page_tokens) - first, 0)]
         for page in pages:
-            self._reserve.hold(page)
-        self.cut(0)
+            self._stock.hold(page)
+        self._forget_from(0)
         self._pages = pages
+        self._first = first if length else 0
         self.length = length
-        self._side_by_side = _side_by_side(pages)
 
-
-def _side_by_side(pages: list[int]) -> bool:
-    return all(after == before + 1 for before, after in pairwise(pages))
+    def _forget_from(self, index: int) -> None:
+        for page in self._pages[index:]:
+            self._stock.drop(page)
+        del self._pages[index:]
+        self._snapshot = None

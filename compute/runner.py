@@ -14,6 +14,7 @@ import torch
 from peerd.compute.adapters import SpanAdapters
 from peerd.compute.attention import BatchView, RowView, SpanAttention
 from peerd.compute.kv_cache import KVPool
+from peerd.compute.kv_layout import KVLayout
 from peerd.compute.packed_linear import pack_linears
 from peerd.compute.span_model import SpanModel, slice_lists
 from peerd.compute.steps import Batch, BatchOutput, Segment
@@ -23,11 +24,11 @@ from peerd.protocol.span import Span
 class SpanRunner:
     """A span's model with the KV of all its sessions."""
 
-    def __init__(self, model: SpanModel, kv_tokens: int, page_tokens: int) -> None:
+    def __init__(self, model: SpanModel, layout: KVLayout, pages: int, page_tokens: int) -> None:
         pack_linears(model)
         self._models = {model.span: model}
         self._whole = model
-        self._pool = KVPool(model.kinds, kv_tokens, page_tokens, device=model.device, dtype=model.dtype)
+        self._pool = KVPool(model.kinds, layout, pages, page_tokens, device=model.device, dtype=model.dtype)
         self._attention = SpanAttention(model.layers, model.kinds)
         #: Changed on the device thread only, between batches.
         self.adapters = SpanAdapters(model)

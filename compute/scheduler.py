@@ -8,11 +8,14 @@ page copied before the batch runs is never stale.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable
 
 from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError
 from peerd.compute.engine_session import EngineSession, QueuedStep
+from peerd.compute.kv_layout import Demand, KVLayout
 from peerd.compute.pages import PagePool
+from peerd.compute.row_cache import Retention, RowState
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, PageCopy, Piece, Segment, StepResult
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
@@ -22,13 +25,16 @@ from peerd.protocol.span import Span
 PREFILL_SHARE = 4
 # A ready session that was left out of this many batches goes before all others.
 MAX_PASSED_OVER = 4
+# What a session may ask for at most (spec/session.md): where all blocks have windows, any length fits.
+LONGEST_SESSION = 1 << 24
 
 
 class Scheduler:
     """The sessions of one engine, in the order in which their turn comes."""
 
-    def __init__(self, span: Span, hidden_size: int, pool: PagePool, batch_tokens: int) -> None:
+    def __init__(self, span: Span, hidden_size: int, layout: KVLayout, pool: PagePool, batch_tokens: int) -> None:
         self._span = span
+        self._layout = layout
         self._hidden_size = hidden_size
         self._pool = pool
         self._batch_tokens = batch_tokens
@@ -39,9 +45,19 @@ class Scheduler:
         queued = sum(len(session.queue) for session in self._sessions.values())
         return f"<Scheduler {self._span} sessions={len(self._sessions)} queued={queued} {self._pool!r}>"
 
-    def tokens_wanted(self, max_length: int, max_rows: int) -> int:
-        """KV tokens that such a session commits: each row in whole pages."""
-        return max_rows * self._pool.pages_for(max_length) * self._pool.page_tokens
+    def tokens_wanted(self, max_length: int, max_rows: int, max_rollback: int) -> int:
+        """KV tokens that such a session commits: each row in whole pages, all of them in whole sets."""
+        demands = self._demands(max_length, max_rollback)
+        return self._layout.sets_wanted(demands, max_rows) * self._pool.page_tokens
+
+    @property
+    def free_length(self) -> int:
+        """The longest row that a session of one could open with now."""
+        lengths = range(1, LONGEST_SESSION + 1)
+        return bisect_right(lengths, self._pool.free_tokens, key=lambda length: self.tokens_wanted(length, 1, 0))
+
+    def _demands(self, max_length: int, max_rollback: int) -> tuple[Demand, ...]:
+        return self._layout.demands(max_length, max_rollback, self._batch_tokens, self._pool.page_tokens)
 
     def open(
         self,
@@ -60,11 +76,13 @@ class Scheduler:
             raise InvalidStepError(f"blocks {blocks} are not within {self._span}")
         if max_length < 1 or max_rows < 1 or max_rollback < 0:
             raise InvalidStepError(f"not a session: {max_rows} rows of {max_length} positions, {max_rollback} back")
-        total = self._pool.pages * self._pool.page_tokens
-        if self.tokens_wanted(max_length, max_rows) > total:
+        demands = self._demands(max_length, max_rollback)
+        total = self._pool.total_tokens
+        if self.tokens_wanted(max_length, max_rows, max_rollback) > total:
             raise ContextTooLongError(f"{max_rows} rows of {max_length} positions exceed this peer's {total} KV tokens")
-        reserve = self._pool.reserve(max_rows, self._pool.pages_for(max_length))
-        self._sessions[name] = EngineSession(blocks, max_length, max_rows, reserve, owner, adapter)
+        reserve = self._pool.reserve(max_rows, demands)
+        retention = Retention(demands, max_rollback)
+        self._sessions[name] = EngineSession(blocks, max_length, max_rows, reserve, retention, owner, adapter)
 
     def close(self, name: Hashable) -> None:
         session = self._sessions.pop(name)
@@ -76,7 +94,7 @@ class Scheduler:
 
     def use_adapter(self, name: Hashable, adapter: str) -> None:
         session = self._sessions[name]
-        if session.queue or session.tables:
+        if session.queue or session.rows:
             raise InvalidStepError("a session's adapter is chosen before its first step")
         session.adapter = adapter
 
@@ -90,19 +108,19 @@ class Scheduler:
     def is_ready(self) -> bool:
         return any(session.is_ready for session in self._sessions.values())
 
-    def check(self, step: EngineStep) -> dict[int, int]:
-        """The rows' lengths once `step` has run after all that is queued. Raises what `Engine.check` raises."""
+    def check(self, step: EngineStep) -> dict[int, RowState]:
+        """The rows once `step` has run after all that is queued. Raises what `Engine.check` raises."""
         session = self._sessions[step.session]
         wanted = (step.positions, self._hidden_size)
         if step.hidden.shape != wanted or not step.hidden.is_floating_point():
             got = f"{step.hidden.dtype} {tuple(step.hidden.shape)}"
             raise InvalidStepError(f"hidden states are floats of shape {wanted}, not {got}")
-        return session.lengths_after(step)
+        return session.states_after(step)
 
     def submit(self, step: EngineStep) -> None:
-        lengths = self.check(step)
+        states = self.check(step)
         session = self._sessions[step.session]
-        session.queued = lengths
+        session.queued = states
         session.queue.append(QueuedStep(step))
 
     def plan(self) -> Batch | None:
@@ -156,6 +174,8 @@ class Scheduler:
             session.running = False
             if session.closed:
                 session.reserve.close()
+            else:
+                session.settle()
         self._running = None
 
 
@@ -199,7 +219,7 @@ class _Packing:
             self._prefill_budget -= count
 
     def _segment(self, session: EngineSession, piece: RowSlice) -> Segment:
-        table = session.table(piece.row)
-        table.cut(piece.start)
-        self.copies.extend(table.grow(piece.count))
-        return Segment(piece.start, piece.count, table.snapshot(), session.max_length, session.adapter)
+        row = session.row(piece.row)
+        row.cut(piece.start)
+        self.copies.extend(row.grow(piece.count))
+        return Segment(piece.start, piece.count, row.snapshot(), session.max_length, session.adapter)

@@ -45,18 +45,29 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class RowPages:
+    """Where a row lies in one group of blocks: `pages` in order, the first slot of which is position `first`.
+
+    `pages` is a `range` where they lie side by side, so that the cache can be read as one view.
+    """
+
+    first: int
+    pages: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive new positions of one row in a batch.
 
-    `pages` are the row's pages from its first position to the last of this segment; a `range` where
-    they lie side by side, so that its cache can be read as one view. `max_length` is what the session
-    declared: RoPE variants that depend on the context's length follow it. `adapter` names the weights that
-    the session asked for beside the span's own; none if empty.
+    `groups` say for each group of blocks (`KVLayout`) where the row lies: from the first position that the blocks
+    keep, or see from here, to the last of this segment. `max_length` is what the session declared: RoPE variants
+    that depend on the context's length follow it. `adapter` names the weights that the session asked for beside
+    the span's own; none if empty.
     """
 
     start: int
     count: int
-    pages: Sequence[int]
+    groups: Sequence[RowPages]
     max_length: int
     adapter: str = ""
 
@@ -77,7 +88,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """Copy a page in every block before the batch runs: two rows shared it and one is about to write."""
+    """Copy a page whole before the batch runs: two rows shared it and one is about to write."""
 
     source: int
     target: int

@@ -188,7 +188,7 @@ class Peer:
                 quantization=loaded.quantization,
                 codecs=loaded.codecs,
                 throughput=loaded.throughput,
-                free_tokens=served.task.engine.free_tokens,
+                free_tokens=served.task.engine.free_length,
                 max_length=served.max_length,
                 block_roots=loaded.roots,
                 slot=slot,

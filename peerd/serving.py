@@ -16,9 +16,10 @@ from peerd.compute.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.capacity import HEADROOM, Budget, block_bytes, default_kv_tokens, fits, span_budget
 from peerd.compute.checkpoint import Checkpoint
-from peerd.compute.engine import BATCH_TOKENS, PAGE_TOKENS, Engine
+from peerd.compute.engine import Engine
 from peerd.compute.free_memory import free_memory
 from peerd.compute.heap import trim_heap
+from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span

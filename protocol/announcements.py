@@ -154,7 +154,7 @@ def _understood(texts: tuple[str, ...]) -> list[Multiaddr]:
 class ServerRecord(Announcement):
     """One span that the peer that signs this hosts. Raises ValueError if span and roots do not fit together.
 
-    throughput: positions a second through one block. free_tokens: KV cache left, in tokens.
+    throughput: positions a second through one block. free_tokens: positions that one more row could have.
     rtts: seconds to and back from peers it may push to, most useful first.
     block_roots: one a shard that the span touches (`block_roots`), or none while they are unknown.
     slot: which of the peer's spans this is; it stays when the span moves.

@@ -23,7 +23,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 @dataclass
 class Reference:
-    """A tiny whole model: what enters its first block and what leaves its last, `[rows, LENGTH, width]`."""
+    """A tiny whole model: what enters its first block and what leaves its last, `[rows, length, width]`."""
 
     checkpoint: Checkpoint
     inputs: torch.Tensor
@@ -52,9 +52,10 @@ class Chain:
             for span in spans
         ]
 
-    def open(self, name: str, *, max_rows: int = 1, max_length: int = LENGTH) -> None:
+    def open(self, name: str, *, max_rows: int = 1, max_length: int = LENGTH, max_rollback: int | None = None) -> None:
+        back = max_length if max_rollback is None else max_rollback
         for engine in self.engines:
-            engine.open(name, max_length=max_length, max_rows=max_rows, max_rollback=max_length)
+            engine.open(name, max_length=max_length, max_rows=max_rows, max_rollback=back)
 
     def run(self, *parts: Part, ops: Sequence[Op] = ()) -> list[torch.Tensor]:
         """Run parts, one step each, through the chain, all in the same batches; their results."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from peerd.compute.attention import BatchView, SpanAttention, _attention_forward
 from peerd.compute.kv_cache import KVPool
+from peerd.compute.kv_layout import lay_out
 from peerd.compute.layer_kinds import LayerKind
-from peerd.compute.steps import Segment
+from peerd.compute.steps import RowPages, Segment
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 6, 2, 8, 5
 SIZE = 4
@@ -86,7 +87,7 @@ def attend(module: nn.Module, query, keys, values, scores: dict) -> torch.Tensor
 def test_rows_in_pages_and_parts_see_what_the_formula_says(kind: LayerKind, scores: dict):
     module = Block()
     owner = SpanAttention(nn.ModuleList([module]), [kind])
-    pool = KVPool([kind], 80, SIZE, device=torch.device("cpu"), dtype=torch.float32)
+    pool = KVPool([kind], lay_out([kind]), 20, SIZE, device=torch.device("cpu"), dtype=torch.float32)
     # What was never written must not matter, whatever somebody left there.
     pool.keys[0].fill_(torch.nan)
     pool.values[0].fill_(torch.nan)
@@ -95,7 +96,8 @@ def test_rows_in_pages_and_parts_see_what_the_formula_says(kind: LayerKind, scor
     results: list[list[torch.Tensor]] = [[], []]
     for turn in TURNS:
         segments = [
-            Segment(first, end - first, pages[row][: -(-end // SIZE)], LENGTH) for row, (first, end) in turn.items()
+            Segment(first, end - first, [RowPages(0, pages[row][: -(-end // SIZE)])], LENGTH)
+            for row, (first, end) in turn.items()
         ]
         query, keys, values = (
             torch.cat([getattr(rows[row], name)[:, :, first:end] for row, (first, end) in turn.items()], dim=2)

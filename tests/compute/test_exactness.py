@@ -10,15 +10,20 @@ import torch
 from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 
 from peerd.compute.checkpoint import open_checkpoint
-from peerd.protocol.rows import Fork
+from peerd.compute.engine import Engine, EngineStep
+from peerd.compute.engine_errors import StepGapError
+from peerd.compute.layer_kinds import layer_kinds
+from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
 
 FAMILY_NAMES = ("llama", "qwen3", "mixtral", "gemma3_text", "gpt_oss", "smollm3", "bloom")
 # What the tiny models' scaled ropes leave unscaled.
 UNSCALED_LENGTH = 32
+# Longer than window, rollback and batch together, so that windows move on.
+LONG = 160
 
 
-def open_reference(folder: Path) -> Reference:
+def open_reference(folder: Path, length: int = LENGTH) -> Reference:
     checkpoint = open_checkpoint(folder)
     family = checkpoint.family
     # Neither capped scores nor sinks are known to Transformers' sdpa.
@@ -27,7 +32,7 @@ def open_reference(folder: Path) -> Reference:
     decoder = model.base_model
     getattr(decoder, family.layers)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     getattr(decoder, family.norm).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    tokens = torch.randint(3, model.config.vocab_size, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, model.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         decoder(input_ids=tokens)
     return Reference(checkpoint, *seen)
@@ -87,6 +92,52 @@ def test_a_forked_row_equals_the_whole_model(whole: Reference):
     chain.check(Part("a", 2, 0, 14, 3), ops=[Fork(0, 2, 14)])
     chain.run(Part("a", 2, 1, 17, 3))
     chain.check(Part("a", 0, 0, 14, 2), Part("a", 0, 0, 16, 1))
+
+
+# All blocks with a window, some of them, and windows with sinks. Rows are cut by 4 at most.
+@pytest.fixture(params=["mistral", "gemma3_text", "gpt_oss"])
+def moving(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Iterator[Reference]:
+    reference = open_reference(tiny_checkpoint(request.param), LONG)
+    yield reference
+    reference.checkpoint.close()
+
+
+def test_rows_whose_windows_have_moved_on_equal_the_whole_model(moving: Reference):
+    chain = Chain(moving, batch_tokens=24, kv_tokens=640)
+    chain.open("a", max_length=LONG, max_rows=3, max_rollback=4)
+    chain.open("b", max_length=LONG, max_rollback=4)
+    # Only a span whose blocks all see everything keeps all positions.
+    committed = [engine.tokens_wanted(max_length=LONG, max_rows=3, max_rollback=4) for engine in chain.engines]
+    assert [tokens < 3 * LONG for tokens in committed] == [_has_windows(moving, engine) for engine in chain.engines]
+    chain.check(Part("a", 0, 0, 0, 130), Part("b", 0, 1, 0, 7))
+    chain.check(Part("a", 0, 0, 130, 1), Part("b", 0, 1, 7, 120))
+    # Each row forks, also within its last positions, and the copies go their own ways.
+    chain.check(Part("a", 1, 0, 128, 4), ops=[Fork(0, 1, 128)])
+    chain.check(Part("a", 2, 0, 131, 1), ops=[Fork(0, 2, 131)])
+    chain.run(Part("a", 1, 2, 132, 3))
+    chain.check(Part("a", 0, 0, 131, 20), Part("b", 0, 1, 127, 30), Part("a", 2, 0, 132, 2))
+    # Back by what was promised, with other positions and then the right ones.
+    chain.run(Part("a", 0, 1, 147, 2))
+    chain.check(Part("a", 0, 0, 147, 9), Part("b", 0, 1, 153, 4))
+    for turn in range(3):
+        chain.check(Part("a", 0, 0, 156 + turn, 1), Part("b", 0, 1, 157 + turn, 1))
+
+
+def test_a_row_cut_further_back_than_windows_keep_starts_again(moving: Reference):
+    chain = Chain(moving, batch_tokens=24)
+    chain.open("a", max_length=LONG, max_rollback=4)
+    chain.check(Part("a", 0, 0, 0, 150))
+    for engine in chain.engines:
+        if _has_windows(moving, engine):
+            with pytest.raises(StepGapError) as gap:
+                engine.check(EngineStep("a", 9, (), (RowSlice(0, 60, 1),), moving.inputs[0, :1]))
+            assert gap.value.have == {0: 0}
+    chain.check(Part("a", 0, 0, 0, 100))
+
+
+def _has_windows(whole: Reference, engine: Engine) -> bool:
+    kinds = layer_kinds(whole.checkpoint.config)[engine.span.start : engine.span.end]
+    return any(kind.window is not None for kind in kinds)
 
 
 def test_a_part_of_a_span_equals_those_blocks(whole: Reference):

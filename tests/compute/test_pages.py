@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 
+from peerd.compute import kv_layout
 from peerd.compute.engine_errors import NoRoomError
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.compute.pages import PagePool, PageTable
+from peerd.compute.kv_layout import EVERYTHING, Demand, Keep, kept_back
+from peerd.compute.pages import PagePool, PageStock, PageTable
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
@@ -17,94 +21,155 @@ from peerd.protocol.span import Span
 SIZE = 4
 
 
+def take(pool: PagePool, rows: int, pages_per_row: int) -> PageStock:
+    return pool.reserve(rows, [Demand(EVERYTHING, 1, pages_per_row)]).stocks[0]
+
+
+def pages_of(table: PageTable) -> Sequence[int]:
+    (row,) = table.snapshot()
+    assert row.first == 0
+    return row.pages
+
+
 def test_a_row_alone_lies_side_by_side():
     pool = PagePool(10, SIZE)
-    reserve = pool.reserve(2, 5)
-    tables = [PageTable(reserve, row) for row in range(2)]
+    stock = take(pool, 2, 5)
+    tables = [PageTable(stock, row) for row in range(2)]
     for _ in range(20):
         for table in tables:
             table.grow(1)
-    assert [table.snapshot() for table in tables] == [range(0, 5), range(5, 10)]
+    assert [pages_of(table) for table in tables] == [range(0, 5), range(5, 10)]
 
 
 def test_a_fragmented_pool_still_grants_all_its_pages():
     pool = PagePool(6, SIZE)
-    reserves = [pool.reserve(1, 1) for _ in range(6)]
+    reserves = [pool.reserve(1, [Demand(EVERYTHING, 1, 1)]) for _ in range(6)]
     for reserve in reserves[::2]:
         reserve.close()
     with pytest.raises(NoRoomError) as refusal:
-        pool.reserve(2, 2)
+        take(pool, 2, 2)
     assert refusal.value.free_tokens == 3 * SIZE
-    table = PageTable(pool.reserve(1, 3), 0)
+    table = PageTable(take(pool, 1, 3), 0)
     table.grow(3 * SIZE)
-    assert table.snapshot() == (0, 2, 4)
-    assert pool.free_pages == 0
+    assert pages_of(table) == (0, 2, 4)
+    assert pool.free_tokens == 0
 
 
 def test_forked_rows_share_pages_until_one_writes():
-    reserve = PagePool(8, SIZE).reserve(2, 4)
-    source, target = PageTable(reserve, 0), PageTable(reserve, 1)
+    stock = take(PagePool(8, SIZE), 2, 4)
+    source, target = PageTable(stock, 0), PageTable(stock, 1)
     source.grow(10)
     target.become(source, 10)
-    assert reserve.used_pages == 3
+    assert stock.used_pages == 3
     (copy,) = target.grow(1)
-    assert copy.source == source.snapshot()[2]
-    assert target.snapshot()[:2] == tuple(source.snapshot()[:2])
-    assert reserve.used_pages == 4
+    assert copy.source == pages_of(source)[2]
+    assert pages_of(target)[:2] == tuple(pages_of(source)[:2])
+    assert stock.used_pages == 4
     # Nobody else has the page any more, so its owner writes in place.
     assert source.grow(1) == []
 
 
-def test_ten_thousand_forks_cuts_and_writes_keep_rows_apart():
+def test_a_row_that_keeps_its_end_goes_round_its_home():
+    stock = take(PagePool(9, SIZE), 2, 4)
+    table = PageTable(stock, 1)
+    table.grow(4 * SIZE)
+    table.forget_before(2 * SIZE + 1)
+    assert [(row.first, row.pages) for row in table.snapshot()] == [(2 * SIZE, range(6, 8))]
+    table.grow(SIZE)
+    assert [(row.first, row.pages) for row in table.snapshot()] == [(2 * SIZE, (6, 7, 4))]
+    assert stock.used_pages == 3
+    table.cut(0)
+    assert stock.used_pages == 0
+
+
+def test_every_group_has_pages_of_its_own():
+    pool = PagePool(6, SIZE, groups=3)
+    reserve = pool.reserve(2, [Demand(EVERYTHING, 1, 4), Demand(Keep(window=3), 2, 2)])
+    # Sixteen pages are six sets of three, two of which stay unused.
+    assert pool.free_tokens == 0
+    rows = [[PageTable(stock, row) for stock in reserve.stocks] for row in range(2)]
+    for row in rows:
+        for table in row:
+            table.grow(2 * SIZE)
+    pages = [page for row in rows for table in row for group in table.snapshot() for page in group.pages]
+    assert len(set(pages)) == len(pages) == 12
+    reserve.close()
+    assert pool.free_tokens == pool.total_tokens == 6 * SIZE
+    assert isinstance(pages_of(PageTable(take(pool, 1, 18), 0)), tuple)
+
+
+@pytest.mark.parametrize("reach", [None, 7])
+def test_ten_thousand_forks_cuts_and_writes_keep_rows_apart(reach: int | None):
     chance = random.Random(1)
     rows, longest = 5, 30
     pool = PagePool(64, SIZE)
-    reserve = pool.reserve(rows, pool.pages_for(longest))
-    tables = [PageTable(reserve, row) for row in range(rows)]
+    # Of a row with a reach no more than that is kept before what is added at once.
+    reserve = pool.reserve(rows, [Demand(EVERYTHING, 1, 8 if reach is None else 2 + -(-reach // SIZE))])
+    stock = reserve.stocks[0]
+    tables = [PageTable(stock, row) for row in range(rows)]
     expected: list[list[int]] = [[] for _ in range(rows)]
+    kept_from = [0] * rows
     memory: dict[int, list[int]] = {page: [0] * SIZE for page in range(64)}
     for stamp in range(10_000):
         row, other = chance.randrange(rows), chance.randrange(rows)
         table = tables[row]
         match chance.choice(["grow", "grow", "cut", "fork"]):
             case "grow":
-                count = chance.randint(0, longest - table.length)
+                count = chance.randint(0, min(longest - table.length, SIZE))
                 start = table.length
                 for copy in table.grow(count):
                     memory[copy.target] = list(memory[copy.source])
-                pages = table.snapshot()
+                (lies,) = table.snapshot()
                 for position in range(start, table.length):
-                    memory[pages[position // SIZE]][position % SIZE] = stamp
+                    page, within = divmod(position - lies.first, SIZE)
+                    memory[lies.pages[page]][within] = stamp
                 expected[row] += [stamp] * count
             case "cut":
-                length = chance.randint(0, table.length)
+                length = chance.choice([0, chance.randint(kept_from[row], table.length)])
                 table.cut(length)
+                kept_from[row] = kept_from[row] if length else 0
                 del expected[row][length:]
             case "fork":
-                length = chance.randint(0, tables[other].length)
+                length = chance.randint(kept_from[other], tables[other].length)
                 table.become(tables[other], length)
+                kept_from[row] = kept_from[other] if length else 0
                 expected[row] = expected[other][:length]
-        seen = [[value for page in table.snapshot() for value in memory[page]][: table.length] for table in tables]
-        assert seen == expected
-        assert reserve.used_pages == len({page for table in tables for page in table.snapshot()})
+        if reach is not None:
+            kept_from[row] = max(kept_from[row], table.length - reach)
+            table.forget_before(kept_from[row])
+        for table, row_expected in zip(tables, expected, strict=True):
+            (lies,) = table.snapshot()
+            seen = [value for page in lies.pages for value in memory[page]]
+            assert seen[: table.length - lies.first] == row_expected[lies.first :]
+        assert stock.used_pages == len({page for table in tables for page in table.snapshot()[0].pages})
     reserve.close()
-    assert pool.free_pages == 64
+    assert pool.free_tokens == pool.total_tokens
 
 
 class _Shadow:
     """What a session should hold."""
 
-    def __init__(self, max_rows: int, max_length: int) -> None:
+    def __init__(self, max_rows: int, max_length: int, max_rollback: int) -> None:
         self.max_rows = max_rows
         self.max_length = max_length
+        self.back = kept_back(max_rollback)
         self.rows: dict[int, torch.Tensor] = {}
+        # How long each row has ever been since it last began.
+        self.longest: dict[int, int] = {}
         # By step: its result, and the rows as they are where it fails.
         self.awaited: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
 
     def row(self, row: int) -> torch.Tensor:
         return self.rows.get(row, torch.zeros(0, 2))
 
-    def check(self, results: list[StepResult]) -> None:
+    def a_cut(self, chance: random.Random, row: int) -> int:
+        """A length at which the row may be cut."""
+        length = len(self.row(row))
+        return chance.choice(
+            [0, length, chance.randint(min(max(self.longest.get(row, 0) - self.back, 0), length), length)]
+        )
+
+    def check(self, results: list[StepResult], lengths: dict[int, int]) -> None:
         """Compare one batch's results of this session; where one failed, all later ones must have."""
         for result in results:
             expected, rows_on_failure = self.awaited.pop(result.seq)
@@ -115,22 +180,28 @@ class _Shadow:
             assert [later.seq for later in results if later.error] == [result.seq, *self.awaited]
             self.awaited.clear()
             self.rows = rows_on_failure
+            for row, hidden in self.rows.items():
+                # A step whose beginning windows have forgotten leaves nothing of its rows.
+                assert lengths.get(row, 0) in (0, len(hidden))
+                self.rows[row] = hidden[: lengths.get(row, 0)]
             return
 
 
-def _random_step(chance: random.Random, name: str, seq: int, shadow: _Shadow, span: Span) -> EngineStep:
+def _random_step(chance: random.Random, name: str, seq: int, shadow: _Shadow, reference: _Reference) -> EngineStep:
     ops: list[Fork | Drop] = []
     if chance.random() < 0.3:
         source, target = chance.randrange(shadow.max_rows), chance.randrange(shadow.max_rows)
-        length = chance.randint(0, len(shadow.row(source)))
+        length = shadow.a_cut(chance, source)
         ops.append(Fork(source, target, length))
         shadow.rows[target] = shadow.row(source)[:length]
+        shadow.longest[target] = shadow.longest.get(source, 0) if length else 0
     if chance.random() < 0.1:
         ops.append(Drop(0))
         shadow.rows.pop(0, None)
+        shadow.longest.pop(0, None)
     slices, inputs, outputs, on_failure = [], [], [], dict(shadow.rows)
     for row in chance.sample(range(shadow.max_rows), chance.randint(0, shadow.max_rows)):
-        start = len(shadow.row(row)) if chance.random() < 0.7 else chance.randint(0, len(shadow.row(row)))
+        start = len(shadow.row(row)) if chance.random() < 0.7 else shadow.a_cut(chance, row)
         count = min(chance.randint(1, 6), shadow.max_length - start)
         if count:
             new = torch.tensor([[chance.randrange(99), chance.randrange(99)] for _ in range(count)], dtype=torch.float)
@@ -138,41 +209,74 @@ def _random_step(chance: random.Random, name: str, seq: int, shadow: _Shadow, sp
                 new[-1] = torch.nan
             on_failure[row] = shadow.row(row)[:start]
             shadow.rows[row] = torch.cat([shadow.row(row)[:start], new])
+            shadow.longest[row] = max(shadow.longest.get(row, 0) if start else 0, start + count)
             slices.append(RowSlice(row, start, count))
             inputs.append(new)
-            outputs.append(fake_forward(shadow.rows[row], span)[start:])
+            outputs.append(reference(shadow.rows[row])[start:])
     empty = torch.zeros(0, 2)
     shadow.awaited[seq] = torch.cat([empty, *outputs]), on_failure
     return EngineStep(name, seq, tuple(ops), tuple(slices), torch.cat([empty, *inputs]))
 
 
-def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_failures_and_closes():
+_Reference = Callable[[torch.Tensor], torch.Tensor]
+SPAN = Span(4, 7)
+KEEPS = {
+    "everything": {},
+    "windows": {4: Keep(window=3), 6: Keep(window=3)},
+    "windows and chunks": {4: Keep(chunk=5), 5: Keep(window=1)},
+    "windows alone": {4: Keep(window=4), 5: Keep(window=4), 6: Keep(window=4)},
+}
+
+
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_failures_and_closes(
+    keeps: str, monkeypatch: pytest.MonkeyPatch
+):
+    # So that windows move on in short rows, which are quick to compute.
+    monkeypatch.setattr(kv_layout, "RESENT_POSITIONS", 2)
     chance = random.Random(2)
-    span = Span(4, 5)
-    engine = FakeEngine(span, hidden_size=2, kv_tokens=60 * SIZE, page_tokens=SIZE, batch_tokens=9)
+    kept = KEEPS[keeps]
+    engine = FakeEngine(SPAN, hidden_size=2, kv_tokens=60 * SIZE, page_tokens=SIZE, batch_tokens=9, keeps=kept)
     shadows: dict[str, _Shadow] = {}
-    for event in range(10_000):
-        match chance.choice(["open", "close", "step", "step", "step", "turn", "turn", "turn"]):
+    committed: dict[str, int] = {}
+    for event in range(10_000 if keeps == "windows" else 3_000):
+        match chance.choice(["open", "close", "step", "step", "step", "turn", "turn", "turn", "hold"]):
             case "open":
-                name, rows, length = f"s{event}", chance.randint(1, 4), chance.randint(1, 20)
-                wanted = engine.tokens_wanted(max_length=length, max_rows=rows, max_rollback=length)
+                name = f"s{event}"
+                room = {"max_rows": chance.randint(1, 4), "max_length": chance.randint(1, 40), "max_rollback": 3}
+                wanted = engine.tokens_wanted(**room)
                 if wanted <= engine.free_tokens:
-                    engine.open(name, max_length=length, max_rows=rows, max_rollback=length)
-                    shadows[name] = _Shadow(rows, length)
+                    engine.open(name, owner=event % 3, **room)
+                    shadows[name] = _Shadow(**room)
+                    committed[name] = wanted
+                else:
+                    with pytest.raises(NoRoomError):
+                        engine.open(name, **room)
             case "close" if shadows and chance.random() < 0.3:
                 name = chance.choice(list(shadows))
+                # Some of them have steps in the queue: they are cancelled with it.
                 engine.close(name)
-                del shadows[name]
+                del shadows[name], committed[name]
             case "step" if shadows:
                 name = chance.choice(list(shadows))
-                engine.submit(_random_step(chance, name, event, shadows[name], span))
+                reference = partial(fake_forward, blocks=SPAN, keeps=kept)
+                engine.submit(_random_step(chance, name, event, shadows[name], reference))
+            case "hold" if shadows:
+                engine.hold(chance.choice(list(shadows)), chance.random() < 0.3)
             case "turn" if engine.ready():
                 batch = engine.plan()
-                results = engine.collect(batch, engine.run(batch))
+                output = engine.run(batch)
+                gone = chance.choice(list(shadows)) if chance.random() < 0.05 else None
+                if gone is not None:
+                    # Cancelled while it may be in the batch.
+                    engine.close(gone)
+                    del shadows[gone]
+                results = engine.collect(batch, output)
+                committed.pop(gone, None)
                 for name in {result.session for result in results}:
-                    shadows[name].check([result for result in results if result.session == name])
-        committed = sum(s.max_rows * -(-s.max_length // SIZE) * SIZE for s in shadows.values())
-        assert engine.free_tokens == engine.total_tokens - committed
+                    own = [result for result in results if result.session == name]
+                    shadows[name].check(own, engine.lengths(name))
+        assert engine.free_tokens == engine.total_tokens - sum(committed.values())
     for name in shadows:
         engine.close(name)
     assert engine.free_tokens == engine.total_tokens

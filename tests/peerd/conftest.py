@@ -83,7 +83,7 @@ class Host:
             quantization="none",
             codecs=("exact",),
             throughput=1000.0,
-            free_tokens=self.task.engine.free_tokens,
+            free_tokens=self.task.engine.free_length,
             max_length=MAX_LENGTH,
         )
         addresses = tuple(address.with_peer(self.peer_id) for address in self.connections.listen_addresses)
