@@ -47,10 +47,10 @@ class Chain:
     def __init__(self, whole: Reference, spans: Sequence[Span] = CUT, **settings: int) -> None:
         self.whole = whole
         small = {"kv_tokens": 512, "page_tokens": 4, "batch_tokens": 64} | settings
-        self.engines = [
-            Engine(load_span(whole.checkpoint, span, dtype=torch.float32, attention=register_attention()), **small)
-            for span in spans
+        self.spans = [
+            load_span(whole.checkpoint, span, dtype=torch.float32, attention=register_attention()) for span in spans
         ]
+        self.engines = [Engine(span, **small) for span in self.spans]
 
     def open(self, name: str, *, max_rows: int = 1, max_length: int = LENGTH, max_rollback: int | None = None) -> None:
         back = max_length if max_rollback is None else max_rollback

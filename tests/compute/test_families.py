@@ -7,6 +7,7 @@ every way that an engine can. The whole model is run once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ import pytest
 import torch
 from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 from plain_weights import with_weights_of
-from tiny_families import BLOCKS, VARIANTS, tiny_model
+from tiny_families import VARIANTS, tiny_model
 
-from peerd.compute.attention import SpanAttention, register_attention
 from peerd.compute.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.errors import UnsupportedModel
@@ -26,7 +26,15 @@ from peerd.compute.span_model import load_span
 from peerd.protocol.rows import Fork
 from peerd.protocol.span import Span
 
-Tiny = tuple[Reference, torch.Tensor, torch.Tensor]  # with the tokens and the logits of the whole model
+
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """A tiny model: the whole one's tokens, logits and hidden states, and the chain to compare with it."""
+
+    whole: Reference
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    chain: Chain
 
 
 @pytest.fixture(scope="module", params=[*sorted(FAMILIES), *VARIANTS])
@@ -38,7 +46,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model.save_pretrained(folder)
     with open_checkpoint(folder) as checkpoint:
         seen, tokens, logits = run_whole(model, checkpoint)
-        yield Reference(checkpoint, *seen), tokens, logits
+        whole = Reference(checkpoint, *seen)
+        yield Tiny(whole, tokens, logits, Chain(whole, batch_tokens=24))
 
 
 def run_whole(model: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -59,8 +68,7 @@ def run_whole(model: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], t
 
 
 def test_a_chain_of_engines_equals_the_whole_model(tiny: Tiny) -> None:
-    whole, _, _ = tiny
-    chain = Chain(whole, batch_tokens=24)
+    chain = tiny.chain
     chain.open("a", max_rows=3)
     chain.open("b")
     chain.open("c")
@@ -80,18 +88,17 @@ def test_a_chain_of_engines_equals_the_whole_model(tiny: Tiny) -> None:
 
 
 def test_without_a_cache_a_chain_equals_the_whole_model(tiny: Tiny) -> None:
-    whole, _, _ = tiny
-    hidden = whole.inputs
-    for engine in Chain(whole).engines:
+    hidden = tiny.whole.inputs
+    for engine in tiny.chain.engines:
         hidden = engine.forward(hidden)
-    torch.testing.assert_close(hidden, whole.outputs, **TOLERANCE)
+    torch.testing.assert_close(hidden, tiny.whole.outputs, **TOLERANCE)
 
 
 def test_the_head_embeds_and_answers_as_the_whole_model(tiny: Tiny) -> None:
-    whole, tokens, logits = tiny
+    whole = tiny.whole
     head = load_head(whole.checkpoint)
-    torch.testing.assert_close(head.embed(tokens[0]), whole.inputs[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(head.logits(whole.outputs[0]), logits[0], **TOLERANCE)
+    torch.testing.assert_close(head.embed(tiny.tokens[0]), whole.inputs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.logits(whole.outputs[0]), tiny.logits[0], **TOLERANCE)
 
 
 class _Recorder:
@@ -119,21 +126,23 @@ class _Recorder:
 
 
 def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
-    checkpoint = tiny[0].checkpoint
-    span = load_span(checkpoint, Span(0, BLOCKS), attention=register_attention())
-    SpanAttention(span.layers, span.kinds)
-    recorder = _Recorder()
-    with torch.no_grad():
-        span(torch.zeros(1, 5, span.hidden_size), torch.arange(5)[None], recorder, max_lengths=5)
-    kinds = [(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in span.kinds]
-    assert [recorder.shapes[block] for block in range(BLOCKS)] == kinds
+    checkpoint = tiny.whole.checkpoint
+    kinds: list[tuple[int, int, int]] = []
+    sizes: list[int] = []
+    for span in tiny.chain.spans:
+        recorder = _Recorder()
+        with torch.no_grad():
+            span(torch.zeros(1, 5, span.hidden_size), torch.arange(5)[None], recorder, max_lengths=5)
+        own = [(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in span.kinds]
+        assert [recorder.shapes[layer] for layer in range(len(own))] == own
+        kinds += own
+        sizes += [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
     assert kv_bytes_per_token(checkpoint, torch.float16) == max(h * (k + v) for h, k, v in kinds) * 2
-    sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
     assert block_bytes(checkpoint, torch.float32) == max(sizes)
 
 
 def test_quantized_blocks_take_what_was_counted_and_compute_what_they_hold(tiny: Tiny) -> None:
-    checkpoint = tiny[0].checkpoint
+    checkpoint = tiny.whole.checkpoint
     if checkpoint.family.model_type in NOT_QUANTIZED:
         with pytest.raises(UnsupportedModel, match="serve it without --quantize"):
             load_span(checkpoint, Span(2, 3), quantize="nf4")
@@ -142,7 +151,7 @@ def test_quantized_blocks_take_what_was_counted_and_compute_what_they_hold(tiny:
     sizes = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
     assert sizes == [cost.n_bytes for cost in block_costs(checkpoint, torch.float32, "nf4")[2:5]]
     plain = with_weights_of(span, load_span(checkpoint, Span(2, 5), attention="eager"))
-    hidden = tiny[0].inputs[:2]
+    hidden = tiny.whole.inputs[:2]
     with torch.no_grad():
         computed, wanted = span.forward_no_cache(hidden), plain.forward_no_cache(hidden)
     assert (computed - wanted).norm() <= 1e-4 * wanted.norm()
