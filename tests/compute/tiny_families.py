@@ -149,17 +149,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: Family, fields: dict[str, Any] | None = None) -> Any:
-    """The whole causal model with random weights, in fp32: of the family's own fields, or of others."""
+def tiny_config(family: Family, fields: dict[str, Any] | None = None) -> Any:
+    """A tiny model's configuration: of the family's own fields, or of others."""
     kind: Any = family.config_type()
     own = _OWN.get(family.model_type, {}) if fields is None else fields
     known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
     common = {name: value for name, value in _COMMON.items() if name in known}
-    config = kind(**{name: value for name, value in (common | own).items() if value is not None or name in own})
-    torch.manual_seed(7)
+    return kind(**(common | own))
+
+
+def tiny_model(family: Family, fields: dict[str, Any] | None = None) -> Any:
+    """The whole causal model of such a configuration, with random weights, in fp32."""
     # Transformers' own choice (sdpa) knows neither capped scores nor sinks; its eager Falcon adds ALiBi twice.
     attention = None if family.model_type == "falcon" else "eager"
-    model = family.causal_type()._from_config(config, attn_implementation=attention).eval()
+    torch.manual_seed(7)
+    model = family.causal_type()._from_config(tiny_config(family, fields), attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Large enough that every part matters: the default 0.02 makes all logits nearly equal.
