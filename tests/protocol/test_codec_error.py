@@ -14,10 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    Cohere2Config,
+    FalconConfig,
     Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -35,16 +42,27 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
     "tie_word_embeddings": False,
 }
+LEARNED_SHAPE = {
+    name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+}
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE),
     "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=16),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
+    "gpt_oss": GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "cohere2": Cohere2Config(**SHAPE, sliding_window=16),
+    "gpt2": GPT2Config(**LEARNED_SHAPE),
+    "bloom": BloomConfig(**LEARNED_SHAPE),
+    "falcon": FalconConfig(**LEARNED_SHAPE, new_decoder_architecture=True, num_kv_heads=2),
 }
 OUTLIER_CHANNELS = [5, 130, 131, 300]
 OUTLIER_FACTOR = 60.0
 # Measured: 0.017 to 0.019, and 0.0039 to 0.0047 nats of answers whose entropy is 2.3 nats.
 MAX_RELATIVE_ERROR = 0.03
 MAX_MEAN_KL = 0.01
+# 0.011 to 0.012: random routers are full of near ties, and one that falls the other way takes another expert.
+MAX_MEAN_KL_OF = {"mixtral": 0.02}
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -76,7 +94,12 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
 
 @contextmanager
 def changed_after_every_block(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    hooks = [block.register_forward_hook(lambda _block, _args, hidden: change(hidden)) for block in model.model.layers]
+    def changed(_block: Any, _args: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    count = model.config.num_hidden_layers
+    lists = [part for part in model.base_model.children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    hooks = [block.register_forward_hook(changed) for block in lists[0]]
     try:
         yield
     finally:
@@ -105,7 +128,7 @@ def test_int8_keeps_hidden_states_and_answers_within_their_bounds(family: str, d
     assert len(crossings.errors) == SHAPE["num_hidden_layers"]
     worst = max(float(errors.max()) for errors in crossings.errors)
     assert 0 < worst < MAX_RELATIVE_ERROR
-    assert 0 < mean_kl(reference, answers) < MAX_MEAN_KL
+    assert 0 < mean_kl(reference, answers) < MAX_MEAN_KL_OF.get(family, MAX_MEAN_KL)
 
 
 @families
@@ -119,7 +142,8 @@ def test_the_exact_codec_changes_no_bit_of_an_answer(family: str) -> None:
     assert torch.equal(answers, reference)
 
 
-@families
+# Bloom norms its embeddings, and with them the outliers that were put in; Mixtral's error is its routers'.
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"bloom", "mixtral"}))
 def test_one_scale_a_token_would_do_more_harm_than_one_a_group(family: str) -> None:
     model = build(FAMILIES[family])
     reference = log_probabilities(model)
