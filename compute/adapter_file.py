@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -91,6 +92,10 @@ class AdapterFile:
     def targets(self, block: int, module: str) -> bool:
         """Whether the configuration's list of targets names this module of a block, whatever is stored."""
         return self.config.targets_module(f"{self._root}.{block}.{module}", block)
+
+    def n_values(self, blocks: Span | None = None) -> int:
+        """How many values the matrices have; those of `blocks`, if given."""
+        return sum(math.prod(pair.a.shape) + math.prod(pair.b.shape) for _, pair in self._within(blocks))
 
     def n_bytes(self, blocks: Span | None = None) -> int:
         """How many bytes the stored matrices take; those of `blocks`, if given."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peerd.compute.engine_errors import UnknownAdapterError
 from peerd.compute.errors import AdapterError
 from peerd.compute.lora import BlockModule, Lora, LoraPair, bytes_of, check_fits, lora_delta, within
 from peerd.compute.steps import Segment
@@ -103,26 +104,14 @@ class SpanAdapters:
 
     @contextmanager
     def under(self, name: str) -> Iterator[None]:
-        """Within this, all positions are under a loaded adapter, none if empty; gradients flow to the input."""
+        """Within this, all positions are under a loaded adapter, none if empty; gradients flow to the input.
+
+        Raises UnknownAdapterError: it may have gone between a forward and its backward.
+        """
+        if name and name not in self._loaded:
+            raise UnknownAdapterError(f"the adapter {name!r} is no longer here")
         with self._routed(_Everything(self._loaded[name]) if name else None):
             yield
-
-    @contextmanager
-    def using(self, lora: Lora) -> Iterator[None]:
-        """Within this, all positions are under `lora`, whatever is loaded; gradients flow to its matrices.
-
-        For forward and backward without a cache. They are taken in the span's dtype. Raises AdapterError.
-        """
-        own = within(lora, self._model.span)
-        self.check(own)
-        device, dtype = self._model.device, self._model.dtype
-        hooked = self._hook(own)
-        try:
-            with self._routed(_Everything({key: pair.to(device, dtype) for key, pair in own.items()})):
-                yield
-        finally:
-            for key in hooked:
-                self._hooks.pop(key).remove()
 
     @contextmanager
     def _routed(self, routing: _Routing | _Everything | None) -> Iterator[None]:
@@ -132,12 +121,11 @@ class SpanAdapters:
         finally:
             self._routing = before
 
-    def _hook(self, lora: Lora) -> list[BlockModule]:
-        """Make these layers ask for what to add. Returns those that did not yet."""
-        new = [key for key in lora if key not in self._hooks]
-        for key in new:
-            self._hooks[key] = self._adaptable()[key].register_forward_hook(self._adder(key))
-        return new
+    def _hook(self, lora: Lora) -> None:
+        """Make these layers ask for what to add."""
+        for key in lora:
+            if key not in self._hooks:
+                self._hooks[key] = self._adaptable()[key].register_forward_hook(self._adder(key))
 
     def _adder(self, key: BlockModule) -> Any:
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 
 import torch
 
+from peerd.compute.adapter_file import AdapterFile
 from peerd.compute.engine_errors import UnknownAdapterError
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
 from peerd.compute.lora import Lora
@@ -107,6 +108,10 @@ class BaseEngine(ABC):
         """Put a session that has not begun under one of the engine's adapters. Raises UnknownAdapterError."""
         self._check_adapter(adapter)
         self._scheduler.use_adapter(session, adapter)
+
+    def uses_adapter(self, adapter: str) -> bool:
+        """Whether an open session is under it."""
+        return self._scheduler.uses_adapter(adapter)
 
     def _check_adapter(self, adapter: str) -> None:
         if adapter and adapter not in self.adapters:
@@ -212,6 +217,11 @@ class Engine(BaseEngine):
 
     def load_adapter(self, name: str, lora: Lora) -> None:
         self._runner.adapters.load(name, lora)
+
+    def load_adapter_file(self, name: str, file: AdapterFile) -> None:
+        """Load the span's part of a file. Device thread. Raises AdapterError also where it lacks some of that part."""
+        self._runner.adapters.check_complete(file)
+        self._runner.adapters.load(name, file.read(self.span))
 
     def unload_adapter(self, name: str) -> None:
         self._runner.adapters.unload(name)

@@ -6,6 +6,7 @@ batches. The functions are differentiable in every tensor that they take, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,6 +46,33 @@ class LoraPair:
 
 Lora = Mapping[BlockModule, LoraPair]
 """An adapter's weights, or those of some blocks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraAdapter:
+    """An adapter in memory, of whatever origin: checked, on the CPU, without gradients. Raises AdapterError."""
+
+    weights: Lora
+
+    def __post_init__(self) -> None:
+        checked = {key: _checked(key, pair) for key, pair in self.weights.items()}
+        if not checked:
+            raise AdapterError("an adapter without a matrix changes nothing: leave it out")
+        object.__setattr__(self, "weights", checked)
+
+    def __repr__(self) -> str:
+        return f"<LoraAdapter modules={len(self.weights)} bytes={bytes_of(self.weights)}>"
+
+
+def _checked(key: BlockModule, pair: LoraPair) -> LoraPair:
+    a, b = pair.a.detach().cpu(), pair.b.detach().cpu()
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not pair.rank:
+        raise AdapterError(f"block {key[0]}: {key[1]} has matrices {list(b.shape)} x {list(a.shape)} of no common rank")
+    if not a.is_floating_point() or not b.is_floating_point() or not math.isfinite(pair.scale):
+        raise AdapterError(f"block {key[0]}: {key[1]} has matrices of {a.dtype} and {b.dtype}, scale {pair.scale}")
+    if not a.isfinite().all() or not b.isfinite().all():
+        raise AdapterError(f"block {key[0]}: {key[1]} has a value that is not finite")
+    return LoraPair(a, b, pair.scale)
 
 
 def lora_delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

@@ -98,6 +98,9 @@ class Scheduler:
             raise InvalidStepError("a session's adapter is chosen before its first step")
         session.adapter = adapter
 
+    def uses_adapter(self, adapter: str) -> bool:
+        return any(session.adapter == adapter for session in self._sessions.values())
+
     def lengths(self, name: Hashable) -> dict[int, int]:
         return self._sessions[name].lengths()
 

@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peerd.compute.errors import CheckpointError
+    from peerd.compute.errors import AdapterError, CheckpointError
     from peerd.compute.hub_settings import HubSettings
+    from peerd.compute.lora import LoraAdapter, LoraPair
     from peerd.generation import Generation, Token
     from peerd.model import RemoteModel
     from peerd.peer import Peer, open_peer
@@ -57,6 +58,9 @@ __all__ = [
     "InvalidRequest",
     "ContextTooLong",
     "CheckpointError",
+    "LoraAdapter",
+    "LoraPair",
+    "AdapterError",
     "__version__",
 ]
 
@@ -74,6 +78,9 @@ _MODULE_OF = {
     "Span": "peerd.protocol.span",
     "CheckpointError": "peerd.compute.errors",
     "HubSettings": "peerd.compute.hub_settings",
+    "AdapterError": "peerd.compute.errors",
+    "LoraAdapter": "peerd.compute.lora",
+    "LoraPair": "peerd.compute.lora",
 }
 _ERRORS = "peerd.protocol.errors"
 

@@ -36,6 +36,7 @@ from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, 
 from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES
+from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
 from peerd.routing.chain import Chain
 from peerd.step_log import Pending, StepLog
 from peerd.step_tensors import encoded, priority_of, replay_steps
@@ -64,8 +65,20 @@ class Patience:
 class ChainFinder(Protocol):
     """Finds peers for blocks, and hears how they did."""
 
-    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId], positions: int = 1) -> Chain:
-        """The best chain over `blocks` for steps of so many positions, by what is known now. Raises NoChain."""
+    async def find(
+        self,
+        blocks: Span,
+        *,
+        tokens: int,
+        exclude: Collection[PeerId],
+        positions: int = 1,
+        adapter: AdapterNeed = NO_ADAPTER,
+    ) -> Chain:
+        """The best chain over `blocks` for steps of so many positions, of peers that have the adapter, by what is
+        known now. Raises NoChain."""
+
+    async def adapter_id(self, name: str, blocks: Span) -> str:
+        """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
 
     def failed(self, peer: PeerId) -> None:
         """The peer broke a promise: leave it out for a while."""
@@ -312,7 +325,7 @@ class ChainKeeper:
     async def _replace(self, chain: OpenChain, dead: ControlStream, exclude: set[PeerId]) -> bool:
         index = chain.controls.index(dead)
         try:
-            found = await self._finder.find(dead.hop.span, tokens=self._terms.tokens, exclude=exclude)
+            found = await self._find(dead.hop.span, exclude)
             if len(found.hops) != 1:
                 return False
             replacement = await self._opener.open_replacement(chain, index, found.hops[0], self._terms)
@@ -357,7 +370,7 @@ class ChainKeeper:
         while True:
             waited = trio.current_time() - started
             try:
-                found = await self._finder.find(self._blocks, tokens=self._terms.tokens, exclude=exclude)
+                found = await self._find(self._blocks, exclude)
                 return await self._opener.open(found, self._terms)
             except NoChain:
                 if waited >= self._patience.missing_s and not exclude:
@@ -369,6 +382,10 @@ class ChainKeeper:
                 if waited >= (self._patience.busy_s if busy else self._patience.missing_s):
                     raise _unmet(refused) from refused
             await trio.sleep(RETRY_S * self._rng.random())
+
+    async def _find(self, blocks: Span, exclude: set[PeerId]) -> Chain:
+        terms = self._terms
+        return await self._finder.find(blocks, tokens=terms.tokens, exclude=exclude, adapter=terms.adapter_need)
 
     def _refused(self, refused: HopRefused, exclude: set[PeerId]) -> None:
         """Who is busy is left out until nobody else is left; who broke a promise, by the finder."""

@@ -28,10 +28,12 @@ from peerd.cli_options import (
     disk_option,
     is_loopback,
     json_option,
+    parse_adapter,
     parse_address,
     parse_blocks,
     parse_device,
     parse_host_port,
+    parse_limit,
     parse_memory,
     parse_model,
     parse_named_model,
@@ -196,6 +198,22 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     metavar="RATE",
     help="Announce this speed, in positions a second through one block, instead of measuring it once.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    type=parse_adapter,
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Serve a LoRA adapter too, as peft saved it, for the sessions that ask for NAME. Repeat it for several.",
+)
+@click.option(
+    "--client-adapters",
+    "client_adapter_bytes",
+    type=parse_limit,
+    metavar="SIZE",
+    help="How large an adapter clients may bring, each for its own session; 0: none. Default: 64MB, or a 64th of the"
+    " memory.",
+)
 @click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers.")
 @verbose_option
 @click.version_option(package_name="peerd")
@@ -235,6 +253,12 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 @click.option("--prompt-file", type=click.File(encoding="utf-8"), metavar="FILE", help="Read the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Ask in the model's chat template, as a user would.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="At most this long. Default: 256.")
+@click.option(
+    "--adapter",
+    metavar="NAME|DIR",
+    help="Under a LoRA adapter that the swarm serves; or under your own, whose directory (with a / in it) is sent to"
+    " the peers for this answer.",
+)
 @sampling_options
 @json_option
 @bootstrap_option
@@ -249,6 +273,7 @@ def generate(
     prompt: str | None,
     prompt_file: TextIO | None,
     chat: bool,
+    adapter: str | None,
     as_json: bool,
     bootstrap: tuple[Multiaddr, ...],
     verbose: bool,
@@ -271,7 +296,9 @@ def generate(
     from peerd.cli_generate import Request
     from peerd.cli_generate import generate as run_generate
 
-    request = Request(prompt or "", chat, sampling)
+    # A name has no slash in it.
+    chosen = Path(adapter).expanduser() if adapter is not None and "/" in adapter else adapter
+    request = Request(prompt or "", chat, sampling, chosen)
     work = partial(
         run_generate, at_revision(model, revision), bootstrap, request, as_json=as_json, disk_bytes=disk_bytes
     )
@@ -352,7 +379,8 @@ def _daemon(
         raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
     if serve_blocks is None and any([devices, quantize, *serving.values()]):
         raise click.UsageError(
-            "--dtype, --device, --kv-tokens, --memory, --quantize and --throughput say how to serve: add --serve-blocks"
+            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter and --client-adapters say"
+            " how to serve: add --serve-blocks"
         )
     if serve_blocks is None and not (offers or listen):
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")

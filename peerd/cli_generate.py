@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a model. `sampling` is what `SamplingParams.from_config` takes."""
+    """What is asked of a model. `sampling` is what `SamplingParams.from_config` takes, `adapter` what sessions do."""
 
     prompt: str
     chat: bool
     sampling: Mapping[str, float | int | None]
+    adapter: str | Path | None = None
 
 
 async def generate(
@@ -57,7 +58,7 @@ async def generate(
 async def answer(model: RemoteModel, request: Request, *, quiet: bool) -> Generation:
     """Generate, streaming the text to standard output unless `quiet`. Raises PeerdError."""
     try:
-        generation = model.generate(request.prompt, chat=request.chat, **request.sampling)
+        generation = model.generate(request.prompt, chat=request.chat, adapter=request.adapter, **request.sampling)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     async with aclosing(generation.tokens()) as tokens:

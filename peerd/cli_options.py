@@ -16,6 +16,7 @@ import click
 from peerd.compute.errors import CheckpointError
 from peerd.compute.hub_id import hub_id_of, parse_hub_id
 from peerd.compute.sizes import parse_size
+from peerd.protocol.adapters import check_name
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import MAX_BLOCKS, Span
 
@@ -122,12 +123,28 @@ def parse_device(value: str) -> str:
     return value
 
 
+def parse_adapter(value: str) -> tuple[str, Path]:
+    """`NAME=DIR`."""
+    name, equals, path = value.partition("=")
+    try:
+        if not equals or not path:
+            raise ValueError(f"{value!r} is not NAME=DIR")
+        return check_name(name), Path(path).expanduser()
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def parse_memory(value: str) -> int:
     """An amount of memory, in bytes."""
     try:
         return parse_size(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def parse_limit(value: str) -> int:
+    """An amount of memory that may be none: 0."""
+    return 0 if value.strip() == "0" else parse_memory(value)
 
 
 bootstrap_option = click.option(

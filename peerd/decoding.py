@@ -18,7 +18,7 @@ from peerd.sampling import Sampler, SamplingParams
 from peerd.text_stream import StopFilter, TextStream
 
 if TYPE_CHECKING:
-    from peerd.model import RemoteModel
+    from peerd.model import Adapter, RemoteModel
     from peerd.session import Session
 
 Finish = Literal["stop", "length"]
@@ -56,7 +56,8 @@ class _Row:
 class Decoding:
     """Answers to `prompt` in the making. `tokens` runs them; `session` is theirs once it runs.
 
-    `stop` ends a row, and is left out of its text; `top_logprobs` asks for logprobs with so many alternatives.
+    `stop` ends a row, and is left out of its text; `top_logprobs` asks for logprobs with so many alternatives;
+    `adapter` is what `RemoteModel.session` takes.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Decoding:
         rows: int = 1,
         stop: Sequence[str] = (),
         top_logprobs: int | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.session: Session | None = None
         self._model = model
@@ -75,6 +77,7 @@ class Decoding:
         self._sampling = sampling
         self._sampler = Sampler(sampling)
         self._top_logprobs = top_logprobs
+        self._adapter = adapter
         self._rows = [_Row(number, TextStream(model.decode), StopFilter(stop)) for number in range(rows)]
 
     async def tokens(self) -> AsyncGenerator[Picked, None]:
@@ -83,7 +86,9 @@ class Decoding:
         Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
         """
         session = await self._model.start_session(
-            max_length=len(self._prompt) + self._sampling.max_new_tokens, max_rows=len(self._rows)
+            max_length=len(self._prompt) + self._sampling.max_new_tokens,
+            max_rows=len(self._rows),
+            adapter=self._adapter,
         )
         self.session = session
         try:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Protocol, TypedDict, TypeVar
 
 import outcome
@@ -20,7 +22,7 @@ import torch
 import trio
 
 from peerd.admission import Admission
-from peerd.compute.engine import BaseEngine
+from peerd.compute.engine import PRIVATE, BaseEngine
 from peerd.compute.engine_errors import (
     ContextTooLongError,
     EngineError,
@@ -28,10 +30,22 @@ from peerd.compute.engine_errors import (
     NonFiniteError,
     NoRoomError,
     StepGapError,
+    UnknownAdapterError,
 )
+from peerd.compute.errors import AdapterError
+from peerd.compute.lora import Lora
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.device_work import Job, Work, WorkQueue, run_slice
-from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, NoRoom, PeerdError
+from peerd.protocol.errors import (
+    BadResult,
+    ContextTooLong,
+    Evicted,
+    InternalError,
+    InvalidRequest,
+    NoRoom,
+    PeerdError,
+    UnsupportedFeature,
+)
 from peerd.protocol.messages import Open, Step
 from peerd.protocol.span import Span
 
@@ -69,6 +83,7 @@ class _Tenant:
     owner: Hashable
     tokens: int
     deliver: Deliver
+    adapter: str
 
 
 class EngineTask:
@@ -87,6 +102,10 @@ class EngineTask:
         self._threaded = run_batch is None
         self._run_batch = run_batch or self._in_thread
         self._tenants: dict[Hashable, _Tenant] = {}
+        # Adapters that no new session gets, and those of them that nobody uses any more.
+        self._withdrawn: set[str] = set()
+        self._unused: list[str] = []
+        self._own_adapters = count()
         self._jobs = WorkQueue()
         self._work = trio.Event()
 
@@ -107,9 +126,12 @@ class EngineTask:
         Cancelled, it ends once `work` has.
         """
         async with self._device:
-            if self._threaded:
-                return await trio.to_thread.run_sync(work, limiter=self._limiter)
-            return work()
+            return await self._on_device(work)
+
+    async def _on_device(self, work: Callable[[], T]) -> T:
+        if self._threaded:
+            return await trio.to_thread.run_sync(work, limiter=self._limiter)
+        return work()
 
     async def run_work(self, owner: Hashable, work: Work) -> None:
         """Do a long work in turns, below inference and fairly among owners. Raises what its turns raise.
@@ -128,6 +150,9 @@ class EngineTask:
     async def _run_one(self) -> bool:
         """Run a turn of a work, or plan, run and collect one batch. False where there is nothing to run."""
         async with self._device:
+            if self._unused:
+                await self._unload_unused()
+                return True
             job = self._jobs.due(inference_ready=self.engine.ready())
             if job is not None:
                 await self._run_turn(job)
@@ -153,11 +178,62 @@ class EngineTask:
         elif said.value:
             job.end(outcome.Value(None))
 
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Those that new sessions may ask for."""
+        loaded = self.engine.adapters - self._withdrawn
+        return frozenset(name for name in loaded if not name.startswith(PRIVATE))
+
+    async def load_adapter(self, name: str, lora: Lora) -> None:
+        """Have one more adapter, between two batches. Raises AdapterError where it does not fit."""
+        await self.run_blocking(partial(self.engine.load_adapter, name, lora))
+
+    def withdraw_adapter(self, name: str) -> None:
+        """Give it to no new session, and forget it once the last that uses it has ended. KeyError if it is unknown."""
+        if name not in self.adapters:
+            raise KeyError(name)
+        self._withdrawn.add(name)
+        self._forget_unused(name)
+
+    async def give_adapter(self, session: Hashable, lora: Lora) -> None:
+        """Put an open session that has not begun under an adapter of its own, which ends with it.
+
+        Raises InvalidRequest where it does not fit, Evicted where the session has ended meanwhile.
+        """
+        name = f"{PRIVATE}{next(self._own_adapters)}"
+        try:
+            await self.load_adapter(name, lora)
+        except AdapterError as error:
+            raise InvalidRequest(str(error)) from error
+        tenant = self._tenants.get(session)
+        if tenant is not None:
+            self._tenants[session] = replace(tenant, adapter=name)
+            with _wire_errors():
+                self.engine.use_adapter(session, name)
+        else:
+            self._forget_unused(name)
+            raise Evicted("the session has ended")
+
+    def _forget_unused(self, adapter: str) -> None:
+        leaves = adapter.startswith(PRIVATE) or adapter in self._withdrawn
+        if leaves and not self.engine.uses_adapter(adapter):
+            self._unused.append(adapter)
+            self._work.set()
+
+    async def _unload_unused(self) -> None:
+        names, self._unused = self._unused, []
+        for name in names:
+            await self._on_device(partial(self.engine.unload_adapter, name))
+            self._withdrawn.discard(name)
+
     async def open(self, session: Hashable, owner: Hashable, opening: Open, deliver: Deliver) -> None:
         """Commit the KV that `opening` asks for, waiting for room as long as it allows.
 
-        Raises NoRoom, ContextTooLong, InvalidRequest.
+        Raises NoRoom, ContextTooLong, InvalidRequest, UnsupportedFeature (an adapter that is not there).
         """
+        if opening.adapter and opening.adapter not in self.adapters:
+            there = ", ".join(sorted(self.adapters)) or "none"
+            raise UnsupportedFeature(f"this peer has no adapter {opening.adapter!r}; it has {there}")
         wanted = _Wanted(
             blocks=Span(opening.start, opening.end),
             max_length=opening.max_length,
@@ -171,7 +247,7 @@ class EngineTask:
 
         tokens = self.engine.tokens_wanted(**wanted)
         await self.admission.admit(owner, tokens, attempt, opening.timeout_ms / 1000)
-        self._tenants[session] = _Tenant(owner, tokens, deliver)
+        self._tenants[session] = _Tenant(owner, tokens, deliver, opening.adapter)
 
     def submit(self, session: Hashable, step: Step, hidden: torch.Tensor) -> None:
         """Queue a step. Raises StepGap, ContextTooLong, InvalidRequest, having changed nothing."""
@@ -190,6 +266,7 @@ class EngineTask:
         tenant = self._tenants.pop(session)
         self.engine.close(session)
         self.admission.release(tenant.owner, tenant.tokens)
+        self._forget_unused(tenant.adapter)
 
     def _hand_over(self, result: StepResult) -> None:
         tenant = self._tenants.get(result.session)
@@ -217,6 +294,8 @@ def _wire_errors() -> Iterator[None]:
         raise ContextTooLong(str(error)) from None
     except StepGapError as error:
         raise StepGap(error.have) from None
+    except UnknownAdapterError as error:
+        raise UnsupportedFeature(str(error)) from None
     except InvalidStepError as error:
         raise InvalidRequest(str(error)) from None
     except EngineError as error:

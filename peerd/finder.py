@@ -12,9 +12,11 @@ from random import Random
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
+from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chain import Chain, ChainNeeds, plan_chain
 from peerd.routing.directory import CACHE_S, Directory
 from peerd.routing.links import Links
+from peerd.routing.offer import Offer
 
 # Clients that wait for a missing server look again this often, not oftener.
 FRESH_S = 0.5
@@ -30,19 +32,37 @@ class SwarmFinder:
         self._block_count = block_count
         self._random = random
 
-    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId], positions: int = 1) -> Chain:
+    async def find(
+        self,
+        blocks: Span,
+        *,
+        tokens: int,
+        exclude: Collection[PeerId],
+        positions: int = 1,
+        adapter: AdapterNeed = NO_ADAPTER,
+    ) -> Chain:
         """The best chain over `blocks` for steps of so many positions. Raises NoChain, naming what nobody serves."""
-        needs = ChainNeeds(rtts_s=self._links.rtts_s(), tokens=tokens, positions=positions)
+        needs = ChainNeeds(rtts_s=self._links.rtts_s(), tokens=tokens, positions=positions, adapter=adapter)
         try:
             return await self._plan(blocks, needs, exclude, CACHE_S)
         except NoChain:
             # Whoever is missing may have come since we looked.
             return await self._plan(blocks, needs, exclude, FRESH_S)
 
+    async def adapter_id(self, name: str, blocks: Span) -> str:
+        """What an adapter's name means for `blocks` now. Raises NoChain, saying which adapters there are."""
+        try:
+            return choose_adapter(await self._offers(CACHE_S), name, blocks)
+        except NoChain:
+            return choose_adapter(await self._offers(FRESH_S), name, blocks)
+
     async def _plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId], max_age_s: float) -> Chain:
-        offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
+        offers = await self._offers(max_age_s)
         avoid = self._links.avoided() | frozenset(exclude)
         return plan_chain(offers, blocks, needs=needs, random=self._random, avoid=avoid)
+
+    async def _offers(self, max_age_s: float) -> list[Offer]:
+        return await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
 
     def failed(self, peer: PeerId) -> None:
         """Leave the peer out for a while, longer each time."""

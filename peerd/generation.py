@@ -16,7 +16,7 @@ from peerd.decoding import Decoding
 from peerd.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from peerd.model import RemoteModel
+    from peerd.model import Adapter, RemoteModel
     from peerd.session import Session
 
 
@@ -36,7 +36,9 @@ class Generation:
     `contextlib.aclosing(generation.tokens())`, as for any asynchronous generator.
     """
 
-    def __init__(self, model: RemoteModel, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    def __init__(
+        self, model: RemoteModel, prompt: Sequence[int], sampling: SamplingParams, adapter: Adapter | None = None
+    ) -> None:
         self.prompt = list(prompt)
         self.token_ids: list[int] = []
         self.text = ""
@@ -47,6 +49,7 @@ class Generation:
         self.last_token: float | None = None
         self._model = model
         self._sampling = sampling
+        self._adapter = adapter
 
     def __repr__(self) -> str:
         return f"<Generation {len(self.prompt)}+{len(self.token_ids)} tokens failovers={self.failovers}>"
@@ -73,7 +76,7 @@ class Generation:
         if self.started is not None:
             raise RuntimeError("a generation is iterated over once; call generate() for another answer")
         self.started = trio.current_time()
-        decoding = Decoding(self._model, self.prompt, self._sampling)
+        decoding = Decoding(self._model, self.prompt, self._sampling, adapter=self._adapter)
         async with aclosing(decoding.tokens()) as tokens:
             async for picked in tokens:
                 assert decoding.session is not None

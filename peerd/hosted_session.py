@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import trio
 
+from peerd.client_adapters import AdapterRoom, receive_adapter
 from peerd.connections import Stream
 from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
+from peerd.protocol.adapters import OWN_ADAPTER, Granted, Upload
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -44,6 +47,7 @@ from peerd.protocol.messages import (
     Step,
 )
 from peerd.protocol.schema import Message
+from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
 from peerd.retained import Retained
 from peerd.step_tensors import priority_of, pushed_part, wanted_part, wanted_rows
@@ -59,7 +63,14 @@ MAX_GRANTED_STEPS = 16
 class HostedSession:
     """One hop of a session. `run` owns its tasks; the handlers of its streams feed it."""
 
-    def __init__(self, opening: Open, owner: PeerId, engine: EngineTask, open_link: OpenLink) -> None:
+    def __init__(
+        self,
+        opening: Open,
+        owner: PeerId,
+        engine: EngineTask,
+        open_link: OpenLink,
+        adapter_room: AdapterRoom | None = None,
+    ) -> None:
         self.opening = opening
         self.owner = owner
         self.epoch = opening.epoch
@@ -70,6 +81,12 @@ class HostedSession:
         # How often the client has come: to tell one absence from the next.
         self.visits = 0
         self._engine = engine
+        self._adapter_room = adapter_room or AdapterRoom()
+        # Its client's own adapter: how much memory is set aside for it, and whether steps must wait for it.
+        self._adapter_bytes = 0
+        self._adapter: Literal["none", "awaited", "coming", "there"] = (
+            "awaited" if OWN_ADAPTER in opening.needs else "none"
+        )
         self._dtype = DTYPES[opening.dtype]
         self._retained = Retained()
         self._down = Downstream(opening.codec, self._dtype, self._retained, open_link, self._report)
@@ -101,6 +118,8 @@ class HostedSession:
         """Free the KV. What its streams still bring is refused."""
         self.admitted = False
         self._engine.close(self)
+        self._adapter_room.release(self.owner, self._adapter_bytes)
+        self._adapter_bytes = 0
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the route and hold the session back while results pile up, until `close`."""
@@ -159,6 +178,24 @@ class HostedSession:
             raise RemoteProtocolError(f"more than the {self.max_steps} unanswered steps that were granted")
         self.accept(step, body)
 
+    async def take_adapter(self, stream: Stream, upload: Upload) -> None:
+        """Receive the client's own adapter. Raises CallerError, Overloaded, PeerFault; then it may come again."""
+        if self._adapter != "awaited":
+            raise InvalidRequest(f"this session waits for no adapter: {self._adapter}")
+        self._adapter = "coming"
+        try:
+            with self._adapter_room.reserved(self.owner, upload.values) as n_bytes:
+                await stream.send(Granted().to_header())
+                blocks = Span(self.opening.start, self.opening.end)
+                lora = await receive_adapter(stream, upload, blocks)
+                await self._engine.give_adapter(self, lora)
+                self._adapter_bytes = n_bytes
+                self._adapter = "there"
+        finally:
+            self.last_used = trio.current_time()
+            if self._adapter == "coming":
+                self._adapter = "awaited"
+
     # From either side.
 
     def accept(self, step: Step, body: memoryview) -> None:
@@ -172,6 +209,8 @@ class HostedSession:
         # After a change of route a step may come again; forking twice is not forking once.
         fresh = replace(step, ops=()) if step.ops and step.seq <= self._ops_seq else step
         try:
+            if self._adapter in ("awaited", "coming"):
+                raise InvalidRequest("a step came before the adapter that this session needs")
             self._engine.submit(self, fresh, self._decode(step, body))
         except StepGap as gap:
             self.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))

@@ -9,14 +9,18 @@ import os
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from peerd.chain_keeper import ChainFinder, Patience
+from peerd.compute.errors import AdapterError
+from peerd.compute.lora import LoraAdapter, within
 from peerd.head_task import HeadTask
 from peerd.open_chain import ChainOpener, Terms
+from peerd.protocol.adapters import is_adapter_id
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages import DEFAULT_MAX_STEPS
 from peerd.protocol.span import Span
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 OPEN_TIMEOUT_MS = 2000
 
 
+Adapter = str | Path | LoraAdapter
+"""An adapter's name in the swarm; or your own, as a directory or in memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What a client knows of a model without its blocks."""
@@ -42,6 +50,8 @@ class ModelFacts:
     width: int
     max_length: int
     dtype: str
+    # Which architecture it is, by which adapters' names are understood.
+    model_type: str = ""
 
 
 class RemoteModel:
@@ -107,13 +117,21 @@ class RemoteModel:
         max_rollback: int = 0,
         blocks: Span | None = None,
         patience: Patience | None = None,
+        adapter: Adapter | None = None,
     ) -> AsyncIterator[Session]:
         """A session over `blocks` (default: all), for rows of at most `max_length` positions.
 
-        Raises NoChain, Overloaded or ContextTooLong before the body runs.
+        `adapter` is the name of one that the swarm serves (or its id, `NAME@DIGEST`), or your own: the directory that
+        peft saved, or a LoraAdapter. Your own goes to every hop for this session, and ends with it.
+        Raises NoChain, Overloaded, ContextTooLong or AdapterError before the body runs.
         """
         session = await self.start_session(
-            max_length=max_length, max_rows=max_rows, max_rollback=max_rollback, blocks=blocks, patience=patience
+            max_length=max_length,
+            max_rows=max_rows,
+            max_rollback=max_rollback,
+            blocks=blocks,
+            patience=patience,
+            adapter=adapter,
         )
         try:
             await session.open()
@@ -129,8 +147,10 @@ class RemoteModel:
         max_rollback: int = 0,
         blocks: Span | None = None,
         patience: Patience | None = None,
+        adapter: Adapter | None = None,
     ) -> Session:
         """A session whose chain opens with its first step, and which the caller must `close`."""
+        blocks = blocks or Span(0, self.facts.block_count)
         if max_length > self.facts.max_length:
             raise ContextTooLong(
                 f"{max_length} positions wanted (prompt and answer together), {self.facts.name} takes"
@@ -146,7 +166,7 @@ class RemoteModel:
             codec="exact",
             timeout_ms=OPEN_TIMEOUT_MS,
         )
-        blocks = blocks or Span(0, self.facts.block_count)
+        terms = await self._with_adapter(terms, adapter, blocks)
         session = Session(
             self._finder, self._opener, blocks, self.facts.width, terms, self._rng, patience or Patience()
         )
@@ -176,6 +196,8 @@ class RemoteModel:
         """
         from peerd.passes import PassMaker, Trained, as_rows
 
+        blocks = blocks or Span(0, self.facts.block_count)
+
         hidden, lengths = as_rows(inputs, rows, self.embed)
         if max(lengths) > self.facts.max_length:
             raise ContextTooLong(f"a row of {max(lengths)} positions, {self.facts.name} takes {self.facts.max_length}")
@@ -187,19 +209,38 @@ class RemoteModel:
         return await self._pass_maker.forward(
             hidden,
             lengths,
-            blocks or Span(0, self.facts.block_count),
+            blocks,
             Trained(prompts, lora or {}, lora_scaling),
-            adapter=adapter,
+            adapter=await self._adapter_id(adapter, blocks) if adapter else "",
             codec=codec,
             keep=keep,
             patience=patience,
         )
 
-    def generate(self, prompt: str | Sequence[int], *, chat: bool = False, **sampling: Any) -> Generation:
+    async def read_adapter(self, path: str | Path) -> LoraAdapter:
+        """An adapter for this model, from the directory that peft saved. Raises AdapterError."""
+        return await trio.to_thread.run_sync(_read_adapter, path, self.facts)
+
+    async def _adapter_id(self, adapter: str, blocks: Span) -> str:
+        # Settled once: a replacement in the middle of an answer must not mean something else by the name.
+        return adapter if is_adapter_id(adapter) else await self._finder.adapter_id(adapter, blocks)
+
+    async def _with_adapter(self, terms: Terms, adapter: Adapter | None, blocks: Span) -> Terms:
+        if adapter is None:
+            return terms
+        if isinstance(adapter, str):
+            return replace(terms, adapter=await self._adapter_id(adapter, blocks))
+        own = adapter if isinstance(adapter, LoraAdapter) else await self.read_adapter(adapter)
+        return replace(terms, own_adapter=within(own.weights, blocks))
+
+    def generate(
+        self, prompt: str | Sequence[int], *, chat: bool = False, adapter: Adapter | None = None, **sampling: Any
+    ) -> Generation:
         """Generate an answer: `async for token in model.generate("Once", max_new_tokens=20): ...`.
 
-        `sampling` is what `SamplingParams` takes; what is left out comes from the model's own generation
-        config. Raises InvalidRequest or ValueError here, NoChain and Overloaded while iterating.
+        `adapter` is what `session` takes. `sampling` is what `SamplingParams` takes; what is left out comes from the
+        model's own generation config. Raises InvalidRequest or ValueError here, NoChain, Overloaded and AdapterError
+        while iterating.
         """
         from peerd.generation import Generation
         from peerd.sampling import SamplingParams
@@ -207,4 +248,16 @@ class RemoteModel:
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InvalidRequest("the prompt is empty")
-        return Generation(self, ids, SamplingParams.from_config(self.generation_config, **sampling))
+        return Generation(self, ids, SamplingParams.from_config(self.generation_config, **sampling), adapter)
+
+
+def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
+    """Blocks; run it in a thread."""
+    from peerd.compute.adapter_file import open_adapter
+    from peerd.compute.families import family_named
+
+    with open_adapter(path, family_named(facts.model_type)) as file:
+        last = max(block for block, _ in file.modules)
+        if last >= facts.block_count:
+            raise AdapterError(f"{file.path}: it adapts block {last}, {facts.name} has {facts.block_count}")
+        return LoraAdapter(file.read())

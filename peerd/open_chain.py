@@ -7,6 +7,7 @@ that others wait for, so the first refusal cancels the other openings and closes
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,13 +15,17 @@ from typing import Protocol
 
 import trio
 
+from peerd.client_adapters import send_adapter
+from peerd.compute.lora import Lora, within
 from peerd.connections import Connections
 from peerd.control_stream import ControlStream, open_control
+from peerd.protocol.adapters import OWN_ADAPTER
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import NextHop, Open, Route
 from peerd.protocol.records import SignedRecord
 from peerd.protocol.tickets import Ticket, sign_ticket
+from peerd.routing.adapters import AdapterNeed
 from peerd.routing.chain import Chain, Hop
 
 # A ticket is shown within seconds; the rest allows for clocks that differ.
@@ -39,11 +44,22 @@ class Terms:
     dtype: str
     codec: str
     timeout_ms: int
+    # The id of an adapter that every hop has, or the client's own weights, which every hop is sent.
+    adapter: str = ""
+    own_adapter: Lora | None = None
 
     @property
     def tokens(self) -> int:
         """KV tokens committed on every hop."""
         return self.max_length * self.max_rows
+
+    @property
+    def adapter_need(self) -> AdapterNeed:
+        """What a hop must offer for the session's adapter."""
+        values: Counter[int] = Counter()
+        for (block, _), pair in (self.own_adapter or {}).items():
+            values[block] += pair.a.numel() + pair.b.numel()
+        return AdapterNeed(self.adapter, values)
 
 
 class HopRefused(Exception):
@@ -133,7 +149,7 @@ class ChainOpener:
 
         async def open_one(index: int, cancel: trio.CancelScope) -> None:
             try:
-                granted[index] = await open_control(self._connections, hops[index], openings[index])
+                granted[index] = await self._open_hop(hops[index], openings[index], terms)
             except PeerdError as error:
                 refusals.append(HopRefused(hops[index], error))
                 cancel.cancel()
@@ -159,9 +175,22 @@ class ChainOpener:
             next_hop = await self._next(chain.session, hop, after.hop, after.number, epoch)
         opening = self._opening(chain.session, hop, terms, epoch, chain.next_number, next_hop)
         try:
-            return await open_control(self._connections, hop, opening)
+            return await self._open_hop(hop, opening, terms)
         except PeerdError as error:
             raise HopRefused(hop, error) from error
+
+    async def _open_hop(self, hop: Hop, opening: Open, terms: Terms) -> ControlStream:
+        """Open one hop, and have it ready for steps. Raises what it refuses with, or a PeerFault."""
+        control = await open_control(self._connections, hop, opening)
+        if OWN_ADAPTER not in opening.needs:
+            return control
+        assert terms.own_adapter is not None
+        try:
+            await send_adapter(self._connections, hop, opening.session, opening.hop, terms.own_adapter)
+        except BaseException:
+            control.close()
+            raise
+        return control
 
     async def route(self, chain: OpenChain, upstream: ControlStream, to: ControlStream) -> Route:
         """What tells `upstream` to push to `to` from the chain's epoch on."""
@@ -185,6 +214,8 @@ class ChainOpener:
             dtype=terms.dtype,
             codec=terms.codec,
             timeout_ms=terms.timeout_ms,
+            adapter=terms.adapter,
+            needs=(OWN_ADAPTER,) if within(terms.own_adapter or {}, hop.span) else (),
             next=next_hop,
         )
 

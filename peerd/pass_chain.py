@@ -29,6 +29,7 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
+from peerd.routing.adapters import AdapterNeed
 from peerd.routing.chain import Hop
 
 # A pass asks for no KV.
@@ -155,7 +156,10 @@ class PassChain:
             waited = trio.current_time() - began
             avoid = self._unfit | set(self._busy)
             try:
-                found = await self._finder.find(span, tokens=_NO_TOKENS, exclude=avoid, positions=self._positions)
+                need = AdapterNeed(self._terms.adapter)
+                found = await self._finder.find(
+                    span, tokens=_NO_TOKENS, exclude=avoid, positions=self._positions, adapter=need
+                )
                 break
             except NoChain as missing:
                 busy = next(iter(self._busy.values()), None)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -26,6 +27,7 @@ from peerd.connections import Connections, open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.announcements import MAX_NAMES, MAX_PAYLOAD_BYTES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import MAX_LENGTH
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 Address = Multiaddr | str
 # Every interface, any free port.
 DEFAULT_LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/0/ws")
+# What the times that are filled in later add to a record.
+_TIMES_BYTES = 16
 # Who serves waits so long to be known, and goes on without if nobody answers.
 ANNOUNCE_WAIT_S = 2.0
 
@@ -137,13 +141,38 @@ class Peer:
             for own, span in shares:
                 loaded = await trio.to_thread.run_sync(load, own, checkpoint, span)
                 max_length = checkpoint.max_length or MAX_LENGTH
-                ready.append((ServedSpan(checkpoint.model_digest, max_length, EngineTask(loaded.engine)), loaded))
+                task = EngineTask(loaded.engine)
+                ready.append((ServedSpan(checkpoint.model_digest, max_length, task, loaded.adapter_room), loaded))
         for served, loaded in ready:
+            _check_record(self._record(len(self._loaded), served, loaded))
             self.server.serve(served)
             self._announce(served, loaded)
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self.discovery.announced()
         return tuple(served for served, _ in ready)
+
+    async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
+        """Serve one more LoRA adapter, the directory that peft saved, while sessions run; returns its id.
+
+        Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
+        """
+        from peerd.serving import load_adapter
+
+        loaded = next(loaded for known, loaded in self._loaded if known is served)
+        work = partial(load_adapter, loaded.engine, name, path, loaded.family)
+        adapter = await served.task.run_blocking(work)
+        try:
+            _check_record(self._record(0, served, loaded))
+        except InvalidRequest:
+            served.task.withdraw_adapter(adapter)
+            raise
+        self.discovery.changed()
+        return adapter
+
+    def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
+        """Give an adapter, by its id, to no new session; it is forgotten with the last that uses it. KeyError."""
+        served.task.withdraw_adapter(adapter)
+        self.discovery.changed()
 
     async def _choose(self, spec: ServeSpec, checkpoint: Checkpoint) -> list[tuple[ServeSpec, Span]]:
         """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices."""
@@ -177,24 +206,27 @@ class Peer:
     def _records(self) -> list[ServerRecord]:
         """What we announce of each span now; `seq` and `expires` are the announcer's."""
         assert self.server is not None
-        return [
-            ServerRecord(
-                seq=0,
-                expires=0.0,
-                model=served.model,
-                span=served.span,
-                state="draining" if self.server.draining else "online",
-                dtype=loaded.dtype,
-                quantization=loaded.quantization,
-                codecs=loaded.codecs,
-                throughput=loaded.throughput,
-                free_tokens=served.task.engine.free_length,
-                max_length=served.max_length,
-                block_roots=loaded.roots,
-                slot=slot,
-            )
-            for slot, (served, loaded) in enumerate(self._loaded)
-        ]
+        return [self._record(slot, served, loaded) for slot, (served, loaded) in enumerate(self._loaded)]
+
+    def _record(self, slot: int, served: ServedSpan, loaded: LoadedSpan) -> ServerRecord:
+        assert self.server is not None
+        return ServerRecord(
+            seq=0,
+            expires=0.0,
+            model=served.model,
+            span=served.span,
+            state="draining" if self.server.draining else "online",
+            dtype=loaded.dtype,
+            quantization=loaded.quantization,
+            codecs=loaded.codecs,
+            throughput=loaded.throughput,
+            free_tokens=served.task.engine.free_length,
+            max_length=served.max_length,
+            block_roots=loaded.roots,
+            adapters=tuple(sorted(served.task.adapters)),
+            client_adapters=served.adapter_room.session_bytes,
+            slot=slot,
+        )
 
 
 @asynccontextmanager
@@ -261,6 +293,16 @@ async def _import(*modules: str) -> None:
             await trio.to_thread.run_sync(import_module, module)
 
 
+def _check_record(record: ServerRecord) -> None:
+    """Raise InvalidRequest if its adapters are more than one announcement holds."""
+    spare = MAX_PAYLOAD_BYTES - len(record.fitted().to_payload()) - _TIMES_BYTES
+    if len(record.adapters) > MAX_NAMES or (record.adapters and spare < 0):
+        raise InvalidRequest(
+            f"{len(record.adapters)} adapters do not fit the announcement of blocks {record.span}: serve at most"
+            f" {MAX_NAMES} of them, with shorter names"
+        )
+
+
 async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
     # Serving needs torch, which whoever only keeps the DHT need not wait for.
     from peerd.server import Server
@@ -284,6 +326,7 @@ def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any]:
         width=checkpoint.hidden_size,
         max_length=checkpoint.max_length or MAX_LENGTH,
         dtype=DTYPE_NAMES[checkpoint.dtype],
+        model_type=checkpoint.family.model_type,
     )
     return facts, load_head(checkpoint), load_tokenizer(checkpoint)
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
-from peerd.compute.engine import PRIVATE
+from peerd.client_adapters import UPLOAD_DEADLINE_S, AdapterRoom
 from peerd.connections import Connections, Stream
 from peerd.engine_task import EngineTask
 from peerd.hosted_session import HostedSession
 from peerd.links import open_link
 from peerd.pass_server import PassServer, PassSpan
+from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
 from peerd.protocol.errors import (
     ConnectionLost,
     Draining,
     Evicted,
+    InvalidRequest,
     NotServed,
     Overloaded,
     PeerdError,
@@ -73,11 +75,12 @@ SessionKey = tuple[PeerId, bytes, int]
 
 @dataclass(frozen=True, slots=True)
 class ServedSpan:
-    """Blocks of one model that this peer serves, and the engine that runs them."""
+    """Blocks of one model that this peer serves, the engine that runs them, and room for clients' own adapters."""
 
     model: bytes
     max_length: int
     task: EngineTask
+    adapter_room: AdapterRoom = field(default_factory=AdapterRoom)
 
     @property
     def span(self) -> Span:
@@ -100,6 +103,7 @@ class Server:
             INFER_PROTOCOL: self._handle_control,
             LINK_PROTOCOL: self._handle_link,
             PASS_PROTOCOL: self.passes.handle,
+            ADAPTER_PROTOCOL: self._handle_upload,
         }
 
     def __repr__(self) -> str:
@@ -181,7 +185,11 @@ class Server:
             return known
         served = self._check(stream.peer, opening)
         session = HostedSession(
-            opening, stream.peer, served.task, partial(open_link, self._connections, opening.session, now=self._now)
+            opening,
+            stream.peer,
+            served.task,
+            partial(open_link, self._connections, opening.session, now=self._now),
+            served.adapter_room,
         )
         # Known before it is admitted, so that a client cannot open the same session twice while it waits.
         self._sessions[key] = session
@@ -210,26 +218,57 @@ class Server:
             raise UnsupportedFeature(f"this peer lacks {', '.join(missing)}")
         if opening.codec not in CODECS:
             raise UnsupportedFeature(f"codec {opening.codec!r} is not one of {', '.join(sorted(CODECS))}")
-        if opening.adapter:
-            raise UnsupportedFeature(f"this peer has no adapter {opening.adapter!r}")
-        return self._served(opening.model, opening.start, opening.end)
+        if opening.adapter and OWN_ADAPTER in opening.needs:
+            raise InvalidRequest("a session has an adapter of this peer or its client's own, not both")
+        own = OWN_ADAPTER in opening.needs
+        return self._served(opening.model, opening.start, opening.end, adapter=opening.adapter, own_adapter=own)
 
-    def _served(self, model: bytes, start: int, end: int) -> ServedSpan:
-        for served in self.spans:
-            if served.model == model and served.span.start <= start < end <= served.span.end:
+    def _served(
+        self, model: bytes, start: int, end: int, *, adapter: str = "", own_adapter: bool = False
+    ) -> ServedSpan:
+        """The span with these blocks that can run the adapter. Raises NotServed, UnsupportedFeature."""
+        found = [
+            served
+            for served in self.spans
+            if served.model == model and served.span.start <= start < end <= served.span.end
+        ]
+        if not found:
+            raise NotServed(f"blocks {start}:{end} of that model are not served here")
+        for served in found:
+            takes_it = not own_adapter or served.adapter_room.session_bytes > 0
+            if takes_it and (not adapter or adapter in served.task.adapters):
                 return served
-        raise NotServed(f"blocks {start}:{end} of that model are not served here")
+        if not adapter:
+            raise UnsupportedFeature("this peer takes no adapters of its clients")
+        there = ", ".join(sorted({name for served in found for name in served.task.adapters})) or "none"
+        raise UnsupportedFeature(f"this peer has no adapter {adapter!r}; it has {there}")
 
     def _find_passes(self, begin: Begin) -> PassSpan:
         """Who runs the training passes that a lane asks for. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
-        served = self._served(begin.model, begin.start, begin.end)
-        if begin.adapter and (begin.adapter.startswith(PRIVATE) or begin.adapter not in served.task.engine.adapters):
-            raise UnsupportedFeature(f"this peer has no adapter {begin.adapter!r}")
+        served = self._served(begin.model, begin.start, begin.end, adapter=begin.adapter)
         if served.task.engine.passes is None:
             raise UnsupportedFeature("this peer does not train")
         return PassSpan(served.max_length, served.task, served.task.engine.passes)
+
+    async def _handle_upload(self, stream: Stream) -> None:
+        """A client's own adapter for a session of its that is open here."""
+        try:
+            with trio.fail_after(UPLOAD_DEADLINE_S):
+                upload = parse((await stream.receive()).header, (Upload,))
+                session = self._sessions.get((stream.peer, upload.session, upload.hop))
+                if session is None or not session.admitted:
+                    raise InvalidRequest("no such session of yours is open here")
+                await session.take_adapter(stream, upload)
+            await stream.send(Loaded().to_header())
+            await _finish(stream)
+        except trio.TooSlowError:
+            await _refuse(stream, Overloaded(f"the adapter did not come within {UPLOAD_DEADLINE_S:g} s"))
+        except PeerdError as error:
+            await _refuse(stream, error)
+        except trio.EndOfChannel:
+            return
 
     async def _serve(self, stream: Stream, session: HostedSession) -> None:
         while True:

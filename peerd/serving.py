@@ -12,11 +12,15 @@ from pathlib import Path
 
 import torch
 
+from peerd.client_adapters import AdapterRoom
+from peerd.compute.adapter_file import open_adapter
 from peerd.compute.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.capacity import HEADROOM, Budget, block_bytes, default_kv_tokens, fits, span_budget
 from peerd.compute.checkpoint import Checkpoint
 from peerd.compute.engine import Engine
+from peerd.compute.errors import AdapterError
+from peerd.compute.family import Family
 from peerd.compute.free_memory import free_memory
 from peerd.compute.heap import trim_heap
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
@@ -24,6 +28,7 @@ from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span
 from peerd.compute.throughput import measured_throughput
+from peerd.protocol.adapters import adapter_id, check_name, name_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.records import block_roots
 from peerd.protocol.span import Span
@@ -35,6 +40,10 @@ log = logging.getLogger(__name__)
 DEFAULT_KV_TOKENS = 65536
 # Of what is free beside the blocks, what KV may take where nobody said how much memory is ours.
 KV_SHARE = 0.5
+# A LoRA of rank 16 on every linear layer of 12 blocks of a 7B model in bf16 takes 30 MB.
+DEFAULT_CLIENT_ADAPTER_BYTES = 64 * 10**6
+# Of all memory, what one client's adapter may take by default; four at once are a sixteenth.
+CLIENT_ADAPTER_SHARE = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,8 @@ class ServeSpec:
     bounds what serving takes beyond the program itself, on each device. `throughput`, in positions a second through
     one block, is announced instead of what is measured. `device` is torch's name; several, with commas between them,
     divide the blocks (`open_peer` and `Peer.serve` see to that).
+    `adapters`: names, each with the directory that peft saved. `client_adapter_bytes`: how large an adapter a client
+    may bring for its session; None for 64 MB, or less where memory is short; 0 for none.
     """
 
     model: str | Path
@@ -58,11 +69,13 @@ class ServeSpec:
     quantize: str = NONE
     throughput: float | None = None
     revision: str | None = None
+    adapters: tuple[tuple[str, str | Path], ...] = ()
+    client_adapter_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedSpan:
-    """An engine with its blocks, and what others are told of them."""
+    """An engine with its blocks and adapters, and what others are told of them."""
 
     engine: Engine
     dtype: str
@@ -70,6 +83,8 @@ class LoadedSpan:
     codecs: tuple[str, ...]
     throughput: float
     roots: tuple[bytes, ...]
+    adapter_room: AdapterRoom
+    family: Family
 
 
 def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
@@ -78,7 +93,7 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         if not 1 <= spec.blocks <= checkpoint.block_count:
             raise InvalidRequest(f"{checkpoint.name} has {checkpoint.block_count} blocks, not {spec.blocks}")
         return spec.blocks
-    dtype, room = _dtype(spec, checkpoint), _room(spec)
+    dtype, room = _dtype(spec, checkpoint), _room(spec, checkpoint)
     count = fits(
         checkpoint,
         room,
@@ -109,6 +124,8 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
     )
     engine = Engine(model, kv_tokens=kv_tokens)
+    for name, path in spec.adapters:
+        load_adapter(engine, name, path, checkpoint.family)
     # The engine reorders weights.
     trim_heap()
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
@@ -124,8 +141,45 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         ", as --throughput says" if spec.throughput else "",
     )
     return LoadedSpan(
-        engine, DTYPE_NAMES[dtype], quantize, tuple(sorted(CODECS)), throughput, block_roots(span, digests)
+        engine,
+        DTYPE_NAMES[dtype],
+        quantize,
+        tuple(sorted(CODECS)),
+        throughput,
+        block_roots(span, digests),
+        AdapterRoom(_client_adapter_bytes(spec), value_bytes=dtype.itemsize),
+        checkpoint.family,
     )
+
+
+def load_adapter(engine: Engine, name: str, path: str | Path, family: Family) -> str:
+    """Read an adapter's part for the engine's span; returns its id. The device thread's. Raises AdapterError."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    with open_adapter(path, family) as file:
+        found = adapter_id(name, file.digest)
+        if name in {name_of(other) for other in engine.adapters}:
+            raise AdapterError(f"there is an adapter called {name} already: give {path} another name")
+        engine.load_adapter_file(found, file)
+    return found
+
+
+def _client_adapter_bytes(spec: ServeSpec) -> int:
+    if spec.client_adapter_bytes is not None:
+        return spec.client_adapter_bytes
+    return min(DEFAULT_CLIENT_ADAPTER_BYTES, int(_given(spec) * CLIENT_ADAPTER_SHARE))
+
+
+def _adapter_bytes(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None) -> int:
+    """What adapters take: those that are served, and clients' own."""
+    dtype = _dtype(spec, checkpoint)
+    total = AdapterRoom(_client_adapter_bytes(spec)).total_bytes
+    for _, path in spec.adapters:
+        with open_adapter(path, checkpoint.family) as file:
+            total += file.n_values(span) * dtype.itemsize
+    return total
 
 
 def _dtype(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
@@ -149,9 +203,14 @@ def _on_host(spec: ServeSpec) -> bool:
     return torch.device(spec.device).type == "cpu"
 
 
-def _room(spec: ServeSpec) -> int:
+def _given(spec: ServeSpec) -> int:
     """How many bytes of the device may be taken."""
     return spec.memory_bytes or int(free_memory(spec.device) * (1 - HEADROOM))
+
+
+def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> int:
+    """How many of them blocks and KV may take: what adapters of `span` (default: all blocks) take is set aside."""
+    return _given(spec) - _adapter_bytes(spec, checkpoint, span)
 
 
 def _budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
@@ -161,7 +220,7 @@ def _budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget
 
 def _kv_tokens(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
     """Positions of KV for the span. Raises InvalidRequest where what was asked for does not fit."""
-    budget, room, on_host = _budget(spec, checkpoint, span), _room(spec), _on_host(spec)
+    budget, room, on_host = _budget(spec, checkpoint, span), _room(spec, checkpoint, span), _on_host(spec)
     fit = budget.kv_tokens_in(room, on_host=on_host)
     if not on_host:
         # The device holds the KV, but the host what sessions keep of their activations.

@@ -155,6 +155,8 @@ class ServerRecord(Announcement):
     """One span that the peer that signs this hosts. Raises ValueError if span and roots do not fit together.
 
     throughput: positions a second through one block. free_tokens: positions that one more row could have.
+    adapters: ids of those that sessions may ask for (spec/adapters.md). client_adapters: how many bytes a client may
+    bring as its own, for one session; 0: none.
     rtts: seconds to and back from peers it may push to, most useful first.
     block_roots: one a shard that the span touches (`block_roots`), or none while they are unknown.
     slot: which of the peer's spans this is; it stays when the span moves.
@@ -175,6 +177,7 @@ class ServerRecord(Announcement):
     rtts: tuple[tuple[PeerId, float], ...] = optional(many(group(_peer, _number(0, 3600)), MAX_RTTS), (), _dump_rtts)
     block_roots: tuple[bytes, ...] = optional(many(_digest, MAX_SHARDS), ())
     slot: int = optional(integer(0, MAX_SLOTS - 1), 0)
+    client_adapters: int = optional(integer(0, 2**40), 0)
 
     def __post_init__(self) -> None:
         shards = len(shards_of(self.span))

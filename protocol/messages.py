@@ -41,7 +41,7 @@ MAX_ERROR_TEXT = 500
 # The `seq` of a step that replays what was sent before.
 REPLAY_SEQ = 0
 # Everything this version of a hop can do that a client may `need`.
-FEATURES = frozenset({"fork", "push_from", "route"})
+FEATURES = frozenset({"fork", "own_adapter", "push_from", "route"})
 
 Want = Literal["none", "last", "all"]
 

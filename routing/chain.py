@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
+from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
 from peerd.routing.offer import Offer, agreeing
 
 # What a hop costs beside its link: framing, queueing for the engine, copies. Petals reckons with 18 ms.
@@ -58,12 +59,13 @@ class ChainNeeds:
     """What the client knows and wants.
 
     rtts_s: seconds to a peer and back, as measured by the client. tokens: KV tokens needed on each hop.
-    positions: positions a step, for which computing is weighed against delays.
+    positions: positions a step, for which computing is weighed against delays. adapter: what hops must have.
     """
 
     rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
     tokens: int = 0
     positions: int = 1
+    adapter: AdapterNeed = NO_ADAPTER
 
 
 def plan_chain(
@@ -86,12 +88,12 @@ def plan_chain(
         and offer.span.start < span.end
         and span.start < offer.span.end
     ]
-    usable = agreeing(usable)
-    _check_covered(usable, span)
+    usable = [offer for offer in agreeing(usable) if needs.adapter.met_by(offer, span)]
+    _check_covered(usable, span, needs.adapter)
     return _Planner(usable, span, needs).choose(random)
 
 
-def _check_covered(offers: Sequence[Offer], span: Span) -> None:
+def _check_covered(offers: Sequence[Offer], span: Span, adapter: AdapterNeed) -> None:
     missing: list[tuple[int, int]] = []
     reached = span.start
     for offer in sorted(offers, key=lambda offer: offer.span.start):
@@ -102,7 +104,7 @@ def _check_covered(offers: Sequence[Offer], span: Span) -> None:
         missing.append((reached, span.end))
     if missing:
         runs = ", ".join(f"{start}:{end}" for start, end in missing)
-        raise NoChain(f"nobody reachable serves blocks {runs}", tuple(missing))
+        raise NoChain(f"nobody reachable serves blocks {runs}{adapter}", tuple(missing))
 
 
 class _Planner:

@@ -62,8 +62,6 @@ class Reference:
     inputs: torch.Tensor
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)
-    #: Of the sum of the squared outputs, by peft's names.
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def lora(self, name: str) -> Lora:
         with open_adapter(self.folders[name], self.checkpoint.family) as file:
@@ -94,14 +92,13 @@ def _make_reference(folder: Path, configs: Sequence[Mapping[str, Any]], where: P
     for name, config in zip("ab", configs, strict=True):
         torch.manual_seed(ord(name))
         adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **config), adapter_name=name)
-        matrices = {key: parameter for key, parameter in adapted.named_parameters() if "lora_" in key}
-        for parameter in matrices.values():
-            nn.init.normal_(parameter, std=0.15)
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                nn.init.normal_(parameter, std=0.15)
         seen.clear()
-        adapted(input_ids=tokens)
-        seen[1].square().sum().backward()
-        reference.outputs[name] = seen[1].detach()
-        reference.gradients |= {key: parameter.grad for key, parameter in matrices.items()}
+        with torch.no_grad():
+            adapted(input_ids=tokens)
+        reference.outputs[name] = seen[1]
         adapted.save_pretrained(where, selected_adapters=[name])
         reference.folders[name] = where / name
         model = adapted.unload()
@@ -319,28 +316,3 @@ def test_a_layer_that_does_not_see_every_position_once_cannot_be_adapted(referen
     pair = LoraPair(torch.zeros(2, 32), torch.zeros(64, 2), 1.0)
     with pytest.raises(AdapterError, match=r"no linear layer self_attn\.q_proj\.inner"):
         SpanAdapters(model).load("a", {(3, "self_attn.q_proj.inner"): pair})
-
-
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_gradients_reach_a_clients_matrices_as_in_peft(references, family):
-    reference = references(family)
-    span = Span(0, 8)
-    model = load_span(reference.checkpoint, span, dtype=torch.float32)
-    adapters = SpanAdapters(model)
-    # Another adapter that is loaded has no part in it.
-    adapters.load("b", reference.lora("b"))
-    lora = {
-        key: LoraPair(pair.a.requires_grad_(), pair.b.requires_grad_(), pair.scale)
-        for key, pair in reference.lora("a").items()
-    }
-    with adapters.using(lora):
-        output = model.forward_no_cache(reference.inputs)
-    torch.testing.assert_close(output, reference.outputs["a"], **TOLERANCE)
-    output.square().sum().backward()
-    with torch.no_grad():
-        torch.testing.assert_close(model.forward_no_cache(reference.inputs), reference.outputs[""], **TOLERANCE)
-    prefix = "base_model.model." + {"llama": "model.layers", "bloom": "transformer.h"}[family]
-    for (block, name), pair in lora.items():
-        for side, matrix in (("A", pair.a), ("B", pair.b)):
-            expected = reference.gradients[f"{prefix}.{block}.{name}.lora_{side}.a.weight"]
-            torch.testing.assert_close(matrix.grad, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())

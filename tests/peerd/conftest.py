@@ -13,8 +13,10 @@ import torch
 import trio
 
 from peerd.chain_keeper import Patience
+from peerd.client_adapters import AdapterRoom
 from peerd.compute.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
+from peerd.compute.lora import Lora
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
 from peerd.nurseries import open_tasks
@@ -36,6 +38,7 @@ from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, sign_
 from peerd.protocol.schema import Message, parse
 from peerd.protocol.span import Span
 from peerd.protocol.tickets import Ticket, sign_ticket
+from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chain import Chain, ChainNeeds, plan_chain
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
@@ -85,6 +88,8 @@ class Host:
             throughput=1000.0,
             free_tokens=self.task.engine.free_length,
             max_length=MAX_LENGTH,
+            adapters=tuple(sorted(self.task.adapters)),
+            client_adapters=self.server.spans[0].adapter_room.session_bytes,
         )
         addresses = tuple(address.with_peer(self.peer_id) for address in self.connections.listen_addresses)
         return Offer(self.peer_id, server, addresses, sign_record(self.identity, peer))
@@ -99,13 +104,26 @@ class Finder:
     random: Random = field(default_factory=lambda: Random(1))
     failures: list[PeerId] = field(default_factory=list)
 
-    async def find(self, blocks: Span, *, tokens: int, exclude: Collection[PeerId], positions: int = 1) -> Chain:
+    async def find(
+        self,
+        blocks: Span,
+        *,
+        tokens: int,
+        exclude: Collection[PeerId],
+        positions: int = 1,
+        adapter: AdapterNeed = NO_ADAPTER,
+    ) -> Chain:
         await trio.lowlevel.checkpoint()
-        offers = [host.offer() for host in self.swarm.hosts if host.online]
         avoid = self.links.avoided() | frozenset(exclude)
-        return plan_chain(
-            offers, blocks, needs=ChainNeeds(tokens=tokens, positions=positions), random=self.random, avoid=avoid
-        )
+        needs = ChainNeeds(tokens=tokens, positions=positions, adapter=adapter)
+        return plan_chain(self._offers(), blocks, needs=needs, random=self.random, avoid=avoid)
+
+    async def adapter_id(self, name: str, blocks: Span) -> str:
+        await trio.lowlevel.checkpoint()
+        return choose_adapter(self._offers(), name, blocks)
+
+    def _offers(self) -> list[Offer]:
+        return [host.offer() for host in self.swarm.hosts if host.online]
 
     def failed(self, peer: PeerId) -> None:
         self.failures.append(peer)
@@ -128,7 +146,15 @@ class Client:
     rng: Random
 
     async def session(
-        self, blocks: Span, *, max_rows: int = 1, max_length: int = 512, max_rollback: int = 512, **more: object
+        self,
+        blocks: Span,
+        *,
+        max_rows: int = 1,
+        max_length: int = 512,
+        max_rollback: int = 512,
+        adapter: str = "",
+        own_adapter: Lora | None = None,
+        **more: object,
     ) -> Session:
         terms = Terms(
             model=MODEL,
@@ -139,6 +165,8 @@ class Client:
             dtype="float32",
             codec="exact",
             timeout_ms=2000,
+            adapter=adapter,
+            own_adapter=own_adapter,
         )
         patience = more.pop("patience", Patience())
         assert isinstance(patience, Patience)
@@ -239,12 +267,13 @@ class Swarm:
         step_s: float = 0.01,
         batch_tokens: int = 256,
         engine_type: type[FakeEngine] = FakeEngine,
+        client_adapters: int = 0,
     ) -> Host:
         """A server of blocks, whose batches take `step_s`."""
         engine = engine_type(Span(start, end), hidden_size=WIDTH, kv_tokens=kv_tokens, batch_tokens=batch_tokens)
-        return await self.serve_engine(engine, step_s=step_s)
+        return await self.serve_engine(engine, step_s=step_s, client_adapters=client_adapters)
 
-    async def serve_engine(self, engine: BaseEngine, *, step_s: float = 0.01) -> Host:
+    async def serve_engine(self, engine: BaseEngine, *, step_s: float = 0.01, client_adapters: int = 0) -> Host:
         """A server of what this engine has, whose batches, and slices of training, take `step_s`."""
 
         async def run_batch(run: Callable[[Any], Any], batch: Any) -> Any:
@@ -252,12 +281,14 @@ class Swarm:
             return run(batch)
 
         ip, identity = self._new()
-        host: Host = await self._tasks.start(self._run_host, ip, identity, EngineTask(engine, run_batch=run_batch))
+        host: Host = await self._tasks.start(
+            self._run_host, ip, identity, EngineTask(engine, run_batch=run_batch), AdapterRoom(client_adapters)
+        )
         self.hosts.append(host)
         return host
 
     async def _run_host(
-        self, ip: str, identity: Identity, task: EngineTask, task_status: trio.TaskStatus[Host]
+        self, ip: str, identity: Identity, task: EngineTask, room: AdapterRoom, task_status: trio.TaskStatus[Host]
     ) -> None:
         server = Server(unix_now)
         async with open_tasks() as tasks:
@@ -270,7 +301,7 @@ class Swarm:
                 now=unix_now,
             ) as connections:
                 server.attach(connections)
-                server.serve(ServedSpan(MODEL, MAX_LENGTH, task))
+                server.serve(ServedSpan(MODEL, MAX_LENGTH, task, room))
                 task_status.started(Host(ip, identity, task.engine.span, server, task, connections))
                 await trio.sleep_forever()
 

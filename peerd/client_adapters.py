@@ -1,0 +1,168 @@
+"""A client's own adapter, on its way from the client to each hop of its chain, and what a hop keeps of it.
+
+Both ends of `/peerd/adapter/1` (spec/adapters.md): `send_adapter` at the client, `receive_adapter` at the hop, and the
+hop's `AdapterRoom`, which bounds what strangers may make it keep. Knows streams, shapes and bytes; what the
+numbers mean is the engine's, and who may send when is the session's. The difficulty is that all of it comes
+from a stranger, whose session may end at any moment: nothing counts before the last matrix is there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+import trio
+
+from peerd.compute.lora import BlockModule, Lora, LoraPair, within
+from peerd.connections import Connections, Stream
+from peerd.nurseries import open_tasks
+from peerd.protocol.adapters import ADAPTER_PROTOCOL, Granted, Loaded, MatrixA, MatrixB, Upload
+from peerd.protocol.errors import (
+    ConnectionLost,
+    InvalidRequest,
+    Overloaded,
+    PeerFault,
+    RemoteProtocolError,
+    UnsupportedFeature,
+)
+from peerd.protocol.frames import Priority
+from peerd.protocol.messages import Failure
+from peerd.protocol.schema import Message, parse
+from peerd.protocol.span import Span
+from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
+from peerd.routing.chain import Hop
+
+# 64 MB at 2 Mbit/s; whoever is slower holds pages that others wait for.
+UPLOAD_DEADLINE_S = 300.0
+# The widest value that travels.
+_WIRE_VALUE_BYTES = 4
+# So many sessions of full size bring adapters at once.
+SESSIONS_AT_ONCE = 4
+
+
+class AdapterRoom:
+    """The memory that one span has for its clients' own adapters.
+
+    `session_bytes`: what one session may bring; 0 refuses all. One peer never holds more than half of the whole.
+    `value_bytes`: what a value takes here, whatever it was sent as.
+    """
+
+    def __init__(self, session_bytes: int = 0, *, value_bytes: int = 4) -> None:
+        self.session_bytes = session_bytes
+        self.value_bytes = value_bytes
+        self.total_bytes = SESSIONS_AT_ONCE * session_bytes
+        self._held: Counter[Hashable] = Counter()
+
+    def __repr__(self) -> str:
+        return f"<AdapterRoom {self.held_bytes} of {self.total_bytes} bytes>"
+
+    @property
+    def held_bytes(self) -> int:
+        """What is reserved now."""
+        return self._held.total()
+
+    def reserve(self, owner: Hashable, values: int) -> int:
+        """Set aside what so many values take; returns the bytes. Raises UnsupportedFeature, Overloaded."""
+        wanted = values * self.value_bytes
+        if wanted > self.session_bytes:
+            raise UnsupportedFeature(f"the adapter takes {wanted} bytes here, a session may bring {self.session_bytes}")
+        if self.held_bytes + wanted > self.total_bytes or self._held[owner] + wanted > self.total_bytes // 2:
+            raise Overloaded(f"no room for an adapter of {wanted} bytes now: {self.held_bytes} are in use")
+        self._held[owner] += wanted
+        return wanted
+
+    def release(self, owner: Hashable, n_bytes: int) -> None:
+        """Give back what was reserved."""
+        self._held[owner] -= n_bytes
+        if not self._held[owner]:
+            del self._held[owner]
+
+    @contextmanager
+    def reserved(self, owner: Hashable, values: int) -> Iterator[int]:
+        """Reserve, and give back if the block fails; else it stays reserved."""
+        n_bytes = self.reserve(owner, values)
+        try:
+            yield n_bytes
+        except BaseException:
+            self.release(owner, n_bytes)
+            raise
+
+
+async def receive_adapter(stream: Stream, upload: Upload, blocks: Span) -> dict[BlockModule, LoraPair]:
+    """The pairs that `upload` promised, all of them for `blocks`. Raises InvalidRequest, PeerFault."""
+    found: dict[BlockModule, LoraPair] = {}
+    left = upload.values
+    try:
+        for _ in range(upload.pairs):
+            raw = await stream.receive(max_body=left * _WIRE_VALUE_BYTES)
+            first = parse(raw.header, (MatrixA,))
+            a = _matrix(first.tensor, raw.body, left)
+            left -= a.numel()
+            raw = await stream.receive(max_body=left * _WIRE_VALUE_BYTES)
+            b = _matrix(parse(raw.header, (MatrixB,)).tensor, raw.body, left)
+            left -= b.numel()
+            key = (first.block, first.module)
+            if not blocks.start <= first.block < blocks.end or key in found or a.shape[0] != b.shape[1]:
+                raise InvalidRequest(
+                    f"matrices {list(b.shape)} x {list(a.shape)} for {first.module} of block {first.block}: the session"
+                    f" runs blocks {blocks}, each layer comes once, and both matrices have one rank"
+                )
+            found[key] = LoraPair(a, b, first.scale)
+    except trio.EndOfChannel:
+        raise RemoteProtocolError(f"an upload of {upload.pairs} pairs ended after {len(found)}") from None
+    return found
+
+
+def _matrix(fields: dict[str, object], body: memoryview, max_values: int) -> torch.Tensor:
+    header = TensorHeader.from_fields(fields, max_elements=max_values)
+    if len(header.shape) != 2:
+        raise InvalidRequest(f"a matrix has two sides, not the shape {list(header.shape)}")
+    return decode_tensor(header, body)
+
+
+async def send_adapter(connections: Connections, hop: Hop, session: bytes, number: int, lora: Lora) -> None:
+    """Upload the part of `lora` that belongs to a hop whose session is open there as hop `number`.
+
+    Raises what the hop refuses with, or a PeerFault.
+    """
+    own = within(lora, hop.span)
+    values = sum(pair.a.numel() + pair.b.numel() for pair in own.values())
+    upload = Upload(session=session, hop=number, pairs=len(own), values=values)
+    stream = await connections.open_stream(
+        hop.peer_id, ADAPTER_PROTOCOL, addresses=hop.offer.addresses, priority=Priority.BULK
+    )
+    async with stream:
+        try:
+            with trio.fail_after(UPLOAD_DEADLINE_S):
+                await stream.send(upload.to_header())
+                await _expect(stream, Granted)
+                async with open_tasks() as tasks:
+                    tasks.start_soon(_send_pairs, stream, own)
+                    # It may be refused at any time.
+                    await _expect(stream, Loaded)
+                    tasks.cancel_scope.cancel()
+        except trio.EndOfChannel:
+            raise ConnectionLost(f"{hop.peer_id} ended the upload") from None
+        except trio.TooSlowError:
+            raise Overloaded(f"the adapter did not reach {hop.peer_id} within {UPLOAD_DEADLINE_S:g} s") from None
+
+
+async def _expect(stream: Stream, wanted: type[Message]) -> None:
+    said = parse((await stream.receive()).header, (wanted, Failure))
+    if isinstance(said, Failure):
+        raise said.error
+
+
+async def _send_pairs(stream: Stream, own: Lora) -> None:
+    for (block, module), pair in own.items():
+        header, a = encode_tensor(pair.a)
+        first = MatrixA(block=block, module=module, scale=pair.scale, tensor=header.to_fields())
+        header, b = encode_tensor(pair.b)
+        try:
+            await stream.send(first.to_header(), a)
+            await stream.send(MatrixB(tensor=header.to_fields()).to_header(), b)
+        except (PeerFault, trio.ClosedResourceError):
+            # Why, whoever listens hears.
+            return

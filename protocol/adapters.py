@@ -1,0 +1,108 @@
+"""Adapters as peers speak of them: what they are called, and how a client sends its own (spec/adapters.md).
+
+Knows names, tags and messages; knows no weights: matrices travel as bodies, described by `tensor` (spec/tensors.md).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peerd.protocol.schema import Message, binary, integer, mapping, required
+from peerd.protocol.span import MAX_BLOCKS
+
+ADAPTER_PROTOCOL = "/peerd/adapter/1"
+# What a session needs whose client sends its own adapter (`needs` in `open`).
+OWN_ADAPTER = "own_adapter"
+# Enough that two adapters share a tag by mistake never; a liar needs no collision.
+TAG_BYTES = 8
+MAX_SCALE = 1e9
+# Modules that one upload may adapt: 64 in each block of the largest model.
+MAX_PAIRS = 1 << 18
+MAX_VALUES = 1 << 40
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ID = re.compile(rf"({_NAME.pattern})@[0-9a-f]{{{2 * TAG_BYTES}}}")
+
+
+def check_name(name: str) -> str:
+    """The name, if it is one. Raises ValueError."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no adapter's name: 1 to 64 letters, digits, '.', '_' and '-'")
+    return name
+
+
+def adapter_id(name: str, digest: bytes) -> str:
+    """What announcements and `open` call an adapter: its name and the beginning of its digest."""
+    return f"{check_name(name)}@{digest[:TAG_BYTES].hex()}"
+
+
+def name_of(adapter: str) -> str:
+    """The name in an adapter's id; empty for what is no id."""
+    match = _ID.fullmatch(adapter)
+    return match[1] if match else ""
+
+
+def is_adapter_id(adapter: str) -> bool:
+    """Whether the text is a name with a digest's beginning, rather than a name alone."""
+    return bool(name_of(adapter))
+
+
+def _scale(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > MAX_SCALE:
+        raise ValueError(f"a number from -{MAX_SCALE:g} to {MAX_SCALE:g}")
+    return float(value)
+
+
+def _module(value: Any) -> str:
+    if type(value) is not str or not 1 <= len(value) <= 200 or not value.isascii() or not value.isprintable():
+        raise ValueError("1 to 200 printable ASCII characters")
+    return value
+
+
+_block = integer(0, MAX_BLOCKS - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload(Message):
+    """Client to hop, first: `pairs` pairs of matrices of `values` values in all, for a session that is open there."""
+
+    TYPE: ClassVar[str] = "upload"
+    session: bytes = required(binary(16, 16))
+    hop: int = required(integer(0, 255))
+    pairs: int = required(integer(0, MAX_PAIRS))
+    values: int = required(integer(0, MAX_VALUES))
+
+
+@dataclass(frozen=True, slots=True)
+class Granted(Message):
+    """Hop to client: there is room; send."""
+
+    TYPE: ClassVar[str] = "granted"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixA(Message):
+    """Client to hop: the first matrix of a pair, `[rank, in_features]` in the body, and the pair's scale."""
+
+    TYPE: ClassVar[str] = "a"
+    block: int = required(_block)
+    module: str = required(_module)
+    scale: float = required(_scale)
+    tensor: dict[str, Any] = required(mapping)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixB(Message):
+    """Client to hop: the second matrix of the pair just begun, `[out_features, rank]` in the body."""
+
+    TYPE: ClassVar[str] = "b"
+    tensor: dict[str, Any] = required(mapping)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Message):
+    """Hop to client: the session's steps run under its adapter from now on."""
+
+    TYPE: ClassVar[str] = "loaded"
