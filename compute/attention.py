@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -158,11 +158,19 @@ class RowView:
         return self._segment.end, 0
 
 
+class PagedView(Protocol):
+    """A batch that brings its own way over the pool (`paged_views`)."""
+
+    def attend(self, layer: int, kind: LayerKind, query: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """`query` `[1, heads, positions, width]` over one block's cache: `[1, positions, heads, value_dim]`."""
+        ...
+
+
 class SpanAttention:
     """Ties a span's attention modules to the batch in view. One an engine."""
 
     def __init__(self, layers: nn.ModuleList, kinds: Sequence[LayerKind]) -> None:
-        self.view: BatchView | None = None
+        self.view: BatchView | PagedView | None = None
         for layer, kind in zip(layers, kinds, strict=True):
             for module in layer.modules():
                 layer_idx: Any = getattr(module, "layer_idx", None)
@@ -188,6 +196,8 @@ class BlockAttention:
         if view is None:
             visible = Visible(self._kind, 0, query.shape[2], query.device)
             return _attend(query, keys, values, visible, scores)
+        if not isinstance(view, BatchView):
+            return view.attend(self._layer, self._kind, query, scores)
         all_keys, all_values = view.pool.keys[self._layer], view.pool.values[self._layer]
         visibles = view.visible(self._kind)
         rows = view.rows[view.pool.layout.group_of[self._layer]]

@@ -182,7 +182,8 @@ class Engine(BaseEngine):
 
     `kv_tokens`: capacity of the KV pool, in positions of every block, rounded down to whole pages; the pool lies on
     the model's device in its dtype. `batch_tokens`: positions a batch may have.
-    `pass_bytes`: memory for training. Raises ValueError for no pages.
+    `pass_bytes`: memory for training. `paged`: attend for all rows at once, and decode in buffers of fixed shape; by
+    default on a GPU only. Raises ValueError for no pages.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class Engine(BaseEngine):
         page_tokens: int = PAGE_TOKENS,
         batch_tokens: int = BATCH_TOKENS,
         pass_bytes: int = PASS_BYTES,
+        paged: bool | None = None,
     ) -> None:
         super().__init__(
             model.span,
@@ -202,8 +204,12 @@ class Engine(BaseEngine):
             page_tokens=page_tokens,
             batch_tokens=batch_tokens,
         )
-        self._runner = SpanRunner(model, layout, self._pool.pages, page_tokens)
+        self._runner = SpanRunner(model, layout, self._pool.pages, page_tokens, paged=paged)
         self.passes = PassRunner(model, self._runner.part, self._runner.adapters, PassMemory(pass_bytes))
+
+    def warm_up(self) -> None:
+        """Record CUDA graphs for decodes, where there is a GPU, before the first session has to wait for it."""
+        self._runner.warm_up()
 
     def run(self, batch: Batch) -> BatchOutput:
         return self._runner.run(batch)

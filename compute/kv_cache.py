@@ -17,6 +17,7 @@ import torch
 
 from peerd.compute.kv_layout import KVLayout
 from peerd.compute.layer_kinds import LayerKind
+from peerd.compute.staging import upload
 from peerd.compute.steps import PageCopy, RowPages, Segment
 
 
@@ -40,7 +41,9 @@ class KVPool:
         self.page_tokens = page_tokens
         self.device = device
         self.layout = layout
-        slots = pages * page_tokens
+        #: Where a decode's padding writes: the first slot of a page beyond all that rows own.
+        self.scratch_slot = pages * page_tokens
+        slots = (pages + 1) * page_tokens
         first = [kinds[layout.place_of.index(place)] for place in range(layout.blocks_per_page)]
         # Untouched memory costs nothing on the CPU, so a pool may be larger than what is in use.
         self._keys = [torch.empty(kind.kv_heads, slots, kind.key_dim, device=device, dtype=dtype) for kind in first]
@@ -65,7 +68,7 @@ class KVPool:
         return RowSlots(row.first, segment.end, None, self._page_slots(row.pages)[: segment.end - row.first])
 
     def _page_slots(self, pages: Sequence[int]) -> torch.Tensor:
-        starts = torch.tensor(pages, device=self.device) * self.page_tokens
+        starts = upload(pages, self.device) * self.page_tokens
         return (starts[:, None] + torch.arange(self.page_tokens, device=self.device)).flatten()
 
 

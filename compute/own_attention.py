@@ -36,6 +36,12 @@ class KeyBias:
         self._from_end = from_end
         self._table: torch.Tensor | None = None
 
+    @cached_property
+    def slopes(self) -> torch.Tensor:
+        """By how much a key is favoured over the one before it, fp32 `[heads]`: tables are linear in the position."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self(0, 2).float().diff(dim=1).squeeze(1)
+
     def __call__(self, start: int, end: int) -> torch.Tensor:
         """For the keys at `start` to `end - 1`, of rows that end there: `[heads, end - start]`."""
         table = self._table

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
+from peerd.compute.paged_attention import has_kernel
 
 NONE = "none"
 # A run that stays in a core's cache is read back for the product at once, so decoding costs no more than with plain
@@ -59,6 +60,12 @@ class Format(ABC):
     def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
         """`x`, `[n, columns]`, times the run's transpose: `[n, rows]`."""
         return F.linear(x, self.unpack(values, scales, (rows, x.shape[1]), x.dtype))
+
+    def product_of_few(
+        self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int
+    ) -> torch.Tensor | None:
+        """`linear` for a whole matrix, read once as it is stored; None where there is no kernel for so many rows."""
+        return None
 
     def n_bytes(self, rows: int, columns: int) -> int:
         """How many bytes a matrix takes."""
@@ -108,6 +115,15 @@ class Int8(Format):
             return product
         # Integers up to 127 are exact in every dtype; scaling the result rounds once where scaling weights rounds each.
         return F.linear(x, weights.to(x.dtype)).mul_(gains)
+
+    def product_of_few(
+        self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int
+    ) -> torch.Tensor | None:
+        if not _has_kernel_for(x):
+            return None
+        from peerd.compute.quantized_kernel import int8_product
+
+        return int8_product(x, values, scales, rows)
 
 
 # So many rows or fewer are faster with torch's own product of bf16 and int8 (one row: 3 ms, otherwise 8).
@@ -162,6 +178,24 @@ class Nf4(Format):
         )
         product: torch.Tensor = package.matmul_4bit(x, values.view(-1, 1).t(), state)
         return product
+
+    def product_of_few(
+        self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int
+    ) -> torch.Tensor | None:
+        if x.shape[1] % self.group or not _has_kernel_for(x):
+            return None
+        from peerd.compute.quantized_kernel import nf4_product
+
+        return nf4_product(x, values, scales, _levels(x.device), rows)
+
+
+def _has_kernel_for(x: torch.Tensor) -> bool:
+    """Whether `x` has the few rows of a decode, on a GPU for which Triton can compile."""
+    if x.device.type != "cuda" or not has_kernel():
+        return False
+    from peerd.compute.quantized_kernel import MOST_ROWS
+
+    return len(x) <= MOST_ROWS
 
 
 @cache

@@ -83,6 +83,9 @@ class QuantizedMatrix:
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.columns)
+        few = self.form.product_of_few(flat, self.values, self.scales, self.rows)
+        if few is not None:
+            return few.view(*x.shape[:-1], self.rows)
         runs = list(self.form.runs(self.rows, self.columns, self.values.device))
         if len(runs) == 1:
             result = self.form.linear(flat, self.values, self.scales, self.rows)

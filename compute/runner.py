@@ -13,10 +13,13 @@ import torch
 
 from peerd.compute.adapters import SpanAdapters
 from peerd.compute.attention import BatchView, RowView, SpanAttention
+from peerd.compute.decode_graph import DecodeGraphs, on_device
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.kv_layout import KVLayout
 from peerd.compute.packed_linear import pack_linears
+from peerd.compute.paged_views import MixedView, can_page
 from peerd.compute.span_model import SpanModel, slice_lists
+from peerd.compute.staging import Staging, upload
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span
 
@@ -24,7 +27,10 @@ from peerd.protocol.span import Span
 class SpanRunner:
     """A span's model with the KV of all its sessions."""
 
-    def __init__(self, model: SpanModel, layout: KVLayout, pages: int, page_tokens: int) -> None:
+    def __init__(
+        self, model: SpanModel, layout: KVLayout, pages: int, page_tokens: int, *, paged: bool | None = None
+    ) -> None:
+        """`paged`: whether rows are attended for all at once, in fixed buffers where they decode; None: on a GPU."""
         pack_linears(model)
         self._models = {model.span: model}
         self._whole = model
@@ -32,13 +38,21 @@ class SpanRunner:
         self._attention = SpanAttention(model.layers, model.kinds)
         #: Changed on the device thread only, between batches.
         self.adapters = SpanAdapters(model)
+        self._staging = Staging(model.hidden_size, device=model.device, dtype=model.dtype)
+        self._paged = can_page(model) and (model.device.type == "cuda" if paged is None else paged)
+        self._graphs = DecodeGraphs(self._model, model, self._pool, self._attention, self._staging)
+
+    def warm_up(self) -> None:
+        """Record what decodes need, where there is something to record. Device thread, before the first batch."""
+        if self._paged:
+            with on_device(self._whole.device), torch.inference_mode():
+                self._graphs.warm_up()
 
     def run(self, batch: Batch) -> BatchOutput:
         """Run a batch. The results are on the CPU, in the model's dtype."""
-        with torch.inference_mode():
+        with on_device(self._whole.device), torch.inference_mode():
             self._pool.copy_pages(batch.copies)
-            output = self._run_blocks(batch).cpu()
-            finite = output.isfinite().all(-1)
+            output, finite = self._staging.fetch(self._run_blocks(batch))
         counts = [piece.count for piece in batch.pieces]
         # Cloned outside of inference mode: tensors that anybody may write to, and none larger than its piece.
         return BatchOutput(
@@ -58,8 +72,12 @@ class SpanRunner:
 
     def _run_blocks(self, batch: Batch) -> torch.Tensor:
         parts = [piece.step.hidden[piece.offset : piece.offset + piece.count] for piece in batch.pieces]
-        hidden = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._whole.device, self._whole.dtype)
         segments = [segment for piece in batch.pieces for segment in piece.segments]
+        if self._paged and self._graphs.takes(batch.blocks, segments):
+            output = self._graphs.run(batch.blocks, segments, parts)
+            if output is not None:
+                return output
+        hidden = self._staging.send(self._staging.gather(parts))
         if not segments:
             return hidden
         model = self._model(batch.blocks)
@@ -74,7 +92,7 @@ class SpanRunner:
         )
 
     def _run_ragged(self, model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        view = BatchView(self._pool, segments)
+        view = MixedView(self._pool, segments) if self._paged else BatchView(self._pool, segments)
         self._attention.view = view
         try:
             return self._forward(model, hidden, segments, view)
@@ -82,7 +100,11 @@ class SpanRunner:
             self._attention.view = None
 
     def _forward(
-        self, model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment], cache: BatchView | RowView
+        self,
+        model: SpanModel,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        cache: BatchView | MixedView | RowView,
     ) -> torch.Tensor:
         positions = _positions(segments, hidden.device)
         with self.adapters.applied(segments):
@@ -99,7 +121,7 @@ class SpanRunner:
 def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
     """The absolute position of each new one: `[1, positions]`."""
     positions = [position for segment in segments for position in range(segment.start, segment.end)]
-    return torch.tensor([positions], device=device)
+    return upload(positions, device)[None]
 
 
 def _max_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor | None:
@@ -107,7 +129,7 @@ def _max_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor 
     if not model.follows_max_length:
         return None
     lengths = [segment.max_length for segment in segments for _ in range(segment.count)]
-    return torch.tensor([lengths], device=model.device)
+    return upload(lengths, model.device)[None]
 
 
 def _part_of(model: SpanModel, blocks: Span) -> SpanModel:

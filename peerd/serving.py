@@ -128,6 +128,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         load_adapter(engine, name, path, checkpoint.family)
     # The engine reorders weights.
     trim_heap()
+    engine.warm_up()
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
     throughput = spec.throughput or measured_throughput(engine, checkpoint.model_digest, dtype, quantize, model.device)
     log.info(

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import trio
 
+from peerd.nurseries import open_tasks
+
 CHUNK_BYTES = 16 * 1024
 # How far ahead of the line we read: more than a timer's error, or the line would stand idle while we wake up.
 READ_AHEAD_S = 0.005
@@ -118,6 +120,10 @@ class DelayedLink:
         self._there = Line(quality)
         self._back = Line(quality)
 
+    def set_quality(self, quality: Quality) -> None:
+        """Be another link from now on. What is under way arrives as it would have."""
+        self._there.quality = self._back.quality = quality
+
     async def handle(self, client: trio.SocketStream) -> None:
         """Carry one connection until both sides have ended it, or either broke it."""
         async with client:
@@ -142,14 +148,11 @@ async def open_delayed_link(
     target_port: int, quality: Quality, *, port: int = 0, host: str = "127.0.0.1"
 ) -> AsyncIterator[DelayedLink]:
     """A proxy to `host:target_port` while the body runs. Nobody need listen there yet."""
-    async with trio.open_nursery() as nursery:
+    async with open_tasks() as nursery:
         listeners = await trio.open_tcp_listeners(port, host=host)
         link = DelayedLink(listeners[0].socket.getsockname()[1], target_port, quality, host)
         nursery.start_soon(trio.serve_listeners, link.handle, listeners)
-        try:
-            yield link
-        finally:
-            nursery.cancel_scope.cancel()
+        yield link
 
 
 def free_port(host: str = "127.0.0.1") -> int:

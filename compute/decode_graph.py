@@ -1,0 +1,203 @@
+"""Decodes over buffers that stay where they are, so that on CUDA a whole span is one recorded graph.
+
+At batch 1 a block's kernels take less time than launching them: a graph launches all of a span's at once. It has
+fixed shapes and addresses, so a decode is padded to the next bucket of rows and of page-table width, and its
+numbers are copied into that bucket's buffers; what changes from batch to batch (positions, pages, lengths) are
+numbers. Elsewhere the same buffers are run without a graph, which is how this is tested.
+
+Knows buckets and recording; knows nothing of sessions. The difficulty is what cannot be recorded: a block that asks
+the device for a number (routed experts, some quantized layers) must wait for it. That is found out by trying, once
+for each set of blocks, and then remembered: those run as any other batch does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peerd.compute.attention import SpanAttention
+from peerd.compute.decode_rows import DecodeRows, is_short
+from peerd.compute.kv_cache import KVPool
+from peerd.compute.paged_views import DecodeView
+from peerd.compute.span_model import SpanModel
+from peerd.compute.staging import Staging
+from peerd.compute.steps import Segment
+from peerd.protocol.span import Span
+
+log = logging.getLogger(__name__)
+
+#: Rows of a decode, padding included. Beyond the last a batch is not a decode any more.
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+#: Positions of the longest row. The kernel's work follows the rows' own lengths; only its number of parts, and the
+#: copy of the page tables, follow this.
+LENGTH_BUCKETS = (1024, 8192, 65536, 1 << 20)
+# Recorded before the first session comes: every number of rows, at the lengths that most have.
+WARM_LENGTHS = LENGTH_BUCKETS[:1]
+# Libraries choose their algorithms and Triton compiles in a first run; a second shows that nothing is left to do.
+_WARM_UP_RUNS = 2
+# Its streams have no types.
+_CUDA: Any = torch.cuda
+# To record, torch waits for the device, which nobody may while another thread records there. A process has one CUDA.
+_RECORDING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What a graph is made for."""
+
+    blocks: Span
+    rows: int
+    width: int
+
+
+class _Recorded:
+    """One bucket's buffers, and its graph where it has one."""
+
+    def __init__(self, rows: DecodeRows, hidden: torch.Tensor) -> None:
+        self.rows = rows
+        self.hidden = hidden
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.output = hidden
+
+
+class DecodeGraphs:
+    """The decodes of one engine. `model` gives the part of the span that some blocks are."""
+
+    def __init__(
+        self,
+        model: Callable[[Span], SpanModel],
+        whole: SpanModel,
+        pool: KVPool,
+        attention: SpanAttention,
+        staging: Staging,
+    ) -> None:
+        self.graph_bytes = 0
+        self._model = model
+        self._whole = whole
+        self._pool = pool
+        self._attention = attention
+        self._staging = staging
+        self._records = pool.device.type == "cuda"
+        self._recorded: dict[Bucket, _Recorded] = {}
+        self._refused: set[Span] = set()
+        # Graphs run one after the other, so they can share the memory of their activations.
+        self._memory = torch.cuda.graph_pool_handle() if self._records else None
+        # Torch's own stream for recording belongs to whichever device came first.
+        self._aside: Any = _CUDA.Stream(pool.device) if self._records else None
+
+    def __repr__(self) -> str:
+        return f"<DecodeGraphs {len(self._recorded)} buckets, refused={sorted(self._refused, key=str)}>"
+
+    def takes(self, blocks: Span, segments: Sequence[Segment]) -> bool:
+        """Whether these segments are a decode that buffers can be used for."""
+        if not segments or blocks in self._refused:
+            return False
+        if any(segment.adapter or not is_short(segment) for segment in segments):
+            return False
+        return sum(segment.count for segment in segments) <= ROW_BUCKETS[-1]
+
+    def run(self, blocks: Span, segments: Sequence[Segment], parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Run a decode that `takes` agreed to: `[positions, hidden_size]` on the device, until the next run.
+
+        None where these blocks turn out not to be recordable.
+        """
+        count = sum(segment.count for segment in segments)
+        pages = max(len(place.pages) for segment in segments for place in segment.groups)
+        recorded = self._bucket(blocks, count, pages)
+        if recorded is None:
+            return None
+        recorded.rows.fill(segments)
+        self._staging.send(recorded.rows.host, recorded.rows.device)
+        self._staging.send(self._staging.gather(parts, recorded.rows.rows), recorded.hidden)
+        if recorded.graph is not None:
+            recorded.graph.replay()
+        else:
+            recorded.output = self._forward(blocks, recorded)
+        return recorded.output[:count]
+
+    def warm_up(self) -> None:
+        """Record what most decodes of the whole span need. The largest come first: the others fit into their memory."""
+        if not self._records:
+            return
+        for length in WARM_LENGTHS:
+            for rows in reversed(ROW_BUCKETS):
+                if self._bucket(self._whole.span, rows, self._width(length)) is None:
+                    return
+
+    def _bucket(self, blocks: Span, count: int, pages: int) -> _Recorded | None:
+        rows = next(bucket for bucket in ROW_BUCKETS if bucket >= count)
+        width = next((width for width in map(self._width, LENGTH_BUCKETS) if width >= pages), pages)
+        bucket = Bucket(blocks, rows, width)
+        recorded = self._recorded.get(bucket)
+        if recorded is None:
+            recorded = self._make(bucket)
+            if recorded is None:
+                self._refused.add(blocks)
+                return None
+            self._recorded[bucket] = recorded
+        return recorded
+
+    def _width(self, length: int) -> int:
+        return -(-length // self._pool.page_tokens)
+
+    def _make(self, bucket: Bucket) -> _Recorded | None:
+        hidden = torch.zeros(bucket.rows, self._whole.hidden_size, device=self._pool.device, dtype=self._whole.dtype)
+        recorded = _Recorded(DecodeRows(self._pool, bucket.rows, bucket.width), hidden)
+        # Nobody's rows: all are padding, so that recording disturbs no session.
+        recorded.rows.fill(())
+        self._staging.send(recorded.rows.host, recorded.rows.device)
+        if self._records:
+            with _RECORDING:
+                if not self._record(bucket, recorded):
+                    return None
+        return recorded
+
+    def _record(self, bucket: Bucket, recorded: _Recorded) -> bool:
+        """Record the bucket's graph. Returns whether that was possible."""
+        device = self._pool.device
+        before, _ = torch.cuda.mem_get_info(device)
+        try:
+            self._aside.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._aside):
+                for _ in range(_WARM_UP_RUNS):
+                    self._forward(bucket.blocks, recorded)
+            torch.cuda.current_stream(device).wait_stream(self._aside)
+            graph = torch.cuda.CUDAGraph()
+            # Other engines' threads may do as they like meanwhile: only ours must not wait for the device.
+            with torch.cuda.graph(graph, self._memory, self._aside, capture_error_mode="thread_local"):
+                recorded.output = self._forward(bucket.blocks, recorded)
+        except torch.cuda.OutOfMemoryError as error:
+            log.warning("no memory for CUDA graphs of blocks %s, which decode slower without: %s", bucket.blocks, error)
+            return False
+        except (RuntimeError, NotImplementedError) as error:
+            # Torch has no narrower error for "not while recording".
+            log.info("blocks %s cannot be recorded, so they decode without CUDA graphs: %s", bucket.blocks, error)
+            torch.cuda.synchronize(device)
+            return False
+        recorded.graph = graph
+        after, _ = torch.cuda.mem_get_info(device)
+        self.graph_bytes += max(before - after, 0)
+        return True
+
+    def _forward(self, blocks: Span, recorded: _Recorded) -> torch.Tensor:
+        """The blocks over the bucket's buffers. Reads nothing else, and asks the device for nothing."""
+        model = self._model(blocks)
+        view = DecodeView(self._pool, recorded.rows)
+        max_lengths = recorded.rows.max_lengths if model.follows_max_length else None
+        self._attention.view = view
+        try:
+            output = model.forward(recorded.hidden[None], view.positions, view, max_lengths=max_lengths)
+        finally:
+            self._attention.view = None
+        return output.squeeze(0)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the device the thread's current one, which streams, graphs and libraries go by."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,157 @@
+"""Batches as blocks see them on a GPU: the cache that they write to, and attention without a loop over rows.
+
+`DecodeView` is a decode in buffers of fixed shape. `MixedView` is any batch: its short segments are rows of one
+paged attention, and only what is left, chunks of prefills, is attended for one by one. Both stand where
+`attention.BatchView` stands elsewhere. The difficulty is to ask the device for nothing: numbers are worked out on the
+host and sent, and nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from peerd.compute.attention import Scores, Visible
+from peerd.compute.attention import _attend as attend
+from peerd.compute.decode_rows import DecodeRows, is_short, slots_of
+from peerd.compute.kv_cache import KVPool, RowSlots
+from peerd.compute.layer_kinds import LayerKind
+from peerd.compute.paged_attention import PagedRows, paged_decode
+from peerd.compute.span_model import SpanModel
+from peerd.compute.staging import upload
+from peerd.compute.steps import Segment
+
+
+class _View:
+    """What the model writes through: `past_key_values`. `slots`: by group, where new positions go, int64."""
+
+    # Transformers asks this of any cache.
+    is_compileable = False
+
+    def __init__(self, pool: KVPool, slots: Sequence[torch.Tensor], rows: DecodeRows, positions: torch.Tensor) -> None:
+        self.pool = pool
+        #: The absolute position of each new one, `[1, positions]`.
+        self.positions = positions
+        self._slots = slots
+        self._rows = rows
+        self._paged: dict[tuple[int, int | None, int | None], PagedRows] = {}
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache a block's new keys and values, `[1, kv_heads, positions, width]`. Attention reads the pool itself."""
+        slots = self._slots[self.pool.layout.group_of[layer]]
+        self.pool.keys[layer].index_copy_(1, slots, keys[0])
+        self.pool.values[layer].index_copy_(1, slots, values[0])
+        return keys, values
+
+    def get_seq_length(self, layer: int | None = None) -> int | torch.Tensor:
+        """Transformers' question for where positions start; as `BatchView` answers it."""
+        if layer is None:
+            return 0
+        return self.positions[0] - torch.arange(self.positions.shape[1], device=self.positions.device)
+
+    def get_mask_sizes(self, _length: int, _layer: int) -> tuple[int, int]:
+        """Transformers' question for how large a mask to make: none."""
+        return 0, 0
+
+    def get_query_offset(self, _layer: int) -> int:
+        """Transformers' question for where a mask begins."""
+        return 0
+
+    def attend_rows(self, layer: int, kind: LayerKind, query: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """`query` `[1, heads, rows, width]`, one a row, over one block's cache: `[1, rows, heads, value_dim]`."""
+        rule = (self.pool.layout.group_of[layer], kind.window, kind.chunk)
+        paged = self._paged.get(rule)
+        if paged is None:
+            paged = self._paged[rule] = self._rows.paged(rule[0], kind)
+        return paged_decode(
+            query[0].transpose(0, 1),
+            self.pool.keys[layer],
+            self.pool.values[layer],
+            paged,
+            scale=query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling,
+            softcap=scores.softcap,
+            sinks=scores.sinks,
+            slopes=None if scores.bias is None else scores.bias.slopes,
+        )[None]
+
+
+class DecodeView(_View):
+    """A decode whose numbers lie in `rows` on the device, and may change there between two runs of a graph."""
+
+    def __init__(self, pool: KVPool, rows: DecodeRows) -> None:
+        slots = [rows.slots(group) for group in range(pool.layout.groups)]
+        super().__init__(pool, slots, rows, rows.positions)
+
+    attend = _View.attend_rows
+
+
+class MixedView(_View):
+    """A batch of short segments and long ones."""
+
+    def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
+        short = [segment for segment in segments if is_short(segment)]
+        pages = max((len(place.pages) for segment in short for place in segment.groups), default=0)
+        rows = DecodeRows(pool, sum(segment.count for segment in short), pages)
+        rows.fill(short)
+        rows.device.copy_(rows.host, non_blocking=True)
+        slots = [_slots(pool, segments, group) for group in range(pool.layout.groups)]
+        positions = [position for segment in segments for position in range(segment.start, segment.end)]
+        super().__init__(pool, slots, rows, upload(positions, pool.device)[None])
+        self._long: list[tuple[int, Segment, list[RowSlots]]] = []
+        places: list[int] = []
+        offset = 0
+        for segment in segments:
+            if is_short(segment):
+                places += range(offset, offset + segment.count)
+            else:
+                lies = [pool.slots(segment, group) for group in range(pool.layout.groups)]
+                self._long.append((offset, segment, lies))
+            offset += segment.count
+        self._places = upload(places, pool.device)
+        self._visible: dict[tuple[int | None, int | None], list[Visible]] = {}
+
+    def attend(self, layer: int, kind: LayerKind, query: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """`query` `[1, heads, positions, width]` over one block's cache: `[1, positions, heads, value_dim]`."""
+        if not self._long:
+            return self.attend_rows(layer, kind, query, scores)
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        output = torch.empty(
+            1, query.shape[2], query.shape[1], values.shape[2], device=values.device, dtype=values.dtype
+        )
+        if self._rows.rows:
+            output[:, self._places] = self.attend_rows(layer, kind, query[:, :, self._places], scores)
+        group = self.pool.layout.group_of[layer]
+        for (offset, segment, slots), visible in zip(self._long, self._seen_by_long(kind), strict=True):
+            end = offset + segment.count
+            row_keys, row_values = (slots[group].read(stored, visible.start)[None] for stored in (keys, values))
+            output[:, offset:end] = attend(query[:, :, offset:end], row_keys, row_values, visible, scores)
+        return output
+
+    def _seen_by_long(self, kind: LayerKind) -> list[Visible]:
+        rule = (kind.window, kind.chunk)
+        found = self._visible.get(rule)
+        if found is None:
+            device = self.pool.device
+            found = [Visible(kind, segment.start, segment.end, device) for _, segment, _ in self._long]
+            self._visible[rule] = found
+        return found
+
+
+def can_page(model: SpanModel) -> bool:
+    """Whether these views do for all of a span's blocks: their attention comes to us, and with plain keys."""
+    return model.family.attention_interface and not any(kind.latent for kind in model.kinds)
+
+
+def _slots(pool: KVPool, segments: Sequence[Segment], group: int) -> torch.Tensor:
+    """Where a group's blocks keep each new position of a batch."""
+    parts = [
+        slots_of(place, np.asarray(place.pages, dtype=np.int32), segment, pool.page_tokens)
+        for segment in segments
+        for place in (segment.groups[group],)
+    ]
+    return upload(torch.from_numpy(np.concatenate(parts)), pool.device)

@@ -1,0 +1,194 @@
+"""An engine that attends for all rows at once and decodes in fixed buffers, beside one that goes row by row.
+
+Both get the same steps. Where there is a GPU the first runs there, and its decodes are recorded; without one nothing
+is recorded, but buffers, padding and page tables are the same. The second always runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from peerd.compute.attention import register_attention
+from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
+from peerd.compute.engine import Engine
+from peerd.compute.span_model import load_span
+from peerd.compute.steps import EngineStep
+from peerd.protocol.rows import Fork, Op, RowSlice
+from peerd.protocol.span import Span
+
+SPAN = Span(1, 6)
+WIDTH = 32
+PAGE = 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Another device adds up in another order.
+TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-3
+
+
+class Pair:
+    """A paged engine and a plain one, over the same blocks."""
+
+    def __init__(self, path: Path, **settings: int) -> None:
+        self.engines = []
+        for paged in (True, False):
+            with open_checkpoint(path) as checkpoint:
+                model = load_span(checkpoint, SPAN, device=DEVICE if paged else "cpu", attention=register_attention())
+            engine = Engine(
+                model, paged=paged, **{"kv_tokens": 1024, "page_tokens": PAGE, "batch_tokens": 64} | settings
+            )
+            for stored in (*engine._runner._pool.keys, *engine._runner._pool.values):
+                # What nobody wrote must not matter.
+                stored.fill_(torch.nan)
+            self.engines.append(engine)
+        self._generator = torch.Generator().manual_seed(3)
+        self._seq = 0
+
+    @property
+    def graphs(self):
+        return self.engines[0]._runner._graphs
+
+    @property
+    def buckets(self) -> set[Bucket]:
+        return set(self.graphs._recorded)
+
+    def open(self, session: str, rows: int = 1, length: int = 64, blocks: Span = SPAN) -> None:
+        for engine in self.engines:
+            engine.open(session, blocks=blocks, max_length=length, max_rows=rows, max_rollback=length)
+
+    def step(self, *asked: tuple[str, Sequence[RowSlice], Sequence[Op]]) -> None:
+        """Submit steps of several sessions at once, run all batches, and compare."""
+        results: list[dict] = [{}, {}]
+        self._seq += 1
+        for session, rows, ops in asked:
+            hidden = torch.randn(sum(row.count for row in rows), WIDTH, generator=self._generator)
+            for engine in self.engines:
+                engine.submit(EngineStep(session, self._seq, tuple(ops), tuple(rows), hidden))
+        for engine, found in zip(self.engines, results, strict=True):
+            while batch := engine.plan():
+                for result in engine.collect(batch, engine.run(batch)):
+                    assert result.error is None, result.error
+                    found[result.session] = result.hidden
+        assert results[0].keys() == results[1].keys() == {session for session, _, _ in asked}
+        for session, hidden in results[0].items():
+            torch.testing.assert_close(hidden, results[1][session], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.fixture
+def make_pair(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Pair]:
+    return lambda family="llama", **settings: Pair(tiny_checkpoint(family), **settings)
+
+
+def one(session: str, start: int, count: int = 1) -> tuple[str, list[RowSlice], list[Op]]:
+    return session, [RowSlice(0, start, count)], []
+
+
+# Grouped heads; windows in some blocks; softcap; sinks and experts; windows everywhere; declared lengths; chunks.
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "mistral", "phi3_longrope", "llama4_text"])
+def test_decodes_beside_prefills_equal_those_of_the_plain_engine(make_pair, family: str):
+    pair = make_pair(family)
+    for session, length in (("a", 5), ("b", 23), ("c", 1)):
+        pair.open(session)
+        pair.step(one(session, 0, length))
+    for turn in range(3):
+        pair.step(one("a", 5 + turn), one("b", 23 + turn), one("c", 1 + turn))
+    pair.open("late")
+    # A prefill in chunks beside decodes, then everybody decodes.
+    pair.step(one("late", 0, 40), one("a", 8), one("b", 26))
+    pair.step(one("late", 40), one("a", 9), one("b", 27), one("c", 4))
+    assert {bucket.rows for bucket in pair.buckets} >= {1, 4}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rollbacks_forks_and_speculation_need_no_more_than_other_numbers(make_pair, family: str):
+    pair = make_pair(family)
+    pair.open("beams", rows=3)
+    pair.open("guess")
+    pair.step(one("beams", 0, 10))
+    pair.step(one("guess", 0, 18))
+    made = pair.buckets
+    fork = [Fork(0, 1, 10), Fork(0, 2, 9)]
+    pair.step(("beams", [RowSlice(0, 10, 1), RowSlice(1, 10, 1), RowSlice(2, 9, 1)], fork), one("guess", 18, 4))
+    # Three of the guesses were wrong; then a beam takes another's place.
+    pair.step(("beams", [RowSlice(0, 11, 1), RowSlice(1, 11, 1)], []), one("guess", 19))
+    pair.step(("beams", [RowSlice(2, 11, 1)], [Fork(0, 2, 11)]), one("guess", 15, 2))
+    assert {bucket.rows for bucket in pair.buckets - made} == {4, 8}
+
+
+def test_a_batch_takes_the_smallest_bucket_and_buckets_are_made_once(make_pair):
+    pair = make_pair(kv_tokens=4096)
+    names = [f"s{number}" for number in range(9)]
+    for name in names:
+        pair.open(name)
+        pair.step(one(name, 0, 12))
+    assert not pair.buckets
+    for count in (1, 2, 3, 9, 9):
+        # Each time one position back: a bucket is not made for where rows stand.
+        pair.step(*(one(name, 12) for name in names[:count]))
+    width = LENGTH_BUCKETS[0] // PAGE
+    assert pair.buckets == {Bucket(SPAN, rows, width) for rows in (1, 2, 4, 16)}
+
+
+def test_a_row_longer_than_a_bucket_takes_the_next(make_pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("peerd.compute.decode_graph.LENGTH_BUCKETS", (16, 32))
+    pair = make_pair()
+    pair.open("a")
+    pair.step(one("a", 0, 14))
+    for position in range(14, 36):
+        pair.step(one("a", position))
+    assert {bucket.width for bucket in pair.buckets} == {4, 8, 9}
+
+
+def test_sessions_on_a_part_of_the_span_have_buckets_of_their_own(make_pair):
+    pair = make_pair()
+    for session, blocks in (("part", Span(2, 4)), ("whole", SPAN)):
+        pair.open(session, blocks=blocks)
+        pair.step(one(session, 0, 10))
+        pair.step(one(session, 10))
+    assert {bucket.blocks for bucket in pair.buckets} == {Span(2, 4), SPAN}
+
+
+def test_more_rows_than_the_largest_bucket_are_attended_for_without_one(make_pair):
+    count = ROW_BUCKETS[-1] + 1
+    pair = make_pair(kv_tokens=4096, batch_tokens=2 * count)
+    pair.open("crowd", rows=count, length=16)
+    pair.step(("crowd", [RowSlice(row, 0, 1) for row in range(count)], []))
+    pair.step(("crowd", [RowSlice(row, 1, 1) for row in range(count)], []))
+    assert not pair.buckets
+
+
+def test_blocks_that_cannot_be_recorded_are_tried_once_and_run_as_before(make_pair, monkeypatch: pytest.MonkeyPatch):
+    pair = make_pair()
+    tried = []
+    monkeypatch.setattr(pair.graphs, "_make", lambda bucket: tried.append(bucket))
+    pair.open("a")
+    pair.step(one("a", 0, 10))
+    for position in range(10, 13):
+        pair.step(one("a", position))
+    assert len(tried) == 1
+
+
+def test_not_a_number_in_one_row_stays_there(make_pair):
+    pair = make_pair()
+    engine = pair.engines[0]
+    for session in ("good", "bad"):
+        engine.open(session, max_length=16, max_rows=1, max_rollback=16)
+    hidden = torch.randn(3, WIDTH)
+    results = {}
+    for poison in (False, True):
+        for session in ("good", "bad"):
+            own = hidden[:1] if session == "good" or not poison else torch.full((1, WIDTH), torch.nan)
+            engine.submit(EngineStep(session, 1, (), (RowSlice(0, 0, 1),), own))
+        while batch := engine.plan():
+            for result in engine.collect(batch, engine.run(batch)):
+                results[result.session, poison] = result
+    assert results["bad", True].error is not None
+    torch.testing.assert_close(results["good", True].hidden, results["good", False].hidden)
+    # Nor does it stay in the buffers.
+    engine.submit(EngineStep("good", 2, (), (RowSlice(0, 1, 1),), hidden[1:2]))
+    batch = engine.plan()
+    (result,) = engine.collect(batch, engine.run(batch))
+    assert result.error is None
