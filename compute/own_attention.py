@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import VARIANTS, tiny_model
 
 from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
 from peerd.compute.engine import Engine
+from peerd.compute.families import FAMILIES
 from peerd.compute.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import Fork, Op, RowSlice
@@ -78,16 +80,24 @@ class Pair:
 
 
 @pytest.fixture
-def make_pair(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Pair]:
-    return lambda family="llama", **settings: Pair(tiny_checkpoint(family), **settings)
+def make_pair(tmp_path: Path) -> Callable[..., Pair]:
+    def make(name: str = "llama", **settings: int) -> Pair:
+        family, fields = VARIANTS.get(name, (name, None))
+        tiny_model(FAMILIES[family], fields).save_pretrained(tmp_path)
+        return Pair(tmp_path, **settings)
+
+    return make
 
 
 def one(session: str, start: int, count: int = 1) -> tuple[str, list[RowSlice], list[Op]]:
     return session, [RowSlice(0, start, count)], []
 
 
-# Grouped heads; windows in some blocks; softcap; sinks and experts; windows everywhere; declared lengths; chunks.
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "mistral", "phi3_longrope", "llama4_text"])
+# Grouped heads; windows in some blocks; softcap; sinks, experts; windows everywhere; declared lengths; chunks; ALiBi.
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", "gemma2", "gpt_oss", "mistral", "phi3", "llama4_text", "bloom", "falcon with alibi", "mpt"],
+)
 def test_decodes_beside_prefills_equal_those_of_the_plain_engine(make_pair, family: str):
     pair = make_pair(family)
     for session, length in (("a", 5), ("b", 23), ("c", 1)):
