@@ -61,7 +61,9 @@ def _table_fields(file: GgufFiles, architecture: Architecture) -> dict[str, Any]
         (architecture.name, architecture.more),
         ("tokenizer", GGUF_CONFIG_MAPPING["tokenizer"]),
     )
-    fields: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(table) or {})
+    # A file that names no such token has none; the configuration's class would take another model's.
+    fields: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    fields |= GGUF_CONFIG_DEFAULTS_MAPPING.get(table) or {}
     for section, names in tables:
         for key, name in names.items():
             value = file.metadata.get(f"{section}.{key}")

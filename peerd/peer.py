@@ -112,7 +112,7 @@ class Peer:
 
         async with self._checkpoints.open(path, revision) as checkpoint:
             await fetch_head(checkpoint)
-            facts, head, tokenizer = await trio.to_thread.run_sync(_read_client_side, checkpoint)
+            facts, head, tokenizer, generation = await trio.to_thread.run_sync(_read_client_side, checkpoint)
             random = Random(os.urandom(16))
             discovery = self.discovery
             finder = SwarmFinder(discovery.directory, discovery.links, facts.digest, facts.block_count, random)
@@ -120,7 +120,7 @@ class Peer:
             async with open_tasks() as tasks:
                 task = HeadTask(head)
                 tasks.start_soon(task.run)
-                yield RemoteModel(facts, task, tokenizer, checkpoint.generation_config, finder, opener, tasks)
+                yield RemoteModel(facts, task, tokenizer, generation, finder, opener, tasks)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
         """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
@@ -312,10 +312,10 @@ async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
     return server
 
 
-def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any]:
-    """What a client needs of a model: facts, head, tokenizer. Blocks; run it in a thread."""
+def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any, Any]:
+    """What a client needs of a model: facts, head, tokenizer, generation config. Blocks; run it in a thread."""
     from peerd.compute.head import load_head
-    from peerd.compute.tokenizer import load_tokenizer
+    from peerd.compute.tokenizer import generation_config, load_tokenizer
     from peerd.model import ModelFacts
     from peerd.protocol.tensors import DTYPE_NAMES
 
@@ -328,7 +328,8 @@ def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any]:
         dtype=DTYPE_NAMES[checkpoint.dtype],
         model_type=checkpoint.family.model_type,
     )
-    return facts, load_head(checkpoint), load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    return facts, load_head(checkpoint), tokenizer, generation_config(checkpoint, tokenizer)
 
 
 def _parsed(addresses: Sequence[Address]) -> tuple[Multiaddr, ...]:

@@ -280,7 +280,7 @@ _REORDERED: Mapping[str, Callable[[str, Array, Any], Array]] = {
 def write_gguf(
     path: Path,
     architecture: str,
-    metadata: Mapping[str, int | float | str],
+    metadata: Mapping[str, int | float | str | list[Any]],
     tensors: Mapping[str, Any],
     kind: gguf.GGMLQuantizationType | None = None,
 ) -> None:
@@ -290,6 +290,8 @@ def write_gguf(
         full_key = key if key.startswith(("split", "tokenizer", "general")) else f"{architecture}.{key}"
         if isinstance(value, str):
             writer.add_string(full_key, value)
+        elif isinstance(value, list):
+            writer.add_array(full_key, value)
         elif isinstance(value, float):
             writer.add_float32(full_key, value)
         elif full_key == "split.count":

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf_writer import write_gguf
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
 from peerd.compute.errors import CheckpointError
-from peerd.compute.tokenizer import load_tokenizer
+from peerd.compute.gguf_architectures import ARCHITECTURES
+from peerd.compute.tokenizer import generation_config, load_tokenizer
 
 TinyCheckpoint = Callable[[str], Path]
 
@@ -49,6 +53,166 @@ def test_a_checkpoint_without_a_tokenizer_says_so(tiny_checkpoint: TinyCheckpoin
         pytest.raises(CheckpointError, match="has no tokenizer"),
     ):
         load_tokenizer(checkpoint)
+
+
+SPELLED = list(bytes_to_unicode().values())
+TEXT = "hello  world 123's  <think> é 日本 hello<|end|>"
+
+
+def byte_level(pre: str) -> dict[str, Any]:
+    """A vocabulary of bytes, some merges, and two added tokens; as GGUF states it."""
+    merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "Ġw o", "1 2", "12 3", "' s", "Ġ Ġ"]
+    tokens = [*SPELLED, *(merge.replace(" ", "") for merge in merges), "<|end|>", "<think>"]
+    return {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": [1] * (len(tokens) - 2) + [3, 4],
+        "merges": merges,
+        "eos_token_id": tokens.index("hello"),
+    }
+
+
+def sentencepiece() -> dict[str, Any]:
+    pieces = [
+        "▁",
+        *"helowrd12",
+        "he",
+        "ll",
+        "hell",
+        "hello",
+        "▁hello",
+        "▁w",
+        "wor",
+        "ld",
+        "world",
+        "▁world",
+        "▁▁",
+        "12",
+    ]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    return {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + [-float(rank) for rank in range(len(pieces))],
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+
+
+def write_vocabulary(folder: Path, architecture: str, stated: dict[str, Any], **more: Any) -> Path:
+    sizes = {"block_count": 1, "embedding_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in {**stated, **more}.items() if value is not None}
+    path = folder / "tiny.gguf"
+    rows = len(stated.get("tokens") or "four")
+    write_gguf(
+        path,
+        architecture,
+        {**sizes, "context_length": 16, "feed_forward_length": 16, **metadata},
+        {"token_embd.weight": np.zeros((rows, 32))},
+    )
+    return path
+
+
+VOCABULARIES = [
+    ("bloom", byte_level("bloom")),
+    ("falcon", byte_level("falcon")),
+    ("gemma2", sentencepiece()),
+    ("gemma3", sentencepiece()),
+    ("gpt-oss", byte_level("gpt-4o")),
+    ("gpt2", byte_level("gpt-2")),
+    ("llama", byte_level("llama-bpe")),
+    ("llama", byte_level("smollm")),
+    ("llama", sentencepiece()),
+    ("minimax-m2", byte_level("minimax-m2")),
+    ("nemotron", sentencepiece()),
+    ("phi3", byte_level("gpt-4o")),
+    ("phi3", sentencepiece()),
+    ("qwen2", byte_level("qwen2")),
+    ("qwen2moe", byte_level("qwen2")),
+    ("qwen3", byte_level("qwen2")),
+    ("qwen3moe", byte_level("qwen2")),
+    ("stablelm", byte_level("stablelm2")),
+    ("starcoder2", byte_level("starcoder")),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stated"), VOCABULARIES, ids=[f"{name}-{stated['model']}" for name, stated in VOCABULARIES]
+)
+def test_a_gguf_files_tokenizer_is_what_transformers_makes_of_it(
+    tmp_path: Path, architecture: str, stated: dict[str, Any]
+) -> None:
+    from transformers import AutoTokenizer
+
+    write_vocabulary(tmp_path, architecture, stated)
+    with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
+        ours = load_tokenizer(checkpoint)
+    theirs: Any = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
+    assert ours.encode(TEXT) == theirs.encode(TEXT)
+    assert ours.decode(ours.encode(TEXT), skip_special_tokens=True) == theirs.decode(
+        theirs.encode(TEXT), skip_special_tokens=True
+    )
+    assert (ours.eos_token, ours.bos_token) == (theirs.eos_token, theirs.bos_token)
+
+
+def test_every_architecture_of_gguf_has_a_vocabulary_here() -> None:
+    assert {architecture for architecture, _ in VOCABULARIES} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"tokens": None}, "field 'tokens' is missing"),
+        ({"model": "rwkv"}, "stating tokenizer 'rwkv'"),
+        ({"eos_token_id": 99999}, "list index out of range"),
+        ({"merges": ["h e", "x"]}, "expected tuple of length 2"),
+        ({"merges": ["h e", "zz zz"]}, "`zz` out of vocabulary"),
+        ({"merges": None}, "field 'scores' is missing"),
+    ],
+)
+def test_a_vocabulary_that_contradicts_itself_is_a_clear_error(
+    tmp_path: Path, more: dict[str, Any], reason: str
+) -> None:
+    path = write_vocabulary(tmp_path, "llama", byte_level("llama-bpe"), **more)
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=rf"(?s)tiny\.gguf: has no .*{reason}"),
+    ):
+        load_tokenizer(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        (["<|eot_id|>", "<|end_of_text|>", "<|other|>"], ["hello", "<|eot_id|>", "<|end_of_text|>"]),
+        (["<end_of_turn>"], ["hello", "<end_of_turn>"]),
+        (["<|im_end|>", "hello"], ["hello", "<|im_end|>"]),
+        (["<|return|>", "<|call|>", "<|end|>"], ["hello", "<|return|>", "<|call|>"]),
+        ([], ["hello"]),
+    ],
+)
+def test_the_end_of_a_turn_ends_an_answer_though_gguf_names_only_the_end_of_a_text(
+    tmp_path: Path, control: list[str], expected: list[str]
+) -> None:
+    stated = byte_level("llama-bpe")
+    added = [token for token in control if token not in stated["tokens"]]
+    stated["tokens"] = [token for token in stated["tokens"] if token not in added] + added
+    types = {token: 3 for token in control}
+    stated["token_type"] = [types.get(token, 1) for token in stated["tokens"]]
+    stated["eos_token_id"] = stated["tokens"].index("hello")
+    with open_checkpoint(write_vocabulary(tmp_path, "llama", stated)) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+        config = generation_config(checkpoint, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(config.eos_token_id) == expected
+
+
+def test_a_directory_says_itself_what_ends_an_answer(with_tokenizer: Path) -> None:
+    with open_checkpoint(with_tokenizer) as checkpoint:
+        config = generation_config(checkpoint, load_tokenizer(checkpoint))
+        assert config.eos_token_id == checkpoint.generation_config.eos_token_id == 2
 
 
 @pytest.mark.model
