@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -364,3 +365,49 @@ def open_swarm() -> Callable[[], object]:
 def whole_forward() -> Callable[[torch.Tensor, int], torch.Tensor]:
     """What a model of so many blocks makes of a whole row at once: `[n, width]` to `[n, width]`."""
     return lambda hidden, blocks: fake_forward(hidden, Span(0, blocks))
+
+
+TINY_WIDTH = 32
+TINY_BLOCKS = 8
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama of 8 blocks of width 32, fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=TINY_BLOCKS,
+        hidden_size=TINY_WIDTH,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def serve_tiny(tiny_llama: Path) -> Iterator[Callable[..., Awaitable[Host]]]:
+    """`await serve_tiny(swarm, span)`: a host with a real engine over blocks of `tiny_llama`."""
+    from peerd.compute.attention import register_attention
+    from peerd.compute.checkpoint import open_checkpoint
+    from peerd.compute.engine import Engine
+    from peerd.compute.span_model import load_span
+
+    with open_checkpoint(tiny_llama) as checkpoint:
+
+        async def serve(swarm: Swarm, span: Span, *, step_s: float = 0.01, pass_bytes: int = 2**27) -> Host:
+            model = load_span(checkpoint, span, dtype=torch.float32, attention=register_attention())
+            return await swarm.serve_engine(Engine(model, kv_tokens=256, pass_bytes=pass_bytes), step_s=step_s)
+
+        yield serve

@@ -9,10 +9,6 @@ import torch
 import trio
 
 from peerd.chain_keeper import Patience
-from peerd.compute.attention import register_attention
-from peerd.compute.checkpoint import open_checkpoint
-from peerd.compute.engine import Engine
-from peerd.compute.span_model import load_span
 from peerd.passes import PassMaker, Trained
 from peerd.protocol.errors import InvalidRequest, NoChain, NoRoom
 from peerd.protocol.span import Span
@@ -27,42 +23,11 @@ SHORT = Patience(missing_s=2.0, busy_s=6.0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny random Llama."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        num_hidden_layers=8,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    path = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder):
-    with open_checkpoint(folder) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def decoder(folder):
+def decoder(tiny_llama):
     """Transformers' own, without its final norm."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).model
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval().requires_grad_(False).model
     model.norm = torch.nn.Identity()
     return model
 
@@ -134,17 +99,6 @@ def assert_same(output, gradients, expected):
         torch.testing.assert_close(gradients.lora[key], pair, **TOLERANCE)
 
 
-@pytest.fixture
-def serve(checkpoint):
-    """`await serve(swarm, span)`: a host with a real engine."""
-
-    async def start(swarm, span, *, step_s=0.01, pass_bytes=2**27):
-        model = load_span(checkpoint, span, dtype=torch.float32, attention=register_attention())
-        return await swarm.serve_engine(Engine(model, kv_tokens=256, pass_bytes=pass_bytes), step_s=step_s)
-
-    return start
-
-
 def maker_of(client, finder=None):
     return PassMaker(finder or client.finder, client.connections, MODEL, WIDTH, "float32", random.Random(1))
 
@@ -153,10 +107,10 @@ INPUT, GRAD = normal(sum(ROWS), WIDTH, seed=1), normal(sum(ROWS), WIDTH, seed=2)
 
 
 @pytest.mark.parametrize("prompts", [1, len(ROWS)], ids=["a shared prompt", "a prompt a row"])
-async def test_forward_and_backward_through_three_hops_equal_autograd(open_swarm, serve, decoder, prompts):
+async def test_forward_and_backward_through_three_hops_equal_autograd(open_swarm, serve_tiny, decoder, prompts):
     async with open_swarm() as swarm:
         for span in CUT:
-            await serve(swarm, span)
+            await serve_tiny(swarm, span)
         maker = maker_of(await swarm.client())
         what = trained(prompts)
         done = await maker.forward(INPUT, ROWS, BLOCKS, what)
@@ -172,10 +126,10 @@ def small_micro_batches(monkeypatch):
     monkeypatch.setattr("peerd.passes.MICRO_BATCHES_A_HOP", 1)
 
 
-async def test_micro_batches_are_on_all_hops_at_once(open_swarm, serve, decoder, small_micro_batches):
+async def test_micro_batches_are_on_all_hops_at_once(open_swarm, serve_tiny, decoder, small_micro_batches):
     async with open_swarm() as swarm:
         for span in CUT:
-            await serve(swarm, span)
+            await serve_tiny(swarm, span)
         maker = maker_of(await swarm.client())
         rows, inputs, grad = (20,) * 8, normal(160, WIDTH, seed=1), normal(160, WIDTH, seed=2)
         took = []
@@ -193,11 +147,11 @@ async def test_micro_batches_are_on_all_hops_at_once(open_swarm, serve, decoder,
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("when", ["forward", "between", "backward"])
 async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(
-    open_swarm, serve, decoder, small_micro_batches, victim, when
+    open_swarm, serve_tiny, decoder, small_micro_batches, victim, when
 ):
     async with open_swarm() as swarm:
-        hosts = [await serve(swarm, span) for span in CUT]
-        twin = await serve(swarm, CUT[victim])
+        hosts = [await serve_tiny(swarm, span) for span in CUT]
+        twin = await serve_tiny(swarm, CUT[victim])
         twin.online = False
         client = await swarm.client()
         maker = maker_of(client)
@@ -234,10 +188,10 @@ async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(
         assert client.finder.failures == [hosts[victim].peer_id]
 
 
-async def test_a_hop_that_dies_may_be_replaced_by_two(open_swarm, serve, decoder):
+async def test_a_hop_that_dies_may_be_replaced_by_two(open_swarm, serve_tiny, decoder):
     async with open_swarm() as swarm:
-        whole = await serve(swarm, BLOCKS)
-        halves = [await serve(swarm, span) for span in (Span(0, 5), Span(5, 8))]
+        whole = await serve_tiny(swarm, BLOCKS)
+        halves = [await serve_tiny(swarm, span) for span in (Span(0, 5), Span(5, 8))]
         for half in halves:
             half.online = False
         maker = maker_of(await swarm.client())
@@ -250,9 +204,9 @@ async def test_a_hop_that_dies_may_be_replaced_by_two(open_swarm, serve, decoder
         assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
 
 
-async def test_blocks_that_nobody_serves_any_more_are_named(open_swarm, serve):
+async def test_blocks_that_nobody_serves_any_more_are_named(open_swarm, serve_tiny):
     async with open_swarm() as swarm:
-        hosts = [await serve(swarm, span) for span in CUT]
+        hosts = [await serve_tiny(swarm, span) for span in CUT]
         maker = maker_of(await swarm.client())
         done = await maker.forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
         swarm.kill(hosts[1])
@@ -262,10 +216,10 @@ async def test_blocks_that_nobody_serves_any_more_are_named(open_swarm, serve):
         assert trio.current_time() - began < 2 * SHORT.missing_s + 1
 
 
-async def test_without_room_for_tapes_the_results_are_the_same(open_swarm, serve, decoder):
+async def test_without_room_for_tapes_the_results_are_the_same(open_swarm, serve_tiny, decoder):
     async with open_swarm() as swarm:
         for span in CUT:
-            host = await serve(swarm, span)
+            host = await serve_tiny(swarm, span)
             host.task.engine.passes.memory.free_for = lambda _: 0
         maker = maker_of(await swarm.client())
         done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
@@ -273,9 +227,9 @@ async def test_without_room_for_tapes_the_results_are_the_same(open_swarm, serve
         assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
 
 
-async def test_what_a_lane_held_is_given_back_when_its_pass_ends_however_it_ends(open_swarm, serve):
+async def test_what_a_lane_held_is_given_back_when_its_pass_ends_however_it_ends(open_swarm, serve_tiny):
     async with open_swarm() as swarm:
-        host = await serve(swarm, BLOCKS)
+        host = await serve_tiny(swarm, BLOCKS)
         client = await swarm.client()
         maker = maker_of(client)
         memory, server = host.task.engine.passes.memory, host.server.passes
@@ -307,9 +261,9 @@ async def test_what_a_lane_held_is_given_back_when_its_pass_ends_however_it_ends
         assert await settled()
 
 
-async def test_a_cancelled_pass_frees_the_device_for_the_next(open_swarm, serve):
+async def test_a_cancelled_pass_frees_the_device_for_the_next(open_swarm, serve_tiny):
     async with open_swarm() as swarm:
-        await serve(swarm, BLOCKS, step_s=1.0)
+        await serve_tiny(swarm, BLOCKS, step_s=1.0)
         first, second = maker_of(await swarm.client()), maker_of(await swarm.client())
         with trio.move_on_after(2.5):
             await first.forward(INPUT, ROWS, BLOCKS, trained())
@@ -318,9 +272,11 @@ async def test_a_cancelled_pass_frees_the_device_for_the_next(open_swarm, serve)
         assert trio.current_time() - began < 8 * 1.0 + 3
 
 
-async def test_a_lane_idle_for_long_is_forgotten_and_its_backward_is_done_from_the_input(open_swarm, serve, decoder):
+async def test_a_lane_idle_for_long_is_forgotten_and_its_backward_is_done_from_the_input(
+    open_swarm, serve_tiny, decoder
+):
     async with open_swarm() as swarm:
-        host = await serve(swarm, BLOCKS)
+        host = await serve_tiny(swarm, BLOCKS)
         maker = maker_of(await swarm.client())
         done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
         await trio.sleep(400)
@@ -329,9 +285,9 @@ async def test_a_lane_idle_for_long_is_forgotten_and_its_backward_is_done_from_t
         assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
 
 
-async def test_a_row_that_no_peer_has_memory_for_is_refused_with_the_numbers(open_swarm, serve):
+async def test_a_row_that_no_peer_has_memory_for_is_refused_with_the_numbers(open_swarm, serve_tiny):
     async with open_swarm() as swarm:
-        await serve(swarm, BLOCKS, pass_bytes=2**16)
+        await serve_tiny(swarm, BLOCKS, pass_bytes=2**16)
         client = await swarm.client()
         maker = maker_of(client)
         with pytest.raises(NoRoom, match=r"a row of 24 positions takes [0-9]+ bytes .* 32768 are set aside"):
@@ -339,10 +295,10 @@ async def test_a_row_that_no_peer_has_memory_for_is_refused_with_the_numbers(ope
         assert client.finder.failures == []
 
 
-async def test_a_peer_with_memory_is_found_after_one_without(open_swarm, serve, decoder):
+async def test_a_peer_with_memory_is_found_after_one_without(open_swarm, serve_tiny, decoder):
     async with open_swarm() as swarm:
-        small = await serve(swarm, BLOCKS, pass_bytes=2**16)
-        large = await serve(swarm, BLOCKS)
+        small = await serve_tiny(swarm, BLOCKS, pass_bytes=2**16)
+        large = await serve_tiny(swarm, BLOCKS)
         large.online = False
         maker = maker_of(await swarm.client())
         await maker.forward(INPUT[:1], (1,), BLOCKS, Trained(), keep=False)
@@ -354,13 +310,13 @@ async def test_a_peer_with_memory_is_found_after_one_without(open_swarm, serve, 
             assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, Trained()))
 
 
-async def test_a_peer_that_does_not_train_is_passed_over_without_blame(open_swarm, serve):
+async def test_a_peer_that_does_not_train_is_passed_over_without_blame(open_swarm, serve_tiny):
     async with open_swarm() as swarm:
         await swarm.serve(0, 8)
         client = await swarm.client()
         with pytest.raises(NoChain):
             await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
-        able = await serve(swarm, BLOCKS)
+        able = await serve_tiny(swarm, BLOCKS)
         done = await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
         assert done.chain[0]["peer"] == str(able.peer_id)
         assert client.finder.failures == []
@@ -379,9 +335,9 @@ async def test_a_peer_that_does_not_train_is_passed_over_without_blame(open_swar
         (ROWS, Trained(lora={(0, "self_attn.q_proj"): (normal(2, WIDTH + 1), normal(WIDTH, 2))})),
     ],
 )
-async def test_what_does_not_fit_is_the_callers_fault(open_swarm, serve, rows, what):
+async def test_what_does_not_fit_is_the_callers_fault(open_swarm, serve_tiny, rows, what):
     async with open_swarm() as swarm:
-        await serve(swarm, BLOCKS)
+        await serve_tiny(swarm, BLOCKS)
         client = await swarm.client()
         with pytest.raises(InvalidRequest):
             await maker_of(client).forward(INPUT, rows, BLOCKS, what)
