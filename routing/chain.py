@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
+from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
 from peerd.routing.offer import Offer, agreeing
@@ -80,17 +81,15 @@ def plan_chain(
 
     Raises NoChain whose `missing` has the runs of blocks, as (start, end), that no usable offer holds.
     """
-    usable = [
-        offer
-        for offer in offers
-        if offer.record.state == "online"
-        and offer.peer_id not in avoid
-        and offer.span.start < span.end
-        and span.start < offer.span.end
-    ]
-    usable = [offer for offer in agreeing(usable) if needs.adapter.met_by(offer, span)]
+    usable = agreeing([offer for offer in offers if _is_usable(offer.record, span) and offer.peer_id not in avoid])
+    usable = [offer for offer in usable if needs.adapter.met_by(offer, span)]
     _check_covered(usable, span, needs.adapter)
     return _Planner(usable, span, needs).choose(random)
+
+
+def _is_usable(record: ServerRecord, span: Span) -> bool:
+    own = record.span
+    return record.state == "online" and own.start < span.end and span.start < own.end
 
 
 def _check_covered(offers: Sequence[Offer], span: Span, adapter: AdapterNeed) -> None:
@@ -124,7 +123,7 @@ class _Planner:
             [HOP_S + (NO_ROOM_S if offer.record.free_tokens < needs.tokens else 0.0) for offer in offers]
         )
         self._client_s: Floats = np.array([needs.rtts_s.get(o.peer_id, UNKNOWN_RTT_S) / 2 for o in offers])
-        self._link_s = _link_delays(offers, self._client_s)
+        self._links = _LinkDelays(offers, self._client_s)
         self._reach = self._sweep()
 
     def choose(self, random: Random) -> Chain:
@@ -147,9 +146,10 @@ class _Planner:
             if block == 0:
                 break
             budget -= self._enter_s[at]
-            before = _pick(self._reach[block] + self._link_s[at], budget, random)
-            budget -= self._link_s[before, at]
-            cost_s += self._link_s[before, at]
+            link_s = self._links.row(at)
+            before = _pick(self._reach[block] + link_s, budget, random)
+            budget -= link_s[before]
+            cost_s += link_s[before]
             at, end = before, block
         return self._chain(runs[::-1], float(cost_s + self._client_s[at]))
 
@@ -174,32 +174,57 @@ class _Planner:
         arrive: Floats = np.full(len(self._offers), np.inf)
         ending = np.flatnonzero(self._ends == block)
         if ending.size:
-            arrive = (reach[ending, None] + self._link_s[ending]).min(axis=0)
+            arrive = (reach[ending, None] + self._links.rows(ending)).min(axis=0)
         starting = np.flatnonzero(self._starts == block)
         if starting.size:
-            arrive[starting] = np.minimum(arrive[starting], (reach + self._link_s[starting]).min(axis=1))
+            arrive[starting] = np.minimum(arrive[starting], (reach + self._links.rows(starting)).min(axis=1))
         return arrive
 
 
-def _link_delays(offers: Sequence[Offer], client_s: Floats) -> Floats:
-    """Seconds between any two offers' peers: as either measured it, else guessed from the client's own."""
-    # Two peers are about as far from each other as the farther one is from us.
-    delays: Floats = np.maximum.outer(client_s, client_s)
+class _LinkDelays:
+    """Seconds between any two offers' peers: as either measured it, else guessed from the client's own.
+
+    Of 1000 offers there are a million pairs, of which a sweep looks at each once: rows are made when asked for, for
+    filling a matrix would take longer than all the rest.
+    """
+
+    def __init__(self, offers: Sequence[Offer], client_s: Floats) -> None:
+        self._client_s = client_s
+        rows, cols, values = _measured(offers)
+        # Where both peers measured, the shorter one comes last, and stays when it is written over the other.
+        order = np.lexsort((-values, rows))
+        rows, self._cols, self._values = rows[order], cols[order], values[order]
+        self._bounds = np.searchsorted(rows, np.arange(len(offers) + 1))
+
+    def rows(self, indices: NDArray[np.intp]) -> Floats:
+        """From (or to) each offer in `indices` to (or from) every other: `[len(indices), offers]`."""
+        # Two peers are about as far from each other as the farther one is from us.
+        delays: Floats = np.maximum(self._client_s[indices, None], self._client_s)
+        for row, index in enumerate(indices):
+            known = slice(self._bounds[index], self._bounds[index + 1])
+            delays[row, self._cols[known]] = self._values[known]
+        return delays
+
+    def row(self, index: int) -> Floats:
+        """From (or to) one offer."""
+        return self.rows(np.array([index]))[0]
+
+
+def _measured(offers: Sequence[Offer]) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
+    """Pairs of offers whose delay one of their peers measured, both ways round."""
     columns: dict[PeerId, list[int]] = {}
     for index, offer in enumerate(offers):
         columns.setdefault(offer.peer_id, []).append(index)
-    measured = [
-        (row, column, rtt_s / 2)
-        for row, offer in enumerate(offers)
-        for peer_id, rtt_s in ((offer.peer_id, 0.0), *offer.record.rtts)
-        for column in columns.get(peer_id, ())
-    ]
-    rows, cols, values = (np.array(part) for part in zip(*measured, strict=True))
-    for pair in ((rows, cols), (cols, rows)):
-        delays[pair] = np.inf
-    for pair in ((rows, cols), (cols, rows)):
-        np.minimum.at(delays, pair, values)
-    return delays
+    rows: list[int] = []
+    cols: list[int] = []
+    values: list[float] = []
+    for row, offer in enumerate(offers):
+        for peer_id, rtt_s in ((offer.peer_id, 0.0), *offer.record.rtts):
+            for column in columns.get(peer_id, ()):
+                rows.append(row)
+                cols.append(column)
+                values.append(rtt_s / 2)
+    return np.array(rows + cols), np.array(cols + rows), np.array(values + values)
 
 
 def _pick(costs: Floats, budget: float, random: Random) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
@@ -40,20 +40,27 @@ def agreeing(offers: Sequence[Offer]) -> list[Offer]:
     Two offers can be compared where they hold the same blocks of a shard. This catches a corrupted or
     differently converted checkpoint, not a liar. Offers without roots are kept: nothing speaks against them.
     """
-    votes: dict[Span, Counter[bytes]] = {}
-    for _, part, root in {(offer.peer_id, *pair) for offer in offers for pair in _rooted_parts(offer)}:
-        votes.setdefault(part, Counter())[root] += 1
+    votes: dict[tuple[int, int], dict[bytes, set[PeerId]]] = {}
+    for offer in offers:
+        for part, root in _rooted_parts(offer.record):
+            votes.setdefault(part, {}).setdefault(root, set()).add(offer.peer_id)
     # Of equally many, the greater root: every client must decide alike, or replacements would not fit.
-    chosen = {part: max(counts, key=lambda root: (counts[root], root)) for part, counts in votes.items()}
-    return [offer for offer in offers if all(chosen[part] == root for part, root in _rooted_parts(offer))]
+    chosen = {part: max(roots, key=lambda root: (len(roots[root]), root)) for part, roots in votes.items()}
+    if all(len(roots) == 1 for roots in votes.values()):
+        return list(offers)
+    return [offer for offer in offers if all(chosen[part] == root for part, root in _rooted_parts(offer.record))]
 
 
-def _rooted_parts(offer: Offer) -> list[tuple[Span, bytes]]:
+def _rooted_parts(record: ServerRecord) -> Iterable[tuple[tuple[int, int], bytes]]:
     """Each part of the span that lies within one shard, with the root of its blocks' digests."""
-    if not offer.record.block_roots:
-        return []
-    parts = [
-        Span(max(shard * SHARD_BLOCKS, offer.span.start), min((shard + 1) * SHARD_BLOCKS, offer.span.end))
-        for shard in shards_of(offer.span)
-    ]
-    return list(zip(parts, offer.record.block_roots, strict=True))
+    if not record.block_roots:
+        return ()
+    return zip(_parts(record.span.start, record.span.end), record.block_roots, strict=True)
+
+
+@lru_cache(maxsize=16384)
+def _parts(start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """A span cut at the borders of shards."""
+    return tuple(
+        (max(shard * SHARD_BLOCKS, start), min((shard + 1) * SHARD_BLOCKS, end)) for shard in shards_of(Span(start, end))
+    )
