@@ -7,6 +7,7 @@ routes of every session of this process in that instant, whatever its announceme
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from random import Random
 
 from peerd.protocol.errors import NoChain
@@ -17,6 +18,7 @@ from peerd.routing.chain import Chain, ChainNeeds, plan_chain
 from peerd.routing.directory import CACHE_S, Directory
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
+from peerd.routing.rules import ChainRules
 
 # Clients that wait for a missing server look again this often, not oftener.
 FRESH_S = 0.5
@@ -25,12 +27,21 @@ FRESH_S = 0.5
 class SwarmFinder:
     """Chains over one model's blocks, from the directory's latest view."""
 
-    def __init__(self, directory: Directory, links: Links, model: bytes, block_count: int, random: Random) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        links: Links,
+        model: bytes,
+        block_count: int,
+        random: Random,
+        rules: ChainRules | None = None,
+    ) -> None:
         self._directory = directory
         self._links = links
         self._model = model
         self._block_count = block_count
         self._random = random
+        self._rules = rules or ChainRules()
 
     async def find(
         self,
@@ -59,10 +70,13 @@ class SwarmFinder:
     async def _plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId], max_age_s: float) -> Chain:
         offers = await self._offers(max_age_s)
         avoid = self._links.avoided() | frozenset(exclude)
+        first_by, last_by = self._rules.ends(blocks, self._block_count)
+        needs = replace(needs, first_by=first_by, last_by=last_by)
         return plan_chain(offers, blocks, needs=needs, random=self._random, avoid=avoid)
 
     async def _offers(self, max_age_s: float) -> list[Offer]:
-        return await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
+        offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
+        return self._rules.permitted(offers)
 
     def failed(self, peer: PeerId) -> None:
         """Leave the peer out for a while, longer each time."""

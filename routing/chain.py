@@ -9,7 +9,7 @@ starts: sliding it from there changes the cost linearly. So only those edges are
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -61,12 +61,15 @@ class ChainNeeds:
 
     rtts_s: seconds to a peer and back, as measured by the client. tokens: KV tokens needed on each hop.
     positions: positions a step, for which computing is weighed against delays. adapter: what hops must have.
+    first_by, last_by: who may run the first and the last block; None is anybody.
     """
 
     rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
     tokens: int = 0
     positions: int = 1
     adapter: AdapterNeed = NO_ADAPTER
+    first_by: frozenset[PeerId] | None = None
+    last_by: frozenset[PeerId] | None = None
 
 
 def plan_chain(
@@ -83,8 +86,12 @@ def plan_chain(
     """
     usable = agreeing([offer for offer in offers if _is_usable(offer.record, span) and offer.peer_id not in avoid])
     usable = [offer for offer in usable if needs.adapter.met_by(offer, span)]
-    _check_covered(usable, span, needs.adapter)
-    return _Planner(usable, span, needs).choose(random)
+    parts = [_Part(o, max(o.span.start, span.start), min(o.span.end, span.end)) for o in usable]
+    _check_covered(parts, span, "reachable", needs.adapter)
+    if needs.first_by is not None or needs.last_by is not None:
+        parts = list(_trusted(parts, span, needs))
+        _check_covered(parts, span, "trusted", needs.adapter)
+    return _Planner(parts, span, needs).choose(random)
 
 
 def _is_usable(record: ServerRecord, span: Span) -> bool:
@@ -92,18 +99,39 @@ def _is_usable(record: ServerRecord, span: Span) -> bool:
     return record.state == "online" and own.start < span.end and span.start < own.end
 
 
-def _check_covered(offers: Sequence[Offer], span: Span, adapter: AdapterNeed) -> None:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The blocks of an offer that it may run in this chain."""
+
+    offer: Offer
+    start: int
+    end: int
+
+
+def _trusted(parts: Iterable[_Part], span: Span, needs: ChainNeeds) -> Iterator[_Part]:
+    """Who may not run the first or the last block is as good as one that has it not."""
+    for part in parts:
+        start, end = part.start, part.end
+        if needs.first_by is not None and part.offer.peer_id not in needs.first_by:
+            start = max(start, span.start + 1)
+        if needs.last_by is not None and part.offer.peer_id not in needs.last_by:
+            end = min(end, span.end - 1)
+        if start < end:
+            yield _Part(part.offer, start, end)
+
+
+def _check_covered(parts: Sequence[_Part], span: Span, who: str, adapter: AdapterNeed) -> None:
     missing: list[tuple[int, int]] = []
     reached = span.start
-    for offer in sorted(offers, key=lambda offer: offer.span.start):
-        if offer.span.start > reached:
-            missing.append((reached, offer.span.start))
-        reached = max(reached, offer.span.end)
+    for part in sorted(parts, key=lambda part: part.start):
+        if part.start > reached:
+            missing.append((reached, part.start))
+        reached = max(reached, part.end)
     if reached < span.end:
         missing.append((reached, span.end))
     if missing:
         runs = ", ".join(f"{start}:{end}" for start, end in missing)
-        raise NoChain(f"nobody reachable serves blocks {runs}{adapter}", tuple(missing))
+        raise NoChain(f"nobody {who} serves blocks {runs}{adapter}", tuple(missing))
 
 
 class _Planner:
@@ -112,12 +140,13 @@ class _Planner:
     reach[b, i]: the least cost of being at offer i when it has just computed the b-th block of the span.
     """
 
-    def __init__(self, offers: Sequence[Offer], span: Span, needs: ChainNeeds) -> None:
+    def __init__(self, parts: Sequence[_Part], span: Span, needs: ChainNeeds) -> None:
+        offers = [part.offer for part in parts]
         self._offers = offers
         self._first = span.start
         self._blocks = len(span)
-        self._starts = np.array([max(offer.span.start, span.start) - span.start for offer in offers])
-        self._ends = np.array([min(offer.span.end, span.end) - span.start for offer in offers])
+        self._starts = np.array([part.start for part in parts]) - span.start
+        self._ends = np.array([part.end for part in parts]) - span.start
         self._block_s: Floats = np.array([offer.block_s * needs.positions for offer in offers])
         self._enter_s: Floats = np.array(
             [HOP_S + (NO_ROOM_S if offer.record.free_tokens < needs.tokens else 0.0) for offer in offers]

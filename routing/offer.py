@@ -62,5 +62,6 @@ def _rooted_parts(record: ServerRecord) -> Iterable[tuple[tuple[int, int], bytes
 def _parts(start: int, end: int) -> tuple[tuple[int, int], ...]:
     """A span cut at the borders of shards."""
     return tuple(
-        (max(shard * SHARD_BLOCKS, start), min((shard + 1) * SHARD_BLOCKS, end)) for shard in shards_of(Span(start, end))
+        (max(shard * SHARD_BLOCKS, start), min((shard + 1) * SHARD_BLOCKS, end))
+        for shard in shards_of(Span(start, end))
     )
