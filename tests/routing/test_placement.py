@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import heapq
+import itertools
+import statistics
 from collections.abc import Callable
+from random import Random
 
 import pytest
 
 from peerd.protocol.span import Span
+from peerd.routing.flow import swarm_flow
 from peerd.routing.offer import Offer
-from peerd.routing.placement import block_rates, choose_span
+from peerd.routing.placement import block_rates, choose_move, choose_span
 
 MakeOffer = Callable[..., Offer]
 
@@ -54,3 +59,142 @@ def test_more_room_than_blocks_takes_all_of_them() -> None:
     assert choose_span([], 6, 100) == Span(0, 6)
     with pytest.raises(ValueError, match="at least one block"):
         choose_span([], 6, 0)
+
+
+def test_among_equal_spans_the_one_on_disk_is_taken(make_offer: MakeOffer) -> None:
+    assert choose_span([], 24, 8, on_disk=frozenset(range(10, 20))) == Span(10, 18)
+    # Need comes before convenience.
+    assert choose_span([make_offer(0, "8:24")], 24, 8, on_disk=frozenset(range(10, 20))) == Span(0, 8)
+
+
+def test_who_is_one_of_too_many_moves_to_the_weakest_blocks(make_offer: MakeOffer) -> None:
+    offers = [make_offer(number, "0:4") for number in range(3)] + [make_offer(3, "4:8")]
+    assert choose_move(offers, offers[0], 8) == Span(4, 8)
+
+
+def test_a_gap_is_closed_by_whoever_can_be_spared(make_offer: MakeOffer) -> None:
+    offers = [make_offer(0, "0:4"), make_offer(1, "0:4"), make_offer(2, "4:8")]
+    assert choose_move(offers, offers[1], 12) == Span(8, 12)
+
+
+def test_nobody_leaves_blocks_that_nobody_else_serves(make_offer: MakeOffer) -> None:
+    offers = [make_offer(0, "0:4"), make_offer(1, "3:8"), make_offer(2, "0:3", state="joining")]
+    assert choose_move(offers, offers[0], 12) is None
+    assert choose_move(offers, offers[1], 12) is None
+
+
+def test_a_small_gain_is_not_worth_a_move(make_offer: MakeOffer) -> None:
+    even = [make_offer(number, blocks) for number, blocks in enumerate(("0:4", "0:4", "4:8", "4:8"))]
+    assert choose_move(even, even[0], 8) is None
+    nearly = [make_offer(0, "0:4", throughput=even[0].record.throughput * 1.05), *even[1:]]
+    assert choose_move(nearly, nearly[1], 8) is None
+
+
+def test_a_move_looks_at_the_swarm_without_the_one_that_moves(make_offer: MakeOffer) -> None:
+    offers = [make_offer(0, "0:4"), make_offer(1, "0:4"), make_offer(2, "4:8")]
+    own = offers[0]
+    assert choose_move(offers, own, 8) == choose_move(offers[1:], own, 8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_move_after_another_ends_near_the_best_that_there_is(make_offer: MakeOffer, seed: int) -> None:
+    """Beside the best of all placements of five servers, tried one by one."""
+    random, blocks = Random(seed), 6
+    sizes = [random.randint(2, 4) for _ in range(5)]
+    speeds = [random.uniform(100, 1000) for _ in range(5)]
+    offers: list[Offer] = []
+    for number in range(5):
+        span = choose_span(offers, blocks, sizes[number])
+        offers.append(make_offer(number, str(span), throughput=speeds[number]))
+    for _ in range(20):
+        for number, own in enumerate(offers):
+            if (better := choose_move(offers, own, blocks)) is not None:
+                offers[number] = make_offer(number, str(better), throughput=speeds[number])
+    places = itertools.product(*(range(blocks - size + 1) for size in sizes))
+    best = max(
+        swarm_flow([(Span(at, at + size), speed) for at, size, speed in zip(place, sizes, speeds, strict=True)], blocks)
+        for place in places
+    )
+    assert flow_of(offers, blocks) >= 0.95 * best
+
+
+def flow_of(offers: list[Offer], blocks: int) -> float:
+    return swarm_flow([(offer.span, offer.record.throughput) for offer in offers], blocks)
+
+
+@pytest.mark.parametrize("churn_an_hour", [0.0, 0.3])
+def test_a_swarm_of_40_settles_stays_covered_and_does_not_thrash(make_offer: MakeOffer, churn_an_hour: float) -> None:
+    """Two hours in which servers look around every few minutes and, with churn, leave and come back."""
+    swarm = SimulatedSwarm(make_offer, Random(7), blocks=24, churn_an_hour=churn_an_hour)
+    swarm.run(servers=40, hours=2)
+    assert swarm.covered_share > 0.99
+    assert statistics.mean(swarm.shares) > (0.95 if not churn_an_hour else 0.9)
+    assert swarm.moves / 40 / 2 < (0.3 if not churn_an_hour else 0.8)
+    if not churn_an_hour:
+        # Nobody moves any more once it has settled.
+        assert swarm.last_move_s < 3600
+
+
+class SimulatedSwarm:
+    """Servers that place themselves with the planner, in simulated time. `shares`: flow beside an even swarm."""
+
+    def __init__(self, make_offer: MakeOffer, random: Random, *, blocks: int, churn_an_hour: float) -> None:
+        self.shares: list[float] = []
+        self.moves = 0
+        self.last_move_s = 0.0
+        self._make_offer = make_offer
+        self._random = random
+        self._blocks = blocks
+        self._churn = churn_an_hour
+        self._online: dict[int, Offer] = {}
+        self._events: list[tuple[float, int, str]] = []
+        self._covered = [0, 0]
+
+    @property
+    def covered_share(self) -> float:
+        return self._covered[1] / self._covered[0]
+
+    def run(self, *, servers: int, hours: float) -> None:
+        self._sizes = [max(1, min(self._blocks, int(self._random.lognormvariate(1.4, 0.5)))) for _ in range(servers)]
+        self._speeds = [self._random.lognormvariate(6, 0.6) for _ in range(servers)]
+        for number in range(servers):
+            self._later(self._random.uniform(0, 600), number, "join")
+        settled_s = 1200.0
+        while self._events and self._events[0][0] < hours * 3600:
+            now, number, what = heapq.heappop(self._events)
+            getattr(self, f"_{what}")(now, number)
+            if now > settled_s:
+                self._note()
+
+    def _later(self, at: float, number: int, what: str) -> None:
+        heapq.heappush(self._events, (at, number, what))
+
+    def _place(self, number: int, span: Span) -> None:
+        self._online[number] = self._make_offer(number, str(span), throughput=self._speeds[number])
+
+    def _join(self, now: float, number: int) -> None:
+        self._place(number, choose_span(self._online.values(), self._blocks, self._sizes[number]))
+        self._later(now + self._random.uniform(150, 450), number, "look")
+        if self._churn:
+            self._later(now + self._random.expovariate(self._churn / 3600), number, "leave")
+
+    def _leave(self, now: float, number: int) -> None:
+        del self._online[number]
+        self._later(now + self._random.uniform(0, 120), number, "join")
+
+    def _look(self, now: float, number: int) -> None:
+        if number not in self._online:
+            return
+        span = choose_move(list(self._online.values()), self._online[number], self._blocks)
+        if span is not None:
+            self.moves += 1
+            self.last_move_s = now
+            self._place(number, span)
+        self._later(now + self._random.uniform(150, 450), number, "look")
+
+    def _note(self) -> None:
+        offers = list(self._online.values())
+        flow = flow_of(offers, self._blocks)
+        self._covered[0] += 1
+        self._covered[1] += flow > 0
+        self.shares.append(flow * self._blocks / sum(offer.record.throughput for offer in offers))

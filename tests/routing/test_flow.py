@@ -1,0 +1,61 @@
+"""What a swarm can carry, beside a scheduler that really shares out the servers' time."""
+
+from __future__ import annotations
+
+import heapq
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peerd.protocol.span import Span
+from peerd.routing.flow import swarm_flow
+
+BLOCKS = 9
+
+
+def carries(servers, block_count, flow):
+    """Whether the servers carry `flow`: block by block, each served first by those whose spans end first."""
+    waiting = sorted(servers, key=lambda server: server[0].start)
+    open_servers = []
+    for block in range(block_count):
+        while waiting and waiting[0][0].start <= block:
+            span, capacity = waiting.pop(0)
+            heapq.heappush(open_servers, [span.end, capacity])
+        wanted = flow
+        while wanted > 1e-9 * flow:
+            while open_servers and (open_servers[0][0] <= block or open_servers[0][1] <= 0):
+                heapq.heappop(open_servers)
+            if not open_servers:
+                return False
+            taken = min(wanted, open_servers[0][1])
+            open_servers[0][1] -= taken
+            wanted -= taken
+    return True
+
+
+@st.composite
+def spans(draw):
+    start = draw(st.integers(0, BLOCKS - 1))
+    return Span(start, draw(st.integers(start + 1, BLOCKS)))
+
+
+SERVERS = st.lists(st.tuples(spans(), st.floats(1, 1000)), max_size=10)
+
+
+@given(SERVERS)
+def test_the_flow_can_be_carried_and_no_more(servers):
+    flow = swarm_flow(servers, BLOCKS)
+    if flow:
+        assert carries(servers, BLOCKS, flow * 0.999)
+    assert not carries(servers, BLOCKS, max(flow * 1.001, 1e-6))
+
+
+def test_a_block_without_a_server_stops_everything():
+    assert swarm_flow([(Span(0, 4), 100.0), (Span(5, 9), 100.0)], BLOCKS) == 0
+    assert swarm_flow([], BLOCKS) == 0
+
+
+def test_a_server_spends_its_time_where_others_are_weak():
+    # The long one leaves the first half to its neighbour.
+    assert swarm_flow([(Span(0, 4), 40.0), (Span(0, 8), 40.0)], 8) == pytest.approx(10.0)
