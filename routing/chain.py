@@ -236,7 +236,8 @@ class _LinkDelays:
 
     def row(self, index: int) -> Floats:
         """From (or to) one offer."""
-        return self.rows(np.array([index]))[0]
+        delays: Floats = self.rows(np.array([index]))[0]
+        return delays
 
 
 def _measured(offers: Sequence[Offer]) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
