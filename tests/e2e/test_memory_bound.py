@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -58,7 +57,7 @@ async def fake_rest(path: Path, bootstrap: peerd.Multiaddr) -> AsyncIterator[pee
 
 
 async def test_a_server_with_full_kv_takes_no_more_than_it_was_given(model_path: Path) -> None:
-    imports = subprocess.run([sys.executable, "-c", _IMPORTS], capture_output=True, text=True, check=True)
+    imports = await trio.run_process([sys.executable, "-c", _IMPORTS], capture_stdout=True)
     imports_mib = int(imports.stdout) / 1024
     serve = ("--serve-blocks", str(OWN), "--model", str(model_path), "--memory", f"{MEMORY_MIB}MiB")
     async with open_peer_processes(threads=1) as processes:
