@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -126,21 +126,31 @@ class DiskLedger:
     def _make_room(
         self, entries: dict[str, Entry], cache: HubCache, files: Sequence[HubFile], disk_bytes: int | None
     ) -> None:
-        """Delete the least-recently used until `files` fit. Raises DiskFull."""
+        """Delete the least-recently used until `files` fit. Raises DiskFull, having deleted nothing."""
         _drop_what_is_not_ours(entries)
         wanted = {str(cache.blob(file)): file.size for file in files}
         size = sum(wanted.values())
         free = _free_bytes(cache.folder) + sum(_size(cache.partial(file)) for file in files) - _LEAVE_FREE_BYTES
         others = {path: entry for path, entry in entries.items() if path not in wanted}
         taken = sum(entry.size for entry in others.values())
-        excess = max(size - free, 0 if disk_bytes is None else taken + size - disk_bytes)
-        if disk_bytes is not None and size <= disk_bytes:
-            for path in sorted(others, key=lambda path: others[path].used):
-                if excess > 0 and _evict(Path(path)):
-                    log.info("deleted %s, used least recently: room for %s", path, cache.repo)
-                    excess -= entries.pop(path).size
-        if excess > 0:
-            raise DiskFull(_what_does_not_fit(cache, size, free, taken, disk_bytes))
+        too_few, too_many = size - free, 0 if disk_bytes is None else taken + size - disk_bytes
+        with ExitStack() as locks:
+            doomed: list[str] = []
+            if disk_bytes is not None and size <= disk_bytes:
+                for path in sorted(others, key=lambda path: others[path].used):
+                    if too_few <= 0 and too_many <= 0:
+                        break
+                    if (fd := _lock_to_delete(Path(path))) is not None:
+                        locks.callback(os.close, fd)
+                        doomed.append(path)
+                        too_few -= os.fstat(fd).st_size
+                        too_many -= others[path].size
+            if too_few > 0 or too_many > 0:
+                raise DiskFull(_what_does_not_fit(cache, size, free, taken, disk_bytes))
+            for path in doomed:
+                _delete(Path(path))
+                log.info("deleted %s, used least recently: room for %s", path, cache.repo)
+                del entries[path]
 
     @contextmanager
     def _open(self, *, must: bool = False) -> Iterator[dict[str, Entry]]:
@@ -198,42 +208,42 @@ def _hold(path: Path) -> int:
 def _lock_to_write(path: Path) -> int | None:
     """Open a file, made if it is missing, as its only writer; None if there is another. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    if _locked_whole(fd):
-        return fd
-    os.close(fd)
-    return None
+    return _locked(path, os.O_RDWR | os.O_CREAT)
 
 
-def _locked_whole(fd: int) -> bool:
-    """Lock against everybody else, if nobody has a lock. Raises OSError."""
+def _locked(path: Path, flags: int) -> int | None:
+    """Open and lock against everybody else; None if somebody has a lock. Raises OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        os.close(fd)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
+            return None
         raise
-    return True
+    return fd
 
 
-def _evict(blob: Path) -> bool:
-    """Delete a file of ours, whole or partial, unless somebody uses it."""
+def _lock_to_delete(blob: Path) -> int | None:
+    """A file of ours, whole or partial, locked against everybody; None if somebody uses it."""
     path = _where(blob)
     if path is None:
-        return True
+        return None
     try:
         # Network file systems lock only what is open for writing.
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if not _locked_whole(fd):
-                return False
-            forget(path)
-        finally:
-            os.close(fd)
+        return _locked(path, os.O_RDWR)
     except OSError as error:
         log.warning("%s cannot be deleted: %s", path, error.strerror)
-        return False
-    return True
+        return None
+
+
+def _delete(blob: Path) -> None:
+    path = _where(blob)
+    try:
+        if path is not None:
+            forget(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be deleted to make room: {error.strerror}") from error
 
 
 def _where(blob: Path) -> Path | None:

@@ -57,7 +57,10 @@ class Download:
                 f"{self._listing.repo}: {self.file.name} as the hub sent it does not have the hash that the hub lists"
                 f" ({self.file.blob}); it was deleted: try again, and if it stays so, report it to the publisher"
             )
-        os.fsync(self._fd)
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def _take_what_is_there(self) -> bool:
         """Hash what an earlier run left; says whether there was something."""

@@ -416,8 +416,9 @@ def test_half_a_file_that_nobody_fetches_any_more_makes_room(
 
 
 def test_what_cannot_fit_is_said_before_anything_is_fetched_or_deleted(
-    hub: HubServer, settings: HubSettings, content: dict[str, bytes]
+    hub: HubServer, settings: HubSettings, content: dict[str, bytes], tmp_path: Path
 ) -> None:
+    publish(hub, tmp_path / "other", ["x.safetensors", "y.safetensors"], repo="org/other")
     with Files(settings) as files:
         files.obtain("a.safetensors")
     served = hub.served.copy()
@@ -429,6 +430,17 @@ def test_what_cannot_fit_is_said_before_anything_is_fetched_or_deleted(
         with pytest.raises(DiskFull, match=r"80 KiB are taken by files that running peers use.*stop one of them"):
             files.obtain("b.safetensors")
     assert hub.served == served
+    with Files(settings) as files:
+        files.obtain("b.safetensors")
+        files.obtain("c.safetensors")
+    with Files(settings) as files:
+        files.obtain("b.safetensors")
+        with (
+            Files(bounded(settings, 2), "org/other") as others,
+            pytest.raises(DiskFull, match=r"are taken by files that running peers use"),
+        ):
+            others.obtain("x.safetensors", "y.safetensors")
+        assert here(settings) == set(NAMES), "deleting the two that nobody uses would not have been enough"
     assert not list(settings.folder.rglob("*incomplete*"))
 
 
