@@ -3,7 +3,7 @@
 One ledger for all of a user's peerd processes. The difficulty is that they start, run and die as they like, beside
 other programs that use the same cache. So: whoever reads or fetches a file holds a lock on that very file, which the
 system drops with the process; files are only deleted, locked for reading, or renamed while the ledger itself is
-locked; and a file that is not the one we wrote (another inode) is not ours. Least-recently used goes first.
+locked; and a file that is not the one we wrote (another inode or time) is not ours. Least-recently used goes first.
 Knows sizes and locks; knows no HTTP.
 """
 
@@ -35,11 +35,12 @@ _LEAVE_FREE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file that peerd fetched, or is fetching: then `size` is what it will take. `used` is unix time."""
+    """A file that peerd fetched or fetches: then `size` is what it will take, and `mtime_ns` 0. `used` is unix time."""
 
     size: int
     used: float
     inode: int
+    mtime_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -94,7 +95,8 @@ class DiskLedger:
                 cache.link(commit, file)
             except OSError as error:
                 raise CheckpointError(f"{cache.blob(file)}: cannot be written: {error.strerror}") from error
-            entries[str(cache.blob(file))] = Entry(file.size, self._now(), os.fstat(fd).st_ino)
+            status = os.fstat(fd)
+            entries[str(cache.blob(file))] = Entry(file.size, self._now(), status.st_ino, status.st_mtime_ns)
             fcntl.flock(fd, fcntl.LOCK_SH)
 
     def entries(self) -> Mapping[Path, Entry]:
@@ -181,7 +183,10 @@ class DiskLedger:
     def _read(self) -> dict[str, Entry]:
         try:
             raw = json.loads((self._folder / "ledger.json").read_bytes())
-            return {path: Entry(int(e["size"]), float(e["used"]), int(e["inode"])) for path, e in raw.items()}
+            return {
+                path: Entry(int(e["size"]), float(e["used"]), int(e["inode"]), int(e["mtime_ns"]))
+                for path, e in raw.items()
+            }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -255,8 +260,15 @@ def _where(blob: Path) -> Path | None:
 def _drop_what_is_not_ours(entries: dict[str, Entry]) -> None:
     for path, entry in list(entries.items()):
         found = _where(Path(path))
-        if found is None or found.is_symlink() or found.stat().st_ino != entry.inode:
+        if found is None or not (found != Path(path) or _is_the_one(found, entry)):
             del entries[path]
+
+
+def _is_the_one(blob: Path, entry: Entry) -> bool:
+    """Whether it is the file that we wrote: somebody may have emptied the cache and filled it again."""
+    status = blob.lstat()
+    # Inode numbers are given out again. A process that died while it gave the file its name left no time.
+    return status.st_ino == entry.inode and entry.mtime_ns in (0, status.st_mtime_ns)
 
 
 def _partial_of(cache: HubCache, files: Sequence[HubFile], name: str) -> Path:

@@ -63,33 +63,36 @@ def say(text: str) -> None:
 
 
 class Working:
-    """What `working` shows: a text, and a bar while something is transferred. Any thread may change it."""
+    """What `working` shows: a text, or a bar while something is transferred. Any thread may change it."""
 
     def __init__(self, display: Progress | None, text: str) -> None:
         self._display = display
-        self._text = printable(text)
-        self._total: int | None = None
-        self._task = display.add_task(self._text, total=None) if display else TaskID(0)
+        self._total = 0
+        self._bar: TaskID | None = None
+        self._text = display.add_task(printable(text), total=None) if display else TaskID(0)
 
     def update(self, text: str) -> None:
         """Say that something else goes on now."""
-        self._text = printable(text)
-        if self._display and self._total is None:
-            self._display.update(self._task, description=self._text)
+        if self._display:
+            self._display.update(self._text, description=printable(text))
 
     def transferred(self, transfer: Transfer) -> None:
         """Show how far a transfer is, until it is done."""
         if self._display is None:
             return
-        done, total = transfer.done_bytes, transfer.total_bytes or None
-        total = None if done == total else total
-        if total != self._total:
-            # A new bar: what was there before counts for the bar, but not for the speed.
-            self._total = total
-            text = f"fetching {printable(transfer.name)}" if total else self._text
-            self._display.reset(self._task, total=total, completed=done if total else 0, description=text)
-        elif total is not None:
-            self._display.update(self._task, completed=done)
+        done, total = transfer.done_bytes, transfer.total_bytes
+        if self._bar is not None and (done == total or total != self._total):
+            self._display.remove_task(self._bar)
+            self._bar = None
+        if done == total:
+            self._display.update(self._text, visible=True)
+        elif self._bar is None:
+            # What is there already counts for the bar, but not for the speed.
+            name = f"fetching {printable(transfer.name)}"
+            self._bar, self._total = self._display.add_task(name, total=total, completed=done), total
+            self._display.update(self._text, visible=False)
+        else:
+            self._display.update(self._bar, completed=done)
 
 
 class _Transferring(ProgressColumn):
