@@ -113,7 +113,7 @@ def working(text: str) -> Iterator[Working]:
     if not console.is_terminal:
         yield Working(None, text)
         return
-    bar = (BarColumn(_BAR_CHARS), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = (BarColumn(_BAR_CHARS), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *map(_Transferring, bar))
     with Progress(*columns, console=console, transient=True) as display:
         yield Working(display, text)

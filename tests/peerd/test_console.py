@@ -35,14 +35,14 @@ def test_a_terminal_shows_how_much_of_a_transfer_is_done(monkeypatch: pytest.Mon
         assert "reading [blocks]" in shown()
         display.transferred(transfer(25))
         assert "fetching org/name" in shown()
-        assert "25.0/100.0 MiB" in shown()
+        assert "26.2/104.9 MB" in shown()
         display.update("joining")
         display.transferred(transfer(50))
         assert "fetching org/name" in shown()
-        assert "50.0/100.0 MiB" in shown()
+        assert "52.4/104.9 MB" in shown()
         display.transferred(transfer(100))
         assert "joining" in shown()
-        assert "MiB" not in shown()
+        assert "MB" not in shown()
 
 
 def test_elsewhere_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
