@@ -15,10 +15,13 @@ import torch
 
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.digests import file_digest, tensors_digest
+from peerd.compute.digests import model_digest as digest_of_model
 from peerd.compute.errors import CheckpointError
 from peerd.compute.weights import StoredBytes
 
 TinyCheckpoint = Callable[[str], Path]
+
+VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/digests.json").read_text())
 
 
 @pytest.fixture
@@ -63,6 +66,21 @@ def test_other_weights_are_another_model_and_change_only_their_block(
         assert changed.model_digest != original.model_digest
         differing = [block for block in range(8) if changed.block_digest(block) != original.block_digest(block)]
     assert differing == [5]
+
+
+@pytest.mark.parametrize("vector", VECTORS["models"], ids=lambda vector: vector["name"])
+def test_a_models_digest_is_what_the_spec_says(vector: dict[str, Any]) -> None:
+    files = {name: bytes.fromhex(sha256) for name, sha256 in vector["files"].items()}
+    assert digest_of_model(vector["config"], files).hex() == vector["digest"]
+
+
+@pytest.mark.parametrize("vector", VECTORS["blocks"], ids=lambda vector: vector["name"])
+def test_a_blocks_digest_is_what_the_spec_says(vector: dict[str, Any]) -> None:
+    tensors = [
+        StoredBytes(each["name"], each["dtype"], tuple(each["shape"]), memoryview(bytes.fromhex(each["data"])))
+        for each in vector["tensors"]
+    ]
+    assert tensors_digest(tensors).hex() == vector["digest"]
 
 
 def test_a_block_digest_covers_name_dtype_shape_and_bytes() -> None:
