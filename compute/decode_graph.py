@@ -25,6 +25,7 @@ from peerd.compute.attention import SpanAttention
 from peerd.compute.decode_rows import DecodeRows, is_short
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.paged_views import DecodeView
+from peerd.compute.sizes import format_size
 from peerd.compute.span_model import SpanModel
 from peerd.compute.staging import Staging
 from peerd.compute.steps import Segment
@@ -125,10 +126,12 @@ class DecodeGraphs:
         """Record what most decodes of the whole span need. The largest come first: the others fit into their memory."""
         if not self._records:
             return
+        log.info("recording CUDA graphs of blocks %s for decodes of up to %d rows", self._whole.span, ROW_BUCKETS[-1])
         for length in WARM_LENGTHS:
             for rows in reversed(ROW_BUCKETS):
                 if self._bucket(self._whole.span, rows, self._width(length)) is None:
                     return
+        log.info("%d CUDA graphs take %s", len(self._recorded), format_size(self.graph_bytes))
 
     def _bucket(self, blocks: Span, count: int, pages: int) -> _Recorded | None:
         rows = next(bucket for bucket in ROW_BUCKETS if bucket >= count)

@@ -42,8 +42,9 @@ class DecodeRows:
         sizes = [rows] * (3 + 3 * groups) + [rows * width] * groups
         starts = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
         #: What `fill` wrote, and where it goes.
-        self.host = torch.zeros(starts[-1], dtype=torch.int32, pin_memory=pool.device.type == "cuda")
-        self.device = torch.zeros(starts[-1], dtype=torch.int32, device=pool.device)
+        total = max(starts[-1], _ALIGNMENT)
+        self.host = torch.zeros(total, dtype=torch.int32, pin_memory=pool.device.type == "cuda")
+        self.device = torch.zeros(total, dtype=torch.int32, device=pool.device)
         self._filled = _Parts(self.host.numpy(), starts, sizes, groups)
         self._parts = _Parts(self.device, starts, sizes, groups)
 

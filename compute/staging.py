@@ -104,6 +104,6 @@ def upload(
 ) -> torch.Tensor:
     """Numbers as a tensor on the device, without waiting for it."""
     host = torch.as_tensor(values, dtype=dtype)
-    if device.type != "cuda":
+    if device.type != "cuda" or not host.numel():
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)

@@ -32,8 +32,9 @@ def check_devices(names: str) -> str:
     every = [f"cuda:{index}" for index in range(count)] or ["cuda:0"]
     found: list[str] = []
     for name in names.split(","):
-        found += every if name == ALL_GPUS else [name]
-    gpus = [device.index or 0 for device in map(torch.device, found) if device.type == "cuda"]
+        # Without a number it would be whichever GPU a thread last used.
+        found += every if name == ALL_GPUS else ["cuda:0" if name == "cuda" else name]
+    gpus = [device.index for device in map(torch.device, found) if device.type == "cuda"]
     if gpus and max(gpus) >= count:
         raise InvalidRequest(
             f"there is no cuda:{max(gpus)} here: torch {torch.__version__} sees {count} CUDA devices;"

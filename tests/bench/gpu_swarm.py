@@ -224,7 +224,7 @@ async def _serve(chosen: argparse.Namespace) -> None:
     """One peer: the real one, but for where its weights come from."""
     device, dtype = torch.device(chosen.device), DTYPES[chosen.dtype]
     checkpoint = random_checkpoint(chosen.name, device, dtype)
-    checkpoints.open_checkpoint = lambda _path: checkpoint
+    checkpoints.open_checkpoint = lambda *_, **__: checkpoint
     spec = ServeSpec(
         chosen.name,
         chosen.span,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import VARIANTS, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import open_checkpoint
@@ -179,6 +180,41 @@ def test_blocks_that_cannot_be_recorded_are_tried_once_and_run_as_before(make_pa
     for position in range(10, 13):
         pair.step(one("a", position))
     assert len(tried) == 1
+
+
+class Watch(TorchDispatchMode):
+    """Notes operations for which the host would wait for a GPU, or copy to it in the middle: these end a recording."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "lift_fresh", "repeat_interleave.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen |= {name for name in self.WAITING if name in str(function)}
+        return function(*args, **(kwargs or {}))
+
+
+def asked_of_the_device(pair: Pair) -> set[str]:
+    pair.open("a")
+    pair.step(one("a", 0, 10))
+    pair.step(one("a", 10))
+    ((bucket, recorded),) = pair.graphs._recorded.items()
+    with torch.inference_mode(), Watch() as watch:
+        pair.graphs._forward(bucket.blocks, recorded)
+    return watch.seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "llama4_text", "bloom", "mpt"])
+def test_a_decode_asks_the_device_for_nothing(make_pair, family: str):
+    """So a GPU can record it; experts too, as Transformers runs them."""
+    assert asked_of_the_device(make_pair(family)) == set()
+
+
+def test_blocks_that_look_which_experts_are_hit_do_ask_it(make_pair):
+    """What the test above would see."""
+    assert asked_of_the_device(make_pair("dbrx")) == {"nonzero"}
 
 
 def test_not_a_number_in_one_row_stays_there(make_pair):

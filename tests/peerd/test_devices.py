@@ -25,7 +25,7 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("names", "found"),
     [
         ("cpu", "cpu"),
-        ("cuda", "cuda"),
+        ("cuda", "cuda:0"),
         ("cuda:2,cuda:0", "cuda:2,cuda:0"),
         ("cuda:all", "cuda:0,cuda:1,cuda:2"),
         ("cpu,cpu", "cpu,cpu"),
