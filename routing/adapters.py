@@ -43,7 +43,7 @@ class AdapterNeed:
             return True
         first, end = max(offer.span.start, blocks.start), min(offer.span.end, blocks.end)
         values = sum(self.own_values.get(block, 0) for block in range(first, end))
-        return 0 < offer.record.client_adapters >= values * value_bytes(offer.record.dtype)
+        return offer.record.client_adapters >= values * value_bytes(offer.record.dtype)
 
 
 NO_ADAPTER = AdapterNeed()
