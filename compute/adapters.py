@@ -237,10 +237,13 @@ def _position_wise(model: SpanModel) -> dict[BlockModule, nn.Module]:
     seen: dict[BlockModule, list[tuple[int, int]]] = {}
     found: dict[BlockModule, nn.Module] = {}
     handles = []
-    for number, layer in enumerate(model.layers, model.span.start):
+    for number, (layer, kind) in enumerate(zip(model.layers, model.kinds, strict=True), model.span.start):
         for name, module in layer.named_modules():
-            # Experts see what is routed to them; what they are made of differs by how they are run.
-            if name and _is_linear(module) and "experts" not in name.split("."):
+            parts = name.split(".")
+            # Experts see what is routed to them. And cached latents are expanded whole, of one row at a time, or not
+            # at all (`latent_attention`).
+            beside_batch = "experts" in parts or (kind.latent and parts[-1] == "kv_b_proj")
+            if name and _is_linear(module) and not beside_batch:
                 found[number, name] = module
                 handles.append(module.register_forward_hook(_watcher(seen.setdefault((number, name), []))))
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import tiny_model
 from torch import nn
 
 from peerd.compute.adapter_file import open_adapter
@@ -19,6 +20,7 @@ from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, UnknownAdapterError
 from peerd.compute.errors import AdapterError
+from peerd.compute.families import FAMILIES
 from peerd.compute.lora import Lora, LoraPair
 from peerd.compute.span_model import load_span
 from peerd.compute.steps import EngineStep
@@ -28,6 +30,8 @@ from peerd.protocol.span import Span
 CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
 LENGTH = 24
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+# Made by the families' own recipe rather than the one of `tiny_checkpoint`.
+BY_FAMILY = ("gpt2", "opt", "deepseek_v3")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 #: Tiny model -> what peft is asked for, one adapter each.
@@ -50,6 +54,18 @@ ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral": ({"r": 4, "target_modules": ATTENTION}, {"r": 2, "target_modules": ["q_proj"], "lora_alpha": 3}),
     # Fused projections are one layer, in files as in models.
     "phi3": ({"r": 4, "target_modules": ["qkv_proj", "gate_up_proj"]}, {"r": 2, "target_modules": ["o_proj"]}),
+    # Its linear layers keep their weights the other way round.
+    "gpt2": (
+        {"r": 4, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True},
+        {"r": 2, "target_modules": "all-linear"},
+    ),
+    # Its blocks lie deeper in the model.
+    "opt": ({"r": 4, "target_modules": ["q_proj", "fc2"]}, {"r": 2, "target_modules": ["v_proj"]}),
+    # Queries and keys of lower rank than the model's width.
+    "deepseek_v3": (
+        {"r": 4, "target_modules": ["q_a_proj", "kv_a_proj_with_mqa"]},
+        {"r": 2, "target_modules": ["o_proj"]},
+    ),
     "bloom": ({"r": 4, "target_modules": ["query_key_value"]}, {"r": 2, "target_modules": "all-linear"}),
 }
 
@@ -82,9 +98,11 @@ def _make_reference(folder: Path, configs: Sequence[Mapping[str, Any]], where: P
     family = checkpoint.family
     model = family.causal_type().from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     seen: list[torch.Tensor] = []
-    layers = getattr(model.base_model, family.layers)
-    layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    getattr(model.base_model, family.norm).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    layers = getattr(model.base_model.get_submodule(family.decoder_at), family.layers)
+    layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+    )
+    layers[-1].register_forward_hook(lambda _, __, output: seen.append(output[0] if type(output) is tuple else output))
     tokens = torch.randint(3, model.config.vocab_size, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(input_ids=tokens)
@@ -113,7 +131,13 @@ def references(
 
     def get(name: str) -> Reference:
         if name not in found:
-            found[name] = make_reference(tiny_checkpoint(name), ADAPTERS[name], tmp_path_factory.mktemp("adapters"))
+            where = tmp_path_factory.mktemp("adapters")
+            if name in BY_FAMILY:
+                tiny_model(FAMILIES[name]).save_pretrained(where / "model")
+                folder = where / "model"
+            else:
+                folder = tiny_checkpoint(name)
+            found[name] = make_reference(folder, ADAPTERS[name], where)
         return found[name]
 
     yield get
@@ -189,6 +213,29 @@ def test_two_adapters_and_none_share_batches_and_each_is_as_in_peft(references, 
         parts = [Part(session, number % 3, start, count) for number, session in enumerate(sessions)]
         for part, result in zip(parts, run(engines, reference, parts), strict=True):
             check(reference, part, sessions[part.session], result)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_quantized_layers_are_adapted_too(references, quantize):
+    """What an adapter adds is not quantized: the error stays that of the weights."""
+    reference = references("llama")
+    span = Span(3, 4)
+    quantized = load_span(reference.checkpoint, span, dtype=torch.float32, quantize=quantize)
+    exact = load_span(reference.checkpoint, span, dtype=torch.float32)
+    lora = {key: LoraPair(pair.a, pair.b, 8 * pair.scale) for key, pair in reference.lora("a").items()}
+    results = []
+    for model in (quantized, exact):
+        adapters = SpanAdapters(model)
+        adapters.load("a", lora)
+        with torch.inference_mode():
+            plain = model.forward_no_cache(reference.inputs)
+            with adapters.under("a"):
+                results.append((plain, model.forward_no_cache(reference.inputs)))
+    (plain, adapted), (exact_plain, exact_adapted) = results
+    assert not torch.equal(plain, exact_plain)
+    moved = (exact_adapted - exact_plain).norm()
+    assert moved > 2 * (plain - exact_plain).norm()
+    assert (adapted - exact_adapted).norm() < 0.3 * moved
 
 
 def test_many_adapters_in_one_batch_are_what_each_is_alone(references):
@@ -298,6 +345,12 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(references)
     engine.load_adapter("a", reference.lora("a"))
     with pytest.raises(AdapterError, match="already"):
         engine.load_adapter("a", reference.lora("a"))
+
+
+def test_what_expands_cached_latents_cannot_be_adapted(references):
+    (engine,) = make_engines(references("deepseek_v3"), CUT[:1])
+    with pytest.raises(AdapterError, match="block 1 has no linear layer self_attn.kv_b_proj that can be adapted"):
+        engine.load_adapter("a", {(1, "self_attn.kv_b_proj"): LoraPair(torch.zeros(2, 16), torch.zeros(96, 2), 1.0)})
 
 
 def test_a_layer_that_does_not_see_every_position_once_cannot_be_adapted(references):
