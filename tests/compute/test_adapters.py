@@ -349,7 +349,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(references)
 
 def test_what_expands_cached_latents_cannot_be_adapted(references):
     (engine,) = make_engines(references("deepseek_v3"), CUT[:1])
-    with pytest.raises(AdapterError, match="block 1 has no linear layer self_attn.kv_b_proj that can be adapted"):
+    with pytest.raises(AdapterError, match=r"block 1 has no linear layer self_attn\.kv_b_proj that"):
         engine.load_adapter("a", {(1, "self_attn.kv_b_proj"): LoraPair(torch.zeros(2, 16), torch.zeros(96, 2), 1.0)})
 
 
