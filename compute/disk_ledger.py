@@ -91,13 +91,16 @@ class DiskLedger:
         """A file that was ours to fetch is whole: give it its name, and hold it for reading from now on."""
         with self._open() as entries:
             try:
-                os.replace(cache.partial(file), cache.blob(file))
+                # Without locks another may have been faster, with the same bytes.
+                if cache.partial(file).exists() or not cache.blob(file).is_file():
+                    os.replace(cache.partial(file), cache.blob(file))
                 cache.link(commit, file)
             except OSError as error:
                 raise CheckpointError(f"{cache.blob(file)}: cannot be written: {error.strerror}") from error
             status = os.fstat(fd)
             entries[str(cache.blob(file))] = Entry(file.size, self._now(), status.st_ino, status.st_mtime_ns)
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_SH)
 
     def entries(self) -> Mapping[Path, Entry]:
         """What is peerd's now."""
@@ -213,15 +216,14 @@ def _hold(path: Path) -> int:
 def _lock_to_write(path: Path) -> int | None:
     """Open a file, made if it is missing, as its only writer; None if there is another. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _locked(path, os.O_RDWR | os.O_CREAT)
-
-
-def _locked(path: Path, flags: int) -> int | None:
-    """Open and lock against everybody else; None if somebody has a lock. Raises OSError."""
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            # Two that fetch at once write the same bytes to the same places: it costs traffic only.
+            log.warning("%s: its file system has no locks; two peers may fetch the same file", path.parent)
+            return fd
         os.close(fd)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return None
@@ -236,10 +238,17 @@ def _lock_to_delete(blob: Path) -> int | None:
         return None
     try:
         # Network file systems lock only what is open for writing.
-        return _locked(path, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         log.warning("%s cannot be deleted: %s", path, error.strerror)
         return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        log.debug("%s is not deleted: %s", path, error.strerror)
+        os.close(fd)
+        return None
+    return fd
 
 
 def _delete(blob: Path) -> None:

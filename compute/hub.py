@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import httpx2
@@ -90,7 +91,7 @@ class Hub:
 
     def listing(self, hub_id: HubId) -> Listing:
         """What the revision holds now. Raises Transient, CheckpointError."""
-        api = HfApi(endpoint=self._endpoint, token=self._token)
+        api = HfApi(endpoint=self._endpoint, token=self._token, library_name="peerd", library_version=version("peerd"))
         revision = hub_id.revision or constants.DEFAULT_REVISION
         with self._errors(hub_id):
             try:
@@ -110,7 +111,7 @@ class Hub:
     def stream(self, listing: Listing, file: HubFile, start: int, end: int | None = None) -> Iterator[Stream]:
         """The file's bytes from `start` to before `end`. Raises Transient, CheckpointError, also while it is read."""
         url = hf_hub_url(listing.repo, file.name, revision=listing.commit, endpoint=self._endpoint)
-        headers = build_hf_headers(token=self._token)
+        headers = build_hf_headers(token=self._token, library_name="peerd", library_version=version("peerd"))
         # Compressed, neither sizes nor positions would be the file's.
         headers["Accept-Encoding"] = "identity"
         if start or end is not None:

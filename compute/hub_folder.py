@@ -42,6 +42,7 @@ class HubFolder:
         self._held: dict[str, int] = {}
         self._closed = False
         self._listing = self._resolve(hub_id)
+        log.info("%s is commit %s", hub_id, self._listing.commit)
         self._fetcher = Fetcher(self._hub, self._cache, settings)
 
     @property

@@ -282,6 +282,28 @@ def test_two_processes_that_want_the_same_files_fetch_each_once(
 
 
 @pytest.mark.processes
+def test_who_waits_for_a_process_that_dies_goes_on_where_it_was(
+    hub: HubServer, content: dict[str, bytes], settings: HubSettings, start_fetch: StartFetch
+) -> None:
+    one, two = start_fetch("a.safetensors"), start_fetch("a.safetensors")
+    assert [hear(one), hear(two)] == ["ready", "ready"]
+    go_on = threading.Event()
+    hub.fail("a.safetensors", Fault(cut_after=8 * SEND_BYTES, wait_for=go_on))
+    tell(one)
+    hub.wait_until_served("a.safetensors", 8 * SEND_BYTES)
+    tell(two)
+    with Files(settings) as files:
+        deadline = time.monotonic() + 10
+        while files.partial("a.safetensors").stat().st_size < 8 * SEND_BYTES:
+            assert time.monotonic() < deadline, "what was sent was not written"
+        one.kill()
+        go_on.set()
+        assert hear(two) == "done"
+        assert hub.answers == [("a.safetensors", 0), ("a.safetensors", 8 * SEND_BYTES)]
+        assert files.path("a.safetensors").read_bytes() == content["a.safetensors"]
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_what_a_killed_process_fetched_is_not_fetched_again(
     hub: HubServer, content: dict[str, bytes], settings: HubSettings, start_fetch: StartFetch, number: signal.Signals
@@ -513,6 +535,26 @@ def test_the_same_content_under_another_commit_is_not_fetched_again(
         files.obtain("a.safetensors")
         assert files.path("a.safetensors").read_bytes() == content["a.safetensors"]
     assert hub.served["a.safetensors"] == SIZE
+
+
+def test_without_locks_files_are_fetched_and_none_is_deleted(
+    settings: HubSettings, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems of clusters have none."""
+    lock = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(str(settings.folder)):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Files(bounded(settings, 1)) as files:
+        files.obtain("a.safetensors")
+        assert files.path("a.safetensors").read_bytes() == content["a.safetensors"]
+    with Files(bounded(settings, 1)) as files, pytest.raises(DiskFull):
+        files.obtain("b.safetensors")
+    assert here(settings) == {"a.safetensors"}
 
 
 def test_without_symbolic_links_it_works_too(
