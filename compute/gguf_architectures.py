@@ -23,6 +23,8 @@ class Architecture:
     table: str = ""
     #: Metadata that the table leaves out: key, without the architecture -> field of the configuration.
     more: Mapping[str, str] = field(default_factory=dict)
+    #: The architecture whose processor of Transformers' reads the tensors, where it is another.
+    processor: str = ""
     #: Whether rotary embeddings may turn a part of each head only.
     partial_rotary: bool = False
     #: Whether embeddings are the LM head too unless the file stores another one, whether it does or not.
@@ -36,6 +38,12 @@ _CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+_GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 
 _ROWS = (
     Architecture("bloom", "bloom", always_tied=True),
@@ -45,8 +53,12 @@ _ROWS = (
         more={**_EPS, "attention.head_count_kv": "num_kv_heads", "feed_forward_length": "ffn_hidden_size"},
         always_tied=True,
     ),
+    # Transformers has neither table nor processor for these three, whose files are written as their relatives' are.
+    Architecture("gemma", "gemma", table="gemma2", processor="gemma2"),
+    Architecture("granite", "granite", table="llama", more=_GRANITE, processor="llama"),
+    Architecture("smollm3", "smollm3", table="llama", processor="llama"),
     Architecture("gemma2", "gemma2", more=_CAPS),
-    Architecture("gemma3", "gemma3_text", table="gemma3", more=_CAPS),
+    Architecture("gemma3", "gemma3_text", table="gemma3", more={**_CAPS, "rope.freq_base_swa": "rope_local_base_freq"}),
     Architecture("gpt-oss", "gpt_oss", more={**_WIDTH, **_WINDOW, "expert_feed_forward_length": "intermediate_size"}),
     Architecture("gpt2", "gpt2", more={"context_length": "n_positions", "feed_forward_length": "n_inner"}),
     Architecture("llama", "llama", more=_WIDTH),

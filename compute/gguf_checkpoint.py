@@ -68,7 +68,8 @@ def _processor(architecture: Architecture) -> Any:
     from peerd.compute.gguf_processors import FalconProcessor, GptOssProcessor, MixtralProcessor
 
     ours = {"falcon": FalconProcessor, "gpt_oss": GptOssProcessor, "mixtral": MixtralProcessor}
-    return ours.get(architecture.model_type) or TENSOR_PROCESSORS.get(architecture.name, TensorProcessor)
+    name = architecture.processor or architecture.name
+    return ours.get(architecture.model_type) or TENSOR_PROCESSORS.get(name, TensorProcessor)
 
 
 def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str, processor: Any) -> dict[str, str]:

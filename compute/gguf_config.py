@@ -34,6 +34,8 @@ def config_of(
     file: GgufFiles, architecture: Architecture, family: Family
 ) -> tuple[PreTrainedConfig, Mapping[str, Any]]:
     """The configuration, and the fields that Transformers' tensor processors look at."""
+    if file.metadata.get(f"{architecture.name}.attention.causal", True) is not True:
+        raise UnsupportedModel(f"{file.path}: its blocks attend to later positions")
     fields = _table_fields(file, architecture)
     fields |= _facts_of_tensors(file, architecture, fields)
     scaling = rope_scaling(file, architecture.name, fields)

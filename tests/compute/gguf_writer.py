@@ -6,6 +6,7 @@ that was written.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,6 +46,18 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 80},
     ),
+    "gemma": ("gemma", "gemma", {"head_dim": 16}),
+    "granite": (
+        "granite",
+        "granite",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "smollm3": ("smollm3", "smollm3", {}),
     "gemma2": (
         "gemma2",
         "gemma2",
@@ -58,7 +71,7 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_GEMMA,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
             },
         },
     ),
@@ -111,6 +124,11 @@ def metadata_of(architecture: str, config: Any) -> dict[str, int | float | str]:
         "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         "rope.freq_base": rope.get("rope_theta"),
+        "rope.freq_base_swa": stated.get("sliding_attention", {}).get("rope_theta"),
+        "attention.scale": getattr(config, "attention_multiplier", None),
+        "embedding_scale": getattr(config, "embedding_multiplier", None),
+        "residual_scale": getattr(config, "residual_multiplier", None),
+        "logit_scale": getattr(config, "logits_scaling", None),
         "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
         "expert_count": _first(config, "num_local_experts", "num_experts"),
         "expert_used_count": getattr(config, "num_experts_per_tok", None),
@@ -268,12 +286,15 @@ def _qwen2moe(name: str, values: Array, _: Any) -> Array:
 _REORDERED: Mapping[str, Callable[[str, Array, Any], Array]] = {
     "bloom": _bloom,
     "falcon": _falcon,
+    "gemma": _shifted_norms,
     "gemma2": _shifted_norms,
     "gemma3": _shifted_norms,
     "gpt2": _gpt2,
+    "granite": _llama,
     "llama": _llama,
     "nemotron": _shifted_norms,
     "qwen2moe": _qwen2moe,
+    "smollm3": _llama,
 }
 
 
@@ -292,6 +313,8 @@ def write_gguf(
             writer.add_string(full_key, value)
         elif isinstance(value, list):
             writer.add_array(full_key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(full_key, value)
         elif isinstance(value, float):
             writer.add_float32(full_key, value)
         elif full_key == "split.count":
@@ -325,7 +348,8 @@ def tiny_config(name: str) -> Any:
     _, model_type, more = TINY[name]
     kind: Any = family_named(model_type).config_type()
     known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
-    fields = {**{key: value for key, value in _COMMON.items() if key in known}, **more}
+    # A configuration writes into the dictionaries that it is given.
+    fields = copy.deepcopy({**{key: value for key, value in _COMMON.items() if key in known}, **more})
     return kind(**{key: value for key, value in fields.items() if value is not None})
 
 

@@ -124,6 +124,12 @@ def test_every_architecture_that_transformers_knows_is_read_or_refused_with_a_re
                 architecture_of({"general.architecture": written}, "here")
 
 
+def test_a_model_that_attends_to_later_positions_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny.gguf", "qwen2", tiny_model(tiny_config("qwen2")), **{"attention.causal": False})
+    with pytest.raises(UnsupportedModel, match="attend to later positions"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
 def test_a_file_without_the_models_sizes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.gguf"
     path.write_bytes(small_file())

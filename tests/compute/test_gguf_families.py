@@ -16,7 +16,7 @@ from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span
 
 #: Transformers reads these files wrong, or not at all.
-OURS = {"falcon_grouped", "falcon_11b", "gpt_oss", "mixtral"}
+OURS = {"falcon_grouped", "falcon_11b", "gemma", "gpt_oss", "granite", "mixtral", "smollm3"}
 IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(0))
 
 

@@ -119,11 +119,14 @@ def write_vocabulary(folder: Path, architecture: str, stated: dict[str, Any], **
 VOCABULARIES = [
     ("bloom", byte_level("bloom")),
     ("falcon", byte_level("falcon")),
+    ("gemma", sentencepiece()),
     ("gemma2", sentencepiece()),
     ("gemma3", sentencepiece()),
     ("gpt-oss", byte_level("gpt-4o")),
     ("gpt2", byte_level("gpt-2")),
+    ("granite", byte_level("refact")),
     ("llama", byte_level("llama-bpe")),
+    ("smollm3", byte_level("smaug-bpe")),
     ("llama", byte_level("smollm")),
     ("llama", sentencepiece()),
     ("minimax-m2", byte_level("minimax-m2")),
@@ -147,9 +150,12 @@ def test_a_gguf_files_tokenizer_is_what_transformers_makes_of_it(
 ) -> None:
     from transformers import AutoTokenizer
 
-    write_vocabulary(tmp_path, architecture, stated)
-    with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
+    with open_checkpoint(write_vocabulary(tmp_path, architecture, stated)) as checkpoint:
         ours = load_tokenizer(checkpoint)
+    # Of three architectures it knows the tokenizers, but not which class of its own goes with them: a relative's.
+    write_vocabulary(
+        tmp_path, {"gemma": "gemma2", "granite": "llama", "smollm3": "llama"}.get(architecture, architecture), stated
+    )
     theirs: Any = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
     assert ours.encode(TEXT) == theirs.encode(TEXT)
     assert ours.decode(ours.encode(TEXT), skip_special_tokens=True) == theirs.decode(
