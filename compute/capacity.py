@@ -8,7 +8,7 @@ be there yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,9 @@ import torch
 
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.families import FAMILIES
-from peerd.compute.layer_kinds import layer_kinds
-from peerd.compute.quantized_formats import FORMATS, NONE, RUN_VALUES_CPU, Format
+from peerd.compute.kv_layout import PAGE_TOKENS, lay_out
+from peerd.compute.layer_kinds import LayerKind, layer_kinds
+from peerd.compute.quantized_formats import FORMATS, NONE, RUN_VALUES_CPU, RUN_VALUES_GPU, Format
 from peerd.compute.quantized_modules import places
 from peerd.protocol.span import Span
 
@@ -67,8 +68,10 @@ class Budget:
     process: int = PROCESS_BYTES
 
     def fixed(self, *, on_host: bool) -> int:
-        """What is taken before there is any KV; the device's own where that is not the host."""
-        return self.blocks + self.working + (self.process if on_host else 0)
+        """What is taken before any session has KV; the device's own where that is not the host."""
+        # A page beyond all that rows own is where padding writes.
+        scratch = PAGE_TOKENS * self.kv_per_token
+        return self.blocks + scratch + self.working + (self.process if on_host else 0)
 
     def total(self, kv_tokens: int, *, on_host: bool) -> int:
         """The most that is ever taken of the device's memory, with KV for `kv_tokens` positions all in use."""
@@ -108,22 +111,24 @@ def span_budget(
     quantize: str = NONE,
     *,
     batch_tokens: int,
-    adapter_bytes: int = 0,
+    on_host: bool = True,
 ) -> Budget:
     """What serving a span takes; or so many blocks, wherever they lie, taken for the largest."""
     costs = block_costs(checkpoint, dtype, quantize)
-    sizes = [kind.values_per_token * dtype.itemsize for kind in layer_kinds(checkpoint.config)]
+    kinds = layer_kinds(checkpoint.config)
+    sizes = [kind.values_per_token * dtype.itemsize for kind in kinds]
     if isinstance(span, Span):
         own = slice(span.start, span.end)
+        kinds = kinds[own]
         blocks, kv = sum(cost.n_bytes for cost in costs[own]), sum(sizes[own])
     else:
         blocks, kv = span * max(cost.n_bytes for cost in costs), span * max(sizes)
     return Budget(
-        blocks=blocks + adapter_bytes,
+        blocks=blocks,
         loading=max(cost.loading_bytes for cost in costs),
         kv_per_token=kv,
-        host_per_token=_HOST_COPIES * checkpoint.hidden_size * dtype.itemsize,
-        working=working_bytes(checkpoint, dtype, batch_tokens),
+        host_per_token=_HOST_COPIES * checkpoint.hidden_size * dtype.itemsize * _positions_a_token(checkpoint, kinds),
+        working=working_bytes(checkpoint, dtype, batch_tokens, quantize, on_host=on_host),
     )
 
 
@@ -132,7 +137,9 @@ def default_kv_tokens(checkpoint: Checkpoint) -> int:
     return min(checkpoint.max_length or DEFAULT_KV_TOKENS, DEFAULT_KV_TOKENS)
 
 
-def working_bytes(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int) -> int:
+def working_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int, quantize: str = NONE, *, on_host: bool = True
+) -> int:
     """What a batch of `batch_tokens` positions takes while it runs, beside weights and KV.
 
     An upper bound of what the families do: a block's activations, one batch of scores against one conversation, and
@@ -149,7 +156,9 @@ def working_bytes(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int)
     scores = 3 * heads * batch_tokens * context * torch.float32.itemsize if _keeps_scores(config) else 0
     mask = 2 * batch_tokens * context * torch.float32.itemsize
     gathered = 2 * context * kv_bytes_per_token(checkpoint, dtype)
-    dequantized = 4 * RUN_VALUES_CPU * torch.float32.itemsize
+    dequantized = (
+        2 * (RUN_VALUES_CPU if on_host else RUN_VALUES_GPU) * torch.float32.itemsize if quantize != NONE else 0
+    )
     return batch_tokens * values * torch.float32.itemsize + scores + mask + gathered + dequantized
 
 
@@ -168,12 +177,12 @@ def fits(
     With `kv_tokens` 0 there is room for one conversation. Never more than the model has; 0 if not even one block fits.
     """
     tokens = kv_tokens or default_kv_tokens(checkpoint)
-    one = span_budget(checkpoint, 1, dtype, quantize, batch_tokens=batch_tokens)
-    two = span_budget(checkpoint, 2, dtype, quantize, batch_tokens=batch_tokens)
+    one = span_budget(checkpoint, 1, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
+    two = span_budget(checkpoint, 2, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
     if one.total(tokens, on_host=on_host) > room:
         return 0
     # A budget grows by the same with each block, but for what loading takes, which counts once.
-    step = two.blocks - one.blocks + tokens * (two.kv_per_token - one.kv_per_token)
+    step = two.blocks - one.blocks + (tokens + PAGE_TOKENS) * (two.kv_per_token - one.kv_per_token)
     count = min(checkpoint.block_count, 1 + (room - one.total(tokens, on_host=on_host)) // step)
     return int(count)
 
@@ -197,6 +206,12 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
             n_bytes += tensor.nbytes
         loading = max(loading, source)
     return BlockCost(n_bytes, loading)
+
+
+def _positions_a_token(checkpoint: Checkpoint, kinds: Sequence[LayerKind]) -> int:
+    """How many positions a session can have for each KV token: more than one where blocks keep a window only."""
+    longest = checkpoint.max_length or DEFAULT_KV_TOKENS
+    return -(-longest // lay_out(kinds).tokens_wanted(max_length=longest))
 
 
 def _keeps_scores(config: PreTrainedConfig) -> bool:

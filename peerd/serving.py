@@ -18,7 +18,7 @@ from peerd.compute.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.capacity import HEADROOM, Budget, block_bytes, default_kv_tokens, fits, span_budget
 from peerd.compute.checkpoint import Checkpoint
-from peerd.compute.engine import Engine
+from peerd.compute.engine import PASS_BYTES, Engine
 from peerd.compute.errors import AdapterError
 from peerd.compute.family import Family
 from peerd.compute.free_memory import free_memory
@@ -44,6 +44,8 @@ KV_SHARE = 0.5
 DEFAULT_CLIENT_ADAPTER_BYTES = 64 * 10**6
 # Of all memory, what one client's adapter may take by default; four at once are a sixteenth.
 CLIENT_ADAPTER_SHARE = 1 / 64
+# Of all memory, what training passes may take at most. Inference is what most peers are asked for.
+PASS_SHARE = 1 / 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +121,11 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     """Read the span's blocks, make its engine and time it. Raises CheckpointError, InvalidRequest."""
     dtype, quantize = _dtype(spec, checkpoint), _quantization(spec)
     # Decided before anything is read: afterwards it would be too late to say that it does not fit.
-    kv_tokens = _kv_tokens(spec, checkpoint, span)
+    kv_tokens, pass_bytes = _kv_tokens(spec, checkpoint, span), _pass_bytes(spec)
     model = load_span(
         checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
     )
-    engine = Engine(model, kv_tokens=kv_tokens)
+    engine = Engine(model, kv_tokens=kv_tokens, pass_bytes=pass_bytes)
     for name, path in spec.adapters:
         load_adapter(engine, name, path, checkpoint.family)
     # The engine reorders weights.
@@ -210,13 +212,20 @@ def _given(spec: ServeSpec) -> int:
 
 
 def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> int:
-    """How many of them blocks and KV may take: what adapters of `span` (default: all blocks) take is set aside."""
-    return _given(spec) - _adapter_bytes(spec, checkpoint, span)
+    """How many of them blocks and KV may take: what adapters of `span` (default: all blocks) take is set aside, and
+    what training passes may.
+    """
+    return _given(spec) - _adapter_bytes(spec, checkpoint, span) - _pass_bytes(spec)
+
+
+def _pass_bytes(spec: ServeSpec) -> int:
+    """What training passes may take."""
+    return min(PASS_BYTES, int(_given(spec) * PASS_SHARE))
 
 
 def _budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
     dtype = _dtype(spec, checkpoint)
-    return span_budget(checkpoint, span, dtype, _quantization(spec), batch_tokens=BATCH_TOKENS)
+    return span_budget(checkpoint, span, dtype, _quantization(spec), batch_tokens=BATCH_TOKENS, on_host=_on_host(spec))
 
 
 def _kv_tokens(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:

@@ -12,6 +12,7 @@ from peerd.compute.capacity import Budget, block_bytes, block_costs, fits, kv_by
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.free_memory import free_memory
 from peerd.compute.kv_cache import KVPool
+from peerd.compute.kv_layout import lay_out
 from peerd.compute.layer_kinds import layer_kinds
 from peerd.compute.quantized_formats import QUANTIZATIONS
 from peerd.compute.span_model import load_span
@@ -69,8 +70,12 @@ def test_a_spans_budget_counts_its_own_blocks_and_their_kv(tiny_checkpoint: Tiny
         assert costs[1].n_bytes < costs[2].n_bytes
         budget = span_budget(checkpoint, Span(0, 3), torch.float32, batch_tokens=16)
         assert budget.blocks == sum(cost.n_bytes for cost in costs[:3])
-        pool = KVPool(layer_kinds(checkpoint.config)[:3], 10, 1, device=torch.device("cpu"), dtype=torch.float32)
-        assert 10 * budget.kv_per_token == sum(tensor.nbytes for tensor in (*pool.keys, *pool.values))
+        kinds = layer_kinds(checkpoint.config)[:3]
+        layout = lay_out(kinds)
+        pages = layout.page_sets(64, 16) * layout.groups
+        pool = KVPool(kinds, layout, pages, 16, device=torch.device("cpu"), dtype=torch.float32)
+        taken = sum(tensor.nbytes for tensor in (*pool.keys, *pool.values))
+        assert taken == budget.total(64, on_host=False) - budget.blocks - budget.working
         # Of blocks that are not chosen yet the largest counts.
         assert span_budget(checkpoint, 3, torch.float32, batch_tokens=16).blocks == 3 * costs[2].n_bytes
 
@@ -111,15 +116,24 @@ def test_as_many_blocks_fit_as_memory_holds_with_their_kv_and_all_else(llama: Ch
 
 
 def test_kv_fills_what_is_left_and_no_more() -> None:
-    budget = Budget(blocks=1000, loading=500, kv_per_token=10, host_per_token=3, working=100, process=50)
-    for room in (1550, 1551, 1562, 1563, 10_000):
+    budget = Budget(blocks=1000, loading=800, kv_per_token=10, host_per_token=3, working=100, process=50)
+    fixed = 1000 + 100 + 50 + 16 * 10
+    for room in (1850, 1851, 1862, 1863, 10_000):
         tokens = budget.kv_tokens_in(room, on_host=True)
-        assert budget.total(tokens, on_host=True) <= room
-        assert budget.total(tokens + 1, on_host=True) > room
-    # What reading takes is given back before there is any KV.
-    assert budget.kv_tokens_in(1550, on_host=True) == (1550 - 1150) // 13
-    assert budget.kv_tokens_in(1549, on_host=True) < 0
-    assert budget.kv_tokens_in(1500, on_host=False) == 40
+        assert tokens == (room - fixed) // 13
+        assert budget.total(tokens, on_host=True) <= room < budget.total(tokens + 1, on_host=True)
+    # What reading takes is given back before there is any KV, but has to be there.
+    assert budget.kv_tokens_in(1849, on_host=True) < 0
+    assert budget.kv_tokens_in(1800, on_host=False) == (1800 - 1260) // 10
+
+
+def test_what_a_hop_keeps_of_long_rows_counts_where_windows_make_kv_short(tiny_checkpoint: TinyCheckpoint) -> None:
+    def kept(name: str) -> int:
+        with open_checkpoint(tiny_checkpoint(name)) as checkpoint:
+            return span_budget(checkpoint, Span(0, 2), torch.float32, batch_tokens=16).host_per_token
+
+    # 512 positions in the KV of 384: a window of 16, what may be rolled back, and a batch.
+    assert kept("mistral") == 2 * kept("llama")
 
 
 def test_without_a_wish_there_is_room_for_one_conversation(llama: Checkpoint) -> None:

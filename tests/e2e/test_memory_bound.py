@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from peerd.engine_task import EngineTask
 from peerd.processes import open_peer_processes
 from peerd.protocol.messages import MAX_LENGTH
 from peerd.server import ServedSpan
-from peerd.serving import LoadedSpan
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 
@@ -51,7 +51,8 @@ async def fake_rest(path: Path, bootstrap: peerd.Multiaddr) -> AsyncIterator[pee
             served = ServedSpan(checkpoint.model_digest, MAX_LENGTH, EngineTask(engine))
         assert peer.server is not None
         peer.server.serve(served)
-        peer._announce(served, LoadedSpan(engine, "float32", "none", ("exact",), 1e6, ()))
+        _, loaded = peer._loaded[0]
+        peer._announce(served, replace(loaded, engine=engine, roots=()))
         await peer.discovery.announced()
         yield peer
 
