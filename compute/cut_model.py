@@ -7,6 +7,7 @@ then cut: a configuration with fewer layers builds other layers in some families
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 def build_on_meta(
     model_type: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = "eager"
 ) -> PreTrainedModel:
-    """The whole model in `dtype` on the meta device, with a configuration of its own, in evaluation mode.
+    """The whole model on the meta device, with a configuration of its own, in evaluation mode.
 
-    `attention` None is the best that Transformers has for the family. Raises CheckpointError for a configuration that
-    contradicts itself.
+    It is in `dtype`, but for what its family keeps in fp32. `attention` None is the best that Transformers has for the
+    family. Raises CheckpointError for a configuration that contradicts itself.
     """
     build: Any = model_type._from_config
     try:
@@ -35,7 +36,22 @@ def build_on_meta(
         # The constructor runs on a configuration that somebody published.
         raise CheckpointError(f"no {config.model_type} can be built from this configuration: {error}") from error
     model.train(False)
+    _keep_in_fp32(model, dtype)
     return model
+
+
+def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Give back fp32 to what a family keeps in it whatever the rest is in, such as a router's corrections.
+
+    Transformers does that where it loads weights. Some parts are kept from fp16 alone, whose numbers end at 65504.
+    """
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    patterns = [re.compile(re.escape(pattern).replace(r"\*", ".*")) for pattern in kept]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.to(torch.float32)
 
 
 def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device, where: object) -> None:

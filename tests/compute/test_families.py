@@ -16,6 +16,7 @@ import torch
 from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 from plain_weights import with_weights_of
 from tiny_families import VARIANTS, tiny_model
+from torch import nn
 
 from peerd.compute.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
@@ -159,3 +160,26 @@ def test_quantized_blocks_take_what_was_counted_and_compute_what_they_hold(tiny:
 
 # Its experts lie in two dimensions.
 NOT_QUANTIZED = {"dbrx"}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("deepseek_v3", torch.bfloat16), ("flint", torch.bfloat16), ("gpt_oss", torch.float16), ("llama", torch.float16)],
+)
+def test_what_transformers_keeps_in_fp32_is_kept_in_fp32(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    tiny_model(family).save_pretrained(tmp_path)
+    whole = family.causal_type().from_pretrained(tmp_path, dtype=dtype)
+    layers = getattr(whole.base_model, family.layers)[3:7]
+    with open_checkpoint(tmp_path) as checkpoint:
+        span = load_span(checkpoint, Span(3, 7), dtype=dtype)
+        head = load_head(checkpoint, dtype=dtype)
+    assert dtypes(span.layers) == dtypes(layers)
+    assert dtypes(getattr(head.model.base_model, family.norm)) == dtypes(getattr(whole.base_model, family.norm))
+    assert (torch.float32 in dtypes(layers).values()) == (name != "llama")
+    with torch.no_grad():
+        assert span.forward_no_cache(torch.ones(1, 3, span.hidden_size, dtype=dtype)).isfinite().all()
+
+
+def dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in module.state_dict().items()}
