@@ -84,8 +84,9 @@ def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.d
     for name, child in list(module.named_modules()):
         if type(child).__name__.endswith("RotaryEmbedding"):
             rotary: Any = type(child)
+            # Of its own configuration: Granite's blocks have rotary embeddings of several bases.
             with torch.device(device):
-                module.set_submodule(name, rotary(config=config))
+                module.set_submodule(name, rotary(config=getattr(child, "config", config)))
         elif hasattr(child, "scalar_embed_scale"):
             child.embed_scale = torch.tensor(child.scalar_embed_scale, device=device)
         else:

@@ -38,7 +38,8 @@ class LatentAttention:
         """
         project = self._module.kv_b_proj
         # Anything else than a plain layer (quantized, or with an adapter) is only asked for its product.
-        if type(project) is nn.Linear and (self._few is None or query.shape[2] <= self._few):
+        plain = type(project) is nn.Linear and not project._forward_hooks
+        if plain and (self._few is None or query.shape[2] <= self._few):
             return self._absorb(project.weight, query, latents, rotary, attend)
         keys, values = self._module.expand_kv(latents, rotary)
         return attend(query, keys, values)

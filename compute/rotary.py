@@ -40,14 +40,23 @@ def length_rules(config: PreTrainedConfig) -> Mapping[str | None, _Rule]:
     return rules
 
 
+def follow_declared_lengths(decoder: nn.Module) -> None:
+    """Put a DeclaredLengthRotary in place of each of the decoder's rotary embeddings that depends on the length."""
+    for name, child in list(decoder.named_modules()):
+        config: Any = getattr(child, "config", None)
+        if type(child).__name__.endswith("RotaryEmbedding") and config is not None and length_rules(config):
+            decoder.set_submodule(name, DeclaredLengthRotary(child, config))
+
+
 class DeclaredLengthRotary(nn.Module):
-    """Stands in for a decoder's `rotary_emb` when `length_rules` has any. Set `max_lengths` before each forward."""
+    """Stands in for rotary embeddings for which `length_rules` has any. Set `max_lengths` before each forward."""
 
     def __init__(self, rotary: Any, config: PreTrainedConfig) -> None:
         super().__init__()
         self.max_lengths: MaxLengths | None = None
         self._rotary = rotary
-        self._config = config
+        #: Some decoders look for their rotary embeddings by what it says.
+        self.config = config
         self._rules = length_rules(config)
         self._frequencies: dict[tuple[str | None, int], tuple[torch.Tensor, float]] = {}
         # The module's own wrapper rescales by the batch's longest position unless the type is another.
@@ -84,7 +93,7 @@ class DeclaredLengthRotary(nn.Module):
 
             compute = ROPE_INIT_FUNCTIONS[self._rules[layer_type][0]]
             arguments = {} if layer_type is None else {"layer_type": layer_type}
-            self._frequencies[key] = compute(self._config, position_ids.device, seq_len=length, **arguments)
+            self._frequencies[key] = compute(self.config, position_ids.device, seq_len=length, **arguments)
         prefix = "" if layer_type is None else f"{layer_type}_"
         inv_freq, scaling = self._frequencies[key]
         setattr(self._rotary, f"{prefix}inv_freq", inv_freq)

@@ -21,7 +21,7 @@ from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.load_blocks import load_block
 from peerd.compute.own_attention import install_own_attention
 from peerd.compute.quantized_formats import NONE
-from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, length_rules
+from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, follow_declared_lengths
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class SpanModel(nn.Module):
         self.device = device
         #: What the span computes in, whatever its weights are stored as.
         self.dtype = dtype
+        self._rotaries = tuple(part for part in decoder.modules() if isinstance(part, DeclaredLengthRotary))
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -76,7 +77,7 @@ class SpanModel(nn.Module):
     @property
     def follows_max_length(self) -> bool:
         """Whether `forward` needs `max_lengths`: the rotary embeddings scale with a session's declared length."""
-        return isinstance(self._rotary, DeclaredLengthRotary)
+        return bool(self._rotaries)
 
     def forward(
         self,
@@ -94,8 +95,7 @@ class SpanModel(nn.Module):
         `max_lengths` is the declared length of each token's session: an int, or int64 that broadcasts to [B, T]; where
         it is None each row's longest position counts, as in Transformers. `kwargs` go to the attention function.
         """
-        rotary = self._rotary
-        if isinstance(rotary, DeclaredLengthRotary):
+        for rotary in self._rotaries:
             rotary.max_lengths = position_ids.amax(-1, keepdim=True) + 1 if max_lengths is None else max_lengths
         output = self.decoder(
             inputs_embeds=hidden,
@@ -112,10 +112,6 @@ class SpanModel(nn.Module):
         """Run whole sequences [B, T, hidden_size] from position 0, keeping nothing. Gradients flow to `hidden`."""
         positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         return self.forward(hidden, positions, max_lengths=max_length)
-
-    @property
-    def _rotary(self) -> nn.Module | None:
-        return getattr(self.decoder, "rotary_emb", None)
 
 
 def load_span(
@@ -156,8 +152,7 @@ def load_span(
     check_filled(decoder, checkpoint.path)
     if own:
         install_own_attention(decoder, own, device, dtype)
-    if length_rules(decoder.config):
-        decoder.rotary_emb = DeclaredLengthRotary(decoder.rotary_emb, decoder.config)
+    follow_declared_lengths(decoder)
     return SpanModel(decoder, family, span, kinds, device=device, dtype=dtype).eval()
 
 

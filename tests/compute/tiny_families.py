@@ -95,6 +95,9 @@ _OWN: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 24,
         "mamba_n_heads": 4,
     },
+    # Rotary embeddings of two bases, and blocks without any.
+    "granite_swa": {"layer_rope_theta": [500.0, 0, 50.0, 50.0] * 2},
+    "granitemoe_swa": {"layer_rope_theta": [500.0, 0, 50.0, 50.0] * 2},
     "helium": {"head_dim": 8},
     "laguna": {"layer_types": _MIXED, "num_attention_heads_per_layer": [4, 8] * 4, "rope_parameters": _BY_TYPE},
     "llama4_text": {
@@ -141,6 +144,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon with alibi": ("falcon", {"alibi": True, "multi_query": True, "num_attention_heads": 4}),
     "falcon of the new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon with alibi of 6 heads": ("falcon", {"alibi": True, "hidden_size": 48, "num_attention_heads": 6}),
+    "granite_swa with dynamic ropes": (
+        "granite_swa",
+        {
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
+            "layer_rope_theta": [500.0, 0, 50.0, 50.0] * 2,
+        },
+    ),
+    "granitemoehybrid with ropes": (
+        "granitemoehybrid",
+        {**_OWN["granitemoehybrid"], "position_embedding_type": "rope"},
+    ),
     "mpt of 6 heads": ("mpt", {"d_model": 48, "n_heads": 6, "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.4}}),
     "gpt_bigcode without shared keys": ("gpt_bigcode", {"multi_query": False}),
     "gpt_neox with a sequential residual": ("gpt_neox", {"use_parallel_residual": False}),
