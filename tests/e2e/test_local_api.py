@@ -1,0 +1,63 @@
+"""`peerd --client` as a user starts it: a process, a socket, the real model."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import trio
+
+from peerd.processes import open_peer_processes
+
+pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
+
+QUESTION = "What is the capital of France?"
+
+
+async def ask(socket, path, body=None):
+    """One request over the socket: status and body."""
+    data = b"" if body is None else json.dumps(body).encode()
+    lines = [
+        f"{'GET' if body is None else 'POST'} {path} HTTP/1.0",
+        "Host: localhost",
+        "Content-Type: application/json",
+    ]
+    async with await trio.open_unix_socket(socket) as stream:
+        await stream.send_all("\r\n".join([*lines, f"Content-Length: {len(data)}", "", ""]).encode() + data)
+        answer = b"".join([bytes(chunk) async for chunk in stream])
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), rest
+
+
+async def test_a_daemon_of_its_own_answers_as_transformers_does(model_path, reference, tmp_path):
+    socket = tmp_path / "peerd.sock"
+    expected = reference.answer(reference.encode(QUESTION, chat=True), 12)
+    async with open_peer_processes(threads=1) as processes:
+        bootstrap = await processes.start()
+        join = ["--bootstrap", str(bootstrap.address)]
+        client = ["--client", "--model", f"smol={model_path}", "--socket", str(socket), *join]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(processes.start, *client)
+            nursery.start_soon(processes.start, "--serve-blocks", "auto", "--model", str(model_path), *join)
+        status, body = await ask(socket, "/readyz")
+        assert (status, body) == (200, b"ready\n")
+        request = {"model": "smol", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+        status, body = await ask(socket, "/v1/chat/completions", request | {"max_tokens": 12})
+        assert status == 200
+        text = json.loads(body)["choices"][0]["message"]["content"]
+        decisive = reference.tokenizer.decode(expected.decisive, skip_special_tokens=True)
+        assert text.startswith(decisive)
+        assert decisive
+        shown = await trio.run_process(
+            [sys.executable, "-m", "peerd", "status", "--socket", str(socket)], capture_stdout=True
+        )
+        assert b"smol: complete, 1 servers (0:30 by 1)" in shown.stdout
+        second = await trio.run_process(
+            [sys.executable, "-m", "peerd", *client, "--identity", str(tmp_path / "key")],
+            check=False,
+            capture_stderr=True,
+        )
+        assert second.returncode == 2
+        assert b"another peerd listens" in second.stderr
+    assert not socket.exists()
