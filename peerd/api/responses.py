@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from peerd.api.answers import Answers
 from peerd.api.errors import ApiError, api_error
@@ -51,13 +51,15 @@ class AnswerResponse(Response):
         self._slots = slots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: ASGIApp | None = None
         async with open_tasks() as tasks:
             tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
             response = await self._respond(send)
-            if response is not None:
-                await response(scope, receive, send)
+        # The end of a response counts as a disconnect too, and must not be cancelled by it.
+        if response is not None:
+            await response(scope, receive, send)
 
-    async def _respond(self, send: Send) -> Response | None:
+    async def _respond(self, send: Send) -> ASGIApp:
         """Answer; returned is what is still to be sent."""
         try:
             self._slots.acquire_nowait()
@@ -70,7 +72,7 @@ class AnswerResponse(Response):
                 if self._stream:
                     first = await anext(tokens)
                     await self._send_events(send, first, tokens)
-                    return None
+                    return _end
                 return JSONResponse(await self._collect(tokens))
         except PeerdError as error:
             return api_error(error).response()
@@ -96,7 +98,11 @@ class AnswerResponse(Response):
             if self._include_usage:
                 await _send_data(send, self._shape.usage(self._answers.usage.to_json()))
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _end(scope: Scope, receive: Receive, send: Send) -> None:
+    """The end of a stream."""
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _send_data(send: Send, *values: dict[str, Any]) -> None:

@@ -165,6 +165,15 @@ async def test_who_hangs_up_frees_the_session_on_every_peer(open_daemon, stream)
                 await trio.sleep(0.01)
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_an_answer_ends_the_connection_of_a_client_that_asked_for_that(open_daemon, stream):
+    async with open_daemon() as daemon, await trio.open_unix_socket(daemon.socket) as connection:
+        await connection.send_all(asking({"stream": stream, "max_tokens": 2}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        with trio.fail_after(5):
+            answer = b"".join([bytes(chunk) async for chunk in connection])
+    assert b" 200 " in answer
+
+
 async def test_a_client_that_reads_nothing_does_not_keep_the_daemon_alive(open_daemon):
     async with open_daemon() as daemon:
         connection = socket.socket(socket.AF_UNIX)
