@@ -3,7 +3,7 @@
 Each adapted linear layer carries a hook, which adds to the rows of a batch what their own sessions' adapters say. No
 module is replaced, so it is all the same to us whether a layer is packed, quantized or plain, and a span without
 adapters has no hooks. Which rows are whose is worked out once a batch. The difficulty is to mix nothing up:
-where many adapters share a batch their matrices are one, and what is another's is masked to exact zeros
+where many adapters share a small batch on a GPU their matrices are one, and what is another's is masked to exact zeros
 before it can reach a row, NaN and infinity included.
 
 All of it is the device thread's, but `names`, which is replaced as a whole.
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from peerd.compute.adapter_file import AdapterFile
     from peerd.compute.span_model import SpanModel
 
-# From so many adapters in a batch on, one product over all of them is cheaper than one for each.
-_MANY = 4
+# Five operations an adapter, or eight for all at once, of which each row uses only its own adapter's share. A GPU waits
+# for launches, so there few rows under many adapters are one product. A CPU waits for arithmetic: one product over
+# eight adapters of rank 16 took 0.8 to 4 times as long as eight small ones (576 to 2048 wide, 1 and 32 rows each).
+_MANY = 3
+_FEW_ROWS = 128
 # The positions of the forward that finds out which layers see every position once.
 _PROBE_POSITIONS = 3
 
@@ -170,12 +173,13 @@ class _Routing:
             count += segment.count
         self._groups = [_Group(lora, _rows(runs[name], device)) for name, lora in loaded.items()]
         self._count = count
+        self._at_once = _pays_at_once(len(self._groups), count, device)
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
 
     def add(self, key: BlockModule, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         x, y = inputs.reshape(self._count, -1), output.reshape(self._count, -1)
         present = [(group, pair) for group in self._groups if (pair := group.lora.get(key)) is not None]
-        if len(present) >= _MANY:
+        if len(present) > 1 and self._at_once:
             y += self._joint(x, present)
         else:
             for group, pair in present:
@@ -207,6 +211,10 @@ class _Routing:
                 first += pair.rank
             self._masks[key] = mask
         return mask
+
+
+def _pays_at_once(adapters: int, rows: int, device: torch.device) -> bool:
+    return device.type != "cpu" and adapters >= _MANY and rows <= _FEW_ROWS
 
 
 def _rows(runs: Sequence[tuple[int, int]], device: torch.device) -> slice | torch.Tensor:
