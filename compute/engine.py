@@ -224,10 +224,10 @@ class Engine(BaseEngine):
     def load_adapter(self, name: str, lora: Lora) -> None:
         self._runner.adapters.load(name, lora)
 
-    def load_adapter_file(self, name: str, file: AdapterFile) -> None:
-        """Load the span's part of a file. Device thread. Raises AdapterError also where it lacks some of that part."""
+    def load_adapter_file(self, name: str, file: AdapterFile, lora: Lora) -> None:
+        """Load what was read of a file for the span. Device thread. Raises AdapterError also where some is missing."""
         self._runner.adapters.check_complete(file)
-        self._runner.adapters.load(name, file.read(self.span))
+        self._runner.adapters.load(name, lora)
 
     def unload_adapter(self, name: str) -> None:
         self._runner.adapters.unload(name)

@@ -156,18 +156,18 @@ class Peer:
 
         Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
         """
-        from peerd.serving import load_adapter
+        from peerd.serving import load_adapter, read_adapter
 
         loaded = next(loaded for known, loaded in self._loaded if known is served)
-        work = partial(load_adapter, loaded.engine, name, path, loaded.family)
-        adapter = await served.task.run_blocking(work)
+        adapter = await trio.to_thread.run_sync(read_adapter, name, path, loaded.family, served.span)
+        await served.task.run_blocking(partial(load_adapter, loaded.engine, adapter))
         try:
             _check_record(self._record(0, served, loaded))
         except InvalidRequest:
-            served.task.withdraw_adapter(adapter)
+            served.task.withdraw_adapter(adapter.id)
             raise
         self.discovery.changed()
-        return adapter
+        return adapter.id
 
     def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
         """Give an adapter, by its id, to no new session; it is forgotten with the last that uses it. KeyError."""

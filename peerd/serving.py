@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from peerd.client_adapters import AdapterRoom
-from peerd.compute.adapter_file import open_adapter
+from peerd.compute.adapter_file import AdapterFile, open_adapter
 from peerd.compute.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.capacity import HEADROOM, Budget, block_bytes, default_kv_tokens, fits, span_budget
@@ -23,6 +23,7 @@ from peerd.compute.errors import AdapterError
 from peerd.compute.family import Family
 from peerd.compute.free_memory import free_memory
 from peerd.compute.heap import trim_heap
+from peerd.compute.lora import Lora
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.sizes import format_size
@@ -127,7 +128,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     )
     engine = Engine(model, kv_tokens=kv_tokens, pass_bytes=pass_bytes)
     for name, path in spec.adapters:
-        load_adapter(engine, name, path, checkpoint.family)
+        load_adapter(engine, read_adapter(name, path, checkpoint.family, span))
     # The engine reorders weights.
     trim_heap()
     engine.warm_up()
@@ -155,18 +156,31 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     )
 
 
-def load_adapter(engine: Engine, name: str, path: str | Path, family: Family) -> str:
-    """Read an adapter's part for the engine's span; returns its id. The device thread's. Raises AdapterError."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadAdapter:
+    """An adapter's weights for a span, on the CPU, under the id that they are served as."""
+
+    id: str
+    file: AdapterFile
+    weights: Lora
+
+
+def read_adapter(name: str, path: str | Path, family: Family, span: Span) -> ReadAdapter:
+    """Read what a span needs of an adapter. Raises AdapterError."""
     try:
         check_name(name)
     except ValueError as error:
         raise AdapterError(str(error)) from None
     with open_adapter(path, family) as file:
-        found = adapter_id(name, file.digest)
-        if name in {name_of(other) for other in engine.adapters}:
-            raise AdapterError(f"there is an adapter called {name} already: give {path} another name")
-        engine.load_adapter_file(found, file)
-    return found
+        return ReadAdapter(adapter_id(name, file.digest), file, file.read(span))
+
+
+def load_adapter(engine: Engine, adapter: ReadAdapter) -> None:
+    """Give it to the engine. Device thread. Raises AdapterError."""
+    name = name_of(adapter.id)
+    if name in {name_of(other) for other in engine.adapters}:
+        raise AdapterError(f"there is an adapter called {name} already: give {adapter.file.path} another name")
+    engine.load_adapter_file(adapter.id, adapter.file, adapter.weights)
 
 
 def _client_adapter_bytes(spec: ServeSpec) -> int:
