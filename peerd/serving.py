@@ -23,8 +23,8 @@ from peerd.compute.errors import AdapterError
 from peerd.compute.family import Family
 from peerd.compute.free_memory import free_memory
 from peerd.compute.heap import trim_heap
-from peerd.compute.lora import Lora
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
+from peerd.compute.lora import Lora
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span
