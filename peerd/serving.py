@@ -43,6 +43,9 @@ DEFAULT_KV_TOKENS = 65536
 KV_SHARE = 0.5
 # A LoRA of rank 16 on every linear layer of 12 blocks of a 7B model in bf16 takes 30 MB.
 DEFAULT_CLIENT_ADAPTER_BYTES = 64 * 10**6
+# Positions a batch may have on a GPU. A GPU reads its weights, and dequantizes them, once a batch: an H200 has read a
+# block in the time in which it multiplies it by some 200 positions, and dequantizing takes twice as long again.
+GPU_BATCH_TOKENS = 1024
 # Of all memory, what one client's adapter may take by default; four at once are a sixteenth.
 CLIENT_ADAPTER_SHARE = 1 / 64
 # Of all memory, what training passes may take at most. Inference is what most peers are asked for.
@@ -101,7 +104,7 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         checkpoint,
         room,
         dtype=dtype,
-        batch_tokens=BATCH_TOKENS,
+        batch_tokens=_batch_tokens(spec),
         kv_tokens=spec.kv_tokens or 0,
         quantize=_quantization(spec),
         on_host=_on_host(spec),
@@ -126,7 +129,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     model = load_span(
         checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
     )
-    engine = Engine(model, kv_tokens=kv_tokens, pass_bytes=pass_bytes)
+    engine = Engine(model, kv_tokens=kv_tokens, batch_tokens=_batch_tokens(spec), pass_bytes=pass_bytes)
     for name, path in spec.adapters:
         load_adapter(engine, read_adapter(name, path, checkpoint.family, span))
     # The engine reorders weights.
@@ -216,6 +219,10 @@ def _quantization(spec: ServeSpec) -> str:
     return spec.quantize
 
 
+def _batch_tokens(spec: ServeSpec) -> int:
+    return BATCH_TOKENS if _on_host(spec) else GPU_BATCH_TOKENS
+
+
 def _on_host(spec: ServeSpec) -> bool:
     return torch.device(spec.device).type == "cpu"
 
@@ -239,7 +246,9 @@ def _pass_bytes(spec: ServeSpec) -> int:
 
 def _budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
     dtype = _dtype(spec, checkpoint)
-    return span_budget(checkpoint, span, dtype, _quantization(spec), batch_tokens=BATCH_TOKENS, on_host=_on_host(spec))
+    return span_budget(
+        checkpoint, span, dtype, _quantization(spec), batch_tokens=_batch_tokens(spec), on_host=_on_host(spec)
+    )
 
 
 def _kv_tokens(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:

@@ -5,9 +5,16 @@
     python tests/bench/gpu.py --part swarm               # BLOOM-176B in nf4 behind three peers: below 10 minutes
     python tests/bench/gpu.py --tiny --device cpu        # the whole script at toy sizes, without a GPU
 
-Before the first run on a machine: a CUDA build of torch 2.13 (it brings Triton) and `pip install -e . --group dev`;
-then `pytest tests/compute/test_cuda.py tests/compute/test_paged_attention.py`, which says in a minute whether kernels,
-graphs and copies work there at all. No checkpoint is needed: weights are random, made on the GPU.
+Before the first run on a machine: a CUDA build of torch 2.13, which brings Triton, and `pip install -e . --group dev`.
+Where nothing can be installed, `blocks` needs no more than torch, Triton, transformers, bitsandbytes (for nf4), numpy,
+platformdirs and gguf, with the four folders laid out as `.ci/check-rooms` does it, on PYTHONPATH; `swarm` needs trio,
+trio-websocket, cryptography, msgpack and kademlia too, all small wheels; tests need pytest and trio. Then first
+
+    pytest tests/compute/test_cuda.py tests/compute/test_paged_attention.py tests/compute/test_paged_engine.py \\
+        tests/compute/test_quantized_kernel.py           # a minute or two: do kernels, graphs and copies work there?
+
+No checkpoint is needed: weights are random, made on the GPU. As of this line nobody has run this on a GPU: durations
+and memory are worked out, not measured.
 
 Memory: `blocks` holds four blocks at a time twice (ours, Transformers') with 32 rows of KV: BLOOM in bf16 takes 20 GB
 a time, with 2 x 15 GB of KV. `swarm` holds all 70 blocks in nf4 with an fp32 scale each 64 values: 97 GB, and 17 GB of
@@ -226,7 +233,7 @@ def transformers_times(
 ) -> dict[tuple[int, int], float]:
     """Seconds a block by Transformers; what it cannot do here is left out, and said."""
     try:
-        model = load_span(checkpoint, span, device=clock.device, dtype=sizes.dtype, attention="sdpa")
+        model = load_span(checkpoint, span, device=clock.device, dtype=sizes.dtype)
         if form != "none":
             as_transformers_quantizes(model, form)
         return {cell: clock.median_s(transformers_turn(model, *cell)) / len(span) for cell in cells}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from peerd.compute.quantized_formats import FORMATS
+from peerd.compute.quantized_matrix import QuantizedMatrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -53,3 +54,16 @@ def test_kernel_products_in_half_precision_take_rows_with_gaps(name: str):
     found = product(name, x, values, scales, 32)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.float(), x.float() @ weight.T, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_quantized_matrices_use_the_kernel_where_it_may(name: str, monkeypatch: pytest.MonkeyPatch):
+    values, scales, weight = stored(name, 24, 64)
+    matrix = QuantizedMatrix(FORMATS[name], values, scales, (24, 64), torch.float32)
+    x = torch.randn(1, 5, 64).to(DEVICE)
+    monkeypatch.setattr("peerd.compute.quantized_formats._has_kernel_for", lambda _: True)
+    monkeypatch.setattr(type(FORMATS[name]), "linear", None)
+    with torch.inference_mode():
+        found = matrix.product(x)
+    assert found.shape == (1, 5, 24)
+    torch.testing.assert_close(found, x @ weight.T, rtol=1e-4, atol=1e-4)
