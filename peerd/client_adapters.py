@@ -18,7 +18,7 @@ import trio
 from peerd.compute.lora import BlockModule, Lora, LoraPair, within
 from peerd.connections import Connections, Stream
 from peerd.nurseries import open_tasks
-from peerd.protocol.adapters import ADAPTER_PROTOCOL, Granted, Loaded, MatrixA, MatrixB, Upload
+from peerd.protocol.adapters import ADAPTER_PROTOCOL, MAX_PAIRS_A_BLOCK, Granted, Loaded, MatrixA, MatrixB, Upload
 from peerd.protocol.errors import (
     ConnectionLost,
     InvalidRequest,
@@ -91,7 +91,10 @@ class AdapterRoom:
 
 
 async def receive_adapter(stream: Stream, upload: Upload, blocks: Span) -> dict[BlockModule, LoraPair]:
-    """The pairs that `upload` promised, all of them for `blocks`. Raises InvalidRequest, PeerFault."""
+    """Grant what `upload` asks for; returns the pairs, all of them for `blocks`. Raises InvalidRequest, PeerFault."""
+    if upload.pairs > MAX_PAIRS_A_BLOCK * len(blocks):
+        raise InvalidRequest(f"{upload.pairs} pairs for blocks {blocks}: at most {MAX_PAIRS_A_BLOCK} for each block")
+    await stream.send(Granted().to_header())
     found: dict[BlockModule, LoraPair] = {}
     left = upload.values
     try:

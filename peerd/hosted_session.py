@@ -20,7 +20,7 @@ from peerd.client_adapters import AdapterRoom, receive_adapter
 from peerd.connections import Stream
 from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
-from peerd.protocol.adapters import OWN_ADAPTER, Granted, Upload
+from peerd.protocol.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -185,7 +185,6 @@ class HostedSession:
         self._adapter = "coming"
         try:
             with self._adapter_room.reserved(self.owner, upload.values) as n_bytes:
-                await stream.send(Granted().to_header())
                 blocks = Span(self.opening.start, self.opening.end)
                 lora = await receive_adapter(stream, upload, blocks)
                 await self._engine.give_adapter(self, lora)

@@ -19,8 +19,10 @@ OWN_ADAPTER = "own_adapter"
 # Enough that two adapters share a tag by mistake never; a liar needs no collision.
 TAG_BYTES = 8
 MAX_SCALE = 1e9
-# Modules that one upload may adapt: 64 in each block of the largest model.
-MAX_PAIRS = 1 << 18
+# Layers of one block that an upload may adapt: several times what any family has. Each costs a hop some memory beside
+# its values, so that many tiny ones must not slip through.
+MAX_PAIRS_A_BLOCK = 64
+MAX_PAIRS = MAX_PAIRS_A_BLOCK * MAX_BLOCKS
 MAX_VALUES = 1 << 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(rf"({_NAME.pattern})@[0-9a-f]{{{2 * TAG_BYTES}}}")

@@ -286,6 +286,7 @@ async def test_an_upload_that_breaks_a_rule_is_refused_and_leaves_nothing(open_s
             (UnsupportedFeature, upload(values=LIMIT)),
             (InvalidRequest, upload(session=b"t" * 16)),
             (InvalidRequest, upload(hop=1)),
+            (InvalidRequest, upload(pairs=3 * 64 + 1)),
             (RemoteProtocolError, upload(), matrix_b()),
             (RemoteProtocolError, upload(), matrix_a()),
             (RemoteProtocolError, upload(), matrix_a(), matrix_a()),
@@ -430,6 +431,9 @@ def test_whatever_is_uploaded_is_taken_or_refused_with_a_reason(messages):
 
         def __init__(self):
             self.left = list(messages)
+
+        async def send(self, header):
+            await trio.lowlevel.checkpoint()
 
         async def receive(self, max_body):
             await trio.lowlevel.checkpoint()
