@@ -21,10 +21,10 @@ PROBE_POSITIONS = (32, 64)
 _MARGIN = 1.15
 # Beside what is kept, a block's forward or backward has intermediate values of about the same size at its peak.
 _WORKING = 2.0
-# Of an engine's memory for training, the part for the pass that runs; the rest is for tapes that wait.
-_WORKING_SHARE = 0.5
-# Of all tapes' memory, what one owner's may take.
-_OWNER_SHARE = 0.5
+# Of an engine's memory for training, a third is for the pass that runs; the rest is for tapes that wait.
+_WORKING_PART = 3
+# Of what tapes have left, what one more may take: the first gets most, and nobody ever takes it all.
+_TAPE_SHARE = 0.5
 
 
 class PassTooLargeError(EngineError):
@@ -82,16 +82,21 @@ class PassMemory:
     @property
     def working_bytes(self) -> int:
         """What the one pass that runs may take."""
-        return int(self.total_bytes * _WORKING_SHARE)
+        return self.total_bytes // _WORKING_PART
 
     @property
     def _tapes_bytes(self) -> int:
         return self.total_bytes - self.working_bytes
 
-    def free_for(self, owner: Hashable) -> int:
-        """Bytes that `owner` may still hold in tapes."""
-        free = self._tapes_bytes - sum(self._held.values())
-        return max(0, min(free, int(self._tapes_bytes * _OWNER_SHARE) - self._held.get(owner, 0)))
+    @property
+    def free_bytes(self) -> int:
+        """What no tape holds."""
+        return self._tapes_bytes - sum(self._held.values())
+
+    @property
+    def next_tape_bytes(self) -> int:
+        """The most that one more tape may take."""
+        return max(0, int(self.free_bytes * _TAPE_SHARE))
 
     def take(self, owner: Hashable, size_bytes: int) -> None:
         """Note that `owner` holds so much more; or less, where negative."""

@@ -314,7 +314,7 @@ class _Lane:
         """Hold what a tape may take while its forward runs; yields how much that is."""
         least, most = sizes
         memory, owner = self._passes.memory, self._stream.peer
-        free = memory.free_for(owner) if message.keep else 0
+        free = memory.next_tape_bytes if message.keep else 0
         allowed = min(free, most) if free >= least else 0
         memory.take(owner, allowed)
         try:

@@ -26,6 +26,8 @@ from peerd.protocol.span import Span
 
 # Micro-batches for each hop of a chain: with four, hops wait a fifth of the time for each other and not a half.
 MICRO_BATCHES_A_HOP = 4
+# A single hop waits for nobody: one micro-batch computes while another travels.
+MICRO_BATCHES_ALONE = 2
 # Fewer positions at once compute no faster, on any device.
 LEAST_POSITIONS = 256
 PROMPT, LORA_A, LORA_B = "prompt", ".lora_A", ".lora_B"
@@ -375,4 +377,5 @@ def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[
 
 def positions_each(positions: int, hops: int) -> int:
     """How many positions a micro-batch should have, so that so many hops are all at work."""
-    return min(MAX_PASS_POSITIONS, max(LEAST_POSITIONS, -(-positions // (MICRO_BATCHES_A_HOP * hops))))
+    count = MICRO_BATCHES_A_HOP * hops if hops > 1 else MICRO_BATCHES_ALONE
+    return min(MAX_PASS_POSITIONS, max(LEAST_POSITIONS, -(-positions // count)))

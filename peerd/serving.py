@@ -25,6 +25,7 @@ from peerd.compute.free_memory import free_memory
 from peerd.compute.heap import trim_heap
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.lora import Lora
+from peerd.compute.pass_memory import PassMemory
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span
@@ -50,6 +51,10 @@ GPU_BATCH_TOKENS = 1024
 CLIENT_ADAPTER_SHARE = 1 / 64
 # Of all memory, what training passes may take at most. Inference is what most peers are asked for.
 PASS_SHARE = 1 / 16
+# Of what is still free once blocks are loaded, what training may take: KV that is not in use yet counts as free there.
+SPARE_PASS_SHARE = 0.25
+# 4096 positions of the largest models; more would help nobody.
+MAX_PASS_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,10 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         load_adapter(engine, read_adapter(name, path, checkpoint.family, span))
     # The engine reorders weights.
     trim_heap()
+    if spec.memory_bytes is None and engine.passes is not None:
+        # Graphs that wait for their backward save it a forward: use what is free anyway.
+        spare_bytes = min(MAX_PASS_BYTES, int(free_memory(spec.device) * SPARE_PASS_SHARE))
+        engine.passes.memory = PassMemory(max(pass_bytes, spare_bytes))
     engine.warm_up()
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
     throughput = spec.throughput or measured_throughput(engine, checkpoint.model_digest, dtype, quantize, model.device)

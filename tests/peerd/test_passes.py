@@ -220,7 +220,7 @@ async def test_without_room_for_tapes_the_results_are_the_same(open_swarm, serve
     async with open_swarm() as swarm:
         for span in CUT:
             host = await serve_tiny(swarm, span)
-            host.task.engine.passes.memory.free_for = lambda _: 0
+            host.task.engine.passes.memory.take("others", 2**40)
         maker = maker_of(await swarm.client())
         done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
         gradients = await done.backward(GRAD)
@@ -233,14 +233,14 @@ async def test_what_a_lane_held_is_given_back_when_its_pass_ends_however_it_ends
         client = await swarm.client()
         maker = maker_of(client)
         memory, server = host.task.engine.passes.memory, host.server.passes
-        idle = memory.free_for(client.identity.peer_id)
+        idle = memory.free_bytes
 
         async def settled():
             await trio.sleep(1)
-            return memory.free_for(client.identity.peer_id) == idle and not server.lanes and not server.held_bytes
+            return memory.free_bytes == idle and not server.lanes and not server.held_bytes
 
         done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
-        assert memory.free_for(client.identity.peer_id) < idle
+        assert memory.free_bytes < idle
         await done.backward(GRAD)
         assert await settled()
         with await maker.forward(INPUT, ROWS, BLOCKS, trained()):
@@ -290,7 +290,7 @@ async def test_a_row_that_no_peer_has_memory_for_is_refused_with_the_numbers(ope
         await serve_tiny(swarm, BLOCKS, pass_bytes=2**16)
         client = await swarm.client()
         maker = maker_of(client)
-        with pytest.raises(NoRoom, match=r"a row of 24 positions takes [0-9]+ bytes .* 32768 are set aside"):
+        with pytest.raises(NoRoom, match=r"a row of 24 positions takes [0-9]+ bytes .* 21845 are set aside"):
             await maker.forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
         assert client.finder.failures == []
 

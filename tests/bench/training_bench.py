@@ -1,0 +1,173 @@
+"""`make bench-training`: forward and forward + backward through 1 and 2 servers beside local Transformers, in one run.
+
+Eight rows of 128 positions, a deep prompt in every block, the gradients of input and prompts asked for. Two models:
+SmolLM2-135M (30 blocks of 576) and a random Llama of 16 blocks of 1024. Each process has one compute thread, so two
+servers may be faster than the local model. Figures are medians of rounds in which all take turns: compare within a
+table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from peerd.compute.demo_model import demo_model_path
+from peerd.demo import even_spans
+from peerd.model import RemoteModel
+from peerd.peer import open_peer
+from peerd.processes import PeerProcesses, open_peer_processes
+
+ROWS, POSITIONS, PROMPT_POSITIONS = 8, 128, 16
+SERVERS = (1, 2)
+FORWARD, BOTH = "forward", "forward + backward"
+
+
+def random_llama(folder: Path) -> Path:
+    """16 blocks of 1024, as the Petals measurements had."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        num_hidden_layers=16,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=1024,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+class Local:
+    """Transformers' own decoder, frozen, with the same prompts hung on."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        where = {"gguf_file": path.name} if path.is_file() else {}
+        folder = path.parent if path.is_file() else path
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+        self.decoder = model.eval().requires_grad_(False).model
+        self.prompts: torch.Tensor | None = None
+        for block, layer in enumerate(self.decoder.layers):
+            layer.register_forward_pre_hook(self._adding(block))
+
+    def _adding(self, block: int) -> Any:
+        def add(_: Any, args: tuple[torch.Tensor, ...]) -> Any:
+            assert self.prompts is not None
+            hidden = args[0]
+            first = hidden[:, :PROMPT_POSITIONS] + self.prompts[block]
+            return (torch.cat((first, hidden[:, PROMPT_POSITIONS:]), 1), *args[1:])
+
+        return add
+
+    async def forward(self, hidden: torch.Tensor, prompts: torch.Tensor) -> None:
+        self.prompts = prompts
+        with torch.inference_mode():
+            self.decoder(inputs_embeds=hidden, use_cache=False)
+
+    async def both(self, hidden: torch.Tensor, prompts: torch.Tensor) -> None:
+        leaves = hidden.clone().requires_grad_(), prompts.clone().requires_grad_()
+        self.prompts = leaves[1]
+        self.decoder(inputs_embeds=leaves[0], use_cache=False).last_hidden_state.sum().backward()
+
+
+class Remote:
+    """The same through a swarm."""
+
+    def __init__(self, model: RemoteModel) -> None:
+        self.model = model
+
+    async def forward(self, hidden: torch.Tensor, prompts: torch.Tensor) -> None:
+        await self.model.forward(hidden, prompts=prompts, keep=False)
+
+    async def both(self, hidden: torch.Tensor, prompts: torch.Tensor) -> None:
+        pass_ = await self.model.forward(hidden, prompts=prompts)
+        await pass_.backward(torch.ones_like(pass_.output))
+
+
+async def seconds(run: Callable[[torch.Tensor, torch.Tensor], Awaitable[None]], *inputs: torch.Tensor) -> float:
+    began = time.perf_counter()
+    await run(*inputs)
+    return time.perf_counter() - began
+
+
+async def open_remote(stack: AsyncExitStack, processes: PeerProcesses, path: Path, blocks: int, servers: int) -> Remote:
+    """A swarm of its own for each number of servers."""
+    bootstrap = await processes.start()
+    join = ("--bootstrap", str(bootstrap.address), "--dtype", "float32", "--kv-tokens", "1024")
+    for span in even_spans(blocks, servers):
+        await processes.start("--serve-blocks", str(span), "--model", str(path), *join)
+    peer = await stack.enter_async_context(open_peer(bootstrap=[bootstrap.address]))
+    return Remote(await stack.enter_async_context(peer.model(path)))
+
+
+async def measure(name: str, path: Path, rounds: int, console: Console) -> None:
+    local = Local(path)
+    config = local.decoder.config
+    blocks, width = config.num_hidden_layers, config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    hidden = 0.1 * torch.randn(ROWS, POSITIONS, width, generator=generator)
+    prompts = 0.1 * torch.randn(blocks, 1, PROMPT_POSITIONS, width, generator=generator)
+    rates: dict[tuple[str, str], list[float]] = defaultdict(list)
+    async with open_peer_processes(threads=1) as processes, AsyncExitStack() as stack:
+        columns: dict[str, Local | Remote] = {"local": local}
+        for count in SERVERS:
+            remote = await open_remote(stack, processes, path, blocks, count)
+            columns[f"{count} server{'s' if count > 1 else ''}"] = remote
+        for number in range(rounds + 1):
+            console.log(f"{name}, round {number} of {rounds}")
+            for column, who in columns.items():
+                for row, run in ((FORWARD, who.forward), (BOTH, who.both)):
+                    took_s = await seconds(run, hidden, prompts)
+                    # The first is for warming up.
+                    if number:
+                        rates[row, column].append(ROWS * POSITIONS / took_s)
+    show(name, rates, list(columns), console)
+
+
+def show(name: str, rates: dict[tuple[str, str], list[float]], columns: list[str], console: Console) -> None:
+    table = Table("tokens/s", *columns, title=f"{name}, fp32, {ROWS} x {POSITIONS}, one thread a process; medians")
+    for row in (FORWARD, BOTH):
+        cells = [f"{statistics.median(rates[row, columns[0]]):.0f}"]
+        for column in columns[1:]:
+            shares = [one / two for one, two in zip(rates[row, column], rates[row, columns[0]], strict=True)]
+            cells.append(f"{statistics.median(rates[row, column]):.0f} ({statistics.median(shares):.2f} of local)")
+        table.add_row(row, *cells)
+    console.print(table)
+
+
+async def run(rounds: int, console: Console) -> None:
+    with TemporaryDirectory(prefix="peerd-bench-") as folder:
+        await measure("SmolLM2-135M", demo_model_path(), rounds, console)
+        await measure("random Llama, 16 blocks of 1024", random_llama(Path(folder)), rounds, console)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    trio.run(run, arguments.rounds, Console(width=120))
+
+
+if __name__ == "__main__":
+    main()
