@@ -39,7 +39,7 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 #: copy of the page tables, follow this.
 LENGTH_BUCKETS = (1024, 8192, 65536, 1 << 20)
 # Recorded before the first session comes: every number of rows, at the lengths that most have.
-WARM_LENGTHS = LENGTH_BUCKETS[:1]
+WARM_LENGTHS = LENGTH_BUCKETS[:2]
 # Libraries choose their algorithms and Triton compiles in a first run; a second shows that nothing is left to do.
 _WARM_UP_RUNS = 2
 # Its streams have no types.

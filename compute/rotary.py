@@ -72,7 +72,7 @@ class DeclaredLengthRotary(nn.Module):
         lengths = torch.as_tensor(self.max_lengths, device=position_ids.device)
         groups = self._group(lengths, self._rules[layer_type])
         cos_sin: Any = None
-        for group in torch.unique(groups).tolist():
+        for group in self._groups(groups, self._rules[layer_type]):
             own = self._for_length(x, position_ids, layer_type, group)
             if cos_sin is not None:
                 chosen = (groups == group)[..., None]
@@ -85,6 +85,12 @@ class DeclaredLengthRotary(nn.Module):
         """One representative length for all lengths that need the same frequencies."""
         kind, unscaled = rule
         return lengths.clamp(unscaled, unscaled + 1) if kind == "longrope" else lengths.clamp(min=unscaled)
+
+    @staticmethod
+    def _groups(groups: torch.Tensor, rule: _Rule) -> list[int]:
+        """Which there may be. Of two both are computed: to ask which occur, the host would wait for the device."""
+        kind, unscaled = rule
+        return [unscaled, unscaled + 1] if kind == "longrope" else torch.unique(groups).tolist()
 
     def _for_length(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None, length: int) -> Any:
         key = layer_type, length

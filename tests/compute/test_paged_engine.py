@@ -32,6 +32,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-3
 
 
+# Its frequencies depend on what a session declares: more than 32 positions or not.
+LONG = {
+    "phi3 of long contexts": (
+        "phi3",
+        {
+            "head_dim": 8,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [2.0, 3.0, 5.0, 8.0],
+            },
+        },
+    )
+}
+
+
 class Pair:
     """A paged engine and a plain one, over the same blocks."""
 
@@ -83,7 +101,7 @@ class Pair:
 @pytest.fixture
 def make_pair(tmp_path: Path) -> Callable[..., Pair]:
     def make(name: str = "llama", **settings: int) -> Pair:
-        family, fields = VARIANTS.get(name, (name, None))
+        family, fields = (VARIANTS | LONG).get(name, (name, None))
         tiny_model(FAMILIES[family], fields).save_pretrained(tmp_path)
         return Pair(tmp_path, **settings)
 
@@ -97,12 +115,15 @@ def one(session: str, start: int, count: int = 1) -> tuple[str, list[RowSlice], 
 # Grouped heads; windows in some blocks; softcap; sinks, experts; windows everywhere; declared lengths; chunks; ALiBi.
 @pytest.mark.parametrize(
     "family",
-    ["llama", "qwen3", "gemma2", "gpt_oss", "mistral", "phi3", "llama4_text", "bloom", "falcon with alibi", "mpt"],
+    [
+        *("llama", "qwen3", "gemma2", "gpt_oss", "mistral", "llama4_text", "bloom", "falcon with alibi", "mpt"),
+        *("phi3 of long contexts", "granite_swa with dynamic ropes"),
+    ],
 )
 def test_decodes_beside_prefills_equal_those_of_the_plain_engine(make_pair, family: str):
     pair = make_pair(family)
     for session, length in (("a", 5), ("b", 23), ("c", 1)):
-        pair.open(session)
+        pair.open(session, length=30 if session == "c" else 64)
         pair.step(one(session, 0, length))
     for turn in range(3):
         pair.step(one("a", 5 + turn), one("b", 23 + turn), one("c", 1 + turn))
@@ -206,7 +227,7 @@ def asked_of_the_device(pair: Pair) -> set[str]:
     return watch.seen
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "llama4_text", "bloom", "mpt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "llama4_text", "bloom", *LONG])
 def test_a_decode_asks_the_device_for_nothing(make_pair, family: str):
     """So a GPU can record it; experts too, as Transformers runs them."""
     assert asked_of_the_device(make_pair(family)) == set()
