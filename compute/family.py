@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from peerd.compute.errors import UnsupportedModel
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -71,21 +73,27 @@ class Family:
     config_module: str = ""
 
     def config_type(self) -> type[PreTrainedConfig]:
-        """The configuration class, imported now."""
+        """The configuration class, imported now. Raises UnsupportedModel where Transformers is too old for it."""
         name = self.config_class or f"{self.prefix}Config"
         config: type[PreTrainedConfig] = self._load("configuration", name, self.config_module)
         return config
 
     def decoder_type(self) -> type[PreTrainedModel]:
-        """The class of the base model: embeddings, blocks and final norm, imported now."""
+        """The class of the base model: embeddings, blocks and final norm, imported now. Raises UnsupportedModel."""
         decoder: type[PreTrainedModel] = self._load("modeling", self.decoder_class or f"{self.prefix}Model")
         return decoder
 
     def causal_type(self) -> type[PreTrainedModel]:
-        """The class of the whole language model, imported now."""
+        """The class of the whole language model, imported now. Raises UnsupportedModel."""
         causal: type[PreTrainedModel] = self._load("modeling", self.causal_class or f"{self.prefix}ForCausalLM")
         return causal
 
     def _load(self, kind: str, name: str, folder: str = "") -> Any:
         folder = folder or self.module or self.model_type.replace("-", "_")
-        return getattr(importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}"), name)
+        module = f"transformers.models.{folder}.{kind}_{folder}"
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ModuleNotFoundError, AttributeError) as error:
+            if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
+                raise
+            raise UnsupportedModel(f"{self.model_type} needs a newer Transformers: it has no {module}.{name}") from None

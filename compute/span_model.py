@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers
+from peerd.compute.errors import UnsupportedModel
 from peerd.compute.family import Family
 from peerd.compute.input_side import take_off_input_side
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
@@ -140,6 +141,8 @@ def load_span(
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype, attention)
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     _cut(decoder, family, span)
+    if family.latent and not any(hasattr(part, "expand_kv") for part in decoder.modules()):
+        raise UnsupportedModel(f"{family.model_type} needs a newer Transformers: this one does not cache latents")
     if quantize != NONE:
         # Transformers' other ways to run experts need all of them as one plain tensor.
         decoder.set_experts_implementation("eager")

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import FAMILIES, family_named
+from peerd.compute.family import Family
 from peerd.compute.layer_kinds import layer_kinds
 from peerd.compute.refused_families import REFUSED
 
@@ -51,3 +52,12 @@ def test_blocks_that_keep_a_running_state_are_refused_where_only_some_models_of_
     config = GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=types)
     with pytest.raises(UnsupportedModel, match="linear_attention keeps a running state"):
         layer_kinds(config)
+
+
+def test_a_family_that_the_installed_transformers_does_not_have_yet_is_refused() -> None:
+    family = Family("llama9", "Llama9")
+    with pytest.raises(UnsupportedModel, match=r"llama9 needs a newer Transformers: it has no .*\.Llama9Config"):
+        family.config_type()
+    renamed = Family("llama", "Llama9")
+    with pytest.raises(UnsupportedModel, match=r"has no .*\.Llama9ForCausalLM"):
+        renamed.causal_type()
