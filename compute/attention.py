@@ -126,7 +126,7 @@ class BatchView:
 
 
 class RowView:
-    """One segment of one row as the cache of a model whose attention we cannot reach (GPT-J, CodeGen, GPT-Neo)."""
+    """One segment of one row as the cache of a model whose attention we cannot reach (DiffLlama, Doge, XGLM)."""
 
     is_compileable = False
     is_sliding = (False,)

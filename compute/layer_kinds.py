@@ -50,6 +50,9 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     rules = {
         "full_attention": (None, None),
         "sliding_attention": (getattr(config, "sliding_window", None), None),
+        # What GPT-Neo calls them.
+        "global": (None, None),
+        "local": (getattr(config, "window_size", None), None),
         "chunked_attention": (None, getattr(config, "attention_chunk_size", None)),
     }
     if unknown := set(types) - set(rules):
@@ -64,7 +67,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
 
 
 def _types(config: PreTrainedConfig) -> list[str]:
-    types = getattr(config, "layer_types", None)
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if types is not None:
         return list(types)
     slides = family_named(config.model_type).uniform_window and getattr(config, "sliding_window", None)

@@ -1,8 +1,9 @@
-"""Bloom's, Falcon's and MPT's attention, for batches of many sessions.
+"""Bloom's, Falcon's, MPT's and GPT-J's attention, for batches of many sessions.
 
-Their modules predate Transformers' `AttentionInterface`: each computes its attention itself, for rows of one
-length. Here their `forward` is written again around the modules' own projections, and hands queries, keys and
-values to the interface. Everything else of the families stays Transformers'.
+Modules that predate Transformers' `AttentionInterface` compute their attention themselves, for rows of one
+length. Those of GPT-J's kind do so in a method, which is replaced; of Bloom, Falcon and MPT the `forward` is
+written again around the modules' own projections. Both hand queries, keys and values to the interface.
+Everything else of the families stays Transformers'.
 
 The difficulty is ALiBi, which favours near keys by a number a head and position. It depends on the key alone
 (what all keys of a query have in common, softmax takes away), so a table serves every row; it is made by
@@ -14,11 +15,11 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,20 +60,27 @@ def install_own_attention(decoder: PreTrainedModel, attention: str, device: torc
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config: Any = decoder.config
-    forward, kind, bias = _INSTALLERS[config.model_type](decoder, device, dtype)
+    way = _WAYS[config.model_type](decoder, device, dtype)
     functions: Any = AttentionInterface
     function = functions()[attention]
     # MPT's forward asks the mask for its dtype, and so must be given one, of whatever shape.
     AttentionMaskInterface.register(_NO_MASK, _no_mask)
     config._attn_implementation = _NO_MASK
-    modules: Iterator[Any] = (module for module in decoder.modules() if isinstance(module, kind))
+    modules: Iterator[Any] = (module for module in decoder.modules() if type(module).__name__ == way.module)
     for module in modules:
-        module.forward = types.MethodType(forward, module)
+        setattr(module, way.method, types.MethodType(way.function, module))
         module.peerd_attention = function
-        module.peerd_key_bias = bias
+        module.peerd_key_bias = way.bias
 
 
-_Installed = tuple[Callable[..., Any], type[nn.Module], KeyBias | None]
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """The class of a family's attention modules, which of their methods is replaced, and with what."""
+
+    module: str
+    method: str
+    function: Callable[..., Any]
+    bias: KeyBias | None = None
 
 
 def _no_mask(**_: Any) -> torch.Tensor:
@@ -89,7 +97,7 @@ def _attend(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.
     return result
 
 
-def _bloom(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
+def _bloom(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Way:
     from transformers.models.bloom import modeling_bloom
 
     bloom: Any = modeling_bloom
@@ -99,7 +107,7 @@ def _bloom(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed
         bias: torch.Tensor = slopes[:, None] * torch.arange(length, device=device)
         return bias.to(dtype)
 
-    return _bloom_forward, bloom.BloomAttention, KeyBias(alibi)
+    return _Way("BloomAttention", "forward", _bloom_forward, KeyBias(alibi))
 
 
 def _bloom_forward(
@@ -112,7 +120,7 @@ def _bloom_forward(
     return residual + module.dense(output), None
 
 
-def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
+def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Way:
     from transformers.models.falcon import modeling_falcon
 
     falcon: Any = modeling_falcon
@@ -125,7 +133,7 @@ def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installe
         result: torch.Tensor = bias.squeeze(1) / math.sqrt(width)
         return result
 
-    return _falcon_forward, falcon.FalconAttention, KeyBias(alibi) if decoder.use_alibi else None
+    return _Way("FalconAttention", "forward", _falcon_forward, KeyBias(alibi) if decoder.use_alibi else None)
 
 
 def _falcon_forward(
@@ -149,7 +157,7 @@ def _falcon_forward(
     return module.dense(_attend(module, query, keys, values, module.inv_norm_factor)), None
 
 
-def _mpt(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
+def _mpt(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Way:
     from transformers.models.mpt import modeling_mpt
 
     mpt: Any = modeling_mpt
@@ -158,7 +166,7 @@ def _mpt(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Installed:
         bias: torch.Tensor = mpt.build_mpt_alibi_tensor(decoder.num_heads, length, device=device)
         return bias.squeeze(1)
 
-    return _mpt_forward, mpt.MptAttention, KeyBias(alibi, from_end=True)
+    return _Way("MptAttention", "forward", _mpt_forward, KeyBias(alibi, from_end=True))
 
 
 def _mpt_forward(
@@ -175,8 +183,46 @@ def _mpt_forward(
     return module.out_proj(_attend(module, query, keys, values, module.softmax_scale)), None
 
 
-_INSTALLERS: dict[str, Callable[[Any, torch.device, torch.dtype], _Installed]] = {
+def _gptj(*_: Any) -> _Way:
+    return _Way("GPTJAttention", "_attn", _scaled_by_head)
+
+
+def _codegen(*_: Any) -> _Way:
+    return _Way("CodeGenAttention", "_attn", _scaled_by_head)
+
+
+def _scaled_by_head(module: Any, *args: Any) -> tuple[torch.Tensor, None]:
+    return _by_head(module, *args, scaling=1 / module.scale_attn)
+
+
+def _gpt_neo(decoder: Any, *_: Any) -> _Way:
+    for block in decoder.h:
+        block.attn.attention.layer_idx = block.attn.attention.layer_id
+    return _Way("GPTNeoSelfAttention", "_attn", lambda module, *args: _by_head(module, *args, scaling=1.0))
+
+
+def _gpt_neox_japanese(*_: Any) -> _Way:
+    def attend(module: Any, *args: Any) -> tuple[torch.Tensor, None]:
+        return _by_head(module, *args, scaling=1 / module.norm_factor)
+
+    return _Way("GPTNeoXJapaneseAttention", "_attn", attend)
+
+
+def _by_head(
+    module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, _mask: object, *, scaling: float
+) -> tuple[torch.Tensor, None]:
+    """What the `_attn` of these modules gives: `[batch, heads, positions, width]`."""
+    # Some turn their queries in fp32, and cache keys in the model's own dtype.
+    output = _attend(module, query.to(values.dtype), keys.to(values.dtype), values, scaling)
+    return output.view(*output.shape[:2], query.shape[1], -1).transpose(1, 2), None
+
+
+_WAYS: dict[str, Callable[[Any, torch.device, torch.dtype], _Way]] = {
     "bloom": _bloom,
+    "codegen": _codegen,
     "falcon": _falcon,
+    "gpt_neo": _gpt_neo,
+    "gpt_neox_japanese": _gpt_neox_japanese,
+    "gptj": _gptj,
     "mpt": _mpt,
 }

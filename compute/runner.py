@@ -1,7 +1,7 @@
 """Runs batches through a span's blocks: the device thread's side of an engine, without policy.
 
 Knows the model, the KV pool and how a batch becomes one ragged forward `[1, positions, hidden_size]`.
-A model whose attention we cannot reach (GPT-J) runs its segments one after the other over the same pool.
+A model whose attention we cannot reach (DiffLlama) runs its segments one after the other over the same pool.
 """
 
 from __future__ import annotations
