@@ -75,7 +75,8 @@ class DiskLedger:
                     self._claim_one(entries, claims, cache, commit, file, offline)
                 mine = [file for file in files if file.name in claims.mine]
                 if mine:
-                    self._make_room(entries, cache, mine, disk_bytes)
+                    held = [file for file in files if file.name in claims.held]
+                    self._make_room(entries, cache, mine, held, disk_bytes)
                     for file in mine:
                         inode = os.fstat(claims.mine[file.name]).st_ino
                         entries[str(cache.blob(file))] = Entry(file.size, self._now(), inode)
@@ -129,9 +130,14 @@ class DiskLedger:
             raise CheckpointError(f"{pointer}: cannot be used: {error.strerror}") from error
 
     def _make_room(
-        self, entries: dict[str, Entry], cache: HubCache, files: Sequence[HubFile], disk_bytes: int | None
+        self,
+        entries: dict[str, Entry],
+        cache: HubCache,
+        files: Sequence[HubFile],
+        held: Sequence[HubFile],
+        disk_bytes: int | None,
     ) -> None:
-        """Delete the least-recently used until `files` fit. Raises DiskFull, having deleted nothing."""
+        """Delete the least-recently used until `files` fit beside `held`. Raises DiskFull, having deleted nothing."""
         _drop_what_is_not_ours(entries)
         wanted = {str(cache.blob(file)): file.size for file in files}
         size = sum(wanted.values())
@@ -141,7 +147,8 @@ class DiskLedger:
         too_few, too_many = size - free, 0 if disk_bytes is None else taken + size - disk_bytes
         with ExitStack() as locks:
             doomed: list[str] = []
-            if disk_bytes is not None and size <= disk_bytes:
+            at_once = size + sum(file.size for file in held if str(cache.blob(file)) in entries)
+            if disk_bytes is not None and at_once <= disk_bytes:
                 for path in sorted(others, key=lambda path: others[path].used):
                     if too_few <= 0 and too_many <= 0:
                         break
@@ -151,7 +158,7 @@ class DiskLedger:
                         too_few -= os.fstat(fd).st_size
                         too_many -= others[path].size
             if too_few > 0 or too_many > 0:
-                raise DiskFull(_what_does_not_fit(cache, size, free, taken, disk_bytes))
+                raise DiskFull(_what_does_not_fit(cache, size, at_once, free, taken, disk_bytes))
             for path in doomed:
                 _delete(Path(path))
                 log.info("deleted %s, used least recently: room for %s", path, cache.repo)
@@ -296,15 +303,16 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _what_does_not_fit(cache: HubCache, size: int, free: int, taken: int, disk_bytes: int | None) -> str:
+def _what_does_not_fit(cache: HubCache, size: int, at_once: int, free: int, taken: int, disk_bytes: int | None) -> str:
     what = f"{cache.repo}: {format_size(size)} have to be fetched"
     if disk_bytes is None:
         return (
             f"{what}, and {format_size(max(free, 0))} are free below {cache.folder.parent}: free some, set HF_HOME to"
             " another disk, or let peerd delete what it fetched before with --disk SIZE"
         )
-    if size > disk_bytes:
-        return f"{what}, and --disk allows {format_size(disk_bytes)}: raise it, or serve fewer blocks"
+    if at_once > disk_bytes:
+        beside = f" beside {format_size(at_once - size)} that are here and needed too" if at_once > size else ""
+        return f"{what}{beside}, and --disk allows {format_size(disk_bytes)}: raise it, or serve fewer blocks"
     return (
         f"{what}, and of the {format_size(disk_bytes)} that --disk allows {format_size(taken)} are taken by files that"
         f" running peers use ({format_size(max(free, 0))} are free on the disk): raise --disk, or stop one of them"

@@ -443,6 +443,8 @@ def test_what_cannot_fit_is_said_before_anything_is_fetched_or_deleted(
         with pytest.raises(DiskFull, match=r"160 KiB have to be fetched.*--disk allows 120 KiB: raise it"):
             files.obtain("b.safetensors", "c.safetensors")
         assert here(settings) == {"a.safetensors"}
+        with pytest.raises(DiskFull, match=r"80 KiB have to be fetched beside 80 KiB that are here and needed too"):
+            files.obtain("a.safetensors", "b.safetensors")
         files.obtain("a.safetensors")
         with pytest.raises(DiskFull, match=r"80 KiB are taken by files that running peers use.*stop one of them"):
             files.obtain("b.safetensors")
