@@ -9,7 +9,6 @@ Knows sizes and locks; knows no HTTP.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from peerd.compute.errors import CheckpointError, DiskFull
+from peerd.compute.file_locks import hold, lock_if_unused, lock_to_write, share
 from peerd.compute.hub import HubFile
 from peerd.compute.hub_cache import PARTIAL_SUFFIX, HubCache, forget
 from peerd.compute.sizes import format_size
@@ -100,8 +100,7 @@ class DiskLedger:
                 raise CheckpointError(f"{cache.blob(file)}: cannot be written: {error.strerror}") from error
             status = os.fstat(fd)
             entries[str(cache.blob(file))] = Entry(file.size, self._now(), status.st_ino, status.st_mtime_ns)
-            with suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_SH)
+            share(fd)
 
     def entries(self) -> Mapping[Path, Entry]:
         """What is peerd's now."""
@@ -117,11 +116,11 @@ class DiskLedger:
             if not pointer.exists() and blob.is_file():
                 cache.link(commit, file)
             if pointer.exists():
-                claims.held[file.name] = _hold(pointer)
+                claims.held[file.name] = hold(pointer)
                 if (entry := entries.get(str(blob))) is not None:
                     entries[str(blob)] = replace(entry, used=self._now())
             elif not offline:
-                fd = _lock_to_write(cache.partial(file))
+                fd = lock_to_write(cache.partial(file))
                 if fd is None:
                     claims.elsewhere.append(file.name)
                 else:
@@ -211,51 +210,10 @@ class DiskLedger:
             os.replace(file.name, self._folder / "ledger.json")
 
 
-def _hold(path: Path) -> int:
-    """Open a file and lock it for reading, so that no peerd deletes it. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    # Locked against us it can only be by other programs; some network file systems cannot lock at all.
-    with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return fd
-
-
-def _lock_to_write(path: Path) -> int | None:
-    """Open a file, made if it is missing, as its only writer; None if there is another. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            # Two that fetch at once write the same bytes to the same places: it costs traffic only.
-            log.warning("%s: its file system has no locks; two peers may fetch the same file", path.parent)
-            return fd
-        os.close(fd)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise
-    return fd
-
-
 def _lock_to_delete(blob: Path) -> int | None:
     """A file of ours, whole or partial, locked against everybody; None if somebody uses it."""
     path = _where(blob)
-    if path is None:
-        return None
-    try:
-        # Network file systems lock only what is open for writing.
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        log.warning("%s cannot be deleted: %s", path, error.strerror)
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        log.debug("%s is not deleted: %s", path, error.strerror)
-        os.close(fd)
-        return None
-    return fd
+    return None if path is None else lock_if_unused(path)
 
 
 def _delete(blob: Path) -> None:
