@@ -15,7 +15,7 @@ from peerd.compute.checkpoint import make_config
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.gguf_architectures import Architecture
 from peerd.compute.gguf_file import LongArray
-from peerd.compute.gguf_rope import rope_scaling
+from peerd.compute.gguf_rope import head_width, rope_scaling
 from peerd.compute.gguf_split import GgufFiles
 
 if TYPE_CHECKING:
@@ -72,10 +72,9 @@ def _table_fields(file: GgufFiles, architecture: Architecture) -> dict[str, Any]
             if name is not None and value is not None:
                 fields[name] = value
     if architecture.partial_rotary:
-        turned = file.metadata.get(f"{architecture.name}.rope.dimension_count")
-        heads = fields.get("num_attention_heads")
-        if isinstance(turned, int) and isinstance(heads, int) and heads > 0:
-            fields["partial_rotary_factor"] = turned / (fields.get("head_dim") or fields["hidden_size"] // heads)
+        turned, width = file.metadata.get(f"{architecture.name}.rope.dimension_count"), head_width(fields)
+        if isinstance(turned, int) and width > 0:
+            fields["partial_rotary_factor"] = turned / width
     return fields | {"model_type": architecture.model_type}
 
 

@@ -39,6 +39,14 @@ def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) 
     return _llama3(file, fields) if _FACTORS in file.tensors else None
 
 
+def head_width(fields: Mapping[str, Any]) -> int:
+    """The width of a head by these fields of a configuration; 0 where they are no sizes."""
+    width, heads = (fields.get(name) for name in ("hidden_size", "num_attention_heads"))
+    if isinstance(own := fields.get("head_dim"), int) and own > 0:
+        return own
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else 0
+
+
 class _Stated:
     """Metadata under one prefix."""
 
@@ -87,7 +95,7 @@ def _by_lists(stated: _Stated, short: list[float], long: list[float]) -> dict[st
 
 def _llama3(file: GgufFiles, fields: Mapping[str, Any]) -> dict[str, Any]:
     factors = _factors(file, _FACTORS)
-    half = _head_width(fields) // 2
+    half = head_width(fields) // 2
     if len(factors) != half:
         raise CheckpointError(f"{file.path}: tensor {_FACTORS} has {len(factors)} values, a head's half is {half}")
     found = np.array(factors)
@@ -115,11 +123,6 @@ def _llama3_factors(count: int, base: float, factor: float) -> NDArray[np.float6
     turns = _LLAMA3["original_max_position_embeddings"] * base ** (-np.arange(count) / count) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return 1 / ((1 - smooth) / factor + smooth)
-
-
-def _head_width(fields: Mapping[str, Any]) -> int:
-    width = fields.get("head_dim") or fields.get("hidden_size", 0) // max(1, fields.get("num_attention_heads", 1))
-    return int(width)
 
 
 def _factors(file: GgufFiles, name: str) -> list[float]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from gguf_writer import TINY, tiny_config, tiny_model, write_model
+from gguf_writer import TINY, metadata_of, tiny_config, tiny_model, write_gguf, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.errors import CheckpointError
 from peerd.compute.gguf_architectures import ARCHITECTURES
 from peerd.compute.head import load_head
 from peerd.compute.span_model import load_span
@@ -89,6 +95,26 @@ def test_an_output_matrix_is_the_lm_head_where_there_is_one(tmp_path: Path, name
         head = load_head(checkpoint)
         assert (head.model.lm_head.weight is head.embedding_weight) == tied
         torch.testing.assert_close(logits_of(checkpoint), model(IDS[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+ODD = [0, 2, 7, 2**32 - 1, -1.0, 0.0, math.nan, math.inf, "", "linear", "yarn", "longrope", True, False, [1, 2], ["a"]]
+KEYS = ["block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length"]
+KEYS += ["rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"]
+KEYS += ["context_length", "vocab_size", "expert_count", "attention.causal", "attention.sliding_window"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from(["llama", "gemma3_linear", "gpt_oss", "stablelm", "falcon", "phi3", "qwen2_yarn", "nemotron"]),
+    changes=st.dictionaries(st.sampled_from(KEYS), st.sampled_from(ODD), min_size=1, max_size=2),
+)
+def test_metadata_of_strangers_are_taken_or_refused(tmp_path_factory: Any, name: str, changes: dict[str, Any]) -> None:
+    architecture = TINY[name][0]
+    path = tmp_path_factory.getbasetemp() / "odd.gguf"
+    metadata = {**metadata_of(architecture, tiny_config(name)), "block_count": 1, **changes}
+    write_gguf(path, architecture, metadata, {"token_embd.weight": np.zeros((96, 32))})
+    with contextlib.suppress(CheckpointError):
+        open_checkpoint(path).close()
 
 
 def test_every_architecture_of_the_table_has_a_tiny_model() -> None:
