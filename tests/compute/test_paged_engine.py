@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,11 +54,11 @@ LONG = {
 class Pair:
     """A paged engine and a plain one, over the same blocks."""
 
-    def __init__(self, path: Path, **settings: int) -> None:
+    def __init__(self, path: Path, device: str = DEVICE, **settings: int) -> None:
         self.engines = []
         for paged in (True, False):
             with open_checkpoint(path) as checkpoint:
-                model = load_span(checkpoint, SPAN, device=DEVICE if paged else "cpu", attention=register_attention())
+                model = load_span(checkpoint, SPAN, device=device if paged else "cpu", attention=register_attention())
             engine = Engine(
                 model, paged=paged, **{"kv_tokens": 1024, "page_tokens": PAGE, "batch_tokens": 64} | settings
             )
@@ -100,7 +101,7 @@ class Pair:
 
 @pytest.fixture
 def make_pair(tmp_path: Path) -> Callable[..., Pair]:
-    def make(name: str = "llama", **settings: int) -> Pair:
+    def make(name: str = "llama", **settings: Any) -> Pair:
         family, fields = (VARIANTS | LONG).get(name, (name, None))
         tiny_model(FAMILIES[family], fields).save_pretrained(tmp_path)
         return Pair(tmp_path, **settings)
@@ -131,7 +132,9 @@ def test_decodes_beside_prefills_equal_those_of_the_plain_engine(make_pair, fami
     # A prefill in chunks beside decodes, then everybody decodes.
     pair.step(one("late", 0, 40), one("a", 8), one("b", 26))
     pair.step(one("late", 40), one("a", 9), one("b", 27), one("c", 4))
-    assert {bucket.rows for bucket in pair.buckets} >= {1, 4}
+    # A GPU cannot record all of them.
+    assert pair.graphs._refused or {bucket.rows for bucket in pair.buckets} >= {1, 4}
+    assert DEVICE == "cuda" or not pair.graphs._refused
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -230,12 +233,12 @@ def asked_of_the_device(pair: Pair) -> set[str]:
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "llama4_text", "bloom", *LONG])
 def test_a_decode_asks_the_device_for_nothing(make_pair, family: str):
     """So a GPU can record it; experts too, as Transformers runs them."""
-    assert asked_of_the_device(make_pair(family)) == set()
+    assert asked_of_the_device(make_pair(family, device="cpu")) == set()
 
 
 def test_blocks_that_look_which_experts_are_hit_do_ask_it(make_pair):
     """What the test above would see."""
-    assert asked_of_the_device(make_pair("dbrx")) == {"nonzero"}
+    assert asked_of_the_device(make_pair("dbrx", device="cpu")) == {"nonzero"}
 
 
 def test_not_a_number_in_one_row_stays_there(make_pair):
