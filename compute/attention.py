@@ -195,7 +195,7 @@ class BlockAttention:
         view = self._owner.view
         if view is None:
             visible = Visible(self._kind, 0, query.shape[2], query.device)
-            return _attend(query, keys, values, visible, scores)
+            return attend(query, keys, values, visible, scores)
         if not isinstance(view, BatchView):
             return view.attend(self._layer, self._kind, query, scores)
         all_keys, all_values = view.pool.keys[self._layer], view.pool.values[self._layer]
@@ -224,10 +224,10 @@ class BlockAttention:
     ) -> torch.Tensor:
         """One row's new positions over what the cache holds of it."""
         if self._latent is None:
-            return _attend(query, keys, values, visible, scores)
+            return attend(query, keys, values, visible, scores)
         if scores.scaling is None:
             scores = Scores(query.shape[-1] ** -0.5, scores.softcap, scores.sinks)
-        return self._latent(query, keys, values, lambda q, k, v: _attend(q, k, v, visible, scores))
+        return self._latent(query, keys, values, lambda q, k, v: attend(q, k, v, visible, scores))
 
 
 class Scores:
@@ -248,7 +248,7 @@ class Scores:
         self.sinks = sinks
 
 
-def _attend(
+def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores
 ) -> torch.Tensor:
     """`query` `[b, heads, n, width]` over `keys` and `values` `[b, kv_heads, m, ...]`: `[b, n, heads, value_dim]`."""

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peerd.compute.attention import Scores, Visible
-from peerd.compute.attention import _attend as attend
+from peerd.compute.attention import Scores, Visible, attend
 from peerd.compute.decode_rows import DecodeRows, is_short, slots_of
 from peerd.compute.kv_cache import KVPool, RowSlots
 from peerd.compute.layer_kinds import LayerKind
