@@ -110,7 +110,12 @@ class Int8(Format):
             # Sums of values that are not scaled yet would overflow.
             return super().linear(x, values, scales, rows)
         weights, gains = values.view(rows, x.shape[1]), (scales / 127.0).to(x.dtype)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= _FEW_ROWS:
+        if (
+            x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and 0 < len(x) <= _FEW_ROWS
+            and not x.shape[1] % _STRIDE
+        ):
             product: torch.Tensor = torch._weight_int8pack_mm(x, weights, gains)
             return product
         # Integers up to 127 are exact in every dtype; scaling the result rounds once where scaling weights rounds each.
@@ -128,6 +133,8 @@ class Int8(Format):
 
 # So many rows or fewer are faster with torch's own product of bf16 and int8 (one row: 3 ms, otherwise 8).
 _FEW_ROWS = 8
+# That product checks no widths, and reads beyond rows that end within one of its vectors.
+_STRIDE = 64
 
 
 class Nf4(Format):

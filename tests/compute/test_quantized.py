@@ -105,6 +105,20 @@ def test_products_are_those_of_the_dequantized_matrix(form: Format, rows: int, d
     assert (result - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_products_with_matrices_of_any_shape(
+    form: Format, shape: tuple[int, int], dtype: torch.dtype, rows: int
+) -> None:
+    torch.manual_seed(4)
+    matrix = stored(form, torch.randn(shape).to(dtype))
+    x = torch.randn(rows, shape[1]).to(dtype)
+    result, wanted = matrix.product(x), x.double() @ matrix.dequantize().double().T
+    assert result.shape == wanted.shape
+    assert (result - wanted).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * wanted.norm()
+
+
 def test_a_transposed_matrix_is_multiplied_as_its_users_write_it(form: Format) -> None:
     torch.manual_seed(5)
     weight, x = torch.randn(96, 40), torch.randn(3, 96)
