@@ -41,7 +41,7 @@ _PROBE_POSITIONS = 3
 
 
 class SpanAdapters:
-    """The adapters of one span, by name. Loading one takes no part of what other sessions compute."""
+    """The adapters of one span, by name. To load or forget one changes nothing for sessions under others."""
 
     def __init__(self, model: SpanModel) -> None:
         #: Those that are loaded.
@@ -64,14 +64,19 @@ class SpanAdapters:
         """Take the weights of this span's blocks; those of others are left out. Raises AdapterError.
 
         A layer that the span lacks, or that does not see the positions one by one, is refused, and so are
-        shapes that do not fit and a name that is taken.
+        shapes that do not fit, values that the span's dtype cannot hold, and a name that is taken.
         """
         if name in self._loaded:
             raise AdapterError(f"there is an adapter {name!r} already")
         own = within(lora, self._model.span)
         self.check(own)
         device, dtype = self._model.device, self._model.dtype
-        self._loaded[name] = {key: pair.to(device, dtype) for key, pair in own.items()}
+        rounded = {key: pair.to(device, dtype) for key, pair in own.items()}
+        for (block, module), pair in rounded.items():
+            # One infinite value in a joint product would be everybody's.
+            if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
+                raise AdapterError(f"block {block}: {module} has a value that is not finite in {dtype}")
+        self._loaded[name] = rounded
         self.names = frozenset(self._loaded)
         self._hook(own)
 

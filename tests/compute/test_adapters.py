@@ -352,6 +352,15 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(references)
         engine.load_adapter("a", reference.lora("a"))
 
 
+def test_values_that_the_span_cannot_hold_are_refused(references):
+    model = load_span(references("llama").checkpoint, Span(3, 4), dtype=torch.float16)
+    adapters = SpanAdapters(model)
+    pair = LoraPair(torch.zeros(1, 32), torch.full((64, 1), 1e5), 1.0)
+    with pytest.raises(AdapterError, match=r"self_attn\.q_proj has a value that is not finite in torch\.float16"):
+        adapters.load("a", {(3, "self_attn.q_proj"): pair})
+    assert adapters.names == frozenset()
+
+
 def test_what_expands_cached_latents_cannot_be_adapted(references):
     (engine,) = make_engines(references("deepseek_v3"), CUT[:1])
     with pytest.raises(AdapterError, match=r"block 1 has no linear layer self_attn\.kv_b_proj that"):
