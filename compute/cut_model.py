@@ -80,7 +80,7 @@ def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int], where:
 
 
 def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
-    """Give values to the buffers that are in no checkpoint: rotary frequencies, and Gemma's embedding scale."""
+    """Give values to the buffers that are in no checkpoint, such as rotary frequencies and Gemma's embedding scale."""
     for name, child in list(module.named_modules()):
         if type(child).__name__.endswith("RotaryEmbedding"):
             rotary: Any = type(child)

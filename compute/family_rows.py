@@ -1,7 +1,8 @@
 """The table of families: one row an architecture. `tests/compute/test_families.py` holds each to the whole model.
 
 The difficulty is what the common rule cannot see: names that Transformers has changed since a checkpoint was
-published, experts stored one by one, and what a decoder does before its first block.
+published, experts stored one by one, and what a decoder does before its first block. To add a family: a row here,
+and its tiny configuration in `tests/compute/tiny_families.py` where it needs one; the tests do the rest.
 """
 
 from __future__ import annotations
