@@ -9,10 +9,12 @@ page copied before the batch runs is never stale.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain
 
 from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError
 from peerd.compute.engine_session import EngineSession, QueuedStep
+from peerd.compute.fair_shares import FairShares
 from peerd.compute.kv_layout import Demand, KVLayout
 from peerd.compute.pages import PagePool
 from peerd.compute.row_cache import Retention, RowState
@@ -23,14 +25,22 @@ from peerd.protocol.span import Span
 # Beside decodes, prefills get this part of the budget: whoever waits for a token waits for them too. On a CPU
 # 64 positions a batch cost 7 % more than 256 do (SmolLM2-135M), and end a quarter as late.
 PREFILL_SHARE = 4
-# A ready session that was left out of this many batches goes before all others.
+# A ready session that was left out of this many batches, as a prefill beside decodes or for its blocks, goes first.
 MAX_PASSED_OVER = 4
 # What a session may ask for at most (spec/session.md): where all blocks have windows, any length fits.
 LONGEST_SESSION = 1 << 24
 
 
+_Entry = tuple[Hashable, EngineSession]
+
+
+def _like(entry: _Entry) -> tuple[Span, bool]:
+    """Sessions that compete for the same batches."""
+    return entry[1].blocks, entry[1].is_prefill
+
+
 class Scheduler:
-    """The sessions of one engine, in the order in which their turn comes."""
+    """The sessions of one engine. Owners have equal shares of it (`fair_shares`), whatever their sessions' number."""
 
     def __init__(self, span: Span, hidden_size: int, layout: KVLayout, pool: PagePool, batch_tokens: int) -> None:
         self._span = span
@@ -38,7 +48,9 @@ class Scheduler:
         self._hidden_size = hidden_size
         self._pool = pool
         self._batch_tokens = batch_tokens
+        # Within an owner whose turn came longest ago is first.
         self._sessions: dict[Hashable, EngineSession] = {}
+        self._shares = FairShares()
         self._running: list[tuple[EngineSession, QueuedStep]] | None = None
 
     def __repr__(self) -> str:
@@ -88,6 +100,8 @@ class Scheduler:
         session = self._sessions.pop(name)
         session.closed = True
         session.queue.clear()
+        if all(other.owner != session.owner for other in self._sessions.values()):
+            self._shares.forget(session.owner)
         # The device thread may be writing to its pages: `collect` frees them.
         if not session.running:
             session.reserve.close()
@@ -130,24 +144,40 @@ class Scheduler:
         """The next batch, or None where no session is ready."""
         if self._running is not None:
             raise RuntimeError("the last batch has not been collected")
-        turn = sorted(
-            ((name, session) for name, session in self._sessions.items() if session.is_ready),
-            key=lambda entry: (entry[1].passed_over < MAX_PASSED_OVER, entry[1].is_prefill),
-        )
-        if not turn:
+        ready = [(name, session) for name, session in self._sessions.items() if session.is_ready]
+        if not ready:
             return None
-        blocks = turn[0][1].blocks
-        beside_decodes = any(session.blocks == blocks and not session.is_prefill for _, session in turn)
-        packing = _Packing(self._batch_tokens, beside_decodes)
-        for name, session in turn:
-            if session.blocks == blocks and packing.take_from(session):
-                session.passed_over = 0
-                # Behind everybody else for the next turn.
-                self._sessions[name] = self._sessions.pop(name)
-            else:
-                session.passed_over += 1
+        self._shares.begin_turn({session.owner for _, session in ready})
+        decodes = [entry for entry in ready if not entry[1].is_prefill]
+        prefills = [entry for entry in ready if entry[1].is_prefill]
+        leader = self._leader(decodes, prefills)
+        blocks = leader[1].blocks
+        packing = _Packing(self._batch_tokens, any(session.blocks == blocks for _, session in decodes))
+        for name, session in chain((leader,), self._in_order(decodes), self._in_order(prefills)):
+            if session.blocks == blocks and not session.running:
+                left = packing.budget
+                if packing.take_from(session):
+                    self._shares.charge(session.owner, left - packing.budget)
+                    # Behind its owner's others for the next turn.
+                    self._sessions[name] = self._sessions.pop(name)
+        for _, session in ready:
+            session.passed_over = 0 if session.running else session.passed_over + 1
         self._running = packing.owners
         return Batch(blocks, tuple(packing.pieces), tuple(packing.copies))
+
+    def _leader(self, decodes: Sequence[_Entry], prefills: Sequence[_Entry]) -> _Entry:
+        """Who goes first, and says which blocks the batch is for: decodes, but others are not put off for ever."""
+        first = next(self._in_order(decodes or prefills))
+        overdue = [entry for entry in (*decodes, *prefills) if entry[1].passed_over >= MAX_PASSED_OVER]
+        # Who waits among its like has its share of the turns anyway.
+        others = [entry for entry in overdue if _like(entry) != _like(first)]
+        return next(self._in_order(others), first)
+
+    def _in_order(self, entries: Sequence[_Entry]) -> Iterator[_Entry]:
+        by_owner: dict[Hashable, list[_Entry]] = {}
+        for entry in entries:
+            by_owner.setdefault(entry[1].owner, []).append(entry)
+        return self._shares.in_order(by_owner)
 
     def collect(self, output: BatchOutput) -> list[StepResult]:
         """Take a batch's output back: results of the steps that it ended, in each session's order."""
@@ -189,7 +219,8 @@ class _Packing:
         self.pieces: list[Piece] = []
         self.copies: list[PageCopy] = []
         self.owners: list[tuple[EngineSession, QueuedStep]] = []
-        self._budget = budget
+        #: Positions that may still be added.
+        self.budget = budget
         self._prefill_budget = max(budget // PREFILL_SHARE, 1) if beside_decodes else budget
 
     def take_from(self, session: EngineSession) -> bool:
@@ -199,7 +230,7 @@ class _Packing:
             queued = session.queue[0]
             if taken and not session.is_continued_by(queued.step):
                 break
-            budget = min(self._budget, self._prefill_budget) if session.is_prefill else self._budget
+            budget = min(self.budget, self._prefill_budget) if session.is_prefill else self.budget
             if queued.remaining and not budget:
                 break
             self._take(session, queued, min(budget, queued.remaining))
@@ -217,7 +248,7 @@ class _Packing:
         self.pieces.append(Piece(queued.step, queued.taken, count, segments))
         self.owners.append((session, queued))
         queued.taken += count
-        self._budget -= count
+        self.budget -= count
         if session.is_prefill:
             self._prefill_budget -= count
 

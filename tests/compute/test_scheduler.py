@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -27,8 +29,8 @@ def make_engine(**settings):
     )
 
 
-def open_session(engine, name="s", *, max_length=64, max_rows=1, max_rollback=64, blocks=None):
-    engine.open(name, blocks=blocks, max_length=max_length, max_rows=max_rows, max_rollback=max_rollback)
+def open_session(engine, name="s", *, max_length=64, max_rows=1, max_rollback=64, blocks=None, owner=None):
+    engine.open(name, blocks=blocks, max_length=max_length, max_rows=max_rows, max_rollback=max_rollback, owner=owner)
 
 
 def tokens(count, seed=0):
@@ -124,6 +126,67 @@ def test_a_prefill_is_not_starved_by_decodes_that_fill_every_batch():
                 lengths[name] += 1
         turn(engine)
     assert engine.lengths("long")[0] >= 3
+
+
+def served(engine, turns: int, queue: dict[str, int]) -> Counter[str]:
+    """Run turns in which every session always has a step of so many positions waiting; positions by owner."""
+    counts = Counter()
+    for _ in range(turns):
+        for name, count in queue.items():
+            if not engine.has_queued(name):
+                length = engine.lengths(name).get(0, 0)
+                start = length if length + count <= 64 else 0
+                engine.submit(step(tokens(count), (0, start), session=name))
+        batch = engine.plan()
+        for piece in batch.pieces:
+            counts[piece.step.session[0]] += piece.count
+        engine.collect(batch, engine.run(batch))
+    return counts
+
+
+class QueueWatcher(FakeEngine):
+    def has_queued(self, session) -> bool:
+        return bool(self._scheduler._sessions[session].queue)
+
+
+@pytest.mark.parametrize("count", [1, 40], ids=["decodes", "prefills"])
+def test_an_owner_of_many_sessions_gets_no_more_than_one_with_a_single_session(count: int):
+    engine = QueueWatcher(SPAN, hidden_size=WIDTH, kv_tokens=2048, page_tokens=4, batch_tokens=2)
+    queue = {}
+    for owner, sessions in (("a", 16), ("b", 1), ("c", 2)):
+        for number in range(sessions):
+            name = f"{owner}{number}"
+            open_session(engine, name, owner=owner)
+            queue[name] = count
+    counts = served(engine, 60, queue)
+    assert sum(counts.values()) == 120
+    assert max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_all_sessions_of_an_owner_get_their_turn():
+    engine = QueueWatcher(SPAN, hidden_size=WIDTH, kv_tokens=2048, page_tokens=4, batch_tokens=3)
+    queue = dict.fromkeys((f"{number}" for number in range(9)), 1)
+    for name in queue:
+        open_session(engine, name, owner="a")
+    assert set(served(engine, 6, queue).values()) == {2}
+
+
+def test_time_away_earns_an_owner_no_credit():
+    engine = QueueWatcher(SPAN, hidden_size=WIDTH, kv_tokens=2048, page_tokens=4, batch_tokens=2)
+    for owner in "ab":
+        open_session(engine, owner, owner=owner)
+    served(engine, 100, {"a": 2})
+    counts = served(engine, 20, {"a": 2, "b": 2})
+    assert abs(counts["a"] - counts["b"]) <= 2
+
+
+def test_an_owners_prefill_leaves_decodes_of_others_alone():
+    engine = QueueWatcher(SPAN, hidden_size=WIDTH, kv_tokens=2048, page_tokens=4, batch_tokens=8)
+    for owner in "ab":
+        open_session(engine, owner, owner=owner)
+    counts = served(engine, 20, {"a": 60, "b": 1})
+    # Every batch has b's token; beside it a prefill gets a quarter of the budget.
+    assert counts == {"a": 40, "b": 20}
 
 
 def test_sessions_on_different_blocks_both_get_their_turn():
