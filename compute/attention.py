@@ -73,6 +73,8 @@ class BatchView:
 
     # Transformers asks these of any cache.
     is_compileable = False
+    # Attention makes its own: what else a decoder does with a cache is the same for every batch.
+    needs_mask = False
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
         self.pool = pool

@@ -19,6 +19,7 @@ from peerd.compute.errors import UnsupportedModel
 from peerd.compute.family import Family
 from peerd.compute.input_side import take_off_input_side
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
+from peerd.compute.layer_loop import LayerLoop
 from peerd.compute.load_blocks import load_block
 from peerd.compute.own_attention import install_own_attention
 from peerd.compute.quantized_formats import NONE
@@ -58,6 +59,7 @@ class SpanModel(nn.Module):
         #: What the span computes in, whatever its weights are stored as.
         self.dtype = dtype
         self._rotaries = tuple(part for part in decoder.modules() if isinstance(part, DeclaredLengthRotary))
+        self._loop = LayerLoop(decoder, self.layers)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -98,16 +100,24 @@ class SpanModel(nn.Module):
         """
         for rotary in self._rotaries:
             rotary.max_lengths = position_ids.amax(-1, keepdim=True) + 1 if max_lengths is None else max_lengths
-        output = self.decoder(
-            inputs_embeds=hidden,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            use_cache=past_key_values is not None,
-            **kwargs,
-        )
-        result: torch.Tensor = output.last_hidden_state
-        return result
+
+        def run_decoder() -> torch.Tensor:
+            output = self.decoder(
+                inputs_embeds=hidden,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                use_cache=past_key_values is not None,
+                **kwargs,
+            )
+            result: torch.Tensor = output.last_hidden_state
+            return result
+
+        # A cache of Transformers' own decides what masks the decoder makes: the decoder must see to it each time.
+        ours = past_key_values is not None and not getattr(past_key_values, "needs_mask", True)
+        if not ours or attention_mask is not None or kwargs or torch.is_grad_enabled():
+            return run_decoder()
+        return self._loop.run(run_decoder, hidden, position_ids, past_key_values)
 
     def forward_no_cache(self, hidden: torch.Tensor, max_length: int | None = None) -> torch.Tensor:
         """Run whole sequences [B, T, hidden_size] from position 0, keeping nothing. Gradients flow to `hidden`."""
