@@ -28,6 +28,8 @@ class _Waiter:
     since: float = field(default_factory=trio.current_time)
     done: trio.Event = field(default_factory=trio.Event)
     granted: bool = False
+    # Why the last attempt failed.
+    refusal: str = ""
     error: PeerdError | None = None
 
 
@@ -40,11 +42,18 @@ class Admission:
         self._held: Counter[Hashable] = Counter()
         self._waiters: deque[_Waiter] = deque()
 
-    async def admit(self, owner: Hashable, tokens: int, attempt: Callable[[], None], timeout_s: float) -> None:
+    async def admit(
+        self,
+        owner: Hashable,
+        tokens: int,
+        attempt: Callable[[], None],
+        timeout_s: float,
+        undo: Callable[[], None] = lambda: None,
+    ) -> None:
         """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`, and what it raises.
 
         Who has waited for a second in vain may be overtaken. While others wait, an owner whose holdings would exceed
-        half of the pool is passed over.
+        half of the pool is passed over. `undo` takes back what was committed for a caller that is cancelled then.
         """
         waiter = _Waiter(owner, tokens, attempt)
         self._waiters.append(waiter)
@@ -60,7 +69,14 @@ class Admission:
                 raise waiter.error
             if not waiter.granted:
                 free = self._free()
-                raise NoRoom(f"{tokens} KV tokens wanted, {free} free after {timeout_s:g} s of waiting", free)
+                refusal = waiter.refusal or f"{tokens} KV tokens wanted, {free} free, and others wait"
+                raise NoRoom(f"{refusal} after {timeout_s:g} s of waiting", free)
+        except trio.Cancelled:
+            # Cancelled first and granted before it could run: nobody else knows of it.
+            if waiter.granted:
+                undo()
+                self.release(owner, tokens)
+            raise
         finally:
             if not waiter.done.is_set():
                 self._waiters.remove(waiter)
@@ -93,7 +109,8 @@ class Admission:
                 continue
             try:
                 waiter.attempt()
-            except NoRoom:
+            except NoRoom as refusal:
+                waiter.refusal = str(refusal)
                 if trio.current_time() - waiter.since < HOLD_UP_S:
                     return None
                 continue

@@ -84,6 +84,14 @@ class _Tenant:
     tokens: int
     deliver: Deliver
     adapter: str
+    #: Positions whose outputs the hop may keep for the session.
+    kept: int
+
+
+# Of a session on its way to a next hop all outputs are kept, in the host's memory. What a server takes of that is
+# reckoned by KV tokens (`Budget.host_per_token`): three copies of a position's activations, one of them on its way.
+# A session commits a KV token a position or, with windows, less: these are what then come to an end first.
+KEPT_POSITIONS_A_TOKEN = 2
 
 
 class EngineTask:
@@ -96,6 +104,7 @@ class EngineTask:
     def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None) -> None:
         self.engine = engine
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
+        self._free_to_keep = self._total_to_keep = KEPT_POSITIONS_A_TOKEN * engine.total_tokens
         self._limiter = trio.CapacityLimiter(1)
         # Held while a batch is planned and run: what comes between two batches never meets a plan that is older.
         self._device = trio.Lock()
@@ -227,9 +236,10 @@ class EngineTask:
             self._withdrawn.discard(name)
 
     async def open(self, session: Hashable, owner: Hashable, opening: Open, deliver: Deliver) -> None:
-        """Commit the KV that `opening` asks for, waiting for room as long as it allows.
+        """Commit the KV that `opening` asks for, and memory for the outputs that a hop before another keeps.
 
-        Raises NoRoom, ContextTooLong, InvalidRequest, UnsupportedFeature (an adapter that is not there).
+        Waits for room as long as `opening` allows. Raises NoRoom, ContextTooLong, InvalidRequest,
+        UnsupportedFeature (an adapter that is not there).
         """
         if opening.adapter and opening.adapter not in self.adapters:
             there = ", ".join(sorted(self.adapters)) or "none"
@@ -241,13 +251,25 @@ class EngineTask:
             max_rollback=opening.max_rollback,
         )
 
+        kept = opening.max_length * opening.max_rows if opening.next is not None else 0
+        if kept > self._total_to_keep:
+            raise ContextTooLong(f"{kept} positions of outputs to keep exceed this peer's {self._total_to_keep}")
+
         def attempt() -> None:
+            if kept > self._free_to_keep:
+                message = f"{kept} positions of outputs to keep wanted, there is memory for {self._free_to_keep}"
+                raise NoRoom(message, self.engine.free_tokens)
             with _wire_errors():
                 self.engine.open(session, owner=owner, adapter=opening.adapter, **wanted)
+            self._free_to_keep -= kept
+
+        def undo() -> None:
+            self.engine.close(session)
+            self._free_to_keep += kept
 
         tokens = self.engine.tokens_wanted(**wanted)
-        await self.admission.admit(owner, tokens, attempt, opening.timeout_ms / 1000)
-        self._tenants[session] = _Tenant(owner, tokens, deliver, opening.adapter)
+        await self.admission.admit(owner, tokens, attempt, opening.timeout_ms / 1000, undo)
+        self._tenants[session] = _Tenant(owner, tokens, deliver, opening.adapter, kept)
 
     def submit(self, session: Hashable, step: Step, hidden: torch.Tensor) -> None:
         """Queue a step. Raises StepGap, ContextTooLong, InvalidRequest, having changed nothing."""
@@ -265,6 +287,7 @@ class EngineTask:
         """Free what the session holds, and let whoever waits for it in."""
         tenant = self._tenants.pop(session)
         self.engine.close(session)
+        self._free_to_keep += tenant.kept
         self.admission.release(tenant.owner, tenant.tokens)
         self._forget_unused(tenant.adapter)
 

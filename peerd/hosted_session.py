@@ -88,7 +88,7 @@ class HostedSession:
             "awaited" if OWN_ADAPTER in opening.needs else "none"
         )
         self._dtype = DTYPES[opening.dtype]
-        self._retained = Retained()
+        self._retained = Retained(opening.max_length)
         self._down = Downstream(opening.codec, self._dtype, self._retained, open_link, self._report)
         self._last = opening.next is None
         # What the engine has, and the step as it travels on: they differ where `ops` were applied before.

@@ -14,9 +14,13 @@ from peerd.protocol.rows import Fork, Op, RowSlice
 
 
 class Retained:
-    """The activations of a session's rows, `[length, hidden]` each."""
+    """The activations of a session's rows, `[length, hidden]` each.
 
-    def __init__(self) -> None:
+    A buffer never has more than `max_length` positions: that much memory was committed for the row.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
         self._buffers: dict[int, torch.Tensor] = {}
         self._lengths: dict[int, int] = {}
 
@@ -60,7 +64,8 @@ class Retained:
     def _room(self, row: int, end: int, like: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(row)
         if buffer is None or len(buffer) < end:
-            grown = like.new_empty((max(end, 2 * len(buffer) if buffer is not None else 64), like.shape[-1]))
+            room = min(2 * len(buffer) if buffer is not None else 64, self._max_length)
+            grown = like.new_empty((max(end, room), like.shape[-1]))
             if buffer is not None:
                 grown[: len(buffer)] = buffer
             self._buffers[row] = buffer = grown

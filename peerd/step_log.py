@@ -41,7 +41,7 @@ class StepLog:
     """The rows of one session: at most `max_rows` of `max_length` positions."""
 
     def __init__(self, *, max_length: int, max_rows: int, max_rollback: int) -> None:
-        self.retained = Retained()
+        self.retained = Retained(max_length)
         self.pending: dict[int, Pending] = {}
         self._max_length = max_length
         self._max_rows = max_rows

@@ -23,7 +23,10 @@ class Pool:
             self.free -= tokens
             self.order.append(owner)
 
-        await self.admission.admit(owner, tokens, attempt, timeout_s)
+        def undo() -> None:
+            self.free += tokens
+
+        await self.admission.admit(owner, tokens, attempt, timeout_s, undo)
 
     def give(self, owner: str, tokens: int) -> None:
         self.free += tokens
@@ -106,4 +109,22 @@ async def test_a_lone_owner_may_hold_everything():
     pool = Pool(100)
     await pool.take("only", 60)
     await pool.take("only", 40, timeout_s=0)
+    assert pool.free == 0
+
+
+async def test_what_is_granted_to_one_who_was_cancelled_meanwhile_comes_back():
+    pool = Pool(100)
+    await pool.take("a", 100)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.take, "b", 60)
+        nursery.start_soon(pool.take, "c", 70)
+        await trio.testing.wait_all_tasks_blocked()
+        # Without a pause in between: the cancelled cannot have left the queue when the tokens come.
+        nursery.cancel_scope.cancel()
+        pool.give("a", 100)
+    assert pool.free == 100
+    # Nor does anybody count for more than they hold.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.take, "b", 100)
+        await trio.testing.wait_all_tasks_blocked()
     assert pool.free == 0

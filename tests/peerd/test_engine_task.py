@@ -3,18 +3,21 @@
 import itertools
 import threading
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 import trio
 import trio.lowlevel
+import trio.testing
 
 from peerd.compute.fake_engine import FakeEngine, fake_forward
+from peerd.compute.kv_layout import Keep
 from peerd.compute.steps import BatchOutput
 from peerd.device_work import MAX_JOBS_AN_OWNER
 from peerd.engine_task import EngineTask, StepGap
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
-from peerd.protocol.messages import Open, Step
+from peerd.protocol.messages import NextHop, Open, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 
@@ -290,3 +293,30 @@ async def test_too_many_works_of_one_owner_are_refused_and_other_owners_are_not(
             await task.run_work("a", Turns(3))
         await task.run_work("b", Turns(1))
         nursery.cancel_scope.cancel()
+
+
+async def test_memory_for_outputs_that_a_hop_keeps_is_committed_with_the_session():
+    # Windows let a session be much longer than its KV tokens.
+    engine = FakeEngine(SPAN, hidden_size=WIDTH, kv_tokens=1024, keeps=dict.fromkeys((2, 3, 4), Keep(window=4)))
+    async with running(engine) as task:
+        long = opening(max_length=1500, next=NextHop(b"", b""), timeout_ms=0)
+        assert engine.tokens_wanted(blocks=SPAN, max_length=1500, max_rows=1, max_rollback=0) < 512
+        await task.open("a", "a", long, print)
+        with pytest.raises(NoRoom, match="outputs to keep"):
+            await task.open("b", "b", long, print)
+        with pytest.raises(ContextTooLong, match="outputs to keep"):
+            await task.open("c", "c", replace(long, max_rows=2), print)
+        # The last hop keeps nothing, and what is closed is free.
+        await task.open("d", "d", replace(long, next=None), print)
+        task.close("a")
+        await task.open("b", "b", long, print)
+        # Who was cancelled in the moment of being granted leaves nothing behind.
+        task.close("d")
+        free = engine.free_tokens
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.open, "e", "e", replace(long, timeout_ms=1000), print)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+            task.close("b")
+        assert engine.free_tokens > free
+        await task.open("f", "f", long, print)

@@ -152,7 +152,7 @@ def test_a_replay_brings_every_row_to_where_it_stood():
     steps = log()
     submit(steps, 0, 0, *range(90))
     answer(steps, 1, (RowSlice(0, 89, 1),), 0)
-    retained = Retained()
+    retained = Retained(64)
     for step, hidden in replay_steps(steps.retained, {0: 30}, {0: 70}, epoch=3):
         assert (step.seq, step.want, step.epoch, step.push_from) == (0, "none", 3, (70,))
         retained.add([RowSlice(0, step.rows[0].start - 30, step.rows[0].count)], hidden)
@@ -168,3 +168,11 @@ def test_only_positions_from_push_from_travel_on():
     nothing, hidden = pushed_part(replace(step, push_from=(4,)), positions(1, 2, 3, 4))
     assert nothing.rows == ()
     assert len(hidden) == 0
+
+
+def test_a_row_is_kept_in_no_more_memory_than_its_length():
+    retained = Retained(100)
+    for start in range(0, 100, 10):
+        retained.add((RowSlice(0, start, 10),), torch.ones(10, 2))
+    assert retained.since(0, 0).shape == (100, 2)
+    assert retained._buffers[0].shape == (100, 2)
