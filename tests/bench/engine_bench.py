@@ -1,8 +1,9 @@
-"""How fast one engine decodes for 1, 8 and 16 sessions beside plain Transformers, in one run on one thread.
+"""How one engine decodes: for 1 to 32 sessions, beside a long prefill, with forks. In one run on one thread.
 
-`python tests/bench/engine_bench.py [--context 64]`. Prints milliseconds a turn and tokens a second, each
-also as a multiple of what Transformers' own decoder does with a `DynamicCache`, one sequence at a time.
-The two alternate and the fastest of their turns count: on a shared machine the rest is noise.
+`python tests/bench/engine_bench.py [--context 64]`. Prints milliseconds a turn and tokens a second, as multiples of
+one session and of what Transformers' own decoder does with a `DynamicCache`, one sequence at a time. Everything
+compared alternates and the fastest turns count, but for latencies, whose spread is the point. Time is the
+thread's own on the CPU: on a shared machine the clock on the wall measures the neighbours.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from peerd.compute.demo_model import demo_model_path
 from peerd.compute.engine import Engine
 from peerd.compute.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
 
-SESSIONS = (1, 8, 16)
+SESSIONS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 3
 TURNS = 8
+PREFILL = 2048
+LONG_CONTEXT = 512
+BEAMS = 4
+LATENCIES = 100
+clock = time.thread_time
 
 
 def local_turn_s(model: SpanModel, inputs: torch.Tensor, context: int) -> float:
@@ -58,20 +64,63 @@ def engine_turn_s(engine: Engine, inputs: torch.Tensor, context: int, sessions: 
 def prefill_s(engine: Engine, inputs: torch.Tensor, context: int) -> float:
     """Seconds that the engine takes for a prompt of `context` positions."""
     engine.open("prompt", max_length=context, max_rows=1, max_rollback=0)
-    began = time.perf_counter()
+    began = clock()
     _submit(engine, "prompt", 0, inputs[:context])
     _run_all(engine)
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     engine.close("prompt")
     return seconds
 
 
 def local_prefill_s(model: SpanModel, inputs: torch.Tensor, context: int) -> float:
     """The same by Transformers."""
-    began = time.perf_counter()
+    began = clock()
     with torch.inference_mode():
         model(inputs[None, :context], torch.arange(context)[None], DynamicCache(config=model.config))
-    return time.perf_counter() - began
+    return clock() - began
+
+
+def latencies_s(engine: Engine, inputs: torch.Tensor, context: int, *, beside: bool) -> list[float]:
+    """Seconds that each of a session's steps takes, alone or as long as a prompt of 2,048 positions is computed."""
+    engine.open("decode", max_length=context + 2 * LATENCIES, max_rows=1, max_rollback=0)
+    _submit(engine, "decode", 0, inputs[:context])
+    _run_all(engine)
+    if beside:
+        engine.open("prompt", max_length=PREFILL, max_rows=1, max_rollback=0)
+        _submit(engine, "prompt", 0, inputs.repeat(-(-PREFILL // len(inputs)), 1)[:PREFILL])
+    seconds = []
+    for number in range(LATENCIES):
+        if beside and not engine.ready():
+            break
+        began = clock()
+        _submit(engine, "decode", context + number, inputs[:1])
+        while not _turn(engine, "decode"):
+            pass
+        seconds.append(clock() - began)
+    _run_all(engine)
+    engine.close("decode")
+    if beside:
+        engine.close("prompt")
+    return seconds
+
+
+def rows_turn_s(engine: Engine, inputs: torch.Tensor, context: int, *, forks: bool) -> float:
+    """Seconds for one more position of four rows; with `forks` each row first becomes another, as in beam search."""
+    engine.open("beam", max_length=context + 2 * TURNS, max_rows=BEAMS, max_rollback=0)
+    for row in range(BEAMS):
+        engine.submit(EngineStep("beam", 1, (), (RowSlice(row, 0, context),), inputs[:context]))
+    _run_all(engine)
+
+    def turn(number: int) -> None:
+        start = context + number
+        ops = tuple(Fork(row - 1, row, start) for row in range(BEAMS - 1, 0, -1)) if forks else ()
+        rows = tuple(RowSlice(row, start, 1) for row in range(BEAMS))
+        engine.submit(EngineStep("beam", 1, ops, rows, inputs[:BEAMS]))
+        _run_all(engine)
+
+    seconds = _fastest(turn)
+    engine.close("beam")
+    return seconds
 
 
 def main() -> None:
@@ -82,7 +131,8 @@ def main() -> None:
     with open_checkpoint(demo_model_path()) as checkpoint:
         span = Span(0, checkpoint.block_count)
         plain = load_span(checkpoint, span, dtype=torch.float32, attention="sdpa")
-        engine = _engine(checkpoint, span, (context + TURNS + 16) * max(SESSIONS))
+        most = max((context + TURNS + 16) * max(SESSIONS), BEAMS * (LONG_CONTEXT + 2 * TURNS), PREFILL)
+        engine = _engine(checkpoint, span, most + context + 2 * LATENCIES + 64)
     inputs = torch.randn(context + TURNS, plain.hidden_size)
     local_s = min(local_turn_s(plain, inputs, context) for _ in range(ROUNDS))
     turns_s = {
@@ -95,11 +145,34 @@ def main() -> None:
         rate = sessions / turn_s
         print(
             f"engine, {sessions:2} sessions:      {turn_s * 1000:6.1f} ms a turn, {rate:6.1f} tokens/s: "
-            f"{rate * local_s:.2f} x Transformers"
+            f"{rate * turns_s[1]:.2f} x one, {rate * local_s:.2f} x Transformers"
         )
     local_first_s = min(local_prefill_s(plain, inputs, context) for _ in range(ROUNDS))
     first_s = min(prefill_s(engine, inputs, context) for _ in range(ROUNDS))
     print(f"prefill of {context}: Transformers {local_first_s * 1000:.0f} ms, engine {first_s * 1000:.0f} ms")
+    _print_latencies(engine, torch.randn(context + 1, plain.hidden_size), context)
+    _print_beams(engine, torch.randn(LONG_CONTEXT, plain.hidden_size))
+
+
+def _print_latencies(engine: Engine, inputs: torch.Tensor, context: int) -> None:
+    alone, beside = (latencies_s(engine, inputs, context, beside=beside) for beside in (False, True))
+    for name, seconds in (("alone", alone), (f"beside a prefill of {PREFILL}", beside)):
+        seconds.sort()
+        p50, p99 = (seconds[min(int(len(seconds) * share), len(seconds) - 1)] * 1000 for share in (0.5, 0.99))
+        print(f"a decode {name}: p50 {p50:.0f} ms, p99 {p99:.0f} ms of {len(seconds)}")
+    whole_s = prefill_s(engine, inputs.repeat(-(-PREFILL // len(inputs)), 1), PREFILL)
+    print(f"that prefill alone: {whole_s * 1000:.0f} ms, for which a decode would wait without chunks")
+
+
+def _print_beams(engine: Engine, inputs: torch.Tensor) -> None:
+    turns_s = {
+        forks: min(rows_turn_s(engine, inputs, LONG_CONTEXT, forks=forks) for _ in range(ROUNDS))
+        for forks in (False, True)
+    }
+    print(
+        f"{BEAMS} rows of {LONG_CONTEXT}: {turns_s[False] * 1000:.1f} ms a turn, {turns_s[True] * 1000:.1f} ms where"
+        f" three of them fork each turn: {turns_s[True] / turns_s[False]:.2f} x"
+    )
 
 
 def _engine(checkpoint: Checkpoint, span: Span, kv_tokens: int) -> Engine:
@@ -116,12 +189,19 @@ def _run_all(engine: Engine) -> None:
         engine.collect(batch, engine.run(batch))
 
 
+def _turn(engine: Engine, session: str) -> bool:
+    """Run one batch. Returns whether it answered the session."""
+    batch = engine.plan()
+    assert batch is not None
+    return any(result.session == session for result in engine.collect(batch, engine.run(batch)))
+
+
 def _fastest(turn: Callable[[int], object]) -> float:
     fastest = float("inf")
     for number in range(TURNS):
-        began = time.perf_counter()
+        began = clock()
         turn(number)
-        fastest = min(fastest, time.perf_counter() - began)
+        fastest = min(fastest, clock() - began)
     return fastest
 
 

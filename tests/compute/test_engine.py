@@ -11,7 +11,7 @@ import torch
 from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.engine import Engine
-from peerd.compute.engine_errors import NonFiniteError
+from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError, StepGapError
 from peerd.compute.span_model import load_span
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import RowSlice
@@ -79,8 +79,46 @@ def test_not_a_number_in_one_session_changes_nothing_in_its_neighbour(make_engin
     torch.testing.assert_close(results[beside]["good"].hidden, results[alone]["good"].hidden, rtol=1e-5, atol=1e-5)
 
 
-def test_pages_that_a_broken_session_leaves_do_not_harm_the_next(make_engine):
-    engine = make_engine(kv_tokens=32)
+@pytest.mark.parametrize("fault", ["produced", "width", "kind", "too long", "gap", "row"])
+def test_what_is_wrong_with_one_session_changes_nothing_in_its_neighbour(make_engine, fault: str):
+    alone, beside = make_engine(), make_engine()
+    for engine in (alone, beside):
+        open_session(engine, "good")
+        submit(engine, "good", 0, tokens(9))
+    open_session(beside, "bad", max_length=8)
+    # A block in which numbers of this size overflow.
+    beside._runner._whole.layers[1].register_forward_hook(
+        lambda _module, _args, output: output * (output.abs() < 1e9) / (output.abs() < 1e9)
+    )
+    huge = tokens(5, seed=1) * 1e10
+    wrong = {
+        "produced": (huge, 0, None),
+        "width": (torch.zeros(5, WIDTH + 1), 0, InvalidStepError),
+        "kind": (torch.zeros(5, WIDTH, dtype=torch.long), 0, InvalidStepError),
+        "too long": (tokens(9), 0, ContextTooLongError),
+        "gap": (tokens(5), 3, StepGapError),
+        "row": (tokens(5), -1, InvalidStepError),
+    }
+    hidden, start, refusal = wrong[fault]
+    if refusal is None:
+        submit(beside, "bad", start, hidden)
+    else:
+        with pytest.raises(refusal):
+            submit(beside, "bad", start, hidden)
+        submit(beside, "bad", 0, tokens(2))
+    results = {engine: {result.session: result for result in drain(engine)} for engine in (alone, beside)}
+    assert beside.batches_run == 1
+    assert isinstance(results[beside]["bad"].error, NonFiniteError if refusal is None else type(None))
+    torch.testing.assert_close(results[beside]["good"].hidden, results[alone]["good"].hidden, rtol=1e-5, atol=1e-5)
+    # And it may go on as if nothing had been.
+    submit(beside, "bad", 0, tokens(4))
+    (result,) = drain(beside)
+    assert result.error is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "bloom"])
+def test_pages_that_a_broken_session_leaves_do_not_harm_the_next(make_engine, family: str):
+    engine = make_engine(family, kv_tokens=32)
     poison = torch.full((20, WIDTH), torch.nan)
     for name, hidden in (("bad", poison), ("good", tokens(20))):
         open_session(engine, name)

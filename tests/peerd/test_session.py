@@ -5,6 +5,8 @@ import torch
 import trio
 
 from peerd.chain_keeper import Patience
+from peerd.compute.fake_engine import FakeEngine, fake_forward
+from peerd.compute.kv_layout import Keep
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, LinkFailed, NoChain, NoRoom
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
@@ -165,6 +167,34 @@ async def test_a_death_in_the_middle_of_a_step_is_not_noticed_by_its_caller(open
             assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
 
 
+@pytest.mark.parametrize("dies_after", [1, 350], ids=["in the prefill", "in the answer"])
+async def test_a_death_beside_servers_whose_windows_have_moved_on_loses_nothing(open_swarm, dies_after: int):
+    keeps = {block: Keep(window=7) for block in (1, 2, 4, 7)}
+
+    async def serve(start: int, end: int):
+        own = {block: keep for block, keep in keeps.items() if start <= block < end}
+        return await swarm.serve_engine(FakeEngine(Span(start, end), hidden_size=WIDTH, batch_tokens=32, keeps=own))
+
+    async with open_swarm() as swarm:
+        hosts = [await serve(start, start + 3) for start in range(0, 9, 3)]
+        await serve(3, 6)
+        session = await (await swarm.client()).session(BLOCKS, max_length=400, max_rollback=0)
+        row = tokens(380)
+        expected = fake_forward(row, BLOCKS, keeps=keeps)
+        async with trio.open_nursery() as nursery:
+
+            async def kill() -> None:
+                while not any(host.task.engine.positions_computed >= dies_after for host in hosts[2:]):
+                    await trio.sleep(0.005)
+                swarm.kill(next(host for host in swarm.hosts if session.chain[1]["peer"] == host.peer_id))
+
+            nursery.start_soon(kill)
+            assert torch.equal(await session.step(row[:340], want="all"), expected[:340])
+            for position in range(340, 380):
+                assert torch.equal(await session.step(row[position : position + 1]), expected[position : position + 1])
+        assert session.failovers >= 1
+
+
 async def test_two_deaths_at_once_are_survived(open_swarm, whole_forward):
     async with open_swarm() as swarm:
         hosts = await chain_of_three(swarm)
@@ -241,7 +271,7 @@ async def test_two_clients_that_want_the_same_scarce_pool_both_finish(open_swarm
         done = []
 
         async def use(client, name: str) -> None:
-            session = await client.session(BLOCKS, max_length=400)
+            session = await client.session(BLOCKS, max_length=400, max_rollback=0)
             for _ in range(10):
                 await session.step(tokens(3))
             session.close()
@@ -289,7 +319,7 @@ async def test_a_session_larger_than_any_pool_is_refused_before_work_starts(open
 async def test_a_full_swarm_says_so_after_the_callers_patience(open_swarm):
     async with open_swarm() as swarm:
         await swarm.serve(0, 9, kv_tokens=512)
-        first = await (await swarm.client()).session(BLOCKS, max_length=400)
+        first = await (await swarm.client()).session(BLOCKS, max_length=400, max_rollback=0)
         await first.step(tokens(1))
         second = await (await swarm.client()).session(BLOCKS, max_length=400, patience=Patience(busy_s=5))
         before = trio.current_time()
