@@ -5,8 +5,7 @@ for one token is much. What is left of it in a span is a loop: each layer gets t
 before, and the same few other arguments. This learns those by watching the decoder itself, once over one
 position and once over several, and only takes over where both said the same and every argument is understood:
 the position ids, the cache, a constant, or what another part of the decoder (rotary embeddings) made of those.
-Otherwise the
-decoder goes on running itself. Knows no family.
+Otherwise the decoder goes on running itself. Knows no family.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """How one engine decodes: for 1 to 32 sessions, beside a long prefill, with forks. In one run on one thread.
 
-`python tests/bench/engine_bench.py [--context 64]`. Prints milliseconds a turn and tokens a second, as multiples of
-one session and of what Transformers' own decoder does with a `DynamicCache`, one sequence at a time. Everything
-compared alternates and the fastest turns count, but for latencies, whose spread is the point. Time is the
-thread's own on the CPU: on a shared machine the clock on the wall measures the neighbours.
+`python tests/bench/engine_bench.py [--context 64] [--part sessions|latencies|beams]`. Prints milliseconds a
+turn and tokens a second, as multiples of one session and of what Transformers' own decoder does with a
+`DynamicCache`, one sequence at a time. Everything compared alternates and the fastest turns count, but for
+latencies, whose spread is the point. Time is the thread's own on the CPU: on a shared machine the clock on the
+wall measures the neighbours.
 """
 
 from __future__ import annotations
@@ -126,20 +127,30 @@ def rows_turn_s(engine: Engine, inputs: torch.Tensor, context: int, *, forks: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=64, help="positions cached before decoding begins")
-    context = parser.parse_args().context
+    parser.add_argument("--part", choices=("sessions", "latencies", "beams"), help="only this part (default: all)")
+    args = parser.parse_args()
+    context: int = args.context
     torch.set_num_threads(1)
     with open_checkpoint(demo_model_path()) as checkpoint:
         span = Span(0, checkpoint.block_count)
-        plain = load_span(checkpoint, span, dtype=torch.float32, attention="sdpa")
         most = max((context + TURNS + 16) * max(SESSIONS), BEAMS * (LONG_CONTEXT + 2 * TURNS), PREFILL)
         engine = _engine(checkpoint, span, most + context + 2 * LATENCIES + 64)
+        print(f"one thread, fp32, {len(span)} blocks of {engine.hidden_size}, {context} positions cached")
+        if args.part in (None, "sessions"):
+            _print_sessions(engine, load_span(checkpoint, span, dtype=torch.float32, attention="sdpa"), context)
+    if args.part in (None, "latencies"):
+        _print_latencies(engine, torch.randn(context + 1, engine.hidden_size), context)
+    if args.part in (None, "beams"):
+        _print_beams(engine, torch.randn(LONG_CONTEXT, engine.hidden_size))
+
+
+def _print_sessions(engine: Engine, plain: SpanModel, context: int) -> None:
     inputs = torch.randn(context + TURNS, plain.hidden_size)
     local_s = min(local_turn_s(plain, inputs, context) for _ in range(ROUNDS))
     turns_s = {
         sessions: min(engine_turn_s(engine, inputs, context, sessions) for _ in range(ROUNDS)) for sessions in SESSIONS
     }
     local_s = min(local_s, *(local_turn_s(plain, inputs, context) for _ in range(ROUNDS)))
-    print(f"one thread, fp32, {len(span)} blocks of {plain.hidden_size}, {context} positions cached")
     print(f"Transformers, 1 sequence: {local_s * 1000:6.1f} ms a turn, {1 / local_s:6.1f} tokens/s")
     for sessions, turn_s in turns_s.items():
         rate = sessions / turn_s
@@ -150,8 +161,6 @@ def main() -> None:
     local_first_s = min(local_prefill_s(plain, inputs, context) for _ in range(ROUNDS))
     first_s = min(prefill_s(engine, inputs, context) for _ in range(ROUNDS))
     print(f"prefill of {context}: Transformers {local_first_s * 1000:.0f} ms, engine {first_s * 1000:.0f} ms")
-    _print_latencies(engine, torch.randn(context + 1, plain.hidden_size), context)
-    _print_beams(engine, torch.randn(LONG_CONTEXT, plain.hidden_size))
 
 
 def _print_latencies(engine: Engine, inputs: torch.Tensor, context: int) -> None:
