@@ -6,8 +6,8 @@ numbers are copied into that bucket's buffers; what changes from batch to batch 
 numbers. Elsewhere the same buffers are run without a graph, which is how this is tested.
 
 Knows buckets and recording; knows nothing of sessions. The difficulty is what cannot be recorded: a block that asks
-the device for a number (routed experts, some quantized layers) must wait for it. That is found out by trying, once
-for each set of blocks, and then remembered: those run as any other batch does.
+the device for a number (some routed experts, some quantized layers) must wait for it. That is found out by watching
+a first run, once for each set of blocks, and then remembered: those run as any other batch does.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from peerd.compute.attention import SpanAttention
 from peerd.compute.decode_rows import DecodeRows, is_short
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.paged_views import DecodeView
+from peerd.compute.recordable import WaitWatcher
 from peerd.compute.sizes import format_size
 from peerd.compute.span_model import SpanModel
 from peerd.compute.staging import Staging
@@ -40,8 +41,9 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH_BUCKETS = (1024, 8192, 65536, 1 << 20)
 # Recorded before the first session comes: every number of rows, at the lengths that most have.
 WARM_LENGTHS = LENGTH_BUCKETS[:2]
-# Libraries choose their algorithms and Triton compiles in a first run; a second shows that nothing is left to do.
-_WARM_UP_RUNS = 2
+# Libraries choose their algorithms and Triton compiles in a first run, which is also watched; another shows that
+# nothing is left to do.
+_WARM_UP_RUNS = 1
 # Its streams have no types.
 _CUDA: Any = torch.cuda
 # To record, torch waits for the device, which nobody may while another thread records there. A process has one CUDA.
@@ -164,13 +166,18 @@ class DecodeGraphs:
     def _record(self, bucket: Bucket, recorded: _Recorded) -> bool:
         """Record the bucket's graph. Returns whether that was possible."""
         device = self._pool.device
+        current = _CUDA.current_stream(device)
         before, _ = torch.cuda.mem_get_info(device)
         try:
-            self._aside.wait_stream(torch.cuda.current_stream(device))
+            self._aside.wait_stream(current)
             with torch.cuda.stream(self._aside):
+                waits = self.waits_for(bucket.blocks, recorded)
                 for _ in range(_WARM_UP_RUNS):
                     self._forward(bucket.blocks, recorded)
-            torch.cuda.current_stream(device).wait_stream(self._aside)
+            current.wait_stream(self._aside)
+            if waits:
+                log.info("blocks %s decode without CUDA graphs: they wait for %s", bucket.blocks, ", ".join(waits))
+                return False
             graph = torch.cuda.CUDAGraph()
             # Other engines' threads may do as they like meanwhile: only ours must not wait for the device.
             with torch.cuda.graph(graph, self._memory, self._aside, capture_error_mode="thread_local"):
@@ -183,10 +190,19 @@ class DecodeGraphs:
             log.info("blocks %s cannot be recorded, so they decode without CUDA graphs: %s", bucket.blocks, error)
             torch.cuda.synchronize(device)
             return False
+        finally:
+            # Where a recording failed, torch leaves its stream as the thread's own.
+            _CUDA.set_stream(current)
         recorded.graph = graph
         after, _ = torch.cuda.mem_get_info(device)
         self.graph_bytes += max(before - after, 0)
         return True
+
+    def waits_for(self, blocks: Span, recorded: _Recorded) -> list[str]:
+        """The operations of a decode for which the host waits: with any of them it cannot be recorded."""
+        with WaitWatcher() as watcher:
+            self._forward(blocks, recorded)
+        return sorted(watcher.seen)
 
     def _forward(self, blocks: Span, recorded: _Recorded) -> torch.Tensor:
         """The blocks over the bucket's buffers. Reads nothing else, and asks the device for nothing."""
