@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.messages import MAX_LENGTH, MAX_ROWS, U32, Failure, Output, Step
-from peerd.protocol.schema import Message, integer, many, mapping, optional, parse, required, text
+from peerd.protocol.schema import Message, boolean, integer, many, mapping, optional, parse, required, text
 from peerd.protocol.wire import Buffer, MessageReader, RawMessage, encode_message
 
 # A step of 4096 positions of the widest models, as float32.
@@ -63,8 +63,44 @@ class Logits(Message):
     tensor: dict[str, Any] = required(mapping)
 
 
-FROM_CLIENT: tuple[type[Message], ...] = (Step, Embed, Logits)
-FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, Failure)
+@dataclass(frozen=True, slots=True)
+class Forward(Message):
+    """Client: run whole rows of these lengths through the session's blocks, without its KV.
+
+    Body: hidden states `[sum of rows, hidden size]`, then `prompts` `[blocks, 1 or rows, P, hidden size]` if there are.
+    With `keep` a `backward` may follow.
+    """
+
+    TYPE: ClassVar[str] = "forward"
+    seq: int = required(integer(1, U32))
+    rows: tuple[int, ...] = required(many(integer(1, MAX_LENGTH), MAX_ROWS))
+    tensor: dict[str, Any] = required(mapping)
+    prompts: dict[str, Any] | None = optional(mapping, None)
+    keep: bool = optional(boolean, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Backward(Message):
+    """Client: the gradients of the forward that had the seq `of`, for the gradient of its output in the body."""
+
+    TYPE: ClassVar[str] = "backward"
+    seq: int = required(integer(1, U32))
+    of: int = required(integer(1, U32))
+    tensor: dict[str, Any] = required(mapping)
+
+
+@dataclass(frozen=True, slots=True)
+class GradientsOutput(Message):
+    """Daemon: the gradient of a forward's input, and behind it that of its prompts if it had some."""
+
+    TYPE: ClassVar[str] = "gradients"
+    seq: int = required(integer(1, U32))
+    tensor: dict[str, Any] = required(mapping)
+    prompts: dict[str, Any] | None = optional(mapping, None)
+
+
+FROM_CLIENT: tuple[type[Message], ...] = (Step, Embed, Logits, Forward, Backward)
+FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, GradientsOutput, Failure)
 
 
 def read_message(data: bytes) -> RawMessage:

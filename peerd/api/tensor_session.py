@@ -16,7 +16,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from peerd.api.errors import ApiError
 from peerd.api.tensor_messages import (
     FROM_CLIENT,
+    MAX_BODY_BYTES,
+    Backward,
     Embed,
+    Forward,
+    GradientsOutput,
     Logits,
     SessionOpened,
     message_bytes,
@@ -25,7 +29,7 @@ from peerd.api.tensor_messages import (
 )
 from peerd.nurseries import open_tasks
 from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
-from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Output, Step
+from peerd.protocol.messages import Failure, Output, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
@@ -37,10 +41,13 @@ if TYPE_CHECKING:
 
     from peerd.api.models import Models
     from peerd.model import RemoteModel
+    from peerd.passes import Pass
     from peerd.session import Session
 
 # Requests that a client may send before the first is answered.
 MAX_WAITING = 8
+# Forwards of one websocket that wait for their backward: each holds memory on every hop.
+MAX_PASSES = 8
 _POLICY = 1008
 _NORMAL = 1000
 
@@ -52,9 +59,9 @@ async def serve_session(websocket: WebSocket, models: Models) -> None:
         async with open_tasks() as tasks:
             send, receive = trio.open_memory_channel[RawMessage](MAX_WAITING)
             tasks.start_soon(_read, websocket, send, tasks.cancel_scope)
-            async with _open(websocket, models, receive) as (model, session):
+            async with _open(websocket, models, receive) as answers:
                 async for raw in receive:
-                    await _answer(websocket, model, session, raw)
+                    await answers.answer(raw)
             await websocket.close(_NORMAL)
     except PeerdError as error:
         await websocket.send_bytes(message_bytes(Failure.of(error)))
@@ -80,7 +87,7 @@ async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], 
 @asynccontextmanager
 async def _open(
     websocket: WebSocket, models: Models, receive: trio.MemoryReceiveChannel[RawMessage]
-) -> AsyncIterator[tuple[RemoteModel, Session]]:
+) -> AsyncIterator[_Answers]:
     wanted = read_open(await receive.receive())
     try:
         model = models.named(wanted.model)
@@ -92,7 +99,11 @@ async def _open(
     ) as session:
         opened = SessionOpened(blocks.start, blocks.end, model.facts.width, model.facts.dtype)
         await websocket.send_bytes(message_bytes(opened))
-        yield model, session
+        answers = _Answers(websocket, model, session, blocks)
+        try:
+            yield answers
+        finally:
+            answers.close()
 
 
 def _span(start: int, end: int, model: RemoteModel) -> Span:
@@ -101,47 +112,102 @@ def _span(start: int, end: int, model: RemoteModel) -> Span:
     return Span(start, end)
 
 
-async def _answer(websocket: WebSocket, model: RemoteModel, session: Session, raw: RawMessage) -> None:
-    asked = parse(raw.header, FROM_CLIENT)
-    assert isinstance(asked, Step | Embed | Logits)
-    try:
-        rows, result = await _result(model, session, asked, raw.body)
-    except PeerdError as error:
-        await websocket.send_bytes(message_bytes(Failure.of(error, asked.seq)))
-        return
-    await websocket.send_bytes(_output(asked.seq, rows, result))
+class _Answers:
+    """Answers one websocket's requests, in their order. Forwards that wait for a backward are kept here."""
 
+    def __init__(self, websocket: WebSocket, model: RemoteModel, session: Session, blocks: Span) -> None:
+        self._websocket = websocket
+        self._model = model
+        self._session = session
+        self._blocks = blocks
+        self._width = model.facts.width
+        self._passes: dict[int, Pass] = {}
 
-async def _result(
-    model: RemoteModel, session: Session, asked: Step | Embed | Logits, body: memoryview
-) -> tuple[tuple[RowSlice, ...], torch.Tensor]:
-    if isinstance(asked, Embed):
-        return (), model.embed(asked.token_ids, asked.start)
-    if isinstance(asked, Logits):
-        return (), await model.logits(_tensor(asked.tensor, body, model.facts.width))
-    return await _step(session, asked, body, model.facts.width)
+    def close(self) -> None:
+        """Let the peers forget what waits for a backward."""
+        for kept in self._passes.values():
+            kept.close()
 
+    async def answer(self, raw: RawMessage) -> None:
+        asked = parse(raw.header, FROM_CLIENT)
+        assert isinstance(asked, Step | Embed | Logits | Forward | Backward)
+        try:
+            answer = await self._answer(asked, raw.body)
+        except PeerdError as error:
+            answer = message_bytes(Failure.of(error, asked.seq))
+        await self._websocket.send_bytes(answer)
 
-async def _step(
-    session: Session, step: Step, body: memoryview, width: int
-) -> tuple[tuple[RowSlice, ...], torch.Tensor]:
-    hidden = _tensor(step.tensor, body, width) if step.rows else _nothing(width)
-    if len(hidden) != step.positions:
-        raise InvalidRequest(f"the rows have {step.positions} positions, the tensor {len(hidden)}")
-    result = await session.step(hidden, rows=step.rows, ops=step.ops, want=step.want)
-    if step.want == "last":
-        return tuple(RowSlice(piece.row, piece.end - 1, 1) for piece in step.rows), result
-    return (step.rows if step.want == "all" else ()), result
+    async def _answer(self, asked: Step | Embed | Logits | Forward | Backward, body: memoryview) -> bytes:
+        if isinstance(asked, Embed):
+            return _output(asked.seq, (), self._model.embed(asked.token_ids, asked.start))
+        if isinstance(asked, Logits):
+            hidden = _tensor(asked.tensor, body, self._width)
+            return _output(asked.seq, (), await self._model.logits(hidden))
+        if isinstance(asked, Forward):
+            return await self._forward(asked, body)
+        if isinstance(asked, Backward):
+            return await self._backward(asked, body)
+        return await self._step(asked, body)
+
+    async def _step(self, step: Step, body: memoryview) -> bytes:
+        hidden = _tensor(step.tensor, body, self._width) if step.rows else _nothing(self._width)
+        if len(hidden) != step.positions:
+            raise InvalidRequest(f"the rows have {step.positions} positions, the tensor {len(hidden)}")
+        result = await self._session.step(hidden, rows=step.rows, ops=step.ops, want=step.want)
+        if step.want == "last":
+            return _output(step.seq, tuple(RowSlice(piece.row, piece.end - 1, 1) for piece in step.rows), result)
+        return _output(step.seq, step.rows if step.want == "all" else (), result)
+
+    async def _forward(self, asked: Forward, body: memoryview) -> bytes:
+        if len(self._passes) >= MAX_PASSES:
+            raise InvalidRequest(f"{MAX_PASSES} forwards wait for their backward already")
+        if asked.seq in self._passes:
+            raise InvalidRequest(f"the forward {asked.seq} waits for its backward already")
+        header = _header(asked.tensor)
+        hidden = _tensor(asked.tensor, body[: header.body_bytes], self._width)
+        if sum(asked.rows) != len(hidden):
+            raise InvalidRequest(f"the rows have {sum(asked.rows)} positions, the tensor {len(hidden)}")
+        prompts = None
+        if asked.prompts is not None:
+            prompts = _decoded(_header(asked.prompts), body[header.body_bytes :])
+        run = await self._model.forward(hidden, rows=asked.rows, blocks=self._blocks, prompts=prompts, keep=asked.keep)
+        if asked.keep:
+            self._passes[asked.seq] = run
+        return _output(asked.seq, (), run.output)
+
+    async def _backward(self, asked: Backward, body: memoryview) -> bytes:
+        grad = _tensor(asked.tensor, body, self._width)
+        run = self._passes.pop(asked.of, None)
+        if run is None:
+            raise InvalidRequest(f"no forward {asked.of} waits for its backward: it needs keep, and has one only")
+        found = await run.backward(grad)
+        header, parts = encode_tensor(found.hidden)
+        prompts = None
+        if found.prompts is not None:
+            prompt_header, prompt_parts = encode_tensor(found.prompts)
+            prompts, parts = prompt_header.to_fields(), [*parts, *prompt_parts]
+        return message_bytes(GradientsOutput(asked.seq, header.to_fields(), prompts), parts)
 
 
 def _tensor(fields: dict[str, object] | None, body: memoryview, width: int) -> torch.Tensor:
     """The body's tensor, `[n, width]`. What a program of ours sends wrongly is its own mistake."""
     if fields is None:
         raise InvalidRequest("a tensor is missing")
+    header = _header(fields)
+    if len(header.shape) != 2 or header.shape[1] != width:
+        raise InvalidRequest(f"a tensor of shape {list(header.shape)}, not [n, {width}]")
+    return _decoded(header, body)
+
+
+def _header(fields: dict[str, object]) -> TensorHeader:
     try:
-        header = TensorHeader.from_fields(fields, max_elements=MAX_STEP_POSITIONS * width)
-        if len(header.shape) != 2 or header.shape[1] != width:
-            raise InvalidRequest(f"a tensor of shape {list(header.shape)}, not [n, {width}]")
+        return TensorHeader.from_fields(fields, max_elements=MAX_BODY_BYTES)
+    except RemoteProtocolError as error:
+        raise InvalidRequest(str(error)) from None
+
+
+def _decoded(header: TensorHeader, body: memoryview) -> torch.Tensor:
+    try:
         return decode_tensor(header, body)
     except RemoteProtocolError as error:
         raise InvalidRequest(str(error)) from None

@@ -21,9 +21,10 @@ import trio.lowlevel
 from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
 
 from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
-from peerd.api.tensor_messages import Embed, OpenSession, message_bytes, read_message
+from peerd.api.tensor_messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.cli_status import describe, show_status
 from peerd.compute.fake_engine import fake_forward
+from peerd.model import ModelFacts, RemoteModel
 from peerd.protocol.messages import Step
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
@@ -37,24 +38,30 @@ TOKEN = "t" * 32
 PROMPT = [1, 2, 3]
 
 
+@asynccontextmanager
+async def open_daemon_of(model, swarm, folder):
+    """An API over a model, on a unix socket and on a port."""
+    client = SimpleNamespace(
+        peer_id="12D3KooWClientClientClient",
+        addresses=(),
+        served=(),
+        server=None,
+        connections=SimpleNamespace(live={}),
+        discovery=SimpleNamespace(directory=_Directory(swarm)),
+    )
+    endpoint = Endpoint(folder / "p.sock", "127.0.0.1", 0, TOKEN)
+    async with open_local_api(client, {"bytes": model}, endpoint) as api:
+        yield SimpleNamespace(swarm=swarm, socket=folder / "p.sock", url=api.urls[1])
+
+
 @pytest.fixture
 def open_daemon(open_byte_model, tmp_path):
-    """`async with open_daemon() as daemon:` an API on a unix socket and on a port."""
+    """`async with open_daemon() as daemon:` an API over the model that counts."""
 
     @asynccontextmanager
     async def open_it(head=None):
-        async with open_byte_model(head) as (model, swarm):
-            client = SimpleNamespace(
-                peer_id="12D3KooWClientClientClient",
-                addresses=(),
-                served=(),
-                server=None,
-                connections=SimpleNamespace(live={}),
-                discovery=SimpleNamespace(directory=_Directory(swarm)),
-            )
-            endpoint = Endpoint(tmp_path / "p.sock", "127.0.0.1", 0, TOKEN)
-            async with open_local_api(client, {"bytes": model}, endpoint) as api:
-                yield SimpleNamespace(swarm=swarm, socket=tmp_path / "p.sock", url=api.urls[1])
+        async with open_byte_model(head) as (model, swarm), open_daemon_of(model, swarm, tmp_path) as daemon:
+            yield daemon
 
     return open_it
 
@@ -207,17 +214,21 @@ async def open_tensors(daemon, **fields):
     async with trio.open_nursery() as nursery, await trio.open_unix_socket(daemon.socket) as stream:
         websocket = await wrap_client_stream(nursery, stream, "localhost", "/peerd/v1/session")
 
-        async def ask(message, tensor=None):
+        async def ask(message, tensor=None, prompts=None):
             body = []
-            if tensor is not None:
-                described, body = encode_tensor(tensor)
-                message = replace(message, tensor=described.to_fields())
+            for name, value in (("tensor", tensor), ("prompts", prompts)):
+                if value is not None:
+                    described, parts = encode_tensor(value)
+                    message, body = replace(message, **{name: described.to_fields()}), body + parts
             await websocket.send_message(message_bytes(message, body))
             raw = read_message(await websocket.get_message())
-            if "tensor" not in raw.header:
-                return raw.header, None
-            described = TensorHeader.from_fields(raw.header["tensor"], max_elements=2**24)
-            return raw.header, decode_tensor(described, bytearray(raw.body))
+            tensors, rest = [], bytearray(raw.body)
+            for name in ("tensor", "prompts"):
+                if raw.header.get(name) is not None:
+                    described = TensorHeader.from_fields(raw.header[name], max_elements=2**24)
+                    tensors.append(decode_tensor(described, rest[: described.body_bytes]))
+                    rest = rest[described.body_bytes :]
+            return (raw.header, *(tensors or [None]))
 
         said, _ = await ask(OpenSession(**{"model": "bytes", "max_length": 64} | fields))
         yield SimpleNamespace(ask=ask, said=said, websocket=websocket)
@@ -271,6 +282,31 @@ async def test_who_does_not_speak_the_protocol_is_told_and_shown_out(open_daemon
         assert read_message(await websocket.get_message()).header["type"] == "error"
         with pytest.raises(ConnectionClosed):
             await websocket.get_message()
+
+
+async def test_a_program_trains_through_the_websocket_as_through_the_library(open_swarm, serve_tiny, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    hidden, grad = torch.randn(2, 9, 32, generator=generator)
+    prompts = torch.randn(8, 1, 2, 32, generator=generator)
+    async with open_swarm() as swarm:
+        for blocks in (Span(0, 5), Span(5, 8)):
+            await serve_tiny(swarm, blocks)
+        client = await swarm.client()
+        facts = ModelFacts("tiny", bytes(range(32)), 8, 32, 512, "float32")
+        model = RemoteModel(facts, None, None, None, client.finder, client.opener, client.tasks)
+        expected = await model.forward(hidden, rows=(5, 4), prompts=prompts)
+        gradients = await expected.backward(grad)
+        async with open_daemon_of(model, swarm, tmp_path) as daemon, open_tensors(daemon, max_length=1) as session:
+            forward = Forward(seq=1, rows=(5, 4), tensor={}, keep=True)
+            _, output = await session.ask(forward, hidden, prompts)
+            said, grad_hidden, grad_prompts = await session.ask(Backward(seq=2, of=1, tensor={}), grad)
+            assert said["type"] == "gradients"
+            again, _ = await session.ask(Backward(seq=3, of=1, tensor={}), grad)
+            wrong, _ = await session.ask(Forward(seq=4, rows=(5, 5), tensor={}), hidden)
+    torch.testing.assert_close(output, expected.output)
+    torch.testing.assert_close(grad_hidden, gradients.hidden)
+    torch.testing.assert_close(grad_prompts, gradients.prompts)
+    assert (again["code"], wrong["code"]) == ("invalid", "invalid")
 
 
 async def test_a_tensor_session_ends_with_its_websocket(open_daemon):
