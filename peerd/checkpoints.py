@@ -99,13 +99,14 @@ class _LogState:
 
     def see(self, transfer: Transfer) -> None:
         now, done, total = self._now(), transfer.done_bytes, transfer.total_bytes
-        if total != self._total:
-            self._total, self._started, self._logged, self._done_at_start = total, now, now, done
-            there = f", {format_size(done)} of it are here" if done else ""
-            log.info("fetching %s of %s%s", format_size(total), transfer.name, there)
         if done == total:
-            log.info("fetched %s in %.1f s", transfer.name, now - self._started)
+            # What was done when it was first seen was too short to be worth a line.
+            if self._total:
+                log.info("fetched %s of %s in %.1f s", format_size(total), transfer.name, now - self._started)
             self._total = 0
+        elif total != self._total:
+            self._total, self._started, self._logged, self._done_at_start = total, now, now, done
+            log.info("fetching %s of %s", format_size(total), transfer.name)
         elif now - self._logged >= LOG_EVERY_S:
             self._logged = now
             rate = (done - self._done_at_start) / (now - self._started)

@@ -179,7 +179,7 @@ def test_ctrl_c_while_a_daemon_fetches_ends_it_at_once_and_says_nothing_wrong(hu
         go_on.set()
     assert process.returncode == 130
     assert out == ""
-    assert f"of {REPO}" in err
+    assert f"{REPO} is commit" in err
     assert "Traceback" not in err
 
 

@@ -72,20 +72,23 @@ def test_a_log_has_a_line_when_a_transfer_begins_one_now_and_then_and_one_when_i
         "fetching org/name: 30 MiB of 100 MiB, 1 MiB/s",
         "fetching org/name: 60 MiB of 100 MiB, 1 MiB/s",
         "fetching org/name: 90 MiB of 100 MiB, 1 MiB/s",
-        "fetched org/name in 100.0 s",
+        "fetched 100 MiB of org/name in 100.0 s",
     ]
     assert len(seen) == 102
 
 
-def test_what_is_here_already_is_said_and_does_not_count_as_speed(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_here_already_does_not_count_as_speed_and_what_is_done_at_once_is_not_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     now = 0.0
     watch = _logged(lambda _: None, lambda: now)
     with caplog.at_level(logging.INFO):
+        watch(transfer(1, 1))
         watch(transfer(40))
         now = 30.0
         watch(transfer(70))
     assert [record.getMessage() for record in caplog.records] == [
-        "fetching 100 MiB of org/name, 40 MiB of it are here",
+        "fetching 100 MiB of org/name",
         "fetching org/name: 70 MiB of 100 MiB, 1 MiB/s",
     ]
 
