@@ -24,9 +24,10 @@ from peerd.cli_options import (
     DTYPES,
     QUANTIZATIONS,
     at_revision,
-    bootstrap_option,
     disk_option,
     is_loopback,
+    join_options,
+    joining,
     json_option,
     parse_adapter,
     parse_address,
@@ -49,6 +50,7 @@ from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, 
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
+    from peerd.cli_options import Joining
     from peerd.cli_serve import Daemon, Offered
     from peerd.serving import ServeSpec
 
@@ -146,7 +148,7 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     help="Where the token of --http lies; made if it is not there. Default: in the state directory.",
 )
 @click.option("--no-token", is_flag=True, help="Ask for no token: any program on this machine may use --http.")
-@bootstrap_option
+@join_options
 @click.option(
     "--listen",
     type=parse_address,
@@ -239,7 +241,8 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         click.echo(ctx.get_help())
         return
     set_up_logging(logging.DEBUG if options.pop("verbose") else logging.INFO)
-    daemon = _daemon(**options)
+    swarm = joining(options)
+    daemon = _daemon(swarm, **options)
     from peerd.cli_serve import run_daemon
 
     _run(ctx, partial(run_daemon, daemon))
@@ -261,7 +264,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 )
 @sampling_options
 @json_option
-@bootstrap_option
+@join_options
 @verbose_option
 @click.pass_context
 def generate(
@@ -275,9 +278,8 @@ def generate(
     chat: bool,
     adapter: str | None,
     as_json: bool,
-    bootstrap: tuple[Multiaddr, ...],
     verbose: bool,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Generate text with MODEL, whose blocks a swarm runs.
 
@@ -287,7 +289,8 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("say --prompt TEXT, --prompt - to read standard input, or --prompt-file FILE")
-    if not bootstrap:
+    swarm = joining(options)
+    if not swarm.bootstrap:
         raise click.UsageError("--bootstrap is missing: an address that a peer of the swarm printed")
     if prompt_file is not None:
         prompt = prompt_file.read()
@@ -298,10 +301,8 @@ def generate(
 
     # A name has no slash in it.
     chosen = Path(adapter).expanduser() if adapter is not None and "/" in adapter else adapter
-    request = Request(prompt or "", chat, sampling, chosen)
-    work = partial(
-        run_generate, at_revision(model, revision), bootstrap, request, as_json=as_json, disk_bytes=disk_bytes
-    )
+    request = Request(prompt or "", chat, options, chosen)
+    work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     _run_once(ctx, work, verbose=verbose)
 
 
@@ -346,7 +347,41 @@ def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> No
     _run_once(ctx, partial(show_status, socket_path, as_json=as_json), verbose=False)
 
 
+@cli.command(epilog=_EXIT_CODES)
+@click.argument("model", type=parse_model, metavar="MODEL")
+@revision_option
+@click.pass_context
+def manifest(ctx: click.Context, /, model: Path | str, revision: str | None) -> None:
+    """Print what the blocks of MODEL are, for --manifest: a digest of each block's weights, as JSON.
+
+    Reads all weights once. Make it where you trust the files, and pin it where you generate.
+    """
+    from peerd.cli_manifest import print_manifest
+
+    _run_once(ctx, partial(print_manifest, at_revision(model, revision)), verbose=False)
+
+
+@cli.group()
+def keys() -> None:
+    """Make keys."""
+
+
+@keys.command("new-swarm")
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE")
+def new_swarm(path: Path) -> None:
+    """Write the key of a new private swarm to FILE.
+
+    Give it to all peers of the swarm, as --swarm-key FILE, and to nobody else: strangers then learn neither who
+    the peers are nor what they serve.
+    """
+    from peerd.swarm_key import create_swarm_key
+
+    create_swarm_key(path)
+    say(f"{path} holds the key of a new swarm: give it to its peers, each as --swarm-key FILE")
+
+
 def _daemon(
+    swarm: Joining,
     *,
     serve_blocks: Span | int | str | None,
     models: tuple[tuple[str | None, Path | str], ...],
@@ -357,7 +392,6 @@ def _daemon(
     http: tuple[str, int] | None,
     token_file: Path | None,
     no_token: bool,
-    bootstrap: tuple[Multiaddr, ...],
     listen: tuple[Multiaddr, ...],
     announce: tuple[Multiaddr, ...],
     identity: Path | None,
@@ -409,7 +443,7 @@ def _daemon(
         identity=identity or platformdirs.user_state_path("peerd") / "identity.key",
         listen=listen,
         announce=announce,
-        bootstrap=bootstrap,
+        joining=swarm,
         serve=specs,
         stop_on_eof=stop_on_eof,
         disk_bytes=disk_bytes,

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peerd.cli_options import Joining
 from peerd.compute.hub_settings import HubSettings
 from peerd.console import say, short, working, write
 from peerd.peer import open_peer
-from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Request:
 
 async def generate(
     model_path: Path | str,
-    bootstrap: tuple[Multiaddr, ...],
+    joining: Joining,
     request: Request,
     *,
     as_json: bool,
@@ -45,7 +45,8 @@ async def generate(
     async with AsyncExitStack() as stack:
         with working("joining the swarm") as display:
             hub = HubSettings(disk_bytes, watch=display.transferred)
-            peer = await stack.enter_async_context(open_peer(bootstrap=bootstrap, hub=hub))
+            opening = open_peer(bootstrap=joining.bootstrap, swarm_key=joining.swarm_key, rules=joining.rules, hub=hub)
+            peer = await stack.enter_async_context(opening)
             display.update(f"reading the head of {Path(model_path).name}")
             model = await stack.enter_async_context(peer.model(model_path))
         generation = await answer(model, request, quiet=as_json)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,7 +19,11 @@ from peerd.compute.hub_id import hub_id_of, parse_hub_id
 from peerd.compute.sizes import parse_size
 from peerd.protocol.adapters import check_name
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.identity import PeerId, public_key_of
 from peerd.protocol.span import MAX_BLOCKS, Span
+
+if TYPE_CHECKING:
+    from peerd.routing.rules import ChainRules
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,6 +32,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Those of compute/quantized_formats.py, which would import torch.
 QUANTIZATIONS = ("none", "int8", "nf4")
 AUTO = "auto"
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def parse_address(value: str) -> Multiaddr:
@@ -147,13 +153,77 @@ def parse_limit(value: str) -> int:
     return 0 if value.strip() == "0" else parse_memory(value)
 
 
-bootstrap_option = click.option(
-    "--bootstrap",
-    type=parse_bootstrap,
-    multiple=True,
-    metavar="MULTIADDR",
-    help="A peer of the swarm to join: an address that it printed. Repeat it for several.",
-)
+def parse_peer_id(value: str) -> PeerId:
+    """A PeerId."""
+    try:
+        public_key_of(PeerId(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return PeerId(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """Which swarm, and whom of it to use."""
+
+    bootstrap: tuple[Multiaddr, ...]
+    swarm_key: bytes | None
+    rules: ChainRules | None
+
+
+def joining(options: dict[str, Any]) -> Joining:
+    """Take the options of `join_options` out of a command's. Raises InvalidRequest for files that are not right."""
+    from peerd.routing.rules import ChainRules, Manifest
+    from peerd.swarm_key import read_swarm_key
+
+    key_file, manifests = options.pop("swarm_key"), options.pop("manifests")
+    allowed, blocked, trusted = (frozenset(options.pop(name)) for name in ("allowed", "blocked", "trusted"))
+    rules = None
+    if allowed or blocked or trusted or manifests:
+        pinned = tuple(Manifest.read(path) for path in manifests)
+        rules = ChainRules(allowed or None, blocked, trusted, pinned)
+    return Joining(options.pop("bootstrap"), read_swarm_key(key_file) if key_file else None, rules)
+
+
+def join_options(command: Command) -> Command:
+    """Which swarm to join, and whom of it to have in chains; `joining` reads them."""
+    peers: dict[str, Any] = {"type": parse_peer_id, "multiple": True, "metavar": "PEERID"}
+    for option in reversed(
+        (
+            click.option(
+                "--bootstrap",
+                type=parse_bootstrap,
+                multiple=True,
+                metavar="MULTIADDR",
+                help="A peer of the swarm to join: an address that it printed. Repeat it for several.",
+            ),
+            click.option(
+                "--swarm-key",
+                type=_FILE,
+                metavar="FILE",
+                help="The key of a private swarm, which all its peers share; peerd keys new-swarm makes one.",
+            ),
+            click.option("--allow", "allowed", **peers, help="Use only these peers' blocks. Repeat it for several."),
+            click.option("--block", "blocked", **peers, help="Never use this peer's blocks."),
+            click.option(
+                "--trusted",
+                **peers,
+                help="Have the model's first and last blocks, which are nearest to the text, run by these peers only.",
+            ),
+            click.option(
+                "--manifest",
+                "manifests",
+                type=_FILE,
+                multiple=True,
+                metavar="FILE",
+                help="Use only peers that announce just these weights; peerd manifest MODEL makes one.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 revision_option = click.option(
     "--revision", metavar="REV", help="The branch, tag or commit of a model on the hub; as good as org/name@REV."
 )

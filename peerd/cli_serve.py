@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from peerd.cli_options import Joining
 from peerd.compute.hub_settings import HubSettings
 from peerd.console import working, write
 from peerd.keyfile import load_or_create_identity
@@ -56,7 +57,7 @@ class Daemon:
     identity: Path
     listen: tuple[Multiaddr, ...]
     announce: tuple[Multiaddr, ...]
-    bootstrap: tuple[Multiaddr, ...]
+    joining: Joining
     serve: tuple[ServeSpec, ...]
     stop_on_eof: bool
     offer: Offered | None = None
@@ -101,7 +102,9 @@ async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer
         identity,
         listen=daemon.listen,
         announce=daemon.announce,
-        bootstrap=daemon.bootstrap,
+        bootstrap=daemon.joining.bootstrap,
+        swarm_key=daemon.joining.swarm_key,
+        rules=daemon.joining.rules,
         serve=daemon.serve,
         state_dir=_state_dir(daemon.identity),
         hub=hub,

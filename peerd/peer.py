@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint import Checkpoint
     from peerd.compute.head import Head
     from peerd.model import ModelFacts, RemoteModel
+    from peerd.routing.rules import ChainRules
     from peerd.server import ServedSpan, Server
     from peerd.serving import LoadedSpan, ServeSpec
     from peerd.transport import Transport
@@ -64,11 +65,14 @@ class Peer:
         discovery: Discovery,
         server: Server | None,
         checkpoints: Checkpoints,
+        rules: ChainRules | None = None,
     ) -> None:
         self.identity = identity
         self.connections = connections
         self.discovery = discovery
         self.server = server
+        #: Whom we will have in our chains; None is anybody.
+        self.rules = rules
         self._checkpoints = checkpoints
         self._loaded: list[tuple[ServedSpan, LoadedSpan]] = []
 
@@ -115,7 +119,9 @@ class Peer:
             facts, head, tokenizer, generation = await trio.to_thread.run_sync(_read_client_side, checkpoint)
             random = Random(os.urandom(16))
             discovery = self.discovery
-            finder = SwarmFinder(discovery.directory, discovery.links, facts.digest, facts.block_count, random)
+            finder = SwarmFinder(
+                discovery.directory, discovery.links, facts.digest, facts.block_count, random, self.rules
+            )
             opener = ChainOpener(self.connections, self.identity, discovery.directory, discovery.clock, os.urandom)
             async with open_tasks() as tasks:
                 task = HeadTask(head)
@@ -239,6 +245,7 @@ async def open_peer(
     serve: Sequence[ServeSpec] = (),
     state_dir: Path | None = None,
     swarm_key: bytes | None = None,
+    rules: ChainRules | None = None,
     hub: HubSettings | None = None,
     transport: Transport | None = None,
     now: Callable[[], float] = time.time,
@@ -250,6 +257,7 @@ async def open_peer(
     announce: where others are told to dial, instead of `listen` (forwarded ports, proxies).
     bootstrap: addresses of peers of the swarm, each with its PeerId.
     state_dir: where the routing table is kept; None for a peer that nobody will meet again.
+    swarm_key: 32 bytes that all peers of a private swarm share. rules: whom we will have in our chains.
     hub: how models that are named by a hub id are fetched; None is as huggingface_hub's environment variables say.
 
     Raises OSError where an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
@@ -278,7 +286,7 @@ async def open_peer(
             ) as discovery:
                 # Nobody's blocks are nearer than our own.
                 discovery.links.measured(identity.peer_id, 0.0)
-                peer = Peer(identity, connections, discovery, server, Checkpoints(hub or HubSettings()))
+                peer = Peer(identity, connections, discovery, server, Checkpoints(hub or HubSettings()), rules)
                 if server:
                     server.attach(connections)
                 for spec in serve:

@@ -63,12 +63,13 @@ class ChainRules:
     """The client's own rules. `allowed` None: anybody. `trusted` empty: anybody may be first and last.
 
     trusted: who may run the model's first and last blocks, whose inputs and outputs are nearest to the text.
+    manifests: what the blocks of their models must be; other models are not bound by them.
     """
 
     allowed: frozenset[PeerId] | None = None
     blocked: frozenset[PeerId] = frozenset()
     trusted: frozenset[PeerId] = frozenset()
-    manifest: Manifest | None = None
+    manifests: tuple[Manifest, ...] = ()
 
     def permitted(self, offers: Sequence[Offer]) -> list[Offer]:
         """The offers that may be in a chain at all."""
@@ -83,7 +84,7 @@ class ChainRules:
     def _permits(self, offer: Offer) -> bool:
         if offer.peer_id in self.blocked or (self.allowed is not None and offer.peer_id not in self.allowed):
             return False
-        return self.manifest is None or self.manifest.permits(offer)
+        return all(manifest.permits(offer) for manifest in self.manifests if manifest.model == offer.record.model)
 
 
 def _digest(text: str) -> bytes:

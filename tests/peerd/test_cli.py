@@ -11,9 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from peerd.cli import cli
+from peerd.cli_options import joining
 from peerd.compute.errors import CheckpointError
 from peerd.console import printable, short, table
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
+from peerd.routing.rules import Manifest
+from peerd.swarm_key import read_swarm_key
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 
@@ -67,6 +70,10 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--client", "--model", "=MODEL"], "has no name"),
         (["--client", "--model", "a=MODEL", "--model", "a=MODEL"], "the same NAME"),
         (["--client", "--http", "8080"], "HOST:PORT"),
+        (["--client", "--trusted", "12D3KooWnobody"], "a PeerId is"),
+        (["--client", "--swarm-key", "MODEL/config.json"], "chmod 600"),
+        (["--client", "--manifest", "MODEL/config.json"], "no manifest"),
+        (["keys", "new-swarm", "MODEL/config.json"], "already"),
         (["--client", "--no-token"], "for --http"),
         (["--client", "--http", "0.0.0.0:8080", "--no-token"], "to the network"),
         (["--serve-blocks", "1", "--model", "MODEL", "--device", "gpu"], "cuda:N"),
@@ -86,10 +93,23 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
     ],
 )
 def test_a_mistake_exits_2_and_says_what_to_write_instead(arguments: list[str], message: str, model: str) -> None:
-    result = run(*[word.replace("MODEL", model) if word in ("MODEL", "a=MODEL") else word for word in arguments])
+    result = run(*[word.replace("MODEL", model) for word in arguments])
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> None:
+    key, manifest = tmp_path / "swarm.key", tmp_path / "manifest.json"
+    assert run("keys", "new-swarm", str(key)).exit_code == 0
+    manifest.write_text(Manifest(b"m" * 32, (b"b" * 32,)).to_json())
+    peer = ADDRESS.rpartition("/")[2]
+    options = {"bootstrap": (), "swarm_key": key, "manifests": (manifest,), "allowed": (), "blocked": (peer,)}
+    swarm = joining(options | {"trusted": ()})
+    assert swarm.swarm_key == read_swarm_key(key)
+    assert swarm.rules is not None
+    assert (swarm.rules.allowed, swarm.rules.blocked) == (None, {peer})
+    assert swarm.rules.manifests == (Manifest.read(manifest),)
 
 
 def test_a_model_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

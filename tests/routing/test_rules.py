@@ -13,7 +13,7 @@ from peerd.routing.chain import ChainNeeds, plan_chain
 from peerd.routing.rules import ChainRules, Manifest
 
 DIGESTS = tuple(bytes([number]) * 32 for number in range(20))
-MANIFEST = Manifest(b"m" * 32, DIGESTS)
+MANIFEST = Manifest(bytes(range(32)), DIGESTS)
 
 
 def rooted(make_offer, number, blocks, digests=DIGESTS, **fields):
@@ -43,13 +43,18 @@ def test_only_peers_that_announce_the_manifest_s_weights_are_permitted(make_offe
     other = rooted(make_offer, 1, "3:19", digests=(*DIGESTS[:18], b"x" * 32, DIGESTS[19]))
     silent = make_offer(2, "3:19")
     beyond = rooted(make_offer, 3, "10:24", digests=DIGESTS + DIGESTS)
-    assert ChainRules(manifest=MANIFEST).permitted([good, other, silent, beyond]) == [good]
+    assert ChainRules(manifests=(MANIFEST,)).permitted([good, other, silent, beyond]) == [good]
+
+
+def test_a_manifest_binds_its_own_model_only(make_offer):
+    offer = make_offer(0, "0:8")
+    assert ChainRules(manifests=(Manifest(b"o" * 32, DIGESTS),)).permitted([offer]) == [offer]
 
 
 def test_the_majority_does_not_outvote_a_manifest(make_offer):
     liars = [rooted(make_offer, number, "0:16", digests=(b"x" * 32,) * 20) for number in range(5)]
     honest = rooted(make_offer, 9, "0:16", throughput=1)
-    chain = plan(ChainRules(manifest=MANIFEST).permitted([*liars, honest]), "0:16")
+    chain = plan(ChainRules(manifests=(MANIFEST,)).permitted([*liars, honest]), "0:16")
     assert peers_of(chain) == [honest.peer_id]
 
 
