@@ -15,6 +15,7 @@ from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
+from peerd.compute.lora import LoraPair
 from peerd.compute.pass_memory import KeptBytes, PassMemory, PassTooLargeError
 from peerd.compute.passes import PassInput, PassRunner, device_turns
 from peerd.compute.span_model import load_span
@@ -314,3 +315,32 @@ def test_tunables_that_do_not_fit_are_refused_by_name(llama: Whole, tensors: dic
     tunables = Tunables({key: torch.zeros(shape) for key, shape in tensors.items()})
     with pytest.raises(InvalidStepError, match=complaint):
         runner.plan(PassInput(Span(0, 3), (8, 8), torch.zeros(16, WIDTH), tunables))
+
+
+def test_an_adapter_of_the_engine_acts_as_the_same_pairs_of_a_client_do(llama: Whole):
+    span = Span(0, 3)
+    model = load_span(llama.checkpoint, span, dtype=torch.float32, attention=register_attention())
+    engine = Engine(model, kv_tokens=64, pass_bytes=ROOM)
+    down, up = random(RANK, WIDTH, seed=1), random(48, RANK, seed=2)
+    engine.load_adapter("poet", {(1, "mlp.up_proj"): LoraPair(down, up, SCALING)})
+    runner = engine.passes
+    assert runner is not None
+    runner.measure()
+    own = Tunables({(1, "mlp.up_proj.lora_A"): down, (1, "mlp.up_proj.lora_B"): up}, SCALING)
+    hidden, grad = random(12, WIDTH, seed=3), random(12, WIDTH, seed=4)
+    found = []
+    for given in (
+        PassInput(span, (12,), hidden, adapter="poet"),
+        PassInput(span, (12,), hidden, own),
+        PassInput(span, (12,), hidden),
+    ):
+        forward = runner.forward(given, runner.plan(given), ROOM)
+        device_turns([forward])
+        assert forward.tape is not None
+        backward = runner.backward_of(forward.tape, grad)
+        device_turns([backward])
+        found.append((forward.output, backward.grad))
+    torch.testing.assert_close(found[0], found[1], **TOLERANCE)
+    assert not torch.allclose(found[0][1], found[2][1], rtol=1e-2)
+    with pytest.raises(InvalidStepError, match="no adapter 'nobody'"):
+        runner.plan(PassInput(span, (12,), hidden, adapter="nobody"))
