@@ -165,6 +165,8 @@ class PassRunner:
         self, block: int, micro: MicroBatch, hidden: torch.Tensor, leaves: BlockLeaves, adapter: str
     ) -> torch.Tensor:
         """One block, `[rows, longest, hidden_size]` to the same, under whatever mode of torch's is on."""
+        if adapter and adapter not in self.adapters.names:
+            raise InvalidStepError(f"the adapter {adapter!r} is no longer here")
         model = self._part(Span(block, block + 1))
         hidden = with_prompt(hidden, leaves.prompt, micro.rows)
         positions = torch.arange(micro.longest, device=hidden.device).expand(hidden.shape[:2])

@@ -344,3 +344,9 @@ def test_an_adapter_of_the_engine_acts_as_the_same_pairs_of_a_client_do(llama: W
     assert not torch.allclose(found[0][1], found[2][1], rtol=1e-2)
     with pytest.raises(InvalidStepError, match="no adapter 'nobody'"):
         runner.plan(PassInput(span, (12,), hidden, adapter="nobody"))
+    late = PassInput(span, (12,), hidden, adapter="poet")
+    work = runner.forward(late, runner.plan(late))
+    assert not work.turn()
+    engine.unload_adapter("poet")
+    with pytest.raises(InvalidStepError, match="no longer here"):
+        device_turns([work])
