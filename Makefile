@@ -21,10 +21,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python sh .ci/check-rooms
 
-# The main table, and what quantization costs and saves. Beside them: one connection under load, the engine alone, and
-# a minute of hostile peers.
+# The main table, training, and what quantization costs and saves. Beside them: one connection under load, the engine alone,
+# and a minute of hostile peers.
 bench: setup
 	$(BIN)/python tests/bench/run.py
+	$(BIN)/python tests/bench/training_bench.py
 	$(BIN)/python tests/bench/quantization_bench.py
 
 bench-api bench-connection bench-engine bench-hostile bench-quantization bench-training: bench-%: setup
