@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -46,6 +46,9 @@ from peerd.routing.offer import Offer
 from peerd.server import ServedSpan, Server
 from peerd.session import Session
 from peerd.testing import MemoryNetwork
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))
@@ -411,3 +414,23 @@ def serve_tiny(tiny_llama: Path) -> Iterator[Callable[..., Awaitable[Host]]]:
             return await swarm.serve_engine(Engine(model, kv_tokens=256, pass_bytes=pass_bytes), step_s=step_s)
 
         yield serve
+
+
+def _byte_characters() -> dict[int, str]:
+    """How byte-level BPE writes each byte: printable ones as themselves, others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Each byte is a token, numbered as it is; an end-of-sequence token comes after them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {character: byte for byte, character in _byte_characters().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")

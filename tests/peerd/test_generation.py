@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
 import torch
 import trio
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from peerd.model import ModelFacts, RemoteModel
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain
@@ -48,29 +48,8 @@ class ScriptedHead(ByteHead):
         return torch.nn.functional.one_hot(torch.tensor([next(self._script)]), END + 1).float()
 
 
-def byte_tokenizer():
-    """Each byte is a token, numbered as it is; an end-of-sequence token comes after them."""
-    alphabet = {character: byte for byte, character in _byte_characters().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
-def _byte_characters():
-    """How byte-level BPE writes each byte: printable ones as themselves, others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
-
-
 @pytest.fixture
-def open_model(open_swarm, tokenizer):
+def open_model(open_swarm, byte_tokenizer):
     """`async with open_model() as (model, swarm):` three servers and a client's model, `head` as given."""
 
     @asynccontextmanager
@@ -82,7 +61,9 @@ def open_model(open_swarm, tokenizer):
             facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
             config = GenerationConfig(eos_token_id=END)
             yield (
-                RemoteModel(facts, head or ByteHead(), tokenizer, config, client.finder, client.opener, client.tasks),
+                RemoteModel(
+                    facts, head or ByteHead(), byte_tokenizer, config, client.finder, client.opener, client.tasks
+                ),
                 swarm,
             )
 
@@ -266,7 +247,7 @@ async def test_chat_needs_a_template(open_model):
 
 async def test_chat_prompts_are_written_as_the_template_says(open_model):
     async with open_model() as (model, _):
-        model.tokenizer = byte_tokenizer()
+        model.tokenizer = copy.deepcopy(model.tokenizer)
         turns = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
         model.tokenizer.chat_template = turns + "{% if add_generation_prompt %}[a]{% endif %}"
         assert bytes(model.encode("hé", chat=True)) == "[user]hé[a]".encode()

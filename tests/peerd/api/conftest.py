@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,8 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import trio
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from peerd.api.app import Api
 from peerd.api.models import Models
@@ -48,23 +48,6 @@ class ScriptedHead(ByteHead):
         return 5 * torch.nn.functional.one_hot(torch.tensor([token] * len(hidden)), END + 1).float()
 
 
-def _byte_characters():
-    """How byte-level BPE writes each byte: printable ones as themselves, others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-@pytest.fixture(scope="session")
-def byte_tokenizer():
-    """Each byte is a token, numbered as it is; an end-of-sequence token comes after them."""
-    alphabet = {character: byte for byte, character in _byte_characters().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=TEMPLATE)
-
-
 @pytest.fixture
 def open_byte_model(open_swarm, byte_tokenizer):
     """`async with open_byte_model(head) as (model, swarm):` three servers and a client's model."""
@@ -75,10 +58,12 @@ def open_byte_model(open_swarm, byte_tokenizer):
             for start in range(0, BLOCKS, 3):
                 await swarm.serve(start, start + 3)
             client = await swarm.client()
+            tokenizer = copy.copy(byte_tokenizer)
+            tokenizer.chat_template = TEMPLATE
             facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
             config = GenerationConfig(eos_token_id=END)
             model = RemoteModel(
-                facts, head or ByteHead(), byte_tokenizer, config, client.finder, client.opener, client.tasks
+                facts, head or ByteHead(), tokenizer, config, client.finder, client.opener, client.tasks
             )
             yield model, swarm
 
