@@ -109,7 +109,15 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     "--serve-blocks",
     type=parse_blocks,
     metavar="A:B|N|auto",
-    help="Serve blocks A to B-1 of --model; or N blocks; or all that fit into free memory.",
+    help="Serve blocks A to B-1 of --model; or N blocks; or all that fit into free memory. Without A:B the swarm"
+    " decides which, now and later: see --no-move.",
+)
+@click.option(
+    "--no-move",
+    "stay",
+    is_flag=True,
+    help="With --serve-blocks N or auto: keep the blocks that were chosen at the start. Otherwise the server moves, its"
+    " sessions ended first, where other blocks lack servers much more.",
 )
 @click.option(
     "--model",
@@ -413,8 +421,8 @@ def _daemon(
         raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
     if serve_blocks is None and any([devices, quantize, *serving.values()]):
         raise click.UsageError(
-            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter and --client-adapters say"
-            " how to serve: add --serve-blocks"
+            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters and"
+            " --no-move say how to serve: add --serve-blocks"
         )
     if serve_blocks is None and not (offers or listen):
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")

@@ -24,6 +24,7 @@ from peerd.protocol.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
+    Draining,
     Evicted,
     InvalidRequest,
     PeerdError,
@@ -108,9 +109,17 @@ class HostedSession:
             f" pending={len(self._pending)} of {self.owner}>"
         )
 
+    @property
+    def task(self) -> EngineTask:
+        """Whose engine it uses."""
+        return self._engine
+
     async def admit(self) -> None:
-        """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong."""
-        await self._engine.open(self, self.owner, self.opening, self.deliver)
+        """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong, Draining."""
+        with self._attended:
+            await self._engine.open(self, self.owner, self.opening, self.deliver)
+        if self._attended.cancelled_caught:
+            raise Draining("these blocks are about to leave")
         self.admitted = True
         self.last_used = trio.current_time()
 

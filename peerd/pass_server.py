@@ -28,6 +28,7 @@ from peerd.nurseries import open_tasks
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
+    Draining,
     Evicted,
     InternalError,
     InvalidRequest,
@@ -120,6 +121,8 @@ class PassServer:
         self._find = find
         self._quota = HostQuota(HOST_BYTES)
         self._lanes: Counter[PeerId] = Counter()
+        self._running: dict[_Lane, trio.CancelScope] = {}
+        self._lane_ended = trio.lowlevel.ParkingLot()
 
     @property
     def lanes(self) -> int:
@@ -130,6 +133,13 @@ class PassServer:
     def held_bytes(self) -> int:
         """What lanes hold in parameters and requests."""
         return self._quota.held_bytes
+
+    async def end_lanes(self, task: EngineTask) -> None:
+        """End the lanes over a span that leaves; their clients find other peers. Waits for the turn that is running."""
+        while scopes := [scope for lane, scope in self._running.items() if lane.task is task]:
+            for scope in scopes:
+                scope.cancel()
+            await self._lane_ended.park()
 
     async def handle(self, stream: Stream) -> None:
         """One lane, from its `begin` to its end."""
@@ -159,10 +169,16 @@ class PassServer:
         if begin.codec not in CODECS:
             raise UnsupportedFeature(f"codec {begin.codec!r} is not one of {', '.join(sorted(CODECS))}")
         lane = _Lane(stream, begin, found, self._quota)
-        try:
-            await lane.run()
-        finally:
-            lane.drop_all()
+        with trio.CancelScope() as scope:
+            self._running[lane] = scope
+            try:
+                await lane.run()
+            finally:
+                del self._running[lane]
+                lane.drop_all()
+                self._lane_ended.unpark_all()
+        if scope.cancelled_caught:
+            raise Draining("these blocks have left")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,6 +211,11 @@ class _Lane:
         self._tapes: dict[int, tuple[Tape, int]] = {}
         self._width = found.passes.whole.hidden_size
         self._dtype = DTYPES[begin.dtype]
+
+    @property
+    def task(self) -> EngineTask:
+        """Whose engine it uses."""
+        return self._found.task
 
     async def run(self) -> None:
         """Answer requests until the client ends the lane. Raises what ended it."""

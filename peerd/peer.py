@@ -26,12 +26,12 @@ from peerd.compute.hub_settings import HubSettings
 from peerd.connections import Connections, open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.nurseries import open_tasks
+from peerd.places import Place, Places
+from peerd.protocol.adapters import name_of
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.announcements import MAX_NAMES, MAX_PAYLOAD_BYTES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import MAX_LENGTH
-from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.reachable import dialable_forms
 from peerd.routing.clock import SwarmClock
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint import Checkpoint
     from peerd.compute.head import Head
     from peerd.model import ModelFacts, RemoteModel
+    from peerd.rebalancing import Rebalancer
     from peerd.routing.rules import ChainRules
     from peerd.server import ServedSpan, Server
-    from peerd.serving import LoadedSpan, ServeSpec
+    from peerd.serving import ServeSpec
+    from peerd.span_loader import SpanLoader
     from peerd.transport import Transport
 
 Address = Multiaddr | str
 # Every interface, any free port.
 DEFAULT_LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/0/ws")
-# What the times that are filled in later add to a record.
-_TIMES_BYTES = 16
 # Who serves waits so long to be known, and goes on without if nobody answers.
 ANNOUNCE_WAIT_S = 2.0
 
@@ -65,6 +65,7 @@ class Peer:
         discovery: Discovery,
         server: Server | None,
         checkpoints: Checkpoints,
+        tasks: trio.Nursery,
         rules: ChainRules | None = None,
     ) -> None:
         self.identity = identity
@@ -74,7 +75,9 @@ class Peer:
         #: Whom we will have in our chains; None is anybody.
         self.rules = rules
         self._checkpoints = checkpoints
-        self._loaded: list[tuple[ServedSpan, LoadedSpan]] = []
+        self._tasks = tasks
+        self._places = Places(server) if server is not None else None
+        self._rebalancers: list[Rebalancer] = []
 
     def __repr__(self) -> str:
         return f"<Peer {self.peer_id} {' '.join(str(served.span) for served in self.served) or 'client'}>"
@@ -98,6 +101,8 @@ class Peer:
         """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
         if self.server is None:
             return
+        for rebalancer in self._rebalancers:
+            rebalancer.stop()
         self.server.draining = True
         self.discovery.changed()
         await self.server.drain(timeout_s)
@@ -131,31 +136,40 @@ class Peer:
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
         """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
 
-        Raises CheckpointError, InvalidRequest.
+        Where the spec names no span, and one device, the span moves later to where the swarm needs it more, unless it
+        says `stay`: `served` says where it is then. Raises CheckpointError, InvalidRequest.
         """
         await _import("peerd.serving")
-        from peerd.engine_task import EngineTask
-        from peerd.server import ServedSpan
-        from peerd.serving import load
+        from peerd.span_loader import SpanLoader, load_served
 
-        if self.server is None:
+        if self._places is None:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
         ready = []
         async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
             shares = await self._choose(spec, checkpoint)
             await fetch_span(checkpoint, Span(shares[0][1].start, shares[-1][1].end))
             for own, span in shares:
-                loaded = await trio.to_thread.run_sync(load, own, checkpoint, span)
-                max_length = checkpoint.max_length or MAX_LENGTH
-                task = EngineTask(loaded.engine)
-                ready.append((ServedSpan(checkpoint.model_digest, max_length, task, loaded.adapter_room), loaded))
+                ready.append(await load_served(own, checkpoint, span))
+            digest, block_count = checkpoint.model_digest, checkpoint.block_count
+        moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
+        loader = SpanLoader(self._checkpoints, spec, digest) if moves else None
         for served, loaded in ready:
-            _check_record(self._record(len(self._loaded), served, loaded))
-            self.server.serve(served)
-            self._announce(served, loaded)
+            place = self._places.add(served, loaded, loader)
+            if loader is not None and len(served.span) < block_count:
+                self._start_moving(place, loader, block_count)
+        self.discovery.serve(self._places.records)
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self.discovery.announced()
         return tuple(served for served, _ in ready)
+
+    def _start_moving(self, place: Place, loader: SpanLoader, block_count: int) -> None:
+        from peerd.rebalancing import Rebalancer
+
+        assert self.server is not None
+        random = Random(os.urandom(16))
+        rebalancer = Rebalancer(place, loader, self.server, self.discovery, self.peer_id, block_count, random)
+        self._rebalancers.append(rebalancer)
+        self._tasks.start_soon(rebalancer.run)
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
         """Serve one more LoRA adapter, the directory that peft saved, while sessions run; returns its id.
@@ -164,21 +178,34 @@ class Peer:
         """
         from peerd.serving import load_adapter, read_adapter
 
-        loaded = next(loaded for known, loaded in self._loaded if known is served)
-        adapter = await trio.to_thread.run_sync(read_adapter, name, path, loaded.family, served.span)
-        await served.task.run_blocking(partial(load_adapter, loaded.engine, adapter))
+        place = self._place_of(served)
+        assert place.loaded is not None
+        engine = place.loaded.engine
+        adapter = await trio.to_thread.run_sync(read_adapter, name, path, place.loaded.family, served.span)
+        await served.task.run_blocking(partial(load_adapter, engine, adapter))
         try:
-            _check_record(self._record(0, served, loaded))
+            # It may have moved meanwhile.
+            self._place_of(served).check()
         except InvalidRequest:
             served.task.withdraw_adapter(adapter.id)
             raise
+        if place.loader is not None:
+            place.loader.with_adapter(name, path)
         self.discovery.changed()
         return adapter.id
 
     def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
         """Give an adapter, by its id, to no new session; it is forgotten with the last that uses it. KeyError."""
+        place = self._place_of(served)
         served.task.withdraw_adapter(adapter)
+        if place.loader is not None:
+            place.loader.without_adapter(name_of(adapter))
         self.discovery.changed()
+
+    def _place_of(self, served: ServedSpan) -> Place:
+        if self._places is None:
+            raise InvalidRequest("this peer serves nothing")
+        return self._places.of(served)
 
     async def _choose(self, spec: ServeSpec, checkpoint: Checkpoint) -> list[tuple[ServeSpec, Span]]:
         """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices."""
@@ -204,35 +231,6 @@ class Peer:
             span = choose_span(offers, checkpoint.block_count, count, here)
         shares = zip(specs, share_span(span, room), strict=True)
         return [(own, share) for own, share in shares if share is not None]
-
-    def _announce(self, served: ServedSpan, loaded: LoadedSpan) -> None:
-        self._loaded.append((served, loaded))
-        self.discovery.serve(self._records)
-
-    def _records(self) -> list[ServerRecord]:
-        """What we announce of each span now; `seq` and `expires` are the announcer's."""
-        assert self.server is not None
-        return [self._record(slot, served, loaded) for slot, (served, loaded) in enumerate(self._loaded)]
-
-    def _record(self, slot: int, served: ServedSpan, loaded: LoadedSpan) -> ServerRecord:
-        assert self.server is not None
-        return ServerRecord(
-            seq=0,
-            expires=0.0,
-            model=served.model,
-            span=served.span,
-            state="draining" if self.server.draining else "online",
-            dtype=loaded.dtype,
-            quantization=loaded.quantization,
-            codecs=loaded.codecs,
-            throughput=loaded.throughput,
-            free_tokens=served.task.engine.free_length,
-            max_length=served.max_length,
-            block_roots=loaded.roots,
-            adapters=tuple(sorted(served.task.adapters)),
-            client_adapters=served.adapter_room.session_bytes,
-            slot=slot,
-        )
 
 
 @asynccontextmanager
@@ -286,12 +284,14 @@ async def open_peer(
             ) as discovery:
                 # Nobody's blocks are nearer than our own.
                 discovery.links.measured(identity.peer_id, 0.0)
-                peer = Peer(identity, connections, discovery, server, Checkpoints(hub or HubSettings()), rules)
-                if server:
-                    server.attach(connections)
-                for spec in serve:
-                    await peer.serve(spec)
-                yield peer
+                async with open_tasks() as moving:
+                    checkpoints = Checkpoints(hub or HubSettings())
+                    peer = Peer(identity, connections, discovery, server, checkpoints, moving, rules)
+                    if server:
+                        server.attach(connections)
+                    for spec in serve:
+                        await peer.serve(spec)
+                    yield peer
 
 
 async def _import(*modules: str) -> None:
@@ -299,16 +299,6 @@ async def _import(*modules: str) -> None:
     for module in modules:
         if module not in sys.modules:
             await trio.to_thread.run_sync(import_module, module)
-
-
-def _check_record(record: ServerRecord) -> None:
-    """Raise InvalidRequest if its adapters are more than one announcement holds."""
-    spare = MAX_PAYLOAD_BYTES - len(record.fitted().to_payload()) - _TIMES_BYTES
-    if len(record.adapters) > MAX_NAMES or (record.adapters and spare < 0):
-        raise InvalidRequest(
-            f"{len(record.adapters)} adapters do not fit the announcement of blocks {record.span}: serve at most"
-            f" {MAX_NAMES} of them, with shorter names"
-        )
 
 
 async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:

@@ -87,6 +87,28 @@ class ServedSpan:
         return self.task.engine.span
 
 
+class _Running:
+    """The engine's task of one span."""
+
+    def __init__(self, task: EngineTask) -> None:
+        self.leaving = False
+        self._task = task
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                await self._task.run()
+        finally:
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """End the task, and wait for the batch that it runs."""
+        self._scope.cancel()
+        await self._ended.wait()
+
+
 class Server:
     """Serves spans to sessions. `run` owns engines and sessions; `handlers` go to the connections."""
 
@@ -96,6 +118,9 @@ class Server:
         self._stopped = False
         self._now = now
         self._sessions: dict[SessionKey, HostedSession] = {}
+        self._running: dict[EngineTask, _Running] = {}
+        # Where somebody waits for sessions to end.
+        self._departure = trio.lowlevel.ParkingLot()
         self._arrival = trio.lowlevel.ParkingLot()
         self._attached = trio.Event()
         self.passes = PassServer(self._find_passes)
@@ -131,8 +156,56 @@ class Server:
 
     def serve(self, served: ServedSpan) -> None:
         """Take sessions on one more span from now on."""
-        self._nursery.start_soon(served.task.run)
+        running = self._running[served.task] = _Running(served.task)
+        self._nursery.start_soon(running.run)
         self.spans += (served,)
+
+    def is_leaving(self, served: ServedSpan) -> bool:
+        """Whether the span takes no new sessions."""
+        return self.draining or self._leaves(served.task)
+
+    def refuse(self, served: ServedSpan) -> None:
+        """Take no new sessions on one span, whose others go on. `resume` takes that back."""
+        self._running[served.task].leaving = True
+
+    def resume(self, served: ServedSpan) -> None:
+        """Take sessions on the span again."""
+        self._running[served.task].leaving = False
+
+    async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None:
+        """Wait until the sessions of a span that refuses new ones have ended, at most `timeout_s`."""
+        for session in self._on(served.task):
+            # Who is away is not waited for, as on a drain.
+            if session.admitted and session.control is None:
+                session.close()
+        with trio.move_on_after(timeout_s):
+            while self._on(served.task):
+                await self._departure.park()
+
+    async def withdraw(self, served: ServedSpan) -> None:
+        """Serve a span no more: end its sessions and lanes, whose clients go elsewhere, and its engine's task.
+
+        Goes through with it when cancelled; it waits for no longer than a batch, or a turn of training, takes. Then
+        nothing here uses the engine, but for handlers that say goodbye, 2 s at most.
+        """
+        self.refuse(served)
+        with trio.CancelScope(shield=True):
+            for session in self._on(served.task):
+                session.tell(Failure.of(Draining("these blocks have left")))
+                session.close()
+            while self._on(served.task):
+                await self._departure.park()
+            await self.passes.end_lanes(served.task)
+            await self._running[served.task].stop()
+        del self._running[served.task]
+        self.spans = tuple(other for other in self.spans if other is not served)
+
+    def _on(self, task: EngineTask) -> list[HostedSession]:
+        return [session for session in self._sessions.values() if session.task is task]
+
+    def _leaves(self, task: EngineTask) -> bool:
+        running = self._running.get(task)
+        return running is None or running.leaving
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the others to end, at most `timeout_s`.
@@ -196,13 +269,14 @@ class Server:
         try:
             await session.admit()
         except BaseException:
-            del self._sessions[key]
+            self._forget(key)
             session.close()
             raise
-        if self._stopped:
-            del self._sessions[key]
+        if self._stopped or self._leaves(served.task):
             session.release()
-            raise Draining("this peer is leaving")
+            session.close()
+            self._forget(key)
+            raise Draining("this peer is leaving" if self._stopped else "these blocks are about to leave")
         await self._nursery.start(self._host, key, session)
         self._arrival.unpark_all()
         return session
@@ -226,7 +300,7 @@ class Server:
     def _served(
         self, model: bytes, start: int, end: int, *, adapter: str = "", own_adapter: bool = False
     ) -> ServedSpan:
-        """The span with these blocks that can run the adapter. Raises NotServed, UnsupportedFeature."""
+        """The span with these blocks that can run the adapter. Raises NotServed, Draining, UnsupportedFeature."""
         found = [
             served
             for served in self.spans
@@ -234,6 +308,9 @@ class Server:
         ]
         if not found:
             raise NotServed(f"blocks {start}:{end} of that model are not served here")
+        found = [served for served in found if not self._leaves(served.task)]
+        if not found:
+            raise Draining(f"blocks {start}:{end} are about to leave this peer")
         for served in found:
             takes_it = not own_adapter or served.adapter_room.session_bytes > 0
             if takes_it and (not adapter or adapter in served.task.adapters):
@@ -290,23 +367,31 @@ class Server:
         try:
             await session.run(task_status)
         finally:
-            del self._sessions[key]
             session.release()
+            self._forget(key)
+
+    def _forget(self, key: SessionKey) -> None:
+        del self._sessions[key]
+        self._departure.unpark_all()
 
     async def _evict_idle(self) -> None:
         while True:
             await trio.sleep(EVICTION_ROUND_S)
-            for session in list(self._sessions.values()):
-                if session.admitted and trio.current_time() - session.last_used >= IDLE_S:
-                    session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
-                    session.close()
+            # A call of its own: a session in a variable here would hold on to its engine while we sleep.
+            self._evict_idle_now()
+
+    def _evict_idle_now(self) -> None:
+        for session in list(self._sessions.values()):
+            if session.admitted and trio.current_time() - session.last_used >= IDLE_S:
+                session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
+                session.close()
 
     def _linger(self, session: HostedSession, stream: Stream) -> None:
         """The connection broke: keep the session a while, unless its client is back already."""
         if session.control is not stream or self._stopped:
             return
         session.control = None
-        if self.draining:
+        if self.draining or self._leaves(session.task):
             session.close()
         else:
             self._nursery.start_soon(self._close_unless_back, session, session.visits)
@@ -343,23 +428,32 @@ class Server:
 
     async def _session_of(self, link: Link, sender: PeerId) -> tuple[HostedSession, int]:
         """The session that a ticket opens, waiting for its `open` a little. Raises TicketRefused."""
-        refusal = TicketRefused("no such session here")
+        refusal = "no such session here"
         with trio.move_on_after(LINK_PATIENCE_S):
             while True:
-                for (owner, session_id, hop), session in self._sessions.items():
-                    if session_id != link.session or not session.admitted:
-                        continue
-                    try:
-                        ticket = open_ticket(link.ticket, owner=owner, now=self._now())
-                    except TicketRefused as error:
-                        # Whoever has learnt a session's id may open one of his own under it: look further.
-                        refusal = error
-                        continue
-                    if ticket.hop == hop and ticket.session == session_id:
-                        self._check_ticket(ticket, sender)
-                        return session, ticket.epoch
+                found = self._session_now(link, sender)
+                if not isinstance(found, str):
+                    return found
+                refusal = found or refusal
                 await self._arrival.park()
-        raise refusal
+        raise TicketRefused(refusal)
+
+    def _session_now(self, link: Link, sender: PeerId) -> tuple[HostedSession, int] | str:
+        """The session that a ticket opens and its epoch, or why there is none yet. Raises TicketRefused."""
+        refusal = ""
+        for (owner, session_id, hop), session in self._sessions.items():
+            if session_id != link.session or not session.admitted:
+                continue
+            try:
+                ticket = open_ticket(link.ticket, owner=owner, now=self._now())
+            except TicketRefused as error:
+                # Whoever has learnt a session's id may open one of his own under it: look further.
+                refusal = str(error)
+                continue
+            if ticket.hop == hop and ticket.session == session_id:
+                self._check_ticket(ticket, sender)
+                return session, ticket.epoch
+        return refusal
 
     def _check_ticket(self, ticket: Ticket, sender: PeerId) -> None:
         if ticket.sender != sender:
@@ -369,7 +463,7 @@ class Server:
 
     @property
     def _max_body(self) -> int:
-        width = max(served.task.engine.hidden_size for served in self.spans)
+        width = max((served.task.engine.hidden_size for served in self.spans), default=0)
         return MAX_STEP_POSITIONS * width * BYTES_A_VALUE
 
 

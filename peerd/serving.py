@@ -61,7 +61,8 @@ MAX_PASS_BYTES = 8 * 2**30
 class ServeSpec:
     """What an operator wants served. `model`: a path or a hub id, of which `revision` is the branch, tag or commit.
 
-    `blocks`: a span, how many, or None for all that fit.
+    `blocks`: a span, how many, or None for all that fit. Which blocks, where no span is named, the swarm decides, now
+    and, unless the peer is to `stay`, later.
 
     `dtype` defaults to the checkpoint's; `quantize` is how weights are stored: `none`, `int8` or `nf4`. `memory_bytes`
     bounds what serving takes beyond the program itself, on each device. `throughput`, in positions a second through
@@ -82,6 +83,7 @@ class ServeSpec:
     revision: str | None = None
     adapters: tuple[tuple[str, str | Path], ...] = ()
     client_adapter_bytes: int | None = None
+    stay: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,12 @@ MAX_PAYLOAD_BYTES = 896
 # A body holds a map, with lists of lists.
 _MAX_PAYLOAD_DEPTH = 4
 
+
+def intention_slot(slot: int) -> int:
+    """Where a peer announces, as `joining`, the place to which it is about to move the span of another slot."""
+    return MAX_SLOTS - 1 - slot
+
+
 ServerState = Literal["joining", "online", "draining", "offline"]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from peerd.protocol.announcements import intention_slot
 from peerd.protocol.span import Span
 from peerd.routing.flow import flows_with
 from peerd.routing.offer import Offer
@@ -50,7 +51,7 @@ def choose_span(offers: Iterable[Offer], block_count: int, size: int, on_disk: f
     if size < 1:
         raise ValueError(f"a span has at least one block, not {size}")
     size = min(size, block_count)
-    rates = block_rates(offers, block_count)
+    rates = block_rates(_as_announced(offers), block_count)
 
     def rank(start: int) -> tuple[list[float], int]:
         return sorted(rates[start : start + size]), -len(on_disk.intersection(range(start, start + size)))
@@ -67,16 +68,39 @@ def choose_move(
     `offers` is the whole swarm, `own` left out or not. A move never leaves a block without a server, and gains at
     least a quarter of what such a server adds to a swarm that is perfectly even.
     """
-    others = [offer for offer in offers if not _same(offer, own)]
+    others = _as_announced([offer for offer in offers if not _same(offer, own)])
     span = own.span
     if not _stay_covered(others, span):
         return None
     ideal = 1 / own.block_s / block_count
     gains = _values_by_start(others, own, block_count) / ideal
+    gains += _gaps_by_start(others, len(span), block_count) / len(span)
     gains -= gains[span.start]
     gains[_already_there(on_disk, len(span), len(gains))] += ON_DISK_GAIN
     best = int(gains.argmax())
     return None if gains[best] < LEAST_GAIN else Span(best, best + len(span))
+
+
+def _gaps_by_start(others: Iterable[Offer], size: int, block_count: int) -> Floats:
+    """For each start of a span, how many of its blocks nobody else has.
+
+    With two gaps no single move makes the swarm whole, so nothing that it carries would be gained by the first: yet
+    somebody has to begin. As no move uncovers a block, this only ever falls for all.
+    """
+    gaps = np.concatenate(([0.0], np.cumsum(block_rates(others, block_count) == 0)))
+    result: Floats = gaps[size:] - gaps[:-size]
+    return result
+
+
+def _as_announced(offers: Iterable[Offer]) -> list[Offer]:
+    """The swarm once everybody is where it said it is about to go.
+
+    Had two servers of the same blocks both said so, and then counted on each other to stay, both would go. As it is
+    both stay, and try again at times of their own.
+    """
+    offers = list(offers)
+    goals = {(offer.peer_id, offer.record.slot) for offer in offers if offer.record.state == "joining"}
+    return [offer for offer in offers if (offer.peer_id, intention_slot(offer.record.slot)) not in goals]
 
 
 def _same(offer: Offer, own: Offer) -> bool:

@@ -51,10 +51,11 @@ async def fake_rest(path: Path, bootstrap: peerd.Multiaddr) -> AsyncIterator[pee
         engine = FakeEngine(REST, hidden_size=WIDTH, kv_tokens=2**20)
         with open_checkpoint(path) as checkpoint:
             served = ServedSpan(checkpoint.model_digest, MAX_LENGTH, EngineTask(engine))
-        assert peer.server is not None
-        peer.server.serve(served)
-        _, loaded = peer._loaded[0]
-        peer._announce(served, replace(loaded, engine=engine, roots=()))
+        assert peer._places is not None
+        (first_place,) = peer._places
+        assert first_place.loaded is not None
+        peer._places.add(served, replace(first_place.loaded, engine=engine, roots=()))
+        peer.discovery.changed()
         await peer.discovery.announced()
         yield peer
 

@@ -198,3 +198,19 @@ class SimulatedSwarm:
         self._covered[0] += 1
         self._covered[1] += flow > 0
         self.shares.append(flow * self._blocks / sum(offer.record.throughput for offer in offers))
+
+
+def test_a_server_that_is_about_to_go_covers_nothing_for_another(make_offer: MakeOffer) -> None:
+    own, twin = make_offer(0, "0:4"), make_offer(1, "0:4")
+    assert choose_move([own, twin], own, 12) is not None
+    goes = make_offer(1, "8:12", state="joining", slot=7)
+    assert choose_move([own, twin, goes], own, 12) is None
+    assert choose_move([own, twin, goes, make_offer(2, "0:4")], own, 12) == Span(4, 8)
+
+
+def test_of_several_gaps_one_is_closed_though_the_swarm_is_not_whole_by_that(make_offer: MakeOffer) -> None:
+    offers = [make_offer(number, "0:4") for number in range(3)]
+    assert choose_move(offers, offers[2], 12) == Span(4, 8)
+    offers[2] = make_offer(2, "4:8")
+    assert choose_move(offers, offers[1], 12) == Span(8, 12)
+    assert choose_move(offers, offers[2], 12) is None
