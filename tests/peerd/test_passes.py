@@ -210,6 +210,25 @@ async def test_a_hop_that_dies_may_be_replaced_by_two(open_swarm, serve_tiny, de
         assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
 
 
+async def test_a_span_that_leaves_its_peer_ends_its_lanes_and_the_pass_goes_on_elsewhere(
+    open_swarm, serve_tiny, decoder
+):
+    async with open_swarm() as swarm:
+        leaving = await serve_tiny(swarm, BLOCKS)
+        maker = maker_of(await swarm.client())
+        done = await maker.forward(INPUT, ROWS, BLOCKS, trained())
+        twin = await serve_tiny(swarm, BLOCKS)
+        leaving.online = False
+        assert leaving.server.passes.lanes == 1
+        with trio.fail_after(5):
+            await leaving.server.withdraw(leaving.server.spans[0])
+        assert leaving.server.spans == ()
+        assert leaving.server.passes.held_bytes == 0
+        gradients = await done.backward(GRAD)
+        assert twin.server.passes.lanes == 1
+        assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, trained()))
+
+
 async def test_blocks_that_nobody_serves_any_more_are_named(open_swarm, serve_tiny):
     async with open_swarm() as swarm:
         hosts = [await serve_tiny(swarm, span) for span in CUT]
