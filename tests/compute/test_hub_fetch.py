@@ -206,13 +206,18 @@ def test_who_watches_is_told_how_far_it_is_and_can_stop_it(
 
 
 FETCH = """
-import sys
+import signal, sys
 from peerd.compute.hub import Hub
 from peerd.compute.hub_cache import HubCache
 from peerd.compute.hub_fetch import Fetcher
 from peerd.compute.hub_id import HubId
 from peerd.compute.hub_settings import HubSettings
 
+def interrupted(*_):
+    print("interrupted", flush=True)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupted)
 settings = HubSettings()
 hub, cache = Hub(settings), HubCache(settings, "org/files")
 listing = hub.listing(HubId("org/files"))
@@ -320,7 +325,7 @@ def test_what_a_killed_process_fetched_is_not_fetched_again(
             assert time.monotonic() < deadline, "what was sent was not written"
         process.send_signal(number)
         if number == signal.SIGINT:
-            time.sleep(0.3)  # until it was seen
+            assert hear(process) == "interrupted"
             go_on.set()  # what is stopped ends with the next data
         process.wait(10)
         go_on.set()
