@@ -16,7 +16,7 @@ from peerd.api.asked import CHAT_TOKENS, Asked
 from peerd.api.errors import ApiError, invalid
 from peerd.decoding import Decoding, Picked
 from peerd.nurseries import open_tasks
-from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.protocol.errors import PeerdError
 from peerd.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -93,17 +93,11 @@ class Answers:
 
 
 def encode_prompt(model: RemoteModel, prompt: str | list[int]) -> list[int]:
-    """A prompt's token ids. Raises ApiError."""
-    if isinstance(prompt, str):
-        ids = model.encode(prompt)
-        if not ids:
-            raise invalid("prompt is empty", "prompt")
-        return ids
-    try:
-        model.embed(prompt)
-    except InvalidRequest as error:
-        raise invalid(str(error), "prompt") from None
-    return prompt
+    """A prompt's token ids; whether the model has them shows when they are embedded. Raises ApiError."""
+    ids = model.encode(prompt) if isinstance(prompt, str) else prompt
+    if not ids:
+        raise invalid("prompt is empty", "prompt")
+    return ids
 
 
 def _sampling(model: RemoteModel, asked: Asked, prompt_tokens: int) -> SamplingParams:

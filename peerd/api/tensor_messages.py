@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.messages import MAX_LENGTH, MAX_ROWS, U32, Failure, Output, Step
+from peerd.protocol.messages import MAX_LENGTH, MAX_ROWS, U32, Step
 from peerd.protocol.schema import Message, boolean, integer, many, mapping, optional, parse, required, text
 from peerd.protocol.wire import Buffer, MessageReader, RawMessage, encode_message
 
@@ -100,7 +100,6 @@ class GradientsOutput(Message):
 
 
 FROM_CLIENT: tuple[type[Message], ...] = (Step, Embed, Logits, Forward, Backward)
-FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, GradientsOutput, Failure)
 
 
 def read_message(data: bytes) -> RawMessage:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import trio
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from peerd.api.errors import ApiError
 from peerd.api.tensor_messages import (
@@ -71,13 +71,13 @@ async def serve_session(websocket: WebSocket, models: Models) -> None:
 async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], scope: trio.CancelScope) -> None:
     """Pass on what the client says, also while a step runs: so that we learn at once when it leaves."""
     while True:
-        try:
-            data = await websocket.receive_bytes()
-        except WebSocketDisconnect:
+        said = await websocket.receive()
+        if said["type"] == "websocket.disconnect":
             scope.cancel()
             return
-        except KeyError:
-            raise RemoteProtocolError("a text message where messages are binary") from None
+        data = said.get("bytes")
+        if data is None:
+            raise RemoteProtocolError("a text message where messages are binary")
         try:
             send.send_nowait(read_message(data))
         except trio.WouldBlock:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from peerd.api.app import Api
 from peerd.api.models import Models
 from peerd.model import ModelFacts, RemoteModel
+from peerd.protocol.errors import InvalidRequest
 
 WIDTH = 8
 BLOCKS = 9
@@ -27,6 +28,8 @@ class ByteHead:
     """Embeds a token as its number, eight times; the likeliest next token is the first value that comes back."""
 
     def embed(self, token_ids, start=0):
+        if not all(0 <= token <= END for token in token_ids):
+            raise InvalidRequest(f"tokens are 0 to {END}, not {token_ids}")
         return torch.tensor(list(token_ids)).float()[:, None].expand(-1, WIDTH).clone()
 
     async def logits(self, hidden):

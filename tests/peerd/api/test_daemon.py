@@ -270,7 +270,9 @@ async def test_a_mistake_costs_one_answer_and_not_the_session(open_daemon):
         assert (said["type"], out.shape) == ("output", (1, WIDTH))
 
 
-@pytest.mark.parametrize("data", [b"", b"\0\0\0\2\x81", b"junk" * 10, message_bytes(Step(epoch=0, seq=1, rows=()))])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0\0\0\2\x81", b"junk" * 10, "text", message_bytes(Step(epoch=0, seq=1, rows=()))]
+)
 async def test_who_does_not_speak_the_protocol_is_told_and_shown_out(open_daemon, data):
     async with (
         open_daemon() as daemon,

@@ -9,6 +9,7 @@ import torch
 import trio
 
 from peerd.api import app as app_module
+from peerd.api import fields as fields_module
 from peerd.compute.fake_engine import fake_forward
 from peerd.protocol.span import Span
 
@@ -142,6 +143,8 @@ async def test_an_echo_begins_with_the_prompt(open_api):
         ({"model": "other"}, 404, "model_not_found"),
         ({"prompt": "x" * 1020, "max_tokens": 5}, 400, "context_length_exceeded"),
         ({"prompt": [1] * 2000}, 400, "context_length_exceeded"),
+        ({"prompt": [1, 999]}, 400, "invalid"),
+        ({"prompt": ""}, 400, None),
         ({"temperature": "hot"}, 400, "invalid_value"),
         ({"wrong": 1}, 400, "unknown_parameter"),
     ],
@@ -154,6 +157,13 @@ async def test_mistakes_are_told_before_anybody_is_asked(open_api, fields, statu
     assert answer.status == status
     assert answer.json["error"]["code"] == code
     assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_a_body_beyond_the_limit_is_refused_before_it_is_read_as_json(open_api, monkeypatch):
+    monkeypatch.setattr(fields_module, "MAX_BODY_BYTES", 100)
+    async with open_api() as (caller, _):
+        answer = await caller.post("/v1/completions", complete(prompt="x" * 200))
+    assert answer.status == 413
 
 
 async def test_a_model_that_nobody_serves_is_a_503_that_says_when_to_come_back(open_api):
