@@ -10,8 +10,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from peerd import cli_serve
 from peerd.cli import cli
 from peerd.cli_options import joining
+from peerd.cli_serve import Daemon
 from peerd.compute.errors import CheckpointError
 from peerd.console import printable, short, table
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
@@ -97,6 +99,25 @@ def test_a_mistake_exits_2_and_says_what_to_write_instead(arguments: list[str], 
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_what_a_daemon_is_told_reaches_what_it_serves_and_offers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemons: list[Daemon] = []
+
+    async def be(daemon: Daemon) -> None:
+        daemons.append(daemon)
+
+    monkeypatch.setattr(cli_serve, "run_daemon", be)
+    serving = ("--serve-blocks", "auto", "--no-move", "--quantize", "int8", "--throughput", "500", "--model", model)
+    result = run(*serving, "--http", "127.0.0.1:8080", "--token-file", f"{model}/token", "--socket", f"{model}/p.sock")
+    assert result.exit_code == 0, result.stderr
+    (daemon,) = daemons
+    (spec,) = daemon.serve
+    assert (spec.blocks, spec.stay, spec.quantize, spec.throughput) == (None, True, "int8", 500)
+    offer = daemon.offer
+    assert offer is not None
+    assert (offer.http, offer.token_file) == (("127.0.0.1", 8080), Path(model) / "token")
+    assert offer.socket_path == Path(model) / "p.sock"
 
 
 def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> None:
