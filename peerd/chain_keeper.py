@@ -107,6 +107,8 @@ class ChainKeeper:
         self.failovers = 0
         # Positions that were sent again to bring replacements to where their predecessors stood.
         self.replayed_positions = 0
+        # How often none of a chain's hops could be kept, so that all of them had to compute the past again.
+        self.reopened = 0
         self.changed = trio.lowlevel.ParkingLot()
         self._finder = finder
         self._opener = opener
@@ -357,6 +359,7 @@ class ChainKeeper:
 
     async def _reopen(self, exclude: set[PeerId]) -> None:
         """Open a new chain and send it everything. Raises NoChain, Overloaded, CallerError."""
+        self.reopened += self._chain is not None
         self._drop_chain()
         chain = await self._open_some_chain(exclude)
         self._chain = chain

@@ -23,6 +23,8 @@ from peerd.protocol.addresses import Multiaddr
 
 # From one signal to the next, harder one: no demonstration's session is worth more.
 STOP_S = 0.5
+# Any free port of this machine alone.
+ANY_PORT = "/ip4/127.0.0.1/tcp/0/ws"
 _LOG_TAIL_CHARS = 2000
 _READ_BYTES = 4096
 
@@ -38,6 +40,8 @@ class PeerProcess:
     process: trio.Process
     address: Multiaddr
     log: Path
+    identity: Path
+    arguments: tuple[str, ...]
 
     @property
     def peer_id(self) -> str:
@@ -54,13 +58,21 @@ class PeerProcesses:
         self._numbers = itertools.count()
         self._running: list[trio.Process] = []
 
-    async def start(self, *arguments: str) -> PeerProcess:
+    async def start(self, *arguments: str, listen: str = ANY_PORT) -> PeerProcess:
         """Run `peerd ARGUMENTS` on loopback until it serves. Raises ProcessEnded."""
-        number = next(self._numbers)
-        log = self._directory / f"peer-{number}.log"
-        command = [sys.executable, "-m", "peerd", "--stop-on-eof"]
-        command += ["--listen", "/ip4/127.0.0.1/tcp/0/ws", "--identity", str(self._directory / f"peer-{number}.key")]
-        with log.open("wb") as log_file:
+        return await self._run(self._directory / f"peer-{next(self._numbers)}.key", listen, arguments)
+
+    async def start_again(self, ended: PeerProcess) -> PeerProcess:
+        """Run a peer that has ended once more: the same one, in the same place. Raises ProcessEnded.
+
+        The place is where it was reached: not for peers that announce another than they listen at.
+        """
+        return await self._run(ended.identity, str(ended.address.with_peer(None)), ended.arguments)
+
+    async def _run(self, identity: Path, listen: str, arguments: tuple[str, ...]) -> PeerProcess:
+        log = identity.with_suffix(".log")
+        command = [sys.executable, "-m", "peerd", "--stop-on-eof", "--listen", listen, "--identity", str(identity)]
+        with log.open("ab") as log_file:
             process = await trio.lowlevel.open_process(
                 [*command, *arguments],
                 stdin=subprocess.PIPE,
@@ -75,7 +87,7 @@ class PeerProcesses:
         if line is None:
             await process.wait()
             raise ProcessEnded(f"a peer ended with exit code {process.returncode}: {_tail(log)}")
-        return PeerProcess(process, Multiaddr.parse(line), log)
+        return PeerProcess(process, Multiaddr.parse(line), log, identity, arguments)
 
     async def stop(self) -> None:
         """End all: in order, then at once, then by force."""

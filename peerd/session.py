@@ -64,6 +64,11 @@ class Session:
         """Positions that were sent again to bring replacements to where their predecessors stood."""
         return self._keeper.replayed_positions
 
+    @property
+    def reopened(self) -> int:
+        """How often no hop of a chain could be kept, so that all of them computed the past again."""
+        return self._keeper.reopened
+
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the session's chain open until `close`. Steps that are under way then end with ClosedResourceError."""
         try:

@@ -39,6 +39,17 @@ async def test_processes_are_gone_when_their_block_ends() -> None:
     assert peer.process.returncode == 0
 
 
+async def test_a_peer_that_was_killed_runs_again_as_the_same_peer_in_the_same_place() -> None:
+    async with open_peer_processes(threads=1) as processes:
+        peer = await processes.start()
+        peer.process.kill()
+        await peer.process.wait()
+        again = await processes.start_again(peer)
+        assert again.address == peer.address
+        await _connect(peer.address)
+    assert again.process.returncode == 0
+
+
 async def test_processes_end_even_if_whoever_started_them_is_killed() -> None:
     starter = await trio.lowlevel.open_process([sys.executable, "-c", STARTER], stdout=subprocess.PIPE)
     assert starter.stdout is not None
