@@ -47,7 +47,7 @@ class Connections:
     """Live connections by PeerId. Made by `open_connections`.
 
     handlers: protocol id -> what runs for each stream of it that a peer opens. May be changed at any time.
-    announced: where others are told to dial us; may be changed too.
+    announced: where others are told to dial us; roles: what they are told that we do. Both may be changed too.
     on_connected, on_lost: called, without waiting, when a peer is connected and when it no longer is.
     """
 
@@ -68,6 +68,7 @@ class Connections:
         self.handlers = dict(handlers)
         self.listen_addresses: tuple[Multiaddr, ...] = ()
         self.announced: tuple[Multiaddr, ...] = ()
+        self.roles = tuple(roles)
         self.on_connected: list[Observer] = []
         self.on_lost: list[Observer] = []
         self._identity = identity
@@ -75,7 +76,6 @@ class Connections:
         self._nursery = nursery
         self._swarm_key = swarm_key
         self._agent = agent
-        self._roles = tuple(roles)
         self._limits = limits
         self._now = now
         self._gate = Gate()
@@ -240,7 +240,7 @@ class Connections:
             protocols=tuple(sorted(self.handlers))[:MAX_ITEMS],
             addresses=tuple(map(str, self.announced))[:MAX_ITEMS],
             observed_ip=str(connection.remote_ip or ""),
-            roles=self._roles,
+            roles=self.roles[:MAX_ITEMS],
         )
 
     def decides(self, peer_id: PeerId) -> bool:

@@ -86,14 +86,19 @@ class Discovery:
     def __repr__(self) -> str:
         return f"<Discovery of {self.dht!r}>"
 
-    def reachable_at(self, addresses: Sequence[Multiaddr], relays: Sequence[Multiaddr] = ()) -> None:
-        """Say where others can dial us from now on; each relay with its PeerId. No addresses: a DHT client."""
+    def reachable_at(self, addresses: Sequence[Multiaddr]) -> None:
+        """Say where others can dial us from now on. No addresses: a DHT client."""
         self.dht.addresses = addresses
         self._addresses = tuple(addresses)
-        self._relays = tuple(relays)
         # Strangers must not aim us at our own network; but a swarm that we joined in a private range lives there.
         self._transport.ranges = (*self._bootstrap, *addresses)
         self.changed()
+
+    def relayed_by(self, relays: Sequence[Multiaddr]) -> None:
+        """Say through which relays others reach us from now on: their addresses, each with the relay's PeerId."""
+        if self._relays != tuple(relays):
+            self._relays = tuple(relays)
+            self.changed()
 
     def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
         """Announce what `spans` returns, asked each time; `seq` and `expires` are filled in."""
