@@ -164,6 +164,13 @@ _OPTIONS = (
         help="How large an adapter clients may bring, each for its own session; 0: none. Default: 64MB, or a 64th"
         " of the memory.",
     ),
+    click.option(
+        "--uplink",
+        type=parse_memory,
+        metavar="SIZE",
+        help="What this machine can send in a second, such as 2.5MB for 20 Mbit/s: long prompts and training then"
+        " go by faster lines where there are any.",
+    ),
     click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers."),
 )
 
@@ -208,8 +215,8 @@ def daemon_of(
         raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
     if serve_blocks is None and any([devices, quantize, *serving.values()]):
         raise click.UsageError(
-            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters and"
-            " --no-move say how to serve: add --serve-blocks"
+            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters, --uplink"
+            " and --no-move say how to serve: add --serve-blocks"
         )
     if serve_blocks is None and not (offers or listen):
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")

@@ -22,6 +22,7 @@ import torch
 import trio
 
 from peerd.admission import Admission
+from peerd.busy_meter import BusyMeter
 from peerd.compute.engine import PRIVATE, BaseEngine
 from peerd.compute.engine_errors import (
     ContextTooLongError,
@@ -103,6 +104,7 @@ class EngineTask:
 
     def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None) -> None:
         self.engine = engine
+        self.busy = BusyMeter()
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._free_to_keep = self._total_to_keep = KEPT_POSITIONS_A_TOKEN * engine.total_tokens
         self._limiter = trio.CapacityLimiter(1)
@@ -172,6 +174,7 @@ class EngineTask:
             began = trio.current_time()
             output = await self._run_batch(self.engine.run, batch)
             self._jobs.spent_on_inference(trio.current_time() - began)
+            self.busy.ran(began, trio.current_time())
             for result in self.engine.collect(batch, output):
                 self._hand_over(result)
         # Pages of sessions that closed while the batch ran are free only now.
@@ -182,6 +185,7 @@ class EngineTask:
         began = trio.current_time()
         said = await self._run_batch(run_slice, job.work)
         self._jobs.spent_on_job(trio.current_time() - began)
+        self.busy.ran(began, trio.current_time())
         if isinstance(said, outcome.Error):
             job.end(said)
         elif said.value:

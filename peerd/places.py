@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import trio
+
 from peerd.protocol.announcements import MAX_NAMES, MAX_PAYLOAD_BYTES, MAX_SLOTS, ServerState, intention_slot
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.records import ServerRecord
@@ -59,15 +61,29 @@ class Place:
             adapters=tuple(sorted(served.task.adapters)),
             client_adapters=served.adapter_room.session_bytes,
             slot=self.slot,
+            queue_s=self._queue_s(served, loaded),
+            uplink=loaded.uplink,
         )
         return self._last
+
+    def _queue_s(self, served: ServedSpan, loaded: LoadedSpan) -> float:
+        alone_s = len(served.span) / max(loaded.throughput, 1.0)
+        # A millisecond more or less is chance.
+        return round(served.task.busy.queue_s(alone_s, trio.current_time()), 3)
 
     def intention(self, slot: int) -> ServerRecord | None:
         """What we say of the span that is coming, as if it were in this slot."""
         if self.intended is None:
             return None
         return replace(
-            self._last, span=self.intended, state="joining", free_tokens=0, block_roots=(), adapters=(), slot=slot
+            self._last,
+            span=self.intended,
+            state="joining",
+            free_tokens=0,
+            block_roots=(),
+            adapters=(),
+            queue_s=0.0,
+            slot=slot,
         )
 
     def vacate(self) -> None:

@@ -70,6 +70,7 @@ class ServeSpec:
     divide the blocks (`open_peer` and `Peer.serve` see to that).
     `adapters`: names, each with the directory that peft saved. `client_adapter_bytes`: how large an adapter a client
     may bring for its session; None for 64 MB, or less where memory is short; 0 for none.
+    `uplink`: bytes a second that this machine can send, which clients then reckon with; None: they are not told.
     """
 
     model: str | Path
@@ -84,6 +85,7 @@ class ServeSpec:
     adapters: tuple[tuple[str, str | Path], ...] = ()
     client_adapter_bytes: int | None = None
     stay: bool = False
+    uplink: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class LoadedSpan:
     roots: tuple[bytes, ...]
     adapter_room: AdapterRoom
     family: Family
+    uplink: float = 0.0
 
 
 def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
@@ -167,6 +170,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         block_roots(span, digests),
         AdapterRoom(_client_adapter_bytes(spec), value_bytes=dtype.itemsize),
         checkpoint.family,
+        float(spec.uplink or 0),
     )
 
 

@@ -166,6 +166,8 @@ class ServerRecord(Announcement):
     rtts: seconds to and back from peers it may push to, most useful first.
     block_roots: one a shard that the span touches (`block_roots`), or none while they are unknown.
     slot: which of the peer's spans this is; it stays when the span moves.
+    queue_s: seconds that a step takes there now beyond what `throughput` says, because others are served too.
+    uplink: bytes a second that the peer can send; 0: not known.
     """
 
     TYPE: ClassVar[str] = "server"
@@ -184,6 +186,8 @@ class ServerRecord(Announcement):
     block_roots: tuple[bytes, ...] = optional(many(_digest, MAX_SHARDS), ())
     slot: int = optional(integer(0, MAX_SLOTS - 1), 0)
     client_adapters: int = optional(integer(0, 2**40), 0)
+    queue_s: float = optional(_number(0, 3600), 0.0)
+    uplink: float = optional(_number(0, 1e12), 0.0)
 
     def __post_init__(self) -> None:
         shards = len(shards_of(self.span))

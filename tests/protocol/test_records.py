@@ -54,6 +54,8 @@ SERVER = ServerRecord(
     rtts=((BOB.peer_id, 0.0125),),
     block_roots=(bytes(32), b"\x01" * 32, b"\x02" * 32),
     slot=2,
+    queue_s=0.25,
+    uplink=2.5e6,
 )
 PEER = PeerRecord(seq=1, expires=NOW + 60, addresses=("/ip4/192.0.2.1/tcp/31330/ws",))
 WORDS = ModelRecord(seq=1, expires=NOW + 600, model=MODEL, name="SmolLM2", hub_id="", revision="", block_count=30)
