@@ -66,7 +66,12 @@ class WebSocketTransport:
             stream = await self._connect(address)
         except (OSError, trio.BrokenResourceError) as error:
             raise ConnectFailed(_cause(error)) from error
-        channel = WebSocketChannel(stream)
+        try:
+            channel = WebSocketChannel(stream)
+        except OSError as error:
+            # Whoever took the connection was killed in that moment.
+            await trio.aclose_forcefully(stream)
+            raise ConnectFailed(_cause(error)) from error
         readers = await tasks.start(channel.host)
         try:
             await channel.request(readers, address)
@@ -134,7 +139,10 @@ async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: t
 
 
 class WebSocketChannel:
-    """A MessageChannel over one websocket. A server's side upgrades at its first `receive`."""
+    """A MessageChannel over one websocket. A server's side upgrades at its first `receive`.
+
+    Raises OSError for a stream that the other side has reset already.
+    """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         # Where a server's side upgrades; None on a client's.

@@ -1,6 +1,7 @@
 """Transports: websockets on real sockets against well- and ill-behaved others, and the network in memory."""
 
 import ssl
+import struct
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -117,6 +118,29 @@ async def test_nobody_listening_is_a_failed_dial():
     with pytest.raises(ConnectFailed, match=str(bound.port)):
         async with _dial(WebSocketTransport(), bound):
             pass
+
+
+@real_time
+async def test_whoever_takes_a_connection_and_dies_in_that_moment_is_a_failed_dial(monkeypatch):
+    async def connect_and_be_reset(host, port):
+        """As the kernel has it when the other process is killed before we look who it was."""
+        stream = await connect(host, port)
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        return stream
+
+    async def reset(stream):
+        stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    connect = trio.open_tcp_stream
+    monkeypatch.setattr(trio, "open_tcp_stream", connect_and_be_reset)
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, reset, 0, host="127.0.0.1"))
+        address = Multiaddr("ip4", "127.0.0.1", listener.socket.getsockname()[1])
+        with pytest.raises(ConnectFailed, match="not connected"):
+            async with _dial(WebSocketTransport(), address):
+                pass
+        nursery.cancel_scope.cancel()
 
 
 @real_time
