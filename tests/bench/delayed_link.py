@@ -14,6 +14,7 @@ held back only by the line's rate and by a receiver that does not read.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,12 +39,30 @@ class Quality:
     bits_per_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What has come out of a line: pieces, their bytes, and the seconds that they were on their way, all together."""
+
+    pieces: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """How long a piece was on its way; NaN where there was none."""
+        return self.seconds / self.pieces if self.pieces else math.nan
+
+
 class Line:
-    """One direction, shared by all connections: when what enters it now has left, and has arrived."""
+    """One direction, shared by all connections: when what enters it now has left, and has arrived.
+
+    `passed` is what has arrived by now, with the time that it really took; set it to `Passed()` to count anew.
+    """
 
     def __init__(self, quality: Quality) -> None:
         self.quality = quality
         self.free_at = 0.0
+        self.passed = Passed()
 
     def enter(self, size: int, now: float) -> float:
         """Put `size` bytes on the line behind all others. Returns when the last of them arrives."""
@@ -52,19 +71,26 @@ class Line:
             self.free_at += size * 8 / self.quality.bits_per_s
         return self.free_at + self.quality.delay_s
 
+    def leave(self, size: int, seconds: float) -> None:
+        """A piece of `size` bytes has arrived after `seconds`."""
+        passed = self.passed
+        self.passed = Passed(passed.pieces + 1, passed.bytes + size, passed.seconds + seconds)
+
 
 class _UnderWay:
     """What one connection has on a line. Empty bytes are its end."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
-        self._queue: deque[tuple[float, bytes]] = deque()
+        # When each piece entered and when it arrives.
+        self._queue: deque[tuple[float, float, bytes]] = deque()
         self._late_bytes = 0
         self._moved = trio.lowlevel.ParkingLot()
 
     async def put(self, data: bytes) -> None:
         """Take data, then wait until the line can take more and the receiver is not too far behind."""
-        self._queue.append((self._line.enter(len(data), trio.current_time()), data))
+        now = trio.current_time()
+        self._queue.append((now, self._line.enter(len(data), now), data))
         self._moved.unpark_all()
         await trio.sleep_until(self._line.free_at - READ_AHEAD_S)
         while self._arrived_bytes() > BACKLOG_BYTES:
@@ -74,15 +100,16 @@ class _UnderWay:
         """The next data, once it has arrived."""
         while not self._queue:
             await self._moved.park()
-        await trio.sleep_until(self._queue[0][0])
-        _, data = self._queue.popleft()
+        await trio.sleep_until(self._queue[0][1])
+        entered, _, data = self._queue.popleft()
+        self._line.leave(len(data), trio.current_time() - entered)
         self._moved.unpark_all()
         return data
 
     def _arrived_bytes(self) -> int:
         now = trio.current_time()
         total = 0
-        for arrives, data in self._queue:
+        for _, arrives, data in self._queue:
             if arrives > now:
                 break
             total += len(data)
@@ -111,18 +138,18 @@ async def pump(source: trio.abc.ReceiveStream, target: trio.abc.HalfCloseableStr
 
 
 class DelayedLink:
-    """A proxy in front of one port. `port` is where it listens."""
+    """A proxy in front of one port. `port` is where it listens; `there` leads to who is behind it, `back` away."""
 
     def __init__(self, port: int, target_port: int, quality: Quality, host: str) -> None:
         self.port = port
         self._host = host
         self._target_port = target_port
-        self._there = Line(quality)
-        self._back = Line(quality)
+        self.there = Line(quality)
+        self.back = Line(quality)
 
     def set_quality(self, quality: Quality) -> None:
         """Be another link from now on. What is under way arrives as it would have."""
-        self._there.quality = self._back.quality = quality
+        self.there.quality = self.back.quality = quality
 
     async def handle(self, client: trio.SocketStream) -> None:
         """Carry one connection until both sides have ended it, or either broke it."""
@@ -136,8 +163,8 @@ class DelayedLink:
                 client.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, True)
                 try:
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(pump, client, target, self._there)
-                        nursery.start_soon(pump, target, client, self._back)
+                        nursery.start_soon(pump, client, target, self.there)
+                        nursery.start_soon(pump, target, client, self.back)
                 except* (trio.BrokenResourceError, trio.ClosedResourceError):
                     # Somebody hung up in mid-sentence. Leaving closes both, which is what the other would see.
                     pass

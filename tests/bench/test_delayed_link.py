@@ -39,7 +39,8 @@ def now():
 
 
 async def test_a_message_arrives_one_delay_and_its_own_length_later(now):
-    path = Path(Line(Quality(DELAY_S, 8 * MBIT)))
+    line = Line(Quality(DELAY_S, 8 * MBIT))
+    path = Path(line)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(path.run)
         for _ in range(3):
@@ -47,6 +48,7 @@ async def test_a_message_arrives_one_delay_and_its_own_length_later(now):
             await path.entry.send_all(b"x" * 1000)
             await path.receive(1000)
             assert now() - began == pytest.approx(DELAY_S + 0.001, abs=1e-6)
+        assert (line.passed.bytes, line.passed.mean_s) == (3000, pytest.approx(DELAY_S + 0.001, abs=1e-6))
         nursery.cancel_scope.cancel()
 
 
