@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import MappingProxyType
 
 import trio
 
+from peerd.circuits import CircuitChannel, open_circuit
 from peerd.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.gate import Gate
 from peerd.loopback import loopback
@@ -24,9 +26,10 @@ from peerd.peer_connection import SETTLE_S, PeerConnection, StreamHandler
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection import Connection, Limits
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
-from peerd.protocol.frames import Priority
+from peerd.protocol.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.hello import MAX_ITEMS, Hello
 from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.relay_messages import INNER_PAYLOAD_BYTES
 from peerd.stream import Stream
 from peerd.transport import MessageChannel, Transport
 
@@ -48,6 +51,7 @@ class Connections:
 
     handlers: protocol id -> what runs for each stream of it that a peer opens. May be changed at any time.
     announced: where others are told to dial us; roles: what they are told that we do. Both may be changed too.
+    may_be_relayed: whether we reach others through relays where there is no other way.
     on_connected, on_lost: called, without waiting, when a peer is connected and when it no longer is.
     """
 
@@ -69,6 +73,7 @@ class Connections:
         self.listen_addresses: tuple[Multiaddr, ...] = ()
         self.announced: tuple[Multiaddr, ...] = ()
         self.roles = tuple(roles)
+        self.may_be_relayed = True
         self.on_connected: list[Observer] = []
         self.on_lost: list[Observer] = []
         self._identity = identity
@@ -113,7 +118,7 @@ class Connections:
                 continue
             dial = self._dials.get(peer_id)
             if dial is None or dial.over:
-                fresh = [address.with_peer(peer_id) for address in addresses]
+                fresh = _direct_first(address.with_peer(peer_id) for address in addresses)
                 dial = Dial([address for address in dict.fromkeys(fresh) if address not in tried])
                 self._dials[peer_id] = dial
                 self._nursery.start_soon(self._run_dial, dial, peer_id)
@@ -159,7 +164,7 @@ class Connections:
     # Dialling.
 
     async def _dial_anybody(self, addresses: Sequence[Multiaddr]) -> PeerConnection:
-        dial = Dial(tuple(dict.fromkeys(addresses)))
+        dial = Dial(tuple(dict.fromkeys(_direct_first(addresses))))
         self._nursery.start_soon(self._run_dial, dial, None)
         await dial.wait()
         if dial.connection is None:
@@ -176,7 +181,7 @@ class Connections:
     async def _attempt(self, address: Multiaddr, dial: Dial) -> PeerFault:
         try:
             with trio.fail_after(ADDRESS_TIMEOUT_S):
-                channel = await self._transport.dial(address, self._nursery)
+                channel = await self._open_channel(address)
         except trio.TooSlowError:
             return ConnectFailed(f"no answer within {ADDRESS_TIMEOUT_S:g} s")
         except PeerFault as error:
@@ -189,6 +194,21 @@ class Connections:
         assert isinstance(connection.lost, PeerFault)
         return connection.lost
 
+    async def _open_channel(self, address: Multiaddr) -> MessageChannel:
+        """Raises PeerFault."""
+        if address.relay is None:
+            return await self._transport.dial(address, self._nursery)
+        if not self.may_be_relayed:
+            raise ConnectFailed("we use no relays")
+        if address.peer_id is None:
+            raise ConnectFailed("it does not say whom the relay should reach")
+        if address.relay in (self.peer_id, address.peer_id):
+            raise ConnectFailed("the relay is one of the two ends")
+        relay = await self.connect(address.relay, [replace(address, relay=None, peer_id=address.relay)])
+        if relay.relay is not None:
+            raise ConnectFailed("we reach the relay through a relay ourselves, and one hop is the limit")
+        return await open_circuit(relay, address.peer_id)
+
     async def _take_other(self, refused: PeerConnection, dial: Dial) -> None:
         """One of both sides had a better connection: use that, which may be on its way to us still."""
         with trio.move_on_after(SETTLE_S):
@@ -198,8 +218,17 @@ class Connections:
 
     # Accepting.
 
+    def may_enter(self, relay: PeerConnection) -> bool:
+        """Whether one more unproven peer may come through a relay."""
+        return len(self._live) < MAX_CONNECTIONS and self._gate.has_room(relay.remote_ip)
+
+    async def take(self, channel: CircuitChannel) -> None:
+        """Be the connection of a caller that came through a relay, until it ends."""
+        await self._serve(channel)
+
     async def _serve(self, channel: MessageChannel) -> None:
-        ip = channel.remote_ip
+        relay = _relay_of(channel)
+        ip = channel.remote_ip if relay is None else relay.remote_ip
         if len(self._live) >= MAX_CONNECTIONS or not self._gate.enter(ip):
             log.debug("turned %s away: too many connections", ip)
             return
@@ -221,6 +250,7 @@ class Connections:
     def _connection(
         self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None
     ) -> PeerConnection:
+        relay = _relay_of(channel)
         core = Connection(
             self._identity,
             initiator=initiator,
@@ -228,8 +258,9 @@ class Connections:
             expected=expected,
             swarm_key=self._swarm_key,
             limits=self._limits,
+            payload_bytes=MAX_PAYLOAD_BYTES if relay is None else INNER_PAYLOAD_BYTES,
         )
-        return PeerConnection(core, channel, self)
+        return PeerConnection(core, channel, self, relay)
 
     # What each PeerConnection asks.
 
@@ -271,6 +302,14 @@ class Connections:
             log.info("lost %s: %s", connection.peer_id, connection.lost)
             for observer in tuple(self.on_lost):
                 observer(connection)
+
+
+def _relay_of(channel: MessageChannel) -> PeerConnection | None:
+    return channel.relay if isinstance(channel, CircuitChannel) else None
+
+
+def _direct_first(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
+    return sorted(addresses, key=lambda address: address.relay is not None)
 
 
 @asynccontextmanager

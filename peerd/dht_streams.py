@@ -61,7 +61,7 @@ async def answer_question(dht: Dht, stream: Stream) -> None:
             question = await stream.receive(max_body=MAX_BODY_BYTES)
             packet = Packet(question.header, unpack_records(question.body))
             try:
-                answer = await dht.handle(stream.peer, packet, stream.connection.remote_ip)
+                answer = await dht.handle(stream.peer, packet, stream.connection.accountable_ip)
             except InvalidRequest as error:
                 answer = Packet(Failure.of(error).to_header())
             await _send(stream, answer)

@@ -31,10 +31,15 @@ class Gate:
     def __repr__(self) -> str:
         return f"<Gate unproven={self._unproven}>"
 
+    def has_room(self, ip: IpAddress | None) -> bool:
+        """Whether one more may come in from there."""
+        host = host_of(ip)
+        return self._unproven < self._max_unproven and not (host and self._by_host[host] >= self._max_an_address)
+
     def enter(self, ip: IpAddress | None) -> bool:
         """Whether one more may come in from there; if so it is counted."""
-        host = _host(ip)
-        if self._unproven >= self._max_unproven or (host and self._by_host[host] >= self._max_an_address):
+        host = host_of(ip)
+        if not self.has_room(ip):
             return False
         self._unproven += 1
         if host:
@@ -44,14 +49,15 @@ class Gate:
     def leave(self, ip: IpAddress | None) -> None:
         """One that entered is proven, or gone."""
         self._unproven -= 1
-        if host := _host(ip):
+        if host := host_of(ip):
             self._by_host[host] -= 1
             # Or every address that ever came would stay here.
             if not self._by_host[host]:
                 del self._by_host[host]
 
 
-def _host(ip: IpAddress | None) -> str:
+def host_of(ip: IpAddress | None) -> str:
+    """What counts as one host of the public internet; "" for a private or unknown address."""
     if ip is None or is_private_ip(ip):
         return ""
     if isinstance(ip, IPv6Address):

@@ -75,7 +75,11 @@ class Owner(Protocol):
 class PeerConnection:
     """A connection to `peer_id`. Streams may be opened on it once it is settled."""
 
-    def __init__(self, core: Connection, channel: MessageChannel, owner: Owner) -> None:
+    def __init__(
+        self, core: Connection, channel: MessageChannel, owner: Owner, relay: PeerConnection | None = None
+    ) -> None:
+        self.relay = relay
+        """The connection to the relay that carries this one; None for a direct one."""
         self.core = core
         """The protocol machine; for `Stream` alone."""
         self.hello: Hello | None = None
@@ -111,8 +115,13 @@ class PeerConnection:
 
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
-        """Where we see the peer: the last proxy's address, if there is one."""
+        """Where we see the peer: the last proxy's address, if there is one. None behind a relay."""
         return self._channel.remote_ip
+
+    @property
+    def accountable_ip(self) -> IPv4Address | IPv6Address | None:
+        """Whose share what this peer does is counted in: its own address's, or its relay's."""
+        return self.remote_ip if self.relay is None else self.relay.remote_ip
 
     @property
     def dialled(self) -> bool:

@@ -31,6 +31,7 @@ from peerd.protocol.events import (
 )
 from peerd.protocol.frames import (
     MAX_CREDIT,
+    MAX_PAYLOAD_BYTES,
     Credit,
     Data,
     Frame,
@@ -76,6 +77,7 @@ class Connection:
 
     identity, expected, swarm_key, random_bytes: as `Handshake` takes them.
     initiator: whether we dialled.
+    payload_bytes: what our frames carry at most; less than usual where they travel inside others.
     now: the time, in seconds, on the clock that all later calls use too.
 
     Feed it with `receive`, then drain `next_event`; whenever a message can be sent, send `next_message`; call
@@ -92,9 +94,11 @@ class Connection:
         expected: PeerId | None = None,
         swarm_key: bytes | None = None,
         limits: Limits | None = None,
+        payload_bytes: int = MAX_PAYLOAD_BYTES,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.initiator = initiator
+        self._payload_bytes = payload_bytes
         self._limits = limits or Limits()
         self._handshake = Handshake(
             identity, initiator=initiator, expected=expected, swarm_key=swarm_key, random_bytes=random_bytes
@@ -373,7 +377,8 @@ class Connection:
 
     def _next_data(self, stream: Stream) -> bytes:
         outgoing = stream.outgoing
-        pieces, fin, ended = outgoing.cut(_FRAME_BYTES[outgoing.priority(stream.priority)])
+        frame_bytes = min(_FRAME_BYTES[outgoing.priority(stream.priority)], self._payload_bytes)
+        pieces, fin, ended = outgoing.cut(frame_bytes)
         frame = encode_data(stream.id, pieces, fin=fin)
         stream.note_sent(data=bool(pieces), fin=fin)
         if ended:

@@ -1,0 +1,111 @@
+"""Both ends of a circuit: a way to a peer through a relay, which carries a connection like any other (spec/relay.md).
+
+Knows how a circuit is asked for and taken, and what its end means; who may use one is `connections`' and
+`reservations`' business. The difficulty is priority: what waits in the outer stream can no more be overtaken, so
+a message is handed over only when the one before it is on its way.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, StreamReset
+from peerd.protocol.frames import Priority
+from peerd.protocol.identity import PeerId
+from peerd.protocol.messages import Failure
+from peerd.protocol.relay_messages import (
+    MAX_INNER_BYTES,
+    RELAY_PROTOCOL,
+    TO_CALLER,
+    Accepted,
+    Connect,
+    Incoming,
+    inner_message,
+)
+from peerd.protocol.schema import parse
+from peerd.stream import Stream, code_of
+
+if TYPE_CHECKING:
+    from peerd.peer_connection import PeerConnection
+
+# Behind what is urgent between us and the relay itself, before what is bulk.
+CIRCUIT_PRIORITY = Priority.PREFILL
+
+
+class CircuitChannel:
+    """A MessageChannel over one stream to a relay, once both ends agreed."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __repr__(self) -> str:
+        return f"<CircuitChannel by {self._stream.peer}>"
+
+    @property
+    def relay(self) -> PeerConnection:
+        """The connection to the relay."""
+        return self._stream.connection
+
+    @property
+    def remote_ip(self) -> IPv4Address | IPv6Address | None:
+        """Nobody can tell: the relay's is not the peer's."""
+        return None
+
+    async def send(self, message: bytes) -> None:
+        try:
+            self._stream.send_nowait({}, [message])
+            await self._stream.wait_unsent_below(1)
+        except (PeerFault, trio.ClosedResourceError) as error:
+            raise _lost(error) from None
+
+    async def receive(self) -> bytes:
+        try:
+            message = await self._stream.receive(max_body=MAX_INNER_BYTES)
+        except (ConnectionLost, StreamReset, trio.EndOfChannel, trio.ClosedResourceError) as error:
+            raise _lost(error) from None
+        return bytes(inner_message(message))
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def open_circuit(relay: PeerConnection, peer_id: PeerId) -> CircuitChannel:
+    """Ask a relay for a way to a peer, without a time-out. Raises ConnectFailed, saying why there is none."""
+    try:
+        stream = relay.open_stream(RELAY_PROTOCOL, priority=CIRCUIT_PRIORITY)
+    except PeerdError as error:
+        raise ConnectFailed(str(error)) from error
+    try:
+        await stream.send(Connect(peer_id).to_header(), priority=Priority.CONTROL)
+        said = parse((await stream.receive(max_body=0)).header, TO_CALLER)
+    except BaseException as error:
+        stream.reset(code_of(error))
+        if isinstance(error, PeerdError | trio.EndOfChannel):
+            raise ConnectFailed(f"the relay {relay.peer_id} does not answer: {error!r}") from error
+        raise
+    if isinstance(said, Failure):
+        stream.close()
+        raise ConnectFailed(f"the relay {relay.peer_id} says: {said.error}")
+    return CircuitChannel(stream)
+
+
+async def hear_caller(stream: Stream) -> PeerId:
+    """Who calls, as the relay says, on a stream that it opened. Raises RemoteProtocolError, trio.EndOfChannel."""
+    return Incoming.from_header((await stream.receive(max_body=0)).header).peer
+
+
+def take_circuit(stream: Stream) -> CircuitChannel:
+    """Let the caller speak."""
+    stream.send_nowait(Accepted().to_header(), priority=Priority.CONTROL)
+    return CircuitChannel(stream)
+
+
+def _lost(error: Exception) -> ConnectionLost:
+    if isinstance(error, StreamReset):
+        return ConnectionLost(f"the circuit was ended: {error.reason}")
+    if isinstance(error, PeerFault):
+        return ConnectionLost(f"the relay is gone: {error}")
+    return ConnectionLost("the circuit was closed")
