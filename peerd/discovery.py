@@ -21,6 +21,7 @@ import trio
 
 from peerd.connections import Connections, PeerConnection, Stream
 from peerd.dht_streams import StreamTransport, answer_question
+from peerd.links import dialable
 from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
@@ -99,6 +100,11 @@ class Discovery:
         if self._relays != tuple(relays):
             self._relays = tuple(relays)
             self.changed()
+
+    def contacts(self) -> list[Contact]:
+        """Whom we know, bootstrap peers first, each at the addresses that we may dial."""
+        known = [*_contacts_of(self._bootstrap), *self.dht.contacts]
+        return [Contact(one.peer_id, dialable(one.addresses, self._transport.ranges)) for one in known]
 
     def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
         """Announce what `spans` returns, asked each time; `seq` and `expires` are filled in."""

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -32,8 +32,11 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import MAX_LENGTH
+from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.protocol.span import Span
 from peerd.reachable import dialable_forms
+from peerd.relay import Relay
+from peerd.reservations import Reservations, open_reservations
 from peerd.routing.clock import SwarmClock
 from peerd.websocket import WebSocketTransport
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from peerd.compute.head import Head
     from peerd.model import ModelFacts, RemoteModel
     from peerd.rebalancing import Rebalancer
+    from peerd.relay_ledger import RelayLimits
     from peerd.routing.rules import ChainRules
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec
@@ -72,6 +76,9 @@ class Peer:
         self.connections = connections
         self.discovery = discovery
         self.server = server
+        #: What we do for peers that nobody can dial, and what others do for us; None where we do not, or need it not.
+        self.relay: Relay | None = None
+        self.reservations: Reservations | None = None
         #: Whom we will have in our chains; None is anybody.
         self.rules = rules
         self._checkpoints = checkpoints
@@ -99,6 +106,8 @@ class Peer:
 
     async def drain(self, timeout_s: float) -> None:
         """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
+        if self.relay is not None:
+            self.relay.draining = True
         if self.server is None:
             return
         for rebalancer in self._rebalancers:
@@ -245,6 +254,8 @@ async def open_peer(
     swarm_key: bytes | None = None,
     rules: ChainRules | None = None,
     hub: HubSettings | None = None,
+    relay: RelayLimits | None = None,
+    may_be_relayed: bool = True,
     transport: Transport | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Peer]:
@@ -256,6 +267,8 @@ async def open_peer(
     bootstrap: addresses of peers of the swarm, each with its PeerId.
     state_dir: where the routing table is kept; None for a peer that nobody will meet again.
     swarm_key: 32 bytes that all peers of a private swarm share. rules: whom we will have in our chains.
+    relay: what to give away as a relay for peers that nobody can dial; None: nothing.
+    may_be_relayed: whether we may use relays, to be reached where nobody can dial us, and to reach such peers.
     hub: how models that are named by a hub id are fetched; None is as huggingface_hub's environment variables say.
 
     Raises OSError where an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
@@ -270,8 +283,13 @@ async def open_peer(
             listen=_parsed(listen),
             handlers=server.handlers if server else {},
             swarm_key=swarm_key,
+            roles=(RELAY_ROLE,) if relay else (),
             now=now,
         ) as connections:
+            connections.may_be_relayed = may_be_relayed
+            relaying = Relay(identity.peer_id, relay) if relay else None
+            if relaying is not None:
+                connections.handlers[RELAY_PROTOCOL] = relaying.answer
             connections.announced = _parsed(announce) or dialable_forms(connections.listen_addresses)
             async with open_discovery(
                 connections,
@@ -284,9 +302,20 @@ async def open_peer(
             ) as discovery:
                 # Nobody's blocks are nearer than our own.
                 discovery.links.measured(identity.peer_id, 0.0)
-                async with open_tasks() as moving:
+                async with open_tasks() as moving, AsyncExitStack() as stack:
                     checkpoints = Checkpoints(hub or HubSettings())
                     peer = Peer(identity, connections, discovery, server, checkpoints, moving, rules)
+                    peer.relay = relaying
+                    if server and may_be_relayed:
+                        # Whoever serves nothing need not be reached.
+                        keeping = open_reservations(
+                            connections,
+                            discovery.contacts,
+                            discovery.relayed_by,
+                            Random(os.urandom(16)),
+                            wanted=not connections.announced,
+                        )
+                        peer.reservations = await stack.enter_async_context(keeping)
                     if server:
                         server.attach(connections)
                     for spec in serve:

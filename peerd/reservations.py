@@ -1,0 +1,305 @@
+"""Keeps a peer that nobody can dial within reach: reservations at relays, and the circuits that come from them.
+
+Knows which relays there are, who has promised what, and until when; when reservations are wanted somebody else
+says (`wanted`), and where they are announced is `on_change`'s business. The difficulty is that relays come, go and
+refuse: two holders look for one each, never the same, and whom one was refused by or lost is left alone for a
+while, longer each time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from random import Random
+from types import MappingProxyType
+
+import trio
+
+from peerd.circuits import hear_caller, take_circuit
+from peerd.connections import Connections, PeerConnection, Stream
+from peerd.nurseries import open_tasks
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import InvalidRequest, NotServed, Overloaded, PeerdError, PeerFault, Unresponsive
+from peerd.protocol.frames import Priority
+from peerd.protocol.identity import PeerId
+from peerd.protocol.messages import Failure
+from peerd.protocol.relay_messages import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELAY_ROLE, TO_RESERVED, Reserve, Reserved
+from peerd.protocol.schema import parse
+from peerd.routing.links import Links
+from peerd.routing.table import Contact
+
+log = logging.getLogger(__name__)
+
+# One may die, and clients find the other in the record that they have.
+WANTED_RELAYS = 2
+# Of each relay; a record has place for four.
+ADDRESSES_A_RELAY = 2
+# Longer ones would not leave room for others in a record of 1 KiB.
+MAX_ANNOUNCED_CHARS = 200
+# Between searches that found no relay.
+FIRST_SEARCH_S, MAX_SEARCH_S = 2.0, 60.0
+# Strangers of the routing table whom one search may connect to, to ask whether they are relays.
+MAX_ASKED = 8
+ASK_S = 15.0
+# Relays are as good as each other where their round trips differ by less than this, or by a half.
+NEAR_S = 0.01
+ANSWER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A relay's promise to reach us. `addresses`: where others find that relay, each with its PeerId."""
+
+    relay: PeerId
+    addresses: tuple[Multiaddr, ...]
+    terms: Reserved
+
+
+class Reservations:
+    """What relays have promised us. Made by `open_reservations`.
+
+    on_change: called, without waiting, with what `announced` is then.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        contacts: Callable[[], Sequence[Contact]],
+        on_change: Callable[[tuple[Multiaddr, ...]], None],
+        random: Random,
+    ) -> None:
+        self.circuits = 0
+        """Connections that came through relays and stand now."""
+        self._connections = connections
+        self._contacts = contacts
+        self._on_change = on_change
+        self._random = random
+        self._held: dict[PeerId, Reservation] = {}
+        self._sought: set[PeerId] = set()
+        # Who refused or left us, and how often; what else it is for does not matter here.
+        self._faults = Links(trio.current_time)
+        self._is_wanted = trio.Event()
+        self._holding: set[trio.CancelScope] = set()
+
+    def __repr__(self) -> str:
+        return f"<Reservations wanted={self.wanted} held={len(self._held)} circuits={self.circuits}>"
+
+    @property
+    def held(self) -> Mapping[PeerId, Reservation]:
+        """By relay; a view that changes."""
+        return MappingProxyType(self._held)
+
+    @property
+    def announced(self) -> tuple[Multiaddr, ...]:
+        """Where the relays that reach us are, each address with its relay's PeerId."""
+        return tuple(address for held in self._held.values() for address in held.addresses)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether we need relays: nobody can dial us. False gives all reservations back."""
+        return self._is_wanted.is_set()
+
+    @wanted.setter
+    def wanted(self, wanted: bool) -> None:
+        if wanted == self.wanted:
+            return
+        if wanted:
+            log.info("nobody can dial us: looking for relays")
+            self._is_wanted.set()
+        else:
+            log.info("no relays needed any more")
+            self._is_wanted = trio.Event()
+            for scope in self._holding:
+                scope.cancel()
+
+    async def run(self) -> None:
+        """Hold as many reservations as we want, whenever we want them, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(WANTED_RELAYS):
+                nursery.start_soon(self._keep_one)
+
+    async def answer(self, stream: Stream) -> None:
+        """Handle a circuit that a relay brings, for as long as it stands."""
+        try:
+            with trio.fail_after(ANSWER_S):
+                caller = await hear_caller(stream)
+        except trio.TooSlowError:
+            stream.reset(Unresponsive.code)
+            return
+        if (refusal := self._refusal(stream, caller)) is not None:
+            log.debug("refused %s, who came through %s: %s", caller, stream.peer, refusal)
+            await stream.send(Failure.of(refusal).to_header(), priority=Priority.CONTROL)
+            return
+        log.debug("%s comes through the relay %s", caller, stream.peer)
+        self.circuits += 1
+        try:
+            await self._connections.take(take_circuit(stream))
+        finally:
+            self.circuits -= 1
+
+    def _refusal(self, stream: Stream, caller: PeerId) -> PeerdError | None:
+        if stream.peer not in self._held or stream.connection.relay is not None:
+            return NotServed("we have no reservation here")
+        if caller in (stream.peer, self._connections.peer_id):
+            return InvalidRequest("a circuit comes from a third peer")
+        if not self._connections.may_enter(stream.connection):
+            return Overloaded("too many connections at the door")
+        return None
+
+    # Holding one reservation.
+
+    async def _keep_one(self) -> None:
+        search_s = FIRST_SEARCH_S
+        while True:
+            await self._is_wanted.wait()
+            with trio.CancelScope() as scope:
+                self._holding.add(scope)
+                try:
+                    relay = await self._find()
+                    if relay is not None:
+                        search_s = FIRST_SEARCH_S
+                        await self._hold(relay)
+                        continue
+                    await trio.sleep(search_s * self._random.uniform(0.8, 1.2))
+                    search_s = min(2 * search_s, MAX_SEARCH_S)
+                finally:
+                    self._holding.discard(scope)
+
+    async def _hold(self, relay: PeerConnection) -> None:
+        """Reserve there, and stay until the reservation is lost."""
+        peer = relay.peer_id
+        self._sought.add(peer)
+        try:
+            async with relay.open_stream(RELAY_PROTOCOL) as stream:
+                try:
+                    await self._renew_for_ever(relay, stream)
+                finally:
+                    self._lose(peer)
+        except (PeerdError, trio.EndOfChannel) as error:
+            again_s = self._faults.failed(peer)
+            log.info("no reservation at the relay %s: %s; not asked again for %.0f s", peer, error, again_s)
+        finally:
+            self._sought.discard(peer)
+
+    async def _renew_for_ever(self, relay: PeerConnection, stream: Stream) -> None:
+        while True:
+            terms = await _reserve(stream)
+            hello = await relay.wait_hello()
+            if relay.peer_id not in self._held:
+                self._faults.succeeded(relay.peer_id)
+                addresses = _addresses_of(relay, hello.multiaddrs, self._known(relay.peer_id))
+                self._held[relay.peer_id] = Reservation(relay.peer_id, addresses, terms)
+                log.info("the relay %s reaches us: %s", relay.peer_id, ", ".join(map(str, addresses)))
+                self._on_change(self.announced)
+            with trio.move_on_after(terms.expires_s / 2 * self._random.uniform(0.8, 1.0)):
+                # The relay only ever speaks again to end it.
+                said = parse((await stream.receive(max_body=0)).header, (Failure,))
+                raise said.error
+
+    def _lose(self, relay: PeerId) -> None:
+        if self._held.pop(relay, None) is not None:
+            self._on_change(self.announced)
+
+    # Finding a relay.
+
+    async def _find(self) -> PeerConnection | None:
+        """A connection to a relay that may be asked: one that we know, else one of the routing table."""
+        found = [connection for connection in self._connections.live.values() if self._is_relay(connection)]
+        if found:
+            return self._near(found)
+        unknown = [
+            contact
+            for contact in self._contacts()
+            if contact.peer_id not in self._connections.live and self._may_ask(contact.peer_id)
+        ]
+        for contact in self._random.sample(unknown, min(len(unknown), MAX_ASKED)):
+            try:
+                with trio.fail_after(ASK_S):
+                    connection = await self._connections.connect(contact.peer_id, contact.addresses)
+                    await connection.wait_hello()
+            except (PeerFault, trio.TooSlowError):
+                continue
+            if self._is_relay(connection):
+                return connection
+        return None
+
+    def _near(self, relays: Sequence[PeerConnection]) -> PeerConnection:
+        """One of the nearest: whatever we are asked takes the way to it twice."""
+        rtts_s = [connection.rtt_s or 0.0 for connection in relays]
+        near_s = 2 * min(rtts_s) + NEAR_S
+        return self._random.choice([relay for relay, rtt_s in zip(relays, rtts_s, strict=True) if rtt_s <= near_s])
+
+    def _is_relay(self, connection: PeerConnection) -> bool:
+        hello = connection.hello
+        return (
+            hello is not None
+            and RELAY_ROLE in hello.roles
+            and connection.relay is None
+            and connection.lost is None
+            and self._may_ask(connection.peer_id)
+        )
+
+    def _may_ask(self, peer: PeerId) -> bool:
+        return peer not in self._sought and not self._faults.is_avoided(peer) and peer != self._connections.peer_id
+
+    def _known(self, peer: PeerId) -> tuple[Multiaddr, ...]:
+        return tuple(
+            address for contact in self._contacts() if contact.peer_id == peer for address in contact.addresses
+        )
+
+
+async def _reserve(stream: Stream) -> Reserved:
+    """Ask, or ask again. Raises what the relay refuses with, or a PeerFault."""
+    try:
+        with trio.fail_after(ANSWER_S):
+            await stream.send(Reserve().to_header())
+            said = parse((await stream.receive(max_body=0)).header, TO_RESERVED)
+    except trio.TooSlowError:
+        raise PeerFault(f"no answer within {ANSWER_S:g} s") from None
+    if isinstance(said, Failure):
+        raise said.error
+    assert isinstance(said, Reserved)
+    return said
+
+
+def _addresses_of(
+    relay: PeerConnection, claimed: Iterable[Multiaddr], known: Iterable[Multiaddr]
+) -> tuple[Multiaddr, ...]:
+    """Where others find a relay: as publicly as it claims to be found, first where we ourselves see it."""
+    direct = [
+        replace(address, relay=None, peer_id=None)
+        for address in (*claimed, *known)
+        if address.relay is None and address.is_dialable and len(str(address)) <= MAX_ANNOUNCED_CHARS
+    ]
+    widest = min(map(_narrowness, direct), default=0)
+    usable = [address for address in direct if _narrowness(address) == widest]
+    usable.sort(key=lambda address: address.ip != relay.remote_ip)
+    return tuple(address.with_peer(relay.peer_id) for address in dict.fromkeys(usable))[:ADDRESSES_A_RELAY]
+
+
+def _narrowness(address: Multiaddr) -> int:
+    """0 for an address of the internet, 1 for one of a network, 2 for one of this machine."""
+    return address.is_private + address.is_loopback
+
+
+@asynccontextmanager
+async def open_reservations(
+    connections: Connections,
+    contacts: Callable[[], Sequence[Contact]],
+    on_change: Callable[[tuple[Multiaddr, ...]], None],
+    random: Random,
+    *,
+    wanted: bool = False,
+) -> AsyncIterator[Reservations]:
+    """Hold reservations whenever they are `wanted`, until the block ends. contacts: whom we could ask, best first."""
+    reservations = Reservations(connections, contacts, on_change, random)
+    reservations.wanted = wanted
+    connections.handlers[CIRCUIT_PROTOCOL] = reservations.answer
+    try:
+        async with open_tasks() as tasks:
+            tasks.start_soon(reservations.run)
+            yield reservations
+    finally:
+        del connections.handlers[CIRCUIT_PROTOCOL]
