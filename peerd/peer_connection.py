@@ -282,6 +282,8 @@ class PeerConnection:
             stream.close()
         except (PeerdError, trio.EndOfChannel, BaseExceptionGroup) as error:
             fault = _fault(error)
+            if fault is None and _is_cancellation(error):
+                raise
             if fault is None:
                 log.exception("the handler of %s has a bug", stream)
                 raise
@@ -367,6 +369,11 @@ class PeerConnection:
 
 def _nothing() -> None:
     pass
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    """Whether several tasks of a handler were cancelled, and nothing else happened."""
+    return isinstance(error, BaseExceptionGroup) and error.split(trio.Cancelled)[1] is None
 
 
 def _fault(error: BaseException) -> PeerdError | trio.EndOfChannel | None:

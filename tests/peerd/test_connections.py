@@ -523,6 +523,19 @@ async def test_a_handler_with_a_bug_ends_the_peer_loudly(error):
             await be_a_peer()
 
 
+async def test_a_handler_whose_tasks_are_cancelled_at_the_end_has_no_bug(caplog):
+    async def several(_stream):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            nursery.start_soon(trio.sleep_forever)
+
+    async with _swarm() as swarm:
+        one, _ = await swarm.pair({"/several/1": several})
+        await one.open_stream(IDENTITIES[1].peer_id, "/several/1", addresses=[_address(1)])
+        await trio.sleep(1)
+    assert "bug" not in caplog.text
+
+
 async def test_a_handler_that_returns_ends_its_stream_after_what_it_said():
     async def brief(stream):
         await stream.send({"said": "bye"}, [bytes(300_000)])
