@@ -20,6 +20,8 @@ _HOST_KINDS: tuple[str, ...] = get_args(HostKind)
 
 # The longest there is: a 253-character name, /wss, a relay and a peer make 399 characters.
 MAX_ADDRESS_CHARS = 400
+# An IPv6 address in full.
+MAX_IP_CHARS = 45
 # RFC 1035, 2.3.4.
 _MAX_NAME_CHARS = 253
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -28,6 +30,16 @@ _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 # RFC 6052: an IPv4 address in the last 32 bits.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Where whole networks live that the internet does not reach: RFC 1122, 1918, 6598 (carriers' NAT), 3927, 4193, 4291.
+_PRIVATE_RANGES = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16"),
+            *("::1/128", "fc00::/7", "fe80::/10"),
+        ),
+    )
+)
 
 _ALLOWED = (
     "/ip4|ip6|dns4|dns6|dns/HOST/tcp/PORT/ws|wss, then optionally /p2p/PEER, "
@@ -137,6 +149,29 @@ def is_private_ip(ip: IPv4Address | IPv6Address) -> bool:
     """Whether `ip` is not an address of one host on the public internet, looking inside IPv6 for IPv4."""
     inner = _inner(ip)
     return not inner.is_global or inner.is_multicast
+
+
+def private_range(ip: IPv4Address | IPv6Address) -> str | None:
+    """The loopback or private range that `ip` itself lies in; None elsewhere."""
+    return next((str(network) for network in _PRIVATE_RANGES if ip in network), None)
+
+
+def public_network(ip: IPv4Address | IPv6Address | None) -> str | None:
+    """The /24 (IPv6: /48, what one site gets) that a public address belongs to; None for others."""
+    if ip is None or is_private_ip(ip):
+        return None
+    inner = ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip
+    return str(ipaddress.ip_network((inner, 24 if inner.version == 4 else 48), strict=False))
+
+
+def canonical_ip(text: str) -> IPv4Address | IPv6Address:
+    """An IP address as a peer wrote it; one that maps IPv4 into IPv6 is the IPv4 address. ValueError for another text."""
+    ip = ipaddress.ip_address(text)
+    if isinstance(ip, IPv4Address):
+        return ip
+    if ip.scope_id is not None:
+        raise ValueError(f"{text!r} has a zone, which only its own machine understands")
+    return ip.ipv4_mapped or ip
 
 
 def _inner(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:

@@ -7,9 +7,10 @@ of the connection that carried it, so no other room may trust more than "the pee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from typing import ClassVar
 
-from peerd.protocol.addresses import MAX_ADDRESS_CHARS, Multiaddr
+from peerd.protocol.addresses import MAX_ADDRESS_CHARS, MAX_IP_CHARS, Multiaddr, canonical_ip
 from peerd.protocol.frames import MAX_PROTOCOL_CHARS
 from peerd.protocol.schema import Message, integer, many, optional, required, text
 
@@ -18,8 +19,6 @@ HELLO_PROTOCOL = "/peerd/hello/1"
 MAX_AGENT_CHARS = 64
 MAX_ROLE_CHARS = 32
 MAX_ITEMS = 64
-# An IPv6 address in full.
-MAX_IP_CHARS = 45
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,14 @@ class Hello(Message):
     addresses: tuple[str, ...] = optional(many(text(MAX_ADDRESS_CHARS), MAX_ITEMS), ())
     observed_ip: str = optional(text(MAX_IP_CHARS), "")
     roles: tuple[str, ...] = optional(many(text(MAX_ROLE_CHARS), MAX_ITEMS), ())
+
+    @property
+    def seen_at(self) -> IPv4Address | IPv6Address | None:
+        """`observed_ip` as an address; None where it says none."""
+        try:
+            return canonical_ip(self.observed_ip)
+        except ValueError:
+            return None
 
     @property
     def multiaddrs(self) -> tuple[Multiaddr, ...]:

@@ -13,10 +13,10 @@ import heapq
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
-from peerd.protocol.addresses import is_private_ip
+from peerd.protocol.addresses import public_network
 from peerd.protocol.announcements import MAX_SLOTS
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
@@ -108,7 +108,7 @@ class RecordStore:
         old = held.get(record.slot)
         if old is not None and not replaces(record, old.record):
             return "older"
-        entry = _Entry(record, data, storer, _network_of(source))
+        entry = _Entry(record, data, storer, public_network(source))
         others = [other for other in held.values() if other is not old]
         if not self._has_room(entry, old) or not self._storer_has_place(storer, others):
             return "quota"
@@ -194,12 +194,3 @@ def _add_to(counter: Counter[Name], name: Name, size: int) -> None:
     if not counter[name]:
         # Strangers' names are theirs to make up: keep none that has nothing here.
         del counter[name]
-
-
-def _network_of(source: IPv4Address | IPv6Address | None) -> str | None:
-    """The /24 (IPv6: /48, what one site gets) whose share is used; None on a LAN, where all share one address range."""
-    if source is None or is_private_ip(source):
-        return None
-    if isinstance(source, IPv6Address) and source.ipv4_mapped is not None:
-        source = source.ipv4_mapped
-    return str(ip_network((source, 24 if source.version == 4 else 48), strict=False))

@@ -1,0 +1,175 @@
+"""Dials peers back that ask for it, and asks others to dial us (spec/reachability.md).
+
+Knows the question, its limits and the probe; what answers mean is `routing.reachability`'s. The difficulty is that
+the question comes from strangers: it names ports only, and nothing but the address that it came from is dialled,
+once a minute whoever asks from there. The probe goes by a name made up for it and stops when the other side has
+proved who it is, so that it never becomes a connection beside the one that the question came on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from ipaddress import IPv6Address, IPv6Network
+
+import trio
+
+from peerd.nurseries import at_once, open_tasks
+from peerd.peer_connection import PeerConnection
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.dialback import (
+    ANSWER_DEADLINE_S,
+    DIALBACK_PROTOCOL,
+    Dialled,
+    DialMe,
+    IpAddress,
+    Outcome,
+    dial_address,
+    may_dial,
+)
+from peerd.protocol.errors import (
+    InvalidRequest,
+    Overloaded,
+    PeerFault,
+    RemoteProtocolError,
+    Unresponsive,
+    UnsupportedFeature,
+    WrongPeer,
+)
+from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.messages import Failure
+from peerd.protocol.noise import Handshake
+from peerd.protocol.schema import parse
+from peerd.stream import Stream
+from peerd.transport import Transport
+
+log = logging.getLogger(__name__)
+
+# For TCP and the websocket, and then for the handshake: together below the answer's deadline.
+CONNECT_S = 5.0
+PROVE_S = 3.0
+# Between two dial-backs to one address.
+PAUSE_S = 60.0
+# Dial-backs at a time, and addresses to remember: more are turned away, so that a crowd costs no more than this.
+MAX_AT_ONCE = 8
+MAX_REMEMBERED = 4096
+# What a network gives to one host (RFC 4291): it may come from any address in it.
+_HOST_PREFIX = 64
+
+
+class DialbackAnswerer:
+    """Answers streams of the dial-back protocol. `announced`: where we ourselves are announced, asked each time."""
+
+    def __init__(
+        self, transport: Transport, announced: Callable[[], Sequence[Multiaddr]], swarm_key: bytes | None = None
+    ) -> None:
+        self._transport = transport
+        self._announced = announced
+        self._swarm_key = swarm_key
+        self._running = 0
+        self._last: OrderedDict[str, float] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<DialbackAnswerer running={self._running} remembered={len(self._last)}>"
+
+    async def answer(self, stream: Stream) -> None:
+        """Handle one stream: a question, its answer, the end."""
+        with trio.move_on_after(ANSWER_DEADLINE_S):
+            async with stream:
+                try:
+                    try:
+                        asked = parse((await stream.receive(max_body=0)).header, (DialMe,))
+                    except RemoteProtocolError as error:
+                        raise InvalidRequest(str(error)) from None
+                    answer = (await self._dial_back(stream, asked)).to_header()
+                except (InvalidRequest, UnsupportedFeature, Overloaded) as error:
+                    answer = Failure.of(error).to_header()
+                await stream.send(answer)
+
+    async def _dial_back(self, stream: Stream, asked: DialMe) -> Dialled:
+        ip = stream.connection.remote_ip
+        if ip is None or not may_dial(ip, self._announced()):
+            raise UnsupportedFeature(f"we dial nobody at {ip or 'an address that we cannot see'} for a stranger")
+        self._admit(ip)
+        self._running += 1
+        try:
+            probes = [partial(self._probe, dial_address(ip, port), stream.peer) for port in asked.ports]
+            outcomes = tuple(await at_once(probes))
+        finally:
+            self._running -= 1
+        log.debug("dialled %s back at %s: %s", stream.peer, ip, dict(zip(asked.ports, outcomes, strict=True)))
+        return Dialled(ip, outcomes)
+
+    def _admit(self, ip: IpAddress) -> None:
+        """Count one dial-back to a host. Raises Overloaded."""
+        now = trio.current_time()
+        while self._last and next(iter(self._last.values())) <= now - PAUSE_S:
+            self._last.popitem(last=False)
+        host = str(IPv6Network((ip, _HOST_PREFIX), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
+        if host in self._last:
+            raise Overloaded(f"dialled {ip} less than {PAUSE_S:g} s ago: ask later, or somebody else")
+        if self._running >= MAX_AT_ONCE or len(self._last) >= MAX_REMEMBERED:
+            raise Overloaded("dialling too many back already: ask later, or somebody else")
+        self._last[host] = now
+
+    async def _probe(self, address: Multiaddr, peer_id: PeerId) -> Outcome:
+        async with open_tasks() as tasks:
+            return await prove(self._transport, address, peer_id, self._swarm_key, tasks)
+        raise AssertionError("unreachable")
+
+
+async def prove(
+    transport: Transport, address: Multiaddr, peer_id: PeerId, swarm_key: bytes | None, tasks: trio.Nursery
+) -> Outcome:
+    """Whether `peer_id` answers at `address`: dial, and hear its proof. Takes at most 9 s."""
+    try:
+        with trio.fail_after(CONNECT_S):
+            channel = await transport.dial(address, tasks)
+    except trio.TooSlowError:
+        return "silent"
+    except PeerFault as error:
+        return "refused" if _was_refused(error) else "failed"
+    try:
+        with trio.fail_after(PROVE_S):
+            handshake = Handshake(Identity.generate(), initiator=True, expected=peer_id, swarm_key=swarm_key)
+            await channel.send(handshake.write())
+            handshake.read(await channel.receive())
+            return "reached"
+    except trio.TooSlowError:
+        return "silent"
+    except WrongPeer:
+        return "wrong_peer"
+    except PeerFault:
+        return "failed"
+    finally:
+        await channel.aclose()
+
+
+def _was_refused(error: BaseException) -> bool:
+    """Whether the port's own machine said that nobody listens there."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConnectionRefusedError):
+        cause = cause.__cause__
+    return cause is not None
+
+
+async def ask_to_be_dialled(connection: PeerConnection, ports: Sequence[int]) -> Dialled:
+    """What a peer found at our ports. Raises what it refuses with, or a PeerFault."""
+    try:
+        with trio.fail_after(ANSWER_DEADLINE_S + CONNECT_S):
+            async with connection.open_stream(DIALBACK_PROTOCOL) as stream:
+                await stream.send(DialMe(tuple(ports)).to_header())
+                stream.finish()
+                answer = parse((await stream.receive(max_body=0)).header, (Dialled, Failure))
+    except trio.TooSlowError:
+        raise Unresponsive(f"{connection.peer_id} did not say whether it could dial us") from None
+    except trio.EndOfChannel:
+        raise RemoteProtocolError(f"{connection.peer_id} finished without an answer") from None
+    if isinstance(answer, Failure):
+        raise answer.error
+    assert isinstance(answer, Dialled)
+    if len(answer.outcomes) != len(ports):
+        raise RemoteProtocolError(f"{connection.peer_id} answered for {len(answer.outcomes)} ports, not {len(ports)}")
+    return answer

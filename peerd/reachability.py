@@ -1,0 +1,283 @@
+"""Finds out whether others can dial us, and keeps what we announce true (spec/reachability.md).
+
+Knows when to ask and whom; what answers show is `routing.reachability`'s. The difficulty is change: a laptop sleeps,
+a router gets another address, somebody forwards a port. So peers are asked again ever more seldom, and at once
+when those that we dialled see us elsewhere, when all connections were lost, or when the clock has jumped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from random import Random
+
+import trio
+
+from peerd.connections import Connections, PeerConnection
+from peerd.dialback import ask_to_be_dialled
+from peerd.protocol.addresses import Multiaddr, public_network
+from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, IpAddress
+from peerd.protocol.errors import ConnectionLost, PeerdError
+from peerd.routing.observed import ObservedIps
+from peerd.routing.reachability import (
+    JUDGES,
+    Announced,
+    Finding,
+    Reach,
+    agree,
+    announced,
+    find,
+    next_check_s,
+    ports_for,
+)
+
+log = logging.getLogger(__name__)
+
+# After news, more of it comes: hellos of the peers that we have just dialled.
+SETTLE_S = 1.0
+# Between rounds of questions, whatever happens. Peers answer once a minute; there are several.
+MIN_GAP_S = 10.0
+# Judges asked in one round for one address, those who refuse included.
+MAX_ASKED = 6
+# How often the clock is looked at, and by how much it must have jumped: NTP steps by less, nobody sleeps for less.
+LOOK_S = 10.0
+SLEPT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Where we are, for whoever asks: `why` is a sentence, "" while there is nothing to say."""
+
+    reach: Reach
+    observed: tuple[IpAddress, ...]
+    why: str
+
+
+class Reachability:
+    """Whether others can dial us. `run` it; `reach` says, `on_changed` is called, without waiting, with each change.
+
+    own: what we listen on, as our own network writes it. fixed: an operator has said what to announce; that stands.
+    announce: called with what to announce from now on. now: unix seconds, whose jumps betray that we slept.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        own: Sequence[Multiaddr],
+        announce: Callable[[Announced], None],
+        *,
+        fixed: bool,
+        bootstrap: Sequence[Multiaddr],
+        random: Random,
+        now: Callable[[], float],
+    ) -> None:
+        self.on_changed: list[Callable[[Reach], None]] = []
+        self._connections = connections
+        self._own = tuple(own)
+        self._announce = announce
+        self._fixed = fixed
+        # Whoever is asked at a public address sees us at one, or at least not where our LAN would.
+        self._seen_publicly = any(address.ip is not None and not address.is_private for address in bootstrap)
+        self._random = random
+        self._now = now
+        self._observed = ObservedIps()
+        self._finding = Finding(Reach.PUBLIC) if fixed else Finding()
+        self._told: tuple[Reach, str] | None = None
+        self._due = trio.current_time() + next_check_s(Reach.UNKNOWN, 0, random)
+        self._last_check = -MIN_GAP_S
+        self._unchanged = 0
+        self._alone = False
+        self._waiting = trio.CancelScope()
+
+    def __repr__(self) -> str:
+        return f"<Reachability {self.reach.value} {self._observed!r}>"
+
+    @property
+    def reach(self) -> Reach:
+        """Who can dial us, as far as we know."""
+        return self._finding.reach
+
+    @property
+    def here(self) -> Here:
+        """The same with its reason, for people."""
+        return Here(self.reach, self._observed.agreed(), self._explain())
+
+    @property
+    def announced(self) -> Announced:
+        """What to announce now."""
+        if self._fixed:
+            return Announced(self._own, self._own)
+        return announced(self._own, self._finding, seen_publicly=self._seen_publicly)
+
+    @property
+    def wants_relays(self) -> bool:
+        """Whether somebody has to pass on to us what others cannot send here."""
+        return bool(self._connections.listen_addresses) and self.reach is Reach.PRIVATE
+
+    def changed(self) -> None:
+        """Our network may be another one than before: look again soon."""
+        self._unchanged = 0
+        self._look_within(SETTLE_S)
+
+    async def run(self) -> None:
+        """Ask and announce, until cancelled. Without an address that we listen on there is nothing to ask."""
+        async with trio.open_nursery() as nursery:
+            with self._hearing(nursery):
+                if self._fixed or not self._connections.listen_addresses:
+                    await trio.sleep_forever()
+                nursery.start_soon(self._watch_clock)
+                while True:
+                    await self._wait_until_due()
+                    await self._check()
+
+    # When.
+
+    def _look_within(self, seconds: float) -> None:
+        soon = max(trio.current_time() + seconds, self._last_check + MIN_GAP_S)
+        if soon < self._due:
+            self._due = soon
+            self._waiting.cancel()
+
+    async def _wait_until_due(self) -> None:
+        while trio.current_time() < self._due:
+            with trio.CancelScope(deadline=self._due) as self._waiting:
+                await trio.sleep_forever()
+
+    async def _watch_clock(self) -> None:
+        """Our own count of seconds stands still while the machine sleeps; the world's does not."""
+        while True:
+            before = self._now() - trio.current_time()
+            await trio.sleep(LOOK_S)
+            if abs(self._now() - trio.current_time() - before) > SLEPT_S:
+                log.info("the clock has jumped: looking again who can dial us")
+                self.changed()
+
+    @contextmanager
+    def _hearing(self, nursery: trio.Nursery) -> Iterator[None]:
+        def connected(connection: PeerConnection) -> None:
+            nursery.start_soon(self._hear, connection)
+
+        def lost(connection: PeerConnection) -> None:
+            self._observed.forget(connection.peer_id)
+            self._alone = not self._connections.live
+
+        for connection in self._connections.live.values():
+            connected(connection)
+        self._connections.on_connected.append(connected)
+        self._connections.on_lost.append(lost)
+        try:
+            yield
+        finally:
+            self._connections.on_connected.remove(connected)
+            self._connections.on_lost.remove(lost)
+
+    async def _hear(self, connection: PeerConnection) -> None:
+        """Note where a peer sees us. Whoever dials us may be the same stranger many times over; whom we dial we chose."""
+        if not connection.dialled:
+            return
+        with suppress(ConnectionLost):
+            hello = await connection.wait_hello()
+            if connection.lost is not None:
+                return
+            before = self._observed.agreed()
+            self._observed.note(connection.peer_id, connection.remote_ip, hello.seen_at)
+            after = self._observed.agreed()
+            if self._alone or (after and after != before):
+                self._alone = False
+                self._moved(after)
+
+    def _moved(self, ips: tuple[IpAddress, ...]) -> None:
+        """We are seen somewhere else, or again after nobody saw us."""
+        self._seen_publicly = any(public_network(ip) for ip in ips) if ips else self._seen_publicly
+        here = {str(ip) for ip in ips}
+        gone = [address for address in self._finding.proven if address.host not in here]
+        if gone and ips and not self._fixed:
+            self._conclude(Finding())
+        else:
+            self._tell()
+        self.changed()
+
+    # What.
+
+    async def _check(self) -> None:
+        self._last_check = trio.current_time()
+        trials = []
+        ips = self._observed.agreed()
+        if any(public_network(ip) for ip in ips):
+            ips = tuple(ip for ip in ips if public_network(ip))
+        for ip in ips:
+            if ports := ports_for(ip, self._connections.listen_addresses):
+                trials.append((ports, await self._ask(ip, ports)))
+        found = find(self._finding, trials)
+        heard = any(answers for _, answers in trials)
+        self._unchanged = 0 if found.reach is not self.reach else self._unchanged + 1
+        self._conclude(found)
+        reach = self.reach if heard else Reach.UNKNOWN
+        self._due = trio.current_time() + next_check_s(reach, self._unchanged, self._random)
+
+    async def _ask(self, ip: IpAddress, ports: Sequence[int]) -> list[Dialled]:
+        """What two peers that see us at `ip` find there, or three where the first two are divided."""
+        answers: list[Dialled] = []
+        for judge in self._judges(ip)[:MAX_ASKED]:
+            if len(answers) > JUDGES or (len(answers) == JUDGES and agree(answers)):
+                break
+            try:
+                answer = await ask_to_be_dialled(judge, ports)
+            except PeerdError as error:
+                log.debug("%s did not dial us: %s", judge.peer_id, error)
+                continue
+            if answer.ip == ip:
+                answers.append(answer)
+        return answers
+
+    def _judges(self, ip: IpAddress) -> list[PeerConnection]:
+        """Whom to ask, in a random order, one of each network before the second of any."""
+        judges = [
+            connection
+            for connection in self._connections.live.values()
+            if connection.dialled
+            and connection.hello is not None
+            and connection.hello.seen_at == ip
+            and DIALBACK_PROTOCOL in connection.hello.protocols
+        ]
+        self._random.shuffle(judges)
+        seen: dict[str, int] = {}
+        rank = {}
+        for judge in judges:
+            network = (public_network(judge.remote_ip) if judge.remote_ip is not None else None) or str(judge.remote_ip)
+            rank[judge.peer_id] = seen[network] = seen.get(network, 0) + 1
+        return sorted(judges, key=lambda judge: rank[judge.peer_id])
+
+    # What of it.
+
+    def _conclude(self, found: Finding) -> None:
+        before, self._finding = self.reach, found
+        self._tell()
+        if before is not found.reach:
+            for observer in tuple(self.on_changed):
+                observer(found.reach)
+
+    def _tell(self) -> None:
+        """Announce what is true now, and log what an operator should know, once."""
+        self._announce(self.announced)
+        said = (self.reach, self._explain())
+        if said != self._told and said[1]:
+            self._told = said
+            log.log(logging.WARNING if self.reach is Reach.PRIVATE else logging.INFO, "%s", said[1])
+
+    def _explain(self) -> str:
+        finding = self._finding
+        if self._fixed:
+            return "announced as --announce says"
+        if finding.reach is Reach.PUBLIC:
+            return f"others can dial us at {', '.join(map(str, finding.proven))}"
+        if finding.reach is Reach.UNKNOWN:
+            return ""
+        tried = ", ".join(f"{address} ({outcome.replace('_', ' ')})" for address, outcome in finding.failed)
+        ports = " and ".join(dict.fromkeys(str(address.port) for address, _ in finding.failed))
+        return (
+            f"nobody can dial us at {tried}: forward TCP port {ports} on the router or open it in the firewall, or say"
+            " with --announce what reaches this machine; until then others reach us through relays only"
+        )

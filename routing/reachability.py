@@ -1,0 +1,121 @@
+"""Whether others can dial us, and what to announce because of it: the decisions.
+
+Knows what peers found when they dialled us back and what we listen on; asks nobody (`peerd.reachability` does).
+The difficulty is what to say while nobody knows. A swarm in one LAN or on one machine works with the addresses of
+its interfaces, so those are announced until somebody sees us at a public address that is not among them: from then
+on we stand behind a NAT, and are in nobody's table before a dial-back has shown that we can be dialled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from random import Random
+
+from peerd.protocol.addresses import Multiaddr, is_private_ip
+from peerd.protocol.dialback import MAX_PORTS, Dialled, IpAddress, Outcome, dial_address
+
+# Peers that dial us for one verdict, and one more where they do not agree.
+JUDGES = 2
+# Until the next look. A router that is set up now should not be noticed in an hour; one that has worked stays so, mostly.
+_FIRST_CHECK_S = {"unknown": 15.0, "private": 300.0, "public": 900.0}
+_LONGEST_CHECK_S = {"unknown": 240.0, "private": 3600.0, "public": 3600.0}
+_JITTER = 0.2
+
+
+class Reach(Enum):
+    """Who can dial us."""
+
+    UNKNOWN = "unknown"
+    """Nobody has tried."""
+    PUBLIC = "public"
+    """Whoever could try, could."""
+    PRIVATE = "private"
+    """Nobody: a NAT or firewall stands between. We can only dial."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What dial-backs showed. `proven`: where we were reached. `failed`: where we were not, and why not."""
+
+    reach: Reach = Reach.UNKNOWN
+    proven: tuple[Multiaddr, ...] = ()
+    failed: tuple[tuple[Multiaddr, Outcome], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """contacts: what the DHT's tables hold of us; none: we are its client. addresses: what our peer record says."""
+
+    contacts: tuple[Multiaddr, ...]
+    addresses: tuple[Multiaddr, ...]
+
+
+def ports_for(ip: IpAddress, listening: Iterable[Multiaddr]) -> tuple[int, ...]:
+    """On which ports somebody who sees us at `ip` may find us: those of its family, if they take what comes from there."""
+    ports = (
+        address.port
+        for address in listening
+        if address.ip is not None
+        and address.ip.version == ip.version
+        and (address.is_wildcard or address.is_loopback == ip.is_loopback)
+    )
+    return tuple(dict.fromkeys(ports))[:MAX_PORTS]
+
+
+def agree(answers: Sequence[Dialled]) -> bool:
+    """Whether judges that dialled the same ports found the same of each."""
+    return len({tuple(outcome == "reached" for outcome in answer.outcomes) for answer in answers}) <= 1
+
+
+def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Dialled]]]) -> Finding:
+    """What the answers to one round of questions show together; `trials`: ports, and what judges found at them.
+
+    Answers from public addresses outrank those from our own network. Where judges are divided, all stays as it was.
+    """
+    rounds = [(ports, answers) for ports, answers in trials if answers]
+    if any(not is_private_ip(answers[0].ip) for _, answers in rounds):
+        rounds = [(ports, answers) for ports, answers in rounds if not is_private_ip(answers[0].ip)]
+    proven: list[Multiaddr] = []
+    failed: list[tuple[Multiaddr, Outcome]] = []
+    divided = False
+    for ports, answers in rounds:
+        for index, port in enumerate(ports):
+            counts = Counter(answer.outcomes[index] for answer in answers)
+            reached, missed = counts["reached"], len(answers) - counts["reached"]
+            address = dial_address(answers[0].ip, port)
+            if reached > missed:
+                proven.append(address)
+            elif missed > reached:
+                del counts["reached"]
+                failed.append((address, counts.most_common(1)[0][0]))
+            else:
+                divided = True
+    if proven:
+        return Finding(Reach.PUBLIC, tuple(proven), tuple(failed))
+    if divided or not failed:
+        return before
+    return Finding(Reach.PRIVATE, (), tuple(failed))
+
+
+def announced(own: Sequence[Multiaddr], finding: Finding, *, seen_publicly: bool) -> Announced:
+    """What to announce. own: what we listen on, as our own network writes it. seen_publicly: our swarm is the internet."""
+    failed = {address for address, _ in finding.failed}
+    left = [address for address in own if address.with_peer(None) not in failed]
+    private = finding.reach is Reach.PRIVATE
+    if not seen_publicly:
+        return Announced(() if private else tuple(left), tuple(left))
+    # Neighbours in the same LAN need no way round; nobody else dials such addresses. Loopback helps none of them.
+    near = [address for address in left if address.is_private and not address.is_loopback]
+    if private:
+        return Announced((), tuple(near))
+    direct = dict.fromkeys((*finding.proven, *(address for address in left if not address.is_private)))
+    return Announced(tuple(direct), (*direct, *near))
+
+
+def next_check_s(reach: Reach, unchanged: int, random: Random) -> float:
+    """Seconds to the next round of questions; `unchanged`: how many have found the same."""
+    first, longest = _FIRST_CHECK_S[reach.value], _LONGEST_CHECK_S[reach.value]
+    return min(first * 2.0 ** min(unchanged, 10), longest) * random.uniform(1 - _JITTER, 1 + _JITTER)
