@@ -31,6 +31,7 @@ def describe(status: dict[str, Any]) -> str:
         f"peer      {status['peer_id']}",
         f"version   {status['version']}, up {_duration(status['uptime_s'])}",
         *(f"address   {address}" for address in status["addresses"]),
+        f"reach     {_reach(status['reachability'])}",
     ]
     for served in status["serving"]:
         used = served["total_tokens"] - served["free_tokens"]
@@ -67,6 +68,12 @@ async def _ask(path: Path) -> dict[str, Any]:
         raise Unresponsive(f"the daemon on {path} answered {head[:100]!r}")
     status: dict[str, Any] = json.loads(body)
     return status
+
+
+def _reach(reachability: dict[str, Any]) -> str:
+    seen_at = ", ".join(reachability["seen_at"])
+    words = [reachability["state"], f", seen at {seen_at}" if seen_at else ""]
+    return "".join(words) + (f": {reachability['why']}" if reachability["why"] else "")
 
 
 def _rtt(milliseconds: float | None) -> str:

@@ -11,7 +11,7 @@ import trio
 from peerd.connections import Connections, Stream
 from peerd.links import dialable
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
+from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Failure
 from peerd.protocol.records import MAX_RECORD_BYTES
@@ -55,7 +55,13 @@ class StreamTransport:
 
 
 async def answer_question(dht: Dht, stream: Stream) -> None:
-    """Answer the question that opens a stream of the DHT's protocol, and end the stream."""
+    """Answer the question that opens a stream of the DHT's protocol, and end the stream.
+
+    A client is asked nothing: whoever does heard of it before it was one, and drops it from its table for this.
+    """
+    if not dht.addresses:
+        stream.reset(UnsupportedFeature.code)
+        return
     with trio.move_on_after(ANSWER_DEADLINE_S):
         async with stream:
             question = await stream.receive(max_body=MAX_BODY_BYTES)

@@ -81,19 +81,28 @@ class Discovery:
         self._random = random
         self._addresses: tuple[Multiaddr, ...] = ()
         self._relays: tuple[Multiaddr, ...] = ()
+        self._moved = trio.Event()
         self._spans: Callable[[], Sequence[ServerRecord]] = tuple
         self._announcer = Announcer(identity, self.dht, self._state, self._announcements, clock)
 
     def __repr__(self) -> str:
         return f"<Discovery of {self.dht!r}>"
 
-    def reachable_at(self, addresses: Sequence[Multiaddr]) -> None:
-        """Say where others can dial us from now on. No addresses: a DHT client."""
-        self.dht.addresses = addresses
-        self._addresses = tuple(addresses)
+    def reachable_at(self, addresses: Sequence[Multiaddr], contacts: Sequence[Multiaddr] | None = None) -> None:
+        """Say where others can dial us from now on.
+
+        contacts: what of it everybody can dial, if not all; the DHT's tables hold that. None of it: a DHT client.
+        """
+        contacts = addresses if contacts is None else contacts
         # Strangers must not aim us at our own network; but a swarm that we joined in a private range lives there.
-        self._transport.ranges = (*self._bootstrap, *addresses)
-        self.changed()
+        self._transport.ranges = (*self._bootstrap, *contacts)
+        before = self.dht.addresses
+        self.dht.addresses = contacts
+        if self.dht.addresses != before:
+            self._moved.set()
+        if tuple(addresses) != self._addresses:
+            self._addresses = tuple(addresses)
+            self.changed()
 
     def relayed_by(self, relays: Sequence[Multiaddr]) -> None:
         """Say through which relays others reach us from now on: their addresses, each with the relay's PeerId."""
@@ -140,6 +149,7 @@ class Discovery:
                 nursery.start_soon(self._measure)
                 nursery.start_soon(self._join, contacts, joined)
                 await joined.wait()
+                nursery.start_soon(self._introduce)
                 nursery.start_soon(self._announcer.run)
                 await self._refresh()
 
@@ -186,6 +196,14 @@ class Discovery:
         # What we serve was announced to nobody but ourselves so far.
         self.changed()
 
+    async def _introduce(self) -> None:
+        """Let our neighbours in the DHT hear where we can be dialled now, or that we no longer can be."""
+        self._moved = trio.Event()
+        while True:
+            await self._moved.wait()
+            self._moved = trio.Event()
+            await self.dht.introduce()
+
     async def _refresh(self) -> None:
         while True:
             await trio.sleep(REFRESH_S)
@@ -210,15 +228,17 @@ async def open_discovery(
     random: Random,
     clock: SwarmClock,
     addresses: Sequence[Multiaddr] = (),
+    contacts: Sequence[Multiaddr] | None = None,
 ) -> AsyncIterator[Discovery]:
     """Join the swarm through `bootstrap` or the peers known before; leave it at the end, over the same connections.
 
-    Yields once somebody answered, or after 5 s, and goes on trying. addresses: see `Discovery.reachable_at`.
+    Yields once somebody answered, or after 5 s, and goes on trying. addresses, contacts: see
+    `Discovery.reachable_at`.
     state_dir: where the routing table and the last `seq` are kept; None for a peer that nobody will meet
     again. Raises ValueError for a bootstrap address without a PeerId.
     """
     discovery = Discovery(connections, identity, bootstrap, state_dir, random, clock)
-    discovery.reachable_at(addresses)
+    discovery.reachable_at(addresses, contacts)
     # Before anybody hears of us.
     connections.handlers[DHT_PROTOCOL] = discovery.answer
     try:

@@ -24,20 +24,24 @@ import trio
 from peerd.checkpoints import Checkpoints, fetch_head, fetch_span
 from peerd.compute.hub_settings import HubSettings
 from peerd.connections import Connections, open_connections
+from peerd.dialback import DialbackAnswerer
 from peerd.discovery import Discovery, open_discovery
 from peerd.nurseries import open_tasks
 from peerd.places import Place, Places
 from peerd.protocol.adapters import name_of
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import MAX_LENGTH
 from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.protocol.span import Span
+from peerd.reachability import Reachability
 from peerd.reachable import dialable_forms
 from peerd.relay import Relay
 from peerd.reservations import Reservations, open_reservations
 from peerd.routing.clock import SwarmClock
+from peerd.routing.reachability import Announced
 from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
@@ -60,13 +64,14 @@ ANNOUNCE_WAIT_S = 2.0
 
 
 class Peer:
-    """One peer, made by `open_peer`. `connections`, `discovery` and `server` are its parts."""
+    """One peer, made by `open_peer`. `connections`, `discovery`, `reachability` and `server` are its parts."""
 
     def __init__(
         self,
         identity: Identity,
         connections: Connections,
         discovery: Discovery,
+        reachability: Reachability,
         server: Server | None,
         checkpoints: Checkpoints,
         tasks: trio.Nursery,
@@ -75,6 +80,7 @@ class Peer:
         self.identity = identity
         self.connections = connections
         self.discovery = discovery
+        self.reachability = reachability
         self.server = server
         #: What we do for peers that nobody can dial, and what others do for us; None where we do not, or need it not.
         self.relay: Relay | None = None
@@ -103,6 +109,11 @@ class Peer:
     def served(self) -> tuple[ServedSpan, ...]:
         """The spans that we serve."""
         return self.server.spans if self.server is not None else ()
+
+    def want_relays(self) -> None:
+        """Hold reservations as long as others cannot dial us, and give them back when they can."""
+        if self.reservations is not None:
+            self.reservations.wanted = self.reachability.wants_relays
 
     async def drain(self, timeout_s: float) -> None:
         """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
@@ -274,12 +285,13 @@ async def open_peer(
     Raises OSError where an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
     """
     identity = identity or Identity.generate()
+    transport = transport or WebSocketTransport()
     clock = SwarmClock(now)
     async with open_tasks() as tasks:
         server = await _start_server(tasks, clock) if serve else None
         async with open_connections(
             identity,
-            transport=transport or WebSocketTransport(),
+            transport=transport,
             listen=_parsed(listen),
             handlers=server.handlers if server else {},
             swarm_key=swarm_key,
@@ -290,7 +302,19 @@ async def open_peer(
             relaying = Relay(identity.peer_id, relay) if relay else None
             if relaying is not None:
                 connections.handlers[RELAY_PROTOCOL] = relaying.answer
-            connections.announced = _parsed(announce) or dialable_forms(connections.listen_addresses)
+            reachability = Reachability(
+                connections,
+                _parsed(announce) or dialable_forms(connections.listen_addresses),
+                fixed=bool(announce),
+                bootstrap=_parsed(bootstrap),
+                random=Random(os.urandom(16)),
+                now=now,
+            )
+            first = reachability.announced
+            connections.announced = first.addresses
+            if connections.listen_addresses:
+                answerer = DialbackAnswerer(transport, lambda: connections.announced, swarm_key)
+                connections.handlers[DIALBACK_PROTOCOL] = answerer.answer
             async with open_discovery(
                 connections,
                 identity,
@@ -298,13 +322,19 @@ async def open_peer(
                 state_dir=state_dir,
                 random=Random(os.urandom(16)),
                 clock=clock,
-                addresses=connections.announced,
+                addresses=first.addresses,
+                contacts=first.contacts,
             ) as discovery:
+
+                def announce_now(where: Announced) -> None:
+                    connections.announced = where.addresses
+                    discovery.reachable_at(where.addresses, where.contacts)
+
                 # Nobody's blocks are nearer than our own.
                 discovery.links.measured(identity.peer_id, 0.0)
                 async with open_tasks() as moving, AsyncExitStack() as stack:
                     checkpoints = Checkpoints(hub or HubSettings())
-                    peer = Peer(identity, connections, discovery, server, checkpoints, moving, rules)
+                    peer = Peer(identity, connections, discovery, reachability, server, checkpoints, moving, rules)
                     peer.relay = relaying
                     if server and may_be_relayed:
                         # Whoever serves nothing need not be reached.
@@ -313,9 +343,11 @@ async def open_peer(
                             discovery.contacts,
                             discovery.relayed_by,
                             Random(os.urandom(16)),
-                            wanted=not connections.announced,
+                            wanted=reachability.wants_relays,
                         )
                         peer.reservations = await stack.enter_async_context(keeping)
+                        reachability.on_changed.append(peer.want_relays)
+                    moving.start_soon(reachability.run, announce_now)
                     if server:
                         server.attach(connections)
                     for spec in serve:

@@ -56,27 +56,25 @@ class Here:
 
 
 class Reachability:
-    """Whether others can dial us. `run` it; `reach` says, `on_changed` is called, without waiting, with each change.
+    """Whether others can dial us. `run` it; `reach` and `wants_relays` say, `on_changed` is called when they change.
 
-    own: what we listen on, as our own network writes it. fixed: an operator has said what to announce; that stands.
-    announce: called with what to announce from now on. now: unix seconds, whose jumps betray that we slept.
+    own: what we listen on, as our own network writes it; with `fixed`, what an operator wants announced, which stands.
+    bootstrap: whom we join through. now: unix seconds, whose jumps betray that we slept.
     """
 
     def __init__(
         self,
         connections: Connections,
         own: Sequence[Multiaddr],
-        announce: Callable[[Announced], None],
         *,
         fixed: bool,
         bootstrap: Sequence[Multiaddr],
         random: Random,
         now: Callable[[], float],
     ) -> None:
-        self.on_changed: list[Callable[[Reach], None]] = []
+        self.on_changed: list[Callable[[], None]] = []
         self._connections = connections
         self._own = tuple(own)
-        self._announce = announce
         self._fixed = fixed
         # Whoever is asked at a public address sees us at one, or at least not where our LAN would.
         self._seen_publicly = any(address.ip is not None and not address.is_private for address in bootstrap)
@@ -84,9 +82,12 @@ class Reachability:
         self._now = now
         self._observed = ObservedIps()
         self._finding = Finding(Reach.PUBLIC) if fixed else Finding()
-        self._told: tuple[Reach, str] | None = None
+        self._announce: Callable[[Announced], None] = _nobody
+        self._state = (self.reach, self.wants_relays)
+        self._told = ""
         self._due = trio.current_time() + next_check_s(Reach.UNKNOWN, 0, random)
         self._last_check = -MIN_GAP_S
+        self._checks = 0
         self._unchanged = 0
         self._alone = False
         self._waiting = trio.CancelScope()
@@ -113,16 +114,22 @@ class Reachability:
 
     @property
     def wants_relays(self) -> bool:
-        """Whether somebody has to pass on to us what others cannot send here."""
-        return bool(self._connections.listen_addresses) and self.reach is Reach.PRIVATE
+        """Whether somebody has to pass on to us what others cannot send here, or may have to: nobody has tried."""
+        if self._fixed:
+            return False
+        if not self._connections.listen_addresses:
+            return True
+        untried = self.reach is Reach.UNKNOWN and self._checks > 0
+        return self.reach is Reach.PRIVATE or (untried and not self.announced.contacts)
 
     def changed(self) -> None:
         """Our network may be another one than before: look again soon."""
         self._unchanged = 0
         self._look_within(SETTLE_S)
 
-    async def run(self) -> None:
-        """Ask and announce, until cancelled. Without an address that we listen on there is nothing to ask."""
+    async def run(self, announce: Callable[[Announced], None]) -> None:
+        """Ask, and call `announce` with what is true from then on, until cancelled. Clients ask nobody."""
+        self._announce = announce
         async with trio.open_nursery() as nursery:
             with self._hearing(nursery):
                 if self._fixed or not self._connections.listen_addresses:
@@ -174,7 +181,7 @@ class Reachability:
             self._connections.on_lost.remove(lost)
 
     async def _hear(self, connection: PeerConnection) -> None:
-        """Note where a peer sees us. Whoever dials us may be the same stranger many times over; whom we dial we chose."""
+        """Note where a peer sees us. A stranger may dial us many times over; whom we dial we chose."""
         if not connection.dialled:
             return
         with suppress(ConnectionLost):
@@ -210,8 +217,12 @@ class Reachability:
         for ip in ips:
             if ports := ports_for(ip, self._connections.listen_addresses):
                 trials.append((ports, await self._ask(ip, ports)))
-        found = find(self._finding, trials)
+        if ips and not trials and all(address.is_loopback for address in self._connections.listen_addresses):
+            found = Finding(Reach.PRIVATE)
+        else:
+            found = find(self._finding, trials)
         heard = any(answers for _, answers in trials)
+        self._checks += bool(trials)
         self._unchanged = 0 if found.reach is not self.reach else self._unchanged + 1
         self._conclude(found)
         reach = self.reach if heard else Reach.UNKNOWN
@@ -253,19 +264,23 @@ class Reachability:
     # What of it.
 
     def _conclude(self, found: Finding) -> None:
-        before, self._finding = self.reach, found
+        self._finding = found
         self._tell()
-        if before is not found.reach:
-            for observer in tuple(self.on_changed):
-                observer(found.reach)
 
     def _tell(self) -> None:
         """Announce what is true now, and log what an operator should know, once."""
         self._announce(self.announced)
-        said = (self.reach, self._explain())
-        if said != self._told and said[1]:
+        state = (self.reach, self.wants_relays)
+        if state != self._state:
+            self._state = state
+            for observer in tuple(self.on_changed):
+                observer()
+        said = self._explain()
+        if said and said != self._told:
             self._told = said
-            log.log(logging.WARNING if self.reach is Reach.PRIVATE else logging.INFO, "%s", said[1])
+            quiet = all(address.is_loopback for address in self._finding.proven)
+            level = logging.WARNING if self.reach is Reach.PRIVATE else logging.DEBUG if quiet else logging.INFO
+            log.log(level, "%s", said)
 
     def _explain(self) -> str:
         finding = self._finding
@@ -275,9 +290,21 @@ class Reachability:
             return f"others can dial us at {', '.join(map(str, finding.proven))}"
         if finding.reach is Reach.UNKNOWN:
             return ""
+        if not finding.failed:
+            return "nobody can dial us: we listen on loopback only; say --listen /ip4/0.0.0.0/tcp/PORT/ws"
         tried = ", ".join(f"{address} ({outcome.replace('_', ' ')})" for address, outcome in finding.failed)
         ports = " and ".join(dict.fromkeys(str(address.port) for address, _ in finding.failed))
         return (
             f"nobody can dial us at {tried}: forward TCP port {ports} on the router or open it in the firewall, or say"
-            " with --announce what reaches this machine; until then others reach us through relays only"
+            f" with --announce what reaches this machine; {self._other_way}"
         )
+
+    @property
+    def _other_way(self) -> str:
+        if self._connections.may_be_relayed:
+            return "until then we can be reached through relays only"
+        return "until then we cannot be reached at all, for we may not be relayed"
+
+
+def _nobody(_announced: Announced) -> None:
+    pass

@@ -1,4 +1,4 @@
-"""A network in memory: hosts, delays, slow lines, partitions and crashes, for tests of whole swarms.
+"""A network in memory: hosts, delays, slow lines, NATs, partitions and crashes, for tests of whole swarms.
 
 Implements `Transport`, so that everything above it is the real thing. Under Trio's MockClock it is
 deterministic and takes no time. The difficulty is to fail as a real network does: a partition says
@@ -38,6 +38,8 @@ class MemoryNetwork:
         self._partitions: set[frozenset[str]] = set()
         self._channels: set[MemoryChannel] = set()
         self._listeners: dict[tuple[str, int], tuple[trio.Nursery, Handler]] = {}
+        self._nats: dict[str, str] = {}
+        self._forwards: dict[tuple[str, int], tuple[str, int]] = {}
         self._next_port = _FIRST_PORT
 
     def __repr__(self) -> str:
@@ -73,6 +75,14 @@ class MemoryNetwork:
         for key in [key for key in self._listeners if key[0] == host]:
             del self._listeners[key]
 
+    def put_behind_nat(self, host: str, outside: str) -> None:
+        """From now on others see the host at `outside`; only hosts behind the same address can dial it."""
+        self._nats[host] = outside
+
+    def forward(self, outside: str, port: int, host: str) -> None:
+        """Let what is dialled at a NAT's port through to the same port of a host behind it."""
+        self._forwards[outside, port] = (host, port)
+
     def latency(self, one: str, other: str) -> float:
         """Seconds that a message takes one way."""
         return self._latencies.get(frozenset((one, other)), self.latency_s)
@@ -95,13 +105,27 @@ class MemoryNetwork:
         if self._listeners.get((host, port), (None,))[0] is nursery:
             del self._listeners[host, port]
 
+    def swallows(self, host: str, remote_host: str, port: int) -> bool:
+        """Whether a NAT drops what is dialled there, without a word."""
+        inside = self._nats.get(remote_host)
+        if inside is not None and inside != self._nats.get(host):
+            return True
+        return remote_host in self._nats.values() and (remote_host, port) not in self._forwards
+
     def connect(self, host: str, remote_host: str, port: int) -> MemoryChannel:
         """A channel to whoever listens there. Raises ConnectFailed."""
+        seen_at = self._nats.get(host, host)
+        if self._nats.get(remote_host) == seen_at:
+            seen_at = host
+        dialled = ip_address(remote_host)
+        remote_host, port = self._forwards.get((remote_host, port), (remote_host, port))
         if (remote_host, port) not in self._listeners:
-            raise ConnectFailed(f"{remote_host}:{port} refused the connection")
+            refusal = ConnectionRefusedError(f"{remote_host}:{port} refused the connection")
+            raise ConnectFailed(str(refusal)) from refusal
         nursery, handler = self._listeners[remote_host, port]
         here, there = MemoryChannel(self, host, remote_host), MemoryChannel(self, remote_host, host)
         here.other, there.other = there, here
+        here.remote_ip, there.remote_ip = dialled, ip_address(seen_at)
         self._channels |= {here, there}
         nursery.start_soon(_serve, handler, there)
         return here
@@ -129,6 +153,8 @@ class MemoryTransport:
         await trio.sleep(2 * self._network.latency(self.host, address.host))
         if self._network.parted(self.host, address.host):
             await trio.sleep_forever()
+        if self._network.swallows(self.host, address.host, address.port):
+            await trio.sleep_forever()
         return self._network.connect(self.host, address.host, address.port)
 
     async def listen(self, address: Multiaddr, handler: Handler, *, task_status: trio.TaskStatus[Multiaddr]) -> None:
@@ -151,6 +177,7 @@ class MemoryChannel:
         self._network = network
         self.host = host
         self.remote_host = remote_host
+        self.remote_ip: IPv4Address | IPv6Address | None = ip_address(remote_host)
         self._inbox: deque[tuple[float, bytes]] = deque()
         self._inbox_bytes = 0
         self._moved = trio.lowlevel.ParkingLot()
@@ -160,10 +187,6 @@ class MemoryChannel:
 
     def __repr__(self) -> str:
         return f"<MemoryChannel {self.host} -> {self.remote_host} waiting={len(self._inbox)}>"
-
-    @property
-    def remote_ip(self) -> IPv4Address | IPv6Address | None:
-        return ip_address(self.remote_host)
 
     async def send(self, message: bytes) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -165,7 +165,7 @@ def public_network(ip: IPv4Address | IPv6Address | None) -> str | None:
 
 
 def canonical_ip(text: str) -> IPv4Address | IPv6Address:
-    """An IP address as a peer wrote it; one that maps IPv4 into IPv6 is the IPv4 address. ValueError for another text."""
+    """An IP address as a peer wrote it, one that maps IPv4 into IPv6 as IPv4. Raises ValueError for any other text."""
     ip = ipaddress.ip_address(text)
     if isinstance(ip, IPv4Address):
         return ip

@@ -93,6 +93,22 @@ class Dht:
         self._seeds = [PeerNode(contact) for contact in contacts if contact.peer_id != self._own.contact.peer_id]
         return await self._join()
 
+    async def introduce(self) -> None:
+        """Ask those around us, and all whom we know, who thereby hear our addresses: after those have changed."""
+        known = list(self._table)
+        nodes, _ = await self._look_up(Node(self._own.id), self._protocol.call_find_node)
+        asked = {node.id for node in nodes}
+        limit = trio.CapacityLimiter(ALPHA)
+
+        async def ping(node: PeerNode) -> None:
+            async with limit:
+                await self._protocol.call_ping(node)
+
+        async with trio.open_nursery() as nursery:
+            for node in known:
+                if node.id not in asked:
+                    nursery.start_soon(ping, node)
+
     async def refresh(self) -> None:
         """Ping who is in doubt, look around where nothing was looked up for an hour, join again if alone."""
         async with trio.open_nursery() as nursery:

@@ -19,7 +19,7 @@ from peerd.protocol.dialback import MAX_PORTS, Dialled, IpAddress, Outcome, dial
 
 # Peers that dial us for one verdict, and one more where they do not agree.
 JUDGES = 2
-# Until the next look. A router that is set up now should not be noticed in an hour; one that has worked stays so, mostly.
+# Until the next look. That a port was forwarded should be noticed in minutes; one that works goes on working, mostly.
 _FIRST_CHECK_S = {"unknown": 15.0, "private": 300.0, "public": 900.0}
 _LONGEST_CHECK_S = {"unknown": 240.0, "private": 3600.0, "public": 3600.0}
 _JITTER = 0.2
@@ -54,7 +54,7 @@ class Announced:
 
 
 def ports_for(ip: IpAddress, listening: Iterable[Multiaddr]) -> tuple[int, ...]:
-    """On which ports somebody who sees us at `ip` may find us: those of its family, if they take what comes from there."""
+    """On which ports somebody who sees us at `ip` may find us: of its family, and not for this machine alone."""
     ports = (
         address.port
         for address in listening
@@ -101,7 +101,7 @@ def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Diall
 
 
 def announced(own: Sequence[Multiaddr], finding: Finding, *, seen_publicly: bool) -> Announced:
-    """What to announce. own: what we listen on, as our own network writes it. seen_publicly: our swarm is the internet."""
+    """What to announce. own: what we listen on, as our network writes it. seen_publicly: our swarm is the internet."""
     failed = {address for address, _ in finding.failed}
     left = [address for address in own if address.with_peer(None) not in failed]
     private = finding.reach is Reach.PRIVATE

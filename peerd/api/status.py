@@ -49,6 +49,7 @@ class Status:
             "version": __version__,
             "peer_id": str(peer.peer_id),
             "addresses": [str(address) for address in peer.addresses],
+            "reachability": _reachability(peer),
             "uptime_s": round(time.monotonic() - self._started, 1),
             "peers": [
                 {"peer_id": str(peer_id), "rtt_ms": _milliseconds(connection.rtt_s)}
@@ -83,6 +84,11 @@ class Status:
     async def _offers(self, model: RemoteModel) -> list[Offer]:
         facts = model.facts
         return await self._peer.discovery.directory.servers(facts.digest, facts.block_count, max_age_s=_MAX_AGE_S)
+
+
+def _reachability(peer: Peer) -> dict[str, Any]:
+    here = peer.reachability.here
+    return {"state": here.reach.value, "seen_at": [str(ip) for ip in here.observed], "why": here.why}
 
 
 def _coverage(model: RemoteModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:

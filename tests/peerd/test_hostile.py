@@ -47,7 +47,14 @@ async def attacked(open_swarm, whole_forward):
     async with open_swarm() as swarm:
         host = await swarm.serve(BLOCKS.start, BLOCKS.end, kv_tokens=8192)
         store = RecordStore(now)
-        dht = Dht(host.peer_id, StreamTransport(host.connections), store, now=now, random=Random(1))
+        dht = Dht(
+            host.peer_id,
+            StreamTransport(host.connections),
+            store,
+            now=now,
+            random=Random(1),
+            addresses=host.connections.listen_addresses,
+        )
         host.connections.handlers[DHT_PROTOCOL] = partial(answer_question, dht)
         client = await swarm.client()
         session = await client.session(BLOCKS, max_length=1024, patience=Patience(missing_s=0))

@@ -9,6 +9,7 @@ import socket
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,8 @@ from peerd.protocol.messages import Step
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
+from peerd.reachability import Here
+from peerd.routing.reachability import Reach
 
 pytestmark = pytest.mark.real_time
 
@@ -48,6 +51,7 @@ async def open_daemon_of(model, swarm, folder):
         server=None,
         connections=SimpleNamespace(live={}),
         discovery=SimpleNamespace(directory=_Directory(swarm)),
+        reachability=SimpleNamespace(here=Here(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
     )
     endpoint = Endpoint(folder / "p.sock", "127.0.0.1", 0, TOKEN)
     async with open_local_api(client, {"bytes": model}, endpoint) as api:
@@ -205,7 +209,8 @@ async def test_status_is_shown_to_people_and_programs(open_daemon, capsys):
     said = capsys.readouterr().out
     assert "bytes: incomplete" in said
     assert "3:6 by nobody" in said
-    assert describe(status)
+    assert status["reachability"] == {"state": "private", "seen_at": ["6.6.6.6"], "why": "nobody can dial us"}
+    assert "reach     private, seen at 6.6.6.6: nobody can dial us" in said
 
 
 @asynccontextmanager

@@ -1,0 +1,533 @@
+"""Whether others can reach us, found out by real peers on a network in memory, with NATs and people who lie."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+
+from peerd.connections import Connections, Stream
+from peerd.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
+from peerd.peer import Peer, open_peer
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
+from peerd.protocol.errors import Overloaded, RemoteProtocolError, StreamReset, UnsupportedFeature
+from peerd.protocol.identity import Identity
+from peerd.protocol.messages import Failure
+from peerd.protocol.records import PeerRecord, ServerRecord
+from peerd.protocol.span import Span
+from peerd.reachability import SETTLE_S
+from peerd.routing.reachability import Reach
+from peerd.testing import MemoryNetwork, MemoryTransport
+from peerd.transport import MessageChannel
+
+EPOCH = 1_800_000_000.0
+PORT = 31330
+# Peers on the internet, each in a network of its own; a router, and two machines behind it.
+PUBLIC = ("5.1.1.1", "5.2.2.2", "5.3.3.3", "5.4.4.4", "5.5.5.5")
+ROUTER = "6.6.6.6"
+HOME, NEIGHBOUR = "192.168.1.2", "192.168.1.3"
+
+
+@dataclass
+class NotingTransport:
+    """Notes who dials what."""
+
+    transport: MemoryTransport
+    dialled: list[tuple[str, str]]
+
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
+        self.dialled.append((self.transport.host, f"{address.host}:{address.port}"))
+        return await self.transport.dial(address, tasks)
+
+    async def listen(
+        self,
+        address: Multiaddr,
+        handler: Callable[[MessageChannel], object],
+        *,
+        task_status: trio.TaskStatus[Multiaddr],
+    ) -> None:
+        await self.transport.listen(address, handler, task_status=task_status)  # type: ignore[arg-type]
+
+
+@dataclass
+class World:
+    """Opens peers; those of `bootstrap` are whom everybody joins through."""
+
+    stack: AsyncExitStack
+    network: MemoryNetwork = field(default_factory=lambda: MemoryNetwork(latency_s=0.01))
+    bootstrap: tuple[Multiaddr, ...] = ()
+    dialled: list[tuple[str, str]] = field(default_factory=list)
+    ahead_s: float = 0.0
+
+    def transport(self, host: str) -> NotingTransport:
+        return NotingTransport(self.network.transport(host), self.dialled)
+
+    async def open(self, host: str, *, listen: Sequence[str] | None = None, **options: object) -> Peer:
+        at = [f"/ip4/{host}/tcp/{PORT}/ws"] if listen is None else listen
+        opening = open_peer(
+            Identity.from_seed(host.encode().ljust(32)),
+            listen=at,
+            bootstrap=self.bootstrap,
+            transport=self.transport(host),
+            now=lambda: EPOCH + trio.current_time() + self.ahead_s,
+            **options,  # type: ignore[arg-type]
+        )
+        return await self.stack.enter_async_context(opening)
+
+    async def internet(self, count: int) -> list[Peer]:
+        """Public peers, who join through the first."""
+        peers = [await self.open(PUBLIC[0])]
+        self.bootstrap = peers[0].addresses
+        peers += [await self.open(host) for host in PUBLIC[1:count]]
+        self.bootstrap = tuple(address for peer in peers for address in peer.addresses)
+        return peers
+
+    async def at_home(self, host: str = HOME, **options: object) -> Peer:
+        self.network.put_behind_nat(host, ROUTER)
+        return await self.open(host, **options)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def world() -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        yield World(stack)
+
+
+async def until(condition: Callable[[], object], within_s: float = 300) -> None:
+    with trio.fail_after(within_s):
+        while not condition():
+            await trio.sleep(0.1)
+
+
+def reach(peer: Peer, expected: Reach) -> Callable[[], bool]:
+    return lambda: peer.reachability.reach is expected
+
+
+def hosts(addresses: Sequence[Multiaddr]) -> list[str]:
+    return [address.host for address in addresses]
+
+
+# What is found.
+
+
+async def test_a_peer_behind_a_nat_finds_out_and_is_in_nobodys_table() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+        peer = await net.at_home()
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        assert peer.reachability.wants_relays
+        assert peer.discovery.dht.addresses == ()
+        # Its neighbours may dial it; nobody else is told anything.
+        assert hosts(peer.addresses) == [HOME]
+        await trio.sleep(200)
+        for other in internet:
+            assert peer.peer_id not in {contact.peer_id for contact in other.discovery.dht.contacts}
+        assert peer.discovery.dht.contacts
+
+
+async def test_a_peer_behind_a_forwarded_port_announces_where_it_is_seen() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+        net.network.forward(ROUTER, PORT, HOME)
+        peer = await net.at_home()
+        await until(reach(peer, Reach.PUBLIC), within_s=15)
+        assert not peer.reachability.wants_relays
+        assert [str(address) for address in peer.discovery.dht.addresses] == [f"/ip4/{ROUTER}/tcp/{PORT}/ws"]
+        assert hosts(peer.addresses) == [ROUTER, HOME]
+        await until(
+            lambda: all(
+                any(c.peer_id == peer.peer_id and hosts(c.addresses) == [ROUTER] for c in other.discovery.dht.contacts)
+                for other in internet
+            )
+        )
+        stranger = await net.open("5.9.9.9", listen=[])
+        await stranger.connections.connect(peer.peer_id, peer.addresses[:1])
+
+
+async def test_a_public_peer_is_reached_at_its_own_address() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+        await until(reach(internet[2], Reach.PUBLIC), within_s=15)
+        assert hosts(internet[2].addresses) == [PUBLIC[2]]
+        # Whom nobody could ask about goes on as before.
+        assert internet[0].reachability.reach is Reach.UNKNOWN
+        assert hosts(internet[0].discovery.dht.addresses) == [PUBLIC[0]]
+
+
+async def test_a_firewalled_address_is_announced_no_more() -> None:
+    async with world() as net:
+        await net.internet(2)
+        net.network.put_behind_nat("6.6.6.7", "6.6.6.7")
+        peer = await net.open("6.6.6.7")
+        assert hosts(peer.discovery.dht.addresses) == ["6.6.6.7"]
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        assert peer.discovery.dht.addresses == ()
+        assert peer.addresses == ()
+
+
+@pytest.mark.parametrize("network", ["10.0.0", "127.0.0"])
+async def test_a_swarm_in_a_private_range_stays_as_it_was(network: str) -> None:
+    async with world() as net:
+        first = await net.open(f"{network}.1")
+        net.bootstrap = first.addresses
+        second = await net.open(f"{network}.2")
+        assert hosts(second.discovery.dht.addresses) == [f"{network}.2"]
+        await until(reach(second, Reach.PUBLIC), within_s=15)
+        assert hosts(second.discovery.dht.addresses) == [f"{network}.2"]
+        assert hosts(second.addresses) == [f"{network}.2"]
+
+
+async def test_what_the_operator_announces_is_not_doubted() -> None:
+    async with world() as net:
+        await net.internet(2)
+        peer = await net.at_home(announce=["/dns4/peer.example.org/tcp/443/wss"])
+        await trio.sleep(100)
+        assert peer.reachability.reach is Reach.PUBLIC
+        assert hosts(peer.addresses) == hosts(peer.discovery.dht.addresses) == ["peer.example.org"]
+        assert not [one for one in net.dialled if one[1].startswith(ROUTER)]
+
+
+async def test_a_client_that_listens_nowhere_asks_nobody() -> None:
+    async with world() as net:
+        await net.internet(2)
+        client = await net.open("5.9.9.9", listen=[])
+        await trio.sleep(100)
+        assert client.reachability.reach is Reach.UNKNOWN
+        assert not [one for one in net.dialled if one[1].startswith("5.9.9.9")]
+
+
+async def test_who_listens_on_loopback_only_hears_that_nobody_can_dial_it() -> None:
+    async with world() as net:
+        await net.internet(2)
+        peer = await net.at_home(listen=[f"/ip4/127.0.0.1/tcp/{PORT}/ws"])
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        assert "loopback only" in peer.reachability.here.why
+        assert peer.addresses == ()
+
+
+async def test_before_anybody_tried_a_peer_behind_a_nat_is_a_client() -> None:
+    async with world() as net:
+        first = await net.open(PUBLIC[0])
+        del first.connections.handlers[DIALBACK_PROTOCOL]
+        net.bootstrap = first.addresses
+        peer = await net.at_home()
+        await trio.sleep(60)
+        assert peer.reachability.reach is Reach.UNKNOWN
+        assert peer.discovery.dht.addresses == ()
+        # Nobody can tell; others should reach it meanwhile.
+        assert peer.reachability.wants_relays
+
+
+async def test_neighbours_behind_one_nat_still_reach_each_other() -> None:
+    async with world() as net:
+        await net.internet(2)
+        one, other = await net.at_home(), await net.at_home(NEIGHBOUR)
+        for peer in (one, other):
+            await until(reach(peer, Reach.PRIVATE), within_s=200)
+        await other.connections.connect(one.peer_id, one.addresses)
+
+
+async def test_a_private_peers_record_names_no_address_that_is_no_use() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+        peer = await net.at_home()
+        peer.discovery.serve(lambda: [_server_record()])
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        await trio.sleep(10)
+        record = await internet[1].discovery.directory.peer_record(peer.peer_id)
+        assert record is not None
+        body = PeerRecord.from_payload(record.payload)
+        assert body.addresses == (f"/ip4/{HOME}/tcp/{PORT}/ws",)
+
+
+def _server_record() -> ServerRecord:
+    return ServerRecord(
+        seq=0,
+        expires=0.0,
+        model=bytes(32),
+        span=Span(0, 4),
+        state="online",
+        dtype="float32",
+        quantization="none",
+        codecs=("exact",),
+        throughput=1.0,
+        free_tokens=1,
+        max_length=1,
+    )
+
+
+# Change.
+
+
+async def test_a_port_that_is_forwarded_later_is_noticed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "peerd.reachability")
+    async with world() as net:
+        await net.internet(3)
+        peer = await net.at_home()
+        heard: list[Reach] = []
+        peer.reachability.on_changed.append(lambda: heard.append(peer.reachability.reach))
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        await trio.sleep(500)
+        net.network.forward(ROUTER, PORT, HOME)
+        await until(reach(peer, Reach.PUBLIC), within_s=1500)
+        assert heard[-2:] == [Reach.PRIVATE, Reach.PUBLIC]
+    said = [record.getMessage() for record in caplog.records if HOME in record.getMessage() or ROUTER in record.message]
+    assert len(said) == 2, said
+    assert f"forward TCP port {PORT}" in said[0]
+    assert "--announce" in said[0]
+    assert "others can dial us" in said[1]
+
+
+async def test_another_address_makes_all_that_was_proven_void_until_it_is_proven_anew() -> None:
+    async with world() as net:
+        await net.internet(3)
+        net.network.forward(ROUTER, PORT, HOME)
+        peer = await net.at_home()
+        peer.discovery.serve(lambda: [_server_record()])
+        await until(reach(peer, Reach.PUBLIC), within_s=15)
+        # The provider gives the router another address; nothing is forwarded there.
+        net.network.put_behind_nat(HOME, "7.7.7.7")
+        for host in PUBLIC:
+            net.network.disconnect(HOME, host)
+        await until(lambda: ROUTER not in hosts(peer.addresses), within_s=200)
+        await until(reach(peer, Reach.PRIVATE), within_s=200)
+        assert peer.discovery.dht.addresses == ()
+
+
+async def test_a_clock_that_jumped_makes_a_peer_look_again() -> None:
+    async with world() as net:
+        await net.internet(3)
+        peer = await net.at_home()
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        await trio.sleep(PAUSE_S)
+        net.network.forward(ROUTER, PORT, HOME)
+        await trio.sleep(20)
+        assert peer.reachability.reach is Reach.PRIVATE
+        # Time goes on while we sleep.
+        net.ahead_s = 3600.0
+        await until(reach(peer, Reach.PUBLIC), within_s=20)
+
+
+async def test_who_was_cut_off_looks_again_when_it_is_back() -> None:
+    async with world() as net:
+        await net.internet(3)
+        peer = await net.at_home()
+        peer.discovery.serve(lambda: [_server_record()])
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        await trio.sleep(PAUSE_S)
+        net.network.forward(ROUTER, PORT, HOME)
+        for connection in tuple(peer.connections.live.values()):
+            connection.close()
+        await trio.sleep(SETTLE_S)
+        await until(reach(peer, Reach.PUBLIC), within_s=100)
+
+
+async def test_questions_become_seldom_while_nothing_changes() -> None:
+    async with world() as net:
+        await net.internet(3)
+        peer = await net.at_home()
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        before = len(net.dialled)
+        await trio.sleep(1800)
+        # Two judges, three times.
+        tried = [one for one in net.dialled[before:] if one[1] == f"{ROUTER}:{PORT}"]
+        assert 2 <= len(tried) <= 8
+
+
+# Liars, and those who would use us.
+
+
+async def test_one_judge_among_three_who_lies_changes_nothing() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+
+        async def lie(stream: Stream) -> None:
+            async with stream:
+                asked = DialMe.from_header((await stream.receive()).header)
+                ip = stream.connection.remote_ip
+                assert ip is not None
+                await stream.send(Dialled(ip, ("reached",) * len(asked.ports)).to_header())
+
+        internet[1].connections.handlers[DIALBACK_PROTOCOL] = lie
+        peer = await net.at_home()
+        await until(reach(peer, Reach.PRIVATE), within_s=60)
+
+
+async def test_a_stranger_who_dials_us_is_not_believed_where_it_sees_us() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+        peer = internet[2]
+        await until(reach(peer, Reach.PUBLIC), within_s=15)
+        net.network.put_behind_nat("8.8.4.4", "8.8.4.4")
+        stranger = await net.open("8.8.8.8", listen=[])
+        connection = await stranger.connections.connect(peer.peer_id, peer.addresses)
+        assert not peer.connections.live[stranger.peer_id].dialled
+        await connection.wait_hello()
+        await trio.sleep(100)
+        assert [str(ip) for ip in peer.reachability.here.observed] == [PUBLIC[2]]
+
+
+async def _ask(stranger: Connections, peer: Peer, header: dict[str, object]) -> Dialled:
+    async with await stranger.open_stream(peer.peer_id, DIALBACK_PROTOCOL, addresses=peer.addresses) as stream:
+        await stream.send(header)
+        answer = (await stream.receive()).header
+    if answer["type"] == Failure.TYPE:
+        raise Failure.from_header(answer).error
+    return Dialled.from_header(answer)
+
+
+async def test_only_the_askers_own_address_is_dialled_whatever_it_asks() -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+        victim = await net.open("5.8.8.8")
+        stranger = await net.open("5.9.9.9", listen=[])
+        net.dialled.clear()
+        question = DialMe((PORT, 22)).to_header() | {"ip": "5.8.8.8", "addresses": [str(victim.addresses[0])]}
+        answer = await _ask(stranger.connections, peer, question)
+        assert (str(answer.ip), answer.outcomes) == ("5.9.9.9", ("refused", "refused"))
+        assert sorted(set(net.dialled) - {("5.9.9.9", f"{PUBLIC[0]}:{PORT}")}) == [
+            (PUBLIC[0], f"5.9.9.9:{port}") for port in (22, PORT)
+        ]
+
+
+async def test_another_peer_at_the_askers_address_is_not_taken_for_the_asker() -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+        net.network.forward(ROUTER, PORT, NEIGHBOUR)
+        await net.at_home(NEIGHBOUR)
+        stranger = await net.at_home(listen=[])
+        # Until the neighbour's own dial-back is long enough ago.
+        await trio.sleep(PAUSE_S + 10)
+        answer = await _ask(stranger.connections, peer, DialMe((PORT,)).to_header())
+        assert answer.outcomes == ("wrong_peer",)
+
+
+async def test_an_address_is_dialled_once_a_minute_whoever_asks_from_there() -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+        one, other = await net.at_home(listen=[]), await net.at_home(NEIGHBOUR, listen=[])
+        await _ask(one.connections, peer, DialMe((PORT,)).to_header())
+        for asker in (one, other):
+            with pytest.raises(Overloaded, match="less than 60 s"):
+                await _ask(asker.connections, peer, DialMe((PORT,)).to_header())
+        await trio.sleep(PAUSE_S)
+        await _ask(other.connections, peer, DialMe((PORT,)).to_header())
+
+
+async def test_a_storm_of_askers_costs_a_few_dials_at_a_time() -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+        askers = []
+        for number in range(30):
+            # Behind routers that answer nothing, so that each dial takes its whole time.
+            net.network.put_behind_nat(f"5.0.{number}.1", f"5.0.{number}.1")
+            askers.append(await net.open(f"5.0.{number}.1", listen=[]))
+        net.dialled.clear()
+        turned_away = 0
+
+        async def ask(asker: Peer) -> None:
+            nonlocal turned_away
+            try:
+                answer = await _ask(asker.connections, peer, DialMe((PORT,)).to_header())
+                assert answer.outcomes == ("silent",)
+            except Overloaded:
+                turned_away += 1
+
+        async with trio.open_nursery() as nursery:
+            for asker in askers:
+                nursery.start_soon(ask, asker)
+        assert turned_away == 30 - MAX_AT_ONCE
+        assert len([one for one in net.dialled if one[0] == PUBLIC[0]]) == MAX_AT_ONCE
+
+
+async def test_a_public_peer_dials_nobody_in_a_private_range() -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+        # As behind a proxy on the same machine, or with a leg in somebody's LAN.
+        for host in ("127.0.0.1", "10.0.0.7", "192.0.2.1"):
+            stranger = await net.open(host, listen=[])
+            net.dialled.clear()
+            with pytest.raises(UnsupportedFeature, match="dial nobody"):
+                await _ask(stranger.connections, peer, DialMe((22,)).to_header())
+            assert not [one for one in net.dialled if one[0] == PUBLIC[0]]
+
+
+async def test_a_peer_of_a_lan_dials_its_neighbours_only() -> None:
+    async with world() as net:
+        peer = await net.open("192.168.1.9")
+        neighbour = await net.open("192.168.1.10", listen=[])
+        assert (await _ask(neighbour.connections, peer, DialMe((PORT,)).to_header())).outcomes == ("refused",)
+        elsewhere = await net.open("10.0.0.10", listen=[])
+        with pytest.raises(UnsupportedFeature):
+            await _ask(elsewhere.connections, peer, DialMe((PORT,)).to_header())
+
+
+async def test_a_probe_leaves_the_connection_between_both_as_it_was() -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+        asker = await net.open("5.9.9.9")
+        connection = asker.connections.live[peer.peer_id]
+        answer = await ask_to_be_dialled(connection, [PORT])
+        assert answer.outcomes == ("reached",)
+        await trio.sleep(20)
+        assert asker.connections.live == {peer.peer_id: connection}
+        assert connection.lost is None
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"type": "dial_me"},
+        {"type": "dial_me", "ports": []},
+        {"type": "dial_me", "ports": [0]},
+        {"type": "dial_me", "ports": [1, 2, 3, 4, 5]},
+        {"type": "dial_me", "ports": [1, 1]},
+        {"type": "ping"},
+    ],
+    ids=str,
+)
+async def test_a_malformed_question_is_refused_and_dials_nobody(header: dict[str, object]) -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+        stranger = await net.open("5.9.9.9", listen=[])
+        net.dialled.clear()
+        stream = await stranger.connections.open_stream(peer.peer_id, DIALBACK_PROTOCOL, addresses=peer.addresses)
+        async with stream:
+            await stream.send(header)
+            answer = await stream.receive()
+        assert Failure.from_header(answer.header).error.code == "invalid"
+        assert not [one for one in net.dialled if one[0] == PUBLIC[0]]
+
+
+async def test_an_answer_of_another_length_is_the_judges_fault() -> None:
+    async with world() as net:
+        (peer,) = await net.internet(1)
+
+        async def answer(stream: Stream) -> None:
+            async with stream:
+                await stream.receive()
+                await stream.send({"type": "dialled", "ip": "5.9.9.9", "outcomes": ["reached"] * 2})
+
+        peer.connections.handlers[DIALBACK_PROTOCOL] = answer
+        stranger = await net.open("5.9.9.9", listen=[])
+        connection = await stranger.connections.connect(peer.peer_id, peer.addresses)
+        with pytest.raises(RemoteProtocolError, match="2 ports, not 1"):
+            await ask_to_be_dialled(connection, [PORT])
+
+
+async def test_a_dht_client_answers_no_question_and_leaves_the_tables_for_it() -> None:
+    async with world() as net:
+        internet = await net.internet(2)
+        peer = await net.at_home()
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        # Somebody still believes what it said before it knew.
+        stream = internet[0].connections.live[peer.peer_id].open_stream("/peerd/dht/1")
+        async with stream:
+            await stream.send({"type": "ping"})
+            with pytest.raises(StreamReset):
+                await stream.receive()

@@ -1,0 +1,122 @@
+"""What dial-backs show, what to announce because of it, and when to look again."""
+
+from ipaddress import ip_address
+from itertools import pairwise
+from random import Random
+
+import pytest
+
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.dialback import Dialled, Outcome
+from peerd.routing.reachability import Finding, Reach, agree, announced, find, next_check_s, ports_for
+
+PORT = 31330
+
+
+def at(host: str, port: int = PORT) -> Multiaddr:
+    return Multiaddr("ip6" if ":" in host else "ip4", host, port)
+
+
+def said(ip: str, *outcomes: Outcome) -> Dialled:
+    return Dialled(ip_address(ip), outcomes)
+
+
+OUT, LAN, LOOP = at("6.6.6.6"), at("192.168.1.2"), at("127.0.0.1")
+PRIVATE = Finding(Reach.PRIVATE, (), ((OUT, "silent"),))
+PUBLIC = Finding(Reach.PUBLIC, (OUT,))
+
+
+@pytest.mark.parametrize(
+    ("answers", "reach"),
+    [
+        ([], Reach.UNKNOWN),
+        ([said("6.6.6.6", "reached")], Reach.PUBLIC),
+        ([said("6.6.6.6", "silent")], Reach.PRIVATE),
+        ([said("6.6.6.6", "reached"), said("6.6.6.6", "silent")], Reach.UNKNOWN),
+        ([said("6.6.6.6", "reached"), said("6.6.6.6", "silent"), said("6.6.6.6", "refused")], Reach.PRIVATE),
+        ([said("6.6.6.6", "wrong_peer"), said("6.6.6.6", "failed")], Reach.PRIVATE),
+    ],
+)
+def test_the_majority_of_judges_decides(answers: list[Dialled], reach: Reach) -> None:
+    assert find(Finding(), [((PORT,), answers)]).reach is reach
+
+
+def test_judges_who_are_divided_leave_all_as_it_was() -> None:
+    divided = [((PORT,), [said("6.6.6.6", "reached"), said("6.6.6.6", "silent")])]
+    assert find(PUBLIC, divided) == PUBLIC
+    assert find(PRIVATE, divided) == PRIVATE
+
+
+def test_no_answer_leaves_all_as_it_was() -> None:
+    assert find(PUBLIC, [((PORT,), [])]) == PUBLIC
+
+
+def test_what_one_port_or_family_gives_is_enough() -> None:
+    found = find(
+        Finding(), [((PORT, 80), [said("6.6.6.6", "refused", "reached")]), ((1,), [said("2a00::1", "silent")])]
+    )
+    assert found == Finding(Reach.PUBLIC, (at("6.6.6.6", 80),), ((OUT, "refused"), (at("2a00::1", 1), "silent")))
+
+
+def test_the_internet_outranks_neighbours() -> None:
+    found = find(Finding(), [((PORT,), [said("192.168.1.2", "reached")]), ((PORT,), [said("6.6.6.6", "silent")])])
+    assert found == PRIVATE
+
+
+def test_answers_that_differ_in_why_not_agree() -> None:
+    assert agree([said("6.6.6.6", "silent"), said("6.6.6.6", "refused")])
+    assert not agree([said("6.6.6.6", "silent"), said("6.6.6.6", "reached")])
+
+
+@pytest.mark.parametrize(
+    ("own", "finding", "seen_publicly", "contacts", "addresses"),
+    [
+        # In a LAN, or on one machine, or alone: as it always was, until a neighbour could not dial us.
+        ([LAN, LOOP], Finding(), False, [LAN, LOOP], [LAN, LOOP]),
+        ([LAN, LOOP], Finding(Reach.PUBLIC, (LAN,)), False, [LAN, LOOP], [LAN, LOOP]),
+        ([LAN, LOOP], Finding(Reach.PRIVATE, (), ((LAN, "refused"),)), False, [], [LOOP]),
+        # Behind a NAT.
+        ([LAN, LOOP], Finding(), True, [], [LAN]),
+        ([LAN, LOOP], PUBLIC, True, [OUT], [OUT, LAN]),
+        ([LAN, LOOP], PRIVATE, True, [], [LAN]),
+        # With a public address of its own.
+        ([OUT, LAN, LOOP], Finding(), True, [OUT], [OUT, LAN]),
+        ([OUT, LOOP], PUBLIC, True, [OUT], [OUT]),
+        ([OUT, LOOP], PRIVATE, True, [], []),
+        # Of two families, one is let through.
+        ([OUT, at("2a00::1")], Finding(Reach.PUBLIC, (OUT,), ((at("2a00::1"), "silent"),)), True, [OUT], [OUT]),
+    ],
+)
+def test_what_is_announced(
+    own: list[Multiaddr],
+    finding: Finding,
+    seen_publicly: bool,
+    contacts: list[Multiaddr],
+    addresses: list[Multiaddr],
+) -> None:
+    what = announced(own, finding, seen_publicly=seen_publicly)
+    assert (list(what.contacts), list(what.addresses)) == (contacts, addresses)
+
+
+def test_ports_are_those_that_take_what_comes_from_there() -> None:
+    listening = [
+        at("0.0.0.0", 1),
+        at("0.0.0.0", 1),
+        at("127.0.0.1", 2),
+        at("192.168.1.2", 3),
+        at("::", 4),
+        at("::1", 5),
+    ]
+    assert ports_for(ip_address("6.6.6.6"), listening) == (1, 3)
+    assert ports_for(ip_address("127.0.0.1"), listening) == (1, 2)
+    assert ports_for(ip_address("2a00::1"), listening) == (4,)
+    assert len(ports_for(ip_address("6.6.6.6"), [at("0.0.0.0", port) for port in range(1, 20)])) == 4
+
+
+@pytest.mark.parametrize("reach", list(Reach))
+def test_looks_become_seldom_but_never_stop_and_never_meet(reach: Reach) -> None:
+    waits = [[next_check_s(reach, unchanged, Random(seed)) for seed in range(20)] for unchanged in range(2000)]
+    for before, after in pairwise(waits[:3]):
+        assert sum(after) > sum(before)
+    assert all(10 < wait < 2 * 3600 for row in waits for wait in row)
+    assert len(set(waits[5])) == 20
