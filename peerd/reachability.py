@@ -83,7 +83,6 @@ class Reachability:
         self._observed = ObservedIps()
         self._finding = Finding(Reach.PUBLIC) if fixed else Finding()
         self._announce: Callable[[Announced], None] = _nobody
-        self._state = (self.reach, self.wants_relays)
         self._told = ""
         self._due = trio.current_time() + next_check_s(Reach.UNKNOWN, 0, random)
         self._last_check = -MIN_GAP_S
@@ -91,6 +90,7 @@ class Reachability:
         self._unchanged = 0
         self._alone = False
         self._waiting = trio.CancelScope()
+        self._state = (self.reach, self.wants_relays)
 
     def __repr__(self) -> str:
         return f"<Reachability {self.reach.value} {self._observed!r}>"
