@@ -37,7 +37,7 @@ from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES
 from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
-from peerd.routing.chain import Chain
+from peerd.routing.chain import Between, Chain
 from peerd.step_log import Pending, StepLog
 from peerd.step_tensors import encoded, priority_of, replay_steps
 
@@ -73,9 +73,12 @@ class ChainFinder(Protocol):
         exclude: Collection[PeerId],
         positions: int = 1,
         adapter: AdapterNeed = NO_ADAPTER,
+        requests: int = 0,
+        between: Between | None = None,
     ) -> Chain:
         """The best chain over `blocks` for steps of so many positions, of peers that have the adapter, by what is
-        known now. Raises NoChain."""
+        known now. `requests`: as in ChainNeeds. `between`: of a replacement, who stands before and after it.
+        Raises NoChain."""
 
     async def adapter_id(self, name: str, blocks: Span) -> str:
         """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
@@ -327,7 +330,8 @@ class ChainKeeper:
     async def _replace(self, chain: OpenChain, dead: ControlStream, exclude: set[PeerId]) -> bool:
         index = chain.controls.index(dead)
         try:
-            found = await self._find(dead.hop.span, exclude)
+            hops = [None, *(control.hop.peer_id for control in chain.controls), None]
+            found = await self._find(dead.hop.span, exclude, (hops[index], hops[index + 2]))
             if len(found.hops) != 1:
                 return False
             replacement = await self._opener.open_replacement(chain, index, found.hops[0], self._terms)
@@ -386,9 +390,11 @@ class ChainKeeper:
                     raise _unmet(refused) from refused
             await trio.sleep(RETRY_S * self._rng.random())
 
-    async def _find(self, blocks: Span, exclude: set[PeerId]) -> Chain:
+    async def _find(self, blocks: Span, exclude: set[PeerId], between: Between | None = None) -> Chain:
         terms = self._terms
-        return await self._finder.find(blocks, tokens=terms.tokens, exclude=exclude, adapter=terms.adapter_need)
+        return await self._finder.find(
+            blocks, tokens=terms.tokens, exclude=exclude, adapter=terms.adapter_need, between=between
+        )
 
     def _refused(self, refused: HopRefused, exclude: set[PeerId]) -> None:
         """Who is busy is left out until nobody else is left; who broke a promise, by the finder."""

@@ -6,7 +6,7 @@ routes of every session of this process in that instant, whatever its announceme
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from random import Random
 
@@ -14,10 +14,11 @@ from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
-from peerd.routing.chain import Chain, ChainNeeds, plan_chain
+from peerd.routing.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.directory import CACHE_S, Directory
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
+from peerd.routing.offer_table import OfferTable
 from peerd.routing.rules import ChainRules
 
 # Clients that wait for a missing server look again this often, not oftener.
@@ -25,7 +26,11 @@ FRESH_S = 0.5
 
 
 class SwarmFinder:
-    """Chains over one model's blocks, from the directory's latest view."""
+    """Chains over one model's blocks, from the directory's latest view.
+
+    position_bytes: what one position takes on the wire. connected: to whom a connection is open: of replacements that
+    are as good as each other one of them is taken, for nobody waits for a dial then.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,9 @@ class SwarmFinder:
         block_count: int,
         random: Random,
         rules: ChainRules | None = None,
+        *,
+        position_bytes: int = 0,
+        connected: Callable[[], Collection[PeerId]] = tuple,
     ) -> None:
         self._directory = directory
         self._links = links
@@ -42,6 +50,12 @@ class SwarmFinder:
         self._block_count = block_count
         self._random = random
         self._rules = rules or ChainRules()
+        self._position_bytes = position_bytes
+        self._connected = connected
+        # What the directory said last, and the table of what of that is permitted.
+        self._seen: list[Offer] = []
+        self._permitted: list[Offer] = []
+        self._table = OfferTable(())
 
     async def find(
         self,
@@ -51,9 +65,24 @@ class SwarmFinder:
         exclude: Collection[PeerId],
         positions: int = 1,
         adapter: AdapterNeed = NO_ADAPTER,
+        requests: int = 0,
+        between: Between | None = None,
     ) -> Chain:
-        """The best chain over `blocks` for steps of so many positions. Raises NoChain, naming what nobody serves."""
-        needs = ChainNeeds(rtts_s=self._links.rtts_s(), tokens=tokens, positions=positions, adapter=adapter)
+        """The best chain over `blocks` for steps of so many positions, or for a pass of so many `requests`.
+
+        between: of a part that replaces another, who stands before and after it. Raises NoChain, naming what nobody
+        serves.
+        """
+        needs = ChainNeeds(
+            tokens=tokens,
+            positions=positions,
+            adapter=adapter,
+            requests=requests,
+            after=between[0] if between else None,
+            before=between[1] if between else None,
+            # A new chain goes wherever it is best: whoever we know already would have all the sessions.
+            warm=frozenset(self._connected()) if between else frozenset(),
+        )
         try:
             return await self._plan(blocks, needs, exclude, CACHE_S)
         except NoChain:
@@ -68,15 +97,28 @@ class SwarmFinder:
             return choose_adapter(await self._offers(FRESH_S), name, blocks)
 
     async def _plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId], max_age_s: float) -> Chain:
-        offers = await self._offers(max_age_s)
+        await self._offers(max_age_s)
+        return self.plan(blocks, needs, exclude)
+
+    def plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId]) -> Chain:
+        """A chain by what was looked up last, with what we measured and within the rules. Raises NoChain."""
         avoid = self._links.avoided() | frozenset(exclude)
         first_by, last_by = self._rules.ends(blocks, self._block_count)
-        needs = replace(needs, first_by=first_by, last_by=last_by)
-        return plan_chain(offers, blocks, needs=needs, random=self._random, avoid=avoid)
+        needs = replace(
+            needs,
+            rtts_s=self._links.rtts_s(),
+            position_bytes=self._position_bytes,
+            first_by=first_by,
+            last_by=last_by,
+        )
+        return plan_chain(self._table, blocks, needs=needs, random=self._random, avoid=avoid)
 
     async def _offers(self, max_age_s: float) -> list[Offer]:
         offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
-        return self._rules.permitted(offers)
+        if offers is not self._seen:
+            permitted = self._rules.permitted(offers)
+            self._seen, self._permitted, self._table = offers, permitted, OfferTable(permitted)
+        return self._permitted
 
     def failed(self, peer: PeerId) -> None:
         """Leave the peer out for a while, longer each time."""

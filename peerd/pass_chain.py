@@ -39,7 +39,7 @@ MAX_BARREN = 8
 
 
 class PassChain:
-    """Lanes over `blocks`. `positions`: how many a request has, for which speed is weighed against distance."""
+    """Lanes over `blocks`. `positions`: how many a request has; `requests`: how many will follow each other."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class PassChain:
         patience: Patience,
         rng: random.Random,
         positions: int,
+        requests: int,
     ) -> None:
         self.blocks = blocks
         # How often a hop was replaced.
@@ -62,6 +63,7 @@ class PassChain:
         self._patience = patience
         self._rng = rng
         self._positions = positions
+        self._requests = requests
         self._hops: dict[int, Hop] = {}
         self._lanes: dict[int, Lane] = {}
         self._locks: dict[int, trio.Lock] = {}
@@ -158,7 +160,12 @@ class PassChain:
             try:
                 need = AdapterNeed(self._terms.adapter)
                 found = await self._finder.find(
-                    span, tokens=_NO_TOKENS, exclude=avoid, positions=self._positions, adapter=need
+                    span,
+                    tokens=_NO_TOKENS,
+                    exclude=avoid,
+                    positions=self._positions,
+                    adapter=need,
+                    requests=self._requests,
                 )
                 break
             except NoChain as missing:

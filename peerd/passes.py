@@ -28,6 +28,8 @@ from peerd.protocol.span import Span
 MICRO_BATCHES_A_HOP = 4
 # A single hop waits for nobody: one micro-batch computes while another travels.
 MICRO_BATCHES_ALONE = 2
+# How many hops a chain is taken to have before there is a plan that says it.
+PLANNED_HOPS = 4
 # Fewer positions at once compute no faster, on any device.
 LEAST_POSITIONS = 256
 PROMPT, LORA_A, LORA_B = "prompt", ".lora_A", ".lora_B"
@@ -278,7 +280,8 @@ class PassMaker:
 
         def new_chain(numbers: Sequence[int]) -> PassChain:
             terms = LaneTerms(self._model, self._dtype, codec, adapter, trained.parameters(blocks, numbers))
-            positions = sum(rows[number] for number in numbers)
+            total = sum(rows[number] for number in numbers)
+            requests = len(cut([rows[number] for number in numbers], positions_each(total, PLANNED_HOPS)))
             return PassChain(
                 self._finder,
                 self._connections,
@@ -287,7 +290,8 @@ class PassMaker:
                 terms,
                 patience or Patience(),
                 self._rng,
-                positions,
+                -(-total // requests),
+                requests,
             )
 
         micros = await self._micro_batches(rows, trained, new_chain)

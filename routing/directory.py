@@ -8,7 +8,7 @@ that a span that moved or went offline is never offered from an older copy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
@@ -23,10 +23,16 @@ PEER_CACHE_S = 60.0
 
 @dataclass(slots=True)
 class _Model:
-    """What is known of one model: server records that have not expired, and when they were last looked up."""
+    """What is known of one model: server records that have not expired, and when they were last looked up.
+
+    offers: those that were made of them, by the two records' signatures: reading a thousand addresses takes a while.
+    latest: what was handed out last.
+    """
 
     records: list[VerifiedRecord]
     looked_up: float
+    offers: dict[tuple[bytes, bytes], Offer | None] = field(default_factory=dict)
+    latest: list[Offer] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +64,23 @@ class Directory:
         """The offers of all blocks of a model (digest), by peers whose addresses are known too.
 
         They are in any state but `offline`: who is joining or draining takes no sessions, but counts for
-        placement. What was looked up less than `max_age_s` ago is not looked up again.
+        placement. What was looked up less than `max_age_s` ago is not looked up again. As long as nothing has changed
+        it is the same list again, which is not for changing.
         """
         servers = await self._server_records(model, block_count, max_age_s)
         await self._find_peers({record.peer_id for record in servers})
-        return [offer for record in servers if (offer := self._offer(record, block_count)) is not None]
+        known = self._models[model]
+        offers: dict[tuple[bytes, bytes], Offer | None] = {}
+        for server in servers:
+            peer = self._peers[server.peer_id].record
+            if peer is not None:
+                key = (server.signed.signature, peer.signed.signature)
+                offers[key] = known.offers[key] if key in known.offers else _offer(server, peer)
+        known.offers = offers
+        latest = [o for o in known.offers.values() if o is not None and o.span.end <= block_count]
+        if len(latest) != len(known.latest) or any(a is not b for a, b in zip(latest, known.latest, strict=True)):
+            known.latest = latest
+        return known.latest
 
     async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
         """The peer's own word on its addresses, valid for a while yet; None if it cannot be found."""
@@ -92,10 +110,9 @@ class Directory:
             known = newest([*records, *([before.record] if before and before.record else [])])
             self._peers[peer] = _Peer(known[0] if known else None, now)
 
-    def _offer(self, record: VerifiedRecord, block_count: int) -> Offer | None:
-        server, peer = record.body, self._peers[record.peer_id].record
-        if not isinstance(server, ServerRecord) or peer is None or not isinstance(peer.body, PeerRecord):
-            return None
-        if server.state == "offline" or server.span.end > block_count:
-            return None
-        return Offer(record.peer_id, server, peer.body.ways_to(record.peer_id), peer.signed)
+
+def _offer(record: VerifiedRecord, peer: VerifiedRecord) -> Offer | None:
+    server = record.body
+    if not isinstance(server, ServerRecord) or not isinstance(peer.body, PeerRecord) or server.state == "offline":
+        return None
+    return Offer(record.peer_id, server, peer.body.ways_to(record.peer_id), peer.signed)

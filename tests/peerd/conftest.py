@@ -40,7 +40,7 @@ from peerd.protocol.schema import Message, parse
 from peerd.protocol.span import Span
 from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
-from peerd.routing.chain import Chain, ChainNeeds, plan_chain
+from peerd.routing.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
 from peerd.server import ServedSpan, Server
@@ -116,10 +116,19 @@ class Finder:
         exclude: Collection[PeerId],
         positions: int = 1,
         adapter: AdapterNeed = NO_ADAPTER,
+        requests: int = 0,
+        between: Between | None = None,
     ) -> Chain:
         await trio.lowlevel.checkpoint()
         avoid = self.links.avoided() | frozenset(exclude)
-        needs = ChainNeeds(tokens=tokens, positions=positions, adapter=adapter)
+        needs = ChainNeeds(
+            tokens=tokens,
+            positions=positions,
+            adapter=adapter,
+            requests=requests,
+            after=between[0] if between else None,
+            before=between[1] if between else None,
+        )
         return plan_chain(self._offers(), blocks, needs=needs, random=self.random, avoid=avoid)
 
     async def adapter_id(self, name: str, blocks: Span) -> str:

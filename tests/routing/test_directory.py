@@ -150,3 +150,17 @@ async def test_a_peers_record_stays_valid_for_a_while_when_handed_on(
 
 async def test_a_peer_that_nobody_knows_has_no_record(directory: Directory) -> None:
     assert await directory.peer_record(Identity.from_seed(bytes(32)).peer_id) is None
+
+
+async def test_offers_are_the_same_until_something_changes(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    for number in range(3):
+        swarm.announce(number, server_body(span=Span(0, 4)), peer_body())
+    first = await directory.servers(MODEL, 4, max_age_s=0.0)
+    assert await directory.servers(MODEL, 4, max_age_s=0.0) is first
+    swarm.announce(1, server_body(span=Span(0, 3), seq=2))
+    second = await directory.servers(MODEL, 4, max_age_s=0.0)
+    assert sorted(str(offer.span) for offer in second) == ["0:3", "0:4", "0:4"]
+    # Only what has changed is read again.
+    assert len({id(offer) for offer in first} & {id(offer) for offer in second}) == 2

@@ -1,0 +1,168 @@
+"""What one plan knows of each offer that it may use: which of its blocks, and what it costs to use them.
+
+Knows offers and what the client wants; chooses no chain. What costs what is decided here, for all objectives alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from peerd.protocol.errors import NoChain
+from peerd.protocol.identity import PeerId
+from peerd.protocol.span import Span
+from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
+from peerd.routing.offer import Offer
+from peerd.routing.offer_table import Floats, Indices, Mask, OfferTable
+
+# What a hop costs beside its link: framing, queueing for the engine, copies. Petals reckons with 18 ms.
+HOP_S = 0.005
+# A peer that was never measured is taken to be on another continent: unknown must not beat known.
+UNKNOWN_RTT_S = 0.2
+# A peer without the room for the session would make it wait, or refuse: use it only where nobody else can.
+NO_ROOM_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChainNeeds:
+    """What the client knows and wants.
+
+    rtts_s: seconds to a peer and back, as measured by the client; unknown_rtt_s: to all others. tokens: KV tokens
+    needed on each hop. positions: positions a step (or a pass's request), for which computing is weighed against
+    delays. position_bytes: what one of them takes on the wire. adapter: what hops must have.
+    requests: 0 for a session, whose hops push its steps on to each other: what counts is the time from a step to its
+    answer. For a training pass, how many requests follow each other, each of which goes from the client to a hop and
+    back: what counts is when the last is answered, so of many the pace of the slowest hop.
+    first_by, last_by: who may run the first and the last block; None is anybody.
+    after, before: the peers between which the chain is a part of a longer one; None is the client.
+    warm: peers to whom a connection is open: of chains as good as each other, one through them.
+    """
+
+    rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
+    tokens: int = 0
+    positions: int = 1
+    adapter: AdapterNeed = NO_ADAPTER
+    first_by: frozenset[PeerId] | None = None
+    last_by: frozenset[PeerId] | None = None
+    requests: int = 0
+    position_bytes: int = 0
+    unknown_rtt_s: float = UNKNOWN_RTT_S
+    after: PeerId | None = None
+    before: PeerId | None = None
+    warm: frozenset[PeerId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """One column an offer, ordered by `starts`. Blocks are counted from the first of the span that is wanted.
+
+    block_s: to compute a step's positions in one block. hop_s: for a hop beside that, queue and all. client_s: to or
+    from the client, one way. to_s, back_s: from whoever is before the chain, and to whoever comes after it.
+    push_s: for a step to leave a peer for the next one. near, far, apart_s: as in OfferTable.
+    """
+
+    offers: list[Offer]
+    starts: Indices
+    ends: Indices
+    block_s: Floats
+    hop_s: Floats
+    client_s: Floats
+    to_s: Floats
+    back_s: Floats
+    push_s: Floats
+    warm: Mask
+    near: Indices
+    far: Indices
+    apart_s: Floats
+
+
+def select_columns(table: OfferTable, span: Span, needs: ChainNeeds, avoid: Collection[PeerId]) -> Columns:
+    """The offers that may be used for some of the blocks of `span`.
+
+    Raises NoChain whose `missing` has the runs of blocks, as (start, end), that none of them holds.
+    """
+    usable = (table.starts < span.end) & (span.start < table.ends)
+    usable[table.of(avoid)] = False
+    if needs.adapter != NO_ADAPTER:
+        for column in np.flatnonzero(usable):
+            usable[column] = needs.adapter.met_by(table.offers[column], span)
+    starts = np.maximum(table.starts, span.start) - span.start
+    ends = np.minimum(table.ends, span.end) - span.start
+    _check_covered(starts[usable], ends[usable], span, "reachable", needs.adapter)
+    if needs.first_by is not None or needs.last_by is not None:
+        _keep_ends_for(table, needs, starts, ends, len(span))
+        usable &= starts < ends
+        _check_covered(starts[usable], ends[usable], span, "trusted", needs.adapter)
+    chosen = np.flatnonzero(usable)
+    return _columns(table, needs, chosen[np.argsort(starts[chosen], kind="stable")], starts, ends)
+
+
+def _keep_ends_for(table: OfferTable, needs: ChainNeeds, starts: Indices, ends: Indices, blocks: int) -> None:
+    """Who may not run the first or the last block is as good as one that has it not."""
+    for trusted, first in ((needs.first_by, True), (needs.last_by, False)):
+        if trusted is None:
+            continue
+        others = np.ones(len(table), bool)
+        others[table.of(trusted)] = False
+        if first:
+            starts[others] = np.maximum(starts[others], 1)
+        else:
+            ends[others] = np.minimum(ends[others], blocks - 1)
+
+
+def _check_covered(starts: Indices, ends: Indices, span: Span, who: str, adapter: AdapterNeed) -> None:
+    count = len(span) + 1
+    uncovered = np.flatnonzero(np.cumsum(np.bincount(starts, minlength=count) - np.bincount(ends, minlength=count)) < 1)
+    # Behind the last block there is nothing to hold.
+    if len(uncovered) > 1:
+        runs = np.split(uncovered[:-1], np.flatnonzero(np.diff(uncovered[:-1]) > 1) + 1)
+        missing = tuple((span.start + int(run[0]), span.start + int(run[-1]) + 1) for run in runs)
+        named = ", ".join(f"{start}:{end}" for start, end in missing)
+        raise NoChain(f"nobody {who} serves blocks {named}{adapter}", missing)
+
+
+def _columns(table: OfferTable, needs: ChainNeeds, chosen: Indices, starts: Indices, ends: Indices) -> Columns:
+    # Where each column of the table stands among the chosen; -1 for the others.
+    place = np.full(len(table), -1, np.intp)
+    place[chosen] = np.arange(len(chosen))
+    pairs = np.flatnonzero((place[table.near] >= 0) & (place[table.far] >= 0))
+    rtts, unknown_rtt_s = needs.rtts_s, needs.unknown_rtt_s
+    client_s: Floats = np.array([rtts.get(offer.peer_id, unknown_rtt_s) for offer in table.offers]) / 2
+    warm = np.zeros(len(table), bool)
+    warm[table.of(needs.warm)] = True
+    uplink = table.uplink[chosen]
+    position_s = np.divide(needs.position_bytes, uplink, out=np.zeros(len(chosen)), where=uplink > 0)
+    near, far, apart_s = place[table.near[pairs]], place[table.far[pairs]], table.apart_s[pairs]
+    # One answer position leaves for the client, and all of them for another peer, or from one that answers passes.
+    push_s = position_s * needs.positions
+    is_last = needs.requests == 0 and needs.before is None
+    return Columns(
+        offers=[table.offers[column] for column in chosen],
+        starts=starts[chosen],
+        ends=ends[chosen],
+        block_s=table.block_s[chosen] * needs.positions,
+        hop_s=HOP_S + table.queue_s[chosen] + np.where(table.free_tokens[chosen] < needs.tokens, NO_ROOM_S, 0.0),
+        client_s=client_s[chosen],
+        to_s=_delays(table, needs, needs.after, client_s)[chosen],
+        back_s=_delays(table, needs, needs.before, client_s)[chosen] + (position_s if is_last else push_s),
+        push_s=push_s,
+        warm=warm[chosen],
+        near=near,
+        far=far,
+        # A peer's two spans are no way apart, and nothing is sent from one to the other.
+        apart_s=np.where(np.isnan(apart_s), -push_s[near], apart_s),
+    )
+
+
+def _delays(table: OfferTable, needs: ChainNeeds, peer_id: PeerId | None, client_s: Floats) -> Floats:
+    """One way between every offer's peer and that one; None is the client."""
+    if peer_id is None:
+        return client_s
+    delays: Floats = np.maximum(client_s, needs.rtts_s.get(peer_id, needs.unknown_rtt_s) / 2)
+    own = table.of([peer_id])
+    pairs = np.flatnonzero(np.isin(table.near, own))
+    delays[table.far[pairs]] = np.nan_to_num(table.apart_s[pairs], nan=0.0)
+    delays[own] = 0.0
+    return delays

@@ -1,0 +1,87 @@
+"""A model's offers as columns of numbers: what plans of chains have in common while the swarm stays as it is.
+
+Knows records; chooses nothing. The difficulty is that reading a thousand records takes longer than planning with
+them, and that a client plans again whenever a peer fails: so they are read once for each view of the swarm, and a plan
+only says which columns it does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peerd.protocol.identity import PeerId
+from peerd.routing.offer import Offer, agreeing
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
+Mask = NDArray[np.bool_]
+
+
+class OfferTable:
+    """One column for each offer that is online and whose blocks are as most peers have them.
+
+    starts, ends: the span. block_s: seconds that a position takes through one block. queue_s, free_tokens, uplink: as
+    announced. near, far: columns between whose peers one of them measured the delay, each pair both ways round;
+    apart_s: that delay, one way, NaN between two spans of one peer. Pairs come with the longest delay first, so that of
+    what both peers measured the shorter stays when it is written over the other.
+    """
+
+    def __init__(self, offers: Iterable[Offer]) -> None:
+        # Peers that are left out for having failed still count here: the majority must not change with our luck.
+        found = agreeing([offer for offer in offers if offer.record.state == "online"])
+        self.offers = tuple(found)
+        records = [offer.record for offer in found]
+        self.starts: Indices = np.array([record.span.start for record in records], np.intp)
+        self.ends: Indices = np.array([record.span.end for record in records], np.intp)
+        self.block_s: Floats = np.array([offer.block_s for offer in found])
+        self.queue_s: Floats = np.array([record.queue_s for record in records])
+        self.free_tokens: Floats = np.array([record.free_tokens for record in records], np.float64)
+        self.uplink: Floats = np.array([record.uplink for record in records])
+        self._numbers = {peer_id: n for n, peer_id in enumerate(dict.fromkeys(offer.peer_id for offer in found))}
+        self._find_columns()
+        self._find_pairs()
+
+    def __len__(self) -> int:
+        return len(self.offers)
+
+    def __repr__(self) -> str:
+        return f"<OfferTable of {len(self._numbers)} peers, {len(self)} spans>"
+
+    def of(self, peers: Iterable[PeerId]) -> Indices:
+        """The columns of these peers; of those that offer nothing, none."""
+        numbers = {self._numbers[peer_id] for peer_id in peers if peer_id in self._numbers}
+        return self._columns_of(np.array(sorted(numbers), np.intp))[0]
+
+    def _find_columns(self) -> None:
+        """By peer, its columns: those of peer n are `_columns[_bounds[n] : _bounds[n + 1]]`."""
+        self._peers: Indices = np.array([self._numbers[offer.peer_id] for offer in self.offers], np.intp)
+        self._columns: Indices = np.argsort(self._peers, kind="stable")
+        self._bounds: Indices = np.searchsorted(self._peers[self._columns], np.arange(len(self._numbers) + 1))
+
+    def _columns_of(self, peers: Indices) -> tuple[Indices, Indices]:
+        """The columns of peers, one after the other, and for each of them where in `peers` its peer stands."""
+        counts = self._bounds[peers + 1] - self._bounds[peers]
+        source = np.repeat(np.arange(len(peers)), counts)
+        within = np.arange(len(source)) - (np.cumsum(counts) - counts)[source]
+        return self._columns[self._bounds[peers][source] + within], source
+
+    def _find_pairs(self) -> None:
+        told = [rtt for offer in self.offers for rtt in offer.record.rtts]
+        one = np.repeat(self._peers, [len(offer.record.rtts) for offer in self.offers])
+        numbers = self._numbers
+        other: Indices = np.array([numbers.get(peer_id, -1) for peer_id, _ in told], np.intp)
+        apart_s: Floats = np.array([rtt_s for _, rtt_s in told]) / 2
+        known = np.flatnonzero((other >= 0) & (other != one))
+        known = known[np.argsort(-apart_s[known])]
+        near, source = self._columns_of(one[known])
+        known = known[source]
+        far, source = self._columns_of(other[known])
+        near, apart_s = near[source], apart_s[known][source]
+        twin, own = self._columns_of(self._peers)
+        apart = own != twin
+        self.near: Indices = np.concatenate([np.stack([near, far], 1).ravel(), own[apart]])
+        self.far: Indices = np.concatenate([np.stack([far, near], 1).ravel(), twin[apart]])
+        self.apart_s: Floats = np.concatenate([np.repeat(apart_s, 2), np.full(np.count_nonzero(apart), np.nan)])

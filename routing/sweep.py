@@ -1,0 +1,168 @@
+"""The soonest answer to a session's steps, whose hops push on to each other: one sweep over the blocks.
+
+Knows columns of costs; knows no records. The difficulty is size: 1000 peers of 128 blocks have millions of
+(peer, block) -> (peer, block) edges, and a client waits for the answer. Blocks are computed in order, so the graph has
+no cycle and one sweep over the blocks finds what Dijkstra's queue would. And a change of peers that pays at all pays
+best where the one span ends or the other starts: sliding it from there changes the cost linearly. So only
+those edges are looked at, and of them only those between peers that hold the blocks on both sides.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+
+from peerd.routing.columns import Columns
+from peerd.routing.offer_table import Floats, Indices
+
+# Sums of the same costs in another order differ by rounding.
+ROUNDING_S = 1e-9
+
+Run = tuple[int, int, int]
+"""A column, and the blocks that it runs, `[start, end)`."""
+
+
+def soonest(columns: Columns, blocks: int, slack: float, random: Random) -> tuple[list[Run], float]:
+    """Runs over `blocks` that cost at most `slack` times what the best do, chosen at random, and what they cost."""
+    sweep = _Sweep(columns, blocks)
+    return sweep.choose(slack, random)
+
+
+class _Sweep:
+    """reach[b, i]: the least cost of being at column i when it has just computed the b-th block."""
+
+    def __init__(self, columns: Columns, blocks: int) -> None:
+        self._columns = columns
+        self._blocks = blocks
+        self._by_end = np.argsort(columns.ends, kind="stable")
+        self._end_bounds = np.searchsorted(columns.ends[self._by_end], np.arange(blocks + 1)).tolist()
+        self._reach: Floats = np.full((blocks + 1, len(columns.offers)), np.inf)
+        self._run()
+
+    def _run(self) -> None:
+        columns, reach, by_end = self._columns, self._reach, self._by_end
+        client_s, push_s, block_s = columns.client_s, columns.push_s, columns.block_s
+        numbers = np.arange(self._blocks + 1)
+        # How many columns start before each block; and the first column that ends behind it.
+        starting = np.searchsorted(columns.starts, numbers)
+        lasting = np.searchsorted(np.maximum.accumulate(columns.ends), numbers, side="right")
+        leaving = _leaving(columns, by_end, self._end_bounds, lasting[:-1], starting[1:])
+        coming = _coming(columns, starting, lasting)
+        started, first = starting.tolist(), lasting.tolist()
+        # Whoever has ended is entered no more.
+        hop_s = columns.hop_s.copy()
+        head = slice(0, started[1])
+        reach[1, head] = columns.to_s[head] + hop_s[head] + block_s[head]
+        for block in range(1, self._blocks):
+            begin, end = first[block], started[block + 1]
+            ending = by_end[self._end_bounds[block] : self._end_bounds[block + 1]]
+            before, here = reach[block], slice(begin, end)
+            if ending.size:
+                delays = np.maximum(client_s[ending, None], client_s[here])
+                leaving.write(block, delays)
+                delays += (before[ending] + push_s[ending])[:, None]
+                arrive = delays.min(axis=0)
+                hop_s[ending] = np.inf
+            else:
+                arrive = np.full(end - begin, np.inf)
+            new = slice(started[block], end)
+            if new.start < end:
+                there = slice(first[block - 1], new.start)
+                delays = np.maximum(client_s[new, None], client_s[there])
+                coming.write(block, delays)
+                delays += before[there] + push_s[there]
+                fresh = arrive[new.start - begin :]
+                np.minimum(fresh, delays.min(axis=1), out=fresh)
+            arrive += hop_s[here]
+            np.minimum(arrive, before[here], out=arrive)
+            np.add(arrive, block_s[here], out=reach[block + 1, here])
+            reach[block + 1, ending] = np.inf
+
+    def choose(self, slack: float, random: Random) -> tuple[list[Run], float]:
+        """Walk back from the last block, taking at random any column that leaves the rest affordable."""
+        columns, reach = self._columns, self._reach
+        totals = reach[self._blocks] + columns.back_s
+        budget = float(totals.min()) * slack
+        at = self._pick(totals, budget, random)
+        cost_s, budget = columns.back_s[at], budget - columns.back_s[at]
+        runs: list[Run] = []
+        block = end = self._blocks
+        while True:
+            block -= 1
+            budget -= columns.block_s[at]
+            cost_s += columns.block_s[at]
+            # A peer is kept for as long as that is affordable: fewer hops.
+            if block > 0 and reach[block, at] <= budget + ROUNDING_S:
+                continue
+            runs.append((at, block, end))
+            cost_s += columns.hop_s[at]
+            if block == 0:
+                break
+            budget -= columns.hop_s[at]
+            link_s = self._links_to(at)
+            before = self._pick(reach[block] + link_s, budget, random)
+            budget -= link_s[before]
+            cost_s += link_s[before]
+            at, end = before, block
+        return runs[::-1], float(cost_s + columns.to_s[at])
+
+    def _links_to(self, at: int) -> Floats:
+        """What it takes a step to come to a column from each of the others."""
+        columns = self._columns
+        # Two peers are about as far from each other as the farther one is from us.
+        links: Floats = np.maximum(columns.client_s, columns.client_s[at])
+        known = np.flatnonzero(columns.far == at)
+        links[columns.near[known]] = columns.apart_s[known]
+        links += columns.push_s
+        return links
+
+    def _pick(self, costs: Floats, budget: float, random: Random) -> int:
+        near_best = np.flatnonzero(costs <= budget + ROUNDING_S)
+        warm = near_best[self._columns.warm[near_best]]
+        return int(random.choice(warm if len(warm) else near_best))
+
+
+class _Measured:
+    """Measured delays, by the block at which the sweep looks at them.
+
+    Of 1000 offers there are a million pairs, of which a sweep looks at each once, and knows some thousand: so all are
+    guessed, a few rows at a time, and the known ones are written over them.
+
+    blocks, rows, cols: for each delay, the block at which it is wanted and its place in that block's rows and columns.
+    """
+
+    def __init__(self, blocks: Indices, rows: Indices, cols: Indices, apart_s: Floats, count: int) -> None:
+        # Few values of 16 bits are sorted by counting.
+        order = np.argsort(blocks.astype(np.int16), kind="stable")
+        self._bounds = np.searchsorted(blocks[order], np.arange(count + 1)).tolist()
+        self._rows, self._cols, self._apart_s = rows[order], cols[order], apart_s[order]
+
+    def write(self, block: int, delays: Floats) -> None:
+        """Write what is known for a block into its matrix."""
+        begin, end = self._bounds[block], self._bounds[block + 1]
+        if begin < end:
+            delays[self._rows[begin:end], self._cols[begin:end]] = self._apart_s[begin:end]
+
+
+def _leaving(columns: Columns, by_end: Indices, bounds: list[int], begins: Indices, ends: Indices) -> _Measured:
+    """From columns that end at a block to those that hold it, which are from `begins` to `ends`."""
+    rank = np.empty(len(by_end), np.intp)
+    rank[by_end] = np.arange(len(by_end))
+    block = columns.ends[columns.near]
+    known = np.flatnonzero(block < len(begins))
+    known = known[(columns.far[known] >= begins[block[known]]) & (columns.far[known] < ends[block[known]])]
+    near, far, block = columns.near[known], columns.far[known], block[known]
+    rows = rank[near] - np.array(bounds)[block]
+    return _Measured(block, rows, far - begins[block], columns.apart_s[known], len(begins))
+
+
+def _coming(columns: Columns, starting: Indices, lasting: Indices) -> _Measured:
+    """To columns that start at a block from those that hold the one before it."""
+    block = columns.starts[columns.far]
+    known = np.flatnonzero(block > 0)
+    begins, ends = lasting[block[known] - 1], starting[block[known]]
+    inside = (columns.near[known] >= begins) & (columns.near[known] < ends)
+    known, begins = known[inside], begins[inside]
+    near, far, block = columns.near[known], columns.far[known], block[known]
+    return _Measured(block, far - starting[block], near - begins, columns.apart_s[known], len(starting) - 1)
