@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, StreamReset
+from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, RelayLost, StreamReset
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import Failure
@@ -105,7 +105,7 @@ def take_circuit(stream: Stream) -> CircuitChannel:
 
 def _lost(error: Exception) -> ConnectionLost:
     if isinstance(error, StreamReset):
-        return ConnectionLost(f"the circuit was ended: {error.reason}")
+        return RelayLost(f"the circuit was ended: {error.reason}")
     if isinstance(error, PeerFault):
-        return ConnectionLost(f"the relay is gone: {error}")
+        return RelayLost(f"the relay is gone: {error}")
     return ConnectionLost("the circuit was closed")

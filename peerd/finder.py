@@ -121,8 +121,9 @@ class SwarmFinder:
         return self._permitted
 
     def failed(self, peer: PeerId) -> None:
-        """Leave the peer out for a while, longer each time."""
+        """Leave the peer out for a while, longer each time; it may have moved meanwhile."""
         self._links.failed(peer)
+        self._directory.doubt(peer)
 
     def succeeded(self, peer: PeerId) -> None:
         """Forget that it failed."""

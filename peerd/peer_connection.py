@@ -25,6 +25,7 @@ from peerd.protocol.errors import (
     Overloaded,
     PeerdError,
     PeerFault,
+    RelayLost,
     RemoteProtocolError,
     UnsupportedFeature,
 )
@@ -174,7 +175,8 @@ class PeerConnection:
 
     def lost_error(self) -> ConnectionLost:
         """A fresh ConnectionLost for somebody who came too late."""
-        return ConnectionLost(f"the connection to {self._name} is gone: {self.lost}")
+        kind = RelayLost if isinstance(self.lost, RelayLost) else ConnectionLost
+        return kind(f"the connection to {self._name} is gone: {self.lost}")
 
     # For `Stream` and `Connections`.
 

@@ -67,6 +67,12 @@ class ConnectionLost(PeerFault):
     code = "connection_lost"
 
 
+class RelayLost(ConnectionLost):
+    """A relay ended the way to the peer, or is gone itself. The peer may be well, and reached in another way."""
+
+    code = "relay_lost"
+
+
 class StreamReset(PeerFault):
     """The peer ended one stream; `reason` is the code it gave. The connection lives on."""
 

@@ -88,6 +88,11 @@ class Directory:
         record = self._peers[peer_id].record
         return None if record is None else record.signed
 
+    def doubt(self, peer_id: PeerId) -> None:
+        """The peer was not where its record says: look it up anew before that is used again."""
+        if (known := self._peers.get(peer_id)) is not None:
+            self._peers[peer_id] = _Peer(known.record, float("-inf"))
+
     async def _server_records(self, model: bytes, block_count: int, max_age_s: float) -> list[VerifiedRecord]:
         known = self._models.setdefault(model, _Model([], float("-inf")))
         if self._now() - known.looked_up >= max_age_s:

@@ -148,6 +148,25 @@ async def test_a_peers_record_stays_valid_for_a_while_when_handed_on(
     assert open_record(second, now=swarm.now).body.seq == 2
 
 
+async def test_a_peer_that_was_not_where_its_record_says_is_looked_up_anew(
+    swarm: Swarm, directory: Directory, peer_body: MakePeer
+) -> None:
+    peer_id = PeerId(swarm.announce(1, peer_body(seq=1, expires=swarm.now + 600)))
+    first = await directory.peer_record(peer_id)
+    swarm.announce(1, peer_body(seq=2, expires=swarm.now + 600))
+    assert await directory.peer_record(peer_id) == first
+    directory.doubt(peer_id)
+    second = await directory.peer_record(peer_id)
+    assert second is not None
+    assert open_record(second, now=swarm.now).body.seq == 2
+    # An older copy does not come back for it, and nobody is remembered who was never looked up.
+    swarm.records.clear()
+    directory.doubt(peer_id)
+    assert await directory.peer_record(peer_id) == second
+    directory.doubt(Identity.from_seed(bytes(32)).peer_id)
+    assert len(directory._peers) == 1
+
+
 async def test_a_peer_that_nobody_knows_has_no_record(directory: Directory) -> None:
     assert await directory.peer_record(Identity.from_seed(bytes(32)).peer_id) is None
 

@@ -1,0 +1,145 @@
+"""A swarm whose servers nobody can dial: whole peers with a real model, on a network in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import trio
+
+import peerd
+from peerd.peer import Peer
+from peerd.relay_ledger import RelayLimits
+from peerd.testing import MemoryNetwork
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.real_time
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+# Two networks behind NATs: nothing that was not asked for comes in.
+CLIENT, FIRST, SECOND = "10.1.0.1", "10.2.0.1", "10.3.0.1"
+RELAYS = ("9.9.9.1", "9.9.9.2")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(
+    tiny_llama: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny Llama with a tokenizer beside it, which a client asks for."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_llama, folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local_answer(tiny_model: Path) -> list[int]:
+    """What the whole model says after PROMPT, greedily."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)[0, len(PROMPT) :].tolist()
+
+
+async def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
+    with trio.fail_after(limit_s):
+        while not condition():
+            await trio.sleep(0.02)
+
+
+class RelayedSwarm:
+    """Two relays that everybody can dial, and two servers that nobody can, of four blocks each."""
+
+    def __init__(self, network: MemoryNetwork, swarm_key: bytes | None) -> None:
+        self.network = network
+        self.relays: list[Peer] = []
+        self.servers: list[Peer] = []
+        self.swarm_key = swarm_key
+
+    @asynccontextmanager
+    async def client(self, path: Path) -> AsyncIterator[tuple[Peer, peerd.RemoteModel]]:
+        async with (
+            peerd.open_peer(
+                transport=self.network.transport(CLIENT), bootstrap=self.bootstrap, swarm_key=self.swarm_key
+            ) as peer,
+            peer.model(path) as model,
+        ):
+            yield peer, model
+
+    @property
+    def bootstrap(self) -> list[peerd.Multiaddr]:
+        return [address for relay in self.relays for address in relay.addresses]
+
+
+@asynccontextmanager
+async def open_relayed_swarm(
+    path: Path, *, swarm_key: bytes | None = None, limits: RelayLimits | None = None
+) -> AsyncIterator[RelayedSwarm]:
+    async with AsyncExitStack() as stack:
+        network = MemoryNetwork(latency_s=0.002)
+        swarm = RelayedSwarm(network, swarm_key)
+
+        async def start(ip: str, **more: object) -> Peer:
+            opening = peerd.open_peer(
+                transport=network.transport(ip), bootstrap=swarm.bootstrap, swarm_key=swarm_key, **more
+            )
+            return await stack.enter_async_context(opening)
+
+        for ip in RELAYS:
+            swarm.relays.append(await start(ip, listen=[f"/ip4/{ip}/tcp/4000/ws"], relay=limits or RelayLimits()))
+        for ip, blocks in ((FIRST, peerd.Span(0, 4)), (SECOND, peerd.Span(4, 8))):
+            spec = peerd.ServeSpec(path, blocks, kv_tokens=512, throughput=100.0, memory_bytes=2**30)
+            swarm.servers.append(await start(ip, serve=[spec]))
+        await until(lambda: all(len(server.reservations.held) == 2 for server in swarm.servers))
+        yield swarm
+
+
+async def test_a_model_answers_through_relays_alone_and_servers_push_to_each_other(
+    tiny_model: Path, local_answer: list[int]
+) -> None:
+    async with open_relayed_swarm(tiny_model) as swarm, swarm.client(tiny_model) as (client, model):
+        generation = model.generate(PROMPT, temperature=0, max_new_tokens=20, eos_token_ids=())
+        tokens = [token.id async for token in generation.tokens()]
+        assert tokens == local_answer[:20]
+        first, second = swarm.servers
+        for server in swarm.servers:
+            assert client.connections.live[server.peer_id].relay is not None
+        # The first pushed to the second itself, though neither can be dialled.
+        assert first.connections.live[second.peer_id].relay is not None
+        # Nobody knows the servers as peers of the DHT.
+        for peer in (*swarm.relays, client):
+            assert not {first.peer_id, second.peer_id} & {c.peer_id for c in peer.discovery.dht.contacts}
+
+
+async def test_a_private_swarm_answers_through_its_relays(tiny_model: Path, local_answer: list[int]) -> None:
+    async with (
+        open_relayed_swarm(tiny_model, swarm_key=b"k" * 32) as swarm,
+        swarm.client(tiny_model) as (_, model),
+    ):
+        generation = model.generate(PROMPT, temperature=0, max_new_tokens=5, eos_token_ids=())
+        assert [token.id async for token in generation.tokens()] == local_answer[:5]
+
+
+async def test_a_relay_that_dies_in_the_middle_of_an_answer_costs_no_token(
+    tiny_model: Path, local_answer: list[int]
+) -> None:
+    async with open_relayed_swarm(tiny_model) as swarm, swarm.client(tiny_model) as (client, model):
+        generation = model.generate(PROMPT, temperature=0, max_new_tokens=40, eos_token_ids=())
+        tokens = []
+        async for token in generation.tokens():
+            tokens.append(token.id)
+            if len(tokens) == 10:
+                used = client.connections.live[swarm.servers[0].peer_id].relay
+                assert used is not None
+                dead = next(ip for ip, relay in zip(RELAYS, swarm.relays, strict=True) if relay.peer_id == used.peer_id)
+                swarm.network.kill(dead)
+        assert tokens == local_answer
