@@ -30,6 +30,7 @@ from peerd.cli_options import (
     parse_named_model,
     revision_option,
 )
+from peerd.cli_relay import relay_options, relaying
 from peerd.console import working
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
@@ -171,6 +172,7 @@ _OPTIONS = (
         help="What this machine can send in a second, such as 2.5MB for 20 Mbit/s: long prompts and training then"
         " go by faster lines where there are any.",
     ),
+    relay_options,
     click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers."),
 )
 
@@ -203,6 +205,7 @@ def daemon_of(
     **serving: Any,
 ) -> Daemon:
     """What the options ask for together. Raises click.UsageError where they do not fit each other."""
+    relay, may_be_relayed = relaying(serving)
     offers = client or socket_path is not None or http is not None
     if serve_blocks is not None and len(models) != 1:
         raise click.UsageError("--serve-blocks says which blocks, --model of which one model: say each once")
@@ -226,6 +229,8 @@ def daemon_of(
         raise click.UsageError(f"--no-token would open {http[0]} to the network: it is for 127.0.0.1, ::1 or localhost")
     if announce and not (serve_blocks or listen):
         raise click.UsageError("--announce needs --listen: who dials the address must reach this peer")
+    if relay and not (serve_blocks or listen):
+        raise click.UsageError("--relay needs --listen: those for whom it relays must reach this peer")
     from peerd.cli_serve import Daemon
     from peerd.peer import DEFAULT_LISTEN
 
@@ -249,6 +254,8 @@ def daemon_of(
         serve=specs,
         stop_on_eof=stop_on_eof,
         disk_bytes=disk_bytes,
+        relay=relay,
+        may_be_relayed=may_be_relayed,
         offer=_offer(models, socket_path, http, token_file, no_token) if offers else None,
     )
 

@@ -32,6 +32,7 @@ from peerd.signals import Interrupted
 if TYPE_CHECKING:
     from peerd.model import RemoteModel
     from peerd.peer import Peer
+    from peerd.relay_ledger import RelayLimits
     from peerd.serving import ServeSpec
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class Daemon:
     stop_on_eof: bool
     offer: Offered | None = None
     disk_bytes: int | None = None
+    relay: RelayLimits | None = None
+    may_be_relayed: bool = True
 
 
 async def run_daemon(daemon: Daemon) -> None:
@@ -108,6 +111,8 @@ async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer
         serve=daemon.serve,
         state_dir=_state_dir(daemon.identity),
         hub=hub,
+        relay=daemon.relay,
+        may_be_relayed=daemon.may_be_relayed,
     )
     try:
         return await stack.enter_async_context(opening)

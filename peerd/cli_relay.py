@@ -1,0 +1,102 @@
+"""What an operator says about relays: whether this peer is one, what it gives away, and whether it uses others'.
+
+Knows spellings and which options need each other; runs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from peerd.cli_options import Command, parse_memory
+from peerd.relay_ledger import RelayLimits
+
+# A circuit passes messages of 16 KiB whole: slower than one a second it would be of no use to anybody.
+MIN_RATE_BYTES = 16 * 1024
+_DEFAULTS = RelayLimits()
+_MIB = 2**20
+
+
+def parse_rate(value: str) -> int:
+    """Bytes a second."""
+    found = parse_memory(value)
+    if found < MIN_RATE_BYTES:
+        raise click.BadParameter(f"{value} a second is too little to relay anything: say 16KiB or more")
+    return found
+
+
+_OPTIONS = (
+    click.option(
+        "--relay",
+        is_flag=True,
+        help="Relay for peers behind NATs, whom nobody can dial, within what the next options say. What they say to each"
+        " other stays unread. Others must be able to reach this peer.",
+    ),
+    click.option(
+        "--relay-slots",
+        "slots",
+        type=click.IntRange(min=1, max=65535),
+        metavar="N",
+        help=f"With --relay: how many peers it makes reachable. Default: {_DEFAULTS.slots}.",
+    ),
+    click.option(
+        "--relay-circuits",
+        "circuits",
+        type=click.IntRange(min=1, max=65535),
+        metavar="N",
+        help=f"With --relay: how many connections to them it carries at a time. Default: {_DEFAULTS.circuits}.",
+    ),
+    click.option(
+        "--relay-rate",
+        "bytes_a_second",
+        type=parse_rate,
+        metavar="SIZE",
+        help="With --relay: bytes a second, in each direction of one connection."
+        f" Default: {_DEFAULTS.bytes_a_second // _MIB}MiB.",
+    ),
+    click.option(
+        "--relay-total-rate",
+        "total_bytes_a_second",
+        type=parse_rate,
+        metavar="SIZE",
+        help=f"With --relay: bytes a second of them all. Default: {_DEFAULTS.total_bytes_a_second // _MIB}MiB.",
+    ),
+    click.option(
+        "--relay-hours",
+        "circuit_hours",
+        type=click.FloatRange(min=0.01, max=720),
+        metavar="HOURS",
+        help=f"With --relay: how long one connection may stand. Default: {_DEFAULTS.circuit_s // 3600}.",
+    ),
+    click.option(
+        "--no-relay",
+        is_flag=True,
+        help="Use nobody's relay: neither to be reached where nobody can dial this peer, nor to reach such peers.",
+    ),
+)
+_LIMITS = ("slots", "circuits", "bytes_a_second", "total_bytes_a_second", "circuit_hours")
+
+
+def relay_options(command: Command) -> Command:
+    """All options about relays; `relaying` reads them."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def relaying(options: dict[str, Any]) -> tuple[RelayLimits | None, bool]:
+    """Take them out of a command's options: what to give away, and whether others' relays may be used.
+
+    Raises click.UsageError where they do not fit each other.
+    """
+    relay, no_relay = options.pop("relay"), options.pop("no_relay")
+    given = {name: value for name in _LIMITS if (value := options.pop(name)) is not None}
+    if not relay:
+        if given:
+            raise click.UsageError("--relay-slots and the like say how much to relay: add --relay")
+        return None, not no_relay
+    hours = given.pop("circuit_hours", None)
+    if hours is not None:
+        given["circuit_s"] = max(1, int(hours * 3600))
+    return RelayLimits(**given), not no_relay
