@@ -30,8 +30,8 @@ _OPTIONS = (
     click.option(
         "--relay",
         is_flag=True,
-        help="Relay for peers behind NATs, whom nobody can dial, within what the next options say. What they say to each"
-        " other stays unread. Others must be able to reach this peer.",
+        help="Relay for peers behind NATs, whom nobody can dial, within what the next options say. What they say to"
+        " each other stays unread. Others must be able to reach this peer.",
     ),
     click.option(
         "--relay-slots",

@@ -33,6 +33,13 @@ def describe(status: dict[str, Any]) -> str:
         *(f"address   {address}" for address in status["addresses"]),
         f"reach     {_reach(status['reachability'])}",
     ]
+    lines += [f"relayed   by {short(relay['peer_id'])}" for relay in status["relayed_by"]]
+    if (relaying := status["relaying"]) is not None:
+        lines.append(
+            f"relaying  for {relaying['slots']} of {relaying['max_slots']} peers,"
+            f" {relaying['circuits']} of {relaying['max_circuits']} connections,"
+            f" {relaying['passed_bytes'] / 2**20:.1f} MiB passed on"
+        )
     for served in status["serving"]:
         used = served["total_tokens"] - served["free_tokens"]
         lines.append(
@@ -45,7 +52,7 @@ def describe(status: dict[str, Any]) -> str:
         runs = ", ".join(f"{run['blocks']} by {run['servers'] or 'nobody'}" for run in model["coverage"])
         state = "complete" if model["covered"] else "incomplete"
         lines.append(f"model     {model['name']}: {state}, {model['servers']} servers ({runs})")
-    rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"])) for peer in status["peers"]]
+    rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"]), _way(peer["relay"])) for peer in status["peers"]]
     return "\n".join(lines) + f"\n\n{len(rows)} peers connected" + (f"\n{table(rows)}" if rows else "")
 
 
@@ -78,6 +85,10 @@ def _reach(reachability: dict[str, Any]) -> str:
 
 def _rtt(milliseconds: float | None) -> str:
     return "" if milliseconds is None else f"{milliseconds:.1f} ms"
+
+
+def _way(relay: str | None) -> str:
+    return "" if relay is None else f"through {short(relay)}"
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ exception comes out as it went in.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -41,7 +42,7 @@ from peerd.reachable import dialable_forms
 from peerd.relay import Relay
 from peerd.reservations import Reservations, open_reservations
 from peerd.routing.clock import SwarmClock
-from peerd.routing.reachability import Announced
+from peerd.routing.reachability import Announced, Reach
 from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from peerd.serving import ServeSpec
     from peerd.span_loader import SpanLoader
     from peerd.transport import Transport
+
+log = logging.getLogger(__name__)
 
 Address = Multiaddr | str
 # Every interface, any free port.
@@ -114,6 +117,14 @@ class Peer:
         """Hold reservations as long as others cannot dial us, and give them back when they can."""
         if self.reservations is not None:
             self.reservations.wanted = self.reachability.wants_relays
+
+    def offer_relay(self) -> None:
+        """Say that we relay, unless those for whom we would cannot dial us."""
+        if self.relay is not None:
+            reachable = self.reachability.reach is not Reach.PRIVATE
+            self.connections.roles = (RELAY_ROLE,) if reachable else ()
+            if not reachable:
+                log.warning("nobody can dial us, so we relay for nobody")
 
     async def drain(self, timeout_s: float) -> None:
         """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
@@ -336,6 +347,7 @@ async def open_peer(
                     checkpoints = Checkpoints(hub or HubSettings())
                     peer = Peer(identity, connections, discovery, reachability, server, checkpoints, moving, rules)
                     peer.relay = relaying
+                    reachability.on_changed.append(peer.offer_relay)
                     if server and may_be_relayed:
                         # Whoever serves nothing need not be reached.
                         keeping = open_reservations(

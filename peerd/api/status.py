@@ -50,9 +50,15 @@ class Status:
             "peer_id": str(peer.peer_id),
             "addresses": [str(address) for address in peer.addresses],
             "reachability": _reachability(peer),
+            "relayed_by": _relayed_by(peer),
+            "relaying": _relaying(peer),
             "uptime_s": round(time.monotonic() - self._started, 1),
             "peers": [
-                {"peer_id": str(peer_id), "rtt_ms": _milliseconds(connection.rtt_s)}
+                {
+                    "peer_id": str(peer_id),
+                    "rtt_ms": _milliseconds(connection.rtt_s),
+                    "relay": None if connection.relay is None else str(connection.relay.peer_id),
+                }
                 for peer_id, connection in sorted(connections.items(), key=lambda item: str(item[0]))
             ],
             "serving": [
@@ -89,6 +95,30 @@ class Status:
 def _reachability(peer: Peer) -> dict[str, Any]:
     here = peer.reachability.here
     return {"state": here.reach.value, "seen_at": [str(ip) for ip in here.observed], "why": here.why}
+
+
+def _relayed_by(peer: Peer) -> list[dict[str, Any]]:
+    """The relays that reach us, and where others find them."""
+    if peer.reservations is None:
+        return []
+    return [
+        {"peer_id": str(held.relay), "addresses": [str(address) for address in held.addresses]}
+        for held in peer.reservations.held.values()
+    ]
+
+
+def _relaying(peer: Peer) -> dict[str, int] | None:
+    """What we do for others; None for who is no relay."""
+    if peer.relay is None:
+        return None
+    ledger = peer.relay.ledger
+    return {
+        "slots": ledger.slots,
+        "max_slots": ledger.limits.slots,
+        "circuits": ledger.circuits,
+        "max_circuits": ledger.limits.circuits,
+        "passed_bytes": peer.relay.passed_bytes,
+    }
 
 
 def _coverage(model: RemoteModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:

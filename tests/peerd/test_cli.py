@@ -17,6 +17,7 @@ from peerd.cli_serve import Daemon
 from peerd.compute.errors import CheckpointError
 from peerd.console import printable, short, table
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
+from peerd.relay_ledger import RelayLimits
 from peerd.routing.rules import Manifest
 from peerd.swarm_key import read_swarm_key
 
@@ -82,6 +83,10 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--serve-blocks", "1", "--model", "MODEL", "--device", "cuda:99"], "there is no cuda:99 here"),
         (["--client", "--announce", ADDRESS], "--announce needs --listen"),
         (["--client", "--listen", "127.0.0.1:80"], "allowed is /ip4|ip6"),
+        (["--client", "--relay"], "--relay needs --listen"),
+        (["--listen", ADDRESS, "--relay-slots", "3"], "add --relay"),
+        (["--listen", ADDRESS, "--relay", "--relay-slots", "0"], "1<=x<=65535"),
+        (["--listen", ADDRESS, "--relay", "--relay-rate", "1KB"], "16KiB or more"),
         (["--serve-blocks", "auto", "--model", "MODEL", "--memory", "lots"], "lots"),
         (["--serve-blocks", "auto", "--model", "MODEL", "--dtype", "int3"], "bfloat16"),
         (["--client", "generate", "MODEL", "--prompt", "x"], "--client belongs"),
@@ -120,6 +125,27 @@ def test_what_a_daemon_is_told_reaches_what_it_serves_and_offers(model: str, mon
     assert offer is not None
     assert (offer.http, offer.token_file) == (("127.0.0.1", 8080), Path(model) / "token")
     assert offer.socket_path == Path(model) / "p.sock"
+
+
+def test_what_an_operator_gives_away_as_a_relay_reaches_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    daemons: list[Daemon] = []
+
+    async def be(daemon: Daemon) -> None:
+        daemons.append(daemon)
+
+    monkeypatch.setattr(cli_serve, "run_daemon", be)
+    listening = ("--listen", "/ip4/127.0.0.1/tcp/0/ws")
+    limits = ("--relay-slots", "3", "--relay-circuits", "4", "--relay-rate", "1MiB", "--relay-total-rate", "5MiB")
+    for arguments in ((), ("--relay",), ("--relay", *limits, "--relay-hours", "0.5"), ("--no-relay",)):
+        result = run(*listening, *arguments)
+        assert result.exit_code == 0, result.stderr
+    assert [daemon.relay for daemon in daemons] == [
+        None,
+        RelayLimits(),
+        RelayLimits(slots=3, circuits=4, bytes_a_second=2**20, total_bytes_a_second=5 * 2**20, circuit_s=1800),
+        None,
+    ]
+    assert [daemon.may_be_relayed for daemon in daemons] == [True, True, True, False]
 
 
 def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> None:

@@ -26,11 +26,17 @@ from peerd.api.tensor_messages import Backward, Embed, Forward, OpenSession, mes
 from peerd.cli_status import describe, show_status
 from peerd.compute.fake_engine import fake_forward
 from peerd.model import ModelFacts, RemoteModel
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import Step
+from peerd.protocol.relay_messages import Reserved
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.reachability import Here
+from peerd.relay import Relay
+from peerd.relay_ledger import RelayLimits
+from peerd.reservations import Reservation
 from peerd.routing.reachability import Reach
 
 pytestmark = pytest.mark.real_time
@@ -39,6 +45,8 @@ BLOCKS = 9
 WIDTH = 8
 TOKEN = "t" * 32
 PROMPT = [1, 2, 3]
+RELAY = PeerId("the-relay")
+TERMS = Reserved(expires_s=60, circuits=1, bytes_a_second=1, circuit_s=60)
 
 
 @asynccontextmanager
@@ -52,6 +60,8 @@ async def open_daemon_of(model, swarm, folder):
         connections=SimpleNamespace(live={}),
         discovery=SimpleNamespace(directory=_Directory(swarm)),
         reachability=SimpleNamespace(here=Here(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
+        relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
+        reservations=SimpleNamespace(held={RELAY: Reservation(RELAY, (Multiaddr("ip4", "6.6.6.7", 1),), TERMS)}),
     )
     endpoint = Endpoint(folder / "p.sock", "127.0.0.1", 0, TOKEN)
     async with open_local_api(client, {"bytes": model}, endpoint) as api:
@@ -212,6 +222,11 @@ async def test_status_is_shown_to_people_and_programs(open_daemon, capsys):
     assert status["reachability"] == {"state": "private", "seen_at": ["6.6.6.6"], "why": "nobody can dial us"}
     assert describe(status)
     assert "reach     private, seen at 6.6.6.6: nobody can dial us" in said
+    assert status["relayed_by"] == [{"peer_id": "the-relay", "addresses": ["/ip4/6.6.6.7/tcp/1/ws"]}]
+    assert "relayed   by the-rela" in said
+    relaying = {"slots": 0, "max_slots": 5, "circuits": 0, "max_circuits": 7, "passed_bytes": 0}
+    assert status["relaying"] == relaying
+    assert "relaying  for 0 of 5 peers, 0 of 7 connections" in said
 
 
 @asynccontextmanager
