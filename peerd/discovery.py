@@ -139,7 +139,7 @@ class Discovery:
             return []
         addresses = tuple(str(address.with_peer(None)) for address in self._addresses[:MAX_ADDRESSES])
         relays = tuple(str(relay) for relay in self._relays[:MAX_RELAYS])
-        return [*spans, PeerRecord(seq=0, expires=0.0, addresses=addresses, relays=relays)]
+        return [*spans, PeerRecord(seq=0, expires=0.0, addresses=addresses, relays=relays).fitted()]
 
     async def run(self, joined: trio.Event) -> None:
         """Join, then announce, and keep what we know fresh, until cancelled. `joined`: the first attempt has ended."""

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from random import Random
 from types import MappingProxyType
 
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 WANTED_RELAYS = 2
 # Of each relay; a record has place for four.
 ADDRESSES_A_RELAY = 2
-# Longer ones would not leave room for others in a record of 1 KiB.
-MAX_ANNOUNCED_CHARS = 200
+# Longer ones would not leave room for others in a record of 1 KiB; a contact's are no longer either (spec/dht.md).
+MAX_ANNOUNCED_CHARS = 128
 # Between searches that found no relay.
 FIRST_SEARCH_S, MAX_SEARCH_S = 2.0, 60.0
 # Strangers of the routing table whom one search may connect to, to ask whether they are relays.
@@ -93,8 +94,9 @@ class Reservations:
 
     @property
     def announced(self) -> tuple[Multiaddr, ...]:
-        """Where the relays that reach us are, each address with its relay's PeerId."""
-        return tuple(address for held in self._held.values() for address in held.addresses)
+        """Where the relays that reach us are, each address with its relay's PeerId: first the best of each relay."""
+        ranked = zip_longest(*(held.addresses for held in self._held.values()))
+        return tuple(address for rank in ranked for address in rank if address is not None)
 
     @property
     def wanted(self) -> bool:

@@ -36,6 +36,8 @@ MAX_SHARDS = 16
 MAX_SLOTS = 8
 MAX_ADDRESSES = 8
 MAX_RELAYS = 4
+# Of each kind, before the other kind loses more: a second one for the day on which the first fails.
+_KEPT_WAYS = 2
 MAX_RTTS = 8
 MAX_NAMES = 8
 # A record has at most 1024 bytes; its envelope takes up to 121 of them.
@@ -142,6 +144,16 @@ class PeerRecord(Announcement):
             if address.peer_id is not None
         ]
         return (*direct, *relayed)
+
+    def fitted(self) -> PeerRecord:
+        """The same without as many of the last ways as must go for it to fit; the first two of each kind go last."""
+        body = self
+        while len(body.to_payload()) > MAX_PAYLOAD_BYTES:
+            if len(body.addresses) > min(len(body.relays), _KEPT_WAYS):
+                body = replace(body, addresses=body.addresses[:-1])
+            else:
+                body = replace(body, relays=body.relays[:-1])
+        return body
 
 
 def _understood(texts: tuple[str, ...]) -> list[Multiaddr]:

@@ -1,6 +1,7 @@
 """A world of relays in a network in memory: two that everybody can dial, and peers that nobody can."""
 
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from random import Random
 
 import trio
@@ -93,6 +94,10 @@ class World:
         reservations = await self.stack.enter_async_context(keeping)
         await until(lambda: len(reservations.held) == min(2, len(relays)))
         return connections, reservations
+
+    def ways(self, number):
+        """To a peer behind a NAT, as it announces them."""
+        return [replace(one, relay=one.peer_id, peer_id=id_of(number)) for one in self.announced[number]]
 
 
 async def until(condition):

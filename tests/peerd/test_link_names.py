@@ -5,6 +5,7 @@ import socket
 import pytest
 import trio
 
+from peerd.protocol.identity import Identity
 from peerd.protocol.messages import LinkDown, NextHop
 from peerd.protocol.records import PeerRecord, sign_record
 
@@ -25,14 +26,20 @@ class Resolver(trio.abc.HostnameResolver):
         raise socket.gaierror(socket.EAI_NONAME, "never asked")
 
 
-async def link_through_name(swarm, address, ip):
+RELAY = Identity.from_seed(b"r" * 32).peer_id
+
+
+async def link_through_name(swarm, address, ip, relays=()):
     """What a client hears when its next hop's record has this address, and the name leads to `ip` (None: to it)."""
     host, after = await swarm.serve(0, 4), await swarm.serve(4, 8)
     trio.socket.set_custom_hostname_resolver(Resolver(ip or after.ip))
     client = await swarm.caller()
     await client.open(after, hop=1)
     record = sign_record(
-        after.identity, PeerRecord(seq=1, expires=1_800_000_060 + trio.current_time(), addresses=(address,))
+        after.identity,
+        PeerRecord(
+            seq=1, expires=1_800_000_060 + trio.current_time(), addresses=(address,) if address else (), relays=relays
+        ),
     )
     stream = await client.open(host, next=NextHop(client.ticket(host.identity.peer_id, after), record.encode()))
     with trio.move_on_after(5):
@@ -46,6 +53,22 @@ async def test_a_name_that_leads_to_our_own_machine_is_not_dialled(open_swarm, a
         said = await link_through_name(swarm, address, "127.0.0.1")
         assert isinstance(said, LinkDown)
         assert "no address" in said.message
+
+
+@pytest.mark.parametrize("relay", ["/dns4/next.example/tcp/4000/ws", "/ip4/127.0.0.1/tcp/4000/ws"])
+async def test_a_relay_s_address_obeys_the_same_rules(open_swarm, relay):
+    async with open_swarm() as swarm:
+        said = await link_through_name(swarm, None, "127.0.0.1", relays=(f"{relay}/p2p/{RELAY}",))
+        assert isinstance(said, LinkDown)
+        assert "no address" in said.message
+
+
+async def test_a_relay_s_name_that_leads_where_we_may_dial_is_dialled(open_swarm):
+    async with open_swarm() as swarm:
+        said = await link_through_name(swarm, None, None, relays=(f"/dns4/next.example/tcp/4000/ws/p2p/{RELAY}",))
+        # Who answers there is not that relay, which shows that it was asked.
+        assert isinstance(said, LinkDown)
+        assert f"{swarm.hosts[1].ip}/tcp/4000/ws/p2p/{RELAY}/p2p-circuit/p2p/{swarm.hosts[1].peer_id}" in said.message
 
 
 async def test_a_name_that_leads_nowhere_is_not_dialled(open_swarm):

@@ -215,6 +215,15 @@ async def test_an_address_whose_relay_is_one_of_its_ends_is_not_dialled():
             await client.connect(None, [way(1, 10).with_peer(None)])
 
 
+async def test_the_relay_itself_uses_the_connection_that_a_peer_keeps_to_it():
+    async with open_world() as world:
+        relay = await world.relay(1)
+        await world.behind(10, 1)
+        # A server's next hop may name the server itself as its relay.
+        assert await ask(relay, 10, way(1, 10)) == b"hi"
+        assert relay.live[id_of(10)].relay is None
+
+
 async def test_a_peer_that_refuses_to_be_relayed_dials_no_relay():
     async with open_world() as world:
         await world.relay(1)

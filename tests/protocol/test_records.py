@@ -248,6 +248,24 @@ def test_the_ways_to_a_peer_are_direct_first_and_unknown_transports_are_left_out
     ]
 
 
+@pytest.mark.parametrize("addresses", [0, 1, 2, 8])
+@pytest.mark.parametrize("relays", [0, 1, 2, 4])
+@pytest.mark.parametrize("chars", [40, 128, 390])
+def test_a_peer_record_loses_ways_until_it_fits_and_its_best_ones_last(addresses, relays, chars):
+    direct = tuple(f"/{n}{'a' * (chars - 2)}" for n in range(addresses))
+    relayed = tuple(f"/{n}{'r' * (chars - 2)}" for n in range(relays))
+    body = PeerRecord(seq=2**62, expires=NOW + 60, addresses=direct, relays=relayed)
+    fitted = body.fitted()
+    assert PeerRecord.from_payload(fitted.to_payload()) == fitted
+    assert fitted.addresses == direct[: len(fitted.addresses)]
+    assert fitted.relays == relayed[: len(fitted.relays)]
+    if chars == 40:
+        assert fitted == body
+    for kept, before in ((fitted.addresses, direct), (fitted.relays, relayed)):
+        assert len(kept) >= min(len(before), 1)
+        assert len(kept) >= min(len(before), 2) or chars == 390
+
+
 # Fuzzing: a record is right, or wrong in the one typed way.
 
 
