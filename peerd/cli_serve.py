@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,8 @@ async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer
 
 async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> tuple[str, ...]:
     """Open the local API over the models that were named. Raises CheckpointError, InvalidRequest."""
+    # It brings torch along: seconds, in which peers would think us dead.
+    await trio.to_thread.run_sync(import_module, "peerd.api.serve")
     from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
 
     models: dict[str, RemoteModel] = {}

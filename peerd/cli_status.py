@@ -21,7 +21,7 @@ _MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
     """Print the daemon's status. Raises InvalidRequest where none listens, Unresponsive where it does not answer."""
-    status = await _ask(socket_path or default_socket_path())
+    status = await ask_daemon(socket_path or default_socket_path())
     write((json.dumps(status, indent=2) if as_json else describe(status)) + "\n")
 
 
@@ -56,7 +56,8 @@ def describe(status: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{len(rows)} peers connected" + (f"\n{table(rows)}" if rows else "")
 
 
-async def _ask(path: Path) -> dict[str, Any]:
+async def ask_daemon(path: Path) -> dict[str, Any]:
+    """What the daemon at a socket says. Raises InvalidRequest where none listens, Unresponsive where it is silent."""
     try:
         with trio.fail_after(_DEADLINE_S):
             async with await trio.open_unix_socket(path) as stream:

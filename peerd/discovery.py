@@ -82,6 +82,7 @@ class Discovery:
         self._addresses: tuple[Multiaddr, ...] = ()
         self._relays: tuple[Multiaddr, ...] = ()
         self._moved = trio.Event()
+        self._alone = trio.Event()
         self._spans: Callable[[], Sequence[ServerRecord]] = tuple
         self._announcer = Announcer(identity, self.dht, self._state, self._announcements, clock)
 
@@ -145,11 +146,12 @@ class Discovery:
         """Join, then announce, and keep what we know fresh, until cancelled. `joined`: the first attempt has ended."""
         contacts = [*_contacts_of(self._bootstrap), *self._state.load_contacts()]
         async with trio.open_nursery() as nursery:
-            with self._hearing_clocks(nursery):
+            with self._hearing_clocks(nursery), self._noticing_when_alone():
                 nursery.start_soon(self._measure)
                 nursery.start_soon(self._join, contacts, joined)
                 await joined.wait()
                 nursery.start_soon(self._introduce)
+                nursery.start_soon(self._come_back)
                 nursery.start_soon(self._announcer.run)
                 await self._refresh()
 
@@ -167,6 +169,30 @@ class Discovery:
             yield
         finally:
             self._connections.on_connected.remove(observer)
+
+    @contextmanager
+    def _noticing_when_alone(self) -> Iterator[None]:
+        def observer(_: PeerConnection) -> None:
+            if not self._connections.live:
+                self._alone.set()
+
+        self._connections.on_lost.append(observer)
+        try:
+            yield
+        finally:
+            self._connections.on_lost.remove(observer)
+
+    async def _come_back(self) -> None:
+        """Whoever lost all connections at once is not looked for by anybody: look for the others, until one answers."""
+        while True:
+            await self._alone.wait()
+            retry_s = FIRST_RETRY_S
+            while not self._connections.live:
+                log.debug("nobody is connected: looking for those we knew")
+                await self.dht.introduce()
+                await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
+                retry_s = min(2 * retry_s, MAX_RETRY_S)
+            self._alone = trio.Event()
 
     async def _hear_clock(self, connection: PeerConnection) -> None:
         with suppress(ConnectionLost):

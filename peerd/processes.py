@@ -11,7 +11,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class PeerProcess:
     log: Path
     identity: Path
     arguments: tuple[str, ...]
+    under: tuple[str, ...] = ()
 
     @property
     def peer_id(self) -> str:
@@ -58,23 +59,28 @@ class PeerProcesses:
         self._numbers = itertools.count()
         self._running: list[trio.Process] = []
 
-    async def start(self, *arguments: str, listen: str = ANY_PORT) -> PeerProcess:
-        """Run `peerd ARGUMENTS` on loopback until it serves. Raises ProcessEnded."""
-        return await self._run(self._directory / f"peer-{next(self._numbers)}.key", listen, arguments)
+    async def start(self, *arguments: str, listen: str = ANY_PORT, under: Sequence[str] = ()) -> PeerProcess:
+        """Run `peerd ARGUMENTS` on loopback until it serves. Raises ProcessEnded.
+
+        under: a command that becomes what follows it, such as `ip netns exec NAME`.
+        """
+        return await self._run(self._directory / f"peer-{next(self._numbers)}.key", listen, arguments, tuple(under))
 
     async def start_again(self, ended: PeerProcess) -> PeerProcess:
         """Run a peer that has ended once more: the same one, in the same place. Raises ProcessEnded.
 
         The place is where it was reached: not for peers that announce another than they listen at.
         """
-        return await self._run(ended.identity, str(ended.address.with_peer(None)), ended.arguments)
+        return await self._run(ended.identity, str(ended.address.with_peer(None)), ended.arguments, ended.under)
 
-    async def _run(self, identity: Path, listen: str, arguments: tuple[str, ...]) -> PeerProcess:
+    async def _run(
+        self, identity: Path, listen: str, arguments: tuple[str, ...], under: tuple[str, ...]
+    ) -> PeerProcess:
         log = identity.with_suffix(".log")
         command = [sys.executable, "-m", "peerd", "--stop-on-eof", "--listen", listen, "--identity", str(identity)]
         with log.open("ab") as log_file:
             process = await trio.lowlevel.open_process(
-                [*command, *arguments],
+                [*under, *command, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log_file,
@@ -87,7 +93,7 @@ class PeerProcesses:
         if line is None:
             await process.wait()
             raise ProcessEnded(f"a peer ended with exit code {process.returncode}: {_tail(log)}")
-        return PeerProcess(process, Multiaddr.parse(line), log, identity, arguments)
+        return PeerProcess(process, Multiaddr.parse(line), log, identity, arguments, under)
 
     async def stop(self) -> None:
         """End all: in order, then at once, then by force."""

@@ -11,24 +11,26 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from random import Random
 
 import trio
 
 from peerd.connections import Connections, PeerConnection
 from peerd.dialback import ask_to_be_dialled
+from peerd.nurseries import at_once
 from peerd.protocol.addresses import Multiaddr, public_network
 from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, IpAddress
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.routing.observed import ObservedIps
 from peerd.routing.reachability import (
-    JUDGES,
     Announced,
     Finding,
     Reach,
-    agree,
     announced,
     find,
+    more_judges,
     next_check_s,
     ports_for,
 )
@@ -231,17 +233,18 @@ class Reachability:
     async def _ask(self, ip: IpAddress, ports: Sequence[int]) -> list[Dialled]:
         """What two peers that see us at `ip` find there, or three where the first two are divided."""
         answers: list[Dialled] = []
-        for judge in self._judges(ip)[:MAX_ASKED]:
-            if len(answers) > JUDGES or (len(answers) == JUDGES and agree(answers)):
-                break
-            try:
-                answer = await ask_to_be_dialled(judge, ports)
-            except PeerdError as error:
-                log.debug("%s did not dial us: %s", judge.peer_id, error)
-                continue
-            if answer.ip == ip:
-                answers.append(answer)
+        judges = iter(self._judges(ip)[:MAX_ASKED])
+        while asked := list(islice(judges, more_judges(answers))):
+            said = await at_once([partial(self._ask_one, judge, ports) for judge in asked])
+            answers += [answer for answer in said if answer is not None and answer.ip == ip]
         return answers
+
+    async def _ask_one(self, judge: PeerConnection, ports: Sequence[int]) -> Dialled | None:
+        try:
+            return await ask_to_be_dialled(judge, ports)
+        except PeerdError as error:
+            log.debug("%s did not dial us: %s", judge.peer_id, error)
+            return None
 
     def _judges(self, ip: IpAddress) -> list[PeerConnection]:
         """Whom to ask, in a random order, one of each network before the second of any."""

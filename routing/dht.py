@@ -94,8 +94,9 @@ class Dht:
         return await self._join()
 
     async def introduce(self) -> None:
-        """Ask those around us, and all whom we know, who thereby hear our addresses: after those have changed."""
+        """Ask those around us, and all whom we know, who thereby hear where we are: after that has changed."""
         known = list(self._table)
+        self._last_known = known or self._last_known
         nodes, _ = await self._look_up(Node(self._own.id), self._protocol.call_find_node)
         asked = {node.id for node in nodes}
         limit = trio.CapacityLimiter(ALPHA)

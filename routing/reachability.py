@@ -65,9 +65,12 @@ def ports_for(ip: IpAddress, listening: Iterable[Multiaddr]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ports))[:MAX_PORTS]
 
 
-def agree(answers: Sequence[Dialled]) -> bool:
-    """Whether judges that dialled the same ports found the same of each."""
-    return len({tuple(outcome == "reached" for outcome in answer.outcomes) for answer in answers}) <= 1
+def more_judges(answers: Sequence[Dialled]) -> int:
+    """How many more to ask about the same ports: two in all, and a third where those found different things."""
+    if len(answers) < JUDGES:
+        return JUDGES - len(answers)
+    found = {tuple(outcome == "reached" for outcome in answer.outcomes) for answer in answers}
+    return int(len(answers) == JUDGES and len(found) > 1)
 
 
 def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Dialled]]]) -> Finding:

@@ -284,6 +284,18 @@ async def test_who_is_cut_off_is_forgotten_and_found_again(swarm: Swarm) -> None
         assert len(await two.directory.servers(MODEL, 4)) == 1
 
 
+async def test_who_lost_all_connections_looks_for_the_others(swarm: Swarm) -> None:
+    async with swarm.open(1), swarm.open(2), swarm.open(3, client=True) as (connections, _):
+        assert connections.live
+        for other in ("10.0.0.1", "10.0.0.2"):
+            swarm.network.partition("10.0.0.3", other)
+        await trio.sleep(90)
+        assert not connections.live
+        for other in ("10.0.0.1", "10.0.0.2"):
+            swarm.network.heal("10.0.0.3", other)
+        await until(lambda: len(connections.live) == 2)
+
+
 async def test_a_malformed_question_is_answered_with_what_is_wrong(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2) as (connections, discovery):
         stream = await connections.open_stream(identity(1).peer_id, DHT_PROTOCOL)

@@ -8,7 +8,7 @@ import pytest
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import Dialled, Outcome
-from peerd.routing.reachability import Finding, Reach, agree, announced, find, next_check_s, ports_for
+from peerd.routing.reachability import Finding, Reach, announced, find, more_judges, next_check_s, ports_for
 
 PORT = 31330
 
@@ -63,9 +63,14 @@ def test_the_internet_outranks_neighbours() -> None:
     assert found == PRIVATE
 
 
-def test_answers_that_differ_in_why_not_agree() -> None:
-    assert agree([said("6.6.6.6", "silent"), said("6.6.6.6", "refused")])
-    assert not agree([said("6.6.6.6", "silent"), said("6.6.6.6", "reached")])
+def test_a_third_judge_is_asked_where_two_do_not_agree() -> None:
+    silent, refused, reached = (said("6.6.6.6", outcome) for outcome in ("silent", "refused", "reached"))
+    assert more_judges([]) == 2
+    assert more_judges([silent]) == 1
+    # They differ in why not.
+    assert more_judges([silent, refused]) == 0
+    assert more_judges([silent, reached]) == 1
+    assert more_judges([silent, reached, reached]) == 0
 
 
 @pytest.mark.parametrize(

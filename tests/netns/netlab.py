@@ -1,0 +1,152 @@
+"""A small internet in network namespaces: public hosts, and private networks behind real masquerading.
+
+Made by whoever is allowed to make a user namespace, no root needed; nothing of the machine's own network is touched.
+The difficulty is to leave nothing behind: all namespaces hang on one process, which ends when we close its standard
+input or die, and on the peers in them, which end by themselves when theirs is closed.
+
+    relay1 5.1.1.2 --+                      +-- NAT 6.1.1.2 -- 192.168.1.0/24: a (.2), neighbour (.3)
+                     +---- the internet ----+
+    relay2 5.2.2.2 --+                      +-- NAT 6.2.2.2 -- 192.168.2.0/24: b (.2)
+
+The public addresses are real ones of somebody's; what asks whether an address is public must say yes. None of it
+ever leaves the namespaces: none has a way out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+RELAY1, RELAY2 = "5.1.1.2", "5.2.2.2"
+NAT_A, NAT_B = "6.1.1.2", "6.2.2.2"
+A, NEIGHBOUR, B = "192.168.1.2", "192.168.1.3", "192.168.2.2"
+PUBLIC_HOSTS = {"relay1": RELAY1, "relay2": RELAY2}
+# Router: its public address, and the hosts behind it.
+PRIVATE_HOSTS = {"nat_a": (NAT_A, {"a": A, "neighbour": NEIGHBOUR}), "nat_b": (NAT_B, {"b": B})}
+SETUP_S = 20.0
+_TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "nft": "nftables"}
+
+# Inside to outside and what answers it; in from outside only what a port is forwarded for.
+_NAT_RULES = """
+table ip nat {
+  chain pre { type nat hook prerouting priority dstnat; }
+  chain post { type nat hook postrouting priority srcnat; oifname "out" masquerade; }
+}
+table ip filter {
+  chain input { type filter hook input priority filter; policy drop; iifname { "lo", "in" } accept; ct state established,related accept; }
+  chain forward { type filter hook forward priority filter; policy drop; ct state established,related accept; iifname "in" accept; ct status dnat accept; }
+}
+"""  # noqa: E501  # nft's own lines
+
+
+def missing() -> str:
+    """Why there can be no lab on this machine; "" where there can."""
+    lacking = {package for tool, package in _TOOLS.items() if shutil.which(tool) is None}
+    if lacking:
+        return f"network namespaces need {' and '.join(sorted(lacking))}: apt-get install them"
+    tried = subprocess.run([*_UNSHARE, "sh", "-ec", _setup()], capture_output=True, check=False)
+    if tried.returncode:
+        return f"this machine lets us make no networks with a NAT: {tried.stderr.decode().strip()[-200:]}"
+    return ""
+
+
+class NetLab:
+    """The running lab: `under(host)` is what a command is put behind to run on a host."""
+
+    def __init__(self, holder: int) -> None:
+        self._holder = holder
+
+    def under(self, host: str) -> tuple[str, ...]:
+        """The words that run what follows them on a host."""
+        enter = ("nsenter", f"--target={self._holder}", "--user", "--mount", "--net", "--preserve-credentials")
+        return (*enter, "ip", "netns", "exec", host)
+
+    async def run(self, host: str, *command: str) -> str:
+        """What a command on a host prints. Raises subprocess.CalledProcessError."""
+        done = await trio.run_process([*self.under(host), *command], capture_stdout=True, capture_stderr=True)
+        return done.stdout.decode()
+
+    async def forward(self, router: str, port: int, ip: str) -> None:
+        """Let what comes to the router's port through, to the same port of a host behind it."""
+        rule = f'add rule ip nat pre iifname "out" tcp dport {port} dnat to {ip}:{port}'
+        await self.run(router, "nft", rule)
+
+    async def can_connect(self, host: str, ip: str, port: int) -> bool:
+        """Whether plain TCP gets through."""
+        code = f"import socket; socket.create_connection(({ip!r}, {port}), timeout=1.5)"
+        try:
+            await self.run(host, sys.executable, "-c", code)
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
+
+_UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--mount", "--kill-child")
+
+
+@asynccontextmanager
+async def open_lab() -> AsyncIterator[NetLab]:
+    """The lab, until the block ends. Raises RuntimeError where it cannot be made."""
+    script = f"{_setup()}\necho ready\nexec cat > /dev/null"
+    holder = await trio.lowlevel.open_process(
+        [*_UNSHARE, "sh", "-ec", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stderr is not None
+        with trio.fail_after(SETUP_S):
+            if not (await holder.stdout.receive_some()).startswith(b"ready"):
+                raise RuntimeError((await holder.stderr.receive_some()).decode())
+        yield NetLab(holder.pid)
+    finally:
+        holder.kill()
+        with trio.CancelScope(shield=True):
+            await holder.wait()
+
+
+def _setup() -> str:
+    """What makes the namespaces, links, routes and rules; run by sh, as root of its own user namespace."""
+    lines = ["mount -t tmpfs tmpfs /run", "mkdir /run/netns"]
+    hosts = [*PUBLIC_HOSTS, *PRIVATE_HOSTS, *(host for _, inside in PRIVATE_HOSTS.values() for host in inside)]
+    for name in ("internet", *hosts):
+        lines += [f"ip netns add {name}", f"ip -n {name} link set lo up"]
+    lines += _forwarding("internet")
+    for name, ip in [*PUBLIC_HOSTS.items(), *((name, ip) for name, (ip, _) in PRIVATE_HOSTS.items())]:
+        lines += _link("internet", f"to_{name}", _first_of(ip), name, "out", ip)
+    for router, (_, inside) in PRIVATE_HOSTS.items():
+        lines += [
+            f"ip -n {router} link add in type bridge",
+            f"ip -n {router} addr add {_first_of(next(iter(inside.values())))}/24 dev in",
+            f"ip -n {router} link set in up",
+            *_forwarding(router),
+            f"ip netns exec {router} nft -f - <<'END'\n{_NAT_RULES}\nEND",
+        ]
+        for host, ip in inside.items():
+            lines += _link(router, f"to_{host}", None, host, "out", ip)
+            lines += [f"ip -n {router} link set to_{host} master in"]
+    return "\n".join(lines)
+
+
+def _link(at: str, end: str, end_ip: str | None, host: str, interface: str, ip: str) -> Sequence[str]:
+    """A cable from one namespace to a host, whose way out it is."""
+    return [
+        f"ip link add {end} netns {at} type veth peer name {interface} netns {host}",
+        *([f"ip -n {at} addr add {end_ip}/24 dev {end}"] if end_ip else []),
+        f"ip -n {at} link set {end} up",
+        f"ip -n {host} addr add {ip}/24 dev {interface}",
+        f"ip -n {host} link set {interface} up",
+        f"ip -n {host} route add default via {_first_of(ip)}",
+    ]
+
+
+def _forwarding(name: str) -> Sequence[str]:
+    return [f"ip netns exec {name} sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'"]
+
+
+def _first_of(ip: str) -> str:
+    return ip.rsplit(".", 1)[0] + ".1"
