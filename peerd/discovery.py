@@ -114,7 +114,11 @@ class Discovery:
     def contacts(self) -> list[Contact]:
         """Whom we know, bootstrap peers first, each at the addresses that we may dial."""
         known = [*_contacts_of(self._bootstrap), *self.dht.contacts]
-        return [Contact(one.peer_id, dialable(one.addresses, self._transport.ranges)) for one in known]
+        return [Contact(one.peer_id, self.may_dial(one.addresses)) for one in known]
+
+    def may_dial(self, addresses: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:
+        """Of addresses that others told us, those that may be dialled: none of our own network, unless the swarm is."""
+        return dialable(addresses, self._transport.ranges)
 
     def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
         """Announce what `spans` returns, asked each time; `seq` and `expires` are filled in."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from random import Random
 
+import trio
+
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
@@ -52,10 +54,12 @@ class SwarmFinder:
         self._rules = rules or ChainRules()
         self._position_bytes = position_bytes
         self._connected = connected
-        # What the directory said last, and the table of what of that is permitted.
+        #: When a chain was wanted last.
+        self.used_at = float("-inf")
+        #: What the directory said last, as far as it is permitted.
+        self.table = OfferTable(())
         self._seen: list[Offer] = []
         self._permitted: list[Offer] = []
-        self._table = OfferTable(())
 
     async def find(
         self,
@@ -73,16 +77,10 @@ class SwarmFinder:
         between: of a part that replaces another, who stands before and after it. Raises NoChain, naming what nobody
         serves.
         """
-        needs = ChainNeeds(
-            tokens=tokens,
-            positions=positions,
-            adapter=adapter,
-            requests=requests,
-            after=between[0] if between else None,
-            before=between[1] if between else None,
-            # A new chain goes wherever it is best: whoever we know already would have all the sessions.
-            warm=frozenset(self._connected()) if between else frozenset(),
-        )
+        self.used_at = trio.current_time()
+        needs = ChainNeeds(tokens=tokens, positions=positions, adapter=adapter, requests=requests)
+        if between is not None:
+            needs = self._between(needs, between)
         try:
             return await self._plan(blocks, needs, exclude, CACHE_S)
         except NoChain:
@@ -92,32 +90,48 @@ class SwarmFinder:
     async def adapter_id(self, name: str, blocks: Span) -> str:
         """What an adapter's name means for `blocks` now. Raises NoChain, saying which adapters there are."""
         try:
-            return choose_adapter(await self._offers(CACHE_S), name, blocks)
+            return choose_adapter(await self.offers(CACHE_S), name, blocks)
         except NoChain:
-            return choose_adapter(await self._offers(FRESH_S), name, blocks)
+            return choose_adapter(await self.offers(FRESH_S), name, blocks)
 
     async def _plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId], max_age_s: float) -> Chain:
-        await self._offers(max_age_s)
+        await self.offers(max_age_s)
         return self.plan(blocks, needs, exclude)
 
     def plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId]) -> Chain:
         """A chain by what was looked up last, with what we measured and within the rules. Raises NoChain."""
-        avoid = self._links.avoided() | frozenset(exclude)
+        avoid = self.avoided() | frozenset(exclude)
+        return plan_chain(self.table, blocks, needs=self.needs(blocks, needs), random=self._random, avoid=avoid)
+
+    def replacement(self, span: Span, needs: ChainNeeds, exclude: Collection[PeerId], between: Between) -> Chain:
+        """What would take the place of a part of a chain, as `plan` finds it."""
+        return self.plan(span, self._between(needs, between), exclude)
+
+    def _between(self, needs: ChainNeeds, between: Between) -> ChainNeeds:
+        # A new chain goes wherever it is best, or whoever we know already would have all sessions: this does not.
+        return replace(needs, after=between[0], before=between[1], warm=frozenset(self._connected()))
+
+    def needs(self, blocks: Span, needs: ChainNeeds) -> ChainNeeds:
+        """The same with what we know ourselves: delays, the rules and the model's width."""
         first_by, last_by = self._rules.ends(blocks, self._block_count)
-        needs = replace(
+        return replace(
             needs,
             rtts_s=self._links.rtts_s(),
             position_bytes=self._position_bytes,
             first_by=first_by,
             last_by=last_by,
         )
-        return plan_chain(self._table, blocks, needs=needs, random=self._random, avoid=avoid)
 
-    async def _offers(self, max_age_s: float) -> list[Offer]:
+    def avoided(self) -> frozenset[PeerId]:
+        """Who failed us lately."""
+        return self._links.avoided()
+
+    async def offers(self, max_age_s: float) -> list[Offer]:
+        """What is permitted of all that is offered now, as far as was looked up `max_age_s` ago."""
         offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
         if offers is not self._seen:
-            permitted = self._rules.permitted(offers)
-            self._seen, self._permitted, self._table = offers, permitted, OfferTable(permitted)
+            self._seen, self._permitted = offers, self._rules.permitted(offers)
+            self.table = OfferTable(self._permitted)
         return self._permitted
 
     def failed(self, peer: PeerId) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from peerd.generation import Generation
     from peerd.passes import LoraPairs, Pass, PassMaker
+    from peerd.scout import Scout
 
 # A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
@@ -66,6 +67,7 @@ class RemoteModel:
         finder: ChainFinder,
         opener: ChainOpener,
         tasks: trio.Nursery,
+        scout: Scout | None = None,
     ) -> None:
         self.facts = facts
         self.tokenizer = tokenizer
@@ -74,6 +76,7 @@ class RemoteModel:
         self._finder = finder
         self._opener = opener
         self._tasks = tasks
+        self._scout = scout
         self._rng = random.Random(os.urandom(16))
         self._pass_maker: PassMaker | None = None
 
@@ -171,6 +174,8 @@ class RemoteModel:
             self._finder, self._opener, blocks, self.facts.width, terms, self._rng, patience or Patience()
         )
         await self._tasks.start(session.run)
+        if self._scout is not None:
+            self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)
         return session
 
     async def forward(

@@ -27,8 +27,10 @@ from peerd.compute.hub_settings import HubSettings
 from peerd.connections import Connections, open_connections
 from peerd.dialback import DialbackAnswerer
 from peerd.discovery import Discovery, open_discovery
+from peerd.neighbours import Neighbours
 from peerd.nurseries import open_tasks
 from peerd.places import Place, Places
+from peerd.prober import Prober
 from peerd.protocol.adapters import name_of
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import DIALBACK_PROTOCOL
@@ -43,6 +45,7 @@ from peerd.relay import Relay
 from peerd.reservations import Reservations, open_reservations
 from peerd.routing.clock import SwarmClock
 from peerd.routing.reachability import Announced, Reach
+from peerd.routing.rules import ChainRules
 from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
@@ -51,7 +54,6 @@ if TYPE_CHECKING:
     from peerd.model import ModelFacts, RemoteModel
     from peerd.rebalancing import Rebalancer
     from peerd.relay_ledger import RelayLimits
-    from peerd.routing.rules import ChainRules
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec
     from peerd.span_loader import SpanLoader
@@ -93,6 +95,7 @@ class Peer:
         self._checkpoints = checkpoints
         self._tasks = tasks
         self._places = Places(server) if server is not None else None
+        self._neighbours: Neighbours | None = None
         self._rebalancers: list[Rebalancer] = []
 
     def __repr__(self) -> str:
@@ -142,13 +145,15 @@ class Peer:
     async def model(self, path: str | Path, *, revision: str | None = None) -> AsyncIterator[RemoteModel]:
         """A model whose blocks the swarm serves; `path` gives its head, or a hub id, `org/name` or `org/name@revision`.
 
-        Raises CheckpointError.
+        Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
         """
         await _import("peerd.compute.head", "peerd.model")
         from peerd.finder import SwarmFinder
         from peerd.head_task import HeadTask
         from peerd.model import RemoteModel
         from peerd.open_chain import ChainOpener
+        from peerd.protocol.tensors import DTYPES
+        from peerd.scout import FIRST_WAIT_S, Scout
 
         async with self._checkpoints.open(path, revision) as checkpoint:
             await fetch_head(checkpoint)
@@ -156,13 +161,24 @@ class Peer:
             random = Random(os.urandom(16))
             discovery = self.discovery
             finder = SwarmFinder(
-                discovery.directory, discovery.links, facts.digest, facts.block_count, random, self.rules
+                discovery.directory,
+                discovery.links,
+                facts.digest,
+                facts.block_count,
+                random,
+                self.rules,
+                position_bytes=facts.width * DTYPES[facts.dtype].itemsize,
+                connected=self.connections.live.keys,
             )
             opener = ChainOpener(self.connections, self.identity, discovery.directory, discovery.clock, os.urandom)
             async with open_tasks() as tasks:
                 task = HeadTask(head)
                 tasks.start_soon(task.run)
-                yield RemoteModel(facts, task, tokenizer, generation, finder, opener, tasks)
+                scout = Scout(finder, self._prober(), Span(0, facts.block_count), random)
+                tasks.start_soon(scout.run)
+                with trio.move_on_after(FIRST_WAIT_S):
+                    await scout.ready.wait()
+                yield RemoteModel(facts, task, tokenizer, generation, finder, opener, tasks, scout)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
         """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
@@ -188,10 +204,25 @@ class Peer:
             place = self._places.add(served, loaded, loader)
             if loader is not None and len(served.span) < block_count:
                 self._start_moving(place, loader, block_count)
-        self.discovery.serve(self._places.records)
+        self._watch_neighbours(digest, block_count, self._places)
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self.discovery.announced()
         return tuple(served for served, _ in ready)
+
+    def _prober(self) -> Prober:
+        return Prober(self.connections, self.discovery.links, self.discovery.may_dial)
+
+    def _watch_neighbours(self, model: bytes, block_count: int, places: Places) -> None:
+        """Announce what we serve, with how far it is to whoever may follow on it."""
+        if self._neighbours is None:
+            discovery, rules, random = self.discovery, self.rules or ChainRules(), Random(os.urandom(16))
+            self._neighbours = Neighbours(
+                self.peer_id, discovery.directory, discovery.links, self._prober(), random, rules, places.records
+            )
+            self._tasks.start_soon(self._neighbours.run)
+        neighbours = self._neighbours
+        neighbours.serves(model, block_count)
+        self.discovery.serve(lambda: neighbours.filled(places.records()))
 
     def _start_moving(self, place: Place, loader: SpanLoader, block_count: int) -> None:
         from peerd.rebalancing import Rebalancer

@@ -89,6 +89,8 @@ class PeerConnection:
         self.settled = False
         self.is_duplicate = False
         """Whether we or the peer had a better connection."""
+        self.streams_opened = 0
+        """Streams that either side ever opened; the first is the hello's."""
         self.on_proven: Callable[[], None] = _nothing
         self.on_settled: Callable[[], None] = _nothing
         self._channel = channel
@@ -167,6 +169,18 @@ class PeerConnection:
                 await self._heard.park()
                 return self.lost is None
         return False
+
+    async def measure(self) -> float:
+        """Seconds to the peer and back, now. Raises ConnectionLost."""
+        answers = self.core.answers
+        self.core.ask()
+        self.wake()
+        while self.core.answers == answers:
+            if self.lost is not None:
+                raise self.lost_error()
+            await self._heard.park()
+        assert self.rtt_s is not None
+        return self.rtt_s
 
     def close(self, code: str = "closed", reason: str = "") -> None:
         """End it: the peer is told why, unsent messages are dropped. Nothing after its end."""
@@ -338,6 +352,7 @@ class PeerConnection:
     def _adopt(self, core: streams.Stream) -> Stream:
         stream = Stream(self, core)
         self._streams[core.id] = stream
+        self.streams_opened += 1
         return stream
 
     def _be_settled(self) -> None:

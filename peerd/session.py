@@ -55,6 +55,11 @@ class Session:
         return self._keeper.describe()
 
     @property
+    def closed(self) -> bool:
+        """Whether it has ended."""
+        return self._closed
+
+    @property
     def failovers(self) -> int:
         """How often a chain was mended or replaced."""
         return self._keeper.failovers

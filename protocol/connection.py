@@ -136,6 +136,11 @@ class Connection:
         """The last measured round trip; None before the first."""
         return self._liveness.rtt_s if self._liveness else None
 
+    @property
+    def answers(self) -> int:
+        """How many of our PINGs were answered: `rtt_s` is another's then."""
+        return self._liveness.answers if self._liveness else 0
+
     def ask(self) -> None:
         """PING the peer as soon as possible, whether or not it was silent."""
         if self._liveness is not None:

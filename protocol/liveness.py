@@ -47,6 +47,8 @@ class Liveness:
         """Whether a PING should go out as soon as possible."""
         self.rtt_s: float | None = None
         """The last measured round trip, None before the first."""
+        self.answers = 0
+        """PINGs that were answered."""
         self.best_rtt_s: float | None = None
         """The shortest: what the line itself takes, without anybody's queues."""
 
@@ -73,6 +75,7 @@ class Liveness:
             self.rtt_s = now - self._asked
             self.best_rtt_s = self.rtt_s if self.best_rtt_s is None else min(self.best_rtt_s, self.rtt_s)
             self._asked = None
+            self.answers += 1
 
     def check(self, now: float) -> None:
         """Ask, or raise ConnectionLost, as the time demands."""

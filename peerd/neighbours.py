@@ -1,0 +1,98 @@
+"""Measures how far a server is from the peers that it may push to, and has its announcements say so.
+
+Knows what is served and who may follow on it; the asking is the prober's. A chain's delays lie between servers, where
+no client can measure them. The difficulty is to know the few that matter of the many that may follow, without every
+server asking all others: the best known are asked again now and then, strangers a few at a time. What was measured
+goes out with the next announcement, never sooner: a delay is no news.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+
+import trio
+
+from peerd.prober import Prober
+from peerd.protocol.announcements import MAX_RTTS
+from peerd.protocol.identity import PeerId
+from peerd.protocol.records import ServerRecord
+from peerd.routing.directory import Directory
+from peerd.routing.links import Links
+from peerd.routing.offer import Offer
+from peerd.routing.probes import next_hops, with_rtts
+from peerd.routing.rules import ChainRules
+
+# Between rounds, one fifth more or less so that servers that started together part.
+ROUND_S = 60.0
+# Whoever serves announces itself first, and finds the others' announcements.
+FIRST_ROUND_S = 5.0
+# Of those that a chain would gain most by, measured or not; and of all others.
+BEST_PROBES = 8
+STRANGER_PROBES = 4
+# A delay that was measured is measured again every so many rounds, unless a connection is open anyway.
+AGAIN_ROUNDS = 5
+# How old a view of the swarm will do.
+MAX_AGE_S = 30.0
+
+
+class Neighbours:
+    """The delays from us, `own`, to those that may follow on the spans we serve. `run` measures them."""
+
+    def __init__(
+        self,
+        own: PeerId,
+        directory: Directory,
+        links: Links,
+        prober: Prober,
+        random: Random,
+        rules: ChainRules,
+        spans: Callable[[], Iterable[ServerRecord]],
+    ) -> None:
+        self._own = own
+        self._directory = directory
+        self._links = links
+        self._prober = prober
+        self._random = random
+        self._rules = rules
+        self._spans = spans
+        self._block_counts: dict[bytes, int] = {}
+        self._offers: dict[bytes, list[Offer]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Neighbours of {self._own} models={len(self._block_counts)}>"
+
+    def serves(self, model: bytes, block_count: int) -> None:
+        """We serve some of a model's blocks from now on."""
+        self._block_counts[model] = block_count
+
+    def filled(self, records: Sequence[ServerRecord]) -> list[ServerRecord]:
+        """The records with what was measured."""
+        rtts_s = self._links.rtts_s()
+        return [with_rtts(each, self._offers.get(each.model, ()), self._own, rtts_s, MAX_RTTS) for each in records]
+
+    async def run(self) -> None:
+        """Measure, until cancelled."""
+        await trio.sleep(FIRST_ROUND_S * self._random.uniform(0.2, 1.0))
+        while True:
+            await self._measure()
+            await trio.sleep(ROUND_S * self._random.uniform(0.8, 1.2))
+
+    async def _measure(self) -> None:
+        for model, block_count in list(self._block_counts.items()):
+            offers = await self._directory.servers(model, block_count, max_age_s=MAX_AGE_S)
+            self._offers[model] = self._rules.permitted(offers)
+        chosen: dict[PeerId, Offer] = {}
+        for record in self._spans():
+            found = next_hops(self._offers.get(record.model, ()), self._own, record.span, self._links.rtts_s())
+            others = found[BEST_PROBES:]
+            strangers = self._random.sample(others, min(len(others), STRANGER_PROBES))
+            chosen.update((offer.peer_id, offer) for offer in (*found[:BEST_PROBES], *strangers))
+        avoided = self._links.avoided()
+        await self._prober.probe(offer for peer, offer in chosen.items() if peer not in avoided and self._is_due(peer))
+
+    def _is_due(self, peer: PeerId) -> bool:
+        """Whether to measure the peer in this round."""
+        if self._links.rtt_s(peer) is None or self._prober.is_connected(peer):
+            return True
+        return self._random.random() < 1 / AGAIN_ROUNDS

@@ -1,0 +1,96 @@
+"""Measures how far peers are, over connections that it opens and closes again, and keeps some of them open.
+
+Knows connections and deadlines; whom to ask is `scout`'s and `neighbours`' business. The difficulty is to leave
+nothing behind: a connection costs both sides tasks and memory, and others may have begun to use it while it
+was measured. So only those are closed that were opened here and that carried nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+
+import trio
+
+from peerd.connections import Connections, PeerConnection
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import ConnectionLost, PeerFault
+from peerd.protocol.identity import PeerId
+from peerd.routing.links import Links
+from peerd.routing.offer import Offer
+
+# Handshakes at a time: each takes a millisecond or two of ours.
+AT_ONCE = 8
+# A dial and a handshake are four round trips, and the farthest peers are 0.3 s away: whoever takes longer is no use.
+PROBE_S = 2.0
+# The first answer may have waited for a busy loop, on either side.
+SAMPLES = 2
+# The stream of the hello.
+_OWN_STREAMS = 1
+
+
+class Prober:
+    """Measures for `links`. `dialable` says which of a peer's addresses may be dialled on others' word."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        links: Links,
+        dialable: Callable[[Sequence[Multiaddr]], Sequence[Multiaddr]],
+    ) -> None:
+        self._connections = connections
+        self._links = links
+        self._dialable = dialable
+        self._opened: set[PeerId] = set()
+        # Dials that took too long for a probe may succeed yet.
+        self._late: set[PeerId] = set()
+
+    def __repr__(self) -> str:
+        return f"<Prober opened={len(self._opened)}>"
+
+    def is_connected(self, peer_id: PeerId) -> bool:
+        """Whether a connection to the peer is open."""
+        return peer_id in self._connections.live
+
+    async def probe(self, offers: Iterable[Offer], *, keep: Collection[PeerId] = ()) -> None:
+        """Measure these peers, each for at most `PROBE_S`, and then close what was opened only for that.
+
+        keep: to whom a connection is to stay open.
+        """
+        limiter = trio.CapacityLimiter(AT_ONCE)
+        async with trio.open_nursery() as nursery:
+            for offer in offers:
+                nursery.start_soon(self._probe_one, offer, limiter)
+        self.close_unused(keep)
+
+    async def _probe_one(self, offer: Offer, limiter: trio.CapacityLimiter) -> None:
+        async with limiter:
+            with trio.move_on_after(PROBE_S), suppress(ConnectionLost):
+                connection = await self._connect(offer)
+                if connection is not None:
+                    rtts_s = [await connection.measure() for _ in range(SAMPLES)]
+                    self._links.measured(offer.peer_id, min(rtts_s))
+
+    async def _connect(self, offer: Offer) -> PeerConnection | None:
+        peer_id = offer.peer_id
+        if peer_id == self._connections.peer_id:
+            return None
+        if peer_id not in self._connections.live:
+            self._opened.add(peer_id)
+        try:
+            return await self._connections.connect(peer_id, self._dialable(offer.addresses))
+        except PeerFault:
+            # Announced, and nobody there: better found out now than in the middle of an answer.
+            self._links.failed(peer_id)
+            return None
+
+    def close_unused(self, keep: Collection[PeerId] = ()) -> None:
+        """Close what was opened here and served nothing else, but for the connections to `keep`."""
+        live = self._connections.live
+        late = self._opened - live.keys()
+        for peer_id in (self._opened | self._late) - set(keep):
+            connection = live.get(peer_id)
+            if connection is not None and connection.streams_opened <= _OWN_STREAMS:
+                connection.close("measured", "nothing more was to be said")
+        self._opened &= set(keep)
+        self._late = late

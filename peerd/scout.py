@@ -1,0 +1,140 @@
+"""Keeps a client's view of one model's peers fresh: how far they are, and who takes over when a hop dies.
+
+Knows sessions and their chains, and when to look again; whom to ask is `routing.probes`' choice, and the asking the
+prober's. The difficulty is to be ready and cheap at once: a first plan must not wait for the slow, a chain's
+second choices must be connected before they are needed, and a model that nobody uses must ask nobody.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Protocol
+
+import trio
+
+from peerd.finder import SwarmFinder
+from peerd.prober import Prober
+from peerd.protocol.errors import NoChain
+from peerd.protocol.identity import PeerId
+from peerd.protocol.span import Span
+from peerd.routing.adapters import AdapterNeed
+from peerd.routing.chain import ChainNeeds
+from peerd.routing.offer import Offer
+from peerd.routing.probes import worth_probing
+
+# Of a chain of 8 hops, three choices each.
+FIRST_PROBES = 24
+# Later rounds ask those again that count, and a few others.
+MORE_PROBES = 12
+# Delays change with the routes of the internet, and servers come and go: between rounds while the model is in use.
+ROUND_S = 30.0
+# A model that was used so long ago is not in use any more.
+IDLE_S = 120.0
+# How soon a new chain, or one that was mended, has its second choices.
+LOOK_S = 1.0
+# How old the view of the swarm may be by which second choices are made.
+MAX_AGE_S = 15.0
+# Connections to second choices that are kept open, of all sessions together.
+MAX_STANDBYS = 16
+# Whoever opens a model waits so long for the first round, and plans with what is known by then.
+FIRST_WAIT_S = 1.0
+
+
+class Watched(Protocol):
+    """A session whose chain is to have second choices."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def chain(self) -> list[dict[str, object]]:
+        """Its hops now: `peer`, `start` and `end` of each."""
+
+
+_Hops = tuple[tuple[PeerId, Span], ...]
+
+
+class Scout:
+    """Scouts for the sessions of one model. `run` owns the work; `ready` is set once the first round has ended."""
+
+    def __init__(
+        self,
+        finder: SwarmFinder,
+        prober: Prober,
+        blocks: Span,
+        random: Random,
+    ) -> None:
+        self.ready = trio.Event()
+        #: Who would take over from a hop of some session's chain; a connection to each is open, or being opened.
+        self.standbys: frozenset[PeerId] = frozenset()
+        self._finder = finder
+        self._prober = prober
+        self._blocks = blocks
+        self._random = random
+        self._sessions: dict[Watched, ChainNeeds] = {}
+
+    def __repr__(self) -> str:
+        return f"<Scout of {self._blocks} sessions={len(self._sessions)} standbys={len(self.standbys)}>"
+
+    def watch(self, session: Watched, *, tokens: int, adapter: AdapterNeed) -> None:
+        """Have second choices ready for the session's chain until it is closed."""
+        self._sessions[session] = ChainNeeds(tokens=tokens, adapter=adapter)
+
+    async def run(self) -> None:
+        """Measure now, and again while the model is in use, until cancelled. Keeps second choices connected."""
+        measure_at = look_at = trio.current_time()
+        chains: tuple[_Hops, ...] = ()
+        while True:
+            self._sessions = {session: needs for session, needs in self._sessions.items() if not session.closed}
+            now = trio.current_time()
+            if not self.ready.is_set() or self._is_used():
+                if min(measure_at, look_at) <= now or self._chains() != chains:
+                    chains, look_at = self._chains(), now + MAX_AGE_S
+                    await self._look(measure=measure_at <= now)
+                if measure_at <= now:
+                    measure_at = now + ROUND_S * self._random.uniform(0.8, 1.2)
+                    self.ready.set()
+            elif self.standbys:
+                self.standbys, chains = frozenset(), ()
+                self._prober.close_unused()
+            await trio.sleep(LOOK_S)
+
+    async def _look(self, *, measure: bool) -> None:
+        """See who is there, and connect to the second choices; with `measure`, to others too."""
+        await self._finder.offers(MAX_AGE_S)
+        asked = self._second_choices()
+        if measure:
+            asked += self._probes(MORE_PROBES if self.ready.is_set() else FIRST_PROBES)
+        await self._prober.probe({offer.peer_id: offer for offer in asked}.values(), keep=self.standbys)
+
+    def _is_used(self) -> bool:
+        return bool(self._sessions) or trio.current_time() - self._finder.used_at < IDLE_S
+
+    def _chains(self) -> tuple[_Hops, ...]:
+        return tuple(_hops_of(session) for session in self._sessions)
+
+    def _probes(self, count: int) -> list[Offer]:
+        needs = self._finder.needs(self._blocks, ChainNeeds())
+        return worth_probing(self._finder.table, self._blocks, needs, count, self._random, self._finder.avoided())
+
+    def _second_choices(self) -> list[Offer]:
+        found: dict[PeerId, Offer] = {}
+        for session, needs in self._sessions.items():
+            hops = _hops_of(session)
+            peers = [None, *(peer for peer, _ in hops), None]
+            for index, (peer, span) in enumerate(hops):
+                try:
+                    chain = self._finder.replacement(span, needs, (peer,), (peers[index], peers[index + 2]))
+                except NoChain:
+                    continue
+                found.update((hop.peer_id, hop.offer) for hop in chain.hops)
+        chosen = dict(list(found.items())[:MAX_STANDBYS])
+        self.standbys = frozenset(chosen)
+        return list(chosen.values())
+
+
+def _hops_of(session: Watched) -> _Hops:
+    return tuple(
+        (PeerId(str(hop["peer"])), Span(int(str(hop["start"])), int(str(hop["end"])))) for hop in session.chain
+    )
