@@ -1,14 +1,19 @@
 """What one connection does between two processes on loopback: round trips, alone and beside bulk, and bulk alone.
+First a direct one, then one through a relay, a process of its own whose limits are out of the way.
 
     python tests/bench/connection_bench.py
 
-Prints a table. The figures depend on the machine; their ratios say whether priorities work.
+Prints two tables. The figures depend on the machine; their ratios say whether priorities work, and what a relay costs.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from random import Random
 from statistics import quantiles
 
 import trio
@@ -17,6 +22,11 @@ from peerd.connections import Connections, PeerConnection, Stream, open_connecti
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity
+from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE
+from peerd.relay import Relay
+from peerd.relay_ledger import RelayLimits
+from peerd.reservations import open_reservations
+from peerd.routing.table import Contact
 from peerd.websocket import WebSocketTransport
 
 LISTEN = Multiaddr.parse("/ip4/127.0.0.1/tcp/0/ws")
@@ -50,12 +60,44 @@ async def flood(stream: Stream) -> None:
         await stream.send({}, [body], priority=Priority.BULK)
 
 
+HANDLERS = {ECHO: echo, DRAIN: drain, FLOOD: flood}
+
+
 async def serve() -> None:
-    handlers = {ECHO: echo, DRAIN: drain, FLOOD: flood}
     async with open_connections(
-        Identity.generate(), transport=WebSocketTransport(), listen=[LISTEN], handlers=handlers
+        Identity.generate(), transport=WebSocketTransport(), listen=[LISTEN], handlers=HANDLERS
     ) as connections:
         print(connections.listen_addresses[0], flush=True)
+        await trio.sleep_forever()
+
+
+async def relay() -> None:
+    identity = Identity.generate()
+    service = Relay(identity.peer_id, RelayLimits(bytes_a_second=2**34, total_bytes_a_second=2**34))
+    async with open_connections(
+        identity,
+        transport=WebSocketTransport(),
+        listen=[LISTEN],
+        handlers={RELAY_PROTOCOL: service.answer},
+        roles=[RELAY_ROLE],
+    ) as connections:
+        connections.announced = connections.listen_addresses
+        print(connections.listen_addresses[0].with_peer(identity.peer_id), flush=True)
+        await trio.sleep_forever()
+
+
+async def serve_behind(address: Multiaddr) -> None:
+    identity = Identity.generate()
+
+    def held(relays: tuple[Multiaddr, ...]) -> None:
+        print(replace(relays[0], relay=relays[0].peer_id, peer_id=identity.peer_id), flush=True)
+
+    assert address.peer_id is not None
+    contacts = [Contact(address.peer_id, (address,))]
+    async with (
+        open_connections(identity, transport=WebSocketTransport(), handlers=HANDLERS) as connections,
+        open_reservations(connections, lambda: contacts, held, Random(0), wanted=True),
+    ):
         await trio.sleep_forever()
 
 
@@ -123,18 +165,34 @@ async def measure_all(address: Multiaddr) -> None:
         await measure(connections, address)
 
 
-def main() -> None:
-    server = subprocess.Popen([sys.executable, __file__, "serve"], stdout=subprocess.PIPE, text=True)
+@contextmanager
+def another(*arguments: str) -> Iterator[Multiaddr]:
+    """This program as a process of its own; yields the address that it prints."""
+    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
     try:
-        assert server.stdout is not None
-        trio.run(measure_all, Multiaddr.parse(server.stdout.readline().strip()))
+        assert process.stdout is not None
+        yield Multiaddr.parse(process.stdout.readline().strip())
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
+
+
+def main() -> None:
+    print("a direct connection")
+    with another("serve") as address:
+        trio.run(measure_all, address)
+    print("\nthrough a relay")
+    with another("relay") as between, another("behind", str(between)) as address:
+        trio.run(measure_all, address)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["serve"]:
-        trio.run(serve)
-    else:
-        main()
+    match sys.argv[1:]:
+        case ["serve"]:
+            trio.run(serve)
+        case ["relay"]:
+            trio.run(relay)
+        case ["behind", where]:
+            trio.run(serve_behind, Multiaddr.parse(where))
+        case _:
+            main()
