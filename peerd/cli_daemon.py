@@ -205,7 +205,7 @@ def daemon_of(
     **serving: Any,
 ) -> Daemon:
     """What the options ask for together. Raises click.UsageError where they do not fit each other."""
-    relay, may_be_relayed = relaying(serving)
+    relay = relaying(serving)
     offers = client or socket_path is not None or http is not None
     if serve_blocks is not None and len(models) != 1:
         raise click.UsageError("--serve-blocks says which blocks, --model of which one model: say each once")
@@ -255,7 +255,6 @@ def daemon_of(
         stop_on_eof=stop_on_eof,
         disk_bytes=disk_bytes,
         relay=relay,
-        may_be_relayed=may_be_relayed,
         offer=_offer(models, socket_path, http, token_file, no_token) if offers else None,
     )
 

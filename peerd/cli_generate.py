@@ -45,7 +45,13 @@ async def generate(
     async with AsyncExitStack() as stack:
         with working("joining the swarm") as display:
             hub = HubSettings(disk_bytes, watch=display.transferred)
-            opening = open_peer(bootstrap=joining.bootstrap, swarm_key=joining.swarm_key, rules=joining.rules, hub=hub)
+            opening = open_peer(
+                bootstrap=joining.bootstrap,
+                swarm_key=joining.swarm_key,
+                rules=joining.rules,
+                may_be_relayed=joining.may_be_relayed,
+                hub=hub,
+            )
             peer = await stack.enter_async_context(opening)
             display.update(f"reading the head of {Path(model_path).name}")
             model = await stack.enter_async_context(peer.model(model_path))

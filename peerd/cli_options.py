@@ -164,11 +164,12 @@ def parse_peer_id(value: str) -> PeerId:
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """Which swarm, and whom of it to use."""
+    """Which swarm, whom of it to use, and whether through relays."""
 
     bootstrap: tuple[Multiaddr, ...]
     swarm_key: bytes | None
     rules: ChainRules | None
+    may_be_relayed: bool = True
 
 
 def joining(options: dict[str, Any]) -> Joining:
@@ -182,7 +183,8 @@ def joining(options: dict[str, Any]) -> Joining:
     if allowed or blocked or trusted or manifests:
         pinned = tuple(Manifest.read(path) for path in manifests)
         rules = ChainRules(allowed or None, blocked, trusted, pinned)
-    return Joining(options.pop("bootstrap"), read_swarm_key(key_file) if key_file else None, rules)
+    key = read_swarm_key(key_file) if key_file else None
+    return Joining(options.pop("bootstrap"), key, rules, may_be_relayed=not options.pop("no_relay"))
 
 
 def join_options(command: Command) -> Command:
@@ -217,6 +219,12 @@ def join_options(command: Command) -> Command:
                 multiple=True,
                 metavar="FILE",
                 help="Use only peers that announce just these weights; peerd manifest MODEL makes one.",
+            ),
+            click.option(
+                "--no-relay",
+                is_flag=True,
+                help="Use nobody's relay: neither to reach peers behind NATs, whom nobody can dial, nor to be reached"
+                " as one.",
             ),
         )
     ):

@@ -1,4 +1,4 @@
-"""What an operator says about relays: whether this peer is one, what it gives away, and whether it uses others'.
+"""What an operator says of relaying for others: whether this peer does, and what it gives away.
 
 Knows spellings and which options need each other; runs nothing.
 """
@@ -69,34 +69,29 @@ _OPTIONS = (
         metavar="HOURS",
         help=f"With --relay: how long one connection may stand. Default: {_DEFAULTS.circuit_s // 3600}.",
     ),
-    click.option(
-        "--no-relay",
-        is_flag=True,
-        help="Use nobody's relay: neither to be reached where nobody can dial this peer, nor to reach such peers.",
-    ),
 )
 _LIMITS = ("slots", "circuits", "bytes_a_second", "total_bytes_a_second", "circuit_hours")
 
 
 def relay_options(command: Command) -> Command:
-    """All options about relays; `relaying` reads them."""
+    """What a relay gives away; `relaying` reads it."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def relaying(options: dict[str, Any]) -> tuple[RelayLimits | None, bool]:
-    """Take them out of a command's options: what to give away, and whether others' relays may be used.
+def relaying(options: dict[str, Any]) -> RelayLimits | None:
+    """Take them out of a command's options: what to give away, if anything.
 
     Raises click.UsageError where they do not fit each other.
     """
-    relay, no_relay = options.pop("relay"), options.pop("no_relay")
+    relay = options.pop("relay")
     given = {name: value for name in _LIMITS if (value := options.pop(name)) is not None}
     if not relay:
         if given:
             raise click.UsageError("--relay-slots and the like say how much to relay: add --relay")
-        return None, not no_relay
+        return None
     hours = given.pop("circuit_hours", None)
     if hours is not None:
         given["circuit_s"] = max(1, int(hours * 3600))
-    return RelayLimits(**given), not no_relay
+    return RelayLimits(**given)

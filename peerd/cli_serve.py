@@ -65,7 +65,6 @@ class Daemon:
     offer: Offered | None = None
     disk_bytes: int | None = None
     relay: RelayLimits | None = None
-    may_be_relayed: bool = True
 
 
 async def run_daemon(daemon: Daemon) -> None:
@@ -113,7 +112,7 @@ async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer
         state_dir=_state_dir(daemon.identity),
         hub=hub,
         relay=daemon.relay,
-        may_be_relayed=daemon.may_be_relayed,
+        may_be_relayed=daemon.joining.may_be_relayed,
     )
     try:
         return await stack.enter_async_context(opening)

@@ -145,7 +145,7 @@ def test_what_an_operator_gives_away_as_a_relay_reaches_the_daemon(monkeypatch: 
         RelayLimits(slots=3, circuits=4, bytes_a_second=2**20, total_bytes_a_second=5 * 2**20, circuit_s=1800),
         None,
     ]
-    assert [daemon.may_be_relayed for daemon in daemons] == [True, True, True, False]
+    assert [daemon.joining.may_be_relayed for daemon in daemons] == [True, True, True, False]
 
 
 def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> N
     manifest.write_text(Manifest(b"m" * 32, (b"b" * 32,)).to_json())
     peer = ADDRESS.rpartition("/")[2]
     options = {"bootstrap": (), "swarm_key": key, "manifests": (manifest,), "allowed": (), "blocked": (peer,)}
-    swarm = joining(options | {"trusted": ()})
+    swarm = joining(options | {"trusted": (), "no_relay": True})
     assert swarm.swarm_key == read_swarm_key(key)
     assert swarm.rules is not None
     assert (swarm.rules.allowed, swarm.rules.blocked) == (None, {peer})

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import trio
 import peerd
 from peerd.peer import Peer
 from peerd.relay_ledger import RelayLimits
+from peerd.session import Patience
 from peerd.testing import MemoryNetwork
 
 if TYPE_CHECKING:
@@ -66,11 +67,10 @@ class RelayedSwarm:
         self.swarm_key = swarm_key
 
     @asynccontextmanager
-    async def client(self, path: Path) -> AsyncIterator[tuple[Peer, peerd.RemoteModel]]:
+    async def client(self, path: Path, **more: Any) -> AsyncIterator[tuple[Peer, peerd.RemoteModel]]:
+        transport = self.network.transport(CLIENT)
         async with (
-            peerd.open_peer(
-                transport=self.network.transport(CLIENT), bootstrap=self.bootstrap, swarm_key=self.swarm_key
-            ) as peer,
+            peerd.open_peer(transport=transport, bootstrap=self.bootstrap, swarm_key=self.swarm_key, **more) as peer,
             peer.model(path) as model,
         ):
             yield peer, model
@@ -127,6 +127,16 @@ async def test_a_private_swarm_answers_through_its_relays(tiny_model: Path, loca
     ):
         generation = model.generate(PROMPT, temperature=0, max_new_tokens=5, eos_token_ids=())
         assert [token.id async for token in generation.tokens()] == local_answer[:5]
+
+
+async def test_a_client_that_uses_no_relays_is_told_why_it_gets_no_answer(tiny_model: Path) -> None:
+    async with (
+        open_relayed_swarm(tiny_model) as swarm,
+        swarm.client(tiny_model, may_be_relayed=False) as (_, model),
+    ):
+        with pytest.raises(peerd.PeerdError, match="we use no relays"):
+            async with model.session(max_length=16, patience=Patience(missing_s=0)):
+                pass
 
 
 async def test_a_relay_that_dies_in_the_middle_of_an_answer_costs_no_token(
