@@ -19,6 +19,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -200,7 +201,12 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     console = Console(width=120, stderr=True)
-    run = trio.run(measure, plan, demo_model_path(), console)
+    run = None
+    with suppress(KeyboardInterrupt):
+        run = trio.run(measure, plan, demo_model_path(), console)
+    if run is None:
+        # All processes have been stopped on the way here.
+        sys.exit(130)
     text = json.dumps(as_json(run), indent=2)
     if chosen.output is not None:
         chosen.output.write_text(text + "\n")

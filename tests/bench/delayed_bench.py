@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -57,13 +57,13 @@ class Turn:
     """Some tokens in a row at one delay: what one took, the one-way delays that it crossed, and the bytes there."""
 
     token_s: float
-    links_s: float
+    links_s: tuple[float, ...]
     link_bytes: float
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Decoding one way at one delay, medians of turns. `links_s`: the sum of the one-way delays of a token.
+    """Decoding one way at one delay, medians of turns. `links_s`: the one-way delays of a token, link by link.
 
     `ratio` is to what it should have taken, in the same turn.
     """
@@ -72,7 +72,7 @@ class Figure:
     servers: int
     rtt_ms: float
     token_s: float
-    links_s: float
+    links_s: tuple[float, ...]
     link_bytes: float
     expected_s: float
     ratio: float
@@ -80,13 +80,15 @@ class Figure:
     @classmethod
     def of(cls, way: str, servers: int, rtt_ms: float, turns: Sequence[Turn], still: Sequence[Turn]) -> Figure:
         """`still` are the same turns without delay."""
-        expected_s = [other.token_s - other.links_s + turn.links_s for turn, other in zip(turns, still, strict=True)]
+        expected_s = [
+            other.token_s - sum(other.links_s) + sum(turn.links_s) for turn, other in zip(turns, still, strict=True)
+        ]
         return cls(
             way,
             servers,
             rtt_ms,
             statistics.median(turn.token_s for turn in turns),
-            statistics.median(turn.links_s for turn in turns),
+            tuple(statistics.median(link) for link in zip(*(turn.links_s for turn in turns), strict=True)),
             statistics.median(turn.link_bytes for turn in turns),
             statistics.median(expected_s),
             statistics.median(turn.token_s / expected for turn, expected in zip(turns, expected_s, strict=True)),
@@ -204,7 +206,7 @@ async def _turn(decoder: Chained, swarm: DelayedSwarm, rtt_ms: float, tokens: in
     await swarm.proxies.passed()
     token_s = statistics.median([await _timed(decoder.take) for _ in range(tokens)])
     links = decoder.links(await swarm.proxies.passed())
-    return Turn(token_s, sum(link.mean_s for link in links), sum(link.bytes for link in links) / tokens)
+    return Turn(token_s, tuple(link.mean_s for link in links), sum(link.bytes for link in links) / tokens)
 
 
 async def _timed(take: TakeToken) -> float:
@@ -216,7 +218,7 @@ async def _timed(take: TakeToken) -> float:
 def show(figures: Sequence[Figure], local_s: float, console: Console) -> None:
     """A table for people."""
     table = Table(
-        "servers", "round trip", "way", "one-way delays", "should take", "takes", "of that", "steps/s", "Petals",
+        "servers", "round trip", "way", "one-way delays, ms", "should take", "takes", "of that", "steps/s", "Petals",
         title="SmolLM2-135M-Instruct, fp32, one thread a process; time a token, medians",
     )  # fmt: skip
     for figure in figures:
@@ -225,7 +227,7 @@ def show(figures: Sequence[Figure], local_s: float, console: Console) -> None:
             str(figure.servers),
             f"{figure.rtt_ms:g} ms",
             figure.way,
-            f"{1000 * figure.links_s:.1f} ms",
+            " + ".join(f"{1000 * link_s:.1f}" for link_s in figure.links_s),
             f"{1000 * figure.expected_s:.1f} ms",
             f"{1000 * figure.token_s:.1f} ms",
             f"{figure.ratio:.3f}",
@@ -253,7 +255,7 @@ def as_json(figures: Sequence[Figure], local_s: float) -> dict[str, Any]:
             "servers": figure.servers,
             "rtt_ms": figure.rtt_ms,
             "token_s": round(figure.token_s, 5),
-            "links_s": round(figure.links_s, 5),
+            "links_s": [round(link_s, 5) for link_s in figure.links_s],
             "link_bytes": round(figure.link_bytes),
             "expected_s": round(figure.expected_s, 5),
             "ratio": round(figure.ratio, 4),
@@ -276,7 +278,12 @@ def main() -> None:
     path = demo_model_path()
     local = Local(path)
     blocks = local.model.config.num_hidden_layers
-    figures = trio.run(measure, path, blocks, chosen.turns, chosen.tokens, console)
+    figures: list[Figure] = []
+    with suppress(KeyboardInterrupt):
+        figures = trio.run(measure, path, blocks, chosen.turns, chosen.tokens, console)
+    if not figures:
+        # All processes have been stopped on the way here.
+        sys.exit(130)
     local_s = statistics.median(local.token_times(prompts_of(1, PROMPT_TOKENS)[0], 24)[1] for _ in range(3))
     found = json.dumps(as_json(figures, local_s), indent=2)
     if chosen.output is not None:

@@ -50,19 +50,21 @@ async def test_a_chain_crosses_each_link_once_and_a_hub_carries_everything_back_
         ]
     one_way_s = RTT_MS / 2000
     for figure, links in ((chain, 3), (hub, 4)):
-        assert links * one_way_s <= figure.links_s <= figure.token_s
+        assert len(figure.links_s) == links
+        assert all(link_s >= one_way_s for link_s in figure.links_s)
+        assert figure.token_s >= links * one_way_s
         assert links * WIDTH_BYTES < figure.link_bytes < links * (WIDTH_BYTES + MOST_EXTRA_BYTES)
     assert chain.token_s < hub.token_s
 
 
 def test_what_a_token_should_take_is_reckoned_in_its_own_turn() -> None:
     """The machine slows down to half of its speed after the first turn; what is shown is not another link."""
-    still = [Turn(0.010, 0.0, 0), Turn(0.020, 0.0, 0), Turn(0.020, 0.0, 0)]
-    turns = [Turn(0.110, 0.100, 0), Turn(0.120, 0.100, 0), Turn(0.144, 0.100, 0)]
+    still = [Turn(0.010, (0.0,), 0), Turn(0.020, (0.0,), 0), Turn(0.020, (0.0,), 0)]
+    turns = [Turn(0.110, (0.100,), 0), Turn(0.120, (0.100,), 0), Turn(0.144, (0.100,), 0)]
     figure = Figure.of("chain", 1, 100.0, turns, still)
     assert figure.ratio == pytest.approx(1.0)
     assert failures([figure]) == []
-    late = Figure.of("chain", 1, 100.0, [Turn(0.140, 0.100, 0)], still[1:2])
+    late = Figure.of("chain", 1, 100.0, [Turn(0.140, (0.100,), 0)], still[1:2])
     assert failures([late]) == ["chain of 1 at 100 ms took 1.17 of what it should"]
-    unmeasured = Figure.of("chain", 1, 100.0, [Turn(0.140, float("nan"), 0)], still[:1])
+    unmeasured = Figure.of("chain", 1, 100.0, [Turn(0.140, (float("nan"),), 0)], still[:1])
     assert len(failures([unmeasured])) == 1
