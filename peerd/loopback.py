@@ -17,6 +17,7 @@ from peerd.protocol.connection import Connection, Limits
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.hello import Hello
 from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.liveness import Delivery
 
 # As much as a socket holds: an end that closes must not wait for the other to read its last words.
 _PIPE_MESSAGES = 16
@@ -90,6 +91,9 @@ class _Pipe:
 
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
+        return None
+
+    def delivery(self) -> Delivery | None:
         return None
 
     async def send(self, message: bytes) -> None:

@@ -98,6 +98,7 @@ class PeerConnection:
         self._streams: dict[int, Stream] = {}
         self._handlers_running = 0
         self._idle = trio.lowlevel.ParkingLot()
+        self._hurry = trio.lowlevel.ParkingLot()
         self._heard = trio.lowlevel.ParkingLot()
         self._proven = trio.Event()
         self._said_hello = trio.Event()
@@ -163,7 +164,7 @@ class PeerConnection:
     async def answers(self, within_s: float) -> bool:
         """Whether the peer is there: something of it arrives in time after we asked."""
         if self.lost is None:
-            self.core.ask()
+            self.core.ask(trio.current_time())
             self.wake()
             with trio.move_on_after(within_s):
                 await self._heard.park()
@@ -257,9 +258,10 @@ class PeerConnection:
         with trio.move_on_at(self.core.deadline):
             await self._proven.wait()
         while True:
-            self.core.check(trio.current_time())
+            self.core.check(trio.current_time(), self._channel.delivery())
             self.wake()
-            await trio.sleep_until(self.core.deadline)
+            with trio.move_on_at(self.core.deadline):
+                await self._hurry.park()
 
     async def _settle(self) -> None:
         """Agree with the peer on this connection: the smaller PeerId chooses, its hello says so."""
@@ -353,6 +355,9 @@ class PeerConnection:
         stream = Stream(self, core)
         self._streams[core.id] = stream
         self.streams_opened += 1
+        if len(self._streams) == 1:
+            # Somebody may wait for an answer now.
+            self._hurry.unpark_all()
         return stream
 
     def _be_settled(self) -> None:

@@ -2,11 +2,13 @@
 
 Implements `Transport`, so that everything above it is the real thing. Under Trio's MockClock it is
 deterministic and takes no time. The difficulty is to fail as a real network does: a partition says
-nothing to anybody, a killed process's kernel answers at once, and a slow line makes the sender wait.
+nothing to anybody, a killed process's kernel answers at once, a stopped one's acknowledges what it cannot
+read, and a slow line makes the sender wait.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -15,11 +17,14 @@ import trio
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost
+from peerd.protocol.liveness import Delivery
 from peerd.transport import MessageChannel
 
 # What a sender may have on its way: about a socket's two buffers.
 _PIPE_BYTES = 256 * 1024
 _FIRST_PORT = 49152
+# RFC 6298 as Linux has it: the first repetition, and each later one after twice the time.
+_FIRST_REPETITION_S = 0.2
 
 Handler = Callable[[MessageChannel], Awaitable[None]]
 
@@ -35,7 +40,9 @@ class MemoryNetwork:
         self.latency_s = latency_s
         self.bytes_a_second = bytes_a_second
         self._latencies: dict[frozenset[str], float] = {}
-        self._partitions: set[frozenset[str]] = set()
+        # (from, to): what is sent that way vanishes.
+        self._holes: set[tuple[str, str]] = set()
+        self._stopped: set[str] = set()
         self._channels: set[MemoryChannel] = set()
         self._listeners: dict[tuple[str, int], tuple[trio.Nursery, Handler]] = {}
         self._nats: dict[str, str] = {}
@@ -55,11 +62,30 @@ class MemoryNetwork:
 
     def partition(self, one: str, other: str) -> None:
         """Let nothing through between two hosts, and tell neither."""
-        self._partitions.add(frozenset((one, other)))
+        self.swallow(one, other)
+        self.swallow(other, one)
+
+    def swallow(self, sender: str, receiver: str) -> None:
+        """Let nothing through that way; the other way stays open."""
+        for channel in self._channels:
+            channel.delivery()
+        self._holes.add((sender, receiver))
 
     def heal(self, one: str, other: str) -> None:
         """End a partition: what was sent meanwhile arrives, as TCP would send it again."""
-        self._partitions.discard(frozenset((one, other)))
+        self._holes -= {(one, other), (other, one)}
+        self._wake_all()
+
+    def stop(self, host: str) -> None:
+        """The process on this host hangs: it reads and says nothing, while its system goes on acknowledging."""
+        self._stopped.add(host)
+
+    def resume(self, host: str) -> None:
+        """A process that hung goes on."""
+        self._stopped.discard(host)
+        self._wake_all()
+
+    def _wake_all(self) -> None:
         for channel in self._channels:
             channel.wake()
 
@@ -87,9 +113,17 @@ class MemoryNetwork:
         """Seconds that a message takes one way."""
         return self._latencies.get(frozenset((one, other)), self.latency_s)
 
+    def swallows(self, sender: str, receiver: str) -> bool:
+        """Whether what is sent that way vanishes."""
+        return (sender, receiver) in self._holes
+
     def parted(self, one: str, other: str) -> bool:
-        """Whether a partition lies between them."""
-        return frozenset((one, other)) in self._partitions
+        """Whether nothing that needs an answer gets through between them."""
+        return self.swallows(one, other) or self.swallows(other, one)
+
+    def is_stopped(self, host: str) -> bool:
+        """Whether the process there hangs."""
+        return host in self._stopped
 
     def bind(self, host: str, port: int, nursery: trio.Nursery, handler: Handler) -> int:
         """Listen; returns the port. Raises OSError for one that is taken."""
@@ -182,6 +216,9 @@ class MemoryChannel:
         self._inbox_bytes = 0
         self._moved = trio.lowlevel.ParkingLot()
         self._line_free_at = 0.0
+        # What the other side's system has not acknowledged: (sent, arrives, bytes).
+        self._unacknowledged: deque[tuple[float, float, int]] = deque()
+        self._acknowledged_bytes = 0
         self._broken: str | None = None
         self._finished = False
 
@@ -190,7 +227,7 @@ class MemoryChannel:
 
     async def send(self, message: bytes) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        while self._broken is None and self.other._broken is None and self.other._inbox_bytes > _PIPE_BYTES:
+        while self._must_wait():
             await self.other._moved.park()
         self._raise_if_broken()
         self.other._raise_if_broken()
@@ -198,7 +235,10 @@ class MemoryChannel:
         if self._network.bytes_a_second is not None:
             left_at = max(left_at, self._line_free_at) + len(message) / self._network.bytes_a_second
             self._line_free_at = left_at
-        self.other._deliver(left_at + self._network.latency(self.host, self.remote_host), message)
+        self.delivery()
+        arrives = left_at + self._network.latency(self.host, self.remote_host)
+        self.other._deliver(arrives, message)
+        self._unacknowledged.append((trio.current_time(), arrives, len(message)))
         await trio.sleep_until(left_at)
 
     async def receive(self) -> bytes:
@@ -214,6 +254,20 @@ class MemoryChannel:
         self._moved.unpark_all()
         await trio.lowlevel.cancel_shielded_checkpoint()
         return message
+
+    def delivery(self) -> Delivery | None:
+        """As a system's TCP counts it."""
+        now = trio.current_time()
+        latency_s = self._network.latency(self.host, self.remote_host)
+        if not self._network.parted(self.host, self.remote_host):
+            while self._unacknowledged and self._unacknowledged[0][1] + latency_s <= now:
+                self._acknowledged_bytes += self._unacknowledged.popleft()[2]
+        if not self._unacknowledged:
+            return Delivery(self._acknowledged_bytes, 0)
+        sent, arrives, _ = self._unacknowledged[0]
+        waited_s = now - max(sent, arrives - latency_s)
+        unanswered = math.log2(1 + max(0.0, waited_s) / (_FIRST_REPETITION_S + 2 * latency_s))
+        return Delivery(self._acknowledged_bytes, int(unanswered))
 
     async def aclose(self) -> None:
         if self._broken is None:
@@ -234,6 +288,12 @@ class MemoryChannel:
         """Look again: something about the channel has changed."""
         self._moved.unpark_all()
 
+    def _must_wait(self) -> bool:
+        """Whether the pipe is full, or we do not run."""
+        if self._broken is not None or self.other._broken is not None:
+            return False
+        return self.other._inbox_bytes > _PIPE_BYTES or self._network.is_stopped(self.host)
+
     def _deliver(self, arrives: float, message: bytes) -> None:
         if self._broken is None:
             self._inbox.append((arrives, message))
@@ -243,11 +303,11 @@ class MemoryChannel:
     def _next_arrival(self) -> float:
         """When the next message may be taken. Raises ConnectionLost when none will come."""
         self._raise_if_broken()
-        if self._network.parted(self.host, self.remote_host):
+        if self._network.swallows(self.remote_host, self.host) or self._network.is_stopped(self.host):
             return float("inf")
         if self._inbox:
             return self._inbox[0][0]
-        if self._finished:
+        if self._finished and not self._network.is_stopped(self.remote_host):
             raise ConnectionLost("the other side closed the channel")
         return float("inf")
 

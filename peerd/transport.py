@@ -13,6 +13,7 @@ from typing import Protocol
 import trio
 
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.liveness import Delivery
 
 
 class MessageChannel(Protocol):
@@ -33,6 +34,9 @@ class MessageChannel(Protocol):
 
         Cancelling it loses nothing.
         """
+
+    def delivery(self) -> Delivery | None:
+        """What became of what was sent, if that can be told of the whole way to the other side."""
 
     async def aclose(self) -> None:
         """End the way. Takes a bounded time, even when cancelled; the other side may still read what was sent."""

@@ -27,7 +27,9 @@ from trio_websocket import (
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
 from peerd.protocol.frames import MAX_FRAME_BYTES
+from peerd.protocol.liveness import Delivery
 from peerd.protocol.noise import TAG_BYTES
+from peerd.tcp_info import delivery_of
 from peerd.transport import MessageChannel
 
 # Names the major version before the handshake binds it, so that a mismatch can be told from a wrong key.
@@ -210,6 +212,10 @@ class WebSocketChannel:
             raise RemoteProtocolError("a text message on a binary protocol")
         # The library joins what came in several parts in a bytearray.
         return bytes(message)
+
+    def delivery(self) -> Delivery | None:
+        # Behind TLS there is a proxy, whose system says nothing of the way on from there.
+        return delivery_of(self._stream.socket) if isinstance(self._stream, trio.SocketStream) else None
 
     def abort(self) -> None:
         """End it at once, with no last words."""

@@ -46,7 +46,7 @@ from peerd.protocol.frames import (
     encode_frame,
 )
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.liveness import Liveness
+from peerd.protocol.liveness import Delivery, Liveness
 from peerd.protocol.noise import CipherState, Handshake
 from peerd.protocol.schedule import Schedule
 from peerd.protocol.stream_table import Limits, StreamTable
@@ -141,24 +141,27 @@ class Connection:
         """How many of our PINGs were answered: `rtt_s` is another's then."""
         return self._liveness.answers if self._liveness else 0
 
-    def ask(self) -> None:
+    def ask(self, now: float) -> None:
         """PING the peer as soon as possible, whether or not it was silent."""
         if self._liveness is not None:
-            self._liveness.ping_due = True
+            self._liveness.ask(now)
 
     @property
     def deadline(self) -> float:
-        """When `check` must be called. It only ever moves later, but for the moment of HandshakeDone."""
-        return self._liveness.deadline if self._liveness else self._handshake_deadline
+        """When `check` must be called. It moves earlier at HandshakeDone and where the first stream opens only."""
+        return self._liveness.deadline(in_use=len(self._streams) > 0) if self._liveness else self._handshake_deadline
 
-    def check(self, now: float) -> None:
-        """Do what the time demands. Raises HandshakeFailed or ConnectionLost for a peer that is silent."""
+    def check(self, now: float, delivery: Delivery | None = None) -> None:
+        """Do what the time demands. `delivery`: what became of what we sent, where the transport can tell.
+
+        Raises HandshakeFailed or ConnectionLost for a peer that is silent, Unresponsive for one that never reads.
+        """
         if self._over or now < self.deadline:
             return
         try:
             if self._liveness is None:
                 raise HandshakeFailed(f"no handshake within {self._limits.patience.handshake_s:g} s")
-            self._liveness.check(now)
+            self._liveness.check(now, in_use=len(self._streams) > 0, delivery=delivery)
         except PeerdError as error:
             self._fail(error)
             raise

@@ -202,11 +202,13 @@ async def test_when_no_address_works_every_reason_is_told():
         one = await swarm.start(0)
         swarm.network.partition("10.0.0.0", "10.9.9.9")
         nobody, silent = Multiaddr("ip4", "10.0.0.7", 1), Multiaddr("ip4", "10.9.9.9", 1)
+        start = trio.current_time()
         with pytest.raises(ConnectFailed) as caught:
             await one.connect(IDENTITIES[7].peer_id, [nobody, silent])
+        assert trio.current_time() - start < 6
         text = str(caught.value)
         assert "10.0.0.7:1 refused" in text
-        assert "no answer within 10 s" in text
+        assert "no answer within 5 s" in text
 
 
 async def test_without_an_address_there_is_no_way():
@@ -398,20 +400,148 @@ async def test_a_peer_that_restarts_is_taken_back_at_once(number):
         assert len(stays.live) == 1
 
 
-async def test_a_half_open_connection_is_lost_in_ten_seconds_and_everybody_is_told():
+def _cut(network, how):
+    """Make a black hole of the way there, the way back, or both, as seen from peer 0."""
+    if how in ("there", "both"):
+        network.swallow("10.0.0.0", "10.0.0.1")
+    if how in ("back", "both"):
+        network.swallow("10.0.0.1", "10.0.0.0")
+
+
+@pytest.mark.parametrize("latency_s", [0.001, 0.1])
+@pytest.mark.parametrize("how", ["there", "back", "both"])
+async def test_a_black_hole_is_found_in_three_seconds_by_both_and_everybody_is_told(how, latency_s):
+    async with _swarm(latency_s=latency_s) as swarm:
+        one, other = await swarm.pair({"/echo/1": _echo, "/sink/1": _sink})
+        lost = []
+        one.on_lost.append(lambda connection: lost.append((connection.peer_id, trio.current_time())))
+        other.on_lost.append(lambda connection: lost.append((connection.peer_id, trio.current_time())))
+        stream = await one.open_stream(other.peer_id, "/sink/1", addresses=[_address(1)])
+        await trio.sleep(1)
+        _cut(swarm.network, how)
+        start = trio.current_time()
+        with pytest.raises(ConnectionLost, match="nothing we send arrives"):
+            await stream.receive()
+        await trio.sleep(3)
+        assert {peer for peer, _ in lost} == {one.peer_id, other.peer_id}
+        assert all(1.5 < at - start < 3.6 + 4 * latency_s for _, at in lost)
+        assert not one.live
+        assert not other.live
+
+
+@pytest.mark.parametrize("how", ["there", "back", "both"])
+async def test_an_idle_connection_into_a_black_hole_ends_in_eight_seconds(how):
     async with _swarm() as swarm:
         one, other = await swarm.pair()
-        lost = []
-        one.on_lost.append(lambda connection: lost.append(connection.peer_id))
+        connection = await one.connect(other.peer_id, [_address(1)])
+        await trio.sleep(20)
+        _cut(swarm.network, how)
+        start = trio.current_time()
+        await connection.wait_lost()
+        await trio.sleep(2)
+        assert trio.current_time() - start < 10
+        assert not other.live
+
+
+async def test_a_writer_that_is_stuck_in_a_black_hole_hides_nothing():
+    async with _swarm(bytes_a_second=10_000_000.0) as swarm:
+        one, other = await swarm.pair({"/drain/1": _drain})
+        stream = await one.open_stream(other.peer_id, "/drain/1", addresses=[_address(1)])
+        sending = trio.Event()
+
+        async def send():
+            with suppress(ConnectionLost):
+                while True:
+                    await stream.send({}, [bytes(1 << 20)])
+                    sending.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await sending.wait()
+            _cut(swarm.network, "there")
+            start = trio.current_time()
+        assert trio.current_time() - start < 4
+        assert not one.live
+
+
+async def _drain(stream):
+    with suppress(trio.EndOfChannel):
+        while True:
+            await stream.receive(1 << 26)
+
+
+@pytest.mark.parametrize("stalls_s", [2, 5, 9])
+async def test_a_process_that_stands_still_for_seconds_keeps_its_connections(stalls_s):
+    """It loads a model, say: its system acknowledges what arrives, and says so."""
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])
+        for _ in range(3):
+            swarm.network.stop("10.0.0.1")
+            await stream.send({}, [bytes(1 << 20)])
+            await trio.sleep(stalls_s)
+            swarm.network.resume("10.0.0.1")
+            assert len((await stream.receive(1 << 20)).body) == 1 << 20
+        assert stream.connection.lost is None
+
+
+async def test_a_process_that_hangs_is_given_up_in_ten_seconds():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
         stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])
         await trio.sleep(1)
-        swarm.network.partition("10.0.0.0", "10.0.0.1")
+        swarm.network.stop("10.0.0.1")
         start = trio.current_time()
-        with pytest.raises(ConnectionLost, match="silent for 10"):
+        with pytest.raises(ConnectionLost, match="silent for 1"):
             await stream.receive()
-        assert trio.current_time() - start <= 10
-        assert lost == [other.peer_id]
-        assert not one.live
+        assert 9 < trio.current_time() - start < 12
+
+
+@pytest.mark.parametrize("bytes_a_second", [2_000.0, 50_000.0])
+async def test_bulk_on_a_slow_line_keeps_the_connection_alive_whichever_way_it_goes(bytes_a_second):
+    async with _swarm(bytes_a_second=bytes_a_second) as swarm:
+        one, other = await swarm.pair({"/drain/1": _drain})
+        for sender, receiver in ((one, other), (other, one)):
+            number = 1 if receiver is other else 0
+            stream = await sender.open_stream(receiver.peer_id, "/drain/1", addresses=[_address(number)])
+            await stream.send({}, [bytes(1 << 20)], priority=Priority.BULK)
+        await trio.sleep(300)
+        assert stream.connection.lost is None
+        assert len(one.live) == len(other.live) == 1
+
+
+async def test_a_partition_that_heals_lets_peers_connect_again_at_once():
+    async with _swarm() as swarm:
+        one, other = await swarm.pair()
+        stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])
+        _cut(swarm.network, "both")
+        await stream.connection.wait_lost()
+        swarm.network.heal("10.0.0.0", "10.0.0.1")
+        with trio.fail_after(1):
+            assert await _ask(one, 1) == b"hi"
+
+
+async def test_a_peer_that_talks_and_never_reads_is_shown_out_in_a_bounded_time():
+    async with _swarm() as swarm:
+        one = await swarm.start(0)
+        rogue = Rogue(swarm)
+        await rogue.shake()
+        hello = (await rogue.until(StreamOpened)).stream
+        rogue.core.send(hello, {"type": "hello", "agent": "rogue", "time_us": 0}, [], Priority.CONTROL)
+        rogue.core.finish(hello)
+        await rogue.flush()
+        await trio.sleep(1)
+        ends = []
+        one.on_lost.append(lambda connection: ends.append(str(connection.lost)))
+        start = trio.current_time()
+        while not ends:
+            # Frames that want an answer, and none is ever taken from the channel.
+            stream = rogue.core.open_stream("/echo/1", Priority.BULK)
+            rogue.core.reset(stream, "cancelled")
+            await rogue.flush()
+            await trio.sleep(0.5)
+        assert 55 < trio.current_time() - start < 80
+        assert "talks but does not read" in ends[0]
 
 
 async def test_a_killed_peer_is_lost_at_once():

@@ -411,10 +411,21 @@ def test_a_half_open_connection_is_found_in_ten_seconds(pair):
     assert pair.one.deadline == start + 5
     pair.one.check(start + 5)
     assert pair.one.next_message(start + 5) is not None
-    assert pair.one.deadline == start + 10
+    while pair.one.deadline < start + 10:
+        pair.one.check(pair.one.deadline)
     with pytest.raises(ConnectionLost, match="silent"):
         pair.one.check(start + 10)
     assert pair.one.over
+
+
+def test_a_connection_with_open_streams_is_asked_and_found_out_sooner(pair):
+    start = pair.now
+    here, _ = pair.open()
+    assert pair.one.deadline == pair.other.deadline == start + 1
+    pair.one.reset(here, "closed")
+    assert pair.one.deadline == start + 5
+    pair.settle()
+    assert pair.other.deadline == start + 5
 
 
 def test_a_living_peer_answers_and_the_silence_starts_anew(pair):
