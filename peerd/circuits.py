@@ -15,6 +15,7 @@ import trio
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, RelayLost, StreamReset
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
+from peerd.protocol.liveness import Delivery
 from peerd.protocol.messages import Failure
 from peerd.protocol.relay_messages import (
     MAX_INNER_BYTES,
@@ -52,6 +53,10 @@ class CircuitChannel:
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
         """Nobody can tell: the relay's is not the peer's."""
+        return None
+
+    def delivery(self) -> Delivery | None:
+        """Nobody can tell: what our system knows is about the relay."""
         return None
 
     async def send(self, message: bytes) -> None:

@@ -101,7 +101,7 @@ class Connections:
         """The connection to a peer: the live one, or a new one through any of `addresses`.
 
         peer_id: None takes whoever answers (an address that names a peer still means that peer). Callers who
-        want the same peer share one dial. Sets no deadline beyond 5 s for each address. What it returns may
+        want the same peer share one dial. Sets no deadline beyond 6 s for each address. What it returns may
         be lost again by then. Raises ConnectFailed with each address's reason, WrongPeer, InvalidRequest for
         our own PeerId.
         """

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # RFC 8305 (happy eyeballs), section 5: when the next address is tried beside one that has not answered.
 STAGGER_S = 0.25
 # TCP alone would try for minutes: this is time for its first three attempts (RFC 6298: at 0, 1 and 3 s), and for TLS
-# and the upgrade after one of them. The handshake has its own deadline after that.
-ADDRESS_TIMEOUT_S = 5.0
+# and the upgrade after one of them, or for a relay, which gives its peer 5 s. The handshake has its own deadline.
+ADDRESS_TIMEOUT_S = 6.0
 
 Attempt = Callable[[Multiaddr, "Dial"], Awaitable[PeerFault]]
 """Tries one address and calls `Dial.succeed`, or returns why there is no connection."""

@@ -62,10 +62,10 @@ class MemoryNetwork:
 
     def partition(self, one: str, other: str) -> None:
         """Let nothing through between two hosts, and tell neither."""
-        self.swallow(one, other)
-        self.swallow(other, one)
+        self.lose(one, other)
+        self.lose(other, one)
 
-    def swallow(self, sender: str, receiver: str) -> None:
+    def lose(self, sender: str, receiver: str) -> None:
         """Let nothing through that way; the other way stays open."""
         for channel in self._channels:
             channel.delivery()
@@ -113,13 +113,13 @@ class MemoryNetwork:
         """Seconds that a message takes one way."""
         return self._latencies.get(frozenset((one, other)), self.latency_s)
 
-    def swallows(self, sender: str, receiver: str) -> bool:
+    def loses(self, sender: str, receiver: str) -> bool:
         """Whether what is sent that way vanishes."""
         return (sender, receiver) in self._holes
 
     def parted(self, one: str, other: str) -> bool:
         """Whether nothing that needs an answer gets through between them."""
-        return self.swallows(one, other) or self.swallows(other, one)
+        return self.loses(one, other) or self.loses(other, one)
 
     def is_stopped(self, host: str) -> bool:
         """Whether the process there hangs."""
@@ -303,7 +303,7 @@ class MemoryChannel:
     def _next_arrival(self) -> float:
         """When the next message may be taken. Raises ConnectionLost when none will come."""
         self._raise_if_broken()
-        if self._network.swallows(self.remote_host, self.host) or self._network.is_stopped(self.host):
+        if self._network.loses(self.remote_host, self.host) or self._network.is_stopped(self.host):
             return float("inf")
         if self._inbox:
             return self._inbox[0][0]

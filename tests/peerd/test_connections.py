@@ -205,10 +205,10 @@ async def test_when_no_address_works_every_reason_is_told():
         start = trio.current_time()
         with pytest.raises(ConnectFailed) as caught:
             await one.connect(IDENTITIES[7].peer_id, [nobody, silent])
-        assert trio.current_time() - start < 6
+        assert trio.current_time() - start < 7
         text = str(caught.value)
         assert "10.0.0.7:1 refused" in text
-        assert "no answer within 5 s" in text
+        assert "no answer within 6 s" in text
 
 
 async def test_without_an_address_there_is_no_way():
@@ -403,9 +403,9 @@ async def test_a_peer_that_restarts_is_taken_back_at_once(number):
 def _cut(network, how):
     """Make a black hole of the way there, the way back, or both, as seen from peer 0."""
     if how in ("there", "both"):
-        network.swallow("10.0.0.0", "10.0.0.1")
+        network.lose("10.0.0.0", "10.0.0.1")
     if how in ("back", "both"):
-        network.swallow("10.0.0.1", "10.0.0.0")
+        network.lose("10.0.0.1", "10.0.0.0")
 
 
 @pytest.mark.parametrize("latency_s", [0.001, 0.1])
