@@ -174,7 +174,7 @@ class PeerConnection:
     async def measure(self) -> float:
         """Seconds to the peer and back, now. Raises ConnectionLost."""
         answers = self.core.answers
-        self.core.ask()
+        self.core.ask(trio.current_time())
         self.wake()
         while self.core.answers == answers:
             if self.lost is not None:
