@@ -103,7 +103,7 @@ class Scout:
     async def _look(self, *, measure: bool) -> None:
         """See who is there, and connect to the second choices; with `measure`, to others too."""
         await self._finder.offers(MAX_AGE_S)
-        asked = self._second_choices()
+        asked = await self._second_choices()
         if measure:
             asked += self._probes(MORE_PROBES if self.ready.is_set() else FIRST_PROBES)
         await self._prober.probe({offer.peer_id: offer for offer in asked}.values(), keep=self.standbys)
@@ -118,9 +118,11 @@ class Scout:
         needs = self._finder.needs(self._blocks, ChainNeeds())
         return worth_probing(self._finder.table, self._blocks, needs, count, self._random, self._finder.avoided())
 
-    def _second_choices(self) -> list[Offer]:
+    async def _second_choices(self) -> list[Offer]:
         found: dict[PeerId, Offer] = {}
-        for session, needs in self._sessions.items():
+        for session, needs in list(self._sessions.items()):
+            # Many chains of many hops: others get a turn between them.
+            await trio.lowlevel.checkpoint()
             hops = _hops_of(session)
             peers = [None, *(peer for peer, _ in hops), None]
             for index, (peer, span) in enumerate(hops):

@@ -40,15 +40,27 @@ def agreeing(offers: Sequence[Offer]) -> list[Offer]:
     Two offers can be compared where they hold the same blocks of a shard. This catches a corrupted or
     differently converted checkpoint, not a liar. Offers without roots are kept: nothing speaks against them.
     """
+    if _all_agree(offers):
+        return list(offers)
     votes: dict[tuple[int, int], dict[bytes, set[PeerId]]] = {}
     for offer in offers:
         for part, root in _rooted_parts(offer.record):
             votes.setdefault(part, {}).setdefault(root, set()).add(offer.peer_id)
     # Of equally many, the greater root: every client must decide alike, or replacements would not fit.
     chosen = {part: max(roots, key=lambda root: (len(roots[root]), root)) for part, roots in votes.items()}
-    if all(len(roots) == 1 for roots in votes.values()):
-        return list(offers)
     return [offer for offer in offers if all(chosen[part] == root for part, root in _rooted_parts(offer.record))]
+
+
+def _all_agree(offers: Iterable[Offer]) -> bool:
+    """Whether there is nothing to vote on, as almost always: that is seen much sooner than who is right."""
+    roots: dict[tuple[int, int], bytes] = {}
+    for offer in offers:
+        record = offer.record
+        if record.block_roots:
+            for part, root in zip(_parts(record.span.start, record.span.end), record.block_roots, strict=True):
+                if roots.setdefault(part, root) != root:
+                    return False
+    return True
 
 
 def _rooted_parts(record: ServerRecord) -> Iterable[tuple[tuple[int, int], bytes]]:

@@ -15,15 +15,19 @@ import trio
 from peerd.connections import Connections, open_connections
 from peerd.dht_streams import ANSWER_DEADLINE_S
 from peerd.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
+from peerd.neighbours import Neighbours
+from peerd.prober import Prober
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages import Failure
 from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
+from peerd.routing.announcer import TTL_S
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht_messages import DHT_PROTOCOL, Ping
 from peerd.routing.record_sets import servers_of
+from peerd.routing.rules import ChainRules
 from peerd.testing import MemoryNetwork, MemoryTransport
 from peerd.transport import MessageChannel
 
@@ -268,6 +272,38 @@ async def test_round_trips_of_connections_are_known(swarm: Swarm) -> None:
         await until(lambda: discovery.links.rtt_s(identity(1).peer_id) is not None)
         rtt_s = discovery.links.rtt_s(identity(1).peer_id)
         assert rtt_s == pytest.approx(0.02, abs=0.01)
+
+
+async def test_delays_to_whoever_may_follow_go_out_with_the_next_announcement_and_cause_none(swarm: Swarm) -> None:
+    async with (
+        swarm.open(1),
+        swarm.open(2) as (connections, server),
+        swarm.open(3) as (_, follower),
+        swarm.open(4, client=True) as (_, client),
+        trio.open_nursery() as nursery,
+    ):
+        own, prober = identity(2).peer_id, Prober(connections, server.links, server.may_dial)
+        neighbours = Neighbours(own, server.directory, server.links, prober, Random(1), ChainRules(), lambda: [body()])
+        neighbours.serves(MODEL, 8)
+        server.serve(lambda: neighbours.filled([body()]))
+        follower.serve(lambda: [body(span=Span(4, 8))])
+        nursery.start_soon(neighbours.run)
+        records: dict[int, ServerRecord] = {}
+
+        async def look() -> None:
+            offers = await client.directory.servers(MODEL, 8, max_age_s=0.0)
+            records.update((offer.record.seq, offer.record) for offer in offers if offer.peer_id == own)
+
+        for second in range(300):
+            # The line to the follower becomes longer and longer.
+            swarm.network.set_latency("10.0.0.2", "10.0.0.3", 0.01 + second * 0.001)
+            await look()
+            await trio.sleep(1)
+        said = [dict(record.rtts) for _, record in sorted(records.items())]
+        assert 300 / (TTL_S / 3) - 2 <= len(said) <= 300 / (TTL_S / 3) + 4
+        assert said[-1].keys() == {identity(3).peer_id}
+        assert said[-1][identity(3).peer_id] > 0.1
+        nursery.cancel_scope.cancel()
 
 
 async def test_who_is_cut_off_is_forgotten_and_found_again(swarm: Swarm) -> None:

@@ -150,6 +150,17 @@ async def test_micro_batches_are_on_all_hops_at_once(open_swarm, serve_tiny, dec
         assert took[1] < 2.2 * took[0]
 
 
+async def test_many_requests_share_the_peers_where_one_stays_with_one(open_swarm, serve_tiny, small_micro_batches):
+    async with open_swarm() as swarm:
+        for _ in range(3):
+            await serve_tiny(swarm, BLOCKS)
+        maker = maker_of(await swarm.client())
+        with await maker.forward(normal(20, WIDTH), (20,), BLOCKS, Trained()) as one:
+            assert len(one.chain) == 1
+        with await maker.forward(normal(320, WIDTH), (20,) * 16, BLOCKS, Trained()) as many:
+            assert len({hop["peer"] for hop in many.chain}) == len(many.chain) > 1
+
+
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("when", ["forward", "between", "backward"])
 async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(

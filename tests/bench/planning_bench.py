@@ -1,0 +1,98 @@
+"""How long a client plans: a chain over 128 blocks from the offers of 1000 peers.
+
+    python tests/bench/planning_bench.py
+
+The least of many times of this thread's own processor time, in milliseconds: cold, with the offers as they were just
+found; again, with the same offers; replacing one hop; and for a training pass of 64 requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from random import Random
+
+from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.records import PeerRecord, ServerRecord, block_roots, sign_record
+from peerd.protocol.span import Span
+from peerd.routing.chain import ChainNeeds, OfferTable, plan_chain
+from peerd.routing.offer import Offer
+
+PEERS, BLOCKS = 1000, 128
+MODEL = bytes(range(32))
+REPEATS = 40
+
+
+def make_offers(shortest: int, longest: int, random: Random) -> tuple[list[Offer], dict[PeerId, float]]:
+    """Peers in a square 150 ms wide, spans of such lengths, and the delays that a client in the middle measured."""
+    identities = [Identity.from_seed(number.to_bytes(32, "big")) for number in range(PEERS)]
+    places = [(random.random(), random.random()) for _ in range(PEERS)]
+    spans = []
+    for number in range(PEERS):
+        length = random.randint(shortest, longest)
+        start = (0, BLOCKS - length, random.randint(0, BLOCKS - length))[min(number % 50, 2)]
+        spans.append(Span(start, start + length))
+    record = sign_record(identities[0], PeerRecord(seq=1, expires=1.0, addresses=("/ip4/192.0.2.1/tcp/1/ws",)))
+
+    def apart_s(one: tuple[float, float], other: tuple[float, float]) -> float:
+        return 0.002 + 0.15 * ((one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2) ** 0.5
+
+    digests = [bytes([block]) * 32 for block in range(BLOCKS)]
+    offers = []
+    for number, (identity, span) in enumerate(zip(identities, spans, strict=True)):
+        following = [other for other in range(PEERS) if spans[other].start <= span.end < spans[other].end]
+        following = random.sample(following, min(12, len(following)))
+        rtts = sorted((apart_s(places[number], places[other]), other) for other in following)[:8]
+        server = ServerRecord(
+            seq=1,
+            expires=1.0,
+            model=MODEL,
+            span=span,
+            state="online",
+            dtype="bfloat16",
+            quantization="none",
+            codecs=("exact",),
+            throughput=random.uniform(200, 5000),
+            free_tokens=random.choice([0, 5000, 60000]),
+            max_length=8192,
+            rtts=tuple((identities[other].peer_id, rtt_s) for rtt_s, other in rtts),
+            block_roots=block_roots(span, digests[span.start : span.end]),
+        )
+        offers.append(Offer(identity.peer_id, server, (), record))
+    known = random.sample(range(PEERS), 60)
+    return offers, {identities[number].peer_id: apart_s(places[number], (0.5, 0.5)) for number in known}
+
+
+def least_ms(work: Callable[[], object]) -> float:
+    """The least processor time that `work` took."""
+    times = []
+    for _ in range(REPEATS):
+        began = time.thread_time()
+        work()
+        times.append(time.thread_time() - began)
+    return min(times) * 1000
+
+
+def main() -> None:
+    print("| spans | cold | again | one hop | pass of 64 |\n|---|---|---|---|---|")
+    for shortest, longest in ((2, 8), (4, 32), (16, 128)):
+        offers, rtts_s = make_offers(shortest, longest, Random(1))
+        table, whole = OfferTable(offers), Span(0, BLOCKS)
+
+        def plan(
+            given: list[Offer] | OfferTable, blocks: Span = whole, rtts_s: dict[PeerId, float] = rtts_s, **more: int
+        ) -> object:
+            needs = ChainNeeds(rtts_s, tokens=100, position_bytes=8192, **more)
+            return plan_chain(given, blocks, needs=needs, random=Random(1))
+
+        works: list[Callable[[], object]] = [
+            lambda plan=plan, offers=offers: plan(offers),
+            lambda plan=plan, table=table: plan(table),
+            lambda plan=plan, table=table: plan(table, Span(60, 68)),
+            lambda plan=plan, table=table: plan(table, positions=256, requests=64),
+        ]
+        print(f"| {shortest} to {longest} blocks |", " | ".join(f"{least_ms(work):.1f}" for work in works), "|")
+
+
+if __name__ == "__main__":
+    main()
