@@ -346,7 +346,7 @@ async def open_peer(
                 connections.handlers[RELAY_PROTOCOL] = relaying.answer
             reachability = Reachability(
                 connections,
-                _parsed(announce) or dialable_forms(connections.listen_addresses),
+                lambda: _parsed(announce) or dialable_forms(connections.listen_addresses),
                 fixed=bool(announce),
                 bootstrap=_parsed(bootstrap),
                 random=Random(os.urandom(16)),

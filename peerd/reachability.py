@@ -60,14 +60,14 @@ class Here:
 class Reachability:
     """Whether others can dial us. `run` it; `reach` and `wants_relays` say, `on_changed` is called when they change.
 
-    own: what we listen on, as our own network writes it; with `fixed`, what an operator wants announced, which stands.
+    own: what we listen on, as our network writes it now; with `fixed`, what an operator wants announced, which stands.
     bootstrap: whom we join through. now: unix seconds, whose jumps betray that we slept.
     """
 
     def __init__(
         self,
         connections: Connections,
-        own: Sequence[Multiaddr],
+        own: Callable[[], Sequence[Multiaddr]],
         *,
         fixed: bool,
         bootstrap: Sequence[Multiaddr],
@@ -76,7 +76,8 @@ class Reachability:
     ) -> None:
         self.on_changed: list[Callable[[], None]] = []
         self._connections = connections
-        self._own = tuple(own)
+        self._read_own = own
+        self._own = tuple(own())
         self._fixed = fixed
         # Whoever is asked at a public address sees us at one, or at least not where our LAN would.
         self._seen_publicly = any(address.ip is not None and not address.is_private for address in bootstrap)
@@ -199,6 +200,7 @@ class Reachability:
 
     def _moved(self, ips: tuple[IpAddress, ...]) -> None:
         """We are seen somewhere else, or again after nobody saw us."""
+        self._own = tuple(self._read_own())
         self._seen_publicly = any(public_network(ip) for ip in ips) if ips else self._seen_publicly
         here = {str(ip) for ip in ips}
         gone = [address for address in self._finding.proven if address.host not in here]
@@ -212,6 +214,7 @@ class Reachability:
 
     async def _check(self) -> None:
         self._last_check = trio.current_time()
+        self._own = tuple(self._read_own())
         trials = []
         ips = self._observed.agreed()
         if any(public_network(ip) for ip in ips):

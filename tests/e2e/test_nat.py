@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,14 +16,11 @@ import pytest
 import trio
 from netlab import NAT_A, NAT_B, NEIGHBOUR, PUBLIC_HOSTS, RELAY1, RELAY2, A, B, NetLab, missing, open_lab
 
+from peerd.cli import EXIT_NO_CHAIN
 from peerd.cli_status import ask_daemon
 from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes
 
-pytestmark = [
-    pytest.mark.real_time,
-    pytest.mark.processes,
-    pytest.mark.skipif(bool(why := missing()), reason=why or "there is a lab"),
-]
+pytestmark = [pytest.mark.real_time, pytest.mark.processes]
 
 PORT = 31330
 LISTEN = f"/ip4/0.0.0.0/tcp/{PORT}/ws"
@@ -30,6 +28,15 @@ LISTEN = f"/ip4/0.0.0.0/tcp/{PORT}/ws"
 SOON_S = 60.0
 PROMPT = "Once upon a time"
 NEW_TOKENS = 12
+# Time enough for a relay to be killed between the first and the last of them.
+MANY_TOKENS = 40
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _networks() -> None:
+    if why := missing():
+        pytest.skip(why)
 
 
 class World:
@@ -50,17 +57,16 @@ class World:
         serving = ("--serve-blocks", blocks, "--model", str(model), "--kv-tokens", "1024", "--throughput", "1000")
         return await self.start(host, *serving, *arguments)
 
-    async def generate(self, host: str, model: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-        """`peerd generate` on a host: its exit code, what it printed, and what it logged."""
-        asked = ("--prompt", PROMPT, "--max-new-tokens", str(NEW_TOKENS), "--temperature", "0", "--json")
-        command = [sys.executable, "-m", "peerd", "generate", str(model), *asked, *self._bootstrap, *arguments]
-        done = await trio.run_process(
-            [*self.lab.under(host), *command],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    def generating(self, host: str, model: Path, count: int, *arguments: str) -> list[str]:
+        """`peerd generate` on a host, as a command."""
+        asked = ("--prompt", PROMPT, "--max-new-tokens", str(count), "--temperature", "0")
+        command = (sys.executable, "-m", "peerd", "generate", str(model), *asked, *self._bootstrap, *arguments)
+        return [*self.lab.under(host), *command]
+
+    async def generate(self, host: str, model: Path) -> tuple[int, dict[str, Any], str]:
+        """Its exit code, what it printed, and what it logged."""
+        command = self.generating(host, model, NEW_TOKENS, "--json")
+        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False, env=ENVIRONMENT)
         return done.returncode, json.loads(done.stdout or b"{}"), done.stderr.decode()
 
 
@@ -150,43 +156,66 @@ async def test_dial_backs_tell_who_is_behind_a_nat_and_who_has_a_forwarded_port(
 
 
 @pytest.mark.model
-async def test_servers_in_two_private_networks_answer_through_a_relay_and_when_it_dies_through_another(
+async def test_servers_in_two_private_networks_answer_through_relays_even_when_one_is_killed(
     model_path: Path, reference: Any, tmp_path: Path
 ) -> None:
     """The client in one network, a server in each: what one hop pushes to the next crosses both NATs too."""
-    answer = reference.answer(reference.encode(PROMPT), NEW_TOKENS)
     async with open_world() as world:
-        relay = await world.start("relay1", "--relay")
-        other = await world.start("relay2", "--relay")
+        relays = [await world.start("relay1", "--relay"), await world.start("relay2", "--relay")]
         peers: dict[str, PeerProcess] = {}
 
-        async def serve(host: str, blocks: str, *arguments: str) -> None:
-            peers[host] = await world.serve(host, blocks, model_path, "--socket", str(tmp_path / host), *arguments)
+        async def serve(host: str, blocks: str) -> None:
+            peers[host] = await world.serve(host, blocks, model_path, "--socket", str(tmp_path / host))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, "a", "0:15")
             nursery.start_soon(serve, "b", "15:30")
         for server in peers.values():
-            for one in (relay, other):
-                await wait_to_say(server, f"the relay {one.peer_id} reaches us")
+            for relay in relays:
+                await wait_to_say(server, f"the relay {relay.peer_id} reaches us")
 
+        answer = reference.answer(reference.encode(PROMPT), MANY_TOKENS)
         code, said, log = await world.generate("b", model_path)
         assert code == 0, log
-        assert tuple(said["token_ids"][: len(answer.decisive)]) == answer.decisive
+        assert tuple(said["token_ids"]) == answer.decisive[:NEW_TOKENS]
         assert [hop["peer"] for hop in said["chain"]] == [peers["a"].peer_id, peers["b"].peer_id]
         assert said["failovers"] == 0
         state = await ask_daemon(tmp_path / "a")
         assert state["reachability"]["state"] == "private"
         (pushed_to,) = [peer for peer in state["peers"] if peer["peer_id"] == peers["b"].peer_id]
-        assert pushed_to["relay"] in (relay.peer_id, other.peer_id)
+        (victim,) = [relay for relay in relays if relay.peer_id == pushed_to["relay"]]
 
-        # Whoever uses nobody's relay gets nowhere, and hears why.
-        code, said, log = await world.generate("b", model_path, "--no-relay")
-        assert code != 0
-        assert "we use no relays" in log, log
+        text = await kill_once_it_speaks(victim, world.generating("b", model_path, MANY_TOKENS))
+        expected = reference.tokenizer.decode(answer.decisive)
+        assert text.startswith(expected)
+        assert len(expected) > len(PROMPT)
 
-        victim = relay if pushed_to["relay"] == relay.peer_id else other
+
+async def kill_once_it_speaks(victim: PeerProcess, command: list[str]) -> str:
+    """What the command prints, though the victim dies when it has begun."""
+    process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, env=ENVIRONMENT)
+    try:
+        assert process.stdout is not None
+        printed = await process.stdout.receive_some()
         victim.process.send_signal(signal.SIGKILL)
+        async for chunk in process.stdout:
+            printed += chunk
+        await process.wait()
+        assert process.returncode == 0
+        return bytes(printed).decode()
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+@pytest.mark.model
+async def test_a_server_that_may_not_be_relayed_cannot_be_reached_and_the_client_says_so(model_path: Path) -> None:
+    async with open_world() as world:
+        await world.start("relay1", "--relay")
+        server = await world.serve("a", "0:30", model_path, "--no-relay")
+        await wait_to_say(server, "we cannot be reached at all")
         code, said, log = await world.generate("b", model_path)
-        assert code == 0, log
-        assert tuple(said["token_ids"][: len(answer.decisive)]) == answer.decisive
+    assert (code, said) == (EXIT_NO_CHAIN, {})
+    assert "nobody reachable serves blocks 0:30" in log
+    assert f"{server.peer_id} cannot be reached: /ip4/{A}/tcp/{PORT}/ws" in log

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 import trio
@@ -20,8 +21,10 @@ from peerd.protocol.identity import Identity
 from peerd.protocol.messages import Failure
 from peerd.protocol.records import PeerRecord, ServerRecord
 from peerd.protocol.span import Span
-from peerd.reachability import SETTLE_S
-from peerd.routing.reachability import Reach
+from peerd.reachability import SETTLE_S, Reachability
+from peerd.relay_ledger import RelayLimits
+from peerd.reservations import open_reservations
+from peerd.routing.reachability import Announced, Reach
 from peerd.testing import MemoryNetwork, MemoryTransport
 from peerd.transport import MessageChannel
 
@@ -262,6 +265,51 @@ def _server_record() -> ServerRecord:
 
 
 # Change.
+
+
+async def test_reservations_at_relays_are_held_until_others_can_dial_us() -> None:
+    async with world() as net:
+        relay = await net.open(PUBLIC[0], relay=RelayLimits())
+        net.bootstrap = relay.addresses
+        await net.open(PUBLIC[1])
+        peer = await net.at_home()
+        keeping = open_reservations(
+            peer.connections, peer.discovery.contacts, peer.discovery.relayed_by, Random(1), wanted=False
+        )
+        peer.reservations = await net.stack.enter_async_context(keeping)
+        peer.reachability.on_changed.append(peer.want_relays)
+        await until(lambda: relay.peer_id in peer.reservations.held, within_s=30)
+        await trio.sleep(PAUSE_S)
+        net.network.forward(ROUTER, PORT, HOME)
+        peer.reachability.changed()
+        await until(reach(peer, Reach.PUBLIC), within_s=20)
+        await trio.sleep(1)
+        assert not peer.reservations.held
+        assert relay.relay is not None
+        assert relay.relay.ledger.slots == 0
+
+
+async def test_a_machine_that_moved_announces_the_addresses_that_it_has_now() -> None:
+    async with world() as net:
+        internet = await net.internet(2)
+        here = [Multiaddr("ip4", HOME, PORT)]
+        peer = await net.at_home()
+        reachability = Reachability(
+            peer.connections,
+            lambda: here,
+            fixed=False,
+            bootstrap=internet[0].addresses,
+            random=Random(1),
+            now=lambda: EPOCH + trio.current_time(),
+        )
+        told: list[Announced] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reachability.run, told.append)
+            await until(lambda: told and told[-1].addresses == tuple(here), within_s=100)
+            here[:] = [Multiaddr("ip4", "192.168.9.9", PORT)]
+            reachability.changed()
+            await until(lambda: told[-1].addresses == tuple(here), within_s=100)
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_port_that_is_forwarded_later_is_noticed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
