@@ -356,6 +356,8 @@ async def _shelter(task_status: trio.TaskStatus[tuple[trio.CancelScope, trio.Nur
 
     Who uses connections may be cancelled and still have a last word to say over them: that it leaves.
     """
+    # Whoever is cancelled before this has started would wait for its end, and could not bring it about.
+    await trio.lowlevel.checkpoint_if_cancelled()
     with trio.CancelScope(shield=True) as scope:
         async with trio.open_nursery() as nursery:
             task_status.started((scope, nursery))

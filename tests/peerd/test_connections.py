@@ -1,5 +1,6 @@
 """Connections between peers on a network in memory: who is connected to whom, and how it ends."""
 
+import threading
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
@@ -597,6 +598,21 @@ async def test_cancelling_closes_everything_within_a_second():
         assert trio.current_time() - start < 1
         await trio.sleep(2)
         assert not other.live
+
+
+def test_who_is_cancelled_before_opening_is_not_held_up():
+    """As a daemon is that is told to stop while it starts. In a thread, for no time-out gets past a shield."""
+
+    async def open_cancelled() -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            async with _swarm() as swarm:
+                await swarm.start(0)
+
+    thread = threading.Thread(target=trio.run, args=(open_cancelled,), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 # Handlers.
