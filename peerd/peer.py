@@ -191,20 +191,31 @@ class Peer:
 
         if self._places is None:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
+        if self._neighbours is None:
+            self.discovery.serve(self._places.records)
+        reserved: list[Place] = []
         ready = []
-        async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
-            shares = await self._choose(spec, checkpoint)
-            await fetch_span(checkpoint, Span(shares[0][1].start, shares[-1][1].end))
-            for own, span in shares:
-                ready.append(await load_served(own, checkpoint, span))
-            digest, block_count = checkpoint.model_digest, checkpoint.block_count
-        moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
-        loader = SpanLoader(self._checkpoints, spec, digest) if moves else None
-        for served, loaded in ready:
-            place = self._places.add(served, loaded, loader)
-            if loader is not None and len(served.span) < block_count:
-                self._start_moving(place, loader, block_count)
-        self._watch_neighbours(digest, block_count, self._places)
+        try:
+            async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
+                shares = await self._choose(spec, checkpoint, reserved)
+                await fetch_span(checkpoint, Span(shares[0][1].start, shares[-1][1].end))
+                for own, span in shares:
+                    ready.append(await load_served(own, checkpoint, span))
+                digest, block_count = checkpoint.model_digest, checkpoint.block_count
+            moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
+            loader = SpanLoader(self._checkpoints, spec, digest) if moves else None
+            for served, loaded in ready:
+                place = reserved[0]
+                self._places.add(place, served, loaded)
+                reserved.remove(place)
+                place.loader = loader
+                if loader is not None and len(served.span) < block_count:
+                    self._start_moving(place, loader, block_count)
+            self._watch_neighbours(digest, block_count, self._places)
+        finally:
+            for place in reserved:
+                self._places.release(place)
+            self.discovery.changed()
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self.discovery.announced()
         return tuple(served for served, _ in ready)
@@ -269,16 +280,24 @@ class Peer:
             raise InvalidRequest("this peer serves nothing")
         return self._places.of(served)
 
-    async def _choose(self, spec: ServeSpec, checkpoint: Checkpoint) -> list[tuple[ServeSpec, Span]]:
-        """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices."""
-        from peerd.devices import rooms, share_span, specs_by_device
-        from peerd.routing.placement import choose_span
-        from peerd.serving import how_many_blocks
+    async def _choose(
+        self, spec: ServeSpec, checkpoint: Checkpoint, reserved: list[Place]
+    ) -> list[tuple[ServeSpec, Span]]:
+        """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices.
 
+        All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
+        """
+        from peerd.devices import rooms, share_span, specs_by_device
+        from peerd.first_span import Choice, choose_first
+        from peerd.serving import expected_record, how_many_blocks
+
+        assert self._places is not None
         # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
         digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
+        expected = expected_record(spec, checkpoint)
         specs = specs_by_device(spec)
         room = await trio.to_thread.run_sync(rooms, specs, checkpoint) if len(specs) > 1 else [1]
+        reserved.append(self._places.reserve(expected))
         if isinstance(spec.blocks, Span):
             if spec.blocks.end > checkpoint.block_count:
                 raise InvalidRequest(f"{checkpoint.name} has blocks 0:{checkpoint.block_count}, not {spec.blocks}")
@@ -288,11 +307,15 @@ class Peer:
                 count = min(sum(room), checkpoint.block_count)
             else:
                 count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
-            offers = await self.discovery.directory.servers(digest, checkpoint.block_count)
             here = await trio.to_thread.run_sync(lambda: checkpoint.blocks_on_disk)
-            span = choose_span(offers, checkpoint.block_count, count, here)
-        shares = zip(specs, share_span(span, room), strict=True)
-        return [(own, share) for own, share in shares if share is not None]
+            choice = Choice(digest, checkpoint.block_count, count, here)
+            span = await choose_first(choice, reserved[0], self.discovery, self.peer_id, Random(os.urandom(16)))
+        shares = [(own, share) for own, share in zip(specs, share_span(span, room), strict=True) if share is not None]
+        reserved += [self._places.reserve(expected) for _ in shares[1:]]
+        for place, (_, share) in zip(reserved, shares, strict=True):
+            place.decide(share)
+        self.discovery.changed()
+        return shares
 
 
 @asynccontextmanager

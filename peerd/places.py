@@ -3,7 +3,7 @@
 A place is one slot of our announcements (spec/records.md): the span in it, or the one that is on its way there.
 Knows records; serves, loads and decides nothing. The difficulty is a span that moves: who plans must hear of the new
 place before the old one is given up, and a slot holds one span at a time. So the intention lies in a spare slot
-as long as the old span is served, and in the slot itself from then on.
+as long as the old span is served, or the new one may still be another, and in the slot itself from then on.
 """
 
 from __future__ import annotations
@@ -31,21 +31,30 @@ _TIMES_BYTES = 16
 class Place:
     """One slot. `served` and `loaded` are None while it is empty; `intended` is the span that is coming, if one is."""
 
-    def __init__(self, slot: int, served: ServedSpan, loaded: LoadedSpan, loader: SpanLoader | None) -> None:
+    def __init__(self, slot: int, expected: ServerRecord, loader: SpanLoader | None = None) -> None:
         self.slot = slot
-        self.served: ServedSpan | None = served
-        self.loaded: LoadedSpan | None = loaded
+        self.served: ServedSpan | None = None
+        self.loaded: LoadedSpan | None = None
         #: What loads other spans here; None where the span was named by the operator.
         self.loader = loader
         self.intended: Span | None = None
-        self._last = self.record("online")
+        # Whether the intended span is on its way for good; before that it lies in the spare slot.
+        self._decided = False
+        self._last = expected
+
+    def decide(self, span: Span) -> None:
+        """This span is on its way, and nothing else is here."""
+        self.intended, self._decided = span, True
 
     def record(self, state: ServerState) -> ServerRecord:
         """What we say of the span here; `seq` and `expires` are the announcer's."""
         assert self.served is not None
         assert self.loaded is not None
-        served, loaded = self.served, self.loaded
-        self._last = ServerRecord(
+        self._last = self._record(self.served, self.loaded, state)
+        return self._last
+
+    def _record(self, served: ServedSpan, loaded: LoadedSpan, state: ServerState) -> ServerRecord:
+        return ServerRecord(
             seq=0,
             expires=0.0,
             model=served.model,
@@ -64,17 +73,19 @@ class Place:
             queue_s=self._queue_s(served, loaded),
             uplink=loaded.uplink,
         )
-        return self._last
 
     def _queue_s(self, served: ServedSpan, loaded: LoadedSpan) -> float:
         alone_s = len(served.span) / max(loaded.throughput, 1.0)
         # A millisecond more or less is chance.
         return round(served.task.busy.queue_s(alone_s, trio.current_time()), 3)
 
-    def intention(self, slot: int) -> ServerRecord | None:
-        """What we say of the span that is coming, as if it were in this slot."""
+    def intention(self) -> ServerRecord | None:
+        """What we say of the span that is coming: beside the one that is here, or while that may still change, in the
+        spare slot.
+        """
         if self.intended is None:
             return None
+        slot = self.slot if self._decided and self.served is None else intention_slot(self.slot)
         return replace(
             self._last,
             span=self.intended,
@@ -87,13 +98,14 @@ class Place:
         )
 
     def vacate(self) -> None:
-        """Nothing is served here for now."""
+        """Nothing is served here for now; what is intended comes for good."""
         self.served = self.loaded = None
+        self._decided = True
 
     def fill(self, served: ServedSpan, loaded: LoadedSpan) -> None:
         """A span has come. Raises InvalidRequest, having changed nothing, if its announcement would be too long."""
-        check_record(Place(self.slot, served, loaded, None).record("online"))
-        self.served, self.loaded, self.intended = served, loaded, None
+        check_record(self._record(served, loaded, "online"))
+        self.served, self.loaded, self.intended, self._decided = served, loaded, None, False
 
     def check(self) -> None:
         """Raise InvalidRequest if what is here now cannot be announced."""
@@ -105,27 +117,37 @@ class Places:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._places: list[Place] = []
+        self._places: dict[int, Place] = {}
 
     def __iter__(self) -> Iterator[Place]:
-        return iter(self._places)
+        return iter(self._places.values())
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def add(self, served: ServedSpan, loaded: LoadedSpan, loader: SpanLoader | None = None) -> Place:
-        """Give a span the next slot, and serve it from now on. Raises InvalidRequest if it cannot be announced."""
-        if len(self._places) == MAX_SLOTS:
+    def reserve(self, expected: ServerRecord) -> Place:
+        """A slot for a span that is yet to be chosen or loaded; `expected` is as much of its announcement as is known.
+
+        Raises InvalidRequest where all slots are taken.
+        """
+        slot = next((slot for slot in range(MAX_SLOTS) if slot not in self._places), None)
+        if slot is None:
             raise InvalidRequest(f"a peer announces at most {MAX_SLOTS} spans")
-        place = Place(len(self._places), served, loaded, loader)
-        place.check()
+        self._places[slot] = Place(slot, expected)
+        return self._places[slot]
+
+    def release(self, place: Place) -> None:
+        """Nothing will come of it."""
+        del self._places[place.slot]
+
+    def add(self, place: Place, served: ServedSpan, loaded: LoadedSpan) -> None:
+        """A first span has come: serve it from now on. Raises InvalidRequest if it cannot be announced."""
+        place.fill(served, loaded)
         self._server.serve(served)
-        self._places.append(place)
-        return place
 
     def of(self, served: ServedSpan) -> Place:
         """The place of a span. Raises InvalidRequest if it is served no more."""
-        for place in self._places:
+        for place in self:
             if place.served is served:
                 return place
         raise InvalidRequest(f"blocks {served.span} are not served here any more")
@@ -133,14 +155,10 @@ class Places:
     def records(self) -> list[ServerRecord]:
         """What we announce now."""
         found = []
-        for place in self._places:
+        for place in self:
             if place.served is not None:
                 found.append(place.record("draining" if self._server.is_leaving(place.served) else "online"))
-                # Where that slot is taken the intention is announced only once the old place is given up.
-                spare = intention_slot(place.slot)
-                intention = place.intention(spare) if spare >= len(self._places) else None
-            else:
-                intention = place.intention(place.slot)
+            intention = place.intention()
             if intention is not None and not self._server.draining:
                 found.append(intention)
         return found

@@ -5,9 +5,10 @@ peer that serves on several devices does not move: its spans stand side by side,
 
 The difficulty is that everybody decides alone, from a view that is a little old. So who means to move says so first,
 waits for a random time, and looks again: of two who want the same gap, or trust each other to stay, at least one sees
-the other. Files are fetched before anything is given up, and it is looked once more before sessions are refused
-and before the blocks go; only then is the old engine freed, and the new one loaded into the memory that it had. Until
-the blocks go, whatever goes wrong leaves the peer where it was; after that it goes back there.
+the other. Files are fetched before anything is given up. It is looked once more before sessions are refused and, once
+all can see that they are, before the blocks go; only then is the old engine freed, and the new one loaded into the
+memory that it had. Until the blocks go, whatever goes wrong leaves the peer where it was; after that it goes back
+there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Protocol
 
@@ -23,13 +26,14 @@ import torch
 import trio
 
 from peerd.compute.errors import CheckpointError
+from peerd.first_span import Announcing, announce
 from peerd.places import Place
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.directory import Directory
 from peerd.routing.placement import choose_move
-from peerd.server import ServedSpan, Server
+from peerd.routing.record_sets import PartialView
+from peerd.server import ServedSpan
 from peerd.serving import LoadedSpan
 
 log = logging.getLogger(__name__)
@@ -39,8 +43,6 @@ LOOK_S = 300.0
 LOOK_SPREAD = 0.5
 # Between saying that we move and looking again. An announcement takes a second or two to be where others look.
 MAX_HESITATION_S = 30.0
-# For saying so: without a swarm that takes it there is nobody to move for.
-ANNOUNCE_S = 10.0
 # A move whose goal changed so often while it was announced is left for the next look.
 MAX_GOALS = 3
 # What sessions get to end before they are cut; their clients then find other peers, at the price of a replay.
@@ -58,15 +60,15 @@ LET_GO_LOOKS = 10
 LOAD_ERRORS = (CheckpointError, PeerdError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
-class Announcing(Protocol):
-    """Tells the swarm what we serve: `Discovery`."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long a peer waits, in seconds: about so long between looks, at most so long before it looks again at what it
+    said, and at most so long for sessions to end.
+    """
 
-    @property
-    def directory(self) -> Directory: ...
-
-    def changed(self) -> None: ...
-
-    async def announced(self) -> None: ...
+    look_s: float = LOOK_S
+    hesitation_s: float = MAX_HESITATION_S
+    drain_s: float = MAX_DRAIN_S
 
 
 class Loading(Protocol):
@@ -81,6 +83,23 @@ class Loading(Protocol):
     async def free(self) -> None: ...
 
 
+class Hosting(Protocol):
+    """Serves sessions on spans: `Server`."""
+
+    @property
+    def sessions(self) -> int: ...
+
+    def serve(self, served: ServedSpan) -> None: ...
+
+    def refuse(self, served: ServedSpan) -> None: ...
+
+    def resume(self, served: ServedSpan) -> None: ...
+
+    async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None: ...
+
+    async def withdraw(self, served: ServedSpan) -> None: ...
+
+
 class Rebalancer:
     """Moves what is in one place. `run` once, in a nursery; `stop` ends it."""
 
@@ -88,11 +107,12 @@ class Rebalancer:
         self,
         place: Place,
         loader: Loading,
-        server: Server,
+        server: Hosting,
         discovery: Announcing,
         peer_id: PeerId,
         block_count: int,
         random: Random,
+        pace: Pace | None = None,
     ) -> None:
         assert place.served is not None
         self._place = place
@@ -103,6 +123,7 @@ class Rebalancer:
         self._model = place.served.model
         self._block_count = block_count
         self._random = random
+        self._pace = pace or Pace()
         self._scope = trio.CancelScope()
         self.moves = 0
 
@@ -118,7 +139,7 @@ class Rebalancer:
         failures = 0
         with self._scope:
             while True:
-                pause_s = LOOK_S * self._random.uniform(1 - LOOK_SPREAD, 1 + LOOK_SPREAD)
+                pause_s = self._pace.look_s * self._random.uniform(1 - LOOK_SPREAD, 1 + LOOK_SPREAD)
                 await trio.sleep(pause_s * min(2**failures, MAX_BACKOFF))
                 failures = 0 if await self._look_and_move() else failures + 1
 
@@ -135,7 +156,7 @@ class Rebalancer:
                 return True
             # While we still serve: it may take hours.
             await self._loader.fetch(goal)
-            if await self._look() == goal and await self._give_up(goal):
+            if await self._look(goal) == goal and await self._give_up(goal):
                 return await self._settle(goal)
             return True
         except LOAD_ERRORS as error:
@@ -151,28 +172,32 @@ class Rebalancer:
         for _ in range(MAX_GOALS):
             if goal is None:
                 return None
-            self._say(goal)
-            with trio.move_on_after(ANNOUNCE_S):
-                await self._discovery.announced()
-            await trio.sleep(self._random.uniform(0, MAX_HESITATION_S))
-            said, goal = goal, await self._look()
+            self._place.intended = goal
+            await announce(self._discovery)
+            await trio.sleep(self._random.uniform(0, self._pace.hesitation_s))
+            said, goal = goal, await self._look(goal)
             if goal == said:
                 return goal
         return None
 
-    async def _look(self) -> Span | None:
-        """Where the swarm needs us now; None for here, or where we cannot even see ourselves in it."""
-        offers = await self._discovery.directory.servers(self._model, self._block_count, max_age_s=0.0)
-        ours = [offer for offer in offers if offer.peer_id == self._peer_id]
-        own = next((offer for offer in ours if offer.record.slot == self._place.slot), None)
-        if own is None or own.span != self._span:
+    async def _look(self, said: Span | None = None) -> Span | None:
+        """Where the swarm needs us now, having `said` where we go; None for here, or where we cannot see all of it, or
+        not even ourselves in it.
+        """
+        try:
+            holdings = await self._discovery.directory.holdings(self._model, self._block_count)
+        except PartialView as error:
+            log.info("not moving anywhere: the whole swarm cannot be seen: %s", error)
             return None
-        # Our own intention must not look like somebody else's.
-        others = [offer for offer in offers if offer.peer_id != self._peer_id or offer.record.state != "joining"]
+        ours = [one for one in holdings if one.peer_id == self._peer_id]
+        own = next((one for one in ours if one.record.slot == self._place.slot), None)
+        if own is None or own.record.span != self._span:
+            return None
+        choose = partial(choose_move, holdings, own, self._block_count, said=said)
         # At best all is on disk; to know what is takes a look at the hub.
-        if choose_move(others, own, self._block_count, on_disk=frozenset(range(self._block_count))) is None:
+        if choose(on_disk=frozenset(range(self._block_count))) is None:
             return None
-        return choose_move(others, own, self._block_count, on_disk=await self._loader.on_disk())
+        return choose(on_disk=await self._loader.on_disk())
 
     def _say(self, goal: Span | None) -> None:
         self._place.intended = goal
@@ -187,14 +212,15 @@ class Rebalancer:
             served.span,
             goal,
             self._server.sessions,
-            MAX_DRAIN_S,
+            self._pace.drain_s,
         )
         gone = False
         self._server.refuse(served)
-        self._discovery.changed()
         try:
-            await self._server.wait_unused(served, MAX_DRAIN_S)
-            if await self._look() == goal:
+            # Who sees us leave counts on us no more, before we count on them for the last time.
+            await announce(self._discovery)
+            await self._server.wait_unused(served, self._pace.drain_s)
+            if await self._look(goal) == goal:
                 await self._server.withdraw(served)
                 gone = True
             else:

@@ -32,7 +32,8 @@ from peerd.compute.span_model import load_span
 from peerd.compute.throughput import measured_throughput
 from peerd.protocol.adapters import adapter_id, check_name, name_of
 from peerd.protocol.errors import InvalidRequest
-from peerd.protocol.records import block_roots
+from peerd.protocol.messages import MAX_LENGTH
+from peerd.protocol.records import ServerRecord, block_roots
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS, DTYPE_NAMES, DTYPES
 
@@ -129,6 +130,23 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
             f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec)}"
         )
     return count
+
+
+def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
+    """As much as is known, before anything is loaded, of what a span will be announced as. Raises InvalidRequest."""
+    return ServerRecord(
+        seq=0,
+        expires=0.0,
+        model=checkpoint.model_digest,
+        span=Span(0, 1),
+        state="joining",
+        dtype=DTYPE_NAMES[_dtype(spec, checkpoint)],
+        quantization=_quantization(spec),
+        codecs=tuple(sorted(CODECS)),
+        throughput=spec.throughput or 0.0,
+        free_tokens=0,
+        max_length=checkpoint.max_length or MAX_LENGTH,
+    )
 
 
 def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:

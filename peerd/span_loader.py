@@ -25,6 +25,9 @@ from peerd.protocol.span import Span
 from peerd.server import ServedSpan
 from peerd.serving import LoadedSpan, ServeSpec, load
 
+# torch has a class of its own for GPUs that are full, but only words for a host.
+_NO_HOST_MEMORY = "can't allocate memory"
+
 
 class SpanLoader:
     """Loads spans of the model with this digest. `spec` is for one device."""
@@ -74,8 +77,13 @@ class SpanLoader:
 
 
 async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tuple[ServedSpan, LoadedSpan]:
-    """An engine over blocks that are here, and its task. Raises as `serving.load`."""
-    loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
+    """An engine over blocks that are here, and its task. Raises as `serving.load`, and MemoryError."""
+    try:
+        loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or _NO_HOST_MEMORY not in str(error):
+            raise
+        raise MemoryError(f"blocks {span} do not fit into the memory that is free: {error}") from None
     max_length = checkpoint.max_length or MAX_LENGTH
     return ServedSpan(checkpoint.model_digest, max_length, EngineTask(loaded.engine), loaded.adapter_room), loaded
 

@@ -32,7 +32,7 @@ DIGEST_BYTES = 32
 SHARD_BLOCKS = 16
 # What one record announces; a longer span takes several slots. 16 roots are half of a record's 1 KiB.
 MAX_SHARDS = 16
-# Spans that one peer may announce at a time.
+# Spans that one peer may hold at a time. As many slots more are for where it is about to bring them.
 MAX_SLOTS = 8
 MAX_ADDRESSES = 8
 MAX_RELAYS = 4
@@ -47,8 +47,8 @@ _MAX_PAYLOAD_DEPTH = 4
 
 
 def intention_slot(slot: int) -> int:
-    """Where a peer announces, as `joining`, the place to which it is about to move the span of another slot."""
-    return MAX_SLOTS - 1 - slot
+    """Where a peer announces, as `joining`, the place to which it is about to bring the span of another slot."""
+    return MAX_SLOTS + slot
 
 
 ServerState = Literal["joining", "online", "draining", "offline"]
@@ -172,12 +172,13 @@ def _understood(texts: tuple[str, ...]) -> list[Multiaddr]:
 class ServerRecord(Announcement):
     """One span that the peer that signs this hosts. Raises ValueError if span and roots do not fit together.
 
-    throughput: positions a second through one block. free_tokens: positions that one more row could have.
+    throughput: positions a second through one block; 0 where it was never measured.
+    free_tokens: positions that one more row could have.
     adapters: ids of those that sessions may ask for (spec/adapters.md). client_adapters: how many bytes a client may
     bring as its own, for one session; 0: none.
     rtts: seconds to and back from peers it may push to, most useful first.
     block_roots: one a shard that the span touches (`block_roots`), or none while they are unknown.
-    slot: which of the peer's spans this is; it stays when the span moves.
+    slot: which of the peer's spans this is, which stays when the span moves; or its `intention_slot`.
     queue_s: seconds that a step takes there now beyond what `throughput` says, because others are served too.
     uplink: bytes a second that the peer can send; 0: not known.
     """
@@ -196,7 +197,7 @@ class ServerRecord(Announcement):
     adapters: tuple[str, ...] = optional(_adapters, ())
     rtts: tuple[tuple[PeerId, float], ...] = optional(many(group(_peer, _number(0, 3600)), MAX_RTTS), (), _dump_rtts)
     block_roots: tuple[bytes, ...] = optional(many(_digest, MAX_SHARDS), ())
-    slot: int = optional(integer(0, MAX_SLOTS - 1), 0)
+    slot: int = optional(integer(0, 2 * MAX_SLOTS - 1), 0)
     client_adapters: int = optional(integer(0, 2**40), 0)
     queue_s: float = optional(_number(0, 3600), 0.0)
     uplink: float = optional(_number(0, 1e12), 0.0)

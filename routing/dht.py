@@ -23,7 +23,7 @@ from peerd.protocol.records import SignedRecord, VerifiedRecord, keys_of, open_r
 from peerd.routing.dht_messages import MAX_STORED_AT_ONCE, REPLICAS, Outcome, Packet, contact_addresses
 from peerd.routing.dht_rpc import DhtProtocol, DhtTransport, FindReply
 from peerd.routing.lookup import Crawl
-from peerd.routing.record_sets import RecordKey, newest
+from peerd.routing.record_sets import PartialView, RecordKey, newest
 from peerd.routing.store import RecordStore
 from peerd.routing.table import Contact, PeerNode, dump_contacts
 
@@ -122,13 +122,17 @@ class Dht:
             await self._join()
         await self._look_up_all(self._protocol.get_refresh_ids())
 
-    async def get(self, wanted: RecordKey) -> list[VerifiedRecord]:
-        """The valid records of the set, the newest of each slot, from a quorum of the peers nearest to its key."""
-        records, is_split = await self._get_key(wanted.key)
+    async def get(self, wanted: RecordKey, *, whole: bool = False) -> list[VerifiedRecord]:
+        """The valid records of the set, the newest of each slot, from a quorum of the peers nearest to its key.
+
+        If it must be `whole`, raises PartialView where neither a quorum answered nor most of those who were asked,
+        ourselves among them where we keep records.
+        """
+        records, is_split = await self._get_key(wanted.key, whole)
         if is_split and wanted.parts:
 
             async def add_part(key: bytes) -> None:
-                found, _ = await self._get_key(key)
+                found, _ = await self._get_key(key, whole)
                 records.extend(found)
 
             async with trio.open_nursery() as nursery:
@@ -136,16 +140,22 @@ class Dht:
                     nursery.start_soon(add_part, part)
         return newest(records)
 
-    async def get_many(self, wanted: Sequence[RecordKey]) -> list[list[VerifiedRecord]]:
+    async def get_many(self, wanted: Sequence[RecordKey], *, whole: bool = False) -> list[list[VerifiedRecord]]:
         """`get` of several sets at once, in their order."""
         found: list[list[VerifiedRecord]] = [[] for _ in wanted]
+        failures: list[PartialView] = []
 
         async def fill(index: int) -> None:
-            found[index] = await self.get(wanted[index])
+            try:
+                found[index] = await self.get(wanted[index], whole=whole)
+            except PartialView as error:
+                failures.append(error)
 
         async with trio.open_nursery() as nursery:
             for index in range(len(wanted)):
                 nursery.start_soon(fill, index)
+        if failures:
+            raise failures[0]
         return found
 
     async def put(self, *records: SignedRecord) -> int:
@@ -196,8 +206,8 @@ class Dht:
 
     async def _look_up(
         self, target: Node, ask: Callable[[PeerNode, Node], Awaitable[FindReply | None]], quorum: int | None = None
-    ) -> tuple[list[PeerNode], list[FindReply]]:
-        """The nearest peers that answered, nearest first, and all answers."""
+    ) -> tuple[list[PeerNode], Crawl[FindReply]]:
+        """The nearest peers that answered, nearest first, and the lookup with all answers."""
         async with self._lookups:
             self._table.touch(target)
             start = self._table.find_neighbors(target) or [*self._seeds, *self._last_known]
@@ -205,10 +215,13 @@ class Dht:
             nodes = await crawl.find()
         for node in crawl.unanswered:
             self._table.suspect(node)
-        return nodes, list(crawl.replies.values())
+        return nodes, crawl
 
-    async def _get_key(self, key: bytes) -> tuple[list[VerifiedRecord], bool]:
-        _, replies = await self._look_up(Node(key), self._protocol.call_find_value, QUORUM)
+    async def _get_key(self, key: bytes, whole: bool) -> tuple[list[VerifiedRecord], bool]:
+        _, crawl = await self._look_up(Node(key), self._protocol.call_find_value, QUORUM)
+        if whole:
+            self._check_whole(crawl)
+        replies = list(crawl.replies.values())
         # Most replicas answer the same bytes: check each once.
         data = {record for reply in replies for record in reply.records}
         records = self._store.get(key)
@@ -220,6 +233,13 @@ class Dht:
                 log.debug("skipped a record under %s: %s", key.hex(), error)
         is_split = any(reply.split for reply in replies) or self._store.is_split(key)
         return newest(records), is_split
+
+    def _check_whole(self, crawl: Crawl[FindReply]) -> None:
+        # Whoever cannot be dialled keeps no records.
+        own = bool(self.addresses)
+        answered, asked = len(crawl.replies) + own, crawl.asked + own
+        if answered < min(QUORUM, asked // 2 + 1):
+            raise PartialView(f"{answered} of {asked} peers answered")
 
     async def _put_key(self, key: bytes, data: list[bytes]) -> list[Counter[Outcome]]:
         """What became of each record at the peers that should hold `key`, which may include ourselves."""

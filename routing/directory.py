@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
+from peerd.routing.holding import Holding
 from peerd.routing.offer import Offer
 from peerd.routing.record_sets import RecordSource, addresses_of, newest, servers_of
 
@@ -82,6 +83,21 @@ class Directory:
             known.latest = latest
         return known.latest
 
+    async def holdings(self, model: bytes, block_count: int) -> list[Holding]:
+        """Who holds which span of a model (digest), or is about to, wherever they are: what placement is planned with.
+
+        Looked up now. Raises PartialView: what only a few peers answered to may lack servers, and who believed it would
+        fill gaps that there are not.
+        """
+        known = self._models.setdefault(model, _Model([], float("-inf")))
+        await self._look_up(known, model, block_count, whole=True)
+        bodies = [(record.peer_id, record.body) for record in self._unexpired(known)]
+        return [
+            Holding(peer_id, body)
+            for peer_id, body in bodies
+            if isinstance(body, ServerRecord) and body.state != "offline" and body.span.end <= block_count
+        ]
+
     async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
         """The peer's own word on its addresses, valid for a while yet; None if it cannot be found."""
         await self._find_peers({peer_id})
@@ -96,11 +112,17 @@ class Directory:
     async def _server_records(self, model: bytes, block_count: int, max_age_s: float) -> list[VerifiedRecord]:
         known = self._models.setdefault(model, _Model([], float("-inf")))
         if self._now() - known.looked_up >= max_age_s:
-            shards = range((block_count - 1) // SHARD_BLOCKS + 1)
-            found = await self._source.get_many([servers_of(model, shard) for shard in shards])
-            # What was seen before counts as well: a peer that holds an older copy must not bring it back.
-            known.records = newest(record for part in (known.records, *found) for record in part)
-            known.looked_up = self._now()
+            await self._look_up(known, model, block_count)
+        return self._unexpired(known)
+
+    async def _look_up(self, known: _Model, model: bytes, block_count: int, *, whole: bool = False) -> None:
+        shards = range((block_count - 1) // SHARD_BLOCKS + 1)
+        found = await self._source.get_many([servers_of(model, shard) for shard in shards], whole=whole)
+        # What was seen before counts as well: a peer that holds an older copy must not bring it back.
+        known.records = newest(record for part in (known.records, *found) for record in part)
+        known.looked_up = self._now()
+
+    def _unexpired(self, known: _Model) -> list[VerifiedRecord]:
         known.records = [record for record in known.records if record.body.expires > self._now()]
         return known.records
 

@@ -89,6 +89,11 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         return [node for node in self.nearest if node.id in self.replies]
 
     @property
+    def asked(self) -> int:
+        """How many peers were asked."""
+        return len(self.nearest.contacted)
+
+    @property
     def unanswered(self) -> list[PeerNode]:
         """The peers that had not answered when the lookup ended, though they had the time for it."""
         now = trio.current_time()

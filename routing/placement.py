@@ -7,15 +7,18 @@ all share and that each move raises; who moves says so before it does, and looks
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peerd.protocol.announcements import intention_slot
+from peerd.protocol.announcements import MAX_SLOTS
+from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.flow import flows_with
-from peerd.routing.offer import Offer
+from peerd.routing.flow import FlowWithOne
+from peerd.routing.holding import Holding
 
 Floats = NDArray[np.float64]
 
@@ -26,106 +29,184 @@ LEAST_GAIN = 0.25
 ON_DISK_GAIN = 0.1
 # A block without a server counts as if one had a millionth of the slowest server's speed: closing a gap beats all.
 _GAP = 1e-6
+# Who counts: a newcomer that is still loading does, or several of them would all fill the same gap.
+_COUNTED = ("joining", "online")
 
 
-def block_rates(offers: Iterable[Offer], block_count: int) -> Floats:
+def block_rates(holdings: Iterable[Holding], block_count: int) -> Floats:
     """For each block, the positions a second that its servers do together.
 
     Each position passes all blocks of a server's span, so a server gives each the n-th part of its
-    throughput. Who is joining counts, or several newcomers would all fill the same gap.
+    throughput. One that was never measured is taken for as fast as the others are in the middle.
     """
     rates = np.zeros(block_count)
-    for offer in offers:
-        if offer.record.state in ("joining", "online"):
-            rates[offer.span.start : offer.span.end] += 1 / (offer.block_s * len(offer.span))
+    for span, throughput in _servers(list(holdings)):
+        rates[span.start : span.end] += throughput / len(span)
     return rates
 
 
-def choose_span(offers: Iterable[Offer], block_count: int, size: int, on_disk: frozenset[int] = frozenset()) -> Span:
-    """The span of `size` blocks (all, if there are fewer) to serve next to `offers`, which are without our own.
+def choose_span(
+    holdings: Iterable[Holding], block_count: int, size: int, on_disk: frozenset[int] = frozenset()
+) -> Span:
+    """The span of `size` blocks (all, if there are fewer) to serve next to `holdings`, which are without our own.
 
     Of all such spans, the one whose weakest block is the weakest; where that is equal, the next weakest decides, then
     how many of its blocks are `on_disk` already, and at last the lower start. Raises ValueError unless `size` is
     positive.
     """
-    if size < 1:
-        raise ValueError(f"a span has at least one block, not {size}")
-    size = min(size, block_count)
-    rates = block_rates(_as_announced(offers), block_count)
+    return _weakest(block_rates(_as_announced(holdings), block_count), size, on_disk)
 
-    def rank(start: int) -> tuple[list[float], int]:
-        return sorted(rates[start : start + size]), -len(on_disk.intersection(range(start, start + size)))
 
-    start = min(range(block_count - size + 1), key=rank)
-    return Span(start, start + size)
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A server that chooses its first span: who it is, and the slot that is for the span."""
+
+    peer_id: PeerId
+    slot: int
+
+
+def choose_first_span(
+    holdings: Sequence[Holding], own: Newcomer, block_count: int, size: int, on_disk: frozenset[int] = frozenset()
+) -> Span:
+    """`choose_span` where others choose at the same time: all who see the same choose as if one after another.
+
+    `holdings` is the whole swarm. Of those who have not chosen for good, only who comes before `own` by PeerId counts,
+    and where it will go is worked out here as it does it itself.
+    """
+    others = [one for one in holdings if _place(one) != (own.peer_id, own.slot)]
+    choosing = _choosing(others)
+    typical = _typical_throughput(others)
+    rates = block_rates((one for one in _as_announced(others) if _place(one) not in choosing), block_count)
+    for place, one in sorted(choosing.items()):
+        if place < (own.peer_id, own.slot):
+            span = _weakest(rates, len(one.record.span))
+            rates[span.start : span.end] += (one.record.throughput or typical) / len(span)
+    return _weakest(rates, size, on_disk)
+
+
+def are_choosing(holdings: Sequence[Holding], own: PeerId) -> bool:
+    """Whether other peers choose their first span just now."""
+    return any(peer_id != own for peer_id, _ in _choosing(holdings))
 
 
 def choose_move(
-    offers: Sequence[Offer], own: Offer, block_count: int, *, on_disk: frozenset[int] = frozenset()
+    holdings: Sequence[Holding],
+    own: Holding,
+    block_count: int,
+    *,
+    on_disk: frozenset[int] = frozenset(),
+    said: Span | None = None,
 ) -> Span | None:
     """Where the server of `own` should go instead, with as many blocks; None where it should stay.
 
-    `offers` is the whole swarm, `own` left out or not. A move never leaves a block without a server, and gains at
-    least a quarter of what such a server adds to a swarm that is perfectly even.
+    `holdings` is the whole swarm, `own` and its intention left out or not. A move never leaves a block without a
+    server, and gains at least a quarter of what such a server adds to a swarm that is perfectly even.
+
+    `said`: where it has announced to go. Several may have announced the same; then the first of them by PeerId goes,
+    and all others stay, as long as none has begun.
     """
-    others = _as_announced([offer for offer in offers if not _same(offer, own)])
-    span = own.span
+    others = [one for one in holdings if _place(one) != _place(own)]
+    goal = _choose_move(_as_announced(others), own, block_count, on_disk)
+    if said is None or goal == said:
+        return goal
+    online = {(one.peer_id, one.record.slot) for one in others if one.record.state == "online"}
+    firm = [one for one in others if not (_is_intention(one) and one.peer_id > own.peer_id and _place(one) in online)]
+    return said if _choose_move(_as_announced(firm), own, block_count, on_disk) == said else goal
+
+
+def _choose_move(others: Sequence[Holding], own: Holding, block_count: int, on_disk: frozenset[int]) -> Span | None:
+    span = own.record.span
     if not _stay_covered(others, span):
         return None
-    ideal = 1 / own.block_s / block_count
-    gains = _values_by_start(others, own, block_count) / ideal
-    gains += _gaps_by_start(others, len(span), block_count) / len(span)
-    gains -= gains[span.start]
-    gains[_already_there(on_disk, len(span), len(gains))] += ON_DISK_GAIN
-    best = int(gains.argmax())
-    return None if gains[best] < LEAST_GAIN else Span(best, best + len(span))
+    size, throughput = len(span), own.record.throughput or _typical_throughput(others)
+    ideal = throughput / block_count
+    servers = _servers(others)
+    flows = FlowWithOne(servers, size, throughput, block_count)
+    # What a swarm carries is what counts, but one move seldom changes that: several blocks may be the weakest. So
+    # evenness counts too, which every move to weaker blocks raises.
+    rates = block_rates(others, block_count)
+    gains = _evenness(rates, throughput / size, size) / ideal + _gaps_by_start(rates, size) / size
+    gains -= gains[span.start] + flows.solve(span.start) / ideal
+    gains[_already_there(on_disk, size, len(gains))] += ON_DISK_GAIN
+    while True:
+        most = gains + flows.bounds / ideal
+        best = int(most.argmax())
+        if most[best] < LEAST_GAIN:
+            return None
+        if flows.is_exact[best]:
+            return Span(best, best + size)
+        flows.solve(best)
 
 
-def _gaps_by_start(others: Iterable[Offer], size: int, block_count: int) -> Floats:
+def _weakest(rates: Floats, size: int, on_disk: frozenset[int] = frozenset()) -> Span:
+    if size < 1:
+        raise ValueError(f"a span has at least one block, not {size}")
+    size = min(size, len(rates))
+    stored = np.zeros(len(rates))
+    stored[[block for block in on_disk if block < len(rates)]] = 1
+    windows = np.sort(np.lib.stride_tricks.sliding_window_view(rates, size), axis=1)
+    here = np.lib.stride_tricks.sliding_window_view(stored, size).sum(axis=1)
+    # Of what is equal the first, which is the lowest start: the sort is stable.
+    start = int(np.lexsort((-here, *windows.T[::-1]))[0])
+    return Span(start, start + size)
+
+
+def _gaps_by_start(rates: Floats, size: int) -> Floats:
     """For each start of a span, how many of its blocks nobody else has.
 
     With two gaps no single move makes the swarm whole, so nothing that it carries would be gained by the first: yet
     somebody has to begin. As no move uncovers a block, this only ever falls for all.
     """
-    gaps = np.concatenate(([0.0], np.cumsum(block_rates(others, block_count) == 0)))
+    gaps = np.concatenate(([0.0], np.cumsum(rates == 0)))
     result: Floats = gaps[size:] - gaps[:-size]
     return result
 
 
-def _as_announced(offers: Iterable[Offer]) -> list[Offer]:
+def _is_intention(one: Holding) -> bool:
+    return one.record.slot >= MAX_SLOTS and one.record.state == "joining"
+
+
+def _place(one: Holding) -> tuple[PeerId, int]:
+    """Whose span is meant, and the slot that it has or, for an intention, will have."""
+    return one.peer_id, one.record.slot % MAX_SLOTS
+
+
+def _choosing(holdings: Sequence[Holding]) -> dict[tuple[PeerId, int], Holding]:
+    """Who has not chosen for good yet, by place. Whoever has a span already only means to move it."""
+    intentions = {_place(one): one for one in holdings if _is_intention(one)}
+    settled = {_place(one) for one in holdings if not _is_intention(one)}
+    return {place: one for place, one in intentions.items() if place not in settled}
+
+
+def _as_announced(holdings: Iterable[Holding]) -> list[Holding]:
     """The swarm once everybody is where it said it is about to go.
 
-    Had two servers of the same blocks both said so, and then counted on each other to stay, both would go. As it is
-    both stay, and try again at times of their own.
+    Had two servers of the same blocks both said so, and then counted on each other to stay, both would go.
     """
-    offers = list(offers)
-    goals = {(offer.peer_id, offer.record.slot) for offer in offers if offer.record.state == "joining"}
-    return [offer for offer in offers if (offer.peer_id, intention_slot(offer.record.slot)) not in goals]
+    holdings = list(holdings)
+    going = {_place(one) for one in holdings if _is_intention(one)}
+    return [one for one in holdings if _is_intention(one) or _place(one) not in going]
 
 
-def _same(offer: Offer, own: Offer) -> bool:
-    return offer.peer_id == own.peer_id and offer.record.slot == own.record.slot
+def _typical_throughput(holdings: Iterable[Holding]) -> float:
+    known = [one.record.throughput for one in holdings if one.record.throughput]
+    return statistics.median(known) if known else 1.0
 
 
-def _stay_covered(others: Iterable[Offer], span: Span) -> bool:
+def _servers(holdings: Sequence[Holding]) -> list[tuple[Span, float]]:
+    """The span and speed of everybody who counts."""
+    counted = [one.record for one in holdings if one.record.state in _COUNTED]
+    typical = _typical_throughput(holdings)
+    return [(record.span, record.throughput or typical) for record in counted]
+
+
+def _stay_covered(others: Iterable[Holding], span: Span) -> bool:
     """Whether somebody who is online holds each block of the span."""
     held = np.zeros(span.end, dtype=bool)
-    for offer in others:
-        if offer.record.state == "online":
-            held[offer.span.start : offer.span.end] = True
+    for one in others:
+        if one.record.state == "online":
+            held[one.record.span.start : one.record.span.end] = True
     return bool(held[span.start :].all())
-
-
-def _values_by_start(others: Sequence[Offer], own: Offer, block_count: int) -> Floats:
-    """For each start of our span, what the swarm is worth with us there, in positions a second.
-
-    What it carries is what counts, but one move seldom changes that: several blocks may be the weakest. So evenness
-    counts too, which every move to weaker blocks raises.
-    """
-    size, throughput = len(own.span), 1 / own.block_s
-    servers = [(offer.span, 1 / offer.block_s) for offer in others if offer.record.state in ("joining", "online")]
-    rates = block_rates(others, block_count)
-    return flows_with(servers, size, throughput, block_count) + _evenness(rates, throughput / size, size)
 
 
 def _evenness(rates: Floats, share: float, size: int) -> Floats:

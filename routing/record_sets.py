@@ -16,6 +16,10 @@ from peerd.protocol.records import Slot, VerifiedRecord, peer_key, replaces, ser
 _NIBBLES = range(16)
 
 
+class PartialView(Exception):
+    """Too few of those who should have a set's records answered: there may be others."""
+
+
 @dataclass(frozen=True, slots=True)
 class RecordKey:
     """Where a set of records is, and the parts over which it spreads once it is full."""
@@ -27,8 +31,8 @@ class RecordKey:
 class RecordSource(Protocol):
     """Who finds the records of sets: the DHT."""
 
-    async def get_many(self, wanted: Sequence[RecordKey]) -> list[list[VerifiedRecord]]:
-        """The valid records of each set, the newest of each slot."""
+    async def get_many(self, wanted: Sequence[RecordKey], *, whole: bool = False) -> list[list[VerifiedRecord]]:
+        """The valid records of each set, the newest of each slot. Raises PartialView if they must be `whole`."""
 
 
 def servers_of(model: bytes, shard: int) -> RecordKey:

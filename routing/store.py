@@ -33,14 +33,15 @@ _SPARE_ENDS = 1024
 class StoreLimits:
     """Shares of the store, and of each key. A network is a /24 of public addresses (IPv6: a /48).
 
-    A peer with 8 slots of 16 shards announces at most 128 KiB of records, up to 8 of them under one key.
+    A peer with 8 spans of 16 shards announces at most 128 KiB of records, up to 8 of them under one key, and as much
+    again while it moves all of them at once.
     """
 
     total_bytes: int = 64 * 2**20
     storer_bytes: int = 256 * 2**10
     network_bytes: int = 2 * 2**20
     records_a_key: int = MAX_RECORDS
-    storer_records_a_key: int = MAX_SLOTS
+    storer_records_a_key: int = 2 * MAX_SLOTS
     network_records_a_key: int = MAX_RECORDS // 4
 
 

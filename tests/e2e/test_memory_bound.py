@@ -54,7 +54,8 @@ async def fake_rest(path: Path, bootstrap: peerd.Multiaddr) -> AsyncIterator[pee
         assert peer._places is not None
         (first_place,) = peer._places
         assert first_place.loaded is not None
-        peer._places.add(served, replace(first_place.loaded, engine=engine, roots=()))
+        place = peer._places.reserve(first_place.record("joining"))
+        peer._places.add(place, served, replace(first_place.loaded, engine=engine, roots=()))
         peer.discovery.changed()
         await peer.discovery.announced()
         yield peer

@@ -28,6 +28,7 @@ from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
+from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.rebalancing import LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.routing.clock import SwarmClock
@@ -41,6 +42,19 @@ MODEL = bytes(range(32))
 BLOCKS = 8
 WIDTH = 8
 MAX_LENGTH = 1024
+EXPECTED = ServerRecord(
+    seq=0,
+    expires=0.0,
+    model=MODEL,
+    span=Span(0, 1),
+    state="joining",
+    dtype="float32",
+    quantization="none",
+    codecs=("exact",),
+    throughput=0.0,
+    free_tokens=0,
+    max_length=MAX_LENGTH,
+)
 ROUND_S = LOOK_S * (1 + LOOK_SPREAD) + MAX_HESITATION_S + 10
 
 
@@ -177,7 +191,7 @@ class Swarm:
                     server.attach(connections)
                     peer = Peer(identity, server, Places(server), discovery, loader, scope, moving)
                     if span is not None:
-                        peer.places.add(*fake_span(Span.parse(span)))
+                        peer.places.add(peer.places.reserve(EXPECTED), *fake_span(Span.parse(span)))
                         discovery.serve(peer.places.records)
                         await discovery.announced()
                     if moves:

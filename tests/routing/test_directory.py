@@ -40,7 +40,7 @@ class Swarm:
                 self.records.setdefault(key, []).append(record)
         return identity.peer_id
 
-    async def get_many(self, wanted: Sequence[RecordKey]) -> list[list[VerifiedRecord]]:
+    async def get_many(self, wanted: Sequence[RecordKey], *, whole: bool = False) -> list[list[VerifiedRecord]]:
         self.asked.append(wanted)
         return [self.records.get(one.key, []) for one in wanted]
 

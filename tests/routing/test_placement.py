@@ -203,7 +203,7 @@ class SimulatedSwarm:
 def test_a_server_that_is_about_to_go_covers_nothing_for_another(make_offer: MakeOffer) -> None:
     own, twin = make_offer(0, "0:4"), make_offer(1, "0:4")
     assert choose_move([own, twin], own, 12) is not None
-    goes = make_offer(1, "8:12", state="joining", slot=7)
+    goes = make_offer(1, "8:12", state="joining", slot=8)
     assert choose_move([own, twin, goes], own, 12) is None
     assert choose_move([own, twin, goes, make_offer(2, "0:4")], own, 12) == Span(4, 8)
 
