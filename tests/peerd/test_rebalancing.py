@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 import trio
 
 import peerd
+from peerd import span_loader
 from peerd.chain_keeper import Patience
 from peerd.client_adapters import AdapterRoom
+from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import open_connections
@@ -30,7 +32,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
-from peerd.rebalancing import LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
+from peerd.rebalancing import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.routing.clock import SwarmClock
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
@@ -441,6 +443,22 @@ async def test_where_not_even_the_old_span_loads_nothing_is_announced_until_it_d
         await until(lambda: spare.states() == {"0:4": "online"}, 4000)
 
 
+async def test_who_sees_a_part_of_the_swarm_stays(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with open_swarm("0:4", "0:4", "0:4") as swarm:
+        spare = await swarm.serve("0:4", moves=True)
+        # The bootstrap peer and two servers are away, as far as it can tell; the gap it sees would be one of many.
+        hosts = [f"10.0.0.{number}" for number in range(1, 4)]
+        for host in hosts:
+            swarm.network.partition("10.0.0.5", host)
+        await trio.sleep(2 * ROUND_S)
+        assert spare.loader.loads == []
+        assert "the whole swarm cannot be seen" in caplog.text
+        for host in hosts:
+            swarm.network.heal("10.0.0.5", host)
+        await until(lambda: spare.spans == ["4:8"], 4 * ROUND_S)
+
+
 PHASES: dict[str, Callable[[Peer], bool]] = {
     "intending": lambda peer: peer.states() == {"0:4": "online", "4:8": "joining"},
     "draining": lambda peer: peer.states().get("0:4") == "draining",
@@ -478,6 +496,61 @@ async def test_cancelled_in_any_phase_a_peer_serves_what_it_says(phase: str) -> 
             offers = await swarm.peers[1].discovery.directory.servers(MODEL, BLOCKS, max_age_s=0.0)
             said = {str(offer.span): offer.record.state for offer in offers if offer.peer_id == spare.identity.peer_id}
             assert said == dict.fromkeys(still, "online")
+
+
+@pytest.mark.real_time
+async def test_others_hear_of_a_first_span_before_it_is_loaded(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, first = MemoryNetwork(), "/ip4/10.0.0.1/tcp/4000/ws"
+    spec = peerd.ServeSpec(tiny_llama, 4, kv_tokens=64, throughput=100.0, memory_bytes=2**30)
+    seen: list[dict[int, str]] = []
+    load_served = span_loader.load_served
+
+    async def load_while_others_look(*arguments: Any) -> Any:
+        words: dict[int, str] = {}
+        while not any("joining" in word for word in words.values()):
+            holdings = await bootstrap.discovery.directory.holdings(digest, blocks)
+            words = {one.record.slot: f"{one.record.span} {one.record.state}" for one in holdings}
+        seen.append(words)
+        return await load_served(*arguments)
+
+    monkeypatch.setattr(span_loader, "load_served", load_while_others_look)
+    with open_checkpoint(tiny_llama) as checkpoint:
+        digest, blocks = checkpoint.model_digest, checkpoint.block_count
+    async with (
+        peerd.open_peer(transport=network.transport("10.0.0.1"), listen=[first]) as bootstrap,
+        peerd.open_peer(
+            transport=network.transport("10.0.0.2"),
+            listen=["/ip4/10.0.0.2/tcp/4000/ws"],
+            bootstrap=[f"{first}/p2p/{bootstrap.peer_id}"],
+            serve=[spec],
+        ) as server,
+    ):
+        await server.serve(replace(spec, blocks=Span(1, 3)))
+        with pytest.raises(CheckpointError):
+            await server.serve(replace(spec, blocks=Span(0, 1), adapters=(("none", "/nowhere"),)))
+        assert [str(served.span) for served in server.served] == ["0:4", "1:3"]
+        assert server._places is not None
+        assert len(server._places) == 2, "the slot is free again"
+    assert [{slot % 8: words for slot, words in one.items()} for one in seen] == [
+        {0: "0:4 joining"},
+        {0: "0:4 online", 1: "1:3 joining"},
+        {0: "0:4 online", 1: "1:3 online", 2: "0:1 joining"},
+    ]
+
+
+@pytest.mark.real_time
+async def test_a_host_without_memory_is_an_error_that_a_move_survives(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*arguments: Any) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr(span_loader, "load", too_much)
+    with open_checkpoint(tiny_llama) as checkpoint, pytest.raises(MemoryError, match="blocks 0:2 do not fit") as caught:
+        await span_loader.load_served(peerd.ServeSpec(tiny_llama), checkpoint, Span(0, 2))
+    assert isinstance(caught.value, LOAD_ERRORS)
 
 
 @pytest.mark.real_time

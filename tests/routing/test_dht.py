@@ -13,7 +13,7 @@ from peerd.protocol.identity import Identity, node_id_of
 from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, peer_key, server_key, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.dht_messages import REPLICAS, Found, Packet
-from peerd.routing.record_sets import addresses_of, servers_of
+from peerd.routing.record_sets import PartialView, addresses_of, servers_of
 from peerd.routing.store import StoreLimits
 from peerd.routing.table import load_contacts
 
@@ -291,3 +291,43 @@ async def test_a_record_under_a_foreign_key_is_refused_on_both_ways(network: Net
     assert await peers[0].dht._protocol.call_store(peers[2].dht._own, key, [misplaced]) == ("invalid",)
     network.liars[peers[2].peer_id] = lambda packet: Packet(Found().to_header(), (misplaced,))
     assert await peers[3].dht.get(addresses_of(peers[1].peer_id)) == []
+
+
+async def test_a_lookup_that_must_be_whole_fails_where_most_of_a_small_swarm_is_silent(
+    network: Network, server_body: MakeServer
+) -> None:
+    alone, *others = [network.add(), *await network.add_joined(5)]
+    wanted = servers_of(MODEL, 0)
+    await others[0].dht.put(sign_record(others[0].identity, server_body()))
+    assert len(await alone.dht.get(wanted, whole=True)) == 1
+    network.kill(*others[:2])
+    # Four of six are most of them, ourselves among them; of three it is not even known who has answered before.
+    assert len(await alone.dht.get(wanted, whole=True)) == 1
+    network.kill(*others[2:])
+    for _ in range(2):
+        with pytest.raises(PartialView, match="0 of"):
+            await alone.dht.get(wanted, whole=True)
+        assert await alone.dht.get(wanted) == alone.store.get(wanted.key)
+
+
+async def test_a_peer_that_knows_nobody_sees_the_whole_swarm(network: Network) -> None:
+    peer = network.add()
+    assert await peer.dht.get_many([servers_of(MODEL, 0)], whole=True) == [[]]
+
+
+async def test_what_a_lossy_network_answers_whole_lacks_nobody(network: Network, server_body: MakeServer) -> None:
+    first = network.add()
+    peers = [first, *await network.add_joined(29)]
+    for peer in peers:
+        await peer.dht.put(sign_record(peer.identity, server_body()))
+    everybody = {peer.peer_id for peer in peers}
+    for network.loss in (0.3, 0.6, 0.9):
+        whole = 0
+        for peer in peers:
+            try:
+                found = await peer.dht.get(servers_of(MODEL, 0), whole=True)
+            except PartialView:
+                continue
+            assert {record.peer_id for record in found} == everybody
+            whole += 1
+        assert whole > 0 or network.loss == 0.9

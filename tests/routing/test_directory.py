@@ -183,3 +183,18 @@ async def test_offers_are_the_same_until_something_changes(
     assert sorted(str(offer.span) for offer in second) == ["0:3", "0:4", "0:4"]
     # Only what has changed is read again.
     assert len({id(offer) for offer in first} & {id(offer) for offer in second}) == 2
+
+
+async def test_who_holds_what_is_known_without_the_ways_to_them(
+    swarm: Swarm, directory: Directory, server_body: MakeServer
+) -> None:
+    expected = {
+        (swarm.announce(1, server_body(span=Span(0, 4))), "online"),
+        (swarm.announce(2, server_body(span=Span(16, 20), state="joining", slot=9)), "joining"),
+    }
+    swarm.announce(3, server_body(state="offline"))
+    swarm.announce(4, server_body(span=Span(38, 44)))
+    for _ in range(2):
+        found = await directory.holdings(MODEL, 40)
+        assert {(one.peer_id, one.record.state) for one in found} == expected
+    assert len(swarm.asked) == 2, "it is looked up each time"

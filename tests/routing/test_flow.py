@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerd.protocol.span import Span
-from peerd.routing.flow import swarm_flow
+from peerd.routing.flow import FlowWithOne, swarm_flow
 
 BLOCKS = 9
 
@@ -59,3 +59,22 @@ def test_a_block_without_a_server_stops_everything():
 def test_a_server_spends_its_time_where_others_are_weak():
     # The long one leaves the first half to its neighbour.
     assert swarm_flow([(Span(0, 4), 40.0), (Span(0, 8), 40.0)], 8) == pytest.approx(10.0)
+
+
+@given(SERVERS, st.integers(1, BLOCKS), st.floats(1, 1000), st.randoms(use_true_random=False))
+def test_one_more_server_is_tried_at_every_place_as_if_each_were_solved_alone(servers, size, throughput, random):
+    flows = FlowWithOne(servers, size, throughput, BLOCKS)
+    starts = list(range(BLOCKS - size + 1))
+    expected = [swarm_flow([*servers, (Span(at, at + size), throughput)], BLOCKS) for at in starts]
+    random.shuffle(starts)
+    for start in starts:
+        assert all(
+            bound == pytest.approx(flow) if exact else bound >= flow * (1 - 1e-6)
+            for bound, exact, flow in zip(flows.bounds, flows.is_exact, expected, strict=True)
+        )
+        assert flows.solve(start) == pytest.approx(expected[start])
+
+
+def test_where_a_server_would_not_help_is_known_without_trying():
+    flows = FlowWithOne([(Span(0, 8), 40.0), (Span(0, 4), 80.0)], 2, 10.0, 8)
+    assert flows.is_exact.tolist() == [True, True, True, False, False, False, False]

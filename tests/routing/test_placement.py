@@ -11,7 +11,7 @@ import pytest
 from peerd.protocol.span import Span
 from peerd.routing.flow import swarm_flow
 from peerd.routing.offer import Offer
-from peerd.routing.placement import block_rates, choose_move, choose_span
+from peerd.routing.placement import Newcomer, are_choosing, block_rates, choose_first_span, choose_move, choose_span
 
 MakeOffer = Callable[..., Offer]
 
@@ -214,3 +214,61 @@ def test_of_several_gaps_one_is_closed_though_the_swarm_is_not_whole_by_that(mak
     offers[2] = make_offer(2, "4:8")
     assert choose_move(offers, offers[1], 12) == Span(8, 12)
     assert choose_move(offers, offers[2], 12) is None
+
+
+def in_order(make_offer: MakeOffer, count: int) -> list[int]:
+    """Numbers of offers, in the order of their PeerIds."""
+    return sorted(range(count), key=lambda number: make_offer(number, "0:1").peer_id)
+
+
+def test_a_server_that_was_never_measured_counts_as_much_as_one_in_the_middle(make_offer: MakeOffer) -> None:
+    speeds = {"0:2": 100, "2:4": 300, "4:6": 500, "6:8": 0}
+    offers = [make_offer(number, span, throughput=speed) for number, (span, speed) in enumerate(speeds.items())]
+    assert block_rates(offers, 8).tolist() == pytest.approx([50, 50, 150, 150, 250, 250, 150, 150])
+    assert block_rates([offers[3]], 8)[7] > 0
+
+
+def test_newcomers_that_see_each_other_go_where_they_would_one_after_another(make_offer: MakeOffer) -> None:
+    first, second, third = in_order(make_offer, 3)
+    # Each has said what it chose alone.
+    said = [make_offer(number, "0:4", state="joining", slot=8, throughput=0) for number in range(3)]
+    chosen = {
+        number: choose_first_span(said, Newcomer(said[number].peer_id, 0), 12, 4) for number in (third, first, second)
+    }
+    assert chosen == {first: Span(0, 4), second: Span(4, 8), third: Span(8, 12)}
+    assert are_choosing(said, said[0].peer_id)
+    assert not are_choosing(said[:1], said[0].peer_id)
+
+
+def test_a_newcomer_that_has_decided_is_not_placed_anew(make_offer: MakeOffer) -> None:
+    first, second = in_order(make_offer, 2)
+    decided = make_offer(first, "8:12", state="joining", slot=0, throughput=0)
+    assert not are_choosing([decided], "another")
+    own = Newcomer(make_offer(second, "0:4").peer_id, 0)
+    assert choose_first_span([decided], own, 12, 4) == Span(0, 4)
+
+
+def test_a_server_that_means_to_move_is_no_newcomer(make_offer: MakeOffer) -> None:
+    first, second = in_order(make_offer, 2)
+    moving = [make_offer(first, "0:4"), make_offer(first, "8:12", state="joining", slot=8)]
+    assert not are_choosing(moving, "another")
+    own = Newcomer(make_offer(second, "0:4").peer_id, 0)
+    assert choose_first_span(moving, own, 12, 4) == Span(0, 4), "where it leaves"
+
+
+def test_of_several_that_mean_to_close_a_gap_the_first_goes_and_the_others_stay(make_offer: MakeOffer) -> None:
+    first, second = in_order(make_offer, 2)
+    online = [make_offer(number, "0:4") for number in range(2)]
+    intend = [make_offer(number, "4:8", state="joining", slot=8) for number in range(2)]
+    swarm = [*online, *intend]
+    assert choose_move(swarm, online[first], 8, said=Span(4, 8)) == Span(4, 8)
+    assert choose_move(swarm, online[second], 8, said=Span(4, 8)) is None
+    # Who has not said anything yet gives way to all.
+    assert choose_move([*online, intend[second]], online[first], 8) is None
+
+
+def test_nobody_goes_before_another_that_has_begun(make_offer: MakeOffer) -> None:
+    first, second = in_order(make_offer, 2)
+    own, intends = make_offer(first, "0:4"), make_offer(second, "4:8", state="joining", slot=8)
+    for begun in (make_offer(second, "0:4", state="draining"), make_offer(second, "4:8", state="joining", slot=0)):
+        assert choose_move([own, make_offer(2, "0:4"), begun, intends], own, 8, said=Span(4, 8)) != Span(4, 8)

@@ -1,0 +1,365 @@
+"""A whole swarm of servers that place themselves, in simulated time and without anything that they would compute.
+
+What decides is what decides in a daemon: `choose_first`, `Rebalancer`, `Places` and the planner below them. What is
+made up is the world: announcements that others see a second or two later, speeds, memories, downloads, loads, sessions
+that end in their own time, crashes that nobody sees for a while. Knows who really holds what at each instant, beside
+what its servers believe: so a move that takes the last owner of a block away is caught when it happens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import trio
+
+from peerd.client_adapters import AdapterRoom
+from peerd.compute.fake_engine import FakeEngine
+from peerd.engine_task import EngineTask
+from peerd.first_span import Choice, choose_first
+from peerd.places import Places
+from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.records import ServerRecord
+from peerd.protocol.span import Span
+from peerd.rebalancing import Rebalancer
+from peerd.routing.announcer import MIN_PERIOD_S, TTL_S
+from peerd.routing.flow import swarm_flow
+from peerd.routing.holding import Holding
+from peerd.server import ServedSpan
+from peerd.serving import LoadedSpan
+
+MODEL = bytes(32)
+# A put in a DHT of a thousand peers takes a lookup and a round trip; a get as long.
+SEEN_AFTER_S = (0.5, 2.0)
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the swarm is like. Rates are of an hour, times in seconds.
+
+    size: the median number of blocks that fit; `spread` of what servers differ in, as the deviation of its logarithm.
+    join_s: within which all servers start. strike_s: when all who hold some of the first quarter of the blocks crash,
+    for good. fetch_s and load_s: of one block. session_s: how long sessions last.
+    """
+
+    servers: int
+    blocks: int
+    size: float
+    spread: float = 0.6
+    join_s: float = 600.0
+    churn_an_hour: float = 0.0
+    strike_s: float = math.inf
+    fetch_s: float = 10.0
+    load_s: float = 2.0
+    session_s: float = 60.0
+
+
+@dataclass(slots=True)
+class Board:
+    """Everybody's announcements, as everybody sees them: what is put there shows a little later, and expires."""
+
+    random: Random
+    _posts: dict[PeerId, list[_Post]] = field(default_factory=dict)
+
+    def post(self, peer_id: PeerId, records: list[ServerRecord], *, refreshed: bool = True) -> float:
+        """Returns when others see it. Not refreshed, for it crashed: what it last said is seen until it expires."""
+        now = trio.current_time()
+        posts = self._posts.setdefault(peer_id, [])
+        if not refreshed:
+            posts[-1].expires = now + self.random.uniform(TTL_S * 2 / 3, TTL_S)
+            return now
+        seen = max(now + self.random.uniform(*SEEN_AFTER_S), posts[-1].seen if posts else 0.0)
+        posts[:] = [post for post in posts[-2:] if post.seen > now or post is posts[-1]]
+        posts.append(_Post([Holding(peer_id, record) for record in records], seen))
+        return seen
+
+    async def holdings(self, model: bytes, block_count: int) -> list[Holding]:
+        await trio.sleep(LOOK_S)
+        now = trio.current_time()
+        found: list[Holding] = []
+        for posts in self._posts.values():
+            if now < posts[-1].expires:
+                found += next((post.holdings for post in reversed(posts) if post.seen <= now), [])
+        return found
+
+
+@dataclass(slots=True)
+class _Post:
+    holdings: list[Holding]
+    seen: float
+    expires: float = math.inf
+
+
+class Server:
+    """One server: what `Rebalancer` and `choose_first` need of a daemon, and the world they act on."""
+
+    draining = False
+    sessions = 1
+
+    def __init__(self, swarm: Swarm, number: int) -> None:
+        self._swarm = swarm
+        self._random = Random(f"{swarm.seed} {number}")
+        self.peer_id = Identity.from_seed(number.to_bytes(32, "big")).peer_id
+        world = swarm.world
+        self.size = max(1, min(world.blocks, round(world.size * self._random.lognormvariate(0, world.spread))))
+        self.throughput = self._random.lognormvariate(6, world.spread)
+        self.places = Places(self)  # type: ignore[arg-type]
+        #: What really is here, and whether it takes no more sessions.
+        self.held: Span | None = None
+        self.leaving = False
+        self.struck = False
+        self.scope = trio.CancelScope()
+        self._disk: set[int] = set()
+        self._announced = trio.Event()
+        self._changes = trio.Event()
+
+    # What a daemon's parts are to it.
+
+    @property
+    def directory(self) -> Board:
+        return self._swarm.board
+
+    def changed(self) -> None:
+        self._changes.set()
+
+    async def announced(self) -> None:
+        await self._announced.wait()
+
+    def is_leaving(self, served: ServedSpan) -> bool:
+        return self.leaving
+
+    def serve(self, served: ServedSpan) -> None:
+        self.held, self.leaving = served.span, False
+        self._swarm.note()
+
+    def refuse(self, served: ServedSpan) -> None:
+        self.leaving = True
+
+    def resume(self, served: ServedSpan) -> None:
+        self.leaving = False
+
+    async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None:
+        await trio.sleep(min(timeout_s, self._random.expovariate(1 / self._swarm.world.session_s)))
+
+    async def withdraw(self, served: ServedSpan) -> None:
+        await trio.lowlevel.checkpoint()
+        self._swarm.check_stays_covered(self, served.span)
+        self.held = None
+        self._swarm.note()
+
+    async def on_disk(self) -> frozenset[int]:
+        return frozenset(self._disk)
+
+    async def fetch(self, span: Span) -> None:
+        wanted = set(range(span.start, span.end)) - self._disk
+        await trio.sleep(len(wanted) * self._swarm.world.fetch_s)
+        self._disk |= wanted
+
+    async def load(self, span: Span) -> tuple[ServedSpan, LoadedSpan]:
+        await trio.sleep(len(span) * self._swarm.world.load_s)
+        self._swarm.loads += 1
+        return fake_span(span, self.throughput)
+
+    async def free(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    # Its life.
+
+    async def run(self) -> None:
+        """Start, serve and move until cancelled."""
+        world = self._swarm.world
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce)
+            place = self.places.reserve(fake_record(self.size))
+            choice = Choice(MODEL, world.blocks, self.size, frozenset(self._disk))
+            span = await choose_first(choice, place, self, self.peer_id, self._random)
+            place.decide(span)
+            self.changed()
+            await self.fetch(span)
+            self.places.add(place, *await self.load(span))
+            self.changed()
+            rebalancer = Rebalancer(place, self, self, self, self.peer_id, world.blocks, self._random)
+            self._swarm.rebalancers.append(rebalancer)
+            await rebalancer.run()
+
+    def end(self, *, crashed: bool) -> None:
+        """It is gone."""
+        self.held = None
+        self.directory.post(self.peer_id, [], refreshed=not crashed)
+        self._swarm.note()
+
+    async def _announce(self) -> None:
+        """As `Announcer` does, but for the renewals, which change nothing that others see."""
+        while True:
+            await self._changes.wait()
+            self._changes = trio.Event()
+            announced, self._announced = self._announced, trio.Event()
+            seen = self.directory.post(self.peer_id, self.places.records())
+            started = trio.current_time()
+            await trio.sleep(seen - started)
+            announced.set()
+            await trio.sleep_until(started + MIN_PERIOD_S)
+
+
+@dataclass(slots=True)
+class Sample:
+    """The swarm at one instant: what it carries of what the best placement of those who serve could at most, of those
+    who are there at all; how many blocks have no server; and how many moves there were so far.
+    """
+
+    time_s: float
+    of_serving: float
+    of_present: float
+    gaps: int
+    moves: int
+
+
+class Swarm:
+    """All servers, and what became of them."""
+
+    def __init__(self, world: World, seed: int = 1) -> None:
+        self.world = world
+        self.seed = seed
+        self.board = Board(Random(f"{seed} board"))
+        self.rebalancers: list[Rebalancer] = []
+        self.samples: list[Sample] = []
+        self.loads = 0
+        self.covered_s: float | None = None
+        #: Moves that took away the last server of a block: of one that somebody crashed on unseen, and any other.
+        self.unlucky = self.careless = 0
+        self._random = Random(f"{seed} churn")
+        self.servers: dict[int, Server] = {}
+        self._ghosts: list[tuple[float, Span]] = []
+        self._next = 0
+
+    @property
+    def moves(self) -> int:
+        return sum(rebalancer.moves for rebalancer in self.rebalancers)
+
+    async def run(self, hours: float, *, sample_s: float = 60.0) -> None:
+        """Let it live."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(self.world.servers):
+                nursery.start_soon(self._live, self._random.uniform(0, self.world.join_s))
+            nursery.start_soon(self._strike)
+            while trio.current_time() < hours * 3600:
+                await trio.sleep(sample_s)
+                self.samples.append(self._sample())
+            nursery.cancel_scope.cancel()
+
+    async def _live(self, start_s: float) -> None:
+        """One server after another: whoever leaves is replaced by a stranger within two minutes."""
+        await trio.sleep(start_s)
+        churn = self.world.churn_an_hour
+        while True:
+            number, self._next = self._next, self._next + 1
+            server = self.servers[number] = Server(self, number)
+            server.scope.deadline = trio.current_time() + (
+                self._random.expovariate(churn / 3600) if churn else math.inf
+            )
+            with server.scope:
+                await server.run()
+            del self.servers[number]
+            crashed = server.struck or self._random.random() < 0.5
+            if crashed and server.held is not None:
+                self._ghosts.append((trio.current_time() + TTL_S, server.held))
+            server.end(crashed=crashed)
+            if server.struck:
+                return
+            await trio.sleep(self._random.uniform(0, 120))
+
+    async def _strike(self) -> None:
+        await trio.sleep(self.world.strike_s)
+        for server in self.servers.values():
+            if server.held and server.held.start < self.world.blocks // 4:
+                server.struck = True
+                server.scope.cancel()
+
+    def check_stays_covered(self, goes: Server, span: Span) -> None:
+        """Count a move that uncovers a block."""
+        stay = [one.held for one in self.servers.values() if one is not goes and one.held and not one.leaving]
+        if _covers(stay, span):
+            return
+        ghosts = [ghost for until, ghost in self._ghosts if until > trio.current_time()]
+        if _covers([*stay, *ghosts], span):
+            self.unlucky += 1
+        else:
+            self.careless += 1
+
+    def note(self) -> None:
+        """Something is served, or no more."""
+        if self.covered_s is None and _covers(self._held(), Span(0, self.world.blocks)):
+            self.covered_s = trio.current_time()
+
+    def _held(self) -> list[Span]:
+        return [one.held for one in self.servers.values() if one.held]
+
+    def _sample(self) -> Sample:
+        blocks = self.world.blocks
+        serving = [(one.held, one.throughput) for one in self.servers.values() if one.held]
+        flow = swarm_flow(serving, blocks)
+        present = [(one.size, one.throughput) for one in self.servers.values()]
+        gaps = sum(not _covers([span for span, _ in serving], Span(block, block + 1)) for block in range(blocks))
+        return Sample(
+            trio.current_time(),
+            flow / (most_flow([(len(span), rate) for span, rate in serving], blocks) or math.inf),
+            flow / (most_flow(present, blocks) or math.inf),
+            gaps,
+            self.moves,
+        )
+
+
+def most_flow(servers: list[tuple[int, float]], block_count: int) -> float:
+    """What servers with so many blocks and so much throughput could carry at most, wherever they stood.
+
+    A bound from above: each gives all of its time, wherever it is needed, but no block more than passes through it.
+    """
+    # The flow f with sum(min(throughput, size * f)) = block_count * f: a server that is fast for its size has time
+    # to spare. What is left to the others falls as f rises.
+    low, high = 0.0, sum(rate for _, rate in servers) / block_count
+    if sum(size for size, _ in servers) < block_count:
+        return 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = sum(min(rate, size * middle) for size, rate in servers) >= block_count * middle
+        low, high = (middle, high) if enough else (low, middle)
+    return low
+
+
+def _covers(spans: list[Span], wanted: Span) -> bool:
+    at = wanted.start
+    for span in sorted(spans, key=lambda span: span.start):
+        if span.start > at:
+            return False
+        at = max(at, span.end)
+        if at >= wanted.end:
+            return True
+    return False
+
+
+def fake_record(size: int) -> ServerRecord:
+    """As much of a server's announcement as is known before it loads."""
+    return ServerRecord(
+        seq=0,
+        expires=0.0,
+        model=MODEL,
+        span=Span(0, size),
+        state="joining",
+        dtype="bfloat16",
+        quantization="none",
+        codecs=("exact",),
+        throughput=0.0,
+        free_tokens=0,
+        max_length=4096,
+    )
+
+
+def fake_span(span: Span, throughput: float) -> tuple[ServedSpan, LoadedSpan]:
+    """A span that computes nothing."""
+    engine: Any = FakeEngine(span, kv_tokens=16)
+    family: Any = None
+    served = ServedSpan(MODEL, 4096, EngineTask(engine))
+    return served, LoadedSpan(engine, "bfloat16", "none", ("exact",), throughput, (), AdapterRoom(), family)
