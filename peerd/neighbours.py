@@ -89,7 +89,9 @@ class Neighbours:
             strangers = self._random.sample(others, min(len(others), STRANGER_PROBES))
             chosen.update((offer.peer_id, offer) for offer in (*found[:BEST_PROBES], *strangers))
         avoided = self._links.avoided()
-        await self._prober.probe(offer for peer, offer in chosen.items() if peer not in avoided and self._is_due(peer))
+        due = [offer for peer, offer in chosen.items() if peer not in avoided and self._is_due(peer)]
+        await self._prober.probe(due)
+        self._prober.close_unused()
 
     def _is_due(self, peer: PeerId) -> bool:
         """Whether to measure the peer in this round."""

@@ -168,7 +168,7 @@ class Peer:
                 random,
                 self.rules,
                 position_bytes=facts.width * DTYPES[facts.dtype].itemsize,
-                connected=self.connections.live.keys,
+                connected=lambda: (self.peer_id, *self.connections.live),
             )
             opener = ChainOpener(self.connections, self.identity, discovery.directory, discovery.clock, os.urandom)
             async with open_tasks() as tasks:

@@ -52,16 +52,12 @@ class Prober:
         """Whether a connection to the peer is open."""
         return peer_id in self._connections.live
 
-    async def probe(self, offers: Iterable[Offer], *, keep: Collection[PeerId] = ()) -> None:
-        """Measure these peers, each for at most `PROBE_S`, and then close what was opened only for that.
-
-        keep: to whom a connection is to stay open.
-        """
+    async def probe(self, offers: Iterable[Offer]) -> None:
+        """Measure these peers, each for at most `PROBE_S`. What was opened for that stays open until `close_unused`."""
         limiter = trio.CapacityLimiter(AT_ONCE)
         async with trio.open_nursery() as nursery:
             for offer in offers:
                 nursery.start_soon(self._probe_one, offer, limiter)
-        self.close_unused(keep)
 
     async def _probe_one(self, offer: Offer, limiter: trio.CapacityLimiter) -> None:
         async with limiter:

@@ -7,6 +7,7 @@ second choices must be connected before they are needed, and a model that nobody
 
 from __future__ import annotations
 
+from contextlib import suppress
 from random import Random
 from typing import Protocol
 
@@ -36,6 +37,8 @@ LOOK_S = 1.0
 MAX_AGE_S = 15.0
 # Connections to second choices that are kept open, of all sessions together.
 MAX_STANDBYS = 16
+# So many chains are planned to guess who will be in the first.
+PLANS = 4
 # Whoever opens a model waits so long for the first round, and plans with what is known by then.
 FIRST_WAIT_S = 1.0
 
@@ -72,6 +75,8 @@ class Scout:
         self._prober = prober
         self._blocks = blocks
         self._random = random
+        # To whom a connection stays open that nothing else may use yet.
+        self._kept: frozenset[PeerId] = frozenset()
         self._sessions: dict[Watched, ChainNeeds] = {}
 
     def __repr__(self) -> str:
@@ -95,8 +100,8 @@ class Scout:
                 if measure_at <= now:
                     measure_at = now + ROUND_S * self._random.uniform(0.8, 1.2)
                     self.ready.set()
-            elif self.standbys:
-                self.standbys, chains = frozenset(), ()
+            elif self._kept and measure_at <= now:
+                self.standbys, self._kept, chains = frozenset(), frozenset(), ()
                 self._prober.close_unused()
             await trio.sleep(LOOK_S)
 
@@ -106,7 +111,20 @@ class Scout:
         asked = await self._second_choices()
         if measure:
             asked += self._probes(MORE_PROBES if self.ready.is_set() else FIRST_PROBES)
-        await self._prober.probe({offer.peer_id: offer for offer in asked}.values(), keep=self.standbys)
+        await self._prober.probe({offer.peer_id: offer for offer in asked}.values())
+        if measure:
+            # A first session need not dial again those whom we have just talked to.
+            self._kept = frozenset() if self.ready.is_set() else self._likely()
+        self._kept |= self.standbys
+        self._prober.close_unused(self._kept)
+
+    def _likely(self) -> frozenset[PeerId]:
+        """Who would be in a chain that was wanted now. Near ties are many: some of them."""
+        found: set[PeerId] = set()
+        with suppress(NoChain):
+            for _ in range(PLANS):
+                found.update(hop.peer_id for hop in self._finder.plan(self._blocks, ChainNeeds(), ()).hops)
+        return frozenset(sorted(found)[:MAX_STANDBYS])
 
     def _is_used(self) -> bool:
         return bool(self._sessions) or trio.current_time() - self._finder.used_at < IDLE_S

@@ -33,11 +33,12 @@ async def test_it_closes_what_it_opened_unless_somebody_uses_it(open_swarm) -> N
         caller = await swarm.caller()
         await caller.open(hosts[0])
         links, prober = prober_of(caller)
-        await prober.probe([host.offer() for host in hosts[:3]], keep={hosts[1].peer_id})
+        await prober.probe([host.offer() for host in hosts[:3]])
+        prober.close_unused({hosts[1].peer_id})
         assert set(caller.connections.live) == {hosts[0].peer_id, hosts[1].peer_id}
         # What was kept for a while is closed later, unless it came into use.
         await caller.open(hosts[1])
-        await prober.probe([hosts[3].offer()], keep={hosts[3].peer_id})
+        await prober.probe([hosts[3].offer()])
         prober.close_unused()
         assert set(caller.connections.live) == {hosts[0].peer_id, hosts[1].peer_id}
         await trio.sleep(1)
@@ -53,6 +54,7 @@ async def test_one_that_does_not_answer_keeps_nobody_waiting_for_long(open_swarm
         links, prober = prober_of(client)
         began = trio.current_time()
         await prober.probe([silent.offer(), other.offer()])
+        prober.close_unused()
         assert trio.current_time() - began == pytest.approx(PROBE_S)
         assert list(links.rtts_s()) == [other.peer_id]
         # Slow is not dead: sessions may still try.

@@ -23,7 +23,7 @@ from peerd.routing.adapters import NO_ADAPTER
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
 from peerd.routing.rules import ChainRules
-from peerd.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, Scout
+from peerd.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
 
 BLOCKS = Span(0, 8)
 
@@ -150,7 +150,29 @@ async def test_of_many_peers_a_few_are_asked_and_no_connection_stays(open_swarm)
         tasks.start_soon(ours.scout.run)
         await ours.scout.ready.wait()
         assert len(ours.links.rtts_s()) == FIRST_PROBES
+        # A few that a first chain is likely to have, for a moment.
+        assert len(client.connections.live) <= 2 * PLANS
+        await trio.sleep(2 * ROUND_S)
         assert not client.connections.live
+        tasks.cancel_scope.cancel()
+
+
+async def test_the_first_session_dials_nobody_again(open_swarm) -> None:
+    async with open_swarm() as swarm, open_tasks() as tasks:
+        hosts = [await swarm.serve(*span) for span in [(0, 4), (4, 8), (0, 4), (4, 8), (0, 8)]]
+        client = await swarm.client()
+        for number, host in enumerate(hosts):
+            swarm.network.set_latency(client.ip, host.ip, 0.005 if number < 2 else 0.1)
+        ours = scouted(client, Announced(swarm))
+        tasks.start_soon(ours.scout.run)
+        await ours.scout.ready.wait()
+        new: list[PeerId] = []
+        client.connections.on_connected.append(lambda connection: new.append(connection.peer_id))
+        session = await client.session(BLOCKS)
+        await session.step(torch.ones(1, 8))
+        assert [hop["peer"] for hop in session.chain] == [host.peer_id for host in hosts[:2]]
+        assert new == []
+        session.close()
         tasks.cancel_scope.cancel()
 
 
