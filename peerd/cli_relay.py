@@ -45,7 +45,8 @@ _OPTIONS = (
         "circuits",
         type=click.IntRange(min=1, max=65535),
         metavar="N",
-        help=f"With --relay: how many connections to them it carries at a time. Default: {_DEFAULTS.circuits}.",
+        help="With --relay: how many connections to them it carries at a time; each may take up to 256 KiB of memory."
+        f" Default: {_DEFAULTS.circuits}.",
     ),
     click.option(
         "--relay-rate",

@@ -20,7 +20,7 @@ from relay_world import (
     way,
 )
 
-from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, StreamReset, WrongPeer
+from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RelayLost, StreamReset, WrongPeer
 from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
 from peerd.protocol.schema import parse
 from peerd.relay import LINGER_S, Relay
@@ -51,6 +51,43 @@ async def test_a_circuit_carries_large_messages_whole_in_both_directions():
         assert await ask(client, 10, way(1, 10), body=body) == body
 
 
+async def test_a_large_message_travels_in_frames_that_outer_ones_hold_whole(monkeypatch):
+    sizes = []
+
+    def measure(raw):
+        sizes.append(len(raw.body))
+        return inner_message(raw)
+
+    monkeypatch.setattr("peerd.relay.inner_message", measure)
+    async with open_world() as world:
+        await world.relay(1)
+        await world.behind(10, 1)
+        client = await world.start(20)
+        await ask(client, 10, way(1, 10), body=bytes(200_000))
+        # 16 KiB, less what the outer frame's message needs: 9 bytes, and a margin.
+        assert 16_000 < max(sizes) < 16 * 1024 - 9
+
+
+async def test_peers_that_call_each_other_at_the_same_time_settle_on_one_connection():
+    async with open_world() as world:
+        for number in (1, 2):
+            await world.relay(number)
+        one, _ = await world.behind(10, 1)
+        other, _ = await world.behind(11, 2)
+        answers = []
+
+        async def call(connections, number, relay):
+            answers.append(await ask(connections, number, way(relay, number)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call, one, 11, 2)
+            nursery.start_soon(call, other, 10, 1)
+        await trio.sleep(LINGER_S + 1)
+        assert answers == [b"hi"] * 2
+        assert sum(relay.ledger.circuits for relay in world.relays.values()) == 1
+        assert one.live[id_of(11)].relay.peer_id == other.live[id_of(10)].relay.peer_id
+
+
 async def test_nobody_can_tell_where_a_peer_behind_a_circuit_is():
     async with open_world() as world:
         await world.relay(1)
@@ -66,8 +103,7 @@ async def test_nobody_can_tell_where_a_peer_behind_a_circuit_is():
 async def test_a_direct_address_is_preferred_in_whichever_order_they_are_given():
     async with open_world() as world:
         await world.relay(1)
-        connections = await world.start(10, listen=[LISTEN])
-        await reserve(connections, 1)
+        await world.behind(10, 1, listen=[LISTEN])
         client = await world.start(20)
         connection = await client.connect(id_of(10), [way(1, 10), address(10)])
         assert connection.relay is None
@@ -344,7 +380,10 @@ async def test_a_relay_that_dies_ends_its_connections_at_once():
         connection = await client.connect(id_of(10), [way(1, 10)])
         started = trio.current_time()
         world.network.kill("8.8.8.1")
-        assert isinstance(await connection.wait_lost(), ConnectionLost)
+        # The peer is not to blame, and whoever comes too late hears so too.
+        assert isinstance(await connection.wait_lost(), RelayLost)
+        with pytest.raises(RelayLost):
+            connection.open_stream("/echo/1")
         await until(lambda: not server.live)
         assert trio.current_time() - started < 1
         assert world.announced[10] == ()
@@ -388,7 +427,9 @@ async def test_an_end_that_says_goodbye_is_heard_and_the_circuit_is_given_back()
         await connection.wait_hello()
         there = server.live[id_of(20)]
         connection.close("draining", "the client leaves")
-        assert "the client leaves" in str(await there.wait_lost())
+        lost = await there.wait_lost()
+        assert "the client leaves" in str(lost)
+        assert not isinstance(lost, RelayLost)
         await trio.sleep(LINGER_S + 1)
         assert (world.relays[1].ledger.circuits, reservations.circuits) == (0, 0)
         # The reservation stands: the next one comes through.
