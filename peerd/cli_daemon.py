@@ -169,8 +169,8 @@ _OPTIONS = (
         "--uplink",
         type=parse_memory,
         metavar="SIZE",
-        help="What this machine can send in a second, such as 2.5MB for 20 Mbit/s: long prompts and training then"
-        " go by faster lines where there are any.",
+        help="Announce that this machine can send so much in a second, such as 2.5MB for 20 Mbit/s: long prompts and"
+        " training then go by faster lines where there are any. Default: what its connections show.",
     ),
     relay_options,
     click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers."),

@@ -88,6 +88,8 @@ class Connections:
         self._dials: dict[PeerId, Dial] = {}
         self._loopback: PeerConnection | None = None
         self._arrival = trio.lowlevel.ParkingLot()
+        # The fastest line that has ended.
+        self._uplink = 0.0
 
     def __repr__(self) -> str:
         return f"<Connections of {self.peer_id} live={len(self._live)} dials={len(self._dials)} {self._gate!r}>"
@@ -96,6 +98,12 @@ class Connections:
     def live(self) -> Mapping[PeerId, PeerConnection]:
         """Who is connected now; a view that changes."""
         return MappingProxyType(self._live)
+
+    @property
+    def uplink(self) -> float:
+        """Bytes a second that we can send, as far as lines have shown; 0 before any did. A line may be slow at its
+        other end, so the fastest tells most of ours."""
+        return max([self._uplink, *(each.uplink.bytes_a_second or 0.0 for each in self._live.values())])
 
     async def connect(self, peer_id: PeerId | None, addresses: Sequence[Multiaddr]) -> PeerConnection:
         """The connection to a peer: the live one, or a new one through any of `addresses`.
@@ -297,6 +305,9 @@ class Connections:
             observer(connection)
 
     def ended(self, connection: PeerConnection) -> None:
+        if connection.uplink.bytes_a_second is not None:
+            # Half of what is remembered goes each time: we may have moved to another network.
+            self._uplink = max(self._uplink / 2, connection.uplink.bytes_a_second)
         if connection.settled and self._live.get(connection.peer_id) is connection:
             del self._live[connection.peer_id]
             log.info("lost %s: %s", connection.peer_id, connection.lost)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint import Checkpoint
     from peerd.compute.head import Head
     from peerd.model import ModelFacts, RemoteModel
+    from peerd.protocol.records import ServerRecord
     from peerd.rebalancing import Rebalancer
     from peerd.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
@@ -233,7 +235,12 @@ class Peer:
             self._tasks.start_soon(self._neighbours.run)
         neighbours = self._neighbours
         neighbours.serves(model, block_count)
-        self.discovery.serve(lambda: neighbours.filled(places.records()))
+
+        def records() -> list[ServerRecord]:
+            uplink = self.connections.uplink
+            return [replace(record, uplink=record.uplink or uplink) for record in neighbours.filled(places.records())]
+
+        self.discovery.serve(records)
 
     def _start_moving(self, place: Place, loader: SpanLoader, block_count: int) -> None:
         from peerd.rebalancing import Rebalancer

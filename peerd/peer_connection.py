@@ -36,6 +36,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.stream_table import MAX_STREAMS
 from peerd.stream import Stream
 from peerd.transport import MessageChannel
+from peerd.uplink_meter import UplinkMeter
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ class PeerConnection:
         """Whether we or the peer had a better connection."""
         self.streams_opened = 0
         """Streams that either side ever opened; the first is the hello's."""
+        self.uplink = UplinkMeter()
+        """How fast the line to the peer takes what we send."""
         self.on_proven: Callable[[], None] = _nothing
         self.on_settled: Callable[[], None] = _nothing
         self._channel = channel
@@ -248,8 +251,11 @@ class PeerConnection:
                 message = self.core.next_message(trio.current_time())
                 self._take_events()
                 if message is not None:
+                    began = trio.current_time()
                     await self._channel.send(message)
+                    self.uplink.sent(len(message), began, trio.current_time())
                 elif self.lost is None:
+                    self.uplink.idle()
                     await self._idle.park()
                 else:
                     return

@@ -71,7 +71,7 @@ class ServeSpec:
     divide the blocks (`open_peer` and `Peer.serve` see to that).
     `adapters`: names, each with the directory that peft saved. `client_adapter_bytes`: how large an adapter a client
     may bring for its session; None for 64 MB, or less where memory is short; 0 for none.
-    `uplink`: bytes a second that this machine can send, which clients then reckon with; None: they are not told.
+    `uplink`: bytes a second that this machine can send, which clients then reckon with; None: as is measured.
     """
 
     model: str | Path

@@ -17,12 +17,12 @@ from peerd.neighbours import FIRST_ROUND_S, Neighbours
 from peerd.nurseries import open_tasks
 from peerd.prober import Prober
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records import ServerRecord, block_roots
 from peerd.protocol.span import Span
 from peerd.routing.adapters import NO_ADAPTER
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
-from peerd.routing.rules import ChainRules
+from peerd.routing.rules import ChainRules, Manifest
 from peerd.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
 
 BLOCKS = Span(0, 8)
@@ -126,17 +126,30 @@ async def test_servers_announce_how_far_those_are_that_may_follow(open_swarm) ->
         tasks.cancel_scope.cancel()
 
 
-async def test_whoever_is_blocked_is_never_asked(open_swarm) -> None:
+@pytest.mark.parametrize("rule", ["blocked", "not among the allowed", "not as the manifest says"])
+async def test_whoever_the_rules_leave_out_is_never_asked(open_swarm, rule: str) -> None:
     async with open_swarm() as swarm, open_tasks() as tasks:
         hosts = [await swarm.serve(0, 8) for _ in range(3)]
         dialled: list[PeerId] = []
         hosts[0].connections.on_connected.append(lambda connection: dialled.append(connection.peer_id))
-        rules = ChainRules(blocked=frozenset({hosts[0].peer_id}))
+        others = frozenset(host.peer_id for host in hosts[1:])
+        announced = Announced(swarm)
+        if rule == "blocked":
+            rules = ChainRules(blocked=frozenset({hosts[0].peer_id}))
+        elif rule == "not among the allowed":
+            rules = ChainRules(allowed=others)
+        else:
+            manifest = Manifest(bytes(range(32)), tuple(bytes([block]) * 32 for block in range(8)))
+            rules = ChainRules(manifests=(manifest,))
+            for peer in others:
+                announced.filled[peer] = lambda records: [
+                    replace(record, block_roots=block_roots(record.span, manifest.blocks)) for record in records
+                ]
         client = await swarm.client()
-        ours = scouted(client, Announced(swarm), rules)
+        ours = scouted(client, announced, rules)
         tasks.start_soon(ours.scout.run)
         await ours.scout.ready.wait()
-        assert set(ours.links.rtts_s()) == {host.peer_id for host in hosts[1:]}
+        assert set(ours.links.rtts_s()) == others
         assert dialled == []
         tasks.cancel_scope.cancel()
 
