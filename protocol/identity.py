@@ -8,12 +8,16 @@ in every quota and every set. So reading is strict, and whatever decodes re-enco
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import NewType
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 PeerId = NewType("PeerId", str)
+
+# Peers meet the same few thousand names again and again; writing or reading one in base58 takes as long as a lookup.
+_CACHED_NAMES = 8192
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -79,11 +83,13 @@ def verify(public_key: bytes, data: bytes, signature: bytes) -> bool:
     return True
 
 
+@lru_cache(maxsize=_CACHED_NAMES)
 def peer_id_of(public_key: bytes) -> PeerId:
     """The name of a raw 32-byte Ed25519 key. Raises ValueError for any other length."""
     return PeerId(_base58_encode(_multihash_of(public_key)))
 
 
+@lru_cache(maxsize=_CACHED_NAMES)
 def public_key_of(peer_id: str) -> bytes:
     """The raw 32-byte key inside a PeerId. Raises ValueError unless it is the key's one canonical name."""
     if len(peer_id) != PEER_ID_CHARS or not peer_id.startswith(_PEER_ID_START):

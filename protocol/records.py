@@ -8,6 +8,7 @@ re-encoded, and whatever is wrong with a record is one typed error (spec/records
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from peerd.protocol.announcements import (
@@ -63,6 +64,9 @@ MAX_TTL_S = 600.0
 SKEW_S = 60.0
 _DOMAIN = b"/peerd/record/1"
 _MAX_KIND_CHARS = 16
+# The same bytes come under each of a record's keys and with every lookup until they are renewed. What depends on the
+# bytes alone is worked out once: reading takes 50 us and a signature 150 us. At most 4 MiB are kept.
+_CACHED_RECORDS = 2048
 
 _BODIES: dict[str, type[Announcement]] = {cls.TYPE: cls for cls in (PeerRecord, ServerRecord, ModelRecord)}
 
@@ -96,6 +100,10 @@ class SignedRecord:
     @classmethod
     def decode(cls, data: bytes) -> SignedRecord:
         """Read the one encoding there is of a record. Raises RemoteProtocolError."""
+        return _decoded(bytes(data))
+
+    @classmethod
+    def _decode(cls, data: bytes) -> SignedRecord:
         if len(data) > MAX_RECORD_BYTES:
             raise RemoteProtocolError(f"a record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}")
         fields = unpack(data, max_depth=1)
@@ -152,7 +160,7 @@ def open_record(signed: SignedRecord, *, now: float, key: bytes | None = None) -
     body_type = _BODIES.get(signed.kind)
     if body_type is None:
         raise RemoteProtocolError(f"unknown kind of record {signed.kind!r}")
-    body = body_type.from_payload(signed.payload)
+    body = _body(body_type, signed.payload)
     if body.expires <= now:
         raise RemoteProtocolError(f"the record expired {now - body.expires:.0f} s ago")
     if body.expires > now + MAX_TTL_S + SKEW_S:
@@ -160,7 +168,7 @@ def open_record(signed: SignedRecord, *, now: float, key: bytes | None = None) -
     peer_id = signed.peer_id
     if key is not None and key not in keys_of(body, peer_id) and key not in split_keys_of(body, peer_id):
         raise RemoteProtocolError("the record does not belong under this key")
-    if not verify(signed.public_key, _signed_bytes(signed.kind, signed.payload), signed.signature):
+    if not _is_genuine(signed):
         raise RemoteProtocolError("the record's signature is wrong")
     return VerifiedRecord(peer_id, signed.kind, body, signed)
 
@@ -174,6 +182,21 @@ def replaces(new: VerifiedRecord, old: VerifiedRecord) -> bool:
     if new.slot != old.slot:
         raise ValueError("records of different slots do not replace each other")
     return new.body.seq > old.body.seq
+
+
+@lru_cache(maxsize=_CACHED_RECORDS)
+def _decoded(data: bytes) -> SignedRecord:
+    return SignedRecord._decode(data)
+
+
+@lru_cache(maxsize=_CACHED_RECORDS)
+def _body(body_type: type[Announcement], payload: bytes) -> Announcement:
+    return body_type.from_payload(payload)
+
+
+@lru_cache(maxsize=_CACHED_RECORDS)
+def _is_genuine(signed: SignedRecord) -> bool:
+    return verify(signed.public_key, _signed_bytes(signed.kind, signed.payload), signed.signature)
 
 
 def _signed_bytes(kind: str, payload: bytes) -> bytes:
