@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
@@ -54,13 +54,41 @@ class _Entry:
     network: str | None
 
 
+@dataclass(slots=True)
+class _Set:
+    """The records under one key, and how many of them each storer and network has."""
+
+    entries: dict[Slot, _Entry] = field(default_factory=dict)
+    encoded: set[bytes] = field(default_factory=set)
+    of_storer: Counter[PeerId] = field(default_factory=Counter)
+    of_network: Counter[str] = field(default_factory=Counter)
+
+    def add(self, entry: _Entry) -> None:
+        self.entries[entry.record.slot] = entry
+        self.encoded.add(entry.data)
+        self._count(entry, 1)
+
+    def remove(self, entry: _Entry) -> None:
+        del self.entries[entry.record.slot]
+        self.encoded.discard(entry.data)
+        self._count(entry, -1)
+
+    def _count(self, entry: _Entry, sign: int) -> None:
+        _add_to(self.of_storer, entry.storer, sign)
+        if entry.network is not None:
+            _add_to(self.of_network, entry.network, sign)
+
+
+_EMPTY = _Set()
+
+
 class RecordStore:
     """Sets of valid records by key. `now` gives unix seconds, corrected as spec/records.md says."""
 
     def __init__(self, now: Callable[[], float], limits: StoreLimits | None = None) -> None:
         self._now = now
         self._limits = limits or StoreLimits()
-        self._sets: dict[bytes, dict[Slot, _Entry]] = {}
+        self._sets: dict[bytes, _Set] = {}
         self._split_until: dict[bytes, float] = {}
         # When entries and splits end, soonest first; an entry that was replaced stays here until then.
         self._ends: list[tuple[float, bytes]] = []
@@ -82,12 +110,12 @@ class RecordStore:
     def get(self, key: bytes) -> list[VerifiedRecord]:
         """The valid records under `key`, one for each slot."""
         self._expire()
-        return [entry.record for entry in self._sets.get(key, {}).values()]
+        return [entry.record for entry in self._sets.get(key, _EMPTY).entries.values()]
 
     def get_encoded(self, key: bytes) -> tuple[bytes, ...]:
         """The same, as they came."""
         self._expire()
-        return tuple(entry.data for entry in self._sets.get(key, {}).values())
+        return tuple(entry.data for entry in self._sets.get(key, _EMPTY).entries.values())
 
     def is_split(self, key: bytes) -> bool:
         """Whether a record that may still be valid was refused because `key` was full: look at its parts too."""
@@ -99,21 +127,20 @@ class RecordStore:
     ) -> Outcome:
         """Keep an encoded record that `storer` sent from `source` (None: not known, or ourselves)."""
         self._expire()
-        held = self._sets.get(key, {})
-        if any(entry.data == data for entry in held.values()):
+        held = self._sets.get(key, _EMPTY)
+        if data in held.encoded:
             return "known"
         try:
             record = open_record(SignedRecord.decode(data), now=self._now(), key=key)
         except RemoteProtocolError:
             return "invalid"
-        old = held.get(record.slot)
+        old = held.entries.get(record.slot)
         if old is not None and not replaces(record, old.record):
             return "older"
         entry = _Entry(record, data, storer, public_network(source))
-        others = [other for other in held.values() if other is not old]
-        if not self._has_room(entry, old) or not self._storer_has_place(storer, others):
+        if not self._has_room(entry, old) or not self._storer_has_place(entry, held, old):
             return "quota"
-        if not self._has_place(entry, others):
+        if not self._has_place(entry, held, old):
             self._split(key, record.body.expires)
             return "full"
         if old is not None:
@@ -136,26 +163,29 @@ class RecordStore:
             )
         )
 
-    def _storer_has_place(self, storer: PeerId, others: list[_Entry]) -> bool:
+    def _storer_has_place(self, new: _Entry, held: _Set, old: _Entry | None) -> bool:
         """Whether the storer has a place left under the key: honest ones store what they announce themselves."""
-        return sum(other.storer == storer for other in others) < self._limits.storer_records_a_key
+        others = held.of_storer[new.storer] - (old is not None and old.storer == new.storer)
+        return others < self._limits.storer_records_a_key
 
-    def _has_place(self, new: _Entry, others: list[_Entry]) -> bool:
+    def _has_place(self, new: _Entry, held: _Set, old: _Entry | None) -> bool:
         """Whether the key has a place left, and one for this network: one swarm of sybils must not fill it."""
-        if len(others) >= self._limits.records_a_key:
+        if len(held.entries) - (old is not None) >= self._limits.records_a_key:
             return False
-        in_network = sum(other.network == new.network for other in others)
-        return new.network is None or in_network < self._limits.network_records_a_key
+        if new.network is None:
+            return True
+        in_network = held.of_network[new.network] - (old is not None and old.network == new.network)
+        return in_network < self._limits.network_records_a_key
 
     def _add(self, key: bytes, entry: _Entry) -> None:
-        self._sets.setdefault(key, {})[entry.record.slot] = entry
+        self._sets.setdefault(key, _Set()).add(entry)
         self._charge(entry, 1)
         self._end(entry.record.body.expires, key)
 
     def _remove(self, key: bytes, entry: _Entry) -> None:
         held = self._sets[key]
-        del held[entry.record.slot]
-        if not held:
+        held.remove(entry)
+        if not held.entries:
             del self._sets[key]
         self._charge(entry, -1)
 
@@ -175,7 +205,9 @@ class RecordStore:
     def _end(self, when: float, key: bytes) -> None:
         heapq.heappush(self._ends, (when, key))
         if len(self._ends) > 2 * self._count + len(self._split_until) + _SPARE_ENDS:
-            self._ends = [(e.record.body.expires, key) for key, held in self._sets.items() for e in held.values()]
+            self._ends = [
+                (entry.record.body.expires, key) for key, held in self._sets.items() for entry in held.entries.values()
+            ]
             self._ends += [(until, key) for key, until in self._split_until.items()]
             heapq.heapify(self._ends)
 
@@ -183,7 +215,8 @@ class RecordStore:
         now = self._now()
         while self._ends and self._ends[0][0] <= now:
             _, key = heapq.heappop(self._ends)
-            ended = [entry for entry in self._sets.get(key, {}).values() if entry.record.body.expires <= now]
+            entries = self._sets.get(key, _EMPTY).entries.values()
+            ended = [entry for entry in entries if entry.record.body.expires <= now]
             for entry in ended:
                 self._remove(key, entry)
             if self._split_until.get(key, now + 1) <= now:
