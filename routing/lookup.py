@@ -8,9 +8,9 @@ a lookup that needs only a quorum stops when nobody left unasked could be nearer
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from bisect import insort
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -36,7 +36,10 @@ R = TypeVar("R", bound=Reply)
 
 
 class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
-    """A NodeHeap in which a peer that failed stays out, however often others name it."""
+    """A NodeHeap in which a peer that failed stays out, however often others name it.
+
+    Its heap is kept in order: it is read many times for each time that it grows.
+    """
 
     def __init__(self, node: Node, maxsize: int) -> None:
         super().__init__(node, maxsize)
@@ -46,11 +49,18 @@ class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
         # The library searches the heap, which takes most of a lookup's time; and it forgets who failed.
         return node.id in self._known
 
+    def __iter__(self) -> Iterator[PeerNode]:
+        return iter([node for _, node in self.heap[: self.maxsize]])
+
+    def remove(self, peers: Iterable[bytes]) -> None:
+        gone = set(peers)
+        self.heap = [entry for entry in self.heap if entry[1].id not in gone]
+
     def push(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             if node not in self:
                 self._known.add(node.id)
-                heapq.heappush(self.heap, (self.node.distance_to(node), node))
+                insort(self.heap, (self.node.distance_to(node), node))
 
 
 class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishes no types

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import heapq
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kademlia.node import Node
 from kademlia.routing import KBucket, RoutingTable
@@ -41,6 +42,11 @@ class PeerNode(Node):  # type: ignore[misc]  # kademlia publishes no types
         super().__init__(_node_id(contact.peer_id))
         self.contact = contact
 
+    @cached_property
+    def address_texts(self) -> tuple[str, ...]:
+        """The contact's addresses as others are told of them, which happens many times over."""
+        return tuple(str(address) for address in self.contact.addresses)
+
     def same_home_as(self, node: Node) -> bool:
         # The library compares ip and port, which none of our nodes has: it would drop them all.
         return bool(self.id == node.id)
@@ -69,6 +75,16 @@ class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
         lower.last_updated = upper.last_updated = self.last_updated
         return lower, upper
 
+    def depth(self) -> int:
+        # What all ids have in common is what the least and the greatest have. The library writes all of them out in bits.
+        ids = [node.long_id for node in self.nodes.values()]
+        return int(160 - (min(ids) ^ max(ids)).bit_length())
+
+    def distance_to(self, target: int) -> int:
+        """How far the nearest place in the range is from `target`: the range is all ids with one prefix."""
+        low, high = self.range
+        return int((low ^ target) & ~(high - low))
+
 
 class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no types
     """Up to `ksize` contacts for each range of distances from `own`. `now` is any steady count of seconds."""
@@ -79,7 +95,17 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         super().__init__(None, ksize, own)
 
     def flush(self) -> None:
-        self.buckets = [Bucket(0, 2**160, self.ksize, self._now)]
+        # The library's last id is one too many, so that its ranges are no prefixes.
+        self.buckets = [Bucket(0, 2**160 - 1, self.ksize, self._now)]
+        self._starts = [0]
+
+    def split_bucket(self, index: int) -> None:
+        super().split_bucket(index)
+        self._starts = [bucket.range[0] for bucket in self.buckets]
+
+    def get_bucket_for(self, node: Node) -> int:
+        # The library looks at one bucket after the other.
+        return bisect_right(self._starts, node.long_id) - 1
 
     def __iter__(self) -> Iterator[PeerNode]:
         for bucket in self.buckets:
@@ -135,12 +161,19 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         self.buckets[self.get_bucket_for(node)].touch_last_updated()
 
     def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[PeerNode]:
-        """The k contacts nearest to `node`, nearest first: all of them are compared.
+        """The k contacts nearest to `node`, nearest first.
 
-        The library walks outwards bucket by bucket and stops at k, which misses 14-23 % of the nearest.
+        The library walks outwards bucket by bucket, left and right in turns, which misses 14-23 % of the nearest. But
+        ranges of ids do not overlap in their distance from a place either: taken by that, k in the nearest ones suffice.
         """
-        others = (other for other in self if exclude is None or other.id != exclude.id)
-        return heapq.nsmallest(k or self.ksize, others, key=node.distance_to)
+        wanted = k or self.ksize
+        target = node.long_id
+        found: list[PeerNode] = []
+        for bucket in sorted(self.buckets, key=lambda bucket: bucket.distance_to(target)):
+            if len(found) >= wanted:
+                break
+            found += [other for other in bucket.nodes.values() if exclude is None or other.id != exclude.id]
+        return heapq.nsmallest(wanted, found, key=node.distance_to)
 
 
 def dump_contacts(contacts: Iterable[Contact]) -> str:
