@@ -22,8 +22,11 @@ from peerd.routing.table import Contact, PeerNode
 
 DHT_PROTOCOL = "/peerd/dht/1"
 
-# Kademlia paper, 2.1: so many that all of them failing within an hour is unlikely.
-REPLICAS = 20
+# Kademlia's k, of tables and answers (paper, 2.1): so many that all of them failing within an hour is unlikely.
+MAX_CONTACTS = 20
+# Peers that hold a record. It is put anew within 20 s and not within an hour: even if a third of a swarm fails at
+# once, one record in a million has no holder left.
+REPLICAS = 12
 # 20 contacts of 4 addresses of 128 characters take 11 KiB of a header's 16.
 MAX_CONTACT_ADDRESSES = 4
 MAX_CONTACT_ADDRESS_CHARS = 128
@@ -56,7 +59,26 @@ def _node(peer_id: str, addresses: tuple[Multiaddr, ...]) -> PeerNode:
     return PeerNode(Contact(PeerId(peer_id), addresses))
 
 
-_nodes = many(built(group(text(PEER_ID_CHARS), _addresses), _node), REPLICAS)
+_contact = built(group(text(PEER_ID_CHARS), _addresses), _node)
+
+
+@lru_cache(maxsize=8192)
+def _known_contact(peer_id: str, addresses: tuple[str, ...]) -> PeerNode:
+    node: PeerNode = _contact((peer_id, addresses))
+    return node
+
+
+def _named(value: Any) -> PeerNode:
+    """A contact: the checks of a text that was met before need not be made again."""
+    match value:
+        case [str(peer_id), [*addresses] as listed] if type(value) in (list, tuple) and type(listed) in (list, tuple):
+            if all(type(address) is str for address in addresses):
+                return _known_contact(peer_id, tuple(addresses))
+    node: PeerNode = _contact(value)
+    return node
+
+
+_nodes = many(_named, MAX_CONTACTS)
 
 
 def _dump_addresses(addresses: Sequence[Multiaddr]) -> list[str]:
@@ -64,7 +86,7 @@ def _dump_addresses(addresses: Sequence[Multiaddr]) -> list[str]:
 
 
 def _dump_nodes(nodes: Sequence[PeerNode]) -> list[list[Any]]:
-    return [[node.contact.peer_id, _dump_addresses(node.contact.addresses)] for node in nodes]
+    return [[node.contact.peer_id, node.address_texts] for node in nodes]
 
 
 def contact_addresses(addresses: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:

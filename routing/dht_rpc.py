@@ -22,9 +22,9 @@ from peerd.protocol.errors import CallerError, InvalidRequest, Overloaded, PeerF
 from peerd.protocol.identity import PeerId
 from peerd.protocol.schema import Message, parse
 from peerd.routing.dht_messages import (
+    MAX_CONTACTS,
     MAX_STORED_AT_ONCE,
     QUESTIONS,
-    REPLICAS,
     FindNode,
     FindValue,
     Found,
@@ -72,10 +72,10 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
     """
 
     def __init__(self, own: PeerNode, store: RecordStore, transport: DhtTransport, random: Random) -> None:
-        super().__init__(own, store, REPLICAS)
+        super().__init__(own, store, MAX_CONTACTS)
         self.source_node: PeerNode = own
         self.storage: RecordStore = store
-        self.router = ContactTable(own, REPLICAS, trio.current_time)
+        self.router = ContactTable(own, MAX_CONTACTS, trio.current_time)
         self.addresses: tuple[Multiaddr, ...] = own.contact.addresses
         self._transport = transport
         self._random = random
