@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 # A span whose peer crashes is gone within this. Everything is announced anew every third of it.
 TTL_S = 60.0
+# What else is announced outlives ten of these. More often it is only said where few could hold it: one that restarts
+# has forgotten it, and in a small swarm that may be everybody.
+OTHERS_PERIOD_S = 60.0
+FEW_HOLDERS = 8
 # After an announcement that reached nobody.
 RETRY_S = 5.0
 # A peer whose free KV changes by the step announces it at most this often.
@@ -80,6 +84,8 @@ class Announcer:
         # The span announced in each slot, until it is withdrawn; and when the last record of the slot ends.
         self._servers: dict[int, ServerRecord] = {}
         self._slot_ends: dict[int, float] = {}
+        # Everything else that was announced, and when it is due again.
+        self._others: dict[Announcement, float] = {}
 
     def changed(self) -> None:
         """Announce soon: what `current` returns has changed."""
@@ -112,11 +118,26 @@ class Announcer:
         spans = {body.slot: body for body in bodies if isinstance(body, ServerRecord)}
         # Before the new records: of a slot whose span moved, the newest record must be the new span's.
         await self._withdraw([old for slot, old in self._servers.items() if self._leaves_keys(old, spans.get(slot))])
-        return not bodies or await self._publish([self._timed(body) for body in bodies]) > 0
+        due = [body for body in bodies if self._is_due(body)]
+        if not due:
+            return True
+        holders = await self._publish([self._timed(body) for body in due])
+        self._note_others(due, holders)
+        return holders > 0
 
     async def leave(self) -> None:
         """Announce every span as `offline`. The caller bounds the time, and shields it from its own end."""
         await self._withdraw(list(self._servers.values()))
+
+    def _is_due(self, body: Announcement) -> bool:
+        return isinstance(body, ServerRecord) or self._now() >= self._others.get(body, 0.0)
+
+    def _note_others(self, announced: Sequence[Announcement], holders: int) -> None:
+        now = self._now()
+        # A moment less, or a round that begins early would leave it to the next.
+        due_s = now + OTHERS_PERIOD_S - TTL_S / 6 if holders >= FEW_HOLDERS else now
+        self._others = {body: when for body, when in self._others.items() if when > now}
+        self._others |= {body: due_s for body in announced if not isinstance(body, ServerRecord)}
 
     def _timed(self, body: Announcement) -> Announcement:
         # Only spans disappear with their peer; where it was, and what a model is called, hurts nobody.

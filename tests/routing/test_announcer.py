@@ -20,7 +20,7 @@ from peerd.protocol.records import (
     sign_record,
 )
 from peerd.protocol.span import Span
-from peerd.routing.announcer import MIN_PERIOD_S, RETRY_S, TTL_S, Announcer
+from peerd.routing.announcer import FEW_HOLDERS, MIN_PERIOD_S, OTHERS_PERIOD_S, RETRY_S, TTL_S, Announcer
 from peerd.routing.record_sets import addresses_of, newest, servers_of
 
 MODEL = bytes(range(32))
@@ -83,10 +83,36 @@ async def test_records_are_renewed_long_before_they_expire(
     with trio.move_on_after(10 * TTL_S):
         await setup.announcer.run()
     assert [at for at, _ in setup.sink.puts] == [number * TTL_S / 3 for number in range(30)]
-    for _, records in setup.sink.puts:
-        assert {record.kind for record in records} == {"server", "peer"}
+    assert all("server" in {record.kind for record in records} for _, records in setup.sink.puts)
+    said = [at for at, records in setup.sink.puts if "peer" in {record.kind for record in records}]
+    assert said == [number * OTHERS_PERIOD_S for number in range(10)]
     seqs = [record.body.seq for record in setup.sink.records]
     assert seqs == sorted(set(seqs))
+
+
+async def test_where_few_hold_what_we_say_all_of_it_is_said_each_time(
+    unix_now: Callable[[], float], server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    setup = Setup(unix_now, server_body(), peer_body())
+    setup.sink.replicas = FEW_HOLDERS - 1
+    with trio.move_on_after(10 * TTL_S):
+        await setup.announcer.run()
+    for _, records in setup.sink.puts:
+        assert {record.kind for record in records} == {"server", "peer"}
+
+
+async def test_new_addresses_are_said_at_once(
+    unix_now: Callable[[], float], server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    setup = Setup(unix_now, server_body(), peer_body())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.announcer.run)
+        await trio.sleep(5)
+        setup.bodies[1] = peer_body(addresses=("/ip4/10.0.0.9/tcp/1/ws",))
+        setup.announcer.changed()
+        await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()
+    assert setup.sink.records[-1].body.addresses == ("/ip4/10.0.0.9/tcp/1/ws",)
 
 
 async def test_what_is_announced_is_asked_for_each_time_and_soon_after_a_change(
