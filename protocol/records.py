@@ -157,10 +157,9 @@ def open_record(signed: SignedRecord, *, now: float, key: bytes | None = None) -
 
     Raises RemoteProtocolError saying what is wrong.
     """
-    body_type = _BODIES.get(signed.kind)
-    if body_type is None:
+    if signed.kind not in _BODIES:
         raise RemoteProtocolError(f"unknown kind of record {signed.kind!r}")
-    body = _body(body_type, signed.payload)
+    body = _body(signed.kind, signed.payload)
     if body.expires <= now:
         raise RemoteProtocolError(f"the record expired {now - body.expires:.0f} s ago")
     if body.expires > now + MAX_TTL_S + SKEW_S:
@@ -190,8 +189,8 @@ def _decoded(data: bytes) -> SignedRecord:
 
 
 @lru_cache(maxsize=_CACHED_RECORDS)
-def _body(body_type: type[Announcement], payload: bytes) -> Announcement:
-    return body_type.from_payload(payload)
+def _body(kind: str, payload: bytes) -> Announcement:
+    return _BODIES[kind].from_payload(payload)
 
 
 @lru_cache(maxsize=_CACHED_RECORDS)

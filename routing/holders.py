@@ -1,8 +1,8 @@
 """Who holds what we announce, so that renewing it every 20 s need not look its holders up each time.
 
 Knows peers, distances and the time it is given; sends nothing. The difficulty is that those who should hold a key
-change under us: newcomers may stand nearer, and some of the old ones leave. So what is remembered is only who *answered*,
-anybody nearer that we hear of is asked next time, and after a while, or many losses, it is all looked up anew.
+change under us: newcomers may stand nearer, and some of the old ones leave. So only who *answered* is remembered,
+anybody nearer that we hear of is asked as well, and after a while, or many losses, it is all looked up anew.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
     Its heap is kept in order: it is read many times for each time that it grows.
     """
 
+    heap: list[tuple[int, PeerNode]]
+
     def __init__(self, node: Node, maxsize: int) -> None:
         super().__init__(node, maxsize)
         self._known: set[bytes] = set()

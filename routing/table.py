@@ -76,7 +76,7 @@ class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
         return lower, upper
 
     def depth(self) -> int:
-        # What all ids have in common is what the least and the greatest have. The library writes all of them out in bits.
+        # What all ids have in common is what the least and the greatest have. The library writes each out in bits.
         ids = [node.long_id for node in self.nodes.values()]
         return int(160 - (min(ids) ^ max(ids)).bit_length())
 
@@ -164,7 +164,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         """The k contacts nearest to `node`, nearest first.
 
         The library walks outwards bucket by bucket, left and right in turns, which misses 14-23 % of the nearest. But
-        ranges of ids do not overlap in their distance from a place either: taken by that, k in the nearest ones suffice.
+        ranges of ids do not overlap in their distance from a place either: in that order, the first with k suffice.
         """
         wanted = k or self.ksize
         target = node.long_id
