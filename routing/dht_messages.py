@@ -69,11 +69,11 @@ def _known_contact(peer_id: str, addresses: tuple[str, ...]) -> PeerNode:
 
 
 def _named(value: Any) -> PeerNode:
-    """A contact: the checks of a text that was met before need not be made again."""
-    match value:
-        case [str(peer_id), [*addresses] as listed] if type(value) in (list, tuple) and type(listed) in (list, tuple):
-            if all(type(address) is str for address in addresses):
-                return _known_contact(peer_id, tuple(addresses))
+    """A contact: the checks of texts that were met before need not be made again."""
+    if type(value) is list and len(value) == 2 and type(value[1]) in (list, tuple):
+        # What cannot be looked up because it holds a list or a map is refused below like any other.
+        with contextlib.suppress(TypeError):
+            return _known_contact(value[0], tuple(value[1]))
     node: PeerNode = _contact(value)
     return node
 
