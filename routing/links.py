@@ -60,12 +60,15 @@ class Links:
         now = self._now()
         return frozenset(peer_id for peer_id, link in self._links.items() if now < link.avoided_until_s)
 
-    def measured(self, peer_id: PeerId, rtt_s: float) -> None:
-        """A round trip to the peer took `rtt_s` seconds. Raises ValueError if that is negative or not finite."""
+    def measured(self, peer_id: PeerId, rtt_s: float, *, gain: float = RTT_GAIN) -> None:
+        """A round trip to the peer took `rtt_s` seconds; `gain` is how much that counts beside those before.
+
+        Raises ValueError if it is negative or not finite.
+        """
         if not 0 <= rtt_s < float("inf"):
             raise ValueError(f"a round trip takes a finite time of at least 0 s, not {rtt_s}")
         link = self._touch(peer_id)
-        link.rtt_s = rtt_s if link.rtt_s is None else link.rtt_s + RTT_GAIN * (rtt_s - link.rtt_s)
+        link.rtt_s = rtt_s if link.rtt_s is None else link.rtt_s + gain * (rtt_s - link.rtt_s)
 
     def rtt_s(self, peer_id: PeerId) -> float | None:
         """The smoothed round-trip time, in seconds; None if it was never measured."""

@@ -4,7 +4,9 @@ Knows columns of costs; knows no records. The difficulty is size: 1000 peers of 
 (peer, block) -> (peer, block) edges, and a client waits for the answer. Blocks are computed in order, so the graph has
 no cycle and one sweep over the blocks finds what Dijkstra's queue would. And a change of peers that pays at all pays
 best where the one span ends or the other starts: sliding it from there changes the cost linearly. So only
-those edges are looked at, and of them only those between peers that hold the blocks on both sides.
+those edges are looked at, and of them only those between peers that hold the blocks on both sides. (A peer that is
+no more than a short cut between two others, with a block to run for show, may be missed: no way is shorter
+than the straight one but where delays are guessed.)
 """
 
 from __future__ import annotations

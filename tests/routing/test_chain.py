@@ -3,12 +3,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from random import Random
 
+import numpy as np
 import pytest
 
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.span import Span
-from peerd.routing.chain import HOP_S, NEAR_BEST, NO_ROOM_S, Chain, ChainNeeds, OfferTable, plan_chain
+from peerd.routing.chain import HOP_S, NEAR_BEST, NO_ROOM_S, UNKNOWN_RTT_S, Chain, ChainNeeds, OfferTable, plan_chain
 from peerd.routing.offer import Offer
 
 MakeOffer = Callable[..., Offer]
@@ -186,6 +187,71 @@ def test_no_chain_is_much_cheaper_than_the_chosen_one(make_offer: MakeOffer, see
     assert best - 1e-9 <= chain.cost_s <= best * NEAR_BEST + 1e-9
     assert [hop.span.end for hop in chain.hops[:-1]] == [hop.span.start for hop in chain.hops[1:]]
     assert all(hop.offer.span.covers(hop.span) for hop in chain.hops)
+
+
+def cheapest_by_every_edge(offers: list[Offer], span: Span, needs: ChainNeeds) -> float:
+    """The best cost by relaxing every edge between two offers before every block: slow, and plain."""
+    said: dict[tuple[PeerId, PeerId], float] = {}
+    for offer in offers:
+        for peer, rtt_s in offer.record.rtts:
+            for pair in ((offer.peer_id, peer), (peer, offer.peer_id)):
+                said[pair] = min(said.get(pair, np.inf), rtt_s / 2)
+    client_s = [needs.rtts_s.get(offer.peer_id, UNKNOWN_RTT_S) / 2 for offer in offers]
+    links = np.zeros((len(offers), len(offers)))
+    for i, one in enumerate(offers):
+        for j, other in enumerate(offers):
+            if one.peer_id != other.peer_id:
+                links[i, j] = said.get((one.peer_id, other.peer_id), max(client_s[i], client_s[j]))
+    no_room = [NO_ROOM_S * (offer.record.free_tokens < needs.tokens) for offer in offers]
+    enter_s = np.array([HOP_S + offer.record.queue_s + no for offer, no in zip(offers, no_room, strict=True)])
+    block_s = np.array([offer.block_s * needs.positions for offer in offers])
+    reach = np.full(len(offers), np.inf)
+    for block in range(span.start, span.end):
+        arrive = np.array(client_s) if block == span.start else (reach[:, None] + links).min(axis=0)
+        reach = np.minimum(reach, arrive + enter_s) + block_s
+        for i, offer in enumerate(offers):
+            first, last = needs.first_by, needs.last_by
+            if (
+                block not in offer.span
+                or (block == span.start and first is not None and offer.peer_id not in first)
+                or (block == span.end - 1 and last is not None and offer.peer_id not in last)
+            ):
+                reach[i] = np.inf
+    return float((reach + client_s).min())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_among_many_peers_no_chain_is_much_cheaper_either(make_offer: MakeOffer, seed: int) -> None:
+    # Peers on a plane, with no way shorter than the straight one; each measured 8 others, so that all pairs are known.
+    random = Random(seed)
+    ids = [make_offer(number, "0:1").peer_id for number in range(17)]
+    places = [complex(random.random(), random.random()) for _ in ids]
+    offers = []
+    for slot in range(4):
+        for number in range(17):
+            start = random.randrange(32)
+            span = f"{start}:{min(32, start + random.choice([1, 3, 8, 24]))}"
+            nexts = [(number + step) % 17 for step in range(1, 9)]
+            fields = {
+                "throughput": random.uniform(20, 500),
+                "free_tokens": random.choice([0, 100, 100]),
+                "rtts": tuple((ids[n], 0.2 * abs(places[n] - places[number])) for n in nexts),
+                "queue_s": random.choice([0.0, random.uniform(0, 0.05)]),
+                "slot": slot,
+            }
+            offers.append(
+                make_offer(number, span if slot or number > 7 else f"{4 * number}:{4 * number + 4}", **fields)
+            )
+    here = complex(random.random(), random.random())
+    needs = ChainNeeds(
+        {peer: 0.2 * abs(place - here) for peer, place in zip(ids, places, strict=True)},
+        tokens=50,
+        first_by=random.choice([None, frozenset(offer.peer_id for offer in offers if 0 in offer.span)]),
+        last_by=random.choice([None, frozenset([offers[7].peer_id])]),
+    )
+    chain = plan_chain(offers, Span(0, 32), needs=needs, random=random)
+    best = cheapest_by_every_edge(offers, Span(0, 32), needs)
+    assert best - 1e-9 <= chain.cost_s <= best * NEAR_BEST + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(10))
