@@ -1,144 +1,97 @@
-"""Keeps a chain open under a session: opens it, hears its hops, and mends or replaces it when they die.
+"""Keeps a chain open under a session: hears its hops, and sees to it that each of them gets what it lacks.
 
-Knows hops, faults and routes; what was sent and answered is `step_log`'s. The difficulty is that a death can
-come between any two messages, also while the last one is being mended. So nothing is sent that is not in
-the log first, answers of an older epoch are ignored, and recovery is always the same: bring a chain to where
-the log's `retained` stands, then send its `pending` again (spec/session.md, "When a hop dies").
+Knows hops, faults and routes; what was sent and answered is `step_log`'s, who takes a dead hop's place
+`chain_mender`'s, who hangs `pace_watch`'s. The difficulty is that a death can come between any two messages, also
+while the last one is being mended. So whatever happens is noted as a hole, a slow hop or a broken link, one task
+sees to these one by one until there are none, and every hop takes a step's number once, whoever sends it again
+(spec/session.md, "When a hop dies").
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Protocol
 
 import trio
 
+from peerd.chain_mender import ChainMender, Means, Wanted
 from peerd.control_stream import ControlStream
-from peerd.open_chain import ChainOpener, HopRefused, OpenChain, Terms
+from peerd.live_chain import MAX_NUMBERS, LiveChain
+from peerd.pace_watch import PaceWatch
 from peerd.protocol.errors import (
     CallerError,
+    ConnectionLost,
     Evicted,
     LinkFailed,
-    NoChain,
-    NotServed,
     Overloaded,
     PeerdError,
     PeerFault,
     RemoteProtocolError,
-    UnsupportedFeature,
 )
 from peerd.protocol.frames import Priority
-from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed
+from peerd.protocol.messages import MAX_STEP_POSITIONS, REPLAY_SEQ, Bridge, Failure, Gap, LinkDown, Output, Routed, Step
 from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES
-from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
-from peerd.routing.chain import Between, Chain
+from peerd.routing.pace import Pace
 from peerd.step_log import Pending, StepLog
-from peerd.step_tensors import encoded, priority_of, replay_steps
+from peerd.step_tensors import encoded, priority_of
 
-# Between two tries at a chain, at random up to this, so that two clients do not collide forever.
-RETRY_S = 1.0
-# A route stands once the upstream hop has replayed what the replacement lacks.
-ROUTE_DEADLINE_S = 30.0
-# A chain that opens and fails, again and again, without one answer: two peers that cannot reach each other.
-MAX_BARREN_RECOVERIES = 6
-# A step of 128 positions on a slow machine takes a minute; longer than this no honest hop computes.
-STEP_DEADLINE_S = 180.0
+# Faults in a row without one answer, after which there is no use in mending on.
+MAX_BARREN_FAULTS = 8
+# The next hop answers us within this, or we cannot bridge its link.
+BRIDGE_ASK_S = 2.0
+# How seldom we look, in the end, for a way without a bridge.
+MAX_REPLAN_S = 300.0
+# Room for a chain of new hops: beyond it a new session begins, whose numbers are all free.
+_FEW_NUMBERS = MAX_NUMBERS // 8
 BYTES_A_VALUE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a session tries to get a chain before its steps fail."""
-
-    # Who has just died may have a twin that nobody told us of yet, or one that is about to start.
-    missing_s: float = 5.0
-    # Peers that are full: other sessions end.
-    busy_s: float = 120.0
-
-
-class ChainFinder(Protocol):
-    """Finds peers for blocks, and hears how they did."""
-
-    async def find(
-        self,
-        blocks: Span,
-        *,
-        tokens: int,
-        exclude: Collection[PeerId],
-        positions: int = 1,
-        adapter: AdapterNeed = NO_ADAPTER,
-        requests: int = 0,
-        between: Between | None = None,
-    ) -> Chain:
-        """The best chain over `blocks` for steps of so many positions, of peers that have the adapter, by what is
-        known now. `requests`: as in ChainNeeds. `between`: of a replacement, who stands before and after it.
-        Raises NoChain."""
-
-    async def adapter_id(self, name: str, blocks: Span) -> str:
-        """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
-
-    def failed(self, peer: PeerId) -> None:
-        """The peer broke a promise: leave it out for a while."""
-
-    def succeeded(self, peer: PeerId) -> None:
-        """The peer keeps its promises."""
-
-
 class ChainKeeper:
-    """A chain over `blocks` for the steps in `log`. `run` owns its tasks.
+    """A chain over `wanted.blocks` for the steps in `log`. `run` owns its tasks.
 
     `changed` is unparked whenever steps were answered or given up, or the chain is another.
     """
 
-    def __init__(
-        self,
-        finder: ChainFinder,
-        opener: ChainOpener,
-        blocks: Span,
-        width: int,
-        terms: Terms,
-        rng: random.Random,
-        patience: Patience,
-        log: StepLog,
-    ) -> None:
+    def __init__(self, means: Means, wanted: Wanted, log: StepLog) -> None:
+        # Hops replaced since the chain first stood, whether dead or only slow, and those overtaken among them.
         self.failovers = 0
+        self.overtaken = 0
         # Positions that were sent again to bring replacements to where their predecessors stood.
         self.replayed_positions = 0
-        # How often none of a chain's hops could be kept, so that all of them had to compute the past again.
+        # How often hops that lived were given up, so that all of a chain had to compute the past again.
         self.reopened = 0
         self.changed = trio.lowlevel.ParkingLot()
-        self._finder = finder
-        self._opener = opener
-        self._blocks = blocks
-        self._width = width
-        self._terms = terms
-        self._dtype = DTYPES[terms.dtype]
-        self._rng = rng
-        self._patience = patience
+        self.pace = Pace()
+        # Since when the oldest step is being worked on: it was sent, or the one before it was answered.
+        self.working_since = trio.current_time()
+        self._finder = means.finder
+        self._opener = means.opener
+        self._wanted = wanted
+        self._dtype = DTYPES[wanted.terms.dtype]
         self._log = log
-        self._chain: OpenChain | None = None
-        # Steps may be sent: the chain stands where the log says.
+        self._mender = ChainMender(means, wanted)
+        self._chain = LiveChain(self._opener.new_session(), wanted.blocks)
+        # Whether there was a chain before, so that a hole is a loss; and whether steps may be sent.
+        self._has_stood = False
         self._ready = False
-        # Every hop of the chain has replayed what it had to: one death can be mended.
-        self._whole = False
-        self._mending: ControlStream | None = None
-        self._faults: list[tuple[ControlStream, PeerdError]] = []
-        self._routed_epoch = -1
-        # Recoveries since the last answer.
+        # Positions that new hops compute again before they come to what we wait for.
+        self.replaying = 0
+        # The hop that has what was answered, and every step up to a number.
+        self._head: ControlStream | None = None
+        self._sent = 0
+        # What is to be seen to, beside the chain's holes.
+        self._slow: set[ControlStream] = set()
+        self._bridges: set[ControlStream] = set()
+        self._broken_links: set[ControlStream] = set()
+        self._fatal: PeerdError | None = None
+        # Faults since the last answer.
         self._barren = 0
-        # When the last step was answered, or the first was asked for.
-        self._progress = trio.current_time()
         self._alarm = trio.Event()
-        self._attempt = trio.CancelScope()
 
     def __repr__(self) -> str:
-        return f"<ChainKeeper {self._chain or 'no chain'} ready={self._ready}>"
+        return f"<ChainKeeper {self._chain} ready={self._ready}>"
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep a chain open whenever there is something to send on it, until cancelled."""
@@ -146,29 +99,40 @@ class ChainKeeper:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                nursery.start_soon(self._watch_pace)
+                nursery.start_soon(PaceWatch(self, self._log, self._opener, self._finder).run)
                 await self._keep_open()
         finally:
-            self._drop_chain()
+            self._chain.close()
 
     def describe(self) -> list[dict[str, object]]:
         """Who serves which blocks now; empty where no chain is open."""
-        return self._chain.describe() if self._chain is not None else []
+        return self._chain.describe()
+
+    @property
+    def chain(self) -> LiveChain:
+        return self._chain
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a chain stands and owes us answers."""
+        return self._ready and bool(self._log.pending)
 
     @property
     def max_steps(self) -> int:
-        """Steps that may be unanswered at a time."""
-        return self._chain.max_steps if self._chain is not None else self._terms.max_steps
+        """Steps that may be unanswered at a time: what every hop grants."""
+        granted = [control.opened.max_steps for control in self._chain.controls]
+        return min(granted, default=self._wanted.terms.max_steps)
 
     @property
     def epoch(self) -> int:
         """The route's number."""
-        return self._chain.epoch if self._chain is not None else 0
+        return self._chain.epoch
 
     def submit(self, pending: Pending) -> None:
         """Send a step that is in the log, now or as soon as there is a chain."""
         if len(self._log.pending) == 1:
-            self._progress = trio.current_time()
+            self.working_since = trio.current_time()
+            self.changed.unpark_all()
         if self._ready:
             self._send(pending)
         else:
@@ -176,46 +140,56 @@ class ChainKeeper:
 
     def _send(self, pending: Pending) -> None:
         """Send a step to the first hop; if that is gone, its reader raises the alarm."""
-        assert self._chain is not None
-        first = self._chain.controls[0]
-        step = replace(pending.step, epoch=self._chain.epoch)
-        header, body = encoded(step, pending.hidden, self._terms.codec, self._dtype)
+        assert self._head is not None
+        self._sent = pending.step.seq
+        header, body = encoded(pending.step, pending.hidden, self._wanted.terms.codec, self._dtype)
         with suppress(PeerFault, trio.ClosedResourceError):
-            first.stream.send_nowait(header, body, priority=priority_of(step.positions))
+            self._head.stream.send_nowait(header, body, priority=priority_of(pending.step.positions))
 
     # What the hops say.
 
     async def _read(self, control: ControlStream) -> None:
         try:
-            await control.read(self._on_message, MAX_STEP_POSITIONS * self._width * BYTES_A_VALUE)
+            await control.read(self._on_message, MAX_STEP_POSITIONS * self._wanted.width * BYTES_A_VALUE)
         except trio.ClosedResourceError:
             return
         except PeerdError as error:
             self._fault(control, error)
 
     def _on_message(self, control: ControlStream, message: Message, body: memoryview) -> None:
+        if control not in self._chain:
+            return
         if isinstance(message, Output):
             self._on_output(control, message, body)
         elif isinstance(message, Failure):
             self._on_failure(control, message)
         elif isinstance(message, Routed):
-            self._on_routed(message)
+            if message.epoch == control.route_epoch:
+                self.replayed_positions += message.replayed
+                control.is_bridged = control.is_bridged and control.is_bridge_wanted
         elif isinstance(message, LinkDown):
-            if message.epoch == self.epoch:
-                self._fault(control, LinkFailed(message.message))
+            if message.epoch == control.route_epoch:
+                self._on_link_down(control)
+        elif isinstance(message, Step):
+            self._pass_on(control, message, body)
         elif isinstance(message, Gap):
             # Its cache is not what we think it is: only a new chain is sure to agree with us.
-            self._whole = False
-            self._fault(control, Evicted(f"{control.hop.peer_id} has only {message.have}"))
+            self._start_anew(Evicted(f"{control.hop.peer_id} has only {message.have}"))
         else:
             raise RemoteProtocolError(f"{message.TYPE} in the middle of a session")
 
     def _on_output(self, control: ControlStream, output: Output, body: memoryview) -> None:
-        if output.epoch != self.epoch or output.seq not in self._log.pending:
+        if output.seq not in self._log.pending:
+            # Answered before, by a hop that this one replaced; or given up.
             return
-        self._log.answer(output, body, self._width)
+        positions = self._log.pending[output.seq].step.positions
+        self._log.answer(output, body, self._wanted.width)
+        now = trio.current_time()
+        if positions and not self.replaying:
+            self.pace.took(positions, now - self.working_since)
+        self.working_since = now
+        self.replaying = 0
         self._barren = 0
-        self._progress = trio.current_time()
         self._finder.succeeded(control.hop.peer_id)
         self.changed.unpark_all()
 
@@ -225,27 +199,78 @@ class ChainKeeper:
             self._fault(control, error)
         elif failure.seq in self._log.pending:
             # What was refused no other peer can mend; nor what was built on it.
-            self._log.fail(error)
-            self.changed.unpark_all()
+            self._give_up(error)
 
-    def _on_routed(self, routed: Routed) -> None:
-        if routed.epoch == self.epoch:
-            self.replayed_positions += routed.replayed
-            self._routed_epoch = routed.epoch
-            self.changed.unpark_all()
+    def _on_link_down(self, control: ControlStream) -> None:
+        if control.is_bridged:
+            # We tried to end a bridge, which stands until a link does.
+            control.is_bridge_wanted = True
+            self._nursery.start_soon(self._replan, control)
+        elif self._chain.after(control.hop.span.end) is not None:
+            self._note(self._broken_links, control)
+
+    def _pass_on(self, control: ControlStream, step: Step, body: memoryview) -> None:
+        """We are the bridge between this hop and the next."""
+        following = self._chain.after(control.hop.span.end)
+        if not control.is_bridged or following is None:
+            return
+        # Where the stream breaks, its reader says so.
+        with suppress(PeerFault, trio.ClosedResourceError):
+            following.send_nowait(step, [body], priority=priority_of(step.positions))
 
     def _fault(self, control: ControlStream, error: PeerdError) -> None:
-        if self._chain is None or control not in self._chain.controls:
+        """A hop ended its part of the session, or broke it: there is a hole in its place."""
+        if control not in self._chain:
             return
-        if self._culprit(control, error) is self._mending:
-            # Its death is told twice, by itself and by the hop before it.
-            if isinstance(error, PeerFault):
-                self._finder.failed(control.hop.peer_id)
-            return
-        self._faults.append((control, error))
+        if isinstance(error, PeerFault):
+            self._finder.failed(control.hop.peer_id)
+        elif not isinstance(error, Evicted):
+            self._mender.avoid(control.hop.peer_id)
+        if isinstance(error, CallerError):
+            self._fatal = error
+        self._lose(control, error)
+
+    def _lose(self, control: ControlStream, error: PeerdError) -> None:
+        self._chain.drop(control)
+        self._count_barren(error)
         self._ready = False
-        self._attempt.cancel()
+        # Who was evicted because nothing was asked for comes back when something is.
+        if self._log.pending or not isinstance(error, Evicted):
+            self._alarm.set()
+
+    def _count_barren(self, error: PeerdError) -> None:
+        self._barren += 1
+        if self._barren > MAX_BARREN_FAULTS:
+            self._fatal = error
+
+    def _note(self, where: set[ControlStream], control: ControlStream) -> None:
+        where.add(control)
         self._alarm.set()
+
+    def _start_anew(self, error: PeerdError) -> None:
+        """Give every hop up, and begin again from what was answered."""
+        self.reopened += self._has_stood and bool(self._chain.controls)
+        self._count_barren(error)
+        self._chain.close()
+        self._chain = LiveChain(self._opener.new_session(), self._wanted.blocks)
+        self._ready = False
+        self._alarm.set()
+
+    # What the watch says.
+
+    def overtake(self, control: ControlStream) -> None:
+        """A hop hangs, or is too slow: replace it if anybody else can be had."""
+        if control in self._chain:
+            self._note(self._slow, control)
+
+    def bridge(self, control: ControlStream) -> None:
+        """What this hop sends does not arrive at the next."""
+        if control in self._chain and not control.is_bridged:
+            self._note(self._broken_links, control)
+
+    def no_answer(self, seconds: float) -> None:
+        """Nobody knows why a step was never answered."""
+        self._start_anew(Overloaded(f"no answer within {seconds:g} s"))
 
     # Recovery.
 
@@ -253,182 +278,177 @@ class ChainKeeper:
         while True:
             await self._alarm.wait()
             self._alarm = trio.Event()
-            if self._ready:
-                continue
             try:
                 await self._recover()
             except PeerdError as error:
-                self._drop_chain()
                 self._barren = 0
-                self._log.fail(error)
-                self.changed.unpark_all()
+                self._fatal = None
+                if isinstance(error, CallerError | LinkFailed):
+                    self._start_anew(error)
+                    self._alarm = trio.Event()
+                self._give_up(error)
 
-    async def _watch_pace(self) -> None:
-        """Find hops that answer our pings and not our steps. Nobody knows which hop it is, so nobody is blamed."""
-        while True:
-            await trio.sleep(STEP_DEADLINE_S / 10)
-            late = trio.current_time() - self._progress >= STEP_DEADLINE_S
-            if late and self._ready and self._log.pending and self._chain is not None:
-                self._whole = False
-                self._fault(self._chain.controls[0], Overloaded(f"no answer within {STEP_DEADLINE_S:g} s"))
-
-    async def _recover(self) -> None:
-        """Get to a chain that stands where `retained` does, then send `pending` again."""
-        failing_over = self._chain is not None
-        faults, self._faults = self._faults, []
-        self._barren += 1
-        if faults and self._barren > MAX_BARREN_RECOVERIES:
-            raise faults[-1][1]
-        exclude = self._blame(faults)
-        with trio.CancelScope() as self._attempt:
-            if not (self._whole and len(faults) == 1 and await self._mend(*faults[0], exclude)):
-                await self._reopen(exclude)
-            self._whole = True
-        if self._faults or not self._whole:
-            # Somebody died meanwhile: the alarm is set, and this runs again.
-            self._alarm.set()
-            return
-        self.failovers += failing_over
-        self._ready = True
-        self._progress = trio.current_time()
-        for pending in list(self._log.pending.values()):
-            self._send(pending)
+    def _give_up(self, error: PeerdError) -> None:
+        """Fail what is pending. Hops that live keep their KV for what is asked next, if they still agree with us."""
+        self._log.fail(error)
+        if self._log.is_forked:
+            self._start_anew(error)
+            self._alarm = trio.Event()
+            self._barren = 0
         self.changed.unpark_all()
 
-    def _blame(self, faults: Sequence[tuple[ControlStream, PeerdError]]) -> set[PeerId]:
-        """Tell the finder who failed. A broken link blames neither end, but its far end is not asked again."""
-        exclude = set()
-        for control, error in faults:
-            if isinstance(error, CallerError):
-                raise error
-            if isinstance(error, PeerFault):
-                self._finder.failed(control.hop.peer_id)
-            elif isinstance(error, LinkFailed):
-                exclude.add(self._culprit(control, error).hop.peer_id)
-        return exclude
-
-    def _culprit(self, control: ControlStream, error: PeerdError) -> ControlStream:
-        """The hop to replace: the one that failed, or the far end of a link that did."""
-        assert self._chain is not None
-        controls = self._chain.controls
-        if not isinstance(error, LinkFailed):
-            return control
-        return controls[min(controls.index(control) + 1, len(controls) - 1)]
-
-    async def _mend(self, control: ControlStream, error: PeerdError, exclude: set[PeerId]) -> bool:
-        """Replace one hop and let its upstream replay, so that the others keep their KV. False: reopen."""
-        chain = self._chain
-        if chain is None or not self._log.repeatable:
-            return False
-        self._whole = False
-        dead = self._mending = self._culprit(control, error)
-        try:
-            return await self._replace(chain, dead, exclude)
-        finally:
-            self._mending = None
-
-    async def _replace(self, chain: OpenChain, dead: ControlStream, exclude: set[PeerId]) -> bool:
-        index = chain.controls.index(dead)
-        try:
-            hops = [None, *(control.hop.peer_id for control in chain.controls), None]
-            found = await self._find(dead.hop.span, exclude, (hops[index], hops[index + 2]))
-            if len(found.hops) != 1:
-                return False
-            replacement = await self._opener.open_replacement(chain, index, found.hops[0], self._terms)
-        except NoChain:
-            return False
-        except HopRefused as refused:
-            self._refused(refused, exclude)
-            return False
-        dead.close()
-        chain.replace(index, replacement)
-        self._nursery.start_soon(self._read, replacement)
-        if index == 0:
-            await self._replay(push_from=self._log.retained.lengths)
-            return True
-        return await self._reroute(chain, index)
-
-    async def _reroute(self, chain: OpenChain, index: int) -> bool:
-        """Point the hop before `index` to its new next hop, and wait until it has replayed."""
-        upstream = chain.controls[index - 1]
-        route = await self._opener.route(chain, upstream, chain.controls[index])
-        try:
-            upstream.send_nowait(route, priority=Priority.CONTROL)
-        except (PeerFault, trio.ClosedResourceError):
-            return False
-        with trio.move_on_after(ROUTE_DEADLINE_S):
-            while self._routed_epoch != chain.epoch:
-                await self.changed.park()
-        return self._routed_epoch == chain.epoch
-
-    async def _reopen(self, exclude: set[PeerId]) -> None:
-        """Open a new chain and send it everything. Raises NoChain, Overloaded, CallerError."""
-        self.reopened += self._chain is not None
-        self._drop_chain()
-        chain = await self._open_some_chain(exclude)
-        self._chain = chain
-        for control in chain.controls:
-            self._nursery.start_soon(self._read, control)
-        await self._replay(push_from={})
-
-    async def _open_some_chain(self, exclude: set[PeerId]) -> OpenChain:
-        """Try until a chain opens: as long as `patience_s` allows, and longer where peers are only busy."""
-        started = trio.current_time()
+    async def _recover(self) -> None:
+        """Fill holes, bridge links and overtake until there is nothing to see to, then send what is unsent."""
         while True:
-            waited = trio.current_time() - started
-            try:
-                found = await self._find(self._blocks, exclude)
-                return await self._opener.open(found, self._terms)
-            except NoChain:
-                if waited >= self._patience.missing_s and not exclude:
-                    raise
-                exclude.clear()
-            except HopRefused as refused:
-                self._refused(refused, exclude)
-                busy = isinstance(refused.error, Overloaded)
-                if waited >= (self._patience.busy_s if busy else self._patience.missing_s):
-                    raise _unmet(refused) from refused
-            await trio.sleep(RETRY_S * self._rng.random())
+            if self._fatal is not None:
+                raise self._fatal
+            if self._chain.holes:
+                await self._fill(self._chain.holes[0])
+            elif self._broken_links:
+                await self._bridge(self._broken_links.pop())
+            elif not self._ready:
+                await self._catch_up()
+            elif self._slow:
+                await self._overtake(self._slow.pop())
+            elif self._bridges:
+                await self._unbridge(self._bridges.pop())
+            else:
+                return
 
-    async def _find(self, blocks: Span, exclude: set[PeerId], between: Between | None = None) -> Chain:
-        terms = self._terms
-        return await self._finder.find(
-            blocks, tokens=terms.tokens, exclude=exclude, adapter=terms.adapter_need, between=between
-        )
+    async def _fill(self, hole: Span) -> None:
+        self._ready = False
+        if not self._chain.has_numbers(_FEW_NUMBERS):
+            self._start_anew(Overloaded("this session has no numbers left for new hops"))
+            hole = self._chain.holes[0]
+        chain = self._chain
+        controls = await self._mender.fill(chain, hole)
+        if chain is not self._chain:
+            for control in controls:
+                control.close()
+            return
+        chain.put(Span(hole.start, hole.end), controls)
+        await self._adopt(controls)
 
-    def _refused(self, refused: HopRefused, exclude: set[PeerId]) -> None:
-        """Who is busy is left out until nobody else is left; who broke a promise, by the finder."""
-        error = refused.error
-        if isinstance(error, Overloaded):
-            exclude.add(refused.hop.peer_id)
-        elif isinstance(error, PeerFault | NotServed | UnsupportedFeature):
-            self._finder.failed(refused.hop.peer_id)
-        else:
-            raise error from refused
+    async def _overtake(self, slow: ControlStream) -> None:
+        """Replace a hop that hangs, unless nobody else can be had: then it has more time."""
+        since = self.working_since
+        self.pace.doubled()
+        if await self._replace(slow, lambda: self.working_since == since):
+            self.overtaken += 1
 
-    async def _replay(self, push_from: Mapping[int, int]) -> None:
-        """Bring the first hop to where `retained` stands; it passes on positions from `push_from`."""
-        assert self._chain is not None
-        stream = self._chain.controls[0].stream
+    async def _replace(self, control: ControlStream, is_still_wanted: Callable[[], bool]) -> bool:
+        """Put others in the place of a hop that lives, without blame. False where nobody else can be had."""
+        chain, span = self._chain, control.hop.span
+        if control not in chain:
+            return False
+        controls = await self._mender.overtake(chain, span, [control.hop.peer_id])
+        if controls is None:
+            return False
+        if chain is not self._chain or not is_still_wanted() or not chain.put(span, controls):
+            for other in controls:
+                other.close()
+            return False
+        self._mender.avoid(control.hop.peer_id)
+        self._ready = False
+        await self._adopt(controls)
+        return True
+
+    async def _adopt(self, controls: list[ControlStream]) -> None:
+        """Hear new hops, and have whoever is before them push there."""
+        for control in controls:
+            self._nursery.start_soon(self._read, control)
+        self.failovers += self._has_stood
+        self.replaying = self._log.positions
+        before = self._chain.before(controls[0].hop.span.start)
+        if before is not None:
+            await self._route(before, controls[0])
+
+    async def _route(self, upstream: ControlStream, to: ControlStream) -> None:
+        """Point a hop to its new next hop, which it brings to where that should stand."""
+        upstream.route_epoch = self._chain.raise_epoch()
+        upstream.is_bridged = upstream.is_bridge_wanted = False
+        self._broken_links.discard(upstream)
+        route = await self._opener.route(self._chain.session, upstream.route_epoch, upstream, to)
         # Where the stream breaks, its reader says so.
         with suppress(PeerFault, trio.ClosedResourceError):
-            for step, hidden in replay_steps(self._log.retained, {}, push_from, self._chain.epoch):
-                header, body = encoded(step, hidden, self._terms.codec, self._dtype)
-                await stream.send(header, body, priority=priority_of(step.positions))
-                self.replayed_positions += step.positions
+            upstream.send_nowait(route, priority=Priority.CONTROL)
 
-    def _drop_chain(self) -> None:
-        if self._chain is not None:
-            self._chain.close()
-        self._chain = None
-        self._ready = False
-        self._whole = False
-        self._faults.clear()
+    async def _bridge(self, upstream: ControlStream) -> None:
+        """Carry what a hop sends to the next ourselves: neither has done wrong."""
+        following = self._chain.after(upstream.hop.span.end)
+        if upstream not in self._chain or upstream.is_bridged or following is None:
+            return
+        try:
+            with trio.fail_after(BRIDGE_ASK_S):
+                taken = (await self._opener.ask(self._chain, following)).taken
+        except (PeerdError, trio.TooSlowError, trio.ClosedResourceError) as error:
+            # It cannot be reached from there, nor by us.
+            self._unreachable(following, error)
+            return
+        if upstream not in self._chain or self._chain.after(upstream.hop.span.end) is not following:
+            return
+        upstream.route_epoch = self._chain.raise_epoch()
+        upstream.is_bridged = upstream.is_bridge_wanted = True
+        with suppress(PeerFault, trio.ClosedResourceError):
+            upstream.send_nowait(Bridge(epoch=upstream.route_epoch, taken=taken), priority=Priority.CONTROL)
+        self._nursery.start_soon(self._replan, upstream)
 
+    def _unreachable(self, control: ControlStream, error: Exception) -> None:
+        if control not in self._chain:
+            return
+        if isinstance(error, PeerFault):
+            self._fault(control, error)
+        else:
+            self._mender.avoid(control.hop.peer_id)
+            self._lose(control, LinkFailed(f"{control.hop.peer_id} cannot be reached: {error}"))
 
-def _unmet(refused: HopRefused) -> PeerdError:
-    """What a caller hears when patience ends. Who is announced but gone serves nothing: its blocks are missing."""
-    error, span = refused.error, refused.hop.span
-    if isinstance(error, PeerFault):
-        return NoChain(f"nobody reachable serves blocks {span}: {error}", ((span.start, span.end),))
-    return error
+    async def _replan(self, upstream: ControlStream) -> None:
+        """After a while, see whether a bridge can be done without."""
+        await trio.sleep(upstream.replan_after_s)
+        upstream.replan_after_s = min(2 * upstream.replan_after_s, MAX_REPLAN_S)
+        if upstream in self._chain and upstream.is_bridged:
+            self._note(self._bridges, upstream)
+
+    async def _unbridge(self, upstream: ControlStream) -> None:
+        """End a bridge: go through another peer, or else see whether the link can be had again."""
+        following = self._chain.after(upstream.hop.span.end)
+        if upstream not in self._chain or not upstream.is_bridged or following is None:
+            return
+        if await self._replace(following, lambda: upstream.is_bridged):
+            return
+        if upstream in self._chain and following in self._chain and upstream.is_bridged:
+            await self._route(upstream, following)
+            # Until that stands, what comes is still for us to carry.
+            upstream.is_bridged = True
+
+    async def _catch_up(self) -> None:
+        """Let the first hop have all that was answered, if it is new, and what came after."""
+        head = self._chain.controls[0]
+        try:
+            if head is not self._head:
+                await self._replay(head)
+                self._head = head
+            if head not in self._chain or not self._chain.is_whole:
+                return
+            self._ready = True
+            self._has_stood = True
+            self.working_since = trio.current_time()
+            for pending in list(self._log.pending.values()):
+                if pending.step.seq > self._sent:
+                    self._send(pending)
+            self.changed.unpark_all()
+        except PeerFault as error:
+            self._fault(head, error)
+        except trio.ClosedResourceError:
+            self._fault(head, ConnectionLost(f"the stream to {head.hop.peer_id} has ended"))
+
+    async def _replay(self, head: ControlStream) -> None:
+        sent = self._log.answered
+        with self._log.kept.pinned():
+            for step, hidden in self._log.kept.since(0, self._chain.epoch):
+                header, body = encoded(step, hidden, self._wanted.terms.codec, self._dtype)
+                await head.stream.send(header, body, priority=priority_of(step.positions))
+                if step.seq == REPLAY_SEQ:
+                    self.replayed_positions += step.positions
+                sent = max(sent, step.seq)
+        self._sent = sent

@@ -17,8 +17,8 @@ from peerd.protocol.messages import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, O
 from peerd.protocol.schema import Message, parse
 from peerd.routing.chain import Hop
 
-# Beyond what the hop itself may let us wait: dialling, the handshake, a slow link.
-OPEN_MARGIN_S = 10.0
+# A bridge costs two links instead of one, and our own line.
+REPLAN_S = 10.0
 
 OnMessage = Callable[["ControlStream", Message, memoryview], None]
 
@@ -31,6 +31,12 @@ class ControlStream:
         self.number = number
         self.stream = stream
         self.opened = opened
+        # The route behind it; whether what it sends comes to us, as its next hop cannot be reached from there, and
+        # whether we still want that; and when to look for another way.
+        self.route_epoch = 0
+        self.is_bridged = False
+        self.is_bridge_wanted = False
+        self.replan_after_s = REPLAN_S
 
     def __repr__(self) -> str:
         return f"<ControlStream hop={self.hop.index} {self.hop.span} {self.stream}>"
@@ -52,9 +58,12 @@ class ControlStream:
         self.stream.reset("closed")
 
 
-async def open_control(connections: Connections, hop: Hop, opening: Open) -> ControlStream:
-    """Ask a hop for its part of a session. Raises what it refuses with, or a PeerFault."""
-    with _deadline(hop, opening.timeout_ms / 1000 + OPEN_MARGIN_S):
+async def open_control(connections: Connections, hop: Hop, opening: Open, margin_s: float) -> ControlStream:
+    """Ask a hop for its part of a session. Raises what it refuses with, or a PeerFault.
+
+    margin_s: beyond what the hop itself may let us wait, for dialling, the handshake, a slow link.
+    """
+    with _deadline(hop, opening.timeout_ms / 1000 + margin_s):
         stream = await connections.open_stream(
             hop.peer_id, INFER_PROTOCOL, addresses=hop.offer.addresses, priority=Priority.DECODE
         )
@@ -69,7 +78,9 @@ async def open_control(connections: Connections, hop: Hop, opening: Open) -> Con
         except BaseException:
             stream.reset("cancelled")
             raise
-    return ControlStream(hop, opening.hop, stream, said)
+    control = ControlStream(hop, opening.hop, stream, said)
+    control.route_epoch = opening.epoch
+    return control
 
 
 @contextmanager

@@ -1,50 +1,52 @@
-"""The way from one hop to the next: one link at a time, with what was computed before it stood.
+"""The way from one hop to the next: one link at a time, or the client where none can be had.
 
-Knows tickets only as bytes to show; knows no engine. The difficulty is the change of route in mid-flight:
-a new epoch throws away what was queued for the old link, replays what the new next hop lacks, and only
-then tells the client, which sends everything unanswered again (spec/session.md, "When a hop dies").
+Knows tickets only as bytes to show; knows no engine. The difficulty is the change of route in mid-flight: what
+the new next hop lacks must reach it before anything newer does, while results keep coming, and nobody else may be
+sent what it has taken already (spec/session.md, "When a hop dies").
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 
 import torch
 import trio
 
 from peerd.connections import Stream
+from peerd.kept import Kept, KeptTooLittle, Sent
 from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
-from peerd.protocol.frames import Priority
-from peerd.protocol.messages import Failure, LinkDown, Linked, NextHop, Routed, Step
+from peerd.protocol.messages import REPLAY_SEQ, Failure, Gap, LinkDown, Linked, NextHop, Routed, Step
 from peerd.protocol.schema import Message, parse
-from peerd.retained import Retained
-from peerd.step_tensors import encoded, priority_of, replay_steps
+from peerd.step_tensors import encoded, priority_of
 
 OpenLink = Callable[[NextHop], AbstractAsyncContextManager[tuple[Stream, Linked]]]
 """Dials the next hop, shows the ticket, yields the link and its answer. Raises LinkFailed."""
 
-_Encoded = tuple[int, dict[str, Any], list[memoryview], Priority]
-
 
 class Downstream:
-    """Pushes a session's results to its next hop. `report` tells the client; it must not block."""
+    """Keeps a session's results and pushes them to its next hop. `report` tells the client; it must not block."""
 
     def __init__(
-        self, codec: str, dtype: torch.dtype, retained: Retained, open_link: OpenLink, report: Callable[[Message], None]
+        self, codec: str, dtype: torch.dtype, kept: Kept, open_link: OpenLink, report: Callable[[Message], None]
     ) -> None:
+        self.kept = kept
         self._codec = codec
         self._dtype = dtype
-        self._retained = retained
         self._open_link = open_link
         self._report = report
+        # Where results go, once whoever is there has got what it lacked.
         self._link: Stream | None = None
-        self._backlog: deque[_Encoded] = deque()
+        # What the next hop had taken when its link began: it is sent replays only where that was nothing.
+        self._taken = 0
+        # Results that came while it was being told what it lacked, and how many came without any next hop.
+        self._late: deque[Sent] | None = None
+        self._without_link = 0
+        # The route in use, and one that is on its way to take its place: a bridge stands until a link does.
         self._route = trio.CancelScope()
+        self._newest = trio.CancelScope()
         self._standing = trio.Event()
-        self.next_have: dict[int, int] = {}
 
     def __repr__(self) -> str:
         return f"<Downstream {self._link or 'no link'} unsent={self.unsent}>"
@@ -52,7 +54,7 @@ class Downstream:
     @property
     def unsent(self) -> int:
         """Results not yet on the wire."""
-        return len(self._backlog) if self._link is None else self._link.unsent_messages
+        return self._without_link if self._link is None else self._link.unsent_messages
 
     async def wait_unsent_at_most(self, count: int) -> None:
         """Wait until so few results are unsent. Returns early where the link goes down."""
@@ -65,64 +67,103 @@ class Downstream:
         except (PeerFault, trio.ClosedResourceError):
             return
 
-    async def wait_standing(self) -> None:
-        """Wait until a link stands."""
-        await self._standing.wait()
-
     def push(self, step: Step, hidden: torch.Tensor) -> None:
-        """Queue one result, `[positions, width]`, for the next hop. Never blocks."""
-        header, body = encoded(step, hidden, self._codec, self._dtype)
-        priority = priority_of(step.positions)
-        if self._link is None:
-            self._backlog.append((step.epoch, header, body, priority))
+        """Keep one result, `[positions, width]`, and queue it for the next hop. Never blocks. Raises BadResult."""
+        self.kept.add(step, hidden)
+        if self._link is not None:
+            # Whoever follows the link reports its end.
+            with suppress(PeerFault, trio.ClosedResourceError):
+                self._send_nowait(self._link, step, hidden)
             return
-        # Whoever follows the link reports its end; the client then sends this step again.
-        with suppress(PeerFault, trio.ClosedResourceError):
-            self._link.send_nowait(header, body, priority=priority)
+        # Now, while the step can still be refused to whoever asked for it.
+        encoded(step, hidden, self._codec, self._dtype)
+        self._without_link += step.seq != REPLAY_SEQ
+        if self._late is not None:
+            self._late.append((step, hidden))
 
-    async def follow(self, epoch: int, next_hop: NextHop, *, replay: bool) -> None:
-        """Open the link of a route and stay until it ends or another route supersedes it."""
-        self._route.cancel()
-        self._route = trio.CancelScope()
-        self._unlink()
-        while self._backlog and self._backlog[0][0] < epoch:
-            self._backlog.popleft()
-        with self._route:
+    async def follow(self, epoch: int, next_hop: NextHop, *, asked: bool) -> None:
+        """Open the link of a route and stay until it ends or another route supersedes it.
+
+        `asked`: the client gave the route by itself, and hears once it stands.
+        """
+        with self._routed(epoch) as scope:
+            async with self._open_link(next_hop) as (link, linked):
+                self._take_over(scope)
+                replayed = await self._use(link, linked.taken, epoch)
+                if asked:
+                    self._report(Routed(epoch=epoch, replayed=replayed))
+                try:
+                    # The next hop only ever speaks to say why it ends the link.
+                    said = parse((await link.receive()).header, (Failure,))
+                except trio.EndOfChannel:
+                    raise LinkFailed("the next hop ended the link") from None
+                finally:
+                    if self._link is link:
+                        self._unlink()
+                raise LinkFailed(f"the next hop ended the link: {said.error}")
+
+    async def bridge(self, epoch: int, control: Stream, taken: int) -> None:
+        """Push to the client, who passes it on to a next hop that took steps up to `taken`."""
+        with self._routed(epoch) as scope:
+            self._take_over(scope)
+            replayed = await self._use(control, taken, epoch)
+            self._report(Routed(epoch=epoch, replayed=replayed))
+            # The client's own handler learns of the stream's end; another route ends the bridge.
+            await trio.sleep_forever()
+
+    @contextmanager
+    def _routed(self, epoch: int) -> Iterator[trio.CancelScope]:
+        """Be the newest route; say what becomes of it."""
+        self._newest.cancel()
+        with trio.CancelScope() as self._newest:
             try:
-                async with self._open_link(next_hop) as (link, linked):
-                    await self._use(link, linked, epoch, replay)
+                yield self._newest
+            except KeptTooLittle:
+                self._report(Gap(epoch=epoch, seq=self.kept.folded, have=()))
             # CallerError: what was kept for the replay does not fit the codec.
-            except (LinkFailed, PeerFault, CallerError) as error:
+            except (LinkFailed, PeerFault, CallerError, trio.ClosedResourceError) as error:
                 self._report(LinkDown(epoch=epoch, message=str(error)[:500]))
 
-    async def _use(self, link: Stream, linked: Linked, epoch: int, replay: bool) -> None:
-        self.next_have = dict(linked.have)
-        if replay:
-            await self._replay(link, linked, epoch)
-        while self._backlog:
-            _, header, body, priority = self._backlog.popleft()
-            link.send_nowait(header, body, priority=priority)
-        self._link = link
-        self._standing.set()
-        try:
-            # The next hop only ever speaks to say why it ends the link.
-            said = parse((await link.receive()).header, (Failure,))
-        except trio.EndOfChannel:
-            raise LinkFailed("the next hop ended the link") from None
-        finally:
-            if self._link is link:
-                self._unlink()
-        raise LinkFailed(f"the next hop ended the link: {said.error}")
+    def _take_over(self, scope: trio.CancelScope) -> None:
+        """The newest route stands: end the one before."""
+        self._route.cancel()
+        self._route = scope
+        self._newest = trio.CancelScope()
+        self._unlink()
 
-    async def _replay(self, link: Stream, linked: Linked, epoch: int) -> None:
-        have, push_from = dict(linked.have), dict(linked.next_have)
+    async def _use(self, link: Stream, taken: int, epoch: int) -> int:
+        """Send what the next hop lacks, then let results go there. Returns how many positions of it were replayed."""
+        self._taken = taken
+        late: deque[Sent] = deque()
+        self._late = late
         replayed = 0
-        for step, hidden in replay_steps(self._retained, have, push_from, epoch):
+        try:
+            with self.kept.pinned():
+                for step, hidden in self.kept.since(taken, epoch):
+                    await self._send(link, step, hidden)
+                    replayed += step.positions
+            while late:
+                await self._send(link, *late.popleft())
+        finally:
+            if self._late is late:
+                self._late = None
+        self._link = link
+        self._without_link = 0
+        self._standing.set()
+        return replayed
+
+    async def _send(self, link: Stream, step: Step, hidden: torch.Tensor) -> None:
+        if self._is_lacking(step):
             header, body = encoded(step, hidden, self._codec, self._dtype)
             await link.send(header, body, priority=priority_of(step.positions))
-            replayed += step.positions
-        kept_from = tuple((row, 0) for row in sorted(self._retained.lengths))
-        self._report(Routed(epoch=epoch, replayed=replayed, kept_from=kept_from))
+
+    def _send_nowait(self, link: Stream, step: Step, hidden: torch.Tensor) -> None:
+        if self._is_lacking(step):
+            header, body = encoded(step, hidden, self._codec, self._dtype)
+            link.send_nowait(header, body, priority=priority_of(step.positions))
+
+    def _is_lacking(self, step: Step) -> bool:
+        return step.seq > self._taken or (step.seq == REPLAY_SEQ and not self._taken)
 
     def _unlink(self) -> None:
         if self._link is not None:

@@ -105,6 +105,8 @@ class EngineTask:
     def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None) -> None:
         self.engine = engine
         self.busy = BusyMeter()
+        # How often the device has ended a turn: whoever waits for one sees by it that it works.
+        self.turns = 0
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._free_to_keep = self._total_to_keep = KEPT_POSITIONS_A_TOKEN * engine.total_tokens
         self._limiter = trio.CapacityLimiter(1)
@@ -126,7 +128,9 @@ class EngineTask:
     async def run(self) -> None:
         """Run batches and turns of works until cancelled."""
         while True:
-            if not await self._run_one():
+            if await self._run_one():
+                self.turns += 1
+            else:
                 self._work = trio.Event()
                 await self._work.wait()
 

@@ -1,16 +1,14 @@
 """One client's session as a hop sees it: steps in, results on to the next hop or back to the client.
 
-Knows epochs, retention and back-pressure (spec/session.md); knows no admission, no dialling and no
-model. The difficulty is that three things change under a step on its way: the route (a higher epoch
-makes older steps worthless), the row (a rollback rewrites what was kept) and the next hop (slow,
-frozen, or not there yet). So results never wait for a stream: they are queued on it, and a session
-with too many unsent is left out of the next batches.
+Knows numbers, epochs and back-pressure (spec/session.md); knows no admission, no dialling and no
+model. The difficulty is that steps come twice, by another route, and that the next hop is slow, frozen, or not
+there yet. So a number is taken once, whoever brings it; and results never wait for a stream: they are queued on
+it, and a session with too many unsent is left out of the next batches.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,6 +18,7 @@ from peerd.client_adapters import AdapterRoom, receive_adapter
 from peerd.connections import Stream
 from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
+from peerd.kept import Kept
 from peerd.protocol.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.errors import (
     BadResult,
@@ -38,20 +37,21 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import (
     FEATURES,
     REPLAY_SEQ,
+    Bridge,
     Failure,
     Gap,
     NextHop,
     Open,
     Opened,
     Output,
+    Progress,
     Route,
     Step,
 )
 from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
-from peerd.retained import Retained
-from peerd.step_tensors import priority_of, pushed_part, wanted_part, wanted_rows
+from peerd.step_tensors import priority_of, wanted_part, wanted_rows
 
 # More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2
@@ -74,7 +74,12 @@ class HostedSession:
     ) -> None:
         self.opening = opening
         self.owner = owner
+        # Of the route behind us, and of the link before us: a client may change either without the other.
         self.epoch = opening.epoch
+        self._link_epoch = opening.epoch
+        # The last step that came, and the last whose result went on.
+        self.taken = 0
+        self.done = 0
         self.max_steps = min(opening.max_steps, MAX_GRANTED_STEPS)
         self.last_used = trio.current_time()
         self.admitted = False
@@ -89,12 +94,11 @@ class HostedSession:
             "awaited" if OWN_ADAPTER in opening.needs else "none"
         )
         self._dtype = DTYPES[opening.dtype]
-        self._retained = Retained(opening.max_length)
-        self._down = Downstream(opening.codec, self._dtype, self._retained, open_link, self._report)
+        kept = Kept(opening.max_length, max_positions=opening.max_length * opening.max_rows)
+        self._down = Downstream(opening.codec, self._dtype, kept, open_link, self._report)
         self._last = opening.next is None
-        # What the engine has, and the step as it travels on: they differ where `ops` were applied before.
-        self._pending: deque[tuple[Step, Step]] = deque()
-        self._ops_seq = REPLAY_SEQ
+        # What the engine has.
+        self._pending: deque[Step] = deque()
         # What became of the route while the client was away.
         self._missed: Message | None = None
         self._upstream = trio.CancelScope()
@@ -170,20 +174,35 @@ class HostedSession:
 
     def route(self, route: Route) -> None:
         """Push to another next hop from now on. Raises Superseded unless the epoch is new."""
-        if route.epoch <= self.epoch:
-            raise Superseded(f"route {route.epoch} is not newer than {self.epoch}")
-        if self._last and route.next is not None and self._engine.engine.lengths(self):
-            raise InvalidRequest("a last hop keeps no results, so it cannot be given a next one")
-        self.epoch = route.epoch
-        self._last = route.next is None
+        self._begin_route(route.epoch, is_last=route.next is None)
         if route.next is not None:
             self._tasks.start_soon(self._follow, route.epoch, route.next, True)
         self._moved.unpark_all()
 
+    def bridge(self, bridge: Bridge) -> None:
+        """Push to the client, who passes it on, from now on. Raises Superseded unless the epoch is new."""
+        self._begin_route(bridge.epoch, is_last=False)
+        if self.control is not None:
+            self._tasks.start_soon(self._down.bridge, bridge.epoch, self.control, bridge.taken)
+        self._moved.unpark_all()
+
+    def _begin_route(self, epoch: int, *, is_last: bool) -> None:
+        if epoch <= self.epoch:
+            raise Superseded(f"route {epoch} is not newer than {self.epoch}")
+        if self._last and not is_last and (self.taken or self._engine.engine.lengths(self)):
+            raise InvalidRequest("a last hop keeps no results, so it cannot be given a next one")
+        self.epoch = epoch
+        self._last = is_last
+
+    @property
+    def progress(self) -> Progress:
+        """How far the session is."""
+        return Progress(taken=self.taken, done=self.done, turns=self._engine.turns)
+
     def accept_from_client(self, step: Step, body: memoryview) -> None:
         """Queue a step that came on the control stream. Raises RemoteProtocolError where it floods."""
-        # Twice what was granted: after a route the client sends again what is still queued here.
-        if len(self._pending) >= 2 * self.max_steps:
+        # After a replay, which may still be queued, come its end and all that is unanswered.
+        if len(self._pending) > 2 * self.max_steps:
             raise RemoteProtocolError(f"more than the {self.max_steps} unanswered steps that were granted")
         self.accept(step, body)
 
@@ -210,44 +229,32 @@ class HostedSession:
         """Queue a step for the engine, or tell the client why not. Raises RemoteProtocolError, Evicted."""
         if not self.admitted:
             raise Evicted("the session has ended")
-        if step.epoch < self.epoch:
+        if REPLAY_SEQ < step.seq <= self.taken:
+            # It came before, by another route: its result went on, or will.
             return
-        self.epoch = step.epoch
         self.last_used = trio.current_time()
-        # After a change of route a step may come again; forking twice is not forking once.
-        fresh = replace(step, ops=()) if step.ops and step.seq <= self._ops_seq else step
         try:
             if self._adapter in ("awaited", "coming"):
                 raise InvalidRequest("a step came before the adapter that this session needs")
-            self._engine.submit(self, fresh, self._decode(step, body))
+            self._engine.submit(self, step, self._decode(step, body))
         except StepGap as gap:
             self.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
         except CallerError as error:
             self.tell(Failure.of(error, step.seq))
         else:
-            self._pending.append((fresh, step))
-            if fresh.ops:
-                self._ops_seq = step.seq
+            self._pending.append(step)
+            self.taken = max(self.taken, step.seq)
 
     def take_over(self, epoch: int) -> trio.CancelScope:
-        """A link with this epoch's ticket came: end the one before. Raises Superseded."""
-        if epoch < self.epoch:
-            raise Superseded(f"the session is at epoch {self.epoch}, the ticket says {epoch}")
-        self._upstream.cancel()
-        self._upstream = trio.CancelScope()
-        self.epoch = epoch
-        return self._upstream
-
-    async def lengths_along(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Cached lengths here and, once our own link stands, at the next hop: what an upstream must know.
-
-        Raises Evicted where the session has ended meanwhile.
-        """
-        if not self._last:
-            await self._down.wait_standing()
+        """A link with this epoch's ticket came: end the one before. Raises Superseded, Evicted."""
         if not self.admitted:
             raise Evicted("the session has ended")
-        return self._engine.engine.lengths(self), {} if self._last else self._down.next_have
+        if epoch < self._link_epoch:
+            raise Superseded(f"the session has a link of epoch {self._link_epoch}, the ticket says {epoch}")
+        self._upstream.cancel()
+        self._upstream = trio.CancelScope()
+        self._link_epoch = epoch
+        return self._upstream
 
     async def wait_for_room(self) -> None:
         """Wait until fewer steps are queued than were granted: holds a link's credit back."""
@@ -269,32 +276,27 @@ class HostedSession:
 
     def deliver(self, result: torch.Tensor | PeerdError) -> None:
         """Send a step's result where it belongs. Called by the engine task; never blocks."""
-        done, step = self._pending.popleft()
+        step = self._pending.popleft()
         try:
             if isinstance(result, PeerdError):
                 raise result
-            self._pass_on(done, step, result)
+            self._pass_on(step, result)
         except PeerdError as error:
             self.tell(Failure.of(error, step.seq))
+        self.done = max(self.done, step.seq)
         if self._unsent > MAX_UNSENT_RESULTS:
             self._held = True
             self._engine.hold(self, True)
         self._moved.unpark_all()
 
-    def _pass_on(self, done: Step, step: Step, hidden: torch.Tensor) -> None:
-        if not self._last:
-            self._retained.apply(done.ops)
-            self._retained.add(step.rows, hidden)
-        if step.epoch < self.epoch:
-            return
-        pushed, part = pushed_part(step, hidden)
-        if step.rows and not pushed.rows:
-            return
+    def _pass_on(self, step: Step, hidden: torch.Tensor) -> None:
         try:
             if not self._last:
-                self._down.push(pushed, part)
+                self._down.push(step, hidden)
+                # A client has no more steps unanswered than were granted: whatever is older was taken by all.
+                self._down.kept.fold(step.seq - self.max_steps)
             elif step.seq != REPLAY_SEQ:
-                self._answer(pushed, part)
+                self._answer(step, hidden)
         except BadResult as error:
             # The engine's result was finite: it is the dtype asked for that cannot hold it.
             raise UnsupportedFeature(f"{error}: {self.opening.dtype} is too narrow for these activations") from None
@@ -329,8 +331,6 @@ class HostedSession:
         rows = [piece.row for piece in step.rows]
         if len(set(rows)) != len(rows):
             raise InvalidRequest("a step names each row at most once")
-        if len(step.push_from) not in (0, len(rows)):
-            raise InvalidRequest("push_from has one position a row, or none")
         width = self._engine.engine.hidden_size
         if not rows:
             return torch.empty((0, width), dtype=self._dtype)
@@ -347,8 +347,8 @@ class HostedSession:
             return self._down.unsent
         return self.control.unsent_messages if self.control is not None else 0
 
-    async def _follow(self, epoch: int, next_hop: NextHop, replay: bool) -> None:
-        await self._down.follow(epoch, next_hop, replay=replay)
+    async def _follow(self, epoch: int, next_hop: NextHop, asked: bool) -> None:
+        await self._down.follow(epoch, next_hop, asked=asked)
 
     async def _hold_back(self) -> None:
         """Let a held session run again as soon as its results are on their way."""

@@ -235,7 +235,7 @@ def _steps(target: Target, random: Random, epoch: int) -> Iterator[tuple[Header,
         return header, b"".join(body)
 
     yield step(5, 0, 0, 1)
-    yield step(1, 0, 5, 2, want="all", push_from=(0,))
+    yield step(1, 0, 5, 2, want="all")
     yield step(2, 1, 3, 3, ops=(Fork(0, 1, 3),), needs=("fork",))
     yield step(1, 0, 2, 4, ops=(Drop(1),), want="none")
     yield Step(epoch=epoch, seq=5, rows=()).to_header(), b""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from peerd.chain_keeper import ChainFinder, Patience
+from peerd.chain_mender import ChainFinder, Means, Patience, Wanted
 from peerd.compute.errors import AdapterError
 from peerd.compute.lora import LoraAdapter, within
 from peerd.head_task import HeadTask
@@ -73,11 +73,9 @@ class RemoteModel:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self._head = head
-        self._finder = finder
-        self._opener = opener
+        self._means = Means(finder, opener, random.Random(os.urandom(16)))
         self._tasks = tasks
         self._scout = scout
-        self._rng = random.Random(os.urandom(16))
         self._pass_maker: PassMaker | None = None
 
     def __repr__(self) -> str:
@@ -170,9 +168,7 @@ class RemoteModel:
             timeout_ms=OPEN_TIMEOUT_MS,
         )
         terms = await self._with_adapter(terms, adapter, blocks)
-        session = Session(
-            self._finder, self._opener, blocks, self.facts.width, terms, self._rng, patience or Patience()
-        )
+        session = Session(self._means, Wanted(blocks, self.facts.width, terms, patience or Patience()))
         await self._tasks.start(session.run)
         if self._scout is not None:
             self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)
@@ -207,9 +203,9 @@ class RemoteModel:
         if max(lengths) > self.facts.max_length:
             raise ContextTooLong(f"a row of {max(lengths)} positions, {self.facts.name} takes {self.facts.max_length}")
         if self._pass_maker is None:
-            facts = self.facts
+            facts, means = self.facts, self._means
             self._pass_maker = PassMaker(
-                self._finder, self._opener.connections, facts.digest, facts.width, facts.dtype, self._rng
+                means.finder, means.opener.connections, facts.digest, facts.width, facts.dtype, means.rng
             )
         return await self._pass_maker.forward(
             hidden,
@@ -228,7 +224,7 @@ class RemoteModel:
 
     async def _adapter_id(self, adapter: str, blocks: Span) -> str:
         # Settled once: a replacement in the middle of an answer must not mean something else by the name.
-        return adapter if is_adapter_id(adapter) else await self._finder.adapter_id(adapter, blocks)
+        return adapter if is_adapter_id(adapter) else await self._means.finder.adapter_id(adapter, blocks)
 
     async def _with_adapter(self, terms: Terms, adapter: Adapter | None, blocks: Span) -> Terms:
         if adapter is None:

@@ -1,6 +1,6 @@
-"""A chain whose every hop has granted its part of a session: opened all at once, or closed again.
+"""Opens hops of a session, all at once or none, and asks them things.
 
-Knows tickets, epochs and hop numbers; knows no steps. The difficulty is a half-open chain: it holds KV
+Knows tickets and what an `open` says; knows no steps. The difficulty is a half-open chain: it holds KV
 that others wait for, so the first refusal cancels the other openings and closes what was granted.
 """
 
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Protocol
 
 import trio
@@ -19,14 +18,26 @@ from peerd.client_adapters import send_adapter
 from peerd.compute.lora import Lora, within
 from peerd.connections import Connections
 from peerd.control_stream import ControlStream, open_control
+from peerd.live_chain import LiveChain
 from peerd.protocol.adapters import OWN_ADAPTER
-from peerd.protocol.errors import PeerdError
+from peerd.protocol.errors import ConnectionLost, PeerdError
+from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import NextHop, Open, Route
+from peerd.protocol.messages import (
+    PROGRESS_FROM_HOP,
+    PROGRESS_PROTOCOL,
+    Ask,
+    Failure,
+    NextHop,
+    Open,
+    Progress,
+    Route,
+)
 from peerd.protocol.records import SignedRecord
+from peerd.protocol.schema import parse
 from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.adapters import AdapterNeed
-from peerd.routing.chain import Chain, Hop
+from peerd.routing.chain import Hop
 
 # A ticket is shown within seconds; the rest allows for clocks that differ.
 TICKET_LIFETIME_S = 120
@@ -71,42 +82,6 @@ class HopRefused(Exception):
         self.error = error
 
 
-class OpenChain:
-    """The control streams of one session, in the order of the blocks, and the epoch of its route."""
-
-    def __init__(self, session: bytes, controls: list[ControlStream]) -> None:
-        self.session = session
-        self.controls = controls
-        self.epoch = 0
-        self.next_number = len(controls)
-
-    def __repr__(self) -> str:
-        return f"<OpenChain epoch={self.epoch} {' '.join(str(control.hop.span) for control in self.controls)}>"
-
-    @property
-    def max_steps(self) -> int:
-        """Unanswered steps that every hop grants."""
-        return min(control.opened.max_steps for control in self.controls)
-
-    def describe(self) -> list[dict[str, object]]:
-        """Who serves which blocks, as `generate --json` prints it."""
-        return [
-            {"peer": str(control.hop.peer_id), "start": control.hop.span.start, "end": control.hop.span.end}
-            for control in self.controls
-        ]
-
-    def replace(self, index: int, control: ControlStream) -> None:
-        """Put `control` in the place of hop `index`: a new route, of the next epoch."""
-        self.controls[index] = control
-        self.epoch += 1
-        self.next_number += 1
-
-    def close(self) -> None:
-        """End the session on every hop."""
-        for control in self.controls:
-            control.close()
-
-
 class PeerRecords(Protocol):
     """Where peers say they are: the directory."""
 
@@ -136,20 +111,26 @@ class ChainOpener:
         """Over which it opens them."""
         return self._connections
 
-    async def open(self, chain: Chain, terms: Terms) -> OpenChain:
-        """Open every hop at once. Raises HopRefused for the first that refuses, having closed the others."""
-        session = self._random_bytes(16)
-        hops = chain.hops
-        openings = [
-            self._opening(session, hop, terms, 0, index, await self._next(session, hop, after, index + 1, 0))
-            for index, (hop, after) in enumerate(zip_longest(hops, hops[1:]))
-        ]
+    async def open(
+        self, chain: LiveChain, epoch: int, hops: Sequence[Hop], terms: Terms, margin_s: float
+    ) -> list[ControlStream]:
+        """Open hops of `chain`, all at once, whose blocks follow each other; the last goes on to who follows now.
+
+        margin_s: what dialling may take. Raises HopRefused for the first that refuses, having closed the others.
+        """
+        numbers = chain.take_numbers(len(hops))
+        after = chain.after(hops[-1].span.end)
+        followers = [*zip(hops[1:], numbers[1:], strict=True), (after.hop, after.number) if after is not None else None]
+        openings = []
+        for hop, number, follower in zip(hops, numbers, followers, strict=True):
+            next_hop = None if follower is None else await self._next(chain.session, hop, *follower, epoch)
+            openings.append(self._opening(chain.session, hop, terms, epoch, number, next_hop))
         granted: dict[int, ControlStream] = {}
         refusals: list[HopRefused] = []
 
         async def open_one(index: int, cancel: trio.CancelScope) -> None:
             try:
-                granted[index] = await self._open_hop(hops[index], openings[index], terms)
+                granted[index] = await self._open_hop(hops[index], openings[index], terms, margin_s)
             except PeerdError as error:
                 refusals.append(HopRefused(hops[index], error))
                 cancel.cancel()
@@ -164,24 +145,11 @@ class ChainOpener:
                     control.close()
         if refusals:
             raise refusals[0]
-        return OpenChain(session, [granted[index] for index in range(len(hops))])
+        return [granted[index] for index in range(len(hops))]
 
-    async def open_replacement(self, chain: OpenChain, index: int, hop: Hop, terms: Terms) -> ControlStream:
-        """Open `hop` in the place of the chain's hop `index`, one epoch later. Raises HopRefused."""
-        epoch = chain.epoch + 1
-        next_hop = None
-        if index + 1 < len(chain.controls):
-            after = chain.controls[index + 1]
-            next_hop = await self._next(chain.session, hop, after.hop, after.number, epoch)
-        opening = self._opening(chain.session, hop, terms, epoch, chain.next_number, next_hop)
-        try:
-            return await self._open_hop(hop, opening, terms)
-        except PeerdError as error:
-            raise HopRefused(hop, error) from error
-
-    async def _open_hop(self, hop: Hop, opening: Open, terms: Terms) -> ControlStream:
+    async def _open_hop(self, hop: Hop, opening: Open, terms: Terms, margin_s: float) -> ControlStream:
         """Open one hop, and have it ready for steps. Raises what it refuses with, or a PeerFault."""
-        control = await open_control(self._connections, hop, opening)
+        control = await open_control(self._connections, hop, opening, margin_s)
         if OWN_ADAPTER not in opening.needs:
             return control
         assert terms.own_adapter is not None
@@ -192,10 +160,28 @@ class ChainOpener:
             raise
         return control
 
-    async def route(self, chain: OpenChain, upstream: ControlStream, to: ControlStream) -> Route:
-        """What tells `upstream` to push to `to` from the chain's epoch on."""
-        next_hop = await self._next(chain.session, upstream.hop, to.hop, to.number, chain.epoch)
-        return Route(epoch=chain.epoch, next=next_hop)
+    async def route(self, session: bytes, epoch: int, upstream: ControlStream, to: ControlStream) -> Route:
+        """What tells `upstream` to push to `to` from this epoch on."""
+        next_hop = await self._next(session, upstream.hop, to.hop, to.number, epoch)
+        return Route(epoch=epoch, next=next_hop)
+
+    async def ask(self, chain: LiveChain, control: ControlStream) -> Progress:
+        """How far a hop is with the session. Sets no deadline. Raises a PeerFault, and what the hop says."""
+        stream = await self._connections.open_stream(control.hop.peer_id, PROGRESS_PROTOCOL, priority=Priority.CONTROL)
+        async with stream:
+            await stream.send(Ask(session=chain.session, hop=control.number).to_header())
+            try:
+                said = parse((await stream.receive()).header, PROGRESS_FROM_HOP)
+            except trio.EndOfChannel:
+                raise ConnectionLost(f"{control.hop.peer_id} ended the stream") from None
+        if isinstance(said, Failure):
+            raise said.error
+        assert isinstance(said, Progress)
+        return said
+
+    def new_session(self) -> bytes:
+        """An id for a session, which nobody can guess."""
+        return self._random_bytes(16)
 
     def _opening(
         self, session: bytes, hop: Hop, terms: Terms, epoch: int, number: int, next_hop: NextHop | None
@@ -219,10 +205,8 @@ class ChainOpener:
             next=next_hop,
         )
 
-    async def _next(self, session: bytes, sender: Hop, receiver: Hop | None, number: int, epoch: int) -> NextHop | None:
+    async def _next(self, session: bytes, sender: Hop, receiver: Hop, number: int, epoch: int) -> NextHop:
         """Leave for `sender` to push this session's results to `receiver`, which knows itself as hop `number`."""
-        if receiver is None:
-            return None
         # Where the receiver is now: what its offer came with may have expired in a long session.
         record = await self._directory.peer_record(receiver.peer_id) or receiver.offer.peer_record
         ticket = Ticket(

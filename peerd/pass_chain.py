@@ -12,7 +12,7 @@ from functools import partial
 
 import trio
 
-from peerd.chain_keeper import RETRY_S, ChainFinder, Patience
+from peerd.chain_mender import RETRY_S, ChainFinder, Patience
 from peerd.connections import Connections
 from peerd.nurseries import at_once
 from peerd.pass_lane import Lane, LaneTerms, open_lane

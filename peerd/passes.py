@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from peerd.chain_keeper import ChainFinder, Patience
+from peerd.chain_mender import ChainFinder, Patience
 from peerd.connections import Connections
 from peerd.nurseries import at_once
 from peerd.pass_chain import PassChain

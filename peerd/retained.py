@@ -57,9 +57,9 @@ class Retained:
             self._lengths[piece.row] = piece.end
             offset += piece.count
 
-    def since(self, row: int, start: int) -> torch.Tensor:
-        """A copy of the row's positions from `start` on, `[length - start, width]`."""
-        return self._buffers[row][start : self._lengths[row]].clone()
+    def copy(self, row: int, start: int, end: int) -> torch.Tensor:
+        """A copy of those of the row's positions, `[end - start, width]`."""
+        return self._buffers[row][start:end].clone()
 
     def _room(self, row: int, end: int, like: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(row)

@@ -35,6 +35,7 @@ from peerd.protocol.errors import (
     TicketRefused,
     UnsupportedFeature,
 )
+from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import (
     CONTROL_FROM_CLIENT,
@@ -43,7 +44,11 @@ from peerd.protocol.messages import (
     LINK_FROM_UPSTREAM,
     LINK_PROTOCOL,
     MAX_STEP_POSITIONS,
+    PROGRESS_FROM_CLIENT,
+    PROGRESS_PROTOCOL,
     REPLAY_SEQ,
+    Ask,
+    Bridge,
     Failure,
     Link,
     Linked,
@@ -129,6 +134,7 @@ class Server:
             LINK_PROTOCOL: self._handle_link,
             PASS_PROTOCOL: self.passes.handle,
             ADAPTER_PROTOCOL: self._handle_upload,
+            PROGRESS_PROTOCOL: self._handle_ask,
         }
 
     def __repr__(self) -> str:
@@ -347,6 +353,21 @@ class Server:
         except trio.EndOfChannel:
             return
 
+    async def _handle_ask(self, stream: Stream) -> None:
+        """How far a client's session is. On a stream of its own, which no step that waits for room is before."""
+        try:
+            ask = parse((await stream.receive()).header, PROGRESS_FROM_CLIENT)
+            assert isinstance(ask, Ask)
+            session = self._sessions.get((stream.peer, ask.session, ask.hop))
+            if session is None or not session.admitted:
+                raise Evicted("no such session of yours is open here")
+            stream.send_nowait(session.progress.to_header(), priority=Priority.CONTROL)
+            await _finish(stream)
+        except PeerdError as error:
+            await _refuse(stream, error)
+        except trio.EndOfChannel:
+            return
+
     async def _serve(self, stream: Stream, session: HostedSession) -> None:
         while True:
             raw = await stream.receive(max_body=self._max_body)
@@ -358,6 +379,8 @@ class Server:
                 session.accept_from_client(message, raw.body)
             elif isinstance(message, Route):
                 session.route(message)
+            elif isinstance(message, Bridge):
+                session.bridge(message)
             else:
                 raise RemoteProtocolError("a session is opened once")
 
@@ -411,10 +434,7 @@ class Server:
             session, epoch = await self._session_of(link, stream.peer)
             superseded = session.take_over(epoch)
             with superseded:
-                have, next_have = await session.lengths_along()
-                await stream.send(
-                    Linked(have=tuple(sorted(have.items())), next_have=tuple(sorted(next_have.items()))).to_header()
-                )
+                await stream.send(Linked(taken=session.taken).to_header())
                 while True:
                     await session.wait_for_room()
                     raw = await stream.receive(max_body=self._max_body)

@@ -6,42 +6,34 @@ that the hops of a chain work on at the same time.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import torch
 import trio
 
-from peerd.chain_keeper import ChainFinder, ChainKeeper, Patience
-from peerd.open_chain import ChainOpener, Terms
+from peerd.chain_keeper import ChainKeeper
+from peerd.chain_mender import Means, Patience, Wanted
 from peerd.protocol.errors import InternalError, InvalidRequest
 from peerd.protocol.messages import Want
 from peerd.protocol.rows import Op, RowSlice
-from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES
 from peerd.step_log import Pending, StepLog
 from peerd.step_tensors import PREFILL_POSITIONS
 
+__all__ = ["Patience", "Session"]
+
 
 class Session:
-    """Runs steps along a chain over `blocks`. `run` owns its tasks.
+    """Runs steps along a chain over the wanted blocks. `run` owns its tasks.
 
     `hidden` is `[positions, width]`, on the CPU; what comes back has the session's wire dtype.
     """
 
-    def __init__(
-        self,
-        finder: ChainFinder,
-        opener: ChainOpener,
-        blocks: Span,
-        width: int,
-        terms: Terms,
-        rng: random.Random,
-        patience: Patience,
-    ) -> None:
+    def __init__(self, means: Means, wanted: Wanted) -> None:
+        terms = wanted.terms
         self.log = StepLog(max_length=terms.max_length, max_rows=terms.max_rows, max_rollback=terms.max_rollback)
-        self._keeper = ChainKeeper(finder, opener, blocks, width, terms, rng, patience, self.log)
-        self._width = width
+        self._keeper = ChainKeeper(means, wanted, self.log)
+        self._width = wanted.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
         self._scope = trio.CancelScope()
@@ -61,7 +53,7 @@ class Session:
 
     @property
     def failovers(self) -> int:
-        """How often a chain was mended or replaced."""
+        """How often hops were replaced, since there was a chain."""
         return self._keeper.failovers
 
     @property

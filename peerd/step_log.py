@@ -1,8 +1,7 @@
 """What a client has sent in a session and what of it was answered: enough to start again anywhere.
 
-Knows steps and rows; knows no chain and no time. The difficulty is keeping two states apart: `retained`
-is where every hop surely stands (all that was answered), `pending` what came after, in order. Sending
-`pending` again on top of `retained` gives the same caches whoever died in between.
+Knows steps and rows; knows no chain and no time. The difficulty is keeping two states apart: where every hop
+surely stands (all that was answered), and what came after, in order, which some hops have and others do not.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 import trio
 
+from peerd.kept import Kept
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages import Output, Step, Want
 from peerd.protocol.rows import Fork, Op, RowSlice
 from peerd.protocol.tensors import TensorHeader, decode_tensor
-from peerd.retained import Retained
 from peerd.step_tensors import wanted_rows
 
 
@@ -41,12 +40,17 @@ class StepLog:
     """The rows of one session: at most `max_rows` of `max_length` positions."""
 
     def __init__(self, *, max_length: int, max_rows: int, max_rollback: int) -> None:
-        self.retained = Retained(max_length)
+        # All that was sent and not given up, for a first hop that has none of it.
+        self.kept = Kept(max_length)
         self.pending: dict[int, Pending] = {}
+        # The last step that was answered; and whether steps were given up that some hops may have run for good.
+        self.answered = 0
+        self.is_forked = False
         self._max_length = max_length
         self._max_rows = max_rows
         self._max_rollback = max_rollback
         self._lengths: dict[int, int] = {}
+        self._answered_lengths: dict[int, int] = {}
         self._next_seq = 1
 
     def __repr__(self) -> str:
@@ -55,6 +59,11 @@ class StepLog:
     def length(self, row: int) -> int:
         """Positions of the row once all pending steps are answered."""
         return self._lengths.get(row, 0)
+
+    @property
+    def positions(self) -> int:
+        """Positions of all rows together, as far as they were answered: what a new hop has to compute again."""
+        return sum(self._answered_lengths.values())
 
     def check(self, hidden: torch.Tensor, rows: Sequence[RowSlice], ops: Sequence[Op]) -> dict[int, int]:
         """Lengths of all rows after these. Raises InvalidRequest, ContextTooLong."""
@@ -77,6 +86,7 @@ class StepLog:
         self._next_seq += 1
         pending = Pending(step, hidden, rolls_back)
         self.pending[step.seq] = pending
+        self.kept.add(step, hidden)
         return pending
 
     def answer(self, output: Output, body: memoryview, width: int) -> None:
@@ -93,26 +103,28 @@ class StepLog:
         else:
             pending.result = pending.hidden[:0]
         del self.pending[oldest]
-        self.retained.apply(pending.step.ops)
-        self.retained.add(pending.step.rows, pending.hidden)
+        self.answered = oldest
+        self._apply(self._answered_lengths, pending.step.ops)
+        self._answered_lengths.update({piece.row: piece.end for piece in pending.step.rows})
+        self.kept.fold(oldest)
         pending.done.set()
 
     def fail(self, error: Exception) -> None:
-        """Give up all pending steps: rows stand where the last answer left them."""
+        """Give up all pending steps: rows stand where the last answer left them.
+
+        Hops that ran them are ahead of that. The next step cuts rows that only grew there; what was forked, dropped
+        or cut they cannot get back (`is_forked`, until `start_anew`).
+        """
         for pending in self.pending.values():
+            self.is_forked = self.is_forked or bool(pending.step.ops) or pending.rolls_back
             pending.fail(error)
         self.pending.clear()
-        self._lengths = self.retained.lengths
+        self.kept.forget_after(self.answered)
+        self._lengths = dict(self._answered_lengths)
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether pending steps may be sent again to hops that ran some of them already.
-
-        Later forks, drops and rollbacks would then be seen by earlier steps; the first step's own are
-        applied once (spec/session.md).
-        """
-        later = list(self.pending.values())[1:]
-        return not any(pending.step.ops or pending.rolls_back for pending in later)
+    def start_anew(self) -> None:
+        """Hops that ran anything are gone: all start from what was answered."""
+        self.is_forked = False
 
     def _check(self, piece: RowSlice, length: int) -> None:
         if not 0 <= piece.row < self._max_rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +24,6 @@ def priority_of(positions: int) -> Priority:
     return Priority.DECODE if positions <= DECODE_POSITIONS else Priority.PREFILL
 
 
-def pushed_part(step: Step, hidden: torch.Tensor) -> tuple[Step, torch.Tensor]:
-    """The step as the next hop gets it: only positions from `push_from` on. `hidden`: `[positions, width]`."""
-    if not step.push_from:
-        return step, hidden
-    starts = (max(piece.start, start) for piece, start in zip(step.rows, step.push_from, strict=True))
-    rows, hidden = _cut(step.rows, tuple(starts), hidden)
-    return replace(step, rows=rows, push_from=()), hidden
-
-
 def wanted_rows(step: Step) -> tuple[RowSlice, ...]:
     """The positions of a step that its client wants back: all, each row's last, or none."""
     if step.want == "all":
@@ -51,27 +42,16 @@ def wanted_part(step: Step, hidden: torch.Tensor) -> torch.Tensor:
     return _cut(step.rows, tuple(piece.end - 1 for piece in step.rows), hidden)[1]
 
 
-def replay_steps(
-    retained: Retained, have: Mapping[int, int], push_from: Mapping[int, int], epoch: int
-) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Steps that bring a hop which caches `have` to where `retained` stands, in pieces of a prefill's size."""
+def replay_steps(retained: Retained, epoch: int) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Steps that bring a hop to where `retained` stands now, in pieces of a prefill's size.
+
+    Rows may grow meanwhile: what is added later is not among them.
+    """
     for row, length in sorted(retained.lengths.items()):
-        start = have.get(row, 0)
-        if start >= length:
-            continue
-        hidden = retained.since(row, start)
-        for offset in range(0, length - start, PREFILL_POSITIONS):
-            part = hidden[offset : offset + PREFILL_POSITIONS]
-            yield (
-                Step(
-                    epoch=epoch,
-                    seq=REPLAY_SEQ,
-                    rows=(RowSlice(row, start + offset, len(part)),),
-                    want="none",
-                    push_from=(push_from.get(row, 0),),
-                ),
-                part,
-            )
+        for start in range(0, length, PREFILL_POSITIONS):
+            end = min(start + PREFILL_POSITIONS, length)
+            piece = RowSlice(row, start, end - start)
+            yield Step(epoch=epoch, seq=REPLAY_SEQ, rows=(piece,), want="none"), retained.copy(row, start, end)
 
 
 def encoded(

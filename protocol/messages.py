@@ -26,8 +26,9 @@ from peerd.protocol.schema import (
     text,
 )
 
-INFER_PROTOCOL = "/peerd/infer/1"
-LINK_PROTOCOL = "/peerd/link/1"
+INFER_PROTOCOL = "/peerd/infer/2"
+LINK_PROTOCOL = "/peerd/link/2"
+PROGRESS_PROTOCOL = "/peerd/progress/1"
 
 U32 = 2**32 - 1
 MAX_ROWS = 256
@@ -41,7 +42,7 @@ MAX_ERROR_TEXT = 500
 # The `seq` of a step that replays what was sent before.
 REPLAY_SEQ = 0
 # Everything this version of a hop can do that a client may `need`.
-FEATURES = frozenset({"fork", "own_adapter", "push_from", "route"})
+FEATURES = frozenset({"bridge", "fork", "own_adapter", "route"})
 
 Want = Literal["none", "last", "all"]
 
@@ -137,24 +138,28 @@ class Route(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Routed(Message):
-    """Hop to client: the route stands, and `replayed` positions were sent again along it.
+class Bridge(Message):
+    """Client to a hop: from epoch `epoch` on give me the steps for your next hop, which has those up to `taken`."""
 
-    `kept_from` gives, for each row, the first position that the hop could still resend.
-    """
+    TYPE: ClassVar[str] = "bridge"
+    epoch: int = required(integer(1, U32))
+    taken: int = required(integer(0, U32))
+
+
+@dataclass(frozen=True, slots=True)
+class Routed(Message):
+    """Hop to client: the route stands, and `replayed` positions were sent again along it."""
 
     TYPE: ClassVar[str] = "routed"
     epoch: int = required(integer(1, U32))
     replayed: int = optional(integer(0, U32), 0)
-    kept_from: tuple[tuple[int, int], ...] = optional(_lengths, ())
 
 
 @dataclass(frozen=True, slots=True)
 class Step(Message):
     """New positions of some rows, on their way down the chain. Body: `[sum of counts, hidden]`.
 
-    `seq` 0 is a replay, which nobody answers. `ops` apply before the rows. A hop computes every position
-    and pushes on those from `push_from` (one absolute position for each of `rows`; empty: all).
+    `seq` 0 is a replay, which nobody answers; a hop takes any other number once. `ops` apply before the rows.
     """
 
     TYPE: ClassVar[str] = "step"
@@ -164,7 +169,6 @@ class Step(Message):
     tensor: dict[str, Any] | None = optional(mapping, None)
     want: Want = optional(choice("none", "last", "all"), "last")
     ops: tuple[Op, ...] = optional(many(_op, 2 * MAX_ROWS), (), lambda ops: [_dump_op(op) for op in ops])
-    push_from: tuple[int, ...] = optional(many(_length, MAX_ROWS), ())
     needs: tuple[str, ...] = optional(many(_name, 32), ())
 
     @property
@@ -225,6 +229,25 @@ class Failure(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Ask(Message):
+    """Client to hop, on a stream of its own: how far is my session?"""
+
+    TYPE: ClassVar[str] = "ask"
+    session: bytes = required(binary(16, 16))
+    hop: int = required(integer(0, 255))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Message):
+    """Hop to client: how far its session is. `turns`: how often the device has ended a turn, of whatever work."""
+
+    TYPE: ClassVar[str] = "progress"
+    taken: int = required(integer(0, U32))
+    done: int = required(integer(0, U32))
+    turns: int = required(integer(0, 2**53))
+
+
+@dataclass(frozen=True, slots=True)
 class Link(Message):
     """Upstream hop to downstream hop, first on a link: the ticket that the session's client signed."""
 
@@ -235,19 +258,16 @@ class Link(Message):
 
 @dataclass(frozen=True, slots=True)
 class Linked(Message):
-    """Downstream to upstream: the link stands.
-
-    `have`: cached lengths here; `next_have`: cached lengths at the hop after, which is where a replay's
-    `push_from` lies (none where this is the last hop).
-    """
+    """Downstream to upstream: the link stands. `taken`: the last step that came here; 0 where none did yet."""
 
     TYPE: ClassVar[str] = "linked"
-    have: tuple[tuple[int, int], ...] = optional(_lengths, ())
-    next_have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+    taken: int = required(integer(0, U32))
 
 
 # Who says what on which stream.
-CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (Open, Step, Route)
-CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure)
+CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (Open, Step, Route, Bridge)
+CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure, Step)
+PROGRESS_FROM_CLIENT: tuple[type[Message], ...] = (Ask,)
+PROGRESS_FROM_HOP: tuple[type[Message], ...] = (Progress, Failure)
 LINK_FROM_UPSTREAM: tuple[type[Step], ...] = (Step,)
 LINK_FROM_DOWNSTREAM: tuple[type[Message], ...] = (Linked, Failure)

@@ -9,7 +9,7 @@ import torch
 import trio
 
 import peerd
-from peerd.session import Patience
+from peerd.chain_mender import Patience
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import trio
 
-from peerd.chain_keeper import Patience
+from peerd.chain_mender import Means, Patience, Wanted
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
@@ -183,7 +183,7 @@ class Client:
         )
         patience = more.pop("patience", Patience())
         assert isinstance(patience, Patience)
-        session = Session(self.finder, self.opener, blocks, WIDTH, terms, self.rng, patience)
+        session = Session(Means(self.finder, self.opener, self.rng), Wanted(blocks, WIDTH, terms, patience))
         await self.tasks.start(session.run)
         return session
 

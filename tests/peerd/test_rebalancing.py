@@ -16,7 +16,7 @@ import trio
 
 import peerd
 from peerd import span_loader
-from peerd.chain_keeper import Patience
+from peerd.chain_mender import Means, Patience, Wanted
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
@@ -236,7 +236,7 @@ class Swarm:
                 adapter="",
                 own_adapter=None,
             )
-            session = Session(finder, opener, Span(0, BLOCKS), WIDTH, terms, rng, Patience())
+            session = Session(Means(finder, opener, rng), Wanted(Span(0, BLOCKS), WIDTH, terms, Patience()))
             await tasks.start(session.run)
             yield session
 

@@ -20,8 +20,22 @@ from peerd.protocol.errors import (
     Superseded,
     UnsupportedFeature,
 )
-from peerd.protocol.messages import Failure, Gap, LinkDown, NextHop, Opened, Output, Route, Step
+from peerd.protocol.messages import (
+    PROGRESS_FROM_HOP,
+    PROGRESS_PROTOCOL,
+    Ask,
+    Failure,
+    Gap,
+    LinkDown,
+    NextHop,
+    Opened,
+    Output,
+    Progress,
+    Route,
+    Step,
+)
 from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor
 from peerd.server import IDLE_S, LINGER_S, MAX_SESSIONS_A_PEER
@@ -361,7 +375,6 @@ async def test_a_client_that_vanishes_is_forgotten(open_swarm):
         (tokens(1), {"rows": [RowSlice(1, 0, 1)]}, InvalidRequest),
         (tokens(257), {}, ContextTooLong),
         (tokens(1), {"needs": ("telepathy",)}, UnsupportedFeature),
-        (tokens(1), {"push_from": (0, 0)}, InvalidRequest),
         (tokens(1), {"ops": (Fork(0, 200, 0),)}, InvalidRequest),
         (tokens(1), {"ops": (Drop(200),)}, InvalidRequest),
     ],
@@ -445,30 +458,55 @@ async def test_what_the_client_wants_back(open_swarm):
         assert torch.equal(await answer(caller, stream, both, 3, rows=rows, want="all"), torch.cat([first, second]))
 
 
-async def test_positions_below_push_from_are_computed_and_not_passed_on(open_swarm):
+async def test_a_step_that_comes_again_is_neither_computed_nor_answered_again(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        caller = await swarm.caller()
+        stream = await caller.open(host, max_rows=2)
+        row = tokens(4)
+        await answer(caller, stream, row[:3])
+        fork = [Fork(0, 1, 2)]
+        forked = await answer(caller, stream, row[3:], 2, rows=[RowSlice(1, 2, 1)], ops=fork)
+        before = host.task.engine.positions_computed
+        await send(stream, row[:3])
+        await send(stream, row[3:], 2, rows=[RowSlice(1, 2, 1)], ops=fork)
+        result = await answer(caller, stream, row[3:], 3, start=3)
+        assert torch.equal(forked, fake_forward(torch.cat([row[:2], row[3:]]), Span(0, 4))[-1:])
+        assert torch.equal(result, fake_forward(row, Span(0, 4))[-1:])
+        assert host.task.engine.positions_computed == before + 1
+
+
+async def test_a_step_without_rows_ends_a_replay_and_what_it_held_is_not_taken_again(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4)
         caller = await swarm.caller()
         stream = await caller.open(host)
-        row = tokens(8)
-        expected = fake_forward(row, Span(0, 4))
-        await send(stream, row[:4], 1, push_from=(4,), want="all")
-        # Nothing of it was left, so nobody answered: the next answer is the next step's.
-        result = await answer(caller, stream, row[4:], 2, start=4, push_from=(6,), want="all")
-        assert torch.equal(result, expected[6:])
+        row = tokens(4)
+        await send(stream, row[:3], 0, want="none")
+        assert await answer(caller, stream, row[:0], 7, want="none") is None
+        await send(stream, row[1:2], 7, start=1)
+        assert torch.equal(await answer(caller, stream, row[3:], 8, start=3), fake_forward(row, Span(0, 4))[-1:])
 
 
-async def test_steps_of_an_old_epoch_are_not_answered(open_swarm):
+async def test_a_hop_says_how_far_a_session_is_while_its_device_is_busy_and_to_its_client_alone(open_swarm):
     async with open_swarm() as swarm:
-        host = await swarm.serve(0, 4)
-        caller = await swarm.caller()
-        stream = await caller.open(host, epoch=3)
-        await send(stream, tokens(2), 1, epoch=2)
-        assert torch.equal(await answer(caller, stream, tokens(1), 2, epoch=3), fake_forward(tokens(1), Span(0, 4)))
-        # A step that was queued when a newer one came is computed, and not answered either.
-        await send(stream, tokens(2)[1:], 3, start=1, epoch=3)
-        result = await answer(caller, stream, tokens(3)[1:2], 4, start=1, epoch=5)
-        assert torch.equal(result, fake_forward(tokens(3), Span(0, 4))[1:2])
+        host = await swarm.serve(0, 4, step_s=10)
+        caller, stranger = await swarm.caller(), await swarm.caller()
+        stream = await caller.open(host)
+
+        async def ask(asker):
+            asking = await asker.stream(host, PROGRESS_PROTOCOL)
+            await asking.send(Ask(session=b"s" * 16, hop=0).to_header())
+            return parse((await asking.receive()).header, PROGRESS_FROM_HOP)
+
+        await send(stream, tokens(1))
+        await trio.sleep(0.1)
+        await send(stream, tokens(1), 2, start=1)
+        await trio.sleep(0.1)
+        assert await ask(caller) == Progress(taken=2, done=0, turns=0)
+        assert (await ask(stranger)).error.code == "evicted"
+        await next_answer(stream)
+        assert await ask(caller) == Progress(taken=2, done=1, turns=1)
 
 
 async def test_a_route_that_is_not_newer_is_refused(open_swarm):

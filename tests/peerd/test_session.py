@@ -4,10 +4,10 @@ import pytest
 import torch
 import trio
 
-from peerd.chain_keeper import Patience
+from peerd.chain_mender import Patience
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv_layout import Keep
-from peerd.protocol.errors import ContextTooLong, InvalidRequest, LinkFailed, NoChain, NoRoom
+from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 
@@ -377,15 +377,20 @@ async def test_many_sessions_share_batches_and_none_sees_another(open_swarm, who
         assert hosts[0].task.engine.positions_computed == 16 * 12
 
 
-async def test_two_servers_that_never_reach_each_other_end_in_an_error_that_blames_the_link(open_swarm):
+async def test_servers_that_cannot_reach_each_other_from_the_start_are_bridged_by_their_client(
+    open_swarm, whole_forward
+):
     async with open_swarm() as swarm:
         hosts = await chain_of_three(swarm)
         swarm.network.partition(hosts[0].ip, hosts[1].ip)
         client = await swarm.client()
         session = await client.session(BLOCKS)
-        with pytest.raises(LinkFailed):
-            await session.step(tokens(3))
-        assert client.finder.failures == []
+        row = tokens(6)
+        before = trio.current_time()
+        assert torch.equal(await session.step(row[:5], want="all"), whole_forward(row, 9)[:5])
+        assert trio.current_time() - before < 15
+        assert torch.equal(await session.step(row[5:]), whole_forward(row, 9)[5:])
+        assert (session.failovers, client.finder.failures) == (0, [])
 
 
 async def test_a_broken_link_is_routed_around_where_there_is_another_server(open_swarm, whole_forward):

@@ -1,17 +1,15 @@
 """What a client remembers: enough to start again anywhere, and nothing that was not answered."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from peerd.kept import Kept, KeptTooLittle
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
-from peerd.protocol.messages import Output
+from peerd.protocol.messages import Output, Step
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.tensors import encode_tensor
 from peerd.retained import Retained
 from peerd.step_log import StepLog
-from peerd.step_tensors import pushed_part, replay_steps
 
 WIDTH = 4
 
@@ -34,8 +32,18 @@ def answer(log: StepLog, seq: int, rows: tuple[RowSlice, ...], *values: int) -> 
     log.answer(output, memoryview(b"".join(body)), WIDTH)
 
 
-def kept(retained: Retained, row: int) -> list[float]:
-    return retained.since(row, 0)[:, 0].tolist()
+def rows_of(sent) -> dict[int, list[float]]:
+    """What the rows hold for whoever runs these steps, one after the other."""
+    rows = Retained(100)
+    for step, hidden in sent:
+        rows.apply(step.ops)
+        rows.add(step.rows, hidden)
+    return {row: rows.copy(row, 0, length)[:, 0].tolist() for row, length in rows.lengths.items()}
+
+
+def answered_rows(steps: StepLog) -> dict[int, list[float]]:
+    kept = steps.kept.retained
+    return {row: kept.copy(row, 0, length)[:, 0].tolist() for row, length in kept.lengths.items()}
 
 
 def test_only_what_was_answered_is_retained():
@@ -43,7 +51,8 @@ def test_only_what_was_answered_is_retained():
     submit(steps, 0, 0, 1, 2)
     submit(steps, 0, 2, 3)
     answer(steps, 1, (RowSlice(0, 1, 1),), 9)
-    assert kept(steps.retained, 0) == [1, 2]
+    assert answered_rows(steps) == {0: [1, 2]}
+    assert steps.answered == 1
     assert list(steps.pending) == [2]
     assert steps.length(0) == 3
 
@@ -62,7 +71,7 @@ def test_a_rollback_cuts_what_is_retained():
     answer(steps, 1, (RowSlice(0, 2, 1),), 0)
     submit(steps, 0, 1, 8)
     answer(steps, 2, (RowSlice(0, 1, 1),), 0)
-    assert kept(steps.retained, 0) == [1, 8]
+    assert answered_rows(steps) == {0: [1, 8]}
 
 
 def test_forks_and_drops_are_retained_as_rows():
@@ -73,8 +82,8 @@ def test_forks_and_drops_are_retained_as_rows():
     answer(steps, 2, (RowSlice(1, 2, 1),), 0)
     submit(steps, 1, 3, 6, ops=(Drop(0),))
     answer(steps, 3, (RowSlice(1, 3, 1),), 0)
-    assert steps.retained.lengths == {1: 4}
-    assert kept(steps.retained, 1) == [1, 2, 5, 6]
+    assert answered_rows(steps) == {1: [1, 2, 5, 6]}
+    assert steps.positions == 4
 
 
 def test_a_failure_gives_back_the_lengths_of_the_last_answer():
@@ -138,41 +147,95 @@ def test_an_answer_of_another_width_blames_the_peer():
         )
 
 
-def test_steps_with_later_forks_or_rollbacks_are_not_repeatable_on_survivors():
+@pytest.mark.parametrize(
+    ("ops", "start", "forked"),
+    [((), 2, False), ((), 1, True), ((Fork(0, 1, 1),), 2, True)],
+    ids=["one that adds", "a rollback", "a fork"],
+)
+def test_steps_given_up_that_hops_cannot_take_back_are_remembered(ops, start, forked):
     steps = log()
     submit(steps, 0, 0, 1, 2)
-    assert steps.repeatable
-    submit(steps, 0, 2, 3)
-    assert steps.repeatable
-    submit(steps, 0, 1, 4)
-    assert not steps.repeatable
+    answer(steps, 1, (RowSlice(0, 1, 1),), 0)
+    submit(steps, 0, start, 3, ops=ops)
+    steps.fail(BadResult("NaN"))
+    assert steps.is_forked == forked
+    assert steps.length(0) == 2
+    assert rows_of(steps.kept.since(0, 0)) == {0: [1, 2]}
 
 
-def test_a_replay_brings_every_row_to_where_it_stood():
-    steps = log()
-    submit(steps, 0, 0, *range(90))
-    answer(steps, 1, (RowSlice(0, 89, 1),), 0)
-    retained = Retained(64)
-    for step, hidden in replay_steps(steps.retained, {0: 30}, {0: 70}, epoch=3):
-        assert (step.seq, step.want, step.epoch, step.push_from) == (0, "none", 3, (70,))
-        retained.add([RowSlice(0, step.rows[0].start - 30, step.rows[0].count)], hidden)
-    assert kept(retained, 0) == list(range(30, 90))
+# What is kept for whoever has none of it, or not all.
 
 
-def test_only_positions_from_push_from_travel_on():
-    steps = log()
-    step = submit(steps, 0, 0, 1, 2, 3, 4).step
-    pushed, hidden = pushed_part(replace(step, push_from=(2,)), positions(1, 2, 3, 4))
-    assert pushed.rows == (RowSlice(0, 2, 2),)
-    assert hidden[:, 0].tolist() == [3, 4]
-    nothing, hidden = pushed_part(replace(step, push_from=(4,)), positions(1, 2, 3, 4))
-    assert nothing.rows == ()
-    assert len(hidden) == 0
+def kept_steps(kept: Kept) -> dict[int, list[float]]:
+    """Four steps that grow, fork, cut and drop rows; returns what the rows hold after them."""
+    kept.add(Step(0, 1, (RowSlice(0, 0, 3),)), positions(1, 2, 3))
+    kept.add(Step(0, 2, (RowSlice(1, 2, 1),), ops=(Fork(0, 1, 2),)), positions(4))
+    kept.add(Step(0, 3, (RowSlice(0, 1, 2),)), positions(5, 6))
+    kept.add(Step(0, 4, (RowSlice(2, 3, 1),), ops=(Fork(0, 2, 3), Drop(0))), positions(7))
+    return {1: [1, 2, 4], 2: [1, 5, 6, 7]}
+
+
+@pytest.mark.parametrize("folded", range(5))
+def test_whoever_has_nothing_is_brought_to_where_the_sender_stands(folded):
+    kept = Kept(100)
+    expected = kept_steps(kept)
+    kept.fold(folded)
+    assert rows_of(kept.since(0, 9)) == expected
+
+
+@pytest.mark.parametrize("taken", range(1, 5))
+def test_whoever_took_some_steps_is_sent_the_others_alone(taken):
+    kept = Kept(100)
+    kept_steps(kept)
+    kept.fold(1)
+    assert [step.seq for step, _ in kept.since(taken, 9)] == list(range(taken + 1, 5))
+
+
+def test_who_lacks_steps_that_are_kept_as_rows_cannot_be_helped():
+    kept = Kept(100)
+    kept_steps(kept)
+    kept.fold(3)
+    with pytest.raises(KeptTooLittle):
+        list(kept.since(2, 9))
+
+
+def test_a_replay_is_cut_in_pieces_that_nobody_answers_and_ends_with_the_last_number_it_holds():
+    kept = Kept(400)
+    kept.add(Step(0, 5, (RowSlice(0, 0, 300),)), positions(*range(300)))
+    kept.fold(5)
+    *pieces, end = [step for step, _ in kept.since(0, epoch=3)]
+    assert [(step.seq, step.want, step.epoch, step.positions) for step in pieces] == [
+        (0, "none", 3, 128),
+        (0, "none", 3, 128),
+        (0, "none", 3, 44),
+    ]
+    assert (end.seq, end.rows, end.epoch) == (5, (), 3)
+
+
+def test_rows_that_are_being_sent_stay_as_they_are():
+    kept = Kept(100)
+    kept_steps(kept)
+    kept.fold(1)
+    with kept.pinned():
+        sending = kept.since(0, 9)
+        first = next(sending)
+        kept.fold(4)
+        assert rows_of([first, *sending]) == {1: [1, 2, 4], 2: [1, 5, 6, 7]}
+    assert [step.seq for step, _ in kept.since(4, 9)] == []
+    assert kept.retained.lengths == {1: 3, 2: 4}
+
+
+def test_a_sender_keeps_no_more_than_its_bound_beside_the_rows():
+    kept = Kept(100, max_positions=10)
+    for seq in range(1, 20):
+        kept.add(Step(0, seq, (RowSlice(0, 0, 4),)), positions(seq, 2, 3, 4))
+    assert kept.folded == 17
+    assert rows_of(kept.since(0, 9)) == {0: [19, 2, 3, 4]}
 
 
 def test_a_row_is_kept_in_no_more_memory_than_its_length():
     retained = Retained(100)
     for start in range(0, 100, 10):
         retained.add((RowSlice(0, start, 10),), torch.ones(10, 2))
-    assert retained.since(0, 0).shape == (100, 2)
+    assert retained.copy(0, 0, 100).shape == (100, 2)
     assert retained._buffers[0].shape == (100, 2)

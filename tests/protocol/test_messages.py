@@ -9,12 +9,19 @@ from hypothesis import strategies as st
 
 from peerd.protocol import messages
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
-from peerd.protocol.messages import Fork, RowSlice, Step
+from peerd.protocol.messages import Fork, Step
 from peerd.protocol.packing import unpack
 from peerd.protocol.schema import Message, parse
 
 VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/messages.json").read_text())["vectors"]
-EVERYBODY = (*messages.CONTROL_FROM_CLIENT, *messages.CONTROL_FROM_HOP, messages.Link, messages.Linked)
+EVERYBODY = (
+    *messages.CONTROL_FROM_CLIENT,
+    *messages.CONTROL_FROM_HOP,
+    messages.Link,
+    messages.Linked,
+    messages.Ask,
+    messages.Progress,
+)
 
 
 def _readable(value: object) -> object:
@@ -53,9 +60,9 @@ def test_vectors_cover_every_message():
 
 
 def test_a_message_that_this_direction_does_not_know_is_refused():
-    step = Step(epoch=0, seq=1, rows=(RowSlice(0, 0, 1),))
+    route = messages.Route(epoch=1)
     with pytest.raises(RemoteProtocolError, match="expected output, opened, routed"):
-        parse(step.to_header(), messages.CONTROL_FROM_HOP)
+        parse(route.to_header(), messages.CONTROL_FROM_HOP)
 
 
 def test_the_refusal_names_the_field_and_what_it_should_be():

@@ -1,0 +1,205 @@
+"""Finds and opens hops for the holes of a session's chain, and says who is not to be asked again.
+
+Knows peers, blame and patience; knows no steps. The difficulty is whom to leave out: who broke a promise is left
+out by the finder, for every session; who is busy only until nobody else is left; who was overtaken, or cannot be
+reached by its neighbour, for a while and by this session alone, for it has done no wrong.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from peerd.control_stream import ControlStream
+from peerd.live_chain import LiveChain
+from peerd.open_chain import ChainOpener, HopRefused, Terms
+from peerd.protocol.errors import (
+    NoChain,
+    NotServed,
+    Overloaded,
+    PeerdError,
+    PeerFault,
+    UnsupportedFeature,
+)
+from peerd.protocol.identity import PeerId
+from peerd.protocol.span import Span
+from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
+from peerd.routing.chain import Between, Chain, Hop
+
+# Between two tries at a chain, at random up to this, so that two clients do not collide for ever.
+RETRY_S = 1.0
+# The first pauses are shorter: who has just died may have a twin that is announced in this moment.
+FIRST_RETRY_S = 0.1
+# Dialling and the handshake beside what a hop lets us wait for room; in mid-answer somebody waits for a token.
+OPEN_MARGIN_S = 10.0
+MEND_MARGIN_S = 3.0
+# For so long a session goes without a peer that it overtook, or that its neighbour could not reach.
+AVOIDED_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a session tries to get a chain before its steps fail."""
+
+    # Who has just died may have a twin that nobody told us of yet, or one that is about to start.
+    missing_s: float = 5.0
+    # Peers that are full: other sessions end.
+    busy_s: float = 120.0
+
+
+class ChainFinder(Protocol):
+    """Finds peers for blocks, and hears how they did."""
+
+    async def find(
+        self,
+        blocks: Span,
+        *,
+        tokens: int,
+        exclude: Collection[PeerId],
+        positions: int = 1,
+        adapter: AdapterNeed = NO_ADAPTER,
+        requests: int = 0,
+        between: Between | None = None,
+    ) -> Chain:
+        """The best chain over `blocks` for steps of so many positions, of peers that have the adapter, by what is
+        known now. `requests`: as in ChainNeeds. `between`: of a replacement, who stands before and after it.
+        Raises NoChain."""
+
+    async def adapter_id(self, name: str, blocks: Span) -> str:
+        """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
+
+    def failed(self, peer: PeerId) -> None:
+        """The peer broke a promise: leave it out for a while."""
+
+    def succeeded(self, peer: PeerId) -> None:
+        """The peer keeps its promises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a client's sessions share."""
+
+    finder: ChainFinder
+    opener: ChainOpener
+    rng: random.Random
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a session is for: `blocks`, whose hidden states are `width` wide, on these terms."""
+
+    blocks: Span
+    width: int
+    terms: Terms
+    patience: Patience = field(default_factory=Patience)
+
+
+class ChainMender:
+    """Fills holes for one session."""
+
+    def __init__(self, means: Means, wanted: Wanted) -> None:
+        self._finder = means.finder
+        self._opener = means.opener
+        self._rng = means.rng
+        self._terms = wanted.terms
+        self._patience = wanted.patience
+        self._avoided_until: dict[PeerId, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<ChainMender avoids {len(self._avoided())}>"
+
+    def avoid(self, peer: PeerId) -> None:
+        """Leave a peer out for a while, without blame."""
+        self._avoided_until[peer] = trio.current_time() + AVOIDED_S
+
+    async def fill(self, chain: LiveChain, hole: Span) -> list[ControlStream]:
+        """Open hops over a hole: as long as patience allows, and longer where peers are only busy.
+
+        Raises NoChain naming all that is missing, Overloaded, CallerError.
+        """
+        busy: set[PeerId] = set()
+        started = trio.current_time()
+        pause_s = FIRST_RETRY_S
+        while True:
+            waited = trio.current_time() - started
+            try:
+                return await self._try(chain, hole, busy | self._avoided())
+            except NoChain as missing:
+                if waited >= self._patience.missing_s and not busy:
+                    raise await self._missing(chain, missing) from missing
+                busy.clear()
+                # Better a slow peer than none.
+                self._avoided_until.clear()
+            except HopRefused as refused:
+                self._blame(refused, busy)
+                is_busy = isinstance(refused.error, Overloaded)
+                if waited >= (self._patience.busy_s if is_busy else self._patience.missing_s):
+                    raise _unmet(refused) from refused
+                if not is_busy:
+                    # It is left out now: whoever else there is can be asked at once.
+                    continue
+            await trio.sleep(pause_s * self._rng.random())
+            pause_s = min(2 * pause_s, RETRY_S)
+
+    async def overtake(self, chain: LiveChain, span: Span, slow: Iterable[PeerId]) -> list[ControlStream] | None:
+        """Open hops over blocks whose hops are slow, leaving those out; None where nobody else can be had now."""
+        try:
+            return await self._try(chain, span, self._avoided() | set(slow))
+        except NoChain:
+            return None
+        except HopRefused as refused:
+            self._blame(refused, set())
+            return None
+
+    async def _try(self, chain: LiveChain, span: Span, exclude: Collection[PeerId]) -> list[ControlStream]:
+        hops = await self._find(chain, span, exclude)
+        margin_s = MEND_MARGIN_S if chain.controls else OPEN_MARGIN_S
+        return await self._opener.open(chain, chain.raise_epoch(), hops, self._terms, margin_s)
+
+    async def _find(self, chain: LiveChain, span: Span, exclude: Collection[PeerId]) -> Sequence[Hop]:
+        before, after = chain.before(span.start), chain.after(span.end)
+        between = (before and before.hop.peer_id, after and after.hop.peer_id) if chain.controls else None
+        terms = self._terms
+        found = await self._finder.find(
+            span, tokens=terms.tokens, exclude=exclude, adapter=terms.adapter_need, between=between
+        )
+        return found.hops
+
+    def _avoided(self) -> set[PeerId]:
+        now = trio.current_time()
+        return {peer for peer, until in self._avoided_until.items() if now < until}
+
+    def _blame(self, refused: HopRefused, busy: set[PeerId]) -> None:
+        """Who is busy is left out until nobody else is left; who broke a promise, by the finder."""
+        error = refused.error
+        if isinstance(error, Overloaded):
+            busy.add(refused.hop.peer_id)
+        elif isinstance(error, PeerFault | NotServed | UnsupportedFeature):
+            self._finder.failed(refused.hop.peer_id)
+        else:
+            raise error from refused
+
+    async def _missing(self, chain: LiveChain, found: NoChain) -> NoChain:
+        """What nobody serves in any of the chain's holes, where there are several."""
+        if len(chain.holes) < 2:
+            return found
+        missing = set(found.missing)
+        for hole in chain.holes:
+            try:
+                await self._find(chain, hole, set())
+            except NoChain as other:
+                missing |= set(other.missing)
+        spans = tuple(sorted(missing))
+        return NoChain(f"nobody reachable serves blocks {', '.join(f'{start}:{end}' for start, end in spans)}", spans)
+
+
+def _unmet(refused: HopRefused) -> PeerdError:
+    """What a caller hears when patience ends. Who is announced but gone serves nothing: its blocks are missing."""
+    error, span = refused.error, refused.hop.span
+    if isinstance(error, PeerFault):
+        return NoChain(f"nobody reachable serves blocks {span}: {error}", ((span.start, span.end),))
+    return error
