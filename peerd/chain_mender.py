@@ -161,8 +161,7 @@ class ChainMender:
         return await self._opener.open(chain, chain.raise_epoch(), hops, self._terms, margin_s)
 
     async def _find(self, chain: LiveChain, span: Span, exclude: Collection[PeerId]) -> Sequence[Hop]:
-        before, after = chain.before(span.start), chain.after(span.end)
-        between = (before and before.hop.peer_id, after and after.hop.peer_id) if chain.controls else None
+        between = (_peer(chain.before(span.start)), _peer(chain.after(span.end))) if chain.controls else None
         terms = self._terms
         found = await self._finder.find(
             span, tokens=terms.tokens, exclude=exclude, adapter=terms.adapter_need, between=between
@@ -195,6 +194,10 @@ class ChainMender:
                 missing |= set(other.missing)
         spans = tuple(sorted(missing))
         return NoChain(f"nobody reachable serves blocks {', '.join(f'{start}:{end}' for start, end in spans)}", spans)
+
+
+def _peer(control: ControlStream | None) -> PeerId | None:
+    return None if control is None else control.hop.peer_id
 
 
 def _unmet(refused: HopRefused) -> PeerdError:

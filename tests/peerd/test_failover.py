@@ -212,7 +212,7 @@ async def test_a_frozen_server_is_overtaken_in_less_than_two_seconds(open_swarm,
         await session.step(ROW[:40])
         await stall_s(session, ROW, 40, 10)
         await serve(swarm, hop)
-        swarm.freeze(hosts[hop])
+        swarm.network.stop(hosts[hop].ip)
         assert await stall_s(session, ROW, 50, 3) < 2
         assert session.failovers == 1
         survivors = [host for host in hosts if host is not hosts[hop]]
@@ -271,15 +271,11 @@ async def test_a_server_that_hangs_and_has_no_twin_is_waited_for(open_swarm):
         hosts, session = await open_chain(swarm, client)
         await session.step(ROW[:40])
         await stall_s(session, ROW, 40, 10)
-        for other in hosts:
-            if other is not hosts[1]:
-                swarm.network.partition(hosts[1].ip, other.ip)
-        swarm.network.partition(hosts[1].ip, client.ip)
+        swarm.network.stop(hosts[1].ip)
 
         async def wake() -> None:
             await trio.sleep(6)
-            for number in range(1, 10):
-                swarm.network.heal(hosts[1].ip, f"10.0.0.{number}")
+            swarm.network.resume(hosts[1].ip)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wake)
