@@ -25,6 +25,8 @@ from peerd.routing.rules import ChainRules
 
 # Clients that wait for a missing server look again this often, not oftener.
 FRESH_S = 0.5
+# Of peers that cannot be reached, in one message.
+MAX_REASONS = 3
 
 
 class SwarmFinder:
@@ -85,7 +87,23 @@ class SwarmFinder:
             return await self._plan(blocks, needs, exclude, CACHE_S)
         except NoChain:
             # Whoever is missing may have come since we looked.
-            return await self._plan(blocks, needs, exclude, FRESH_S)
+            try:
+                return await self._plan(blocks, needs, exclude, FRESH_S)
+            except NoChain as error:
+                raise self._explained(error) from None
+
+    def _explained(self, error: NoChain) -> NoChain:
+        """The same, with why those who say that they serve the blocks cannot be reached."""
+        reasons = dict.fromkeys(
+            why
+            for offer in self._permitted
+            if any(offer.span.start < end and start < offer.span.end for start, end in error.missing)
+            if (why := self._links.why_avoided(offer.peer_id))
+        )
+        if not reasons:
+            return error
+        more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
+        return NoChain(f"{error}: {'; '.join(list(reasons)[:MAX_REASONS])}{more}", error.missing)
 
     async def adapter_id(self, name: str, blocks: Span) -> str:
         """What an adapter's name means for `blocks` now. Raises NoChain, saying which adapters there are."""

@@ -77,9 +77,9 @@ class Prober:
             self._opened.add(peer_id)
         try:
             return await self._connections.connect(peer_id, self._dialable(offer.addresses))
-        except PeerFault:
+        except PeerFault as error:
             # Announced, and nobody there: better found out now than in the middle of an answer.
-            self._links.failed(peer_id)
+            self._links.failed(peer_id, str(error))
             return None
 
     def close_unused(self, keep: Collection[PeerId] = ()) -> None:

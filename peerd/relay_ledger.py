@@ -22,9 +22,10 @@ Name = TypeVar("Name", bound=str)
 # A household, or an office, has several peers behind one address; but nobody should take a relay for himself.
 SHARE_OF_AN_ADDRESS = 4
 CIRCUITS_OF_AN_ADDRESS = 2
-# How often one may ask. Above what failover after a relay's death needs, below what troubles whoever is called: a
-# peer takes 512 streams a second before it ends the connection.
-CALLS_BURST, CALLS_A_SECOND = 20, 2.0
+# How often one may ask. Above what a client needs that measures the servers which it may use (24 at once), or dials
+# them again after another relay's death; below what troubles whoever is called: a peer takes 512 streams a second
+# before it ends the connection.
+CALLS_BURST, CALLS_A_SECOND = 48, 4.0
 CALLED_BURST, CALLED_A_SECOND = 50, 10.0
 # Peers whose attempts are remembered; a forgotten one starts with a full burst.
 MAX_REMEMBERED = 4096
@@ -42,7 +43,7 @@ class RelayLimits:
     slots: int = 128
     circuits: int = 512
     circuits_a_peer: int = 32
-    circuits_a_caller: int = 16
+    circuits_a_caller: int = 32
     bytes_a_second: int = 2 * 2**20
     total_bytes_a_second: int = 32 * 2**20
     expiry_s: int = 3600

@@ -25,6 +25,7 @@ MAX_PEERS = 16384
 class _Link:
     failures: int = 0
     avoided_until_s: float = 0.0
+    why: str = ""
     rtt_s: float | None = None
 
 
@@ -35,9 +36,10 @@ class Links:
         self._now = now
         self._links: dict[PeerId, _Link] = {}
 
-    def failed(self, peer_id: PeerId) -> float:
+    def failed(self, peer_id: PeerId, why: str = "") -> float:
         """The peer failed us: avoid it from this instant, twice as long each time. Returns for how many seconds."""
         link = self._touch(peer_id)
+        link.why = why or link.why
         # Failures that several requests report at once are one failure.
         if self._now() >= link.avoided_until_s:
             delay_s = min(FIRST_AVOIDANCE_S * 2.0**link.failures, MAX_AVOIDANCE_S)
@@ -50,10 +52,16 @@ class Links:
         link = self._touch(peer_id)
         link.failures = 0
         link.avoided_until_s = 0.0
+        link.why = ""
 
     def is_avoided(self, peer_id: PeerId) -> bool:
         link = self._links.get(peer_id)
         return link is not None and self._now() < link.avoided_until_s
+
+    def why_avoided(self, peer_id: PeerId) -> str:
+        """What was said of its last failure; "" if nothing was, or it is not avoided."""
+        link = self._links.get(peer_id)
+        return link.why if link is not None and self._now() < link.avoided_until_s else ""
 
     def avoided(self) -> frozenset[PeerId]:
         """Everybody to leave out of a chain now."""

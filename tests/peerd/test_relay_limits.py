@@ -20,7 +20,7 @@ from peerd.protocol.relay_messages import (
 )
 from peerd.protocol.schema import parse
 from peerd.relay import MIN_CHARGED_BYTES
-from peerd.relay_ledger import CALLS_BURST, RelayLedger, RelayLimits
+from peerd.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
 from peerd.token_bucket import TokenBucket
 
 MIB = 2**20
@@ -279,7 +279,7 @@ async def test_a_storm_of_calls_is_refused_before_it_reaches_the_peer():
                 said.reset("closed")
         elapsed_s = trio.current_time()
         assert set(codes) == {"overloaded"}
-        assert called <= CALLS_BURST + 2 * elapsed_s + 1
+        assert called <= CALLS_BURST + CALLS_A_SECOND * elapsed_s + 1
         assert not isinstance(await call(honest, 1, 10), Failure)
         assert world.relays[1].ledger.circuits <= 2
 

@@ -34,6 +34,20 @@ def test_a_failed_peer_is_avoided_in_that_instant_and_comes_back_by_itself(links
     assert links.avoided() == frozenset()
 
 
+def test_why_a_peer_is_avoided_is_known_as_long_as_it_is(links: Links, clock: Clock) -> None:
+    links.failed(A, "no way there")
+    # Who fails again without a word does so for the same reason, as far as we know.
+    links.failed(A)
+    links.failed(B)
+    assert (links.why_avoided(A), links.why_avoided(B), links.why_avoided(PeerId("c"))) == ("no way there", "", "")
+    clock.now += FIRST_AVOIDANCE_S
+    assert links.why_avoided(A) == ""
+    links.failed(A)
+    links.succeeded(A)
+    links.failed(A)
+    assert links.why_avoided(A) == ""
+
+
 def test_each_failure_in_a_row_is_avoided_for_twice_as_long(links: Links, clock: Clock) -> None:
     delays = []
     for _ in range(10):
