@@ -61,9 +61,8 @@ class Answer:
 
     @property
     def held(self) -> int:
-        """Positions that every hop of its chain surely has cached now."""
-        session = self.decoding.session
-        return sum(session.log.retained.lengths.values()) if session is not None else 0
+        """Positions that every hop of its chain has cached now: all that was answered."""
+        return len(self.prompt) + len(self.token_ids) - 1 if self.token_ids else 0
 
     @property
     def gaps_s(self) -> list[float]:
