@@ -122,26 +122,32 @@ class ChainMender:
         Raises NoChain naming all that is missing, Overloaded, CallerError.
         """
         busy: set[PeerId] = set()
+        # Who refused or did not answer, and why the last of them did.
+        failed: set[PeerId] = set()
+        refusal: HopRefused | None = None
         started = trio.current_time()
         pause_s = FIRST_RETRY_S
         while True:
             waited = trio.current_time() - started
             try:
-                return await self._try(chain, hole, busy | self._avoided())
+                return await self._try(chain, hole, busy | failed | self._avoided())
             except NoChain as missing:
+                # Only now, for one that hangs may have taken all the time that there was.
                 if waited >= self._patience.missing_s and not busy:
-                    raise await self._missing(chain, missing) from missing
+                    raise await self._missing(chain, missing, refusal) from missing
                 busy.clear()
+                failed.clear()
                 # Better a slow peer than none.
                 self._avoided_until.clear()
             except HopRefused as refused:
                 self._blame(refused, busy)
-                is_busy = isinstance(refused.error, Overloaded)
-                if waited >= (self._patience.busy_s if is_busy else self._patience.missing_s):
-                    raise _unmet(refused) from refused
-                if not is_busy:
-                    # It is left out now: whoever else there is can be asked at once.
+                if not isinstance(refused.error, Overloaded):
+                    # Whoever else there is can be asked at once.
+                    failed.add(refused.hop.peer_id)
+                    refusal = refused
                     continue
+                if waited >= self._patience.busy_s:
+                    raise refused.error from refused
             await trio.sleep(pause_s * self._rng.random())
             pause_s = min(2 * pause_s, RETRY_S)
 
@@ -182,10 +188,12 @@ class ChainMender:
         else:
             raise error from refused
 
-    async def _missing(self, chain: LiveChain, found: NoChain) -> NoChain:
-        """What nobody serves in any of the chain's holes, where there are several."""
+    async def _missing(self, chain: LiveChain, found: NoChain, refusal: HopRefused | None) -> PeerdError:
+        """What nobody serves in any of the chain's holes, where there are several; and why not, where we know."""
+        if refusal is not None and isinstance(refusal.error, UnsupportedFeature):
+            return refusal.error
         if len(chain.holes) < 2:
-            return found
+            return NoChain(f"{found}: {refusal}", found.missing) if refusal is not None else found
         missing = set(found.missing)
         for hole in chain.holes:
             try:
@@ -198,11 +206,3 @@ class ChainMender:
 
 def _peer(control: ControlStream | None) -> PeerId | None:
     return None if control is None else control.hop.peer_id
-
-
-def _unmet(refused: HopRefused) -> PeerdError:
-    """What a caller hears when patience ends. Who is announced but gone serves nothing: its blocks are missing."""
-    error, span = refused.error, refused.hop.span
-    if isinstance(error, PeerFault):
-        return NoChain(f"nobody reachable serves blocks {span}: {error}", ((span.start, span.end),))
-    return error

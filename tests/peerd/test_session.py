@@ -1,5 +1,8 @@
 """Sessions over a swarm: the same results as one local model, whoever dies meanwhile."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 import torch
 import trio
@@ -421,3 +424,46 @@ async def test_a_server_that_answers_pings_and_no_steps_does_not_hang_its_client
             nursery.start_soon(help_later)
             assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
         assert trio.current_time() < 300
+
+
+class First(Random):
+    """Of what is equally good, the first."""
+
+    def choice(self, seq):
+        return seq[0]
+
+
+async def test_twins_that_hang_do_not_use_up_the_patience_that_the_next_one_needs(open_swarm, whole_forward):
+    """Each that is announced still, but answers nothing, costs seconds; as long as there is another, it is asked."""
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        client = await swarm.client()
+        client.finder.random = First()
+        session = await client.session(BLOCKS, patience=Patience(missing_s=5))
+        row = tokens(12)
+        await session.step(row[:5])
+        for _ in range(3):
+            hung = await swarm.serve(3, 6)
+            swarm.freeze(hung)
+            hung.online = True
+        twin = await swarm.serve(3, 6)
+        swarm.kill(hosts[1])
+        assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
+        assert session.chain[1]["peer"] == twin.peer_id
+
+
+async def test_a_twin_that_does_not_serve_yet_costs_no_step_after_one_that_hangs(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        client = await swarm.client()
+        client.finder.random = First()
+        session = await client.session(BLOCKS, patience=Patience(missing_s=5))
+        row = tokens(12)
+        await session.step(row[:5])
+        hung, starting, _ = [await swarm.serve(3, 6) for _ in range(3)]
+        swarm.freeze(hung)
+        hung.online = True
+        # Its announcement outlived its restart.
+        starting.server.spans = tuple(replace(served, model=bytes(32)) for served in starting.server.spans)
+        swarm.kill(hosts[1])
+        assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
