@@ -1,7 +1,8 @@
 """The loop from logits to tokens, for one prompt and any number of answers to it.
 
 Answers are rows of one session: the prompt is computed once and shared, and each step carries the next token of
-every row that still runs. Knows sessions and sampling; knows no text but each row's own.
+every row that still runs. Knows sessions and sampling; knows no text but each row's own. The difficulty is going on
+after an error: a step that failed never happened, so what is to be done next is kept until it is done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from peerd.protocol.errors import NoChain, Overloaded
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 from peerd.sampling import Sampler, SamplingParams
 from peerd.text_stream import StopFilter, TextStream
@@ -57,7 +59,8 @@ class Decoding:
     """Answers to `prompt` in the making. `tokens` runs them; `session` is theirs once it runs.
 
     `stop` ends a row, and is left out of its text; `top_logprobs` asks for logprobs with so many alternatives;
-    `adapter` is what `RemoteModel.session` takes.
+    `adapter` is what `RemoteModel.session` takes. `resumable`, for one row: after NoChain and Overloaded `tokens` goes
+    on, called again, with the same session, which waits for that a while, or else with a new one.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Decoding:
         prompt: Sequence[int],
         sampling: SamplingParams,
         *,
+        resumable: bool = False,
         rows: int = 1,
         stop: Sequence[str] = (),
         top_logprobs: int | None = None,
@@ -78,6 +82,12 @@ class Decoding:
         self._sampler = Sampler(sampling)
         self._top_logprobs = top_logprobs
         self._adapter = adapter
+        self._resumable = resumable
+        # What the next step brings beside its tokens, and what the last one left to draw from.
+        self._ops: tuple[Op, ...] = ()
+        self._logits: torch.Tensor | None = None
+        self._dropped: tuple[Op, ...] = ()
+        self._begun = False
         self._rows = [_Row(number, TextStream(model.decode), StopFilter(stop)) for number in range(rows)]
 
     async def tokens(self) -> AsyncGenerator[Picked, None]:
@@ -85,34 +95,48 @@ class Decoding:
 
         Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
         """
-        session = await self._model.start_session(
-            max_length=len(self._prompt) + self._sampling.max_new_tokens,
-            max_rows=len(self._rows),
-            adapter=self._adapter,
-        )
-        self.session = session
+        if self.session is None or self.session.closed:
+            # A single row may begin again with all that it has: see `_run`.
+            self._begun = False
+            self.session = await self._model.start_session(
+                max_length=len(self._prompt) + self._sampling.max_new_tokens,
+                max_rows=len(self._rows),
+                adapter=self._adapter,
+            )
+        session = self.session
+        waits = False
         try:
             async with aclosing(self._run(session)) as tokens:
                 async for picked in tokens:
                     yield picked
+        except (NoChain, Overloaded):
+            waits = self._resumable
+            raise
         finally:
-            session.close()
+            if waits:
+                self._model.close_later(session)
+            else:
+                session.close()
 
     async def _run(self, session: Session) -> AsyncGenerator[Picked, None]:
-        hidden = await session.step(self._model.embed(self._prompt))
-        logits = (await self._model.logits(hidden))[-1:].expand(len(self._rows), -1)
-        ops: tuple[Op, ...] = tuple(Fork(0, row.number, len(self._prompt)) for row in self._rows[1:])
-        live = self._rows
+        if not self._begun:
+            hidden = await session.step(self._model.embed(self._prompt + self._rows[0].ids))
+            self._begun = True
+            self._logits = (await self._model.logits(hidden))[-1:].expand(len(self._rows), -1)
+            self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in self._rows[1:])
+        live = [row for row in self._rows if not row.finished]
         while True:
-            for row, scores in zip(live, logits, strict=True):
-                yield self._pick(row, scores)
-            ended = [row for row in live if row.finished]
-            live = [row for row in live if not row.finished]
-            if not live:
-                return
-            logits = await self._step(session, live, ops)
-            # Only now: row 0 may end before the others have forked from it.
-            ops = tuple(Drop(row.number) for row in ended)
+            if self._logits is not None:
+                logits, self._logits = self._logits, None
+                for row, scores in zip(live, logits, strict=True):
+                    yield self._pick(row, scores)
+                # Only after the next step: row 0 may end before the others have forked from it.
+                self._dropped = tuple(Drop(row.number) for row in live if row.finished)
+                live = [row for row in live if not row.finished]
+                if not live:
+                    return
+            self._logits = await self._step(session, live, self._ops)
+            self._ops = self._dropped
 
     async def _step(self, session: Session, live: Sequence[_Row], ops: Sequence[Op]) -> torch.Tensor:
         start = len(self._prompt) + len(live[0].ids) - 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.decoding import Decoding
+from peerd.protocol.errors import NoChain, Overloaded
 from peerd.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Generation:
     """An answer in the making: iterate over it, once, for its tokens. Figures below grow as it runs.
 
     Leaving the loop early ends the session on all peers; in a long-lived task, do so under
-    `contextlib.aclosing(generation.tokens())`, as for any asynchronous generator.
+    `contextlib.aclosing(generation.tokens())`, as for any asynchronous generator. After NoChain or Overloaded iterate
+    over it again: it goes on where it stopped, within five minutes with what the servers that live still hold.
     """
 
     def __init__(
@@ -47,9 +49,9 @@ class Generation:
         self.started: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
-        self._model = model
-        self._sampling = sampling
-        self._adapter = adapter
+        self._decoding = Decoding(model, self.prompt, sampling, adapter=adapter, resumable=True)
+        # Whether it may be iterated over: not yet, or not to its end.
+        self._waits = True
 
     def __repr__(self) -> str:
         return f"<Generation {len(self.prompt)}+{len(self.token_ids)} tokens failovers={self.failovers}>"
@@ -73,16 +75,21 @@ class Generation:
 
     async def tokens(self) -> AsyncGenerator[Token, None]:
         """The tokens, as they come. Raises NoChain, Overloaded, ContextTooLong, InvalidRequest."""
-        if self.started is not None:
+        if not self._waits:
             raise RuntimeError("a generation is iterated over once; call generate() for another answer")
-        self.started = trio.current_time()
-        decoding = Decoding(self._model, self.prompt, self._sampling, adapter=self._adapter)
-        async with aclosing(decoding.tokens()) as tokens:
-            async for picked in tokens:
-                assert decoding.session is not None
-                self._note(decoding.session, picked.id)
-                self.text += picked.text
-                yield Token(picked.id, picked.position, picked.text)
+        self._waits = False
+        if self.started is None:
+            self.started = trio.current_time()
+        try:
+            async with aclosing(self._decoding.tokens()) as tokens:
+                async for picked in tokens:
+                    assert self._decoding.session is not None
+                    self._note(self._decoding.session, picked.id)
+                    self.text += picked.text
+                    yield Token(picked.id, picked.position, picked.text)
+        except (NoChain, Overloaded):
+            self._waits = True
+            raise
 
     def _note(self, session: Session, token_id: int) -> None:
         self.last_token = trio.current_time()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
+# An answer that was interrupted may go on for this long: as long as servers keep a session of which nothing is asked.
+RESUME_S = 300.0
 
 
 Adapter = str | Path | LoraAdapter
@@ -173,6 +175,17 @@ class RemoteModel:
         if self._scout is not None:
             self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)
         return session
+
+    def close_later(self, session: Session) -> None:
+        """Close a session that waits for its user, if that one does not come back to it."""
+        self._tasks.start_soon(self._close_unless_used, session)
+
+    @staticmethod
+    async def _close_unless_used(session: Session) -> None:
+        steps = session.log.answered
+        await trio.sleep(RESUME_S)
+        if session.log.answered == steps:
+            session.close()
 
     async def forward(
         self,

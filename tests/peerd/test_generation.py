@@ -213,6 +213,48 @@ async def test_an_answer_is_iterated_over_once(open_model, whole_forward):
         assert generation.token_ids == foretold(whole_forward, [7, 8], 5)
 
 
+@pytest.mark.parametrize("tokens_before", [0, 4])
+async def test_an_answer_that_nobody_could_finish_goes_on_once_somebody_can(open_model, whole_forward, tokens_before):
+    async with open_model() as (model, swarm):
+        generation = model.generate([5, 6, 7], temperature=0, max_new_tokens=10)
+        tokens = aiter(generation)
+        for _ in range(tokens_before):
+            await anext(tokens)
+        swarm.kill(swarm.hosts[1])
+        with pytest.raises(NoChain, match="3:6"):
+            await anext(tokens)
+        assert len(generation.token_ids) == tokens_before
+        last = swarm.hosts[2].task.engine
+        before = last.positions_computed
+        await swarm.serve(3, 6)
+        async for _ in generation:
+            pass
+        assert generation.token_ids == foretold(whole_forward, [5, 6, 7], 10)
+        if tokens_before:
+            # The others had the prompt still, and computed only what was new and what had failed.
+            assert last.positions_computed - before <= 10 - tokens_before + 1
+        with pytest.raises(RuntimeError, match="once"):
+            await anext(aiter(generation))
+        await trio.sleep(1)
+        assert all(host.server.sessions == 0 for host in swarm.hosts if host.online)
+
+
+async def test_an_answer_to_which_its_caller_comes_back_late_is_computed_anew_and_goes_on(open_model, whole_forward):
+    async with open_model() as (model, swarm):
+        generation = model.generate([5, 6, 7], temperature=0, max_new_tokens=10)
+        tokens = aiter(generation)
+        await anext(tokens)
+        swarm.kill(swarm.hosts[1])
+        with pytest.raises(NoChain):
+            await anext(tokens)
+        await trio.sleep(400)
+        assert all(host.server.sessions == 0 for host in swarm.hosts if host.online)
+        await swarm.serve(3, 6)
+        async for _ in generation:
+            pass
+        assert generation.token_ids == foretold(whole_forward, [5, 6, 7], 10)
+
+
 async def test_sampling_depends_on_the_seed_alone(open_model):
     async with open_model() as (model, _):
         answers = []
