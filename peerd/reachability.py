@@ -30,6 +30,7 @@ from peerd.routing.reachability import (
     Reach,
     announced,
     find,
+    is_void,
     more_judges,
     next_check_s,
     ports_for,
@@ -46,6 +47,8 @@ MAX_ASKED = 6
 # How often the clock is looked at, and by how much it must have jumped: NTP steps by less, nobody sleeps for less.
 LOOK_S = 10.0
 SLEPT_S = 30.0
+# From here on Linux takes ports for whoever asks for any (net.ipv4.ip_local_port_range).
+FIRST_CHOSEN_PORT = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,8 @@ class Reachability:
         self._read_own = own
         self._own = tuple(own())
         self._fixed = fixed
-        # Whoever is asked at a public address sees us at one, or at least not where our LAN would.
-        self._seen_publicly = any(address.ip is not None and not address.is_private for address in bootstrap)
+        self._bootstraps_publicly = any(address.ip is not None and not address.is_private for address in bootstrap)
+        self._on_internet = self._bootstraps_publicly
         self._random = random
         self._now = now
         self._observed = ObservedIps()
@@ -113,7 +116,7 @@ class Reachability:
         """What to announce now."""
         if self._fixed:
             return Announced(self._own, self._own)
-        return announced(self._own, self._finding, seen_publicly=self._seen_publicly)
+        return announced(self._own, self._finding, on_internet=self._on_internet)
 
     @property
     def wants_relays(self) -> bool:
@@ -191,20 +194,21 @@ class Reachability:
             hello = await connection.wait_hello()
             if connection.lost is not None:
                 return
-            before = self._observed.agreed()
+            before = (self._on_internet, self._observed.agreed())
+            if self._alone:
+                # It may be another network by now.
+                self._on_internet = self._bootstraps_publicly
             self._observed.note(connection.peer_id, connection.remote_ip, hello.seen_at)
-            after = self._observed.agreed()
-            if self._alone or (after and after != before):
+            self._on_internet |= public_network(connection.remote_ip) is not None
+            after = (self._on_internet, self._observed.agreed())
+            if self._alone or after != before:
                 self._alone = False
-                self._moved(after)
+                self._moved(self._observed.agreed())
 
     def _moved(self, ips: tuple[IpAddress, ...]) -> None:
         """We are seen somewhere else, or again after nobody saw us."""
         self._own = tuple(self._read_own())
-        self._seen_publicly = any(public_network(ip) for ip in ips) if ips else self._seen_publicly
-        here = {str(ip) for ip in ips}
-        gone = [address for address in self._finding.proven if address.host not in here]
-        if gone and ips and not self._fixed:
+        if not self._fixed and is_void(self._finding, ips):
             self._conclude(Finding())
         else:
             self._tell()
@@ -227,7 +231,7 @@ class Reachability:
         else:
             found = find(self._finding, trials)
         heard = any(answers for _, answers in trials)
-        self._checks += bool(trials)
+        self._checks += 1
         self._unchanged = 0 if found.reach is not self.reach else self._unchanged + 1
         self._conclude(found)
         reach = self.reach if heard else Reach.UNKNOWN
@@ -300,9 +304,12 @@ class Reachability:
             return "nobody can dial us: we listen on loopback only; say --listen /ip4/0.0.0.0/tcp/PORT/ws"
         tried = ", ".join(f"{address} ({outcome.replace('_', ' ')})" for address, outcome in finding.failed)
         ports = " and ".join(dict.fromkeys(str(address.port) for address, _ in finding.failed))
+        # What the system chose is another port at the next start.
+        chosen = [address for address, _ in finding.failed if address.port >= FIRST_CHOSEN_PORT]
+        keep = f" (and keep it with --listen /ip4/0.0.0.0/tcp/{chosen[0].port}/ws)" if chosen else ""
         return (
-            f"nobody can dial us at {tried}: forward TCP port {ports} on the router or open it in the firewall, or say"
-            f" with --announce what reaches this machine; {self._other_way}"
+            f"nobody can dial us at {tried}: forward TCP port {ports} on the router or open it in the firewall{keep},"
+            f" or say with --announce what reaches this machine; {self._other_way}"
         )
 
     @property

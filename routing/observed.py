@@ -35,8 +35,13 @@ class ObservedIps:
         return f"<ObservedIps {', '.join(map(str, self.agreed())) or 'none'} by {len(self._views)} peers>"
 
     def note(self, peer_id: PeerId, at: IpAddress | None, seen: IpAddress | None) -> None:
-        """A peer that we dialled `at` an address says where it sees us. None says nothing: a relay stands between."""
-        if at is None or seen is None or seen.is_unspecified or seen.is_multicast:
+        """A peer that we dialled `at` an address says where it sees us.
+
+        None says nothing: a relay stands between. Nor does a private address that is seen from a public one: it is a
+        proxy's, behind which that peer listens.
+        """
+        useless = seen is None or seen.is_unspecified or seen.is_multicast
+        if at is None or seen is None or useless or (public_network(at) and is_private_ip(seen)):
             self._views.pop(peer_id, None)
         else:
             self._views[peer_id] = _View(public_network(at) or peer_id, seen)

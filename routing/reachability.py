@@ -103,12 +103,23 @@ def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Diall
     return Finding(Reach.PRIVATE, (), tuple(failed))
 
 
-def announced(own: Sequence[Multiaddr], finding: Finding, *, seen_publicly: bool) -> Announced:
-    """What to announce. own: what we listen on, as our network writes it. seen_publicly: our swarm is the internet."""
+def is_void(finding: Finding, seen_at: Sequence[IpAddress]) -> bool:
+    """Whether what was proven says nothing any more: where we were reached is not where we are seen now."""
+    for address in finding.proven:
+        ip = address.ip
+        assert ip is not None
+        like = [now for now in seen_at if now.version == ip.version and is_private_ip(now) == is_private_ip(ip)]
+        if like and ip not in like:
+            return True
+    return False
+
+
+def announced(own: Sequence[Multiaddr], finding: Finding, *, on_internet: bool) -> Announced:
+    """What to announce. own: what we listen on, as our network writes it. on_internet: our swarm is there."""
     failed = {address for address, _ in finding.failed}
     left = [address for address in own if address.with_peer(None) not in failed]
     private = finding.reach is Reach.PRIVATE
-    if not seen_publicly:
+    if not on_internet:
         return Announced(() if private else tuple(left), tuple(left))
     # Neighbours in the same LAN need no way round; nobody else dials such addresses. Loopback helps none of them.
     near = [address for address in left if address.is_private and not address.is_loopback]

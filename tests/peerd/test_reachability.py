@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -223,6 +223,19 @@ async def test_before_anybody_tried_a_peer_behind_a_nat_is_a_client() -> None:
         assert peer.reachability.reach is Reach.UNKNOWN
         assert peer.discovery.dht.addresses == ()
         # Nobody can tell; others should reach it meanwhile.
+        assert peer.reachability.wants_relays
+
+
+async def test_who_is_seen_by_proxies_only_is_a_client_and_wants_relays() -> None:
+    async with world() as net:
+        first = await net.open(PUBLIC[0])
+        say = first.connections.hello_to
+        first.connections.hello_to = lambda connection: replace(say(connection), observed_ip="127.0.0.1")  # type: ignore[method-assign]
+        net.bootstrap = first.addresses
+        peer = await net.at_home()
+        await trio.sleep(60)
+        assert peer.reachability.here.observed == ()
+        assert peer.discovery.dht.addresses == ()
         assert peer.reachability.wants_relays
 
 

@@ -48,6 +48,10 @@ def test_a_relayed_peer_sees_us_nowhere() -> None:
     assert observed((None, HERE), ("5.1.1.1", None), ("5.2.2.2", "0.0.0.0")) == []
 
 
+def test_what_a_proxy_sees_is_no_view_of_us() -> None:
+    assert observed(("5.1.1.1", "127.0.0.1"), ("5.2.2.2", "10.0.0.3")) == []
+
+
 def test_who_is_gone_or_says_otherwise_counts_no_more() -> None:
     ips = ObservedIps()
     for peer, at, seen in ((PEERS[0], "5.1.1.1", HERE), (PEERS[1], "5.2.2.2", THERE)):

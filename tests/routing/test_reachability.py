@@ -8,7 +8,7 @@ import pytest
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import Dialled, Outcome
-from peerd.routing.reachability import Finding, Reach, announced, find, more_judges, next_check_s, ports_for
+from peerd.routing.reachability import Finding, Reach, announced, find, is_void, more_judges, next_check_s, ports_for
 
 PORT = 31330
 
@@ -74,7 +74,7 @@ def test_a_third_judge_is_asked_where_two_do_not_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "finding", "seen_publicly", "contacts", "addresses"),
+    ("own", "finding", "on_internet", "contacts", "addresses"),
     [
         # In a LAN, or on one machine, or alone: as it always was, until a neighbour could not dial us.
         ([LAN, LOOP], Finding(), False, [LAN, LOOP], [LAN, LOOP]),
@@ -95,12 +95,30 @@ def test_a_third_judge_is_asked_where_two_do_not_agree() -> None:
 def test_what_is_announced(
     own: list[Multiaddr],
     finding: Finding,
-    seen_publicly: bool,
+    on_internet: bool,
     contacts: list[Multiaddr],
     addresses: list[Multiaddr],
 ) -> None:
-    what = announced(own, finding, seen_publicly=seen_publicly)
+    what = announced(own, finding, on_internet=on_internet)
     assert (list(what.contacts), list(what.addresses)) == (contacts, addresses)
+
+
+@pytest.mark.parametrize(
+    ("seen_at", "void"),
+    [
+        (["6.6.6.6"], False),
+        (["6.6.6.6", "192.168.1.2"], False),
+        (["7.7.7.7"], True),
+        (["7.7.7.7", "192.168.1.2"], True),
+        # Those who could tell are not connected now.
+        ([], False),
+        (["192.168.1.2"], False),
+        (["2a00::1"], False),
+    ],
+)
+def test_what_was_proven_is_void_once_we_are_seen_elsewhere(seen_at: list[str], void: bool) -> None:
+    assert is_void(PUBLIC, [ip_address(ip) for ip in seen_at]) is void
+    assert not is_void(PRIVATE, [ip_address(ip) for ip in seen_at])
 
 
 def test_ports_are_those_that_take_what_comes_from_there() -> None:
