@@ -82,8 +82,7 @@ class Reachability:
         self._read_own = own
         self._own = tuple(own())
         self._fixed = fixed
-        self._bootstraps_publicly = any(address.ip is not None and not address.is_private for address in bootstrap)
-        self._on_internet = self._bootstraps_publicly
+        self._on_internet = any(address.ip is not None and not address.is_private for address in bootstrap)
         self._random = random
         self._now = now
         self._observed = ObservedIps()
@@ -94,7 +93,6 @@ class Reachability:
         self._last_check = -MIN_GAP_S
         self._checks = 0
         self._unchanged = 0
-        self._alone = False
         self._waiting = trio.CancelScope()
         self._state = (self.reach, self.wants_relays)
 
@@ -174,7 +172,6 @@ class Reachability:
 
         def lost(connection: PeerConnection) -> None:
             self._observed.forget(connection.peer_id)
-            self._alone = not self._connections.live
 
         for connection in self._connections.live.values():
             connected(connection)
@@ -195,14 +192,10 @@ class Reachability:
             if connection.lost is not None:
                 return
             before = (self._on_internet, self._observed.agreed())
-            if self._alone:
-                # It may be another network by now.
-                self._on_internet = self._bootstraps_publicly
             self._observed.note(connection.peer_id, connection.remote_ip, hello.seen_at)
             self._on_internet |= public_network(connection.remote_ip) is not None
             after = (self._on_internet, self._observed.agreed())
-            if self._alone or after != before:
-                self._alone = False
+            if after != before:
                 self._moved(self._observed.agreed())
 
     def _moved(self, ips: tuple[IpAddress, ...]) -> None:

@@ -6,17 +6,20 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from ipaddress import ip_address
 from random import Random
 
 import pytest
 import trio
 
-from peerd.connections import Connections, Stream
+from peerd.connections import Connections, PeerConnection, Stream
 from peerd.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
 from peerd.peer import Peer, open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
 from peerd.protocol.errors import Overloaded, RemoteProtocolError, StreamReset, UnsupportedFeature
+from peerd.protocol.hello import Hello
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages import Failure
 from peerd.protocol.records import PeerRecord, ServerRecord
@@ -33,6 +36,8 @@ PORT = 31330
 # Peers on the internet, each in a network of its own; a router, and two machines behind it.
 PUBLIC = ("5.1.1.1", "5.2.2.2", "5.3.3.3", "5.4.4.4", "5.5.5.5")
 ROUTER = "6.6.6.6"
+# The first of them.
+NAME = "peer.example.org"
 HOME, NEIGHBOUR = "192.168.1.2", "192.168.1.3"
 
 
@@ -45,6 +50,8 @@ class NotingTransport:
 
     async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
         self.dialled.append((self.transport.host, f"{address.host}:{address.port}"))
+        if address.host == NAME:
+            address = replace(address, kind="ip4", host=PUBLIC[0])
         return await self.transport.dial(address, tasks)
 
     async def listen(
@@ -185,13 +192,15 @@ async def test_a_swarm_in_a_private_range_stays_as_it_was(network: str) -> None:
         assert hosts(second.addresses) == [f"{network}.2"]
 
 
-async def test_what_the_operator_announces_is_not_doubted() -> None:
+@pytest.mark.parametrize("address", ["/dns4/peer.example.org/tcp/443/wss", "/ip4/10.9.9.9/tcp/443/ws"])
+async def test_what_the_operator_announces_is_not_doubted(address: str) -> None:
     async with world() as net:
         await net.internet(2)
-        peer = await net.at_home(announce=["/dns4/peer.example.org/tcp/443/wss"])
+        peer = await net.at_home(announce=[address])
         await trio.sleep(100)
         assert peer.reachability.reach is Reach.PUBLIC
-        assert hosts(peer.addresses) == hosts(peer.discovery.dht.addresses) == ["peer.example.org"]
+        assert [str(one) for one in peer.discovery.dht.addresses] == [address]
+        assert [str(one.with_peer(None)) for one in peer.addresses] == [address]
         assert not [one for one in net.dialled if one[1].startswith(ROUTER)]
 
 
@@ -229,14 +238,24 @@ async def test_before_anybody_tried_a_peer_behind_a_nat_is_a_client() -> None:
 async def test_who_is_seen_by_proxies_only_is_a_client_and_wants_relays() -> None:
     async with world() as net:
         first = await net.open(PUBLIC[0])
-        say = first.connections.hello_to
-        first.connections.hello_to = lambda connection: replace(say(connection), observed_ip="127.0.0.1")  # type: ignore[method-assign]
+        say = partial(_hello_with, first.connections.hello_to, "127.0.0.1")
+        first.connections.hello_to = say  # type: ignore[method-assign]
         net.bootstrap = first.addresses
         peer = await net.at_home()
         await trio.sleep(60)
         assert peer.reachability.here.observed == ()
         assert peer.discovery.dht.addresses == ()
         assert peer.reachability.wants_relays
+
+
+async def test_that_a_swarm_is_on_the_internet_is_learnt_from_where_its_peers_are() -> None:
+    async with world() as net:
+        first = await net.open(PUBLIC[0])
+        del first.connections.handlers[DIALBACK_PROTOCOL]
+        net.bootstrap = (Multiaddr("dns4", NAME, PORT, peer_id=first.peer_id),)
+        peer = await net.at_home()
+        await trio.sleep(5)
+        assert peer.discovery.dht.addresses == ()
 
 
 async def test_neighbours_behind_one_nat_still_reach_each_other() -> None:
@@ -360,6 +379,23 @@ async def test_another_address_makes_all_that_was_proven_void_until_it_is_proven
         assert peer.discovery.dht.addresses == ()
 
 
+async def test_what_was_proven_elsewhere_is_not_announced_while_nobody_can_tell() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+        net.network.forward(ROUTER, PORT, HOME)
+        peer = await net.at_home()
+        peer.discovery.serve(lambda: [_server_record()])
+        await until(reach(peer, Reach.PUBLIC), within_s=15)
+        for other in internet:
+            del other.connections.handlers[DIALBACK_PROTOCOL]
+        net.network.put_behind_nat(HOME, "7.7.7.7")
+        for host in PUBLIC:
+            net.network.disconnect(HOME, host)
+        await until(reach(peer, Reach.UNKNOWN), within_s=200)
+        assert hosts(peer.addresses) == [HOME]
+        assert peer.discovery.dht.addresses == ()
+
+
 async def test_a_clock_that_jumped_makes_a_peer_look_again() -> None:
     async with world() as net:
         await net.internet(3)
@@ -419,18 +455,38 @@ async def test_one_judge_among_three_who_lies_changes_nothing() -> None:
         await until(reach(peer, Reach.PRIVATE), within_s=60)
 
 
-async def test_a_stranger_who_dials_us_is_not_believed_where_it_sees_us() -> None:
+async def test_strangers_who_dial_us_are_neither_believed_nor_asked() -> None:
     async with world() as net:
         internet = await net.internet(3)
         peer = internet[2]
         await until(reach(peer, Reach.PUBLIC), within_s=15)
-        net.network.put_behind_nat("8.8.4.4", "8.8.4.4")
-        stranger = await net.open("8.8.8.8", listen=[])
-        connection = await stranger.connections.connect(peer.peer_id, peer.addresses)
-        assert not peer.connections.live[stranger.peer_id].dialled
-        await connection.wait_hello()
-        await trio.sleep(100)
+        asked = 0
+
+        async def lie(stream: Stream) -> None:
+            nonlocal asked
+            asked += 1
+            async with stream:
+                await stream.send(Dialled(ip_address(PUBLIC[2]), ("silent",)).to_header())
+
+        net.bootstrap = ()
+        for number, sees in enumerate(["9.9.9.9"] * 6 + [PUBLIC[2]] * 2):
+            stranger = await net.open(f"8.8.{number}.8", listen=[])
+            say = partial(_hello_with, stranger.connections.hello_to, sees)
+            stranger.connections.hello_to = say  # type: ignore[method-assign]
+            stranger.connections.handlers[DIALBACK_PROTOCOL] = lie
+            await stranger.connections.connect(peer.peer_id, peer.addresses)
+            await trio.sleep(1)
+            assert not peer.connections.live[stranger.peer_id].dialled
+        for _ in range(3):
+            await trio.sleep(PAUSE_S)
+            peer.reachability.changed()
         assert [str(ip) for ip in peer.reachability.here.observed] == [PUBLIC[2]]
+        assert peer.reachability.reach is Reach.PUBLIC
+        assert not asked
+
+
+def _hello_with(say: Callable[[PeerConnection], Hello], observed_ip: str, connection: PeerConnection) -> Hello:
+    return replace(say(connection), observed_ip=observed_ip)
 
 
 async def _ask(stranger: Connections, peer: Peer, header: dict[str, object]) -> Dialled:
