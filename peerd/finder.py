@@ -60,6 +60,7 @@ class SwarmFinder:
         self.used_at = float("-inf")
         #: What the directory said last, as far as it is permitted.
         self.table = OfferTable(())
+        self._belief: dict[PeerId, float] = {}
         self._seen: list[Offer] = []
         self._permitted: list[Offer] = []
 
@@ -149,8 +150,15 @@ class SwarmFinder:
         offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
         if offers is not self._seen:
             self._seen, self._permitted = offers, self._rules.permitted(offers)
-            self.table = OfferTable(self._permitted)
+            self._belief = {o.peer_id: self._belief.get(o.peer_id) or self._doubt() for o in self._permitted}
+            self.table = OfferTable(self._permitted, self._belief)
         return self._permitted
+
+    def _doubt(self) -> float:
+        # What a queue was some seconds ago all clients know alike: they would all go to the shortest, which is it no
+        # more then. Where each takes it for longer or shorter they share the peers, most of them the least busy; and
+        # each stays with its belief, or second choices would change all the time.
+        return self._random.uniform(0.0, 2.0)
 
     def failed(self, peer: PeerId) -> None:
         """Leave the peer out for a while, longer each time; it may have moved meanwhile."""

@@ -7,7 +7,7 @@ only says which columns it does without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,11 @@ class OfferTable:
     announced. near, far: columns between whose peers one of them measured the delay, each pair both ways round;
     apart_s: that delay, one way, NaN between two spans of one peer. Pairs come with the longest delay first, so that of
     what both peers measured the shorter stays when it is written over the other.
+
+    belief: how much of the queue that a peer announces counts; all of it for those that are not named.
     """
 
-    def __init__(self, offers: Iterable[Offer]) -> None:
+    def __init__(self, offers: Iterable[Offer], belief: Mapping[PeerId, float] | None = None) -> None:
         # Peers that are left out for having failed still count here: the majority must not change with our luck.
         found = agreeing([offer for offer in offers if offer.record.state == "online"])
         self.offers = tuple(found)
@@ -38,6 +40,8 @@ class OfferTable:
         self.ends: Indices = np.array([record.span.end for record in records], np.intp)
         self.block_s: Floats = np.array([offer.block_s for offer in found])
         self.queue_s: Floats = np.array([record.queue_s for record in records])
+        if belief is not None:
+            self.queue_s *= [belief.get(offer.peer_id, 1.0) for offer in found]
         self.free_tokens: Floats = np.array([record.free_tokens for record in records], np.float64)
         self.uplink: Floats = np.array([record.uplink for record in records])
         self._numbers = {peer_id: n for n, peer_id in enumerate(dict.fromkeys(offer.peer_id for offer in found))}
