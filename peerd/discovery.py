@@ -23,6 +23,7 @@ from peerd.connections import Connections, PeerConnection, Stream
 from peerd.dht_streams import StreamTransport, answer_question
 from peerd.links import dialable
 from peerd.nurseries import open_tasks
+from peerd.proofs import Proofs
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
 from peerd.protocol.errors import ConnectionLost
@@ -71,11 +72,12 @@ class Discovery:
         clock: SwarmClock,
     ) -> None:
         self.clock = clock
-        self.links = Links(trio.current_time)
+        self.links = Links(trio.current_time, by_proof=True)
         self._connections = connections
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock)
+        self._proofs = Proofs(connections, self.links, self.directory, self.may_dial)
         self._bootstrap = tuple(bootstrap)
         self._state = _State(state_dir)
         self._random = random
@@ -152,6 +154,7 @@ class Discovery:
         async with trio.open_nursery() as nursery:
             with self._hearing_clocks(nursery), self._noticing_when_alone():
                 nursery.start_soon(self._measure)
+                nursery.start_soon(self._proofs.run)
                 nursery.start_soon(self._join, contacts, joined)
                 await joined.wait()
                 nursery.start_soon(self._introduce)

@@ -152,7 +152,14 @@ class SwarmFinder:
             self._seen, self._permitted = offers, self._rules.permitted(offers)
             self._belief = {o.peer_id: self._belief.get(o.peer_id) or self._doubt() for o in self._permitted}
             self.table = OfferTable(self._permitted, self._belief)
+            self._look_for_the_lost()
         return self._permitted
+
+    def _look_for_the_lost(self) -> None:
+        """Whoever could not be reached and is announced anew may be back."""
+        if self._links.has_doubts:
+            for offer in self._permitted:
+                self._links.announced(offer.peer_id, offer.record.seq)
 
     def _doubt(self) -> float:
         # What a queue was some seconds ago all clients know alike: they would all go to the shortest, which is it no

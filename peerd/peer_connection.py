@@ -90,6 +90,10 @@ class PeerConnection:
         self.settled = False
         self.is_duplicate = False
         """Whether we or the peer had a better connection."""
+        self.closed_here = False
+        """Whether we ended it, in good order."""
+        self.farewell = ""
+        """The code with which the peer ended it; "" where it did not say."""
         self.streams_opened = 0
         """Streams that either side ever opened; the first is the hello's."""
         self.uplink = UplinkMeter()
@@ -188,6 +192,7 @@ class PeerConnection:
 
     def close(self, code: str = "closed", reason: str = "") -> None:
         """End it: the peer is told why, unsent messages are dropped. Nothing after its end."""
+        self.closed_here = self.closed_here or self.lost is None
         self.core.go_away(code, reason)
         self._lose(ConnectionLost(f"we closed the connection: {reason or code}"))
 
@@ -337,6 +342,7 @@ class PeerConnection:
                     self._proven.set()
                 case GoneAway(code, reason):
                     self.is_duplicate = code == _DUPLICATE and not self.settled
+                    self.farewell = code
                     self._lose(ConnectionLost(f"the peer ended the connection: {reason or code}"))
 
     def _take_stream(self, core: streams.Stream) -> None:

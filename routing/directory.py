@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
 from peerd.routing.holding import Holding
 from peerd.routing.offer import Offer
 from peerd.routing.record_sets import RecordSource, addresses_of, newest, servers_of
 
-# A swarm changes by the minute; a client that opens several sessions at once should look it up once.
-CACHE_S = 5.0
+# A new server is to be used within 5 s, of which announcing, looking up and measuring it take some. A client that opens
+# sessions without pause makes 20 lookups a minute of each 16 blocks, of 13 small questions each; others make none.
+CACHE_S = 3.0
+# A server whose addresses were not found has mostly just come: the two records do not arrive together.
+NOT_FOUND_CACHE_S = 1.0
 # Addresses change seldom; a record of them is handed to hops, which must still find it valid.
 PEER_CACHE_S = 60.0
 
@@ -45,7 +49,7 @@ class _Peer:
 
     def is_fresh(self, now: float) -> bool:
         if self.record is None:
-            return now < self.looked_up + CACHE_S
+            return now < self.looked_up + NOT_FOUND_CACHE_S
         return now < min(self.looked_up + PEER_CACHE_S, self.record.body.expires - PEER_CACHE_S)
 
     def is_of_use(self, now: float) -> bool:
@@ -73,8 +77,8 @@ class Directory:
         known = self._models[model]
         offers: dict[tuple[bytes, bytes], Offer | None] = {}
         for server in servers:
-            peer = self._peers[server.peer_id].record
-            if peer is not None:
+            found = self._peers.get(server.peer_id)
+            if found is not None and (peer := found.record) is not None:
                 key = (server.signed.signature, peer.signed.signature)
                 offers[key] = known.offers[key] if key in known.offers else _offer(server, peer)
         known.offers = offers
@@ -100,14 +104,27 @@ class Directory:
 
     async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
         """The peer's own word on its addresses, valid for a while yet; None if it cannot be found."""
-        await self._find_peers({peer_id})
-        record = self._peers[peer_id].record
+        record = await self._peer(peer_id)
         return None if record is None else record.signed
+
+    async def ways_to(self, peer_id: PeerId) -> tuple[Multiaddr, ...]:
+        """Where the peer says it is, each with its PeerId; () if it cannot be found."""
+        record = await self._peer(peer_id)
+        return record.body.ways_to(peer_id) if record is not None and isinstance(record.body, PeerRecord) else ()
+
+    def is_server(self, peer_id: PeerId) -> bool:
+        """Whether the peer was found to serve something lately."""
+        return peer_id in self._peers
 
     def doubt(self, peer_id: PeerId) -> None:
         """The peer was not where its record says: look it up anew before that is used again."""
         if (known := self._peers.get(peer_id)) is not None:
             self._peers[peer_id] = _Peer(known.record, float("-inf"))
+
+    async def _peer(self, peer_id: PeerId) -> VerifiedRecord | None:
+        await self._find_peers({peer_id})
+        # Somebody else's lookup may have dropped it meanwhile: it was not found then either.
+        return known.record if (known := self._peers.get(peer_id)) is not None else None
 
     async def _server_records(self, model: bytes, block_count: int, max_age_s: float) -> list[VerifiedRecord]:
         known = self._models.setdefault(model, _Model([], float("-inf")))

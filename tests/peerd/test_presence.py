@@ -1,0 +1,179 @@
+"""Who is there: how soon clients notice that servers come, leave, crash, restart and wake."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trio
+import trio.testing
+from presence_world import WIDTH, Client, Serving, open_world, seconds_until
+
+from peerd.chain_keeper import Patience
+from peerd.routing.announcer import TTL_S
+from peerd.routing.links import FIRST_AVOIDANCE_S
+
+
+def step() -> torch.Tensor:
+    return torch.ones(1, WIDTH)
+
+
+async def chooses(client: Client, *servers: Serving) -> bool:
+    """Whether the client, asked often, would use each of these and nobody else."""
+    found = {await client.chosen() for _ in range(12)}
+    return found == {server.peer_id for server in servers}
+
+
+# Leaving.
+
+
+async def test_who_leaves_in_good_order_is_chosen_by_nobody_from_then_on() -> None:
+    async with open_world() as world:
+        stays, leaves = await world.serve(2), await world.serve(3)
+        known, met, new = [await world.client(number) for number in (10, 11, 12)]
+        await seconds_until(lambda: chooses(known, stays, leaves))
+        # One has a session with it, one only a view of the swarm, one has asked nobody.
+        session = await met.session()
+        await session.step(step())
+        await seconds_until(lambda: chooses(met, stays, leaves))
+        await met.connections.connect(leaves.peer_id, [world.address(3)])
+        await world.stop(leaves)
+        assert await seconds_until(lambda: chooses(met, stays), every_s=0.01) < 0.1
+        assert await chooses(new, stays)
+        # Its view may be a moment old; a session that asks who has left is sent on at once.
+        assert await seconds_until(lambda: chooses(known, stays)) < 5
+        await (await known.session()).step(step())
+
+
+# Crashing.
+
+
+@pytest.mark.parametrize("knows_it", [True, False])
+async def test_who_crashes_is_chosen_by_nobody_after_a_minute(knows_it: bool) -> None:
+    async with open_world() as world:
+        stays, crashes = await world.serve(2), await world.serve(3)
+        client = await world.client(10)
+        if knows_it:
+            await seconds_until(lambda: chooses(client, stays, crashes))
+        await world.crash(crashes)
+        assert await seconds_until(lambda: chooses(client, stays)) <= TTL_S
+
+
+async def test_whoever_is_connected_drops_a_crashed_peer_in_that_instant() -> None:
+    async with open_world() as world:
+        stays, crashes = await world.serve(2), await world.serve(3)
+        client = await world.client(10)
+        await seconds_until(lambda: chooses(client, stays, crashes))
+        await client.connections.connect(crashes.peer_id, [world.address(3)])
+        await trio.sleep(1)
+        world.network.kill(world.host(3))
+        await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+        before = trio.current_time()
+        assert await chooses(client, stays)
+        assert trio.current_time() == before
+
+
+# Coming back.
+
+
+async def test_a_broken_connection_to_a_healthy_peer_costs_a_moment_and_no_blame() -> None:
+    async with open_world() as world:
+        server = await world.serve(2)
+        client = await world.client(10)
+        await seconds_until(lambda: chooses(client, server))
+        await client.connections.connect(server.peer_id, [world.address(2)])
+        await trio.sleep(1)
+        world.network.disconnect(world.host(2), world.host(10))
+        assert await seconds_until(lambda: chooses(client, server), every_s=0.02) < 0.3
+        assert client.discovery.links.failed(server.peer_id) == FIRST_AVOIDANCE_S
+
+
+async def test_a_peer_that_fails_at_its_work_though_it_answers_waits_longer_each_time() -> None:
+    async with open_world() as world:
+        server = await world.serve(2)
+        client = await world.client(10)
+        await seconds_until(lambda: chooses(client, server))
+        waits = []
+        for _ in range(3):
+            client.finder.failed(server.peer_id)
+            waits.append(await seconds_until(lambda: chooses(client, server)))
+        assert waits == pytest.approx([5, 10, 20], abs=0.5)
+
+
+async def test_a_peer_that_cannot_be_reached_is_not_tried_with_sessions() -> None:
+    """Its announcements are still about; it answers no proof, so it does not come back by time."""
+    async with open_world() as world:
+        stays, gone = await world.serve(2), await world.serve(3)
+        client = await world.client(10)
+        await seconds_until(lambda: chooses(client, stays, gone))
+        await client.connections.connect(gone.peer_id, [world.address(3)])
+        # A wall between these two alone: it goes on announcing.
+        world.network.partition(world.host(3), world.host(10))
+        assert await seconds_until(lambda: chooses(client, stays), every_s=0.5) < 10
+        for _ in range(120):
+            assert await client.chosen() == stays.peer_id
+            await trio.sleep(1)
+        world.network.heal(world.host(3), world.host(10))
+        # Announced anew every 20 s, asked at once.
+        assert await seconds_until(lambda: chooses(client, stays, gone)) < TTL_S / 3 + 6
+
+
+async def test_a_peer_that_restarts_is_used_again_as_soon_as_it_is_announced() -> None:
+    async with open_world() as world:
+        first = await world.serve(2)
+        client = await world.client(10)
+        await seconds_until(lambda: chooses(client, first))
+        # It has a long record of failures.
+        for _ in range(6):
+            client.finder.failed(first.peer_id)
+            await trio.sleep(200)
+        client.finder.failed(first.peer_id)
+        assert client.discovery.links.failed(first.peer_id) > 250
+        await client.connections.connect(first.peer_id, [world.address(2)])
+        await world.crash(first)
+        await trio.sleep(3)
+        second = await world.serve(2)
+        assert await seconds_until(lambda: chooses(client, second)) < 7
+
+
+# Coming.
+
+
+async def test_a_new_server_is_used_by_new_sessions_within_five_seconds() -> None:
+    async with open_world() as world:
+        old = await world.serve(2)
+        client = await world.client(10)
+        session = await client.session()
+        await session.step(step())
+        # Whenever the client looked last.
+        for number, phase_s in ((3, 0.0), (4, 1.3), (5, 2.9), (6, 4.6)):
+            await seconds_until(lambda: chooses(client, old))
+            await trio.sleep(phase_s)
+            new = await world.serve(number)
+
+            async def is_used(new: Serving = new) -> bool:
+                return new.peer_id in {await client.chosen() for _ in range(8)}
+
+            assert await seconds_until(is_used) < 5
+            await world.stop(new)
+            await trio.sleep(10)
+
+
+async def test_a_session_that_waits_for_a_server_has_one_within_five_seconds() -> None:
+    async with open_world() as world:
+        client = await world.client(10)
+        waiting = await client.session(Patience(missing_s=60))
+        found: list[float] = []
+
+        async def run() -> None:
+            await waiting.step(step())
+            found.append(trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await trio.sleep(20)
+            assert not found
+            server = await world.serve(2)
+            announced_at = trio.current_time()
+        assert found[0] - announced_at < 5
+        assert waiting.chain[0]["peer"] == server.peer_id
