@@ -69,24 +69,24 @@ class Proofs:
             self._links.doubt(connection.peer_id)
 
     async def _prove(self, peer_id: PeerId) -> None:
-        if await self._is_there(peer_id):
-            self._links.answered(peer_id)
-        else:
+        try:
+            async with self._limiter:
+                with trio.fail_after(PROOF_S):
+                    await self._ask(peer_id)
+        except (PeerFault, trio.TooSlowError) as error:
             # It may have moved.
             self._directory.doubt(peer_id)
-            self._links.unanswered(peer_id)
+            self._links.unanswered(peer_id, str(error) or f"no answer within {PROOF_S:g} s")
+        else:
+            self._links.answered(peer_id)
 
-    async def _is_there(self, peer_id: PeerId) -> bool:
+    async def _ask(self, peer_id: PeerId) -> None:
+        """Raises PeerFault where the peer is not there."""
         if peer_id == self._connections.peer_id:
-            return True
-        async with self._limiter:
-            with trio.move_on_after(PROOF_S):
-                try:
-                    connection = self._connections.live.get(peer_id)
-                    if connection is None:
-                        ways = self._may_dial(await self._directory.ways_to(peer_id))
-                        connection = await self._connections.connect(peer_id, ways)
-                    return await connection.answers(math.inf)
-                except PeerFault:
-                    return False
-            return False
+            return
+        connection = self._connections.live.get(peer_id)
+        if connection is None:
+            ways = self._may_dial(await self._directory.ways_to(peer_id))
+            connection = await self._connections.connect(peer_id, ways)
+        if not await connection.answers(math.inf):
+            raise connection.lost_error()

@@ -21,6 +21,7 @@ from peerd.protocol.span import Span
 from peerd.routing.adapters import AdapterNeed
 from peerd.routing.chain import ChainNeeds
 from peerd.routing.offer import Offer
+from peerd.routing.offer_table import OfferTable
 from peerd.routing.probes import worth_probing
 
 # Of a chain of 8 hops, three choices each.
@@ -78,6 +79,9 @@ class Scout:
         # To whom a connection stays open that nothing else may use yet.
         self._kept: frozenset[PeerId] = frozenset()
         self._sessions: dict[Watched, ChainNeeds] = {}
+        # Of the view of the swarm that we looked at last.
+        self._seen: OfferTable | None = None
+        self._known: frozenset[PeerId] = frozenset()
 
     def __repr__(self) -> str:
         return f"<Scout of {self._blocks} sessions={len(self._sessions)} standbys={len(self.standbys)}>"
@@ -94,9 +98,13 @@ class Scout:
             self._sessions = {session: needs for session, needs in self._sessions.items() if not session.closed}
             now = trio.current_time()
             if not self.ready.is_set() or self._is_used():
+                newcomers = self._newcomers()
                 if min(measure_at, look_at) <= now or self._chains() != chains:
                     chains, look_at = self._chains(), now + MAX_AGE_S
                     await self._look(measure=measure_at <= now)
+                if newcomers and self.ready.is_set():
+                    # Whoever was never measured counts as far away, and would not be used before the next round.
+                    await self._prober.probe(newcomers)
                 if measure_at <= now:
                     measure_at = now + ROUND_S * self._random.uniform(0.8, 1.2)
                     self.ready.set()
@@ -125,6 +133,16 @@ class Scout:
             for _ in range(PLANS):
                 found.update(hop.peer_id for hop in self._finder.plan(self._blocks, ChainNeeds(), ()).hops)
         return frozenset(sorted(found)[:MAX_STANDBYS])
+
+    def _newcomers(self) -> list[Offer]:
+        """Who has come since the last look, by one of their offers; a few of them where they are many."""
+        table = self._finder.table
+        if table is self._seen:
+            return []
+        offers = {offer.peer_id: offer for offer in table.offers}
+        fresh = sorted(offers.keys() - self._known)
+        self._seen, self._known = table, frozenset(offers)
+        return [offers[peer] for peer in self._random.sample(fresh, min(len(fresh), MORE_PROBES))]
 
     def _is_used(self) -> bool:
         return bool(self._sessions) or trio.current_time() - self._finder.used_at < IDLE_S

@@ -134,11 +134,12 @@ class Links:
         if doubt is not None and doubt.unanswered:
             self._touch(peer_id).avoided_until_s = self._now()
 
-    def unanswered(self, peer_id: PeerId) -> None:
+    def unanswered(self, peer_id: PeerId, why: str = "") -> None:
         """The peer cannot be reached: ask it again, ever more seldom."""
         if (doubt := self._doubts.get(peer_id)) is not None:
             delay_s = min(FIRST_AVOIDANCE_S * 2.0**doubt.unanswered, MAX_AVOIDANCE_S)
             doubt.unanswered += 1
+            self._touch(peer_id).why = why
             doubt.ask_at_s = self._now() + delay_s if doubt.unanswered < MAX_UNANSWERED else float("inf")
             self.on_doubt()
 

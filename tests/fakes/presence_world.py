@@ -20,11 +20,14 @@ from peerd.finder import SwarmFinder
 from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Places
+from peerd.prober import Prober
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
+from peerd.scout import Scout
 from peerd.server import ServedSpan, Server
 from peerd.session import Session
 from peerd.span_loader import LoadedSpan
@@ -37,6 +40,20 @@ ALL = Span(0, BLOCKS)
 WIDTH = 8
 MAX_LENGTH = 1024
 LATENCY_S = 0.01
+# What a place says of itself until its span has come.
+EXPECTED = ServerRecord(
+    seq=0,
+    expires=0.0,
+    model=MODEL,
+    span=ALL,
+    state="joining",
+    dtype="float32",
+    quantization="none",
+    codecs=("exact",),
+    throughput=0.0,
+    free_tokens=0,
+    max_length=MAX_LENGTH,
+)
 BOOTSTRAP = 1
 
 
@@ -161,7 +178,7 @@ class World:
                 server.attach(connections)
                 if span is not None:
                     places = Places(server)
-                    places.add(*_fake_span(span))
+                    places.add(places.reserve(EXPECTED), *_fake_span(span))
                     discovery.serve(places.records)
                     await discovery.announced()
                 task_status.started(Serving(number, server, connections, discovery, scope, ended))
@@ -171,8 +188,10 @@ class World:
     async def _run_client(self, number: int, task_status: trio.TaskStatus[Client]) -> None:
         async with self._peer(number, (), {}) as (connections, discovery), open_tasks() as tasks:
             rng = Random(number)
-            finder = SwarmFinder(discovery.directory, discovery.links, MODEL, BLOCKS, rng)
-            opener = ChainOpener(connections, identity_of(number), discovery.directory, discovery.clock, rng.randbytes)
+            links, directory = discovery.links, discovery.directory
+            finder = SwarmFinder(directory, links, MODEL, BLOCKS, rng)
+            opener = ChainOpener(connections, identity_of(number), directory, discovery.clock, rng.randbytes)
+            tasks.start_soon(Scout(finder, Prober(connections, links, discovery.may_dial), ALL, Random(number)).run)
             task_status.started(Client(number, connections, discovery, finder, opener, tasks))
             await trio.sleep_forever()
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from peerd.protocol.identity import PeerId
-from peerd.routing.links import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, MAX_PEERS, Links
+from peerd.routing.links import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, MAX_PEERS, MIN_ASKING_S, Links
 
 A, B = PeerId("a"), PeerId("b")
 
@@ -92,3 +92,108 @@ def test_made_up_peers_take_bounded_memory(links: Links) -> None:
     for number in range(MAX_PEERS + 10):
         links.measured(PeerId(str(number)), 0.1)
     assert len(links.rtts_s()) == MAX_PEERS
+
+
+# By proof.
+
+
+@pytest.fixture
+def proving(clock: Clock) -> Links:
+    return Links(clock, by_proof=True)
+
+
+def test_a_failed_peer_stays_out_until_it_has_answered(proving: Links, clock: Clock) -> None:
+    proving.failed(A)
+    clock.now += 1000
+    assert proving.avoided() == {A}
+    assert proving.is_avoided(A)
+    assert proving.take_doubted() == [A]
+    proving.answered(A)
+    assert not proving.is_avoided(A)
+
+
+def test_who_answers_all_the_while_waits_for_the_rest_of_its_time(proving: Links, clock: Clock) -> None:
+    proving.failed(A)
+    assert proving.take_doubted() == [A]
+    assert proving.take_doubted() == []
+    proving.answered(A)
+    clock.now += FIRST_AVOIDANCE_S - 0.1
+    assert proving.is_avoided(A)
+    clock.now += 0.1
+    assert not proving.is_avoided(A)
+
+
+def test_who_could_not_be_reached_and_now_can_is_back_at_once(proving: Links, clock: Clock) -> None:
+    for _ in range(5):
+        clock.now += proving.failed(A)
+        proving.take_doubted()
+        proving.answered(A)
+    proving.failed(A)
+    proving.take_doubted()
+    proving.unanswered(A)
+    clock.now += FIRST_AVOIDANCE_S
+    assert proving.take_doubted() == [A]
+    proving.answered(A)
+    assert not proving.is_avoided(A)
+    # But its failures are not forgotten until it has done something.
+    assert proving.failed(A) > 100
+
+
+def test_who_does_not_answer_is_asked_ever_more_seldom_and_at_last_no_more(proving: Links, clock: Clock) -> None:
+    proving.doubt(A)
+    delays = []
+    while proving.asks_at_s < float("inf"):
+        delays.append(proving.asks_at_s - clock.now)
+        clock.now = proving.asks_at_s
+        assert proving.take_doubted() == [A]
+        proving.unanswered(A)
+    assert delays == [0, 5, 10, 20, 40, 80, 160, 320]
+    assert proving.is_avoided(A)
+
+
+def test_a_new_announcement_of_somebody_who_was_gone_is_a_reason_to_ask_but_an_old_one_is_not(
+    proving: Links, clock: Clock
+) -> None:
+    hurried = []
+    proving.on_doubt = lambda: hurried.append(clock.now)
+    proving.doubt(A)
+    proving.announced(A, 7)
+    proving.take_doubted()
+    proving.announced(A, 8)
+    assert proving.take_doubted() == []
+    proving.unanswered(A)
+    clock.now += 2
+    for seq in (8, 7):
+        proving.announced(A, seq)
+        assert proving.take_doubted() == []
+    hurried.clear()
+    proving.announced(A, 9)
+    assert hurried
+    assert proving.take_doubted() == [A]
+    for seq in range(10, 20):
+        proving.unanswered(A)
+        proving.announced(A, seq)
+        # Whoever announces without pause is not asked without pause.
+        assert proving.take_doubted() == []
+        clock.now += MIN_ASKING_S
+        assert proving.take_doubted() == [A]
+
+
+def test_a_broken_connection_is_no_failure(proving: Links, clock: Clock) -> None:
+    proving.doubt(A)
+    assert proving.is_avoided(A)
+    proving.take_doubted()
+    proving.answered(A)
+    assert not proving.is_avoided(A)
+    assert proving.failed(A) == FIRST_AVOIDANCE_S
+
+
+def test_where_nobody_asks_a_doubt_is_none(links: Links) -> None:
+    links.doubt(A)
+    assert not links.is_avoided(A)
+
+
+def test_doubts_of_made_up_peers_take_bounded_memory(proving: Links) -> None:
+    for number in range(MAX_PEERS + 10):
+        proving.doubt(PeerId(str(number)))
+    assert len(proving.avoided()) == MAX_PEERS
