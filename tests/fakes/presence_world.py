@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from peerd.chain_keeper import Patience
+from peerd.chain_mender import Means, Patience, Wanted
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.fake_engine import FakeEngine
 from peerd.connections import Connections, open_connections
@@ -91,7 +91,7 @@ class Client:
     async def chosen(self) -> PeerId | None:
         """Whom a new session would use for all blocks; None for nobody."""
         try:
-            chain = await self.finder.find(Span(0, BLOCKS), tokens=64, exclude=())
+            chain = await self.finder.find(ALL, tokens=64, exclude=())
         except NoChain:
             return None
         return chain.hops[0].peer_id
@@ -108,7 +108,8 @@ class Client:
             timeout_ms=2000,
         )
         rng = Random(self.number)
-        session = Session(self.finder, self.opener, Span(0, BLOCKS), WIDTH, terms, rng, patience or Patience())
+        wanted = Wanted(ALL, WIDTH, terms, patience or Patience())
+        session = Session(Means(self.finder, self.opener, rng), wanted)
         await self.tasks.start(session.run)
         return session
 

@@ -8,7 +8,7 @@ import trio
 import trio.testing
 from presence_world import WIDTH, Client, Serving, open_world, seconds_until
 
-from peerd.chain_keeper import Patience
+from peerd.chain_mender import Patience
 from peerd.routing.announcer import TTL_S
 from peerd.routing.links import FIRST_AVOIDANCE_S
 
