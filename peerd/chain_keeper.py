@@ -1,10 +1,10 @@
 """Keeps a chain open under a session: hears its hops, and sees to it that each of them gets what it lacks.
 
-Knows hops, faults and routes; what was sent and answered is `step_log`'s, who takes a dead hop's place
-`chain_mender`'s, who hangs `pace_watch`'s. The difficulty is that a death can come between any two messages, also
-while the last one is being mended. So whatever happens is noted as a hole, a slow hop or a broken link, one task
-sees to these one by one until there are none, and every hop takes a step's number once, whoever sends it again
-(spec/session.md, "When a hop dies").
+Knows hops, faults and routes; what the first one lacks is `first_hop`'s, who takes a dead one's place
+`chain_mender`'s, who hangs `pace_watch`'s, and what to do about a link `bridges`'. The difficulty is that a death can
+come between any two messages, also while the last one is being mended. So whatever happens is noted as a hole, a slow
+hop or a broken link, one task sees to these one by one until there are none, and every hop takes a step's number once,
+whoever sends it again (spec/session.md, "When a hop dies").
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from contextlib import suppress
 
 import trio
 
+from peerd.bridges import Bridges
 from peerd.chain_mender import ChainMender, Means, Wanted
 from peerd.control_stream import ControlStream
+from peerd.first_hop import FirstHop
 from peerd.live_chain import MAX_NUMBERS, LiveChain
 from peerd.pace_watch import PaceWatch
 from peerd.protocol.errors import (
@@ -29,20 +31,14 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
 )
 from peerd.protocol.frames import Priority
-from peerd.protocol.messages import MAX_STEP_POSITIONS, REPLAY_SEQ, Bridge, Failure, Gap, LinkDown, Output, Routed, Step
+from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
 from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import DTYPES
 from peerd.routing.pace import Pace
 from peerd.step_log import Pending, StepLog
-from peerd.step_tensors import encoded, priority_of
 
 # Faults in a row without one answer, after which there is no use in mending on.
 MAX_BARREN_FAULTS = 8
-# The next hop answers us within this, or we cannot bridge its link.
-BRIDGE_ASK_S = 2.0
-# How seldom we look, in the end, for a way without a bridge.
-MAX_REPLAN_S = 300.0
 # Room for a chain of new hops: beyond it a new session begins, whose numbers are all free.
 _FEW_NUMBERS = MAX_NUMBERS // 8
 BYTES_A_VALUE = 4
@@ -58,8 +54,6 @@ class ChainKeeper:
         # Hops replaced since the chain first stood, whether dead or only slow, and those overtaken among them.
         self.failovers = 0
         self.overtaken = 0
-        # Positions that were sent again to bring replacements to where their predecessors stood.
-        self.replayed_positions = 0
         # How often hops that lived were given up, so that all of a chain had to compute the past again.
         self.reopened = 0
         self.changed = trio.lowlevel.ParkingLot()
@@ -69,8 +63,10 @@ class ChainKeeper:
         self._finder = means.finder
         self._opener = means.opener
         self._wanted = wanted
-        self._dtype = DTYPES[wanted.terms.dtype]
         self._log = log
+        self._first = FirstHop(log, wanted.terms)
+        # Positions that hops sent again.
+        self._replayed = 0
         self._mender = ChainMender(means, wanted)
         self._chain = LiveChain(self._opener.new_session(), wanted.blocks)
         # Whether there was a chain before, so that a hole is a loss; and whether steps may be sent.
@@ -78,13 +74,8 @@ class ChainKeeper:
         self._ready = False
         # Positions that new hops compute again before they come to what we wait for.
         self.replaying = 0
-        # The hop that has what was answered, and every step up to a number.
-        self._head: ControlStream | None = None
-        self._sent = 0
-        # What is to be seen to, beside the chain's holes.
+        # What is to be seen to, beside holes and bridges.
         self._slow: set[ControlStream] = set()
-        self._bridges: set[ControlStream] = set()
-        self._broken_links: set[ControlStream] = set()
         self._fatal: PeerdError | None = None
         # Faults since the last answer.
         self._barren = 0
@@ -98,6 +89,7 @@ class ChainKeeper:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                self._bridges = Bridges(self, self._opener, nursery)
                 task_status.started()
                 nursery.start_soon(PaceWatch(self, self._log, self._opener, self._finder).run)
                 await self._keep_open()
@@ -107,6 +99,11 @@ class ChainKeeper:
     def describe(self) -> list[dict[str, object]]:
         """Who serves which blocks now; empty where no chain is open."""
         return self._chain.describe()
+
+    @property
+    def replayed_positions(self) -> int:
+        """Positions that were sent again to bring replacements to where their predecessors stood."""
+        return self._first.replayed_positions + self._replayed
 
     @property
     def chain(self) -> LiveChain:
@@ -134,17 +131,9 @@ class ChainKeeper:
             self.working_since = trio.current_time()
             self.changed.unpark_all()
         if self._ready:
-            self._send(pending)
+            self._first.send(pending)
         else:
             self._alarm.set()
-
-    def _send(self, pending: Pending) -> None:
-        """Send a step to the first hop; if that is gone, its reader raises the alarm."""
-        assert self._head is not None
-        self._sent = pending.step.seq
-        header, body = encoded(pending.step, pending.hidden, self._wanted.terms.codec, self._dtype)
-        with suppress(PeerFault, trio.ClosedResourceError):
-            self._head.stream.send_nowait(header, body, priority=priority_of(pending.step.positions))
 
     # What the hops say.
 
@@ -164,14 +153,12 @@ class ChainKeeper:
         elif isinstance(message, Failure):
             self._on_failure(control, message)
         elif isinstance(message, Routed):
-            if message.epoch == control.route_epoch:
-                self.replayed_positions += message.replayed
-                control.is_bridged = control.is_bridged and control.is_bridge_wanted
+            self._replayed += message.replayed
+            self._bridges.routed(control, message)
         elif isinstance(message, LinkDown):
-            if message.epoch == control.route_epoch:
-                self._on_link_down(control)
+            self._bridges.link_down(control, message)
         elif isinstance(message, Step):
-            self._pass_on(control, message, body)
+            self._bridges.pass_on(control, message, body)
         elif isinstance(message, Gap):
             # Its cache is not what we think it is: only a new chain is sure to agree with us.
             self._start_anew(Evicted(f"{control.hop.peer_id} has only {message.have}"))
@@ -201,23 +188,6 @@ class ChainKeeper:
             # What was refused no other peer can mend; nor what was built on it.
             self._give_up(error)
 
-    def _on_link_down(self, control: ControlStream) -> None:
-        if control.is_bridged:
-            # We tried to end a bridge, which stands until a link does.
-            control.is_bridge_wanted = True
-            self._nursery.start_soon(self._replan, control)
-        elif self._chain.after(control.hop.span.end) is not None:
-            self._note(self._broken_links, control)
-
-    def _pass_on(self, control: ControlStream, step: Step, body: memoryview) -> None:
-        """We are the bridge between this hop and the next."""
-        following = self._chain.after(control.hop.span.end)
-        if not control.is_bridged or following is None:
-            return
-        # Where the stream breaks, its reader says so.
-        with suppress(PeerFault, trio.ClosedResourceError):
-            following.send_nowait(step, [body], priority=priority_of(step.positions))
-
     def _fault(self, control: ControlStream, error: PeerdError) -> None:
         """A hop ended its part of the session, or broke it: there is a hole in its place."""
         if control not in self._chain:
@@ -243,10 +213,6 @@ class ChainKeeper:
         if self._barren > MAX_BARREN_FAULTS:
             self._fatal = error
 
-    def _note(self, where: set[ControlStream], control: ControlStream) -> None:
-        where.add(control)
-        self._alarm.set()
-
     def _start_anew(self, error: PeerdError) -> None:
         """Give every hop up, and begin again from what was answered."""
         self.reopened += self._has_stood and bool(self._chain.controls)
@@ -256,17 +222,31 @@ class ChainKeeper:
         self._ready = False
         self._alarm.set()
 
-    # What the watch says.
+    # What the watch and the bridges say.
+
+    def alarm(self) -> None:
+        """There is something to see to."""
+        self._alarm.set()
 
     def overtake(self, control: ControlStream) -> None:
         """A hop hangs, or is too slow: replace it if anybody else can be had."""
         if control in self._chain:
-            self._note(self._slow, control)
+            self._slow.add(control)
+            self._alarm.set()
 
     def bridge(self, control: ControlStream) -> None:
         """What this hop sends does not arrive at the next."""
-        if control in self._chain and not control.is_bridged:
-            self._note(self._broken_links, control)
+        self._bridges.stuck(control)
+
+    def unreachable(self, control: ControlStream, error: Exception) -> None:
+        """A hop that its neighbour cannot reach does not answer us either."""
+        if control not in self._chain:
+            return
+        if isinstance(error, PeerFault):
+            self._fault(control, error)
+        else:
+            self._mender.avoid(control.hop.peer_id)
+            self._lose(control, LinkFailed(f"{control.hop.peer_id} cannot be reached: {error}"))
 
     def no_answer(self, seconds: float) -> None:
         """Nobody knows why a step was never answered."""
@@ -304,14 +284,14 @@ class ChainKeeper:
                 raise self._fatal
             if self._chain.holes:
                 await self._fill(self._chain.holes[0])
-            elif self._broken_links:
-                await self._bridge(self._broken_links.pop())
+            elif self._bridges.any_broken:
+                await self._bridges.mend()
             elif not self._ready:
                 await self._catch_up()
             elif self._slow:
                 await self._overtake(self._slow.pop())
-            elif self._bridges:
-                await self._unbridge(self._bridges.pop())
+            elif self._bridges.any_doubted:
+                await self._bridges.replan()
             else:
                 return
 
@@ -333,10 +313,10 @@ class ChainKeeper:
         """Replace a hop that hangs, unless nobody else can be had: then it has more time."""
         since = self.working_since
         self.pace.doubled()
-        if await self._replace(slow, lambda: self.working_since == since):
+        if await self.replace(slow, lambda: self.working_since == since):
             self.overtaken += 1
 
-    async def _replace(self, control: ControlStream, is_still_wanted: Callable[[], bool]) -> bool:
+    async def replace(self, control: ControlStream, is_still_wanted: Callable[[], bool]) -> bool:
         """Put others in the place of a hop that lives, without blame. False where nobody else can be had."""
         chain, span = self._chain, control.hop.span
         if control not in chain:
@@ -361,94 +341,30 @@ class ChainKeeper:
         self.replaying = self._log.positions
         before = self._chain.before(controls[0].hop.span.start)
         if before is not None:
-            await self._route(before, controls[0])
+            await self.route(before, controls[0])
 
-    async def _route(self, upstream: ControlStream, to: ControlStream) -> None:
+    async def route(self, upstream: ControlStream, to: ControlStream) -> None:
         """Point a hop to its new next hop, which it brings to where that should stand."""
         upstream.route_epoch = self._chain.raise_epoch()
         upstream.is_bridged = upstream.is_bridge_wanted = False
-        self._broken_links.discard(upstream)
         route = await self._opener.route(self._chain.session, upstream.route_epoch, upstream, to)
         # Where the stream breaks, its reader says so.
         with suppress(PeerFault, trio.ClosedResourceError):
             upstream.send_nowait(route, priority=Priority.CONTROL)
 
-    async def _bridge(self, upstream: ControlStream) -> None:
-        """Carry what a hop sends to the next ourselves: neither has done wrong."""
-        following = self._chain.after(upstream.hop.span.end)
-        if upstream not in self._chain or upstream.is_bridged or following is None:
-            return
-        try:
-            with trio.fail_after(BRIDGE_ASK_S):
-                taken = (await self._opener.ask(self._chain, following)).taken
-        except (PeerdError, trio.TooSlowError, trio.ClosedResourceError) as error:
-            # It cannot be reached from there, nor by us.
-            self._unreachable(following, error)
-            return
-        if upstream not in self._chain or self._chain.after(upstream.hop.span.end) is not following:
-            return
-        upstream.route_epoch = self._chain.raise_epoch()
-        upstream.is_bridged = upstream.is_bridge_wanted = True
-        with suppress(PeerFault, trio.ClosedResourceError):
-            upstream.send_nowait(Bridge(epoch=upstream.route_epoch, taken=taken), priority=Priority.CONTROL)
-        self._nursery.start_soon(self._replan, upstream)
-
-    def _unreachable(self, control: ControlStream, error: Exception) -> None:
-        if control not in self._chain:
-            return
-        if isinstance(error, PeerFault):
-            self._fault(control, error)
-        else:
-            self._mender.avoid(control.hop.peer_id)
-            self._lose(control, LinkFailed(f"{control.hop.peer_id} cannot be reached: {error}"))
-
-    async def _replan(self, upstream: ControlStream) -> None:
-        """After a while, see whether a bridge can be done without."""
-        await trio.sleep(upstream.replan_after_s)
-        upstream.replan_after_s = min(2 * upstream.replan_after_s, MAX_REPLAN_S)
-        if upstream in self._chain and upstream.is_bridged:
-            self._note(self._bridges, upstream)
-
-    async def _unbridge(self, upstream: ControlStream) -> None:
-        """End a bridge: go through another peer, or else see whether the link can be had again."""
-        following = self._chain.after(upstream.hop.span.end)
-        if upstream not in self._chain or not upstream.is_bridged or following is None:
-            return
-        if await self._replace(following, lambda: upstream.is_bridged):
-            return
-        if upstream in self._chain and following in self._chain and upstream.is_bridged:
-            await self._route(upstream, following)
-            # Until that stands, what comes is still for us to carry.
-            upstream.is_bridged = True
-
     async def _catch_up(self) -> None:
         """Let the first hop have all that was answered, if it is new, and what came after."""
         head = self._chain.controls[0]
         try:
-            if head is not self._head:
-                await self._replay(head)
-                self._head = head
-            if head not in self._chain or not self._chain.is_whole:
-                return
-            self._ready = True
-            self._has_stood = True
-            self.working_since = trio.current_time()
-            for pending in list(self._log.pending.values()):
-                if pending.step.seq > self._sent:
-                    self._send(pending)
-            self.changed.unpark_all()
+            await self._first.bring_up(head, self._chain.epoch)
         except PeerFault as error:
             self._fault(head, error)
         except trio.ClosedResourceError:
             self._fault(head, ConnectionLost(f"the stream to {head.hop.peer_id} has ended"))
-
-    async def _replay(self, head: ControlStream) -> None:
-        sent = self._log.answered
-        with self._log.kept.pinned():
-            for step, hidden in self._log.kept.since(0, self._chain.epoch):
-                header, body = encoded(step, hidden, self._wanted.terms.codec, self._dtype)
-                await head.stream.send(header, body, priority=priority_of(step.positions))
-                if step.seq == REPLAY_SEQ:
-                    self.replayed_positions += step.positions
-                sent = max(sent, step.seq)
-        self._sent = sent
+        if head not in self._chain or not self._chain.is_whole:
+            return
+        self._ready = True
+        self._has_stood = True
+        self.working_since = trio.current_time()
+        self._first.send_unsent()
+        self.changed.unpark_all()

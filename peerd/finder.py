@@ -7,6 +7,7 @@ routes of every session of this process in that instant, whatever its announceme
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from random import Random
 
@@ -84,6 +85,9 @@ class SwarmFinder:
         needs = ChainNeeds(tokens=tokens, positions=positions, adapter=adapter, requests=requests)
         if between is not None:
             needs = self._between(needs, between)
+            # Somebody waits in mid-answer, and a lookup may have to wait for whoever has just died or hangs.
+            with suppress(NoChain):
+                return self.plan(blocks, needs, exclude)
         try:
             return await self._plan(blocks, needs, exclude, CACHE_S)
         except NoChain:

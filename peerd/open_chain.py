@@ -41,6 +41,8 @@ from peerd.routing.chain import Hop
 
 # A ticket is shown within seconds; the rest allows for clocks that differ.
 TICKET_LIFETIME_S = 120
+# In mid-answer nobody waits longer for news of an address: a lookup may have to wait for whoever has just died.
+RECORD_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +210,9 @@ class ChainOpener:
     async def _next(self, session: bytes, sender: Hop, receiver: Hop, number: int, epoch: int) -> NextHop:
         """Leave for `sender` to push this session's results to `receiver`, which knows itself as hop `number`."""
         # Where the receiver is now: what its offer came with may have expired in a long session.
-        record = await self._directory.peer_record(receiver.peer_id) or receiver.offer.peer_record
+        record = receiver.offer.peer_record
+        with trio.move_on_after(RECORD_PATIENCE_S):
+            record = await self._directory.peer_record(receiver.peer_id) or record
         ticket = Ticket(
             session=session,
             hop=number,

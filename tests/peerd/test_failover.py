@@ -190,6 +190,19 @@ async def test_a_death_that_leaves_two_peers_to_share_its_blocks_is_mended_by_bo
         assert all(hosts[hop].task.engine.positions_computed == 41 for hop in (0, 2, 3))
 
 
+@pytest.mark.parametrize("hop", range(HOPS))
+async def test_a_kill_costs_its_session_round_trips_and_the_replay_and_no_waiting(open_swarm, hop):
+    async with open_swarm() as swarm:
+        client = await swarm.client()
+        hosts, session = await open_chain(swarm, client)
+        await session.step(ROW[:40])
+        undisturbed_s = await stall_s(session, ROW, 40, 5)
+        await serve(swarm, hop)
+        swarm.kill(hosts[hop])
+        # 5 ms a way, and 10 ms of computing: dialling, the handshake, `open`, `route`, and a link of its own.
+        assert await stall_s(session, ROW, 45, 1) - undisturbed_s < 0.08
+
+
 # Hangs.
 
 

@@ -243,3 +243,32 @@ async def test_the_replacement_of_a_dead_hop_is_connected_already(open_swarm, wh
         assert ours.scout.standbys == frozenset()
         assert (others - needed) & set(client.connections.live) == set()
         tasks.cancel_scope.cancel()
+
+
+async def test_a_replacement_is_found_without_waiting_for_a_lookup(open_swarm) -> None:
+    async with open_swarm() as swarm:
+        hosts = [await swarm.serve(*span) for span in [(0, 4), (4, 8), (4, 8)]]
+        announced = Announced(swarm)
+        finder = scouted(await swarm.client(), announced).finder
+        first = await finder.find(BLOCKS, tokens=10, exclude=())
+        lost = first.hops[1].peer_id
+        looked_up = announced.servers
+
+        async def hang(*_: object, **__: object) -> list[Offer]:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        announced.servers = hang  # type: ignore[method-assign]
+        with trio.fail_after(0.1):
+            found = await finder.find(first.hops[1].span, tokens=10, exclude=(lost,), between=(hosts[0].peer_id, None))
+        (hop,) = found.hops
+        assert hop.peer_id in {host.peer_id for host in hosts[1:]} - {lost}
+        # Where nobody is known, somebody may have come.
+        announced.servers = looked_up  # type: ignore[method-assign]
+        late = await swarm.serve(4, 8)
+        (hop,) = (
+            await finder.find(
+                first.hops[1].span, tokens=10, exclude=(lost, hop.peer_id), between=(hosts[0].peer_id, None)
+            )
+        ).hops
+        assert hop.peer_id == late.peer_id

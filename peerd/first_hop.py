@@ -1,0 +1,64 @@
+"""The client as what it is to its first hop: the one before it, which brings it to where it should stand.
+
+Knows what was sent to which hop; finds and mends nothing. The difficulty is a first hop that is new: it needs all that
+was answered, and then each step once, while more are being asked for.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import trio
+
+from peerd.control_stream import ControlStream
+from peerd.open_chain import Terms
+from peerd.protocol.errors import PeerFault
+from peerd.protocol.messages import REPLAY_SEQ
+from peerd.protocol.tensors import DTYPES
+from peerd.step_log import Pending, StepLog
+from peerd.step_tensors import encoded, priority_of
+
+
+class FirstHop:
+    """Sends the steps of `log`."""
+
+    def __init__(self, log: StepLog, terms: Terms) -> None:
+        # Positions that were sent again.
+        self.replayed_positions = 0
+        self._log = log
+        self._codec = terms.codec
+        self._dtype = DTYPES[terms.dtype]
+        # The hop that has what was answered, and every step up to a number.
+        self._hop: ControlStream | None = None
+        self._sent = 0
+
+    def __repr__(self) -> str:
+        return f"<FirstHop {self._hop} sent={self._sent}>"
+
+    def send(self, pending: Pending) -> None:
+        """Send a step to the hop that has all before it; if that is gone, its reader says so."""
+        assert self._hop is not None
+        self._sent = pending.step.seq
+        header, body = encoded(pending.step, pending.hidden, self._codec, self._dtype)
+        with suppress(PeerFault, trio.ClosedResourceError):
+            self._hop.stream.send_nowait(header, body, priority=priority_of(pending.step.positions))
+
+    def send_unsent(self) -> None:
+        """Send what was asked for while there was nobody to send it to."""
+        for pending in list(self._log.pending.values()):
+            if pending.step.seq > self._sent:
+                self.send(pending)
+
+    async def bring_up(self, hop: ControlStream, epoch: int) -> None:
+        """See that `hop` has all that was asked for until now. Raises PeerFault, trio.ClosedResourceError."""
+        if hop is self._hop:
+            return
+        sent = self._log.answered
+        with self._log.kept.pinned():
+            for step, hidden in self._log.kept.since(0, epoch):
+                header, body = encoded(step, hidden, self._codec, self._dtype)
+                await hop.stream.send(header, body, priority=priority_of(step.positions))
+                if step.seq == REPLAY_SEQ:
+                    self.replayed_positions += step.positions
+                sent = max(sent, step.seq)
+        self._hop, self._sent = hop, sent
