@@ -56,6 +56,13 @@ _OPTIONS = (
         " moves, its sessions ended first, where other blocks lack servers much more.",
     ),
     click.option(
+        "--look-every",
+        "look_every_s",
+        type=click.FloatRange(min=1),
+        metavar="SECONDS",
+        help="With --serve-blocks N or auto: look so often whether to move. Default: 300, give or take half of it.",
+    ),
+    click.option(
         "--model",
         "models",
         type=parse_named_model,
@@ -218,8 +225,8 @@ def daemon_of(
         raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
     if serve_blocks is None and any([devices, quantize, *serving.values()]):
         raise click.UsageError(
-            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters, --uplink"
-            " and --no-move say how to serve: add --serve-blocks"
+            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters,"
+            " --uplink, --look-every and --no-move say how to serve: add --serve-blocks"
         )
     if serve_blocks is None and not (offers or listen):
         raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")

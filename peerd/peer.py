@@ -212,7 +212,7 @@ class Peer:
                 reserved.remove(place)
                 place.loader = loader
                 if loader is not None and len(served.span) < block_count:
-                    self._start_moving(place, loader, block_count)
+                    self._start_moving(place, loader, block_count, spec.look_every_s)
             self._watch_neighbours(digest, block_count, self._places)
         finally:
             for place in reserved:
@@ -242,12 +242,13 @@ class Peer:
 
         self.discovery.serve(records)
 
-    def _start_moving(self, place: Place, loader: SpanLoader, block_count: int) -> None:
-        from peerd.rebalancing import Rebalancer
+    def _start_moving(self, place: Place, loader: SpanLoader, block_count: int, look_every_s: float | None) -> None:
+        from peerd.rebalancing import Pace, Rebalancer
 
         assert self.server is not None
         random = Random(os.urandom(16))
-        rebalancer = Rebalancer(place, loader, self.server, self.discovery, self.peer_id, block_count, random)
+        pace = Pace.looking_every(look_every_s)
+        rebalancer = Rebalancer(place, loader, self.server, self.discovery, self.peer_id, block_count, random, pace)
         self._rebalancers.append(rebalancer)
         self._tasks.start_soon(rebalancer.run)
 

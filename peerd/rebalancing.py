@@ -43,6 +43,7 @@ LOOK_S = 300.0
 LOOK_SPREAD = 0.5
 # Between saying that we move and looking again. An announcement takes a second or two to be where others look.
 MAX_HESITATION_S = 30.0
+MIN_HESITATION_S = 4.0
 # A move whose goal changed so often while it was announced is left for the next look.
 MAX_GOALS = 3
 # What sessions get to end before they are cut; their clients then find other peers, at the price of a replay.
@@ -69,6 +70,13 @@ class Pace:
     look_s: float = LOOK_S
     hesitation_s: float = MAX_HESITATION_S
     drain_s: float = MAX_DRAIN_S
+
+    @classmethod
+    def looking_every(cls, look_s: float | None) -> Pace:
+        """The usual, but for how often we look, if that is said; then we hesitate as much less."""
+        if look_s is None:
+            return cls()
+        return cls(look_s, max(MIN_HESITATION_S, MAX_HESITATION_S * min(1.0, look_s / LOOK_S)))
 
 
 class Loading(Protocol):

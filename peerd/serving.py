@@ -86,6 +86,7 @@ class ServeSpec:
     adapters: tuple[tuple[str, str | Path], ...] = ()
     client_adapter_bytes: int | None = None
     stay: bool = False
+    look_every_s: float | None = None
     uplink: int | None = None
 
 

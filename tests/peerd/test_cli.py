@@ -114,13 +114,13 @@ def test_what_a_daemon_is_told_reaches_what_it_serves_and_offers(model: str, mon
 
     monkeypatch.setattr(cli_serve, "run_daemon", be)
     serving = ("--serve-blocks", "auto", "--no-move", "--quantize", "int8", "--throughput", "500", "--model", model)
-    serving += ("--uplink", "2.5MB")
+    serving += ("--uplink", "2.5MB", "--look-every", "60")
     result = run(*serving, "--http", "127.0.0.1:8080", "--token-file", f"{model}/token", "--socket", f"{model}/p.sock")
     assert result.exit_code == 0, result.stderr
     (daemon,) = daemons
     (spec,) = daemon.serve
     assert (spec.blocks, spec.stay, spec.quantize, spec.throughput) == (None, True, "int8", 500)
-    assert spec.uplink == 2_500_000
+    assert (spec.uplink, spec.look_every_s) == (2_500_000, 60)
     offer = daemon.offer
     assert offer is not None
     assert (offer.http, offer.token_file) == (("127.0.0.1", 8080), Path(model) / "token")
