@@ -58,6 +58,8 @@ class Checkpoint:
         *,
         name: str,
         published_config: Mapping[str, Any],
+        hub_id: str = "",
+        commit: str = "",
     ) -> None:
         self.path = path
         self.family = family
@@ -65,6 +67,9 @@ class Checkpoint:
         self.config = config
         #: What people call the model.
         self.name = name
+        #: Where it is on a hub, `org/name`, and of which commit these files are; both empty for one from elsewhere.
+        self.hub_id = hub_id
+        self.commit = commit
         self._weights = weights
         # What came beside the weights files and is not in them: other versions of Transformers read it otherwise.
         self._published_config = published_config
@@ -266,7 +271,7 @@ def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
     try:
         _refuse_without_safetensors(folder.names(), hub_id)
         folder.fetch([name for name in _SMALL_FILES if name in folder])
-        return _open_folder(folder, hub_id.name)
+        return _open_folder(folder, hub_id.name, hub_id=hub_id.repo, commit=folder.commit)
     except BaseException:
         folder.close()
         raise
@@ -286,7 +291,7 @@ def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
     raise CheckpointError(f"{hub_id} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is no model that can be read")
 
 
-def _open_folder(folder: Folder, name: str) -> Checkpoint:
+def _open_folder(folder: Folder, name: str, *, hub_id: str = "", commit: str = "") -> Checkpoint:
     from peerd.compute.safetensors_weights import SafetensorsWeights
 
     config_path = folder.where / "config.json"
@@ -295,7 +300,9 @@ def _open_folder(folder: Folder, name: str) -> Checkpoint:
     family = family_named(raw.get("model_type"))
     config = make_config(family, raw, config_path)
     weights = SafetensorsWeights(folder, family)
-    return Checkpoint(folder.where, family, config, weights, name=name, published_config=published)
+    return Checkpoint(
+        folder.where, family, config, weights, name=name, published_config=published, hub_id=hub_id, commit=commit
+    )
 
 
 def _text_config(raw: dict[str, Any]) -> dict[str, Any]:

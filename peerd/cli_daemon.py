@@ -71,6 +71,15 @@ _OPTIONS = (
         help="A model's directory, a .gguf file, or org/name[@revision] on the hub: the one to serve, or one that"
         " the local API offers as NAME. Repeat it for several.",
     ),
+    click.option(
+        "--models",
+        "among",
+        multiple=True,
+        metavar="PATTERN",
+        help="Instead of --model, with --serve-blocks N or auto: serve whichever model needs it most, of those that the"
+        " swarm serves and that a pattern allows: org/name on the hub, where * and ? stand for anything, or paths of"
+        " models on this machine. Repeat it for several.",
+    ),
     revision_option,
     disk_option,
     click.option(
@@ -214,9 +223,14 @@ def daemon_of(
     """What the options ask for together. Raises click.UsageError where they do not fit each other."""
     relay = relaying(serving)
     offers = client or socket_path is not None or http is not None
-    if serve_blocks is not None and len(models) != 1:
+    among: tuple[str, ...] = serving["among"]
+    if among and (models or serve_blocks is None or isinstance(serve_blocks, Span)):
+        raise click.UsageError("--models lets the swarm decide: say --serve-blocks auto or N with it, and no --model")
+    if serve_blocks is not None and len(models) != 1 and not among:
         raise click.UsageError("--serve-blocks says which blocks, --model of which one model: say each once")
-    if (revision or disk_bytes) and not models:
+    if revision and among:
+        raise click.UsageError("--revision is for --model: of --models, the swarm says which commit it serves")
+    if (revision or disk_bytes) and not (models or among):
         raise click.UsageError("--revision and --disk are for models: add --model")
     if revision and len(models) > 1:
         raise click.UsageError("--revision is for one --model; with several, write each as org/name@revision")
@@ -243,7 +257,7 @@ def daemon_of(
 
     specs: tuple[ServeSpec, ...] = ()
     if serve_blocks is not None:
-        model = models[0][1]
+        model = models[0][1] if models else ""
         with working("starting"):
             from peerd.compute.quantized_formats import NONE
             from peerd.devices import check_devices

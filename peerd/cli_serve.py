@@ -184,7 +184,9 @@ def _state_dir(identity: Path) -> Path:
 
 
 def _starting(specs: Sequence[ServeSpec]) -> str:
-    return ", ".join(f"reading blocks of {Path(spec.model).name}" for spec in specs) or "joining the swarm"
+    named = [f"reading blocks of {Path(spec.model).name}" for spec in specs if not spec.among]
+    chosen = ["choosing a model" for spec in specs if spec.among]
+    return ", ".join([*named, *chosen]) or "joining the swarm"
 
 
 def _roles(peer: Peer) -> str:

@@ -28,7 +28,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import Announcement, PeerRecord, ServerRecord
+from peerd.protocol.records import Announcement, ModelRecord, PeerRecord, ServerRecord
 from peerd.routing.announcer import Announcer
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht import Dht
@@ -86,6 +86,7 @@ class Discovery:
         self._moved = trio.Event()
         self._alone = trio.Event()
         self._spans: Callable[[], Sequence[ServerRecord]] = tuple
+        self._models: Callable[[], Sequence[ModelRecord]] = tuple
         self._announcer = Announcer(identity, self.dht, self._state, self._announcements, clock)
 
     def __repr__(self) -> str:
@@ -122,6 +123,10 @@ class Discovery:
         """Of addresses that others told us, those that may be dialled: none of our own network, unless the swarm is."""
         return dialable(addresses, self._transport.ranges)
 
+    def describe(self, models: Callable[[], Sequence[ModelRecord]]) -> None:
+        """Announce what `models` returns beside what we serve, asked each time."""
+        self._models = models
+
     def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
         """Announce what `spans` returns, asked each time; `seq` and `expires` are filled in."""
         self._spans = spans
@@ -146,7 +151,8 @@ class Discovery:
             return []
         addresses = tuple(str(address.with_peer(None)) for address in self._addresses[:MAX_ADDRESSES])
         relays = tuple(str(relay) for relay in self._relays[:MAX_RELAYS])
-        return [*spans, PeerRecord(seq=0, expires=0.0, addresses=addresses, relays=relays).fitted()]
+        peer = PeerRecord(seq=0, expires=0.0, addresses=addresses, relays=relays).fitted()
+        return [*spans, peer, *self._models()]
 
     async def run(self, joined: trio.Event) -> None:
         """Join, then announce, and keep what we know fresh, until cancelled. `joined`: the first attempt has ended."""

@@ -28,6 +28,7 @@ from peerd.compute.hub_settings import HubSettings
 from peerd.connections import Connections, open_connections
 from peerd.dialback import DialbackAnswerer
 from peerd.discovery import Discovery, open_discovery
+from peerd.model_names import ModelNames, words_for
 from peerd.neighbours import Neighbours
 from peerd.nurseries import open_tasks
 from peerd.places import Place, Places
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint import Checkpoint
     from peerd.compute.head import Head
     from peerd.model import ModelFacts, RemoteModel
-    from peerd.protocol.records import ServerRecord
+    from peerd.protocol.records import ModelRecord, ServerRecord
     from peerd.rebalancing import Rebalancer
     from peerd.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
@@ -98,6 +99,7 @@ class Peer:
         self._tasks = tasks
         self._places = Places(server) if server is not None else None
         self._neighbours: Neighbours | None = None
+        self._names: ModelNames | None = None
         self._rebalancers: list[Rebalancer] = []
 
     def __repr__(self) -> str:
@@ -186,7 +188,8 @@ class Peer:
         """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
 
         Where the spec names no span, and one device, the span moves later to where the swarm needs it more, unless it
-        says `stay`: `served` says where it is then. Raises CheckpointError, InvalidRequest.
+        says `stay`: `served` says where it is then. Where it names no model, waits until the swarm serves one that it
+        allows. Raises CheckpointError, InvalidRequest.
         """
         await _import("peerd.serving")
         from peerd.span_loader import SpanLoader, load_served
@@ -195,6 +198,8 @@ class Peer:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
         if self._neighbours is None:
             self.discovery.serve(self._places.records)
+        if spec.among:
+            spec = await self._choose_model(spec)
         reserved: list[Place] = []
         ready = []
         try:
@@ -204,6 +209,7 @@ class Peer:
                 for own, span in shares:
                     ready.append(await load_served(own, checkpoint, span))
                 digest, block_count = checkpoint.model_digest, checkpoint.block_count
+                words = words_for(checkpoint)
             moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
             loader = SpanLoader(self._checkpoints, spec, digest) if moves else None
             for served, loaded in ready:
@@ -214,6 +220,7 @@ class Peer:
                 if loader is not None and len(served.span) < block_count:
                     self._start_moving(place, loader, block_count, spec.look_every_s)
             self._watch_neighbours(digest, block_count, self._places)
+            self._name(words)
         finally:
             for place in reserved:
                 self._places.release(place)
@@ -221,6 +228,21 @@ class Peer:
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self.discovery.announced()
         return tuple(served for served, _ in ready)
+
+    async def _choose_model(self, spec: ServeSpec) -> ServeSpec:
+        """The same order for one of the models that it allows. Waits until the swarm serves one."""
+        from peerd.model_choice import ModelChoice
+
+        return await ModelChoice(spec, self.discovery, self._checkpoints).choose()
+
+    def _name(self, words: ModelRecord) -> None:
+        """Say what a model that we serve is called."""
+        if self._names is None:
+            random = Random(os.urandom(16))
+            self._names = ModelNames(self.discovery.dht, self.peer_id, self.discovery.changed, random)
+            self.discovery.describe(self._names.records)
+            self._tasks.start_soon(self._names.run)
+        self._names.add(words)
 
     def _prober(self) -> Prober:
         return Prober(self.connections, self.discovery.links, self.discovery.may_dial)

@@ -61,6 +61,8 @@ MAX_PASS_BYTES = 8 * 2**30
 @dataclass(frozen=True, slots=True)
 class ServeSpec:
     """What an operator wants served. `model`: a path or a hub id, of which `revision` is the branch, tag or commit.
+    `among`: instead of one model, patterns of those that we may choose from, of what the swarm serves (`org/*`, or
+    paths).
 
     `blocks`: a span, how many, or None for all that fit. Which blocks, where no span is named, the swarm decides, now
     and, unless the peer is to `stay`, later.
@@ -74,7 +76,7 @@ class ServeSpec:
     `uplink`: bytes a second that this machine can send, which clients then reckon with; None: as is measured.
     """
 
-    model: str | Path
+    model: str | Path = ""
     blocks: Span | int | None = None
     dtype: str | None = None
     device: str = "cpu"
@@ -87,6 +89,7 @@ class ServeSpec:
     client_adapter_bytes: int | None = None
     stay: bool = False
     look_every_s: float | None = None
+    among: tuple[str, ...] = ()
     uplink: int | None = None
 
 

@@ -228,7 +228,7 @@ class ServerRecord(Announcement):
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord(Announcement):
-    """What a model digest stands for, in words. `hub_id` and `revision` are empty for a local checkpoint."""
+    """What a model digest stands for, in words. `hub_id` and `revision`, a commit, are empty for a local checkpoint."""
 
     TYPE: ClassVar[str] = "model"
 
@@ -261,8 +261,7 @@ def block_roots(span: Span, digests: Sequence[bytes]) -> tuple[bytes, ...]:
 
 def server_key(model: bytes, shard: int, nibble: int | None = None) -> bytes:
     """Where the servers of a shard are announced; with `nibble`, a sixteenth of them (once the whole is full)."""
-    parts = shard.to_bytes(2, "big") + (b"" if nibble is None else bytes([nibble]))
-    return _dht_key(b"/peerd/servers/1", model + parts)
+    return _dht_key(b"/peerd/servers/1", model + shard.to_bytes(2, "big") + _part(nibble))
 
 
 def peer_key(peer_id: PeerId) -> bytes:
@@ -270,9 +269,14 @@ def peer_key(peer_id: PeerId) -> bytes:
     return _dht_key(b"/peerd/peers/1", encode_public_key(public_key_of(peer_id)))
 
 
-def model_key(model: bytes) -> bytes:
-    """Where the words for a model digest are announced."""
-    return _dht_key(b"/peerd/models/1", model)
+def model_key(model: bytes, nibble: int | None = None) -> bytes:
+    """Where the words for a model digest are announced; with `nibble`, a sixteenth of those who do."""
+    return _dht_key(b"/peerd/models/1", model + _part(nibble))
+
+
+def catalogue_key(nibble: int | None = None) -> bytes:
+    """Where the words for every model are announced too; with `nibble`, by a sixteenth of those who do."""
+    return _dht_key(b"/peerd/catalogue/1", _part(nibble))
 
 
 def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
@@ -281,7 +285,7 @@ def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
         case PeerRecord():
             return (peer_key(peer_id),)
         case ModelRecord():
-            return (model_key(body.model),)
+            return model_key(body.model), catalogue_key()
         case ServerRecord():
             return tuple(server_key(body.model, shard) for shard in shards_of(body.span))
     raise TypeError(f"not a kind of record: {type(body).__name__}")
@@ -289,15 +293,22 @@ def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
 
 def split_keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
     """Where `body` goes when one of `keys_of` is full: in the same order, or empty for what does not split."""
-    if not isinstance(body, ServerRecord):
-        return ()
     nibble = node_id_of(peer_id)[0] >> 4
-    return tuple(server_key(body.model, shard, nibble) for shard in shards_of(body.span))
+    match body:
+        case ModelRecord():
+            return model_key(body.model, nibble), catalogue_key(nibble)
+        case ServerRecord():
+            return tuple(server_key(body.model, shard, nibble) for shard in shards_of(body.span))
+    return ()
 
 
 def next_seq(now: float, last: int) -> int:
     """The next `seq`: `now` (unix seconds) in microseconds, but always above `last`, which outlives restarts."""
     return max(int(now * 1e6), last + 1)
+
+
+def _part(nibble: int | None) -> bytes:
+    return b"" if nibble is None else bytes([nibble])
 
 
 def _dht_key(domain: bytes, name: bytes) -> bytes:

@@ -116,14 +116,15 @@ class Announcer:
         """Sign and store what is to be announced now. Returns whether somebody took each record."""
         bodies = self._current()
         spans = {body.slot: body for body in bodies if isinstance(body, ServerRecord)}
+        leaving = [old for slot, old in self._servers.items() if self._leaves_keys(old, spans.get(slot))]
         # Before the new records: of a slot whose span moved, the newest record must be the new span's.
-        await self._withdraw([old for slot, old in self._servers.items() if self._leaves_keys(old, spans.get(slot))])
+        await self._withdraw([old for old in leaving if old.slot in spans])
         due = [body for body in bodies if self._is_due(body)]
-        if not due:
-            return True
-        holders = await self._publish([self._timed(body) for body in due])
+        holders = await self._publish([self._timed(body) for body in due]) if due else 0
         self._note_others(due, holders)
-        return holders > 0
+        # After them: an intention must not be gone before what came of it is there.
+        await self._withdraw([old for old in leaving if old.slot not in spans])
+        return not due or holders > 0
 
     async def leave(self) -> None:
         """Announce every span as `offline`. The caller bounds the time, and shields it from its own end."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from peerd.protocol.announcements import catalogue_key
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import Slot, VerifiedRecord, peer_key, replaces, server_key
 
@@ -38,6 +39,11 @@ class RecordSource(Protocol):
 def servers_of(model: bytes, shard: int) -> RecordKey:
     """Where the servers of one shard of a model announce themselves."""
     return RecordKey(server_key(model, shard), tuple(server_key(model, shard, nibble) for nibble in _NIBBLES))
+
+
+def words_for_models() -> RecordKey:
+    """Where servers announce what their models are called."""
+    return RecordKey(catalogue_key(), tuple(catalogue_key(nibble) for nibble in _NIBBLES))
 
 
 def addresses_of(peer_id: PeerId) -> RecordKey:

@@ -70,6 +70,11 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--serve-blocks", "1", "--model", "MODEL", "--revision", "main"], "only a model on a hub has revisions"),
         (["--serve-blocks", "1", "--model", "a/b", "--disk", "much"], "much"),
         (["--serve-blocks", "1", "--model", "MODEL", "--model", "MODEL"], "say each once"),
+        (["--serve-blocks", "0:4", "--models", "org/*"], "--serve-blocks auto or N"),
+        (["--serve-blocks", "auto", "--models", "org/*", "--model", "MODEL"], "no --model"),
+        (["--client", "--models", "org/*"], "--serve-blocks auto or N"),
+        (["--serve-blocks", "auto", "--models", "org/*", "--revision", "main"], "which commit it serves"),
+        (["--client", "--look-every", "60"], "add --serve-blocks"),
         (["--client", "--model", "=MODEL"], "has no name"),
         (["--client", "--model", "a=MODEL", "--model", "a=MODEL"], "the same NAME"),
         (["--client", "--http", "8080"], "HOST:PORT"),
@@ -125,6 +130,21 @@ def test_what_a_daemon_is_told_reaches_what_it_serves_and_offers(model: str, mon
     assert offer is not None
     assert (offer.http, offer.token_file) == (("127.0.0.1", 8080), Path(model) / "token")
     assert offer.socket_path == Path(model) / "p.sock"
+
+
+def test_patterns_in_place_of_a_model_reach_what_a_daemon_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    daemons: list[Daemon] = []
+
+    async def be(daemon: Daemon) -> None:
+        daemons.append(daemon)
+
+    monkeypatch.setattr(cli_serve, "run_daemon", be)
+    patterns = ("--models", "org/*", "--models", "~/models/*")
+    result = run("--serve-blocks", "auto", *patterns, "--disk", "1GB")
+    assert result.exit_code == 0, result.stderr
+    (spec,) = daemons[0].serve
+    assert (spec.model, spec.among, spec.blocks) == ("", ("org/*", "~/models/*"), None)
+    assert daemons[0].disk_bytes == 10**9
 
 
 def test_what_an_operator_gives_away_as_a_relay_reaches_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:

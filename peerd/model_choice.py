@@ -1,0 +1,172 @@
+"""Chooses a model to serve, of those that the swarm serves and the operator allows.
+
+Knows patterns, checkpoints and the catalogue; which blocks of the model are served is decided elsewhere. The difficulty
+is strangers: the catalogue may hold anything. So only a pattern lets us open a model at all, and before any weights are
+fetched the hub must say of that commit what the announcement said.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import trio
+
+from peerd.checkpoints import Checkpoints
+from peerd.compute.checkpoint import Checkpoint
+from peerd.compute.errors import CheckpointError, HubUnavailable
+from peerd.compute.hub_id import is_commit, parse_hub_id
+from peerd.devices import rooms, specs_by_device
+from peerd.discovery import Discovery
+from peerd.protocol.errors import InvalidRequest
+from peerd.routing.catalogue import NamedModel, least_rate, named_models
+from peerd.routing.holding import Holding
+from peerd.routing.record_sets import PartialView
+from peerd.serving import ServeSpec
+
+log = logging.getLogger(__name__)
+
+# While there is nothing that we may serve.
+LOOK_S = 15.0
+# Models that one look opens at most: each costs the hub a few requests, whoever announced it.
+MAX_OPENED = 8
+# A model that could not be served is not tried again for so long: its announcement may have been a mistake.
+REFUSED_S = 600.0
+# What is here already is chosen though another is needed so much more: it serves while that would still be fetched.
+ON_DISK_FACTOR = 1.5
+# Of models that are named in a message.
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A model that we could serve. `rate` is what one more session gets there."""
+
+    spec: ServeSpec
+    named: NamedModel
+    rate: float
+    is_here: bool
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The least is served: first where a block has no server, then where a session gets least."""
+        return self.rate > 0, self.rate / (ON_DISK_FACTOR if self.is_here else 1)
+
+
+class ModelChoice:
+    """One choice for `spec`, which has patterns (`among`) in place of a model."""
+
+    def __init__(self, spec: ServeSpec, discovery: Discovery, checkpoints: Checkpoints) -> None:
+        self._spec = spec
+        self._discovery = discovery
+        self._checkpoints = checkpoints
+        # Models on this machine that a pattern names, by digest.
+        self._local: dict[bytes, Path] = {}
+        # Why a model cannot be served, and until when that is believed.
+        self._refused: dict[NamedModel, tuple[str, float]] = {}
+        self._said = ""
+
+    async def choose(self) -> ServeSpec:
+        """What was asked for, of the model that needs us most. Waits until there is one.
+
+        Raises CheckpointError where a path among the patterns is no model.
+        """
+        await self._open_local()
+        while True:
+            try:
+                models = await named_models(self._discovery.dht)
+                found = await self._candidates(models)
+            except PartialView as error:
+                self._say(f"waiting to see the whole swarm before choosing a model: {error}")
+            else:
+                if found:
+                    best = min(found, key=lambda one: one.rank)
+                    log.info("of %s, %s needs us most", ", ".join(str(one.named) for one in found), best.named)
+                    return best.spec
+                self._say(self._why_none(models))
+            await trio.sleep(LOOK_S)
+
+    async def _open_local(self) -> None:
+        for pattern in self._spec.among:
+            for path in await trio.to_thread.run_sync(local_models, pattern):
+                async with self._checkpoints.open(path) as checkpoint:
+                    # Hashes the weights once a file.
+                    digest = await trio.to_thread.run_sync(lambda opened: opened.model_digest, checkpoint)
+                self._local[digest] = path
+
+    async def _candidates(self, models: Sequence[NamedModel]) -> list[_Candidate]:
+        """The models that we may and can serve and that others serve already."""
+        found: list[_Candidate] = []
+        opened = 0
+        for named in models:
+            spec = self._spec_of(named)
+            if spec is None or self._why_refused(named) or opened == MAX_OPENED:
+                continue
+            holdings = await self._discovery.directory.holdings(named.digest, named.block_count)
+            if not holdings:
+                continue
+            opened += 1
+            candidate = await self._open(spec, named, holdings)
+            if candidate is not None:
+                found.append(candidate)
+        return found
+
+    async def _open(self, spec: ServeSpec, named: NamedModel, holdings: Sequence[Holding]) -> _Candidate | None:
+        """Look at what is small of a model: is it what was announced, and does a block of it fit here?"""
+        try:
+            async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
+                is_here = await trio.to_thread.run_sync(_check, spec, named, checkpoint)
+        except HubUnavailable as error:
+            log.info("cannot look at %s now: %s", named, error)
+        except (CheckpointError, InvalidRequest) as error:
+            self._refused[named] = (str(error), trio.current_time() + REFUSED_S)
+            log.warning("not serving %s: %s", named, error)
+        else:
+            return _Candidate(spec, named, least_rate(holdings, named.block_count), is_here)
+        return None
+
+    def _spec_of(self, named: NamedModel) -> ServeSpec | None:
+        """How we would serve the model; None where no pattern allows it."""
+        if named.digest in self._local:
+            return replace(self._spec, model=self._local[named.digest], among=())
+        # A branch is whatever its owner makes of it tomorrow.
+        if not is_commit(named.commit) or not parse_hub_id(named.hub_id):
+            return None
+        if any(fnmatchcase(named.hub_id, pattern) for pattern in self._spec.among):
+            return replace(self._spec, model=named.hub_id, revision=named.commit, among=())
+        return None
+
+    def _why_refused(self, named: NamedModel) -> str | None:
+        reason, until = self._refused.get(named, (None, 0.0))
+        return reason if trio.current_time() < until else None
+
+    def _why_none(self, models: Sequence[NamedModel]) -> str:
+        allowed = ", ".join(self._spec.among)
+        there = ", ".join(str(named) for named in models[:_MAX_NAMED]) or "no model by a name that we know"
+        more = f" and {len(models) - _MAX_NAMED} more" if len(models) > _MAX_NAMED else ""
+        reasons = "".join(f"; not {named}: {reason}" for named in models if (reason := self._why_refused(named)))
+        return f"waiting for a model to serve: the swarm has {there}{more}, --models allows {allowed}{reasons}"
+
+    def _say(self, words: str) -> None:
+        """Once, until there is something else to say."""
+        if words != self._said:
+            self._said = words
+            log.info("%s", words)
+
+
+def local_models(pattern: str) -> list[Path]:
+    """The models on this machine that a pattern names: paths, in which * and ? stand for what is there."""
+    paths = [Path(found) for found in sorted(glob.glob(str(Path(pattern).expanduser())))]
+    return [path for path in paths if path.suffix == ".gguf" or (path / "config.json").exists()]
+
+
+def _check(spec: ServeSpec, named: NamedModel, checkpoint: Checkpoint) -> bool:
+    """Whether as many blocks as we would serve are here. Blocks; raises CheckpointError, InvalidRequest."""
+    if checkpoint.model_digest != named.digest or checkpoint.block_count != named.block_count:
+        raise CheckpointError("what goes by that name is not what was announced")
+    size = spec.blocks if isinstance(spec.blocks, int) else sum(rooms(specs_by_device(spec), checkpoint))
+    return len(checkpoint.blocks_on_disk) >= min(size, checkpoint.block_count)

@@ -1,0 +1,75 @@
+"""Tells the swarm what the models are called that we serve, where not enough others do.
+
+Knows when to look at the catalogue; who should be in it `routing.catalogue` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.protocol.identity import PeerId
+from peerd.protocol.records import ModelRecord
+from peerd.routing.catalogue import named_models, should_announce
+from peerd.routing.record_sets import PartialView, RecordSource
+
+if TYPE_CHECKING:
+    from peerd.compute.checkpoint import Checkpoint
+
+# Between looks, give or take half of it. A record lives for ten minutes: a name is never gone because its announcers
+# left one by one.
+LOOK_S = 200.0
+# Of a name, which is for people.
+_MAX_NAME_CHARS = 96
+
+
+class ModelNames:
+    """What we say of models. Run `run` while serving. `changed` is called when that changes."""
+
+    def __init__(self, source: RecordSource, own: PeerId, changed: Callable[[], None], random: Random) -> None:
+        self._source = source
+        self._own = own
+        self._changed = changed
+        self._random = random
+        self._words: dict[bytes, ModelRecord] = {}
+        self._silent: set[bytes] = set()
+
+    def add(self, words: ModelRecord) -> None:
+        """We serve this model from now on."""
+        self._words[words.model] = words
+        self._changed()
+
+    def records(self) -> list[ModelRecord]:
+        """What we announce."""
+        return [words for model, words in self._words.items() if model not in self._silent]
+
+    async def run(self) -> None:
+        """Keep to what others leave to us, until cancelled."""
+        while True:
+            await trio.sleep(LOOK_S * self._random.uniform(0.5, 1.5))
+            try:
+                models = await named_models(self._source)
+            except PartialView:
+                # Too many that say it are better than none.
+                continue
+            silent = {model for model in self._words if not should_announce(models, model, self._own)}
+            if silent != self._silent:
+                self._silent = silent
+                self._changed()
+
+
+def words_for(checkpoint: Checkpoint) -> ModelRecord:
+    """What a checkpoint is called. Reads its weights' digests; raises CheckpointError."""
+    name = "".join(letter for letter in checkpoint.name if letter.isprintable())[:_MAX_NAME_CHARS]
+    return ModelRecord(
+        seq=0,
+        expires=0.0,
+        model=checkpoint.model_digest,
+        name=name or "model",
+        hub_id=checkpoint.hub_id,
+        revision=checkpoint.commit,
+        block_count=checkpoint.block_count,
+    )

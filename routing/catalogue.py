@@ -1,0 +1,78 @@
+"""Which models a swarm serves, in the words of those who serve them.
+
+Knows records of the kind `model` and who should announce them; fetches nothing and believes nothing that the weights'
+digest could not confirm later. The difficulty is a popular model: each of a thousand servers could announce it, and
+would fill a set that all others need.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from peerd.protocol.identity import PeerId, node_id_of
+from peerd.protocol.records import ModelRecord, VerifiedRecord
+from peerd.routing.holding import Holding
+from peerd.routing.record_sets import RecordSource, words_for_models
+
+# Of those who serve a model, who announce what it is called: enough to outlast any churn between two looks.
+ANNOUNCERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A model and what it is called by most of `announcers`, who say that they serve it. `commit` is on the hub."""
+
+    digest: bytes
+    name: str
+    hub_id: str
+    commit: str
+    block_count: int
+    announcers: frozenset[PeerId]
+
+    def __str__(self) -> str:
+        return self.hub_id or self.name
+
+
+async def named_models(source: RecordSource) -> list[NamedModel]:
+    """The models of the swarm, those with most announcers first. Raises PartialView."""
+    (records,) = await source.get_many([words_for_models()], whole=True)
+    said: dict[bytes, list[VerifiedRecord]] = defaultdict(list)
+    for record in records:
+        if isinstance(record.body, ModelRecord):
+            said[record.body.model].append(record)
+    models = [_named(of_one) for of_one in said.values()]
+    return sorted(models, key=lambda model: (-len(model.announcers), model.digest))
+
+
+def should_announce(models: Iterable[NamedModel], digest: bytes, own: PeerId) -> bool:
+    """Whether we are one of those who say what the model that we serve is called."""
+    others = next((model.announcers for model in models if model.digest == digest), frozenset())
+    target = int.from_bytes(digest[:20], "big")
+    nearest = sorted(others | {own}, key=lambda peer: int.from_bytes(node_id_of(peer), "big") ^ target)
+    return own in nearest[:ANNOUNCERS]
+
+
+def least_rate(holdings: Sequence[Holding], block_count: int) -> float:
+    """How much one more session gets where it gets least, in positions a second: 0 where a block has no server.
+
+    A server that is waited for counts for less, so this falls with demand as it does with few servers.
+    """
+    rates = [0.0] * block_count
+    for holding in holdings:
+        record = holding.record
+        if record.state in ("joining", "online"):
+            step_s = len(record.span) / max(record.throughput, 1.0) + record.queue_s
+            for block in range(record.span.start, min(record.span.end, block_count)):
+                rates[block] += 1 / step_s
+    return min(rates)
+
+
+def _named(records: Sequence[VerifiedRecord]) -> NamedModel:
+    # Whoever is alone with what it says is not heard where most say something else; the digest decides in the end.
+    words = Counter(replace(record.body, seq=0, expires=0.0) for record in records)
+    body = max(words, key=lambda one: (words[one], repr(one)))
+    assert isinstance(body, ModelRecord)
+    announcers = frozenset(record.peer_id for record in records)
+    return NamedModel(body.model, body.name, body.hub_id, body.revision, body.block_count, announcers)

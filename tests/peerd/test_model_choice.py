@@ -1,0 +1,163 @@
+"""Servers that choose a model of those that the swarm serves, in one process, with tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+from hub_server import open_hub
+
+import peerd
+from peerd import model_choice
+from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.hub_settings import HubSettings
+from peerd.model_choice import local_models
+from peerd.testing import MemoryNetwork
+
+pytestmark = pytest.mark.real_time
+
+SPEC = peerd.ServeSpec(kv_tokens=64, throughput=100.0, memory_bytes=2**30)
+
+
+class Swarm:
+    """Peers on a network in memory, the first of them a bootstrap peer."""
+
+    def __init__(self) -> None:
+        self.network = MemoryNetwork()
+        self.bootstrap: tuple[Any, ...] = ()
+        self._next = 1
+
+    @asynccontextmanager
+    async def peer(self, *specs: peerd.ServeSpec, hub: HubSettings | None = None) -> AsyncIterator[peerd.Peer]:
+        host, self._next = f"10.0.0.{self._next}", self._next + 1
+        async with peerd.open_peer(
+            transport=self.network.transport(host),
+            listen=[f"/ip4/{host}/tcp/4000/ws"],
+            bootstrap=self.bootstrap,
+            serve=specs,
+            hub=hub,
+        ) as peer:
+            self.bootstrap = self.bootstrap or peer.addresses
+            yield peer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two tiny models, of four and of six blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    found = []
+    for blocks in (4, 6):
+        torch.manual_seed(blocks)
+        config = LlamaConfig(
+            num_hidden_layers=blocks,
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+        )
+        model: Any = LlamaForCausalLM(config)
+        found.append(tmp_path_factory.mktemp("models") / f"tiny-{blocks}")
+        model.save_pretrained(found[-1], max_shard_size="20KB")
+    return found
+
+
+def digest_of(path: Path) -> bytes:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.model_digest
+
+
+async def test_of_models_on_this_machine_the_one_with_a_gap_is_served(models: list[Path]) -> None:
+    swarm, (small, large) = Swarm(), models
+    async with (
+        swarm.peer(),
+        swarm.peer(replace(SPEC, model=small, blocks=peerd.Span(0, 4))),
+        swarm.peer(replace(SPEC, model=large, blocks=peerd.Span(0, 3))),
+        swarm.peer(replace(SPEC, among=(str(small), str(large)), blocks=3)) as server,
+    ):
+        (served,) = server.served
+        assert (served.model, str(served.span)) == (digest_of(large), "3:6")
+        # Now the other, which has one server instead of two.
+        async with swarm.peer(replace(SPEC, among=(f"{large.parent}/*", f"{small.parent}/*"), blocks=4)) as next_one:
+            (served,) = next_one.served
+            assert served.model == digest_of(small)
+
+
+async def test_a_server_waits_for_a_model_that_it_may_serve_and_says_which_there_are(
+    models: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(model_choice, "LOOK_S", 0.1)
+    swarm, (small, large) = Swarm(), models
+    async with (
+        swarm.peer(),
+        swarm.peer(replace(SPEC, model=large, blocks=peerd.Span(0, 3))),
+        trio.open_nursery() as nursery,
+    ):
+        served = trio.Event()
+
+        async def serve() -> None:
+            async with swarm.peer(replace(SPEC, among=(str(small),), blocks=2)):
+                served.set()
+                await trio.sleep_forever()
+
+        nursery.start_soon(serve)
+        while "the swarm has tiny-6, --models allows" not in caplog.text:
+            await trio.sleep(0.05)
+        await trio.sleep(0.5)
+        assert not served.is_set()
+        assert caplog.text.count("waiting for a model to serve: the swarm has tiny-6") == 1, "it says so once"
+        async with swarm.peer(replace(SPEC, model=small, blocks=peerd.Span(0, 1))):
+            await served.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def test_of_the_hub_only_what_a_pattern_allows_and_is_what_was_announced_is_fetched(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    swarm = Swarm()
+    with open_hub() as hub:
+        for name, path in zip(("good-org/small", "bad-org/large"), models, strict=True):
+            hub.push(name, path)
+        theirs, ours = (HubSettings(endpoint=hub.url, cache_dir=tmp_path / name) for name in ("theirs", "ours"))
+        async with (
+            swarm.peer(),
+            swarm.peer(replace(SPEC, model="good-org/small", blocks=peerd.Span(0, 4)), hub=theirs),
+            swarm.peer(replace(SPEC, model="bad-org/large", blocks=peerd.Span(0, 3)), hub=theirs) as liar,
+        ):
+            # It needs servers most; and it is called what another model is, of whose commit the hub has other weights.
+            assert liar._names is not None
+            (words,) = liar._names.records()
+            assert (words.hub_id, words.revision) == ("bad-org/large", hub.repos["bad-org/large"].refs["main"])
+            liar._names.add(replace(words, hub_id="good-org/small", revision=hub.repos["good-org/small"].refs["main"]))
+            await liar.discovery.announced()
+            hub.requests.clear()
+            async with swarm.peer(replace(SPEC, among=("good-org/*",), blocks=2), hub=ours) as server:
+                (served,) = server.served
+                assert served.model == digest_of(models[0])
+            assert "what goes by that name is not what was announced" in caplog.text
+            assert not [request for request, _ in hub.requests if "bad-org" in request]
+            hub.requests.clear()
+            # What no pattern allows is not even looked at.
+            liar._names.add(words)
+            await liar.discovery.announced()
+            with trio.move_on_after(3):
+                async with swarm.peer(replace(SPEC, among=("other-org/*",), blocks=2), hub=ours):
+                    raise AssertionError("it served something")
+            assert hub.requests == []
+
+
+def test_paths_among_the_patterns_name_models(models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "one.gguf").touch()
+    assert local_models(f"{tmp_path}/*") == [tmp_path / "one.gguf"]
+    assert local_models(str(models[0])) == [models[0]]
+    assert local_models("org/*") == []
