@@ -28,6 +28,7 @@ from peerd.protocol.errors import (
     Overloaded,
     PeerdError,
     PeerFault,
+    RelayLost,
     RemoteProtocolError,
 )
 from peerd.protocol.frames import Priority
@@ -192,7 +193,10 @@ class ChainKeeper:
         """A hop ended its part of the session, or broke it: there is a hole in its place."""
         if control not in self._chain:
             return
-        if isinstance(error, PeerFault):
+        if isinstance(error, RelayLost):
+            # The peer may be well, and another relay lead to it: it is as good as anybody for its own place.
+            pass
+        elif isinstance(error, PeerFault):
             self._finder.failed(control.hop.peer_id)
         elif not isinstance(error, Evicted):
             self._mender.avoid(control.hop.peer_id)

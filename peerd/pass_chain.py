@@ -25,6 +25,7 @@ from peerd.protocol.errors import (
     Overloaded,
     PeerdError,
     PeerFault,
+    RelayLost,
     UnsupportedFeature,
 )
 from peerd.protocol.identity import PeerId
@@ -134,8 +135,8 @@ class PassChain:
         peer = hop.peer_id
         if self._troubled_since is None:
             self._troubled_since = trio.current_time()
-        if isinstance(error, Evicted):
-            # We were away for too long; it will have us again.
+        if isinstance(error, Evicted | RelayLost):
+            # We were away for too long, or a relay is; the peer will have us again.
             pass
         elif isinstance(error, Overloaded):
             self._busy[peer] = error

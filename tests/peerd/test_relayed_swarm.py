@@ -13,7 +13,9 @@ import torch
 import trio
 
 import peerd
+from peerd.finder import SwarmFinder
 from peerd.peer import Peer
+from peerd.protocol.identity import PeerId
 from peerd.relay_ledger import RelayLimits
 from peerd.session import Patience
 from peerd.testing import MemoryNetwork
@@ -139,9 +141,17 @@ async def test_a_client_that_uses_no_relays_is_told_why_it_gets_no_answer(tiny_m
                 pass
 
 
-async def test_a_relay_that_dies_in_the_middle_of_an_answer_costs_no_token(
-    tiny_model: Path, local_answer: list[int]
+async def test_a_relay_that_dies_in_the_middle_of_an_answer_costs_no_token_and_is_no_server_s_fault(
+    tiny_model: Path, local_answer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    blamed: list[PeerId] = []
+    failed = SwarmFinder.failed
+
+    def note(finder: SwarmFinder, peer: PeerId) -> None:
+        blamed.append(peer)
+        failed(finder, peer)
+
+    monkeypatch.setattr(SwarmFinder, "failed", note)
     async with open_relayed_swarm(tiny_model) as swarm, swarm.client(tiny_model) as (client, model):
         generation = model.generate(PROMPT, temperature=0, max_new_tokens=40, eos_token_ids=())
         tokens = []
@@ -153,3 +163,5 @@ async def test_a_relay_that_dies_in_the_middle_of_an_answer_costs_no_token(
                 dead = next(ip for ip, relay in zip(RELAYS, swarm.relays, strict=True) if relay.peer_id == used.peer_id)
                 swarm.network.kill(dead)
         assert tokens == local_answer
+        assert generation.failovers >= 1
+        assert not blamed
