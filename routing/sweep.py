@@ -52,6 +52,7 @@ class _Sweep:
         leaving = _leaving(columns, by_end, self._end_bounds, lasting[:-1], starting[1:])
         coming = _coming(columns, starting, lasting)
         started, first = starting.tolist(), lasting.tolist()
+        away_s = client_s[:, None]
         # Whoever has ended is entered no more.
         hop_s = columns.hop_s.copy()
         head = slice(0, started[1])
@@ -59,27 +60,27 @@ class _Sweep:
         for block in range(1, self._blocks):
             begin, end = first[block], started[block + 1]
             ending = by_end[self._end_bounds[block] : self._end_bounds[block + 1]]
-            before, here = reach[block], slice(begin, end)
+            before, after, here = reach[block], reach[block + 1], slice(begin, end)
+            gone = before + push_s
+            arrive = after[here]
             if ending.size:
-                delays = np.maximum(client_s[ending, None], client_s[here])
+                delays = np.maximum(away_s[ending], client_s[here])
                 leaving.write(block, delays)
-                delays += (before[ending] + push_s[ending])[:, None]
-                arrive = delays.min(axis=0)
+                delays += gone[ending, None]
+                np.minimum.reduce(delays, axis=0, out=arrive)
                 hop_s[ending] = np.inf
-            else:
-                arrive = np.full(end - begin, np.inf)
-            new = slice(started[block], end)
-            if new.start < end:
-                there = slice(first[block - 1], new.start)
-                delays = np.maximum(client_s[new, None], client_s[there])
+            new = started[block]
+            if new < end:
+                there = slice(first[block - 1], new)
+                delays = np.maximum(away_s[new:end], client_s[there])
                 coming.write(block, delays)
-                delays += before[there] + push_s[there]
-                fresh = arrive[new.start - begin :]
-                np.minimum(fresh, delays.min(axis=1), out=fresh)
+                delays += gone[there]
+                fresh = after[new:end]
+                np.minimum(fresh, np.minimum.reduce(delays, axis=1), out=fresh)
             arrive += hop_s[here]
             np.minimum(arrive, before[here], out=arrive)
-            np.add(arrive, block_s[here], out=reach[block + 1, here])
-            reach[block + 1, ending] = np.inf
+            arrive += block_s[here]
+            after[ending] = np.inf
 
     def choose(self, slack: float, random: Random) -> tuple[list[Run], float]:
         """Walk back from the last block, taking at random any column that leaves the rest affordable."""

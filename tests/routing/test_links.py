@@ -94,6 +94,12 @@ def test_made_up_peers_take_bounded_memory(links: Links) -> None:
     assert len(links.rtts_s()) == MAX_PEERS
 
 
+def test_a_sample_that_is_seldom_taken_counts_for_more(links: Links) -> None:
+    links.measured(A, 0.1, gain=0.5)
+    links.measured(A, 0.3, gain=0.5)
+    assert links.rtt_s(A) == pytest.approx(0.2)
+
+
 # By proof.
 
 
