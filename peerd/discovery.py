@@ -37,6 +37,7 @@ from peerd.routing.directory import Directory
 from peerd.routing.links import Links
 from peerd.routing.store import RecordStore
 from peerd.routing.table import Contact, load_contacts
+from peerd.wakefulness import watch_sleep
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 REFRESH_S = 60.0
 MEASURE_S = 5.0
+# Connections that outlived our sleep answer within this; whoever gave us up resets them at once.
+AWAKE_S = 1.0
 # For saying goodbye.
 LEAVE_S = 5.0
 CANCELLED_LEAVE_S = 0.5
@@ -161,6 +164,7 @@ class Discovery:
             with self._hearing_clocks(nursery), self._noticing_when_alone():
                 nursery.start_soon(self._measure)
                 nursery.start_soon(self._proofs.run)
+                nursery.start_soon(watch_sleep, self.clock.system, self._wake)
                 nursery.start_soon(self._join, contacts, joined)
                 await joined.wait()
                 nursery.start_soon(self._introduce)
@@ -213,6 +217,20 @@ class Discovery:
             # Whoever dials us may be the same stranger many times over; whom we dial we chose.
             if connection.dialled:
                 self.clock.observed(connection.peer_id, hello.time_us / 1e6)
+
+    async def _wake(self, slept_s: float) -> None:
+        """Others gave us up while we slept, and what we announced has ended: see whom we still have, and return."""
+        log.info("this peer slept for %.0f s", slept_s)
+        async with trio.open_nursery() as nursery:
+            for connection in self._connections.live.values():
+                nursery.start_soon(self._ask_after_sleep, connection)
+        self.links.forgive()
+        await self.dht.introduce()
+        self.changed()
+
+    async def _ask_after_sleep(self, connection: PeerConnection) -> None:
+        if not await connection.answers(AWAKE_S):
+            connection.close("silent", "we slept, and the peer no longer answers")
 
     async def _measure(self) -> None:
         """Note what the connections' own pings measured."""

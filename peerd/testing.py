@@ -85,6 +85,11 @@ class MemoryNetwork:
         self._stopped.discard(host)
         self._wake_all()
 
+    def give_up(self, host: str) -> None:
+        """All others end their connections to this host, which does not hear of it until it says something."""
+        for channel in [c for c in self._channels if c.remote_host == host]:
+            channel.break_off(f"{host} was given up")
+
     def _wake_all(self) -> None:
         for channel in self._channels:
             channel.wake()

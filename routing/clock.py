@@ -33,6 +33,10 @@ class SwarmClock:
         self._warned = False
         self.correction_s = 0.0
 
+    def system(self) -> float:
+        """What the machine's own clock shows."""
+        return self._system()
+
     def __call__(self) -> float:
         """Now."""
         return self._system() + self.correction_s

@@ -96,6 +96,13 @@ class Links:
         link.why = ""
         self._doubts.pop(peer_id, None)
 
+    def forgive(self) -> None:
+        """We slept: who seems to have failed since may not have. Whoever is doubted still has to answer."""
+        for link in self._links.values():
+            if link.avoided_until_s > self._now():
+                link.avoided_until_s = self._now()
+                link.failures -= 1
+
     def is_avoided(self, peer_id: PeerId) -> bool:
         """Whether to leave it out of a chain now."""
         link = self._links.get(peer_id)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import trio
 import trio.testing
-from presence_world import WIDTH, Client, Serving, open_world, seconds_until
+from presence_world import WIDTH, Client, Serving, World, open_world, seconds_until
 
 from peerd.chain_mender import Patience
 from peerd.routing.announcer import TTL_S
@@ -96,8 +96,8 @@ async def test_a_peer_that_fails_at_its_work_though_it_answers_waits_longer_each
         waits = []
         for _ in range(3):
             client.finder.failed(server.peer_id)
-            waits.append(await seconds_until(lambda: chooses(client, server)))
-        assert waits == pytest.approx([5, 10, 20], abs=0.5)
+            waits.append(await seconds_until(lambda: chooses(client, server), every_s=0.5))
+        assert waits == pytest.approx([5, 10, 20], abs=1)
 
 
 async def test_a_peer_that_cannot_be_reached_is_not_tried_with_sessions() -> None:
@@ -110,9 +110,9 @@ async def test_a_peer_that_cannot_be_reached_is_not_tried_with_sessions() -> Non
         # A wall between these two alone: it goes on announcing.
         world.network.partition(world.host(3), world.host(10))
         assert await seconds_until(lambda: chooses(client, stays), every_s=0.5) < 10
-        for _ in range(120):
+        for _ in range(24):
             assert await client.chosen() == stays.peer_id
-            await trio.sleep(1)
+            await trio.sleep(5)
         world.network.heal(world.host(3), world.host(10))
         # Announced anew every 20 s, asked at once.
         assert await seconds_until(lambda: chooses(client, stays, gone)) < TTL_S / 3 + 6
@@ -124,11 +124,11 @@ async def test_a_peer_that_restarts_is_used_again_as_soon_as_it_is_announced() -
         client = await world.client(10)
         await seconds_until(lambda: chooses(client, first))
         # It has a long record of failures.
-        for _ in range(6):
+        for _ in range(3):
             client.finder.failed(first.peer_id)
-            await trio.sleep(200)
+            await trio.sleep(21)
         client.finder.failed(first.peer_id)
-        assert client.discovery.links.failed(first.peer_id) > 250
+        assert client.discovery.links.failed(first.peer_id) > 30
         await client.connections.connect(first.peer_id, [world.address(2)])
         await world.crash(first)
         await trio.sleep(3)
@@ -177,3 +177,92 @@ async def test_a_session_that_waits_for_a_server_has_one_within_five_seconds() -
             announced_at = trio.current_time()
         assert found[0] - announced_at < 5
         assert waiting.chain[0]["peer"] == server.peer_id
+
+
+# Sleeping.
+
+
+def sleep_through(world: World, number: int, slept_s: float) -> None:
+    """A suspended machine: no clock but the wall's goes on, others give it up, and what it announced ends.
+
+    In this world all machines share the wall's clock, so that the others take themselves for sleepers too.
+    """
+    world.slept_s += slept_s
+    world.network.give_up(world.host(number))
+
+
+@pytest.mark.parametrize("slept_s", [60.0, 7200.0])
+async def test_a_server_that_wakes_is_used_again_within_seconds(slept_s: float) -> None:
+    async with open_world() as world:
+        server = await world.serve(2)
+        client, stranger = await world.client(10), await world.client(11)
+        await (await client.session()).step(step())
+        await trio.sleep(30)
+        sleep_through(world, 2, slept_s)
+        assert await client.chosen() is None
+        assert await seconds_until(lambda: chooses(client, server)) < 5
+        assert await chooses(stranger, server)
+        await (await stranger.session()).step(step())
+
+
+async def test_a_session_of_a_client_that_wakes_goes_on_within_seconds() -> None:
+    async with open_world() as world:
+        server = await world.serve(2)
+        client = await world.client(10)
+        session = await client.session()
+        before = await session.step(step())
+        await trio.sleep(30)
+        sleep_through(world, 10, 7200)
+        start = trio.current_time()
+        after = await session.step(step())
+        assert trio.current_time() - start < 6
+        assert session.chain[0]["peer"] == server.peer_id
+        # The second position: it has the first one behind it.
+        undisturbed = await client.session()
+        assert torch.equal(before, await undisturbed.step(step()))
+        assert torch.equal(after, await undisturbed.step(step()))
+
+
+# Partitions.
+
+
+async def test_after_a_partition_both_sides_find_each_other_again() -> None:
+    async with open_world() as world:
+        near, far = await world.serve(2), await world.serve(3)
+        client = await world.client(10)
+        await seconds_until(lambda: chooses(client, near, far))
+        session = await client.session()
+        await session.step(step())
+        world.cut_off(3)
+        await session.step(step())
+        await trio.sleep(300)
+        assert await chooses(client, near)
+        assert far.peer_id not in {contact.peer_id for contact in near.discovery.dht.contacts}
+        world.join_up(3)
+        # Whoever is alone looks for the others once a minute at least, and everybody announces every 20 s.
+        assert await seconds_until(lambda: chooses(client, near, far), within_s=200) < 60 + 20 + 10
+        await session.step(step())
+
+        async def knows() -> bool:
+            return far.peer_id in {contact.peer_id for contact in near.discovery.dht.contacts}
+
+        assert await seconds_until(knows, every_s=1) < 120
+
+
+async def test_a_session_whose_only_server_was_cut_off_resumes_when_it_is_back() -> None:
+    async with open_world() as world:
+        server = await world.serve(2)
+        client = await world.client(10)
+        session = await client.session(Patience(missing_s=120))
+        await session.step(step())
+        world.network.partition(world.host(2), world.host(10))
+
+        async def heal() -> None:
+            await trio.sleep(30)
+            world.network.heal(world.host(2), world.host(10))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(heal)
+            await session.step(step())
+        assert trio.current_time() < 90
+        assert session.chain[0]["peer"] == server.peer_id

@@ -203,3 +203,13 @@ def test_doubts_of_made_up_peers_take_bounded_memory(proving: Links) -> None:
     for number in range(MAX_PEERS + 10):
         proving.doubt(PeerId(str(number)))
     assert len(proving.avoided()) == MAX_PEERS
+
+
+def test_after_a_sleep_the_failures_since_are_forgiven_but_doubts_remain(proving: Links, clock: Clock) -> None:
+    proving.failed(A)
+    proving.failed(B)
+    proving.take_doubted()
+    proving.answered(A)
+    proving.forgive()
+    assert proving.avoided() == {B}
+    assert proving.failed(A) == FIRST_AVOIDANCE_S
