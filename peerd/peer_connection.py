@@ -49,6 +49,8 @@ HANDLER_GRACE_S = 0.5
 # How long our last words may take.
 FAREWELL_S = 0.4
 _MAX_HELLO_BODY_BYTES = 0
+# The code of a GOAWAY of somebody who leaves for good.
+CLOSED = "closed"
 # The code of a GOAWAY that ends one of two connections between the same peers.
 _DUPLICATE = "duplicate"
 
@@ -190,7 +192,7 @@ class PeerConnection:
         assert self.rtt_s is not None
         return self.rtt_s
 
-    def close(self, code: str = "closed", reason: str = "") -> None:
+    def close(self, code: str = CLOSED, reason: str = "") -> None:
         """End it: the peer is told why, unsent messages are dropped. Nothing after its end."""
         self.closed_here = self.closed_here or self.lost is None
         self.core.go_away(code, reason)

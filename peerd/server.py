@@ -21,6 +21,7 @@ from peerd.engine_task import EngineTask
 from peerd.hosted_session import HostedSession
 from peerd.links import open_link
 from peerd.pass_server import PassServer, PassSpan
+from peerd.peer_connection import CLOSED
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
 from peerd.protocol.errors import (
     ConnectionLost,
@@ -120,6 +121,8 @@ class Server:
     def __init__(self, now: Callable[[], float]) -> None:
         self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
+        #: Called when a span has become full, or has room again.
+        self.on_load_changed: Callable[[], None] = lambda: None
         self._stopped = False
         self._now = now
         self._sessions: dict[SessionKey, HostedSession] = {}
@@ -162,6 +165,7 @@ class Server:
 
     def serve(self, served: ServedSpan) -> None:
         """Take sessions on one more span from now on."""
+        served.task.admission.on_change = lambda: self.on_load_changed()
         running = self._running[served.task] = _Running(served.task)
         self._nursery.start_soon(running.run)
         self.spans += (served,)
@@ -414,7 +418,7 @@ class Server:
         if session.control is not stream or self._stopped:
             return
         session.control = None
-        if self.draining or self._leaves(session.task):
+        if self.draining or self._leaves(session.task) or stream.connection.farewell == CLOSED:
             session.close()
         else:
             self._nursery.start_soon(self._close_unless_back, session, session.visits)

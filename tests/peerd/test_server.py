@@ -330,6 +330,20 @@ async def test_a_broken_connection_leaves_the_session_time_to_be_taken_up_again(
         assert host.task.engine.free_tokens == 4096
 
 
+async def test_a_client_that_leaves_for_good_leaves_nothing_behind(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        caller = await swarm.caller()
+        stream = await caller.open(host)
+        await answer(caller, stream, tokens(5))
+        # What the stream would still say is dropped with its connection.
+        stream.reset("closed")
+        caller.connections.live[host.peer_id].close()
+        await trio.sleep(0.1)
+        assert host.server.sessions == 0
+        assert host.task.engine.free_tokens == 4096
+
+
 async def test_nobody_else_can_take_a_session_up(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4)
