@@ -395,7 +395,7 @@ def _wire_errors() -> Iterator[None]:
 
 async def _refuse(stream: Stream, error: PeerdError) -> None:
     """Say why and finish the stream. What the peer does not read in time is dropped."""
-    retry_ms = RETRY_MS if isinstance(error, Overloaded) else 0
+    retry_ms = max(RETRY_MS, round(1000 * error.retry_after_s)) if isinstance(error, Overloaded) else 0
     with suppress(PeerFault, trio.ClosedResourceError):
         with trio.move_on_after(REFUSAL_DEADLINE_S):
             await stream.send(PassFailure.of(error, retry_ms).to_header())

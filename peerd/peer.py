@@ -98,6 +98,8 @@ class Peer:
         self._checkpoints = checkpoints
         self._tasks = tasks
         self._places = Places(server) if server is not None else None
+        if server is not None:
+            server.on_load_changed = discovery.changed
         self._neighbours: Neighbours | None = None
         self._names: ModelNames | None = None
         self._rebalancers: list[Rebalancer] = []

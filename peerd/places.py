@@ -64,7 +64,8 @@ class Place:
             quantization=loaded.quantization,
             codecs=loaded.codecs,
             throughput=loaded.throughput,
-            free_tokens=served.task.engine.free_length,
+            # What is free beside a queue is not for whoever comes now.
+            free_tokens=0 if served.task.admission.is_full else served.task.engine.free_length,
             max_length=served.max_length,
             block_roots=loaded.roots,
             adapters=tuple(sorted(served.task.adapters)),

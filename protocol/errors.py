@@ -105,9 +105,16 @@ class LinkFailed(PeerdError):
 
 
 class Overloaded(PeerdError):
-    """It cannot now; another peer, or the same one later, can."""
+    """It cannot now; another peer, or the same one later, can.
+
+    retry_after_s: in how many seconds it may be able to, by its own reckoning; 0 where it does not say.
+    """
 
     code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NoRoom(Overloaded):
@@ -115,8 +122,8 @@ class NoRoom(Overloaded):
 
     code = "no_room"
 
-    def __init__(self, message: str, free_tokens: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, free_tokens: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(message, retry_after_s)
         self.free_tokens = free_tokens
 
 
@@ -200,9 +207,11 @@ def _subclasses(cls: type[PeerdError]) -> list[type[PeerdError]]:
 _BY_CODE = {cls.code: cls for cls in _subclasses(PeerdError)}
 
 
-def from_wire(code: str, message: str, free_tokens: int = 0) -> PeerdError:
+def from_wire(code: str, message: str, free_tokens: int = 0, retry_after_s: float = 0.0) -> PeerdError:
     """The error a peer told us. An unknown code is the peer's fault: it is newer, or lying."""
     cls = _BY_CODE.get(code, PeerFault)
     if cls is NoRoom:
-        return NoRoom(message, free_tokens)
+        return NoRoom(message, free_tokens, retry_after_s)
+    if issubclass(cls, Overloaded):
+        return cls(message, retry_after_s)
     return cls(message)

@@ -7,10 +7,11 @@ business of the hosted session and the client's session, which share the tuples 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from peerd.protocol.errors import NoRoom, PeerdError, from_wire
+from peerd.protocol.errors import NoRoom, Overloaded, PeerdError, from_wire
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 from peerd.protocol.schema import (
     Message,
@@ -39,6 +40,7 @@ MAX_STEP_POSITIONS = 4096
 # three busy with a prefill and leaves one step on its way.
 DEFAULT_MAX_STEPS = 4
 MAX_ERROR_TEXT = 500
+MAX_RETRY_MS = 600_000
 # The `seq` of a step that replays what was sent before.
 REPLAY_SEQ = 0
 # Everything this version of a hop can do that a client may `need`.
@@ -208,24 +210,30 @@ class LinkDown(Message):
 
 @dataclass(frozen=True, slots=True)
 class Failure(Message):
-    """An error (spec/errors.md). With `seq`: of that step; without: of the session, which ends."""
+    """An error (spec/errors.md). With `seq`: of that step; without: of the session, which ends.
+
+    retry_ms: when it may be asked of this hop again, where that helps.
+    """
 
     TYPE: ClassVar[str] = "error"
     code: str = required(_name)
     message: str = optional(text(MAX_ERROR_TEXT), "")
     seq: int | None = optional(integer(0, U32), None)
     free_tokens: int = optional(integer(0, 2**40), 0)
+    retry_ms: int = optional(integer(0, MAX_RETRY_MS), 0)
 
     @classmethod
     def of(cls, error: PeerdError, seq: int | None = None) -> Failure:
         """How `error` travels."""
         free_tokens = error.free_tokens if isinstance(error, NoRoom) else 0
-        return cls(error.code, str(error)[:MAX_ERROR_TEXT], seq, free_tokens)
+        retry_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+        retry_ms = min(MAX_RETRY_MS, math.ceil(1000 * retry_s))
+        return cls(error.code, str(error)[:MAX_ERROR_TEXT], seq, free_tokens, retry_ms)
 
     @property
     def error(self) -> PeerdError:
         """The error that travelled."""
-        return from_wire(self.code, self.message, self.free_tokens)
+        return from_wire(self.code, self.message, self.free_tokens, self.retry_ms / 1000)
 
 
 @dataclass(frozen=True, slots=True)

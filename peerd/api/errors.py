@@ -5,6 +5,7 @@ Knows which of our errors is whose fault, and so which status it has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from starlette.responses import JSONResponse
 
 from peerd.protocol.errors import CallerError, ContextTooLong, NoChain, Overloaded, PeerdError
 
-# How long a client should wait before it asks again: a session's usual length, and the time a new server takes.
+# How long a client should wait before it asks again where no server says: a session's usual length, and the time a new
+# server takes.
 _OVERLOADED_RETRY_S = 2
 _NO_CHAIN_RETRY_S = 5
 
@@ -59,7 +61,7 @@ def api_error(error: PeerdError) -> ApiError:
     if isinstance(error, CallerError):
         return ApiError(400, str(error), code=error.code)
     if isinstance(error, Overloaded):
-        retry = {"Retry-After": str(_OVERLOADED_RETRY_S)}
+        retry = {"Retry-After": str(math.ceil(error.retry_after_s) or _OVERLOADED_RETRY_S)}
         return ApiError(429, str(error), code=error.code, kind="rate_limit_error", headers=retry)
     if isinstance(error, NoChain):
         retry = {"Retry-After": str(_NO_CHAIN_RETRY_S)}

@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from peerd.admission import Admission
+from peerd.admission import HOLD_UP_S, MAX_RETRY_S, MAX_WAITING, Admission
 from peerd.protocol.errors import NoRoom
 
 
@@ -128,3 +128,72 @@ async def test_what_is_granted_to_one_who_was_cancelled_meanwhile_comes_back():
         nursery.start_soon(pool.take, "b", 100)
         await trio.testing.wait_all_tasks_blocked()
     assert pool.free == 0
+
+
+async def test_a_pool_is_full_once_somebody_has_waited_and_until_a_share_of_it_is_free():
+    pool = Pool(100)
+    said: list[bool] = []
+    pool.admission.on_change = lambda: said.append(pool.admission.is_full)
+    for _ in range(10):
+        await pool.take("a", 10)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.take, "b", 10)
+        await trio.sleep(HOLD_UP_S / 2)
+        # A moment's wait is no news.
+        assert said == []
+        await trio.sleep(HOLD_UP_S)
+        assert said == [True]
+        pool.give("a", 10)
+    # Nobody waits any more, but neither is there room for whoever comes now.
+    assert said == [True]
+    pool.give("a", 10)
+    assert said == [True]
+    pool.give("a", 10)
+    assert said == [True, False]
+
+
+async def test_who_is_refused_hears_when_to_come_again_by_the_pace_at_which_sessions_end():
+    pool = Pool(100)
+    await pool.take("a", 100)
+    with pytest.raises(NoRoom) as caught:
+        await pool.take("b", 10, timeout_s=0)
+    # None has ended yet: nothing is known.
+    assert caught.value.retry_after_s == 0
+    for _ in range(8):
+        await trio.sleep(3)
+        pool.give("a", 10)
+    await pool.take("a", 80)
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(pool.take, "c", 10)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(NoRoom) as caught:
+            await pool.take("b", 10, timeout_s=0)
+        # Four wait, and it would be the sixth whose turn comes.
+        assert 4 * 3 <= caught.value.retry_after_s <= 6 * 3
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_hint_is_never_longer_than_a_minute():
+    pool = Pool(100)
+    await pool.take("a", 100)
+    for _ in range(2):
+        await trio.sleep(10_000)
+        pool.give("a", 1)
+    with pytest.raises(NoRoom) as caught:
+        await pool.take("b", 10, timeout_s=0)
+    assert caught.value.retry_after_s == MAX_RETRY_S
+
+
+async def test_who_comes_when_too_many_wait_is_refused_at_once():
+    pool = Pool(100)
+    await pool.take("a", 100)
+    async with trio.open_nursery() as nursery:
+        for number in range(MAX_WAITING):
+            nursery.start_soon(pool.take, str(number), 10, 1000)
+        await trio.testing.wait_all_tasks_blocked()
+        before = trio.current_time()
+        with pytest.raises(NoRoom, match="wait here already"):
+            await pool.take("late", 10, timeout_s=1000)
+        assert trio.current_time() == before
+        nursery.cancel_scope.cancel()
