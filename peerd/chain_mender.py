@@ -1,7 +1,7 @@
 """Finds and opens hops for the holes of a session's chain, and says who is not to be asked again.
 
 Knows peers, blame and patience; knows no steps. The difficulty is whom to leave out: who broke a promise is left
-out by the finder, for every session; who is busy only until nobody else is left; who was overtaken, or cannot be
+out by the finder, for every session; who is busy for a while that grows (`busy_peers`); who was overtaken, or cannot be
 reached by its neighbour, for a while and by this session alone, for it has done no wrong.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import trio
 
+from peerd.busy_peers import BusyPeers
 from peerd.control_stream import ControlStream
 from peerd.live_chain import LiveChain
 from peerd.open_chain import ChainOpener, HopRefused, Terms
@@ -121,7 +122,7 @@ class ChainMender:
 
         Raises NoChain naming all that is missing, Overloaded, CallerError.
         """
-        busy: set[PeerId] = set()
+        busy = BusyPeers(self._rng)
         # Who refused or did not answer, and why the last of them did.
         failed: set[PeerId] = set()
         refusal: HopRefused | None = None
@@ -130,41 +131,61 @@ class ChainMender:
         while True:
             waited = trio.current_time() - started
             try:
-                return await self._try(chain, hole, busy | failed | self._avoided())
+                exclude = busy.now() | failed | self._avoided()
+                return await self._try(chain, hole, exclude, busy, self._patience.busy_s - waited)
             except NoChain as missing:
+                all_busy = bool(busy.now()) and await self._is_served(chain, hole)
                 # Only now, for one that hangs may have taken all the time that there was.
-                if waited >= self._patience.missing_s and not busy:
+                if waited >= self._patience.missing_s and not all_busy:
                     raise await self._missing(chain, missing, refusal) from missing
-                busy.clear()
+                if waited >= self._patience.busy_s:
+                    raise busy.error(hole, waited) from missing
+                if all_busy and not failed and not self._avoided():
+                    await busy.wait(until_s=started + self._patience.busy_s)
+                    continue
                 failed.clear()
                 # Better a slow peer than none.
                 self._avoided_until.clear()
             except HopRefused as refused:
-                self._blame(refused, busy)
+                # Whoever else there is can be asked at once.
+                self._blame(refused)
                 if not isinstance(refused.error, Overloaded):
-                    # Whoever else there is can be asked at once.
                     failed.add(refused.hop.peer_id)
                     refusal = refused
                     continue
+                busy.refused(refused.hop.peer_id, refused.error)
                 if waited >= self._patience.busy_s:
-                    raise refused.error from refused
+                    raise busy.error(hole, waited) from refused
+                continue
             await trio.sleep(pause_s * self._rng.random())
             pause_s = min(2 * pause_s, RETRY_S)
 
     async def overtake(self, chain: LiveChain, span: Span, slow: Iterable[PeerId]) -> list[ControlStream] | None:
         """Open hops over blocks whose hops are slow, leaving those out; None where nobody else can be had now."""
         try:
-            return await self._try(chain, span, self._avoided() | set(slow))
+            return await self._try(chain, span, self._avoided() | set(slow), BusyPeers(self._rng), 0.0)
         except NoChain:
             return None
         except HopRefused as refused:
-            self._blame(refused, set())
+            self._blame(refused)
             return None
 
-    async def _try(self, chain: LiveChain, span: Span, exclude: Collection[PeerId]) -> list[ControlStream]:
+    async def _try(
+        self, chain: LiveChain, span: Span, exclude: Collection[PeerId], busy: BusyPeers, left_s: float
+    ) -> list[ControlStream]:
         hops = await self._find(chain, span, exclude)
         margin_s = MEND_MARGIN_S if chain.controls else OPEN_MARGIN_S
-        return await self._opener.open(chain, chain.raise_epoch(), hops, self._terms, margin_s)
+        alone = len(hops) == 1 and not chain.controls
+        terms = replace(self._terms, timeout_ms=busy.timeout_ms(self._terms.timeout_ms, left_s, alone=alone))
+        return await self._opener.open(chain, chain.raise_epoch(), hops, terms, margin_s)
+
+    async def _is_served(self, chain: LiveChain, span: Span) -> bool:
+        """Whether there are hops for these blocks at all, whoever is full or has failed."""
+        try:
+            await self._find(chain, span, ())
+        except NoChain:
+            return False
+        return True
 
     async def _find(self, chain: LiveChain, span: Span, exclude: Collection[PeerId]) -> Sequence[Hop]:
         between = (_peer(chain.before(span.start)), _peer(chain.after(span.end))) if chain.controls else None
@@ -178,12 +199,12 @@ class ChainMender:
         now = trio.current_time()
         return {peer for peer, until in self._avoided_until.items() if now < until}
 
-    def _blame(self, refused: HopRefused, busy: set[PeerId]) -> None:
-        """Who is busy is left out until nobody else is left; who broke a promise, by the finder."""
+    def _blame(self, refused: HopRefused) -> None:
+        """Who broke a promise is left out by the finder; who is busy broke none."""
         error = refused.error
         if isinstance(error, Overloaded):
-            busy.add(refused.hop.peer_id)
-        elif isinstance(error, PeerFault | NotServed | UnsupportedFeature):
+            return
+        if isinstance(error, PeerFault | NotServed | UnsupportedFeature):
             self._finder.failed(refused.hop.peer_id)
         else:
             raise error from refused

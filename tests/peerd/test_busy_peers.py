@@ -1,0 +1,93 @@
+"""How a client treats full peers: it stays away ever longer, at random, and queues where that holds nothing."""
+
+from random import Random
+
+import pytest
+import trio
+
+from peerd.busy_peers import FIRST_RANGE_S, MAX_RANGE_S, NEWCOMER_S, QUEUE_S, BusyPeers
+from peerd.protocol.errors import Draining, NoRoom, Overloaded
+from peerd.protocol.identity import Identity
+from peerd.protocol.span import Span
+
+A, B = (Identity.from_seed(bytes([number]) * 32).peer_id for number in (1, 2))
+
+
+async def away_s(busy: BusyPeers) -> float:
+    """How long A is left alone from now on."""
+    began = trio.current_time()
+    while A in busy.now():
+        await trio.sleep(0.05)
+    return trio.current_time() - began
+
+
+async def test_a_peer_is_left_alone_at_random_from_a_range_that_doubles():
+    delays: list[list[float]] = [[] for _ in range(8)]
+    for seed in range(60):
+        busy = BusyPeers(Random(seed))
+        for refusal in delays:
+            busy.refused(A, Overloaded("full"))
+            refusal.append(await away_s(busy))
+    for number, refusal in enumerate(delays):
+        range_s = min(MAX_RANGE_S, FIRST_RANGE_S * 2**number)
+        assert max(refusal) <= range_s + 0.05
+        # The whole range is used: two clients that were refused together do not come back together.
+        assert max(refusal) > 0.8 * range_s
+        assert min(refusal) < 0.2 * range_s + 0.05
+
+
+async def test_a_hint_is_followed_about_and_within_bounds():
+    for seed in range(20):
+        busy = BusyPeers(Random(seed))
+        busy.refused(A, NoRoom("full", 0, retry_after_s=10))
+        assert 5 <= await away_s(busy) <= 10.05
+        busy = BusyPeers(Random(seed))
+        busy.refused(A, NoRoom("full", 0, retry_after_s=1e6))
+        assert await away_s(busy) <= MAX_RANGE_S + 0.05
+
+
+async def test_peers_are_counted_each_for_itself():
+    busy = BusyPeers(Random(1))
+    for _ in range(6):
+        busy.refused(A, Overloaded("full", 10))
+    busy.refused(B, Overloaded("full", 1))
+    await trio.sleep(FIRST_RANGE_S + 0.05)
+    assert busy.now() == {A}
+
+
+async def test_waiting_ends_with_the_first_delay_and_in_time_to_find_newcomers():
+    busy = BusyPeers(Random(1))
+    busy.refused(A, Overloaded("full", 30))
+    busy.refused(B, Overloaded("full", 2))
+    await busy.wait(until_s=1000)
+    assert busy.now() == {A}
+    began = trio.current_time()
+    await busy.wait(until_s=1000)
+    assert NEWCOMER_S / 2 <= trio.current_time() - began <= NEWCOMER_S
+    began = trio.current_time()
+    await busy.wait(until_s=began + 0.5)
+    assert trio.current_time() == began + 0.5
+
+
+async def test_whoever_was_refused_queues_at_one_hop_but_never_along_a_chain():
+    busy = BusyPeers(Random(1))
+    assert busy.timeout_ms(2000, 120, alone=True) == 2000
+    busy.refused(A, Overloaded("full"))
+    assert busy.timeout_ms(2000, 120, alone=True) == 1000 * QUEUE_S
+    assert busy.timeout_ms(2000, 9, alone=True) == 9000
+    assert busy.timeout_ms(2000, -3, alone=True) == 2000
+    assert busy.timeout_ms(2000, 120, alone=False) == 2000
+
+
+@pytest.mark.parametrize("last", [NoRoom("12 free", 12, 3.0), Draining("leaving"), Overloaded("busy", 2.0)])
+async def test_the_error_in_the_end_is_as_typed_as_the_last_refusal(last: Overloaded):
+    busy = BusyPeers(Random(1))
+    busy.refused(A, last)
+    busy.refused(B, last)
+    error = busy.error(Span(0, 4), 120.4)
+    assert type(error) is type(last)
+    assert error.retry_after_s == last.retry_after_s
+    assert getattr(error, "free_tokens", None) == getattr(last, "free_tokens", None)
+    assert str(error) == (
+        "everybody who serves blocks 0:4 is full: asked 2 times in 120 s; the last answer was: " + str(last)
+    )
