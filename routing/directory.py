@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
+from peerd.routing.announcer import TTL_S
 from peerd.routing.holding import Holding
 from peerd.routing.offer import Offer
 from peerd.routing.record_sets import RecordSource, addresses_of, newest, servers_of
@@ -30,12 +31,15 @@ PEER_CACHE_S = 60.0
 class _Model:
     """What is known of one model: server records that have not expired, and when they were last looked up.
 
+    seen: when each was first seen, by its signature. Whoever lives renews it three times in a lifetime, so that a
+        longer life, which a wrong clock or a liar gives it, is not believed: no ghost outlives `TTL_S`.
     offers: those that were made of them, by the two records' signatures: reading a thousand addresses takes a while.
     latest: what was handed out last.
     """
 
     records: list[VerifiedRecord]
     looked_up: float
+    seen: dict[bytes, float] = field(default_factory=dict)
     offers: dict[tuple[bytes, bytes], Offer | None] = field(default_factory=dict)
     latest: list[Offer] = field(default_factory=list)
 
@@ -140,8 +144,11 @@ class Directory:
         known.looked_up = self._now()
 
     def _unexpired(self, known: _Model) -> list[VerifiedRecord]:
-        known.records = [record for record in known.records if record.body.expires > self._now()]
-        return known.records
+        """Those that may be believed. Others stay known until they expire, so that no older copy comes back."""
+        now = self._now()
+        known.records = [record for record in known.records if record.body.expires > now]
+        known.seen = {r.signed.signature: known.seen.get(r.signed.signature, now) for r in known.records}
+        return [record for record in known.records if now <= known.seen[record.signed.signature] + TTL_S]
 
     async def _find_peers(self, peers: set[PeerId]) -> None:
         now = self._now()

@@ -131,7 +131,8 @@ async def test_a_peer_that_restarts_is_used_again_as_soon_as_it_is_announced() -
         assert client.discovery.links.failed(first.peer_id) > 30
         await client.connections.connect(first.peer_id, [world.address(2)])
         await world.crash(first)
-        await trio.sleep(3)
+        # It was asked after 0, 5, 15 and 35 s, and would be after 75.
+        await trio.sleep(40)
         second = await world.serve(2)
         assert await seconds_until(lambda: chooses(client, second)) < 7
 
@@ -266,3 +267,33 @@ async def test_a_session_whose_only_server_was_cut_off_resumes_when_it_is_back()
             await session.step(step())
         assert trio.current_time() < 90
         assert session.chain[0]["peer"] == server.peer_id
+
+
+# Ghosts.
+
+
+async def test_a_partition_that_heals_brings_no_ghost_back() -> None:
+    """The far side holds records of somebody who died on it meanwhile, and of somebody who left the near side."""
+    async with open_world() as world:
+        stays, leaves, keeps, dies = [await world.serve(number) for number in (2, 3, 4, 5)]
+        client = await world.client(10)
+        await seconds_until(lambda: chooses(client, stays, leaves, keeps, dies))
+        for near in (1, 2, 3, 10):
+            for far in (4, 5):
+                world.network.partition(world.host(near), world.host(far))
+        # The far side cannot hear that one leaves, nor the near side that one dies.
+        await world.stop(leaves)
+        await world.crash(dies)
+        healed_at = trio.current_time() + 5
+        await trio.sleep(5)
+        for near in (1, 2, 3, 10):
+            for far in (4, 5):
+                world.network.heal(world.host(near), world.host(far))
+        seen = set()
+        while trio.current_time() < healed_at + 2 * TTL_S:
+            chosen = await client.chosen()
+            seen.add(chosen)
+            assert chosen != leaves.peer_id
+            assert chosen != dies.peer_id or trio.current_time() < healed_at + TTL_S
+            await trio.sleep(2)
+        assert {stays.peer_id, keeps.peer_id} <= seen

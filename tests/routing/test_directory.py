@@ -16,6 +16,7 @@ from peerd.protocol.records import (
     sign_record,
 )
 from peerd.protocol.span import Span
+from peerd.routing.announcer import TTL_S
 from peerd.routing.directory import CACHE_S, Directory
 from peerd.routing.record_sets import RecordKey
 
@@ -198,3 +199,34 @@ async def test_who_holds_what_is_known_without_the_ways_to_them(
         found = await directory.holdings(MODEL, 40)
         assert {(one.peer_id, one.record.state) for one in found} == expected
     assert len(swarm.asked) == 2, "it is looked up each time"
+
+
+async def test_a_ghost_is_believed_for_one_lifetime_whatever_its_clock_said(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    swarm.announce(1, server_body(seq=1, expires=swarm.now + 600), peer_body(expires=swarm.now + 600))
+    living = swarm.announce(2, server_body(seq=1, expires=swarm.now + 60), peer_body(expires=swarm.now + 600))
+    for round_number in range(1, 16):
+        # The record of the first is held by somebody, and handed out, all the while.
+        offers = await directory.servers(MODEL, 8)
+        assert len(offers) == (2 if 20 * (round_number - 1) <= TTL_S else 1)
+        assert living in {offer.peer_id for offer in offers}
+        swarm.now += 20
+        swarm.announce(2, server_body(seq=1 + round_number, expires=swarm.now + 60))
+
+
+async def test_a_record_that_an_old_store_hands_out_again_does_not_bring_a_ghost_back(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    swarm.announce(1, server_body(seq=5, expires=swarm.now + 60), peer_body(expires=swarm.now + 600))
+    assert len(await directory.servers(MODEL, 8)) == 1
+    # It leaves: what outlives every record of its own is what counts.
+    swarm.announce(1, server_body(seq=6, state="offline", expires=swarm.now + 60))
+    swarm.now += CACHE_S
+    assert await directory.servers(MODEL, 8) == []
+    for seq in (5, 4):
+        for key in list(swarm.records):
+            swarm.records[key] = [r for r in swarm.records[key] if not isinstance(r.body, ServerRecord)]
+        swarm.announce(1, server_body(seq=seq, expires=swarm.now + 20))
+        swarm.now += CACHE_S
+        assert await directory.servers(MODEL, 8) == []
