@@ -187,6 +187,19 @@ def fits(
     return int(count)
 
 
+def fits_on_disk(checkpoint: Checkpoint, count: int) -> int:
+    """How many of `count` blocks fit into what downloads may take of the disk, wherever they lie; at least 1."""
+    if checkpoint.disk_bytes is None:
+        return count
+    while count > 1:
+        starts = range(checkpoint.block_count - count + 1)
+        most = max(checkpoint.download_bytes(Span(start, start + count)) for start in starts)
+        if most <= checkpoint.disk_bytes:
+            break
+        count -= 1
+    return count
+
+
 def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, form: Format | None) -> BlockCost:
     found = places(layer) if form is not None else {}
     stored_size = max(checkpoint.dtype.itemsize, dtype.itemsize)

@@ -60,6 +60,7 @@ class Checkpoint:
         published_config: Mapping[str, Any],
         hub_id: str = "",
         commit: str = "",
+        disk_bytes: int | None = None,
     ) -> None:
         self.path = path
         self.family = family
@@ -70,6 +71,8 @@ class Checkpoint:
         #: Where it is on a hub, `org/name`, and of which commit these files are; both empty for one from elsewhere.
         self.hub_id = hub_id
         self.commit = commit
+        #: What downloads of blocks may take of the disk; None: all that is free.
+        self.disk_bytes = disk_bytes
         self._weights = weights
         # What came beside the weights files and is not in them: other versions of Transformers read it otherwise.
         self._published_config = published_config
@@ -178,6 +181,11 @@ class Checkpoint:
         """
         self._weights.fetch([name for block in range(span.start, span.end) for name in self.names_of_block(block)])
 
+    def download_bytes(self, span: Span) -> int:
+        """What these blocks' files take of the disk once they are downloaded; 0 where they never are."""
+        names = [name for block in range(span.start, span.end) for name in self.names_of_block(block)]
+        return self._weights.download_bytes(names)
+
     def fetch_head(self) -> None:
         """The same for the files that hold what is not a block."""
         of_blocks = {name for names in self._names_of_block.values() for name in names}
@@ -270,8 +278,12 @@ def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
     folder = HubFolder(hub_id, settings)
     try:
         _refuse_without_safetensors(folder.names(), hub_id)
-        folder.fetch([name for name in _SMALL_FILES if name in folder])
-        return _open_folder(folder, hub_id.name, hub_id=hub_id.repo, commit=folder.commit)
+        small = [name for name in _SMALL_FILES if name in folder]
+        folder.fetch(small)
+        disk_bytes = settings.disk_bytes
+        if disk_bytes is not None:
+            disk_bytes -= sum(map(folder.download_bytes, small))
+        return _open_folder(folder, hub_id.name, hub_id=hub_id.repo, commit=folder.commit, disk_bytes=disk_bytes)
     except BaseException:
         folder.close()
         raise
@@ -291,7 +303,9 @@ def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
     raise CheckpointError(f"{hub_id} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is no model that can be read")
 
 
-def _open_folder(folder: Folder, name: str, *, hub_id: str = "", commit: str = "") -> Checkpoint:
+def _open_folder(
+    folder: Folder, name: str, *, hub_id: str = "", commit: str = "", disk_bytes: int | None = None
+) -> Checkpoint:
     from peerd.compute.safetensors_weights import SafetensorsWeights
 
     config_path = folder.where / "config.json"
@@ -301,7 +315,15 @@ def _open_folder(folder: Folder, name: str, *, hub_id: str = "", commit: str = "
     config = make_config(family, raw, config_path)
     weights = SafetensorsWeights(folder, family)
     return Checkpoint(
-        folder.where, family, config, weights, name=name, published_config=published, hub_id=hub_id, commit=commit
+        folder.where,
+        family,
+        config,
+        weights,
+        name=name,
+        published_config=published,
+        hub_id=hub_id,
+        commit=commit,
+        disk_bytes=disk_bytes,
     )
 
 

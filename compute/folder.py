@@ -29,6 +29,10 @@ class Folder(Protocol):
         """Whether the file is on this machine, whole."""
         ...
 
+    def download_bytes(self, name: str) -> int:
+        """What the file takes of the disk once it is downloaded; 0 for one that never is."""
+        ...
+
     def fetch(self, names: Collection[str]) -> None:
         """Have the files on this machine until the folder is closed."""
         ...
@@ -65,6 +69,9 @@ class LocalFolder:
 
     def on_disk(self, name: str) -> bool:
         return (self._where / name).exists()
+
+    def download_bytes(self, name: str) -> int:
+        return 0
 
     def fetch(self, names: Collection[str]) -> None:
         pass

@@ -52,6 +52,9 @@ class GgufWeights:
     def fetch(self, parameters: Iterable[str]) -> None:
         pass
 
+    def download_bytes(self, parameters: Iterable[str]) -> int:
+        return 0
+
     def on_disk(self, parameter: str) -> bool:
         return True
 

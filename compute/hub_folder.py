@@ -65,6 +65,9 @@ class HubFolder:
         file = self._listing.files.get(name)
         return (self.where / name).exists() or (file is not None and self._cache.blob(file).is_file())
 
+    def download_bytes(self, name: str) -> int:
+        return self._file(name).size
+
     def fetch(self, names: Collection[str]) -> None:
         files = [self._file(name) for name in sorted(set(names)) if name not in self._held]
         if files:

@@ -45,7 +45,13 @@ class SafetensorsWeights:
         return {shard: self._folder.sha256(shard) for shard in set(self._shard_of.values())}
 
     def fetch(self, parameters: Iterable[str]) -> None:
-        self._folder.fetch({self._shard_of[name] for parameter in parameters for name in self._recipe(parameter).names})
+        self._folder.fetch(self._shards(parameters))
+
+    def download_bytes(self, parameters: Iterable[str]) -> int:
+        return sum(map(self._folder.download_bytes, self._shards(parameters)))
+
+    def _shards(self, parameters: Iterable[str]) -> set[str]:
+        return {self._shard_of[name] for parameter in parameters for name in self._recipe(parameter).names}
 
     def on_disk(self, parameter: str) -> bool:
         return all(self._folder.on_disk(self._shard_of[name]) for name in self._recipe(parameter).names)

@@ -43,6 +43,10 @@ class Weights(Protocol):
         """Have the files that hold these on this machine, until they are closed; reading does the same, one by one."""
         ...
 
+    def download_bytes(self, parameters: Iterable[str]) -> int:
+        """What the files that hold these take of the disk once they are downloaded; 0 where they never are."""
+        ...
+
     def on_disk(self, parameter: str) -> bool:
         """Whether it can be read without fetching anything."""
         ...

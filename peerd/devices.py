@@ -54,7 +54,10 @@ def specs_by_device(spec: ServeSpec) -> list[ServeSpec]:
     for name in names:
         own = replace(spec, device=name)
         if names.count(name) > 1:
-            own = replace(own, memory_bytes=(spec.memory_bytes or free_memory(name)) // names.count(name))
+            # Only the host's memory is promised to others.
+            promised = spec.promised_bytes if name == "cpu" else 0
+            given = spec.memory_bytes or max(0, free_memory(name) - promised)
+            own = replace(own, memory_bytes=given // names.count(name))
         specs.append(own)
     return specs
 

@@ -202,6 +202,7 @@ class Peer:
             self.discovery.serve(self._places.records)
         if spec.among:
             spec = await self._choose_model(spec)
+        spec = replace(spec, promised_bytes=self._promised_bytes())
         reserved: list[Place] = []
         ready = []
         try:
@@ -213,7 +214,7 @@ class Peer:
                 digest, block_count = checkpoint.model_digest, checkpoint.block_count
                 words = words_for(checkpoint)
             moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
-            loader = SpanLoader(self._checkpoints, spec, digest) if moves else None
+            loader = SpanLoader(self._checkpoints, spec, digest, self._promised_bytes) if moves else None
             for served, loaded in ready:
                 place = reserved[0]
                 self._places.add(place, served, loaded)
@@ -230,6 +231,10 @@ class Peer:
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self.discovery.announced()
         return tuple(served for served, _ in ready)
+
+    def _promised_bytes(self) -> int:
+        """What the spans that we serve may take of the host's memory yet."""
+        return sum(place.loaded.promised_bytes for place in self._places or () if place.loaded is not None)
 
     async def _choose_model(self, spec: ServeSpec) -> ServeSpec:
         """The same order for one of the models that it allows. Waits until the swarm serves one."""
@@ -319,6 +324,7 @@ class Peer:
 
         All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
         """
+        from peerd.compute.capacity import fits_on_disk
         from peerd.devices import rooms, share_span, specs_by_device
         from peerd.first_span import Choice, choose_first
         from peerd.serving import expected_record, how_many_blocks
@@ -336,7 +342,7 @@ class Peer:
             span = spec.blocks
         else:
             if spec.blocks is None and len(specs) > 1:
-                count = min(sum(room), checkpoint.block_count)
+                count = fits_on_disk(checkpoint, min(sum(room), checkpoint.block_count))
             else:
                 count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
             here = await trio.to_thread.run_sync(lambda: checkpoint.blocks_on_disk)

@@ -16,7 +16,15 @@ from peerd.client_adapters import AdapterRoom
 from peerd.compute.adapter_file import AdapterFile, open_adapter
 from peerd.compute.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
-from peerd.compute.capacity import HEADROOM, Budget, block_bytes, default_kv_tokens, fits, span_budget
+from peerd.compute.capacity import (
+    HEADROOM,
+    Budget,
+    block_bytes,
+    default_kv_tokens,
+    fits,
+    fits_on_disk,
+    span_budget,
+)
 from peerd.compute.checkpoint import Checkpoint
 from peerd.compute.engine import PASS_BYTES, Engine
 from peerd.compute.errors import AdapterError
@@ -74,6 +82,8 @@ class ServeSpec:
     `adapters`: names, each with the directory that peft saved. `client_adapter_bytes`: how large an adapter a client
     may bring for its session; None for 64 MB, or less where memory is short; 0 for none.
     `uplink`: bytes a second that this machine can send, which clients then reckon with; None: as is measured.
+    `look_every_s`: how often the peer looks whether it should move; None for every five minutes.
+    `promised_bytes`: of the host's free memory, what others of the peer's spans may take yet; `Peer.serve` fills it in.
     """
 
     model: str | Path = ""
@@ -91,6 +101,7 @@ class ServeSpec:
     look_every_s: float | None = None
     among: tuple[str, ...] = ()
     uplink: int | None = None
+    promised_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,8 @@ class LoadedSpan:
     adapter_room: AdapterRoom
     family: Family
     uplink: float = 0.0
+    #: What it may take of the host's memory beyond what it has: of KV that was never written the system knows nothing.
+    promised_bytes: int = 0
 
 
 def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
@@ -133,7 +146,7 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
             f" (the block itself {format_size(block_bytes(checkpoint, dtype, spec.quantize))}),"
             f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec)}"
         )
-    return count
+    return fits_on_disk(checkpoint, count)
 
 
 def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
@@ -183,6 +196,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         throughput,
         ", as --throughput says" if spec.throughput else "",
     )
+    room = AdapterRoom(_client_adapter_bytes(spec), value_bytes=dtype.itemsize)
     return LoadedSpan(
         engine,
         DTYPE_NAMES[dtype],
@@ -190,10 +204,21 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         tuple(sorted(CODECS)),
         throughput,
         block_roots(span, digests),
-        AdapterRoom(_client_adapter_bytes(spec), value_bytes=dtype.itemsize),
+        room,
         checkpoint.family,
         float(spec.uplink or 0),
+        _promised_bytes(spec, checkpoint, engine, room),
     )
+
+
+def _promised_bytes(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, room: AdapterRoom) -> int:
+    """What a span that has just been loaded may take of the host's memory yet."""
+    budget, on_host = _budget(spec, checkpoint, engine.span), _on_host(spec)
+    promised = engine.total_tokens * budget.host_per_token
+    if on_host:
+        passes = engine.passes.memory.total_bytes if engine.passes is not None else 0
+        promised += engine.total_tokens * budget.kv_per_token + budget.working + room.total_bytes + passes
+    return promised
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -266,7 +291,10 @@ def _on_host(spec: ServeSpec) -> bool:
 
 def _given(spec: ServeSpec) -> int:
     """How many bytes of the device may be taken."""
-    return spec.memory_bytes or int(free_memory(spec.device) * (1 - HEADROOM))
+    if spec.memory_bytes:
+        return spec.memory_bytes
+    free = free_memory(spec.device) - (spec.promised_bytes if _on_host(spec) else 0)
+    return max(0, int(free * (1 - HEADROOM)))
 
 
 def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> int:
@@ -294,7 +322,7 @@ def _kv_tokens(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
     fit = budget.kv_tokens_in(room, on_host=on_host)
     if not on_host:
         # The device holds the KV, but the host what sessions keep of their activations.
-        host = int(free_memory() * (1 - HEADROOM)) - budget.process
+        host = int((free_memory() - spec.promised_bytes) * (1 - HEADROOM)) - budget.process
         fit = min(fit, host // budget.host_per_token)
     wanted = spec.kv_tokens or PAGE_TOKENS
     if fit < wanted:

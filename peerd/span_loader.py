@@ -7,7 +7,7 @@ the peer began to serve it, and other weights under the same announcement would 
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +30,17 @@ _NO_HOST_MEMORY = "can't allocate memory"
 
 
 class SpanLoader:
-    """Loads spans of the model with this digest. `spec` is for one device."""
+    """Loads spans of the model with this digest. `spec` is for one device; `promised_bytes`: what other spans of this
+    peer may take of the host's memory yet.
+    """
 
-    def __init__(self, checkpoints: Checkpoints, spec: ServeSpec, digest: bytes) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, spec: ServeSpec, digest: bytes, promised_bytes: Callable[[], int] = lambda: 0
+    ) -> None:
         self._checkpoints = checkpoints
         self._spec = spec
         self._digest = digest
+        self._promised_bytes = promised_bytes
 
     async def on_disk(self) -> frozenset[int]:
         """The blocks that need not be fetched. Raises CheckpointError."""
@@ -51,7 +56,8 @@ class SpanLoader:
         """An engine over the span. Raises CheckpointError, InvalidRequest, OSError, torch.OutOfMemoryError."""
         async with self._open() as checkpoint:
             await fetch_span(checkpoint, span)
-            return await load_served(self._spec, checkpoint, span)
+            spec = replace(self._spec, promised_bytes=self._promised_bytes())
+            return await load_served(spec, checkpoint, span)
 
     async def free(self) -> None:
         """Give back what no engine uses any more, or the next would find no room."""

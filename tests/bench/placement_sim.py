@@ -36,7 +36,7 @@ SCENARIOS = {
     "they come within 10 min, and stay": World(0, 0, 0),
     "all start in the same second": World(0, 0, 0, join_s=1.0),
     "30 % an hour leave or crash": World(0, 0, 0, churn_an_hour=0.3),
-    "a quarter is struck after an hour": World(0, 0, 0, strike_s=3600.0),
+    "a quarter is struck half way": World(0, 0, 0, strike_s=0.0),
 }
 # How many blocks fit on a server in the middle, of how many: about five servers a block for 50, a hundred for 1,000.
 MODELS = {50: (32, 3.0), 200: (80, 4.0), 1000: (80, 6.0)}
@@ -134,7 +134,8 @@ def main() -> None:
             f" {'serving':>8} {'share':>7} {'peer h':>7} {'':>9} {'owner/ghost':>11} {'s':>6}"
         )
         for name, scenario in SCENARIOS.items():
-            world = replace(scenario, servers=servers, blocks=blocks, size=size)
+            strike_s = options.hours * 1800 if scenario.strike_s == 0 else scenario.strike_s
+            world = replace(scenario, servers=servers, blocks=blocks, size=size, strike_s=strike_s)
             _print(name, simulate(world, hours=options.hours, seed=options.seed))
 
 

@@ -14,10 +14,12 @@ import trio
 from hub_server import open_hub
 
 import peerd
-from peerd import model_choice
+from peerd import model_choice, serving
 from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.errors import DiskFull
 from peerd.compute.hub_settings import HubSettings
 from peerd.model_choice import local_models
+from peerd.protocol.errors import InvalidRequest
 from peerd.testing import MemoryNetwork
 
 pytestmark = pytest.mark.real_time
@@ -161,3 +163,33 @@ def test_paths_among_the_patterns_name_models(models: list[Path], tmp_path: Path
     assert local_models(f"{tmp_path}/*") == [tmp_path / "one.gguf"]
     assert local_models(str(models[0])) == [models[0]]
     assert local_models("org/*") == []
+
+
+async def test_as_many_blocks_are_served_as_downloads_may_take(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    with open_hub() as hub:
+        hub.push("org/large", models[1])
+        everything = sum(len(data) for data in next(iter(hub.repos["org/large"].commits.values())).values())
+        settings = HubSettings(endpoint=hub.url, cache_dir=tmp_path / "cache", disk_bytes=everything * 2 // 3)
+        async with Swarm().peer(replace(SPEC, model="org/large"), hub=settings) as server:
+            (served,) = server.served
+            assert 1 <= len(served.span) < 6
+            assert sum(hub.served.values()) <= everything * 2 // 3
+            # What is asked for by number is asked for: it says what does not fit.
+            with pytest.raises(DiskFull):
+                await server.serve(replace(SPEC, model="org/large", blocks=peerd.Span(0, 6)))
+
+
+async def test_spans_of_one_peer_share_what_is_free_with_what_others_may_take_yet(
+    models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "free_memory", lambda *_: 250 * 2**20)
+    # None of this KV is ever written: the system takes it for free.
+    order = replace(SPEC, model=models[0], blocks=peerd.Span(0, 1), memory_bytes=None, kv_tokens=120_000)
+    async with Swarm().peer(order) as server:
+        (first,) = server.served
+        with pytest.raises(InvalidRequest, match="are free"):
+            await server.serve(order)
+        assert server.served == (first,)
