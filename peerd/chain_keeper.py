@@ -9,6 +9,7 @@ whoever sends it again (spec/session.md, "When a hop dies").
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -37,6 +38,8 @@ from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.routing.pace import Pace
 from peerd.step_log import Pending, StepLog
+
+log = logging.getLogger(__name__)
 
 # Faults in a row without one answer, after which there is no use in mending on.
 MAX_BARREN_FAULTS = 8
@@ -205,6 +208,7 @@ class ChainKeeper:
         self._lose(control, error)
 
     def _lose(self, control: ControlStream, error: PeerdError) -> None:
+        log.info("lost %s for blocks %s: %s", control.hop.peer_id, control.hop.span, error)
         self._chain.drop(control)
         self._count_barren(error)
         self._ready = False
@@ -314,11 +318,13 @@ class ChainKeeper:
         await self._adopt(controls)
 
     async def _overtake(self, slow: ControlStream) -> None:
-        """Replace a hop that hangs, unless nobody else can be had: then it has more time."""
+        """Replace a hop that hangs, unless nobody else can be had now: then it is asked again."""
         since = self.working_since
-        self.pace.doubled()
+        log.info("%s hangs with a step of blocks %s", slow.hop.peer_id, slow.hop.span)
         if await self.replace(slow, lambda: self.working_since == since):
             self.overtaken += 1
+            # Where all are slow, going from one to the next would only make them slower.
+            self.pace.doubled()
 
     async def replace(self, control: ControlStream, is_still_wanted: Callable[[], bool]) -> bool:
         """Put others in the place of a hop that lives, without blame. False where nobody else can be had."""
@@ -342,6 +348,8 @@ class ChainKeeper:
         for control in controls:
             self._nursery.start_soon(self._read, control)
         self.failovers += self._has_stood
+        if self._has_stood:
+            log.info("now in its place: %s", ", ".join(f"{each.hop.peer_id} for {each.hop.span}" for each in controls))
         self.replaying = self._log.positions
         before = self._chain.before(controls[0].hop.span.start)
         if before is not None:

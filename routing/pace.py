@@ -64,7 +64,7 @@ class Pace:
             self._prefill = _added(self._prefill, seconds / positions)
 
     def doubled(self) -> None:
-        """Nobody could do better: be patient for twice as long, until something is answered."""
+        """A hop was overtaken: be patient for twice as long, until something is answered."""
         self._doublings += 1
 
     def late_after_s(self, positions: int) -> float:

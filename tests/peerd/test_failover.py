@@ -297,6 +297,24 @@ async def test_a_server_that_hangs_and_has_no_twin_is_waited_for(open_swarm):
         assert all(host.task.engine.positions_computed == 53 for host in hosts)
 
 
+async def test_a_server_that_hangs_is_overtaken_soon_after_a_twin_comes(open_swarm):
+    async with open_swarm() as swarm:
+        client = await swarm.client()
+        hosts, session = await open_chain(swarm, client)
+        await session.step(ROW[:40])
+        await stall_s(session, ROW, 40, 10)
+        wedge(hosts[1])
+
+        async def help_later() -> None:
+            await trio.sleep(20)
+            await serve(swarm, 1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(help_later)
+            assert 20 < await stall_s(session, ROW, 50, 3) < 22.5
+        assert session.failovers == 1
+
+
 async def test_many_sessions_under_load_do_not_drive_each_other_from_server_to_server(open_swarm):
     async with open_swarm() as swarm:
         for hop in range(HOPS):

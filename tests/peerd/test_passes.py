@@ -205,6 +205,78 @@ async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(
         assert client.finder.failures == [hosts[victim].peer_id]
 
 
+async def replaced(swarm, serve_tiny, victims):
+    """Hosts of a chain, and a twin for each victim that nobody knows yet."""
+    hosts = [await serve_tiny(swarm, span) for span in CUT]
+    twins = [await serve_tiny(swarm, CUT[victim]) for victim in victims]
+    for twin in twins:
+        twin.online = False
+    return hosts, twins
+
+
+def strike(host, how) -> None:
+    """Do `how` to a host in the middle of the next thing that its device does."""
+
+    async def struck(run, argument):
+        how(host)
+        await trio.sleep_forever()
+
+    host.task._run_batch = struck
+
+
+@pytest.mark.parametrize("victims", [(0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("when", ["between", "backward"])
+async def test_several_hops_that_die_at_once_are_replaced(
+    open_swarm, serve_tiny, decoder, small_micro_batches, victims, when
+):
+    async with open_swarm() as swarm:
+        hosts, twins = await replaced(swarm, serve_tiny, victims)
+        client = await swarm.client()
+        what = trained()
+        done = await maker_of(client).forward(INPUT, ROWS, BLOCKS, what, patience=SHORT)
+
+        def die(_host) -> None:
+            for victim, twin in zip(victims, twins, strict=True):
+                twin.online = True
+                swarm.kill(hosts[victim])
+
+        if when == "between":
+            die(None)
+        else:
+            strike(hosts[victims[-1]], die)
+        assert_same(done.output, await done.backward(GRAD), Reference(decoder, INPUT, GRAD, what))
+        assert {hosts[victim].peer_id for victim in victims} == set(client.finder.failures)
+
+
+async def test_a_replacement_that_dies_in_the_backward_is_replaced_in_turn(
+    open_swarm, serve_tiny, decoder, small_micro_batches
+):
+    async with open_swarm() as swarm:
+        hosts, (first, second) = await replaced(swarm, serve_tiny, (1, 1))
+        client = await swarm.client()
+        what = trained()
+        done = await maker_of(client).forward(INPUT, ROWS, BLOCKS, what, patience=SHORT)
+        strike(first, lambda host: (setattr(second, "online", True), swarm.kill(host)))
+        strike(hosts[1], lambda host: (setattr(first, "online", True), swarm.kill(host)))
+        assert_same(done.output, await done.backward(GRAD), Reference(decoder, INPUT, GRAD, what))
+        assert client.finder.failures == [hosts[1].peer_id, first.peer_id]
+        assert hosts[0].peer_id in {hop["peer"] for hop in done.chain}
+
+
+async def test_a_hop_that_stops_in_the_backward_is_replaced_in_seconds(
+    open_swarm, serve_tiny, decoder, small_micro_batches
+):
+    async with open_swarm() as swarm:
+        hosts, (twin,) = await replaced(swarm, serve_tiny, (1,))
+        client = await swarm.client()
+        what = trained()
+        done = await maker_of(client).forward(INPUT, ROWS, BLOCKS, what, patience=SHORT)
+        strike(hosts[1], lambda host: (setattr(twin, "online", True), swarm.network.stop(host.ip)))
+        before = trio.current_time()
+        assert_same(done.output, await done.backward(GRAD), Reference(decoder, INPUT, GRAD, what))
+        assert trio.current_time() - before < 20
+
+
 async def test_a_hop_that_dies_may_be_replaced_by_two(open_swarm, serve_tiny, decoder):
     async with open_swarm() as swarm:
         whole = await serve_tiny(swarm, BLOCKS)
