@@ -23,6 +23,7 @@ from peerd.nurseries import at_once
 from peerd.protocol.addresses import Multiaddr, public_network
 from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, IpAddress
 from peerd.protocol.errors import ConnectionLost, PeerdError
+from peerd.protocol.hello import Hello
 from peerd.routing.observed import ObservedIps
 from peerd.routing.reachability import (
     Announced,
@@ -53,7 +54,7 @@ FIRST_CHOSEN_PORT = 32768
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """Where we are, for whoever asks: `why` is a sentence, "" while there is nothing to say."""
+    """Where we are, for whoever asks; `why` is for people."""
 
     reach: Reach
     observed: tuple[IpAddress, ...]
@@ -107,7 +108,9 @@ class Reachability:
     @property
     def here(self) -> Here:
         """The same with its reason, for people."""
-        return Here(self.reach, self._observed.agreed(), self._explain())
+        if not self._connections.listen_addresses:
+            return Here(self.reach, self._observed.agreed(), "it listens nowhere")
+        return Here(self.reach, self._observed.agreed(), self._explain() or "nobody that it dialled has tried yet")
 
     @property
     def announced(self) -> Announced:
@@ -185,11 +188,12 @@ class Reachability:
 
     async def _hear(self, connection: PeerConnection) -> None:
         """Note where a peer sees us. A stranger may dial us many times over; whom we dial we chose."""
-        if not connection.dialled:
-            return
         with suppress(ConnectionLost):
             hello = await connection.wait_hello()
             if connection.lost is not None:
+                return
+            if not connection.dialled:
+                self._was_reached(connection, hello)
                 return
             before = (self._on_internet, self._observed.agreed())
             self._observed.note(connection.peer_id, connection.remote_ip, hello.seen_at)
@@ -197,6 +201,14 @@ class Reachability:
             after = (self._on_internet, self._observed.agreed())
             if after != before:
                 self._moved(self._observed.agreed())
+
+    def _was_reached(self, connection: PeerConnection, hello: Hello) -> None:
+        """Somebody outside dialled us: as good as a dial-back, if what it dialled was an address of our own."""
+        if self.reach is not Reach.UNKNOWN or public_network(connection.remote_ip) is None:
+            return
+        found = tuple(address for address in self._own if address.ip == hello.seen_at and not address.is_private)
+        if found:
+            self._conclude(Finding(Reach.PUBLIC, found))
 
     def _moved(self, ips: tuple[IpAddress, ...]) -> None:
         """We are seen somewhere else, or again after nobody saw us."""

@@ -164,9 +164,20 @@ async def test_a_public_peer_is_reached_at_its_own_address() -> None:
         internet = await net.internet(3)
         await until(reach(internet[2], Reach.PUBLIC), within_s=15)
         assert hosts(internet[2].addresses) == [PUBLIC[2]]
-        # Whom nobody could ask about goes on as before.
-        assert internet[0].reachability.reach is Reach.UNKNOWN
+        # The first dialled nobody whom it could ask; but it was dialled.
+        assert internet[0].reachability.reach is Reach.PUBLIC
         assert hosts(internet[0].discovery.dht.addresses) == [PUBLIC[0]]
+
+
+async def test_who_was_dialled_at_an_address_that_is_not_its_own_knows_nothing_by_that() -> None:
+    async with world() as net:
+        net.network.forward(ROUTER, PORT, HOME)
+        peer = await net.at_home()
+        stranger = await net.open("5.9.9.9", listen=[])
+        await stranger.connections.connect(peer.peer_id, [Multiaddr("ip4", ROUTER, PORT)])
+        await trio.sleep(5)
+        assert peer.connections.live
+        assert peer.reachability.reach is Reach.UNKNOWN
 
 
 async def test_a_firewalled_address_is_announced_no_more() -> None:
