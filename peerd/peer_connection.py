@@ -49,6 +49,8 @@ HANDLER_GRACE_S = 0.5
 # How long our last words may take.
 FAREWELL_S = 0.4
 _MAX_HELLO_BODY_BYTES = 0
+# Every settled connection has had this one.
+_HELLO_STREAMS = 1
 # The code of a GOAWAY of somebody who leaves for good.
 CLOSED = "closed"
 # The code of a GOAWAY that ends one of two connections between the same peers.
@@ -96,8 +98,7 @@ class PeerConnection:
         """Whether we ended it, in good order."""
         self.farewell = ""
         """The code with which the peer ended it; "" where it did not say."""
-        self.streams_opened = 0
-        """Streams that either side ever opened; the first is the hello's."""
+        self._streams_opened = 0
         self.uplink = UplinkMeter()
         """How fast the line to the peer takes what we send."""
         self.on_proven: Callable[[], None] = _nothing
@@ -197,6 +198,11 @@ class PeerConnection:
         self.closed_here = self.closed_here or self.lost is None
         self.core.go_away(code, reason)
         self._lose(ConnectionLost(f"we closed the connection: {reason or code}"))
+
+    def close_if_unused(self, code: str, reason: str) -> None:
+        """End it unless either side has ever opened a stream on it, beside the hello's."""
+        if self._streams_opened <= _HELLO_STREAMS:
+            self.close(code, reason)
 
     def lost_error(self) -> ConnectionLost:
         """A fresh ConnectionLost for somebody who came too late."""
@@ -368,7 +374,7 @@ class PeerConnection:
     def _adopt(self, core: streams.Stream) -> Stream:
         stream = Stream(self, core)
         self._streams[core.id] = stream
-        self.streams_opened += 1
+        self._streams_opened += 1
         if len(self._streams) == 1:
             # Somebody may wait for an answer now.
             self._hurry.unpark_all()

@@ -27,8 +27,6 @@ PROBE_S = 2.0
 SAMPLES = 2
 # The better of some samples, taken every half a minute: worth more than one of a stream of samples.
 GAIN = 0.5
-# The stream of the hello.
-_OWN_STREAMS = 1
 
 
 class Prober:
@@ -87,8 +85,7 @@ class Prober:
         live = self._connections.live
         late = self._opened - live.keys()
         for peer_id in (self._opened | self._late) - set(keep):
-            connection = live.get(peer_id)
-            if connection is not None and connection.streams_opened <= _OWN_STREAMS:
-                connection.close("measured", "nothing more was to be said")
+            if (connection := live.get(peer_id)) is not None:
+                connection.close_if_unused("measured", "nothing more was to be said")
         self._opened &= set(keep)
         self._late = late

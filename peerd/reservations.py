@@ -225,6 +225,9 @@ class Reservations:
                 continue
             if self._is_relay(connection):
                 return connection
+            # Its hello is all that we wanted: it is asked again ever more seldom, and not kept open for nothing.
+            self._faults.failed(contact.peer_id)
+            connection.close_if_unused("measured", "no relay")
         return None
 
     def _near(self, relays: Sequence[PeerConnection]) -> PeerConnection:

@@ -165,17 +165,30 @@ async def test_a_relay_that_is_no_peer_s_contact_but_connected_is_asked():
 async def test_whoever_is_no_relay_is_asked_for_nothing_and_a_search_meets_few_strangers():
     async with open_world() as world:
         crowd = [await world.start(number, listen=[LISTEN]) for number in range(20, 50)]
-        connections, reservations, _ = await start_keeping(world, 10, [contact(number) for number in range(20, 50)])
+        met = []
+        for one in crowd:
+            one.on_connected.append(met.append)
+        _, reservations, _ = await start_keeping(world, 10, [contact(number) for number in range(20, 50)])
         await trio.sleep(1)
-        assert 0 < len(connections.live) <= WANTED_RELAYS * MAX_ASKED
+        assert 0 < len(met) <= WANTED_RELAYS * MAX_ASKED
         crowd[0].roles = (RELAY_ROLE,)
         relay = Relay(id_of(20), RelayLimits())
         crowd[0].handlers[RELAY_PROTOCOL] = relay.answer
-        if id_of(20) in connections.live:
-            # It said before that it was none.
-            connections.live[id_of(20)].close()
         await until(lambda: reservations.held)
         assert relay.ledger.slots == 1
+
+
+async def test_no_connection_is_kept_to_strangers_that_turned_out_to_be_no_relays():
+    async with open_world() as world:
+        crowd = [await world.start(number, listen=[LISTEN]) for number in range(20, 30)]
+        met = []
+        for one in crowd:
+            one.on_connected.append(met.append)
+        connections, _, _ = await start_keeping(world, 10, [contact(number) for number in range(20, 30)])
+        await trio.sleep(900)
+        assert not connections.live
+        # Each was asked now and then, not in every search.
+        assert len(crowd) < len(met) < 10 * len(crowd)
 
 
 async def test_the_nearer_of_two_relays_is_asked_first():
