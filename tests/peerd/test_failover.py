@@ -475,9 +475,10 @@ async def test_what_was_given_up_and_cannot_be_taken_back_does_not_haunt_the_ses
         await session.step(ROW[:40])
         await session.step(BRANCH[:5], row=1)
         swarm.kill(hosts[2])
-        what = {"start": 3, "ops": [Fork(0, 1, 3)]} if given_up == "a fork" else {"start": 2}
+        # Long enough that the row's next position would still fit behind it, where it ran.
+        what = {"start": 10, "ops": [Fork(0, 1, 10)]} if given_up == "a fork" else {"start": 2}
         with pytest.raises(NoChain):
-            await session.step(BRANCH[5:6], row=1, **what)
+            await session.step(BRANCH[5:9], row=1, **what)
         await serve(swarm, 2)
         result = await session.step(BRANCH[5:6], row=1, want="all")
         assert torch.equal(result, expected(BRANCH[:6])[5:])
