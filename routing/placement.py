@@ -39,9 +39,13 @@ def block_rates(holdings: Iterable[Holding], block_count: int) -> Floats:
     Each position passes all blocks of a server's span, so a server gives each the n-th part of its
     throughput. One that was never measured is taken for as fast as the others are in the middle.
     """
-    rates = np.zeros(block_count)
-    for span, throughput in _servers(list(holdings)):
-        rates[span.start : span.end] += throughput / len(span)
+    servers = _servers(list(holdings))
+    if not servers:
+        return np.zeros(block_count)
+    starts, ends, shares = np.array([(s.start, s.end, rate / len(s)) for s, rate in servers]).T[:, :, None]
+    blocks = np.arange(block_count)
+    # Summed server by server: blocks with the same servers have the very same rate.
+    rates: Floats = np.where((starts <= blocks) & (blocks < ends), shares, 0.0).sum(axis=0)
     return rates
 
 

@@ -1,6 +1,6 @@
 """How well servers place themselves: whole swarms in simulated time, with what a daemon decides with.
 
-    make bench-placement                      # ten minutes on one core
+    make bench-placement                      # a quarter of an hour on one core
     python tests/bench/placement_sim.py --servers 50 200
 
 Prints, for each swarm: when the model was covered for the first time, and for which part of the time after that; what

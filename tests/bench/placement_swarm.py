@@ -264,12 +264,17 @@ class Swarm:
                 await server.run()
             del self.servers[number]
             crashed = server.struck or self._random.random() < 0.5
-            if crashed and server.held is not None:
-                self._ghosts.append((trio.current_time() + TTL_S, server.held))
+            if crashed:
+                self.crashed(server)
             server.end(crashed=crashed)
             if server.struck:
                 return
             await trio.sleep(self._random.uniform(0, 120))
+
+    def crashed(self, server: Server) -> None:
+        """Others see what it held for as long as its announcements last."""
+        if server.held is not None:
+            self._ghosts.append((trio.current_time() + TTL_S, server.held))
 
     async def _strike(self) -> None:
         await trio.sleep(self.world.strike_s)

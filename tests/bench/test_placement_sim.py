@@ -7,7 +7,7 @@ import logging
 import pytest
 import trio
 from placement_sim import against_the_best, simulate
-from placement_swarm import Swarm, World, most_flow
+from placement_swarm import Server, Swarm, World, most_flow
 
 from peerd.protocol.span import Span
 from peerd.routing.flow import swarm_flow
@@ -65,6 +65,22 @@ def test_after_a_quarter_is_struck_the_others_close_the_gaps_without_opening_any
     assert outcome.recovered_s < 900
     assert outcome.moves_an_hour < 2
     assert outcome.careless == 0
+
+
+async def test_a_move_that_takes_a_blocks_last_owner_away_is_noticed() -> None:
+    swarm = Swarm(World(servers=3, blocks=8, size=4))
+    servers = swarm.servers
+    for number, held in enumerate((Span(0, 4), Span(4, 8), Span(2, 8))):
+        servers[number] = Server(swarm, number)
+        servers[number].held = held
+    swarm.check_stays_covered(servers[1], Span(4, 8))
+    assert (swarm.careless, swarm.unlucky) == (0, 0)
+    servers[2].leaving = True
+    swarm.check_stays_covered(servers[1], Span(4, 8))
+    assert (swarm.careless, swarm.unlucky) == (1, 0)
+    swarm.crashed(servers.pop(2))
+    swarm.check_stays_covered(servers[1], Span(4, 8))
+    assert (swarm.careless, swarm.unlucky) == (1, 1), "it could not be seen yet"
 
 
 def test_small_swarms_end_near_the_best_of_all_placements() -> None:
