@@ -19,8 +19,9 @@ from peerd.protocol.dialback import MAX_PORTS, Dialled, IpAddress, Outcome, dial
 
 # Peers that dial us for one verdict, and one more where they do not agree.
 JUDGES = 2
-# Until the next look. That a port was forwarded should be noticed in minutes; one that works goes on working, mostly.
-_FIRST_CHECK_S = {"unknown": 15.0, "private": 300.0, "public": 900.0}
+# Until the next look. Judges try again after a minute: a verdict that was load's doing, ours or theirs, is mended soon,
+# and a port that is forwarded noticed. One that works goes on working, mostly.
+_FIRST_CHECK_S = {"unknown": 15.0, "private": 80.0, "public": 900.0}
 _LONGEST_CHECK_S = {"unknown": 240.0, "private": 3600.0, "public": 3600.0}
 _JITTER = 0.2
 
@@ -120,7 +121,8 @@ def announced(own: Sequence[Multiaddr], finding: Finding, *, on_internet: bool) 
     left = [address for address in own if address.with_peer(None) not in failed]
     private = finding.reach is Reach.PRIVATE
     if not on_internet:
-        return Announced(() if private else tuple(left), tuple(left))
+        # No NAT stands between neighbours; one that was too busy to answer must not fall out of its swarm for it.
+        return Announced(tuple(own), tuple(own))
     # Neighbours in the same LAN need no way round; nobody else dials such addresses. Loopback helps none of them.
     near = [address for address in left if address.is_private and not address.is_loopback]
     if private:

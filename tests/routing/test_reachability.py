@@ -76,10 +76,10 @@ def test_a_third_judge_is_asked_where_two_do_not_agree() -> None:
 @pytest.mark.parametrize(
     ("own", "finding", "on_internet", "contacts", "addresses"),
     [
-        # In a LAN, or on one machine, or alone: as it always was, until a neighbour could not dial us.
+        # In a LAN, or on one machine, or alone: as it always was, even if a neighbour could not dial us just now.
         ([LAN, LOOP], Finding(), False, [LAN, LOOP], [LAN, LOOP]),
         ([LAN, LOOP], Finding(Reach.PUBLIC, (LAN,)), False, [LAN, LOOP], [LAN, LOOP]),
-        ([LAN, LOOP], Finding(Reach.PRIVATE, (), ((LAN, "refused"),)), False, [], [LOOP]),
+        ([LAN, LOOP], Finding(Reach.PRIVATE, (), ((LAN, "silent"),)), False, [LAN, LOOP], [LAN, LOOP]),
         # Behind a NAT.
         ([LAN, LOOP], Finding(), True, [], [LAN]),
         ([LAN, LOOP], PUBLIC, True, [OUT], [OUT, LAN]),
