@@ -8,6 +8,7 @@ when those that we dialled see us elsewhere, when all connections were lost, or 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -223,6 +224,8 @@ class Reachability:
 
     async def _check(self) -> None:
         self._last_check = trio.current_time()
+        # News that come while others dial us are looked into after that.
+        self._due = math.inf
         self._own = tuple(self._read_own())
         trials = []
         ips = self._observed.agreed()
@@ -235,12 +238,15 @@ class Reachability:
             found = Finding(Reach.PRIVATE)
         else:
             found = find(self._finding, trials)
+            if is_void(found, self._observed.agreed()):
+                # We have moved since we asked.
+                found = Finding()
         heard = any(answers for _, answers in trials)
         self._checks += 1
         self._unchanged = 0 if found.reach is not self.reach else self._unchanged + 1
         self._conclude(found)
         reach = self.reach if heard else Reach.UNKNOWN
-        self._due = trio.current_time() + next_check_s(reach, self._unchanged, self._random)
+        self._due = min(self._due, trio.current_time() + next_check_s(reach, self._unchanged, self._random))
 
     async def _ask(self, ip: IpAddress, ports: Sequence[int]) -> list[Dialled]:
         """What two peers that see us at `ip` find there, or three where the first two are divided."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -406,6 +406,50 @@ async def test_what_was_proven_elsewhere_is_not_announced_while_nobody_can_tell(
         await until(reach(peer, Reach.UNKNOWN), within_s=200)
         assert hosts(peer.addresses) == [HOME]
         assert peer.discovery.dht.addresses == ()
+
+
+def answer_slowly(judges: Sequence[Peer]) -> tuple[list[float], trio.Event]:
+    """From now on they answer the peer at home once the event is set. The list: when they were asked."""
+    asked: list[float] = []
+    go_on = trio.Event()
+
+    async def slowly(handler: Callable[[Stream], Awaitable[None]], stream: Stream) -> None:
+        if stream.connection.remote_ip == ip_address(ROUTER):
+            asked.append(trio.current_time())
+            await go_on.wait()
+        await handler(stream)
+
+    for judge in judges:
+        handlers = judge.connections.handlers
+        handlers[DIALBACK_PROTOCOL] = partial(slowly, handlers[DIALBACK_PROTOCOL])
+    return asked, go_on
+
+
+async def test_news_that_come_while_others_are_asked_make_a_peer_ask_again() -> None:
+    async with world() as net:
+        asked, go_on = answer_slowly(await net.internet(3))
+        peer = await net.at_home()
+        await until(lambda: asked, within_s=30)
+        peer.reachability.changed()
+        go_on.set()
+        await until(reach(peer, Reach.PRIVATE), within_s=15)
+        first = asked[-1]
+        await until(lambda: asked[-1] > first, within_s=15)
+
+
+async def test_an_answer_about_an_address_that_was_left_meanwhile_proves_nothing() -> None:
+    async with world() as net:
+        internet = await net.internet(3)
+        net.network.forward(ROUTER, PORT, HOME)
+        asked, go_on = answer_slowly(internet)
+        peer = await net.at_home()
+        await until(lambda: asked, within_s=30)
+        for judge, host in zip(internet, PUBLIC, strict=False):
+            peer.reachability._observed.note(judge.peer_id, ip_address(host), ip_address("7.7.7.7"))
+        go_on.set()
+        await trio.sleep(1)
+        assert peer.reachability.reach is Reach.UNKNOWN
+        assert ROUTER not in hosts(peer.addresses)
 
 
 async def test_a_clock_that_jumped_makes_a_peer_look_again() -> None:
