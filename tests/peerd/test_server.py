@@ -175,6 +175,28 @@ async def test_a_session_that_waits_for_room_cannot_be_opened_again(open_swarm):
         assert isinstance(await caller.hear(waiting), Opened)
 
 
+async def test_a_server_tells_when_a_span_is_full_and_when_it_has_room_and_refuses_with_a_hint(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=256)
+        said = []
+        host.server.on_load_changed = lambda: said.append(host.task.admission.is_full)
+        first, second = await swarm.caller(), await swarm.caller()
+        for _ in range(2):
+            stream = await first.open(host, max_length=256)
+            await trio.sleep(6)
+            stream.reset("closed")
+            await trio.sleep(0.1)
+        stream = await first.open(host, max_length=256)
+        refusal = await second.refused(host, max_length=256, timeout_ms=3000)
+        assert said == [True]
+        # Sessions ended every six seconds.
+        assert isinstance(refusal, NoRoom)
+        assert 5 < refusal.retry_after_s < 15
+        stream.reset("closed")
+        await trio.sleep(0.1)
+        assert said == [True, False]
+
+
 async def test_nobody_opens_more_sessions_than_a_peer_may_have(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4)
