@@ -22,6 +22,9 @@ from peerd.protocol.identity import PeerId, node_id_of, public_key_of
 
 # Kademlia paper, 2.3: a bucket in which nothing was looked up for an hour is refreshed.
 IDLE_BUCKET_S = 3600.0
+# A contact of which nothing was heard for so long is pinged. Where a third of a swarm leaves in an hour, one in 25
+# contacts is gone then; without it, a quarter, and each costs whoever asks it a second.
+QUIET_S = 900.0
 
 # A reply names 20 contacts, most of them the same as the reply before: decoding base58 again is waste.
 _node_id = lru_cache(maxsize=8192)(node_id_of)
@@ -92,6 +95,8 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
     def __init__(self, own: Node, ksize: int, now: Callable[[], float]) -> None:
         self._now = now
         self._suspects: dict[bytes, PeerNode] = {}
+        # When each contact was last heard of. One that has just come in for another was not.
+        self._heard: dict[bytes, float] = {}
         super().__init__(None, ksize, own)
 
     def flush(self) -> None:
@@ -127,6 +132,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         index = self.get_bucket_for(node)
         bucket = self.buckets[index]
         if bucket.add_node(node):
+            self._heard[node.id] = self._now()
             return
         # Paper, 4.2: split our own range always, others until their depth is a multiple of 5.
         if bucket.has_in_range(self.node) or bucket.depth() % 5 != 0:
@@ -140,6 +146,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         """Forget a peer; the newest that waited for its place takes it."""
         super().remove_contact(node)
         self._suspects.pop(node.id, None)
+        self._heard.pop(node.id, None)
 
     def suspect(self, node: PeerNode) -> None:
         """Ask for this peer to be pinged, if it is in the table."""
@@ -147,9 +154,15 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
             self._suspects[node.id] = node
 
     def take_suspects(self) -> list[PeerNode]:
-        """The peers to ping now; each is handed out once."""
+        """The peers to ping now, those of which nothing was heard for long among them; each is handed out once."""
+        quiet_since = self._now() - QUIET_S
+        for node in self:
+            if self._heard.get(node.id, quiet_since) <= quiet_since:
+                self._suspects[node.id] = node
         suspects = list(self._suspects.values())
         self._suspects.clear()
+        # Whoever is pinged answers, or leaves the table.
+        self._heard |= {node.id: self._now() for node in suspects}
         return suspects
 
     def lonely_buckets(self) -> list[Bucket]:

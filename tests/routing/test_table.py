@@ -7,7 +7,7 @@ import pytest
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
-from peerd.routing.table import Contact, ContactTable, Node, PeerNode, dump_contacts, load_contacts
+from peerd.routing.table import QUIET_S, Contact, ContactTable, Node, PeerNode, dump_contacts, load_contacts
 
 ADDRESS = Multiaddr.parse("/ip4/10.0.0.1/tcp/31330/ws")
 
@@ -46,6 +46,24 @@ def test_near_ranges_are_known_better_than_far_ones() -> None:
     near = sorted((node(number) for number in range(1, 501)), key=own.distance_to)[:4]
     assert {found.id for found in near} <= {found.id for found in table}
     assert len(table) < 200
+
+
+def test_of_whom_nothing_was_heard_for_long_is_to_be_pinged_once() -> None:
+    now = 0.0
+    table = ContactTable(node(0), 20, lambda: now)
+    for number in range(1, 6):
+        table.add_contact(node(number))
+    now = QUIET_S - 1
+    table.add_contact(node(2))
+    assert table.take_suspects() == []
+    now = QUIET_S
+    assert {suspect.id for suspect in table.take_suspects()} == {node(number).id for number in (1, 3, 4, 5)}
+    assert table.take_suspects() == []
+    table.remove_contact(node(1))
+    for number in (3, 4, 5):
+        table.add_contact(node(number))
+    now = 2 * QUIET_S - 1
+    assert [suspect.id for suspect in table.take_suspects()] == [node(2).id]
 
 
 def test_a_full_range_keeps_its_old_peers_and_doubts_the_one_unheard_of_for_longest() -> None:
