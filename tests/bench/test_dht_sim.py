@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from peerd.routing.record_sets import newest
 
 # An hour of 150 peers, three in ten of them replaced, as the figures of `make bench-dht` are taken.
-PLAN = SwarmPlan(peers=150, serving=0.06, clients=6, hours=1.0, joins_a_second=5.0)
+PLAN = SwarmPlan(peers=150, serving=0.05, clients=5, hours=1.0, joins_a_second=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def figures() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["servers_of_a_shard", "addresses_of_a_server"])
 def test_through_an_hour_of_churn_every_live_server_is_found(figures: dict[str, Any], kind: str) -> None:
     assert figures["replaced"] > 25
-    assert figures[kind]["lookups"] > 200
+    assert figures[kind]["lookups"] > 180
     assert figures[kind]["records_expected"] >= figures[kind]["lookups"]
     assert figures[kind]["records_missing"] == 0
 
@@ -50,7 +50,8 @@ def test_a_server_pays_what_its_renewals_must_cost(figures: dict[str, Any]) -> N
 
 
 def test_tables_hold_few_that_are_gone(figures: dict[str, Any]) -> None:
-    assert min(figures["lively_contacts_percent"]) > 80
+    # Those that left in the last quarter of an hour, and were not met since.
+    assert min(figures["lively_contacts_percent"]) > 90
 
 
 def test_the_table_and_the_json_say_the_same(figures: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from peerd.protocol.identity import Identity, node_id_of
 from peerd.protocol.records import ServerRecord, server_key, sign_record
 from peerd.routing.dht_messages import REPLICAS, Found, Packet
 from peerd.routing.holders import LOOKUP_S
+from peerd.routing.record_sets import servers_of
+from peerd.routing.store import StoreLimits
 from peerd.routing.table import Contact, PeerNode
 
 MakeServer = Callable[..., ServerRecord]
@@ -142,3 +144,35 @@ async def test_after_a_while_the_holders_are_looked_up_anew(
     assert await announcer.put() == REPLICAS
     asked = [kind for asker, _, kind in network.requests if asker == announcer.peer.peer_id]
     assert asked.count("find_node") > 5
+
+
+async def test_through_many_renewals_a_split_key_loses_nobody_and_shows_nobody_who_is_gone(
+    network: Network, server_body: MakeServer, unix_now: Callable[[], float]
+) -> None:
+    # Five times as many as one key holds: a thousand servers of one shard in small.
+    network.limits = StoreLimits(records_a_key=6)
+    network.loss = 0.01
+    peers = await network.add_joined(30)
+
+    async def renew(number: int) -> None:
+        announcer = Announcing(peers[number], server_body, unix_now)
+        await trio.sleep(20 * number / len(peers))
+        while peers[number].peer_id not in network.dead:
+            await announcer.put()
+            await trio.sleep(20)
+
+    async def found() -> set[str]:
+        return {record.peer_id for record in await peers[-1].dht.get(servers_of(MODEL, 0))}
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(peers)):
+            nursery.start_soon(renew, number)
+        everybody = {peer.peer_id for peer in peers}
+        await trio.sleep(30)
+        for _ in range(3):
+            assert await found() == everybody
+            await trio.sleep(20)
+        network.kill(*peers[:8])
+        await trio.sleep(65)
+        assert await found() == everybody - network.dead
+        nursery.cancel_scope.cancel()
