@@ -461,7 +461,7 @@ async def test_a_session_resumes_though_its_survivors_have_long_forgotten_it(ope
         swarm.kill(hosts[1])
         with pytest.raises(NoChain):
             await session.step(ROW[40:41])
-        await trio.sleep(1000)
+        await trio.sleep(350)
         assert all(host.server.sessions == 0 for host in hosts)
         await serve(swarm, 1)
         await stall_s(session, ROW, 40, 5)
@@ -490,7 +490,7 @@ async def test_an_idle_session_that_was_evicted_asks_for_no_memory_until_it_is_u
         client = await swarm.client()
         hosts, session = await open_chain(swarm, client)
         await session.step(ROW[:40])
-        await trio.sleep(1000)
+        await trio.sleep(350)
         assert all(host.server.sessions == 0 for host in hosts)
         await stall_s(session, ROW, 40, 3)
         assert client.finder.failures == []
