@@ -123,8 +123,11 @@ def announced(own: Sequence[Multiaddr], finding: Finding, *, on_internet: bool) 
     if not on_internet:
         # No NAT stands between neighbours; one that was too busy to answer must not fall out of its swarm for it.
         return Announced(tuple(own), tuple(own))
-    # Neighbours in the same LAN need no way round; nobody else dials such addresses. Loopback helps none of them.
+    # Neighbours in the same LAN need no way round; nobody else dials such addresses. Loopback helps none of them, but
+    # who listens nowhere else means those on the same machine.
     near = [address for address in left if address.is_private and not address.is_loopback]
+    if all(address.is_loopback for address in own):
+        near = list(own)
     if private:
         return Announced((), tuple(near))
     direct = dict.fromkeys((*finding.proven, *(address for address in left if not address.is_private)))

@@ -84,6 +84,9 @@ def test_a_third_judge_is_asked_where_two_do_not_agree() -> None:
         ([LAN, LOOP], Finding(), True, [], [LAN]),
         ([LAN, LOOP], PUBLIC, True, [OUT], [OUT, LAN]),
         ([LAN, LOOP], PRIVATE, True, [], [LAN]),
+        # For programs on the same machine, which joins a swarm on the internet.
+        ([LOOP], Finding(), True, [], [LOOP]),
+        ([LOOP], PRIVATE, True, [], [LOOP]),
         # With a public address of its own.
         ([OUT, LAN, LOOP], Finding(), True, [OUT], [OUT, LAN]),
         ([OUT, LOOP], PUBLIC, True, [OUT], [OUT]),
