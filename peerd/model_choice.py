@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 
 import trio
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 15.0
 # Models that one look opens at most: each costs the hub a few requests, whoever announced it.
 MAX_OPENED = 8
+# Models whose servers one look looks up at most, those with most announcers first: anybody can make some up.
+MAX_LOOKED_UP = 64
 # A model that could not be served is not tried again for so long: its announcement may have been a mistake.
 REFUSED_S = 600.0
 # What is here already is chosen though another is needed so much more: it serves while that would still be fetched.
@@ -57,6 +60,10 @@ class _Candidate:
         return self.rate > 0, self.rate / (ON_DISK_FACTOR if self.is_here else 1)
 
 
+# What is said of a model that can be true or not: digest, name on the hub, commit and number of blocks.
+_Claim = tuple[bytes, str, str, int]
+
+
 class ModelChoice:
     """One choice for `spec`, which has patterns (`among`) in place of a model."""
 
@@ -66,8 +73,8 @@ class ModelChoice:
         self._checkpoints = checkpoints
         # Models on this machine that a pattern names, by digest.
         self._local: dict[bytes, Path] = {}
-        # Why a model cannot be served, and until when that is believed.
-        self._refused: dict[NamedModel, tuple[str, float]] = {}
+        # Why a model cannot be served, and until when that is believed; whoever else announces it.
+        self._refused: dict[_Claim, tuple[str, float]] = {}
         self._said = ""
 
     async def choose(self) -> ServeSpec:
@@ -100,12 +107,14 @@ class ModelChoice:
 
     async def _candidates(self, models: Sequence[NamedModel]) -> list[_Candidate]:
         """The models that we may and can serve and that others serve already."""
+        now = trio.current_time()
+        self._refused = {claim: refusal for claim, refusal in self._refused.items() if now < refusal[1]}
+        allowed = ((spec, named) for named in models if (spec := self._spec_of(named)) and not self._why_refused(named))
         found: list[_Candidate] = []
         opened = 0
-        for named in models:
-            spec = self._spec_of(named)
-            if spec is None or self._why_refused(named) or opened == MAX_OPENED:
-                continue
+        for spec, named in islice(allowed, MAX_LOOKED_UP):
+            if opened == MAX_OPENED:
+                break
             holdings = await self._discovery.directory.holdings(named.digest, named.block_count)
             if not holdings:
                 continue
@@ -123,7 +132,7 @@ class ModelChoice:
         except HubUnavailable as error:
             log.info("cannot look at %s now: %s", named, error)
         except (CheckpointError, InvalidRequest) as error:
-            self._refused[named] = (str(error), trio.current_time() + REFUSED_S)
+            self._refused[_claim_of(named)] = (str(error), trio.current_time() + REFUSED_S)
             log.warning("not serving %s: %s", named, error)
         else:
             return _Candidate(spec, named, least_rate(holdings, named.block_count), is_here)
@@ -141,7 +150,7 @@ class ModelChoice:
         return None
 
     def _why_refused(self, named: NamedModel) -> str | None:
-        reason, until = self._refused.get(named, (None, 0.0))
+        reason, until = self._refused.get(_claim_of(named), (None, 0.0))
         return reason if trio.current_time() < until else None
 
     def _why_none(self, models: Sequence[NamedModel]) -> str:
@@ -156,6 +165,10 @@ class ModelChoice:
         if words != self._said:
             self._said = words
             log.info("%s", words)
+
+
+def _claim_of(named: NamedModel) -> _Claim:
+    return named.digest, named.hub_id, named.commit, named.block_count
 
 
 def local_models(pattern: str) -> list[Path]:

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -16,11 +17,17 @@ from hub_server import open_hub
 import peerd
 from peerd import model_choice, serving
 from peerd.compute.checkpoint import open_checkpoint
-from peerd.compute.errors import DiskFull
+from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.compute.hub_settings import HubSettings
-from peerd.model_choice import local_models
+from peerd.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.identity import PeerId
+from peerd.routing.catalogue import NamedModel
 from peerd.testing import MemoryNetwork
+
+if TYPE_CHECKING:
+    from peerd.checkpoints import Checkpoints
+    from peerd.discovery import Discovery
 
 pytestmark = pytest.mark.real_time
 
@@ -193,3 +200,44 @@ async def test_spans_of_one_peer_share_what_is_free_with_what_others_may_take_ye
         with pytest.raises(InvalidRequest, match="are free"):
             await server.serve(order)
         assert server.served == (first,)
+
+
+class Strangers:
+    """A directory in which every model has one server, or none; and a hub without any model."""
+
+    def __init__(self, *servers: str) -> None:
+        self.looked_up: list[bytes] = []
+        self.opened: list[str] = []
+        self._servers = servers
+
+    async def holdings(self, model: bytes, _block_count: int) -> tuple[str, ...]:
+        self.looked_up.append(model)
+        return self._servers
+
+    @asynccontextmanager
+    async def open(self, model: str, _revision: str) -> AsyncIterator[None]:
+        self.opened.append(model)
+        raise CheckpointError("no such model")
+        yield
+
+    def choice(self) -> ModelChoice:
+        discovery = cast("Discovery", SimpleNamespace(directory=self))
+        return ModelChoice(replace(SPEC, among=("org/*",)), discovery, cast("Checkpoints", self))
+
+
+def named(number: int, *announcers: str) -> NamedModel:
+    return NamedModel(number.to_bytes(32, "big"), "x", f"org/{number}", "a" * 40, 4, frozenset(map(PeerId, announcers)))
+
+
+async def test_a_model_that_was_refused_stays_so_whoever_else_announces_it() -> None:
+    strangers = Strangers("a server")
+    choice = strangers.choice()
+    for newcomer in range(20):
+        assert not await choice._candidates([named(1, "first", f"newcomer {newcomer}")])
+    assert strangers.opened == ["org/1"]
+
+
+async def test_models_that_strangers_make_up_cost_few_lookups() -> None:
+    strangers = Strangers()
+    assert not await strangers.choice()._candidates([named(number, "one") for number in range(1000)])
+    assert len(strangers.looked_up) == MAX_LOOKED_UP
