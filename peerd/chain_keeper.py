@@ -226,6 +226,7 @@ class ChainKeeper:
         self.reopened += self._has_stood and bool(self._chain.controls)
         self._count_barren(error)
         self._chain.close()
+        self._log.start_anew()
         self._chain = LiveChain(self._opener.new_session(), self._wanted.blocks)
         self._ready = False
         self._alarm.set()

@@ -479,10 +479,18 @@ async def test_what_was_given_up_and_cannot_be_taken_back_does_not_haunt_the_ses
         what = {"start": 10, "ops": [Fork(0, 1, 10)]} if given_up == "a fork" else {"start": 2}
         with pytest.raises(NoChain):
             await session.step(BRANCH[5:9], row=1, **what)
-        await serve(swarm, 2)
+        twin = await serve(swarm, 2)
         result = await session.step(BRANCH[5:6], row=1, want="all")
         assert torch.equal(result, expected(BRANCH[:6])[5:])
         await stall_s(session, ROW, 40, 3)
+        # Nor does it cost the survivors their KV when something is given up that can be taken back.
+        reopened = session.reopened
+        swarm.kill(twin)
+        with pytest.raises(NoChain):
+            await session.step(ROW[43:44])
+        await serve(swarm, 2)
+        await stall_s(session, ROW, 43, 3)
+        assert session.reopened == reopened
 
 
 async def test_an_idle_session_that_was_evicted_asks_for_no_memory_until_it_is_used_again(open_swarm):
