@@ -71,10 +71,14 @@ class Prober:
         peer_id = offer.peer_id
         if peer_id == self._connections.peer_id:
             return None
+        ways = self._dialable(offer.addresses)
         if peer_id not in self._connections.live:
+            if not ways:
+                # That we may not try unasked is no fault of its; an answer that needs it may.
+                return None
             self._opened.add(peer_id)
         try:
-            return await self._connections.connect(peer_id, self._dialable(offer.addresses))
+            return await self._connections.connect(peer_id, ways)
         except PeerFault as error:
             # Announced, and nobody there: better found out now than in the middle of an answer.
             self._links.failed(peer_id, str(error))
