@@ -85,3 +85,13 @@ async def test_only_addresses_that_may_be_dialled_are(open_swarm) -> None:
         assert links.rtts_s() == {}
         assert host.connections.live == {}
         assert host.span == Span(0, 4)
+
+
+async def test_one_that_we_may_not_dial_unasked_is_not_blamed_for_it(open_swarm) -> None:
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        client = await swarm.client()
+        links = Links(trio.current_time)
+        await Prober(client.connections, links, lambda _: ()).probe([host.offer()])
+        assert not links.is_avoided(host.peer_id)
+        assert not client.connections.live
