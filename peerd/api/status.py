@@ -88,8 +88,10 @@ class Status:
         }
 
     async def _offers(self, model: RemoteModel) -> list[Offer]:
-        facts = model.facts
-        return await self._peer.discovery.directory.servers(facts.digest, facts.block_count, max_age_s=_MAX_AGE_S)
+        """Of those that take sessions now: who is about to come or to leave serves nobody who asks."""
+        directory, facts = self._peer.discovery.directory, model.facts
+        offers = await directory.servers(facts.digest, facts.block_count, max_age_s=_MAX_AGE_S)
+        return [offer for offer in offers if offer.record.state == "online"]
 
 
 def _reachability(peer: Peer) -> dict[str, Any]:
