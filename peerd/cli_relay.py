@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from peerd.cli_options import Command, parse_memory
+from peerd.protocol.relay_messages import MAX_RATE
 from peerd.relay_ledger import RelayLimits
 
 # A circuit passes messages of 16 KiB whole: slower than one a second it would be of no use to anybody.
@@ -23,6 +24,8 @@ def parse_rate(value: str) -> int:
     found = parse_memory(value)
     if found < MIN_RATE_BYTES:
         raise click.BadParameter(f"{value} a second is too little to relay anything: say 16KiB or more")
+    if found > MAX_RATE:
+        raise click.BadParameter(f"{value} a second is more than a relay can promise: say 1TiB or less")
     return found
 
 

@@ -92,6 +92,7 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--listen", ADDRESS, "--relay-slots", "3"], "add --relay"),
         (["--listen", ADDRESS, "--relay", "--relay-slots", "0"], "1<=x<=65535"),
         (["--listen", ADDRESS, "--relay", "--relay-rate", "1KB"], "16KiB or more"),
+        (["--listen", ADDRESS, "--relay", "--relay-rate", "2TiB"], "1TiB or less"),
         (["--serve-blocks", "auto", "--model", "MODEL", "--memory", "lots"], "lots"),
         (["--serve-blocks", "auto", "--model", "MODEL", "--dtype", "int3"], "bfloat16"),
         (["--client", "generate", "MODEL", "--prompt", "x"], "--client belongs"),
