@@ -55,9 +55,8 @@ class ChainKeeper:
     """
 
     def __init__(self, means: Means, wanted: Wanted, log: StepLog) -> None:
-        # Hops replaced since the chain first stood, whether dead or only slow, and those overtaken among them.
+        # Hops replaced since the chain first stood, whether dead or only slow.
         self.failovers = 0
-        self.overtaken = 0
         # How often hops that lived were given up, so that all of a chain had to compute the past again.
         self.reopened = 0
         self.changed = trio.lowlevel.ParkingLot()
@@ -323,7 +322,6 @@ class ChainKeeper:
         since = self.working_since
         log.info("%s hangs with a step of blocks %s", slow.hop.peer_id, slow.hop.span)
         if await self.replace(slow, lambda: self.working_since == since):
-            self.overtaken += 1
             # Where all are slow, going from one to the next would only make them slower.
             self.pace.doubled()
 

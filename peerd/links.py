@@ -20,8 +20,8 @@ from peerd.protocol.messages import LINK_FROM_DOWNSTREAM, LINK_PROTOCOL, Failure
 from peerd.protocol.records import PeerRecord, SignedRecord, open_record
 from peerd.protocol.schema import parse
 
-# Dialling, and the next hop's wait for the client's `open` and for its own link further down. A little more than
-# the 10 s that it waits for an `open`, so that its refusal is still heard.
+# Dialling, and the next hop's wait for the client's `open`: a little more than its 10 s, so that its refusal is still
+# heard.
 LINK_DEADLINE_S = 12.0
 
 
@@ -29,7 +29,7 @@ LINK_DEADLINE_S = 12.0
 async def open_link(
     connections: Connections, session: bytes, next_hop: NextHop, now: Callable[[], float]
 ) -> AsyncIterator[tuple[Stream, Linked]]:
-    """Yield the link to the next hop, and what that hop has cached. Raises LinkFailed, saying why."""
+    """Yield the link to the next hop, and which steps that hop has. Raises LinkFailed, saying why."""
     try:
         with trio.fail_after(LINK_DEADLINE_S):
             stream = await _dial(connections, next_hop, now())

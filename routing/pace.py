@@ -50,11 +50,6 @@ class Pace:
     def __repr__(self) -> str:
         return f"<Pace decode={self._decode} prefill={self._prefill} doubled={self._doublings}>"
 
-    @property
-    def is_known(self) -> bool:
-        """Whether a step was ever answered."""
-        return self._decode is not None or self._prefill is not None
-
     def took(self, positions: int, seconds: float) -> None:
         """A step of so many positions was answered, so long after it could be begun."""
         self._doublings = 0
