@@ -2,7 +2,7 @@
 
 Knows when to ask and whom; what answers show is `routing.reachability`'s. The difficulty is change: a laptop sleeps,
 a router gets another address, somebody forwards a port. So peers are asked again ever more seldom, and at once
-when those that we dialled see us elsewhere, when all connections were lost, or when the clock has jumped.
+when those that we dialled see us elsewhere, when all connections were lost, or when the machine has slept.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from peerd.routing.reachability import (
     next_check_s,
     ports_for,
 )
+from peerd.wakefulness import watch_sleep
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,6 @@ SETTLE_S = 1.0
 MIN_GAP_S = 10.0
 # Judges asked in one round for one address, those who refuse included.
 MAX_ASKED = 6
-# How often the clock is looked at, and by how much it must have jumped: NTP steps by less, nobody sleeps for less.
-LOOK_S = 10.0
-SLEPT_S = 30.0
 # From here on Linux takes ports for whoever asks for any (net.ipv4.ip_local_port_range).
 FIRST_CHOSEN_PORT = 32768
 
@@ -142,7 +140,7 @@ class Reachability:
             with self._hearing(nursery):
                 if self._fixed or not self._connections.listen_addresses:
                     await trio.sleep_forever()
-                nursery.start_soon(self._watch_clock)
+                nursery.start_soon(watch_sleep, self._now, self._woke)
                 while True:
                     await self._wait_until_due()
                     await self._check()
@@ -160,14 +158,9 @@ class Reachability:
             with trio.CancelScope(deadline=self._due) as self._waiting:
                 await trio.sleep_forever()
 
-    async def _watch_clock(self) -> None:
-        """Our own count of seconds stands still while the machine sleeps; the world's does not."""
-        while True:
-            before = self._now() - trio.current_time()
-            await trio.sleep(LOOK_S)
-            if abs(self._now() - trio.current_time() - before) > SLEPT_S:
-                log.info("the clock has jumped: looking again who can dial us")
-                self.changed()
+    async def _woke(self, _slept_s: float) -> None:
+        log.info("this peer slept: looking again who can dial us")
+        self.changed()
 
     @contextmanager
     def _hearing(self, nursery: trio.Nursery) -> Iterator[None]:

@@ -453,7 +453,7 @@ async def test_an_answer_about_an_address_that_was_left_meanwhile_proves_nothing
         assert ROUTER not in hosts(peer.addresses)
 
 
-async def test_a_clock_that_jumped_makes_a_peer_look_again() -> None:
+async def test_a_peer_that_slept_looks_again() -> None:
     async with world() as net:
         await net.internet(3)
         peer = await net.at_home()
