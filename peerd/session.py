@@ -130,21 +130,33 @@ class Session:
         self.log.check(hidden, rows, ops)
         if len(rows) != 1 or rows[0].count <= PREFILL_POSITIONS:
             return [await self._submit(hidden, rows, ops, want)]
-        parts = []
+        parts: list[Pending] = []
         whole = rows[0]
         for offset in range(0, whole.count, PREFILL_POSITIONS):
             count = min(PREFILL_POSITIONS, whole.count - offset)
             last = offset + count == whole.count
             piece = RowSlice(whole.row, whole.start + offset, count)
             wanted: Want = want if want == "all" or last else "none"
-            parts.append(await self._submit(hidden[offset : offset + count], (piece,), () if offset else ops, wanted))
+            part = hidden[offset : offset + count]
+            parts.append(await self._submit(part, (piece,), () if offset else ops, wanted, parts))
         return parts
 
-    async def _submit(self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want) -> Pending:
+    async def _submit(
+        self,
+        hidden: torch.Tensor,
+        rows: tuple[RowSlice, ...],
+        ops: Sequence[Op],
+        want: Want,
+        before: Sequence[Pending] = (),
+    ) -> Pending:
+        """Submit a step, or the next piece of one; where those `before` it were given up, raises why."""
         while not self._closed and len(self.log.pending) >= self._keeper.max_steps:
             await self._keeper.changed.park()
         if self._closed:
             raise trio.ClosedResourceError("the session was closed")
+        for piece in before:
+            if piece.error is not None:
+                raise piece.error
         pending = self.log.add(hidden, rows, ops, want, self._keeper.epoch)
         self._keeper.submit(pending)
         return pending

@@ -13,6 +13,7 @@ from peerd.compute.kv_layout import Keep
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
+from peerd.step_tensors import PREFILL_POSITIONS
 
 WIDTH = 8
 BLOCKS = Span(0, 9)
@@ -253,6 +254,20 @@ async def test_without_a_twin_the_error_says_which_blocks_nobody_serves_and_the_
         assert caught.value.missing == ((3, 6),)
         await swarm.serve(3, 6)
         assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
+
+
+async def test_a_long_step_that_is_given_up_in_the_middle_says_why(open_swarm, whole_forward):
+    async with open_swarm() as swarm:
+        hosts = await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS, max_length=1024, patience=Patience(missing_s=1))
+        await session.step(tokens(5))
+        swarm.kill(hosts[1])
+        # More pieces than may be unanswered.
+        row = tokens(6 * PREFILL_POSITIONS)
+        with pytest.raises(NoChain, match="3:6"):
+            await session.step(row, start=0)
+        await swarm.serve(3, 6)
+        assert torch.equal(await session.step(row, start=0), whole_forward(row, 9)[-1:])
 
 
 async def test_blocks_of_a_dead_server_that_is_still_announced_are_named_as_missing(open_swarm):
