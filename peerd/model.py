@@ -182,9 +182,10 @@ class RemoteModel:
 
     @staticmethod
     async def _close_unless_used(session: Session) -> None:
-        steps = session.log.answered
+        asked = session.log.asked
         await trio.sleep(RESUME_S)
-        if session.log.answered == steps:
+        # Whoever has come back closes it, or has it closed later.
+        if session.log.asked == asked:
             session.close()
 
     async def forward(

@@ -56,6 +56,11 @@ class StepLog:
     def __repr__(self) -> str:
         return f"<StepLog {self._lengths} pending={list(self.pending)}>"
 
+    @property
+    def asked(self) -> int:
+        """Steps that were ever asked for."""
+        return self._next_seq - 1
+
     def length(self, row: int) -> int:
         """Positions of the row once all pending steps are answered."""
         return self._lengths.get(row, 0)

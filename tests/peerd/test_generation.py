@@ -10,7 +10,7 @@ import torch
 import trio
 from transformers import GenerationConfig
 
-from peerd.model import ModelFacts, RemoteModel
+from peerd.model import RESUME_S, ModelFacts, RemoteModel
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain
 
 WIDTH = 8
@@ -252,6 +252,27 @@ async def test_an_answer_to_which_its_caller_comes_back_late_is_computed_anew_an
         await swarm.serve(3, 6)
         async for _ in generation:
             pass
+        assert generation.token_ids == foretold(whole_forward, [5, 6, 7], 10)
+
+
+async def test_an_answer_that_is_going_on_when_its_time_to_come_back_ends_is_not_cut_off(open_model, whole_forward):
+    async with open_model() as (model, swarm):
+        generation = model.generate([5, 6, 7], temperature=0, max_new_tokens=10)
+        tokens = aiter(generation)
+        await anext(tokens)
+        swarm.kill(swarm.hosts[1])
+        with pytest.raises(NoChain):
+            await anext(tokens)
+        await trio.sleep(RESUME_S - 1)
+        async with trio.open_nursery() as nursery:
+
+            async def serve_later() -> None:
+                await trio.sleep(2)
+                await swarm.serve(3, 6)
+
+            nursery.start_soon(serve_later)
+            async for _ in generation:
+                pass
         assert generation.token_ids == foretold(whole_forward, [5, 6, 7], 10)
 
 
