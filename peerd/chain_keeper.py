@@ -16,7 +16,7 @@ from contextlib import suppress
 import trio
 
 from peerd.bridges import Bridges
-from peerd.chain_mender import ChainMender, Means, Wanted
+from peerd.chain_mender import ChainMender, Means, NumbersUsedUp, Wanted
 from peerd.control_stream import ControlStream
 from peerd.first_hop import FirstHop
 from peerd.live_chain import MAX_NUMBERS, LiveChain
@@ -309,7 +309,12 @@ class ChainKeeper:
             self._start_anew(Overloaded("this session has no numbers left for new hops"))
             hole = self._chain.holes[0]
         chain = self._chain
-        controls = await self._mender.fill(chain, hole)
+        try:
+            controls = await self._mender.fill(chain, hole)
+        except NumbersUsedUp:
+            if chain is self._chain:
+                self._start_anew(Overloaded("this session has no numbers left for new hops"))
+            return
         if chain is not self._chain:
             for control in controls:
                 control.close()

@@ -52,6 +52,10 @@ class Patience:
     busy_s: float = 120.0
 
 
+class NumbersUsedUp(Exception):
+    """The session has no numbers left for new hops: only another session has."""
+
+
 class ChainFinder(Protocol):
     """Finds peers for blocks, and hears how they did."""
 
@@ -120,7 +124,7 @@ class ChainMender:
     async def fill(self, chain: LiveChain, hole: Span) -> list[ControlStream]:
         """Open hops over a hole: as long as patience allows, and longer where peers are only busy.
 
-        Raises NoChain naming all that is missing, Overloaded, CallerError.
+        Raises NoChain naming all that is missing, Overloaded, CallerError; NumbersUsedUp only where other hops live.
         """
         busy = BusyPeers(self._rng)
         # Who refused or did not answer, and why the last of them did.
@@ -164,7 +168,7 @@ class ChainMender:
         """Open hops over blocks whose hops are slow, leaving those out; None where nobody else can be had now."""
         try:
             return await self._try(chain, span, self._avoided() | set(slow), BusyPeers(self._rng), 0.0)
-        except NoChain:
+        except (NoChain, NumbersUsedUp):
             return None
         except HopRefused as refused:
             self._blame(refused)
@@ -174,6 +178,11 @@ class ChainMender:
         self, chain: LiveChain, span: Span, exclude: Collection[PeerId], busy: BusyPeers, left_s: float
     ) -> list[ControlStream]:
         hops = await self._find(chain, span, exclude)
+        if not chain.has_numbers(len(hops)):
+            # Every try takes some, and where everybody is full there are many.
+            if chain.controls:
+                raise NumbersUsedUp
+            chain.renew(self._opener.new_session())
         margin_s = MEND_MARGIN_S if chain.controls else OPEN_MARGIN_S
         alone = len(hops) == 1 and not chain.controls
         terms = replace(self._terms, timeout_ms=busy.timeout_ms(self._terms.timeout_ms, left_s, alone=alone))

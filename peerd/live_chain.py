@@ -64,8 +64,14 @@ class LiveChain:
         """Whether so many hops can still be numbered."""
         return self._next_number + count <= MAX_NUMBERS
 
+    def renew(self, session: bytes) -> None:
+        """Be another session, whose numbers are all free: only while no hop lives."""
+        assert not self.controls
+        self.session, self._next_number = session, 0
+
     def take_numbers(self, count: int) -> list[int]:
-        """Numbers for new hops."""
+        """Numbers for new hops, of which there must be enough."""
+        assert self.has_numbers(count)
         first, self._next_number = self._next_number, self._next_number + count
         return list(range(first, first + count))
 

@@ -10,7 +10,7 @@ import trio
 from peerd.chain_mender import Patience
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv_layout import Keep
-from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom
+from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.step_tensors import PREFILL_POSITIONS
@@ -345,6 +345,30 @@ async def test_a_full_swarm_says_so_after_the_callers_patience(open_swarm):
             await second.step(tokens(1))
         assert caught.value.free_tokens == 112
         assert trio.current_time() - before < 10
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["at its opening", "when its last hop died"])
+async def test_a_long_chain_whose_last_blocks_are_full_everywhere_waits_and_blames_nobody(open_swarm, is_open):
+    async with open_swarm() as swarm:
+        for start in range(8):
+            await swarm.serve(start, start + 1)
+        for _ in range(8):
+            await swarm.serve(8, 9, kv_tokens=600)
+        for _ in range(8):
+            await (await (await swarm.client()).session(Span(8, 9))).open()
+        client = await swarm.client()
+        session = await client.session(BLOCKS)
+        dead = []
+        if is_open:
+            dead = [await swarm.serve(8, 9)]
+            await session.open()
+            # It has lived long, and seen many die.
+            session._keeper.chain.take_numbers(256 - 32 - len(session.chain))
+            swarm.kill(dead[0])
+        with pytest.raises(Overloaded, match="full"):
+            await session.step(tokens(1))
+        assert set(client.finder.failures) <= {host.peer_id for host in dead}
+        assert session.reopened == len(dead)
 
 
 async def test_a_wrong_step_is_refused_and_the_session_goes_on(open_swarm, whole_forward):
