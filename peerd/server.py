@@ -1,8 +1,8 @@
 """Serves spans: admits sessions, hands their streams to them, and frees everything they held.
 
-Knows admission, tickets, lingering and draining; what a session does is `hosted_session`'s business.
-The difficulty is lifetimes: a session outlives its control stream by a few seconds (a client's
-connection may come back) but nothing outlives the session. So every session is a task in the server's
+Knows admission, lingering and draining; what a session does is `hosted_session`'s business, and which one a ticket
+opens `hosted_sessions`'. The difficulty is lifetimes: a session outlives its control stream by a few seconds (a
+client's connection may come back) but nothing outlives the session. So every session is a task in the server's
 nursery, and the handlers of its streams only feed it.
 """
 
@@ -19,6 +19,7 @@ from peerd.client_adapters import UPLOAD_DEADLINE_S, AdapterRoom
 from peerd.connections import Connections, Stream
 from peerd.engine_task import EngineTask
 from peerd.hosted_session import HostedSession
+from peerd.hosted_sessions import HostedSessions, SessionKey
 from peerd.links import open_link
 from peerd.pass_server import PassServer, PassSpan
 from peerd.peer_connection import CLOSED
@@ -33,7 +34,6 @@ from peerd.protocol.errors import (
     PeerdError,
     PeerFault,
     RemoteProtocolError,
-    TicketRefused,
     UnsupportedFeature,
 )
 from peerd.protocol.frames import Priority
@@ -61,22 +61,17 @@ from peerd.protocol.pass_messages import PASS_PROTOCOL, Begin
 from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS
-from peerd.protocol.tickets import Ticket, open_ticket
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).
 LINGER_S = 15.0
 # A session that asks for nothing for this long gives its pages to others.
 IDLE_S = 300.0
 EVICTION_ROUND_S = 10.0
-# A ticket may overtake the client's `open`, since both travel at once.
-LINK_PATIENCE_S = 10.0
 # Sessions of one peer at once, whatever their size: each costs tasks and buffers beside its tokens.
 MAX_SESSIONS_A_PEER = 64
 # What else travels in a step's body never outweighs four bytes a value.
 BYTES_A_VALUE = 4
 REFUSAL_DEADLINE_S = 2.0
-
-SessionKey = tuple[PeerId, bytes, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +120,8 @@ class Server:
         self.on_load_changed: Callable[[], None] = lambda: None
         self._stopped = False
         self._now = now
-        self._sessions: dict[SessionKey, HostedSession] = {}
+        self._sessions = HostedSessions(now)
         self._running: dict[EngineTask, _Running] = {}
-        # Where somebody waits for sessions to end.
-        self._departure = trio.lowlevel.ParkingLot()
-        self._arrival = trio.lowlevel.ParkingLot()
         self._attached = trio.Event()
         self.passes = PassServer(self._find_passes)
         self.handlers = {
@@ -184,13 +176,12 @@ class Server:
 
     async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None:
         """Wait until the sessions of a span that refuses new ones have ended, at most `timeout_s`."""
-        for session in self._on(served.task):
+        for session in self._sessions.on(served.task):
             # Who is away is not waited for, as on a drain.
             if session.admitted and session.control is None:
                 session.close()
         with trio.move_on_after(timeout_s):
-            while self._on(served.task):
-                await self._departure.park()
+            await self._sessions.wait_unused(served.task)
 
     async def withdraw(self, served: ServedSpan) -> None:
         """Serve a span no more: end its sessions and lanes, whose clients go elsewhere, and its engine's task.
@@ -200,18 +191,14 @@ class Server:
         """
         self.refuse(served)
         with trio.CancelScope(shield=True):
-            for session in self._on(served.task):
+            for session in self._sessions.on(served.task):
                 session.tell(Failure.of(Draining("these blocks have left")))
                 session.close()
-            while self._on(served.task):
-                await self._departure.park()
+            await self._sessions.wait_unused(served.task)
             await self.passes.end_lanes(served.task)
             await self._running[served.task].stop()
         del self._running[served.task]
         self.spans = tuple(other for other in self.spans if other is not served)
-
-    def _on(self, task: EngineTask) -> list[HostedSession]:
-        return [session for session in self._sessions.values() if session.task is task]
 
     def _leaves(self, task: EngineTask) -> bool:
         running = self._running.get(task)
@@ -224,7 +211,7 @@ class Server:
         """
         self.draining = True
         with trio.move_on_after(timeout_s):
-            for session in list(self._sessions.values()):
+            for session in self._sessions:
                 if session.control is None:
                     session.close()
                 await session.wait_closed()
@@ -275,27 +262,27 @@ class Server:
             served.adapter_room,
         )
         # Known before it is admitted, so that a client cannot open the same session twice while it waits.
-        self._sessions[key] = session
+        self._sessions.add(key, session)
         try:
             await session.admit()
         except BaseException:
-            self._forget(key)
+            self._sessions.forget(key)
             session.close()
             raise
         if self._stopped or self._leaves(served.task):
             session.release()
             session.close()
-            self._forget(key)
+            self._sessions.forget(key)
             raise Draining("this peer is leaving" if self._stopped else "these blocks are about to leave")
         await self._nursery.start(self._host, key, session)
-        self._arrival.unpark_all()
+        self._sessions.arrived()
         return session
 
     def _check(self, owner: PeerId, opening: Open) -> ServedSpan:
         """Refuse what no waiting would make possible. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
-        if sum(key[0] == owner for key in self._sessions) >= MAX_SESSIONS_A_PEER:
+        if self._sessions.count_of(owner) >= MAX_SESSIONS_A_PEER:
             raise Overloaded(f"{MAX_SESSIONS_A_PEER} sessions of yours are open here already")
         missing = sorted(set(opening.needs) - FEATURES)
         if missing:
@@ -344,8 +331,8 @@ class Server:
         try:
             with trio.fail_after(UPLOAD_DEADLINE_S):
                 upload = parse((await stream.receive()).header, (Upload,))
-                session = self._sessions.get((stream.peer, upload.session, upload.hop))
-                if session is None or not session.admitted:
+                session = self._sessions.admitted((stream.peer, upload.session, upload.hop))
+                if session is None:
                     raise InvalidRequest("no such session of yours is open here")
                 await session.take_adapter(stream, upload)
             await stream.send(Loaded().to_header())
@@ -362,8 +349,8 @@ class Server:
         try:
             ask = parse((await stream.receive()).header, PROGRESS_FROM_CLIENT)
             assert isinstance(ask, Ask)
-            session = self._sessions.get((stream.peer, ask.session, ask.hop))
-            if session is None or not session.admitted:
+            session = self._sessions.admitted((stream.peer, ask.session, ask.hop))
+            if session is None:
                 raise Evicted("no such session of yours is open here")
             stream.send_nowait(session.progress.to_header(), priority=Priority.CONTROL)
             await _finish(stream)
@@ -395,11 +382,7 @@ class Server:
             await session.run(task_status)
         finally:
             session.release()
-            self._forget(key)
-
-    def _forget(self, key: SessionKey) -> None:
-        del self._sessions[key]
-        self._departure.unpark_all()
+            self._sessions.forget(key)
 
     async def _evict_idle(self) -> None:
         while True:
@@ -408,7 +391,7 @@ class Server:
             self._evict_idle_now()
 
     def _evict_idle_now(self) -> None:
-        for session in list(self._sessions.values()):
+        for session in self._sessions:
             if session.admitted and trio.current_time() - session.last_used >= IDLE_S:
                 session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
                 session.close()
@@ -435,7 +418,7 @@ class Server:
         """A link from an upstream hop: a ticket, then steps until it ends or another supersedes it."""
         try:
             link = parse((await stream.receive()).header, (Link,))
-            session, epoch = await self._session_of(link, stream.peer)
+            session, epoch = await self._sessions.of_link(link, stream.peer, self._connections.peer_id)
             superseded = session.take_over(epoch)
             with superseded:
                 await stream.send(Linked(taken=session.taken).to_header())
@@ -449,41 +432,6 @@ class Server:
             return
         except PeerdError as error:
             await _refuse(stream, error)
-
-    async def _session_of(self, link: Link, sender: PeerId) -> tuple[HostedSession, int]:
-        """The session that a ticket opens, waiting for its `open` a little. Raises TicketRefused."""
-        refusal = "no such session here"
-        with trio.move_on_after(LINK_PATIENCE_S):
-            while True:
-                found = self._session_now(link, sender)
-                if not isinstance(found, str):
-                    return found
-                refusal = found or refusal
-                await self._arrival.park()
-        raise TicketRefused(refusal)
-
-    def _session_now(self, link: Link, sender: PeerId) -> tuple[HostedSession, int] | str:
-        """The session that a ticket opens and its epoch, or why there is none yet. Raises TicketRefused."""
-        refusal = ""
-        for (owner, session_id, hop), session in self._sessions.items():
-            if session_id != link.session or not session.admitted:
-                continue
-            try:
-                ticket = open_ticket(link.ticket, owner=owner, now=self._now())
-            except TicketRefused as error:
-                # Whoever has learnt a session's id may open one of his own under it: look further.
-                refusal = str(error)
-                continue
-            if ticket.hop == hop and ticket.session == session_id:
-                self._check_ticket(ticket, sender)
-                return session, ticket.epoch
-        return refusal
-
-    def _check_ticket(self, ticket: Ticket, sender: PeerId) -> None:
-        if ticket.sender != sender:
-            raise TicketRefused("the ticket names another sender")
-        if ticket.receiver != self._connections.peer_id:
-            raise TicketRefused("the ticket names another receiver")
 
     @property
     def _max_body(self) -> int:

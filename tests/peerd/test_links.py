@@ -5,6 +5,7 @@ import torch
 import trio
 
 from peerd.compute.fake_engine import fake_forward
+from peerd.hosted_sessions import LINK_PATIENCE_S
 from peerd.links import dialable
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import CallerError, RemoteProtocolError, StreamReset, Superseded, TicketRefused
@@ -25,7 +26,6 @@ from peerd.protocol.records import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor
-from peerd.server import LINK_PATIENCE_S
 from peerd.step_tensors import encoded
 
 WIDTH = 8
