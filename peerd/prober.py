@@ -48,6 +48,11 @@ class Prober:
     def __repr__(self) -> str:
         return f"<Prober opened={len(self._opened)}>"
 
+    @property
+    def has_opened(self) -> bool:
+        """Whether there may be something to close."""
+        return bool(self._opened or self._late)
+
     def is_connected(self, peer_id: PeerId) -> bool:
         """Whether a connection to the peer is open."""
         return peer_id in self._connections.live

@@ -108,7 +108,7 @@ class Scout:
                 if measure_at <= now:
                     measure_at = now + ROUND_S * self._random.uniform(0.8, 1.2)
                     self.ready.set()
-            elif self._kept and measure_at <= now:
+            elif measure_at <= now and (self._kept or self._prober.has_opened):
                 self.standbys, self._kept, chains = frozenset(), frozenset(), ()
                 self._prober.close_unused()
             await trio.sleep(LOOK_S)

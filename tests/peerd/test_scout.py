@@ -209,6 +209,27 @@ async def test_a_model_that_nobody_uses_asks_nobody(open_swarm) -> None:
         tasks.cancel_scope.cancel()
 
 
+async def test_no_connection_stays_to_a_server_that_came_as_the_model_fell_out_of_use(open_swarm) -> None:
+    async with open_swarm() as swarm, open_tasks() as tasks:
+        await swarm.serve(0, 8)
+        client = await swarm.client()
+        ours = scouted(client, Announced(swarm))
+        tasks.start_soon(ours.scout.run)
+        await ours.scout.ready.wait()
+        met: list[PeerConnection] = []
+        client.connections.on_connected.append(met.append)
+        await ours.finder.find(BLOCKS, tokens=10, exclude=())
+        await trio.sleep(IDLE_S - MAX_AGE_S)
+        newcomers = []
+        for _ in range(5):
+            newcomers.append((await swarm.serve(0, 8)).peer_id)
+            await trio.sleep(MAX_AGE_S / 5)
+        await trio.sleep(IDLE_S)
+        assert {connection.peer_id for connection in met} & set(newcomers)
+        assert not client.connections.live
+        tasks.cancel_scope.cancel()
+
+
 async def test_the_replacement_of_a_dead_hop_is_connected_already(open_swarm, whole_forward) -> None:
     async with open_swarm() as swarm, open_tasks() as tasks:
         hosts = [await swarm.serve(*span) for span in [(0, 4), (4, 8), (4, 8), (0, 4)]]
