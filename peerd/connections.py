@@ -22,7 +22,7 @@ from peerd.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.gate import Gate
 from peerd.loopback import loopback
 from peerd.nurseries import open_tasks
-from peerd.peer_connection import SETTLE_S, PeerConnection, StreamHandler
+from peerd.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHandler
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection import Connection, Limits
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
@@ -42,6 +42,10 @@ DEFAULT_AGENT = "peerd"
 PROBE_S = 2.0
 # Beyond so many peers nobody else may dial us: each costs a few tasks and up to 80 MiB if it tries hard.
 MAX_CONNECTIONS = 1024
+# So many that we dialled stay, however idle: whom we ask first, and who tells us what the time and our address is.
+MIN_DIALLED = 16
+# Where somebody new comes and there is no more room, a connection that was idle for so long makes it.
+SPARED_S = 10.0
 
 Observer = Callable[[PeerConnection], None]
 
@@ -228,7 +232,7 @@ class Connections:
 
     def may_enter(self, relay: PeerConnection) -> bool:
         """Whether one more unproven peer may come through a relay."""
-        return len(self._live) < MAX_CONNECTIONS and self._gate.has_room(relay.remote_ip)
+        return self._has_room() and self._gate.has_room(relay.remote_ip)
 
     async def take(self, channel: CircuitChannel) -> None:
         """Be the connection of a caller that came through a relay, until it ends."""
@@ -237,7 +241,7 @@ class Connections:
     async def _serve(self, channel: MessageChannel) -> None:
         relay = _relay_of(channel)
         ip = channel.remote_ip if relay is None else relay.remote_ip
-        if len(self._live) >= MAX_CONNECTIONS or not self._gate.enter(ip):
+        if not self._has_room() or not self._gate.enter(ip):
             log.debug("turned %s away: too many connections", ip)
             return
         left = False
@@ -254,6 +258,14 @@ class Connections:
             await connection.run()
         finally:
             leave()
+
+    def _has_room(self) -> bool:
+        return len(self._live) < MAX_CONNECTIONS or self._most_idle() is not None
+
+    def _most_idle(self) -> PeerConnection | None:
+        """The connection that can be missed most easily, where one can."""
+        idlest = max(self._live.values(), key=lambda connection: connection.idle_s, default=None)
+        return idlest if idlest is not None and idlest.idle_s >= SPARED_S else None
 
     def _connection(
         self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None
@@ -292,10 +304,16 @@ class Connections:
             old.close("replaced", "there is a newer connection")
         return True
 
+    def can_spare_one(self) -> bool:
+        return sum(other.dialled for other in self._live.values()) > MIN_DIALLED
+
     def settled(self, connection: PeerConnection) -> None:
         peer_id = connection.peer_id
         if (old := self._live.get(peer_id)) is not None:
             old.close("replaced", "there is a newer connection")
+        # Only who proved itself makes another leave.
+        elif len(self._live) >= MAX_CONNECTIONS and (spared := self._most_idle()) is not None:
+            spared.close(IDLE, "others need the room")
         self._live[peer_id] = connection
         if (dial := self._dials.get(peer_id)) is not None:
             dial.succeed(connection)

@@ -72,6 +72,9 @@ class _End:
         await trio.lowlevel.checkpoint()
         return True
 
+    def can_spare_one(self) -> bool:
+        return False
+
     def settled(self, _connection: PeerConnection) -> None:
         """Nobody else is told: who watches connections wants to know about others."""
 

@@ -55,6 +55,11 @@ _HELLO_STREAMS = 1
 CLOSED = "closed"
 # The code of a GOAWAY that ends one of two connections between the same peers.
 _DUPLICATE = "duplicate"
+# The code of a GOAWAY that ends a connection which nobody uses.
+IDLE = "idle"
+# Whoever dialled closes what nobody has used for so long: each connection costs both sides 4 KiB of PINGs a minute, and
+# in a swarm of a thousand a peer meets most of the others within hours.
+IDLE_S = 120.0
 
 
 class Owner(Protocol):
@@ -70,6 +75,9 @@ class Owner(Protocol):
 
     async def decide(self, connection: PeerConnection) -> bool:
         """Whether to take this one; else another to the same peer is kept."""
+
+    def can_spare_one(self) -> bool:
+        """Whether there are enough connections beside one that nobody uses."""
 
     def settled(self, connection: PeerConnection) -> None:
         """Both sides take this connection."""
@@ -99,6 +107,7 @@ class PeerConnection:
         self.farewell = ""
         """The code with which the peer ended it; "" where it did not say."""
         self._streams_opened = 0
+        self._used = trio.current_time()
         self.uplink = UplinkMeter()
         """How fast the line to the peer takes what we send."""
         self.on_proven: Callable[[], None] = _nothing
@@ -147,6 +156,12 @@ class PeerConnection:
         """The last measured round trip; None before the first."""
         return self.core.rtt_s
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds since it was of use to anybody: since the last stream ended, or the delay was measured."""
+        in_use = self._streams or self._handlers_running or not self.settled
+        return 0.0 if in_use else trio.current_time() - self._used
+
     def open_stream(self, protocol: str, *, priority: Priority = Priority.CONTROL) -> Stream:
         """Open a stream, at once: whether the peer takes it, its first message will show.
 
@@ -191,6 +206,7 @@ class PeerConnection:
                 raise self.lost_error()
             await self._heard.park()
         assert self.rtt_s is not None
+        self._used = trio.current_time()
         return self.rtt_s
 
     def close(self, code: str = CLOSED, reason: str = "") -> None:
@@ -278,9 +294,16 @@ class PeerConnection:
             await self._proven.wait()
         while True:
             self.core.check(trio.current_time(), self._channel.delivery())
+            if self.dialled and self.idle_s >= IDLE_S and self._owner.can_spare_one():
+                self.close(IDLE, f"nobody has used it for {IDLE_S:g} s")
             self.wake()
-            with trio.move_on_at(self.core.deadline):
+            with trio.move_on_at(self._next_look()):
                 await self._hurry.park()
+
+    def _next_look(self) -> float:
+        idle_at = self._used + IDLE_S
+        # Not with the PINGs, which both sides send at the same time: what crosses the end of a connection may undo it.
+        return min(self.core.deadline, idle_at) if idle_at > trio.current_time() else self.core.deadline
 
     async def _settle(self) -> None:
         """Agree with the peer on this connection: the smaller PeerId chooses, its hello says so."""
@@ -328,6 +351,7 @@ class PeerConnection:
             stream.reset(fault.code if isinstance(fault, PeerdError) else RemoteProtocolError.code)
         finally:
             self._handlers_running -= 1
+            self._used = trio.current_time()
 
     # Events.
 
@@ -344,6 +368,7 @@ class PeerConnection:
                     self._take_stream(core)
                 case StreamEnded(core):
                     if (stream := self._streams.pop(core.id, None)) is not None:
+                        self._used = trio.current_time()
                         stream.wake()
                 case HandshakeDone():
                     self.on_proven()

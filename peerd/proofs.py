@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from peerd.connections import Connections, PeerConnection
+from peerd.peer_connection import IDLE
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import PeerId
@@ -24,7 +25,7 @@ PROOF_S = 3.0
 # Handshakes at a time, where our own network was down and everybody is doubted at once.
 AT_ONCE = 8
 # GOAWAYs of a peer that goes on: it has another connection to us, or had no more use for this one.
-_STAYS = frozenset(("duplicate", "replaced", "measured"))
+_STAYS = frozenset(("duplicate", "replaced", "measured", IDLE))
 
 
 class Proofs:

@@ -7,7 +7,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from peerd.connections import open_connections
+from peerd.connections import MIN_DIALLED, SPARED_S, open_connections
+from peerd.peer_connection import IDLE, IDLE_S
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection import Connection
 from peerd.protocol.errors import (
@@ -48,7 +49,7 @@ class Swarm:
         arguments.setdefault("listen", [LISTEN])
         return await self.stack.enter_async_context(
             open_connections(
-                arguments.pop("identity", IDENTITIES[number]),
+                arguments.pop("identity", None) or IDENTITIES[number],
                 transport=self.network.transport(f"10.0.0.{number}"),
                 handlers=handlers or {"/echo/1": _echo},
                 **arguments,
@@ -567,6 +568,73 @@ async def test_who_closes_says_why():
         await connection.wait_hello()
         other.live[one.peer_id].close("draining", "this peer is leaving")
         assert "this peer is leaving" in str(await connection.wait_lost())
+
+
+class Meeting:
+    """One peer that has dialled `count` others, who wait for it."""
+
+    def __init__(self, swarm, handlers=None):
+        self.swarm, self.handlers = swarm, handlers
+        self.others = [Identity.from_seed(bytes([n, 1]) * 16) for n in range(MIN_DIALLED + 4)]
+
+    async def start(self, **arguments):
+        self.peers = [
+            await self.swarm.start(20 + n, self.handlers, identity=one, **arguments)
+            for n, one in enumerate(self.others)
+        ]
+        self.own = await self.swarm.start(0, listen=[])
+        for number, other in enumerate(self.others):
+            await self.own.connect(other.peer_id, [_address(20 + number)])
+            await trio.sleep(1)
+
+
+async def test_who_dialled_closes_what_nobody_uses_but_for_some():
+    async with _swarm() as swarm:
+        meeting = Meeting(swarm, {"/sink/1": _sink})
+        await meeting.start()
+        used, measured = meeting.others[0], meeting.others[1]
+        stream = await meeting.own.open_stream(used.peer_id, "/sink/1")
+        for _ in range(10):
+            await trio.sleep(IDLE_S / 8)
+            await meeting.own.live[measured.peer_id].measure()
+            assert len(meeting.own.live) == len(meeting.others) or trio.current_time() > IDLE_S
+        await trio.sleep(IDLE_S / 2)
+        left = [one.peer_id for one in meeting.others if one.peer_id not in meeting.own.live]
+        # Those that were idle for longest.
+        assert left == [one.peer_id for one in meeting.others[2:6]]
+        assert [other.live for other in meeting.peers[2:6]] == [{}] * 4
+        await stream.aclose()
+
+
+async def test_who_was_dialled_closes_nothing_and_hears_why_it_was_left():
+    async with _swarm() as swarm:
+        meeting = Meeting(swarm)
+        told = []
+        await meeting.start()
+        for other in meeting.peers:
+            other.on_lost.append(lambda connection: told.append((connection.farewell, connection.closed_here)))
+        await trio.sleep(3 * IDLE_S)
+        assert told == [(IDLE, False)] * 4
+
+
+async def test_whoever_comes_when_all_places_are_taken_gets_that_of_somebody_idle(monkeypatch):
+    monkeypatch.setattr("peerd.connections.MAX_CONNECTIONS", 2)
+    async with _swarm() as swarm:
+        own = await swarm.start(0, {"/sink/1": _sink})
+        peers = [await swarm.start(number, listen=[]) for number in (1, 2, 3, 4)]
+        for peer in peers[:2]:
+            await peer.connect(own.peer_id, [_address(0)])
+        stream = peers[0].live[own.peer_id].open_stream("/sink/1")
+        # Nobody was idle for long.
+        with pytest.raises(ConnectFailed):
+            await peers[2].connect(own.peer_id, [_address(0)])
+        await trio.sleep(SPARED_S)
+        await peers[2].connect(own.peer_id, [_address(0)])
+        await wait_all_tasks_blocked()
+        assert list(own.live) == [peers[0].peer_id, peers[2].peer_id]
+        await trio.sleep(0.1)
+        assert peers[1].live == {}
+        await stream.aclose()
 
 
 async def test_observers_hear_of_peers_as_they_come_and_go():
