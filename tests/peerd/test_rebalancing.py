@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -34,6 +34,7 @@ from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.rebalancing import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.routing.clock import SwarmClock
+from peerd.routing.record_sets import PartialView
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.session import Session
@@ -510,8 +511,10 @@ async def test_others_hear_of_a_first_span_before_it_is_loaded(
     async def load_while_others_look(*arguments: Any) -> Any:
         words: dict[int, str] = {}
         while not any("joining" in word for word in words.values()):
-            holdings = await bootstrap.discovery.directory.holdings(digest, blocks)
-            words = {one.record.slot: f"{one.record.span} {one.record.state}" for one in holdings}
+            # A machine with much to do may not answer in time.
+            with suppress(PartialView):
+                holdings = await bootstrap.discovery.directory.holdings(digest, blocks)
+                words = {one.record.slot: f"{one.record.span} {one.record.state}" for one in holdings}
         seen.append(words)
         return await load_served(*arguments)
 
