@@ -10,30 +10,23 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from peerd.checkpoints import Checkpoints, fetch_head, fetch_span
+from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.compute.hub_settings import HubSettings
 from peerd.connections import Connections, open_connections
 from peerd.dialback import DialbackAnswerer
 from peerd.discovery import Discovery, open_discovery
-from peerd.model_names import ModelNames, words_for
-from peerd.neighbours import Neighbours
+from peerd.imports import import_in_thread
 from peerd.nurseries import open_tasks
-from peerd.places import Place, Places
 from peerd.prober import Prober
-from peerd.protocol.adapters import name_of
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.errors import InvalidRequest
@@ -48,18 +41,16 @@ from peerd.reservations import Reservations, open_reservations
 from peerd.routing.clock import SwarmClock
 from peerd.routing.reachability import Announced, Reach
 from peerd.routing.rules import ChainRules
+from peerd.span_host import SpanHost
 from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint import Checkpoint
     from peerd.compute.head import Head
     from peerd.model import ModelFacts, RemoteModel
-    from peerd.protocol.records import ModelRecord, ServerRecord
-    from peerd.rebalancing import Rebalancer
     from peerd.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec
-    from peerd.span_loader import SpanLoader
     from peerd.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -67,8 +58,6 @@ log = logging.getLogger(__name__)
 Address = Multiaddr | str
 # Every interface, any free port.
 DEFAULT_LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/0/ws")
-# Who serves waits so long to be known, and goes on without if nobody answers.
-ANNOUNCE_WAIT_S = 2.0
 
 
 class Peer:
@@ -97,12 +86,9 @@ class Peer:
         self.rules = rules
         self._checkpoints = checkpoints
         self._tasks = tasks
-        self._places = Places(server) if server is not None else None
+        self._spans: SpanHost | None = None
         if server is not None:
-            server.on_load_changed = discovery.changed
-        self._neighbours: Neighbours | None = None
-        self._names: ModelNames | None = None
-        self._rebalancers: list[Rebalancer] = []
+            self._spans = SpanHost(self.peer_id, connections, discovery, server, checkpoints, tasks, rules)
 
     def __repr__(self) -> str:
         return f"<Peer {self.peer_id} {' '.join(str(served.span) for served in self.served) or 'client'}>"
@@ -139,13 +125,8 @@ class Peer:
         """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
         if self.relay is not None:
             self.relay.draining = True
-        if self.server is None:
-            return
-        for rebalancer in self._rebalancers:
-            rebalancer.stop()
-        self.server.draining = True
-        self.discovery.changed()
-        await self.server.drain(timeout_s)
+        if self._spans is not None:
+            await self._spans.drain(timeout_s)
 
     @asynccontextmanager
     async def model(self, path: str | Path, *, revision: str | None = None) -> AsyncIterator[RemoteModel]:
@@ -153,7 +134,7 @@ class Peer:
 
         Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
         """
-        await _import("peerd.compute.head", "peerd.model")
+        await import_in_thread("peerd.compute.head", "peerd.model")
         from peerd.finder import SwarmFinder
         from peerd.head_task import HeadTask
         from peerd.model import RemoteModel
@@ -186,6 +167,9 @@ class Peer:
                     await scout.ready.wait()
                 yield RemoteModel(facts, task, tokenizer, generation, finder, opener, tasks, scout)
 
+    def _prober(self) -> Prober:
+        return Prober(self.connections, self.discovery.links, self.discovery.may_dial)
+
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
         """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
 
@@ -193,167 +177,24 @@ class Peer:
         says `stay`: `served` says where it is then. Where it names no model, waits until the swarm serves one that it
         allows. Raises CheckpointError, InvalidRequest.
         """
-        await _import("peerd.serving")
-        from peerd.span_loader import SpanLoader, load_served
-
-        if self._places is None:
+        if self._spans is None:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
-        if self._neighbours is None:
-            self.discovery.serve(self._places.records)
-        if spec.among:
-            spec = await self._choose_model(spec)
-        spec = replace(spec, promised_bytes=self._promised_bytes())
-        reserved: list[Place] = []
-        ready = []
-        try:
-            async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
-                shares = await self._choose(spec, checkpoint, reserved)
-                await fetch_span(checkpoint, Span(shares[0][1].start, shares[-1][1].end))
-                for own, span in shares:
-                    ready.append(await load_served(own, checkpoint, span))
-                digest, block_count = checkpoint.model_digest, checkpoint.block_count
-                words = words_for(checkpoint)
-            moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
-            loader = SpanLoader(self._checkpoints, spec, digest, self._promised_bytes) if moves else None
-            for served, loaded in ready:
-                place = reserved[0]
-                self._places.add(place, served, loaded)
-                reserved.remove(place)
-                place.loader = loader
-                if loader is not None and len(served.span) < block_count:
-                    self._start_moving(place, loader, block_count, spec.look_every_s)
-            self._watch_neighbours(digest, block_count, self._places)
-            self._name(words)
-        finally:
-            for place in reserved:
-                self._places.release(place)
-            self.discovery.changed()
-        with trio.move_on_after(ANNOUNCE_WAIT_S):
-            await self.discovery.announced()
-        return tuple(served for served, _ in ready)
-
-    def _promised_bytes(self) -> int:
-        """What the spans that we serve may take of the host's memory yet."""
-        return sum(place.loaded.promised_bytes for place in self._places or () if place.loaded is not None)
-
-    async def _choose_model(self, spec: ServeSpec) -> ServeSpec:
-        """The same order for one of the models that it allows. Waits until the swarm serves one."""
-        from peerd.model_choice import ModelChoice
-
-        return await ModelChoice(spec, self.discovery, self._checkpoints).choose()
-
-    def _name(self, words: ModelRecord) -> None:
-        """Say what a model that we serve is called."""
-        if self._names is None:
-            random = Random(os.urandom(16))
-            self._names = ModelNames(self.discovery.dht, self.peer_id, self.discovery.changed, random)
-            self.discovery.describe(self._names.records)
-            self._tasks.start_soon(self._names.run)
-        self._names.add(words)
-
-    def _prober(self) -> Prober:
-        return Prober(self.connections, self.discovery.links, self.discovery.may_dial)
-
-    def _watch_neighbours(self, model: bytes, block_count: int, places: Places) -> None:
-        """Announce what we serve, with how far it is to whoever may follow on it."""
-        if self._neighbours is None:
-            discovery, rules, random = self.discovery, self.rules or ChainRules(), Random(os.urandom(16))
-            self._neighbours = Neighbours(
-                self.peer_id, discovery.directory, discovery.links, self._prober(), random, rules, places.records
-            )
-            self._tasks.start_soon(self._neighbours.run)
-        neighbours = self._neighbours
-        neighbours.serves(model, block_count)
-
-        def records() -> list[ServerRecord]:
-            uplink = self.connections.uplink
-            return [replace(record, uplink=record.uplink or uplink) for record in neighbours.filled(places.records())]
-
-        self.discovery.serve(records)
-
-    def _start_moving(self, place: Place, loader: SpanLoader, block_count: int, look_every_s: float | None) -> None:
-        from peerd.rebalancing import Pace, Rebalancer
-
-        assert self.server is not None
-        random = Random(os.urandom(16))
-        pace = Pace.looking_every(look_every_s)
-        rebalancer = Rebalancer(place, loader, self.server, self.discovery, self.peer_id, block_count, random, pace)
-        self._rebalancers.append(rebalancer)
-        self._tasks.start_soon(rebalancer.run)
+        return await self._spans.serve(spec)
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
         """Serve one more LoRA adapter, the directory that peft saved, while sessions run; returns its id.
 
         Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
         """
-        from peerd.serving import load_adapter, read_adapter
-
-        place = self._place_of(served)
-        assert place.loaded is not None
-        engine = place.loaded.engine
-        adapter = await trio.to_thread.run_sync(read_adapter, name, path, place.loaded.family, served.span)
-        await served.task.run_blocking(partial(load_adapter, engine, adapter))
-        try:
-            # It may have moved meanwhile.
-            self._place_of(served).check()
-        except InvalidRequest:
-            served.task.withdraw_adapter(adapter.id)
-            raise
-        if place.loader is not None:
-            place.loader.with_adapter(name, path)
-        self.discovery.changed()
-        return adapter.id
+        if self._spans is None:
+            raise InvalidRequest("this peer serves nothing")
+        return await self._spans.load_adapter(served, name, path)
 
     def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
         """Give an adapter, by its id, to no new session; it is forgotten with the last that uses it. KeyError."""
-        place = self._place_of(served)
-        served.task.withdraw_adapter(adapter)
-        if place.loader is not None:
-            place.loader.without_adapter(name_of(adapter))
-        self.discovery.changed()
-
-    def _place_of(self, served: ServedSpan) -> Place:
-        if self._places is None:
+        if self._spans is None:
             raise InvalidRequest("this peer serves nothing")
-        return self._places.of(served)
-
-    async def _choose(
-        self, spec: ServeSpec, checkpoint: Checkpoint, reserved: list[Place]
-    ) -> list[tuple[ServeSpec, Span]]:
-        """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices.
-
-        All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
-        """
-        from peerd.compute.capacity import fits_on_disk
-        from peerd.devices import rooms, share_span, specs_by_device
-        from peerd.first_span import Choice, choose_first
-        from peerd.serving import expected_record, how_many_blocks
-
-        assert self._places is not None
-        # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
-        digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
-        expected = expected_record(spec, checkpoint)
-        specs = specs_by_device(spec)
-        room = await trio.to_thread.run_sync(rooms, specs, checkpoint) if len(specs) > 1 else [1]
-        reserved.append(self._places.reserve(expected))
-        if isinstance(spec.blocks, Span):
-            if spec.blocks.end > checkpoint.block_count:
-                raise InvalidRequest(f"{checkpoint.name} has blocks 0:{checkpoint.block_count}, not {spec.blocks}")
-            span = spec.blocks
-        else:
-            if spec.blocks is None and len(specs) > 1:
-                count = fits_on_disk(checkpoint, min(sum(room), checkpoint.block_count))
-            else:
-                count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
-            here = await trio.to_thread.run_sync(lambda: checkpoint.blocks_on_disk)
-            choice = Choice(digest, checkpoint.block_count, count, here)
-            span = await choose_first(choice, reserved[0], self.discovery, self.peer_id, Random(os.urandom(16)))
-        shares = [(own, share) for own, share in zip(specs, share_span(span, room), strict=True) if share is not None]
-        reserved += [self._places.reserve(expected) for _ in shares[1:]]
-        for place, (_, share) in zip(reserved, shares, strict=True):
-            place.decide(share)
-        self.discovery.changed()
-        return shares
+        self._spans.unload_adapter(served, adapter)
 
 
 @asynccontextmanager
@@ -457,13 +298,6 @@ async def open_peer(
                     for spec in serve:
                         await peer.serve(spec)
                     yield peer
-
-
-async def _import(*modules: str) -> None:
-    """Import in a thread what brings torch along: it takes seconds, in which peers would think us dead."""
-    for module in modules:
-        if module not in sys.modules:
-            await trio.to_thread.run_sync(import_module, module)
 
 
 async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:

@@ -51,11 +51,11 @@ async def fake_rest(path: Path, bootstrap: peerd.Multiaddr) -> AsyncIterator[pee
         engine = FakeEngine(REST, hidden_size=WIDTH, kv_tokens=2**20)
         with open_checkpoint(path) as checkpoint:
             served = ServedSpan(checkpoint.model_digest, MAX_LENGTH, EngineTask(engine))
-        assert peer._places is not None
-        (first_place,) = peer._places
+        assert peer._spans is not None
+        (first_place,) = peer._spans._places
         assert first_place.loaded is not None
-        place = peer._places.reserve(first_place.record("joining"))
-        peer._places.add(place, served, replace(first_place.loaded, engine=engine, roots=()))
+        place = peer._spans._places.reserve(first_place.record("joining"))
+        peer._spans._places.add(place, served, replace(first_place.loaded, engine=engine, roots=()))
         peer.discovery.changed()
         await peer.discovery.announced()
         yield peer

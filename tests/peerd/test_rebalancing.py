@@ -534,8 +534,8 @@ async def test_others_hear_of_a_first_span_before_it_is_loaded(
         with pytest.raises(CheckpointError):
             await server.serve(replace(spec, blocks=Span(0, 1), adapters=(("none", "/nowhere"),)))
         assert [str(served.span) for served in server.served] == ["0:4", "1:3"]
-        assert server._places is not None
-        assert len(server._places) == 2, "the slot is free again"
+        assert server._spans is not None
+        assert len(server._spans._places) == 2, "the slot is free again"
     assert [{slot % 8: words for slot, words in one.items()} for one in seen] == [
         {0: "0:4 joining"},
         {0: "0:4 online", 1: "1:3 joining"},
@@ -573,6 +573,6 @@ async def test_only_a_span_that_nobody_named_on_one_device_moves(tiny_llama: Pat
     transport = MemoryNetwork().transport("10.0.0.1")
     async with peerd.open_peer(transport=transport, listen=[listen], serve=[spec(Span(0, 1))]) as peer:
         for order, moving in orders.items():
-            before = len(peer._rebalancers)
+            before = len(peer._spans._rebalancers)
             await peer.serve(order)
-            assert len(peer._rebalancers) - before == moving, order
+            assert len(peer._spans._rebalancers) - before == moving, order

@@ -1,0 +1,239 @@
+"""Hosts spans of models for one peer: chosen, loaded, served, announced and moved (`Peer.serve`).
+
+Knows the order of these and who does each; how blocks are loaded, which span is best and what a session is, others do.
+The difficulty is that the swarm must know of a span from the moment in which it is chosen until it is gone, and of
+nothing that came to nothing: so each has a place from the first on, which is released whatever fails.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.checkpoints import Checkpoints, fetch_span
+from peerd.connections import Connections
+from peerd.discovery import Discovery
+from peerd.imports import import_in_thread
+from peerd.model_names import ModelNames, words_for
+from peerd.neighbours import Neighbours
+from peerd.places import Place, Places
+from peerd.prober import Prober
+from peerd.protocol.adapters import name_of
+from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.identity import PeerId
+from peerd.protocol.span import Span
+from peerd.routing.rules import ChainRules
+
+if TYPE_CHECKING:
+    from peerd.compute.checkpoint import Checkpoint
+    from peerd.protocol.records import ModelRecord, ServerRecord
+    from peerd.rebalancing import Rebalancer
+    from peerd.server import ServedSpan, Server
+    from peerd.serving import ServeSpec
+    from peerd.span_loader import SpanLoader
+
+# Who serves waits so long to be known, and goes on without if nobody answers.
+ANNOUNCE_WAIT_S = 2.0
+
+
+class SpanHost:
+    """The spans of one peer. `tasks` owns what runs beside them; `rules` say whose distance is worth announcing."""
+
+    def __init__(
+        self,
+        peer_id: PeerId,
+        connections: Connections,
+        discovery: Discovery,
+        server: Server,
+        checkpoints: Checkpoints,
+        tasks: trio.Nursery,
+        rules: ChainRules | None = None,
+    ) -> None:
+        self._peer_id = peer_id
+        self._connections = connections
+        self._discovery = discovery
+        self._server = server
+        self._checkpoints = checkpoints
+        self._tasks = tasks
+        self._rules = rules or ChainRules()
+        self._places = Places(server)
+        self._neighbours: Neighbours | None = None
+        self._names: ModelNames | None = None
+        self._rebalancers: list[Rebalancer] = []
+        server.on_load_changed = discovery.changed
+
+    def __repr__(self) -> str:
+        return f"<SpanHost {' '.join(str(served.span) for served in self._server.spans)}>"
+
+    async def drain(self, timeout_s: float) -> None:
+        """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
+        for rebalancer in self._rebalancers:
+            rebalancer.stop()
+        self._server.draining = True
+        self._discovery.changed()
+        await self._server.drain(timeout_s)
+
+    async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
+        """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
+
+        Where the spec names no span, and one device, the span moves later to where the swarm needs it more, unless it
+        says `stay`: `served` says where it is then. Where it names no model, waits until the swarm serves one that it
+        allows. Raises CheckpointError, InvalidRequest.
+        """
+        await import_in_thread("peerd.serving")
+        from peerd.span_loader import SpanLoader, load_served
+
+        if self._neighbours is None:
+            self._discovery.serve(self._places.records)
+        if spec.among:
+            spec = await self._choose_model(spec)
+        spec = replace(spec, promised_bytes=self._promised_bytes())
+        reserved: list[Place] = []
+        ready = []
+        try:
+            async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
+                shares = await self._choose(spec, checkpoint, reserved)
+                await fetch_span(checkpoint, Span(shares[0][1].start, shares[-1][1].end))
+                for own, span in shares:
+                    ready.append(await load_served(own, checkpoint, span))
+                digest, block_count = checkpoint.model_digest, checkpoint.block_count
+                words = words_for(checkpoint)
+            moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
+            loader = SpanLoader(self._checkpoints, spec, digest, self._promised_bytes) if moves else None
+            for served, loaded in ready:
+                place = reserved[0]
+                self._places.add(place, served, loaded)
+                reserved.remove(place)
+                place.loader = loader
+                if loader is not None and len(served.span) < block_count:
+                    self._start_moving(place, loader, block_count, spec.look_every_s)
+            self._watch_neighbours(digest, block_count)
+            self._name(words)
+        finally:
+            for place in reserved:
+                self._places.release(place)
+            self._discovery.changed()
+        with trio.move_on_after(ANNOUNCE_WAIT_S):
+            await self._discovery.announced()
+        return tuple(served for served, _ in ready)
+
+    def _promised_bytes(self) -> int:
+        """What the spans that we serve may take of the host's memory yet."""
+        return sum(place.loaded.promised_bytes for place in self._places if place.loaded is not None)
+
+    async def _choose_model(self, spec: ServeSpec) -> ServeSpec:
+        """The same order for one of the models that it allows. Waits until the swarm serves one."""
+        from peerd.model_choice import ModelChoice
+
+        return await ModelChoice(spec, self._discovery, self._checkpoints).choose()
+
+    def _name(self, words: ModelRecord) -> None:
+        """Say what a model that we serve is called."""
+        if self._names is None:
+            random = Random(os.urandom(16))
+            self._names = ModelNames(self._discovery.dht, self._peer_id, self._discovery.changed, random)
+            self._discovery.describe(self._names.records)
+            self._tasks.start_soon(self._names.run)
+        self._names.add(words)
+
+    def _watch_neighbours(self, model: bytes, block_count: int) -> None:
+        """Announce what we serve, with how far it is to whoever may follow on it."""
+        places = self._places
+        if self._neighbours is None:
+            discovery, random = self._discovery, Random(os.urandom(16))
+            prober = Prober(self._connections, discovery.links, discovery.may_dial)
+            self._neighbours = Neighbours(
+                self._peer_id, discovery.directory, discovery.links, prober, random, self._rules, places.records
+            )
+            self._tasks.start_soon(self._neighbours.run)
+        neighbours = self._neighbours
+        neighbours.serves(model, block_count)
+
+        def records() -> list[ServerRecord]:
+            uplink = self._connections.uplink
+            return [replace(record, uplink=record.uplink or uplink) for record in neighbours.filled(places.records())]
+
+        self._discovery.serve(records)
+
+    def _start_moving(self, place: Place, loader: SpanLoader, block_count: int, look_every_s: float | None) -> None:
+        from peerd.rebalancing import Pace, Rebalancer
+
+        random = Random(os.urandom(16))
+        pace = Pace.looking_every(look_every_s)
+        rebalancer = Rebalancer(place, loader, self._server, self._discovery, self._peer_id, block_count, random, pace)
+        self._rebalancers.append(rebalancer)
+        self._tasks.start_soon(rebalancer.run)
+
+    async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
+        """Serve one more LoRA adapter, the directory that peft saved, while sessions run; returns its id.
+
+        Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
+        """
+        from peerd.serving import load_adapter, read_adapter
+
+        place = self._places.of(served)
+        assert place.loaded is not None
+        engine = place.loaded.engine
+        adapter = await trio.to_thread.run_sync(read_adapter, name, path, place.loaded.family, served.span)
+        await served.task.run_blocking(partial(load_adapter, engine, adapter))
+        try:
+            # It may have moved meanwhile.
+            self._places.of(served).check()
+        except InvalidRequest:
+            served.task.withdraw_adapter(adapter.id)
+            raise
+        if place.loader is not None:
+            place.loader.with_adapter(name, path)
+        self._discovery.changed()
+        return adapter.id
+
+    def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
+        """Give an adapter, by its id, to no new session; it is forgotten with the last that uses it. KeyError."""
+        place = self._places.of(served)
+        served.task.withdraw_adapter(adapter)
+        if place.loader is not None:
+            place.loader.without_adapter(name_of(adapter))
+        self._discovery.changed()
+
+    async def _choose(
+        self, spec: ServeSpec, checkpoint: Checkpoint, reserved: list[Place]
+    ) -> list[tuple[ServeSpec, Span]]:
+        """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices.
+
+        All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
+        """
+        from peerd.compute.capacity import fits_on_disk
+        from peerd.devices import rooms, share_span, specs_by_device
+        from peerd.first_span import Choice, choose_first
+        from peerd.serving import expected_record, how_many_blocks
+
+        # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
+        digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
+        expected = expected_record(spec, checkpoint)
+        specs = specs_by_device(spec)
+        room = await trio.to_thread.run_sync(rooms, specs, checkpoint) if len(specs) > 1 else [1]
+        reserved.append(self._places.reserve(expected))
+        if isinstance(spec.blocks, Span):
+            if spec.blocks.end > checkpoint.block_count:
+                raise InvalidRequest(f"{checkpoint.name} has blocks 0:{checkpoint.block_count}, not {spec.blocks}")
+            span = spec.blocks
+        else:
+            if spec.blocks is None and len(specs) > 1:
+                count = fits_on_disk(checkpoint, min(sum(room), checkpoint.block_count))
+            else:
+                count = await trio.to_thread.run_sync(how_many_blocks, spec, checkpoint)
+            here = await trio.to_thread.run_sync(lambda: checkpoint.blocks_on_disk)
+            choice = Choice(digest, checkpoint.block_count, count, here)
+            span = await choose_first(choice, reserved[0], self._discovery, self._peer_id, Random(os.urandom(16)))
+        shares = [(own, share) for own, share in zip(specs, share_span(span, room), strict=True) if share is not None]
+        reserved += [self._places.reserve(expected) for _ in shares[1:]]
+        for place, (_, share) in zip(reserved, shares, strict=True):
+            place.decide(share)
+        self._discovery.changed()
+        return shares
