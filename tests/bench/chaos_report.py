@@ -157,12 +157,15 @@ def percentile(values: Iterable[float], percent: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else math.nan
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | int]:
+def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
+    if not values:
+        # JSON has no NaN.
+        return {"count": 0, "p50": None, "p95": None, "max": None}
     return {
         "count": len(values),
         "p50": round(percentile(values, 50), 3),
         "p95": round(percentile(values, 95), 3),
-        "max": round(max(values, default=math.nan), 3),
+        "max": round(max(values), 3),
     }
 
 
@@ -246,11 +249,13 @@ def show(run: Run, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    p95_s = found["stall_s"]["kill"]["p95"]
-    console.print(f"p95 of stalls by kills {'below' if p95_s < TARGET_P95_S else 'NOT below'} {TARGET_P95_S} s")
+    if (p95_s := found["stall_s"]["kill"]["p95"]) is not None:
+        console.print(f"p95 of stalls by kills {'below' if p95_s < TARGET_P95_S else 'NOT below'} {TARGET_P95_S} s")
     for failure in run.failures:
         console.print(f"FAILED: {failure}", markup=False)
 
 
 def _seconds(spread: dict[str, Any]) -> str:
+    if not spread["count"]:
+        return "none"
     return f"p50 {spread['p50']:.3f} s, p95 {spread['p95']:.3f} s, most {spread['max']:.3f} s ({spread['count']})"

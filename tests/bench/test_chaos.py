@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +113,8 @@ def test_an_answer_with_another_token_than_the_reference_is_wrong(tiny_model: Pa
 
 def test_the_table_shows_an_empty_run_too(capsys: pytest.CaptureFixture[str]) -> None:
     show(replace(Run(), coverage={Span(0, 3): 1.0}), Console(width=120))
-    assert "nan" in capsys.readouterr().out
+    assert "none" in capsys.readouterr().out
+    json.dumps(as_json(replace(Run(), coverage={Span(0, 3): 1.0})), allow_nan=False)
 
 
 def test_percentiles_are_values_that_occurred() -> None:
