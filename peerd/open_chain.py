@@ -123,16 +123,15 @@ class ChainOpener:
         numbers = chain.take_numbers(len(hops))
         after = chain.after(hops[-1].span.end)
         followers = [*zip(hops[1:], numbers[1:], strict=True), (after.hop, after.number) if after is not None else None]
-        openings = []
-        for hop, number, follower in zip(hops, numbers, followers, strict=True):
-            next_hop = None if follower is None else await self._next(chain.session, hop, *follower, epoch)
-            openings.append(self._opening(chain.session, hop, terms, epoch, number, next_hop))
         granted: dict[int, ControlStream] = {}
         refusals: list[HopRefused] = []
 
         async def open_one(index: int, cancel: trio.CancelScope) -> None:
+            hop, follower = hops[index], followers[index]
+            next_hop = None if follower is None else await self._next(chain.session, hop, *follower, epoch)
+            opening = self._opening(chain.session, hop, terms, epoch, numbers[index], next_hop)
             try:
-                granted[index] = await self._open_hop(hops[index], openings[index], terms, margin_s)
+                granted[index] = await self._open_hop(hop, opening, terms, margin_s)
             except PeerdError as error:
                 refusals.append(HopRefused(hops[index], error))
                 cancel.cancel()
