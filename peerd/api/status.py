@@ -32,14 +32,18 @@ class Status:
 
     async def is_ready(self) -> tuple[bool, str]:
         """Whether each model's every block is served by somebody; if not, what is missing."""
+        # Who has just come must not be missed for what was seen a moment before.
+        gaps = await self._gaps(_MAX_AGE_S) and await self._gaps(0.0)
+        return not gaps, "; ".join(gaps)
+
+    async def _gaps(self, max_age_s: float) -> list[str]:
         gaps = []
         for name, model in self._models:
-            missing = [
-                _blocks(start, end) for start, end, owners in _coverage(model, await self._offers(model)) if not owners
-            ]
+            coverage = _coverage(model, await self._offers(model, max_age_s))
+            missing = [_blocks(start, end) for start, end, owners in coverage if not owners]
             if missing:
                 gaps.append(f"nobody serves blocks {', '.join(missing)} of {name}")
-        return not gaps, "; ".join(gaps)
+        return gaps
 
     async def describe(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -87,10 +91,10 @@ class Status:
             "coverage": [{"blocks": _blocks(start, end), "servers": owners} for start, end, owners in coverage],
         }
 
-    async def _offers(self, model: RemoteModel) -> list[Offer]:
+    async def _offers(self, model: RemoteModel, max_age_s: float = _MAX_AGE_S) -> list[Offer]:
         """Of those that take sessions now: who is about to come or to leave serves nobody who asks."""
         directory, facts = self._peer.discovery.directory, model.facts
-        offers = await directory.servers(facts.digest, facts.block_count, max_age_s=_MAX_AGE_S)
+        offers = await directory.servers(facts.digest, facts.block_count, max_age_s=max_age_s)
         return [offer for offer in offers if offer.record.state == "online"]
 
 
