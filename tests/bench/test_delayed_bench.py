@@ -45,7 +45,7 @@ async def test_a_chain_crosses_each_link_once_and_a_hub_carries_everything_back_
         model = await stack.enter_async_context(client.model(tiny_model))
         swarm = DelayedSwarm(SimpleNamespace(), (SimpleNamespace(),) * 2, tuple(spans), proxies)  # type: ignore[arg-type]
         chain, hub = [
-            (await measure_way(way, model, swarm, turns=1, tokens=3, rtts_ms=(0.0, RTT_MS)))[1]
+            (await measure_way(way, model, swarm, turns=3, tokens=3, rtts_ms=(0.0, RTT_MS)))[1]
             for way in (Chained, HubAndSpoke)
         ]
     one_way_s = RTT_MS / 2000
