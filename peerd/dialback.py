@@ -18,13 +18,12 @@ import trio
 
 from peerd.nurseries import at_once, open_tasks
 from peerd.peer_connection import PeerConnection
-from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.dialback import (
     ANSWER_DEADLINE_S,
     DIALBACK_PROTOCOL,
     Dialled,
     DialMe,
-    IpAddress,
     Outcome,
     dial_address,
     may_dial,

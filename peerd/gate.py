@@ -7,16 +7,14 @@ count in all only. Whoever is proven has left the door.
 from __future__ import annotations
 
 from collections import Counter
-from ipaddress import IPv4Address, IPv6Address, IPv6Network
+from ipaddress import IPv6Address, IPv6Network
 
-from peerd.protocol.addresses import is_private_ip
+from peerd.protocol.addresses import IpAddress, is_private_ip
 
 MAX_UNPROVEN = 64
 MAX_UNPROVEN_AN_ADDRESS = 8
 # One host has a whole /64 of IPv6 addresses to come from.
 _HOST_PREFIX = 64
-
-IpAddress = IPv4Address | IPv6Address
 
 
 class Gate:

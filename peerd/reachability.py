@@ -21,8 +21,8 @@ import trio
 from peerd.connections import Connections, PeerConnection
 from peerd.dialback import ask_to_be_dialled
 from peerd.nurseries import at_once
-from peerd.protocol.addresses import Multiaddr, public_network
-from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, IpAddress
+from peerd.protocol.addresses import IpAddress, Multiaddr, public_network
+from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.hello import Hello
 from peerd.routing.observed import ObservedIps

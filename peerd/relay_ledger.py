@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from peerd.gate import IpAddress, host_of
+from peerd.gate import host_of
+from peerd.protocol.addresses import IpAddress
 from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId
 from peerd.token_bucket import TokenBucket

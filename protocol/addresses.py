@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 
 from peerd.protocol.identity import PeerId, public_key_of
 
+IpAddress = IPv4Address | IPv6Address
 HostKind = Literal["ip4", "ip6", "dns4", "dns6", "dns"]
 _HOST_KINDS: tuple[str, ...] = get_args(HostKind)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
 from typing import Any, ClassVar, Literal
 
-from peerd.protocol.addresses import MAX_IP_CHARS, Multiaddr, canonical_ip, is_private_ip, private_range
+from peerd.protocol.addresses import MAX_IP_CHARS, IpAddress, Multiaddr, canonical_ip, is_private_ip, private_range
 from peerd.protocol.schema import Message, choice, integer, many, required, text
 
 DIALBACK_PROTOCOL = "/peerd/dialback/1"
@@ -27,7 +26,6 @@ Outcome = Literal["reached", "refused", "silent", "wrong_peer", "failed"]
 """What came of dialling one port: the asker itself answered; nobody listens there; nothing answered in time;
 another peer answered; something answered that is no peer."""
 
-IpAddress = IPv4Address | IPv6Address
 
 _outcome = choice("reached", "refused", "silent", "wrong_peer", "failed")
 _ports_rule = many(integer(1, 65535), MAX_PORTS)

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
 
-from peerd.protocol.addresses import is_private_ip, private_range, public_network
+from peerd.protocol.addresses import IpAddress, is_private_ip, private_range, public_network
 from peerd.protocol.identity import PeerId
-
-IpAddress = IPv4Address | IPv6Address
 
 # How many independent peers must agree, where there are so many.
 WITNESSES = 2

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from random import Random
 
-from peerd.protocol.addresses import Multiaddr, is_private_ip
-from peerd.protocol.dialback import MAX_PORTS, Dialled, IpAddress, Outcome, dial_address
+from peerd.protocol.addresses import IpAddress, Multiaddr, is_private_ip
+from peerd.protocol.dialback import MAX_PORTS, Dialled, Outcome, dial_address
 
 # Peers that dial us for one verdict, and one more where they do not agree.
 JUDGES = 2
