@@ -24,11 +24,11 @@ from peerd.cli_options import Joining
 from peerd.compute.hub_settings import HubSettings
 from peerd.console import working, write
 from peerd.keyfile import load_or_create_identity
-from peerd.nurseries import open_tasks
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.signals import Interrupted
+from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
     from peerd.model import RemoteModel

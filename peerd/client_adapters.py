@@ -17,7 +17,6 @@ import trio
 
 from peerd.compute.lora import BlockModule, Lora, LoraPair, within
 from peerd.connections import Connections, Stream
-from peerd.nurseries import open_tasks
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, MAX_PAIRS_A_BLOCK, Granted, Loaded, MatrixA, MatrixB, Upload
 from peerd.protocol.errors import (
     ConnectionLost,
@@ -33,6 +32,7 @@ from peerd.protocol.schema import Message, parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.routing.chain import Hop
+from peerd.trio_tools import open_tasks
 
 # 64 MB at 2 Mbit/s; whoever is slower holds pages that others wait for.
 UPLOAD_DEADLINE_S = 300.0

@@ -21,7 +21,6 @@ from peerd.circuits import CircuitChannel, open_circuit
 from peerd.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.gate import Gate
 from peerd.loopback import loopback
-from peerd.nurseries import open_tasks
 from peerd.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHandler
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection import Connection, Limits
@@ -32,6 +31,7 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.relay_messages import INNER_PAYLOAD_BYTES
 from peerd.stream import Stream
 from peerd.transport import MessageChannel, Transport
+from peerd.trio_tools import open_tasks
 
 __all__ = ["Connections", "PeerConnection", "Stream", "StreamHandler", "open_connections"]
 

@@ -17,11 +17,11 @@ from peerd.cli_generate import Request, answer, figures, report
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
 from peerd.console import say, short, table, working, write
-from peerd.nurseries import open_tasks
 from peerd.peer import open_peer
 from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes, threads_each
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
+from peerd.trio_tools import open_tasks
 
 
 async def demo(request: Request, servers: int, *, as_json: bool) -> None:

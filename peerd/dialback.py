@@ -16,7 +16,6 @@ from ipaddress import IPv6Address, IPv6Network
 
 import trio
 
-from peerd.nurseries import at_once, open_tasks
 from peerd.peer_connection import PeerConnection
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.dialback import (
@@ -43,6 +42,7 @@ from peerd.protocol.noise import Handshake
 from peerd.protocol.schema import parse
 from peerd.stream import Stream
 from peerd.transport import Transport
+from peerd.trio_tools import at_once, open_tasks
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ import trio
 from peerd.connections import Connections, PeerConnection, Stream
 from peerd.dht_streams import StreamTransport, answer_question
 from peerd.links import dialable
-from peerd.nurseries import open_tasks
 from peerd.proofs import Proofs
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
@@ -37,6 +36,7 @@ from peerd.routing.directory import Directory
 from peerd.routing.links import Links
 from peerd.routing.store import RecordStore
 from peerd.routing.table import Contact, load_contacts
+from peerd.trio_tools import open_tasks
 from peerd.wakefulness import watch_sleep
 
 log = logging.getLogger(__name__)

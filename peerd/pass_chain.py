@@ -14,7 +14,6 @@ import trio
 
 from peerd.chain_mender import RETRY_S, ChainFinder, Patience
 from peerd.connections import Connections
-from peerd.nurseries import at_once
 from peerd.pass_lane import Lane, LaneTerms, open_lane
 from peerd.protocol.errors import (
     CallerError,
@@ -32,6 +31,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.adapters import AdapterNeed
 from peerd.routing.chain import Hop
+from peerd.trio_tools import at_once
 
 # A pass asks for no KV.
 _NO_TOKENS = 0

@@ -17,7 +17,6 @@ import torch
 import trio
 
 from peerd.connections import Connections, Stream
-from peerd.nurseries import open_tasks
 from peerd.protocol.errors import (
     ConnectionLost,
     PeerdError,
@@ -42,6 +41,7 @@ from peerd.protocol.schema import Message, parse
 from peerd.protocol.tensors import DTYPES
 from peerd.routing.chain import Hop
 from peerd.tensor_parts import receive_parts, send_parts
+from peerd.trio_tools import open_tasks
 
 # Dialling and the handshake, on a slow line; sending parameters takes as long as it takes.
 OPEN_DEADLINE_S = 15.0

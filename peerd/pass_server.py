@@ -24,7 +24,6 @@ from peerd.compute.passes import PassInput, PassRunner, Tape
 from peerd.compute.tunables import Tunables
 from peerd.connections import Stream
 from peerd.engine_task import EngineTask
-from peerd.nurseries import open_tasks
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -57,6 +56,7 @@ from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS, DTYPES
 from peerd.tensor_parts import receive_parts, send_parts
+from peerd.trio_tools import open_tasks
 
 # A client trains through one lane a hop; a few models and spans at once are plenty.
 MAX_LANES_A_PEER = 16

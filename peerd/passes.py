@@ -17,12 +17,12 @@ import torch
 
 from peerd.chain_mender import ChainFinder, Patience
 from peerd.connections import Connections
-from peerd.nurseries import at_once
 from peerd.pass_chain import PassChain
 from peerd.pass_lane import Lane, LaneTerms
 from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.protocol.pass_messages import MAX_PASS_POSITIONS, MAX_PASS_ROWS
 from peerd.protocol.span import Span
+from peerd.trio_tools import at_once
 
 # Micro-batches for each hop of a chain: with four, hops wait a fifth of the time for each other and not a half.
 MICRO_BATCHES_A_HOP = 4

@@ -25,7 +25,6 @@ from peerd.connections import Connections, open_connections
 from peerd.dialback import DialbackAnswerer
 from peerd.discovery import Discovery, open_discovery
 from peerd.imports import import_in_thread
-from peerd.nurseries import open_tasks
 from peerd.prober import Prober
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import DIALBACK_PROTOCOL
@@ -42,6 +41,7 @@ from peerd.routing.clock import SwarmClock
 from peerd.routing.reachability import Announced, Reach
 from peerd.routing.rules import ChainRules
 from peerd.span_host import SpanHost
+from peerd.trio_tools import open_tasks
 from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:

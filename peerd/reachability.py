@@ -20,7 +20,6 @@ import trio
 
 from peerd.connections import Connections, PeerConnection
 from peerd.dialback import ask_to_be_dialled
-from peerd.nurseries import at_once
 from peerd.protocol.addresses import IpAddress, Multiaddr, public_network
 from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled
 from peerd.protocol.errors import ConnectionLost, PeerdError
@@ -37,6 +36,7 @@ from peerd.routing.reachability import (
     next_check_s,
     ports_for,
 )
+from peerd.trio_tools import at_once
 from peerd.wakefulness import watch_sleep
 
 log = logging.getLogger(__name__)

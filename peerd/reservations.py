@@ -20,7 +20,6 @@ import trio
 
 from peerd.circuits import hear_caller, take_circuit
 from peerd.connections import Connections, PeerConnection, Stream
-from peerd.nurseries import open_tasks
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, NotServed, Overloaded, PeerdError, PeerFault, Unresponsive
 from peerd.protocol.frames import Priority
@@ -30,6 +29,7 @@ from peerd.protocol.relay_messages import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELA
 from peerd.protocol.schema import parse
 from peerd.routing.links import Links
 from peerd.routing.table import Contact
+from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)
 

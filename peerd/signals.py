@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from peerd.nurseries import open_tasks
+from peerd.trio_tools import open_tasks
 
 
 class Interrupted(Exception):

@@ -15,9 +15,9 @@ import trio
 from peerd.api.asked import CHAT_TOKENS, Asked
 from peerd.api.errors import ApiError, invalid
 from peerd.decoding import Decoding, Picked
-from peerd.nurseries import open_tasks
 from peerd.protocol.errors import PeerdError
 from peerd.sampling import SamplingParams
+from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
     from peerd.model import RemoteModel

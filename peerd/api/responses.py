@@ -18,8 +18,8 @@ from peerd.api.answers import Answers
 from peerd.api.errors import ApiError, api_error
 from peerd.api.shapes import Shape
 from peerd.decoding import Picked
-from peerd.nurseries import open_tasks
 from peerd.protocol.errors import PeerdError
+from peerd.trio_tools import open_tasks
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -31,9 +31,9 @@ from peerd.api.models import Models
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
 from peerd.api.tensor_messages import MAX_BODY_BYTES
-from peerd.nurseries import open_tasks
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.wire import MAX_HEADER_BYTES
+from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

@@ -27,7 +27,6 @@ from peerd.api.tensor_messages import (
     read_message,
     read_open,
 )
-from peerd.nurseries import open_tasks
 from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
 from peerd.protocol.messages import Failure, Output, Step
 from peerd.protocol.rows import RowSlice
@@ -35,6 +34,7 @@ from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.wire import RawMessage
+from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ from typing import Literal
 
 import trio
 
-from peerd.nurseries import open_tasks
 from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
+from peerd.trio_tools import open_tasks
 
 State = Literal["starting", "serving", "stopped", "dead"]
 # Room for all sessions of a run at once, on each twin.

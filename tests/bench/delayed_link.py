@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import trio
 
-from peerd.nurseries import open_tasks
+from peerd.trio_tools import open_tasks
 
 CHUNK_BYTES = 16 * 1024
 # How far ahead of the line we read: more than a timer's error, or the line would stand idle while we wake up.

@@ -32,7 +32,6 @@ from peerd.compute import checkpoint as checkpoints
 from peerd.demo import even_spans
 from peerd.finder import SwarmFinder
 from peerd.model import ModelFacts, RemoteModel
-from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener
 from peerd.peer import Peer, open_peer
 from peerd.protocol.messages import MAX_LENGTH
@@ -41,6 +40,7 @@ from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPE_NAMES, DTYPES
 from peerd.serving import ServeSpec
 from peerd.session import Session
+from peerd.trio_tools import open_tasks
 
 PEERS = 3
 # The papers' axes: round trips, and each link's rate in each direction.

@@ -21,7 +21,6 @@ from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
 from peerd.finder import SwarmFinder
-from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
@@ -47,6 +46,7 @@ from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.session import Session
 from peerd.testing import MemoryNetwork
+from peerd.trio_tools import open_tasks
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))

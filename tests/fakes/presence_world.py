@@ -17,7 +17,6 @@ from peerd.connections import Connections, open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
 from peerd.finder import SwarmFinder
-from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Places
 from peerd.prober import Prober
@@ -32,6 +31,7 @@ from peerd.server import ServedSpan, Server
 from peerd.session import Session
 from peerd.span_loader import LoadedSpan
 from peerd.testing import MemoryNetwork
+from peerd.trio_tools import open_tasks
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))

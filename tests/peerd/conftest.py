@@ -20,7 +20,6 @@ from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.lora import Lora
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
-from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener, Terms
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
@@ -46,6 +45,7 @@ from peerd.routing.offer import Offer
 from peerd.server import ServedSpan, Server
 from peerd.session import Session
 from peerd.testing import MemoryNetwork
+from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

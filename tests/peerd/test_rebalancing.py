@@ -25,7 +25,6 @@ from peerd.connections import open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
 from peerd.finder import SwarmFinder
-from peerd.nurseries import open_tasks
 from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr
@@ -39,6 +38,7 @@ from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.session import Session
 from peerd.testing import MemoryNetwork
+from peerd.trio_tools import open_tasks
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))

@@ -14,7 +14,6 @@ import trio
 from peerd.connections import PeerConnection
 from peerd.finder import SwarmFinder
 from peerd.neighbours import FIRST_ROUND_S, Neighbours
-from peerd.nurseries import open_tasks
 from peerd.prober import Prober
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import ServerRecord, block_roots
@@ -24,6 +23,7 @@ from peerd.routing.links import Links
 from peerd.routing.offer import Offer
 from peerd.routing.rules import ChainRules, Manifest
 from peerd.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
+from peerd.trio_tools import open_tasks
 
 BLOCKS = Span(0, 8)
 
