@@ -14,14 +14,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from peerd.api.answers import Answers, encode_prompt
-from peerd.api.asked import read_chat, read_completion
-from peerd.api.chat_templates import ChatTemplates
 from peerd.api.errors import ApiError, api_error
 from peerd.api.fields import read_json
 from peerd.api.models import Models
-from peerd.api.responses import AnswerResponse
-from peerd.api.shapes import ChatShape, CompletionShape
+from peerd.api.openai.answers import Answers, encode_prompt
+from peerd.api.openai.bodies import ChatShape, CompletionShape
+from peerd.api.openai.chat_templates import ChatTemplates
+from peerd.api.openai.requests import read_chat, read_completion
+from peerd.api.openai.responses import AnswerResponse
 from peerd.api.status import Status
 from peerd.api.tensor_session import serve_session
 from peerd.protocol.errors import InvalidRequest, PeerdError

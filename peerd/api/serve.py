@@ -25,9 +25,9 @@ from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
 from peerd.api.app import Api
-from peerd.api.chat_templates import open_chat_templates
 from peerd.api.guard import Guard
 from peerd.api.models import Models
+from peerd.api.openai.chat_templates import open_chat_templates
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
 from peerd.api.tensor_messages import MAX_BODY_BYTES

@@ -77,7 +77,7 @@ class ChatTemplates:
         await self.close()
         self._rest = b""
         self._process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "peerd.api.template_process"],
+            [sys.executable, "-m", "peerd.api.openai.template_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

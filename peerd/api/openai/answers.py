@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.api.asked import CHAT_TOKENS, Asked
 from peerd.api.errors import ApiError, invalid
+from peerd.api.openai.requests import CHAT_TOKENS, Asked
 from peerd.decoding import Decoding, Picked
 from peerd.protocol.errors import PeerdError
 from peerd.sampling import SamplingParams

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from peerd.api.asked import read_chat, read_completion
 from peerd.api.errors import ApiError
 from peerd.api.fields import Fields
+from peerd.api.openai.requests import read_chat, read_completion
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 

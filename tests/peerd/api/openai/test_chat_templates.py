@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from peerd.api.chat_templates import RENDER_LIMIT_S, open_chat_templates
+from peerd.api.openai.chat_templates import RENDER_LIMIT_S, open_chat_templates
 from peerd.protocol.errors import InvalidRequest
 
 pytestmark = pytest.mark.real_time
