@@ -23,7 +23,7 @@ from peerd.api.openai.chat_templates import ChatTemplates
 from peerd.api.openai.requests import read_chat, read_completion
 from peerd.api.openai.responses import AnswerResponse
 from peerd.api.status import Status
-from peerd.api.tensor_session import serve_session
+from peerd.api.tensors.session import serve_session
 from peerd.protocol.errors import InvalidRequest, PeerdError
 
 # Each holds a session on every peer of a chain; beyond this the caller is told to come back.

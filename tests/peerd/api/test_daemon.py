@@ -22,7 +22,7 @@ import trio.lowlevel
 from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
 
 from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
-from peerd.api.tensor_messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
+from peerd.api.tensors.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.cli_status import describe, show_status
 from peerd.compute.fake_engine import fake_forward
 from peerd.model import ModelFacts, RemoteModel

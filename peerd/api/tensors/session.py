@@ -14,7 +14,7 @@ import trio
 from starlette.websockets import WebSocket
 
 from peerd.api.errors import ApiError
-from peerd.api.tensor_messages import (
+from peerd.api.tensors.messages import (
     FROM_CLIENT,
     MAX_BODY_BYTES,
     Backward,

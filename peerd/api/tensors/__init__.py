@@ -1,0 +1,1 @@
+"""Hidden states, sessions and gradients over a websocket."""
