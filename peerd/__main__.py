@@ -1,5 +1,5 @@
 """`python -m peerd`: the same as the `peerd` command."""
 
-from peerd.cli import main
+from peerd.cli.main import main
 
 main()

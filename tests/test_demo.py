@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from peerd.cli.demo import even_spans
 from peerd.compute.demo_model import demo_model_path
-from peerd.demo import even_spans
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 

@@ -20,10 +20,10 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from peerd.cli.processes import open_peer_processes
 from peerd.compute.demo_model import demo_model_path
 from peerd.model import RemoteModel
 from peerd.peer import open_peer
-from peerd.processes import open_peer_processes
 
 STREAMS = (1, 4, 16)
 TOKENS = 64

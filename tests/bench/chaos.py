@@ -31,11 +31,11 @@ from chaos_report import Disturbance, Kind, Run, Struck, as_json, show
 from chaos_swarm import ChaosSwarm, Member, open_chaos_swarm
 from rich.console import Console
 
+from peerd.cli.demo import even_spans
+from peerd.cli.processes import ProcessEnded
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
-from peerd.demo import even_spans
 from peerd.peer import open_peer
-from peerd.processes import ProcessEnded
 
 TEXT = Path(__file__).with_name("fixed_text.txt")
 # Who is told that nobody serves a block has waited so long for somebody who does.

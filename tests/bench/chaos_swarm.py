@@ -15,7 +15,7 @@ from typing import Literal
 
 import trio
 
-from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes
+from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
 from peerd.trio_tools import open_tasks

@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from run import Local, prompts_of
 
+from peerd.cli.demo import even_spans
+from peerd.cli.processes import open_peer_processes
 from peerd.compute.demo_model import demo_model_path
-from peerd.demo import even_spans
 from peerd.model import RemoteModel
 from peerd.peer import open_peer
-from peerd.processes import open_peer_processes
 from peerd.protocol.span import Span
 
 TEXT = Path(__file__).with_name("fixed_text.txt")

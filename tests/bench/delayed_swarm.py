@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 from delayed_link import DelayedLink, Passed, Quality, free_port, open_delayed_link
 
-from peerd.processes import PeerProcess, PeerProcesses
+from peerd.cli.processes import PeerProcess, PeerProcesses
 from peerd.protocol.span import Span
 
 # In place of a round trip: say what passed, and count anew.

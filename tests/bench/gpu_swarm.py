@@ -28,8 +28,8 @@ import trio
 from delayed_link import DelayedLink, Quality, free_port, open_delayed_link
 from random_checkpoint import random_checkpoint
 
+from peerd.cli.demo import even_spans
 from peerd.compute import checkpoint as checkpoints
-from peerd.demo import even_spans
 from peerd.finder import SwarmFinder
 from peerd.model import ModelFacts, RemoteModel
 from peerd.open_chain import ChainOpener

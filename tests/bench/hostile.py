@@ -30,6 +30,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from peerd.cli.processes import PeerProcess, open_peer_processes
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
 from peerd.hostile import (
@@ -44,7 +45,6 @@ from peerd.hostile import (
 )
 from peerd.model import RemoteModel
 from peerd.peer import open_peer
-from peerd.processes import PeerProcess, open_peer_processes
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.frames import Credit, Ping, Reset, encode_frame

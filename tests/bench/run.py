@@ -21,11 +21,11 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from peerd.cli.demo import even_spans
+from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
 from peerd.compute.demo_model import demo_model_path
-from peerd.demo import even_spans
 from peerd.model import RemoteModel
 from peerd.peer import open_peer
-from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes
 
 PROMPT_TOKENS = 32
 DECODE_TOKENS = 64

@@ -12,7 +12,7 @@ from delayed_link import free_port
 from delayed_swarm import DelayedSwarm, open_proxies
 
 import peerd
-from peerd.demo import even_spans
+from peerd.cli.demo import even_spans
 
 RTT_MS = 200.0
 WIDTH_BYTES = 64 * 4

@@ -23,11 +23,11 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from peerd.cli.demo import even_spans
+from peerd.cli.processes import PeerProcesses, open_peer_processes
 from peerd.compute.demo_model import demo_model_path
-from peerd.demo import even_spans
 from peerd.model import RemoteModel
 from peerd.peer import open_peer
-from peerd.processes import PeerProcesses, open_peer_processes
 
 ROWS, POSITIONS, PROMPT_POSITIONS = 8, 128, 16
 SERVERS = (1, 2)

@@ -10,7 +10,7 @@ import torch
 import trio
 
 import peerd
-from peerd.processes import open_peer_processes
+from peerd.cli.processes import open_peer_processes
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

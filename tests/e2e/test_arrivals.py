@@ -9,7 +9,7 @@ import trio
 
 import peerd
 from peerd.chain_mender import Patience
-from peerd.processes import open_peer_processes
+from peerd.cli.processes import open_peer_processes
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

@@ -17,7 +17,7 @@ import trio
 from hub_server import SEND_BYTES, Fault, HubServer, open_hub
 
 import peerd
-from peerd.processes import open_peer_processes
+from peerd.cli.processes import open_peer_processes
 
 pytestmark = [pytest.mark.real_time, pytest.mark.processes]
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import trio
 
-from peerd.processes import open_peer_processes
+from peerd.cli.processes import open_peer_processes
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

@@ -12,10 +12,10 @@ import pytest
 import trio
 
 import peerd
+from peerd.cli.processes import open_peer_processes
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.fake_engine import FakeEngine
 from peerd.engine_task import EngineTask
-from peerd.processes import open_peer_processes
 from peerd.protocol.messages import MAX_LENGTH
 from peerd.protocol.records import ServerRecord
 from peerd.server import ServedSpan
@@ -32,7 +32,7 @@ WIDTH = 576
 # What the program takes before it serves anything is not bounded.
 _IMPORTS = """
 import torch, transformers.models.llama.modeling_llama
-import peerd.cli, peerd.cli_serve, peerd.devices, peerd.engine_task, peerd.peer, peerd.server, peerd.serving
+import peerd.cli.main, peerd.cli.daemon, peerd.devices, peerd.engine_task, peerd.peer, peerd.server, peerd.serving
 lines = open("/proc/self/status").read().splitlines()
 print(next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")))
 """

@@ -11,7 +11,7 @@ import torch
 import trio
 
 import peerd
-from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes
+from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
 from peerd.routing.directory import Directory
 from peerd.routing.rules import ChainRules
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import peerd
-from peerd.cli import cli
+from peerd.cli.main import cli
 from peerd.compute.errors import AdapterError
 from peerd.protocol.adapters import name_of
 from peerd.testing import MemoryNetwork

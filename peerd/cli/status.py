@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from peerd.api.sockets import default_socket_path
-from peerd.console import short, table, write
+from peerd.cli.console import short, table, write
 from peerd.protocol.errors import InvalidRequest, Unresponsive
 
 _DEADLINE_S = 10.0

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import platformdirs
 
-from peerd.cli_options import (
+from peerd.cli.console import working
+from peerd.cli.options import (
     DTYPES,
     QUANTIZATIONS,
     Command,
@@ -30,13 +31,12 @@ from peerd.cli_options import (
     parse_named_model,
     revision_option,
 )
-from peerd.cli_relay import relay_options, relaying
-from peerd.console import working
+from peerd.cli.relay_options import relay_options, relaying
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
-    from peerd.cli_serve import Daemon, Offered
+    from peerd.cli.daemon import Daemon, Offered
     from peerd.serving import ServeSpec
 
 
@@ -252,7 +252,7 @@ def daemon_of(
         raise click.UsageError("--announce needs --listen: who dials the address must reach this peer")
     if relay and not (serve_blocks or listen):
         raise click.UsageError("--relay needs --listen: those for whom it relays must reach this peer")
-    from peerd.cli_serve import Daemon
+    from peerd.cli.daemon import Daemon
     from peerd.peer import DEFAULT_LISTEN
 
     specs: tuple[ServeSpec, ...] = ()
@@ -288,7 +288,7 @@ def _offer(
     no_token: bool,
 ) -> Offered:
     from peerd.api.sockets import default_socket_path
-    from peerd.cli_serve import Offered
+    from peerd.cli.daemon import Offered
 
     names = [name for name, _ in models if name is not None]
     if len(set(names)) < len(names):

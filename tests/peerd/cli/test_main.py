@@ -10,12 +10,12 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from peerd import cli_serve
-from peerd.cli import cli
-from peerd.cli_options import joining
-from peerd.cli_serve import Daemon
+from peerd.cli.console import printable, short, table
+from peerd.cli.daemon import Daemon
+from peerd.cli.main import cli
+from peerd.cli.main import daemon as cli_serve
+from peerd.cli.options import joining
 from peerd.compute.errors import CheckpointError
-from peerd.console import printable, short, table
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
 from peerd.relay_ledger import RelayLimits
 from peerd.routing.rules import Manifest
@@ -242,7 +242,7 @@ def test_a_table_has_its_columns_under_each_other_and_no_trailing_spaces() -> No
 
 
 def test_the_command_line_and_the_package_load_no_torch_until_it_is_needed() -> None:
-    code = "import sys, peerd, peerd.cli; assert not {'torch', 'transformers'} & set(sys.modules); print('light')"
+    code = "import sys, peerd, peerd.cli.main; assert not {'torch', 'transformers'} & set(sys.modules); print('light')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ("light\n", "")
 

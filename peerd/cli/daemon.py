@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.cli_options import Joining
+from peerd.cli.console import working, write
+from peerd.cli.key_files import load_or_create_identity
+from peerd.cli.options import Joining
+from peerd.cli.stopping import Interrupted
 from peerd.compute.hub_settings import HubSettings
-from peerd.console import working, write
-from peerd.keyfile import load_or_create_identity
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
-from peerd.signals import Interrupted
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:

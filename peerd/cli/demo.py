@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import trio
 
-from peerd.cli_generate import Request, answer, figures, report
+from peerd.cli.console import say, short, table, working, write
+from peerd.cli.generate import Request, answer, figures, report
+from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes, threads_each
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
-from peerd.console import say, short, table, working, write
 from peerd.peer import open_peer
-from peerd.processes import PeerProcess, PeerProcesses, open_peer_processes, threads_each
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
 from peerd.trio_tools import open_tasks

@@ -19,8 +19,9 @@ import click
 import trio
 from click.core import ParameterSource
 
-from peerd.cli_daemon import daemon_of, daemon_options
-from peerd.cli_options import (
+from peerd.cli.console import say, set_up_logging, working
+from peerd.cli.daemon_options import daemon_of, daemon_options
+from peerd.cli.options import (
     at_revision,
     disk_option,
     join_options,
@@ -31,9 +32,8 @@ from peerd.cli_options import (
     sampling_options,
     verbose_option,
 )
+from peerd.cli.processes import ProcessEnded
 from peerd.compute.errors import CheckpointError
-from peerd.console import say, set_up_logging, working
-from peerd.processes import ProcessEnded
 from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     set_up_logging(logging.DEBUG if options.pop("verbose") else logging.INFO)
     swarm = joining(options)
     daemon = daemon_of(swarm, **options)
-    from peerd.cli_serve import run_daemon
+    from peerd.cli.daemon import run_daemon
 
     _run(ctx, partial(run_daemon, daemon))
 
@@ -170,8 +170,8 @@ def generate(
         prompt = prompt_file.read()
     elif prompt == "-":
         prompt = sys.stdin.read()
-    from peerd.cli_generate import Request
-    from peerd.cli_generate import generate as run_generate
+    from peerd.cli.generate import Request
+    from peerd.cli.generate import generate as run_generate
 
     # A name has no slash in it.
     chosen = Path(adapter).expanduser() if adapter is not None and "/" in adapter else adapter
@@ -197,8 +197,8 @@ def demo(
     SmolLM2-135M-Instruct, which is installed with the demonstration. Nothing leaves this machine.
     """
     with working("starting"):
-        from peerd.cli_generate import Request
-        from peerd.demo import demo as run_demo
+        from peerd.cli.demo import demo as run_demo
+        from peerd.cli.generate import Request
 
     request = Request(prompt, True, {"max_new_tokens": max_new_tokens, **sampling})
     _run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
@@ -216,7 +216,7 @@ def demo(
 @click.pass_context
 def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> None:
     """Say what the daemon on this machine does: peers, blocks, models and whether somebody serves all of them."""
-    from peerd.cli_status import show_status
+    from peerd.cli.status import show_status
 
     _run_once(ctx, partial(show_status, socket_path, as_json=as_json), verbose=False)
 
@@ -230,7 +230,7 @@ def manifest(ctx: click.Context, /, model: Path | str, revision: str | None) -> 
 
     Reads all weights once. Make it where you trust the files, and pin it where you generate.
     """
-    from peerd.cli_manifest import print_manifest
+    from peerd.cli.manifest import print_manifest
 
     _run_once(ctx, partial(print_manifest, at_revision(model, revision)), verbose=False)
 
@@ -257,13 +257,13 @@ def new_swarm(path: Path) -> None:
 def _run_once(ctx: click.Context, work: Callable[[], Awaitable[None]], *, verbose: bool) -> None:
     """Run a one-shot command: quiet unless it is to be verbose, ended by the first signal."""
     set_up_logging(logging.DEBUG if verbose else logging.WARNING)
-    from peerd.signals import until_signalled
+    from peerd.cli.stopping import until_signalled
 
     _run(ctx, partial(until_signalled, work))
 
 
 def _run(ctx: click.Context, work: Callable[[], Awaitable[None]]) -> None:
-    from peerd.signals import Interrupted
+    from peerd.cli.stopping import Interrupted
 
     try:
         trio.run(work)

@@ -8,14 +8,14 @@ import sys
 import pytest
 import trio
 
-from peerd.processes import ProcessEnded, open_peer_processes
+from peerd.cli.processes import ProcessEnded, open_peer_processes
 from peerd.protocol.addresses import Multiaddr
 
 pytestmark = [pytest.mark.processes, pytest.mark.real_time]
 
 STARTER = """
 import trio
-from peerd.processes import open_peer_processes
+from peerd.cli.processes import open_peer_processes
 
 async def main():
     async with open_peer_processes(threads=1) as processes:

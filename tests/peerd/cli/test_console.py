@@ -9,8 +9,8 @@ import pytest
 import trio
 from rich.console import Console
 
-from peerd import console
 from peerd.checkpoints import LOG_EVERY_S, _logged, _until_cancelled
+from peerd.cli.main import console
 from peerd.compute.hub_settings import Transfer
 
 MIB = 2**20

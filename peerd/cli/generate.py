@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerd.cli_options import Joining
+from peerd.cli.console import say, short, working, write
+from peerd.cli.options import Joining
 from peerd.compute.hub_settings import HubSettings
-from peerd.console import say, short, working, write
 from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
 

@@ -8,8 +8,8 @@ import signal
 import pytest
 import trio
 
+from peerd.cli.stopping import Interrupted, until_signalled
 from peerd.protocol.errors import NoChain
-from peerd.signals import Interrupted, until_signalled
 
 
 async def test_a_signal_cancels_the_work_and_is_reported_after_its_clean_up() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.console import working, write
+from peerd.cli.console import working, write
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from peerd.cli_options import Command, parse_memory
+from peerd.cli.options import Command, parse_memory
 from peerd.protocol.relay_messages import MAX_RATE
 from peerd.relay_ledger import RelayLimits
 

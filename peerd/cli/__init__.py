@@ -1,0 +1,1 @@
+"""The `peerd` command: options, signals, the demonstration, key files."""
