@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from peerd.client.generation import Generation, Token
+    from peerd.client.model import RemoteModel
     from peerd.compute.errors import AdapterError, CheckpointError
     from peerd.compute.hub_settings import HubSettings
     from peerd.compute.lora import LoraAdapter, LoraPair
-    from peerd.generation import Generation, Token
-    from peerd.model import RemoteModel
     from peerd.peer import Peer, open_peer
     from peerd.protocol.addresses import Multiaddr
     from peerd.protocol.errors import (
@@ -68,9 +68,9 @@ _MODULE_OF = {
     "open_peer": "peerd.peer",
     "Peer": "peerd.peer",
     "ServeSpec": "peerd.serving",
-    "RemoteModel": "peerd.model",
-    "Generation": "peerd.generation",
-    "Token": "peerd.generation",
+    "RemoteModel": "peerd.client.model",
+    "Generation": "peerd.client.generation",
+    "Token": "peerd.client.generation",
     "Session": "peerd.session",
     "Identity": "peerd.protocol.identity",
     "PeerId": "peerd.protocol.identity",

@@ -45,9 +45,9 @@ from peerd.trio_tools import open_tasks
 from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
+    from peerd.client.model import ModelFacts, RemoteModel
     from peerd.compute.checkpoint import Checkpoint
     from peerd.compute.head import Head
-    from peerd.model import ModelFacts, RemoteModel
     from peerd.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec
@@ -134,10 +134,10 @@ class Peer:
 
         Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
         """
-        await import_in_thread("peerd.compute.head", "peerd.model")
+        await import_in_thread("peerd.compute.head", "peerd.client.model")
+        from peerd.client.head_task import HeadTask
+        from peerd.client.model import RemoteModel
         from peerd.finder import SwarmFinder
-        from peerd.head_task import HeadTask
-        from peerd.model import RemoteModel
         from peerd.open_chain import ChainOpener
         from peerd.protocol.tensors import DTYPES
         from peerd.scout import FIRST_WAIT_S, Scout
@@ -311,9 +311,9 @@ async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
 
 def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any, Any]:
     """What a client needs of a model: facts, head, tokenizer, generation config. Blocks; run it in a thread."""
+    from peerd.client.model import ModelFacts
     from peerd.compute.head import load_head
     from peerd.compute.tokenizer import generation_config, load_tokenizer
-    from peerd.model import ModelFacts
     from peerd.protocol.tensors import DTYPE_NAMES
 
     facts = ModelFacts(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peerd.api.errors import ApiError
 
 if TYPE_CHECKING:
-    from peerd.model import RemoteModel
+    from peerd.client.model import RemoteModel
 
 
 class Models:

@@ -38,7 +38,7 @@ from peerd.trio_tools import open_tasks
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from peerd.model import RemoteModel
+    from peerd.client.model import RemoteModel
     from peerd.peer import Peer
 
 log = logging.getLogger(__name__)

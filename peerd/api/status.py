@@ -14,7 +14,7 @@ from peerd import __version__
 
 if TYPE_CHECKING:
     from peerd.api.models import Models
-    from peerd.model import RemoteModel
+    from peerd.client.model import RemoteModel
     from peerd.peer import Peer
     from peerd.routing.offer import Offer
 

@@ -31,7 +31,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
-    from peerd.model import RemoteModel
+    from peerd.client.model import RemoteModel
     from peerd.peer import Peer
     from peerd.relay_ledger import RelayLimits
     from peerd.serving import ServeSpec

@@ -19,8 +19,8 @@ from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from peerd.generation import Generation
-    from peerd.model import RemoteModel
+    from peerd.client.generation import Generation
+    from peerd.client.model import RemoteModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import trio
 
-from peerd.decoding import Decoding
-from peerd.model import RemoteModel
+from peerd.client.decoding import Decoding
+from peerd.client.model import RemoteModel
+from peerd.client.sampling import Sampler, SamplingParams, draw
 from peerd.protocol.errors import PeerdError
-from peerd.sampling import Sampler, SamplingParams, draw
 
 # Where the reference's two best logits are closer than this, rounding may decide; and where a draw is so close to
 # where one token's share ends and the next one's begins.

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peerd.cli.processes import PeerProcess, open_peer_processes
+from peerd.client.model import RemoteModel
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.demo_model import demo_model_path
 from peerd.hostile import (
@@ -43,7 +44,6 @@ from peerd.hostile import (
     mutated_bytes,
     mutated_header,
 )
-from peerd.model import RemoteModel
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault

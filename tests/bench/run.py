@@ -23,8 +23,8 @@ from rich.table import Table
 
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
+from peerd.client.model import RemoteModel
 from peerd.compute.demo_model import demo_model_path
-from peerd.model import RemoteModel
 from peerd.peer import open_peer
 
 PROMPT_TOKENS = 32

@@ -14,8 +14,8 @@ from chaos_report import Disturbance, Run, Struck, as_json, percentile, show
 from chaos_swarm import ChaosSwarm, Member
 from rich.console import Console
 
+from peerd.client.sampling import SamplingParams
 from peerd.protocol.span import Span
-from peerd.sampling import SamplingParams
 
 BRIEF = Plan(
     seconds=10.0,

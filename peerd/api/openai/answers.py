@@ -14,13 +14,13 @@ import trio
 
 from peerd.api.errors import ApiError, invalid
 from peerd.api.openai.requests import CHAT_TOKENS, Asked
-from peerd.decoding import Decoding, Picked
+from peerd.client.decoding import Decoding, Picked
+from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import PeerdError
-from peerd.sampling import SamplingParams
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
-    from peerd.model import RemoteModel
+    from peerd.client.model import RemoteModel
 
 # Tokens that wait for a client that reads slowly: beyond that its session waits too.
 _AHEAD = 16

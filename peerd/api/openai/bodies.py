@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peerd.decoding import Picked
+from peerd.client.decoding import Picked
 
 Decode = Callable[[Sequence[int]], str]
 # What half a character decodes to.

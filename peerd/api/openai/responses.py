@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from peerd.api.errors import ApiError, api_error
 from peerd.api.openai.answers import Answers
 from peerd.api.openai.bodies import Shape
-from peerd.decoding import Picked
+from peerd.client.decoding import Picked
 from peerd.protocol.errors import PeerdError
 from peerd.trio_tools import open_tasks
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from peerd.api.models import Models
-    from peerd.model import RemoteModel
+    from peerd.client.model import RemoteModel
     from peerd.passes import Pass
     from peerd.session import Session
 

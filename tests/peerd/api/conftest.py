@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from peerd.api.app import Api
 from peerd.api.models import Models
-from peerd.model import ModelFacts, RemoteModel
+from peerd.client.model import ModelFacts, RemoteModel
 from peerd.protocol.errors import InvalidRequest
 
 WIDTH = 8

@@ -24,8 +24,8 @@ from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_str
 from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
 from peerd.api.tensors.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.cli.status import describe, show_status
+from peerd.client.model import ModelFacts, RemoteModel
 from peerd.compute.fake_engine import fake_forward
-from peerd.model import ModelFacts, RemoteModel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import Step

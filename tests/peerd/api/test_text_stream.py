@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.text_stream import StopFilter
+from peerd.client.text_stream import StopFilter
 
 PIECES = st.lists(st.text("ab.", max_size=4), max_size=12)
 STOPS = st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3)

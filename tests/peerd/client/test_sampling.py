@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from peerd.client.sampling import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TOP_K, Sampler, SamplingParams, draw
 from peerd.protocol.errors import BadResult
-from peerd.sampling import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TOP_K, Sampler, SamplingParams, draw
 
 VOCABULARY = 40
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.decoding import Decoding
+from peerd.client.decoding import Decoding
+from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import NoChain, Overloaded
-from peerd.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from peerd.model import Adapter, RemoteModel
+    from peerd.client.model import Adapter, RemoteModel
     from peerd.session import Session
 
 

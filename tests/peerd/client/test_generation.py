@@ -10,7 +10,7 @@ import torch
 import trio
 from transformers import GenerationConfig
 
-from peerd.model import RESUME_S, ModelFacts, RemoteModel
+from peerd.client.model import RESUME_S, ModelFacts, RemoteModel
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain
 
 WIDTH = 8

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from peerd.client.sampling import Sampler, SamplingParams
+from peerd.client.text_stream import StopFilter, TextStream
 from peerd.protocol.errors import NoChain, Overloaded
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
-from peerd.sampling import Sampler, SamplingParams
-from peerd.text_stream import StopFilter, TextStream
 
 if TYPE_CHECKING:
-    from peerd.model import Adapter, RemoteModel
+    from peerd.client.model import Adapter, RemoteModel
     from peerd.session import Session
 
 Finish = Literal["stop", "length"]

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from peerd.chain_mender import ChainFinder, Means, Patience, Wanted
+from peerd.client.head_task import HeadTask
 from peerd.compute.errors import AdapterError
 from peerd.compute.lora import LoraAdapter, within
-from peerd.head_task import HeadTask
 from peerd.open_chain import ChainOpener, Terms
 from peerd.protocol.adapters import is_adapter_id
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
@@ -29,7 +29,7 @@ from peerd.session import Session
 if TYPE_CHECKING:
     import torch
 
-    from peerd.generation import Generation
+    from peerd.client.generation import Generation
     from peerd.passes import LoraPairs, Pass, PassMaker
     from peerd.scout import Scout
 
@@ -257,8 +257,8 @@ class RemoteModel:
         model's own generation config. Raises InvalidRequest or ValueError here, NoChain, Overloaded and AdapterError
         while iterating.
         """
-        from peerd.generation import Generation
-        from peerd.sampling import SamplingParams
+        from peerd.client.generation import Generation
+        from peerd.client.sampling import SamplingParams
 
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
         if not ids:

@@ -1,0 +1,1 @@
+"""A model as its user sees it: text in, tokens out."""
