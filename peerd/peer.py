@@ -135,12 +135,12 @@ class Peer:
         Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
         """
         await import_in_thread("peerd.compute.head", "peerd.client.model")
+        from peerd.client.finding.finder import SwarmFinder
+        from peerd.client.finding.scout import FIRST_WAIT_S, Scout
         from peerd.client.head_task import HeadTask
         from peerd.client.model import RemoteModel
-        from peerd.finder import SwarmFinder
         from peerd.open_chain import ChainOpener
         from peerd.protocol.tensors import DTYPES
-        from peerd.scout import FIRST_WAIT_S, Scout
 
         async with self._checkpoints.open(path, revision) as checkpoint:
             await fetch_head(checkpoint)

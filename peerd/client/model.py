@@ -29,9 +29,9 @@ from peerd.session import Session
 if TYPE_CHECKING:
     import torch
 
+    from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
     from peerd.passes import LoraPairs, Pass, PassMaker
-    from peerd.scout import Scout
 
 # A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000

@@ -29,9 +29,9 @@ from delayed_link import DelayedLink, Quality, free_port, open_delayed_link
 from random_checkpoint import random_checkpoint
 
 from peerd.cli.demo import even_spans
+from peerd.client.finding.finder import SwarmFinder
 from peerd.client.model import ModelFacts, RemoteModel
 from peerd.compute import checkpoint as checkpoints
-from peerd.finder import SwarmFinder
 from peerd.open_chain import ChainOpener
 from peerd.peer import Peer, open_peer
 from peerd.protocol.messages import MAX_LENGTH

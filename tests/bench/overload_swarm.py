@@ -17,10 +17,10 @@ import torch
 import trio
 
 from peerd.chain_mender import Means, Patience, Wanted
+from peerd.client.finding.finder import SwarmFinder
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
-from peerd.finder import SwarmFinder
 from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr

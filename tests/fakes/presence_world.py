@@ -11,12 +11,13 @@ from typing import Any
 import trio
 
 from peerd.chain_mender import Means, Patience, Wanted
+from peerd.client.finding.finder import SwarmFinder
+from peerd.client.finding.scout import Scout
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.fake_engine import FakeEngine
 from peerd.connections import Connections, open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
-from peerd.finder import SwarmFinder
 from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Places
 from peerd.prober import Prober
@@ -26,7 +27,6 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
-from peerd.scout import Scout
 from peerd.server import ServedSpan, Server
 from peerd.session import Session
 from peerd.span_loader import LoadedSpan

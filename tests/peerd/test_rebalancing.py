@@ -17,6 +17,7 @@ import trio
 import peerd
 from peerd import span_loader
 from peerd.chain_mender import Means, Patience, Wanted
+from peerd.client.finding.finder import SwarmFinder
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
@@ -24,7 +25,6 @@ from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
-from peerd.finder import SwarmFinder
 from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr

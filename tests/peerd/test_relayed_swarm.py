@@ -13,7 +13,7 @@ import torch
 import trio
 
 import peerd
-from peerd.finder import SwarmFinder
+from peerd.client.finding.finder import SwarmFinder
 from peerd.peer import Peer
 from peerd.protocol.identity import PeerId
 from peerd.relay_ledger import RelayLimits

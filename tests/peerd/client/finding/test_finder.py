@@ -6,7 +6,7 @@ from random import Random
 
 import trio
 
-from peerd.finder import SwarmFinder
+from peerd.client.finding.finder import SwarmFinder
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import trio
 
-from peerd.finder import SwarmFinder
+from peerd.client.finding.finder import SwarmFinder
 from peerd.prober import Prober
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId

@@ -11,8 +11,9 @@ import pytest
 import torch
 import trio
 
+from peerd.client.finding.finder import SwarmFinder
+from peerd.client.finding.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
 from peerd.connections import PeerConnection
-from peerd.finder import SwarmFinder
 from peerd.neighbours import FIRST_ROUND_S, Neighbours
 from peerd.prober import Prober
 from peerd.protocol.identity import PeerId
@@ -22,7 +23,6 @@ from peerd.routing.adapters import NO_ADAPTER
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
 from peerd.routing.rules import ChainRules, Manifest
-from peerd.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
 from peerd.trio_tools import open_tasks
 
 BLOCKS = Span(0, 8)

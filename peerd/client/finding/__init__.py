@@ -1,0 +1,1 @@
+"""Who serves which blocks, how near, and who is next."""
