@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from peerd.client.generation import Generation, Token
     from peerd.client.model import RemoteModel
+    from peerd.client.session.session import Session
     from peerd.compute.errors import AdapterError, CheckpointError
     from peerd.compute.hub_settings import HubSettings
     from peerd.compute.lora import LoraAdapter, LoraPair
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from peerd.protocol.identity import Identity, PeerId
     from peerd.protocol.span import Span
     from peerd.serving import ServeSpec
-    from peerd.session import Session
 
     __version__: str
 
@@ -71,7 +71,7 @@ _MODULE_OF = {
     "RemoteModel": "peerd.client.model",
     "Generation": "peerd.client.generation",
     "Token": "peerd.client.generation",
-    "Session": "peerd.session",
+    "Session": "peerd.client.session.session",
     "Identity": "peerd.protocol.identity",
     "PeerId": "peerd.protocol.identity",
     "Multiaddr": "peerd.protocol.addresses",

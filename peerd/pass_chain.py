@@ -12,7 +12,7 @@ from functools import partial
 
 import trio
 
-from peerd.chain_mender import RETRY_S, ChainFinder, Patience
+from peerd.client.session.mender import RETRY_S, ChainFinder, Patience
 from peerd.connections import Connections
 from peerd.pass_lane import Lane, LaneTerms, open_lane
 from peerd.protocol.errors import (

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from peerd.chain_mender import ChainFinder, Patience
+from peerd.client.session.mender import ChainFinder, Patience
 from peerd.connections import Connections
 from peerd.pass_chain import PassChain
 from peerd.pass_lane import Lane, LaneTerms

@@ -139,7 +139,7 @@ class Peer:
         from peerd.client.finding.scout import FIRST_WAIT_S, Scout
         from peerd.client.head_task import HeadTask
         from peerd.client.model import RemoteModel
-        from peerd.open_chain import ChainOpener
+        from peerd.client.session.opener import ChainOpener
         from peerd.protocol.tensors import DTYPES
 
         async with self._checkpoints.open(path, revision) as checkpoint:

@@ -21,7 +21,7 @@ from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
 if TYPE_CHECKING:
     from peerd.client.model import Adapter, RemoteModel
-    from peerd.session import Session
+    from peerd.client.session.session import Session
 
 Finish = Literal["stop", "length"]
 

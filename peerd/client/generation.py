@@ -18,7 +18,7 @@ from peerd.protocol.errors import NoChain, Overloaded
 
 if TYPE_CHECKING:
     from peerd.client.model import Adapter, RemoteModel
-    from peerd.session import Session
+    from peerd.client.session.session import Session
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from peerd.chain_mender import ChainFinder, Means, Patience, Wanted
 from peerd.client.head_task import HeadTask
+from peerd.client.session.mender import ChainFinder, Means, Patience, Wanted
+from peerd.client.session.opener import ChainOpener, Terms
+from peerd.client.session.session import Session
 from peerd.compute.errors import AdapterError
 from peerd.compute.lora import LoraAdapter, within
-from peerd.open_chain import ChainOpener, Terms
 from peerd.protocol.adapters import is_adapter_id
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages import DEFAULT_MAX_STEPS
 from peerd.protocol.span import Span
-from peerd.session import Session
 
 if TYPE_CHECKING:
     import torch

@@ -31,15 +31,15 @@ from random_checkpoint import random_checkpoint
 from peerd.cli.demo import even_spans
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.model import ModelFacts, RemoteModel
+from peerd.client.session.opener import ChainOpener
+from peerd.client.session.session import Session
 from peerd.compute import checkpoint as checkpoints
-from peerd.open_chain import ChainOpener
 from peerd.peer import Peer, open_peer
 from peerd.protocol.messages import MAX_LENGTH
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPE_NAMES, DTYPES
 from peerd.serving import ServeSpec
-from peerd.session import Session
 from peerd.trio_tools import open_tasks
 
 PEERS = 3

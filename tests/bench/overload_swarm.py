@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 import trio
 
-from peerd.chain_mender import Means, Patience, Wanted
 from peerd.client.finding.finder import SwarmFinder
+from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.session.opener import ChainOpener, Terms
+from peerd.client.session.session import Session
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
-from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
@@ -44,7 +45,6 @@ from peerd.routing.record_sets import RecordKey
 from peerd.routing.store import RecordStore, StoreLimits
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
-from peerd.session import Session
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks
 

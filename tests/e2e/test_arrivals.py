@@ -8,8 +8,8 @@ import pytest
 import trio
 
 import peerd
-from peerd.chain_mender import Patience
 from peerd.cli.processes import open_peer_processes
+from peerd.client.session.mender import Patience
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

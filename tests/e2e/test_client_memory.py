@@ -19,7 +19,7 @@ ROOM_MIB = 300
 CLIENT = """
 import json, sys
 import torch, transformers, trio
-import peerd.peer, peerd.client.model, peerd.client.generation, peerd.client.finding.finder, peerd.client.head_task, peerd.open_chain
+import peerd.peer, peerd.client.model, peerd.client.generation, peerd.client.finding.finder, peerd.client.head_task, peerd.client.session.opener
 import peerd.compute.checkpoint, peerd.compute.head, peerd.compute.tokenizer
 
 

@@ -9,7 +9,7 @@ import torch
 import trio
 
 import peerd
-from peerd.chain_mender import Patience
+from peerd.client.session.mender import Patience
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model]
 

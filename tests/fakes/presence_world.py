@@ -10,15 +10,16 @@ from typing import Any
 
 import trio
 
-from peerd.chain_mender import Means, Patience, Wanted
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.scout import Scout
+from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.session.opener import ChainOpener, Terms
+from peerd.client.session.session import Session
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.fake_engine import FakeEngine
 from peerd.connections import Connections, open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
-from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Places
 from peerd.prober import Prober
 from peerd.protocol.addresses import Multiaddr
@@ -28,7 +29,6 @@ from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.server import ServedSpan, Server
-from peerd.session import Session
 from peerd.span_loader import LoadedSpan
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks

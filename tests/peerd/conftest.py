@@ -13,14 +13,15 @@ import pytest
 import torch
 import trio
 
-from peerd.chain_mender import Means, Patience, Wanted
+from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.session.opener import ChainOpener, Terms
+from peerd.client.session.session import Session
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.lora import Lora
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
-from peerd.open_chain import ChainOpener, Terms
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.frames import Priority
@@ -43,7 +44,6 @@ from peerd.routing.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
 from peerd.server import ServedSpan, Server
-from peerd.session import Session
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks
 

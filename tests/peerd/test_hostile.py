@@ -9,7 +9,7 @@ import pytest
 import torch
 import trio
 
-from peerd.chain_mender import Patience
+from peerd.client.session.mender import Patience
 from peerd.dht_streams import StreamTransport, answer_question
 from peerd.hostile import (
     HostilePeer,

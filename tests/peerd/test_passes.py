@@ -8,7 +8,7 @@ import pytest
 import torch
 import trio
 
-from peerd.chain_mender import Patience
+from peerd.client.session.mender import Patience
 from peerd.passes import PassMaker, Trained
 from peerd.protocol.errors import InvalidRequest, NoChain, NoRoom
 from peerd.protocol.span import Span

@@ -16,8 +16,10 @@ import trio
 
 import peerd
 from peerd import span_loader
-from peerd.chain_mender import Means, Patience, Wanted
 from peerd.client.finding.finder import SwarmFinder
+from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.session.opener import ChainOpener, Terms
+from peerd.client.session.session import Session
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
@@ -25,7 +27,6 @@ from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import open_connections
 from peerd.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
-from peerd.open_chain import ChainOpener, Terms
 from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
@@ -36,7 +37,6 @@ from peerd.routing.clock import SwarmClock
 from peerd.routing.record_sets import PartialView
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
-from peerd.session import Session
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     from peerd.api.models import Models
     from peerd.client.model import RemoteModel
+    from peerd.client.session.session import Session
     from peerd.passes import Pass
-    from peerd.session import Session
 
 # Requests that a client may send before the first is answered.
 MAX_WAITING = 8

@@ -13,15 +13,15 @@ from typing import Protocol
 
 import trio
 
-from peerd.control_stream import ControlStream
-from peerd.live_chain import LiveChain
-from peerd.open_chain import ChainOpener
+from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.live_chain import LiveChain
+from peerd.client.session.opener import ChainOpener
+from peerd.client.session.step_log import StepLog
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import Progress
 from peerd.routing.pace import FLOOR_S, Pace
 from peerd.routing.suspicion import Hung, Stuck, Suspicion
-from peerd.step_log import StepLog
 
 # A hop's answer takes a round trip, and its process a moment to come to it beside others on a machine under load.
 ANSWER_S = 0.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trio
 
-from peerd.chain_mender import Patience
+from peerd.client.session.mender import Patience
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv_layout import Keep
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded

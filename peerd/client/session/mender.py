@@ -14,10 +14,10 @@ from typing import Protocol
 
 import trio
 
-from peerd.busy_peers import BusyPeers
-from peerd.control_stream import ControlStream
-from peerd.live_chain import LiveChain
-from peerd.open_chain import ChainOpener, HopRefused, Terms
+from peerd.client.session.busy_peers import BusyPeers
+from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.live_chain import LiveChain
+from peerd.client.session.opener import ChainOpener, HopRefused, Terms
 from peerd.protocol.errors import (
     NoChain,
     NotServed,

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import trio
 
-from peerd.busy_peers import FIRST_RANGE_S, MAX_RANGE_S, NEWCOMER_S, QUEUE_S, BusyPeers
+from peerd.client.session.busy_peers import FIRST_RANGE_S, MAX_RANGE_S, NEWCOMER_S, QUEUE_S, BusyPeers
 from peerd.protocol.errors import Draining, NoRoom, Overloaded
 from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span

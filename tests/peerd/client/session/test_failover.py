@@ -7,7 +7,7 @@ import pytest
 import torch
 import trio
 
-from peerd.chain_mender import Patience
+from peerd.client.session.mender import Patience
 from peerd.compute.fake_engine import FAKE_LAYER, fake_forward
 from peerd.compute.lora import LoraPair
 from peerd.protocol.errors import NoChain

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peerd.control_stream import ControlStream
+from peerd.client.session.control_stream import ControlStream
 from peerd.protocol.span import Span
 
 # A hop's number travels in a byte, and is used once (spec/session.md).

@@ -10,12 +10,12 @@ from contextlib import suppress
 
 import trio
 
-from peerd.control_stream import ControlStream
-from peerd.open_chain import Terms
+from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.opener import Terms
+from peerd.client.session.step_log import Pending, StepLog
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.messages import REPLAY_SEQ
 from peerd.protocol.tensors import DTYPES
-from peerd.step_log import Pending, StepLog
 from peerd.step_tensors import encoded, priority_of
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from peerd.client.session.step_log import StepLog
 from peerd.kept import Kept, KeptTooLittle
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages import Output, Step
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.tensors import encode_tensor
 from peerd.retained import Retained
-from peerd.step_log import StepLog
 
 WIDTH = 4
 

@@ -15,12 +15,13 @@ from contextlib import suppress
 
 import trio
 
-from peerd.bridges import Bridges
-from peerd.chain_mender import ChainMender, Means, NumbersUsedUp, Wanted
-from peerd.control_stream import ControlStream
-from peerd.first_hop import FirstHop
-from peerd.live_chain import MAX_NUMBERS, LiveChain
-from peerd.pace_watch import PaceWatch
+from peerd.client.session.bridges import Bridges
+from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.first_hop import FirstHop
+from peerd.client.session.live_chain import MAX_NUMBERS, LiveChain
+from peerd.client.session.mender import ChainMender, Means, NumbersUsedUp, Wanted
+from peerd.client.session.pace_watch import PaceWatch
+from peerd.client.session.step_log import Pending, StepLog
 from peerd.protocol.errors import (
     CallerError,
     ConnectionLost,
@@ -37,7 +38,6 @@ from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, 
 from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.routing.pace import Pace
-from peerd.step_log import Pending, StepLog
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import trio
 
-from peerd.control_stream import ControlStream
-from peerd.live_chain import LiveChain
-from peerd.open_chain import ChainOpener
+from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.live_chain import LiveChain
+from peerd.client.session.opener import ChainOpener
 from peerd.protocol.errors import PeerdError, PeerFault
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Bridge, LinkDown, Routed, Step

@@ -1,0 +1,1 @@
+"""One chain of hops, kept whole while hops die."""
