@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
-    from peerd.passes import LoraPairs, Pass, PassMaker
+    from peerd.client.training.training_pass import LoraPairs, Pass, PassMaker
 
 # A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
@@ -209,7 +209,7 @@ class RemoteModel:
         positions of each block's input; `lora` pairs act beside linear modules; `adapter` is one that the peers
         have. Without `keep` there is no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
         """
-        from peerd.passes import PassMaker, Trained, as_rows
+        from peerd.client.training.training_pass import PassMaker, Trained, as_rows
 
         blocks = blocks or Span(0, self.facts.block_count)
 

@@ -10,8 +10,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from peerd.client.training.training_pass import PassMaker, Trained
 from peerd.pass_server import HOST_BYTES, MAX_LANES_A_PEER
-from peerd.passes import PassMaker, Trained
 from peerd.protocol.errors import StreamReset
 from peerd.protocol.frames import Priority
 from peerd.protocol.pass_messages import (

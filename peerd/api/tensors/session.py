@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from peerd.api.models import Models
     from peerd.client.model import RemoteModel
     from peerd.client.session.session import Session
-    from peerd.passes import Pass
+    from peerd.client.training.training_pass import Pass
 
 # Requests that a client may send before the first is answered.
 MAX_WAITING = 8

@@ -13,8 +13,8 @@ from functools import partial
 import trio
 
 from peerd.client.session.mender import RETRY_S, ChainFinder, Patience
+from peerd.client.training.lane import Lane, LaneTerms, open_lane
 from peerd.connections import Connections
-from peerd.pass_lane import Lane, LaneTerms, open_lane
 from peerd.protocol.errors import (
     CallerError,
     Evicted,

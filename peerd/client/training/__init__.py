@@ -1,0 +1,1 @@
+"""Forward and backward through the blocks of a swarm."""
