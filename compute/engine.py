@@ -13,10 +13,10 @@ from collections.abc import Hashable
 
 import torch
 
-from peerd.compute.adapter_file import AdapterFile
+from peerd.compute.adapters.file import AdapterFile
+from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine_errors import UnknownAdapterError
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
-from peerd.compute.lora import Lora
 from peerd.compute.pages import PagePool
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.passes import PassRunner

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peerd.compute.adapters import SpanAdapters
+from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
 from peerd.compute.micro_batches import MicroBatch, cut_rows
 from peerd.compute.pass_memory import (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from peerd.compute.adapters import SpanAdapters
+from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.attention import BatchView, RowView, SpanAttention
 from peerd.compute.decode_graph import DecodeGraphs, on_device
 from peerd.compute.kv_cache import KVPool

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from peerd.client.generation import Generation, Token
     from peerd.client.model import RemoteModel
     from peerd.client.session.session import Session
+    from peerd.compute.adapters.lora import LoraAdapter, LoraPair
     from peerd.compute.errors import AdapterError, CheckpointError
     from peerd.compute.hub_settings import HubSettings
-    from peerd.compute.lora import LoraAdapter, LoraPair
     from peerd.peer import Peer, open_peer
     from peerd.protocol.addresses import Multiaddr
     from peerd.protocol.errors import (
@@ -79,8 +79,8 @@ _MODULE_OF = {
     "CheckpointError": "peerd.compute.errors",
     "HubSettings": "peerd.compute.hub_settings",
     "AdapterError": "peerd.compute.errors",
-    "LoraAdapter": "peerd.compute.lora",
-    "LoraPair": "peerd.compute.lora",
+    "LoraAdapter": "peerd.compute.adapters.lora",
+    "LoraPair": "peerd.compute.adapters.lora",
 }
 _ERRORS = "peerd.protocol.errors"
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 import trio
 
-from peerd.compute.lora import BlockModule, Lora, LoraPair, within
+from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, within
 from peerd.connections import Connections, Stream
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, MAX_PAIRS_A_BLOCK, Granted, Loaded, MatrixA, MatrixB, Upload
 from peerd.protocol.errors import (

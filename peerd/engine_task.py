@@ -23,6 +23,7 @@ import trio
 
 from peerd.admission import Admission
 from peerd.busy_meter import BusyMeter
+from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine import PRIVATE, BaseEngine
 from peerd.compute.engine_errors import (
     ContextTooLongError,
@@ -34,7 +35,6 @@ from peerd.compute.engine_errors import (
     UnknownAdapterError,
 )
 from peerd.compute.errors import AdapterError
-from peerd.compute.lora import Lora
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.device_work import Job, Work, WorkQueue, run_slice
 from peerd.protocol.errors import (

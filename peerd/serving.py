@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from peerd.client_adapters import AdapterRoom
-from peerd.compute.adapter_file import AdapterFile, open_adapter
+from peerd.compute.adapters.file import AdapterFile, open_adapter
+from peerd.compute.adapters.lora import Lora
 from peerd.compute.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.capacity import (
@@ -32,7 +33,6 @@ from peerd.compute.family import Family
 from peerd.compute.free_memory import free_memory
 from peerd.compute.heap import trim_heap
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
-from peerd.compute.lora import Lora
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.sizes import format_size

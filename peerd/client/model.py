@@ -19,8 +19,8 @@ from peerd.client.head_task import HeadTask
 from peerd.client.session.mender import ChainFinder, Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
+from peerd.compute.adapters.lora import LoraAdapter, within
 from peerd.compute.errors import AdapterError
-from peerd.compute.lora import LoraAdapter, within
 from peerd.protocol.adapters import is_adapter_id
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages import DEFAULT_MAX_STEPS
@@ -268,7 +268,7 @@ class RemoteModel:
 
 def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
     """Blocks; run it in a thread."""
-    from peerd.compute.adapter_file import open_adapter
+    from peerd.compute.adapters.file import open_adapter
     from peerd.compute.families import family_named
 
     with open_adapter(path, family_named(facts.model_type)) as file:

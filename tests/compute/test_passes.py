@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from peerd.compute.adapters.lora import LoraPair
 from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
-from peerd.compute.lora import LoraPair
 from peerd.compute.pass_memory import KeptBytes, PassMemory, PassTooLargeError
 from peerd.compute.passes import PassInput, PassRunner, device_turns
 from peerd.compute.span_model import load_span

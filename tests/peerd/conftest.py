@@ -17,9 +17,9 @@ from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.client_adapters import AdapterRoom
+from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.compute.lora import Lora
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
 from peerd.protocol.addresses import Multiaddr

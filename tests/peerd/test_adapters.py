@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerd.client_adapters import AdapterRoom, send_adapter
+from peerd.compute.adapters.lora import LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.compute.fake_engine import FAKE_LAYER, fake_forward
-from peerd.compute.lora import LoraAdapter, LoraPair
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Granted, Loaded, MatrixA, MatrixB, Upload, adapter_id
 from peerd.protocol.errors import (
     Evicted,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.compute.adapter_file import open_adapter
+from peerd.compute.adapters.file import open_adapter
 from peerd.compute.families import family_named
 from peerd.protocol.adapters import (
     Granted,

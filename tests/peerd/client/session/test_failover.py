@@ -8,8 +8,8 @@ import torch
 import trio
 
 from peerd.client.session.mender import Patience
+from peerd.compute.adapters.lora import LoraPair
 from peerd.compute.fake_engine import FAKE_LAYER, fake_forward
-from peerd.compute.lora import LoraPair
 from peerd.protocol.errors import NoChain
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from peerd.compute.adapter_config import parse_config
-from peerd.compute.adapter_file import open_adapter
+from peerd.compute.adapters.config import parse_config
+from peerd.compute.adapters.file import open_adapter
 from peerd.compute.errors import AdapterError
 from peerd.compute.families import family_named
 from peerd.protocol.span import Span

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerd.compute.adapter_config import LoraConfig, parse_config
+from peerd.compute.adapters.config import LoraConfig, parse_config
+from peerd.compute.adapters.lora import BlockModule, LoraPair
 from peerd.compute.errors import AdapterError, CheckpointError
 from peerd.compute.family import Family
-from peerd.compute.lora import BlockModule, LoraPair
 from peerd.compute.parameter_names import PREFIXES
 from peerd.compute.safetensors_file import SafetensorsFile, StoredTensor
 from peerd.protocol.span import MAX_BLOCKS, Span

@@ -13,15 +13,15 @@ import torch
 from tiny_families import tiny_model
 from torch import nn
 
-from peerd.compute.adapter_file import open_adapter
-from peerd.compute.adapters import SpanAdapters
+from peerd.compute.adapters.file import open_adapter
+from peerd.compute.adapters.lora import Lora, LoraPair
+from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.attention import register_attention
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, UnknownAdapterError
 from peerd.compute.errors import AdapterError
 from peerd.compute.families import FAMILIES
-from peerd.compute.lora import Lora, LoraPair
 from peerd.compute.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
@@ -241,7 +241,7 @@ def test_quantized_layers_are_adapted_too(references, quantize):
 @pytest.mark.parametrize("at_once", [False, True])
 def test_many_adapters_in_one_batch_are_what_each_is_alone(references, monkeypatch, at_once):
     """One after the other, as a CPU runs them, or as one product, as a GPU does."""
-    monkeypatch.setattr("peerd.compute.adapters._pays_at_once", lambda *_: at_once)
+    monkeypatch.setattr("peerd.compute.adapters.span_adapters._pays_at_once", lambda *_: at_once)
     reference = references("llama")
     engines = make_engines(reference)
     names = {"": ""}
@@ -261,7 +261,7 @@ def test_many_adapters_in_one_batch_are_what_each_is_alone(references, monkeypat
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("many", [1, 5])
 def test_what_overflows_under_one_adapter_reaches_no_other_session(references, monkeypatch, many, at_once):
-    monkeypatch.setattr("peerd.compute.adapters._pays_at_once", lambda *_: at_once)
+    monkeypatch.setattr("peerd.compute.adapters.span_adapters._pays_at_once", lambda *_: at_once)
     reference = references("llama")
     (engine,) = make_engines(reference, CUT[:1])
     engine.load_adapter("a", reference.lora("a"))

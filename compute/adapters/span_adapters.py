@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, bytes_of, check_fits, lora_delta, within
 from peerd.compute.engine_errors import UnknownAdapterError
 from peerd.compute.errors import AdapterError
-from peerd.compute.lora import BlockModule, Lora, LoraPair, bytes_of, check_fits, lora_delta, within
 from peerd.compute.steps import Segment
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from peerd.compute.adapter_file import AdapterFile
+    from peerd.compute.adapters.file import AdapterFile
     from peerd.compute.span_model import SpanModel
 
 # Five operations an adapter, or eight for all at once, of which each row uses only its own adapter's share. A GPU waits

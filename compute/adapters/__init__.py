@@ -1,0 +1,1 @@
+"""LoRA: peft's files, and many adapters at once over one span."""
