@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from peerd.compute.attention import SpanAttention
+from peerd.compute.attention.attention import SpanAttention
 from peerd.compute.decode_rows import DecodeRows, is_short
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.paged_views import DecodeView

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from peerd.compute.attention.paged import PagedRows
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.layer_kinds import LayerKind
-from peerd.compute.paged_attention import PagedRows
 from peerd.compute.steps import RowPages, Segment
 
 #: More positions of one row at once are better off reading its keys once for all.

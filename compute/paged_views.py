@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from peerd.compute.attention import Scores, Visible, attend
+from peerd.compute.attention.attention import Scores, Visible, attend
+from peerd.compute.attention.paged import PagedRows, paged_decode
 from peerd.compute.decode_rows import DecodeRows, is_short, slots_of
 from peerd.compute.kv_cache import KVPool, RowSlots
 from peerd.compute.layer_kinds import LayerKind
-from peerd.compute.paged_attention import PagedRows, paged_decode
 from peerd.compute.span_model import SpanModel
 from peerd.compute.staging import upload
 from peerd.compute.steps import Segment

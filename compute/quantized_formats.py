@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from peerd.compute.attention.paged import has_kernel
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
-from peerd.compute.paged_attention import has_kernel
 
 NONE = "none"
 # A run that stays in a core's cache is read back for the product at once, so decoding costs no more than with plain

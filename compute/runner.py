@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from peerd.compute.adapters.span_adapters import SpanAdapters
-from peerd.compute.attention import BatchView, RowView, SpanAttention
+from peerd.compute.attention.attention import BatchView, RowView, SpanAttention
 from peerd.compute.decode_graph import DecodeGraphs, on_device
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.kv_layout import KVLayout

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peerd.compute.attention.own_attention import install_own_attention
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.family import Family
@@ -21,7 +22,6 @@ from peerd.compute.input_side import take_off_input_side
 from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.layer_loop import LayerLoop
 from peerd.compute.load_blocks import load_block
-from peerd.compute.own_attention import install_own_attention
 from peerd.compute.quantized_formats import NONE
 from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, follow_declared_lengths
 from peerd.protocol.span import Span

@@ -15,7 +15,7 @@ import torch
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.adapters.file import AdapterFile, open_adapter
 from peerd.compute.adapters.lora import Lora
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.capacity import (
     HEADROOM,

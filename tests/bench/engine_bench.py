@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache
 
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.demo_model import demo_model_path
 from peerd.compute.engine import Engine

@@ -20,7 +20,7 @@ from quality import agreement, divergence, log_probabilities, perplexity, text_t
 from rich.console import Console
 from rich.table import Table
 
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.capacity import block_bytes
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.demo_model import demo_model_path

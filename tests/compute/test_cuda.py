@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.decode_graph import ROW_BUCKETS
 from peerd.compute.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError, StepGapError

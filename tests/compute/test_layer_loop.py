@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.layer_loop import LayerLoop

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peerd.compute.adapters.lora import LoraPair
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError

@@ -16,7 +16,7 @@ import torch
 from plain_weights import with_weights_of
 from torch import nn
 
-from peerd.compute.attention import register_attention
+from peerd.compute.attention.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.checkpoint import open_checkpoint
 from peerd.compute.cut_model import build_on_meta

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.attention import BatchView, SpanAttention, _attention_forward
+from peerd.compute.attention.attention import BatchView, SpanAttention, _attention_forward
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.kv_layout import lay_out
 from peerd.compute.layer_kinds import LayerKind

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peerd.compute.paged_attention import PagedRows, paged_decode, paged_decode_plain
+from peerd.compute.attention.paged import PagedRows, paged_decode, paged_decode_plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -162,7 +162,7 @@ def test_without_a_gpu_decoding_takes_the_plain_way():
 
 @needs_kernel
 def test_the_kernel_is_what_each_row_gives_alone(case: Case):
-    from peerd.compute.paged_kernel import paged_decode_kernel
+    from peerd.compute.attention.paged_kernel import paged_decode_kernel
 
     check(paged_decode_kernel, problem(case), parts=2)
 
@@ -178,14 +178,14 @@ def test_the_kernel_is_what_each_row_gives_alone(case: Case):
     ],
 )
 def test_the_kernel_rounds_no_worse_than_its_dtype(dtype: torch.dtype):
-    from peerd.compute.paged_kernel import paged_decode_kernel
+    from peerd.compute.attention.paged_kernel import paged_decode_kernel
 
     check(paged_decode_kernel, problem(CASES["grouped heads"], dtype), tolerance=2e-2, parts=2)
 
 
 @needs_kernel
 def test_the_kernel_takes_contexts_of_many_tiles_and_a_query_with_gaps():
-    from peerd.compute.paged_kernel import paged_decode_kernel
+    from peerd.compute.attention.paged_kernel import paged_decode_kernel
 
     posed = problem(Case(key_dim=256, value_dim=64), lengths=(90, 33))
     wide = torch.stack([posed.query, posed.query + 1], dim=1)
@@ -195,7 +195,7 @@ def test_the_kernel_takes_contexts_of_many_tiles_and_a_query_with_gaps():
 
 @needs_kernel
 def test_how_many_parts_a_row_has_is_chosen_by_shapes():
-    from peerd.compute import paged_kernel
+    from peerd.compute.attention.attention import paged_kernel
 
     device = torch.device("cpu")
     assert paged_kernel._parts(1, 64, device) == 1
@@ -227,7 +227,8 @@ def test_the_code_compiles_for_devices_that_are_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peerd.compute import paged_kernel, quantized_kernel
+    from peerd.compute import quantized_kernel
+    from peerd.compute.attention.attention import paged_kernel
 
     tile = paged_kernel._tile(width * {"bf16": 2, "fp32": 4}[dtype])
     shapes = {"PARTS": 4, "GROUP": 8, "GROUP_PAD": 16, "PAGE": 16, "TILE": tile, "PRECISION": "ieee"}

@@ -59,7 +59,7 @@ def paged_decode(
     `[rows, heads, value_dim]` in the dtype of `values`.
     """
     if query.device.type == "cuda" and has_kernel():
-        from peerd.compute.paged_kernel import paged_decode_kernel
+        from peerd.compute.attention.paged_kernel import paged_decode_kernel
 
         return paged_decode_kernel(query, keys, values, rows, scale=scale, softcap=softcap, sinks=sinks, slopes=slopes)
     return paged_decode_plain(query, keys, values, rows, scale=scale, softcap=softcap, sinks=sinks, slopes=slopes)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peerd.compute.latent_attention import LatentAttention
+from peerd.compute.attention.latent import LatentAttention
 
 HEADS, NOPE, ROPE, VALUE = 3, 6, 4, 5
 LENGTH = 9

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peerd.compute.attention.latent import LatentAttention
+from peerd.compute.attention.own_attention import KeyBias
 from peerd.compute.kv_cache import KVPool, KVWriter, RowSlots
-from peerd.compute.latent_attention import LatentAttention
 from peerd.compute.layer_kinds import LayerKind
-from peerd.compute.own_attention import KeyBias
 from peerd.compute.steps import Segment
 
 _NAME = "peerd"

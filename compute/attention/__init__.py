@@ -1,0 +1,1 @@
+"""Attention over the pages of the KV pool: ragged, paged, latent, and families' own."""
