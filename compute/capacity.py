@@ -25,7 +25,7 @@ from peerd.protocol.span import Span
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
 
 # What is free now is not only ours: the rest of the machine may grow by so much of it.
 HEADROOM = 0.15

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peerd.compute.checkpoint import Checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import family_named

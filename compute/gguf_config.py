@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peerd.compute.checkpoint import make_config
+from peerd.compute.checkpoint.checkpoint import make_config
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.gguf_architectures import Architecture
 from peerd.compute.gguf_file import LongArray

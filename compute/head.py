@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peerd.compute.checkpoint.parameter_names import LM_HEAD, LM_HEAD_BIAS
 from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.family import Family
 from peerd.compute.input_side import take_off_input_side
 from peerd.compute.lm_head import LmHead
-from peerd.compute.parameter_names import LM_HEAD, LM_HEAD_BIAS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
 
 # Logits are computed for this many positions at a time: what a family does to them (Gemma's cap) takes copies of them,
 # 128 MiB each for a vocabulary of 256k.

@@ -19,7 +19,7 @@ from peerd.compute.quantized_formats import FORMATS, NONE, Format
 from peerd.compute.quantized_modules import Place, places, put_quantized
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
 
 
 def load_block(

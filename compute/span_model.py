@@ -29,7 +29,7 @@ from peerd.protocol.span import Span
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
 
 
 class SpanModel(nn.Module):

@@ -14,7 +14,7 @@ from contextlib import aclosing
 import trio
 
 import peerd
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.demo_model import demo_model_path
 
 LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
 

@@ -21,7 +21,7 @@ from peerd.compute.hub_settings import HubSettings, Transfer, Watch
 from peerd.compute.sizes import format_size
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Checkpoints:
         """A checkpoint, here or on the hub, until the block ends. Raises CheckpointError."""
 
         def open_it() -> Checkpoint:
-            from peerd.compute.checkpoint import open_checkpoint
+            from peerd.compute.checkpoint.checkpoint import open_checkpoint
 
             checkpoint = open_checkpoint(model, revision=revision, hub=replace(self._settings, watch=watch))
             try:

@@ -15,7 +15,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.serving import ServeSpec
 
 ALL_GPUS = "cuda:all"

@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from peerd.checkpoints import Checkpoints
-from peerd.compute.checkpoint import Checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.errors import CheckpointError, HubUnavailable
 from peerd.compute.hub_id import is_commit, parse_hub_id
 from peerd.devices import rooms, specs_by_device

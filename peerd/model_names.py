@@ -17,7 +17,7 @@ from peerd.routing.catalogue import named_models, should_announce
 from peerd.routing.record_sets import PartialView, RecordSource
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
 
 # Between looks, give or take half of it. A record lives for ten minutes: a name is never gone because its announcers
 # left one by one.

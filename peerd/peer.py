@@ -46,7 +46,7 @@ from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
     from peerd.client.model import ModelFacts, RemoteModel
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.head import Head
     from peerd.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
@@ -312,8 +312,8 @@ async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
 def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any, Any]:
     """What a client needs of a model: facts, head, tokenizer, generation config. Blocks; run it in a thread."""
     from peerd.client.model import ModelFacts
+    from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
     from peerd.compute.head import load_head
-    from peerd.compute.tokenizer import generation_config, load_tokenizer
     from peerd.protocol.tensors import DTYPE_NAMES
 
     facts = ModelFacts(

@@ -26,7 +26,7 @@ from peerd.compute.capacity import (
     fits_on_disk,
     span_budget,
 )
-from peerd.compute.checkpoint import Checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine import PASS_BYTES, Engine
 from peerd.compute.errors import AdapterError
 from peerd.compute.family import Family

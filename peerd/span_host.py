@@ -31,7 +31,7 @@ from peerd.protocol.span import Span
 from peerd.routing.rules import ChainRules
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.protocol.records import ModelRecord, ServerRecord
     from peerd.rebalancing import Rebalancer
     from peerd.server import ServedSpan, Server

@@ -16,7 +16,7 @@ import torch
 import trio
 
 from peerd.checkpoints import Checkpoints, fetch_span
-from peerd.compute.checkpoint import Checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.heap import trim_heap
 from peerd.engine_task import EngineTask

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from peerd.cli.demo import even_spans
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from peerd.compute.adapters.config import LoraConfig, parse_config
 from peerd.compute.adapters.lora import BlockModule, LoraPair
+from peerd.compute.checkpoint.parameter_names import PREFIXES
+from peerd.compute.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 from peerd.compute.errors import AdapterError, CheckpointError
 from peerd.compute.family import Family
-from peerd.compute.parameter_names import PREFIXES
-from peerd.compute.safetensors_file import SafetensorsFile, StoredTensor
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 CONFIG_FILE = "adapter_config.json"

@@ -10,7 +10,7 @@ import trio
 from peerd.cli.console import working, write
 
 if TYPE_CHECKING:
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.routing.rules import Manifest
 
 
@@ -22,7 +22,7 @@ async def print_manifest(model: Path | str) -> None:
 
 
 def _manifest_of(model: Path | str) -> Manifest:
-    from peerd.compute.checkpoint import open_checkpoint
+    from peerd.compute.checkpoint.checkpoint import open_checkpoint
 
     with open_checkpoint(model) as checkpoint:
         return make_manifest(checkpoint)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from peerd.cli.processes import open_peer_processes
 from peerd.client.model import RemoteModel
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
 STREAMS = (1, 4, 16)

@@ -33,8 +33,8 @@ from rich.console import Console
 
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import ProcessEnded
-from peerd.compute.checkpoint import open_checkpoint
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
 TEXT = Path(__file__).with_name("fixed_text.txt")

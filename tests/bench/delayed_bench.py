@@ -35,7 +35,7 @@ from run import Local, prompts_of
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 from peerd.client.model import RemoteModel
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 from peerd.protocol.span import Span
 

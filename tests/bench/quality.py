@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from peerd.compute.checkpoint import Checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.tokenizer import load_tokenizer
 from peerd.compute.head import Head
 from peerd.compute.span_model import SpanModel
-from peerd.compute.tokenizer import load_tokenizer
 from peerd.protocol.tensors import decode_tensor, encode_tensor
 
 TEXT = Path(__file__).with_name("fixed_text.txt")

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.capacity import block_bytes
-from peerd.compute.checkpoint import Checkpoint, open_checkpoint
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.engine import Engine
 from peerd.compute.head import load_head
 from peerd.compute.heap import trim_heap

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from peerd.compute.checkpoint import Checkpoint, make_config
+from peerd.compute.checkpoint.checkpoint import Checkpoint, make_config
+from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.families import family_named
-from peerd.compute.weights import StoredBytes
 
 #: By name, what the publishers' configurations say.
 GEOMETRIES: Mapping[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ GEOMETRIES: Mapping[str, dict[str, Any]] = {
 
 
 class RandomWeights:
-    """`peerd.compute.weights.Weights` of made-up numbers."""
+    """`peerd.compute.checkpoint.weights.Weights` of made-up numbers."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype) -> None:
         self._shapes = shapes

@@ -26,7 +26,7 @@ from rich.table import Table
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import PeerProcesses, open_peer_processes
 from peerd.client.model import RemoteModel
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
 ROWS, POSITIONS, PROMPT_POSITIONS = 8, 128, 16

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.decode_graph import ROW_BUCKETS
 from peerd.compute.engine import Engine
 from peerd.compute.span_model import load_span

@@ -16,8 +16,8 @@ from gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, wr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.checkpoint import open_checkpoint
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.gguf_architectures import ARCHITECTURES, architecture_of
 from peerd.compute.gguf_file import GgufFile, LongArray

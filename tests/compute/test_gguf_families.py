@@ -14,7 +14,7 @@ from gguf_writer import TINY, metadata_of, tiny_config, tiny_model, write_gguf, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.gguf_architectures import ARCHITECTURES
 from peerd.compute.head import load_head

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.head import load_head
 from peerd.compute.span_model import load_span

@@ -12,7 +12,7 @@ import torch
 from gguf_writer import TINY, metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
 from peerd.compute import gguf_weights
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.gguf_split import GgufFiles
 from peerd.compute.gguf_weights import GgufWeights

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.head import Head, load_head
 
@@ -138,7 +138,9 @@ def test_a_missing_part_of_the_head_is_named(tiny_checkpoint: TinyCheckpoint, tm
 def test_loading_the_real_head_takes_little_more_memory_than_the_head() -> None:
     script = """
 import resource, transformers.models.llama.modeling_llama, transformers.modeling_gguf_pytorch_utils, gguf, trio
-from peerd.compute import checkpoint, demo_model, gguf_checkpoint, head
+from peerd.compute.checkpoint.checkpoint import checkpoint
+from peerd.compute.checkpoint.checkpoint import demo_model
+from peerd.compute import gguf_checkpoint, head
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 with checkpoint.open_checkpoint(demo_model.demo_model_path()) as opened:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_families import _OWN, VARIANTS, tiny_model
 
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.families import FAMILIES
 from peerd.compute.family import Family
 from peerd.compute.head import load_head

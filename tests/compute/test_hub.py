@@ -15,7 +15,7 @@ import pytest
 import torch
 from hub_server import Fault, HubServer, open_hub
 
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, HubUnavailable
 from peerd.compute.head import load_head
 from peerd.compute.hub_settings import HubSettings
@@ -115,7 +115,7 @@ def test_digests_are_the_same_here_and_on_the_hub(
 def test_a_single_file_is_not_fetched_to_know_what_is_in_it(
     hub: HubServer, settings: HubSettings, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peerd.compute.hub_folder._HEADER_GUESS_BYTES", 64)
+    monkeypatch.setattr("peerd.compute.checkpoint.hub_folder._HEADER_GUESS_BYTES", 64)
     folder = tiny_checkpoint("llama")
     hub.push(REPO, folder)
     with open_checkpoint(REPO, hub=settings) as there, open_checkpoint(folder) as here:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.layer_loop import LayerLoop
 from peerd.compute.span_model import SpanModel, load_span

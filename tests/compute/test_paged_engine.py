@@ -15,7 +15,7 @@ import torch
 from tiny_families import VARIANTS, tiny_model
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
 from peerd.compute.engine import Engine
 from peerd.compute.families import FAMILIES

@@ -18,7 +18,7 @@ from torch import nn
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.engine import Engine, EngineStep, RowSlice
 from peerd.compute.errors import UnsupportedModel
@@ -280,7 +280,7 @@ import ctypes
 import sys
 from pathlib import Path
 import torch
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span
 

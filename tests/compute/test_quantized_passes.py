@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.passes import PassInput, device_turns
 from peerd.compute.span_model import load_span

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.head import load_head
 from peerd.compute.span_model import SpanModel, load_span
 from peerd.protocol.span import Span

@@ -15,7 +15,7 @@ import trio
 import peerd
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
-from peerd.compute.demo_model import demo_model_path
+from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.trio_tools import open_tasks
 
 LISTEN = "/ip4/127.0.0.1/tcp/0/ws"

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from peerd.compute.capacity import block_bytes
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 
@@ -20,7 +20,7 @@ CLIENT = """
 import json, sys
 import torch, transformers, trio
 import peerd.peer, peerd.client.model, peerd.client.generation, peerd.client.finding.finder, peerd.client.head_task, peerd.client.session.opener
-import peerd.compute.checkpoint, peerd.compute.head, peerd.compute.tokenizer
+import peerd.compute.checkpoint.checkpoint, peerd.compute.head, peerd.compute.checkpoint.tokenizer
 
 
 def mib(field):

@@ -13,7 +13,7 @@ import trio
 
 import peerd
 from peerd.cli.processes import open_peer_processes
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.fake_engine import FakeEngine
 from peerd.engine_task import EngineTask
 from peerd.protocol.messages import MAX_LENGTH

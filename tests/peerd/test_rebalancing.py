@@ -21,7 +21,7 @@ from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.client_adapters import AdapterRoom
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import open_connections

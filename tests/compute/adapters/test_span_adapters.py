@@ -17,7 +17,7 @@ from peerd.compute.adapters.file import open_adapter
 from peerd.compute.adapters.lora import Lora, LoraPair
 from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, UnknownAdapterError
 from peerd.compute.errors import AdapterError

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from peerd.compute.checkpoint.folder import Folder
+from peerd.compute.checkpoint.parameter_names import Recipe, recipes
+from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
+from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, StoredBytes
 from peerd.compute.errors import CheckpointError
 from peerd.compute.family import Family
-from peerd.compute.folder import Folder
-from peerd.compute.parameter_names import Recipe, recipes
-from peerd.compute.safetensors_file import SafetensorsFile
-from peerd.compute.weights import INDEX_NAME, SINGLE_NAME, StoredBytes
 
 
 class SafetensorsWeights:

@@ -16,7 +16,7 @@ from peerd.compute.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from peerd.compute.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
 
 # The ends of a turn in published chat templates: Llama's, ChatML's, Phi's, Gemma's, and of texts without a template.
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")

@@ -17,8 +17,8 @@ from typing import Any
 
 import platformdirs
 
+from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError
-from peerd.compute.weights import StoredBytes
 
 # Which program wrote a configuration, where it was read from and how it is run are not what the model is.
 _VOLATILE = frozenset(

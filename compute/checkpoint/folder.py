@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
-from peerd.compute.digests import file_digest
-from peerd.compute.safetensors_file import SafetensorsFile
+from peerd.compute.checkpoint.digests import file_digest
+from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
 
 
 class Folder(Protocol):

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.safetensors_file import SafetensorsFile
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span
 

@@ -15,19 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, Weights
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.families import FAMILIES, family_named
 from peerd.compute.family import Family
 from peerd.compute.hub_id import HubId, hub_id_of
 from peerd.compute.hub_settings import HubSettings
-from peerd.compute.weights import INDEX_NAME, SINGLE_NAME, Weights
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig
 
-    from peerd.compute.folder import Folder
+    from peerd.compute.checkpoint.folder import Folder
 
 # What a model is beside its weights, and how it is spoken to: small, and fetched when it is opened.
 _SMALL_FILES = (
@@ -198,13 +198,13 @@ class Checkpoint:
         Reads every weights file of this machine once; what was found is remembered across runs. Of files on the hub
         it needs only what the hub lists. Raises CheckpointError.
         """
-        from peerd.compute.digests import model_digest
+        from peerd.compute.checkpoint.digests import model_digest
 
         return model_digest(self._published_config, self._weights.digests())
 
     def block_digest(self, block: int) -> bytes:
         """32 bytes over the block's tensors as they are stored: names, dtypes, shapes and bytes."""
-        from peerd.compute.digests import tensors_digest
+        from peerd.compute.checkpoint.digests import tensors_digest
 
         names = self.names_of_block(block)
         return tensors_digest(stored for name in names for stored in self._weights.stored(name))
@@ -232,7 +232,7 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSe
         return _open_hub(hub_id, hub or HubSettings())
     path = Path(path).expanduser()
     if path.is_dir():
-        from peerd.compute.folder import LocalFolder
+        from peerd.compute.checkpoint.folder import LocalFolder
 
         return _open_folder(LocalFolder(path), path.resolve().name)
     if path.is_file() and path.suffix == ".gguf":
@@ -273,7 +273,7 @@ def _check_config(config: PreTrainedConfig, where: object) -> None:
 
 
 def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
-    from peerd.compute.hub_folder import HubFolder
+    from peerd.compute.checkpoint.hub_folder import HubFolder
 
     folder = HubFolder(hub_id, settings)
     try:
@@ -306,7 +306,7 @@ def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
 def _open_folder(
     folder: Folder, name: str, *, hub_id: str = "", commit: str = "", disk_bytes: int | None = None
 ) -> Checkpoint:
-    from peerd.compute.safetensors_weights import SafetensorsWeights
+    from peerd.compute.checkpoint.safetensors_weights import SafetensorsWeights
 
     config_path = folder.where / "config.json"
     published = _read_json(config_path)

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from peerd.compute.digests import file_digest
+from peerd.compute.checkpoint.digests import file_digest
+from peerd.compute.checkpoint.safetensors_file import header_length, parse_header
 from peerd.compute.errors import CheckpointError, HubUnavailable
 from peerd.compute.hub import Hub, HubFile, Listing, Transient
 from peerd.compute.hub_cache import HubCache
 from peerd.compute.hub_fetch import Fetcher
 from peerd.compute.hub_id import HubId, is_commit
 from peerd.compute.hub_settings import HubSettings, Transfer
-from peerd.compute.safetensors_file import header_length, parse_header
 
 log = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from peerd.compute.checkpoint import open_checkpoint
-from peerd.compute.digests import file_digest, tensors_digest
-from peerd.compute.digests import model_digest as digest_of_model
+from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.digests import file_digest, tensors_digest
+from peerd.compute.checkpoint.digests import model_digest as digest_of_model
+from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError
-from peerd.compute.weights import StoredBytes
 
 TinyCheckpoint = Callable[[str], Path]
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/digests.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/digests.json").read_text())
 
 
 @pytest.fixture
