@@ -236,7 +236,7 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSe
 
         return _open_folder(LocalFolder(path), path.resolve().name)
     if path.is_file() and path.suffix == ".gguf":
-        from peerd.compute.gguf_checkpoint import open_gguf
+        from peerd.compute.checkpoint.gguf.checkpoint import open_gguf
 
         return open_gguf(path)
     found = "is neither" if path.exists() else "does not exist; it must be"

@@ -140,7 +140,8 @@ def test_loading_the_real_head_takes_little_more_memory_than_the_head() -> None:
 import resource, transformers.models.llama.modeling_llama, transformers.modeling_gguf_pytorch_utils, gguf, trio
 from peerd.compute.checkpoint.checkpoint import checkpoint
 from peerd.compute.checkpoint.checkpoint import demo_model
-from peerd.compute import gguf_checkpoint, head
+from peerd.compute.checkpoint.gguf import checkpoint as gguf_checkpoint
+from peerd.compute import head
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 with checkpoint.open_checkpoint(demo_model.demo_model_path()) as opened:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.gguf.architectures import Architecture, architecture_of
+from peerd.compute.checkpoint.gguf.config import config_of
+from peerd.compute.checkpoint.gguf.split import GgufFiles
+from peerd.compute.checkpoint.gguf.weights import GgufWeights
 from peerd.compute.cut_model import build_on_meta
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import family_named
 from peerd.compute.family import Family
-from peerd.compute.gguf_architectures import Architecture, architecture_of
-from peerd.compute.gguf_config import config_of
-from peerd.compute.gguf_split import GgufFiles
-from peerd.compute.gguf_weights import GgufWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -65,7 +65,7 @@ def _weights(
 def _processor(architecture: Architecture) -> Any:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-    from peerd.compute.gguf_processors import FalconProcessor, GptOssProcessor, MixtralProcessor
+    from peerd.compute.checkpoint.gguf.processors import FalconProcessor, GptOssProcessor, MixtralProcessor
 
     ours = {"falcon": FalconProcessor, "gpt_oss": GptOssProcessor, "mixtral": MixtralProcessor}
     name = architecture.processor or architecture.name

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.gguf_split import GgufFiles
 
 # With Llama 3.1 to 3.3 came these, and factors of 8 and 32; llama.cpp stores what follows from them.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from peerd.compute.checkpoint.gguf.file import GgufFile, GgufTensor, Value
 from peerd.compute.errors import CheckpointError
-from peerd.compute.gguf_file import GgufFile, GgufTensor, Value
 
 # As llama.cpp names parts: model-00001-of-00003.gguf.
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")

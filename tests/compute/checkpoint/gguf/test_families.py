@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES
 from peerd.compute.errors import CheckpointError
-from peerd.compute.gguf_architectures import ARCHITECTURES
 from peerd.compute.head import load_head
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span

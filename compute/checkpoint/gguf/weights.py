@@ -17,10 +17,10 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from peerd.compute.checkpoint.digests import file_digest
+from peerd.compute.checkpoint.gguf.file import GgufTensor
+from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.gguf_file import GgufTensor
-from peerd.compute.gguf_split import GgufFiles
 
 # The codec makes several fp32 copies of what it is given: runs of this many values stay in a core's cache, which is
 # ten times as fast as whole embeddings, and small beside them.

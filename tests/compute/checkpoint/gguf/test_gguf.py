@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES, architecture_of
+from peerd.compute.checkpoint.gguf.file import GgufFile, LongArray
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.gguf_architectures import ARCHITECTURES, architecture_of
-from peerd.compute.gguf_file import GgufFile, LongArray
 from peerd.compute.head import load_head
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span

@@ -11,11 +11,11 @@ import pytest
 import torch
 from gguf_writer import TINY, metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
-from peerd.compute import gguf_weights
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.gguf import weights as gguf_weights
+from peerd.compute.checkpoint.gguf.split import GgufFiles
+from peerd.compute.checkpoint.gguf.weights import GgufWeights
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.gguf_split import GgufFiles
-from peerd.compute.gguf_weights import GgufWeights
 from peerd.compute.head import load_head
 
 ROWS, COLUMNS = 7, 512

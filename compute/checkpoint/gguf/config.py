@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peerd.compute.checkpoint.checkpoint import make_config
+from peerd.compute.checkpoint.gguf.architectures import Architecture
+from peerd.compute.checkpoint.gguf.file import LongArray
+from peerd.compute.checkpoint.gguf.rope import head_width, rope_scaling
+from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.gguf_architectures import Architecture
-from peerd.compute.gguf_file import LongArray
-from peerd.compute.gguf_rope import head_width, rope_scaling
-from peerd.compute.gguf_split import GgufFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
