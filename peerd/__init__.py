@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from peerd.client.model import RemoteModel
     from peerd.client.session.session import Session
     from peerd.compute.adapters.lora import LoraAdapter, LoraPair
+    from peerd.compute.checkpoint.hub.settings import HubSettings
     from peerd.compute.errors import AdapterError, CheckpointError
-    from peerd.compute.hub_settings import HubSettings
     from peerd.peer import Peer, open_peer
     from peerd.protocol.addresses import Multiaddr
     from peerd.protocol.errors import (
@@ -77,7 +77,7 @@ _MODULE_OF = {
     "Multiaddr": "peerd.protocol.addresses",
     "Span": "peerd.protocol.span",
     "CheckpointError": "peerd.compute.errors",
-    "HubSettings": "peerd.compute.hub_settings",
+    "HubSettings": "peerd.compute.checkpoint.hub.settings",
     "AdapterError": "peerd.compute.errors",
     "LoraAdapter": "peerd.compute.adapters.lora",
     "LoraPair": "peerd.compute.adapters.lora",

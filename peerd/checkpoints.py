@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.compute.hub_settings import HubSettings, Transfer, Watch
+from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer, Watch
 from peerd.compute.sizes import format_size
 
 if TYPE_CHECKING:

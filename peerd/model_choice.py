@@ -19,8 +19,8 @@ import trio
 
 from peerd.checkpoints import Checkpoints
 from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.hub.id import is_commit, parse_hub_id
 from peerd.compute.errors import CheckpointError, HubUnavailable
-from peerd.compute.hub_id import is_commit, parse_hub_id
 from peerd.devices import rooms, specs_by_device
 from peerd.discovery import Discovery
 from peerd.protocol.errors import InvalidRequest

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from peerd.checkpoints import Checkpoints, fetch_head
-from peerd.compute.hub_settings import HubSettings
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.connections import Connections, open_connections
 from peerd.dialback import DialbackAnswerer
 from peerd.discovery import Discovery, open_discovery

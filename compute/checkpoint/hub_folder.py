@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from peerd.compute.checkpoint.digests import file_digest
+from peerd.compute.checkpoint.hub.cache import HubCache
+from peerd.compute.checkpoint.hub.fetch import Fetcher
+from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing, Transient
+from peerd.compute.checkpoint.hub.id import HubId, is_commit
+from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.checkpoint.safetensors_file import header_length, parse_header
 from peerd.compute.errors import CheckpointError, HubUnavailable
-from peerd.compute.hub import Hub, HubFile, Listing, Transient
-from peerd.compute.hub_cache import HubCache
-from peerd.compute.hub_fetch import Fetcher
-from peerd.compute.hub_id import HubId, is_commit
-from peerd.compute.hub_settings import HubSettings, Transfer
 
 log = logging.getLogger(__name__)
 

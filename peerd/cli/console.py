@@ -29,7 +29,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from peerd.compute.hub_settings import Transfer
+from peerd.compute.checkpoint.hub.settings import Transfer
 
 # Beside the text, the sizes and the speed it fits into 80 columns.
 _BAR_CHARS = 16

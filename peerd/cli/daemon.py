@@ -24,7 +24,7 @@ from peerd.cli.console import working, write
 from peerd.cli.key_files import load_or_create_identity
 from peerd.cli.options import Joining
 from peerd.cli.stopping import Interrupted
-from peerd.compute.hub_settings import HubSettings
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest

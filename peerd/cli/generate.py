@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from peerd.cli.console import say, short, working, write
 from peerd.cli.options import Joining
-from peerd.compute.hub_settings import HubSettings
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
 

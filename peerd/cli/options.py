@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from peerd.compute.checkpoint.hub.id import hub_id_of, parse_hub_id
 from peerd.compute.errors import CheckpointError
-from peerd.compute.hub_id import hub_id_of, parse_hub_id
 from peerd.compute.sizes import parse_size
 from peerd.protocol.adapters import check_name
 from peerd.protocol.addresses import Multiaddr

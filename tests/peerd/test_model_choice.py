@@ -17,8 +17,8 @@ from hub_server import open_hub
 import peerd
 from peerd import model_choice, serving
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.errors import CheckpointError, DiskFull
-from peerd.compute.hub_settings import HubSettings
 from peerd.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 
-from peerd.compute.disk_ledger import Claims, DiskLedger
+from peerd.compute.checkpoint.hub.cache import HubCache
+from peerd.compute.checkpoint.hub.disk_ledger import Claims, DiskLedger
+from peerd.compute.checkpoint.hub.download import Download
+from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing
+from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.errors import HubUnavailable
-from peerd.compute.hub import Hub, HubFile, Listing
-from peerd.compute.hub_cache import HubCache
-from peerd.compute.hub_download import Download
-from peerd.compute.hub_settings import HubSettings, Transfer
 
 # One connection seldom fills a line; many more only disturb each other.
 PARALLEL = 4

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 from hub_server import SEND_BYTES, Fault, HubServer, open_hub
 
-from peerd.compute.disk_ledger import DiskLedger
+from peerd.compute.checkpoint.hub.cache import HubCache
+from peerd.compute.checkpoint.hub.disk_ledger import DiskLedger
+from peerd.compute.checkpoint.hub.fetch import Fetcher
+from peerd.compute.checkpoint.hub.http import Hub, Listing
+from peerd.compute.checkpoint.hub.id import HubId
+from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.errors import CheckpointError, DiskFull, HubUnavailable
-from peerd.compute.hub import Hub, Listing
-from peerd.compute.hub_cache import HubCache
-from peerd.compute.hub_fetch import Fetcher
-from peerd.compute.hub_id import HubId
-from peerd.compute.hub_settings import HubSettings, Transfer
 
 REPO = "org/files"
 SIZE = 20 * SEND_BYTES
@@ -207,11 +207,11 @@ def test_who_watches_is_told_how_far_it_is_and_can_stop_it(
 
 FETCH = """
 import signal, sys
-from peerd.compute.hub import Hub
-from peerd.compute.hub_cache import HubCache
-from peerd.compute.hub_fetch import Fetcher
-from peerd.compute.hub_id import HubId
-from peerd.compute.hub_settings import HubSettings
+from peerd.compute.checkpoint.hub.http import Hub
+from peerd.compute.checkpoint.hub.cache import HubCache
+from peerd.compute.checkpoint.hub.fetch import Fetcher
+from peerd.compute.checkpoint.hub.id import HubId
+from peerd.compute.checkpoint.hub.settings import HubSettings
 
 def interrupted(*_):
     print("interrupted", flush=True)

@@ -28,9 +28,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from peerd.compute.checkpoint.hub.id import HubId, is_commit
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.errors import CheckpointError
-from peerd.compute.hub_id import HubId, is_commit
-from peerd.compute.hub_settings import HubSettings
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peerd.compute.checkpoint.hub.id import HubId, hub_id_of, is_commit, parse_hub_id
 from peerd.compute.errors import CheckpointError
-from peerd.compute.hub_id import HubId, hub_id_of, is_commit, parse_hub_id
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from peerd.compute.hub import HubFile, Listing
-from peerd.compute.hub_id import is_commit
-from peerd.compute.hub_settings import HubSettings
+from peerd.compute.checkpoint.hub.http import HubFile, Listing
+from peerd.compute.checkpoint.hub.id import is_commit
+from peerd.compute.checkpoint.hub.settings import HubSettings
 
 # Not huggingface_hub's own suffix: other versions of it would append to our file, or delete it.
 PARTIAL_SUFFIX = ".peerd-incomplete"

@@ -21,10 +21,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from peerd.compute.checkpoint.hub.cache import PARTIAL_SUFFIX, HubCache, forget
+from peerd.compute.checkpoint.hub.file_locks import hold, lock_if_unused, lock_to_write, share
+from peerd.compute.checkpoint.hub.http import HubFile
 from peerd.compute.errors import CheckpointError, DiskFull
-from peerd.compute.file_locks import hold, lock_if_unused, lock_to_write, share
-from peerd.compute.hub import HubFile
-from peerd.compute.hub_cache import PARTIAL_SUFFIX, HubCache, forget
 from peerd.compute.sizes import format_size
 
 log = logging.getLogger(__name__)

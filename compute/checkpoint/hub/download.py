@@ -15,8 +15,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing, Stream, Transient
 from peerd.compute.errors import CheckpointError, DiskFull, HubUnavailable
-from peerd.compute.hub import Hub, HubFile, Listing, Stream, Transient
 
 log = logging.getLogger(__name__)
 

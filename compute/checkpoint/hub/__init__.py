@@ -1,0 +1,1 @@
+"""The model hub: its HTTP, the cache, the disk ledger."""
