@@ -23,12 +23,12 @@ import torch
 
 from peerd.compute.attention.attention import SpanAttention
 from peerd.compute.decode_rows import DecodeRows, is_short
+from peerd.compute.device.sizes import format_size
+from peerd.compute.device.staging import Staging
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.paged_views import DecodeView
 from peerd.compute.recordable import WaitWatcher
-from peerd.compute.sizes import format_size
 from peerd.compute.span_model import SpanModel
-from peerd.compute.staging import Staging
 from peerd.compute.steps import Segment
 from peerd.protocol.span import Span
 

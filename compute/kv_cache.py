@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from peerd.compute.device.staging import upload
 from peerd.compute.kv_layout import KVLayout
 from peerd.compute.layer_kinds import LayerKind
-from peerd.compute.staging import upload
 from peerd.compute.steps import PageCopy, RowPages, Segment
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer, Watch
-from peerd.compute.sizes import format_size
+from peerd.compute.device.sizes import format_size
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint

@@ -47,7 +47,7 @@ def check_devices(names: str) -> str:
 
 def specs_by_device(spec: ServeSpec) -> list[ServeSpec]:
     """The same order for each of its devices alone. A device that is named twice divides its memory."""
-    from peerd.compute.free_memory import free_memory
+    from peerd.compute.device.free_memory import free_memory
 
     names = spec.device.split(",")
     specs = []

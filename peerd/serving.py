@@ -27,15 +27,15 @@ from peerd.compute.capacity import (
     span_budget,
 )
 from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.device.free_memory import free_memory
+from peerd.compute.device.sizes import format_size
 from peerd.compute.engine import PASS_BYTES, Engine
 from peerd.compute.errors import AdapterError
 from peerd.compute.family import Family
-from peerd.compute.free_memory import free_memory
 from peerd.compute.heap import trim_heap
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
-from peerd.compute.sizes import format_size
 from peerd.compute.span_model import load_span
 from peerd.compute.throughput import measured_throughput
 from peerd.protocol.adapters import adapter_id, check_name, name_of

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from peerd.compute.checkpoint.hub.id import hub_id_of, parse_hub_id
+from peerd.compute.device.sizes import parse_size
 from peerd.compute.errors import CheckpointError
-from peerd.compute.sizes import parse_size
 from peerd.protocol.adapters import check_name
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId, public_key_of

@@ -24,8 +24,8 @@ from pathlib import Path
 from peerd.compute.checkpoint.hub.cache import PARTIAL_SUFFIX, HubCache, forget
 from peerd.compute.checkpoint.hub.file_locks import hold, lock_if_unused, lock_to_write, share
 from peerd.compute.checkpoint.hub.http import HubFile
+from peerd.compute.device.sizes import format_size
 from peerd.compute.errors import CheckpointError, DiskFull
-from peerd.compute.sizes import format_size
 
 log = logging.getLogger(__name__)
 

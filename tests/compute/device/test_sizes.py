@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.sizes import format_size, parse_size
+from peerd.compute.device.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

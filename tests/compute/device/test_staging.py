@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peerd.compute.staging import Staging, upload
+from peerd.compute.device.staging import Staging, upload
 
 WIDTH = 8
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The device: free memory, staging, sizes, whether Triton is there."""
