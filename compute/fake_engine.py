@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from peerd.compute.adapters.lora import BlockModule, Lora, check_fits, within
-from peerd.compute.engine import BaseEngine
+from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.errors import AdapterError
 from peerd.compute.kv_layout import EVERYTHING, Keep, group
 from peerd.compute.steps import Batch, BatchOutput, RowPages, Segment

@@ -24,7 +24,7 @@ import trio
 from peerd.admission import Admission
 from peerd.busy_meter import BusyMeter
 from peerd.compute.adapters.lora import Lora
-from peerd.compute.engine import PRIVATE, BaseEngine
+from peerd.compute.engine.engine import PRIVATE, BaseEngine
 from peerd.compute.engine_errors import (
     ContextTooLongError,
     EngineError,

@@ -17,7 +17,10 @@ from peerd.compute.adapters.file import AdapterFile, open_adapter
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
-from peerd.compute.capacity import (
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.device.free_memory import free_memory
+from peerd.compute.device.sizes import format_size
+from peerd.compute.engine.capacity import (
     HEADROOM,
     Budget,
     block_bytes,
@@ -26,10 +29,8 @@ from peerd.compute.capacity import (
     fits_on_disk,
     span_budget,
 )
-from peerd.compute.checkpoint.checkpoint import Checkpoint
-from peerd.compute.device.free_memory import free_memory
-from peerd.compute.device.sizes import format_size
-from peerd.compute.engine import PASS_BYTES, Engine
+from peerd.compute.engine.engine import PASS_BYTES, Engine
+from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import AdapterError
 from peerd.compute.family import Family
 from peerd.compute.heap import trim_heap
@@ -37,7 +38,6 @@ from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.span_model import load_span
-from peerd.compute.throughput import measured_throughput
 from peerd.protocol.adapters import adapter_id, check_name, name_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages import MAX_LENGTH

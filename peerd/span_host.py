@@ -208,7 +208,7 @@ class SpanHost:
 
         All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
         """
-        from peerd.compute.capacity import fits_on_disk
+        from peerd.compute.engine.capacity import fits_on_disk
         from peerd.devices import rooms, share_span, specs_by_device
         from peerd.first_span import Choice, choose_first
         from peerd.serving import expected_record, how_many_blocks

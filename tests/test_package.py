@@ -70,5 +70,10 @@ def test_an_application_s_protocol_routing_and_compute_shadow_nothing(installed:
     (tmp_path / "main.py").write_text(APPLICATION)
     output = run(sys.executable, "main.py", cwd=tmp_path, PYTHONPATH=str(installed))
     imported = dict(line.split(" ", 1) for line in output.splitlines())
-    assert {"peerd.protocol.errors", "peerd.routing.chain", "peerd.compute.engine", "peerd.cli.main"} <= imported.keys()
+    assert {
+        "peerd.protocol.errors",
+        "peerd.routing.chain",
+        "peerd.compute.engine.engine",
+        "peerd.cli.main",
+    } <= imported.keys()
     assert all(Path(file).is_relative_to(installed) for file in imported.values())

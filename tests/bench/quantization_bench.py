@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.capacity import block_bytes
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
-from peerd.compute.engine import Engine
+from peerd.compute.engine.capacity import block_bytes
+from peerd.compute.engine.engine import Engine
 from peerd.compute.head import load_head
 from peerd.compute.heap import trim_heap
 from peerd.compute.quantized_formats import QUANTIZATIONS

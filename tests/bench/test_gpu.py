@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_checkpoint import GEOMETRIES, random_checkpoint
 
-from peerd.compute.capacity import block_bytes
+from peerd.compute.engine.capacity import block_bytes
 
 CPU = torch.device("cpu")
 

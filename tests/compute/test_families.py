@@ -18,8 +18,8 @@ from plain_weights import with_weights_of
 from tiny_families import VARIANTS, tiny_model
 from torch import nn
 
-from peerd.compute.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.engine.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import FAMILIES
 from peerd.compute.head import load_head

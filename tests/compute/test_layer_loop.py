@@ -11,7 +11,7 @@ from torch import nn
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.engine import Engine
+from peerd.compute.engine.engine import Engine
 from peerd.compute.layer_loop import LayerLoop
 from peerd.compute.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep

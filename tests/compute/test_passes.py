@@ -14,7 +14,7 @@ from torch import nn
 from peerd.compute.adapters.lora import LoraPair
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from peerd.compute.engine import Engine
+from peerd.compute.engine.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
 from peerd.compute.pass_memory import KeptBytes, PassMemory, PassTooLargeError
 from peerd.compute.passes import PassInput, PassRunner, device_turns

@@ -20,7 +20,7 @@ from peerd.compute.attention.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.cut_model import build_on_meta
-from peerd.compute.engine import Engine, EngineStep, RowSlice
+from peerd.compute.engine.engine import Engine, EngineStep, RowSlice
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families import family_named
 from peerd.compute.quantized_formats import FORMATS, Format

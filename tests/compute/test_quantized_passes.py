@@ -10,7 +10,7 @@ import torch
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.engine import Engine
+from peerd.compute.engine.engine import Engine
 from peerd.compute.passes import PassInput, device_turns
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span

@@ -8,8 +8,8 @@ import sys
 import pytest
 import trio
 
-from peerd.compute.capacity import block_bytes
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.engine.capacity import block_bytes
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

@@ -18,7 +18,7 @@ from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.adapters.lora import Lora
-from peerd.compute.engine import BaseEngine
+from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
@@ -413,7 +413,7 @@ def serve_tiny(tiny_llama: Path) -> Iterator[Callable[..., Awaitable[Host]]]:
     """`await serve_tiny(swarm, span)`: a host with a real engine over blocks of `tiny_llama`."""
     from peerd.compute.attention.attention import register_attention
     from peerd.compute.checkpoint.checkpoint import open_checkpoint
-    from peerd.compute.engine import Engine
+    from peerd.compute.engine.engine import Engine
     from peerd.compute.span_model import load_span
 
     with open_checkpoint(tiny_llama) as checkpoint:

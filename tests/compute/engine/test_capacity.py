@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute.capacity import Budget, block_bytes, block_costs, fits, kv_bytes_per_token, span_budget
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.device.free_memory import free_memory
+from peerd.compute.engine.capacity import Budget, block_bytes, block_costs, fits, kv_bytes_per_token, span_budget
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.kv_layout import lay_out
 from peerd.compute.layer_kinds import layer_kinds

@@ -15,13 +15,13 @@ import torch
 
 from peerd.compute.adapters.file import AdapterFile
 from peerd.compute.adapters.lora import Lora
+from peerd.compute.engine.runner import SpanRunner
+from peerd.compute.engine.scheduler import Scheduler
 from peerd.compute.engine_errors import UnknownAdapterError
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
 from peerd.compute.pages import PagePool
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.passes import PassRunner
-from peerd.compute.runner import SpanRunner
-from peerd.compute.scheduler import Scheduler
 from peerd.compute.span_model import SpanModel
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice

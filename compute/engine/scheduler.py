@@ -12,9 +12,9 @@ from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import chain
 
+from peerd.compute.engine.fair_shares import FairShares
+from peerd.compute.engine.session import EngineSession, QueuedStep
 from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError
-from peerd.compute.engine_session import EngineSession, QueuedStep
-from peerd.compute.fair_shares import FairShares
 from peerd.compute.kv_layout import Demand, KVLayout
 from peerd.compute.pages import PagePool
 from peerd.compute.row_cache import Retention, RowState

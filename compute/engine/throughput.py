@@ -23,7 +23,7 @@ import filelock
 import platformdirs
 import torch
 
-from peerd.compute.engine import BaseEngine
+from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 

@@ -16,8 +16,8 @@ from tiny_families import VARIANTS, tiny_model
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
-from peerd.compute.engine import Engine
+from peerd.compute.engine.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
+from peerd.compute.engine.engine import Engine
 from peerd.compute.families import FAMILIES
 from peerd.compute.span_model import load_span
 from peerd.compute.steps import EngineStep
@@ -167,7 +167,7 @@ def test_a_batch_takes_the_smallest_bucket_and_buckets_are_made_once(make_pair):
 
 
 def test_a_row_longer_than_a_bucket_takes_the_next(make_pair, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("peerd.compute.decode_graph.LENGTH_BUCKETS", (16, 32))
+    monkeypatch.setattr("peerd.compute.engine.decode_graph.LENGTH_BUCKETS", (16, 32))
     pair = make_pair()
     pair.open("a")
     pair.step(one("a", 0, 14))

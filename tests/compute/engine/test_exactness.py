@@ -10,7 +10,7 @@ import torch
 from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.engine import Engine, EngineStep
+from peerd.compute.engine.engine import Engine, EngineStep
 from peerd.compute.engine_errors import StepGapError
 from peerd.compute.layer_kinds import layer_kinds
 from peerd.protocol.rows import Fork, RowSlice

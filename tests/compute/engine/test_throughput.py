@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute import throughput
+from peerd.compute.engine.engine import throughput
+from peerd.compute.engine.throughput import measure_throughput, measured_throughput
 from peerd.compute.fake_engine import FakeEngine
-from peerd.compute.throughput import measure_throughput, measured_throughput
 from peerd.protocol.span import Span
 
 CPU = torch.device("cpu")

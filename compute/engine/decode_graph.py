@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from peerd.compute.attention.attention import SpanAttention
-from peerd.compute.decode_rows import DecodeRows, is_short
 from peerd.compute.device.sizes import format_size
 from peerd.compute.device.staging import Staging
+from peerd.compute.engine.decode_rows import DecodeRows, is_short
+from peerd.compute.engine.paged_views import DecodeView
+from peerd.compute.engine.recordable import WaitWatcher
 from peerd.compute.kv_cache import KVPool
-from peerd.compute.paged_views import DecodeView
-from peerd.compute.recordable import WaitWatcher
 from peerd.compute.span_model import SpanModel
 from peerd.compute.steps import Segment
 from peerd.protocol.span import Span

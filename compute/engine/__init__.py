@@ -1,0 +1,1 @@
+"""From sessions to batches to the device: scheduler, runner, graphs, capacity, speed."""
