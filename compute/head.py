@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from peerd.compute.checkpoint.parameter_names import LM_HEAD, LM_HEAD_BIAS
-from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers, fill
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
+from peerd.compute.families.meta_build import build_on_meta, check_filled, compute_buffers, fill
 from peerd.compute.input_side import take_off_input_side
 from peerd.compute.lm_head import LmHead
 

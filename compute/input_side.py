@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peerd.compute.family import Family
+    from peerd.compute.families.family import Family
 
 
 @dataclass(frozen=True, slots=True)

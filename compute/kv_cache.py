@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from peerd.compute.device.staging import upload
+from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv_layout import KVLayout
-from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import PageCopy, RowPages, Segment
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peerd.compute.layer_kinds import LayerKind
+from peerd.compute.families.layer_kinds import LayerKind
 
 # Rows of a session seldom end on a page's border: half a page a row is lost. Smaller pages cost bookkeeping.
 PAGE_TOKENS = 16

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from peerd.compute.cut_model import check_shape, fill
 from peerd.compute.errors import CheckpointError
+from peerd.compute.families.meta_build import check_shape, fill
 from peerd.compute.heap import trim_heap
 from peerd.compute.quantized_formats import FORMATS, NONE, Format
 from peerd.compute.quantized_modules import Place, places, put_quantized

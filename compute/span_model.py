@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from peerd.compute.attention.own_attention import install_own_attention
-from peerd.compute.cut_model import build_on_meta, check_filled, compute_buffers
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
+from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
+from peerd.compute.families.meta_build import build_on_meta, check_filled, compute_buffers
 from peerd.compute.input_side import take_off_input_side
-from peerd.compute.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.layer_loop import LayerLoop
 from peerd.compute.load_blocks import load_block
 from peerd.compute.quantized_formats import NONE

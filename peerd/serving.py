@@ -32,7 +32,7 @@ from peerd.compute.engine.capacity import (
 from peerd.compute.engine.engine import PASS_BYTES, Engine
 from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import AdapterError
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
 from peerd.compute.heap import trim_heap
 from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.pass_memory import PassMemory

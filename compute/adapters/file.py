@@ -23,7 +23,7 @@ from peerd.compute.adapters.lora import BlockModule, LoraPair
 from peerd.compute.checkpoint.parameter_names import PREFIXES
 from peerd.compute.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 from peerd.compute.errors import AdapterError, CheckpointError
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 CONFIG_FILE = "adapter_config.json"

@@ -23,8 +23,8 @@ from torch import nn
 
 from peerd.compute.attention.latent import LatentAttention
 from peerd.compute.attention.own_attention import KeyBias
+from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv_cache import KVPool, KVWriter, RowSlots
-from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import Segment
 
 _NAME = "peerd"

@@ -19,8 +19,8 @@ from peerd.compute.checkpoint.hub.id import HubId, hub_id_of
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, Weights
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.families import FAMILIES, family_named
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
+from peerd.compute.families.lookup import FAMILIES, family_named
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peerd.compute.errors import CheckpointError
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
 
 LM_HEAD = "lm_head.weight"
 LM_HEAD_BIAS = "lm_head.bias"

@@ -17,7 +17,7 @@ from peerd.compute.checkpoint.parameter_names import Recipe, recipes
 from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
 from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, StoredBytes
 from peerd.compute.errors import CheckpointError
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
 
 
 class SafetensorsWeights:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from peerd.compute.attention.paged import PagedRows
+from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv_cache import KVPool
-from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import RowPages, Segment
 
 #: More positions of one row at once are better off reading its keys once for all.

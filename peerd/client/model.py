@@ -269,7 +269,7 @@ class RemoteModel:
 def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
     """Blocks; run it in a thread."""
     from peerd.compute.adapters.file import open_adapter
-    from peerd.compute.families import family_named
+    from peerd.compute.families.lookup import family_named
 
     with open_adapter(path, family_named(facts.model_type)) as file:
         last = max(block for block, _ in file.modules)

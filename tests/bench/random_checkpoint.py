@@ -16,8 +16,8 @@ import torch
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint, make_config
 from peerd.compute.checkpoint.weights import StoredBytes
-from peerd.compute.cut_model import build_on_meta
-from peerd.compute.families import family_named
+from peerd.compute.families.lookup import family_named
+from peerd.compute.families.meta_build import build_on_meta
 
 #: By name, what the publishers' configurations say.
 GEOMETRIES: Mapping[str, dict[str, Any]] = {

@@ -343,7 +343,7 @@ def write_model(
 
 def tiny_config(name: str) -> Any:
     """The configuration of a tiny model."""
-    from peerd.compute.families import family_named
+    from peerd.compute.families.lookup import family_named
 
     _, model_type, more = TINY[name]
     kind: Any = family_named(model_type).config_type()
@@ -357,7 +357,7 @@ def tiny_model(config: Any) -> Any:
     """A model of random weights, large enough that every part matters."""
     import torch
 
-    from peerd.compute.families import family_named
+    from peerd.compute.families.lookup import family_named
 
     torch.manual_seed(7)
     causal: Any = family_named(config.model_type).causal_type()

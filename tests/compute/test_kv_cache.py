@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv_cache import KVPool, KVWriter
 from peerd.compute.kv_layout import lay_out
-from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import PageCopy, RowPages, Segment
 
 SIZE = 4

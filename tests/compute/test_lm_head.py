@@ -45,8 +45,8 @@ def test_a_large_head_takes_no_memory_beside_its_weights_and_logits() -> None:
     script = """
 import resource, torch
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
-from peerd.compute.cut_model import build_on_meta, compute_buffers
-from peerd.compute.families import family_named
+from peerd.compute.families.meta_build import build_on_meta, compute_buffers
+from peerd.compute.families.lookup import family_named
 from peerd.compute.head import Head
 torch.set_num_threads(1)
 

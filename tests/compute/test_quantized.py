@@ -19,10 +19,10 @@ from torch import nn
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.cut_model import build_on_meta
 from peerd.compute.engine.engine import Engine, EngineStep, RowSlice
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.families import family_named
+from peerd.compute.families.lookup import family_named
+from peerd.compute.families.meta_build import build_on_meta
 from peerd.compute.quantized_formats import FORMATS, Format
 from peerd.compute.quantized_matrix import QuantizedMatrix, empty_storage
 from peerd.compute.quantized_modules import QuantizedStack, places, put_quantized

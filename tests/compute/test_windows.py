@@ -8,8 +8,8 @@ import torch
 from peerd.compute import kv_layout
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError, StepGapError
 from peerd.compute.fake_engine import FakeEngine, fake_forward
+from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv_layout import EVERYTHING, Keep, group, lay_out
-from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span

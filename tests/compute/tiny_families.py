@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
 
 BLOCKS = 8
 WINDOW = 16

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerd.compute.adapters.file import open_adapter
-from peerd.compute.families import family_named
+from peerd.compute.families.lookup import family_named
 from peerd.protocol.adapters import (
     Granted,
     Loaded,

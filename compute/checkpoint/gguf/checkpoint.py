@@ -18,10 +18,10 @@ from peerd.compute.checkpoint.gguf.architectures import Architecture, architectu
 from peerd.compute.checkpoint.gguf.config import config_of
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.gguf.weights import GgufWeights
-from peerd.compute.cut_model import build_on_meta
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.families import family_named
-from peerd.compute.family import Family
+from peerd.compute.families.family import Family
+from peerd.compute.families.lookup import family_named
+from peerd.compute.families.meta_build import build_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -21,7 +21,7 @@ from peerd.compute.errors import UnsupportedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from peerd.compute.family import Family
+    from peerd.compute.families.family import Family
 
 # The Gemmas of 27B, by their number of blocks, scale queries by the square root of this where all others take the
 # width of a head; no field says so, and llama.cpp tells them apart as we do.

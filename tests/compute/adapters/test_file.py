@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from peerd.compute.adapters.config import parse_config
 from peerd.compute.adapters.file import open_adapter
 from peerd.compute.errors import AdapterError
-from peerd.compute.families import family_named
+from peerd.compute.families.lookup import family_named
 from peerd.protocol.span import Span
 
 LLAMA = family_named("llama")

@@ -21,7 +21,7 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, UnknownAdapterError
 from peerd.compute.errors import AdapterError
-from peerd.compute.families import FAMILIES
+from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice

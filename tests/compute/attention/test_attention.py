@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peerd.compute.attention.attention import BatchView, SpanAttention, _attention_forward
+from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv_cache import KVPool
 from peerd.compute.kv_layout import lay_out
-from peerd.compute.layer_kinds import LayerKind
 from peerd.compute.steps import RowPages, Segment
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 6, 2, 8, 5

@@ -12,7 +12,7 @@ from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
 from peerd.compute.engine_errors import StepGapError
-from peerd.compute.layer_kinds import layer_kinds
+from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
 

@@ -41,7 +41,7 @@ def read_by_transformers(path: Path, config: Any) -> Any:
 
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    from peerd.compute.families import family_named
+    from peerd.compute.families.lookup import family_named
 
     model: Any = family_named(config.model_type).causal_type()(config).eval()
     # Transformers asks every submodule for its names too, which takes seconds and adds the base model's alone.

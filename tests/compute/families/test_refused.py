@@ -9,10 +9,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.families import FAMILIES, family_named
-from peerd.compute.family import Family
-from peerd.compute.layer_kinds import layer_kinds
-from peerd.compute.refused_families import REFUSED
+from peerd.compute.families.family import Family
+from peerd.compute.families.layer_kinds import layer_kinds
+from peerd.compute.families.lookup import FAMILIES, family_named
+from peerd.compute.families.refused import REFUSED
 
 
 def text_model_of(name: str) -> str:

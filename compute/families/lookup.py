@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.family import Family
-from peerd.compute.family_rows import ROWS
-from peerd.compute.refused_families import REFUSED
+from peerd.compute.families.family import Family
+from peerd.compute.families.refused import REFUSED
+from peerd.compute.families.rows import ROWS
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in ROWS})
 

@@ -7,7 +7,7 @@ and its tiny configuration in `tests/compute/tiny_families.py` where it needs on
 
 from __future__ import annotations
 
-from peerd.compute.family import Family, Fused
+from peerd.compute.families.family import Family, Fused
 
 _EXPERTS = (
     Fused(

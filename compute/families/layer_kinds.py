@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.families import family_named
+from peerd.compute.families.lookup import family_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -11,7 +11,7 @@ import torch
 from tiny_families import tiny_config
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.families import FAMILIES
+from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.head import load_head
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span

@@ -1,0 +1,1 @@
+"""The table of architectures, and building them without values."""
