@@ -18,7 +18,7 @@ import torch
 from peerd.compute.adapters.lora import BlockModule, Lora, check_fits, within
 from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.errors import AdapterError
-from peerd.compute.kv_layout import EVERYTHING, Keep, group
+from peerd.compute.kv.layout import EVERYTHING, Keep, group
 from peerd.compute.steps import Batch, BatchOutput, RowPages, Segment
 from peerd.protocol.span import Span
 

@@ -34,7 +34,7 @@ from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import AdapterError
 from peerd.compute.families.family import Family
 from peerd.compute.heap import trim_heap
-from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS
+from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
 from peerd.compute.span_model import load_span

@@ -24,7 +24,7 @@ from torch import nn
 from peerd.compute.attention.latent import LatentAttention
 from peerd.compute.attention.own_attention import KeyBias
 from peerd.compute.families.layer_kinds import LayerKind
-from peerd.compute.kv_cache import KVPool, KVWriter, RowSlots
+from peerd.compute.kv.pool import KVPool, KVWriter, RowSlots
 from peerd.compute.steps import Segment
 
 _NAME = "peerd"

@@ -20,7 +20,7 @@ import torch
 
 from peerd.compute.attention.paged import PagedRows
 from peerd.compute.families.layer_kinds import LayerKind
-from peerd.compute.kv_cache import KVPool
+from peerd.compute.kv.pool import KVPool
 from peerd.compute.steps import RowPages, Segment
 
 #: More positions of one row at once are better off reading its keys once for all.

@@ -18,8 +18,8 @@ from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.runner import SpanRunner
 from peerd.compute.engine.scheduler import Scheduler
 from peerd.compute.engine_errors import UnknownAdapterError
-from peerd.compute.kv_layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
-from peerd.compute.pages import PagePool
+from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
+from peerd.compute.kv.pages import PagePool
 from peerd.compute.pass_memory import PassMemory
 from peerd.compute.passes import PassRunner
 from peerd.compute.span_model import SpanModel

@@ -15,9 +15,9 @@ from itertools import chain
 from peerd.compute.engine.fair_shares import FairShares
 from peerd.compute.engine.session import EngineSession, QueuedStep
 from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError
-from peerd.compute.kv_layout import Demand, KVLayout
-from peerd.compute.pages import PagePool
-from peerd.compute.row_cache import Retention, RowState
+from peerd.compute.kv.layout import Demand, KVLayout
+from peerd.compute.kv.pages import PagePool
+from peerd.compute.kv.row_cache import Retention, RowState
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, PageCopy, Piece, Segment, StepResult
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span

@@ -15,8 +15,8 @@ from types import MappingProxyType
 import torch
 
 from peerd.compute.engine_errors import ContextTooLongError, EngineError, InvalidStepError, StepGapError
-from peerd.compute.pages import PageReserve
-from peerd.compute.row_cache import Retention, RowCache, RowState
+from peerd.compute.kv.pages import PageReserve
+from peerd.compute.kv.row_cache import Retention, RowCache, RowState
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Fork, Op, RowSlice
 from peerd.protocol.span import Span

@@ -12,7 +12,7 @@ import trio.lowlevel
 import trio.testing
 
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.compute.kv_layout import Keep
+from peerd.compute.kv.layout import Keep
 from peerd.compute.steps import BatchOutput
 from peerd.device_work import MAX_JOBS_AN_OWNER
 from peerd.engine_task import EngineTask, StepGap

@@ -10,8 +10,8 @@ from torch import nn
 
 from peerd.compute.attention.attention import BatchView, SpanAttention, _attention_forward
 from peerd.compute.families.layer_kinds import LayerKind
-from peerd.compute.kv_cache import KVPool
-from peerd.compute.kv_layout import lay_out
+from peerd.compute.kv.layout import lay_out
+from peerd.compute.kv.pool import KVPool
 from peerd.compute.steps import RowPages, Segment
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 6, 2, 8, 5

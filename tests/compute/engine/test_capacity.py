@@ -12,8 +12,8 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.device.free_memory import free_memory
 from peerd.compute.engine.capacity import Budget, block_bytes, block_costs, fits, kv_bytes_per_token, span_budget
 from peerd.compute.families.layer_kinds import layer_kinds
-from peerd.compute.kv_cache import KVPool
-from peerd.compute.kv_layout import lay_out
+from peerd.compute.kv.layout import lay_out
+from peerd.compute.kv.pool import KVPool
 from peerd.compute.quantized_formats import QUANTIZATIONS
 from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span

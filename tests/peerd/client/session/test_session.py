@@ -9,7 +9,7 @@ import trio
 
 from peerd.client.session.mender import Patience
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.compute.kv_layout import Keep
+from peerd.compute.kv.layout import Keep
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span

@@ -17,7 +17,7 @@ import torch
 
 from peerd.compute.device.staging import upload
 from peerd.compute.families.layer_kinds import LayerKind
-from peerd.compute.kv_layout import KVLayout
+from peerd.compute.kv.layout import KVLayout
 from peerd.compute.steps import PageCopy, RowPages, Segment
 
 

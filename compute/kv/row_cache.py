@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peerd.compute.kv_layout import Demand, kept_back
-from peerd.compute.pages import PageReserve, PageTable
+from peerd.compute.kv.layout import Demand, kept_back
+from peerd.compute.kv.pages import PageReserve, PageTable
 from peerd.compute.steps import PageCopy, RowPages
 
 

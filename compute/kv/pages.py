@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from peerd.compute.engine_errors import NoRoomError
-from peerd.compute.kv_layout import Demand, pages_for
+from peerd.compute.kv.layout import Demand, pages_for
 from peerd.compute.steps import PageCopy, RowPages
 
 _FREE = b"\x01"

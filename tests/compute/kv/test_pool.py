@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from peerd.compute.families.layer_kinds import LayerKind
-from peerd.compute.kv_cache import KVPool, KVWriter
-from peerd.compute.kv_layout import lay_out
+from peerd.compute.kv.layout import lay_out
+from peerd.compute.kv.pool import KVPool, KVWriter
 from peerd.compute.steps import PageCopy, RowPages, Segment
 
 SIZE = 4

@@ -1,0 +1,1 @@
+"""The KV pool: pages, layout, one row's cache."""
