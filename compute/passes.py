@@ -17,6 +17,7 @@ import torch
 from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
 from peerd.compute.micro_batches import MicroBatch, cut_rows
+from peerd.compute.model.span_model import SpanModel
 from peerd.compute.pass_memory import (
     PROBE_POSITIONS,
     BlockCost,
@@ -26,7 +27,6 @@ from peerd.compute.pass_memory import (
     SpanCost,
     signature,
 )
-from peerd.compute.span_model import SpanModel
 from peerd.compute.tunables import BlockLeaves, Tunables, with_lora, with_prompt
 from peerd.protocol.span import Span
 

@@ -47,7 +47,7 @@ from peerd.websocket import WebSocketTransport
 if TYPE_CHECKING:
     from peerd.client.model import ModelFacts, RemoteModel
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-    from peerd.compute.head import Head
+    from peerd.compute.model.head import Head
     from peerd.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec
@@ -134,7 +134,7 @@ class Peer:
 
         Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
         """
-        await import_in_thread("peerd.compute.head", "peerd.client.model")
+        await import_in_thread("peerd.compute.model.head", "peerd.client.model")
         from peerd.client.finding.finder import SwarmFinder
         from peerd.client.finding.scout import FIRST_WAIT_S, Scout
         from peerd.client.head_task import HeadTask
@@ -313,7 +313,7 @@ def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any, An
     """What a client needs of a model: facts, head, tokenizer, generation config. Blocks; run it in a thread."""
     from peerd.client.model import ModelFacts
     from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
-    from peerd.compute.head import load_head
+    from peerd.compute.model.head import load_head
     from peerd.protocol.tensors import DTYPE_NAMES
 
     facts = ModelFacts(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from peerd.compute.adapters.file import AdapterFile
-    from peerd.compute.span_model import SpanModel
+    from peerd.compute.model.span_model import SpanModel
 
 # Five operations an adapter, or eight for all at once, of which each row uses only its own adapter's share. A GPU waits
 # for launches, so there few rows under many adapters are one product. A CPU waits for arithmetic: one product over

@@ -28,7 +28,7 @@ from peerd.compute.engine.decode_rows import DecodeRows, is_short
 from peerd.compute.engine.paged_views import DecodeView
 from peerd.compute.engine.recordable import WaitWatcher
 from peerd.compute.kv.pool import KVPool
-from peerd.compute.span_model import SpanModel
+from peerd.compute.model.span_model import SpanModel
 from peerd.compute.steps import Segment
 from peerd.protocol.span import Span
 

@@ -20,7 +20,7 @@ from peerd.compute.device.staging import upload
 from peerd.compute.engine.decode_rows import DecodeRows, is_short, slots_of
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.pool import KVPool, RowSlots
-from peerd.compute.span_model import SpanModel
+from peerd.compute.model.span_model import SpanModel
 from peerd.compute.steps import Segment
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import trio
 
-from peerd.compute.head import Head
+from peerd.compute.model.head import Head
 from peerd.protocol.errors import InvalidRequest
 
 

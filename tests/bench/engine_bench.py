@@ -20,7 +20,7 @@ from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.engine.engine import Engine
-from peerd.compute.span_model import SpanModel, load_span
+from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span

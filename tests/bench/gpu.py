@@ -45,7 +45,7 @@ from random_checkpoint import random_checkpoint
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine
-from peerd.compute.span_model import SpanModel, load_span
+from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span

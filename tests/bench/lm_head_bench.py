@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from peerd.compute.lm_head import LmHead
+from peerd.compute.model.lm_head import LmHead
 
 POSITIONS = (1, 8, 64)
 ROUNDS = 3

@@ -25,10 +25,10 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.engine.capacity import block_bytes
 from peerd.compute.engine.engine import Engine
-from peerd.compute.head import load_head
 from peerd.compute.heap import trim_heap
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized_formats import QUANTIZATIONS
-from peerd.compute.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span

@@ -10,7 +10,7 @@ import torch
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
-from peerd.compute.span_model import load_span
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.rows import Op, RowSlice
 from peerd.protocol.span import Span
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from peerd.compute.model.span_model import SpanModel
 from peerd.compute.quantized_modules import QuantizedLinear, QuantizedStack
-from peerd.compute.span_model import SpanModel
 
 
 def with_weights_of(span: SpanModel, plain: SpanModel) -> SpanModel:

@@ -20,7 +20,7 @@ from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.device.staging import Staging, upload
 from peerd.compute.engine.decode_graph import ROW_BUCKETS
 from peerd.compute.engine.engine import Engine
-from peerd.compute.span_model import load_span
+from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span

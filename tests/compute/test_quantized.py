@@ -23,10 +23,10 @@ from peerd.compute.engine.engine import Engine, EngineStep, RowSlice
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta
+from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized_formats import FORMATS, Format
 from peerd.compute.quantized_matrix import QuantizedMatrix, empty_storage
 from peerd.compute.quantized_modules import QuantizedStack, places, put_quantized
-from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]
@@ -281,7 +281,7 @@ import sys
 from pathlib import Path
 import torch
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.span_model import load_span
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 def kernel_says(field):

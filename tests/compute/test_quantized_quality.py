@@ -15,8 +15,8 @@ import torch
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.tokenizer import load_tokenizer
-from peerd.compute.head import Head, load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import Head, load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 pytestmark = pytest.mark.model

@@ -414,7 +414,7 @@ def serve_tiny(tiny_llama: Path) -> Iterator[Callable[..., Awaitable[Host]]]:
     from peerd.compute.attention.attention import register_attention
     from peerd.compute.checkpoint.checkpoint import open_checkpoint
     from peerd.compute.engine.engine import Engine
-    from peerd.compute.span_model import load_span
+    from peerd.compute.model.span_model import load_span
 
     with open_checkpoint(tiny_llama) as checkpoint:
 

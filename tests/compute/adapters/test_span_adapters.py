@@ -22,7 +22,7 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, UnknownAdapterError
 from peerd.compute.errors import AdapterError
 from peerd.compute.families.lookup import FAMILIES
-from peerd.compute.span_model import load_span
+from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.span_model import load_span
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]

@@ -14,8 +14,8 @@ from peerd.compute.engine.capacity import Budget, block_bytes, block_costs, fits
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.kv.layout import lay_out
 from peerd.compute.kv.pool import KVPool
+from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized_formats import QUANTIZATIONS
-from peerd.compute.span_model import load_span
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]

@@ -19,7 +19,7 @@ from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
 from peerd.compute.engine.engine import Engine
 from peerd.compute.families.lookup import FAMILIES
-from peerd.compute.span_model import load_span
+from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import Fork, Op, RowSlice
 from peerd.protocol.span import Span

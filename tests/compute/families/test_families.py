@@ -22,8 +22,8 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.lookup import FAMILIES
-from peerd.compute.head import load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.rows import Fork
 from peerd.protocol.span import Span
 

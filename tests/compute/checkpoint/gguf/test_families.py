@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES
 from peerd.compute.errors import CheckpointError
-from peerd.compute.head import load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 #: Transformers reads these files wrong, or not at all.

@@ -21,8 +21,8 @@ from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES, architecture_of
 from peerd.compute.checkpoint.gguf.file import GgufFile, LongArray
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.head import load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 

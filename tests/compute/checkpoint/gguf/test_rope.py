@@ -13,8 +13,8 @@ from gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, wr
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.head import load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -11,8 +11,8 @@ from gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, wr
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.digests import file_digest, model_digest
 from peerd.compute.errors import CheckpointError
-from peerd.compute.head import load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 

@@ -16,7 +16,7 @@ from peerd.compute.checkpoint.gguf import weights as gguf_weights
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.gguf.weights import GgufWeights
 from peerd.compute.errors import CheckpointError, UnsupportedModel
-from peerd.compute.head import load_head
+from peerd.compute.model.head import load_head
 
 ROWS, COLUMNS = 7, 512
 KINDS = sorted(

@@ -18,8 +18,8 @@ from hub_server import Fault, HubServer, open_hub
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.errors import CheckpointError, HubUnavailable
-from peerd.compute.head import load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]

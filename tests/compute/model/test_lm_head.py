@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.lm_head import SLICE_BYTES, LmHead
+from peerd.compute.model.lm_head import SLICE_BYTES, LmHead
 
 
 def linear(vocabulary: int, width: int, dtype: torch.dtype, *, bias: bool = False) -> nn.Linear:
@@ -47,7 +47,7 @@ import resource, torch
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
 from peerd.compute.families.meta_build import build_on_meta, compute_buffers
 from peerd.compute.families.lookup import family_named
-from peerd.compute.head import Head
+from peerd.compute.model.head import Head
 torch.set_num_threads(1)
 
 def made(vocabulary, width):

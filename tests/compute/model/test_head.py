@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError
-from peerd.compute.head import Head, load_head
+from peerd.compute.model.head import Head, load_head
 
 TinyCheckpoint = Callable[[str], Path]
 
@@ -141,7 +141,7 @@ import resource, transformers.models.llama.modeling_llama, transformers.modeling
 from peerd.compute.checkpoint.checkpoint import checkpoint
 from peerd.compute.checkpoint.checkpoint import demo_model
 from peerd.compute.checkpoint.gguf import checkpoint as gguf_checkpoint
-from peerd.compute import head
+from peerd.compute.model import head
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 with checkpoint.open_checkpoint(demo_model.demo_model_path()) as opened:

@@ -12,8 +12,8 @@ from torch import nn
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.engine import Engine
-from peerd.compute.layer_loop import LayerLoop
-from peerd.compute.span_model import SpanModel, load_span
+from peerd.compute.model.layer_loop import LayerLoop
+from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span

@@ -12,8 +12,8 @@ from tiny_families import _OWN, VARIANTS, tiny_model
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.families.family import Family
 from peerd.compute.families.lookup import FAMILIES
-from peerd.compute.head import load_head
-from peerd.compute.span_model import load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
 TOKENS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(0))

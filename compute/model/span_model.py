@@ -19,11 +19,11 @@ from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.family import Family
 from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.families.meta_build import build_on_meta, check_filled, compute_buffers
-from peerd.compute.input_side import take_off_input_side
-from peerd.compute.layer_loop import LayerLoop
-from peerd.compute.load_blocks import load_block
+from peerd.compute.model.input_side import take_off_input_side
+from peerd.compute.model.layer_loop import LayerLoop
+from peerd.compute.model.load_blocks import load_block
+from peerd.compute.model.rotary import DeclaredLengthRotary, MaxLengths, follow_declared_lengths
 from peerd.compute.quantized_formats import NONE
-from peerd.compute.rotary import DeclaredLengthRotary, MaxLengths, follow_declared_lengths
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:

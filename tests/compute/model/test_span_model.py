@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from peerd.compute.head import load_head
-from peerd.compute.span_model import SpanModel, load_span
+from peerd.compute.model.head import load_head
+from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]

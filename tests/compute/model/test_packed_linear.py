@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.packed_linear import PackedLinear, pack_linears
+from peerd.compute.model.packed_linear import PackedLinear, pack_linears
 
 
 @pytest.fixture

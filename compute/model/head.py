@@ -16,8 +16,8 @@ from torch import nn
 from peerd.compute.checkpoint.parameter_names import LM_HEAD, LM_HEAD_BIAS
 from peerd.compute.families.family import Family
 from peerd.compute.families.meta_build import build_on_meta, check_filled, compute_buffers, fill
-from peerd.compute.input_side import take_off_input_side
-from peerd.compute.lm_head import LmHead
+from peerd.compute.model.input_side import take_off_input_side
+from peerd.compute.model.lm_head import LmHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -1,0 +1,1 @@
+"""A decoder with its ends taken off, and the head."""
