@@ -16,7 +16,6 @@ from peerd.client_adapters import AdapterRoom
 from peerd.compute.adapters.file import AdapterFile, open_adapter
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.device.free_memory import free_memory
 from peerd.compute.device.sizes import format_size
@@ -37,7 +36,8 @@ from peerd.compute.heap import trim_heap
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.model.span_model import load_span
 from peerd.compute.pass_memory import PassMemory
-from peerd.compute.quantized_formats import NONE, QUANTIZATIONS
+from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
+from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
 from peerd.protocol.adapters import adapter_id, check_name, name_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages import MAX_LENGTH

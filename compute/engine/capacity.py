@@ -18,8 +18,8 @@ from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.families.meta_build import build_on_meta
 from peerd.compute.kv.layout import PAGE_TOKENS, lay_out
-from peerd.compute.quantized_formats import FORMATS, NONE, RUN_VALUES_CPU, RUN_VALUES_GPU, Format
-from peerd.compute.quantized_modules import places
+from peerd.compute.quantized.formats import FORMATS, NONE, RUN_VALUES_CPU, RUN_VALUES_GPU, Format
+from peerd.compute.quantized.modules import places
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import nn
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.meta_build import check_shape, fill
 from peerd.compute.heap import trim_heap
-from peerd.compute.quantized_formats import FORMATS, NONE, Format
-from peerd.compute.quantized_modules import Place, places, put_quantized
+from peerd.compute.quantized.formats import FORMATS, NONE, Format
+from peerd.compute.quantized.modules import Place, places, put_quantized
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint

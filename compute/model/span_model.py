@@ -23,7 +23,7 @@ from peerd.compute.model.input_side import take_off_input_side
 from peerd.compute.model.layer_loop import LayerLoop
 from peerd.compute.model.load_blocks import load_block
 from peerd.compute.model.rotary import DeclaredLengthRotary, MaxLengths, follow_declared_lengths
-from peerd.compute.quantized_formats import NONE
+from peerd.compute.quantized.formats import NONE
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:

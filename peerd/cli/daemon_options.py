@@ -259,7 +259,7 @@ def daemon_of(
     if serve_blocks is not None:
         model = models[0][1] if models else ""
         with working("starting"):
-            from peerd.compute.quantized_formats import NONE
+            from peerd.compute.quantized.formats import NONE
             from peerd.devices import check_devices
             from peerd.serving import ServeSpec
 

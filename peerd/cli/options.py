@@ -29,7 +29,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # What the wire can carry (spec/tensors.md).
 DTYPES = ("float32", "float16", "bfloat16")
-# Those of compute/quantized_formats.py, which would import torch.
+# Those of compute/quantized/formats.py, which would import torch.
 QUANTIZATIONS = ("none", "int8", "nf4")
 AUTO = "auto"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

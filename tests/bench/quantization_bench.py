@@ -28,7 +28,7 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.heap import trim_heap
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
-from peerd.compute.quantized_formats import QUANTIZATIONS
+from peerd.compute.quantized.formats import QUANTIZATIONS
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peerd.compute.model.span_model import SpanModel
-from peerd.compute.quantized_modules import QuantizedLinear, QuantizedStack
+from peerd.compute.quantized.modules import QuantizedLinear, QuantizedStack
 
 
 def with_weights_of(span: SpanModel, plain: SpanModel) -> SpanModel:

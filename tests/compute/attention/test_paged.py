@@ -227,8 +227,8 @@ def test_the_code_compiles_for_devices_that_are_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peerd.compute import quantized_kernel
     from peerd.compute.attention.attention import paged_kernel
+    from peerd.compute.quantized import kernel as quantized_kernel
 
     tile = paged_kernel._tile(width * {"bf16": 2, "fp32": 4}[dtype])
     shapes = {"PARTS": 4, "GROUP": 8, "GROUP_PAD": 16, "PAGE": 16, "TILE": tile, "PRECISION": "ieee"}

@@ -15,7 +15,7 @@ from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.kv.layout import lay_out
 from peerd.compute.kv.pool import KVPool
 from peerd.compute.model.span_model import load_span
-from peerd.compute.quantized_formats import QUANTIZATIONS
+from peerd.compute.quantized.formats import QUANTIZATIONS
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]

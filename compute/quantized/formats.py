@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from peerd.compute.attention.paged import has_kernel
-from peerd.compute.bitsandbytes_import import load_bitsandbytes
+from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 
 NONE = "none"
 # A run that stays in a core's cache is read back for the product at once, so decoding costs no more than with plain
@@ -126,7 +126,7 @@ class Int8(Format):
     ) -> torch.Tensor | None:
         if not _has_kernel_for(x):
             return None
-        from peerd.compute.quantized_kernel import int8_product
+        from peerd.compute.quantized.kernel import int8_product
 
         return int8_product(x, values, scales, rows)
 
@@ -191,7 +191,7 @@ class Nf4(Format):
     ) -> torch.Tensor | None:
         if x.shape[1] % self.group or not _has_kernel_for(x):
             return None
-        from peerd.compute.quantized_kernel import nf4_product
+        from peerd.compute.quantized.kernel import nf4_product
 
         return nf4_product(x, values, scales, _levels(x.device), rows)
 
@@ -200,7 +200,7 @@ def _has_kernel_for(x: torch.Tensor) -> bool:
     """Whether `x` has the few rows of a decode, on a GPU for which Triton can compile."""
     if x.device.type != "cuda" or not has_kernel():
         return False
-    from peerd.compute.quantized_kernel import MOST_ROWS
+    from peerd.compute.quantized.kernel import MOST_ROWS
 
     return len(x) <= MOST_ROWS
 

@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 
-from peerd.compute.quantized_formats import FORMATS
-from peerd.compute.quantized_matrix import QuantizedMatrix
+from peerd.compute.quantized.formats import FORMATS
+from peerd.compute.quantized.matrix import QuantizedMatrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -31,8 +31,8 @@ def stored(name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def product(name: str, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-    from peerd.compute import quantized_kernel
-    from peerd.compute.quantized_formats import _levels
+    from peerd.compute.quantized import kernel as quantized_kernel
+    from peerd.compute.quantized.formats import _levels
 
     if name == "int8":
         return quantized_kernel.int8_product(x, values, scales, rows)
@@ -61,7 +61,7 @@ def test_quantized_matrices_use_the_kernel_where_it_may(name: str, monkeypatch: 
     values, scales, weight = stored(name, 24, 64)
     matrix = QuantizedMatrix(FORMATS[name], values, scales, (24, 64), torch.float32)
     x = torch.randn(1, 5, 64).to(DEVICE)
-    monkeypatch.setattr("peerd.compute.quantized_formats._has_kernel_for", lambda _: True)
+    monkeypatch.setattr("peerd.compute.quantized.formats._has_kernel_for", lambda _: True)
     monkeypatch.setattr(type(FORMATS[name]), "linear", None)
     with torch.inference_mode():
         found = matrix.product(x)

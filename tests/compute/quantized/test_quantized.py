@@ -17,16 +17,16 @@ from plain_weights import with_weights_of
 from torch import nn
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep, RowSlice
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta
 from peerd.compute.model.span_model import load_span
-from peerd.compute.quantized_formats import FORMATS, Format
-from peerd.compute.quantized_matrix import QuantizedMatrix, empty_storage
-from peerd.compute.quantized_modules import QuantizedStack, places, put_quantized
+from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
+from peerd.compute.quantized.formats import FORMATS, Format
+from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
+from peerd.compute.quantized.modules import QuantizedStack, places, put_quantized
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from peerd.compute.errors import UnsupportedModel
-from peerd.compute.quantized_formats import Format
-from peerd.compute.quantized_matrix import QuantizedMatrix, empty_storage
+from peerd.compute.quantized.formats import Format
+from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
 
 # What decides where tokens go, or how much of an expert they take.
 _ROUTERS = ("gate", "router", "shared_expert_gate")

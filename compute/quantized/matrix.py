@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peerd.compute.quantized_formats import Format
+from peerd.compute.quantized.formats import Format
 
 
 class QuantizedMatrix:

@@ -1,0 +1,1 @@
+"""int8 and nf4: formats, kernels, modules."""
