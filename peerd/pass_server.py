@@ -19,9 +19,9 @@ import torch
 import trio
 
 from peerd.compute.engine_errors import EngineError, InvalidStepError, NonFiniteError
-from peerd.compute.pass_memory import PassTooLargeError
-from peerd.compute.passes import PassInput, PassRunner, Tape
-from peerd.compute.tunables import Tunables
+from peerd.compute.training.memory import PassTooLargeError
+from peerd.compute.training.passes import PassInput, PassRunner, Tape
+from peerd.compute.training.tunables import Tunables
 from peerd.connections import Stream
 from peerd.engine_task import EngineTask
 from peerd.protocol.errors import (

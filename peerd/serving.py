@@ -35,9 +35,9 @@ from peerd.compute.families.family import Family
 from peerd.compute.heap import trim_heap
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.model.span_model import load_span
-from peerd.compute.pass_memory import PassMemory
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
+from peerd.compute.training.memory import PassMemory
 from peerd.protocol.adapters import adapter_id, check_name, name_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages import MAX_LENGTH

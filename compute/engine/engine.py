@@ -21,9 +21,9 @@ from peerd.compute.engine_errors import UnknownAdapterError
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
 from peerd.compute.kv.pages import PagePool
 from peerd.compute.model.span_model import SpanModel
-from peerd.compute.pass_memory import PassMemory
-from peerd.compute.passes import PassRunner
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
+from peerd.compute.training.memory import PassMemory
+from peerd.compute.training.passes import PassRunner
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 

@@ -12,7 +12,7 @@ from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import load_span
-from peerd.compute.passes import PassInput, device_turns
+from peerd.compute.training.passes import PassInput, device_turns
 from peerd.protocol.span import Span
 
 WIDTH = 32

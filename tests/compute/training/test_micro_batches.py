@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.compute.micro_batches import cut_rows
+from peerd.compute.training.micro_batches import cut_rows
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 

@@ -17,9 +17,9 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import load_span
-from peerd.compute.pass_memory import KeptBytes, PassMemory, PassTooLargeError
-from peerd.compute.passes import PassInput, PassRunner, device_turns
-from peerd.compute.tunables import Tunables, linear_widths
+from peerd.compute.training.memory import KeptBytes, PassMemory, PassTooLargeError
+from peerd.compute.training.passes import PassInput, PassRunner, device_turns
+from peerd.compute.training.tunables import Tunables, linear_widths
 from peerd.protocol.span import Span
 
 FAMILIES = ("llama", "gemma2", "bloom", "mixtral", "gpt_oss")

@@ -16,9 +16,8 @@ import torch
 
 from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
-from peerd.compute.micro_batches import MicroBatch, cut_rows
 from peerd.compute.model.span_model import SpanModel
-from peerd.compute.pass_memory import (
+from peerd.compute.training.memory import (
     PROBE_POSITIONS,
     BlockCost,
     KeptBytes,
@@ -27,7 +26,8 @@ from peerd.compute.pass_memory import (
     SpanCost,
     signature,
 )
-from peerd.compute.tunables import BlockLeaves, Tunables, with_lora, with_prompt
+from peerd.compute.training.micro_batches import MicroBatch, cut_rows
+from peerd.compute.training.tunables import BlockLeaves, Tunables, with_lora, with_prompt
 from peerd.protocol.span import Span
 
 # More positions at once make no CPU faster, and inference waits for one block of a micro-batch.

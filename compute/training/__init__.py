@@ -1,0 +1,1 @@
+"""Forward and backward in turns, tapes, and what a client trains."""
