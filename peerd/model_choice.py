@@ -22,7 +22,7 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.hub.id import is_commit, parse_hub_id
 from peerd.compute.errors import CheckpointError, HubUnavailable
 from peerd.devices import rooms, specs_by_device
-from peerd.discovery import Discovery
+from peerd.discovery.discovery import Discovery
 from peerd.protocol.errors import InvalidRequest
 from peerd.routing.catalogue import NamedModel, least_rate, named_models
 from peerd.routing.holding import Holding

@@ -13,7 +13,7 @@ from random import Random
 
 import trio
 
-from peerd.prober import Prober
+from peerd.discovery.prober import Prober
 from peerd.protocol.announcements import MAX_RTTS
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import ServerRecord

@@ -23,9 +23,9 @@ from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.connections import Connections, open_connections
 from peerd.dialback import DialbackAnswerer
-from peerd.discovery import Discovery, open_discovery
+from peerd.discovery.discovery import Discovery, open_discovery
+from peerd.discovery.prober import Prober
 from peerd.imports import import_in_thread
-from peerd.prober import Prober
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.errors import InvalidRequest

@@ -18,12 +18,12 @@ import trio
 
 from peerd.checkpoints import Checkpoints, fetch_span
 from peerd.connections import Connections
-from peerd.discovery import Discovery
+from peerd.discovery.discovery import Discovery
+from peerd.discovery.prober import Prober
 from peerd.imports import import_in_thread
 from peerd.model_names import ModelNames, words_for
 from peerd.neighbours import Neighbours
 from peerd.places import Place, Places
-from peerd.prober import Prober
 from peerd.protocol.adapters import name_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId

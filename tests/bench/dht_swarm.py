@@ -21,7 +21,7 @@ from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S, Announcer
 from peerd.routing.record_sets import addresses_of, servers_of
 
-# As peerd/discovery.py has them.
+# As peerd/discovery/discovery.py has them.
 REFRESH_S = 60.0
 LEAVE_S = 5.0
 # What a table's quality is measured with.

@@ -18,10 +18,10 @@ from peerd.client.session.session import Session
 from peerd.client_adapters import AdapterRoom
 from peerd.compute.fake_engine import FakeEngine
 from peerd.connections import Connections, open_connections
-from peerd.discovery import Discovery, open_discovery
+from peerd.discovery.discovery import Discovery, open_discovery
+from peerd.discovery.prober import Prober
 from peerd.engine_task import EngineTask
 from peerd.places import Places
-from peerd.prober import Prober
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId

@@ -10,7 +10,7 @@ import torch
 import trio
 
 from peerd.client.session.mender import Patience
-from peerd.dht_streams import StreamTransport, answer_question
+from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.hostile import (
     HostilePeer,
     Target,

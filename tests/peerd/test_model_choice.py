@@ -27,7 +27,7 @@ from peerd.testing import MemoryNetwork
 
 if TYPE_CHECKING:
     from peerd.checkpoints import Checkpoints
-    from peerd.discovery import Discovery
+    from peerd.discovery.discovery import Discovery
 
 pytestmark = pytest.mark.real_time
 

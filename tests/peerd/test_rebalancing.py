@@ -25,7 +25,7 @@ from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import open_connections
-from peerd.discovery import Discovery, open_discovery
+from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
 from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr

@@ -14,7 +14,7 @@ from typing import Protocol
 import trio
 
 from peerd.client.finding.finder import SwarmFinder
-from peerd.prober import Prober
+from peerd.discovery.prober import Prober
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span

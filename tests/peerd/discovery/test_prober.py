@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from peerd.prober import PROBE_S, Prober
+from peerd.discovery.prober import PROBE_S, Prober
 from peerd.protocol.span import Span
 from peerd.routing.links import Links
 

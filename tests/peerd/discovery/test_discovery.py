@@ -13,10 +13,10 @@ import pytest
 import trio
 
 from peerd.connections import Connections, open_connections
-from peerd.dht_streams import ANSWER_DEADLINE_S
-from peerd.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
+from peerd.discovery.dht_streams import ANSWER_DEADLINE_S
+from peerd.discovery.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
+from peerd.discovery.prober import Prober
 from peerd.neighbours import Neighbours
-from peerd.prober import Prober
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
 from peerd.protocol.identity import Identity

@@ -20,9 +20,9 @@ from random import Random
 import trio
 
 from peerd.connections import Connections, PeerConnection, Stream
-from peerd.dht_streams import StreamTransport, answer_question
+from peerd.discovery.dht_streams import StreamTransport, answer_question
+from peerd.discovery.rechecks import Proofs
 from peerd.links import dialable
-from peerd.proofs import Proofs
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
 from peerd.protocol.errors import ConnectionLost
