@@ -15,11 +15,11 @@ import torch
 import trio
 
 from peerd.connections import Stream
-from peerd.kept import Kept, KeptTooLittle, Sent
+from peerd.exchange.replay_log import Kept, KeptTooLittle, Sent
+from peerd.exchange.step_tensors import encoded, priority_of
 from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
 from peerd.protocol.messages import REPLAY_SEQ, Failure, Gap, LinkDown, Linked, NextHop, Routed, Step
 from peerd.protocol.schema import Message, parse
-from peerd.step_tensors import encoded, priority_of
 
 OpenLink = Callable[[NextHop], AbstractAsyncContextManager[tuple[Stream, Linked]]]
 """Dials the next hop, shows the ticket, yields the link and its answer. Raises LinkFailed."""

@@ -14,11 +14,12 @@ from typing import Literal
 import torch
 import trio
 
-from peerd.client_adapters import AdapterRoom, receive_adapter
 from peerd.connections import Stream
 from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
-from peerd.kept import Kept
+from peerd.exchange.adapter_upload import AdapterRoom, receive_adapter
+from peerd.exchange.replay_log import Kept
+from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.protocol.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.errors import (
     BadResult,
@@ -51,7 +52,6 @@ from peerd.protocol.messages import (
 from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
-from peerd.step_tensors import priority_of, wanted_part, wanted_rows
 
 # More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2

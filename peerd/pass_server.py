@@ -24,6 +24,7 @@ from peerd.compute.training.passes import PassInput, PassRunner, Tape
 from peerd.compute.training.tunables import Tunables
 from peerd.connections import Stream
 from peerd.engine_task import EngineTask
+from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -55,7 +56,6 @@ from peerd.protocol.pass_messages import (
 from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import CODECS, DTYPES
-from peerd.tensor_parts import receive_parts, send_parts
 from peerd.trio_tools import open_tasks
 
 # A client trains through one lane a hop; a few models and spans at once are plenty.

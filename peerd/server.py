@@ -15,9 +15,9 @@ from functools import partial
 
 import trio
 
-from peerd.client_adapters import UPLOAD_DEADLINE_S, AdapterRoom
 from peerd.connections import Connections, Stream
 from peerd.engine_task import EngineTask
+from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S, AdapterRoom
 from peerd.hosted_session import HostedSession
 from peerd.hosted_sessions import HostedSessions, SessionKey
 from peerd.links import open_link

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from peerd.client_adapters import AdapterRoom
 from peerd.compute.adapters.file import AdapterFile, open_adapter
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.attention.attention import register_attention
@@ -38,6 +37,7 @@ from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
 from peerd.compute.training.memory import PassMemory
+from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.protocol.adapters import adapter_id, check_name, name_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages import MAX_LENGTH

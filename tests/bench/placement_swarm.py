@@ -15,9 +15,9 @@ from typing import Any
 
 import trio
 
-from peerd.client_adapters import AdapterRoom
 from peerd.compute.fake_engine import FakeEngine
 from peerd.engine_task import EngineTask
+from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.first_span import Choice, choose_first
 from peerd.places import Places
 from peerd.protocol.identity import Identity, PeerId

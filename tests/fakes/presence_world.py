@@ -15,12 +15,12 @@ from peerd.client.finding.scout import Scout
 from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
-from peerd.client_adapters import AdapterRoom
 from peerd.compute.fake_engine import FakeEngine
 from peerd.connections import Connections, open_connections
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.engine_task import EngineTask
+from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain

@@ -16,12 +16,12 @@ import trio
 from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
-from peerd.client_adapters import AdapterRoom
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
+from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.frames import Priority

@@ -5,6 +5,7 @@ import torch
 import trio
 
 from peerd.compute.fake_engine import fake_forward
+from peerd.exchange.step_tensors import encoded
 from peerd.hosted_sessions import LINK_PATIENCE_S
 from peerd.links import dialable
 from peerd.protocol.addresses import Multiaddr
@@ -26,7 +27,6 @@ from peerd.protocol.records import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor
-from peerd.step_tensors import encoded
 
 WIDTH = 8
 SESSION = b"s" * 16

@@ -6,6 +6,7 @@ import trio
 
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.steps import BatchOutput
+from peerd.exchange.step_tensors import encoded
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -39,7 +40,6 @@ from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
 from peerd.protocol.tensors import TensorHeader, decode_tensor
 from peerd.server import IDLE_S, LINGER_S, MAX_SESSIONS_A_PEER
-from peerd.step_tensors import encoded
 
 WIDTH = 8
 MODEL = bytes(range(32))

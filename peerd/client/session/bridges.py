@@ -15,10 +15,10 @@ import trio
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener
+from peerd.exchange.step_tensors import priority_of
 from peerd.protocol.errors import PeerdError, PeerFault
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Bridge, LinkDown, Routed, Step
-from peerd.step_tensors import priority_of
 
 # The next hop answers us within this, or we cannot bridge its link.
 BRIDGE_ASK_S = 2.0

@@ -13,10 +13,10 @@ import trio
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.opener import Terms
 from peerd.client.session.step_log import Pending, StepLog
+from peerd.exchange.step_tensors import encoded, priority_of
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.messages import REPLAY_SEQ
 from peerd.protocol.tensors import DTYPES
-from peerd.step_tensors import encoded, priority_of
 
 
 class FirstHop:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 import trio
 
-from peerd.kept import Kept
+from peerd.exchange.replay_log import Kept
+from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages import Output, Step, Want
 from peerd.protocol.rows import Fork, Op, RowSlice
 from peerd.protocol.tensors import TensorHeader, decode_tensor
-from peerd.step_tensors import wanted_rows
 
 
 @dataclass(slots=True, eq=False)

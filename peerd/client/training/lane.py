@@ -17,6 +17,7 @@ import torch
 import trio
 
 from peerd.connections import Connections, Stream
+from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.protocol.errors import (
     ConnectionLost,
     PeerdError,
@@ -40,7 +41,6 @@ from peerd.protocol.pass_messages import (
 from peerd.protocol.schema import Message, parse
 from peerd.protocol.tensors import DTYPES
 from peerd.routing.chain import Hop
-from peerd.tensor_parts import receive_parts, send_parts
 from peerd.trio_tools import open_tasks
 
 # Dialling and the handshake, on a slow line; sending parameters takes as long as it takes.

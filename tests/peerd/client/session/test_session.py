@@ -10,10 +10,10 @@ import trio
 from peerd.client.session.mender import Patience
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv.layout import Keep
+from peerd.exchange.step_tensors import PREFILL_POSITIONS
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.step_tensors import PREFILL_POSITIONS
 
 WIDTH = 8
 BLOCKS = Span(0, 9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peerd.client.session.step_log import StepLog
-from peerd.kept import Kept, KeptTooLittle
+from peerd.exchange.replay_log import Kept, KeptTooLittle
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages import Output, Step
 from peerd.protocol.rows import Drop, Fork, RowSlice

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import torch
 
+from peerd.exchange.step_tensors import replay_steps
 from peerd.protocol.messages import REPLAY_SEQ, Step
 from peerd.retained import Retained
-from peerd.step_tensors import replay_steps
 
 Sent = tuple[Step, torch.Tensor]
 

@@ -6,10 +6,10 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.client_adapters import AdapterRoom, send_adapter
 from peerd.compute.adapters.lora import LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.compute.fake_engine import FAKE_LAYER, fake_forward
+from peerd.exchange.adapter_upload import AdapterRoom, send_adapter
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Granted, Loaded, MatrixA, MatrixB, Upload, adapter_id
 from peerd.protocol.errors import (
     Evicted,
@@ -423,7 +423,7 @@ def test_room_is_shared_among_owners():
     )
 )
 def test_whatever_is_uploaded_is_taken_or_refused_with_a_reason(messages):
-    from peerd.client_adapters import receive_adapter
+    from peerd.exchange.adapter_upload import receive_adapter
     from peerd.protocol.wire import RawMessage
 
     class Said:

@@ -1,0 +1,1 @@
+"""What both ends of a session share: steps kept and cut, tensors in parts, adapters, refusals."""
