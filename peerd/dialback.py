@@ -16,7 +16,9 @@ from ipaddress import IPv6Address, IPv6Network
 
 import trio
 
-from peerd.peer_connection import PeerConnection
+from peerd.net.peer_connection import PeerConnection
+from peerd.net.stream import Stream
+from peerd.net.transport import Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.dialback import (
     ANSWER_DEADLINE_S,
@@ -40,8 +42,6 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import Failure
 from peerd.protocol.noise import Handshake
 from peerd.protocol.schema import parse
-from peerd.stream import Stream
-from peerd.transport import Transport
 from peerd.trio_tools import at_once, open_tasks
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 import torch
 import trio
 
-from peerd.connections import Stream
 from peerd.exchange.replay_log import Kept, KeptTooLittle, Sent
 from peerd.exchange.step_tensors import encoded, priority_of
+from peerd.net.connections import Stream
 from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
 from peerd.protocol.messages import REPLAY_SEQ, Failure, Gap, LinkDown, Linked, NextHop, Routed, Step
 from peerd.protocol.schema import Message, parse

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 import trio
 
-from peerd.connections import Stream
 from peerd.downstream import Downstream, OpenLink
 from peerd.engine_task import EngineTask, StepGap
 from peerd.exchange.adapter_upload import AdapterRoom, receive_adapter
 from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
+from peerd.net.connections import Stream
 from peerd.protocol.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.errors import (
     BadResult,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from peerd.exchange.step_tensors import encoded
+from peerd.net.transport import MessageChannel
 from peerd.protocol.frames import (
     MAX_PAYLOAD_BYTES,
     Frame,
@@ -37,7 +38,6 @@ from peerd.protocol.span import Span
 from peerd.protocol.streams import INITIAL_CREDIT_BYTES
 from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.dht_messages import DHT_PROTOCOL, FindNode, FindValue, Ping, Store, pack_records
-from peerd.transport import MessageChannel
 
 Header = dict[str, Any]
 Conversation = tuple[str, tuple[tuple[Header, bytes], ...]]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import trio
 
-from peerd.connections import Connections, Stream
+from peerd.net.connections import Connections, Stream
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import CallerError, LinkFailed, Overloaded, PeerFault
 from peerd.protocol.frames import Priority

@@ -22,9 +22,9 @@ from peerd.compute.engine_errors import EngineError, InvalidStepError, NonFinite
 from peerd.compute.training.memory import PassTooLargeError
 from peerd.compute.training.passes import PassInput, PassRunner, Tape
 from peerd.compute.training.tunables import Tunables
-from peerd.connections import Stream
 from peerd.engine_task import EngineTask
 from peerd.exchange.tensor_parts import receive_parts, send_parts
+from peerd.net.connections import Stream
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,

@@ -21,11 +21,12 @@ import trio
 
 from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.connections import Connections, open_connections
 from peerd.dialback import DialbackAnswerer
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.imports import import_in_thread
+from peerd.net.connections import Connections, open_connections
+from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.errors import InvalidRequest
@@ -42,16 +43,15 @@ from peerd.routing.reachability import Announced, Reach
 from peerd.routing.rules import ChainRules
 from peerd.span_host import SpanHost
 from peerd.trio_tools import open_tasks
-from peerd.websocket import WebSocketTransport
 
 if TYPE_CHECKING:
     from peerd.client.model import ModelFacts, RemoteModel
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.model.head import Head
+    from peerd.net.transport import Transport
     from peerd.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec
-    from peerd.transport import Transport
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from random import Random
 
 import trio
 
-from peerd.connections import Connections, PeerConnection
 from peerd.dialback import ask_to_be_dialled
+from peerd.net.connections import Connections, PeerConnection
+from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import IpAddress, Multiaddr, public_network
 from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled
 from peerd.protocol.errors import ConnectionLost, PeerdError
@@ -37,7 +38,6 @@ from peerd.routing.reachability import (
     ports_for,
 )
 from peerd.trio_tools import at_once
-from peerd.wakefulness import watch_sleep
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ import logging
 
 import trio
 
-from peerd.circuits import CIRCUIT_PRIORITY
-from peerd.peer_connection import PeerConnection
+from peerd.net.circuits import CIRCUIT_PRIORITY
+from peerd.net.peer_connection import PeerConnection
+from peerd.net.stream import Stream
 from peerd.protocol.errors import (
     ConnectFailed,
     ConnectionLost,
@@ -42,7 +43,6 @@ from peerd.protocol.relay_messages import (
 )
 from peerd.protocol.schema import parse
 from peerd.relay_ledger import RelayLedger, RelayLimits
-from peerd.stream import Stream
 from peerd.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from peerd.gate import host_of
+from peerd.net.gate import host_of
 from peerd.protocol.addresses import IpAddress
 from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId

@@ -18,8 +18,8 @@ from types import MappingProxyType
 
 import trio
 
-from peerd.circuits import hear_caller, take_circuit
-from peerd.connections import Connections, PeerConnection, Stream
+from peerd.net.circuits import hear_caller, take_circuit
+from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, NotServed, Overloaded, PeerdError, PeerFault, Unresponsive
 from peerd.protocol.frames import Priority

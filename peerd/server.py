@@ -15,14 +15,14 @@ from functools import partial
 
 import trio
 
-from peerd.connections import Connections, Stream
 from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S, AdapterRoom
 from peerd.hosted_session import HostedSession
 from peerd.hosted_sessions import HostedSessions, SessionKey
 from peerd.links import open_link
+from peerd.net.connections import Connections, Stream
+from peerd.net.peer_connection import CLOSED
 from peerd.pass_server import PassServer, PassSpan
-from peerd.peer_connection import CLOSED
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
 from peerd.protocol.errors import (
     ConnectionLost,

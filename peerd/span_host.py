@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.checkpoints import Checkpoints, fetch_span
-from peerd.connections import Connections
 from peerd.discovery.discovery import Discovery
 from peerd.discovery.prober import Prober
 from peerd.imports import import_in_thread
 from peerd.model_names import ModelNames, words_for
 from peerd.neighbours import Neighbours
+from peerd.net.connections import Connections
 from peerd.places import Place, Places
 from peerd.protocol.adapters import name_of
 from peerd.protocol.errors import InvalidRequest

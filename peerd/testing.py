@@ -15,10 +15,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import trio
 
+from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost
 from peerd.protocol.liveness import Delivery
-from peerd.transport import MessageChannel
 
 # What a sender may have on its way: about a socket's two buffers.
 _PIPE_BYTES = 256 * 1024

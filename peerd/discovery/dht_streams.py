@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import trio
 
-from peerd.connections import Connections, Stream
 from peerd.links import dialable
+from peerd.net.connections import Connections, Stream
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.frames import Priority

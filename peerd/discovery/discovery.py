@@ -19,10 +19,11 @@ from random import Random
 
 import trio
 
-from peerd.connections import Connections, PeerConnection, Stream
 from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.discovery.rechecks import Proofs
 from peerd.links import dialable
+from peerd.net.connections import Connections, PeerConnection, Stream
+from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
 from peerd.protocol.errors import ConnectionLost
@@ -37,7 +38,6 @@ from peerd.routing.links import Links
 from peerd.routing.store import RecordStore
 from peerd.routing.table import Contact, load_contacts
 from peerd.trio_tools import open_tasks
-from peerd.wakefulness import watch_sleep
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import trio
 
-from peerd.connections import Connections, PeerConnection
+from peerd.net.connections import Connections, PeerConnection
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost, PeerFault
 from peerd.protocol.identity import PeerId

@@ -16,7 +16,7 @@ import torch
 import trio
 
 from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, within
-from peerd.connections import Connections, Stream
+from peerd.net.connections import Connections, Stream
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, MAX_PAIRS_A_BLOCK, Granted, Loaded, MatrixA, MatrixB, Upload
 from peerd.protocol.errors import (
     ConnectionLost,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from peerd.connections import Stream
+from peerd.net.connections import Stream
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.frames import Priority
 from peerd.protocol.pass_messages import PART_BYTES, Part, PassFailure

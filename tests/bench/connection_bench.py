@@ -18,7 +18,8 @@ from statistics import quantiles
 
 import trio
 
-from peerd.connections import Connections, PeerConnection, Stream, open_connections
+from peerd.net.connections import Connections, PeerConnection, Stream, open_connections
+from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity
@@ -27,7 +28,6 @@ from peerd.relay import Relay
 from peerd.relay_ledger import RelayLimits
 from peerd.reservations import open_reservations
 from peerd.routing.table import Contact
-from peerd.websocket import WebSocketTransport
 
 LISTEN = Multiaddr.parse("/ip4/127.0.0.1/tcp/0/ws")
 ECHO, DRAIN, FLOOD = "/bench/echo/1", "/bench/drain/1", "/bench/flood/1"

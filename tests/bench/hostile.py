@@ -44,6 +44,8 @@ from peerd.hostile import (
     mutated_bytes,
     mutated_header,
 )
+from peerd.net.transport import MessageChannel
+from peerd.net.websocket import WebSocketTransport
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault
@@ -52,8 +54,6 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import INFER_PROTOCOL
 from peerd.protocol.noise import Handshake
 from peerd.protocol.span import Span
-from peerd.transport import MessageChannel
-from peerd.websocket import WebSocketTransport
 
 # The pool is filled once before anything is measured: memory that the server committed at its start is not growth.
 KV_TOKENS = 2048

@@ -21,8 +21,8 @@ from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
+from peerd.net.connections import Connections, Stream, open_connections
 from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError

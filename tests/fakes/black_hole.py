@@ -11,11 +11,11 @@ import time
 
 import trio
 
-from peerd.connections import Connections, open_connections
+from peerd.net.connections import Connections, open_connections
+from peerd.net.stream import Stream
+from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
-from peerd.stream import Stream
-from peerd.websocket import WebSocketTransport
 
 LISTEN = Multiaddr.parse("/ip4/127.0.0.1/tcp/0/ws")
 STALL_S = 4.0

@@ -16,11 +16,11 @@ from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.fake_engine import FakeEngine
-from peerd.connections import Connections, open_connections
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import AdapterRoom
+from peerd.net.connections import Connections, open_connections
 from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain

@@ -6,7 +6,7 @@ from random import Random
 
 import trio
 
-from peerd.connections import open_connections
+from peerd.net.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages import Failure

@@ -19,9 +19,9 @@ from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.connections import Connections, Stream, open_connections
 from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import AdapterRoom
+from peerd.net.connections import Connections, Stream, open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.frames import Priority

@@ -13,8 +13,9 @@ from random import Random
 import pytest
 import trio
 
-from peerd.connections import Connections, PeerConnection, Stream
 from peerd.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
+from peerd.net.connections import Connections, PeerConnection, Stream
+from peerd.net.transport import MessageChannel
 from peerd.peer import Peer, open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
@@ -29,7 +30,6 @@ from peerd.relay_ledger import RelayLimits
 from peerd.reservations import open_reservations
 from peerd.routing.reachability import Announced, Reach
 from peerd.testing import MemoryNetwork, MemoryTransport
-from peerd.transport import MessageChannel
 
 EPOCH = 1_800_000_000.0
 PORT = 31330

@@ -23,10 +23,10 @@ from peerd.client.session.session import Session
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.connections import open_connections
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import AdapterRoom
+from peerd.net.connections import open_connections
 from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity

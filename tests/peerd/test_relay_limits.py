@@ -6,8 +6,8 @@ import pytest
 import trio
 from relay_world import ALL_ANSWERS, address, ask, id_of, open_world, reserve, say, until, way
 
-from peerd.circuits import CIRCUIT_PRIORITY
-from peerd.gate import MAX_UNPROVEN_AN_ADDRESS
+from peerd.net.circuits import CIRCUIT_PRIORITY
+from peerd.net.gate import MAX_UNPROVEN_AN_ADDRESS
 from peerd.protocol.errors import ConnectFailed, Overloaded, StreamReset
 from peerd.protocol.messages import Failure
 from peerd.protocol.relay_messages import (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import trio
 
-from peerd.connections import Connections, Stream
+from peerd.net.connections import Connections, Stream
 from peerd.protocol.errors import ConnectionLost, Unresponsive
 from peerd.protocol.frames import Priority
 from peerd.protocol.messages import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened

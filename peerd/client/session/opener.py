@@ -17,8 +17,8 @@ import trio
 from peerd.client.session.control_stream import ControlStream, open_control
 from peerd.client.session.live_chain import LiveChain
 from peerd.compute.adapters.lora import Lora, within
-from peerd.connections import Connections
 from peerd.exchange.adapter_upload import send_adapter
+from peerd.net.connections import Connections
 from peerd.protocol.adapters import OWN_ADAPTER
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.frames import Priority

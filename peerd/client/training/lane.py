@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 import trio
 
-from peerd.connections import Connections, Stream
 from peerd.exchange.tensor_parts import receive_parts, send_parts
+from peerd.net.connections import Connections, Stream
 from peerd.protocol.errors import (
     ConnectionLost,
     PeerdError,

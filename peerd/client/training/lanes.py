@@ -14,7 +14,7 @@ import trio
 
 from peerd.client.session.mender import RETRY_S, ChainFinder, Patience
 from peerd.client.training.lane import Lane, LaneTerms, open_lane
-from peerd.connections import Connections
+from peerd.net.connections import Connections
 from peerd.protocol.errors import (
     CallerError,
     Evicted,

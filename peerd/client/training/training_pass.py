@@ -18,7 +18,7 @@ import torch
 from peerd.client.session.mender import ChainFinder, Patience
 from peerd.client.training.lane import Lane, LaneTerms
 from peerd.client.training.lanes import PassChain
-from peerd.connections import Connections
+from peerd.net.connections import Connections
 from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.protocol.pass_messages import MAX_PASS_POSITIONS, MAX_PASS_ROWS
 from peerd.protocol.span import Span

@@ -12,11 +12,12 @@ from random import Random
 import pytest
 import trio
 
-from peerd.connections import Connections, open_connections
 from peerd.discovery.dht_streams import ANSWER_DEADLINE_S
 from peerd.discovery.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.neighbours import Neighbours
+from peerd.net.connections import Connections, open_connections
+from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
 from peerd.protocol.identity import Identity
@@ -29,7 +30,6 @@ from peerd.routing.dht_messages import DHT_PROTOCOL, Ping
 from peerd.routing.record_sets import servers_of
 from peerd.routing.rules import ChainRules
 from peerd.testing import MemoryNetwork, MemoryTransport
-from peerd.transport import MessageChannel
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))

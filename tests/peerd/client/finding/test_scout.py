@@ -13,9 +13,9 @@ import trio
 
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
-from peerd.connections import PeerConnection
 from peerd.discovery.prober import Prober
 from peerd.neighbours import FIRST_ROUND_S, Neighbours
+from peerd.net.connections import PeerConnection
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records import ServerRecord, block_roots
 from peerd.protocol.span import Span

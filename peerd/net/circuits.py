@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from peerd.net.stream import Stream, code_of
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, RelayLost, StreamReset
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
@@ -27,10 +28,9 @@ from peerd.protocol.relay_messages import (
     inner_message,
 )
 from peerd.protocol.schema import parse
-from peerd.stream import Stream, code_of
 
 if TYPE_CHECKING:
-    from peerd.peer_connection import PeerConnection
+    from peerd.net.peer_connection import PeerConnection
 
 # Behind what is urgent between us and the relay itself, before what is bulk.
 CIRCUIT_PRIORITY = Priority.PREFILL

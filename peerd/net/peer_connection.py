@@ -16,6 +16,9 @@ from typing import Protocol
 
 import trio
 
+from peerd.net.stream import Stream
+from peerd.net.transport import MessageChannel
+from peerd.net.uplink_meter import UplinkMeter
 from peerd.protocol import streams
 from peerd.protocol.connection import Connection
 from peerd.protocol.errors import (
@@ -34,9 +37,6 @@ from peerd.protocol.frames import Priority
 from peerd.protocol.hello import HELLO_PROTOCOL, Hello
 from peerd.protocol.identity import PeerId
 from peerd.protocol.stream_table import MAX_STREAMS
-from peerd.stream import Stream
-from peerd.transport import MessageChannel
-from peerd.uplink_meter import UplinkMeter
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from peerd.connections import open_connections
+from peerd.net.connections import open_connections
+from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import StreamReset
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity
 from peerd.testing import MemoryNetwork
-from peerd.websocket import WebSocketTransport
 
 MIB = 1 << 20
 # 100 Mbit/s: a 16 KiB frame takes 1.3 ms, 4 MiB take a third of a second.

@@ -20,7 +20,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.wire import Buffer, RawMessage
 
 if TYPE_CHECKING:
-    from peerd.peer_connection import PeerConnection
+    from peerd.net.peer_connection import PeerConnection
 
 # `send` waits while more than this is unsent: enough to keep the writer busy while the sender makes more.
 HIGH_WATER_BYTES = 256 * 1024

@@ -24,13 +24,13 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
+from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
 from peerd.protocol.frames import MAX_FRAME_BYTES
 from peerd.protocol.liveness import Delivery
 from peerd.protocol.noise import TAG_BYTES
 from peerd.tcp_info import delivery_of
-from peerd.transport import MessageChannel
 
 # Names the major version before the handshake binds it, so that a mismatch can be told from a wrong key.
 SUBPROTOCOL: Final = "peerd.1"

@@ -7,8 +7,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from peerd.connections import MIN_DIALLED, SPARED_S, open_connections
-from peerd.peer_connection import IDLE, IDLE_S
+from peerd.net.connections import MIN_DIALLED, SPARED_S, open_connections
+from peerd.net.peer_connection import IDLE, IDLE_S
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection import Connection
 from peerd.protocol.errors import (
@@ -618,7 +618,7 @@ async def test_who_was_dialled_closes_nothing_and_hears_why_it_was_left():
 
 
 async def test_whoever_comes_when_all_places_are_taken_gets_that_of_somebody_idle(monkeypatch):
-    monkeypatch.setattr("peerd.connections.MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("peerd.net.connections.MAX_CONNECTIONS", 2)
     async with _swarm() as swarm:
         own = await swarm.start(0, {"/sink/1": _sink})
         peers = [await swarm.start(number, listen=[]) for number in (1, 2, 3, 4)]

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import trio
 
-from peerd.connections import Stream, open_connections
+from peerd.net.connections import Stream, open_connections
+from peerd.net.uplink_meter import MIN_BYTES, UplinkMeter
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity
 from peerd.testing import MemoryNetwork
-from peerd.uplink_meter import MIN_BYTES, UplinkMeter
 
 MIB = 1024 * 1024
 

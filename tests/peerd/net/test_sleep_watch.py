@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from peerd.wakefulness import LOOK_S, watch_sleep
+from peerd.net.sleep_watch import LOOK_S, watch_sleep
 
 
 class Wall:

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 import trio
 
-from peerd.peer_connection import Owner, PeerConnection, StreamHandler
+from peerd.net.peer_connection import Owner, PeerConnection, StreamHandler
 from peerd.protocol.connection import Connection, Limits
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.hello import Hello

@@ -14,7 +14,7 @@ import trio
 
 from peerd.tcp_info import delivery_of
 
-PROGRAM = Path(__file__).parent.parent / "fakes" / "black_hole.py"
+PROGRAM = Path(__file__).parents[2] / "fakes" / "black_hole.py"
 IN_A_NAMESPACE = ("unshare", "--map-root-user", "--net")
 
 

@@ -16,14 +16,14 @@ from cryptography.x509.oid import NameOID
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import BytesMessage, Ping, Pong, Request, TextMessage
 
-from peerd.connections import open_connections
-from peerd.gate import Gate
+from peerd.net.connections import open_connections
+from peerd.net.gate import Gate
+from peerd.net.websocket import MAX_MESSAGE_BYTES, SUBPROTOCOL, WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
 from peerd.protocol.identity import Identity
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks
-from peerd.websocket import MAX_MESSAGE_BYTES, SUBPROTOCOL, WebSocketTransport
 
 LOOPBACK = Multiaddr.parse("/ip4/127.0.0.1/tcp/0/ws")
 real_time = pytest.mark.real_time

@@ -17,11 +17,13 @@ from types import MappingProxyType
 
 import trio
 
-from peerd.circuits import CircuitChannel, open_circuit
-from peerd.dial import ADDRESS_TIMEOUT_S, Dial
-from peerd.gate import Gate
-from peerd.loopback import loopback
-from peerd.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHandler
+from peerd.net.circuits import CircuitChannel, open_circuit
+from peerd.net.dial import ADDRESS_TIMEOUT_S, Dial
+from peerd.net.gate import Gate
+from peerd.net.loopback import loopback
+from peerd.net.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHandler
+from peerd.net.stream import Stream
+from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection import Connection, Limits
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
@@ -29,8 +31,6 @@ from peerd.protocol.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.hello import MAX_ITEMS, Hello
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.relay_messages import INNER_PAYLOAD_BYTES
-from peerd.stream import Stream
-from peerd.transport import MessageChannel, Transport
 from peerd.trio_tools import open_tasks
 
 __all__ = ["Connections", "PeerConnection", "Stream", "StreamHandler", "open_connections"]

@@ -1,0 +1,1 @@
+"""One connection a peer: transport, websocket, streams, circuits, the door."""
