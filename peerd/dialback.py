@@ -20,6 +20,7 @@ from peerd.net.peer_connection import PeerConnection
 from peerd.net.stream import Stream
 from peerd.net.transport import Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
+from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.dialback import (
     ANSWER_DEADLINE_S,
     DIALBACK_PROTOCOL,
@@ -40,7 +41,6 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import Failure
-from peerd.protocol.noise import Handshake
 from peerd.protocol.schema import parse
 from peerd.trio_tools import at_once, open_tasks
 

@@ -21,6 +21,7 @@ from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
 from peerd.protocol.adapters import OWN_ADAPTER, Upload
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -33,7 +34,6 @@ from peerd.protocol.errors import (
     Superseded,
     UnsupportedFeature,
 )
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import (
     FEATURES,

@@ -17,7 +17,7 @@ import torch
 
 from peerd.exchange.step_tensors import encoded
 from peerd.net.transport import MessageChannel
-from peerd.protocol.frames import (
+from peerd.protocol.connection.frames import (
     MAX_PAYLOAD_BYTES,
     Frame,
     Open,
@@ -26,16 +26,16 @@ from peerd.protocol.frames import (
     encode_data,
     encode_frame,
 )
-from peerd.protocol.hello import HELLO_PROTOCOL, Hello
+from peerd.protocol.connection.hello import HELLO_PROTOCOL, Hello
+from peerd.protocol.connection.noise import CipherState, Handshake
+from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES
 from peerd.protocol.identity import Identity, PeerId, node_id_of
 from peerd.protocol.messages import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, Route, Step
 from peerd.protocol.messages import Open as OpenSession
-from peerd.protocol.noise import CipherState, Handshake
 from peerd.protocol.packing import pack
 from peerd.protocol.records import PeerRecord, peer_key, sign_record
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.protocol.streams import INITIAL_CREDIT_BYTES
 from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.dht_messages import DHT_PROTOCOL, FindNode, FindValue, Ping, Store, pack_records
 

@@ -14,8 +14,8 @@ import trio
 
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import CallerError, LinkFailed, Overloaded, PeerFault
-from peerd.protocol.frames import Priority
 from peerd.protocol.messages import LINK_FROM_DOWNSTREAM, LINK_PROTOCOL, Failure, Link, Linked, NextHop
 from peerd.protocol.records import PeerRecord, SignedRecord, open_record
 from peerd.protocol.schema import parse

@@ -15,6 +15,7 @@ import trio
 from peerd.net.circuits import CIRCUIT_PRIORITY
 from peerd.net.peer_connection import PeerConnection
 from peerd.net.stream import Stream
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import (
     ConnectFailed,
     ConnectionLost,
@@ -26,7 +27,6 @@ from peerd.protocol.errors import (
     StreamReset,
     Unresponsive,
 )
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import Failure
 from peerd.protocol.relay_messages import (

@@ -24,6 +24,7 @@ from peerd.net.connections import Connections, Stream
 from peerd.net.peer_connection import CLOSED
 from peerd.pass_server import PassServer, PassSpan
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import (
     ConnectionLost,
     Draining,
@@ -36,7 +37,6 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import (
     CONTROL_FROM_CLIENT,

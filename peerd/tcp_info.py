@@ -11,7 +11,7 @@ import sys
 
 import trio
 
-from peerd.protocol.liveness import Delivery
+from peerd.protocol.connection.liveness import Delivery
 
 # tcpi_retransmits and tcpi_probes, counted since the last acknowledgement; tcpi_bytes_acked (Linux 4.1).
 _FIELDS = struct.Struct("@2xBB116xQ")

@@ -17,8 +17,8 @@ import trio
 
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.errors import ConnectFailed, ConnectionLost
-from peerd.protocol.liveness import Delivery
 
 # What a sender may have on its way: about a socket's two buffers.
 _PIPE_BYTES = 256 * 1024

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from peerd.protocol.connection.frames import HEADER_BYTES
+from peerd.protocol.connection.noise import TAG_BYTES
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.frames import HEADER_BYTES
 from peerd.protocol.identity import PeerId, public_key_of
 from peerd.protocol.messages import Failure
-from peerd.protocol.noise import TAG_BYTES
 from peerd.protocol.schema import Message, integer, required
 from peerd.protocol.wire import RawMessage
 

@@ -11,8 +11,8 @@ import trio
 from peerd.links import dialable
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
-from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Failure
 from peerd.protocol.records import MAX_RECORD_BYTES
 from peerd.routing.dht import Dht

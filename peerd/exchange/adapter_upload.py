@@ -18,6 +18,7 @@ import trio
 from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, within
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, MAX_PAIRS_A_BLOCK, Granted, Loaded, MatrixA, MatrixB, Upload
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import (
     ConnectionLost,
     InvalidRequest,
@@ -26,7 +27,6 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
-from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Failure
 from peerd.protocol.schema import Message, parse
 from peerd.protocol.span import Span

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peerd.protocol.frames import Priority
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.messages import REPLAY_SEQ, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.tensors import encode_tensor

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from peerd.net.connections import Stream
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.frames import Priority
 from peerd.protocol.pass_messages import PART_BYTES, Part, PassFailure
 from peerd.protocol.schema import parse
 from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor

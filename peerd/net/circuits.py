@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.net.stream import Stream, code_of
+from peerd.protocol.connection.frames import Priority
+from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, RelayLost, StreamReset
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
-from peerd.protocol.liveness import Delivery
 from peerd.protocol.messages import Failure
 from peerd.protocol.relay_messages import (
     MAX_INNER_BYTES,

@@ -25,10 +25,10 @@ from peerd.net.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHand
 from peerd.net.stream import Stream
 from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection import Connection, Limits
+from peerd.protocol.connection.connection import Connection, Limits
+from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
+from peerd.protocol.connection.hello import MAX_ITEMS, Hello
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
-from peerd.protocol.frames import MAX_PAYLOAD_BYTES, Priority
-from peerd.protocol.hello import MAX_ITEMS, Hello
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.relay_messages import INNER_PAYLOAD_BYTES
 from peerd.trio_tools import open_tasks

@@ -13,11 +13,11 @@ from ipaddress import IPv4Address, IPv6Address
 import trio
 
 from peerd.net.peer_connection import Owner, PeerConnection, StreamHandler
-from peerd.protocol.connection import Connection, Limits
+from peerd.protocol.connection.connection import Connection, Limits
+from peerd.protocol.connection.hello import Hello
+from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.errors import ConnectionLost
-from peerd.protocol.hello import Hello
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.liveness import Delivery
 
 # As much as a socket holds: an end that closes must not wait for the other to read its last words.
 _PIPE_MESSAGES = 16

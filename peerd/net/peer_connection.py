@@ -19,8 +19,18 @@ import trio
 from peerd.net.stream import Stream
 from peerd.net.transport import MessageChannel
 from peerd.net.uplink_meter import UplinkMeter
-from peerd.protocol import streams
-from peerd.protocol.connection import Connection
+from peerd.protocol.connection.connection import Connection, streams
+from peerd.protocol.connection.events import (
+    GoneAway,
+    HandshakeDone,
+    MessageSent,
+    StreamEnded,
+    StreamOpened,
+    StreamReadable,
+)
+from peerd.protocol.connection.frames import Priority
+from peerd.protocol.connection.hello import HELLO_PROTOCOL, Hello
+from peerd.protocol.connection.stream_table import MAX_STREAMS
 from peerd.protocol.errors import (
     ConnectionLost,
     HandshakeFailed,
@@ -32,11 +42,7 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
-from peerd.protocol.events import GoneAway, HandshakeDone, MessageSent, StreamEnded, StreamOpened, StreamReadable
-from peerd.protocol.frames import Priority
-from peerd.protocol.hello import HELLO_PROTOCOL, Hello
 from peerd.protocol.identity import PeerId
-from peerd.protocol.stream_table import MAX_STREAMS
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from peerd.protocol import streams
+from peerd.protocol.connection.connection import streams
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import PeerdError, StreamReset
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import PeerId
 from peerd.protocol.wire import Buffer, RawMessage
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import trio
 
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.liveness import Delivery
+from peerd.protocol.connection.liveness import Delivery
 
 
 class MessageChannel(Protocol):

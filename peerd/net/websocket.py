@@ -26,10 +26,10 @@ from trio_websocket import (
 
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.frames import MAX_FRAME_BYTES
+from peerd.protocol.connection.liveness import Delivery
+from peerd.protocol.connection.noise import TAG_BYTES
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
-from peerd.protocol.frames import MAX_FRAME_BYTES
-from peerd.protocol.liveness import Delivery
-from peerd.protocol.noise import TAG_BYTES
 from peerd.tcp_info import delivery_of
 
 # Names the major version before the handshake binds it, so that a mismatch can be told from a wrong key.

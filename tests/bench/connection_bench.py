@@ -21,7 +21,7 @@ import trio
 from peerd.net.connections import Connections, PeerConnection, Stream, open_connections
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.frames import Priority
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity
 from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.relay import Relay

@@ -48,11 +48,11 @@ from peerd.net.transport import MessageChannel
 from peerd.net.websocket import WebSocketTransport
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
+from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerFault
-from peerd.protocol.frames import Credit, Ping, Reset, encode_frame
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import INFER_PROTOCOL
-from peerd.protocol.noise import Handshake
 from peerd.protocol.span import Span
 
 # The pool is filled once before anything is measured: memory that the server committed at its start is not growth.

@@ -23,8 +23,8 @@ from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import Connections, Stream, open_connections
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import PeerdError
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import (
     CONTROL_FROM_HOP,

@@ -21,11 +21,11 @@ from peerd.hostile import (
     mutated_bytes,
     mutated_header,
 )
+from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
+from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerdError, PeerFault
-from peerd.protocol.frames import Credit, Ping, Reset, encode_frame
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages import INFER_PROTOCOL
-from peerd.protocol.noise import Handshake
 from peerd.protocol.span import Span
 from peerd.routing.dht import Dht
 from peerd.routing.dht_messages import DHT_PROTOCOL

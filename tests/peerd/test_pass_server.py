@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from peerd.client.training.training_pass import PassMaker, Trained
 from peerd.pass_server import HOST_BYTES, MAX_LANES_A_PEER
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import StreamReset
-from peerd.protocol.frames import Priority
 from peerd.protocol.pass_messages import (
     PASS_FROM_HOP,
     PASS_PROTOCOL,

@@ -18,9 +18,9 @@ from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.transport import MessageChannel
 from peerd.peer import Peer, open_peer
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.hello import Hello
 from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
 from peerd.protocol.errors import Overloaded, RemoteProtocolError, StreamReset, UnsupportedFeature
-from peerd.protocol.hello import Hello
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages import Failure
 from peerd.protocol.records import PeerRecord, ServerRecord

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerd.protocol import relay_messages
+from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES
+from peerd.protocol.connection.noise import TAG_BYTES
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.frames import MAX_PAYLOAD_BYTES
-from peerd.protocol.noise import TAG_BYTES
 from peerd.protocol.packing import unpack
 from peerd.protocol.relay_messages import (
     INNER_PAYLOAD_BYTES,

@@ -16,8 +16,8 @@ from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener
 from peerd.exchange.step_tensors import priority_of
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import PeerdError, PeerFault
-from peerd.protocol.frames import Priority
 from peerd.protocol.messages import Bridge, LinkDown, Routed, Step
 
 # The next hop answers us within this, or we cannot bridge its link.

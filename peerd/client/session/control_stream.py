@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import trio
 
 from peerd.net.connections import Connections, Stream
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import ConnectionLost, Unresponsive
-from peerd.protocol.frames import Priority
 from peerd.protocol.messages import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
 from peerd.protocol.schema import Message, parse
 from peerd.routing.chain import Hop

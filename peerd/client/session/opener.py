@@ -20,8 +20,8 @@ from peerd.compute.adapters.lora import Lora, within
 from peerd.exchange.adapter_upload import send_adapter
 from peerd.net.connections import Connections
 from peerd.protocol.adapters import OWN_ADAPTER
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import ConnectionLost, PeerdError
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import (
     PROGRESS_FROM_HOP,

@@ -22,6 +22,7 @@ from peerd.client.session.live_chain import MAX_NUMBERS, LiveChain
 from peerd.client.session.mender import ChainMender, Means, NumbersUsedUp, Wanted
 from peerd.client.session.pace_watch import PaceWatch
 from peerd.client.session.step_log import Pending, StepLog
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import (
     CallerError,
     ConnectionLost,
@@ -33,7 +34,6 @@ from peerd.protocol.errors import (
     RelayLost,
     RemoteProtocolError,
 )
-from peerd.protocol.frames import Priority
 from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
 from peerd.protocol.schema import Message
 from peerd.protocol.span import Span

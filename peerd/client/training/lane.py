@@ -18,6 +18,7 @@ import trio
 
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Connections, Stream
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import (
     ConnectionLost,
     PeerdError,
@@ -26,7 +27,6 @@ from peerd.protocol.errors import (
     Unresponsive,
     UnsupportedFeature,
 )
-from peerd.protocol.frames import Priority
 from peerd.protocol.pass_messages import (
     PASS_PROTOCOL,
     Backward,

@@ -10,7 +10,10 @@ from trio.testing import wait_all_tasks_blocked
 from peerd.net.connections import MIN_DIALLED, SPARED_S, open_connections
 from peerd.net.peer_connection import IDLE, IDLE_S
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection import Connection
+from peerd.protocol.connection.connection import Connection
+from peerd.protocol.connection.events import GoneAway, StreamOpened
+from peerd.protocol.connection.frames import Priority
+from peerd.protocol.connection.hello import HELLO_PROTOCOL
 from peerd.protocol.errors import (
     ConnectFailed,
     ConnectionLost,
@@ -23,9 +26,6 @@ from peerd.protocol.errors import (
     UnsupportedFeature,
     WrongPeer,
 )
-from peerd.protocol.events import GoneAway, StreamOpened
-from peerd.protocol.frames import Priority
-from peerd.protocol.hello import HELLO_PROTOCOL
 from peerd.protocol.identity import Identity
 from peerd.testing import MemoryNetwork
 

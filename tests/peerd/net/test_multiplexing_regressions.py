@@ -11,8 +11,8 @@ import trio
 from peerd.net.connections import open_connections
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import StreamReset
-from peerd.protocol.frames import Priority
 from peerd.protocol.identity import Identity
 from peerd.testing import MemoryNetwork
 

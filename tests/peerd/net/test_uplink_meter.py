@@ -6,7 +6,7 @@ import trio
 from peerd.net.connections import Stream, open_connections
 from peerd.net.uplink_meter import MIN_BYTES, UplinkMeter
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.frames import Priority
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity
 from peerd.testing import MemoryNetwork
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Final
 
+from peerd.protocol.connection.frames import MAX_CREDIT, Data, Priority
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
-from peerd.protocol.frames import MAX_CREDIT, Data, Priority
 from peerd.protocol.wire import Buffer, MessageReader, RawMessage, encode_message
 
 # What either side may send on a new stream at once; more comes with CREDIT. It is part of the protocol for

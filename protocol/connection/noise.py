@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from peerd.protocol.connection.noise_xx import KEY_BYTES, TAG_BYTES, CipherState, NoiseXX
 from peerd.protocol.errors import HandshakeFailed, LocalProtocolError, RemoteProtocolError, WrongPeer
 from peerd.protocol.identity import (
     SIGNATURE_BYTES,
@@ -21,7 +22,6 @@ from peerd.protocol.identity import (
     peer_id_of,
     verify,
 )
-from peerd.protocol.noise_xx import KEY_BYTES, TAG_BYTES, CipherState, NoiseXX
 
 __all__ = ["PROLOGUE", "SWARM_KEY_BYTES", "MAX_HANDSHAKE_BYTES", "TAG_BYTES", "CipherState", "Handshake"]
 

@@ -3,8 +3,8 @@
 import pytest
 
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.hello import Hello
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.hello import Hello
 from peerd.protocol.wire import MessageReader, encode_message
 
 HELLO = Hello(

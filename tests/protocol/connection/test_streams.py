@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
-from peerd.protocol.frames import MAX_CREDIT, Data, Priority
-from peerd.protocol.streams import (
+from peerd.protocol.connection.frames import MAX_CREDIT, Data, Priority
+from peerd.protocol.connection.streams import (
     INITIAL_CREDIT_BYTES,
     MAX_WINDOW_BYTES,
     TRANSITIONS,
@@ -18,6 +17,7 @@ from peerd.protocol.streams import (
     Step,
     Stream,
 )
+from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 from peerd.protocol.wire import encode_message
 
 FROM_PEER = {Step.DATA, Step.FIN, Step.CREDIT, Step.RESET}

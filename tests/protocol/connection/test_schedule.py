@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from peerd.protocol.frames import Priority
-from peerd.protocol.schedule import AGEING_FRAMES, Schedule
+from peerd.protocol.connection.frames import Priority
+from peerd.protocol.connection.schedule import AGEING_FRAMES, Schedule
 
 
 def _turns(schedule, streams, count):

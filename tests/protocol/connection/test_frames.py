@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.frames import (
+from peerd.protocol.connection.frames import (
     HEADER_BYTES,
     MAX_FRAME_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -21,8 +20,9 @@ from peerd.protocol.frames import (
     encode_data,
     encode_frame,
 )
+from peerd.protocol.errors import RemoteProtocolError
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/frames.json").read_text())["frames"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/frames.json").read_text())["frames"]
 
 
 def _bytes(vector):

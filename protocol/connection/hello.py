@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import ClassVar
 
 from peerd.protocol.addresses import MAX_ADDRESS_CHARS, MAX_IP_CHARS, Multiaddr, canonical_ip
-from peerd.protocol.frames import MAX_PROTOCOL_CHARS
+from peerd.protocol.connection.frames import MAX_PROTOCOL_CHARS
 from peerd.protocol.schema import Message, integer, many, optional, required, text
 
 HELLO_PROTOCOL = "/peerd/hello/1"

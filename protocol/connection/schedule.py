@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from peerd.protocol.frames import Priority
+from peerd.protocol.connection.frames import Priority
 
 # Frames of higher priority that pass a waiting stream before it counts as one level higher. At worst a
 # decode waits for one 16 KiB frame of bulk in 64 of its own.

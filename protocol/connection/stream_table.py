@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from peerd.protocol.connection.frames import MAX_STREAM_ID, Open, Priority
+from peerd.protocol.connection.liveness import Patience
+from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, Stream
 from peerd.protocol.errors import ConnectionLost, Overloaded, RemoteProtocolError
-from peerd.protocol.frames import MAX_STREAM_ID, Open, Priority
-from peerd.protocol.liveness import Patience
-from peerd.protocol.streams import INITIAL_CREDIT_BYTES, Stream
 
 # Streams that each side may have open that it opened itself. Both sides count, so it is part of the protocol.
 MAX_STREAMS = 256

@@ -8,19 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.protocol import noise
-from peerd.protocol.connection import Connection, Limits
-from peerd.protocol.errors import (
-    ConnectionLost,
-    HandshakeFailed,
-    LocalProtocolError,
-    Overloaded,
-    PeerdError,
-    RemoteProtocolError,
-    WrongPeer,
+from peerd.protocol.connection.connection import Connection, Limits, noise
+from peerd.protocol.connection.events import (
+    GoneAway,
+    HandshakeDone,
+    MessageSent,
+    StreamEnded,
+    StreamOpened,
+    StreamReadable,
 )
-from peerd.protocol.events import GoneAway, HandshakeDone, MessageSent, StreamEnded, StreamOpened, StreamReadable
-from peerd.protocol.frames import (
+from peerd.protocol.connection.frames import (
     MAX_FRAME_BYTES,
     Credit,
     Data,
@@ -33,10 +30,19 @@ from peerd.protocol.frames import (
     decode_frame,
     encode_frame,
 )
+from peerd.protocol.connection.noise import Handshake
+from peerd.protocol.connection.stream_table import MAX_STREAMS
+from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES
+from peerd.protocol.errors import (
+    ConnectionLost,
+    HandshakeFailed,
+    LocalProtocolError,
+    Overloaded,
+    PeerdError,
+    RemoteProtocolError,
+    WrongPeer,
+)
 from peerd.protocol.identity import Identity
-from peerd.protocol.noise import Handshake
-from peerd.protocol.stream_table import MAX_STREAMS
-from peerd.protocol.streams import INITIAL_CREDIT_BYTES
 
 DIALLER, LISTENER = Identity.from_seed(b"1" * 32), Identity.from_seed(b"2" * 32)
 MIB = 1024 * 1024

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import pytest
 
+from peerd.protocol.connection.frames import Pong
+from peerd.protocol.connection.liveness import Delivery, Liveness, Patience
 from peerd.protocol.errors import ConnectionLost, Unresponsive
-from peerd.protocol.frames import Pong
-from peerd.protocol.liveness import Delivery, Liveness, Patience
 
 # What a system says of its TCP: everything has arrived, or nothing has since.
 ARRIVES = Delivery(acknowledged_bytes=1000, unanswered=0)

@@ -13,14 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from peerd.protocol.errors import (
-    HandshakeFailed,
-    LocalProtocolError,
-    Overloaded,
-    PeerdError,
-    RemoteProtocolError,
-)
-from peerd.protocol.events import (
+from peerd.protocol.connection.events import (
     Event,
     GoneAway,
     HandshakeDone,
@@ -29,7 +22,7 @@ from peerd.protocol.events import (
     StreamOpened,
     StreamReadable,
 )
-from peerd.protocol.frames import (
+from peerd.protocol.connection.frames import (
     MAX_CREDIT,
     MAX_PAYLOAD_BYTES,
     Credit,
@@ -45,12 +38,19 @@ from peerd.protocol.frames import (
     encode_data,
     encode_frame,
 )
+from peerd.protocol.connection.liveness import Delivery, Liveness
+from peerd.protocol.connection.noise import CipherState, Handshake
+from peerd.protocol.connection.schedule import Schedule
+from peerd.protocol.connection.stream_table import Limits, StreamTable
+from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, State, Step, Stream
+from peerd.protocol.errors import (
+    HandshakeFailed,
+    LocalProtocolError,
+    Overloaded,
+    PeerdError,
+    RemoteProtocolError,
+)
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.liveness import Delivery, Liveness
-from peerd.protocol.noise import CipherState, Handshake
-from peerd.protocol.schedule import Schedule
-from peerd.protocol.stream_table import Limits, StreamTable
-from peerd.protocol.streams import INITIAL_CREDIT_BYTES, State, Step, Stream
 from peerd.protocol.wire import Buffer, RawMessage
 
 __all__ = ["Connection", "Limits"]

@@ -13,8 +13,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from peerd.protocol.connection.frames import Pong
 from peerd.protocol.errors import ConnectionLost, Unresponsive
-from peerd.protocol.frames import Pong
 
 _TOKEN = struct.Struct(">Q")
 # A timer that fires this late says that we slept.

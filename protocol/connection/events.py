@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peerd.protocol.connection.streams import Stream
 from peerd.protocol.identity import PeerId
-from peerd.protocol.streams import Stream
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""One connection between two peers: frames, Noise, streams, liveness."""
