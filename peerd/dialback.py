@@ -30,6 +30,7 @@ from peerd.protocol.dialback import (
     dial_address,
     may_dial,
 )
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
     InvalidRequest,
     Overloaded,
@@ -41,7 +42,6 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import Failure
-from peerd.protocol.schema import parse
 from peerd.trio_tools import at_once, open_tasks
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,8 @@ from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
 from peerd.protocol.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import Message
+from peerd.protocol.encoding.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -49,9 +51,7 @@ from peerd.protocol.messages import (
     Route,
     Step,
 )
-from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
 
 # More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2

@@ -29,10 +29,10 @@ from peerd.protocol.connection.frames import (
 from peerd.protocol.connection.hello import HELLO_PROTOCOL, Hello
 from peerd.protocol.connection.noise import CipherState, Handshake
 from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES
+from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity, PeerId, node_id_of
 from peerd.protocol.messages import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, Route, Step
 from peerd.protocol.messages import Open as OpenSession
-from peerd.protocol.packing import pack
 from peerd.protocol.records import PeerRecord, peer_key, sign_record
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span

@@ -25,6 +25,8 @@ from peerd.compute.training.tunables import Tunables
 from peerd.engine_task import EngineTask
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.encoding.tensors import CODECS, DTYPES
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -53,9 +55,7 @@ from peerd.protocol.pass_messages import (
     PassFailure,
     Result,
 )
-from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import CODECS, DTYPES
 from peerd.trio_tools import open_tasks
 
 # A client trains through one lane a hop; a few models and spans at once are plenty.

@@ -140,7 +140,7 @@ class Peer:
         from peerd.client.head_task import HeadTask
         from peerd.client.model import RemoteModel
         from peerd.client.session.opener import ChainOpener
-        from peerd.protocol.tensors import DTYPES
+        from peerd.protocol.encoding.tensors import DTYPES
 
         async with self._checkpoints.open(path, revision) as checkpoint:
             await fetch_head(checkpoint)
@@ -314,7 +314,7 @@ def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any, An
     from peerd.client.model import ModelFacts
     from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
     from peerd.compute.model.head import load_head
-    from peerd.protocol.tensors import DTYPE_NAMES
+    from peerd.protocol.encoding.tensors import DTYPE_NAMES
 
     facts = ModelFacts(
         name=checkpoint.name,

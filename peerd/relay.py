@@ -16,6 +16,7 @@ from peerd.net.circuits import CIRCUIT_PRIORITY
 from peerd.net.peer_connection import PeerConnection
 from peerd.net.stream import Stream
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
     ConnectFailed,
     ConnectionLost,
@@ -41,7 +42,6 @@ from peerd.protocol.relay_messages import (
     Reserved,
     inner_message,
 )
-from peerd.protocol.schema import parse
 from peerd.relay_ledger import RelayLedger, RelayLimits
 from peerd.token_bucket import TokenBucket
 

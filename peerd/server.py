@@ -25,6 +25,8 @@ from peerd.net.peer_connection import CLOSED
 from peerd.pass_server import PassServer, PassSpan
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.encoding.tensors import CODECS
 from peerd.protocol.errors import (
     ConnectionLost,
     Draining,
@@ -58,9 +60,7 @@ from peerd.protocol.messages import (
     Step,
 )
 from peerd.protocol.pass_messages import PASS_PROTOCOL, Begin
-from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import CODECS
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).
 LINGER_S = 15.0

@@ -39,11 +39,11 @@ from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
 from peerd.compute.training.memory import PassMemory
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.protocol.adapters import adapter_id, check_name, name_of
+from peerd.protocol.encoding.tensors import CODECS, DTYPE_NAMES, DTYPES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages import MAX_LENGTH
 from peerd.protocol.records import ServerRecord, block_roots
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import CODECS, DTYPE_NAMES, DTYPES
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peerd.protocol.schema import Message, binary, integer, mapping, required
+from peerd.protocol.encoding.schema import Message, binary, integer, mapping, required
 from peerd.protocol.span import MAX_BLOCKS
 
 ADAPTER_PROTOCOL = "/peerd/adapter/1"

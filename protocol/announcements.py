@@ -13,6 +13,19 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from peerd.protocol.addresses import MAX_ADDRESS_CHARS, Multiaddr
+from peerd.protocol.encoding.packing import pack, unpack
+from peerd.protocol.encoding.schema import (
+    Message,
+    Rule,
+    binary,
+    built,
+    choice,
+    group,
+    integer,
+    many,
+    optional,
+    required,
+)
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import (
     KEY_BYTES,
@@ -23,8 +36,6 @@ from peerd.protocol.identity import (
     peer_id_of,
     public_key_of,
 )
-from peerd.protocol.packing import pack, unpack
-from peerd.protocol.schema import Message, Rule, binary, built, choice, group, integer, many, optional, required
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 DIGEST_BYTES = 32

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from peerd.protocol.addresses import MAX_IP_CHARS, IpAddress, Multiaddr, canonical_ip, is_private_ip, private_range
-from peerd.protocol.schema import Message, choice, integer, many, required, text
+from peerd.protocol.encoding.schema import Message, choice, integer, many, required, text
 
 DIALBACK_PROTOCOL = "/peerd/dialback/1"
 

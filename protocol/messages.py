@@ -11,9 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from peerd.protocol.errors import NoRoom, Overloaded, PeerdError, from_wire
-from peerd.protocol.rows import Drop, Fork, Op, RowSlice
-from peerd.protocol.schema import (
+from peerd.protocol.encoding.schema import (
     Message,
     binary,
     built,
@@ -26,6 +24,8 @@ from peerd.protocol.schema import (
     required,
     text,
 )
+from peerd.protocol.errors import NoRoom, Overloaded, PeerdError, from_wire
+from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
 INFER_PROTOCOL = "/peerd/infer/2"
 LINK_PROTOCOL = "/peerd/link/2"

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peerd.protocol.errors import PeerdError, from_wire
-from peerd.protocol.messages import MAX_ERROR_TEXT, MAX_LENGTH, U32
-from peerd.protocol.schema import (
+from peerd.protocol.encoding.schema import (
     Message,
     binary,
     boolean,
@@ -23,6 +21,8 @@ from peerd.protocol.schema import (
     required,
     text,
 )
+from peerd.protocol.errors import PeerdError, from_wire
+from peerd.protocol.messages import MAX_ERROR_TEXT, MAX_LENGTH, U32
 
 PASS_PROTOCOL = "/peerd/pass/1"
 

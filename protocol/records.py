@@ -27,9 +27,9 @@ from peerd.protocol.announcements import (
     shards_of,
     split_keys_of,
 )
+from peerd.protocol.encoding.packing import pack, unpack
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId, peer_id_of, verify
-from peerd.protocol.packing import pack, unpack
 
 __all__ = [
     "MAX_RECORD_BYTES",

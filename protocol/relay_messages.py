@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Final
 
 from peerd.protocol.connection.frames import HEADER_BYTES
 from peerd.protocol.connection.noise import TAG_BYTES
+from peerd.protocol.encoding.schema import Message, integer, required
+from peerd.protocol.encoding.wire import RawMessage
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId, public_key_of
 from peerd.protocol.messages import Failure
-from peerd.protocol.schema import Message, integer, required
-from peerd.protocol.wire import RawMessage
 
 RELAY_PROTOCOL: Final = "/peerd/relay/1"
 CIRCUIT_PROTOCOL: Final = "/peerd/circuit/1"

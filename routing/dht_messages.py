@@ -14,10 +14,21 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.encoding.schema import (
+    Message,
+    binary,
+    boolean,
+    built,
+    choice,
+    group,
+    many,
+    optional,
+    required,
+    text,
+)
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import NODE_ID_BYTES, PEER_ID_CHARS, PeerId
 from peerd.protocol.records import MAX_RECORD_BYTES
-from peerd.protocol.schema import Message, binary, boolean, built, choice, group, many, optional, required, text
 from peerd.routing.table import Contact, PeerNode
 
 DHT_PROTOCOL = "/peerd/dht/1"

@@ -18,9 +18,9 @@ from kademlia.node import Node
 from kademlia.protocol import KademliaProtocol
 
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import CallerError, InvalidRequest, Overloaded, PeerFault, RemoteProtocolError
 from peerd.protocol.identity import PeerId
-from peerd.protocol.schema import Message, parse
 from peerd.routing.dht_messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,

@@ -31,8 +31,8 @@ from peerd.api.openai.chat_templates import open_chat_templates
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
 from peerd.api.tensors.messages import MAX_BODY_BYTES
+from peerd.protocol.encoding.wire import MAX_HEADER_BYTES
 from peerd.protocol.errors import InvalidRequest
-from peerd.protocol.wire import MAX_HEADER_BYTES
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:

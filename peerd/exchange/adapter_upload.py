@@ -19,6 +19,8 @@ from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, within
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, MAX_PAIRS_A_BLOCK, Granted, Loaded, MatrixA, MatrixB, Upload
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import Message, parse
+from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import (
     ConnectionLost,
     InvalidRequest,
@@ -28,9 +30,7 @@ from peerd.protocol.errors import (
     UnsupportedFeature,
 )
 from peerd.protocol.messages import Failure
-from peerd.protocol.schema import Message, parse
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.routing.chain import Hop
 from peerd.trio_tools import open_tasks
 

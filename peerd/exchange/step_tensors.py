@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.messages import REPLAY_SEQ, Step
 from peerd.protocol.rows import RowSlice
-from peerd.protocol.tensors import encode_tensor
 from peerd.retained import Retained
 
 # A step of at most this many positions is somebody waiting for a token; more is a prefill.

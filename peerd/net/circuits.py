@@ -15,6 +15,7 @@ import trio
 from peerd.net.stream import Stream, code_of
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.connection.liveness import Delivery
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, RelayLost, StreamReset
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import Failure
@@ -27,7 +28,6 @@ from peerd.protocol.relay_messages import (
     Incoming,
     inner_message,
 )
-from peerd.protocol.schema import parse
 
 if TYPE_CHECKING:
     from peerd.net.peer_connection import PeerConnection

@@ -15,9 +15,9 @@ import trio
 
 from peerd.protocol.connection.connection import streams
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import PeerdError, StreamReset
 from peerd.protocol.identity import PeerId
-from peerd.protocol.wire import Buffer, RawMessage
 
 if TYPE_CHECKING:
     from peerd.net.peer_connection import PeerConnection

@@ -43,6 +43,7 @@ from peerd.protocol.connection.noise import CipherState, Handshake
 from peerd.protocol.connection.schedule import Schedule
 from peerd.protocol.connection.stream_table import Limits, StreamTable
 from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, State, Step, Stream
+from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import (
     HandshakeFailed,
     LocalProtocolError,
@@ -51,7 +52,6 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
 )
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.wire import Buffer, RawMessage
 
 __all__ = ["Connection", "Limits"]
 

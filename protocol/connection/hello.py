@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from peerd.protocol.addresses import MAX_ADDRESS_CHARS, MAX_IP_CHARS, Multiaddr, canonical_ip
 from peerd.protocol.connection.frames import MAX_PROTOCOL_CHARS
-from peerd.protocol.schema import Message, integer, many, optional, required, text
+from peerd.protocol.encoding.schema import Message, integer, many, optional, required, text
 
 HELLO_PROTOCOL = "/peerd/hello/1"
 

@@ -14,8 +14,8 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from peerd.protocol.connection.frames import MAX_CREDIT, Data, Priority
+from peerd.protocol.encoding.wire import Buffer, MessageReader, RawMessage, encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
-from peerd.protocol.wire import Buffer, MessageReader, RawMessage, encode_message
 
 # What either side may send on a new stream at once; more comes with CREDIT. It is part of the protocol for
 # the stream's opener, and what we grant in OPEN. 256 streams of it bound what a peer can make us hold.

@@ -14,9 +14,9 @@ from random import Random
 import trio
 
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.encoding.packing import pack
 from peerd.protocol.errors import InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.packing import pack
 from peerd.routing.dht import Dht
 from peerd.routing.dht_messages import Packet
 from peerd.routing.store import RecordStore

@@ -47,9 +47,9 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
+from peerd.protocol.encoding.tensors import DTYPE_NAMES
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import DTYPE_NAMES
 
 NO_GPU = 3
 

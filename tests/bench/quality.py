@@ -16,7 +16,7 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.tokenizer import load_tokenizer
 from peerd.compute.model.head import Head
 from peerd.compute.model.span_model import SpanModel
-from peerd.protocol.tensors import decode_tensor, encode_tensor
+from peerd.protocol.encoding.tensors import decode_tensor, encode_tensor
 
 TEXT = Path(__file__).with_name("fixed_text.txt")
 

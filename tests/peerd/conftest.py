@@ -24,6 +24,7 @@ from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import Connections, Stream, open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import (
@@ -36,7 +37,6 @@ from peerd.protocol.messages import (
     Opened,
 )
 from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, sign_record
-from peerd.protocol.schema import Message, parse
 from peerd.protocol.span import Span
 from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter

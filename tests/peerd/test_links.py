@@ -9,6 +9,7 @@ from peerd.exchange.step_tensors import encoded
 from peerd.hosted_sessions import LINK_PATIENCE_S
 from peerd.links import dialable
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import CallerError, RemoteProtocolError, StreamReset, Superseded, TicketRefused
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages import (
@@ -26,7 +27,6 @@ from peerd.protocol.messages import (
 from peerd.protocol.records import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import TensorHeader, decode_tensor
 
 WIDTH = 8
 SESSION = b"s" * 16

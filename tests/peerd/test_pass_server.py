@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from peerd.client.training.training_pass import PassMaker, Trained
 from peerd.pass_server import HOST_BYTES, MAX_LANES_A_PEER
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import StreamReset
 from peerd.protocol.pass_messages import (
     PASS_FROM_HOP,
@@ -26,9 +28,7 @@ from peerd.protocol.pass_messages import (
     PassFailure,
     Result,
 )
-from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import encode_tensor
 
 MODEL = bytes(range(32))
 BLOCKS = Span(0, 3)

@@ -20,9 +20,9 @@ from relay_world import (
     way,
 )
 
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RelayLost, StreamReset, WrongPeer
 from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
-from peerd.protocol.schema import parse
 from peerd.relay import LINGER_S, Relay
 from peerd.relay_ledger import RelayLimits
 

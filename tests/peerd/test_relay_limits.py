@@ -8,6 +8,7 @@ from relay_world import ALL_ANSWERS, address, ask, id_of, open_world, reserve, s
 
 from peerd.net.circuits import CIRCUIT_PRIORITY
 from peerd.net.gate import MAX_UNPROVEN_AN_ADDRESS
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, Overloaded, StreamReset
 from peerd.protocol.messages import Failure
 from peerd.protocol.relay_messages import (
@@ -18,7 +19,6 @@ from peerd.protocol.relay_messages import (
     Connect,
     Connected,
 )
-from peerd.protocol.schema import parse
 from peerd.relay import MIN_CHARGED_BYTES
 from peerd.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
 from peerd.token_bucket import TokenBucket

@@ -7,6 +7,8 @@ import trio
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.steps import BatchOutput
 from peerd.exchange.step_tensors import encoded
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -36,9 +38,7 @@ from peerd.protocol.messages import (
     Step,
 )
 from peerd.protocol.rows import Drop, Fork, RowSlice
-from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import TensorHeader, decode_tensor
 from peerd.server import IDLE_S, LINGER_S, MAX_SESSIONS_A_PEER
 
 WIDTH = 8

@@ -20,9 +20,9 @@ from peerd.protocol.adapters import (
     is_adapter_id,
     name_of,
 )
+from peerd.protocol.encoding.packing import unpack
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
-from peerd.protocol.packing import unpack
-from peerd.protocol.schema import parse
 
 VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/adapters.json").read_text())
 MESSAGES = VECTORS["messages"]

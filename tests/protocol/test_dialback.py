@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from peerd.protocol.addresses import Multiaddr, canonical_ip, is_private_ip, private_range, public_network
 from peerd.protocol.dialback import MAX_PORTS, Dialled, DialMe, dial_address, may_dial
+from peerd.protocol.encoding.packing import pack, unpack
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.packing import pack, unpack
-from peerd.protocol.schema import parse
 
 VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/reachability.json").read_text())
 KINDS = {"question": DialMe, "answer": Dialled}

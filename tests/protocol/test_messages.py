@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerd.protocol import messages
+from peerd.protocol.encoding.packing import unpack
+from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
 from peerd.protocol.messages import Fork, Step
-from peerd.protocol.packing import unpack
-from peerd.protocol.schema import Message, parse
 
 VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/messages.json").read_text())["vectors"]
 EVERYBODY = (

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from peerd.protocol import relay_messages
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES
 from peerd.protocol.connection.noise import TAG_BYTES
+from peerd.protocol.encoding.packing import unpack
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.encoding.wire import RawMessage, encode_message
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.packing import unpack
 from peerd.protocol.relay_messages import (
     INNER_PAYLOAD_BYTES,
     MAX_INNER_BYTES,
@@ -23,8 +25,6 @@ from peerd.protocol.relay_messages import (
     Reserved,
     inner_message,
 )
-from peerd.protocol.schema import parse
-from peerd.protocol.wire import RawMessage, encode_message
 
 VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/relay.json").read_text())["vectors"]
 EVERYBODY = (Reserve, Reserved, Connect, Connected, Incoming, Accepted)

@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.encoding.packing import pack, unpack
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.packing import pack, unpack
 from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.dht import Dht

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.encoding.packing import pack, unpack
+from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import Identity
-from peerd.protocol.packing import pack, unpack
-from peerd.protocol.schema import Message, parse
 from peerd.routing.dht_messages import (
     MAX_CONTACT_ADDRESS_CHARS,
     MAX_CONTACT_ADDRESSES,

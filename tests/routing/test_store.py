@@ -6,8 +6,8 @@ from ipaddress import ip_address
 
 import pytest
 
+from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity
-from peerd.protocol.packing import pack
 from peerd.protocol.records import (
     MAX_TTL_S,
     SKEW_S,

@@ -27,13 +27,13 @@ from peerd.api.tensors.messages import (
     read_message,
     read_open,
 )
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
+from peerd.protocol.encoding.wire import RawMessage
 from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
 from peerd.protocol.messages import Failure, Output, Step
 from peerd.protocol.rows import RowSlice
-from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
-from peerd.protocol.wire import RawMessage
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.opener import Terms
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.exchange.step_tensors import encoded, priority_of
+from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.messages import REPLAY_SEQ
-from peerd.protocol.tensors import DTYPES
 
 
 class FirstHop:

@@ -21,6 +21,7 @@ from peerd.exchange.adapter_upload import send_adapter
 from peerd.net.connections import Connections
 from peerd.protocol.adapters import OWN_ADAPTER
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages import (
@@ -34,7 +35,6 @@ from peerd.protocol.messages import (
     Route,
 )
 from peerd.protocol.records import SignedRecord
-from peerd.protocol.schema import parse
 from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.adapters import AdapterNeed
 from peerd.routing.chain import Hop

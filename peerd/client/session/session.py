@@ -15,10 +15,10 @@ from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.supervisor import ChainKeeper
 from peerd.exchange.step_tensors import PREFILL_POSITIONS
+from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InternalError, InvalidRequest
 from peerd.protocol.messages import Want
 from peerd.protocol.rows import Op, RowSlice
-from peerd.protocol.tensors import DTYPES
 
 __all__ = ["Patience", "Session"]
 

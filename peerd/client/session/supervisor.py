@@ -23,6 +23,7 @@ from peerd.client.session.mender import ChainMender, Means, NumbersUsedUp, Wante
 from peerd.client.session.pace_watch import PaceWatch
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import Message
 from peerd.protocol.errors import (
     CallerError,
     ConnectionLost,
@@ -35,7 +36,6 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
 )
 from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
-from peerd.protocol.schema import Message
 from peerd.protocol.span import Span
 from peerd.routing.pace import Pace
 

@@ -19,6 +19,8 @@ import trio
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
+from peerd.protocol.encoding.schema import Message, parse
+from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import (
     ConnectionLost,
     PeerdError,
@@ -38,8 +40,6 @@ from peerd.protocol.pass_messages import (
     PassFailure,
     Result,
 )
-from peerd.protocol.schema import Message, parse
-from peerd.protocol.tensors import DTYPES
 from peerd.routing.chain import Hop
 from peerd.trio_tools import open_tasks
 

@@ -27,12 +27,12 @@ from peerd.cli.status import describe, show_status
 from peerd.client.model import ModelFacts, RemoteModel
 from peerd.compute.fake_engine import fake_forward
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages import Step
 from peerd.protocol.relay_messages import Reserved
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.reachability import Here
 from peerd.relay import Relay
 from peerd.relay_ledger import RelayLimits

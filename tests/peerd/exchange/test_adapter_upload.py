@@ -11,6 +11,8 @@ from peerd.compute.errors import AdapterError
 from peerd.compute.fake_engine import FAKE_LAYER, fake_forward
 from peerd.exchange.adapter_upload import AdapterRoom, send_adapter
 from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Granted, Loaded, MatrixA, MatrixB, Upload, adapter_id
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import (
     Evicted,
     InvalidRequest,
@@ -24,9 +26,7 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.messages import Failure, Step
 from peerd.protocol.rows import RowSlice
-from peerd.protocol.schema import parse
 from peerd.protocol.span import Span
-from peerd.protocol.tensors import encode_tensor
 
 WIDTH = 8
 BLOCKS = Span(0, 9)
@@ -424,7 +424,7 @@ def test_room_is_shared_among_owners():
 )
 def test_whatever_is_uploaded_is_taken_or_refused_with_a_reason(messages):
     from peerd.exchange.adapter_upload import receive_adapter
-    from peerd.protocol.wire import RawMessage
+    from peerd.protocol.encoding.wire import RawMessage
 
     class Said:
         """A stream whose peer says just that."""

@@ -4,8 +4,8 @@ import pytest
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.hello import Hello
+from peerd.protocol.encoding.wire import MessageReader, encode_message
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.wire import MessageReader, encode_message
 
 HELLO = Hello(
     agent="peerd/0.1.0",

@@ -17,8 +17,8 @@ from peerd.protocol.connection.streams import (
     Step,
     Stream,
 )
+from peerd.protocol.encoding.wire import encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
-from peerd.protocol.wire import encode_message
 
 FROM_PEER = {Step.DATA, Step.FIN, Step.CREDIT, Step.RESET}
 

@@ -5,10 +5,10 @@ import torch
 
 from peerd.client.session.step_log import StepLog
 from peerd.exchange.replay_log import Kept, KeptTooLittle
+from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages import Output, Step
 from peerd.protocol.rows import Drop, Fork, RowSlice
-from peerd.protocol.tensors import encode_tensor
 from peerd.retained import Retained
 
 WIDTH = 4

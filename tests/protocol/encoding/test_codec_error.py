@@ -30,7 +30,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from peerd.protocol.tensors import decode_tensor, encode_tensor
+from peerd.protocol.encoding.tensors import decode_tensor, encode_tensor
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 512,

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerd.protocol.encoding.packing import MAX_DEPTH, pack, unpack
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.packing import MAX_DEPTH, pack, unpack
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peerd.protocol.encoding.packing import pack
+from peerd.protocol.encoding.wire import FIRST_ALLOCATION_BYTES, MAX_HEADER_BYTES, MessageReader, encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
-from peerd.protocol.packing import pack
-from peerd.protocol.wire import FIRST_ALLOCATION_BYTES, MAX_HEADER_BYTES, MessageReader, encode_message
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/wire.json").read_text())["messages"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/wire.json").read_text())["messages"]
 MAX_BODY = 100
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from peerd.protocol.encoding.schema import Rule, choice, integer, many
 from peerd.protocol.errors import BadResult, LocalProtocolError, RemoteProtocolError, UnsupportedFeature
-from peerd.protocol.schema import Rule, choice, integer, many
 
 Body = bytes | bytearray | memoryview
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerd.protocol.encoding.tensors import CODECS, DTYPES, GROUP, TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import BadResult, LocalProtocolError, RemoteProtocolError, UnsupportedFeature
-from peerd.protocol.tensors import CODECS, DTYPES, GROUP, TensorHeader, decode_tensor, encode_tensor
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/tensors.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/tensors.json").read_text())
 MAX_ELEMENTS = 4096
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

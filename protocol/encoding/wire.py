@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from peerd.protocol.encoding.packing import MAX_DEPTH, pack, unpack
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
-from peerd.protocol.packing import MAX_DEPTH, pack, unpack
 
 Buffer = bytes | bytearray | memoryview
 
