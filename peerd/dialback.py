@@ -21,15 +21,6 @@ from peerd.net.stream import Stream
 from peerd.net.transport import Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.connection.noise import Handshake
-from peerd.protocol.dialback import (
-    ANSWER_DEADLINE_S,
-    DIALBACK_PROTOCOL,
-    Dialled,
-    DialMe,
-    Outcome,
-    dial_address,
-    may_dial,
-)
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
     InvalidRequest,
@@ -41,7 +32,16 @@ from peerd.protocol.errors import (
     WrongPeer,
 )
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import Failure
+from peerd.protocol.messages.dialback import (
+    ANSWER_DEADLINE_S,
+    DIALBACK_PROTOCOL,
+    Dialled,
+    DialMe,
+    Outcome,
+    dial_address,
+    may_dial,
+)
+from peerd.protocol.messages.session import Failure
 from peerd.trio_tools import at_once, open_tasks
 
 log = logging.getLogger(__name__)

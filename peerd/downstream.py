@@ -19,7 +19,7 @@ from peerd.exchange.step_tensors import encoded, priority_of
 from peerd.net.connections import Stream
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
-from peerd.protocol.messages import REPLAY_SEQ, Failure, Gap, LinkDown, Linked, NextHop, Routed, Step
+from peerd.protocol.messages.session import REPLAY_SEQ, Failure, Gap, LinkDown, Linked, NextHop, Routed, Step
 
 OpenLink = Callable[[NextHop], AbstractAsyncContextManager[tuple[Stream, Linked]]]
 """Dials the next hop, shows the ticket, yields the link and its answer. Raises LinkFailed."""

@@ -47,7 +47,7 @@ from peerd.protocol.errors import (
     PeerdError,
     UnsupportedFeature,
 )
-from peerd.protocol.messages import Open, Step
+from peerd.protocol.messages.session import Open, Step
 from peerd.protocol.span import Span
 
 T = TypeVar("T")

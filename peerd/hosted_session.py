@@ -20,7 +20,6 @@ from peerd.exchange.adapter_upload import AdapterRoom, receive_adapter
 from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
-from peerd.protocol.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
 from peerd.protocol.encoding.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
@@ -37,7 +36,8 @@ from peerd.protocol.errors import (
     UnsupportedFeature,
 )
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import (
+from peerd.protocol.messages.adapters import OWN_ADAPTER, Upload
+from peerd.protocol.messages.session import (
     FEATURES,
     REPLAY_SEQ,
     Bridge,

@@ -15,8 +15,8 @@ from peerd.engine_task import EngineTask
 from peerd.hosted_session import HostedSession
 from peerd.protocol.errors import TicketRefused
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import Link
-from peerd.protocol.tickets import Ticket, open_ticket
+from peerd.protocol.messages.session import Link
+from peerd.protocol.messages.tickets import Ticket, open_ticket
 
 # A ticket may overtake the client's `open`, since both travel at once.
 LINK_PATIENCE_S = 10.0

@@ -31,12 +31,12 @@ from peerd.protocol.connection.noise import CipherState, Handshake
 from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES
 from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity, PeerId, node_id_of
-from peerd.protocol.messages import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, Route, Step
-from peerd.protocol.messages import Open as OpenSession
+from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, Route, Step
+from peerd.protocol.messages.session import Open as OpenSession
+from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records import PeerRecord, peer_key, sign_record
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.dht_messages import DHT_PROTOCOL, FindNode, FindValue, Ping, Store, pack_records
 
 Header = dict[str, Any]

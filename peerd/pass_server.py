@@ -42,7 +42,7 @@ from peerd.protocol.errors import (
     UnsupportedFeature,
 )
 from peerd.protocol.identity import PeerId
-from peerd.protocol.pass_messages import (
+from peerd.protocol.messages.training import (
     MAX_PASS_POSITIONS,
     MAX_REQUESTS,
     PASS_FEATURES,

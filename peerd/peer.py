@@ -28,11 +28,11 @@ from peerd.imports import import_in_thread
 from peerd.net.connections import Connections, open_connections
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import MAX_LENGTH
-from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE
+from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
+from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
+from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
 from peerd.reachability import Reachability
 from peerd.reachable import dialable_forms

@@ -23,8 +23,8 @@ from peerd.net.connections import Connections, PeerConnection
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import IpAddress, Multiaddr, public_network
 from peerd.protocol.connection.hello import Hello
-from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled
 from peerd.protocol.errors import ConnectionLost, PeerdError
+from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled
 from peerd.routing.observed import ObservedIps
 from peerd.routing.reachability import (
     Announced,

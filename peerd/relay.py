@@ -29,8 +29,7 @@ from peerd.protocol.errors import (
     Unresponsive,
 )
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import Failure
-from peerd.protocol.relay_messages import (
+from peerd.protocol.messages.relay import (
     CIRCUIT_PROTOCOL,
     FROM_ACCEPTOR,
     MAX_INNER_BYTES,
@@ -42,6 +41,7 @@ from peerd.protocol.relay_messages import (
     Reserved,
     inner_message,
 )
+from peerd.protocol.messages.session import Failure
 from peerd.relay_ledger import RelayLedger, RelayLimits
 from peerd.token_bucket import TokenBucket
 

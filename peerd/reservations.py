@@ -25,8 +25,8 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import InvalidRequest, NotServed, Overloaded, PeerdError, PeerFault, Unresponsive
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import Failure
-from peerd.protocol.relay_messages import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELAY_ROLE, TO_RESERVED, Reserve, Reserved
+from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELAY_ROLE, TO_RESERVED, Reserve, Reserved
+from peerd.protocol.messages.session import Failure
 from peerd.routing.links import Links
 from peerd.routing.table import Contact
 from peerd.trio_tools import open_tasks

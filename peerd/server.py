@@ -23,7 +23,6 @@ from peerd.links import open_link
 from peerd.net.connections import Connections, Stream
 from peerd.net.peer_connection import CLOSED
 from peerd.pass_server import PassServer, PassSpan
-from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import CODECS
@@ -40,7 +39,8 @@ from peerd.protocol.errors import (
     UnsupportedFeature,
 )
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import (
+from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
+from peerd.protocol.messages.session import (
     CONTROL_FROM_CLIENT,
     FEATURES,
     INFER_PROTOCOL,
@@ -59,7 +59,7 @@ from peerd.protocol.messages import (
     Route,
     Step,
 )
-from peerd.protocol.pass_messages import PASS_PROTOCOL, Begin
+from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
 from peerd.protocol.span import Span
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).

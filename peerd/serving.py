@@ -38,10 +38,10 @@ from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
 from peerd.compute.training.memory import PassMemory
 from peerd.exchange.adapter_upload import AdapterRoom
-from peerd.protocol.adapters import adapter_id, check_name, name_of
 from peerd.protocol.encoding.tensors import CODECS, DTYPE_NAMES, DTYPES
 from peerd.protocol.errors import InvalidRequest
-from peerd.protocol.messages import MAX_LENGTH
+from peerd.protocol.messages.adapters import adapter_id, check_name, name_of
+from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records import ServerRecord, block_roots
 from peerd.protocol.span import Span
 

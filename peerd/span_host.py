@@ -24,9 +24,9 @@ from peerd.model_names import ModelNames, words_for
 from peerd.neighbours import Neighbours
 from peerd.net.connections import Connections
 from peerd.places import Place, Places
-from peerd.protocol.adapters import name_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
+from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
 from peerd.routing.rules import ChainRules
 

@@ -20,7 +20,7 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.heap import trim_heap
 from peerd.engine_task import EngineTask
-from peerd.protocol.messages import MAX_LENGTH
+from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
 from peerd.server import ServedSpan
 from peerd.serving import LoadedSpan, ServeSpec, load

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from peerd.protocol.adapters import name_of
 from peerd.protocol.errors import NoChain
+from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
 from peerd.routing.offer import Offer
 

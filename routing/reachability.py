@@ -15,7 +15,7 @@ from enum import Enum
 from random import Random
 
 from peerd.protocol.addresses import IpAddress, Multiaddr, is_private_ip
-from peerd.protocol.dialback import MAX_PORTS, Dialled, Outcome, dial_address
+from peerd.protocol.messages.dialback import MAX_PORTS, Dialled, Outcome, dial_address
 
 # Peers that dial us for one verdict, and one more where they do not agree.
 JUDGES = 2

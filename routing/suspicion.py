@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peerd.protocol.messages import Progress
+from peerd.protocol.messages.session import Progress
 
 # A device that ends turns will come to ours: so many times as long as a step should take may its queue be.
 BUSY_FACTOR = 8

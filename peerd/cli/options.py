@@ -17,9 +17,9 @@ import click
 from peerd.compute.checkpoint.hub.id import hub_id_of, parse_hub_id
 from peerd.compute.device.sizes import parse_size
 from peerd.compute.errors import CheckpointError
-from peerd.protocol.adapters import check_name
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId, public_key_of
+from peerd.protocol.messages.adapters import check_name
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 if TYPE_CHECKING:

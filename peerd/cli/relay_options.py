@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from peerd.cli.options import Command, parse_memory
-from peerd.protocol.relay_messages import MAX_RATE
+from peerd.protocol.messages.relay import MAX_RATE
 from peerd.relay_ledger import RelayLimits
 
 # A circuit passes messages of 16 KiB whole: slower than one a second it would be of no use to anybody.

@@ -21,9 +21,9 @@ from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import LoraAdapter, within
 from peerd.compute.errors import AdapterError
-from peerd.protocol.adapters import is_adapter_id
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
-from peerd.protocol.messages import DEFAULT_MAX_STEPS
+from peerd.protocol.messages.adapters import is_adapter_id
+from peerd.protocol.messages.session import DEFAULT_MAX_STEPS
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:

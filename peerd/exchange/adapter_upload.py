@@ -17,7 +17,6 @@ import trio
 
 from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, within
 from peerd.net.connections import Connections, Stream
-from peerd.protocol.adapters import ADAPTER_PROTOCOL, MAX_PAIRS_A_BLOCK, Granted, Loaded, MatrixA, MatrixB, Upload
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
@@ -29,7 +28,16 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
-from peerd.protocol.messages import Failure
+from peerd.protocol.messages.adapters import (
+    ADAPTER_PROTOCOL,
+    MAX_PAIRS_A_BLOCK,
+    Granted,
+    Loaded,
+    MatrixA,
+    MatrixB,
+    Upload,
+)
+from peerd.protocol.messages.session import Failure
 from peerd.protocol.span import Span
 from peerd.routing.chain import Hop
 from peerd.trio_tools import open_tasks

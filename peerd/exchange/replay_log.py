@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from peerd.exchange.step_tensors import replay_steps
-from peerd.protocol.messages import REPLAY_SEQ, Step
+from peerd.protocol.messages.session import REPLAY_SEQ, Step
 from peerd.retained import Retained
 
 Sent = tuple[Step, torch.Tensor]

@@ -10,7 +10,7 @@ import torch
 
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.tensors import encode_tensor
-from peerd.protocol.messages import REPLAY_SEQ, Step
+from peerd.protocol.messages.session import REPLAY_SEQ, Step
 from peerd.protocol.rows import RowSlice
 from peerd.retained import Retained
 

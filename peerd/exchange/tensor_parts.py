@@ -15,7 +15,7 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.pass_messages import PART_BYTES, Part, PassFailure
+from peerd.protocol.messages.training import PART_BYTES, Part, PassFailure
 
 # The widest value that a codec writes, scales included.
 _BYTES_A_VALUE = 5

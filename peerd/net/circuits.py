@@ -18,8 +18,7 @@ from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerdError, PeerFault, RelayLost, StreamReset
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import Failure
-from peerd.protocol.relay_messages import (
+from peerd.protocol.messages.relay import (
     MAX_INNER_BYTES,
     RELAY_PROTOCOL,
     TO_CALLER,
@@ -28,6 +27,7 @@ from peerd.protocol.relay_messages import (
     Incoming,
     inner_message,
 )
+from peerd.protocol.messages.session import Failure
 
 if TYPE_CHECKING:
     from peerd.net.peer_connection import PeerConnection

@@ -30,7 +30,7 @@ from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.connection.hello import MAX_ITEMS, Hello
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.relay_messages import INNER_PAYLOAD_BYTES
+from peerd.protocol.messages.relay import INNER_PAYLOAD_BYTES
 from peerd.trio_tools import open_tasks
 
 __all__ = ["Connections", "PeerConnection", "Stream", "StreamHandler", "open_connections"]

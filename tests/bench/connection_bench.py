@@ -23,7 +23,7 @@ from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity
-from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE
+from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.relay import Relay
 from peerd.relay_ledger import RelayLimits
 from peerd.reservations import open_reservations

@@ -36,7 +36,7 @@ from peerd.client.session.session import Session
 from peerd.compute import checkpoint as checkpoints
 from peerd.peer import Peer, open_peer
 from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
-from peerd.protocol.messages import MAX_LENGTH
+from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.serving import ServeSpec

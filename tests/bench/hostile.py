@@ -52,7 +52,7 @@ from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import INFER_PROTOCOL
+from peerd.protocol.messages.session import INFER_PROTOCOL
 from peerd.protocol.span import Span
 
 # The pool is filled once before anything is measured: memory that the server committed at its start is not growth.

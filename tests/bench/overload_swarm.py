@@ -27,7 +27,7 @@ from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import INFER_PROTOCOL
+from peerd.protocol.messages.session import INFER_PROTOCOL
 from peerd.protocol.records import (
     Announcement,
     PeerRecord,

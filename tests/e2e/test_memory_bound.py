@@ -16,7 +16,7 @@ from peerd.cli.processes import open_peer_processes
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.fake_engine import FakeEngine
 from peerd.engine_task import EngineTask
-from peerd.protocol.messages import MAX_LENGTH
+from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records import ServerRecord
 from peerd.server import ServedSpan
 

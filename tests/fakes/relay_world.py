@@ -10,8 +10,8 @@ from peerd.net.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.identity import Identity
-from peerd.protocol.messages import Failure
-from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE, Accepted, Connected, Incoming, Reserve, Reserved
+from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Accepted, Connected, Incoming, Reserve, Reserved
+from peerd.protocol.messages.session import Failure
 from peerd.relay import Relay
 from peerd.relay_ledger import RelayLimits
 from peerd.reservations import open_reservations

@@ -27,7 +27,7 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import (
+from peerd.protocol.messages.session import (
     CONTROL_FROM_HOP,
     INFER_PROTOCOL,
     LINK_FROM_DOWNSTREAM,
@@ -36,9 +36,9 @@ from peerd.protocol.messages import (
     Open,
     Opened,
 )
+from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, sign_record
 from peerd.protocol.span import Span
-from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.links import Links

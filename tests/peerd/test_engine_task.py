@@ -17,7 +17,7 @@ from peerd.compute.steps import BatchOutput
 from peerd.device_work import MAX_JOBS_AN_OWNER
 from peerd.engine_task import EngineTask, StepGap
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
-from peerd.protocol.messages import NextHop, Open, Step
+from peerd.protocol.messages.session import NextHop, Open, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 

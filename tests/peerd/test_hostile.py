@@ -25,7 +25,7 @@ from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerdError, PeerFault
 from peerd.protocol.identity import Identity
-from peerd.protocol.messages import INFER_PROTOCOL
+from peerd.protocol.messages.session import INFER_PROTOCOL
 from peerd.protocol.span import Span
 from peerd.routing.dht import Dht
 from peerd.routing.dht_messages import DHT_PROTOCOL

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from peerd.protocol.identity import Identity
-from peerd.protocol.messages import LinkDown, NextHop
+from peerd.protocol.messages.session import LinkDown, NextHop
 from peerd.protocol.records import PeerRecord, sign_record
 
 

@@ -12,7 +12,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import CallerError, RemoteProtocolError, StreamReset, Superseded, TicketRefused
 from peerd.protocol.identity import Identity
-from peerd.protocol.messages import (
+from peerd.protocol.messages.session import (
     LINK_PROTOCOL,
     Failure,
     Link,

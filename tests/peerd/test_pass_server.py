@@ -16,7 +16,7 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import StreamReset
-from peerd.protocol.pass_messages import (
+from peerd.protocol.messages.training import (
     PASS_FROM_HOP,
     PASS_PROTOCOL,
     Backward,

@@ -19,10 +19,10 @@ from peerd.net.transport import MessageChannel
 from peerd.peer import Peer, open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.hello import Hello
-from peerd.protocol.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
 from peerd.protocol.errors import Overloaded, RemoteProtocolError, StreamReset, UnsupportedFeature
 from peerd.protocol.identity import Identity
-from peerd.protocol.messages import Failure
+from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
+from peerd.protocol.messages.session import Failure
 from peerd.protocol.records import PeerRecord, ServerRecord
 from peerd.protocol.span import Span
 from peerd.reachability import SETTLE_S, Reachability

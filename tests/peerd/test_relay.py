@@ -22,7 +22,7 @@ from relay_world import (
 
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RelayLost, StreamReset, WrongPeer
-from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
+from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
 from peerd.relay import LINGER_S, Relay
 from peerd.relay_ledger import RelayLimits
 

@@ -10,8 +10,7 @@ from peerd.net.circuits import CIRCUIT_PRIORITY
 from peerd.net.gate import MAX_UNPROVEN_AN_ADDRESS
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, Overloaded, StreamReset
-from peerd.protocol.messages import Failure
-from peerd.protocol.relay_messages import (
+from peerd.protocol.messages.relay import (
     CIRCUIT_PROTOCOL,
     MAX_INNER_BYTES,
     RELAY_PROTOCOL,
@@ -19,6 +18,7 @@ from peerd.protocol.relay_messages import (
     Connect,
     Connected,
 )
+from peerd.protocol.messages.session import Failure
 from peerd.relay import MIN_CHARGED_BYTES
 from peerd.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
 from peerd.token_bucket import TokenBucket

@@ -9,7 +9,7 @@ import trio
 from relay_world import LATENCY_S, LISTEN, address, ask, id_of, open_world, until
 
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.relay_messages import RELAY_PROTOCOL, RELAY_ROLE
+from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.relay import Relay
 from peerd.relay_ledger import RelayLimits
 from peerd.reservations import ADDRESSES_A_RELAY, MAX_ASKED, WANTED_RELAYS, Reservations, _addresses_of

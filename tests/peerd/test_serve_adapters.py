@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import peerd
 from peerd.cli.main import cli
 from peerd.compute.errors import AdapterError
-from peerd.protocol.adapters import name_of
+from peerd.protocol.messages.adapters import name_of
 from peerd.testing import MemoryNetwork
 
 LISTEN = "/ip4/10.0.0.1/tcp/4000/ws"

@@ -23,7 +23,7 @@ from peerd.protocol.errors import (
     Superseded,
     UnsupportedFeature,
 )
-from peerd.protocol.messages import (
+from peerd.protocol.messages.session import (
     PROGRESS_FROM_HOP,
     PROGRESS_PROTOCOL,
     Ask,

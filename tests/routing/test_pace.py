@@ -2,7 +2,7 @@
 
 import pytest
 
-from peerd.protocol.messages import Progress
+from peerd.protocol.messages.session import Progress
 from peerd.routing.pace import CEILING_S, FLOOR_S, UNKNOWN_S, Pace
 from peerd.routing.suspicion import BUSY_FACTOR, UNKNOWN_HOLD_S, Hung, Stuck, Suspicion
 

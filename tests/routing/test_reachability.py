@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.dialback import Dialled, Outcome
+from peerd.protocol.messages.dialback import Dialled, Outcome
 from peerd.routing.reachability import Finding, Reach, announced, find, is_void, more_judges, next_check_s, ports_for
 
 PORT = 31330

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peerd.api.fields import Fields
-from peerd.protocol.messages import MAX_ROWS
+from peerd.protocol.messages.session import MAX_ROWS
 
 # OpenAI's own limits.
 MAX_CHOICES = 128

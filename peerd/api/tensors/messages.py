@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from peerd.protocol.encoding.schema import Message, boolean, integer, many, mapping, optional, parse, required, text
 from peerd.protocol.encoding.wire import Buffer, MessageReader, RawMessage, encode_message
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.messages import MAX_LENGTH, MAX_ROWS, U32, Step
+from peerd.protocol.messages.session import MAX_LENGTH, MAX_ROWS, U32, Step
 
 # A step of 4096 positions of the widest models, as float32.
 MAX_BODY_BYTES = 256 * 1024 * 1024

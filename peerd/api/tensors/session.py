@@ -31,7 +31,7 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.encoding.wire import RawMessage
 from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
-from peerd.protocol.messages import Failure, Output, Step
+from peerd.protocol.messages.session import Failure, Output, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.trio_tools import open_tasks

@@ -18,7 +18,7 @@ from peerd.client.session.opener import ChainOpener
 from peerd.exchange.step_tensors import priority_of
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import PeerdError, PeerFault
-from peerd.protocol.messages import Bridge, LinkDown, Routed, Step
+from peerd.protocol.messages.session import Bridge, LinkDown, Routed, Step
 
 # The next hop answers us within this, or we cannot bridge its link.
 BRIDGE_ASK_S = 2.0

@@ -14,7 +14,7 @@ from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import ConnectionLost, Unresponsive
-from peerd.protocol.messages import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
+from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
 from peerd.routing.chain import Hop
 
 # A bridge costs two links instead of one, and our own line.

@@ -16,7 +16,7 @@ from peerd.client.session.step_log import Pending, StepLog
 from peerd.exchange.step_tensors import encoded, priority_of
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import PeerFault
-from peerd.protocol.messages import REPLAY_SEQ
+from peerd.protocol.messages.session import REPLAY_SEQ
 
 
 class FirstHop:

@@ -19,12 +19,12 @@ from peerd.client.session.live_chain import LiveChain
 from peerd.compute.adapters.lora import Lora, within
 from peerd.exchange.adapter_upload import send_adapter
 from peerd.net.connections import Connections
-from peerd.protocol.adapters import OWN_ADAPTER
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages import (
+from peerd.protocol.messages.adapters import OWN_ADAPTER
+from peerd.protocol.messages.session import (
     PROGRESS_FROM_HOP,
     PROGRESS_PROTOCOL,
     Ask,
@@ -34,8 +34,8 @@ from peerd.protocol.messages import (
     Progress,
     Route,
 )
+from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records import SignedRecord
-from peerd.protocol.tickets import Ticket, sign_ticket
 from peerd.routing.adapters import AdapterNeed
 from peerd.routing.chain import Hop
 

@@ -19,7 +19,7 @@ from peerd.client.session.opener import ChainOpener
 from peerd.client.session.step_log import StepLog
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import Progress
+from peerd.protocol.messages.session import Progress
 from peerd.routing.pace import FLOOR_S, Pace
 from peerd.routing.suspicion import Hung, Stuck, Suspicion
 

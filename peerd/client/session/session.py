@@ -17,7 +17,7 @@ from peerd.client.session.supervisor import ChainKeeper
 from peerd.exchange.step_tensors import PREFILL_POSITIONS
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InternalError, InvalidRequest
-from peerd.protocol.messages import Want
+from peerd.protocol.messages.session import Want
 from peerd.protocol.rows import Op, RowSlice
 
 __all__ = ["Patience", "Session"]

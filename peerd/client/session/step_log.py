@@ -16,7 +16,7 @@ from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
-from peerd.protocol.messages import Output, Step, Want
+from peerd.protocol.messages.session import Output, Step, Want
 from peerd.protocol.rows import Fork, Op, RowSlice
 
 

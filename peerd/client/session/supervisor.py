@@ -35,7 +35,7 @@ from peerd.protocol.errors import (
     RelayLost,
     RemoteProtocolError,
 )
-from peerd.protocol.messages import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
+from peerd.protocol.messages.session import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
 from peerd.protocol.span import Span
 from peerd.routing.pace import Pace
 

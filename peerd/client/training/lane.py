@@ -29,7 +29,7 @@ from peerd.protocol.errors import (
     Unresponsive,
     UnsupportedFeature,
 )
-from peerd.protocol.pass_messages import (
+from peerd.protocol.messages.training import (
     PASS_PROTOCOL,
     Backward,
     Begin,

@@ -20,7 +20,7 @@ from peerd.client.training.lane import Lane, LaneTerms
 from peerd.client.training.lanes import PassChain
 from peerd.net.connections import Connections
 from peerd.protocol.errors import InvalidRequest, PeerdError
-from peerd.protocol.pass_messages import MAX_PASS_POSITIONS, MAX_PASS_ROWS
+from peerd.protocol.messages.training import MAX_PASS_POSITIONS, MAX_PASS_ROWS
 from peerd.protocol.span import Span
 from peerd.trio_tools import at_once
 

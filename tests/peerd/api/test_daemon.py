@@ -29,8 +29,8 @@ from peerd.compute.fake_engine import fake_forward
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages import Step
-from peerd.protocol.relay_messages import Reserved
+from peerd.protocol.messages.relay import Reserved
+from peerd.protocol.messages.session import Step
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.reachability import Here

@@ -21,7 +21,7 @@ from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
 from peerd.protocol.identity import Identity
-from peerd.protocol.messages import Failure
+from peerd.protocol.messages.session import Failure
 from peerd.protocol.records import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S

@@ -10,7 +10,6 @@ from peerd.compute.adapters.lora import LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.compute.fake_engine import FAKE_LAYER, fake_forward
 from peerd.exchange.adapter_upload import AdapterRoom, send_adapter
-from peerd.protocol.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Granted, Loaded, MatrixA, MatrixB, Upload, adapter_id
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import (
@@ -24,7 +23,17 @@ from peerd.protocol.errors import (
     StreamReset,
     UnsupportedFeature,
 )
-from peerd.protocol.messages import Failure, Step
+from peerd.protocol.messages.adapters import (
+    ADAPTER_PROTOCOL,
+    OWN_ADAPTER,
+    Granted,
+    Loaded,
+    MatrixA,
+    MatrixB,
+    Upload,
+    adapter_id,
+)
+from peerd.protocol.messages.session import Failure, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 

@@ -7,7 +7,7 @@ from peerd.client.session.step_log import StepLog
 from peerd.exchange.replay_log import Kept, KeptTooLittle
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
-from peerd.protocol.messages import Output, Step
+from peerd.protocol.messages.session import Output, Step
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.retained import Retained
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerd.protocol.addresses import Multiaddr, canonical_ip, is_private_ip, private_range, public_network
-from peerd.protocol.dialback import MAX_PORTS, Dialled, DialMe, dial_address, may_dial
 from peerd.protocol.encoding.packing import pack, unpack
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.messages.dialback import MAX_PORTS, Dialled, DialMe, dial_address, may_dial
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/reachability.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/reachability.json").read_text())
 KINDS = {"question": DialMe, "answer": Dialled}
 IPS = st.ip_addresses()
 

@@ -15,7 +15,7 @@ from peerd.protocol.encoding.schema import Message, integer, required
 from peerd.protocol.encoding.wire import RawMessage
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId, public_key_of
-from peerd.protocol.messages import Failure
+from peerd.protocol.messages.session import Failure
 
 RELAY_PROTOCOL: Final = "/peerd/relay/1"
 CIRCUIT_PROTOCOL: Final = "/peerd/circuit/1"

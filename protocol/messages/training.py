@@ -22,7 +22,7 @@ from peerd.protocol.encoding.schema import (
     text,
 )
 from peerd.protocol.errors import PeerdError, from_wire
-from peerd.protocol.messages import MAX_ERROR_TEXT, MAX_LENGTH, U32
+from peerd.protocol.messages.session import MAX_ERROR_TEXT, MAX_LENGTH, U32
 
 PASS_PROTOCOL = "/peerd/pass/1"
 

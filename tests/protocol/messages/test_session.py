@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.protocol import messages
 from peerd.protocol.encoding.packing import unpack
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
-from peerd.protocol.messages import Fork, Step
+from peerd.protocol.messages.session import Fork, Step
+from peerd.protocol.messages.session import session as messages
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/messages.json").read_text())["vectors"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/messages.json").read_text())["vectors"]
 EVERYBODY = (
     *messages.CONTROL_FROM_CLIENT,
     *messages.CONTROL_FROM_HOP,

@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.protocol import relay_messages
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES
 from peerd.protocol.connection.noise import TAG_BYTES
 from peerd.protocol.encoding.packing import unpack
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.wire import RawMessage, encode_message
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.relay_messages import (
+from peerd.protocol.messages.relay import (
     INNER_PAYLOAD_BYTES,
     MAX_INNER_BYTES,
     Accepted,
@@ -25,8 +24,9 @@ from peerd.protocol.relay_messages import (
     Reserved,
     inner_message,
 )
+from peerd.protocol.messages.session import relay as relay_messages
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/relay.json").read_text())["vectors"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/relay.json").read_text())["vectors"]
 EVERYBODY = (Reserve, Reserved, Connect, Connected, Incoming, Accepted)
 HEADER_BYTES = 6
 

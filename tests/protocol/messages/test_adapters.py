@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from peerd.compute.adapters.file import open_adapter
 from peerd.compute.families.lookup import family_named
-from peerd.protocol.adapters import (
+from peerd.protocol.encoding.packing import unpack
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.errors import PeerdError, RemoteProtocolError
+from peerd.protocol.messages.adapters import (
     Granted,
     Loaded,
     MatrixA,
@@ -20,11 +23,8 @@ from peerd.protocol.adapters import (
     is_adapter_id,
     name_of,
 )
-from peerd.protocol.encoding.packing import unpack
-from peerd.protocol.encoding.schema import parse
-from peerd.protocol.errors import PeerdError, RemoteProtocolError
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/adapters.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/adapters.json").read_text())
 MESSAGES = VECTORS["messages"]
 EVERYBODY = (Upload, Granted, MatrixA, MatrixB, Loaded)
 
