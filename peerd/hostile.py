@@ -34,7 +34,7 @@ from peerd.protocol.identity import Identity, PeerId, node_id_of
 from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, Route, Step
 from peerd.protocol.messages.session import Open as OpenSession
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
-from peerd.protocol.records import PeerRecord, peer_key, sign_record
+from peerd.protocol.records.envelope import PeerRecord, peer_key, sign_record
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.routing.dht_messages import DHT_PROTOCOL, FindNode, FindValue, Ping, Store, pack_records

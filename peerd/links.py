@@ -18,7 +18,7 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import CallerError, LinkFailed, Overloaded, PeerFault
 from peerd.protocol.messages.session import LINK_FROM_DOWNSTREAM, LINK_PROTOCOL, Failure, Link, Linked, NextHop
-from peerd.protocol.records import PeerRecord, SignedRecord, open_record
+from peerd.protocol.records.envelope import PeerRecord, SignedRecord, open_record
 
 # Dialling, and the next hop's wait for the client's `open`: a little more than its 10 s, so that its refusal is still
 # heard.

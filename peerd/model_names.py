@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import ModelRecord
+from peerd.protocol.records.envelope import ModelRecord
 from peerd.routing.catalogue import named_models, should_announce
 from peerd.routing.record_sets import PartialView, RecordSource
 

@@ -14,9 +14,9 @@ from random import Random
 import trio
 
 from peerd.discovery.prober import Prober
-from peerd.protocol.announcements import MAX_RTTS
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.bodies import MAX_RTTS
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.routing.directory import Directory
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.protocol.announcements import MAX_NAMES, MAX_PAYLOAD_BYTES, MAX_SLOTS, ServerState, intention_slot
 from peerd.protocol.errors import InvalidRequest
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.bodies import MAX_NAMES, MAX_PAYLOAD_BYTES, MAX_SLOTS, ServerState, intention_slot
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from peerd.protocol.encoding.tensors import CODECS, DTYPE_NAMES, DTYPES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages.adapters import adapter_id, check_name, name_of
 from peerd.protocol.messages.session import MAX_LENGTH
-from peerd.protocol.records import ServerRecord, block_roots
+from peerd.protocol.records.envelope import ServerRecord, block_roots
 from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from peerd.routing.rules import ChainRules
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-    from peerd.protocol.records import ModelRecord, ServerRecord
+    from peerd.protocol.records.envelope import ModelRecord, ServerRecord
     from peerd.rebalancing import Rebalancer
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec

@@ -16,7 +16,7 @@ from typing import Protocol
 import trio
 
 from peerd.protocol.identity import Identity
-from peerd.protocol.records import (
+from peerd.protocol.records.envelope import (
     MAX_TTL_S,
     Announcement,
     ServerRecord,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from peerd.protocol.identity import PeerId, node_id_of
-from peerd.protocol.records import ModelRecord, VerifiedRecord
+from peerd.protocol.records.envelope import ModelRecord, VerifiedRecord
 from peerd.routing.holding import Holding
 from peerd.routing.record_sets import RecordSource, words_for_models
 

@@ -19,7 +19,7 @@ from kademlia.node import Node
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import SignedRecord, VerifiedRecord, keys_of, open_record, split_keys_of
+from peerd.protocol.records.envelope import SignedRecord, VerifiedRecord, keys_of, open_record, split_keys_of
 from peerd.routing.dht_messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,

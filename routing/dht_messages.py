@@ -28,7 +28,7 @@ from peerd.protocol.encoding.schema import (
 )
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import NODE_ID_BYTES, PEER_ID_CHARS, PeerId
-from peerd.protocol.records import MAX_RECORD_BYTES
+from peerd.protocol.records.envelope import MAX_RECORD_BYTES
 from peerd.routing.table import Contact, PeerNode
 
 DHT_PROTOCOL = "/peerd/dht/1"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
+from peerd.protocol.records.envelope import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
 from peerd.routing.announcer import TTL_S
 from peerd.routing.holding import Holding
 from peerd.routing.offer import Offer

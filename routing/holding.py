@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.envelope import ServerRecord
 
 
 @dataclass(frozen=True, slots=True)

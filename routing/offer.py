@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import SHARD_BLOCKS, ServerRecord, SignedRecord, shards_of
+from peerd.protocol.records.envelope import SHARD_BLOCKS, ServerRecord, SignedRecord, shards_of
 from peerd.protocol.span import Span
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peerd.protocol.announcements import MAX_SLOTS
 from peerd.protocol.identity import PeerId
+from peerd.protocol.records.bodies import MAX_SLOTS
 from peerd.protocol.span import Span
 from peerd.routing.flow import FlowWithOne
 from peerd.routing.holding import Holding

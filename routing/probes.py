@@ -13,7 +13,7 @@ from random import Random
 
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.chain import HOP_S, ChainNeeds, plan_chain
 from peerd.routing.offer import Offer

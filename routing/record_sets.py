@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from peerd.protocol.announcements import catalogue_key
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import Slot, VerifiedRecord, peer_key, replaces, server_key
+from peerd.protocol.records.bodies import catalogue_key
+from peerd.protocol.records.envelope import Slot, VerifiedRecord, peer_key, replaces, server_key
 
 # A full key splits by the first four bits of the announcer's id.
 _NIBBLES = range(16)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import block_roots
+from peerd.protocol.records.envelope import block_roots
 from peerd.protocol.span import MAX_BLOCKS, Span
 from peerd.routing.offer import Offer
 

@@ -17,10 +17,10 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
 from peerd.protocol.addresses import public_network
-from peerd.protocol.announcements import MAX_SLOTS
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import SignedRecord, Slot, VerifiedRecord, open_record, replaces
+from peerd.protocol.records.bodies import MAX_SLOTS
+from peerd.protocol.records.envelope import SignedRecord, Slot, VerifiedRecord, open_record, replaces
 from peerd.routing.dht_messages import MAX_RECORDS, Outcome
 
 Name = TypeVar("Name", bound=str)

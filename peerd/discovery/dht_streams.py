@@ -14,7 +14,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.messages.session import Failure
-from peerd.protocol.records import MAX_RECORD_BYTES
+from peerd.protocol.records.envelope import MAX_RECORD_BYTES
 from peerd.routing.dht import Dht
 from peerd.routing.dht_messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
 from peerd.routing.table import Contact

@@ -25,10 +25,10 @@ from peerd.links import dialable
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.announcements import MAX_ADDRESSES, MAX_RELAYS
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import Announcement, ModelRecord, PeerRecord, ServerRecord
+from peerd.protocol.records.bodies import MAX_ADDRESSES, MAX_RELAYS
+from peerd.protocol.records.envelope import Announcement, ModelRecord, PeerRecord, ServerRecord
 from peerd.routing.announcer import Announcer
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht import Dht

@@ -16,7 +16,7 @@ import trio
 from dht_world import Node, Trace, World, purpose, trace, unix_now
 
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, shards_of
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, shards_of
 from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S, Announcer
 from peerd.routing.record_sets import addresses_of, servers_of

@@ -28,7 +28,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.session import INFER_PROTOCOL
-from peerd.protocol.records import (
+from peerd.protocol.records.envelope import (
     Announcement,
     PeerRecord,
     ServerRecord,

@@ -21,7 +21,7 @@ from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.first_span import Choice, choose_first
 from peerd.places import Places
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.rebalancing import Rebalancer
 from peerd.routing.announcer import MIN_PERIOD_S, TTL_S

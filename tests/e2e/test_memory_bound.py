@@ -17,7 +17,7 @@ from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.fake_engine import FakeEngine
 from peerd.engine_task import EngineTask
 from peerd.protocol.messages.session import MAX_LENGTH
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.server import ServedSpan
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]

@@ -25,7 +25,7 @@ from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.server import ServedSpan, Server

@@ -37,7 +37,7 @@ from peerd.protocol.messages.session import (
     Opened,
 )
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
-from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, sign_record
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chain import Between, Chain, ChainNeeds, plan_chain

@@ -7,7 +7,7 @@ import trio
 
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.session import LinkDown, NextHop
-from peerd.protocol.records import PeerRecord, sign_record
+from peerd.protocol.records.envelope import PeerRecord, sign_record
 
 
 class Resolver(trio.abc.HostnameResolver):

@@ -24,7 +24,7 @@ from peerd.protocol.messages.session import (
     Routed,
     Step,
 )
-from peerd.protocol.records import ModelRecord, PeerRecord, sign_record
+from peerd.protocol.records.envelope import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 

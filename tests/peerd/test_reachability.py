@@ -23,7 +23,7 @@ from peerd.protocol.errors import Overloaded, RemoteProtocolError, StreamReset, 
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
 from peerd.protocol.messages.session import Failure
-from peerd.protocol.records import PeerRecord, ServerRecord
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord
 from peerd.protocol.span import Span
 from peerd.reachability import SETTLE_S, Reachability
 from peerd.relay_ledger import RelayLimits

@@ -30,7 +30,7 @@ from peerd.net.connections import open_connections
 from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.rebalancing import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.routing.clock import SwarmClock

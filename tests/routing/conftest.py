@@ -13,7 +13,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.packing import pack, unpack
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.dht import Dht
 from peerd.routing.dht_messages import Packet, pack_records, unpack_records

@@ -6,7 +6,7 @@ import pytest
 
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity
-from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.adapters import AdapterNeed, choose_adapter
 from peerd.routing.chain import ChainNeeds, plan_chain

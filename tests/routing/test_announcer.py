@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from peerd.protocol.identity import Identity
-from peerd.protocol.records import (
+from peerd.protocol.records.envelope import (
     Announcement,
     PeerRecord,
     ServerRecord,

@@ -10,7 +10,7 @@ import trio
 
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
 from peerd.protocol.identity import Identity, node_id_of
-from peerd.protocol.records import PeerRecord, ServerRecord, SignedRecord, peer_key, server_key, sign_record
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, peer_key, server_key, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.dht_messages import REPLICAS, Found, Packet
 from peerd.routing.record_sets import PartialView, addresses_of, servers_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import (
+from peerd.protocol.records.envelope import (
     Announcement,
     PeerRecord,
     ServerRecord,

@@ -8,7 +8,7 @@ from typing import Any
 import trio
 
 from peerd.protocol.identity import Identity, node_id_of
-from peerd.protocol.records import ServerRecord, server_key, sign_record
+from peerd.protocol.records.envelope import ServerRecord, server_key, sign_record
 from peerd.routing.dht_messages import REPLICAS, Found, Packet
 from peerd.routing.holders import LOOKUP_S
 from peerd.routing.record_sets import servers_of

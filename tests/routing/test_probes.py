@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from peerd.protocol.announcements import MAX_PAYLOAD_BYTES
 from peerd.protocol.identity import PeerId
+from peerd.protocol.records.bodies import MAX_PAYLOAD_BYTES
 from peerd.protocol.span import Span
 from peerd.routing.chain import ChainNeeds, OfferTable
 from peerd.routing.offer import Offer

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from peerd.protocol.errors import InvalidRequest, NoChain
-from peerd.protocol.records import block_roots
+from peerd.protocol.records.envelope import block_roots
 from peerd.protocol.span import Span
 from peerd.routing.chain import ChainNeeds, plan_chain
 from peerd.routing.rules import ChainRules, Manifest

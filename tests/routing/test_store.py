@@ -8,7 +8,7 @@ import pytest
 
 from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity
-from peerd.protocol.records import (
+from peerd.protocol.records.envelope import (
     MAX_TTL_S,
     SKEW_S,
     Announcement,

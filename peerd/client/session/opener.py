@@ -35,7 +35,7 @@ from peerd.protocol.messages.session import (
     Route,
 )
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
-from peerd.protocol.records import SignedRecord
+from peerd.protocol.records.envelope import SignedRecord
 from peerd.routing.adapters import AdapterNeed
 from peerd.routing.chain import Hop
 

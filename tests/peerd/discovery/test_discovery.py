@@ -22,7 +22,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.session import Failure
-from peerd.protocol.records import ServerRecord
+from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S
 from peerd.routing.clock import SwarmClock

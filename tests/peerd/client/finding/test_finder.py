@@ -8,7 +8,7 @@ import trio
 
 from peerd.client.finding.finder import SwarmFinder
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records import PeerRecord, ServerRecord, sign_record
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer

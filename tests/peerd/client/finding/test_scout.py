@@ -17,7 +17,7 @@ from peerd.discovery.prober import Prober
 from peerd.neighbours import FIRST_ROUND_S, Neighbours
 from peerd.net.connections import PeerConnection
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records import ServerRecord, block_roots
+from peerd.protocol.records.envelope import ServerRecord, block_roots
 from peerd.protocol.span import Span
 from peerd.routing.adapters import NO_ADAPTER
 from peerd.routing.links import Links

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.protocol.announcements import MAX_PAYLOAD_BYTES
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import Identity, node_id_of, peer_id_of
-from peerd.protocol.records import (
+from peerd.protocol.records.bodies import MAX_PAYLOAD_BYTES
+from peerd.protocol.records.envelope import (
     MAX_RECORD_BYTES,
     MAX_TTL_S,
     SKEW_S,
@@ -32,7 +32,7 @@ from peerd.protocol.records import (
 )
 from peerd.protocol.span import Span
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/records.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/records.json").read_text())
 VALID = [case for case in VECTORS["records"] if "error" not in case]
 INVALID = [case for case in VECTORS["records"] if "error" in case]
 ALICE, BOB = Identity.from_seed(b"\x01" * 32), Identity.from_seed(b"\x02" * 32)

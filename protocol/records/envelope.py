@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from peerd.protocol.announcements import (
+from peerd.protocol.encoding.packing import pack, unpack
+from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId, peer_id_of, verify
+from peerd.protocol.records.bodies import (
     SHARD_BLOCKS,
     Announcement,
     ModelRecord,
@@ -27,9 +30,6 @@ from peerd.protocol.announcements import (
     shards_of,
     split_keys_of,
 )
-from peerd.protocol.encoding.packing import pack, unpack
-from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId, peer_id_of, verify
 
 __all__ = [
     "MAX_RECORD_BYTES",

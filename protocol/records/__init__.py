@@ -1,0 +1,1 @@
+"""Signed records: the envelope, and the bodies in it."""
