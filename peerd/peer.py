@@ -21,7 +21,6 @@ import trio
 
 from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.dialback import DialbackAnswerer
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.imports import import_in_thread
@@ -34,10 +33,11 @@ from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
-from peerd.reachability import Reachability
-from peerd.reachable import dialable_forms
-from peerd.relay import Relay
-from peerd.reservations import Reservations, open_reservations
+from peerd.reach.checker import Reachability
+from peerd.reach.dialback import DialbackAnswerer
+from peerd.reach.own_addresses import dialable_forms
+from peerd.reach.relay import Relay
+from peerd.reach.reservations import Reservations, open_reservations
 from peerd.routing.clock import SwarmClock
 from peerd.routing.reachability import Announced, Reach
 from peerd.routing.rules import ChainRules
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.model.head import Head
     from peerd.net.transport import Transport
-    from peerd.relay_ledger import RelayLimits
+    from peerd.reach.relay_ledger import RelayLimits
     from peerd.server import ServedSpan, Server
     from peerd.serving import ServeSpec
 

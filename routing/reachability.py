@@ -1,6 +1,6 @@
 """Whether others can dial us, and what to announce because of it: the decisions.
 
-Knows what peers found when they dialled us back and what we listen on; asks nobody (`peerd.reachability` does).
+Knows what peers found when they dialled us back and what we listen on; asks nobody (`peerd.reach.checker` does).
 The difficulty is what to say while nobody knows. A swarm in one LAN or on one machine works with the addresses of
 its interfaces, so those are announced until somebody sees us at a public address that is not among them: from then
 on we stand behind a NAT, and are in nobody's table before a dial-back has shown that we can be dialled.

@@ -33,7 +33,7 @@ from peerd.trio_tools import open_tasks
 if TYPE_CHECKING:
     from peerd.client.model import RemoteModel
     from peerd.peer import Peer
-    from peerd.relay_ledger import RelayLimits
+    from peerd.reach.relay_ledger import RelayLimits
     from peerd.serving import ServeSpec
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import click
 
 from peerd.cli.options import Command, parse_memory
 from peerd.protocol.messages.relay import MAX_RATE
-from peerd.relay_ledger import RelayLimits
+from peerd.reach.relay_ledger import RelayLimits
 
 # A circuit passes messages of 16 KiB whole: slower than one a second it would be of no use to anybody.
 MIN_RATE_BYTES = 16 * 1024

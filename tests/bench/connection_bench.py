@@ -24,9 +24,9 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
-from peerd.relay import Relay
-from peerd.relay_ledger import RelayLimits
-from peerd.reservations import open_reservations
+from peerd.reach.relay import Relay
+from peerd.reach.relay_ledger import RelayLimits
+from peerd.reach.reservations import open_reservations
 from peerd.routing.table import Contact
 
 LISTEN = Multiaddr.parse("/ip4/127.0.0.1/tcp/0/ws")

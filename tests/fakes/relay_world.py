@@ -12,9 +12,9 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Accepted, Connected, Incoming, Reserve, Reserved
 from peerd.protocol.messages.session import Failure
-from peerd.relay import Relay
-from peerd.relay_ledger import RelayLimits
-from peerd.reservations import open_reservations
+from peerd.reach.relay import Relay
+from peerd.reach.relay_ledger import RelayLimits
+from peerd.reach.reservations import open_reservations
 from peerd.routing.table import Contact
 from peerd.testing import MemoryNetwork
 

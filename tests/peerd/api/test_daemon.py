@@ -33,10 +33,10 @@ from peerd.protocol.messages.relay import Reserved
 from peerd.protocol.messages.session import Step
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.reachability import Here
-from peerd.relay import Relay
-from peerd.relay_ledger import RelayLimits
-from peerd.reservations import Reservation
+from peerd.reach.checker import Here
+from peerd.reach.relay import Relay
+from peerd.reach.relay_ledger import RelayLimits
+from peerd.reach.reservations import Reservation
 from peerd.routing.reachability import Reach
 
 pytestmark = pytest.mark.real_time

@@ -17,7 +17,7 @@ from peerd.cli.main import daemon as cli_serve
 from peerd.cli.options import joining
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
-from peerd.relay_ledger import RelayLimits
+from peerd.reach.relay_ledger import RelayLimits
 from peerd.routing.rules import Manifest
 from peerd.swarm_key import read_swarm_key
 

@@ -18,13 +18,13 @@ from random import Random
 
 import trio
 
-from peerd.dialback import ask_to_be_dialled
 from peerd.net.connections import Connections, PeerConnection
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import IpAddress, Multiaddr, public_network
 from peerd.protocol.connection.hello import Hello
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled
+from peerd.reach.dialback import ask_to_be_dialled
 from peerd.routing.observed import ObservedIps
 from peerd.routing.reachability import (
     Announced,

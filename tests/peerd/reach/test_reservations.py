@@ -10,9 +10,9 @@ from relay_world import LATENCY_S, LISTEN, address, ask, id_of, open_world, unti
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
-from peerd.relay import Relay
-from peerd.relay_ledger import RelayLimits
-from peerd.reservations import ADDRESSES_A_RELAY, MAX_ASKED, WANTED_RELAYS, Reservations, _addresses_of
+from peerd.reach.relay import Relay
+from peerd.reach.relay_ledger import RelayLimits
+from peerd.reach.reservations import ADDRESSES_A_RELAY, MAX_ASKED, WANTED_RELAYS, Reservations, _addresses_of
 from peerd.routing.table import Contact
 
 

@@ -19,8 +19,8 @@ from peerd.protocol.messages.relay import (
     Connected,
 )
 from peerd.protocol.messages.session import Failure
-from peerd.relay import MIN_CHARGED_BYTES
-from peerd.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
+from peerd.reach.relay import MIN_CHARGED_BYTES
+from peerd.reach.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
 from peerd.token_bucket import TokenBucket
 
 MIB = 2**20

@@ -23,8 +23,8 @@ from relay_world import (
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RelayLost, StreamReset, WrongPeer
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
-from peerd.relay import LINGER_S, Relay
-from peerd.relay_ledger import RelayLimits
+from peerd.reach.relay import LINGER_S, Relay
+from peerd.reach.relay_ledger import RelayLimits
 
 # The way through.
 
@@ -58,7 +58,7 @@ async def test_a_large_message_travels_in_frames_that_outer_ones_hold_whole(monk
         sizes.append(len(raw.body))
         return inner_message(raw)
 
-    monkeypatch.setattr("peerd.relay.inner_message", measure)
+    monkeypatch.setattr("peerd.reach.relay.inner_message", measure)
     async with open_world() as world:
         await world.relay(1)
         await world.behind(10, 1)
@@ -173,7 +173,7 @@ async def test_a_relay_that_changes_one_bit_ends_the_connection(message, monkeyp
         passed += 1
         return memoryview(body)
 
-    monkeypatch.setattr("peerd.relay.inner_message", tamper)
+    monkeypatch.setattr("peerd.reach.relay.inner_message", tamper)
     async with open_world() as world:
         await world.relay(1)
         await world.behind(10, 1)
@@ -190,7 +190,7 @@ async def test_a_relay_sees_neither_what_is_said_nor_the_handshake_s_identities(
         seen.extend(inner_message(raw))
         return inner_message(raw)
 
-    monkeypatch.setattr("peerd.relay.inner_message", look)
+    monkeypatch.setattr("peerd.reach.relay.inner_message", look)
     async with open_world() as world:
         await world.relay(1)
         await world.behind(10, 1)

@@ -17,7 +17,7 @@ from peerd.client.finding.finder import SwarmFinder
 from peerd.client.session.session import Patience
 from peerd.peer import Peer
 from peerd.protocol.identity import PeerId
-from peerd.relay_ledger import RelayLimits
+from peerd.reach.relay_ledger import RelayLimits
 from peerd.testing import MemoryNetwork
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from random import Random
 import pytest
 import trio
 
-from peerd.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.transport import MessageChannel
 from peerd.peer import Peer, open_peer
@@ -25,9 +24,10 @@ from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord
 from peerd.protocol.span import Span
-from peerd.reachability import SETTLE_S, Reachability
-from peerd.relay_ledger import RelayLimits
-from peerd.reservations import open_reservations
+from peerd.reach.checker import SETTLE_S, Reachability
+from peerd.reach.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
+from peerd.reach.relay_ledger import RelayLimits
+from peerd.reach.reservations import open_reservations
 from peerd.routing.reachability import Announced, Reach
 from peerd.testing import MemoryNetwork, MemoryTransport
 
@@ -358,7 +358,7 @@ async def test_a_machine_that_moved_announces_the_addresses_that_it_has_now() ->
 
 
 async def test_a_port_that_is_forwarded_later_is_noticed_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "peerd.reachability")
+    caplog.set_level(logging.INFO, "peerd.reach.checker")
     async with world() as net:
         await net.internet(3)
         peer = await net.at_home()

@@ -1,0 +1,1 @@
+"""Whether others can dial us; relays, reservations, dial-back."""
