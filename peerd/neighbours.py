@@ -17,11 +17,11 @@ from peerd.discovery.prober import Prober
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_RTTS
 from peerd.protocol.records.envelope import ServerRecord
+from peerd.routing.chains.probes import next_hops, with_rtts
+from peerd.routing.chains.rules import ChainRules
 from peerd.routing.directory import Directory
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
-from peerd.routing.probes import next_hops, with_rtts
-from peerd.routing.rules import ChainRules
 
 # Between rounds, one fifth more or less so that servers that started together part.
 ROUND_S = 60.0

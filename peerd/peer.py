@@ -38,9 +38,9 @@ from peerd.reach.dialback import DialbackAnswerer
 from peerd.reach.own_addresses import dialable_forms
 from peerd.reach.relay import Relay
 from peerd.reach.reservations import Reservations, open_reservations
+from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
 from peerd.routing.reachability import Announced, Reach
-from peerd.routing.rules import ChainRules
 from peerd.span_host import SpanHost
 from peerd.trio_tools import open_tasks
 

@@ -28,7 +28,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
-from peerd.routing.rules import ChainRules
+from peerd.routing.chains.rules import ChainRules
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint

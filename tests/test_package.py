@@ -72,7 +72,7 @@ def test_an_application_s_protocol_routing_and_compute_shadow_nothing(installed:
     imported = dict(line.split(" ", 1) for line in output.splitlines())
     assert {
         "peerd.protocol.errors",
-        "peerd.routing.chain",
+        "peerd.routing.chains.chain",
         "peerd.compute.engine.engine",
         "peerd.cli.main",
     } <= imported.keys()

@@ -11,7 +11,7 @@ from peerd.cli.console import working, write
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-    from peerd.routing.rules import Manifest
+    from peerd.routing.chains.rules import Manifest
 
 
 async def print_manifest(model: Path | str) -> None:
@@ -30,7 +30,7 @@ def _manifest_of(model: Path | str) -> Manifest:
 
 def make_manifest(checkpoint: Checkpoint) -> Manifest:
     """The digests of a model and of each of its blocks. Raises CheckpointError."""
-    from peerd.routing.rules import Manifest
+    from peerd.routing.chains.rules import Manifest
 
     blocks = tuple(checkpoint.block_digest(block) for block in range(checkpoint.block_count))
     return Manifest(checkpoint.model_digest, blocks)

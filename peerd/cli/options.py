@@ -23,7 +23,7 @@ from peerd.protocol.messages.adapters import check_name
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 if TYPE_CHECKING:
-    from peerd.routing.rules import ChainRules
+    from peerd.routing.chains.rules import ChainRules
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -174,7 +174,7 @@ class Joining:
 
 def joining(options: dict[str, Any]) -> Joining:
     """Take the options of `join_options` out of a command's. Raises InvalidRequest for files that are not right."""
-    from peerd.routing.rules import ChainRules, Manifest
+    from peerd.routing.chains.rules import ChainRules, Manifest
     from peerd.swarm_key import read_swarm_key
 
     key_file, manifests = options.pop("swarm_key"), options.pop("manifests")

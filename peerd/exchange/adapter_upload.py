@@ -39,7 +39,7 @@ from peerd.protocol.messages.adapters import (
 )
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.span import Span
-from peerd.routing.chain import Hop
+from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import open_tasks
 
 # 64 MB at 2 Mbit/s; whoever is slower holds pages that others wait for.

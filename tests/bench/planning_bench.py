@@ -15,7 +15,7 @@ from random import Random
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, block_roots, sign_record
 from peerd.protocol.span import Span
-from peerd.routing.chain import ChainNeeds, OfferTable, plan_chain
+from peerd.routing.chains.chain import ChainNeeds, OfferTable, plan_chain
 from peerd.routing.offer import Offer
 
 PEERS, BLOCKS = 1000, 128

@@ -12,8 +12,8 @@ import trio
 
 import peerd
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
+from peerd.routing.chains.rules import ChainRules
 from peerd.routing.directory import Directory
-from peerd.routing.rules import ChainRules
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

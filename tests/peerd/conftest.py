@@ -39,8 +39,8 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, sign_record
 from peerd.protocol.span import Span
-from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
-from peerd.routing.chain import Between, Chain, ChainNeeds, plan_chain
+from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_adapter
+from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
 from peerd.server import ServedSpan, Server

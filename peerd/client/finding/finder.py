@@ -16,13 +16,13 @@ import trio
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.adapters import NO_ADAPTER, AdapterNeed, choose_adapter
-from peerd.routing.chain import Between, Chain, ChainNeeds, plan_chain
+from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_adapter
+from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
+from peerd.routing.chains.offer_table import OfferTable
+from peerd.routing.chains.rules import ChainRules
 from peerd.routing.directory import CACHE_S, Directory
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
-from peerd.routing.offer_table import OfferTable
-from peerd.routing.rules import ChainRules
 
 # Clients that wait for a missing server look again this often, not oftener.
 FRESH_S = 0.5

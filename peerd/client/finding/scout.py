@@ -18,11 +18,11 @@ from peerd.discovery.prober import Prober
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.adapters import AdapterNeed
-from peerd.routing.chain import ChainNeeds
+from peerd.routing.chains.adapter_choice import AdapterNeed
+from peerd.routing.chains.chain import ChainNeeds
+from peerd.routing.chains.offer_table import OfferTable
+from peerd.routing.chains.probes import worth_probing
 from peerd.routing.offer import Offer
-from peerd.routing.offer_table import OfferTable
-from peerd.routing.probes import worth_probing
 
 # Of a chain of 8 hops, three choices each.
 FIRST_PROBES = 24

@@ -15,7 +15,7 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import ConnectionLost, Unresponsive
 from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
-from peerd.routing.chain import Hop
+from peerd.routing.chains.chain import Hop
 
 # A bridge costs two links instead of one, and our own line.
 REPLAN_S = 10.0

@@ -28,8 +28,8 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.adapters import NO_ADAPTER, AdapterNeed
-from peerd.routing.chain import Between, Chain, Hop
+from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed
+from peerd.routing.chains.chain import Between, Chain, Hop
 
 # Between two tries at a chain, at random up to this, so that two clients do not collide for ever.
 RETRY_S = 1.0

@@ -36,8 +36,8 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records.envelope import SignedRecord
-from peerd.routing.adapters import AdapterNeed
-from peerd.routing.chain import Hop
+from peerd.routing.chains.adapter_choice import AdapterNeed
+from peerd.routing.chains.chain import Hop
 
 # A ticket is shown within seconds; the rest allows for clocks that differ.
 TICKET_LIFETIME_S = 120

@@ -40,7 +40,7 @@ from peerd.protocol.messages.training import (
     PassFailure,
     Result,
 )
-from peerd.routing.chain import Hop
+from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import open_tasks
 
 # Dialling and the handshake, on a slow line; sending parameters takes as long as it takes.

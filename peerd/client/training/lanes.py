@@ -29,8 +29,8 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.adapters import AdapterNeed
-from peerd.routing.chain import Hop
+from peerd.routing.chains.adapter_choice import AdapterNeed
+from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import at_once
 
 # A pass asks for no KV.

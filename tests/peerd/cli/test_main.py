@@ -18,7 +18,7 @@ from peerd.cli.options import joining
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
 from peerd.reach.relay_ledger import RelayLimits
-from peerd.routing.rules import Manifest
+from peerd.routing.chains.rules import Manifest
 from peerd.swarm_key import read_swarm_key
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"

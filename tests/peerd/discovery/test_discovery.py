@@ -25,10 +25,10 @@ from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S
+from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht_messages import DHT_PROTOCOL, Ping
 from peerd.routing.record_sets import servers_of
-from peerd.routing.rules import ChainRules
 from peerd.testing import MemoryNetwork, MemoryTransport
 
 EPOCH = 1_800_000_000.0

@@ -19,10 +19,10 @@ from peerd.net.connections import PeerConnection
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import ServerRecord, block_roots
 from peerd.protocol.span import Span
-from peerd.routing.adapters import NO_ADAPTER
+from peerd.routing.chains.adapter_choice import NO_ADAPTER
+from peerd.routing.chains.rules import ChainRules, Manifest
 from peerd.routing.links import Links
 from peerd.routing.offer import Offer
-from peerd.routing.rules import ChainRules, Manifest
 from peerd.trio_tools import open_tasks
 
 BLOCKS = Span(0, 8)

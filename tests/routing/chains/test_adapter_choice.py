@@ -8,8 +8,8 @@ from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
-from peerd.routing.adapters import AdapterNeed, choose_adapter
-from peerd.routing.chain import ChainNeeds, plan_chain
+from peerd.routing.chains.adapter_choice import AdapterNeed, choose_adapter
+from peerd.routing.chains.chain import ChainNeeds, plan_chain
 from peerd.routing.offer import Offer
 
 POET, OTHER_POET, CLERK = "poet@" + 16 * "1", "poet@" + 16 * "2", "clerk@" + 16 * "3"

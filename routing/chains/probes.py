@@ -15,9 +15,9 @@ from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
-from peerd.routing.chain import HOP_S, ChainNeeds, plan_chain
+from peerd.routing.chains.chain import HOP_S, ChainNeeds, plan_chain
+from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.offer import Offer
-from peerd.routing.offer_table import OfferTable
 
 # What somebody whom we never measured may turn out to be: a peer of our own region. Petals' default for such is 0.
 HOPEFUL_RTT_S = 0.02

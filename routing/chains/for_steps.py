@@ -15,8 +15,8 @@ from random import Random
 
 import numpy as np
 
-from peerd.routing.columns import Columns
-from peerd.routing.offer_table import Floats, Indices
+from peerd.routing.chains.costs import Columns
+from peerd.routing.chains.offer_table import Floats, Indices
 
 # Sums of the same costs in another order differ by rounding.
 ROUNDING_S = 1e-9

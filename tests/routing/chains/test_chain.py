@@ -9,7 +9,16 @@ import pytest
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.span import Span
-from peerd.routing.chain import HOP_S, NEAR_BEST, NO_ROOM_S, UNKNOWN_RTT_S, Chain, ChainNeeds, OfferTable, plan_chain
+from peerd.routing.chains.chain import (
+    HOP_S,
+    NEAR_BEST,
+    NO_ROOM_S,
+    UNKNOWN_RTT_S,
+    Chain,
+    ChainNeeds,
+    OfferTable,
+    plan_chain,
+)
 from peerd.routing.offer import Offer
 
 MakeOffer = Callable[..., Offer]

@@ -8,9 +8,9 @@ import pytest
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_PAYLOAD_BYTES
 from peerd.protocol.span import Span
-from peerd.routing.chain import ChainNeeds, OfferTable
+from peerd.routing.chains.chain import ChainNeeds, OfferTable
+from peerd.routing.chains.probes import next_hops, with_rtts, worth_probing
 from peerd.routing.offer import Offer
-from peerd.routing.probes import next_hops, with_rtts, worth_probing
 
 MakeOffer = Callable[..., Offer]
 BLOCKS = Span(0, 32)

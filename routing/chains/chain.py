@@ -13,11 +13,11 @@ from random import Random
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.bulk import by_client
-from peerd.routing.columns import HOP_S, NO_ROOM_S, UNKNOWN_RTT_S, ChainNeeds, select_columns
+from peerd.routing.chains.costs import HOP_S, NO_ROOM_S, UNKNOWN_RTT_S, ChainNeeds, select_columns
+from peerd.routing.chains.for_passes import by_client
+from peerd.routing.chains.for_steps import soonest
+from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.offer import Offer
-from peerd.routing.offer_table import OfferTable
-from peerd.routing.sweep import soonest
 
 __all__ = [
     "HOP_S",

@@ -14,9 +14,9 @@ from random import Random
 
 import numpy as np
 
-from peerd.routing.columns import Columns
-from peerd.routing.offer_table import Floats, Indices
-from peerd.routing.sweep import ROUNDING_S, Run
+from peerd.routing.chains.costs import Columns
+from peerd.routing.chains.for_steps import ROUNDING_S, Run
+from peerd.routing.chains.offer_table import Floats, Indices
 
 # Hops that a search may try for one pace. Where there are few peers that is all there is; where there are many, the
 # first try succeeds or the pace is too much by far.

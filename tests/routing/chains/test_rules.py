@@ -9,8 +9,8 @@ import pytest
 from peerd.protocol.errors import InvalidRequest, NoChain
 from peerd.protocol.records.envelope import block_roots
 from peerd.protocol.span import Span
-from peerd.routing.chain import ChainNeeds, plan_chain
-from peerd.routing.rules import ChainRules, Manifest
+from peerd.routing.chains.chain import ChainNeeds, plan_chain
+from peerd.routing.chains.rules import ChainRules, Manifest
 
 DIGESTS = tuple(bytes([number]) * 32 for number in range(20))
 MANIFEST = Manifest(bytes(range(32)), DIGESTS)

@@ -1,0 +1,1 @@
+"""Which peers, in which order, cover the blocks that a client needs."""
