@@ -37,7 +37,7 @@ from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records.envelope import PeerRecord, peer_key, sign_record
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.routing.dht_messages import DHT_PROTOCOL, FindNode, FindValue, Ping, Store, pack_records
+from peerd.routing.dht.messages import DHT_PROTOCOL, FindNode, FindValue, Ping, Store, pack_records
 
 Header = dict[str, Any]
 Conversation = tuple[str, tuple[tuple[Header, bytes], ...]]

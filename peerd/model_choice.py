@@ -25,8 +25,8 @@ from peerd.devices import rooms, specs_by_device
 from peerd.discovery.discovery import Discovery
 from peerd.protocol.errors import InvalidRequest
 from peerd.routing.catalogue import NamedModel, least_rate, named_models
+from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.holding import Holding
-from peerd.routing.record_sets import PartialView
 from peerd.serving import ServeSpec
 
 log = logging.getLogger(__name__)

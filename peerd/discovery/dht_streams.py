@@ -15,9 +15,9 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import MAX_RECORD_BYTES
-from peerd.routing.dht import Dht
-from peerd.routing.dht_messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
-from peerd.routing.table import Contact
+from peerd.routing.dht.dht import Dht
+from peerd.routing.dht.messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
+from peerd.routing.dht.table import Contact
 
 # A set of records, each behind its length.
 MAX_BODY_BYTES = MAX_RECORDS * (MAX_RECORD_BYTES + 2)

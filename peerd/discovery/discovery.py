@@ -31,12 +31,12 @@ from peerd.protocol.records.bodies import MAX_ADDRESSES, MAX_RELAYS
 from peerd.protocol.records.envelope import Announcement, ModelRecord, PeerRecord, ServerRecord
 from peerd.routing.announcer import Announcer
 from peerd.routing.clock import SwarmClock
-from peerd.routing.dht import Dht
-from peerd.routing.dht_messages import DHT_PROTOCOL
+from peerd.routing.dht.dht import Dht
+from peerd.routing.dht.messages import DHT_PROTOCOL
+from peerd.routing.dht.store import RecordStore
+from peerd.routing.dht.table import Contact, load_contacts
 from peerd.routing.directory import Directory
 from peerd.routing.links import Links
-from peerd.routing.store import RecordStore
-from peerd.routing.table import Contact, load_contacts
 from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)

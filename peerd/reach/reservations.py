@@ -27,8 +27,8 @@ from peerd.protocol.errors import InvalidRequest, NotServed, Overloaded, PeerdEr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELAY_ROLE, TO_RESERVED, Reserve, Reserved
 from peerd.protocol.messages.session import Failure
+from peerd.routing.dht.table import Contact
 from peerd.routing.links import Links
-from peerd.routing.table import Contact
 from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import open_reservations
-from peerd.routing.table import Contact
+from peerd.routing.dht.table import Contact
 
 LISTEN = Multiaddr.parse("/ip4/127.0.0.1/tcp/0/ws")
 ECHO, DRAIN, FLOOD = "/bench/echo/1", "/bench/drain/1", "/bench/flood/1"

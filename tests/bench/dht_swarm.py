@@ -19,7 +19,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, shards_of
 from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S, Announcer
-from peerd.routing.record_sets import addresses_of, servers_of
+from peerd.routing.dht.record_sets import addresses_of, servers_of
 
 # As peerd/discovery/discovery.py has them.
 REFRESH_S = 60.0

@@ -17,10 +17,10 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.packing import pack
 from peerd.protocol.errors import InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
-from peerd.routing.dht import Dht
-from peerd.routing.dht_messages import Packet
-from peerd.routing.store import RecordStore
-from peerd.routing.table import Contact
+from peerd.routing.dht.dht import Dht
+from peerd.routing.dht.messages import Packet
+from peerd.routing.dht.store import RecordStore
+from peerd.routing.dht.table import Contact
 
 EPOCH = 1_800_000_000.0
 # Of a question beside headers and records, both ways together: its stream's frames, each with a tag, a websocket's

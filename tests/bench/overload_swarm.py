@@ -39,10 +39,10 @@ from peerd.protocol.records.envelope import (
 )
 from peerd.protocol.span import Span
 from peerd.routing.announcer import Announcer
+from peerd.routing.dht.record_sets import RecordKey
+from peerd.routing.dht.store import RecordStore, StoreLimits
 from peerd.routing.directory import Directory
 from peerd.routing.links import Links
-from peerd.routing.record_sets import RecordKey
-from peerd.routing.store import RecordStore, StoreLimits
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.testing import MemoryNetwork

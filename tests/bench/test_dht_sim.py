@@ -11,7 +11,7 @@ import trio
 from dht_swarm import Swarm, SwarmPlan
 from trio.testing import MockClock
 
-from peerd.routing.record_sets import newest
+from peerd.routing.dht.record_sets import newest
 
 # An hour of 150 peers, three in ten of them replaced, as the figures of `make bench-dht` are taken.
 PLAN = SwarmPlan(peers=150, serving=0.05, clients=5, hours=1.0, joins_a_second=5.0)
@@ -66,7 +66,7 @@ def test_a_simulation_that_forgets_records_says_so(monkeypatch: pytest.MonkeyPat
         await trio.lowlevel.checkpoint()
         return newest([])
 
-    monkeypatch.setattr("peerd.routing.dht.Dht.get", lose)
+    monkeypatch.setattr("peerd.routing.dht.dht.Dht.get", lose)
     swarm = Swarm(SwarmPlan(peers=5, serving=1.0, clients=1, hours=0.1))
     trio.run(swarm.run, clock=MockClock(autojump_threshold=0))
     assert all(lookup.found.missing for lookup in swarm.lookups)

@@ -15,7 +15,7 @@ from peerd.protocol.messages.session import Failure
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import open_reservations
-from peerd.routing.table import Contact
+from peerd.routing.dht.table import Contact
 from peerd.testing import MemoryNetwork
 
 LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/31330/ws")

@@ -27,9 +27,9 @@ from peerd.protocol.errors import PeerdError, PeerFault
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.session import INFER_PROTOCOL
 from peerd.protocol.span import Span
-from peerd.routing.dht import Dht
-from peerd.routing.dht_messages import DHT_PROTOCOL
-from peerd.routing.store import RecordStore
+from peerd.routing.dht.dht import Dht
+from peerd.routing.dht.messages import DHT_PROTOCOL
+from peerd.routing.dht.store import RecordStore
 
 WIDTH = 8
 MODEL = bytes(range(32))

@@ -34,7 +34,7 @@ from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.rebalancing import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.routing.clock import SwarmClock
-from peerd.routing.record_sets import PartialView
+from peerd.routing.dht.record_sets import PartialView
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.testing import MemoryNetwork

@@ -15,11 +15,11 @@ from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
-from peerd.routing.dht import Dht
-from peerd.routing.dht_messages import Packet, pack_records, unpack_records
+from peerd.routing.dht.dht import Dht
+from peerd.routing.dht.messages import Packet, pack_records, unpack_records
+from peerd.routing.dht.store import RecordStore, StoreLimits
+from peerd.routing.dht.table import Contact
 from peerd.routing.offer import Offer
-from peerd.routing.store import RecordStore, StoreLimits
-from peerd.routing.table import Contact
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))

@@ -21,7 +21,7 @@ from peerd.protocol.records.envelope import (
 )
 from peerd.protocol.span import Span
 from peerd.routing.announcer import FEW_HOLDERS, MIN_PERIOD_S, OTHERS_PERIOD_S, RETRY_S, TTL_S, Announcer
-from peerd.routing.record_sets import addresses_of, newest, servers_of
+from peerd.routing.dht.record_sets import addresses_of, newest, servers_of
 
 MODEL = bytes(range(32))
 MakeServer = Callable[..., ServerRecord]

@@ -17,8 +17,8 @@ from peerd.protocol.records.envelope import (
 )
 from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S
+from peerd.routing.dht.record_sets import RecordKey
 from peerd.routing.directory import CACHE_S, Directory
-from peerd.routing.record_sets import RecordKey
 
 MODEL = bytes(range(32))
 MakeServer = Callable[..., ServerRecord]

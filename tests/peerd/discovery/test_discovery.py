@@ -27,8 +27,8 @@ from peerd.protocol.span import Span
 from peerd.routing.announcer import TTL_S
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
-from peerd.routing.dht_messages import DHT_PROTOCOL, Ping
-from peerd.routing.record_sets import servers_of
+from peerd.routing.dht.messages import DHT_PROTOCOL, Ping
+from peerd.routing.dht.record_sets import servers_of
 from peerd.testing import MemoryNetwork, MemoryTransport
 
 EPOCH = 1_800_000_000.0

@@ -13,7 +13,7 @@ from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import ADDRESSES_A_RELAY, MAX_ASKED, WANTED_RELAYS, Reservations, _addresses_of
-from peerd.routing.table import Contact
+from peerd.routing.dht.table import Contact
 
 
 def contact(number):

@@ -17,7 +17,7 @@ import trio
 from kademlia.crawling import SpiderCrawl
 from kademlia.node import Node, NodeHeap
 
-from peerd.routing.table import PeerNode
+from peerd.routing.dht.table import PeerNode
 
 # Most answers take one round trip, and most of those less than 0.2 s. Who takes longer holds up no asker.
 PATIENCE_S = 0.2

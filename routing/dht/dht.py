@@ -20,7 +20,9 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import SignedRecord, VerifiedRecord, keys_of, open_record, split_keys_of
-from peerd.routing.dht_messages import (
+from peerd.routing.dht.holders import Holders
+from peerd.routing.dht.lookup import Crawl
+from peerd.routing.dht.messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,
     REPLICAS,
@@ -28,12 +30,10 @@ from peerd.routing.dht_messages import (
     Packet,
     contact_addresses,
 )
-from peerd.routing.dht_rpc import DhtProtocol, DhtTransport, FindReply
-from peerd.routing.holders import Holders
-from peerd.routing.lookup import Crawl
-from peerd.routing.record_sets import PartialView, RecordKey, newest
-from peerd.routing.store import RecordStore
-from peerd.routing.table import Contact, PeerNode, dump_contacts
+from peerd.routing.dht.record_sets import PartialView, RecordKey, newest
+from peerd.routing.dht.rpc import DhtProtocol, DhtTransport, FindReply
+from peerd.routing.dht.store import RecordStore
+from peerd.routing.dht.table import Contact, PeerNode, dump_contacts
 
 log = logging.getLogger(__name__)
 

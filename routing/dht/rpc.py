@@ -21,7 +21,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import CallerError, InvalidRequest, Overloaded, PeerFault, RemoteProtocolError
 from peerd.protocol.identity import PeerId
-from peerd.routing.dht_messages import (
+from peerd.routing.dht.messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,
     QUESTIONS,
@@ -36,8 +36,8 @@ from peerd.routing.dht_messages import (
     Store,
     Stored,
 )
-from peerd.routing.store import RecordStore
-from peerd.routing.table import Bucket, Contact, ContactTable, PeerNode
+from peerd.routing.dht.store import RecordStore
+from peerd.routing.dht.table import Bucket, Contact, ContactTable, PeerNode
 
 # A dial has four round trips and a busy peer may take a second; more would only delay giving up.
 REQUEST_TIMEOUT_S = 3.0

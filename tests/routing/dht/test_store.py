@@ -19,7 +19,7 @@ from peerd.protocol.records.envelope import (
     split_keys_of,
 )
 from peerd.protocol.span import Span
-from peerd.routing.store import RecordStore, StoreLimits
+from peerd.routing.dht.store import RecordStore, StoreLimits
 
 MODEL = bytes(range(32))
 KEY = server_key(MODEL, 0)

@@ -12,10 +12,10 @@ from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
 from peerd.protocol.identity import Identity, node_id_of
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, peer_key, server_key, sign_record
 from peerd.protocol.span import Span
-from peerd.routing.dht_messages import REPLICAS, Found, Packet
-from peerd.routing.record_sets import PartialView, addresses_of, servers_of
-from peerd.routing.store import StoreLimits
-from peerd.routing.table import load_contacts
+from peerd.routing.dht.messages import REPLICAS, Found, Packet
+from peerd.routing.dht.record_sets import PartialView, addresses_of, servers_of
+from peerd.routing.dht.store import StoreLimits
+from peerd.routing.dht.table import load_contacts
 
 MakeServer = Callable[..., ServerRecord]
 MakePeer = Callable[..., PeerRecord]

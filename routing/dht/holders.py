@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kademlia.node import Node
 
-from peerd.routing.table import PeerNode
+from peerd.routing.dht.table import PeerNode
 
 # A lookup costs as much as three renewals. Newcomers are heard of within a renewal or two without one.
 LOOKUP_S = 600.0

@@ -9,11 +9,11 @@ import trio
 
 from peerd.protocol.identity import Identity, node_id_of
 from peerd.protocol.records.envelope import ServerRecord, server_key, sign_record
-from peerd.routing.dht_messages import REPLICAS, Found, Packet
-from peerd.routing.holders import LOOKUP_S
-from peerd.routing.record_sets import servers_of
-from peerd.routing.store import StoreLimits
-from peerd.routing.table import Contact, PeerNode
+from peerd.routing.dht.holders import LOOKUP_S
+from peerd.routing.dht.messages import REPLICAS, Found, Packet
+from peerd.routing.dht.record_sets import servers_of
+from peerd.routing.dht.store import StoreLimits
+from peerd.routing.dht.table import Contact, PeerNode
 
 MakeServer = Callable[..., ServerRecord]
 # Fixtures come from conftest.py, whose classes a test module cannot import.

@@ -7,8 +7,8 @@ import pytest
 import trio
 
 from peerd.protocol.identity import Identity
-from peerd.routing.lookup import GIVE_UP_S, PATIENCE_S, Crawl
-from peerd.routing.table import Contact, Node, PeerNode
+from peerd.routing.dht.lookup import GIVE_UP_S, PATIENCE_S, Crawl
+from peerd.routing.dht.table import Contact, Node, PeerNode
 
 NODES = [PeerNode(Contact(Identity.from_seed(number.to_bytes(32, "big")).peer_id)) for number in range(60)]
 OWN = NODES[0]

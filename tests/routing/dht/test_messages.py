@@ -11,7 +11,7 @@ from peerd.protocol.encoding.packing import pack, unpack
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import Identity
-from peerd.routing.dht_messages import (
+from peerd.routing.dht.messages import (
     MAX_CONTACT_ADDRESS_CHARS,
     MAX_CONTACT_ADDRESSES,
     MAX_RECORDS,
@@ -24,9 +24,9 @@ from peerd.routing.dht_messages import (
     pack_records,
     unpack_records,
 )
-from peerd.routing.table import Contact, Node, PeerNode
+from peerd.routing.dht.table import Contact, Node, PeerNode
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/dht.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/dht.json").read_text())
 MESSAGES = VECTORS["messages"]
 ALLOWED: dict[str, tuple[type[Message], ...]] = {"question": QUESTIONS, "answer": (Pong, Found, Stored)}
 

@@ -29,7 +29,7 @@ from peerd.protocol.encoding.schema import (
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import NODE_ID_BYTES, PEER_ID_CHARS, PeerId
 from peerd.protocol.records.envelope import MAX_RECORD_BYTES
-from peerd.routing.table import Contact, PeerNode
+from peerd.routing.dht.table import Contact, PeerNode
 
 DHT_PROTOCOL = "/peerd/dht/1"
 

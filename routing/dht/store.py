@@ -21,7 +21,7 @@ from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_SLOTS
 from peerd.protocol.records.envelope import SignedRecord, Slot, VerifiedRecord, open_record, replaces
-from peerd.routing.dht_messages import MAX_RECORDS, Outcome
+from peerd.routing.dht.messages import MAX_RECORDS, Outcome
 
 Name = TypeVar("Name", bound=str)
 

@@ -7,7 +7,7 @@ import pytest
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
-from peerd.routing.table import QUIET_S, Contact, ContactTable, Node, PeerNode, dump_contacts, load_contacts
+from peerd.routing.dht.table import QUIET_S, Contact, ContactTable, Node, PeerNode, dump_contacts, load_contacts
 
 ADDRESS = Multiaddr.parse("/ip4/10.0.0.1/tcp/31330/ws")
 

@@ -1,0 +1,1 @@
+"""The DHT: Kademlia over authenticated streams, and its store."""
