@@ -19,7 +19,7 @@ from peerd.places import Place
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
-from peerd.routing.holding import Holding, HoldingSource
+from peerd.routing.directory.holding import Holding, HoldingSource
 from peerd.routing.placement import Newcomer, are_choosing, choose_first_span
 
 log = logging.getLogger(__name__)

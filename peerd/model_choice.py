@@ -24,9 +24,9 @@ from peerd.compute.errors import CheckpointError, HubUnavailable
 from peerd.devices import rooms, specs_by_device
 from peerd.discovery.discovery import Discovery
 from peerd.protocol.errors import InvalidRequest
-from peerd.routing.catalogue import NamedModel, least_rate, named_models
 from peerd.routing.dht.record_sets import PartialView
-from peerd.routing.holding import Holding
+from peerd.routing.directory.catalogue import NamedModel, least_rate, named_models
+from peerd.routing.directory.holding import Holding
 from peerd.serving import ServeSpec
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import trio
 
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import ModelRecord
-from peerd.routing.catalogue import named_models, should_announce
 from peerd.routing.dht.record_sets import PartialView, RecordSource
+from peerd.routing.directory.catalogue import named_models, should_announce
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_SLOTS
 from peerd.protocol.span import Span
+from peerd.routing.directory.holding import Holding
 from peerd.routing.flow import FlowWithOne
-from peerd.routing.holding import Holding
 
 Floats = NDArray[np.float64]
 

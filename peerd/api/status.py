@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peerd.api.models import Models
     from peerd.client.model import RemoteModel
     from peerd.peer import Peer
-    from peerd.routing.offer import Offer
+    from peerd.routing.directory.offer import Offer
 
 # Whoever asks for status does not need it fresher, and the DHT is spared.
 _MAX_AGE_S = 2.0

@@ -29,13 +29,13 @@ from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.bodies import MAX_ADDRESSES, MAX_RELAYS
 from peerd.protocol.records.envelope import Announcement, ModelRecord, PeerRecord, ServerRecord
-from peerd.routing.announcer import Announcer
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import DHT_PROTOCOL
 from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact, load_contacts
-from peerd.routing.directory import Directory
+from peerd.routing.directory.announcer import Announcer
+from peerd.routing.directory.directory import Directory
 from peerd.routing.links import Links
 from peerd.trio_tools import open_tasks
 

@@ -17,7 +17,7 @@ from peerd.net.peer_connection import IDLE
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import PeerId
-from peerd.routing.directory import Directory
+from peerd.routing.directory.directory import Directory
 from peerd.routing.links import Links
 
 # To look up where it is, dial, shake hands and hear an answer: ten round trips of 0.3 s.

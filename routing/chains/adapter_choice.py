@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from peerd.protocol.errors import NoChain
 from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 # Bytes of a value in what a peer computes in; those that we have not heard of are taken to be wide.
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2}

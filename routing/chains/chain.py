@@ -17,7 +17,7 @@ from peerd.routing.chains.costs import HOP_S, NO_ROOM_S, UNKNOWN_RTT_S, ChainNee
 from peerd.routing.chains.for_passes import by_client
 from peerd.routing.chains.for_steps import soonest
 from peerd.routing.chains.offer_table import OfferTable
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 __all__ = [
     "HOP_S",

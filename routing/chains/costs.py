@@ -15,7 +15,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed
 from peerd.routing.chains.offer_table import Floats, Indices, Mask, OfferTable
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 # What a hop costs beside its link: framing, queueing for the engine, copies. Petals reckons with 18 ms.
 HOP_S = 0.005

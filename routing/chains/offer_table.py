@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peerd.protocol.identity import PeerId
-from peerd.routing.offer import Offer, agreeing
+from peerd.routing.directory.offer import Offer, agreeing
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]

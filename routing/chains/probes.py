@@ -17,7 +17,7 @@ from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.chains.chain import HOP_S, ChainNeeds, plan_chain
 from peerd.routing.chains.offer_table import OfferTable
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 # What somebody whom we never measured may turn out to be: a peer of our own region. Petals' default for such is 0.
 HOPEFUL_RTT_S = 0.02

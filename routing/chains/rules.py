@@ -15,7 +15,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import block_roots
 from peerd.protocol.span import MAX_BLOCKS, Span
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 _DIGEST_BYTES = 32
 # 4096 blocks of 64 hex digits, with room for white space.

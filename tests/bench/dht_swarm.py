@@ -18,8 +18,8 @@ from dht_world import Node, Trace, World, purpose, trace, unix_now
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, shards_of
 from peerd.protocol.span import Span
-from peerd.routing.announcer import TTL_S, Announcer
 from peerd.routing.dht.record_sets import addresses_of, servers_of
+from peerd.routing.directory.announcer import TTL_S, Announcer
 
 # As peerd/discovery/discovery.py has them.
 REFRESH_S = 60.0

@@ -38,10 +38,10 @@ from peerd.protocol.records.envelope import (
     open_record,
 )
 from peerd.protocol.span import Span
-from peerd.routing.announcer import Announcer
 from peerd.routing.dht.record_sets import RecordKey
 from peerd.routing.dht.store import RecordStore, StoreLimits
-from peerd.routing.directory import Directory
+from peerd.routing.directory.announcer import Announcer
+from peerd.routing.directory.directory import Directory
 from peerd.routing.links import Links
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan

@@ -24,9 +24,9 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.rebalancing import Rebalancer
-from peerd.routing.announcer import MIN_PERIOD_S, TTL_S
+from peerd.routing.directory.announcer import MIN_PERIOD_S, TTL_S
+from peerd.routing.directory.holding import Holding
 from peerd.routing.flow import swarm_flow
-from peerd.routing.holding import Holding
 from peerd.server import ServedSpan
 from peerd.serving import LoadedSpan
 

@@ -16,7 +16,7 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, block_roots, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.chains.chain import ChainNeeds, OfferTable, plan_chain
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 PEERS, BLOCKS = 1000, 128
 MODEL = bytes(range(32))

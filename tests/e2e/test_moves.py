@@ -13,7 +13,7 @@ import trio
 import peerd
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
 from peerd.routing.chains.rules import ChainRules
-from peerd.routing.directory import Directory
+from peerd.routing.directory.directory import Directory
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

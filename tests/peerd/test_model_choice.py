@@ -22,7 +22,7 @@ from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
-from peerd.routing.catalogue import NamedModel
+from peerd.routing.directory.catalogue import NamedModel
 from peerd.testing import MemoryNetwork
 
 if TYPE_CHECKING:

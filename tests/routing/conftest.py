@@ -19,7 +19,7 @@ from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import Packet, pack_records, unpack_records
 from peerd.routing.dht.store import RecordStore, StoreLimits
 from peerd.routing.dht.table import Contact
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 
 from peerd.protocol.span import Span
+from peerd.routing.directory.offer import Offer
 from peerd.routing.flow import swarm_flow
-from peerd.routing.offer import Offer
 from peerd.routing.placement import Newcomer, are_choosing, block_rates, choose_first_span, choose_move, choose_span
 
 MakeOffer = Callable[..., Offer]

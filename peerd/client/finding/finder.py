@@ -20,9 +20,9 @@ from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_
 from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.chains.rules import ChainRules
-from peerd.routing.directory import CACHE_S, Directory
+from peerd.routing.directory.directory import CACHE_S, Directory
+from peerd.routing.directory.offer import Offer
 from peerd.routing.links import Links
-from peerd.routing.offer import Offer
 
 # Clients that wait for a missing server look again this often, not oftener.
 FRESH_S = 0.5

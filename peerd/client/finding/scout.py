@@ -22,7 +22,7 @@ from peerd.routing.chains.adapter_choice import AdapterNeed
 from peerd.routing.chains.chain import ChainNeeds
 from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.chains.probes import worth_probing
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 # Of a chain of 8 hops, three choices each.
 FIRST_PROBES = 24

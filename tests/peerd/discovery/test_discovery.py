@@ -24,11 +24,11 @@ from peerd.protocol.identity import Identity
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
-from peerd.routing.announcer import TTL_S
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.messages import DHT_PROTOCOL, Ping
 from peerd.routing.dht.record_sets import servers_of
+from peerd.routing.directory.announcer import TTL_S
 from peerd.testing import MemoryNetwork, MemoryTransport
 
 EPOCH = 1_800_000_000.0

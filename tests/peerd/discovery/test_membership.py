@@ -9,7 +9,7 @@ import trio.testing
 from presence_world import WIDTH, Client, Serving, World, open_world, seconds_until
 
 from peerd.client.session.mender import Patience
-from peerd.routing.announcer import TTL_S
+from peerd.routing.directory.announcer import TTL_S
 from peerd.routing.links import FIRST_AVOIDANCE_S
 
 

@@ -10,7 +10,7 @@ from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_recor
 from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import AdapterNeed, choose_adapter
 from peerd.routing.chains.chain import ChainNeeds, plan_chain
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 POET, OTHER_POET, CLERK = "poet@" + 16 * "1", "poet@" + 16 * "2", "clerk@" + 16 * "3"
 BLOCKS = Span(0, 8)

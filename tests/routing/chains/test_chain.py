@@ -19,7 +19,7 @@ from peerd.routing.chains.chain import (
     OfferTable,
     plan_chain,
 )
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 MakeOffer = Callable[..., Offer]
 

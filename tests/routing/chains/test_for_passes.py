@@ -10,7 +10,7 @@ import pytest
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.chain import HOP_S, NEAR_BEST, ChainNeeds, plan_chain
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 MakeOffer = Callable[..., Offer]
 Runs = list[tuple[Offer, int]]

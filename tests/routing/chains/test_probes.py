@@ -10,7 +10,7 @@ from peerd.protocol.records.bodies import MAX_PAYLOAD_BYTES
 from peerd.protocol.span import Span
 from peerd.routing.chains.chain import ChainNeeds, OfferTable
 from peerd.routing.chains.probes import next_hops, with_rtts, worth_probing
-from peerd.routing.offer import Offer
+from peerd.routing.directory.offer import Offer
 
 MakeOffer = Callable[..., Offer]
 BLOCKS = Span(0, 32)

@@ -10,8 +10,8 @@ from peerd.client.finding.finder import SwarmFinder
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
+from peerd.routing.directory.offer import Offer
 from peerd.routing.links import Links
-from peerd.routing.offer import Offer
 
 MODEL = bytes(range(32))
 

@@ -21,8 +21,8 @@ from peerd.protocol.records.envelope import ServerRecord, block_roots
 from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER
 from peerd.routing.chains.rules import ChainRules, Manifest
+from peerd.routing.directory.offer import Offer
 from peerd.routing.links import Links
-from peerd.routing.offer import Offer
 from peerd.trio_tools import open_tasks
 
 BLOCKS = Span(0, 8)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
-from peerd.routing.announcer import TTL_S
 from peerd.routing.dht.record_sets import RecordSource, addresses_of, newest, servers_of
-from peerd.routing.holding import Holding
-from peerd.routing.offer import Offer
+from peerd.routing.directory.announcer import TTL_S
+from peerd.routing.directory.holding import Holding
+from peerd.routing.directory.offer import Offer
 
 # A new server is to be used within 5 s, of which announcing, looking up and measuring it take some. A client that opens
 # sessions without pause makes 20 lookups a minute of each 16 blocks, of 13 small questions each; others make none.

@@ -20,8 +20,8 @@ from peerd.protocol.records.envelope import (
     sign_record,
 )
 from peerd.protocol.span import Span
-from peerd.routing.announcer import FEW_HOLDERS, MIN_PERIOD_S, OTHERS_PERIOD_S, RETRY_S, TTL_S, Announcer
 from peerd.routing.dht.record_sets import addresses_of, newest, servers_of
+from peerd.routing.directory.announcer import FEW_HOLDERS, MIN_PERIOD_S, OTHERS_PERIOD_S, RETRY_S, TTL_S, Announcer
 
 MODEL = bytes(range(32))
 MakeServer = Callable[..., ServerRecord]

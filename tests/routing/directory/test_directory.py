@@ -16,9 +16,9 @@ from peerd.protocol.records.envelope import (
     sign_record,
 )
 from peerd.protocol.span import Span
-from peerd.routing.announcer import TTL_S
 from peerd.routing.dht.record_sets import RecordKey
-from peerd.routing.directory import CACHE_S, Directory
+from peerd.routing.directory.announcer import TTL_S
+from peerd.routing.directory.directory import CACHE_S, Directory
 
 MODEL = bytes(range(32))
 MakeServer = Callable[..., ServerRecord]

@@ -8,8 +8,8 @@ import pytest
 
 from peerd.protocol.identity import Identity
 from peerd.protocol.records.envelope import ModelRecord, VerifiedRecord, open_record, sign_record
-from peerd.routing.catalogue import ANNOUNCERS, least_rate, named_models, should_announce
 from peerd.routing.dht.record_sets import RecordKey, words_for_models
+from peerd.routing.directory.catalogue import ANNOUNCERS, least_rate, named_models, should_announce
 
 OTHER = bytes(range(1, 33))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from peerd.protocol.identity import PeerId, node_id_of
 from peerd.protocol.records.envelope import ModelRecord, VerifiedRecord
 from peerd.routing.dht.record_sets import RecordSource, words_for_models
-from peerd.routing.holding import Holding
+from peerd.routing.directory.holding import Holding
 
 # Of those who serve a model, who announce what it is called: enough to outlast any churn between two looks.
 ANNOUNCERS = 16

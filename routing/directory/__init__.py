@@ -1,0 +1,1 @@
+"""What the swarm serves: announcements published and looked up."""
