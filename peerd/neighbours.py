@@ -21,7 +21,7 @@ from peerd.routing.chains.probes import next_hops, with_rtts
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.directory.directory import Directory
 from peerd.routing.directory.offer import Offer
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 
 # Between rounds, one fifth more or less so that servers that started together part.
 ROUND_S = 60.0

@@ -36,7 +36,7 @@ from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact, load_contacts
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)

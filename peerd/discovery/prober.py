@@ -17,7 +17,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost, PeerFault
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.offer import Offer
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 
 # Handshakes at a time: each takes a millisecond or two of ours.
 AT_ONCE = 8

@@ -18,7 +18,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.directory import Directory
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 
 # To look up where it is, dial, shake hands and hear an answer: ten round trips of 0.3 s.
 PROOF_S = 3.0

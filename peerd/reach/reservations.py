@@ -28,7 +28,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELAY_ROLE, TO_RESERVED, Reserve, Reserved
 from peerd.protocol.messages.session import Failure
 from peerd.routing.dht.table import Contact
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from peerd.routing.dht.record_sets import RecordKey
 from peerd.routing.dht.store import RecordStore, StoreLimits
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 from peerd.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.testing import MemoryNetwork

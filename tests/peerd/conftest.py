@@ -42,7 +42,7 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.directory.offer import Offer
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 from peerd.server import ServedSpan, Server
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks

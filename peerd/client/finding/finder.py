@@ -22,7 +22,7 @@ from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.directory.directory import CACHE_S, Directory
 from peerd.routing.directory.offer import Offer
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 
 # Clients that wait for a missing server look again this often, not oftener.
 FRESH_S = 0.5

@@ -20,8 +20,8 @@ from peerd.client.session.step_log import StepLog
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Progress
-from peerd.routing.pace import FLOOR_S, Pace
-from peerd.routing.suspicion import Hung, Stuck, Suspicion
+from peerd.routing.failures.pace import FLOOR_S, Pace
+from peerd.routing.failures.suspicion import Hung, Stuck, Suspicion
 
 # A hop's answer takes a round trip, and its process a moment to come to it beside others on a machine under load.
 ANSWER_S = 0.5

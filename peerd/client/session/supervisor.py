@@ -37,7 +37,7 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.messages.session import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
 from peerd.protocol.span import Span
-from peerd.routing.pace import Pace
+from peerd.routing.failures.pace import Pace
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from presence_world import WIDTH, Client, Serving, World, open_world, seconds_un
 
 from peerd.client.session.mender import Patience
 from peerd.routing.directory.announcer import TTL_S
-from peerd.routing.links import FIRST_AVOIDANCE_S
+from peerd.routing.failures.track_record import FIRST_AVOIDANCE_S
 
 
 def step() -> torch.Tensor:

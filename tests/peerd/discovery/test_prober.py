@@ -5,7 +5,7 @@ import trio
 
 from peerd.discovery.prober import PROBE_S, Prober
 from peerd.protocol.span import Span
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 
 
 def prober_of(client):

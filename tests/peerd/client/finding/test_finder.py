@@ -11,7 +11,7 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.directory.offer import Offer
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 
 MODEL = bytes(range(32))
 

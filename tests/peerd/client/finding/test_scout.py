@@ -22,7 +22,7 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER
 from peerd.routing.chains.rules import ChainRules, Manifest
 from peerd.routing.directory.offer import Offer
-from peerd.routing.links import Links
+from peerd.routing.failures.track_record import Links
 from peerd.trio_tools import open_tasks
 
 BLOCKS = Span(0, 8)

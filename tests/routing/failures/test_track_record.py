@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from peerd.protocol.identity import PeerId
-from peerd.routing.links import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, MAX_PEERS, MIN_ASKING_S, Links
+from peerd.routing.failures.track_record import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, MAX_PEERS, MIN_ASKING_S, Links
 
 A, B = PeerId("a"), PeerId("b")
 

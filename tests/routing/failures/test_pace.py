@@ -3,8 +3,8 @@
 import pytest
 
 from peerd.protocol.messages.session import Progress
-from peerd.routing.pace import CEILING_S, FLOOR_S, UNKNOWN_S, Pace
-from peerd.routing.suspicion import BUSY_FACTOR, UNKNOWN_HOLD_S, Hung, Stuck, Suspicion
+from peerd.routing.failures.pace import CEILING_S, FLOOR_S, UNKNOWN_S, Pace
+from peerd.routing.failures.suspicion import BUSY_FACTOR, UNKNOWN_HOLD_S, Hung, Stuck, Suspicion
 
 
 def pace_of(*samples: tuple[int, float]) -> Pace:

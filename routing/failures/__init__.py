@@ -1,0 +1,1 @@
+"""Which peers failed, how slow they are, and who is suspected."""
