@@ -20,7 +20,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.directory.holding import Holding, HoldingSource
-from peerd.routing.placement import Newcomer, are_choosing, choose_first_span
+from peerd.routing.placement.placement import Newcomer, are_choosing, choose_first_span
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
-from peerd.routing.placement import choose_move
+from peerd.routing.placement.placement import choose_move
 from peerd.server import ServedSpan
 from peerd.serving import LoadedSpan
 

@@ -25,8 +25,8 @@ from trio.testing import MockClock
 from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span
 from peerd.routing.directory.holding import Holding
-from peerd.routing.flow import swarm_flow
-from peerd.routing.placement import choose_move, choose_span
+from peerd.routing.placement.flow import swarm_flow
+from peerd.routing.placement.placement import choose_move, choose_span
 
 HOURS = 2.0
 # What is sampled counts from here on: everybody has begun, and loaded.

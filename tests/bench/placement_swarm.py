@@ -26,7 +26,7 @@ from peerd.protocol.span import Span
 from peerd.rebalancing import Rebalancer
 from peerd.routing.directory.announcer import MIN_PERIOD_S, TTL_S
 from peerd.routing.directory.holding import Holding
-from peerd.routing.flow import swarm_flow
+from peerd.routing.placement.flow import swarm_flow
 from peerd.server import ServedSpan
 from peerd.serving import LoadedSpan
 

@@ -10,7 +10,7 @@ from placement_sim import against_the_best, simulate
 from placement_swarm import Server, Swarm, World, most_flow
 
 from peerd.protocol.span import Span
-from peerd.routing.flow import swarm_flow
+from peerd.routing.placement.flow import swarm_flow
 
 
 @pytest.fixture(autouse=True)

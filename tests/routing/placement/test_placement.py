@@ -10,8 +10,15 @@ import pytest
 
 from peerd.protocol.span import Span
 from peerd.routing.directory.offer import Offer
-from peerd.routing.flow import swarm_flow
-from peerd.routing.placement import Newcomer, are_choosing, block_rates, choose_first_span, choose_move, choose_span
+from peerd.routing.placement.flow import swarm_flow
+from peerd.routing.placement.placement import (
+    Newcomer,
+    are_choosing,
+    block_rates,
+    choose_first_span,
+    choose_move,
+    choose_span,
+)
 
 MakeOffer = Callable[..., Offer]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerd.protocol.span import Span
-from peerd.routing.flow import FlowWithOne, swarm_flow
+from peerd.routing.placement.flow import FlowWithOne, swarm_flow
 
 BLOCKS = 9
 

@@ -18,7 +18,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_SLOTS
 from peerd.protocol.span import Span
 from peerd.routing.directory.holding import Holding
-from peerd.routing.flow import FlowWithOne
+from peerd.routing.placement.flow import FlowWithOne
 
 Floats = NDArray[np.float64]
 

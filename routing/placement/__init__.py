@@ -1,0 +1,1 @@
+"""Which blocks a server should host."""
