@@ -40,7 +40,7 @@ from peerd.reach.relay import Relay
 from peerd.reach.reservations import Reservations, open_reservations
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
-from peerd.routing.reachability import Announced, Reach
+from peerd.routing.reach.verdict import Announced, Reach
 from peerd.span_host import SpanHost
 from peerd.trio_tools import open_tasks
 

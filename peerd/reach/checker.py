@@ -25,8 +25,8 @@ from peerd.protocol.connection.hello import Hello
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled
 from peerd.reach.dialback import ask_to_be_dialled
-from peerd.routing.observed import ObservedIps
-from peerd.routing.reachability import (
+from peerd.routing.reach.observed_ips import ObservedIps
+from peerd.routing.reach.verdict import (
     Announced,
     Finding,
     Reach,

@@ -37,7 +37,7 @@ from peerd.reach.checker import Here
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import Reservation
-from peerd.routing.reachability import Reach
+from peerd.routing.reach.verdict import Reach
 
 pytestmark = pytest.mark.real_time
 

@@ -28,7 +28,7 @@ from peerd.reach.checker import SETTLE_S, Reachability
 from peerd.reach.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import open_reservations
-from peerd.routing.reachability import Announced, Reach
+from peerd.routing.reach.verdict import Announced, Reach
 from peerd.testing import MemoryNetwork, MemoryTransport
 
 EPOCH = 1_800_000_000.0

@@ -8,7 +8,7 @@ import pytest
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.messages.dialback import Dialled, Outcome
-from peerd.routing.reachability import Finding, Reach, announced, find, is_void, more_judges, next_check_s, ports_for
+from peerd.routing.reach.verdict import Finding, Reach, announced, find, is_void, more_judges, next_check_s, ports_for
 
 PORT = 31330
 

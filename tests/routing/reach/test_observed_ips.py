@@ -3,7 +3,7 @@
 from ipaddress import ip_address
 
 from peerd.protocol.identity import Identity
-from peerd.routing.observed import ObservedIps
+from peerd.routing.reach.observed_ips import ObservedIps
 
 PEERS = [Identity.from_seed(bytes([n]) * 32).peer_id for n in range(1, 7)]
 HERE, THERE = "6.6.6.6", "7.7.7.7"

@@ -1,0 +1,1 @@
+"""Whether a peer can be dialled, judged from what others saw."""
