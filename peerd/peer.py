@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from peerd.compute.model.head import Head
     from peerd.net.transport import Transport
     from peerd.reach.relay_ledger import RelayLimits
-    from peerd.server import ServedSpan, Server
+    from peerd.server.server import ServedSpan, Server
     from peerd.serving import ServeSpec
 
 log = logging.getLogger(__name__)
@@ -302,7 +302,7 @@ async def open_peer(
 
 async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
     # Serving needs torch, which whoever only keeps the DHT need not wait for.
-    from peerd.server import Server
+    from peerd.server.server import Server
 
     server = Server(clock)
     await tasks.start(server.run)

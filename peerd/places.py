@@ -20,7 +20,7 @@ from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
-    from peerd.server import ServedSpan, Server
+    from peerd.server.server import ServedSpan, Server
     from peerd.serving import LoadedSpan
     from peerd.span_loader import SpanLoader
 

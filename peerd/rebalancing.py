@@ -33,7 +33,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.placement.placement import choose_move
-from peerd.server import ServedSpan
+from peerd.server.server import ServedSpan
 from peerd.serving import LoadedSpan
 
 log = logging.getLogger(__name__)

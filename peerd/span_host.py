@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.protocol.records.envelope import ModelRecord, ServerRecord
     from peerd.rebalancing import Rebalancer
-    from peerd.server import ServedSpan, Server
+    from peerd.server.server import ServedSpan, Server
     from peerd.serving import ServeSpec
     from peerd.span_loader import SpanLoader
 

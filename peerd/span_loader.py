@@ -19,10 +19,10 @@ from peerd.checkpoints import Checkpoints, fetch_span
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.heap import trim_heap
-from peerd.engine_task import EngineTask
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
-from peerd.server import ServedSpan
+from peerd.server.engine_task import EngineTask
+from peerd.server.server import ServedSpan
 from peerd.serving import LoadedSpan, ServeSpec, load
 
 # torch has a class of its own for GPUs that are full, but only words for a host.

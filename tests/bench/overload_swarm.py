@@ -21,7 +21,6 @@ from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.fake_engine import FakeEngine, fake_forward
-from peerd.engine_task import EngineTask
 from peerd.net.connections import Connections, Stream, open_connections
 from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
@@ -43,7 +42,8 @@ from peerd.routing.dht.store import RecordStore, StoreLimits
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.track_record import Links
-from peerd.server import ServedSpan, Server
+from peerd.server.engine_task import EngineTask
+from peerd.server.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks

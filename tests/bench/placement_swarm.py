@@ -16,7 +16,6 @@ from typing import Any
 import trio
 
 from peerd.compute.fake_engine import FakeEngine
-from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.first_span import Choice, choose_first
 from peerd.places import Places
@@ -27,7 +26,8 @@ from peerd.rebalancing import Rebalancer
 from peerd.routing.directory.announcer import MIN_PERIOD_S, TTL_S
 from peerd.routing.directory.holding import Holding
 from peerd.routing.placement.flow import swarm_flow
-from peerd.server import ServedSpan
+from peerd.server.engine_task import EngineTask
+from peerd.server.server import ServedSpan
 from peerd.serving import LoadedSpan
 
 MODEL = bytes(32)

@@ -15,10 +15,10 @@ import peerd
 from peerd.cli.processes import open_peer_processes
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.fake_engine import FakeEngine
-from peerd.engine_task import EngineTask
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records.envelope import ServerRecord
-from peerd.server import ServedSpan
+from peerd.server.engine_task import EngineTask
+from peerd.server.server import ServedSpan
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 
@@ -32,7 +32,7 @@ WIDTH = 576
 # What the program takes before it serves anything is not bounded.
 _IMPORTS = """
 import torch, transformers.models.llama.modeling_llama
-import peerd.cli.main, peerd.cli.daemon, peerd.devices, peerd.engine_task, peerd.peer, peerd.server, peerd.serving
+import peerd.cli.main, peerd.cli.daemon, peerd.devices, peerd.server.engine_task, peerd.peer, peerd.server.server, peerd.serving
 lines = open("/proc/self/status").read().splitlines()
 print(next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")))
 """

@@ -18,7 +18,6 @@ from peerd.client.session.session import Session
 from peerd.compute.fake_engine import FakeEngine
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
-from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import Connections, open_connections
 from peerd.places import Places
@@ -28,7 +27,8 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
-from peerd.server import ServedSpan, Server
+from peerd.server.engine_task import EngineTask
+from peerd.server.server import ServedSpan, Server
 from peerd.span_loader import LoadedSpan
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks

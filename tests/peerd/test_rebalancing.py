@@ -24,7 +24,6 @@ from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.discovery.discovery import Discovery, open_discovery
-from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import open_connections
 from peerd.places import Place, Places
@@ -35,7 +34,8 @@ from peerd.protocol.span import Span
 from peerd.rebalancing import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.record_sets import PartialView
-from peerd.server import ServedSpan, Server
+from peerd.server.engine_task import EngineTask
+from peerd.server.server import ServedSpan, Server
 from peerd.serving import LoadedSpan
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks

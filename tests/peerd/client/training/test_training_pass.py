@@ -25,7 +25,7 @@ SHORT = Patience(missing_s=2.0, busy_s=6.0)
 @pytest.fixture(autouse=True)
 def _one_turn_a_slice(monkeypatch):
     """How many turns a slice has depends on the machine's speed, and with it all times here."""
-    monkeypatch.setattr("peerd.device_work.SLICE_S", 0.0)
+    monkeypatch.setattr("peerd.server.device_queue.SLICE_S", 0.0)
 
 
 @pytest.fixture(scope="module")

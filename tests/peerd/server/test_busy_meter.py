@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import trio
 
-from peerd.busy_meter import MEMORY_S, BusyMeter
+from peerd.server.busy_meter import MEMORY_S, BusyMeter
 
 
 def run_batches(meter: BusyMeter, length_s: float, pause_s: float, until_s: float) -> float:

@@ -15,14 +15,9 @@ from functools import partial
 
 import trio
 
-from peerd.engine_task import EngineTask
 from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S, AdapterRoom
-from peerd.hosted_session import HostedSession
-from peerd.hosted_sessions import HostedSessions, SessionKey
-from peerd.links import open_link
 from peerd.net.connections import Connections, Stream
 from peerd.net.peer_connection import CLOSED
-from peerd.pass_server import PassServer, PassSpan
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import CODECS
@@ -61,6 +56,11 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
 from peerd.protocol.span import Span
+from peerd.server.engine_task import EngineTask
+from peerd.server.hosted_session import HostedSession
+from peerd.server.next_hop import open_link
+from peerd.server.session_table import HostedSessions, SessionKey
+from peerd.server.training import PassServer, PassSpan
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).
 LINGER_S = 15.0

@@ -6,8 +6,6 @@ import trio
 
 from peerd.compute.fake_engine import fake_forward
 from peerd.exchange.step_tensors import encoded
-from peerd.hosted_sessions import LINK_PATIENCE_S
-from peerd.links import dialable
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import CallerError, RemoteProtocolError, StreamReset, Superseded, TicketRefused
@@ -27,6 +25,8 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.records.envelope import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
+from peerd.server.next_hop import dialable
+from peerd.server.session_table import LINK_PATIENCE_S
 
 WIDTH = 8
 SESSION = b"s" * 16

@@ -14,12 +14,12 @@ import trio.testing
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv.layout import Keep
 from peerd.compute.steps import BatchOutput
-from peerd.device_work import MAX_JOBS_AN_OWNER
-from peerd.engine_task import EngineTask, StepGap
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
 from peerd.protocol.messages.session import NextHop, Open, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
+from peerd.server.device_queue import MAX_JOBS_AN_OWNER
+from peerd.server.engine_task import EngineTask, StepGap
 
 WIDTH = 8
 SPAN = Span(2, 5)
@@ -202,7 +202,7 @@ class Turns:
 
 
 def one_turn_a_slice(monkeypatch):
-    monkeypatch.setattr("peerd.device_work.SLICE_S", 0.0)
+    monkeypatch.setattr("peerd.server.device_queue.SLICE_S", 0.0)
 
 
 async def test_training_runs_at_once_where_nobody_decodes(monkeypatch):

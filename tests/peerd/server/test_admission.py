@@ -4,8 +4,8 @@ import pytest
 import trio
 import trio.testing
 
-from peerd.admission import HOLD_UP_S, MAX_RETRY_S, MAX_WAITING, Admission
 from peerd.protocol.errors import NoRoom
+from peerd.server.admission import HOLD_UP_S, MAX_RETRY_S, MAX_WAITING, Admission
 
 
 class Pool:

@@ -21,8 +21,6 @@ import outcome
 import torch
 import trio
 
-from peerd.admission import Admission
-from peerd.busy_meter import BusyMeter
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.engine import PRIVATE, BaseEngine
 from peerd.compute.engine_errors import (
@@ -36,7 +34,6 @@ from peerd.compute.engine_errors import (
 )
 from peerd.compute.errors import AdapterError
 from peerd.compute.steps import EngineStep, StepResult
-from peerd.device_work import Job, Work, WorkQueue, run_slice
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -49,6 +46,9 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.messages.session import Open, Step
 from peerd.protocol.span import Span
+from peerd.server.admission import Admission
+from peerd.server.busy_meter import BusyMeter
+from peerd.server.device_queue import Job, Work, WorkQueue, run_slice
 
 T = TypeVar("T")
 A = TypeVar("A")

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peerd.client.training.training_pass import PassMaker, Trained
-from peerd.pass_server import HOST_BYTES, MAX_LANES_A_PEER
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor
@@ -29,6 +28,7 @@ from peerd.protocol.messages.training import (
     Result,
 )
 from peerd.protocol.span import Span
+from peerd.server.training import HOST_BYTES, MAX_LANES_A_PEER
 
 MODEL = bytes(range(32))
 BLOCKS = Span(0, 3)
@@ -185,7 +185,7 @@ async def test_one_peer_has_a_bounded_number_of_lanes_and_others_have_theirs(ope
 
 
 async def test_one_peer_holds_at_most_half_of_the_host_memory(open_swarm, serve_tiny, monkeypatch):
-    monkeypatch.setattr("peerd.pass_server.HOST_BYTES", 2 * 3 * 10 * WIDTH * 4)
+    monkeypatch.setattr("peerd.server.training.HOST_BYTES", 2 * 3 * 10 * WIDTH * 4)
     async with open_swarm() as swarm:
         host = await serve_tiny(swarm, BLOCKS, step_s=5.0)
         greedy, modest = await swarm.caller(), await swarm.caller()

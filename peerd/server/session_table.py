@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from peerd.engine_task import EngineTask
-from peerd.hosted_session import HostedSession
 from peerd.protocol.errors import TicketRefused
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Link
 from peerd.protocol.messages.tickets import Ticket, open_ticket
+from peerd.server.engine_task import EngineTask
+from peerd.server.hosted_session import HostedSession
 
 # A ticket may overtake the client's `open`, since both travel at once.
 LINK_PATIENCE_S = 10.0

@@ -39,7 +39,7 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.server import IDLE_S, LINGER_S, MAX_SESSIONS_A_PEER
+from peerd.server.server import IDLE_S, LINGER_S, MAX_SESSIONS_A_PEER
 
 WIDTH = 8
 MODEL = bytes(range(32))

@@ -22,7 +22,6 @@ from peerd.compute.engine_errors import EngineError, InvalidStepError, NonFinite
 from peerd.compute.training.memory import PassTooLargeError
 from peerd.compute.training.passes import PassInput, PassRunner, Tape
 from peerd.compute.training.tunables import Tunables
-from peerd.engine_task import EngineTask
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
 from peerd.protocol.encoding.schema import parse
@@ -56,6 +55,7 @@ from peerd.protocol.messages.training import (
     Result,
 )
 from peerd.protocol.span import Span
+from peerd.server.engine_task import EngineTask
 from peerd.trio_tools import open_tasks
 
 # A client trains through one lane a hop; a few models and spans at once are plenty.

@@ -1,0 +1,1 @@
+"""Serving others: sessions, training lanes, the engine's task, quotas."""
