@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from peerd.protocol.identity import Identity, PeerId
     from peerd.protocol.span import Span
-    from peerd.serving import ServeSpec
+    from peerd.spans.loading import ServeSpec
 
     __version__: str
 
@@ -67,7 +67,7 @@ __all__ = [
 _MODULE_OF = {
     "open_peer": "peerd.peer",
     "Peer": "peerd.peer",
-    "ServeSpec": "peerd.serving",
+    "ServeSpec": "peerd.spans.loading",
     "RemoteModel": "peerd.client.model",
     "Generation": "peerd.client.generation",
     "Token": "peerd.client.generation",

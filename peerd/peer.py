@@ -41,7 +41,7 @@ from peerd.reach.reservations import Reservations, open_reservations
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
 from peerd.routing.reach.verdict import Announced, Reach
-from peerd.span_host import SpanHost
+from peerd.spans.host import SpanHost
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from peerd.net.transport import Transport
     from peerd.reach.relay_ledger import RelayLimits
     from peerd.server.server import ServedSpan, Server
-    from peerd.serving import ServeSpec
+    from peerd.spans.loading import ServeSpec
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan
-from peerd.serving import LoadedSpan, ServeSpec, load
+from peerd.spans.loading import LoadedSpan, ServeSpec, load
 
 # torch has a class of its own for GPUs that are full, but only words for a host.
 _NO_HOST_MEMORY = "can't allocate memory"

@@ -37,7 +37,7 @@ from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon, Offered
-    from peerd.serving import ServeSpec
+    from peerd.spans.loading import ServeSpec
 
 
 _OPTIONS = (
@@ -260,8 +260,8 @@ def daemon_of(
         model = models[0][1] if models else ""
         with working("starting"):
             from peerd.compute.quantized.formats import NONE
-            from peerd.devices import check_devices
-            from peerd.serving import ServeSpec
+            from peerd.spans.devices import check_devices
+            from peerd.spans.loading import ServeSpec
 
             device = check_devices(",".join(devices) or "cpu")
         blocks = None if isinstance(serve_blocks, str) else serve_blocks

@@ -39,7 +39,7 @@ from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
-from peerd.serving import ServeSpec
+from peerd.spans.loading import ServeSpec
 from peerd.trio_tools import open_tasks
 
 PEERS = 3

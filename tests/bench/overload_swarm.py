@@ -22,7 +22,6 @@ from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.net.connections import Connections, Stream, open_connections
-from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, PeerId
@@ -44,7 +43,8 @@ from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.track_record import Links
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan, Server
-from peerd.serving import LoadedSpan
+from peerd.spans.loading import LoadedSpan
+from peerd.spans.slots import Places
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks
 

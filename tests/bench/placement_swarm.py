@@ -17,18 +17,18 @@ import trio
 
 from peerd.compute.fake_engine import FakeEngine
 from peerd.exchange.adapter_upload import AdapterRoom
-from peerd.first_span import Choice, choose_first
-from peerd.places import Places
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
-from peerd.rebalancing import Rebalancer
 from peerd.routing.directory.announcer import MIN_PERIOD_S, TTL_S
 from peerd.routing.directory.holding import Holding
 from peerd.routing.placement.flow import swarm_flow
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan
-from peerd.serving import LoadedSpan
+from peerd.spans.first_choice import Choice, choose_first
+from peerd.spans.loading import LoadedSpan
+from peerd.spans.mover import Rebalancer
+from peerd.spans.slots import Places
 
 MODEL = bytes(32)
 # A put in a DHT of a thousand peers takes a lookup and a round trip; a get as long.

@@ -20,7 +20,6 @@ from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import Connections, open_connections
-from peerd.places import Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
@@ -30,6 +29,7 @@ from peerd.routing.clock import SwarmClock
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan, Server
 from peerd.span_loader import LoadedSpan
+from peerd.spans.slots import Places
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks
 

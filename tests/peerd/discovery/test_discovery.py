@@ -15,7 +15,6 @@ import trio
 from peerd.discovery.dht_streams import ANSWER_DEADLINE_S
 from peerd.discovery.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
 from peerd.discovery.prober import Prober
-from peerd.neighbours import Neighbours
 from peerd.net.connections import Connections, open_connections
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
@@ -29,6 +28,7 @@ from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.messages import DHT_PROTOCOL, Ping
 from peerd.routing.dht.record_sets import servers_of
 from peerd.routing.directory.announcer import TTL_S
+from peerd.spans.neighbours import Neighbours
 from peerd.testing import MemoryNetwork, MemoryTransport
 
 EPOCH = 1_800_000_000.0

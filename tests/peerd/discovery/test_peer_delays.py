@@ -27,7 +27,7 @@ async def test_a_client_and_servers_measure_each_other_unasked(
     tiny_llama: Path, byte_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FIRST_ROUND_S", "ROUND_S", "MAX_AGE_S"):
-        monkeypatch.setattr(f"peerd.neighbours.{name}", 0.5)
+        monkeypatch.setattr(f"peerd.spans.neighbours.{name}", 0.5)
     shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
     byte_tokenizer.save_pretrained(tmp_path)
     network = MemoryNetwork(latency_s=LATENCY_S)

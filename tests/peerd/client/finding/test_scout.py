@@ -14,7 +14,6 @@ import trio
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
 from peerd.discovery.prober import Prober
-from peerd.neighbours import FIRST_ROUND_S, Neighbours
 from peerd.net.connections import PeerConnection
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import ServerRecord, block_roots
@@ -23,6 +22,7 @@ from peerd.routing.chains.adapter_choice import NO_ADAPTER
 from peerd.routing.chains.rules import ChainRules, Manifest
 from peerd.routing.directory.offer import Offer
 from peerd.routing.failures.track_record import Links
+from peerd.spans.neighbours import FIRST_ROUND_S, Neighbours
 from peerd.trio_tools import open_tasks
 
 BLOCKS = Span(0, 8)

@@ -26,17 +26,17 @@ from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import open_connections
-from peerd.places import Place, Places
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
-from peerd.rebalancing import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.record_sets import PartialView
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan, Server
-from peerd.serving import LoadedSpan
+from peerd.spans.loading import LoadedSpan
+from peerd.spans.mover import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
+from peerd.spans.slots import Place, Places
 from peerd.testing import MemoryNetwork
 from peerd.trio_tools import open_tasks
 

@@ -26,15 +26,15 @@ import torch
 import trio
 
 from peerd.compute.errors import CheckpointError
-from peerd.first_span import Announcing, announce
-from peerd.places import Place
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.placement.placement import choose_move
 from peerd.server.server import ServedSpan
-from peerd.serving import LoadedSpan
+from peerd.spans.first_choice import Announcing, announce
+from peerd.spans.loading import LoadedSpan
+from peerd.spans.slots import Place
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-    from peerd.serving import ServeSpec
+    from peerd.spans.loading import ServeSpec
 
 ALL_GPUS = "cuda:all"
 
@@ -64,7 +64,7 @@ def specs_by_device(spec: ServeSpec) -> list[ServeSpec]:
 
 def rooms(specs: Sequence[ServeSpec], checkpoint: Checkpoint) -> list[int]:
     """How many blocks fit on each device. Raises InvalidRequest where none fits on any. Blocks the thread."""
-    from peerd.serving import how_many_blocks
+    from peerd.spans.loading import how_many_blocks
 
     found: list[int] = []
     refusal: InvalidRequest | None = None

@@ -15,14 +15,15 @@ import trio
 from hub_server import open_hub
 
 import peerd
-from peerd import model_choice, serving
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.errors import CheckpointError, DiskFull
-from peerd.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.catalogue import NamedModel
+from peerd.spans import loading as serving
+from peerd.spans import model_choice
+from peerd.spans.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.testing import MemoryNetwork
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.devices import check_devices, rooms, share_span, specs_by_device
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
-from peerd.serving import ServeSpec
+from peerd.spans.devices import check_devices, rooms, share_span, specs_by_device
+from peerd.spans.loading import ServeSpec
 
 GIB = 1 << 30
 
@@ -93,7 +93,7 @@ def test_a_device_too_small_for_a_block_is_left_out_unless_all_are(monkeypatch: 
             raise InvalidRequest("one block takes 1 GiB")
         return spec.memory_bytes // GIB
 
-    monkeypatch.setattr("peerd.serving.how_many_blocks", how_many)
+    monkeypatch.setattr("peerd.spans.loading.how_many_blocks", how_many)
     small, large = ServeSpec("m", memory_bytes=5), ServeSpec("m", blocks=3, memory_bytes=4 * GIB)
     assert rooms([small, large], None) == [0, 4]
     with pytest.raises(InvalidRequest, match="takes 1 GiB"):

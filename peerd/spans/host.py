@@ -20,23 +20,23 @@ from peerd.checkpoints import Checkpoints, fetch_span
 from peerd.discovery.discovery import Discovery
 from peerd.discovery.prober import Prober
 from peerd.imports import import_in_thread
-from peerd.model_names import ModelNames, words_for
-from peerd.neighbours import Neighbours
 from peerd.net.connections import Connections
-from peerd.places import Place, Places
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
 from peerd.routing.chains.rules import ChainRules
+from peerd.spans.catalogue import ModelNames, words_for
+from peerd.spans.neighbours import Neighbours
+from peerd.spans.slots import Place, Places
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.protocol.records.envelope import ModelRecord, ServerRecord
-    from peerd.rebalancing import Rebalancer
     from peerd.server.server import ServedSpan, Server
-    from peerd.serving import ServeSpec
     from peerd.span_loader import SpanLoader
+    from peerd.spans.loading import ServeSpec
+    from peerd.spans.mover import Rebalancer
 
 # Who serves waits so long to be known, and goes on without if nobody answers.
 ANNOUNCE_WAIT_S = 2.0
@@ -86,7 +86,7 @@ class SpanHost:
         says `stay`: `served` says where it is then. Where it names no model, waits until the swarm serves one that it
         allows. Raises CheckpointError, InvalidRequest.
         """
-        await import_in_thread("peerd.serving")
+        await import_in_thread("peerd.spans.loading")
         from peerd.span_loader import SpanLoader, load_served
 
         if self._neighbours is None:
@@ -129,7 +129,7 @@ class SpanHost:
 
     async def _choose_model(self, spec: ServeSpec) -> ServeSpec:
         """The same order for one of the models that it allows. Waits until the swarm serves one."""
-        from peerd.model_choice import ModelChoice
+        from peerd.spans.model_choice import ModelChoice
 
         return await ModelChoice(spec, self._discovery, self._checkpoints).choose()
 
@@ -162,7 +162,7 @@ class SpanHost:
         self._discovery.serve(records)
 
     def _start_moving(self, place: Place, loader: SpanLoader, block_count: int, look_every_s: float | None) -> None:
-        from peerd.rebalancing import Pace, Rebalancer
+        from peerd.spans.mover import Pace, Rebalancer
 
         random = Random(os.urandom(16))
         pace = Pace.looking_every(look_every_s)
@@ -175,7 +175,7 @@ class SpanHost:
 
         Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
         """
-        from peerd.serving import load_adapter, read_adapter
+        from peerd.spans.loading import load_adapter, read_adapter
 
         place = self._places.of(served)
         assert place.loaded is not None
@@ -209,9 +209,9 @@ class SpanHost:
         All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
         """
         from peerd.compute.engine.capacity import fits_on_disk
-        from peerd.devices import rooms, share_span, specs_by_device
-        from peerd.first_span import Choice, choose_first
-        from peerd.serving import expected_record, how_many_blocks
+        from peerd.spans.devices import rooms, share_span, specs_by_device
+        from peerd.spans.first_choice import Choice, choose_first
+        from peerd.spans.loading import expected_record, how_many_blocks
 
         # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
         digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)

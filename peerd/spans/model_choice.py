@@ -21,13 +21,13 @@ from peerd.checkpoints import Checkpoints
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.hub.id import is_commit, parse_hub_id
 from peerd.compute.errors import CheckpointError, HubUnavailable
-from peerd.devices import rooms, specs_by_device
 from peerd.discovery.discovery import Discovery
 from peerd.protocol.errors import InvalidRequest
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.directory.catalogue import NamedModel, least_rate, named_models
 from peerd.routing.directory.holding import Holding
-from peerd.serving import ServeSpec
+from peerd.spans.devices import rooms, specs_by_device
+from peerd.spans.loading import ServeSpec
 
 log = logging.getLogger(__name__)
 

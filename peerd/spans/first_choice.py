@@ -15,12 +15,12 @@ from typing import Protocol
 
 import trio
 
-from peerd.places import Place
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.directory.holding import Holding, HoldingSource
 from peerd.routing.placement.placement import Newcomer, are_choosing, choose_first_span
+from peerd.spans.slots import Place
 
 log = logging.getLogger(__name__)
 

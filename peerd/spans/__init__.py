@@ -1,0 +1,1 @@
+"""Which blocks this peer hosts: chosen, loaded, announced, moved."""
