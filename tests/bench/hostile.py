@@ -34,16 +34,6 @@ from peerd.cli.processes import PeerProcess, open_peer_processes
 from peerd.client.model import RemoteModel
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
-from peerd.hostile import (
-    HostilePeer,
-    Target,
-    conversations,
-    hello_message,
-    message_bytes,
-    mutated,
-    mutated_bytes,
-    mutated_header,
-)
 from peerd.net.transport import MessageChannel
 from peerd.net.websocket import WebSocketTransport
 from peerd.peer import open_peer
@@ -54,6 +44,16 @@ from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.session import INFER_PROTOCOL
 from peerd.protocol.span import Span
+from peerd.testing.hostile import (
+    HostilePeer,
+    Target,
+    conversations,
+    hello_message,
+    message_bytes,
+    mutated,
+    mutated_bytes,
+    mutated_header,
+)
 
 # The pool is filled once before anything is measured: memory that the server committed at its start is not growth.
 KV_TOKENS = 2048

@@ -20,7 +20,6 @@ from peerd.client.finding.finder import SwarmFinder
 from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.net.connections import Connections, Stream, open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
@@ -45,7 +44,8 @@ from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan, Server
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.slots import Places
-from peerd.testing import MemoryNetwork
+from peerd.testing.fake_engine import FakeEngine, fake_forward
+from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks
 
 EPOCH = 1_800_000_000.0

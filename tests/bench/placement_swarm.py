@@ -15,7 +15,6 @@ from typing import Any
 
 import trio
 
-from peerd.compute.fake_engine import FakeEngine
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import ServerRecord
@@ -29,6 +28,7 @@ from peerd.spans.first_choice import Choice, choose_first
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.mover import Rebalancer
 from peerd.spans.slots import Places
+from peerd.testing.fake_engine import FakeEngine
 
 MODEL = bytes(32)
 # A put in a DHT of a thousand peers takes a lookup and a round trip; a get as long.

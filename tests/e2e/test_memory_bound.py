@@ -14,11 +14,11 @@ import trio
 import peerd
 from peerd.cli.processes import open_peer_processes
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
-from peerd.compute.fake_engine import FakeEngine
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan
+from peerd.testing.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

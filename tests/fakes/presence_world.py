@@ -15,7 +15,6 @@ from peerd.client.finding.scout import Scout
 from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
-from peerd.compute.fake_engine import FakeEngine
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.exchange.adapter_upload import AdapterRoom
@@ -30,7 +29,8 @@ from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan, Server
 from peerd.span_loader import LoadedSpan
 from peerd.spans.slots import Places
-from peerd.testing import MemoryNetwork
+from peerd.testing.fake_engine import FakeEngine
+from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks
 
 EPOCH = 1_800_000_000.0

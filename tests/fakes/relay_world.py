@@ -16,7 +16,7 @@ from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import open_reservations
 from peerd.routing.dht.table import Contact
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/31330/ws")
 IDENTITIES = [Identity.from_seed(bytes([n]) * 32) for n in range(1, 60)]

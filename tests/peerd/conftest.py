@@ -18,7 +18,6 @@ from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.engine import BaseEngine
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import Connections, Stream, open_connections
 from peerd.protocol.addresses import Multiaddr
@@ -44,7 +43,8 @@ from peerd.routing.directory.offer import Offer
 from peerd.routing.failures.track_record import Links
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan, Server
-from peerd.testing import MemoryNetwork
+from peerd.testing.fake_engine import FakeEngine, fake_forward
+from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:

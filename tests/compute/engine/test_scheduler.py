@@ -14,10 +14,10 @@ from peerd.compute.engine_errors import (
     NoRoomError,
     StepGapError,
 )
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
+from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 SPAN = Span(2, 5)
 WIDTH = 4

@@ -10,8 +10,8 @@ import torch
 
 from peerd.compute.engine.engine import throughput
 from peerd.compute.engine.throughput import measure_throughput, measured_throughput
-from peerd.compute.fake_engine import FakeEngine
 from peerd.protocol.span import Span
+from peerd.testing.fake_engine import FakeEngine
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from peerd.compute.engine_errors import NoRoomError
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv import layout as kv_layout
 from peerd.compute.kv.layout import EVERYTHING, Demand, Keep, kept_back
 from peerd.compute.kv.pages import PagePool, PageStock, PageTable
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
+from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 SIZE = 4
 

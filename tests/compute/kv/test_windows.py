@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from peerd.compute.engine_errors import InvalidStepError, NonFiniteError, StepGapError
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv import layout as kv_layout
 from peerd.compute.kv.layout import EVERYTHING, Keep, group, lay_out
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
+from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 SPAN = Span(2, 5)
 WIDTH = 4

@@ -25,7 +25,6 @@ from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
 from peerd.api.tensors.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.cli.status import describe, show_status
 from peerd.client.model import ModelFacts, RemoteModel
-from peerd.compute.fake_engine import fake_forward
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.identity import PeerId
@@ -38,6 +37,7 @@ from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import Reservation
 from peerd.routing.reach.verdict import Reach
+from peerd.testing.fake_engine import fake_forward
 
 pytestmark = pytest.mark.real_time
 

@@ -10,8 +10,8 @@ import trio
 
 from peerd.api import app as app_module
 from peerd.api import fields as fields_module
-from peerd.compute.fake_engine import fake_forward
 from peerd.protocol.span import Span
+from peerd.testing.fake_engine import fake_forward
 
 BLOCKS = 9
 WIDTH = 8

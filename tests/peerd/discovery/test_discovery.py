@@ -29,7 +29,7 @@ from peerd.routing.dht.messages import DHT_PROTOCOL, Ping
 from peerd.routing.dht.record_sets import servers_of
 from peerd.routing.directory.announcer import TTL_S
 from peerd.spans.neighbours import Neighbours
-from peerd.testing import MemoryNetwork, MemoryTransport
+from peerd.testing.network import MemoryNetwork, MemoryTransport
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))

@@ -11,7 +11,7 @@ import trio
 
 import peerd
 from peerd.protocol.addresses import Multiaddr
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 LATENCY_S = 0.02
 

@@ -27,7 +27,7 @@ from peerd.protocol.errors import (
     WrongPeer,
 )
 from peerd.protocol.identity import Identity
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/31330/ws")
 # Sorted by PeerId: of two, the one with the smaller id chooses between connections.

@@ -14,7 +14,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import StreamReset
 from peerd.protocol.identity import Identity
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 MIB = 1 << 20
 # 100 Mbit/s: a 16 KiB frame takes 1.3 ms, 4 MiB take a third of a second.

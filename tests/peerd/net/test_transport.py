@@ -22,7 +22,7 @@ from peerd.net.websocket import MAX_MESSAGE_BYTES, SUBPROTOCOL, WebSocketTranspo
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
 from peerd.protocol.identity import Identity
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks
 
 LOOPBACK = Multiaddr.parse("/ip4/127.0.0.1/tcp/0/ws")

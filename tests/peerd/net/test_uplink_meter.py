@@ -8,7 +8,7 @@ from peerd.net.uplink_meter import MIN_BYTES, UplinkMeter
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 MIB = 1024 * 1024
 

@@ -29,7 +29,7 @@ from peerd.reach.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import open_reservations
 from peerd.routing.reach.verdict import Announced, Reach
-from peerd.testing import MemoryNetwork, MemoryTransport
+from peerd.testing.network import MemoryNetwork, MemoryTransport
 
 EPOCH = 1_800_000_000.0
 PORT = 31330

@@ -18,7 +18,7 @@ from peerd.client.session.session import Patience
 from peerd.peer import Peer
 from peerd.protocol.identity import PeerId
 from peerd.reach.relay_ledger import RelayLimits
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

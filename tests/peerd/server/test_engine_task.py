@@ -11,7 +11,6 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv.layout import Keep
 from peerd.compute.steps import BatchOutput
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
@@ -20,6 +19,7 @@ from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.server.device_queue import MAX_JOBS_AN_OWNER
 from peerd.server.engine_task import EngineTask, StepGap
+from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 WIDTH = 8
 SPAN = Span(2, 5)

@@ -4,7 +4,6 @@ import pytest
 import torch
 import trio
 
-from peerd.compute.fake_engine import fake_forward
 from peerd.exchange.step_tensors import encoded
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
@@ -27,6 +26,7 @@ from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.server.next_hop import dialable
 from peerd.server.session_table import LINK_PATIENCE_S
+from peerd.testing.fake_engine import fake_forward
 
 WIDTH = 8
 SESSION = b"s" * 16

@@ -4,7 +4,6 @@ import pytest
 import torch
 import trio
 
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.steps import BatchOutput
 from peerd.exchange.step_tensors import encoded
 from peerd.protocol.encoding.schema import parse
@@ -40,6 +39,7 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.server.server import IDLE_S, LINGER_S, MAX_SESSIONS_A_PEER
+from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 WIDTH = 8
 MODEL = bytes(range(32))

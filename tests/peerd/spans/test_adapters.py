@@ -13,7 +13,7 @@ import peerd
 from peerd.cli.main import cli
 from peerd.compute.errors import AdapterError
 from peerd.protocol.messages.adapters import name_of
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 LISTEN = "/ip4/10.0.0.1/tcp/4000/ws"
 HIDDEN, BLOCKS = 32, 4

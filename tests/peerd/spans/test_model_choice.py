@@ -24,7 +24,7 @@ from peerd.routing.directory.catalogue import NamedModel
 from peerd.spans import loading as serving
 from peerd.spans import model_choice
 from peerd.spans.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
-from peerd.testing import MemoryNetwork
+from peerd.testing.network import MemoryNetwork
 
 if TYPE_CHECKING:
     from peerd.checkpoints import Checkpoints

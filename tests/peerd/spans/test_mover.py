@@ -22,7 +22,6 @@ from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import open_connections
@@ -37,7 +36,8 @@ from peerd.server.server import ServedSpan, Server
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.mover import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.spans.slots import Place, Places
-from peerd.testing import MemoryNetwork
+from peerd.testing.fake_engine import FakeEngine, fake_forward
+from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks
 
 EPOCH = 1_800_000_000.0

@@ -9,10 +9,10 @@ import trio
 
 from peerd.client.session.mender import Patience
 from peerd.compute.adapters.lora import LoraPair
-from peerd.compute.fake_engine import FAKE_LAYER, fake_forward
 from peerd.protocol.errors import NoChain
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
+from peerd.testing.fake_engine import FAKE_LAYER, fake_forward
 
 WIDTH = 8
 HOPS = 4

@@ -8,12 +8,12 @@ import torch
 import trio
 
 from peerd.client.session.mender import Patience
-from peerd.compute.fake_engine import FakeEngine, fake_forward
 from peerd.compute.kv.layout import Keep
 from peerd.exchange.step_tensors import PREFILL_POSITIONS
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
+from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 WIDTH = 8
 BLOCKS = Span(0, 9)
@@ -121,7 +121,7 @@ async def test_spans_may_be_entered_and_left_anywhere_inside(open_swarm, whole_f
 
 
 async def test_a_session_may_ask_for_some_blocks_only(open_swarm):
-    from peerd.compute.fake_engine import fake_forward
+    from peerd.testing.fake_engine import fake_forward
 
     async with open_swarm() as swarm:
         await chain_of_three(swarm)

@@ -11,16 +11,6 @@ import trio
 
 from peerd.client.session.mender import Patience
 from peerd.discovery.dht_streams import StreamTransport, answer_question
-from peerd.hostile import (
-    HostilePeer,
-    Target,
-    conversations,
-    hello_message,
-    message_bytes,
-    mutated,
-    mutated_bytes,
-    mutated_header,
-)
 from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerdError, PeerFault
@@ -30,6 +20,16 @@ from peerd.protocol.span import Span
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import DHT_PROTOCOL
 from peerd.routing.dht.store import RecordStore
+from peerd.testing.hostile import (
+    HostilePeer,
+    Target,
+    conversations,
+    hello_message,
+    message_bytes,
+    mutated,
+    mutated_bytes,
+    mutated_header,
+)
 
 WIDTH = 8
 MODEL = bytes(range(32))
