@@ -19,7 +19,8 @@ import trio
 from peerd.net.stream import Stream
 from peerd.net.transport import MessageChannel
 from peerd.net.uplink_meter import UplinkMeter
-from peerd.protocol.connection.connection import Connection, streams
+from peerd.protocol.connection import streams
+from peerd.protocol.connection.connection import Connection
 from peerd.protocol.connection.events import (
     GoneAway,
     HandshakeDone,

@@ -14,7 +14,8 @@ import trio
 
 # How often we look; the most that passes after waking before we know.
 LOOK_S = 1.0
-# More than a busy machine holds a loop up (protocol/connection/liveness.py), less than what costs connections and records.
+# More than a busy machine holds a loop up (protocol/connection/liveness.py), less than what costs
+# connections and records.
 # Setting the wall's clock looks like a sleep too, and makes us ask and announce once too often.
 SLEPT_S = 5.0
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from peerd.protocol.connection.connection import streams
+from peerd.protocol.connection import streams
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import PeerdError, StreamReset

@@ -19,7 +19,8 @@ ROOM_MIB = 300
 CLIENT = """
 import json, sys
 import torch, transformers, trio
-import peerd.peer, peerd.client.model, peerd.client.generation, peerd.client.finding.finder, peerd.client.head_task, peerd.client.session.opener
+import peerd.peer, peerd.client.model, peerd.client.generation, peerd.client.finding.finder
+import peerd.client.head_task, peerd.client.session.opener
 import peerd.compute.checkpoint.checkpoint, peerd.compute.model.head, peerd.compute.checkpoint.tokenizer
 
 

@@ -32,7 +32,8 @@ WIDTH = 576
 # What the program takes before it serves anything is not bounded.
 _IMPORTS = """
 import torch, transformers.models.llama.modeling_llama
-import peerd.cli.main, peerd.cli.daemon, peerd.spans.devices, peerd.server.engine_task, peerd.peer, peerd.server.server, peerd.spans.loading
+import peerd.cli.main, peerd.cli.daemon, peerd.spans.devices, peerd.server.engine_task
+import peerd.peer, peerd.server.server, peerd.spans.loading
 lines = open("/proc/self/status").read().splitlines()
 print(next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")))
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute.engine.engine import throughput
+from peerd.compute.engine import throughput
 from peerd.compute.engine.throughput import measure_throughput, measured_throughput
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine

@@ -10,7 +10,7 @@ import trio
 from rich.console import Console
 
 from peerd.checkpoints import LOG_EVERY_S, _logged, _until_cancelled
-from peerd.cli.main import console
+from peerd.cli import console
 from peerd.compute.checkpoint.hub.settings import Transfer
 
 MIB = 2**20

@@ -10,10 +10,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from peerd.cli import daemon as cli_serve
 from peerd.cli.console import printable, short, table
 from peerd.cli.daemon import Daemon
 from peerd.cli.main import cli
-from peerd.cli.main import daemon as cli_serve
 from peerd.cli.options import joining
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.protocol.connection.connection import Connection, Limits, noise
+from peerd.protocol.connection import noise
+from peerd.protocol.connection.connection import Connection, Limits
 from peerd.protocol.connection.events import (
     GoneAway,
     HandshakeDone,

@@ -13,6 +13,7 @@ from peerd.protocol.encoding.packing import unpack
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.wire import RawMessage, encode_message
 from peerd.protocol.errors import RemoteProtocolError
+from peerd.protocol.messages import relay as relay_messages
 from peerd.protocol.messages.relay import (
     INNER_PAYLOAD_BYTES,
     MAX_INNER_BYTES,
@@ -24,7 +25,6 @@ from peerd.protocol.messages.relay import (
     Reserved,
     inner_message,
 )
-from peerd.protocol.messages.session import relay as relay_messages
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/relay.json").read_text())["vectors"]
 EVERYBODY = (Reserve, Reserved, Connect, Connected, Incoming, Accepted)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from peerd.protocol.encoding.packing import unpack
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
+from peerd.protocol.messages import session as messages
 from peerd.protocol.messages.session import Fork, Step
-from peerd.protocol.messages.session import session as messages
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/messages.json").read_text())["vectors"]
 EVERYBODY = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peerd.protocol.encoding.packing import unpack
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
-from peerd.protocol.messages.session import training as pass_messages
+from peerd.protocol.messages import training as pass_messages
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/training.json").read_text())["vectors"]
 EVERYBODY = (*pass_messages.PASS_FROM_CLIENT, *pass_messages.PASS_FROM_HOP)
