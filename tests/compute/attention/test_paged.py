@@ -195,7 +195,7 @@ def test_the_kernel_takes_contexts_of_many_tiles_and_a_query_with_gaps():
 
 @needs_kernel
 def test_how_many_parts_a_row_has_is_chosen_by_shapes():
-    from peerd.compute.attention.attention import paged_kernel
+    from peerd.compute.attention import paged_kernel
 
     device = torch.device("cpu")
     assert paged_kernel._parts(1, 64, device) == 1
@@ -209,7 +209,7 @@ def test_how_many_parts_a_row_has_is_chosen_by_shapes():
 def test_all_kernels_pass_their_tests_in_tritons_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [__file__, str(Path(__file__).with_name("test_quantized_kernel.py"))]
+    files = [__file__, str(Path(__file__).parents[1] / "quantized/test_kernel.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "kernel or parts", *files]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
@@ -227,7 +227,7 @@ def test_the_code_compiles_for_devices_that_are_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from peerd.compute.attention.attention import paged_kernel
+    from peerd.compute.attention import paged_kernel
     from peerd.compute.quantized import kernel as quantized_kernel
 
     tile = paged_kernel._tile(width * {"bf16": 2, "fp32": 4}[dtype])

@@ -72,7 +72,9 @@ def test_the_language_model_inside_another_is_cut_as_if_it_were_alone(name: str,
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1))
         tokens = torch.randint(3, 90, (20,), generator=torch.Generator().manual_seed(0))
-        expected = model(input_ids=tokens[None]).logits[0]
+        # Llama 4's outer forward fails without an image in Transformers 5.24: the language model in it is asked itself.
+        whole = model.language_model if name == "llama4" else model
+        expected = whole(input_ids=tokens[None]).logits[0]
     model.save_pretrained(tmp_path)
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.family.model_type == family

@@ -1,0 +1,43 @@
+"""Which causal language models the installed Transformers has that the family table does not mention.
+
+`make families` prints them. It is a list to work through when a new release is taken in, not a failure: a family that
+is not in the table is refused by name when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peerd.compute.families.lookup import FAMILIES
+from peerd.compute.families.refused import REFUSED
+
+
+def unknown_architectures() -> list[str]:
+    """The names, sorted, of architectures whose language model is neither served nor refused with a reason."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = FAMILIES.keys() | REFUSED.keys()
+    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not known & _text_models(CONFIG_MAPPING[name]))
+
+
+def _text_models(kind: Any) -> set[str]:
+    """What a configuration of this kind may call itself and the language model inside it."""
+    if kind.model_type in FAMILIES or kind.model_type in REFUSED:
+        return {kind.model_type}
+    return {kind.model_type, kind().get_text_config().model_type}
+
+
+def main() -> None:
+    """Print the unknown architectures, one a line."""
+    from transformers import __version__
+
+    unknown = unknown_architectures()
+    print(f"Transformers {__version__}: {len(FAMILIES)} families served, {len(REFUSED)} refused with a reason")
+    print(f"{len(unknown)} not looked at yet" + (":" if unknown else ""))
+    for name in unknown:
+        print(f"  {name}")
+
+
+if __name__ == "__main__":
+    main()
