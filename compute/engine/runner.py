@@ -18,7 +18,7 @@ from peerd.compute.engine.decode_graph import DecodeGraphs, on_device
 from peerd.compute.engine.paged_views import MixedView, can_page
 from peerd.compute.kv.layout import KVLayout
 from peerd.compute.kv.pool import KVPool
-from peerd.compute.model.packed_linear import pack_linears
+from peerd.compute.model.linear_choice import pack_linears
 from peerd.compute.model.span_model import SpanModel, slice_lists
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span

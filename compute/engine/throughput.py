@@ -1,33 +1,21 @@
 """How fast a block is here: measured once for each model, dtype, quantization and device, and remembered.
 
-What is measured is what a session gets: one position a step, through the engine, over a KV cache. Knows engines and one
-file in the user's cache folder. The difficulty is peers that start together: each would slow the others'
-measurements down, so that whoever has the file's lock measures while the others wait and then read.
+What is measured is what a session gets: one position a step, through the engine, over a KV cache.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-import filelock
-import platformdirs
 import torch
 
+from peerd.compute.device.measurements import device_name, remembered
 from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
-
-log = logging.getLogger(__name__)
 
 # A conversation that has just begun. Longer ones are slower, by what attention takes.
 _CONTEXT_TOKENS = 64
@@ -35,8 +23,6 @@ _WARM_UP_STEPS = 3
 _TIMED_STEPS = 12
 # Large blocks on a slow CPU: so much is enough to know, and whoever starts a server waits for it.
 _ENOUGH_S = 5.0
-# Who waits longer than this for others that measure does so itself, beside them.
-_LOCK_TIMEOUT_S = 60.0
 
 
 def measured_throughput(
@@ -46,17 +32,9 @@ def measured_throughput(
 
     Nobody may use the engine yet. `model` is the model's digest. Blocks the thread, for seconds unless others measure.
     """
-    parts = (model.hex(), str(dtype), quantize, _device_name(device), f"{torch.get_num_threads()} threads")
+    parts = (model.hex(), str(dtype), quantize, device_name(device), f"{torch.get_num_threads()} threads")
     key = " | ".join((*parts, version("peerd")))
-    path = Path(platformdirs.user_cache_dir("peerd")) / "throughput.json"
-    with _locked(path):
-        rates = _read(path)
-        if (known := rates.get(key)) is not None:
-            return known
-        rate = measure_throughput(engine)
-        # Not what was read before measuring: without the lock somebody else may have written since.
-        _write(path, {**_read(path), key: rate})
-    return rate
+    return remembered("throughput", key, lambda: measure_throughput(engine))
 
 
 def measure_throughput(engine: BaseEngine) -> float:
@@ -111,49 +89,3 @@ class _Steps:
 
     def close(self) -> None:
         self._engine.close(self._name)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone with the file, if that can be had: without it the worst is a measurement too many."""
-    lock = filelock.FileLock(path.with_suffix(".lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=_LOCK_TIMEOUT_S)
-    except (OSError, filelock.Timeout) as error:
-        log.info("measuring the throughput without a lock on %s: %s", path, error)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _read(path: Path) -> dict[str, float]:
-    """What is remembered; of a damaged file, what can be understood."""
-    try:
-        found: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {key: float(rate) for key, rate in found.items() if type(rate) in (int, float) and 0 < rate < 1e12}
-
-
-def _write(path: Path, rates: dict[str, float]) -> None:
-    """Whole or not at all; a cache that cannot be written costs only time."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(rates, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
-    except OSError as error:
-        log.info("the measured throughput is not remembered: %s", error)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return device.type
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), device.type)

@@ -1,9 +1,8 @@
 """Linear layers whose weights lie in the CPU's own order.
 
-A plain product re-reads or re-orders the weight at every call, which for the few rows of a decode
-costs more than the arithmetic. oneDNN lets us order it once: one to sixteen rows then take 0.6 of the
-time, a prefill 0.85 (SmolLM2-135M, fp32, one thread). The plain weight is dropped, so memory stays
-the same, and comes back bit by bit where somebody asks for it, and for as long as a gradient needs it.
+A plain product may re-order the weight at every call; oneDNN can order it once. Whether that is faster depends on the
+CPU (linear_choice.py measures it). The plain weight is dropped, so memory stays the same. It comes back bit by bit
+when it is asked for, and for as long as a gradient needs it.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from torch.autograd.function import once_differentiable
 _ROWS_HINT = 16
 # Kernels for fewer rows than this are slower than those for this many.
 _FEWEST_ROWS = 4
-# A call costs some 15 us more than a plain one, which a smaller weight does not win back.
-_SMALLEST_WEIGHT = 1 << 17
 
 
 class PackedLinear(nn.Module):
@@ -72,22 +69,3 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad @ ctx.linear.weight, None
-
-
-def pack_linears(module: nn.Module) -> int:
-    """Replace the large fp32 linear layers inside `module` on the CPU. Returns how many; none without oneDNN."""
-    if not torch._C._has_mkldnn:
-        return 0
-    found = [(name, child) for name, child in module.named_modules() if _is_packable(child)]
-    for name, child in found:
-        assert isinstance(child, nn.Linear)
-        module.set_submodule(name, PackedLinear(child))
-    return len(found)
-
-
-def _is_packable(module: nn.Module) -> bool:
-    # Subclasses (quantized layers, adapters) bring their own arithmetic.
-    if type(module) is not nn.Linear:
-        return False
-    weight = module.weight
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= _SMALLEST_WEIGHT

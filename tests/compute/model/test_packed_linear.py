@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.model.packed_linear import PackedLinear, pack_linears
+from peerd.compute.model.packed_linear import PackedLinear
 
 
 @pytest.fixture
@@ -28,16 +28,3 @@ def test_the_weight_comes_back_bit_by_bit_and_gradients_flow(linear: nn.Linear):
     packed(inputs[0]).sum().backward()
     linear(inputs[1]).sum().backward()
     assert torch.equal(inputs[0].grad, inputs[1].grad)
-
-
-def test_only_large_plain_fp32_layers_are_packed(linear: nn.Linear):
-    class Special(nn.Linear):
-        pass
-
-    model = nn.Module()
-    model.large = linear
-    model.small = nn.Linear(8, 8)
-    model.half = nn.Linear(512, 300, dtype=torch.bfloat16)
-    model.special = Special(512, 300)
-    assert pack_linears(model) == 1
-    assert isinstance(model.large, PackedLinear)
