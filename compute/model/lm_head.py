@@ -4,7 +4,7 @@ Transformers multiplies in the weights' dtype, which rounds logits to 8 bits in 
 whichever token comes first. Here products are summed and kept in fp32. On a CPU the weights are converted
 slice by slice into one small buffer, so no fp32 copy of them ever exists. For one position that costs about
 what torch's own product does; for eight, 2.5 times as much on a CPU that multiplies bf16 by itself, and less
-on one that does not (tests/bench/lm_head_bench.py).
+on one that does not (benchmarks/lm_head_bench.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fifty clients and two servers with room for eight: who waits how long, and do they storm the servers?
 
-    python tests/bench/overload_sim.py [--clients 50] [--servers 2] [--slots 4] [--later 20] [--json] [--output FILE]
+    python benchmarks/overload_sim.py [--clients 50] [--servers 2] [--slots 4] [--later 20] [--json] [--output FILE]
 
 Prints a table, or JSON; time is simulated (overload_swarm.py).
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from overload_swarm import Overload, OverloadPlan
 from trio.testing import MockClock
+
+from bench_parts.overload_swarm import Overload, OverloadPlan
 
 
 def run(plan: OverloadPlan) -> Overload:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from overload_sim import as_table, figures_of, run
-from overload_swarm import Overload, OverloadPlan
 
+from bench_parts.overload_swarm import Overload, OverloadPlan
 from peerd.protocol.errors import NoRoom
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-import gpu
-import gpu_swarm
+import gpu_bench as gpu
 import pytest
 import torch
-from random_checkpoint import GEOMETRIES, random_checkpoint
 
+from bench_parts import gpu_swarm
+from bench_parts.random_checkpoint import GEOMETRIES, random_checkpoint
 from peerd.compute.engine.capacity import block_bytes
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_without_a_gpu_it_says_so_and_how_to_try_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(sys, "argv", ["gpu_bench.py"])
     with pytest.raises(SystemExit) as ended:
         gpu.main()
     assert ended.value.code == gpu.NO_GPU

@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 import trio
-from delayed_link import Passed
-from delayed_swarm import DelayedSwarm, open_delayed_swarm
 from rich.console import Console
 from rich.table import Table
-from run import Local, prompts_of
+from swarm_bench import Local, prompts_of
 
+from bench_parts.delayed_link import Passed
+from bench_parts.delayed_swarm import DelayedSwarm, open_delayed_swarm
+from bench_parts.quality import TEXT
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 from peerd.client.model import RemoteModel
@@ -39,7 +40,6 @@ from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 from peerd.protocol.span import Span
 
-TEXT = Path(__file__).with_name("fixed_text.txt")
 SERVERS = (1, 2, 3)
 RTTS_MS = (0.0, 10.0, 100.0)
 PROMPT_TOKENS = 32

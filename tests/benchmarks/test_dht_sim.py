@@ -8,9 +8,9 @@ from typing import Any
 import dht_sim
 import pytest
 import trio
-from dht_swarm import Swarm, SwarmPlan
 from trio.testing import MockClock
 
+from bench_parts.dht_swarm import Swarm, SwarmPlan
 from peerd.routing.dht.record_sets import newest
 
 # An hour of 150 peers, three in ten of them replaced, as the figures of `make bench-dht` are taken.

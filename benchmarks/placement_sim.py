@@ -1,7 +1,7 @@
 """How well servers place themselves: whole swarms in simulated time, with what a daemon decides with.
 
     make bench-placement                      # a quarter of an hour on one core
-    python tests/bench/placement_sim.py --servers 50 200
+    python benchmarks/placement_sim.py --servers 50 200
 
 Prints, for each swarm: when the model was covered for the first time, and for which part of the time after that; what
 the swarm carried beside the most that its servers could, wherever they stood (a bound from above, so the truth is
@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import trio
-from placement_swarm import Swarm, World, fake_record
 from trio.testing import MockClock
 
+from bench_parts.placement_swarm import Swarm, World, fake_record
 from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span
 from peerd.routing.directory.holding import Holding

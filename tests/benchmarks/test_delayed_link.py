@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import trio
-from delayed_link import BACKLOG_BYTES, CHUNK_BYTES, READ_AHEAD_S, Line, Quality, free_port, open_delayed_link, pump
 from trio.testing import memory_stream_pair
 
 import peerd
+from bench_parts.delayed_link import (
+    BACKLOG_BYTES,
+    CHUNK_BYTES,
+    READ_AHEAD_S,
+    Line,
+    Quality,
+    free_port,
+    open_delayed_link,
+    pump,
+)
 
 DELAY_S = 0.05
 MBIT = 1e6

@@ -1,17 +1,18 @@
 """What a GPU makes of our blocks: speeds beside Transformers' own layer, and beside what its memory allows.
 
-    python tests/bench/gpu.py                            # all, on cuda:0: some 15 minutes
-    python tests/bench/gpu.py --part blocks              # a table of tokens/s a block: below 10 minutes
-    python tests/bench/gpu.py --part swarm               # BLOOM-176B in nf4 behind three peers: below 10 minutes
-    python tests/bench/gpu.py --tiny --device cpu        # the whole script at toy sizes, without a GPU
+    python benchmarks/gpu_bench.py                       # all, on cuda:0: some 15 minutes
+    python benchmarks/gpu_bench.py --part blocks         # a table of tokens/s a block: below 10 minutes
+    python benchmarks/gpu_bench.py --part swarm          # BLOOM-176B in nf4 behind three peers: below 10 minutes
+    python benchmarks/gpu_bench.py --tiny --device cpu   # the whole script at toy sizes, without a GPU
 
 Before the first run on a machine: a CUDA build of torch 2.13, which brings Triton, and `pip install -e . --group dev`.
 Where nothing can be installed, `blocks` needs no more than torch, Triton, transformers, bitsandbytes (for nf4), numpy,
 platformdirs and gguf, with the four folders laid out as `.ci/check-rooms` does it, on PYTHONPATH; `swarm` needs trio,
-trio-websocket, cryptography, msgpack and kademlia too, all small wheels; tests need pytest and trio. Then first
+trio-websocket, cryptography, msgpack and kademlia too, all small wheels; tests need pytest and trio. Then first, for
+a minute or two, whether kernels, graphs and copies work there:
 
-    pytest tests/compute/test_cuda.py tests/compute/test_paged_attention.py tests/compute/test_paged_engine.py \\
-        tests/compute/test_quantized_kernel.py           # a minute or two: do kernels, graphs and copies work there?
+    pytest tests/compute/test_cuda.py tests/compute/attention/test_paged.py \\
+        tests/compute/engine/test_paged_engine.py tests/compute/quantized/test_kernel.py
 
 No checkpoint is needed: weights are random, made on the GPU. As of this line nobody has run this on a GPU: durations
 and memory are worked out, not measured.
@@ -40,8 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_checkpoint import random_checkpoint
 
+from bench_parts.random_checkpoint import random_checkpoint
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine
@@ -301,7 +302,7 @@ def main() -> None:
     if chosen.part in ("all", "blocks"):
         lines += blocks_part(sizes, device)
     if chosen.part in ("all", "swarm"):
-        from gpu_swarm import swarm_part
+        from bench_parts.gpu_swarm import swarm_part
 
         lines += swarm_part(sizes.swarm_model, device, sizes.dtype, tiny=chosen.tiny, blocks=chosen.blocks)
     text = "\n".join(lines)

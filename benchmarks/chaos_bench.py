@@ -26,18 +26,18 @@ from random import Random
 
 import torch
 import trio
-from chaos_answers import Asker, Reference
-from chaos_report import Disturbance, Kind, Run, Struck, as_json, show
-from chaos_swarm import ChaosSwarm, Member, open_chaos_swarm
 from rich.console import Console
 
+from bench_parts.chaos_answers import Asker, Reference
+from bench_parts.chaos_report import Disturbance, Kind, Run, Struck, as_json, show
+from bench_parts.chaos_swarm import ChaosSwarm, Member, open_chaos_swarm
+from bench_parts.quality import TEXT
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import ProcessEnded
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
-TEXT = Path(__file__).with_name("fixed_text.txt")
 # Who is told that nobody serves a block has waited so long for somebody who does.
 PATIENCE_S = 5.0
 # The first answers open connections and fill caches; they are not what later ones are compared with.

@@ -1,7 +1,7 @@
 """What one connection does between two processes on loopback: round trips, alone and beside bulk, and bulk alone.
 First a direct one, then one through a relay, a process of its own whose limits are out of the way.
 
-    python tests/bench/connection_bench.py
+    python benchmarks/connection_bench.py
 
 Prints two tables. The figures depend on the machine; their ratios say whether priorities work, and what a relay costs.
 """

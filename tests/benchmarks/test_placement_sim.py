@@ -7,8 +7,8 @@ import logging
 import pytest
 import trio
 from placement_sim import against_the_best, simulate
-from placement_swarm import Server, Swarm, World, most_flow
 
+from bench_parts.placement_swarm import Server, Swarm, World, most_flow
 from peerd.protocol.span import Span
 from peerd.routing.placement.flow import swarm_flow
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from delayed_bench import Chained, Figure, HubAndSpoke, Turn, failures, measure_way
-from delayed_link import free_port
-from delayed_swarm import DelayedSwarm, open_proxies
 
 import peerd
+from bench_parts.delayed_link import free_port
+from bench_parts.delayed_swarm import DelayedSwarm, open_proxies
 from peerd.cli.demo import even_spans
 
 RTT_MS = 200.0

@@ -1,6 +1,6 @@
 """How long a client plans: a chain over 128 blocks from the offers of 1000 peers.
 
-    python tests/bench/planning_bench.py
+    python benchmarks/planning_bench.py
 
 The least of many times of this thread's own processor time, in milliseconds: cold, with the offers as they were just
 found; again, with the same offers; replacing one hop; and for a training pass of 64 requests.

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 import trio
-from dht_world import Node, Trace, World, purpose, trace, unix_now
 
+from bench_parts.dht_world import Node, Trace, World, purpose, trace, unix_now
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, shards_of
 from peerd.protocol.span import Span

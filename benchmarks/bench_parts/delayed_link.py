@@ -2,7 +2,7 @@
 
 Put one before each peer, which announces the proxy's address instead of its own:
 
-    python tests/bench/delayed_link.py --listen 7001 --target 7000 --rtt-ms 100 --mbit 100
+    python benchmarks/bench_parts/delayed_link.py --listen 7001 --target 7000 --rtt-ms 100 --mbit 100
     peerd --listen /ip4/127.0.0.1/tcp/7000/ws --announce /ip4/127.0.0.1/tcp/7001/ws ...
 
 Knows bytes and time; knows nothing of what they mean. Each direction is a line: bytes leave it one after the other

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from chaos_answers import Answer, Counts, Verdict
 from rich.console import Console
 from rich.table import Table
 
+from bench_parts.chaos_answers import Answer, Counts, Verdict
 from peerd.protocol.span import Span
 
 Kind = Literal["kill", "stop"]

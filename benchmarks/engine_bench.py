@@ -1,6 +1,6 @@
 """How one engine decodes: for 1 to 32 sessions, beside a long prefill, with forks. In one run on one thread.
 
-`python tests/bench/engine_bench.py [--context 64] [--part sessions|latencies|beams]`. Prints milliseconds a
+`python benchmarks/engine_bench.py [--context 64] [--part sessions|latencies|beams]`. Prints milliseconds a
 turn and tokens a second, as multiples of one session and of what Transformers' own decoder does with a
 `DynamicCache`, one sequence at a time. Everything compared alternates and the fastest turns count, but for
 latencies, whose spread is the point. Time is the thread's own on the CPU: on a shared machine the clock on the

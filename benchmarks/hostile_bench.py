@@ -1,7 +1,7 @@
 """A server under attack: does it live, does its memory stay, does an honest client keep its pace?
 
-`python tests/bench/hostile.py [--seconds 60]` starts a real server of the demonstration's model on loopback, decodes
-on it without pause, and after a while attacks it from a process of its own: half of the attacks come from strangers
+`make bench-hostile` starts a real server of the demonstration's model on loopback, decodes on it without pause, and
+after a while attacks it from a process of its own: half of the attacks come from strangers
 (garbage on TCP, halves of handshakes, garbage in websockets and in Noise, connections that hardly say anything), half
 from peers that prove who they are and then send mutations of valid messages in every protocol, and floods.
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trio
-from delayed_link import DelayedLink, Passed, Quality, free_port, open_delayed_link
 
+from bench_parts.delayed_link import DelayedLink, Passed, Quality, free_port, open_delayed_link
 from peerd.cli.processes import PeerProcess, PeerProcesses
 from peerd.protocol.span import Span
 
 # In place of a round trip: say what passed, and count anew.
+BENCHMARKS = Path(__file__).parents[1]
 REPORT = "report"
 
 
@@ -60,8 +61,8 @@ class Proxies:
 @asynccontextmanager
 async def open_proxies(targets: Sequence[int]) -> AsyncIterator[Proxies]:
     """A proxy before each of these ports, without delay at first, until the body ends."""
-    command = [sys.executable, __file__, *map(str, targets)]
-    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "bench_parts.delayed_swarm", *map(str, targets)]
+    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=BENCHMARKS)
     try:
         proxies = Proxies(process)
         proxies.ports = json.loads(await proxies.line())

@@ -1,6 +1,6 @@
 """A thousand peers under churn, in virtual time: are live servers found, how fast, and what does each peer pay?
 
-    python tests/bench/dht_sim.py [--peers 1000] [--hours 1] [--churn 0.3] [--one-shard] [--json] [--output FILE]
+    python benchmarks/dht_sim.py [--peers 1000] [--hours 1] [--churn 0.3] [--one-shard] [--json] [--output FILE]
 
 Prints a table, or JSON. Depends on the seed alone, but for the order in which Trio runs tasks that wake together; the
 machine decides only how long it takes.
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from dht_swarm import MODELS, ONE_SHARD, Lookup, Swarm, SwarmPlan
 from trio.testing import MockClock
+
+from bench_parts.dht_swarm import MODELS, ONE_SHARD, Lookup, Swarm, SwarmPlan
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TEXT = Path(__file__).with_name("fixed_text.txt")
+from bench_parts.quality import TEXT
 
 
 @pytest.fixture(scope="session")

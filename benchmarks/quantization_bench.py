@@ -16,10 +16,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from quality import agreement, divergence, log_probabilities, perplexity, text_tokens
 from rich.console import Console
 from rich.table import Table
 
+from bench_parts.quality import agreement, divergence, log_probabilities, perplexity, text_tokens
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path

@@ -6,7 +6,7 @@ they come: embeddings and head are not measured, nor would they fit into the tab
 table 3; 2312.08361, table 1): steps a second of one sequence at two lengths, and tokens a second of a forward of
 128 positions at batch 1 and 64. Here every hop pushes to the next, so a step crosses four links one way.
 
-Run it by `python tests/bench/gpu.py --part swarm`.
+Run it by `python benchmarks/gpu_bench.py --part swarm`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 import trio
-from delayed_link import DelayedLink, Quality, free_port, open_delayed_link
-from random_checkpoint import random_checkpoint
 
+from bench_parts.delayed_link import DelayedLink, Quality, free_port, open_delayed_link
+from bench_parts.random_checkpoint import random_checkpoint
+from peerd.checkpoints import Checkpoints
 from peerd.cli.demo import even_spans
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.model import ModelFacts, RemoteModel
 from peerd.client.session.opener import ChainOpener
 from peerd.client.session.session import Session
-from peerd.compute import checkpoint as checkpoints
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.peer import Peer, open_peer
 from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
 from peerd.protocol.messages.session import MAX_LENGTH
@@ -42,6 +43,7 @@ from peerd.protocol.span import Span
 from peerd.spans.loading import ServeSpec
 from peerd.trio_tools import open_tasks
 
+BENCHMARKS = Path(__file__).parents[1]
 PEERS = 3
 # The papers' axes: round trips, and each link's rate in each direction.
 RTTS_MS = (0, 5, 100)
@@ -152,7 +154,7 @@ async def _forward_s(session: Session, hidden: torch.Tensor, batch: int, sizes: 
 
 
 @asynccontextmanager
-async def _client(peer: Peer, checkpoint: checkpoints.Checkpoint, dtype: torch.dtype) -> AsyncIterator[RemoteModel]:
+async def _client(peer: Peer, checkpoint: Checkpoint, dtype: torch.dtype) -> AsyncIterator[RemoteModel]:
     """The model without its head, which random hidden states need not."""
     facts = ModelFacts(
         name=checkpoint.name,
@@ -181,12 +183,14 @@ async def _peers(
         lines: dict[int, str] = {}
 
         async def start(index: int, span: Span, port: int, bootstrap: Sequence[str]) -> None:
-            command = [sys.executable, str(Path(__file__)), name, str(span), "--device", str(device)]
+            command = [sys.executable, "-m", "bench_parts.gpu_swarm", name, str(span), "--device", str(device)]
             command += ["--dtype", DTYPE_NAMES[dtype], "--port", str(port), "--announce", str(links[index].port)]
             command += ["--kv-tokens", str(kv_tokens)]
             for address in bootstrap:
                 command += ["--bootstrap", address]
-            process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process = await trio.lowlevel.open_process(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=BENCHMARKS
+            )
             stack.push_async_callback(_stop, process)
             assert process.stdout is not None
             received = b""
@@ -224,7 +228,12 @@ async def _serve(chosen: argparse.Namespace) -> None:
     """One peer: the real one, but for where its weights come from."""
     device, dtype = torch.device(chosen.device), DTYPES[chosen.dtype]
     checkpoint = random_checkpoint(chosen.name, device, dtype)
-    checkpoints.open_checkpoint = lambda *_, **__: checkpoint
+
+    @asynccontextmanager
+    async def opened(*_: object) -> AsyncIterator[Checkpoint]:
+        yield checkpoint
+
+    Checkpoints.open = opened  # type: ignore[method-assign, assignment]
     spec = ServeSpec(
         chosen.name,
         chosen.span,
@@ -251,7 +260,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="one of the peers; `gpu.py` starts it")
+    parser = argparse.ArgumentParser(description="one of the peers; `gpu_bench.py` starts it")
     parser.add_argument("name")
     parser.add_argument("span", type=Span.parse)
     parser.add_argument("--device", required=True)
