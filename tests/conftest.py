@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import trio
+from hypothesis import settings
 from trio.testing import MockClock
 
 # A hung real-time test must fail, not stall the suite; simulated time needs no such bound.
 REAL_TIME_LIMIT_S = 120
+
+# `make check` takes a look; `make test` looks closely, with hypothesis's own number of examples.
+settings.register_profile("glance", max_examples=10, deadline=None)
 
 
 def _run_under_trio(function: Callable[..., Any], real_time: bool) -> Callable[..., None]:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import trio
-from hub_server import SEND_BYTES, Fault, HubServer, open_hub
 
 import peerd
 from peerd.cli.processes import open_peer_processes
+from tests.fakes.hub_server import SEND_BYTES, Fault, HubServer, open_hub
 
 pytestmark = [pytest.mark.real_time, pytest.mark.processes]
 

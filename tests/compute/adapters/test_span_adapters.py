@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import tiny_model
 from torch import nn
 
 from peerd.compute.adapters.file import open_adapter
@@ -26,6 +25,7 @@ from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
+from tests.compute.tiny_families import tiny_model
 
 CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
 LENGTH = 24

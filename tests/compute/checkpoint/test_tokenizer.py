@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_writer import write_gguf
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
@@ -17,6 +16,7 @@ from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
 from peerd.compute.errors import CheckpointError
+from tests.compute.gguf_writer import write_gguf
 
 TinyCheckpoint = Callable[[str], Path]
 

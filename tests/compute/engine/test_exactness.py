@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
@@ -15,6 +14,7 @@ from peerd.compute.engine_errors import StepGapError
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
+from tests.compute.engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 
 FAMILY_NAMES = ("llama", "qwen3", "mixtral", "gemma3_text", "gpt_oss", "smollm3", "bloom")
 # What the tiny models' scaled ropes leave unscaled.

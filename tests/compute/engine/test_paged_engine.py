@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import VARIANTS, tiny_model
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
@@ -23,6 +22,7 @@ from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import Fork, Op, RowSlice
 from peerd.protocol.span import Span
+from tests.compute.tiny_families import VARIANTS, tiny_model
 
 SPAN = Span(1, 6)
 WIDTH = 32

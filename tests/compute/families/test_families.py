@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
-from plain_weights import with_weights_of
-from tiny_families import VARIANTS, tiny_model
 from torch import nn
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -26,6 +23,9 @@ from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.rows import Fork
 from peerd.protocol.span import Span
+from tests.compute.engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
+from tests.compute.plain_weights import with_weights_of
+from tests.compute.tiny_families import VARIANTS, tiny_model
 
 
 @dataclass(frozen=True, slots=True)

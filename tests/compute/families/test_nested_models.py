@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import tiny_config
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
+from tests.compute.tiny_families import tiny_config
 
 _VISION = {
     "hidden_size": 16,

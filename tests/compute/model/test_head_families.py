@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import _OWN, VARIANTS, tiny_model
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.families.family import Family
@@ -15,6 +14,7 @@ from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
+from tests.compute.tiny_families import _OWN, VARIANTS, tiny_model
 
 TOKENS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(0))
 #: OPT of 350M norms after each block rather than at the end.

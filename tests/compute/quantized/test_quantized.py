@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_weights import with_weights_of
 from torch import nn
 
 from peerd.compute.attention.attention import register_attention
@@ -28,6 +27,7 @@ from peerd.compute.quantized.formats import FORMATS, Format
 from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
 from peerd.compute.quantized.modules import QuantizedStack, places, put_quantized
 from peerd.protocol.span import Span
+from tests.compute.plain_weights import with_weights_of
 
 TinyCheckpoint = Callable[[str], Path]
 

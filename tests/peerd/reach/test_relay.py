@@ -4,7 +4,13 @@ from random import Random
 
 import pytest
 import trio
-from relay_world import (
+
+from peerd.protocol.encoding.schema import parse
+from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RelayLost, StreamReset, WrongPeer
+from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
+from peerd.reach.relay import LINGER_S, Relay
+from peerd.reach.relay_ledger import RelayLimits
+from tests.fakes.relay_world import (
     ALL_ANSWERS,
     IDENTITIES,
     KEY,
@@ -19,12 +25,6 @@ from relay_world import (
     until,
     way,
 )
-
-from peerd.protocol.encoding.schema import parse
-from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RelayLost, StreamReset, WrongPeer
-from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
-from peerd.reach.relay import LINGER_S, Relay
-from peerd.reach.relay_ledger import RelayLimits
 
 # The way through.
 

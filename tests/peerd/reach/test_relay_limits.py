@@ -4,7 +4,6 @@ from random import Random
 
 import pytest
 import trio
-from relay_world import ALL_ANSWERS, address, ask, id_of, open_world, reserve, say, until, way
 
 from peerd.net.circuits import CIRCUIT_PRIORITY
 from peerd.net.gate import MAX_UNPROVEN_AN_ADDRESS
@@ -22,6 +21,7 @@ from peerd.protocol.messages.session import Failure
 from peerd.reach.relay import MIN_CHARGED_BYTES
 from peerd.reach.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
 from peerd.token_bucket import TokenBucket
+from tests.fakes.relay_world import ALL_ANSWERS, address, ask, id_of, open_world, reserve, say, until, way
 
 MIB = 2**20
 

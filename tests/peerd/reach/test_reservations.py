@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import trio
-from relay_world import LATENCY_S, LISTEN, address, ask, id_of, open_world, until
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
@@ -14,6 +13,7 @@ from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import ADDRESSES_A_RELAY, MAX_ASKED, WANTED_RELAYS, Reservations, _addresses_of
 from peerd.routing.dht.table import Contact
+from tests.fakes.relay_world import LATENCY_S, LISTEN, address, ask, id_of, open_world, until
 
 
 def contact(number):

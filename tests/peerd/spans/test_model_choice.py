@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import torch
 import trio
-from hub_server import open_hub
 
 import peerd
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
@@ -25,6 +24,7 @@ from peerd.spans import loading as serving
 from peerd.spans import model_choice
 from peerd.spans.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.testing.network import MemoryNetwork
+from tests.fakes.hub_server import open_hub
 
 if TYPE_CHECKING:
     from peerd.checkpoints import Checkpoints

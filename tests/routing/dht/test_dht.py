@@ -39,6 +39,7 @@ def announcers(records: list[Any]) -> set[str]:
     return {record.peer_id for record in records}
 
 
+@pytest.mark.slow
 async def test_every_record_is_found_with_30_percent_of_200_peers_dead(
     network: Network, server_body: MakeServer, unix_now: Callable[[], float]
 ) -> None:
@@ -60,6 +61,7 @@ async def test_every_record_is_found_with_30_percent_of_200_peers_dead(
     assert sorted(took_s)[len(took_s) // 2] < 0.3
 
 
+@pytest.mark.slow
 async def test_a_record_lies_with_exactly_the_nearest_peers(
     network: Network, server_body: MakeServer, unix_now: Callable[[], float]
 ) -> None:
@@ -91,6 +93,7 @@ async def test_a_peer_alone_announces_to_itself(network: Network, server_body: M
     assert announcers(await peer.dht.get(servers_of(MODEL, 0))) == {peer.peer_id}
 
 
+@pytest.mark.slow
 async def test_many_records_of_many_peers_come_back_as_one_set(network: Network, server_body: MakeServer) -> None:
     peers = await network.add_joined(40)
     async with trio.open_nursery() as nursery:
@@ -155,6 +158,7 @@ async def test_forged_records_are_refused_and_hide_nobody_after_the_owner_left(
     assert [record.signed for record in await reader.dht.get(servers_of(MODEL, 0))] == [good]
 
 
+@pytest.mark.slow
 async def test_a_full_key_loses_nobody(network: Network, server_body: MakeServer) -> None:
     network.limits = StoreLimits(records_a_key=8)
     peers = await network.add_joined(30)
@@ -315,6 +319,7 @@ async def test_a_peer_that_knows_nobody_sees_the_whole_swarm(network: Network) -
     assert await peer.dht.get_many([servers_of(MODEL, 0)], whole=True) == [[]]
 
 
+@pytest.mark.slow
 async def test_what_a_lossy_network_answers_whole_lacks_nobody(network: Network, server_body: MakeServer) -> None:
     first = network.add()
     peers = [first, *await network.add_joined(29)]

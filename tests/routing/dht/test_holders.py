@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import trio
 
 from peerd.protocol.identity import Identity, node_id_of
@@ -14,6 +15,9 @@ from peerd.routing.dht.messages import REPLICAS, Found, Packet
 from peerd.routing.dht.record_sets import servers_of
 from peerd.routing.dht.store import StoreLimits
 from peerd.routing.dht.table import Contact, PeerNode
+
+# Whole swarms, some of them with a hundred peers.
+pytestmark = pytest.mark.slow
 
 MakeServer = Callable[..., ServerRecord]
 # Fixtures come from conftest.py, whose classes a test module cannot import.

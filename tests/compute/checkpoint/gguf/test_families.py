@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_writer import TINY, metadata_of, tiny_config, tiny_model, write_gguf, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from peerd.compute.errors import CheckpointError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
+from tests.compute.gguf_writer import TINY, metadata_of, tiny_config, tiny_model, write_gguf, write_model
 
 #: Transformers reads these files wrong, or not at all.
 OURS = {"falcon_grouped", "falcon_11b", "gemma", "gpt_oss", "granite", "mixtral", "smollm3"}

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
+from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
 
 def small_file(*, tensors: int | None = None, fields: int | None = None, extra: bytes = b"") -> bytes:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.digests import file_digest, model_digest
@@ -14,6 +13,7 @@ from peerd.compute.errors import CheckpointError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
+from tests.compute.gguf_writer import metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
 
 @pytest.fixture

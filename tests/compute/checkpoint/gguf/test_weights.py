@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_writer import TINY, metadata_of, stored_tensors, tiny_config, tiny_model, write_gguf, write_model
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.gguf import weights as gguf_weights
@@ -17,6 +16,15 @@ from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.gguf.weights import GgufWeights
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.model.head import load_head
+from tests.compute.gguf_writer import (
+    TINY,
+    metadata_of,
+    stored_tensors,
+    tiny_config,
+    tiny_model,
+    write_gguf,
+    write_model,
+)
 
 ROWS, COLUMNS = 7, 512
 KINDS = sorted(

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hub_server import SEND_BYTES, Fault, HubServer, open_hub
 
 from peerd.compute.checkpoint.hub.cache import HubCache
 from peerd.compute.checkpoint.hub.disk_ledger import DiskLedger
@@ -26,6 +25,7 @@ from peerd.compute.checkpoint.hub.http import Hub, Listing
 from peerd.compute.checkpoint.hub.id import HubId
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.errors import CheckpointError, DiskFull, HubUnavailable
+from tests.fakes.hub_server import SEND_BYTES, Fault, HubServer, open_hub
 
 REPO = "org/files"
 SIZE = 20 * SEND_BYTES

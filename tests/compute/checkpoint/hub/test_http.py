@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Fault, HubServer, open_hub
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.hub.settings import HubSettings
@@ -21,6 +20,7 @@ from peerd.compute.errors import CheckpointError, HubUnavailable
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
+from tests.fakes.hub_server import Fault, HubServer, open_hub
 
 TinyCheckpoint = Callable[[str], Path]
 
