@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peerd.cli.processes import open_peer_processes
-from peerd.client.model import RemoteModel
+from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
@@ -50,7 +50,7 @@ class Race:
         return self._count * TOKENS / (max(self._ended) - min(self._began))
 
 
-async def through_library(model: RemoteModel, prompts: list[list[int]]) -> float:
+async def through_library(model: SwarmModel, prompts: list[list[int]]) -> float:
     race = Race(len(prompts))
 
     async def one(prompt: list[int]) -> None:

@@ -35,7 +35,7 @@ from bench_parts.delayed_swarm import DelayedSwarm, open_delayed_swarm
 from bench_parts.quality import TEXT
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
-from peerd.client.model import RemoteModel
+from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 from peerd.protocol.span import Span
@@ -101,7 +101,7 @@ class Chained:
 
     name = "chain"
 
-    def __init__(self, model: RemoteModel, spans: Sequence[Span], stack: AsyncExitStack, length: int) -> None:
+    def __init__(self, model: SwarmModel, spans: Sequence[Span], stack: AsyncExitStack, length: int) -> None:
         self._model = model
         self._parts = self._divided(spans)
         self._stack = stack
@@ -179,7 +179,7 @@ def together(*lines: Passed) -> Passed:
 
 async def measure_way(
     way: type[Chained],
-    model: RemoteModel,
+    model: SwarmModel,
     swarm: DelayedSwarm,
     turns: int,
     tokens: int,

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peerd.cli.processes import PeerProcess, open_peer_processes
-from peerd.client.model import RemoteModel
+from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.net.transport import MessageChannel
@@ -297,7 +297,7 @@ def attack(arguments: argparse.Namespace) -> None:
 class Decoder:
     """Decodes on one session without pause, and notes when each token came."""
 
-    model: RemoteModel
+    model: SwarmModel
     times: list[float] = field(default_factory=list)
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
@@ -330,7 +330,7 @@ def rss_mib(pid: int) -> float:
     return 0.0
 
 
-async def fill_pool(model: RemoteModel) -> None:
+async def fill_pool(model: SwarmModel) -> None:
     """Touch all of the server's KV memory once."""
     length = KV_TOKENS
     async with model.session(max_length=length) as session:
@@ -355,7 +355,7 @@ async def measure(arguments: argparse.Namespace, console: Console) -> dict[str, 
 
 
 async def phases(
-    arguments: argparse.Namespace, server: PeerProcess, model: RemoteModel, decoder: Decoder, console: Console
+    arguments: argparse.Namespace, server: PeerProcess, model: SwarmModel, decoder: Decoder, console: Console
 ) -> dict[str, Any]:
     """Quiet, attack, quiet again."""
     pid = server.process.pid
@@ -384,7 +384,7 @@ async def phases(
     }
 
 
-async def attack_from_outside(arguments: argparse.Namespace, server: PeerProcess, model: RemoteModel) -> dict[str, int]:
+async def attack_from_outside(arguments: argparse.Namespace, server: PeerProcess, model: SwarmModel) -> dict[str, int]:
     command = [sys.executable, __file__, "--attack", str(server.address), "--digest", model.facts.digest.hex()]
     command += ["--blocks", f"0:{model.facts.block_count}", "--width", str(model.facts.width)]
     command += ["--seconds", str(arguments.seconds), "--rate", str(arguments.rate), "--seed", str(arguments.seed)]

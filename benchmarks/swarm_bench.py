@@ -23,7 +23,7 @@ from rich.table import Table
 
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
-from peerd.client.model import RemoteModel
+from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
@@ -42,7 +42,7 @@ class Variant:
     """One column: how to run it, and the server processes behind it."""
 
     name: str
-    model: RemoteModel
+    model: SwarmModel
     servers: tuple[PeerProcess, ...]
 
 
@@ -67,7 +67,7 @@ class Local:
         return first - started, (time.perf_counter() - first) / max(count - 1, 1)
 
 
-async def remote_times(model: RemoteModel, prompt: list[int], count: int) -> tuple[float, float]:
+async def remote_times(model: SwarmModel, prompt: list[int], count: int) -> tuple[float, float]:
     """The same through the swarm."""
     generation = model.generate(prompt, temperature=0.0, max_new_tokens=count, eos_token_ids=())
     async for _ in generation:
@@ -76,7 +76,7 @@ async def remote_times(model: RemoteModel, prompt: list[int], count: int) -> tup
     return generation.time_to_first_token_s or 0.0, 1 / rate if rate else 0.0
 
 
-async def together(model: RemoteModel, prompts: list[list[int]], count: int) -> float:
+async def together(model: SwarmModel, prompts: list[list[int]], count: int) -> float:
     """Tokens a second that so many sessions at once get in sum, their prefills left out."""
     began: list[float] = []
     ended: list[float] = []

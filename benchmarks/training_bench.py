@@ -25,7 +25,7 @@ from rich.table import Table
 
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import PeerProcesses, open_peer_processes
-from peerd.client.model import RemoteModel
+from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.peer import open_peer
 
@@ -93,7 +93,7 @@ class Local:
 class Remote:
     """The same through a swarm."""
 
-    def __init__(self, model: RemoteModel) -> None:
+    def __init__(self, model: SwarmModel) -> None:
         self.model = model
 
     async def forward(self, hidden: torch.Tensor, prompts: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from peerd.compute.checkpoint.demo_model import demo_model_path
 LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
 
 
-async def ask(model: peerd.RemoteModel, question: str) -> None:
+async def ask(model: peerd.SwarmModel, question: str) -> None:
     """Print the answer as it comes. Leaving the loop early would end the session on all peers."""
     generation = model.generate(question, chat=True, max_new_tokens=48, temperature=0)
     async with aclosing(generation.tokens()) as tokens:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peerd.client.generation import Generation, Token
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
     from peerd.client.session.session import Session
     from peerd.compute.adapters.lora import LoraAdapter, LoraPair
     from peerd.compute.checkpoint.hub.settings import HubSettings
@@ -40,7 +40,7 @@ __all__ = [
     "Peer",
     "ServeSpec",
     "HubSettings",
-    "RemoteModel",
+    "SwarmModel",
     "Generation",
     "Token",
     "Session",
@@ -68,7 +68,7 @@ _MODULE_OF = {
     "open_peer": "peerd.peer",
     "Peer": "peerd.peer",
     "ServeSpec": "peerd.spans.loading",
-    "RemoteModel": "peerd.client.model",
+    "SwarmModel": "peerd.client.model",
     "Generation": "peerd.client.generation",
     "Token": "peerd.client.generation",
     "Session": "peerd.client.session.session",

@@ -45,7 +45,7 @@ from peerd.spans.host import SpanHost
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
-    from peerd.client.model import ModelFacts, RemoteModel
+    from peerd.client.model import ModelFacts, SwarmModel
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.model.head import Head
     from peerd.net.transport import Transport
@@ -129,7 +129,7 @@ class Peer:
             await self._spans.drain(timeout_s)
 
     @asynccontextmanager
-    async def model(self, path: str | Path, *, revision: str | None = None) -> AsyncIterator[RemoteModel]:
+    async def model(self, path: str | Path, *, revision: str | None = None) -> AsyncIterator[SwarmModel]:
         """A model whose blocks the swarm serves; `path` gives its head, or a hub id, `org/name` or `org/name@revision`.
 
         Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
@@ -138,7 +138,7 @@ class Peer:
         from peerd.client.finding.finder import SwarmFinder
         from peerd.client.finding.scout import FIRST_WAIT_S, Scout
         from peerd.client.head_task import HeadTask
-        from peerd.client.model import RemoteModel
+        from peerd.client.model import SwarmModel
         from peerd.client.session.opener import ChainOpener
         from peerd.protocol.encoding.tensors import DTYPES
 
@@ -165,7 +165,7 @@ class Peer:
                 tasks.start_soon(scout.run)
                 with trio.move_on_after(FIRST_WAIT_S):
                     await scout.ready.wait()
-                yield RemoteModel(facts, task, tokenizer, generation, finder, opener, tasks, scout)
+                yield SwarmModel(facts, task, tokenizer, generation, finder, opener, tasks, scout)
 
     def _prober(self) -> Prober:
         return Prober(self.connections, self.discovery.links, self.discovery.may_dial)

@@ -18,7 +18,7 @@ import torch
 import trio
 
 from peerd.client.decoding import Decoding
-from peerd.client.model import RemoteModel
+from peerd.client.model import SwarmModel
 from peerd.client.sampling import Sampler, SamplingParams, draw
 from peerd.protocol.errors import PeerdError
 
@@ -87,7 +87,7 @@ class Answer:
 class Asker:
     """One session after the other, without pause: greedy and sampled in turn, prompts and lengths at random."""
 
-    def __init__(self, model: RemoteModel, text: Sequence[int], number: int, seed: int) -> None:
+    def __init__(self, model: SwarmModel, text: Sequence[int], number: int, seed: int) -> None:
         self.answers: list[Answer] = []
         self._model = model
         self._text = text

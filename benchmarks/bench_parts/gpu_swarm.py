@@ -31,7 +31,7 @@ from bench_parts.random_checkpoint import random_checkpoint
 from peerd.checkpoints import Checkpoints
 from peerd.cli.demo import even_spans
 from peerd.client.finding.finder import SwarmFinder
-from peerd.client.model import ModelFacts, RemoteModel
+from peerd.client.model import ModelFacts, SwarmModel
 from peerd.client.session.opener import ChainOpener
 from peerd.client.session.session import Session
 from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ async def _measure(name: str, device: torch.device, dtype: torch.dtype, sizes: S
     return [*lines, ""]
 
 
-async def _table(model: RemoteModel, links: Sequence[DelayedLink], sizes: Sizes, blocks: Span) -> list[list[str]]:
+async def _table(model: SwarmModel, links: Sequence[DelayedLink], sizes: Sizes, blocks: Span) -> list[list[str]]:
     """A row for each quality. Sessions stay open while the links beneath them change."""
     hidden = torch.randn(max(*sizes.contexts, sizes.step_rows * sizes.forward_length), model.facts.width)
     hidden = hidden.to(DTYPES[model.facts.dtype])
@@ -154,7 +154,7 @@ async def _forward_s(session: Session, hidden: torch.Tensor, batch: int, sizes: 
 
 
 @asynccontextmanager
-async def _client(peer: Peer, checkpoint: Checkpoint, dtype: torch.dtype) -> AsyncIterator[RemoteModel]:
+async def _client(peer: Peer, checkpoint: Checkpoint, dtype: torch.dtype) -> AsyncIterator[SwarmModel]:
     """The model without its head, which random hidden states need not."""
     facts = ModelFacts(
         name=checkpoint.name,
@@ -169,7 +169,7 @@ async def _client(peer: Peer, checkpoint: Checkpoint, dtype: torch.dtype) -> Asy
     opener = ChainOpener(peer.connections, peer.identity, found.directory, found.clock, random.randbytes)
     async with open_tasks() as tasks:
         nothing: Any = None
-        yield RemoteModel(facts, nothing, nothing, nothing, finder, opener, tasks)
+        yield SwarmModel(facts, nothing, nothing, nothing, finder, opener, tasks)
 
 
 @asynccontextmanager

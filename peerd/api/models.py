@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 from peerd.api.errors import ApiError
 
 if TYPE_CHECKING:
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
 
 
 class Models:
     """Every model that was named when the daemon started."""
 
-    def __init__(self, models: Mapping[str, RemoteModel]) -> None:
+    def __init__(self, models: Mapping[str, SwarmModel]) -> None:
         self._models = dict(models)
         self._since = int(time.time())
 
-    def __iter__(self) -> Iterator[tuple[str, RemoteModel]]:
+    def __iter__(self) -> Iterator[tuple[str, SwarmModel]]:
         return iter(self._models.items())
 
-    def named(self, name: str) -> RemoteModel:
+    def named(self, name: str) -> SwarmModel:
         """Raises ApiError for a name that there is not."""
         model = self._models.get(name)
         if model is None:

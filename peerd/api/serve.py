@@ -38,7 +38,7 @@ from peerd.trio_tools import open_tasks
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
     from peerd.peer import Peer
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class LocalApi:
 
 
 @asynccontextmanager
-async def open_local_api(peer: Peer, models: Mapping[str, RemoteModel], endpoint: Endpoint) -> AsyncIterator[LocalApi]:
+async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint: Endpoint) -> AsyncIterator[LocalApi]:
     """Serve the local API until the block ends; requests that still run are then cut off. Raises InvalidRequest."""
     async with AsyncExitStack() as stack:
         templates = await stack.enter_async_context(open_chat_templates())

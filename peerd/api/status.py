@@ -14,7 +14,7 @@ from peerd import __version__
 
 if TYPE_CHECKING:
     from peerd.api.models import Models
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
     from peerd.peer import Peer
     from peerd.routing.directory.offer import Offer
 
@@ -79,7 +79,7 @@ class Status:
             "models": [await self._describe_model(name, model) for name, model in self._models],
         }
 
-    async def _describe_model(self, name: str, model: RemoteModel) -> dict[str, Any]:
+    async def _describe_model(self, name: str, model: SwarmModel) -> dict[str, Any]:
         offers = await self._offers(model)
         coverage = _coverage(model, offers)
         return {
@@ -91,7 +91,7 @@ class Status:
             "coverage": [{"blocks": _blocks(start, end), "servers": owners} for start, end, owners in coverage],
         }
 
-    async def _offers(self, model: RemoteModel, max_age_s: float = _MAX_AGE_S) -> list[Offer]:
+    async def _offers(self, model: SwarmModel, max_age_s: float = _MAX_AGE_S) -> list[Offer]:
         """Of those that take sessions now: who is about to come or to leave serves nobody who asks."""
         directory, facts = self._peer.discovery.directory, model.facts
         offers = await directory.servers(facts.digest, facts.block_count, max_age_s=max_age_s)
@@ -127,7 +127,7 @@ def _relaying(peer: Peer) -> dict[str, int] | None:
     }
 
 
-def _coverage(model: RemoteModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
+def _coverage(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
     """Runs of blocks that equally many servers serve: start, end, how many."""
     owners = [0] * model.facts.block_count
     for offer in offers:

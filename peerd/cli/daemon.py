@@ -31,7 +31,7 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
     from peerd.peer import Peer
     from peerd.reach.relay_ledger import RelayLimits
     from peerd.spans.loading import ServeSpec
@@ -127,7 +127,7 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> tuple[s
     await trio.to_thread.run_sync(import_module, "peerd.api.serve")
     from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
 
-    models: dict[str, RemoteModel] = {}
+    models: dict[str, SwarmModel] = {}
     for name, path in offered.models:
         model = await stack.enter_async_context(peer.model(path))
         if (name := name or model.facts.name) in models:

@@ -20,7 +20,7 @@ from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from peerd.client.generation import Generation
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ async def generate(
         say(figures(generation))
 
 
-async def answer(model: RemoteModel, request: Request, *, quiet: bool) -> Generation:
+async def answer(model: SwarmModel, request: Request, *, quiet: bool) -> Generation:
     """Generate, streaming the text to standard output unless `quiet`. Raises PeerdError."""
     try:
         generation = model.generate(request.prompt, chat=request.chat, adapter=request.adapter, **request.sampling)

@@ -20,7 +20,7 @@ from peerd.protocol.errors import NoChain, Overloaded
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
 if TYPE_CHECKING:
-    from peerd.client.model import Adapter, RemoteModel
+    from peerd.client.model import Adapter, SwarmModel
     from peerd.client.session.session import Session
 
 Finish = Literal["stop", "length"]
@@ -59,13 +59,13 @@ class Decoding:
     """Answers to `prompt` in the making. `tokens` runs them; `session` is theirs once it runs.
 
     `stop` ends a row, and is left out of its text; `top_logprobs` asks for logprobs with so many alternatives;
-    `adapter` is what `RemoteModel.session` takes. `resumable`, for one row: after NoChain and Overloaded `tokens` goes
+    `adapter` is what `SwarmModel.session` takes. `resumable`, for one row: after NoChain and Overloaded `tokens` goes
     on, called again, with the same session, which waits for that a while, or else with a new one.
     """
 
     def __init__(
         self,
-        model: RemoteModel,
+        model: SwarmModel,
         prompt: Sequence[int],
         sampling: SamplingParams,
         *,

@@ -17,7 +17,7 @@ from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import NoChain, Overloaded
 
 if TYPE_CHECKING:
-    from peerd.client.model import Adapter, RemoteModel
+    from peerd.client.model import Adapter, SwarmModel
     from peerd.client.session.session import Session
 
 
@@ -39,7 +39,7 @@ class Generation:
     """
 
     def __init__(
-        self, model: RemoteModel, prompt: Sequence[int], sampling: SamplingParams, adapter: Adapter | None = None
+        self, model: SwarmModel, prompt: Sequence[int], sampling: SamplingParams, adapter: Adapter | None = None
     ) -> None:
         self.prompt = list(prompt)
         self.token_ids: list[int] = []

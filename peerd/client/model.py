@@ -57,7 +57,7 @@ class ModelFacts:
     model_type: str = ""
 
 
-class RemoteModel:
+class SwarmModel:
     """One model of a swarm. Made by `Peer.model`."""
 
     def __init__(
@@ -81,7 +81,7 @@ class RemoteModel:
         self._pass_maker: PassMaker | None = None
 
     def __repr__(self) -> str:
-        return f"<RemoteModel {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
+        return f"<SwarmModel {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Token ids to the first block's input, `[n, width]`, for the positions from `start` on.

@@ -159,7 +159,7 @@ class LocalSwarm:
         stopped.set()
 
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[peerd.RemoteModel]:
+    async def client(self) -> AsyncIterator[peerd.SwarmModel]:
         """The model, as a client of its own sees it."""
         async with peerd.open_peer(bootstrap=self.bootstrap) as peer, peer.model(self._model_path) as model:
             yield model

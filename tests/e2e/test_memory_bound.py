@@ -93,13 +93,13 @@ async def test_a_server_with_full_kv_takes_no_more_than_it_was_given(model_path:
     assert used_mib <= taken <= MEMORY_MIB
 
 
-async def announced(peer: peerd.Peer, model: peerd.RemoteModel) -> ServerRecord:
+async def announced(peer: peerd.Peer, model: peerd.SwarmModel) -> ServerRecord:
     """What the server says of itself."""
     offers = await peer.discovery.directory.servers(model.facts.digest, 30)
     return next(offer.record for offer in offers if offer.record.span == OWN)
 
 
-async def generate_and_hold(model: peerd.RemoteModel, prompt: list[int], running: list[int], hold: trio.Event) -> None:
+async def generate_and_hold(model: peerd.SwarmModel, prompt: list[int], running: list[int], hold: trio.Event) -> None:
     async for token in model.generate(prompt, temperature=0, max_new_tokens=2, eos_token_ids=()):
         running.append(token.id)
         await hold.wait()

@@ -20,7 +20,7 @@ from peerd.protocol.errors import PeerdError
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
 
 # Tokens that wait for a client that reads slowly: beyond that its session waits too.
 _AHEAD = 16
@@ -45,7 +45,7 @@ class Usage:
 class Answers:
     """All answers to a request's prompts: `asked.rows` to each, numbered prompt by prompt."""
 
-    def __init__(self, model: RemoteModel, asked: Asked, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: SwarmModel, asked: Asked, prompts: Sequence[Sequence[int]]) -> None:
         """Raises ApiError for what cannot fit, before anything is asked of anybody."""
         self.usage = Usage(sum(map(len, prompts)))
         self._asked = asked
@@ -92,7 +92,7 @@ class Answers:
             yield picked
 
 
-def encode_prompt(model: RemoteModel, prompt: str | list[int]) -> list[int]:
+def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]:
     """A prompt's token ids; whether the model has them shows when they are embedded. Raises ApiError."""
     ids = model.encode(prompt) if isinstance(prompt, str) else prompt
     if not ids:
@@ -100,7 +100,7 @@ def encode_prompt(model: RemoteModel, prompt: str | list[int]) -> list[int]:
     return ids
 
 
-def _sampling(model: RemoteModel, asked: Asked, prompt_tokens: int) -> SamplingParams:
+def _sampling(model: SwarmModel, asked: Asked, prompt_tokens: int) -> SamplingParams:
     limit = model.facts.max_length
     room = limit - prompt_tokens
     wanted = asked.max_tokens if asked.max_tokens is not None else min(CHAT_TOKENS, room)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from peerd.api.models import Models
-    from peerd.client.model import RemoteModel
+    from peerd.client.model import SwarmModel
     from peerd.client.session.session import Session
     from peerd.client.training.training_pass import Pass
 
@@ -106,7 +106,7 @@ async def _open(
             answers.close()
 
 
-def _span(start: int, end: int, model: RemoteModel) -> Span:
+def _span(start: int, end: int, model: SwarmModel) -> Span:
     if not start < end <= model.facts.block_count:
         raise InvalidRequest(f"{model.facts.name} has blocks 0:{model.facts.block_count}, not {start}:{end}")
     return Span(start, end)
@@ -115,7 +115,7 @@ def _span(start: int, end: int, model: RemoteModel) -> Span:
 class _Answers:
     """Answers one websocket's requests, in their order. Forwards that wait for a backward are kept here."""
 
-    def __init__(self, websocket: WebSocket, model: RemoteModel, session: Session, blocks: Span) -> None:
+    def __init__(self, websocket: WebSocket, model: SwarmModel, session: Session, blocks: Span) -> None:
         self._websocket = websocket
         self._model = model
         self._session = session

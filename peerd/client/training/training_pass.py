@@ -157,7 +157,7 @@ class MicroBatch:
 
 
 class Pass:
-    """A forward that was run; made by `RemoteModel.forward`.
+    """A forward that was run; made by `SwarmModel.forward`.
 
     `output` is shaped as the input. `backward` may be called once. Close what gets no backward: its hops keep
     memory for it, for five minutes at most. A context manager, too.

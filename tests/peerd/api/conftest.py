@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from peerd.api.app import Api
 from peerd.api.models import Models
-from peerd.client.model import ModelFacts, RemoteModel
+from peerd.client.model import ModelFacts, SwarmModel
 from peerd.protocol.errors import InvalidRequest
 
 WIDTH = 8
@@ -65,9 +65,7 @@ def open_byte_model(open_swarm, byte_tokenizer):
             tokenizer.chat_template = TEMPLATE
             facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
             config = GenerationConfig(eos_token_id=END)
-            model = RemoteModel(
-                facts, head or ByteHead(), tokenizer, config, client.finder, client.opener, client.tasks
-            )
+            model = SwarmModel(facts, head or ByteHead(), tokenizer, config, client.finder, client.opener, client.tasks)
             yield model, swarm
 
     return open_it

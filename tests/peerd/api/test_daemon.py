@@ -24,7 +24,7 @@ from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_str
 from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
 from peerd.api.tensors.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.cli.status import describe, show_status
-from peerd.client.model import ModelFacts, RemoteModel
+from peerd.client.model import ModelFacts, SwarmModel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.identity import PeerId
@@ -316,7 +316,7 @@ async def test_a_program_trains_through_the_websocket_as_through_the_library(ope
             await serve_tiny(swarm, blocks)
         client = await swarm.client()
         facts = ModelFacts("tiny", bytes(range(32)), 8, 32, 512, "float32")
-        model = RemoteModel(facts, None, None, None, client.finder, client.opener, client.tasks)
+        model = SwarmModel(facts, None, None, None, client.finder, client.opener, client.tasks)
         expected = await model.forward(hidden, rows=(5, 4), prompts=prompts)
         gradients = await expected.backward(grad)
         async with open_daemon_of(model, swarm, tmp_path) as daemon, open_tensors(daemon, max_length=1) as session:

@@ -10,7 +10,7 @@ import torch
 import trio
 from transformers import GenerationConfig
 
-from peerd.client.model import RESUME_S, ModelFacts, RemoteModel
+from peerd.client.model import RESUME_S, ModelFacts, SwarmModel
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain
 
 WIDTH = 8
@@ -61,7 +61,7 @@ def open_model(open_swarm, byte_tokenizer):
             facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
             config = GenerationConfig(eos_token_id=END)
             yield (
-                RemoteModel(
+                SwarmModel(
                     facts, head or ByteHead(), byte_tokenizer, config, client.finder, client.opener, client.tasks
                 ),
                 swarm,

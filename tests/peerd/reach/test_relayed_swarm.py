@@ -69,7 +69,7 @@ class RelayedSwarm:
         self.swarm_key = swarm_key
 
     @asynccontextmanager
-    async def client(self, path: Path, **more: Any) -> AsyncIterator[tuple[Peer, peerd.RemoteModel]]:
+    async def client(self, path: Path, **more: Any) -> AsyncIterator[tuple[Peer, peerd.SwarmModel]]:
         transport = self.network.transport(CLIENT)
         async with (
             peerd.open_peer(transport=transport, bootstrap=self.bootstrap, swarm_key=self.swarm_key, **more) as peer,
