@@ -19,16 +19,16 @@ NEWEST_TESTED = "5.24"
 
 # The KV cache's name in calls of models and attention modules. Since 5.24 it is `cache`; `past_key_values` warns there
 # and is announced to go in 5.40.
-_CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
     """How `forward` (of a model, block or attention module) calls its KV cache. Raises TypeError if it takes none."""
     parameters = inspect.signature(forward).parameters
-    for name in _CACHE_NAMES:
+    for name in CACHE_NAMES:
         if name in parameters:
             return name
-    raise TypeError(f"{forward.__qualname__} takes no KV cache: none of its arguments is {' or '.join(_CACHE_NAMES)}")
+    raise TypeError(f"{forward.__qualname__} takes no KV cache: none of its arguments is {' or '.join(CACHE_NAMES)}")
 
 
 def take_cache(arguments: Mapping[str, Any]) -> Any:
@@ -37,9 +37,9 @@ def take_cache(arguments: Mapping[str, Any]) -> Any:
     `arguments` may hold nothing else: raises TypeError for a name that is unknown here, because an argument that is
     dropped in silence computes something else than the model says.
     """
-    if unknown := arguments.keys() - set(_CACHE_NAMES):
+    if unknown := arguments.keys() - set(CACHE_NAMES):
         raise TypeError(f"this release of Transformers passes {', '.join(sorted(unknown))}, which peerd does not know")
-    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def before_newest_tested() -> bool:

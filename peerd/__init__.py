@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from peerd.compute.adapters.lora import LoraAdapter, LoraPair
     from peerd.compute.checkpoint.hub.settings import HubSettings
     from peerd.compute.errors import AdapterError, CheckpointError
+    from peerd.facade.model import (
+        AutoModelForCausalLM,
+        RemoteModel,
+        RemoteModelForCausalLM,
+        RemoteModelForSequenceClassification,
+    )
     from peerd.peer import Peer, open_peer
     from peerd.protocol.addresses import Multiaddr
     from peerd.protocol.errors import (
@@ -41,6 +47,10 @@ __all__ = [
     "ServeSpec",
     "HubSettings",
     "SwarmModel",
+    "RemoteModel",
+    "RemoteModelForCausalLM",
+    "RemoteModelForSequenceClassification",
+    "AutoModelForCausalLM",
     "Generation",
     "Token",
     "Session",
@@ -69,6 +79,10 @@ _MODULE_OF = {
     "Peer": "peerd.peer",
     "ServeSpec": "peerd.spans.loading",
     "SwarmModel": "peerd.client.model",
+    "RemoteModel": "peerd.facade.model",
+    "RemoteModelForCausalLM": "peerd.facade.model",
+    "RemoteModelForSequenceClassification": "peerd.facade.model",
+    "AutoModelForCausalLM": "peerd.facade.model",
     "Generation": "peerd.client.generation",
     "Token": "peerd.client.generation",
     "Session": "peerd.client.session.session",

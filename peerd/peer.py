@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -31,8 +31,6 @@ from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
-from peerd.protocol.messages.session import MAX_LENGTH
-from peerd.protocol.span import Span
 from peerd.reach.checker import Reachability
 from peerd.reach.dialback import DialbackAnswerer
 from peerd.reach.own_addresses import dialable_forms
@@ -45,9 +43,9 @@ from peerd.spans.host import SpanHost
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
-    from peerd.client.model import ModelFacts, SwarmModel
+    from peerd.client.blocks import ServedBlocks
+    from peerd.client.model import SwarmModel
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-    from peerd.compute.model.head import Head
     from peerd.net.transport import Transport
     from peerd.reach.relay_ledger import RelayLimits
     from peerd.server.server import ServedSpan, Server
@@ -134,40 +132,34 @@ class Peer:
 
         Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
         """
-        await import_in_thread("peerd.compute.model.head", "peerd.client.model")
-        from peerd.client.finding.finder import SwarmFinder
-        from peerd.client.finding.scout import FIRST_WAIT_S, Scout
-        from peerd.client.head_task import HeadTask
-        from peerd.client.model import SwarmModel
-        from peerd.client.session.opener import ChainOpener
-        from peerd.protocol.encoding.tensors import DTYPES
+        await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
+        from peerd.client.open_model import open_model
+
+        async with self._checkpoints.open(path, revision) as checkpoint, open_model(self, checkpoint) as model:
+            yield model
+
+    @asynccontextmanager
+    async def blocks(
+        self, path: str | Path, on_checkpoint: Callable[[Checkpoint], None], *, revision: str | None = None
+    ) -> AsyncIterator[ServedBlocks]:
+        """A model's blocks alone, for a program that brings its own head. `path` as for `model`.
+
+        `on_checkpoint` reads what the program needs, in a worker thread, once the head's files are there; the
+        checkpoint is closed before the blocks are yielded. Raises CheckpointError, and what `on_checkpoint` raises.
+        """
+        await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
+        from peerd.client.open_model import facts_of, open_blocks
 
         async with self._checkpoints.open(path, revision) as checkpoint:
             await fetch_head(checkpoint)
-            facts, head, tokenizer, generation = await trio.to_thread.run_sync(_read_client_side, checkpoint)
-            random = Random(os.urandom(16))
-            discovery = self.discovery
-            finder = SwarmFinder(
-                discovery.directory,
-                discovery.links,
-                facts.digest,
-                facts.block_count,
-                random,
-                self.rules,
-                position_bytes=facts.width * DTYPES[facts.dtype].itemsize,
-                connected=lambda: (self.peer_id, *self.connections.live),
-            )
-            opener = ChainOpener(self.connections, self.identity, discovery.directory, discovery.clock, os.urandom)
-            async with open_tasks() as tasks:
-                task = HeadTask(head)
-                tasks.start_soon(task.run)
-                scout = Scout(finder, self._prober(), Span(0, facts.block_count), random)
-                tasks.start_soon(scout.run)
-                with trio.move_on_after(FIRST_WAIT_S):
-                    await scout.ready.wait()
-                yield SwarmModel(facts, task, tokenizer, generation, finder, opener, tasks, scout)
+            await trio.to_thread.run_sync(on_checkpoint, checkpoint)
+            facts = facts_of(checkpoint)
+        async with open_blocks(self, facts) as blocks:
+            yield blocks
 
-    def _prober(self) -> Prober:
+    @property
+    def prober(self) -> Prober:
+        """Measures delays to other peers over these connections; a new one each time."""
         return Prober(self.connections, self.discovery.links, self.discovery.may_dial)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
@@ -307,26 +299,6 @@ async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
     server = Server(clock)
     await tasks.start(server.run)
     return server
-
-
-def _read_client_side(checkpoint: Checkpoint) -> tuple[ModelFacts, Head, Any, Any]:
-    """What a client needs of a model: facts, head, tokenizer, generation config. Blocks; run it in a thread."""
-    from peerd.client.model import ModelFacts
-    from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
-    from peerd.compute.model.head import load_head
-    from peerd.protocol.encoding.tensors import DTYPE_NAMES
-
-    facts = ModelFacts(
-        name=checkpoint.name,
-        digest=checkpoint.model_digest,
-        block_count=checkpoint.block_count,
-        width=checkpoint.hidden_size,
-        max_length=checkpoint.max_length or MAX_LENGTH,
-        dtype=DTYPE_NAMES[checkpoint.dtype],
-        model_type=checkpoint.family.model_type,
-    )
-    tokenizer = load_tokenizer(checkpoint)
-    return facts, load_head(checkpoint), tokenizer, generation_config(checkpoint, tokenizer)
 
 
 def _parsed(addresses: Sequence[Address]) -> tuple[Multiaddr, ...]:

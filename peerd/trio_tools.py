@@ -21,7 +21,7 @@ async def open_tasks() -> AsyncIterator[trio.Nursery]:
             yield nursery
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        only = _only(group)
+        only = the_only_error(group)
         raise only from only.__cause__
 
 
@@ -40,12 +40,12 @@ async def at_once(functions: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
             for index in range(len(functions)):
                 nursery.start_soon(one, index)
     except BaseExceptionGroup as group:
-        only = _only(group)
+        only = the_only_error(group)
         raise only from only.__cause__
     return [results[index] for index in range(len(functions))]
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def the_only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The one exception in `group`, cancellation aside; the group itself where there are several."""
     leaves = [leaf for leaf in _leaves(group) if not isinstance(leaf, trio.Cancelled)]
     return leaves[0] if len(leaves) == 1 else group

@@ -8,6 +8,8 @@ so a token must be embedded for the position that it will have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,17 +92,48 @@ class Head:
         return result
 
 
+@dataclass(frozen=True, slots=True)
+class HeadModel:
+    """A causal model whose head has its weights and whose decoder has no layers."""
+
+    model: PreTrainedModel
+    decoder: PreTrainedModel
+    #: The layers that were taken out of the decoder: names and shapes on the meta device.
+    layers: nn.ModuleList
+
+
 def load_head(checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Head:
     """Read the head onto `device`, in `dtype` (the checkpoint's own if None). Raises CheckpointError."""
+    return Head(load_head_model(checkpoint, device=device, dtype=dtype).model, checkpoint.family)
+
+
+def load_head_model(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    causal_type: type[PreTrainedModel] | None = None,
+    fill_head: Callable[[PreTrainedModel, PreTrainedModel], None] | None = None,
+) -> HeadModel:
+    """Build the family's causal model and read its head, and nothing of its blocks.
+
+    causal_type: another class around the same decoder. fill_head: gives values to what `causal_type` has instead of the
+    LM head; it is called with the model and its decoder. The head lies on `device`, in `dtype` (the checkpoint's own
+    if None). Raises CheckpointError, UnsupportedModel.
+    """
     family, device = checkpoint.family, torch.device(device)
-    model = build_on_meta(family.causal_type(), checkpoint.config, dtype or checkpoint.dtype)
+    model = build_on_meta(causal_type or family.causal_type(), checkpoint.config, dtype or checkpoint.dtype)
     decoder = _decoder(model, family)
+    layers: nn.ModuleList = getattr(decoder, family.layers)
     setattr(decoder, family.layers, nn.ModuleList())
     fill(decoder, checkpoint.read(list(decoder.state_dict())), device, checkpoint.path)
-    _fill_lm_head(getattr(model, family.lm_head), getattr(decoder, family.embeddings), checkpoint, device)
+    if fill_head is not None:
+        fill_head(model, decoder)
+    else:
+        _fill_lm_head(getattr(model, family.lm_head), getattr(decoder, family.embeddings), checkpoint, device)
     compute_buffers(model, model.config, device)
     check_filled(model, checkpoint.path)
-    return Head(model, family)
+    return HeadModel(model, decoder, layers)
 
 
 def _decoder(model: PreTrainedModel, family: Family) -> PreTrainedModel:

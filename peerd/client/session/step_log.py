@@ -66,6 +66,18 @@ class StepLog:
         return self._lengths.get(row, 0)
 
     @property
+    def lengths(self) -> dict[int, int]:
+        """Positions of every row that has any, once all pending steps are answered."""
+        return dict(self._lengths)
+
+    def sent(self, row: int, end: int) -> torch.Tensor:
+        """The hidden states of the row's first `end` positions as they were sent, `[end, width]`, a copy.
+
+        Only positions whose steps were answered are there.
+        """
+        return self.kept.retained.copy(row, 0, end)
+
+    @property
     def positions(self) -> int:
         """Positions of all rows together, as far as they were answered: what a new hop has to compute again."""
         return sum(self._answered_lengths.values())

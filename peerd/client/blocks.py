@@ -1,0 +1,233 @@
+"""The blocks of one model of a swarm, as a client uses them: sessions, and forward passes with their backward.
+
+Hidden states go in and come out. What turns text into them, and them into text, is `SwarmModel`'s head; the
+Transformers facade brings a head of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.client.session.mender import ChainFinder, Means, Patience, Wanted
+from peerd.client.session.opener import ChainOpener, Terms
+from peerd.client.session.session import Session
+from peerd.compute.adapters.lora import LoraAdapter, within
+from peerd.compute.errors import AdapterError
+from peerd.protocol.errors import ContextTooLong, InvalidRequest
+from peerd.protocol.messages.adapters import is_adapter_id
+from peerd.protocol.messages.session import DEFAULT_MAX_STEPS, MAX_ROWS
+from peerd.protocol.span import Span
+
+if TYPE_CHECKING:
+    import torch
+
+    from peerd.client.finding.scout import Scout
+    from peerd.client.training.training_pass import LoraPairs, Pass, PassMaker
+
+# A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
+OPEN_TIMEOUT_MS = 2000
+# An answer that was interrupted may go on for this long: as long as servers keep a session of which nothing is asked.
+RESUME_S = 300.0
+
+Adapter = str | Path | LoraAdapter
+"""An adapter's name in the swarm; or your own, as a directory or in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a client knows of a model without its blocks."""
+
+    name: str
+    digest: bytes
+    block_count: int
+    width: int
+    max_length: int
+    dtype: str
+    # Which architecture it is, by which adapters' names are understood.
+    model_type: str = ""
+
+
+class ServedBlocks:
+    """The blocks of a model, wherever they are served. Made by `Peer.blocks`."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        finder: ChainFinder,
+        opener: ChainOpener,
+        tasks: trio.Nursery,
+        scout: Scout | None = None,
+    ) -> None:
+        self.facts = facts
+        self._means = Means(finder, opener, random.Random(os.urandom(16)))
+        self._tasks = tasks
+        self._scout = scout
+        self._pass_maker: PassMaker | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
+        )
+
+    def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
+        """Token ids to the first block's input. Raises InvalidRequest: that takes a model's head."""
+        raise InvalidRequest("token ids need the model's head, which these blocks come without: give hidden states")
+
+    @asynccontextmanager
+    async def session(
+        self,
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        blocks: Span | None = None,
+        patience: Patience | None = None,
+        adapter: Adapter | None = None,
+    ) -> AsyncIterator[Session]:
+        """A session over `blocks` (default: all), for rows of at most `max_length` positions.
+
+        `adapter` is the name of one that the swarm serves (or its id, `NAME@DIGEST`), or your own: the directory that
+        peft saved, or a LoraAdapter. Your own goes to every hop for this session, and ends with it.
+        Raises NoChain, Overloaded, ContextTooLong or AdapterError before the body runs.
+        """
+        session = await self.start_session(
+            max_length=max_length,
+            max_rows=max_rows,
+            max_rollback=max_rollback,
+            blocks=blocks,
+            patience=patience,
+            adapter=adapter,
+        )
+        try:
+            await session.open()
+            yield session
+        finally:
+            session.close()
+
+    async def start_session(
+        self,
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        blocks: Span | None = None,
+        patience: Patience | None = None,
+        adapter: Adapter | None = None,
+    ) -> Session:
+        """A session whose chain opens with its first step, and which the caller must `close`."""
+        blocks = blocks or Span(0, self.facts.block_count)
+        if max_length > self.facts.max_length:
+            raise ContextTooLong(
+                f"{max_length} positions wanted (prompt and answer together), {self.facts.name} takes"
+                f" {self.facts.max_length}"
+            )
+        if not 1 <= max_rows <= MAX_ROWS:
+            raise InvalidRequest(f"{max_rows} rows wanted: a session has 1 to {MAX_ROWS}; use several sessions")
+        terms = Terms(
+            model=self.facts.digest,
+            max_length=max_length,
+            max_rows=max_rows,
+            max_rollback=max_rollback,
+            max_steps=DEFAULT_MAX_STEPS,
+            dtype=self.facts.dtype,
+            codec="exact",
+            timeout_ms=OPEN_TIMEOUT_MS,
+        )
+        terms = await self._with_adapter(terms, adapter, blocks)
+        session = Session(self._means, Wanted(blocks, self.facts.width, terms, patience or Patience()))
+        await self._tasks.start(session.run)
+        if self._scout is not None:
+            self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)
+        return session
+
+    def close_later(self, session: Session) -> None:
+        """Close a session that waits for its user, if that one does not come back to it."""
+        self._tasks.start_soon(self._close_unless_used, session)
+
+    @staticmethod
+    async def _close_unless_used(session: Session) -> None:
+        asked = session.log.asked
+        await trio.sleep(RESUME_S)
+        # Whoever has come back closes it, or has it closed later.
+        if session.log.asked == asked:
+            session.close()
+
+    async def forward(
+        self,
+        inputs: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        rows: Sequence[int] | None = None,
+        blocks: Span | None = None,
+        prompts: torch.Tensor | None = None,
+        lora: LoraPairs | None = None,
+        lora_scaling: float = 1.0,
+        adapter: str = "",
+        codec: str = "exact",
+        keep: bool = True,
+        patience: Patience | None = None,
+    ) -> Pass:
+        """Run whole rows through `blocks` (default: all) without a cache, for training: `pass_.backward` follows.
+
+        `inputs` are hidden states `[rows, positions, width]`, or packed `[sum of rows, width]` with the lengths in
+        `rows`, or token ids, a list a row. `prompts` `[blocks, 1 or rows, P, width]` are added to the first P
+        positions of each block's input; `lora` pairs act beside linear modules; `adapter` is one that the peers
+        have. Without `keep` there is no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
+        """
+        from peerd.client.training.training_pass import PassMaker, Trained, as_rows
+
+        blocks = blocks or Span(0, self.facts.block_count)
+
+        hidden, lengths = as_rows(inputs, rows, self.embed)
+        if max(lengths) > self.facts.max_length:
+            raise ContextTooLong(f"a row of {max(lengths)} positions, {self.facts.name} takes {self.facts.max_length}")
+        if self._pass_maker is None:
+            facts, means = self.facts, self._means
+            self._pass_maker = PassMaker(
+                means.finder, means.opener.connections, facts.digest, facts.width, facts.dtype, means.rng
+            )
+        return await self._pass_maker.forward(
+            hidden,
+            lengths,
+            blocks,
+            Trained(prompts, lora or {}, lora_scaling),
+            adapter=await self._adapter_id(adapter, blocks) if adapter else "",
+            codec=codec,
+            keep=keep,
+            patience=patience,
+        )
+
+    async def read_adapter(self, path: str | Path) -> LoraAdapter:
+        """An adapter for this model, from the directory that peft saved. Raises AdapterError."""
+        return await trio.to_thread.run_sync(_read_adapter, path, self.facts)
+
+    async def _adapter_id(self, adapter: str, blocks: Span) -> str:
+        # Settled once: a replacement in the middle of an answer must not mean something else by the name.
+        return adapter if is_adapter_id(adapter) else await self._means.finder.adapter_id(adapter, blocks)
+
+    async def _with_adapter(self, terms: Terms, adapter: Adapter | None, blocks: Span) -> Terms:
+        if adapter is None:
+            return terms
+        if isinstance(adapter, str):
+            return replace(terms, adapter=await self._adapter_id(adapter, blocks))
+        own = adapter if isinstance(adapter, LoraAdapter) else await self.read_adapter(adapter)
+        return replace(terms, own_adapter=within(own.weights, blocks))
+
+
+def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
+    """Blocks; run it in a thread."""
+    from peerd.compute.adapters.file import open_adapter
+    from peerd.compute.families.lookup import family_named
+
+    with open_adapter(path, family_named(facts.model_type)) as file:
+        last = max(block for block, _ in file.modules)
+        if last >= facts.block_count:
+            raise AdapterError(f"{file.path}: it adapts block {last}, {facts.name} has {facts.block_count}")
+        return LoraAdapter(file.read())

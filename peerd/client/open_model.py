@@ -1,0 +1,139 @@
+"""Opens a model that a swarm serves, or only its blocks, over a peer that is running."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any, Protocol
+
+import trio
+
+from peerd.checkpoints import fetch_head
+from peerd.client.blocks import ModelFacts, ServedBlocks
+from peerd.client.finding.finder import SwarmFinder
+from peerd.client.finding.scout import FIRST_WAIT_S, Scout
+from peerd.client.head_task import HeadTask
+from peerd.client.model import SwarmModel
+from peerd.client.session.opener import ChainOpener
+from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
+from peerd.compute.model.head import Head, load_head
+from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
+from peerd.protocol.messages.session import MAX_LENGTH
+from peerd.protocol.span import Span
+from peerd.trio_tools import open_tasks
+
+if TYPE_CHECKING:
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
+    from peerd.discovery.discovery import Discovery
+    from peerd.discovery.prober import Prober
+    from peerd.net.connections import Connections
+    from peerd.protocol.identity import Identity, PeerId
+    from peerd.routing.chains.rules import ChainRules
+
+
+class Client(Protocol):
+    """What a running peer has that a model of its swarm needs."""
+
+    identity: Identity
+    connections: Connections
+    discovery: Discovery
+    rules: ChainRules | None
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Our own PeerId."""
+
+    @property
+    def prober(self) -> Prober:
+        """What measures the delays to other peers."""
+
+
+@asynccontextmanager
+async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[SwarmModel]:
+    """A model of the swarm, its head and tokenizer read from `checkpoint`. Raises CheckpointError."""
+    await fetch_head(checkpoint)
+    side = await trio.to_thread.run_sync(_read_client_side, checkpoint)
+    async with _open_route(client, side.facts) as route, open_tasks() as tasks:
+        task = HeadTask(side.head)
+        tasks.start_soon(task.run)
+        yield SwarmModel(
+            side.facts,
+            task,
+            side.tokenizer,
+            side.generation_config,
+            route.finder,
+            route.opener,
+            route.tasks,
+            route.scout,
+        )
+
+
+@asynccontextmanager
+async def open_blocks(client: Client, facts: ModelFacts) -> AsyncIterator[ServedBlocks]:
+    """The blocks of a model of the swarm, without a head."""
+    async with _open_route(client, facts) as route:
+        yield ServedBlocks(facts, route.finder, route.opener, route.tasks, route.scout)
+
+
+def facts_of(checkpoint: Checkpoint) -> ModelFacts:
+    """What a client knows of the model in `checkpoint`."""
+    return ModelFacts(
+        name=checkpoint.name,
+        digest=checkpoint.model_digest,
+        block_count=checkpoint.block_count,
+        width=checkpoint.hidden_size,
+        max_length=checkpoint.max_length or MAX_LENGTH,
+        dtype=DTYPE_NAMES[checkpoint.dtype],
+        model_type=checkpoint.family.model_type,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """How chains through a model's blocks are found and opened, and the nursery of their tasks."""
+
+    finder: SwarmFinder
+    opener: ChainOpener
+    tasks: trio.Nursery
+    scout: Scout
+
+
+@asynccontextmanager
+async def _open_route(client: Client, facts: ModelFacts) -> AsyncIterator[_Route]:
+    """Yields once it is known how far the servers are, or after FIRST_WAIT_S."""
+    random = Random(os.urandom(16))
+    discovery = client.discovery
+    finder = SwarmFinder(
+        discovery.directory,
+        discovery.links,
+        facts.digest,
+        facts.block_count,
+        random,
+        client.rules,
+        position_bytes=facts.width * DTYPES[facts.dtype].itemsize,
+        connected=lambda: (client.peer_id, *client.connections.live),
+    )
+    opener = ChainOpener(client.connections, client.identity, discovery.directory, discovery.clock, os.urandom)
+    async with open_tasks() as tasks:
+        scout = Scout(finder, client.prober, Span(0, facts.block_count), random)
+        tasks.start_soon(scout.run)
+        with trio.move_on_after(FIRST_WAIT_S):
+            await scout.ready.wait()
+        yield _Route(finder, opener, tasks, scout)
+
+
+@dataclass(frozen=True, slots=True)
+class _ClientSide:
+    facts: ModelFacts
+    head: Head
+    tokenizer: Any
+    generation_config: Any
+
+
+def _read_client_side(checkpoint: Checkpoint) -> _ClientSide:
+    """Blocks; run it in a thread."""
+    tokenizer = load_tokenizer(checkpoint)
+    return _ClientSide(facts_of(checkpoint), load_head(checkpoint), tokenizer, generation_config(checkpoint, tokenizer))

@@ -1,0 +1,54 @@
+"""What runs a model's remote blocks: a swarm behind a bridge, and the prompts that a program trains beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerd.client.blocks import ServedBlocks
+from peerd.facade.bridge import Bridge
+from peerd.protocol.encoding.tensors import DTYPES
+
+
+class Prompts(nn.Module):
+    """Trained prompts: `length` positions before each row, and with `deep` values added to them in every block.
+
+    prefix: `[length, width]`, as hidden states. deep: `[blocks, length, width]`, or None. Petals calls these `ptune`
+    and `deep_ptune` (arXiv 2101.00190 and 2110.07602 describe the methods).
+    """
+
+    def __init__(self, blocks: int, length: int, width: int, *, deep: bool) -> None:
+        super().__init__()
+        self.length = length
+        self.prefix = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.deep = nn.Parameter(torch.zeros(blocks, length, width)) if deep else None
+
+
+class Backend:
+    """A model's blocks in a swarm. Counts what was asked of it: `sessions_opened`, `passes`, `steps`."""
+
+    def __init__(self, bridge: Bridge, blocks: ServedBlocks) -> None:
+        self.bridge = bridge
+        self.blocks = blocks
+        #: The decoder's remote layers, in the model's order.
+        self.layers: Sequence[Any] = ()
+        self.prompts: Prompts | None = None
+        self.sessions_opened = 0
+        self.passes = 0
+        self.steps = 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.blocks!r} sessions_opened={self.sessions_opened} passes={self.passes}>"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states on the wire."""
+        return DTYPES[self.blocks.facts.dtype]
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a row may have."""
+        return self.blocks.facts.max_length

@@ -1,0 +1,168 @@
+"""Decoder layers that run on servers.
+
+The decoder stays the architecture's own, with its own forward, and its layers keep their names and shapes, so that peft
+finds what it adapts. Consecutive layers that nothing looks between form a *run*: the first layer of a run sends hidden
+states through the whole run's span, and the others return what they are given. A foreign module between layers, a
+user's forward hook, or `output_hidden_states` ends a run. So slices, modules between blocks, steering and early exits
+are one rule, and a plain forward is one pass or one step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from peerd.facade.cache import RemoteCache
+from peerd.facade.weights import RemoteWeight, replace_weights
+from peerd.protocol.span import Span
+
+# Transformers' own hook, which records outputs and stays on layers for good once it was needed.
+_CAPTURING_HOOK = "output_capturing_hook"
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One forward of the decoder: what its blocks need to know beside hidden states."""
+
+    #: The runs of this forward, by the number of their first block.
+    runs: dict[int, Span]
+    #: Which columns are real, bool `[rows, all columns]`; None: all of them.
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    cache: RemoteCache | None = None
+    #: The run of which only each row's last position is wanted.
+    last_only: Span | None = None
+    #: The runs that have answered, by the number of their first block.
+    done: set[int] = field(default_factory=set)
+
+
+class Runs(Protocol):
+    """What blocks ask to run a span."""
+
+    def run(self, call: Call, span: Span, hidden: torch.Tensor) -> torch.Tensor:
+        """`[rows, columns, width]` through `span`."""
+
+
+_local = threading.local()
+
+
+def _stack() -> list[Call | None]:
+    stack: list[Call | None] | None = getattr(_local, "calls", None)
+    if stack is None:
+        stack = _local.calls = []
+    return stack
+
+
+def push(call: Call | None) -> None:
+    """Begin a forward in this thread: its blocks see `call` until `pop`."""
+    _stack().append(call)
+
+
+def pop() -> None:
+    """End this thread's newest forward."""
+    if stack := _stack():
+        stack.pop()
+
+
+@contextmanager
+def during(call: Call) -> Iterator[None]:
+    """`call` is this thread's forward in the block."""
+    push(call)
+    try:
+        yield
+    finally:
+        pop()
+
+
+class RemoteBlock:
+    """Mixin of a decoder layer's class. `index` is the block's number in the model."""
+
+    index: int
+    swarm: Runs
+    returns_tuple: bool
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`[rows, columns, width]` to the same, through the run that begins here, or unchanged."""
+        stack = _stack()
+        call = stack[-1] if stack else None
+        if call is None:
+            output = self.swarm.run(Call({}), Span(self.index, self.index + 1), hidden_states)
+        else:
+            span = call.runs.get(self.index)
+            output = hidden_states if span is None else self.swarm.run(call, span, hidden_states)
+        return (output,) if self.returns_tuple else output
+
+
+class RemoteBlocks(nn.ModuleList):
+    """The decoder's list of layers. It, and any slice of it, can be called: `model.model.layers[3:7](hidden)`."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`[rows, columns, width]` through the list's blocks; `attention_mask` `[rows, columns]` is 1 where real."""
+        runs = plan_runs(list(self), cut_everywhere=False)
+        mask = None if attention_mask is None else attention_mask.bool()
+        with during(Call({span.start: span for span in runs}, mask)):
+            for layer in self:
+                output = layer(hidden_states)
+                hidden_states = output[0] if isinstance(output, tuple) else output
+        return hidden_states
+
+
+def plan_runs(layers: Sequence[nn.Module], *, cut_everywhere: bool) -> list[Span]:
+    """The spans of consecutive remote blocks among `layers` that nothing looks between."""
+    runs: list[Span] = []
+    joins = False
+    for layer in layers:
+        if not isinstance(layer, RemoteBlock):
+            joins = False
+            continue
+        if joins and runs[-1].end == layer.index and not cut_everywhere and not _is_watched_before(layer):
+            runs[-1] = Span(runs[-1].start, layer.index + 1)
+        else:
+            runs.append(Span(layer.index, layer.index + 1))
+        joins = not is_watched_after(layer)
+    return runs
+
+
+def is_watched_after(layer: Any) -> bool:
+    """Whether somebody's hook reads or changes what the layer returns."""
+    return any(getattr(hook, "__name__", "") != _CAPTURING_HOOK for hook in layer._forward_hooks.values())
+
+
+def _is_watched_before(layer: Any) -> bool:
+    return bool(layer._forward_pre_hooks)
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _remote_class(kind: type) -> type:
+    if kind not in _CLASSES:
+        made: Any = type(kind.__name__, (RemoteBlock, kind), {"__module__": kind.__module__})
+        # Transformers wraps the `forward` of subclasses for gradient checkpointing; a remote block keeps nothing that
+        # checkpointing could save.
+        made.forward = RemoteBlock.forward
+        _CLASSES[kind] = made
+    return _CLASSES[kind]
+
+
+def make_remote(layers: nn.ModuleList, swarm: Runs) -> RemoteBlocks:
+    """Turn a decoder's layers, built on the meta device, into remote blocks. Changes the layers."""
+    for index, layer in enumerate(layers):
+        replace_weights(layer)
+        remote: Any = layer
+        remote.__class__ = _remote_class(type(layer))
+        remote.index, remote.swarm, remote.returns_tuple = index, swarm, False
+        remote._register_state_dict_hook(_leave_out)
+    return RemoteBlocks(layers)
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    """Take the weights that are not here out of a state dict."""
+    for name in [name for name, value in state.items() if name.startswith(prefix) and isinstance(value, RemoteWeight)]:
+        del state[name]

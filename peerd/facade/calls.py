@@ -1,0 +1,126 @@
+"""Hooks on a causal model and its decoder: they read what a forward is called with, before the decoder's own code runs.
+
+The signatures of the model's methods stay untouched, because `generate`, `Trainer` and peft inspect them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from peerd.compute.transformers_compat import CACHE_NAMES, cache_argument
+from peerd.facade.blocks import Call, RemoteBlock, is_watched_after, plan_runs, pop, push
+from peerd.facade.cache import RemoteCache
+from peerd.facade.steps import ROLLBACK
+
+_hints = threading.local()
+
+
+def watch_calls(causal: Any, decoder: Any, layers: str) -> None:
+    """Install the hooks. `layers`: the name of the decoder's list of layers."""
+    name = cache_argument(type(causal).forward)
+    causal.register_forward_pre_hook(_BeforeCausal(name), with_kwargs=True)
+    causal.register_forward_hook(_after_causal, always_call=True)
+    decoder.register_forward_pre_hook(_BeforeDecoder(decoder, layers), with_kwargs=True)
+    decoder.register_forward_hook(_after_decoder, with_kwargs=True, always_call=True)
+
+
+def _rename_cache(arguments: dict[str, Any], name: str) -> None:
+    """Give the cache the name that the forward knows, whichever of its names the caller used."""
+    for other in CACHE_NAMES:
+        if other != name and other in arguments and arguments.get(name) is None:
+            arguments[name] = arguments.pop(other)
+
+
+class _BeforeCausal:
+    """Notes whether only the last position's logits are wanted, and renames the cache."""
+
+    def __init__(self, cache_name: str) -> None:
+        self._cache_name = cache_name
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if any(kwargs.get(name) is not None for name in CACHE_NAMES):
+            _rename_cache(kwargs, self._cache_name)
+        keep = kwargs.get("logits_to_keep", 0)
+        _hints.last_only = isinstance(keep, int) and keep == 1 and not kwargs.get("output_hidden_states")
+        return args, kwargs
+
+
+def _after_causal(model: Any, args: Any, output: Any) -> None:
+    _hints.last_only = False
+
+
+class _BeforeDecoder:
+    """Turns the arguments of the decoder's forward into the `Call` that its blocks see."""
+
+    def __init__(self, decoder: Any, layers: str) -> None:
+        self._layers = layers
+        self._names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        self._cache_name = cache_argument(type(decoder).forward)
+        self._blocks = len(getattr(decoder, layers))
+
+    def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        # `_after_decoder` pops once whatever happens here: torch calls it even if this raises.
+        push(None)
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        _rename_cache(given, self._cache_name)
+        _refuse(given)
+        call = self._call(decoder, given)
+        pop()
+        push(call)
+        return (), given
+
+    def _call(self, decoder: Any, given: dict[str, Any]) -> Call:
+        layers = list(getattr(decoder, self._layers)._modules.values())[: decoder.config.num_hidden_layers]
+        hidden = given.get("output_hidden_states")
+        hidden = bool(decoder.config.output_hidden_states if hidden is None else hidden)
+        runs = plan_runs(layers, cut_everywhere=hidden)
+        mask = given.get("attention_mask")
+        cache = self._cache(decoder, given, lazily=not hidden)
+        ends_here = runs and isinstance(layers[-1], RemoteBlock) and not is_watched_after(layers[-1])
+        last_only = bool(ends_here) and not hidden and getattr(_hints, "last_only", False)
+        return Call(
+            runs={span.start: span for span in runs},
+            mask=None if mask is None else mask.bool(),
+            positions=given.get("position_ids"),
+            cache=cache,
+            last_only=runs[-1] if last_only else None,
+        )
+
+    def _cache(self, decoder: Any, given: dict[str, Any], *, lazily: bool) -> RemoteCache | None:
+        """The call's cache, made or adopted; it replaces the one in `given`. Raises TypeError, ValueError."""
+        cache = given.get(self._cache_name)
+        if cache is not None:
+            if not isinstance(cache, Cache):
+                raise TypeError("a tuple of keys and values cannot hold those of remote blocks: leave the cache out")
+            cache = RemoteCache.adopt(cache, self._blocks, max_rollback=ROLLBACK)
+        elif given.get("use_cache"):
+            cache = RemoteCache(self._blocks)
+        elif given.get("use_cache") is None and decoder.config.use_cache and lazily:
+            # The caller did not ask for a cache, as in training and scoring, but may go on with the one that it gets.
+            cache = RemoteCache(self._blocks, max_rollback=ROLLBACK)
+            cache.lazy = True
+        else:
+            given["use_cache"] = False
+            return None
+        given[self._cache_name] = cache
+        return cache
+
+
+def _refuse(given: dict[str, Any]) -> None:
+    """Raise ValueError for what servers do not give."""
+    mask = given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise ValueError(
+            "remote blocks take an attention_mask of [rows, columns], 1 where a token is real: pass that one"
+        )
+    if given.get("output_attentions"):
+        raise ValueError("output_attentions: attention weights stay on the servers; leave it out")
+
+
+def _after_decoder(decoder: Any, args: Any, kwargs: Any, output: Any) -> None:
+    pop()

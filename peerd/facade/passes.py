@@ -1,0 +1,163 @@
+"""Forward passes through remote blocks without a cache, with gradients.
+
+Transformers gives padded rows, `[rows, columns, width]`; a pass takes rows of their own lengths, packed. Its hops keep
+memory until the backward, or until the graph that could ask for one is garbage.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from peerd.client.training.training_pass import Gradients, Pass
+from peerd.compute.adapters.lora import BlockModule
+from peerd.facade.backend import Backend
+from peerd.facade.blocks import Call
+from peerd.facade.bridge import Bridge
+from peerd.facade.lora import LoraTensors
+from peerd.protocol.span import Span
+
+
+def run_pass(
+    backend: Backend, call: Call, span: Span, hidden: torch.Tensor, lora: dict[BlockModule, LoraTensors]
+) -> torch.Tensor:
+    """`hidden` `[rows, columns, width]` through `span`; columns that are padding come back as zeros."""
+    rows, columns, width = hidden.shape
+    mask, lengths = _segments(call, rows, columns)
+    packed = hidden[mask] if mask is not None else hidden.reshape(-1, width)
+    prefix, deep = _prompts_of(backend, span)
+    if prefix is not None:
+        pieces = torch.split(packed, lengths)
+        packed = torch.cat([part for piece in pieces for part in (prefix.to(packed), piece)])
+    extra = 0 if prefix is None else len(prefix)
+    output = _differentiable(backend, span, packed, [length + extra for length in lengths], deep, lora)
+    if extra:
+        pieces = torch.split(output, [length + extra for length in lengths])
+        output = torch.cat([piece[extra:] for piece in pieces])
+    if mask is None:
+        return output.view(rows, columns, width)
+    return torch.zeros_like(hidden).masked_scatter(mask[..., None].to(hidden.device), output.to(hidden))
+
+
+def _prompts_of(backend: Backend, span: Span) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The prefix where the rows begin, and the deep prompts of the span's blocks, `[blocks, 1, P, width]`."""
+    prompts = backend.prompts
+    if prompts is None:
+        return None, None
+    prefix = prompts.prefix if span.start == 0 else None
+    if prompts.deep is None:
+        return prefix, None
+    if prefix is None:
+        raise NotImplementedError("deep prompts act on whole rows from block 0 on: call all blocks in one run")
+    return prefix, prompts.deep[span.start : span.end, None]
+
+
+def _segments(call: Call, rows: int, columns: int) -> tuple[torch.Tensor | None, list[int]]:
+    """Which columns are real (None: all), and the lengths of the sequences in them.
+
+    Position ids that begin again at 0 in a row begin another sequence there: several were packed into one row. Raises
+    ValueError for position ids with gaps.
+    """
+    mask = None if call.mask is None else call.mask[:, -columns:].cpu()
+    if mask is not None and bool(mask.all()):
+        mask = None
+    lengths = [columns] * rows if mask is None else [int(length) for length in mask.sum(1)]
+    if call.positions is not None and columns > 1:
+        positions = call.positions.expand(rows, -1).cpu()
+        flat = positions.reshape(-1) if mask is None else positions[mask]
+        lengths = [length for part in torch.split(flat, lengths) for length in _sequences(part)]
+    return mask, [length for length in lengths if length]
+
+
+def _sequences(positions: torch.Tensor) -> list[int]:
+    """The lengths of the sequences that one row's position ids describe."""
+    breaks = (positions[1:] != positions[:-1] + 1).nonzero()[:, 0] + 1
+    starts = [0, *(int(start) for start in breaks), len(positions)]
+    if any(int(positions[start]) != 0 for start in starts[1:-1]):
+        raise ValueError("position_ids with gaps: servers count the positions of a row themselves; leave them out")
+    return [end - start for start, end in itertools.pairwise(starts)]
+
+
+def _differentiable(
+    backend: Backend,
+    span: Span,
+    packed: torch.Tensor,
+    lengths: Sequence[int],
+    deep: torch.Tensor | None,
+    lora: dict[BlockModule, LoraTensors],
+) -> torch.Tensor:
+    tensors = [tensor for pair in lora.values() for tensor in (pair.a, pair.b)]
+    leaves = [packed, *tensors] if deep is None else [packed, deep, *tensors]
+    keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    backend.passes += 1
+    apply: Any = _Through.apply
+    result: torch.Tensor = apply(backend, span, lengths, list(lora), keep, deep, packed, *tensors)
+    return result
+
+
+class _Held:
+    """A pass whose hops keep memory until its backward, or until this is garbage."""
+
+    def __init__(self, bridge: Bridge, done: Pass) -> None:
+        self._bridge, self._done = bridge, done
+        finalizer = weakref.finalize(self, bridge.post, done.close)
+        finalizer.atexit = False
+
+    def backward(self, grad: torch.Tensor) -> Gradients:
+        return self._bridge.call(self._done.backward, grad)
+
+
+def _wire(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype)
+
+
+class _Through(torch.autograd.Function):
+    """Packed rows through blocks of the swarm, as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Backend,
+        span: Span,
+        lengths: Sequence[int],
+        keys: Sequence[BlockModule],
+        keep: bool,
+        deep: torch.Tensor | None,
+        packed: torch.Tensor,
+        *lora: torch.Tensor,
+    ) -> torch.Tensor:
+        pairs = {key: (_wire(lora[2 * i]), _wire(lora[2 * i + 1])) for i, key in enumerate(keys)}
+        ask = partial(
+            backend.blocks.forward,
+            _wire(packed, backend.dtype),
+            rows=lengths,
+            blocks=span,
+            prompts=None if deep is None else _wire(deep),
+            lora=pairs,
+            keep=keep,
+        )
+        done = backend.bridge.call(ask)
+        ctx.held = _Held(backend.bridge, done) if keep else None
+        ctx.keys = keys
+        ctx.likes = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in (deep, packed, *lora)]
+        return done.output.to(packed.device, packed.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        held, ctx.held = ctx.held, None
+        if held is None:
+            raise RuntimeError(
+                "a second backward through remote blocks: run forward again, servers keep a pass for one"
+            )
+        found = held.backward(_wire(grad))
+        matrices = [matrix for key in ctx.keys for matrix in found.lora[key]]
+        gradients = []
+        for like, gradient in zip(ctx.likes, (found.prompts, found.hidden, *matrices), strict=True):
+            gradients.append(None if like is None or gradient is None else gradient.to(*like))
+        return (None, None, None, None, None, *gradients)

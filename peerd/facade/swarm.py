@@ -1,0 +1,38 @@
+"""What remote blocks call: a span of hidden states becomes a pass, or a step of the caller's cache."""
+
+from __future__ import annotations
+
+import torch
+
+from peerd.facade.backend import Backend
+from peerd.facade.blocks import Call
+from peerd.facade.lora import lora_of
+from peerd.facade.passes import run_pass
+from peerd.facade.steps import finish_run, new_mask, run_step
+from peerd.protocol.span import Span
+
+
+class Swarm(Backend):
+    """The blocks of one model, as its decoder's layers call them."""
+
+    def run(self, call: Call, span: Span, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` `[rows, columns, width]` through `span`; columns that are padding come back as zeros.
+
+        Raises ValueError and NotImplementedError for what servers cannot compute, and peerd's own errors.
+        """
+        if hidden.dim() != 3:
+            raise ValueError(f"hidden states are [rows, columns, width], not {list(hidden.shape)}")
+        cache = call.cache
+        run = cache.runs.get(span) if cache is not None else None
+        # A session has the adapter that it was opened with; walking the modules at every token would cost a
+        # millisecond.
+        lora = run.lora if run is not None else lora_of(self.layers[span.start : span.end])
+        if cache is None:
+            return run_pass(self, call, span, hidden, dict(lora))
+        if not (cache.lazy and not cache.columns):
+            return run_step(self, call, cache, span, hidden, lora)
+        output = run_pass(self, call, span, hidden, dict(lora))
+        cache.inputs[span] = hidden.detach()
+        rows, columns, _ = hidden.shape
+        finish_run(call, cache, span, new_mask(call, rows, columns), rows, columns)
+        return output

@@ -1,0 +1,103 @@
+"""A swarm in this process, on loopback, for programs that do not know Trio: as a user of Transformers meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peerd
+from peerd.facade.bridge import Bridge
+
+LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
+
+
+class Servers:
+    """Peers that serve spans of one model, in a Trio loop of their own."""
+
+    def __init__(self) -> None:
+        self.bridge = Bridge()
+        self.peers: list[peerd.Peer] = []
+        self._closes: list[Any] = []
+
+    def serve(self, path: Path, *spans: tuple[int, int]) -> None:
+        for span in spans:
+            spec = peerd.ServeSpec(path, peerd.Span(*span), kv_tokens=8192, throughput=1000.0, stay=True)
+            manager = peerd.open_peer(listen=[LISTEN], serve=[spec], bootstrap=self.bootstrap)
+            peer, close = self.bridge.hold(manager)
+            self.peers.append(peer)
+            self._closes.append(close)
+
+    @property
+    def bootstrap(self) -> list[peerd.Multiaddr]:
+        return list(self.peers[0].addresses) if self.peers else []
+
+    @property
+    def sessions(self) -> int:
+        return sum(peer.server.sessions for peer in self.peers if peer.server is not None)
+
+    def kill(self, index: int) -> None:
+        self._closes.pop(index)()
+        self.peers.pop(index)
+
+    def close(self) -> None:
+        for close in reversed(self._closes):
+            close()
+        self.bridge.close()
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight blocks, random, with logits far enough apart that rounding decides no token."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        num_hidden_layers=8,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=260,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        eos_token_id=256,
+        pad_token_id=257,
+        bos_token_id=258,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.12 if parameter.ndim > 1 else 0.05))
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def servers(llama_path: Path) -> Iterator[Servers]:
+    serving = Servers()
+    serving.serve(llama_path, (0, 3), (3, 8))
+    yield serving
+    serving.close()
+
+
+@pytest.fixture(scope="session")
+def _opened(servers: Servers, llama_path: Path) -> Iterator[Any]:
+    with peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap) as model:
+        yield model
+
+
+@pytest.fixture
+def remote(_opened: Any) -> Any:
+    """The model whose blocks are on servers, as it came from `from_pretrained`."""
+    _opened.eval()
+    return _opened
+
+
+@pytest.fixture(scope="session")
+def local(llama_path: Path) -> Any:
+    """The same model, whole, in Transformers."""
+    return LlamaForCausalLM.from_pretrained(llama_path).eval().requires_grad_(False)

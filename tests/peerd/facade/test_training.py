@@ -1,0 +1,237 @@
+"""Gradients flow through a swarm's blocks, to prompts, adapters, heads and a user's modules, as through local ones."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+import peerd
+from peerd.facade.weights import RemoteWeight
+
+pytestmark = [
+    pytest.mark.real_time,
+    # peft 0.21 asks by an old name, with local models too.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79], [32, 38, 46, 26, 43, 38, 32, 79]])
+STEPS = 12
+
+
+@pytest.fixture
+def whole(local: Any) -> Any:
+    """A copy of the local model to change."""
+    return copy.deepcopy(local)
+
+
+def losses(model: Any, parameters: list[nn.Parameter], steps: int = STEPS, **inputs: Any) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    found = []
+    for _ in range(steps):
+        loss = model(**{"input_ids": IDS, "labels": IDS, **inputs}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_the_model_is_the_architectures_own_and_its_blocks_hold_no_values(remote: Any) -> None:
+    assert isinstance(remote, LlamaForCausalLM)
+    assert isinstance(remote, peerd.RemoteModelForCausalLM)
+    assert type(remote).__name__ == "LlamaForCausalLM"
+    weight = remote.model.layers[2].self_attn.q_proj.weight
+    assert isinstance(weight, RemoteWeight)
+    assert weight.shape == (64, 64)
+    with pytest.raises(RuntimeError, match="servers of the swarm hold this weight"):
+        weight + 1
+    assert not any(name.startswith("model.layers") for name in remote.state_dict())
+
+
+def test_loss_and_hidden_states_are_the_local_models(local: Any, remote: Any) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+    # What a padding column predicts is nobody's: it is not the same locally when the padding changes either.
+    labels = IDS.masked_fill(mask.cumsum(1) <= 1, -100)
+    with torch.no_grad():
+        found, expected = (
+            model(IDS, attention_mask=mask, labels=labels, output_hidden_states=True, use_cache=False)
+            for model in (remote, local)
+        )
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 9
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_without_gradients_or_cache_opens_no_session(remote: Any, servers: Any) -> None:
+    opened = remote.swarm.sessions_opened
+    with torch.no_grad():
+        remote(IDS)
+    assert remote.swarm.sessions_opened == opened
+
+
+def test_slices_of_blocks_compose_and_carry_gradients(local: Any, remote: Any) -> None:
+    positions = torch.arange(8)[None]
+    embeds = [model.model.embed_tokens(IDS).detach().requires_grad_() for model in (remote, local)]
+    own = nn.Linear(64, 64)
+    found = remote.model.layers[5:8](own(remote.model.layers[0:5](embeds[0])))
+    rope = local.model.rotary_emb(embeds[1], positions)
+    hidden = embeds[1]
+    mask = torch.full((8, 8), float("-inf")).triu(1)[None, None]
+    for index, layer in enumerate(local.model.layers):
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, position_ids=positions)
+        hidden = own(hidden) if index == 4 else hidden
+    torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-4)
+    gradients = []
+    for output, leaf in zip((found, hidden), embeds, strict=True):
+        own.zero_grad()
+        output.square().mean().backward()
+        gradients.append((leaf.grad, own.weight.grad.clone()))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_users_module_between_blocks_is_called_in_generate_too(local: Any, remote: Any) -> None:
+    def steer(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 1.5
+
+    found = []
+    for model in (remote, local):
+        handle = model.model.layers[3].register_forward_hook(steer)
+        try:
+            found.append(model.generate(IDS, max_new_tokens=8, do_sample=False))
+        finally:
+            handle.remove()
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_prompts_train_as_they_would_locally(mode: str, servers: Any, llama_path: Path, whole: Any) -> None:
+    torch.manual_seed(5)
+    with peerd.RemoteModelForCausalLM.from_pretrained(
+        llama_path, bootstrap=servers.bootstrap, tuning_mode=mode, pre_seq_len=3
+    ) as model:
+        prefix = nn.Parameter(model.prompts.prefix.detach().clone())
+        deep = nn.Parameter(torch.zeros(8, 3, 64))
+        found = losses(model, [p for p in model.parameters() if p.requires_grad])
+
+    class Prompted(nn.Module):
+        """The whole model with the same prompts, by hooks on its blocks."""
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            embeds = whole.model.embed_tokens(input_ids)
+            embeds = torch.cat((prefix.expand(len(embeds), -1, -1), embeds), 1)
+            # The last prompt predicts the first token, which the remote model, as Petals', does not count.
+            padded = torch.cat((torch.full((len(labels), 4), -100), labels[:, 1:]), 1)
+            return whole(inputs_embeds=embeds, labels=padded, use_cache=False)
+
+    def add(index: int) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> Any:
+            hidden = args[0]
+            return (torch.cat((hidden[:, :3] + deep[index], hidden[:, 3:]), 1), *args[1:])
+
+        return hook
+
+    if mode == "deep_ptune":
+        for index, layer in enumerate(whole.model.layers):
+            layer.register_forward_pre_hook(add(index))
+    expected = losses(Prompted(), [prefix, deep])
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert found[-1] < found[0]
+
+
+def test_peft_trains_lora_on_remote_blocks_as_on_local_ones(remote: Any, whole: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    found, answers = {}, {}
+    for name, model in (("local", whole), ("remote", remote)):
+        torch.manual_seed(1)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+        try:
+            found[name] = losses(adapted, [p for p in adapted.parameters() if p.requires_grad])
+            adapted.save_pretrained(tmp_path / name)
+            adapted.eval()
+            answers[name] = adapted.generate(input_ids=IDS, max_new_tokens=6, do_sample=False)
+        finally:
+            adapted.unload()
+    again = peft.PeftModel.from_pretrained(whole, tmp_path / "remote").eval()
+    answers["what the remote model saved, over the whole model"] = again.generate(
+        input_ids=IDS, max_new_tokens=6, do_sample=False
+    )
+    assert all(torch.equal(answer, answers["local"]) for answer in answers.values())
+    assert found["remote"] == pytest.approx(found["local"], abs=1e-3)
+    assert found["remote"][-1] < found["remote"][0]
+
+
+def test_what_is_more_than_a_lora_pair_is_refused_by_name(remote: Any) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(remote, peft.IA3Config(task_type="CAUSAL_LM"))
+    try:
+        with pytest.raises(NotImplementedError, match="servers do not compute"):
+            adapted(input_ids=IDS)
+    finally:
+        adapted.unload()
+
+
+def test_a_classifier_trains_its_own_head(servers: Any, llama_path: Path) -> None:
+    labels = torch.tensor([0, 2])
+    torch.manual_seed(0)
+    with peerd.RemoteModelForSequenceClassification.from_pretrained(
+        llama_path, num_labels=3, bootstrap=servers.bootstrap
+    ) as model:
+        assert isinstance(model, LlamaForSequenceClassification)
+        model.config.pad_token_id = 257
+        score = model.score.weight.detach().clone()
+        found = losses(model, list(model.score.parameters()), labels=labels)
+        model.save_pretrained(llama_path.parent / "classifier")
+        trained = model.score.weight.detach().clone()
+        with torch.no_grad():
+            model.score.weight.zero_()
+        model.load_trained(llama_path.parent / "classifier")
+        assert torch.equal(model.score.weight, trained)
+    reference = LlamaForSequenceClassification.from_pretrained(llama_path, num_labels=3).eval().requires_grad_(False)
+    reference.config.pad_token_id = 257
+    reference.score.weight.copy_(score)
+    reference.score.requires_grad_(True)
+    assert found == pytest.approx(losses(reference, list(reference.score.parameters()), labels=labels), abs=1e-3)
+
+
+def test_several_forwards_may_wait_for_their_backward_in_any_order(local: Any, remote: Any) -> None:
+    gradients = []
+    for model in (remote, local):
+        leaf = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        losses_ = [model(inputs_embeds=leaf[row : row + 1], use_cache=False).logits.mean() for row in (0, 1)]
+        losses_[0].backward()
+        losses_[1].backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_second_backward_and_copies_are_refused(remote: Any, tmp_path: Path) -> None:
+    leaf = remote.get_input_embeddings()(IDS).detach().requires_grad_()
+    loss = remote(inputs_embeds=leaf, use_cache=False).logits.mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run forward again"):
+        loss.backward()
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(remote)
+    with pytest.raises(ValueError, match="nothing was trained here"):
+        remote.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tuning_mode": "prefix", "pre_seq_len": 3}, "one of ptune, deep_ptune"),
+        ({"tuning_mode": "ptune"}, "give both"),
+        ({"pre_seq_len": 3}, "give both"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str, llama_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        peerd.RemoteModelForCausalLM.from_pretrained(llama_path, **options)
