@@ -10,7 +10,8 @@ import torch
 import trio
 from transformers import GenerationConfig
 
-from peerd.client.model import RESUME_S, ModelFacts, SwarmModel
+from peerd.client.blocks import RESUME_S, ModelFacts
+from peerd.client.model import SwarmModel
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain
 
 WIDTH = 8
