@@ -23,7 +23,6 @@ from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
-from peerd.imports import import_in_thread
 from peerd.net.connections import Connections, open_connections
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
@@ -40,7 +39,7 @@ from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
 from peerd.routing.reach.verdict import Announced, Reach
 from peerd.spans.host import SpanHost
-from peerd.trio_tools import open_tasks
+from peerd.trio_tools import import_in_thread, open_tasks
 
 if TYPE_CHECKING:
     from peerd.client.blocks import ServedBlocks

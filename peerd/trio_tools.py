@@ -6,8 +6,10 @@ not have to know that there was one, so a group of a single exception is unwrapp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from importlib import import_module
 from typing import TypeVar
 
 import trio
@@ -55,3 +57,10 @@ def _leaves(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [leaf for part in error.exceptions for leaf in _leaves(part)]
     return [error]
+
+
+async def import_in_thread(*modules: str) -> None:
+    """Import what brings torch along: it takes seconds, in which peers would think us dead."""
+    for module in modules:
+        if module not in sys.modules:
+            await trio.to_thread.run_sync(import_module, module)

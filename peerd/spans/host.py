@@ -19,7 +19,6 @@ import trio
 from peerd.checkpoints import Checkpoints, fetch_span
 from peerd.discovery.discovery import Discovery
 from peerd.discovery.prober import Prober
-from peerd.imports import import_in_thread
 from peerd.net.connections import Connections
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
@@ -29,6 +28,7 @@ from peerd.routing.chains.rules import ChainRules
 from peerd.spans.catalogue import ModelNames, words_for
 from peerd.spans.neighbours import Neighbours
 from peerd.spans.slots import Place, Places
+from peerd.trio_tools import import_in_thread
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
