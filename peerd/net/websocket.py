@@ -9,6 +9,8 @@ watched, and its end ends the waiting.
 from __future__ import annotations
 
 import ssl
+import struct
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -30,7 +32,6 @@ from peerd.protocol.connection.frames import MAX_FRAME_BYTES
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.connection.noise import TAG_BYTES
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
-from peerd.tcp_info import delivery_of
 
 # Names the major version before the handshake binds it, so that a mismatch can be told from a wrong key.
 SUBPROTOCOL: Final = "peerd.1"
@@ -305,3 +306,21 @@ def _remote_ip(stream: trio.abc.Stream) -> IPv4Address | IPv6Address | None:
 
 def _cause(error: Exception) -> str:
     return str(error.__cause__ or error)
+
+
+# tcpi_retransmits and tcpi_probes, counted since the last acknowledgement; tcpi_bytes_acked (Linux 4.1).
+_FIELDS = struct.Struct("@2xBB116xQ")
+
+
+def delivery_of(socket: trio.socket.SocketType) -> Delivery | None:
+    """What became of what was sent on a TCP socket; None where the system does not say, or it is closed."""
+    if sys.platform != "linux":
+        return None
+    try:
+        info = socket.getsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_INFO, _FIELDS.size)
+    except OSError:
+        return None
+    if len(info) < _FIELDS.size:
+        return None
+    retransmits, probes, acknowledged_bytes = _FIELDS.unpack(info)
+    return Delivery(acknowledged_bytes, max(retransmits, probes))
