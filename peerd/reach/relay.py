@@ -42,8 +42,7 @@ from peerd.protocol.messages.relay import (
     inner_message,
 )
 from peerd.protocol.messages.session import Failure
-from peerd.reach.relay_ledger import RelayLedger, RelayLimits
-from peerd.token_bucket import TokenBucket
+from peerd.reach.relay_ledger import RelayLedger, RelayLimits, TokenBucket
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from peerd.net.gate import host_of
 from peerd.protocol.addresses import IpAddress
 from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId
-from peerd.token_bucket import TokenBucket
 
 Name = TypeVar("Name", bound=str)
 
@@ -141,3 +140,27 @@ def _count(counter: Counter[Name], key: Name, change: int) -> None:
     counter[key] += change
     if not counter[key]:
         del counter[key]
+
+
+class TokenBucket:
+    """`rate` a second, and up to `burst` at once after a rest."""
+
+    __slots__ = ("_burst_s", "_paid_until", "_rate")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst_s = burst / rate
+        self._paid_until = now - self._burst_s
+
+    def take(self, count: float, now: float) -> float:
+        """Pay for `count`. Returns for how many seconds to wait before using it."""
+        self._paid_until = max(self._paid_until, now - self._burst_s) + count / self._rate
+        return max(0.0, self._paid_until - now)
+
+    def try_take(self, count: float, now: float) -> bool:
+        """Pay for `count` if it can be used at once."""
+        paid_until = max(self._paid_until, now - self._burst_s) + count / self._rate
+        if paid_until > now:
+            return False
+        self._paid_until = paid_until
+        return True
