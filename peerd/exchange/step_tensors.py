@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from peerd.exchange.replay_log import Retained
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.messages.session import REPLAY_SEQ, Step
 from peerd.protocol.rows import RowSlice
-from peerd.retained import Retained
 
 # A step of at most this many positions is somebody waiting for a token; more is a prefill.
 DECODE_POSITIONS = 32

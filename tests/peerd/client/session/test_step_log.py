@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from peerd.client.session.step_log import StepLog
-from peerd.exchange.replay_log import Kept, KeptTooLittle
+from peerd.exchange.replay_log import Kept, KeptTooLittle, Retained
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages.session import Output, Step
 from peerd.protocol.rows import Drop, Fork, RowSlice
-from peerd.retained import Retained
 
 WIDTH = 4
 
