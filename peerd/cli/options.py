@@ -174,8 +174,8 @@ class Joining:
 
 def joining(options: dict[str, Any]) -> Joining:
     """Take the options of `join_options` out of a command's. Raises InvalidRequest for files that are not right."""
+    from peerd.cli.key_files import read_swarm_key
     from peerd.routing.chains.rules import ChainRules, Manifest
-    from peerd.swarm_key import read_swarm_key
 
     key_file, manifests = options.pop("swarm_key"), options.pop("manifests")
     allowed, blocked, trusted = (frozenset(options.pop(name)) for name in ("allowed", "blocked", "trusted"))

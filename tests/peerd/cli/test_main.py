@@ -13,13 +13,13 @@ from click.testing import CliRunner, Result
 from peerd.cli import daemon as cli_serve
 from peerd.cli.console import printable, short, table
 from peerd.cli.daemon import Daemon
+from peerd.cli.key_files import read_swarm_key
 from peerd.cli.main import cli
 from peerd.cli.options import joining
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.routing.chains.rules import Manifest
-from peerd.swarm_key import read_swarm_key
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from peerd.cli.key_files import create_swarm_key, read_swarm_key
 from peerd.protocol.errors import InvalidRequest
-from peerd.swarm_key import create_swarm_key, read_swarm_key
 
 
 def test_a_new_key_is_its_owner_s_alone_and_can_be_read_back(tmp_path):
