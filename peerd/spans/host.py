@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.protocol.records.envelope import ModelRecord, ServerRecord
     from peerd.server.server import ServedSpan, Server
-    from peerd.span_loader import SpanLoader
-    from peerd.spans.loading import ServeSpec
+    from peerd.spans.loading import ServeSpec, SpanLoader
     from peerd.spans.mover import Rebalancer
 
 # Who serves waits so long to be known, and goes on without if nobody answers.
@@ -87,7 +86,7 @@ class SpanHost:
         allows. Raises CheckpointError, InvalidRequest.
         """
         await import_in_thread("peerd.spans.loading")
-        from peerd.span_loader import SpanLoader, load_served
+        from peerd.spans.loading import SpanLoader, load_served
 
         if self._neighbours is None:
             self._discovery.serve(self._places.records)

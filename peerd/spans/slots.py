@@ -21,8 +21,7 @@ from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     from peerd.server.server import ServedSpan, Server
-    from peerd.span_loader import SpanLoader
-    from peerd.spans.loading import LoadedSpan
+    from peerd.spans.loading import LoadedSpan, SpanLoader
 
 # What the times that are filled in later add to a record.
 _TIMES_BYTES = 16

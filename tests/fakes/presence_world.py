@@ -27,7 +27,7 @@ from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.server.engine_task import EngineTask
 from peerd.server.server import ServedSpan, Server
-from peerd.span_loader import LoadedSpan
+from peerd.spans.loading import LoadedSpan
 from peerd.spans.slots import Places
 from peerd.testing.fake_engine import FakeEngine
 from peerd.testing.network import MemoryNetwork
