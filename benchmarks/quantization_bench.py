@@ -23,9 +23,9 @@ from bench_parts.quality import agreement, divergence, log_probabilities, perple
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.device.free_memory import trim_heap
 from peerd.compute.engine.capacity import block_bytes
 from peerd.compute.engine.engine import Engine
-from peerd.compute.heap import trim_heap
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.formats import QUANTIZATIONS

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from peerd.compute.device.free_memory import trim_heap
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.meta_build import check_shape, fill
-from peerd.compute.heap import trim_heap
 from peerd.compute.quantized.formats import FORMATS, NONE, Format
 from peerd.compute.quantized.modules import Place, places, put_quantized
 

@@ -21,7 +21,7 @@ from peerd.compute.adapters.file import AdapterFile, open_adapter
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
-from peerd.compute.device.free_memory import free_memory
+from peerd.compute.device.free_memory import free_memory, trim_heap
 from peerd.compute.device.sizes import format_size
 from peerd.compute.engine.capacity import (
     HEADROOM,
@@ -36,7 +36,6 @@ from peerd.compute.engine.engine import PASS_BYTES, Engine
 from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import AdapterError, CheckpointError
 from peerd.compute.families.family import Family
-from peerd.compute.heap import trim_heap
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
