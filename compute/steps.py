@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peerd.compute.engine_errors import EngineError
+from peerd.compute.errors import EngineError
 from peerd.protocol.rows import Op, RowSlice
 from peerd.protocol.span import Span
 

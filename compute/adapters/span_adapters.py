@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, bytes_of, check_fits, lora_delta, within
-from peerd.compute.engine_errors import UnknownAdapterError
-from peerd.compute.errors import AdapterError
+from peerd.compute.errors import AdapterError, UnknownAdapterError
 from peerd.compute.steps import Segment
 
 if TYPE_CHECKING:

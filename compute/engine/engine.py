@@ -17,7 +17,7 @@ from peerd.compute.adapters.file import AdapterFile
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.runner import SpanRunner
 from peerd.compute.engine.scheduler import Scheduler
-from peerd.compute.engine_errors import UnknownAdapterError
+from peerd.compute.errors import UnknownAdapterError
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS, KVLayout, lay_out
 from peerd.compute.kv.pages import PagePool
 from peerd.compute.model.span_model import SpanModel

@@ -14,7 +14,7 @@ from itertools import chain
 
 from peerd.compute.engine.fair_shares import FairShares
 from peerd.compute.engine.session import EngineSession, QueuedStep
-from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError
+from peerd.compute.errors import ContextTooLongError, InvalidStepError, NonFiniteError
 from peerd.compute.kv.layout import Demand, KVLayout
 from peerd.compute.kv.pages import PagePool
 from peerd.compute.kv.row_cache import Retention, RowState

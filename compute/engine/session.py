@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from peerd.compute.engine_errors import ContextTooLongError, EngineError, InvalidStepError, StepGapError
+from peerd.compute.errors import ContextTooLongError, EngineError, InvalidStepError, StepGapError
 from peerd.compute.kv.pages import PageReserve
 from peerd.compute.kv.row_cache import Retention, RowCache, RowState
 from peerd.compute.steps import EngineStep, StepResult

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from peerd.compute.engine_errors import NoRoomError
+from peerd.compute.errors import NoRoomError
 from peerd.compute.kv.layout import Demand, pages_for
 from peerd.compute.steps import PageCopy, RowPages
 

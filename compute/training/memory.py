@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peerd.compute.engine_errors import EngineError
+from peerd.compute.errors import EngineError
 
 # The probe's two lengths, in positions: long enough that whole rows of experts and tiles of kernels do not matter.
 PROBE_POSITIONS = (32, 64)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from peerd.compute.adapters.span_adapters import SpanAdapters
-from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
+from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import SpanModel
 from peerd.compute.training.memory import (
     PROBE_POSITIONS,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peerd.compute.engine_errors import InvalidStepError
+from peerd.compute.errors import InvalidStepError
 
 PROMPT = "prompt"
 LORA_A, LORA_B = ".lora_A", ".lora_B"

@@ -23,7 +23,8 @@ import trio
 
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.engine import PRIVATE, BaseEngine
-from peerd.compute.engine_errors import (
+from peerd.compute.errors import (
+    AdapterError,
     ContextTooLongError,
     EngineError,
     InvalidStepError,
@@ -32,7 +33,6 @@ from peerd.compute.engine_errors import (
     StepGapError,
     UnknownAdapterError,
 )
-from peerd.compute.errors import AdapterError
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.errors import (
     BadResult,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import trio
 
-from peerd.compute.engine_errors import EngineError, InvalidStepError, NonFiniteError
+from peerd.compute.errors import EngineError, InvalidStepError, NonFiniteError
 from peerd.compute.training.memory import PassTooLargeError
 from peerd.compute.training.passes import PassInput, PassRunner, Tape
 from peerd.compute.training.tunables import Tunables

@@ -18,8 +18,7 @@ from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine.engine import Engine
-from peerd.compute.engine_errors import InvalidStepError, UnknownAdapterError
-from peerd.compute.errors import AdapterError
+from peerd.compute.errors import AdapterError, InvalidStepError, UnknownAdapterError
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep

@@ -11,7 +11,7 @@ import torch
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.engine import Engine
-from peerd.compute.engine_errors import ContextTooLongError, InvalidStepError, NonFiniteError, StepGapError
+from peerd.compute.errors import ContextTooLongError, InvalidStepError, NonFiniteError, StepGapError
 from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import RowSlice

@@ -10,7 +10,7 @@ import torch
 
 from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
-from peerd.compute.engine_errors import StepGapError
+from peerd.compute.errors import StepGapError
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span

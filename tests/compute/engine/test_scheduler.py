@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from peerd.compute.engine_errors import (
+from peerd.compute.errors import (
     ContextTooLongError,
     InvalidStepError,
     NonFiniteError,

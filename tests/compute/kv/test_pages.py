@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from peerd.compute.engine_errors import NoRoomError
+from peerd.compute.errors import NoRoomError
 from peerd.compute.kv import layout as kv_layout
 from peerd.compute.kv.layout import EVERYTHING, Demand, Keep, kept_back
 from peerd.compute.kv.pages import PagePool, PageStock, PageTable

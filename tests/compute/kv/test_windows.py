@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peerd.compute.engine_errors import InvalidStepError, NonFiniteError, StepGapError
+from peerd.compute.errors import InvalidStepError, NonFiniteError, StepGapError
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv import layout as kv_layout
 from peerd.compute.kv.layout import EVERYTHING, Keep, group, lay_out

@@ -15,7 +15,7 @@ from peerd.compute.adapters.lora import LoraPair
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from peerd.compute.engine.engine import Engine
-from peerd.compute.engine_errors import InvalidStepError, NonFiniteError
+from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import load_span
 from peerd.compute.training.memory import KeptBytes, PassMemory, PassTooLargeError
 from peerd.compute.training.passes import PassInput, PassRunner, device_turns
