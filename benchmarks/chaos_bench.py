@@ -34,8 +34,8 @@ from bench_parts.chaos_swarm import ChaosSwarm, Member, open_chaos_swarm
 from bench_parts.quality import TEXT
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import ProcessEnded
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.peer import open_peer
 
 # Who is told that nobody serves a block has waited so long for somebody who does.

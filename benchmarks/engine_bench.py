@@ -17,8 +17,9 @@ import torch
 from transformers import DynamicCache
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep

@@ -32,8 +32,8 @@ from rich.table import Table
 
 from peerd.cli.processes import PeerProcess, open_peer_processes
 from peerd.client.model import SwarmModel
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.net.transport import MessageChannel
 from peerd.net.websocket import WebSocketTransport
 from peerd.peer import open_peer

@@ -21,8 +21,9 @@ from rich.table import Table
 
 from bench_parts.quality import agreement, divergence, log_probabilities, perplexity, text_tokens
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.device.free_memory import trim_heap
 from peerd.compute.engine.capacity import block_bytes
 from peerd.compute.engine.engine import Engine

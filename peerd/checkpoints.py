@@ -41,7 +41,7 @@ class Checkpoints:
         """A checkpoint, here or on the hub, until the block ends. Raises CheckpointError."""
 
         def open_it() -> Checkpoint:
-            from peerd.compute.checkpoint.checkpoint import open_checkpoint
+            from peerd.compute.checkpoint.opening import open_checkpoint
 
             checkpoint = open_checkpoint(model, revision=revision, hub=replace(self._settings, watch=watch))
             try:

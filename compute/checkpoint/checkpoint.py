@@ -9,41 +9,20 @@ opened, not when this file is.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from peerd.compute.checkpoint.hub.id import HubId, hub_id_of
-from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, Weights
+from peerd.compute.checkpoint.weights import Weights
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.families.family import Family
-from peerd.compute.families.lookup import FAMILIES, family_named
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig
-
-    from peerd.compute.checkpoint.folder import Folder
-
-# What a model is beside its weights, and how it is spoken to: small, and fetched when it is opened.
-_SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    INDEX_NAME,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class Checkpoint:
@@ -144,7 +123,7 @@ class Checkpoint:
         path = self.path / "generation_config.json"
         if self.is_gguf or not path.exists():
             return GenerationConfig.from_model_config(self.config)
-        return GenerationConfig.from_dict(_read_json(path))
+        return GenerationConfig.from_dict(read_json(path))
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores this parameter."""
@@ -220,31 +199,6 @@ class Checkpoint:
         return {block: tuple(names) for block, names in found.items()}
 
 
-def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSettings | None = None) -> Checkpoint:
-    """Open a model directory (safetensors and `config.json`), a `.gguf` file, or a model on the hub.
-
-    On the hub it is called `org/name` or `org/name@revision`; `hub` says how to get it. What is on this machine under
-    such a name comes first. Reads headers only, and fetches what is small. Raises CheckpointError, or its subclasses
-    UnsupportedModel, HubUnavailable and DiskFull.
-    """
-    hub_id = hub_id_of(path, revision)
-    if hub_id is not None:
-        return _open_hub(hub_id, hub or HubSettings())
-    path = Path(path).expanduser()
-    if path.is_dir():
-        from peerd.compute.checkpoint.folder import LocalFolder
-
-        return _open_folder(LocalFolder(path), path.resolve().name)
-    if path.is_file() and path.suffix == ".gguf":
-        from peerd.compute.checkpoint.gguf.checkpoint import open_gguf
-
-        return open_gguf(path)
-    found = "is neither" if path.exists() else "does not exist; it must be"
-    raise CheckpointError(
-        f"{path}: {found} a directory with config.json and safetensors, or a .gguf file, or called org/name on the hub"
-    )
-
-
 def make_config(family: Family, fields: dict[str, Any], where: object) -> PreTrainedConfig:
     """The family's configuration out of published fields. Raises CheckpointError, UnsupportedModel, saying `where`."""
     from huggingface_hub.errors import StrictDataclassError
@@ -272,72 +226,7 @@ def _check_config(config: PreTrainedConfig, where: object) -> None:
         raise UnsupportedModel(f"{where}: its blocks attend to later positions")
 
 
-def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
-    from peerd.compute.checkpoint.hub_folder import HubFolder
-
-    folder = HubFolder(hub_id, settings)
-    try:
-        _refuse_without_safetensors(folder.names(), hub_id)
-        small = [name for name in _SMALL_FILES if name in folder]
-        folder.fetch(small)
-        disk_bytes = settings.disk_bytes
-        if disk_bytes is not None:
-            disk_bytes -= sum(map(folder.download_bytes, small))
-        return _open_folder(folder, hub_id.name, hub_id=hub_id.repo, commit=folder.commit, disk_bytes=disk_bytes)
-    except BaseException:
-        folder.close()
-        raise
-
-
-def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
-    """What else a repository may hold, and what to do about it."""
-    if INDEX_NAME in names or SINGLE_NAME in names:
-        return
-    if any(name.endswith(".gguf") for name in names):
-        raise CheckpointError(f"{hub_id} holds GGUF files: download one of them and give its path")
-    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
-        raise CheckpointError(
-            f"{hub_id} holds pickled weights only, which could run any program when they are read: they never are."
-            " Choose a revision or a model with safetensors, or convert it"
-        )
-    raise CheckpointError(f"{hub_id} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is no model that can be read")
-
-
-def _open_folder(
-    folder: Folder, name: str, *, hub_id: str = "", commit: str = "", disk_bytes: int | None = None
-) -> Checkpoint:
-    from peerd.compute.checkpoint.safetensors_weights import SafetensorsWeights
-
-    config_path = folder.where / "config.json"
-    published = _read_json(config_path)
-    raw = _text_config(published)
-    family = family_named(raw.get("model_type"))
-    config = make_config(family, raw, config_path)
-    weights = SafetensorsWeights(folder, family)
-    return Checkpoint(
-        folder.where,
-        family,
-        config,
-        weights,
-        name=name,
-        published_config=published,
-        hub_id=hub_id,
-        commit=commit,
-        disk_bytes=disk_bytes,
-    )
-
-
-def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a configuration that also describes, say, a vision tower."""
-    text = raw.get("text_config")
-    if raw.get("model_type") in FAMILIES or not isinstance(text, dict):
-        return raw
-    # The LM head is the whole model's, and so is what is said of it; the head looks at what is stored too.
-    tied = raw.get("tie_word_embeddings", True)
-    return {"model_type": f"{raw.get('model_type')}_text"} | text | {"tie_word_embeddings": tied}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -16,8 +16,8 @@ import trio
 from peerd.cli.console import say, short, table, working, write
 from peerd.cli.generate import Request, answer, figures, report
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes, threads_each
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span

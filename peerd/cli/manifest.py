@@ -22,7 +22,7 @@ async def print_manifest(model: Path | str) -> None:
 
 
 def _manifest_of(model: Path | str) -> Manifest:
-    from peerd.compute.checkpoint.checkpoint import open_checkpoint
+    from peerd.compute.checkpoint.opening import open_checkpoint
 
     with open_checkpoint(model) as checkpoint:
         return make_manifest(checkpoint)

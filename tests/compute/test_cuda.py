@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.device.staging import Staging, upload
 from peerd.compute.engine.decode_graph import ROW_BUCKETS
 from peerd.compute.engine.engine import Engine

@@ -8,7 +8,7 @@ import sys
 import pytest
 import trio
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.capacity import block_bytes
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]

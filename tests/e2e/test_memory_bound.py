@@ -13,7 +13,7 @@ import trio
 
 import peerd
 from peerd.cli.processes import open_peer_processes
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.server.engine_task import EngineTask

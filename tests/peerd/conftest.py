@@ -412,7 +412,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve_tiny(tiny_llama: Path) -> Iterator[Callable[..., Awaitable[Host]]]:
     """`await serve_tiny(swarm, span)`: a host with a real engine over blocks of `tiny_llama`."""
     from peerd.compute.attention.attention import register_attention
-    from peerd.compute.checkpoint.checkpoint import open_checkpoint
+    from peerd.compute.checkpoint.opening import open_checkpoint
     from peerd.compute.engine.engine import Engine
     from peerd.compute.model.span_model import load_span
 

@@ -16,7 +16,8 @@ from peerd.compute.adapters.file import open_adapter
 from peerd.compute.adapters.lora import Lora, LoraPair
 from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import AdapterError, InvalidStepError, UnknownAdapterError
 from peerd.compute.families.lookup import FAMILIES

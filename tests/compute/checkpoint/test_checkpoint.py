@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.model.span_model import load_span

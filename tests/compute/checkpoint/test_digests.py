@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.digests import file_digest, tensors_digest
 from peerd.compute.checkpoint.digests import model_digest as digest_of_model
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
 from peerd.compute.errors import CheckpointError
 from tests.compute.gguf_writer import write_gguf

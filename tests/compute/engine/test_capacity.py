@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.device.free_memory import free_memory
 from peerd.compute.engine.capacity import Budget, block_bytes, block_costs, fits, kv_bytes_per_token, span_budget
 from peerd.compute.families.layer_kinds import layer_kinds

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import ContextTooLongError, InvalidStepError, NonFiniteError, StepGapError
 from peerd.compute.model.span_model import load_span

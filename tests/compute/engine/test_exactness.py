@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
 from peerd.compute.errors import StepGapError
 from peerd.compute.families.layer_kinds import layer_kinds

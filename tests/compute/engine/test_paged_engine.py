@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
 from peerd.compute.engine.engine import Engine
 from peerd.compute.families.lookup import FAMILIES

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.lookup import FAMILIES

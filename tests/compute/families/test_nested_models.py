@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.model.head import Head, load_head
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.families.family import Family
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.head import load_head

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.layer_loop import LayerLoop
 from peerd.compute.model.span_model import SpanModel, load_span

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.protocol.span import Span

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.tokenizer import load_tokenizer
 from peerd.compute.model.head import Head, load_head
 from peerd.compute.model.span_model import load_span

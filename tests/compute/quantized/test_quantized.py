@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep, RowSlice
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.lookup import family_named
@@ -280,7 +280,7 @@ import ctypes
 import sys
 from pathlib import Path
 import torch
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 

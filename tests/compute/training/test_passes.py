@@ -13,7 +13,8 @@ from torch import nn
 
 from peerd.compute.adapters.lora import LoraPair
 from peerd.compute.attention.attention import register_attention
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import load_span

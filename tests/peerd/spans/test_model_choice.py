@@ -14,8 +14,8 @@ import torch
 import trio
 
 import peerd
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.hub.settings import HubSettings
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId

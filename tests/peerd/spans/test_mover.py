@@ -20,7 +20,7 @@ from peerd.client.finding.finder import SwarmFinder
 from peerd.client.session.mender import Means, Patience, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.exchange.adapter_upload import AdapterRoom

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES, architecture_of
 from peerd.compute.checkpoint.gguf.file import GgufFile, LongArray
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span

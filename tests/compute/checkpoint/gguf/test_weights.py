@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from peerd.compute.checkpoint.checkpoint import open_checkpoint
 from peerd.compute.checkpoint.gguf import weights as gguf_weights
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.gguf.weights import GgufWeights
+from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 from peerd.compute.model.head import load_head
 from tests.compute.gguf_writer import (
