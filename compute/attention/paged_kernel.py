@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from peerd.compute.attention.paged import PagedRows
+from peerd.compute.attention.paged_rows import PagedRows
 
 # `tl.dot` takes no less of any side.
 _FEWEST_HEADS = 16

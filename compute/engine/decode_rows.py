@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from peerd.compute.attention.paged import PagedRows
+from peerd.compute.attention.paged_rows import PagedRows
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.pool import KVPool
 from peerd.compute.steps import RowPages, Segment

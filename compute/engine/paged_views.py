@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from peerd.compute.attention.attention import Scores, Visible, attend
-from peerd.compute.attention.paged import PagedRows, paged_decode
+from peerd.compute.attention.paged import paged_decode
+from peerd.compute.attention.paged_rows import PagedRows
 from peerd.compute.device.staging import upload
 from peerd.compute.engine.decode_rows import DecodeRows, is_short, slots_of
 from peerd.compute.families.layer_kinds import LayerKind

@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peerd.compute.attention.paged import PagedRows, paged_decode, paged_decode_plain
+from peerd.compute.attention.paged import paged_decode, paged_decode_plain
+from peerd.compute.attention.paged_rows import PagedRows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
