@@ -11,12 +11,10 @@ several rows here, each with a length of its own.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-
 import torch
 
 from peerd.compute.attention.paged_rows import PagedRows
+from peerd.compute.device.has_triton import has_kernel
 
 
 def paged_decode(
@@ -41,12 +39,6 @@ def paged_decode(
 
         return paged_decode_kernel(query, keys, values, rows, scale=scale, softcap=softcap, sinks=sinks, slopes=slopes)
     return paged_decode_plain(query, keys, values, rows, scale=scale, softcap=softcap, sinks=sinks, slopes=slopes)
-
-
-@cache
-def has_kernel() -> bool:
-    """Whether Triton is installed: CUDA builds of torch for Linux bring it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def paged_decode_plain(

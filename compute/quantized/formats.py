@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from peerd.compute.attention.paged import has_kernel
+from peerd.compute.device.has_triton import has_kernel
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 
 NONE = "none"
