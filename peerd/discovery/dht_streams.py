@@ -9,6 +9,7 @@ from __future__ import annotations
 import trio
 
 from peerd.net.connections import Connections, Stream
+from peerd.net.dialable import dialable
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
@@ -17,7 +18,6 @@ from peerd.protocol.records.envelope import MAX_RECORD_BYTES
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
 from peerd.routing.dht.table import Contact
-from peerd.server.next_hop import dialable
 
 # A set of records, each behind its length.
 MAX_BODY_BYTES = MAX_RECORDS * (MAX_RECORD_BYTES + 2)

@@ -22,6 +22,7 @@ import trio
 from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.discovery.rechecks import Proofs
 from peerd.net.connections import Connections, PeerConnection, Stream
+from peerd.net.dialable import dialable
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost
@@ -36,7 +37,6 @@ from peerd.routing.dht.table import Contact, load_contacts
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.track_record import Links
-from peerd.server.next_hop import dialable
 from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)

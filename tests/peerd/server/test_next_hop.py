@@ -5,6 +5,7 @@ import torch
 import trio
 
 from peerd.exchange.step_tensors import encoded
+from peerd.net.dialable import dialable
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import CallerError, RemoteProtocolError, StreamReset, Superseded, TicketRefused
@@ -24,7 +25,6 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.records.envelope import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
-from peerd.server.next_hop import dialable
 from peerd.server.session_table import LINK_PATIENCE_S
 from peerd.testing.fake_engine import fake_forward
 
