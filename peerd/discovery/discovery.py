@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -21,6 +20,7 @@ import trio
 
 from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.discovery.rechecks import Proofs
+from peerd.discovery.state_files import _State
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.dialable import dialable
 from peerd.net.sleep_watch import watch_sleep
@@ -33,7 +33,7 @@ from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import DHT_PROTOCOL
 from peerd.routing.dht.store import RecordStore
-from peerd.routing.dht.table import Contact, load_contacts
+from peerd.routing.dht.table import Contact
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.track_record import Links
@@ -53,9 +53,6 @@ AWAKE_S = 1.0
 # For saying goodbye.
 LEAVE_S = 5.0
 CANCELLED_LEAVE_S = 0.5
-
-_SEQ_FILE = "seq"
-_CONTACTS_FILE = "contacts.json"
 
 
 class Discovery:
@@ -307,52 +304,6 @@ async def open_discovery(
             yield discovery
     finally:
         await discovery.leave()
-
-
-class _State:
-    """What outlives a restart: the routing table and the last `seq`, in a directory; or nothing, without one."""
-
-    def __init__(self, directory: Path | None) -> None:
-        self._directory = directory
-
-    def load(self) -> int:
-        """The last `seq`; 0 if none was kept, or the file is damaged: then the clock alone must not go back."""
-        text = self._read(_SEQ_FILE)
-        if text and not text.strip().isdecimal():
-            log.warning("cannot use %s: it holds no number", _SEQ_FILE)
-            return 0
-        return int(text or "0")
-
-    async def save(self, seq: int) -> None:
-        self._write(_SEQ_FILE, f"{seq}\n")
-
-    def load_contacts(self) -> list[Contact]:
-        """The peers known before; none if the file is missing or damaged, which costs only a slower start."""
-        text = self._read(_CONTACTS_FILE)
-        try:
-            return load_contacts(text) if text else []
-        except ValueError as error:
-            log.warning("cannot use %s: %s", _CONTACTS_FILE, error)
-            return []
-
-    def save_contacts(self, dht: Dht) -> None:
-        # An empty table is no reason to forget whom we knew.
-        if dht.contacts:
-            self._write(_CONTACTS_FILE, dht.dump())
-
-    def _read(self, name: str) -> str:
-        if self._directory is None or not (self._directory / name).exists():
-            return ""
-        return (self._directory / name).read_text()
-
-    def _write(self, name: str, text: str) -> None:
-        # Small, and renamed whole: done here, faster than a thread would start.
-        if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            path = self._directory / name
-            new = path.with_suffix(".new")
-            new.write_text(text)
-            os.replace(new, path)
 
 
 def _contacts_of(bootstrap: Sequence[Multiaddr]) -> list[Contact]:
