@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
     from peerd.protocol.identity import Identity, PeerId
     from peerd.protocol.span import Span
-    from peerd.spans.loading import ServeSpec
+    from peerd.spans.spec import ServeSpec
 
     __version__: str
 

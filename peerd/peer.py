@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from peerd.net.transport import Transport
     from peerd.reach.relay_ledger import RelayLimits
     from peerd.server.server import ServedSpan, Server
-    from peerd.spans.loading import ServeSpec
+    from peerd.spans.spec import ServeSpec
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
-from peerd.spans.loading import ServeSpec
+from peerd.spans.spec import ServeSpec
 from peerd.trio_tools import open_tasks
 
 BENCHMARKS = Path(__file__).parents[1]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peerd.client.model import SwarmModel
     from peerd.peer import Peer
     from peerd.reach.relay_ledger import RelayLimits
-    from peerd.spans.loading import ServeSpec
+    from peerd.spans.spec import ServeSpec
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon, Offered
-    from peerd.spans.loading import ServeSpec
+    from peerd.spans.spec import ServeSpec
 
 
 _OPTIONS = (
@@ -261,7 +261,7 @@ def daemon_of(
         with working("starting"):
             from peerd.compute.quantized.formats import NONE
             from peerd.spans.devices import check_devices
-            from peerd.spans.loading import ServeSpec
+            from peerd.spans.spec import ServeSpec
 
             device = check_devices(",".join(devices) or "cpu")
         blocks = None if isinstance(serve_blocks, str) else serve_blocks

@@ -16,7 +16,7 @@ from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-    from peerd.spans.loading import ServeSpec
+    from peerd.spans.spec import ServeSpec
 
 ALL_GPUS = "cuda:all"
 

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.protocol.records.envelope import ModelRecord, ServerRecord
     from peerd.server.server import ServedSpan, Server
-    from peerd.spans.loading import ServeSpec, SpanLoader
+    from peerd.spans.loading import SpanLoader
     from peerd.spans.mover import Rebalancer
+    from peerd.spans.spec import ServeSpec
 
 # Who serves waits so long to be known, and goes on without if nobody answers.
 ANNOUNCE_WAIT_S = 2.0

@@ -27,7 +27,7 @@ from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.directory.catalogue import NamedModel, least_rate, named_models
 from peerd.routing.directory.holding import Holding
 from peerd.spans.devices import rooms, specs_by_device
-from peerd.spans.loading import ServeSpec
+from peerd.spans.spec import ServeSpec
 
 log = logging.getLogger(__name__)
 

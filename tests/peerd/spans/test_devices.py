@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
 from peerd.spans.devices import check_devices, rooms, share_span, specs_by_device
-from peerd.spans.loading import ServeSpec
+from peerd.spans.spec import ServeSpec
 
 GIB = 1 << 30
 
