@@ -64,7 +64,7 @@ def specs_by_device(spec: ServeSpec) -> list[ServeSpec]:
 
 def rooms(specs: Sequence[ServeSpec], checkpoint: Checkpoint) -> list[int]:
     """How many blocks fit on each device. Raises InvalidRequest where none fits on any. Blocks the thread."""
-    from peerd.spans.loading import how_many_blocks
+    from peerd.spans.budget import how_many_blocks
 
     found: list[int] = []
     refusal: InvalidRequest | None = None

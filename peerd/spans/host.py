@@ -175,7 +175,7 @@ class SpanHost:
 
         Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
         """
-        from peerd.spans.loading import load_adapter, read_adapter
+        from peerd.spans.adapters import load_adapter, read_adapter
 
         place = self._places.of(served)
         assert place.loaded is not None
@@ -209,9 +209,10 @@ class SpanHost:
         All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
         """
         from peerd.compute.engine.capacity import fits_on_disk
+        from peerd.spans.budget import how_many_blocks
         from peerd.spans.devices import rooms, share_span, specs_by_device
         from peerd.spans.first_choice import Choice, choose_first
-        from peerd.spans.loading import expected_record, how_many_blocks
+        from peerd.spans.loading import expected_record
 
         # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
         digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)

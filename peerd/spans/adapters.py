@@ -1,0 +1,41 @@
+"""LoRA adapters that a server was asked to serve, read and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerd.compute.adapters.file import AdapterFile, open_adapter
+from peerd.compute.adapters.lora import Lora
+from peerd.compute.engine.engine import Engine
+from peerd.compute.errors import AdapterError
+from peerd.compute.families.family import Family
+from peerd.protocol.messages.adapters import adapter_id, check_name, name_of
+from peerd.protocol.span import Span
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadAdapter:
+    """An adapter's weights for a span, on the CPU, under the id that they are served as."""
+
+    id: str
+    file: AdapterFile
+    weights: Lora
+
+
+def read_adapter(name: str, path: str | Path, family: Family, span: Span) -> ReadAdapter:
+    """Read what a span needs of an adapter. Raises AdapterError."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    with open_adapter(path, family) as file:
+        return ReadAdapter(adapter_id(name, file.digest), file, file.read(span))
+
+
+def load_adapter(engine: Engine, adapter: ReadAdapter) -> None:
+    """Give it to the engine. Device thread. Raises AdapterError."""
+    name = name_of(adapter.id)
+    if name in {name_of(other) for other in engine.adapters}:
+        raise AdapterError(f"there is an adapter called {name} already: give {adapter.file.path} another name")
+    engine.load_adapter_file(adapter.id, adapter.file, adapter.weights)
