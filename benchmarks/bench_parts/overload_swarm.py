@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 import trio
 
-from peerd.client.finding.finder import SwarmFinder
-from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.finding.finder import Patience, SwarmFinder
+from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.net.connections import Connections, Stream, open_connections

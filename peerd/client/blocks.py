@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.client.session.mender import ChainFinder, Means, Patience, Wanted
+from peerd.client.finding.finder import ChainFinder, Patience
+from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import LoraAdapter, within

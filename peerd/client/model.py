@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from peerd.client.blocks import Adapter, ModelFacts, ServedBlocks
+from peerd.client.finding.finder import ChainFinder
 from peerd.client.head_task import HeadTask
-from peerd.client.session.mender import ChainFinder
 from peerd.client.session.opener import ChainOpener
 from peerd.protocol.errors import InvalidRequest
 

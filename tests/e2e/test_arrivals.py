@@ -9,7 +9,7 @@ import trio
 
 import peerd
 from peerd.cli.processes import open_peer_processes
-from peerd.client.session.mender import Patience
+from peerd.client.finding.finder import Patience
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]
 

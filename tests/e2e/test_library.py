@@ -9,7 +9,7 @@ import torch
 import trio
 
 import peerd
-from peerd.client.session.mender import Patience
+from peerd.client.finding.finder import Patience
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import trio
 
-from peerd.client.finding.finder import SwarmFinder
+from peerd.client.finding.finder import Patience, SwarmFinder
 from peerd.client.finding.scout import Scout
-from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.discovery.discovery import Discovery, open_discovery

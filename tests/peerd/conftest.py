@@ -13,7 +13,8 @@ import pytest
 import torch
 import trio
 
-from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.finding.finder import Patience
+from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import Lora

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
+from typing import Protocol
 
 import trio
 
-from peerd.protocol.errors import NoChain
+from peerd.protocol.errors import (
+    NoChain,
+)
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_adapter
@@ -179,3 +182,45 @@ class SwarmFinder:
     def succeeded(self, peer: PeerId) -> None:
         """Forget that it failed."""
         self._links.succeeded(peer)
+
+
+# Between two tries at a chain, at random up to this, so that two clients do not collide for ever.
+RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a session tries to get a chain before its steps fail."""
+
+    # Who has just died may have a twin that nobody told us of yet, or one that is about to start.
+    missing_s: float = 5.0
+    # Peers that are full: other sessions end.
+    busy_s: float = 120.0
+
+
+class ChainFinder(Protocol):
+    """Finds peers for blocks, and hears how they did."""
+
+    async def find(
+        self,
+        blocks: Span,
+        *,
+        tokens: int,
+        exclude: Collection[PeerId],
+        positions: int = 1,
+        adapter: AdapterNeed = NO_ADAPTER,
+        requests: int = 0,
+        between: Between | None = None,
+    ) -> Chain:
+        """The best chain over `blocks` for steps of so many positions, of peers that have the adapter, by what is
+        known now. `requests`: as in ChainNeeds. `between`: of a replacement, who stands before and after it.
+        Raises NoChain."""
+
+    async def adapter_id(self, name: str, blocks: Span) -> str:
+        """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
+
+    def failed(self, peer: PeerId) -> None:
+        """The peer broke a promise: leave it out for a while."""
+
+    def succeeded(self, peer: PeerId) -> None:
+        """The peer keeps its promises."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import trio
 
+from peerd.client.finding.finder import RETRY_S, ChainFinder, Patience
 from peerd.client.session.busy_peers import BusyPeers
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
@@ -28,11 +28,8 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
-from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed
-from peerd.routing.chains.chain import Between, Chain, Hop
+from peerd.routing.chains.chain import Hop
 
-# Between two tries at a chain, at random up to this, so that two clients do not collide for ever.
-RETRY_S = 1.0
 # The first pauses are shorter: who has just died may have a twin that is announced in this moment.
 FIRST_RETRY_S = 0.1
 # Dialling and the handshake beside what a hop lets us wait for room; in mid-answer somebody waits for a token.
@@ -42,46 +39,8 @@ MEND_MARGIN_S = 3.0
 AVOIDED_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a session tries to get a chain before its steps fail."""
-
-    # Who has just died may have a twin that nobody told us of yet, or one that is about to start.
-    missing_s: float = 5.0
-    # Peers that are full: other sessions end.
-    busy_s: float = 120.0
-
-
 class NumbersUsedUp(Exception):
     """The session has no numbers left for new hops: only another session has."""
-
-
-class ChainFinder(Protocol):
-    """Finds peers for blocks, and hears how they did."""
-
-    async def find(
-        self,
-        blocks: Span,
-        *,
-        tokens: int,
-        exclude: Collection[PeerId],
-        positions: int = 1,
-        adapter: AdapterNeed = NO_ADAPTER,
-        requests: int = 0,
-        between: Between | None = None,
-    ) -> Chain:
-        """The best chain over `blocks` for steps of so many positions, of peers that have the adapter, by what is
-        known now. `requests`: as in ChainNeeds. `between`: of a replacement, who stands before and after it.
-        Raises NoChain."""
-
-    async def adapter_id(self, name: str, blocks: Span) -> str:
-        """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
-
-    def failed(self, peer: PeerId) -> None:
-        """The peer broke a promise: leave it out for a while."""
-
-    def succeeded(self, peer: PeerId) -> None:
-        """The peer keeps its promises."""
 
 
 @dataclass(frozen=True, slots=True)

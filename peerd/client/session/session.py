@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 import trio
 
-from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.finding.finder import Patience
+from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.supervisor import ChainKeeper
 from peerd.exchange.step_tensors import PREFILL_POSITIONS

@@ -12,7 +12,7 @@ from functools import partial
 
 import trio
 
-from peerd.client.session.mender import RETRY_S, ChainFinder, Patience
+from peerd.client.finding.finder import RETRY_S, ChainFinder, Patience
 from peerd.client.training.lane import Lane, LaneTerms, open_lane
 from peerd.net.connections import Connections
 from peerd.protocol.errors import (

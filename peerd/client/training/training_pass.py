@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from peerd.client.session.mender import ChainFinder, Patience
+from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.training.lane import Lane, LaneTerms
 from peerd.client.training.lanes import PassChain
 from peerd.net.connections import Connections

@@ -7,7 +7,7 @@ import torch
 import trio
 import trio.testing
 
-from peerd.client.session.mender import Patience
+from peerd.client.finding.finder import Patience
 from peerd.routing.directory.announcer import TTL_S
 from peerd.routing.failures.track_record import FIRST_AVOIDANCE_S
 from tests.fakes.presence_world import WIDTH, Client, Serving, World, open_world, seconds_until

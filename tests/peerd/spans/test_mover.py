@@ -16,8 +16,8 @@ import trio
 
 import peerd
 from peerd import span_loader
-from peerd.client.finding.finder import SwarmFinder
-from peerd.client.session.mender import Means, Patience, Wanted
+from peerd.client.finding.finder import Patience, SwarmFinder
+from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.checkpoint.opening import open_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trio
 
-from peerd.client.session.mender import Patience
+from peerd.client.finding.finder import Patience
 from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
 from peerd.protocol.connection.noise import Handshake

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trio
 
-from peerd.client.session.mender import Patience
+from peerd.client.finding.finder import Patience
 from peerd.compute.adapters.lora import LoraPair
 from peerd.protocol.errors import NoChain
 from peerd.protocol.rows import Drop, Fork, RowSlice

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trio
 
-from peerd.client.session.mender import Patience
+from peerd.client.finding.finder import Patience
 from peerd.compute.kv.layout import Keep
 from peerd.exchange.step_tensors import PREFILL_POSITIONS
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded

@@ -8,7 +8,7 @@ import pytest
 import torch
 import trio
 
-from peerd.client.session.mender import Patience
+from peerd.client.finding.finder import Patience
 from peerd.client.training.training_pass import PassMaker, Trained
 from peerd.protocol.errors import InvalidRequest, NoChain, NoRoom
 from peerd.protocol.span import Span
