@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from peerd.client.finding.scout import Scout
-    from peerd.client.training.training_pass import LoraPairs, Pass, PassMaker
+    from peerd.client.training.trained import LoraPairs
+    from peerd.client.training.training_pass import Pass, PassMaker
 
 # A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
@@ -182,7 +183,9 @@ class ServedBlocks:
         positions of each block's input; `lora` pairs act beside linear modules; `adapter` is one that the peers
         have. Without `keep` there is no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
         """
-        from peerd.client.training.training_pass import PassMaker, Trained, as_rows
+        from peerd.client.training.rows import as_rows
+        from peerd.client.training.trained import Trained
+        from peerd.client.training.training_pass import PassMaker
 
         blocks = blocks or Span(0, self.facts.block_count)
 

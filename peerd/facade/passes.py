@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from peerd.client.training.training_pass import Gradients, Pass
+from peerd.client.training.trained import Gradients
+from peerd.client.training.training_pass import Pass
 from peerd.compute.adapters.lora import BlockModule
 from peerd.facade.backend import Backend
 from peerd.facade.blocks import Call

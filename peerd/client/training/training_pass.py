@@ -9,87 +9,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 
 from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.training.lane import Lane, LaneTerms
 from peerd.client.training.lanes import PassChain
+from peerd.client.training.rows import cut, positions_each
+from peerd.client.training.trained import LORA_A, LORA_B, PROMPT, Gradients, Trained
 from peerd.net.connections import Connections
 from peerd.protocol.errors import InvalidRequest, PeerdError
-from peerd.protocol.messages.training import MAX_PASS_POSITIONS, MAX_PASS_ROWS
 from peerd.protocol.span import Span
 from peerd.trio_tools import at_once
 
-# Micro-batches for each hop of a chain: with four, hops wait a fifth of the time for each other and not a half.
-MICRO_BATCHES_A_HOP = 4
-# A single hop waits for nobody: one micro-batch computes while another travels.
-MICRO_BATCHES_ALONE = 2
 # How many hops a chain is taken to have before there is a plan that says it.
 PLANNED_HOPS = 4
-# Fewer positions at once compute no faster, on any device.
-LEAST_POSITIONS = 256
 PROMPT, LORA_A, LORA_B = "prompt", ".lora_A", ".lora_B"
-
-LoraPairs = Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
-"""By (block, module inside the block, such as `self_attn.q_proj`): A `[r, in]` and B `[out, r]`."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Gradients:
-    """What a backward returns, each shaped as what it is the gradient of, in fp32; None for what was not given."""
-
-    hidden: torch.Tensor
-    prompts: torch.Tensor | None
-    lora: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Trained:
-    """What is trained beside the frozen blocks.
-
-    `prompts`: `[blocks, 1 or rows, P, width]`, added to the first P positions of each row at each block's input.
-    `lora`: pairs that add `scaling * (x A^T) B^T` to the outputs of linear modules.
-    """
-
-    prompts: torch.Tensor | None = None
-    lora: LoraPairs = field(default_factory=dict)
-    scaling: float = 1.0
-
-    @property
-    def has_row_prompts(self) -> bool:
-        """Whether each row has a prompt of its own."""
-        return self.prompts is not None and self.prompts.shape[1] > 1
-
-    def parameters(self, blocks: Span, rows: Sequence[int]) -> dict[tuple[int, str], torch.Tensor]:
-        """As lanes send them, for these rows of the pass."""
-        tensors: dict[tuple[int, str], torch.Tensor] = {}
-        if self.prompts is not None:
-            own = self.prompts[:, list(rows)] if self.has_row_prompts else self.prompts
-            for index, prompt in enumerate(own.detach().float()):
-                tensors[blocks.start + index, PROMPT] = prompt
-        for (block, module), (down, up) in self.lora.items():
-            tensors[block, module + LORA_A] = down.detach().float()
-            # The scaling travels inside B, so that hops need not know it.
-            tensors[block, module + LORA_B] = up.detach().float() * self.scaling
-        return tensors
-
-    def check(self, blocks: Span, rows: Sequence[int], width: int) -> None:
-        """Raises InvalidRequest for what does not fit; what fits a block's modules, its hop knows."""
-        if self.prompts is not None:
-            shape = tuple(self.prompts.shape)
-            if len(shape) != 4 or shape[0] != len(blocks) or shape[1] not in (1, len(rows)) or shape[3] != width:
-                raise InvalidRequest(
-                    f"prompts of shape {list(shape)} instead of [{len(blocks)}, 1 or {len(rows)}, n, {width}]"
-                )
-            if not 1 <= shape[2] <= min(rows):
-                raise InvalidRequest(f"prompts of {shape[2]} positions, and a row of {min(rows)}: rows include them")
-        for block, module in self.lora:
-            if not blocks.start <= block < blocks.end:
-                raise InvalidRequest(f"a LoRA pair for {module} of block {block}, which is not in {blocks}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -341,45 +278,3 @@ async def _open_all(chains: Sequence[PassChain]) -> None:
         for chain in chains:
             chain.close()
         raise
-
-
-def as_rows(
-    inputs: torch.Tensor | Sequence[Sequence[int]],
-    rows: Sequence[int] | None,
-    embed: Callable[[Sequence[int]], torch.Tensor],
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Hidden states and the lengths of their rows, from either or from token ids. Raises InvalidRequest."""
-    if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
-        if rows is None and inputs.dim() == 3:
-            return inputs, (inputs.shape[1],) * inputs.shape[0]
-        if rows is None or inputs.dim() != 2 or not len(rows):
-            raise InvalidRequest("hidden states are [rows, positions, width], or [sum of rows, width] with `rows`")
-        return inputs, tuple(rows)
-    ids = inputs.tolist() if isinstance(inputs, torch.Tensor) else [list(row) for row in inputs]
-    if not ids or not all(isinstance(row, list) and row for row in ids):
-        raise InvalidRequest("token ids are rows of at least one each")
-    hidden = torch.cat([embed(row) for row in ids])
-    lengths = tuple(len(row) for row in ids)
-    if isinstance(inputs, torch.Tensor):
-        return hidden.view(len(ids), lengths[0], -1), lengths
-    return hidden, lengths
-
-
-def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Consecutive rows in groups of at most `most` positions, or one row: numbers, lengths, where they begin."""
-    offsets = list(accumulate(lengths, initial=0))
-    groups: list[list[int]] = []
-    for number, length in enumerate(lengths):
-        last = groups[-1] if groups else []
-        taken = sum(lengths[other] for other in last)
-        if last and taken + length <= most and len(last) < MAX_PASS_ROWS:
-            last.append(number)
-        else:
-            groups.append([number])
-    return [(tuple(group), tuple(lengths[number] for number in group), offsets[group[0]]) for group in groups]
-
-
-def positions_each(positions: int, hops: int) -> int:
-    """How many positions a micro-batch should have, so that so many hops are all at work."""
-    count = MICRO_BATCHES_A_HOP * hops if hops > 1 else MICRO_BATCHES_ALONE
-    return min(MAX_PASS_POSITIONS, max(LEAST_POSITIONS, -(-positions // count)))

@@ -10,7 +10,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peerd.client.training.training_pass import PassMaker, Trained
+from peerd.client.training.trained import Trained
+from peerd.client.training.training_pass import PassMaker
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor

@@ -9,7 +9,8 @@ import torch
 import trio
 
 from peerd.client.finding.finder import Patience
-from peerd.client.training.training_pass import PassMaker, Trained
+from peerd.client.training.trained import Trained
+from peerd.client.training.training_pass import PassMaker
 from peerd.protocol.errors import InvalidRequest, NoChain, NoRoom
 from peerd.protocol.span import Span
 
@@ -128,8 +129,8 @@ async def test_forward_and_backward_through_three_hops_equal_autograd(open_swarm
 @pytest.fixture
 def small_micro_batches(monkeypatch):
     """A row or two each, so that the few rows here make a pipeline."""
-    monkeypatch.setattr("peerd.client.training.training_pass.LEAST_POSITIONS", 24)
-    monkeypatch.setattr("peerd.client.training.training_pass.MICRO_BATCHES_A_HOP", 1)
+    monkeypatch.setattr("peerd.client.training.rows.LEAST_POSITIONS", 24)
+    monkeypatch.setattr("peerd.client.training.rows.MICRO_BATCHES_A_HOP", 1)
 
 
 async def test_micro_batches_are_on_all_hops_at_once(open_swarm, serve_tiny, decoder, small_micro_batches):

@@ -1,0 +1,64 @@
+"""Rows of hidden states, cut into micro-batches and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+
+from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.messages.training import MAX_PASS_POSITIONS, MAX_PASS_ROWS
+
+# Micro-batches for each hop of a chain: with four, hops wait a fifth of the time for each other and not a half.
+MICRO_BATCHES_A_HOP = 4
+
+
+# A single hop waits for nobody: one micro-batch computes while another travels.
+MICRO_BATCHES_ALONE = 2
+
+
+# Fewer positions at once compute no faster, on any device.
+LEAST_POSITIONS = 256
+
+
+def as_rows(
+    inputs: torch.Tensor | Sequence[Sequence[int]],
+    rows: Sequence[int] | None,
+    embed: Callable[[Sequence[int]], torch.Tensor],
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Hidden states and the lengths of their rows, from either or from token ids. Raises InvalidRequest."""
+    if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
+        if rows is None and inputs.dim() == 3:
+            return inputs, (inputs.shape[1],) * inputs.shape[0]
+        if rows is None or inputs.dim() != 2 or not len(rows):
+            raise InvalidRequest("hidden states are [rows, positions, width], or [sum of rows, width] with `rows`")
+        return inputs, tuple(rows)
+    ids = inputs.tolist() if isinstance(inputs, torch.Tensor) else [list(row) for row in inputs]
+    if not ids or not all(isinstance(row, list) and row for row in ids):
+        raise InvalidRequest("token ids are rows of at least one each")
+    hidden = torch.cat([embed(row) for row in ids])
+    lengths = tuple(len(row) for row in ids)
+    if isinstance(inputs, torch.Tensor):
+        return hidden.view(len(ids), lengths[0], -1), lengths
+    return hidden, lengths
+
+
+def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Consecutive rows in groups of at most `most` positions, or one row: numbers, lengths, where they begin."""
+    offsets = list(accumulate(lengths, initial=0))
+    groups: list[list[int]] = []
+    for number, length in enumerate(lengths):
+        last = groups[-1] if groups else []
+        taken = sum(lengths[other] for other in last)
+        if last and taken + length <= most and len(last) < MAX_PASS_ROWS:
+            last.append(number)
+        else:
+            groups.append([number])
+    return [(tuple(group), tuple(lengths[number] for number in group), offsets[group[0]]) for group in groups]
+
+
+def positions_each(positions: int, hops: int) -> int:
+    """How many positions a micro-batch should have, so that so many hops are all at work."""
+    count = MICRO_BATCHES_A_HOP * hops if hops > 1 else MICRO_BATCHES_ALONE
+    return min(MAX_PASS_POSITIONS, max(LEAST_POSITIONS, -(-positions // count)))

@@ -1,0 +1,68 @@
+"""What a client trains beside frozen blocks, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.span import Span
+
+LoraPairs = Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+"""By (block, module inside the block, such as `self_attn.q_proj`): A `[r, in]` and B `[out, r]`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What a backward returns, each shaped as what it is the gradient of, in fp32; None for what was not given."""
+
+    hidden: torch.Tensor
+    prompts: torch.Tensor | None
+    lora: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """What is trained beside the frozen blocks.
+
+    `prompts`: `[blocks, 1 or rows, P, width]`, added to the first P positions of each row at each block's input.
+    `lora`: pairs that add `scaling * (x A^T) B^T` to the outputs of linear modules.
+    """
+
+    prompts: torch.Tensor | None = None
+    lora: LoraPairs = field(default_factory=dict)
+    scaling: float = 1.0
+
+    @property
+    def has_row_prompts(self) -> bool:
+        """Whether each row has a prompt of its own."""
+        return self.prompts is not None and self.prompts.shape[1] > 1
+
+    def parameters(self, blocks: Span, rows: Sequence[int]) -> dict[tuple[int, str], torch.Tensor]:
+        """As lanes send them, for these rows of the pass."""
+        tensors: dict[tuple[int, str], torch.Tensor] = {}
+        if self.prompts is not None:
+            own = self.prompts[:, list(rows)] if self.has_row_prompts else self.prompts
+            for index, prompt in enumerate(own.detach().float()):
+                tensors[blocks.start + index, PROMPT] = prompt
+        for (block, module), (down, up) in self.lora.items():
+            tensors[block, module + LORA_A] = down.detach().float()
+            # The scaling travels inside B, so that hops need not know it.
+            tensors[block, module + LORA_B] = up.detach().float() * self.scaling
+        return tensors
+
+    def check(self, blocks: Span, rows: Sequence[int], width: int) -> None:
+        """Raises InvalidRequest for what does not fit; what fits a block's modules, its hop knows."""
+        if self.prompts is not None:
+            shape = tuple(self.prompts.shape)
+            if len(shape) != 4 or shape[0] != len(blocks) or shape[1] not in (1, len(rows)) or shape[3] != width:
+                raise InvalidRequest(
+                    f"prompts of shape {list(shape)} instead of [{len(blocks)}, 1 or {len(rows)}, n, {width}]"
+                )
+            if not 1 <= shape[2] <= min(rows):
+                raise InvalidRequest(f"prompts of {shape[2]} positions, and a row of {min(rows)}: rows include them")
+        for block, module in self.lora:
+            if not blocks.start <= block < blocks.end:
+                raise InvalidRequest(f"a LoRA pair for {module} of block {block}, which is not in {blocks}")
