@@ -12,15 +12,10 @@ import click
 import platformdirs
 
 from peerd.cli.console import working
-from peerd.cli.options import (
-    DTYPES,
-    QUANTIZATIONS,
-    Command,
-    Joining,
+from peerd.cli.options import DTYPES, QUANTIZATIONS, Command, Joining, disk_option, join_options, revision_option
+from peerd.cli.parsing import (
     at_revision,
-    disk_option,
     is_loopback,
-    join_options,
     parse_adapter,
     parse_address,
     parse_blocks,
@@ -29,7 +24,6 @@ from peerd.cli.options import (
     parse_limit,
     parse_memory,
     parse_named_model,
-    revision_option,
 )
 from peerd.cli.relay_options import relay_options, relaying
 from peerd.protocol.addresses import Multiaddr

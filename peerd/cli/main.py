@@ -22,16 +22,15 @@ from click.core import ParameterSource
 from peerd.cli.console import say, set_up_logging, working
 from peerd.cli.daemon_options import daemon_of, daemon_options
 from peerd.cli.options import (
-    at_revision,
     disk_option,
     join_options,
     joining,
     json_option,
-    parse_model,
     revision_option,
     sampling_options,
     verbose_option,
 )
+from peerd.cli.parsing import at_revision, parse_model
 from peerd.cli.processes import ProcessEnded
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault

@@ -5,8 +5,6 @@ Knows spellings; imports nothing slow, so that `--help` and mistakes are answere
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from peerd.compute.checkpoint.hub.id import hub_id_of, parse_hub_id
-from peerd.compute.device.sizes import parse_size
-from peerd.compute.errors import CheckpointError
+from peerd.cli.parsing import parse_bootstrap, parse_memory, parse_peer_id
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.identity import PeerId, public_key_of
-from peerd.protocol.messages.adapters import check_name
-from peerd.protocol.span import MAX_BLOCKS, Span
 
 if TYPE_CHECKING:
     from peerd.routing.chains.rules import ChainRules
@@ -31,135 +24,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 DTYPES = ("float32", "float16", "bfloat16")
 # Those of compute/quantized/formats.py, which would import torch.
 QUANTIZATIONS = ("none", "int8", "nf4")
-AUTO = "auto"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-def parse_address(value: str) -> Multiaddr:
-    """A multiaddr."""
-    try:
-        return Multiaddr.parse(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def parse_bootstrap(value: str) -> Multiaddr:
-    """A multiaddr that names its peer: joining a swarm through whoever answers would be joining anybody's."""
-    found = parse_address(value)
-    if found.peer_id is None:
-        raise click.BadParameter(f"{value} does not say who is there: add /p2p/ and the PeerId, as that peer prints it")
-    return found
-
-
-def parse_blocks(value: str) -> Span | int | str:
-    """`A:B`, a count, or `auto`."""
-    if value == AUTO:
-        return AUTO
-    if value.isascii() and value.isdecimal() and 0 < int(value) <= MAX_BLOCKS:
-        return int(value)
-    try:
-        return Span.parse(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}; or say how many, such as 8, or auto") from None
-
-
-def parse_model(value: str) -> Path | str:
-    """A checkpoint on this machine, as far as a look at the path can tell; or a hub id, as it was written."""
-    path = Path(value).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return path
-    if (path / "config.json").is_file():
-        return path
-    if path.is_dir():
-        raise click.BadParameter(f"{value} has no config.json, so it is no model's directory")
-    if path.exists():
-        raise click.BadParameter(f"{value} is no .gguf file, and no directory with config.json and safetensors")
-    try:
-        if parse_hub_id(value) is not None:
-            return value
-    except CheckpointError as error:
-        raise click.BadParameter(str(error)) from None
-    raise click.BadParameter(
-        f"{value} does not exist; a model is a directory with config.json and safetensors, a .gguf file, or called"
-        " org/name on a model hub"
-    )
-
-
-def at_revision(model: Path | str, revision: str | None) -> Path | str:
-    """The model at the revision that is given beside it."""
-    try:
-        found = hub_id_of(model, revision)
-    except CheckpointError as error:
-        raise click.BadParameter(str(error), param_hint="--revision") from None
-    return model if found is None else str(found)
-
-
-def parse_named_model(value: str) -> tuple[str | None, Path | str]:
-    """A model, and the name that it has in the local API: `NAME=MODEL`; without one, its own name."""
-    name, separator, path = value.partition("=")
-    if separator and "/" not in name and not Path(value).exists():
-        if not name:
-            raise click.BadParameter(f"{value} has no name before the =")
-        return name, parse_model(path)
-    return None, parse_model(value)
-
-
-def parse_host_port(value: str) -> tuple[str, int]:
-    """`HOST:PORT`, the host in brackets where it is an IPv6 address."""
-    host, _, port = value.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise click.BadParameter(f"{value!r} is not HOST:PORT, such as 127.0.0.1:8080")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
-def parse_device(value: str) -> str:
-    """A device by torch's name, `cuda:all`, or several with commas; whether they are there only torch knows."""
-    for name in value.split(","):
-        if re.fullmatch(r"cpu|cuda(:\d{1,3}|:all)?", name) is None:
-            raise click.BadParameter(f"{name!r} is not cpu, cuda, cuda:N or cuda:all")
-    return value
-
-
-def parse_adapter(value: str) -> tuple[str, Path]:
-    """`NAME=DIR`."""
-    name, equals, path = value.partition("=")
-    try:
-        if not equals or not path:
-            raise ValueError(f"{value!r} is not NAME=DIR")
-        return check_name(name), Path(path).expanduser()
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def parse_memory(value: str) -> int:
-    """An amount of memory, in bytes."""
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def parse_limit(value: str) -> int:
-    """An amount of memory that may be none: 0."""
-    return 0 if value.strip() == "0" else parse_memory(value)
-
-
-def parse_peer_id(value: str) -> PeerId:
-    """A PeerId."""
-    try:
-        public_key_of(PeerId(value))
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    return PeerId(value)
 
 
 @dataclass(frozen=True, slots=True)
