@@ -10,6 +10,8 @@ import torch
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
 
+PROMPT, LORA_A, LORA_B = "prompt", ".lora_A", ".lora_B"
+
 LoraPairs = Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
 """By (block, module inside the block, such as `self_attn.q_proj`): A `[r, in]` and B `[out, r]`."""
 

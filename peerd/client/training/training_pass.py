@@ -26,7 +26,6 @@ from peerd.trio_tools import at_once
 
 # How many hops a chain is taken to have before there is a plan that says it.
 PLANNED_HOPS = 4
-PROMPT, LORA_A, LORA_B = "prompt", ".lora_A", ".lora_B"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
