@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.net.transport import Transport
     from peerd.reach.relay_ledger import RelayLimits
-    from peerd.server.server import ServedSpan, Server
+    from peerd.server.served_spans import ServedSpan
+    from peerd.server.server import Server
     from peerd.spans.spec import ServeSpec
 
 log = logging.getLogger(__name__)

@@ -41,7 +41,8 @@ from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.track_record import Links
 from peerd.server.engine_task import EngineTask
-from peerd.server.server import ServedSpan, Server
+from peerd.server.served_spans import ServedSpan
+from peerd.server.server import Server
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.slots import Places
 from peerd.testing.fake_engine import FakeEngine, fake_forward

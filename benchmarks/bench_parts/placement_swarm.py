@@ -15,7 +15,6 @@ from typing import Any
 
 import trio
 
-from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
@@ -23,7 +22,8 @@ from peerd.routing.directory.announcer import MIN_PERIOD_S, TTL_S
 from peerd.routing.directory.holding import Holding
 from peerd.routing.placement.flow import swarm_flow
 from peerd.server.engine_task import EngineTask
-from peerd.server.server import ServedSpan
+from peerd.server.quotas import AdapterRoom
+from peerd.server.served_spans import ServedSpan
 from peerd.spans.first_choice import Choice, choose_first
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.mover import Rebalancer

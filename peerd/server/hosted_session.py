@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import trio
 
-from peerd.exchange.adapter_upload import AdapterRoom, receive_adapter
+from peerd.exchange.adapter_upload import receive_adapter
 from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
@@ -52,6 +52,7 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.span import Span
 from peerd.server.downstream import Downstream, OpenLink
 from peerd.server.engine_task import EngineTask, StepGap
+from peerd.server.quotas import AdapterRoom
 
 # More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2

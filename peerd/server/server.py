@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
-from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S, AdapterRoom
+from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S
 from peerd.net.connections import Connections, Stream
 from peerd.net.peer_connection import CLOSED
 from peerd.protocol.connection.frames import Priority
@@ -55,10 +54,10 @@ from peerd.protocol.messages.session import (
     Step,
 )
 from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
-from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
 from peerd.server.hosted_session import HostedSession
 from peerd.server.next_hop import open_link
+from peerd.server.served_spans import ServedSpan, _Running
 from peerd.server.session_table import HostedSessions, SessionKey
 from peerd.server.training import PassServer, PassSpan
 
@@ -72,42 +71,6 @@ MAX_SESSIONS_A_PEER = 64
 # What else travels in a step's body never outweighs four bytes a value.
 BYTES_A_VALUE = 4
 REFUSAL_DEADLINE_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServedSpan:
-    """Blocks of one model that this peer serves, the engine that runs them, and room for clients' own adapters."""
-
-    model: bytes
-    max_length: int
-    task: EngineTask
-    adapter_room: AdapterRoom = field(default_factory=AdapterRoom)
-
-    @property
-    def span(self) -> Span:
-        return self.task.engine.span
-
-
-class _Running:
-    """The engine's task of one span."""
-
-    def __init__(self, task: EngineTask) -> None:
-        self.leaving = False
-        self._task = task
-        self._scope = trio.CancelScope()
-        self._ended = trio.Event()
-
-    async def run(self) -> None:
-        try:
-            with self._scope:
-                await self._task.run()
-        finally:
-            self._ended.set()
-
-    async def stop(self) -> None:
-        """End the task, and wait for the batch that it runs."""
-        self._scope.cancel()
-        await self._ended.wait()
 
 
 class Server:

@@ -56,12 +56,11 @@ from peerd.protocol.messages.training import (
 )
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
+from peerd.server.quotas import HOST_BYTES, HostQuota
 from peerd.trio_tools import open_tasks
 
 # A client trains through one lane a hop; a few models and spans at once are plenty.
 MAX_LANES_A_PEER = 16
-# What all lanes together may hold in parameters and requests, on the host; one peer at most half of it.
-HOST_BYTES = 2**30
 # A lane that asks for nothing for this long gives its tapes to others, as a session does its pages.
 IDLE_S = 300.0
 # A request of 4096 positions of 8192 takes half a minute on a slow line of 50 Mbit/s.
@@ -84,34 +83,6 @@ class PassSpan:
 
 Find = Callable[[Begin], PassSpan]
 """Who serves what a lane asks for. Raises NotServed, Draining, UnsupportedFeature."""
-
-
-class HostQuota:
-    """Bytes that lanes hold, in all and by peer."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self._total = total_bytes
-        self._held: Counter[PeerId] = Counter()
-
-    @property
-    def held_bytes(self) -> int:
-        """What all hold."""
-        return self._held.total()
-
-    def take(self, peer: PeerId, size_bytes: int) -> None:
-        """Reserve bytes for a peer. Raises NoRoom for more than there can ever be, Overloaded."""
-        if size_bytes > self._total // 2:
-            raise NoRoom(f"a request of {size_bytes} bytes: training has {self._total // 2} here for one peer")
-        left = min(self._total - self._held.total(), self._total // 2 - self._held[peer])
-        if size_bytes > left:
-            raise Overloaded(f"a request of {size_bytes} bytes: training has {left} left here for you now")
-        self._held[peer] += size_bytes
-
-    def give(self, peer: PeerId, size_bytes: int) -> None:
-        """Give back what was reserved."""
-        self._held[peer] -= size_bytes
-        if not self._held[peer]:
-            del self._held[peer]
 
 
 class PassServer:

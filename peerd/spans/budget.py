@@ -21,10 +21,10 @@ from peerd.compute.engine.engine import PASS_BYTES, Engine
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
-from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
+from peerd.server.quotas import AdapterRoom
 from peerd.spans.spec import ServeSpec
 
 # Enough for 16 sessions of 4096 positions; more than that an operator asks for.

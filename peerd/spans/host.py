@@ -33,7 +33,8 @@ from peerd.trio_tools import import_in_thread
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.protocol.records.envelope import ModelRecord, ServerRecord
-    from peerd.server.server import ServedSpan, Server
+    from peerd.server.served_spans import ServedSpan
+    from peerd.server.server import Server
     from peerd.spans.loading import SpanLoader
     from peerd.spans.mover import Rebalancer
     from peerd.spans.spec import ServeSpec

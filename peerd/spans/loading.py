@@ -27,13 +27,13 @@ from peerd.compute.families.family import Family
 from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.formats import NONE
 from peerd.compute.training.memory import PassMemory
-from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.protocol.encoding.tensors import CODECS, DTYPE_NAMES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records.envelope import ServerRecord, block_roots
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
-from peerd.server.server import ServedSpan
+from peerd.server.quotas import AdapterRoom
+from peerd.server.served_spans import ServedSpan
 from peerd.spans.adapters import load_adapter, read_adapter
 from peerd.spans.budget import (
     _batch_tokens,

@@ -31,7 +31,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.placement.placement import choose_move
-from peerd.server.server import ServedSpan
+from peerd.server.served_spans import ServedSpan
 from peerd.spans.first_choice import Announcing, announce
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.slots import Place

@@ -20,7 +20,8 @@ from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
-    from peerd.server.server import ServedSpan, Server
+    from peerd.server.served_spans import ServedSpan
+    from peerd.server.server import Server
     from peerd.spans.loading import LoadedSpan, SpanLoader
 
 # What the times that are filled in later add to a record.

@@ -17,7 +17,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.records.envelope import ServerRecord
 from peerd.server.engine_task import EngineTask
-from peerd.server.server import ServedSpan
+from peerd.server.served_spans import ServedSpan
 from peerd.testing.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model, pytest.mark.processes]

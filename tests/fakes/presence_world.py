@@ -17,7 +17,6 @@ from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
-from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import Connections, open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain
@@ -26,7 +25,9 @@ from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.server.engine_task import EngineTask
-from peerd.server.server import ServedSpan, Server
+from peerd.server.quotas import AdapterRoom
+from peerd.server.served_spans import ServedSpan
+from peerd.server.server import Server
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.slots import Places
 from peerd.testing.fake_engine import FakeEngine

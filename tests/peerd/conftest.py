@@ -19,7 +19,6 @@ from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.engine import BaseEngine
-from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import Connections, Stream, open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
@@ -43,7 +42,9 @@ from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.directory.offer import Offer
 from peerd.routing.failures.track_record import Links
 from peerd.server.engine_task import EngineTask
-from peerd.server.server import ServedSpan, Server
+from peerd.server.quotas import AdapterRoom
+from peerd.server.served_spans import ServedSpan
+from peerd.server.server import Server
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peerd.compute.adapters.lora import LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
-from peerd.exchange.adapter_upload import AdapterRoom, send_adapter
+from peerd.exchange.adapter_upload import send_adapter
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import (
@@ -35,6 +35,7 @@ from peerd.protocol.messages.adapters import (
 from peerd.protocol.messages.session import Failure, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
+from peerd.server.quotas import AdapterRoom
 from peerd.testing.fake_engine import FAKE_LAYER, fake_forward
 
 WIDTH = 8

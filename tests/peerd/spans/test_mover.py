@@ -23,7 +23,6 @@ from peerd.client.session.session import Session
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.discovery.discovery import Discovery, open_discovery
-from peerd.exchange.adapter_upload import AdapterRoom
 from peerd.net.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
@@ -32,7 +31,9 @@ from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.record_sets import PartialView
 from peerd.server.engine_task import EngineTask
-from peerd.server.server import ServedSpan, Server
+from peerd.server.quotas import AdapterRoom
+from peerd.server.served_spans import ServedSpan
+from peerd.server.server import Server
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.mover import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.spans.slots import Place, Places
