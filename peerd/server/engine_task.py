@@ -10,8 +10,7 @@ inference, turns of training (`run_work`; `device_work` knows who gets which sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -25,13 +24,7 @@ from peerd.compute.adapters.lora import Lora
 from peerd.compute.engine.engine import PRIVATE, BaseEngine
 from peerd.compute.errors import (
     AdapterError,
-    ContextTooLongError,
-    EngineError,
-    InvalidStepError,
     NonFiniteError,
-    NoRoomError,
-    StepGapError,
-    UnknownAdapterError,
 )
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.errors import (
@@ -49,6 +42,7 @@ from peerd.protocol.span import Span
 from peerd.server.admission import Admission
 from peerd.server.busy_meter import BusyMeter
 from peerd.server.device_queue import Job, Work, WorkQueue, run_slice
+from peerd.server.wire_errors import wire_errors
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -60,14 +54,6 @@ class RunBatch(Protocol):
     """Runs a blocking function of one argument, such as an engine's `run`, and waits for it."""
 
     async def __call__(self, run: Callable[[A], T], argument: A, /) -> T: ...
-
-
-class StepGap(Exception):
-    """A step starts beyond what is cached; `have` says what will be, by row."""
-
-    def __init__(self, have: dict[int, int]) -> None:
-        super().__init__(str(have))
-        self.have = have
 
 
 class _Wanted(TypedDict):
@@ -225,7 +211,7 @@ class EngineTask:
         tenant = self._tenants.get(session)
         if tenant is not None:
             self._tenants[session] = replace(tenant, adapter=name)
-            with _wire_errors():
+            with wire_errors():
                 self.engine.use_adapter(session, name)
         else:
             self._forget_unused(name)
@@ -267,7 +253,7 @@ class EngineTask:
             if kept > self._free_to_keep:
                 message = f"{kept} positions of outputs to keep wanted, there is memory for {self._free_to_keep}"
                 raise NoRoom(message, self.engine.free_tokens)
-            with _wire_errors():
+            with wire_errors():
                 self.engine.open(session, owner=owner, adapter=opening.adapter, **wanted)
             self._free_to_keep -= kept
 
@@ -280,8 +266,8 @@ class EngineTask:
         self._tenants[session] = _Tenant(owner, tokens, deliver, opening.adapter, kept)
 
     def submit(self, session: Hashable, step: Step, hidden: torch.Tensor) -> None:
-        """Queue a step. Raises StepGap, ContextTooLong, InvalidRequest, having changed nothing."""
-        with _wire_errors():
+        """Queue a step. Raises StepGapError, ContextTooLong, InvalidRequest, having changed nothing."""
+        with wire_errors():
             self.engine.submit(EngineStep(session, step.seq, step.ops, step.rows, hidden))
         self._work.set()
 
@@ -312,22 +298,3 @@ class EngineTask:
 
     async def _in_thread(self, run: Callable[[A], T], argument: A, /) -> T:
         return await trio.to_thread.run_sync(run, argument, limiter=self._limiter)
-
-
-@contextmanager
-def _wire_errors() -> Iterator[None]:
-    """The engine's errors as those that travel: `compute` knows no wire."""
-    try:
-        yield
-    except NoRoomError as error:
-        raise NoRoom(str(error), error.free_tokens) from None
-    except ContextTooLongError as error:
-        raise ContextTooLong(str(error)) from None
-    except StepGapError as error:
-        raise StepGap(error.have) from None
-    except UnknownAdapterError as error:
-        raise UnsupportedFeature(str(error)) from None
-    except InvalidStepError as error:
-        raise InvalidRequest(str(error)) from None
-    except EngineError as error:
-        raise InternalError(str(error)) from error

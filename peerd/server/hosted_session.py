@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import trio
 
+from peerd.compute.errors import StepGapError
 from peerd.exchange.adapter_upload import receive_adapter
 from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
@@ -51,7 +52,7 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.span import Span
 from peerd.server.downstream import Downstream, OpenLink
-from peerd.server.engine_task import EngineTask, StepGap
+from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 
 # More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
@@ -238,7 +239,7 @@ class HostedSession:
             if self._adapter in ("awaited", "coming"):
                 raise InvalidRequest("a step came before the adapter that this session needs")
             self._engine.submit(self, step, self._decode(step, body))
-        except StepGap as gap:
+        except StepGapError as gap:
             self.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
         except CallerError as error:
             self.tell(Failure.of(error, step.seq))

@@ -9,12 +9,12 @@ nursery, and the handlers of its streams only feed it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 import trio
 
 from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S
+from peerd.exchange.refusals import finish, refuse
 from peerd.net.connections import Connections, Stream
 from peerd.net.peer_connection import CLOSED
 from peerd.protocol.connection.frames import Priority
@@ -28,7 +28,6 @@ from peerd.protocol.errors import (
     NotServed,
     Overloaded,
     PeerdError,
-    PeerFault,
     RemoteProtocolError,
     UnsupportedFeature,
 )
@@ -70,7 +69,6 @@ EVICTION_ROUND_S = 10.0
 MAX_SESSIONS_A_PEER = 64
 # What else travels in a step's body never outweighs four bytes a value.
 BYTES_A_VALUE = 4
-REFUSAL_DEADLINE_S = 2.0
 
 
 class Server:
@@ -188,7 +186,7 @@ class Server:
             opening = parse((await stream.receive()).header, (Open,))
             session = await self._admit(stream, opening)
         except PeerdError as error:
-            await _refuse(stream, error)
+            await refuse(stream, Failure.of, error)
             return
         except trio.EndOfChannel:
             return
@@ -196,12 +194,12 @@ class Server:
             with session.attach(stream):
                 await self._serve(stream, session)
             # The session ended before its stream did; why was said already.
-            await _finish(stream)
+            await finish(stream)
         except ConnectionLost:
             self._linger(session, stream)
         except PeerdError as error:
             session.close()
-            await _refuse(stream, error)
+            await refuse(stream, Failure.of, error)
         except (trio.EndOfChannel, trio.ClosedResourceError):
             # The client has finished, or the session gave it up because it left its answers unread.
             session.close()
@@ -299,11 +297,11 @@ class Server:
                     raise InvalidRequest("no such session of yours is open here")
                 await session.take_adapter(stream, upload)
             await stream.send(Loaded().to_header())
-            await _finish(stream)
+            await finish(stream)
         except trio.TooSlowError:
-            await _refuse(stream, Overloaded(f"the adapter did not come within {UPLOAD_DEADLINE_S:g} s"))
+            await refuse(stream, Failure.of, Overloaded(f"the adapter did not come within {UPLOAD_DEADLINE_S:g} s"))
         except PeerdError as error:
-            await _refuse(stream, error)
+            await refuse(stream, Failure.of, error)
         except trio.EndOfChannel:
             return
 
@@ -316,9 +314,9 @@ class Server:
             if session is None:
                 raise Evicted("no such session of yours is open here")
             stream.send_nowait(session.progress.to_header(), priority=Priority.CONTROL)
-            await _finish(stream)
+            await finish(stream)
         except PeerdError as error:
-            await _refuse(stream, error)
+            await refuse(stream, Failure.of, error)
         except trio.EndOfChannel:
             return
 
@@ -394,26 +392,9 @@ class Server:
         except trio.EndOfChannel:
             return
         except PeerdError as error:
-            await _refuse(stream, error)
+            await refuse(stream, Failure.of, error)
 
     @property
     def _max_body(self) -> int:
         width = max((served.task.engine.hidden_size for served in self.spans), default=0)
         return MAX_STEP_POSITIONS * width * BYTES_A_VALUE
-
-
-async def _refuse(stream: Stream, error: PeerdError) -> None:
-    """Say why, then finish the stream. The peer may be gone already."""
-    with trio.move_on_after(REFUSAL_DEADLINE_S), suppress(PeerFault, trio.ClosedResourceError):
-        await stream.send(Failure.of(error).to_header())
-    await _finish(stream)
-
-
-async def _finish(stream: Stream) -> None:
-    """Finish the stream. What a peer does not read in time is dropped, or it would lie here as long as it likes."""
-    with suppress(PeerFault, trio.ClosedResourceError):
-        stream.finish()
-        with trio.move_on_after(REFUSAL_DEADLINE_S):
-            await stream.wait_unsent_below(1)
-            return
-        stream.reset(Overloaded.code)

@@ -11,17 +11,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trio
 
-from peerd.compute.errors import EngineError, InvalidStepError, NonFiniteError
-from peerd.compute.training.memory import PassTooLargeError
 from peerd.compute.training.passes import PassInput, PassRunner, Tape
 from peerd.compute.training.tunables import Tunables
+from peerd.exchange.refusals import refuse
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
 from peerd.protocol.encoding.schema import parse
@@ -33,7 +32,6 @@ from peerd.protocol.errors import (
     Evicted,
     InternalError,
     InvalidRequest,
-    NoRoom,
     Overloaded,
     PeerdError,
     PeerFault,
@@ -57,6 +55,7 @@ from peerd.protocol.messages.training import (
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import HOST_BYTES, HostQuota
+from peerd.server.wire_errors import wire_errors
 from peerd.trio_tools import open_tasks
 
 # A client trains through one lane a hop; a few models and spans at once are plenty.
@@ -67,7 +66,6 @@ IDLE_S = 300.0
 REQUEST_DEADLINE_S = 600.0
 # What somebody is told who found no room: passes take seconds.
 RETRY_MS = 1000
-REFUSAL_DEADLINE_S = 2.0
 _BYTES_A_VALUE = 4
 _REQUESTS: tuple[type[Forward | Backward], ...] = (Forward, Backward)
 
@@ -128,9 +126,9 @@ class PassServer:
             stream.reset("closed")
         except PeerFault as error:
             if isinstance(error, RemoteProtocolError | BadResult | InternalError):
-                await _refuse(stream, error)
+                await refuse(stream, _failure, error)
         except PeerdError as error:
-            await _refuse(stream, error)
+            await refuse(stream, _failure, error)
 
     async def _serve(self, stream: Stream) -> None:
         begin = parse((await stream.receive()).header, (Begin,))
@@ -279,7 +277,7 @@ class _Lane:
 
     async def _answer_all(self, requests: trio.MemoryReceiveChannel[_Request]) -> None:
         async for request in requests:
-            with _wire_errors():
+            with wire_errors():
                 if isinstance(request.message, Forward):
                     await self._answer_forward(request.message, request)
                 else:
@@ -349,28 +347,7 @@ class _Lane:
         self._passes.memory.take(self._stream.peer, -size_bytes)
 
 
-@contextmanager
-def _wire_errors() -> Iterator[None]:
-    """The engine's errors as those that travel."""
-    try:
-        yield
-    except PassTooLargeError as error:
-        raise NoRoom(str(error)) from None
-    except InvalidStepError as error:
-        raise InvalidRequest(str(error)) from None
-    except NonFiniteError as error:
-        raise BadResult(str(error)) from None
-    except EngineError as error:
-        raise InternalError(str(error)) from error
-
-
-async def _refuse(stream: Stream, error: PeerdError) -> None:
-    """Say why and finish the stream. What the peer does not read in time is dropped."""
+def _failure(error: PeerdError) -> PassFailure:
+    """The error as it travels on a lane, with when to come back."""
     retry_ms = max(RETRY_MS, round(1000 * error.retry_after_s)) if isinstance(error, Overloaded) else 0
-    with suppress(PeerFault, trio.ClosedResourceError):
-        with trio.move_on_after(REFUSAL_DEADLINE_S):
-            await stream.send(PassFailure.of(error, retry_ms).to_header())
-            stream.finish()
-            await stream.wait_unsent_below(1)
-            return
-        stream.reset(error.code)
+    return PassFailure.of(error, retry_ms)

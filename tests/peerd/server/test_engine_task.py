@@ -11,6 +11,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+from peerd.compute.errors import StepGapError
 from peerd.compute.kv.layout import Keep
 from peerd.compute.steps import BatchOutput
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
@@ -18,7 +19,7 @@ from peerd.protocol.messages.session import NextHop, Open, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.server.device_queue import MAX_JOBS_AN_OWNER
-from peerd.server.engine_task import EngineTask, StepGap
+from peerd.server.engine_task import EngineTask
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 WIDTH = 8
@@ -82,7 +83,7 @@ async def test_the_engines_errors_travel_as_the_wires():
         with pytest.raises(ContextTooLong):
             task.submit("a", step(0, 201), tokens(201))
         task.submit("a", step(0, 4), tokens(4))
-        with pytest.raises(StepGap) as gap:
+        with pytest.raises(StepGapError) as gap:
             task.submit("a", step(7, 1, 2), tokens(1))
         assert gap.value.have == {0: 4}
 
