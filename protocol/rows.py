@@ -7,6 +7,12 @@ drops. Values only: what they do to a cache is the engine's business.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+#: A step of at most this many positions is a client that waits for a token; a larger one is a prefill.
+DECODE_POSITIONS: Final = 32
+#: Steps of this size let the hops of a chain work on one prefill at the same time.
+PREFILL_POSITIONS: Final = 128
 
 
 @dataclass(frozen=True, slots=True)

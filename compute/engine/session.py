@@ -18,11 +18,8 @@ from peerd.compute.errors import ContextTooLongError, EngineError, InvalidStepEr
 from peerd.compute.kv.pages import PageReserve
 from peerd.compute.kv.row_cache import Retention, RowCache, RowState
 from peerd.compute.steps import EngineStep, StepResult
-from peerd.protocol.rows import Fork, Op, RowSlice
+from peerd.protocol.rows import DECODE_POSITIONS, Fork, Op, RowSlice
 from peerd.protocol.span import Span
-
-# A step of at most this many positions is somebody waiting for a token; more is a prefill.
-DECODE_POSITIONS = 32
 
 
 class QueuedStep:

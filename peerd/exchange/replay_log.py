@@ -15,9 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from peerd.exchange.step_tensors import replay_steps
 from peerd.protocol.messages.session import REPLAY_SEQ, Step
-from peerd.protocol.rows import Fork, Op, RowSlice
+from peerd.protocol.rows import PREFILL_POSITIONS, Fork, Op, RowSlice
 
 Sent = tuple[Step, torch.Tensor]
 
@@ -161,3 +160,15 @@ class Retained:
                 grown[: len(buffer)] = buffer
             self._buffers[row] = buffer = grown
         return buffer
+
+
+def replay_steps(retained: Retained, epoch: int) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Steps that bring a hop to where `retained` stands now, in pieces of a prefill's size.
+
+    Rows may grow meanwhile: what is added later is not among them.
+    """
+    for row, length in sorted(retained.lengths.items()):
+        for start in range(0, length, PREFILL_POSITIONS):
+            end = min(start + PREFILL_POSITIONS, length)
+            piece = RowSlice(row, start, end - start)
+            yield Step(epoch=epoch, seq=REPLAY_SEQ, rows=(piece,), want="none"), retained.copy(row, start, end)

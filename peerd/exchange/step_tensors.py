@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from peerd.exchange.replay_log import Retained
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.tensors import encode_tensor
-from peerd.protocol.messages.session import REPLAY_SEQ, Step
-from peerd.protocol.rows import RowSlice
-
-# A step of at most this many positions is somebody waiting for a token; more is a prefill.
-DECODE_POSITIONS = 32
-# Steps of this size let the hops of a chain work on one prefill at the same time.
-PREFILL_POSITIONS = 128
+from peerd.protocol.messages.session import Step
+from peerd.protocol.rows import DECODE_POSITIONS, RowSlice
 
 
 def priority_of(positions: int) -> Priority:
@@ -40,18 +33,6 @@ def wanted_part(step: Step, hidden: torch.Tensor) -> torch.Tensor:
     if step.want == "none":
         return hidden[:0]
     return _cut(step.rows, tuple(piece.end - 1 for piece in step.rows), hidden)[1]
-
-
-def replay_steps(retained: Retained, epoch: int) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Steps that bring a hop to where `retained` stands now, in pieces of a prefill's size.
-
-    Rows may grow meanwhile: what is added later is not among them.
-    """
-    for row, length in sorted(retained.lengths.items()):
-        for start in range(0, length, PREFILL_POSITIONS):
-            end = min(start + PREFILL_POSITIONS, length)
-            piece = RowSlice(row, start, end - start)
-            yield Step(epoch=epoch, seq=REPLAY_SEQ, rows=(piece,), want="none"), retained.copy(row, start, end)
 
 
 def encoded(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peerd.protocol.rows import DECODE_POSITIONS
+
 # RFC 6298, section 2: gains of the smoothed time and of its deviation, and how many deviations are too many.
 _GAIN = 1 / 8
 _DEVIATION_GAIN = 1 / 4
 _DEVIATIONS = 4
-# Steps of at most so many positions are somebody waiting for a token.
-_DECODE_POSITIONS = 32
 # Less is a hiccup: a collection of garbage, a burst of others' prompts.
 FLOOR_S = 1.0
 # Longer than this nobody waits before asking what is wrong.
@@ -53,7 +53,7 @@ class Pace:
     def took(self, positions: int, seconds: float) -> None:
         """A step of so many positions was answered, so long after it could be begun."""
         self._doublings = 0
-        if positions <= _DECODE_POSITIONS:
+        if positions <= DECODE_POSITIONS:
             self._decode = _added(self._decode, seconds)
         else:
             self._prefill = _added(self._prefill, seconds / positions)
@@ -71,11 +71,11 @@ class Pace:
     def expected_s(self, positions: int) -> float | None:
         """Seconds within which so many positions should be computed; None where nothing is known."""
         decode, prefill = self._decode, self._prefill
-        if positions <= _DECODE_POSITIONS:
+        if positions <= DECODE_POSITIONS:
             if decode is not None:
                 return decode.latest
             # A token takes no longer than a prompt's whole piece.
-            return None if prefill is None else prefill.latest * 4 * _DECODE_POSITIONS
+            return None if prefill is None else prefill.latest * 4 * DECODE_POSITIONS
         if prefill is not None:
             return prefill.latest * positions
         return None if decode is None else decode.latest * positions

@@ -15,11 +15,10 @@ from peerd.client.finding.finder import Patience
 from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.supervisor import ChainKeeper
-from peerd.exchange.step_tensors import PREFILL_POSITIONS
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InternalError, InvalidRequest
 from peerd.protocol.messages.session import Want
-from peerd.protocol.rows import Op, RowSlice
+from peerd.protocol.rows import PREFILL_POSITIONS, Op, RowSlice
 
 __all__ = ["Patience", "Session"]
 

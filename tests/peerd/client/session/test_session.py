@@ -9,9 +9,8 @@ import trio
 
 from peerd.client.finding.finder import Patience
 from peerd.compute.kv.layout import Keep
-from peerd.exchange.step_tensors import PREFILL_POSITIONS
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
-from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.rows import PREFILL_POSITIONS, Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 
