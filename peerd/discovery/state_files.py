@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
-from peerd.discovery.discovery import log
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.table import Contact, load_contacts
+
+log = logging.getLogger(__name__)
 
 _SEQ_FILE = "seq"
 

@@ -187,7 +187,7 @@ async def test_one_peer_has_a_bounded_number_of_lanes_and_others_have_theirs(ope
 
 
 async def test_one_peer_holds_at_most_half_of_the_host_memory(open_swarm, serve_tiny, monkeypatch):
-    monkeypatch.setattr("peerd.server.quotas.HOST_BYTES", 2 * 3 * 10 * WIDTH * 4)
+    monkeypatch.setattr("peerd.server.training.HOST_BYTES", 2 * 3 * 10 * WIDTH * 4)
     async with open_swarm() as swarm:
         host = await serve_tiny(swarm, BLOCKS, step_s=5.0)
         greedy, modest = await swarm.caller(), await swarm.caller()

@@ -20,8 +20,7 @@ from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.catalogue import NamedModel
-from peerd.spans import loading as serving
-from peerd.spans import model_choice
+from peerd.spans import budget, model_choice
 from peerd.spans.model_choice import MAX_LOOKED_UP, ModelChoice, local_models
 from peerd.testing.network import MemoryNetwork
 from tests.fakes.hub_server import open_hub
@@ -196,7 +195,7 @@ async def test_as_many_blocks_are_served_as_downloads_may_take(
 async def test_spans_of_one_peer_share_what_is_free_with_what_others_may_take_yet(
     models: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "free_memory", lambda *_: 250 * 2**20)
+    monkeypatch.setattr(budget, "free_memory", lambda *_: 250 * 2**20)
     # None of this KV is ever written: the system takes it for free.
     order = replace(SPEC, model=models[0], blocks=peerd.Span(0, 1), memory_bytes=None, kv_tokens=120_000)
     async with Swarm().peer(order) as server:

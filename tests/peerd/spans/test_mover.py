@@ -15,7 +15,6 @@ import torch
 import trio
 
 import peerd
-from peerd import span_loader
 from peerd.client.finding.finder import Patience, SwarmFinder
 from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
@@ -34,6 +33,7 @@ from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 from peerd.server.served_spans import ServedSpan
 from peerd.server.server import Server
+from peerd.spans import loading as span_loader
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.mover import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.spans.slots import Place, Places
