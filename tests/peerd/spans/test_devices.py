@@ -93,7 +93,7 @@ def test_a_device_too_small_for_a_block_is_left_out_unless_all_are(monkeypatch: 
             raise InvalidRequest("one block takes 1 GiB")
         return spec.memory_bytes // GIB
 
-    monkeypatch.setattr("peerd.spans.devices.how_many_blocks", how_many)
+    monkeypatch.setattr("peerd.spans.budget.how_many_blocks", how_many)
     small, large = ServeSpec("m", memory_bytes=5), ServeSpec("m", blocks=3, memory_bytes=4 * GIB)
     assert rooms([small, large], None) == [0, 4]
     with pytest.raises(InvalidRequest, match="takes 1 GiB"):
