@@ -1,1 +1,1 @@
-"""What travels between peers: bytes in, events out. Knows no sockets, no trio, no clock."""
+"""What travels between peers: bytes in, events out. Without sockets, trio or a clock: time is an argument."""

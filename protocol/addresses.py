@@ -1,8 +1,8 @@
-"""Where a peer can be reached: the few multiaddrs that peerd speaks (spec/addresses.md).
+"""Reads and writes the multiaddrs at which a peer can be reached, and says which hosts are private.
 
-Knows the text form and what it says about a host; resolves no names and opens nothing. The
-difficulty is that addresses come from strangers: each has one spelling, a bounded length, and an
-address that hides a private one inside IPv6 counts as private.
+The text form is in spec/addresses.md. This file resolves no names and opens no sockets. Addresses come from
+untrusted peers, so each address has exactly one spelling and a bounded length, and an IPv6 address that leads to a
+private IPv4 address counts as private.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ IpAddress = IPv4Address | IPv6Address
 HostKind = Literal["ip4", "ip6", "dns4", "dns6", "dns"]
 _HOST_KINDS: tuple[str, ...] = get_args(HostKind)
 
-# The longest there is: a 253-character name, /wss, a relay and a peer make 399 characters.
+# The longest valid address: a 253-character name, /wss, a relay and a peer make 399 characters.
 MAX_ADDRESS_CHARS = 400
 # An IPv6 address in full.
 MAX_IP_CHARS = 45
 # RFC 1035, 2.3.4.
 _MAX_NAME_CHARS = 253
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-# `127.1`, `2130706433` and `0x7f000001` are addresses to a resolver, so they are no names to us.
+# A resolver reads `127.1`, `2130706433` and `0x7f000001` as IP addresses, so we do not accept them as names.
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 # RFC 6052: an IPv4 address in the last 32 bits.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# Where whole networks live that the internet does not reach: RFC 1122, 1918, 6598 (carriers' NAT), 3927, 4193, 4291.
+# Networks that are not reachable from the internet: RFC 1122, 1918, 6598 (carriers' NAT), 3927, 4193, 4291.
 _PRIVATE_RANGES = tuple(
     map(
         ipaddress.ip_network,
@@ -50,11 +50,14 @@ _ALLOWED = (
 
 @dataclass(frozen=True, slots=True)
 class Multiaddr:
-    """One way to a peer. Equal addresses are equal texts. Raises ValueError for a host or port that is none.
+    """One address of a peer. Two addresses are equal exactly if their texts are.
 
-    host: an address in its canonical form or a lower-case name; with `relay`, the relay's.
+    Raises ValueError for an invalid host or port.
+
+    host: an IP address in canonical form or a lower-case name; with `relay`, the relay's.
     port: 0 to 65535; 0 means "any free port" and only makes sense to listen on.
-    relay: the peer at `host` that passes our bytes on to `peer_id`, if it takes one.
+    peer_id: the peer at this address; None if the address does not say.
+    relay: the peer at `host` that forwards our bytes to `peer_id`.
     """
 
     kind: HostKind
@@ -76,20 +79,20 @@ class Multiaddr:
 
     @classmethod
     def parse(cls, text: str) -> Multiaddr:
-        """Read `/ip4/192.0.2.1/tcp/31330/ws/p2p/12D3KooW...`. Raises ValueError saying what is allowed."""
+        """Read `/ip4/192.0.2.1/tcp/31330/ws/p2p/12D3KooW...`. Raises ValueError that lists the allowed forms."""
         if len(text) > MAX_ADDRESS_CHARS:
             raise ValueError(f"an address has at most {MAX_ADDRESS_CHARS} characters, not {len(text)}")
         try:
             return cls._parse_parts(text.split("/"))
         except ValueError as error:
-            raise ValueError(f"{text!r} is no address of ours: {error}; allowed is {_ALLOWED}") from None
+            raise ValueError(f"{text!r} is not a peerd address: {error}; allowed is {_ALLOWED}") from None
 
     @classmethod
     def _parse_parts(cls, parts: list[str]) -> Multiaddr:
         if len(parts) < 6 or parts[0] or parts[3] != "tcp" or parts[5] not in ("ws", "wss"):
             raise ValueError("it does not begin with a host, a TCP port and ws or wss")
         if _PORT.fullmatch(parts[4]) is None:
-            raise ValueError(f"{parts[4]!r} is no port")
+            raise ValueError(f"{parts[4]!r} is not a port")
         peer_id, relay = _parse_peers(parts[6:])
         kind = cast(HostKind, parts[1])
         return cls(kind, parts[2], int(parts[4]), parts[5] == "wss", peer_id, relay)
@@ -103,62 +106,63 @@ class Multiaddr:
         return text
 
     def with_peer(self, peer_id: PeerId | None) -> Multiaddr:
-        """The same address, of this peer (None: of whoever answers)."""
+        """The same address with another peer id; None accepts any peer that answers there."""
         return replace(self, peer_id=peer_id)
 
     @property
     def url(self) -> str:
-        """What a websocket client dials: `ws://host:port/`. For a relayed address, the relay."""
+        """The URL that a websocket client dials: `ws://host:port/`. For a relayed address, the relay's URL."""
         host = f"[{self.host}]" if self.kind == "ip6" else self.host
         return f"{'wss' if self.secure else 'ws'}://{host}:{self.port}/"
 
     @property
     def ip(self) -> IPv4Address | IPv6Address | None:
-        """The host as an IP address; None for a name, which says nothing until it is resolved."""
+        """The host as an IP address; None for a name."""
         if self.kind == "ip4":
             return IPv4Address(self.host)
         return IPv6Address(self.host) if self.kind == "ip6" else None
 
     @property
     def is_wildcard(self) -> bool:
-        """Whether it means every interface, which can be listened on but not dialled."""
+        """Whether the host means every interface. A peer can listen on such an address, but cannot dial it."""
         ip = self.ip
         return ip is not None and ip.is_unspecified
 
     @property
     def is_dialable(self) -> bool:
-        """Whether somebody could dial it: a host that is not a wildcard and a port that is not 0."""
+        """Whether the address can be dialled: its host is not a wildcard and its port is not 0."""
         return self.port != 0 and not self.is_wildcard
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it stays on this machine. Of names, `localhost` alone is known to."""
+        """Whether the host is this machine. Among names, only `localhost` counts."""
         ip = self.ip
         return self.host == "localhost" if ip is None else _inner(ip).is_loopback
 
     @property
     def is_private(self) -> bool:
-        """Whether it cannot be reached from the whole internet: loopback, LANs, link-local, CGNAT and the like.
+        """Whether the host cannot be reached from the whole internet: loopback, LANs, link-local, CGNAT and the like.
 
-        A name other than `localhost` is not private; who dials it must check what it resolves to (`is_private_ip`).
+        A name other than `localhost` counts as public; the caller that dials it must check each IP address to which
+        it resolves with `is_private_ip`.
         """
         ip = self.ip
         return self.is_loopback if ip is None else is_private_ip(ip)
 
 
 def is_private_ip(ip: IPv4Address | IPv6Address) -> bool:
-    """Whether `ip` is not an address of one host on the public internet, looking inside IPv6 for IPv4."""
+    """Whether `ip` is not the address of one host on the public internet. Looks inside IPv6 for an IPv4 address."""
     inner = _inner(ip)
     return not inner.is_global or inner.is_multicast
 
 
 def private_range(ip: IPv4Address | IPv6Address) -> str | None:
-    """The loopback or private range that `ip` itself lies in; None elsewhere."""
+    """The loopback or private range that contains `ip` itself; None if there is none."""
     return next((str(network) for network in _PRIVATE_RANGES if ip in network), None)
 
 
 def public_network(ip: IPv4Address | IPv6Address | None) -> str | None:
-    """The /24 (IPv6: /48, what one site gets) that a public address belongs to; None for others."""
+    """The /24 (IPv6: /48, which is what one site gets) of a public address; None for other addresses."""
     if ip is None or is_private_ip(ip):
         return None
     inner = ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip
@@ -166,7 +170,7 @@ def public_network(ip: IPv4Address | IPv6Address | None) -> str | None:
 
 
 def canonical_ip(text: str) -> IPv4Address | IPv6Address:
-    """An IP address as a peer wrote it, one that maps IPv4 into IPv6 as IPv4. Raises ValueError for any other text."""
+    """The IP address that a peer wrote as text; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     ip = ipaddress.ip_address(text)
     if isinstance(ip, IPv4Address):
         return ip
@@ -176,7 +180,7 @@ def canonical_ip(text: str) -> IPv4Address | IPv6Address:
 
 
 def _inner(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """The IPv4 address to which an IPv6 one leads (mapped, 6to4, NAT64), else `ip` itself."""
+    """The IPv4 address to which an IPv6 address leads (mapped, 6to4, NAT64), else `ip` itself."""
     if isinstance(ip, IPv4Address):
         return ip
     if ip in _NAT64:
@@ -185,7 +189,7 @@ def _inner(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
 
 
 def _parse_peers(parts: list[str]) -> tuple[PeerId | None, PeerId | None]:
-    """The peer and the relay, from what follows `/ws`."""
+    """The peer and the relay from the parts of an address behind `/ws`."""
     match parts:
         case []:
             return None, None
@@ -219,6 +223,6 @@ def _check_host(kind: HostKind, host: str) -> None:
 def _check_name(host: str) -> None:
     labels = host.split(".")
     if len(host) > _MAX_NAME_CHARS or not all(_LABEL.fullmatch(label) for label in labels):
-        raise ValueError(f"{host!r} is no lower-case ASCII host name")
+        raise ValueError(f"{host!r} is not a lower-case ASCII host name")
     if _NUMERIC_LABEL.fullmatch(labels[-1]):
-        raise ValueError(f"{host!r} is no host name: it ends in a number, as addresses do")
+        raise ValueError(f"{host!r} is not a host name: it ends in a number, as IP addresses do")

@@ -1,8 +1,8 @@
-"""Every error that peers tell each other, split by who is to blame.
+"""Every error that peers tell each other, split by blame.
 
-The class decides what a caller does next: a `PeerFault` makes it avoid that peer, an
-`Overloaded` try elsewhere without blame, a `CallerError` is raised to the user. Whatever is none
-of these is a bug of ours and ends the task loudly. Knows the wire form of each (`code`, spec/errors.md).
+The class decides what the caller does next: after a `PeerFault` it avoids that peer, after an `Overloaded` it tries
+another peer without blame, a `CallerError` goes to the user. An exception outside this taxonomy is a bug in peerd.
+Each class carries its name on the wire (`code`, spec/errors.md).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import ClassVar
 
 
 class PeerdError(Exception):
-    """Something went wrong that peerd has a name for. `code` is its name on the wire."""
+    """The base of every error with a name on the wire, which is `code`."""
 
     code: ClassVar[str] = "error"
 
 
 class LocalProtocolError(PeerdError):
-    """Our own code asked the protocol machine for something it may not do now: our bug."""
+    """Our own code called the protocol machine at the wrong time or with a wrong value: a bug in peerd."""
 
     code = "local_protocol"
 
@@ -26,13 +26,13 @@ class LocalProtocolError(PeerdError):
 
 
 class PeerFault(PeerdError):
-    """The other peer broke a promise; avoid it for a while."""
+    """The other peer broke a promise; the caller avoids it for a while."""
 
     code = "peer_fault"
 
 
 class RemoteProtocolError(PeerFault):
-    """It sent bytes that the protocol does not allow."""
+    """The peer sent bytes that the protocol does not allow."""
 
     code = "protocol"
 
@@ -56,25 +56,25 @@ class VersionMismatch(HandshakeFailed):
 
 
 class ConnectFailed(PeerFault):
-    """No address of the peer could be connected to."""
+    """No connection to any of the peer's addresses could be made."""
 
     code = "connect"
 
 
 class ConnectionLost(PeerFault):
-    """The connection ended under us: closed, reset, or silent for too long."""
+    """The connection ended during use: closed, reset, or silent for too long."""
 
     code = "connection_lost"
 
 
 class RelayLost(ConnectionLost):
-    """A relay ended the way to the peer, or is gone itself. The peer may be well, and reached in another way."""
+    """A relay ended the circuit to the peer or died itself. The peer may be well and reachable by another address."""
 
     code = "relay_lost"
 
 
 class StreamReset(PeerFault):
-    """The peer ended one stream; `reason` is the code it gave. The connection lives on."""
+    """The peer ended one stream; `reason` is the code it gave. The connection stays open."""
 
     code = "stream_reset"
 
@@ -84,19 +84,19 @@ class StreamReset(PeerFault):
 
 
 class BadResult(PeerFault):
-    """It answered with values that cannot be right: wrong shape, non-finite."""
+    """The peer answered with values that cannot be right: wrong shape, non-finite."""
 
     code = "bad_result"
 
 
 class Unresponsive(PeerFault):
-    """It did not answer within its deadline."""
+    """The peer did not answer within its deadline."""
 
     code = "unresponsive"
 
 
 class LinkFailed(PeerdError):
-    """A hop could not reach its next hop. Blames the link, neither peer."""
+    """A hop could not reach its next hop. Blames the link and neither peer."""
 
     code = "link_failed"
 
@@ -105,9 +105,9 @@ class LinkFailed(PeerdError):
 
 
 class Overloaded(PeerdError):
-    """It cannot now; another peer, or the same one later, can.
+    """The peer cannot serve the request now; another peer, or the same peer later, can.
 
-    retry_after_s: in how many seconds it may be able to, by its own reckoning; 0 where it does not say.
+    retry_after_s: the peer's own estimate of when it can serve again, in seconds; 0 if it gives none.
     """
 
     code = "overloaded"
@@ -118,7 +118,7 @@ class Overloaded(PeerdError):
 
 
 class NoRoom(Overloaded):
-    """Too few free KV tokens within the caller's timeout."""
+    """The peer had too few free KV tokens within the caller's timeout."""
 
     code = "no_room"
 
@@ -134,7 +134,7 @@ class Draining(Overloaded):
 
 
 class Evicted(Overloaded):
-    """The session was idle for too long and its KV pages were given to others."""
+    """The session was idle for too long, and the peer gave its KV pages to other sessions."""
 
     code = "evicted"
 
@@ -143,7 +143,7 @@ class Evicted(Overloaded):
 
 
 class CallerError(PeerdError):
-    """The request cannot be served by anybody as it stands."""
+    """No peer can serve the request as it is."""
 
     code = "caller"
 
@@ -185,7 +185,7 @@ class Superseded(CallerError):
 
 
 class NoChain(PeerdError):
-    """Nobody reachable serves some of the model's blocks; `missing` says which."""
+    """No reachable peer serves some of the model's blocks; `missing` lists them as (start, end) pairs."""
 
     code = "no_chain"
 
@@ -195,7 +195,7 @@ class NoChain(PeerdError):
 
 
 class InternalError(PeerFault):
-    """The peer says that it has a bug. Told apart so that its operator can be told."""
+    """The peer reports a bug of its own. It has its own class so that the peer's operator can be told."""
 
     code = "internal"
 
@@ -208,7 +208,7 @@ _BY_CODE = {cls.code: cls for cls in _subclasses(PeerdError)}
 
 
 def from_wire(code: str, message: str, free_tokens: int = 0, retry_after_s: float = 0.0) -> PeerdError:
-    """The error a peer told us. An unknown code is the peer's fault: it is newer, or lying."""
+    """The error that a peer sent us. An unknown code becomes a PeerFault: the peer is newer than we are, or lies."""
     cls = _BY_CODE.get(code, PeerFault)
     if cls is NoRoom:
         return NoRoom(message, free_tokens, retry_after_s)

@@ -1,8 +1,8 @@
-"""Who a peer is: an Ed25519 key, and the PeerId that names it (spec/identity.md).
+"""Identifies peers: an Ed25519 key, and the PeerId that names it (spec/identity.md).
 
-Knows keys, names and signatures; knows no key files and no clock. The difficulty is that a name
-must have one spelling only: a PeerId that could be written in two ways would count as two peers
-in every quota and every set. So reading is strict, and whatever decodes re-encodes to itself.
+A PeerId must have exactly one spelling: one that could be written in two ways would count as two peers in every
+quota and every set. So decoding is strict, and whatever decodes encodes to the same text again. Key files are read
+elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 PeerId = NewType("PeerId", str)
 
-# Peers meet the same few thousand names again and again; writing or reading one in base58 takes as long as a lookup.
+# Peers meet the same few thousand names again and again, and base58 takes as long as a DHT table lookup.
 _CACHED_NAMES = 8192
 
 KEY_BYTES = 32
@@ -38,7 +38,7 @@ PEER_ID_CHARS = 52
 
 
 class Identity:
-    """A private key and what follows from it. Its `repr` never shows the secret."""
+    """A private key, its public key and its PeerId. Its `repr` does not show the secret."""
 
     __slots__ = ("_key", "peer_id", "public_key")
 
@@ -49,7 +49,7 @@ class Identity:
 
     @classmethod
     def generate(cls) -> Identity:
-        """A new identity, from the operating system's randomness."""
+        """A new identity from the operating system's random numbers."""
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
@@ -61,7 +61,7 @@ class Identity:
 
     @property
     def seed(self) -> bytes:
-        """The 32-byte secret (RFC 8032's private key). Whoever has it is this peer."""
+        """The 32-byte secret (RFC 8032's private key). Every process that has it can act as this peer."""
         return self._key.private_bytes_raw()
 
     def sign(self, data: bytes) -> bytes:
@@ -73,7 +73,7 @@ class Identity:
 
 
 def verify(public_key: bytes, data: bytes, signature: bytes) -> bool:
-    """Whether `signature` is the key's over `data`. A key or signature of a wrong length is just False."""
+    """Whether `signature` is this key's signature of `data`. False for a key or signature of a wrong length."""
     if len(public_key) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
         return False
     try:
@@ -122,9 +122,9 @@ def decode_public_key(data: bytes) -> bytes:
 
 
 def node_id_of(peer_id: str) -> bytes:
-    """Where a peer stands in the DHT: sha256 of the PeerId's 38 multihash bytes, cut to 20 bytes.
+    """The peer's position in the DHT: sha256 of the PeerId's 38 multihash bytes, cut to 20 bytes.
 
-    Raises ValueError as `public_key_of` does.
+    Raises ValueError if `peer_id` is not canonical.
     """
     return hashlib.sha256(_multihash_of(public_key_of(peer_id))).digest()[:NODE_ID_BYTES]
 

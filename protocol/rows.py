@@ -1,7 +1,7 @@
-"""Rows of a session: the words in which steps are said, on the wire and in the engine alike.
+"""The words of a step, used on the wire and in the engine alike: row slices, forks and drops.
 
-A row is one sequence with a length of its own; a step adds positions to some rows, after forks and
-drops. Values only: what they do to a cache is the engine's business.
+A row is an independent sequence with its own length. A step first applies its forks and drops and then adds
+positions to some rows. These are plain values; the engine applies them to a cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Forget a row's cache."""
+    """Forget the cache of `row`."""
 
     row: int
 

@@ -30,7 +30,7 @@ class Span:
         return self.start <= block < self.end
 
     def covers(self, other: Span) -> bool:
-        """Whether every block of `other` is one of ours."""
+        """Whether this span contains every block of `other`."""
         return self.start <= other.start and other.end <= self.end
 
     @classmethod

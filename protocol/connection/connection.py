@@ -1,9 +1,9 @@
-"""One connection between two peers: encrypted messages in, events out, and back (spec/connection.md).
+"""One side of a connection between two peers: turns encrypted messages into events and back (spec/connection.md).
 
-Joins the handshake, frames, streams, their schedule and liveness. Knows no sockets and no clock: time is
-an argument, the next deadline a result. The next message is made only when it can be sent, so that what
-is urgent is decided at the last moment. The difficulty is a hostile peer: whatever it sends costs us a
-bounded amount of memory and of answers, and the first byte that breaks a rule ends the connection.
+Joins the handshake, frames, streams, their schedule and liveness, without sockets and without a clock: time is an
+argument, the next deadline a result. The next message is made only when it can be sent, so that the most urgent one
+goes first. A hostile peer can cost us only a bounded amount of memory and of answers, and the first byte that breaks
+a rule ends the connection.
 """
 
 from __future__ import annotations
@@ -55,34 +55,34 @@ from peerd.protocol.identity import Identity, PeerId
 
 __all__ = ["Connection", "Limits"]
 
-# Small frames let what is urgent go between them: 16 KiB of bulk delay a decode by 1.3 ms at 100 Mbit/s.
-# Decodes need not be interrupted, and 31 KiB still fit into a frame of a relayed connection.
+# Small frames let urgent frames go between them: 16 KiB of bulk delay a decode by 1.3 ms at 100 Mbit/s. A decode step
+# need not be interrupted, and 31 KiB still fit into a frame of a relayed connection.
 _FRAME_BYTES: Final = {
     Priority.CONTROL: 31 * 1024,
     Priority.DECODE: 31 * 1024,
     Priority.PREFILL: 16 * 1024,
     Priority.BULK: 16 * 1024,
 }
-# The fastest line for which windows are made: so much times the round trip is on its way at once. On a short
-# line that is little, and should be: what the reader cannot keep up with would wait in front of it, in the
-# system's buffers, where no priority reaches.
+# The fastest line for which windows are sized: this rate times the round trip is the number of bytes on their way. On a
+# short line that is little, and should be: bytes that the reader cannot keep up with would wait in the operating
+# system's buffers, where our priorities do not apply.
 _LINE_BYTES_A_SECOND = 125_000_000
 _MIN_USEFUL_BYTES = 256 * 1024
-# RESETs that wait for a peer which opens streams but does not read.
+# How many RESETs may wait for a peer that opens streams but does not read.
 _MAX_WAITING_CONTROL = 4096
 
 
 class Connection:
     """One side of a connection, from the first byte of the handshake.
 
-    identity, expected, swarm_key, random_bytes: as `Handshake` takes them.
+    identity, expected, swarm_key, random_bytes: see `Handshake`.
     initiator: whether we dialled.
-    payload_bytes: what our frames carry at most; less than usual where they travel inside others.
-    now: the time, in seconds, on the clock that all later calls use too.
+    payload_bytes: the most payload of our frames; less than usual if they travel inside others (a relayed connection).
+    now: the time in seconds, on the clock that all later calls use too.
 
-    Feed it with `receive`, then drain `next_event`; whenever a message can be sent, send `next_message`; call
-    `check` at `deadline`. Each may raise a PeerdError, after which the connection is over: what
-    `next_message` then still has tells the peer why.
+    Feed received messages to `receive`, then drain `next_event`; when the transport can send, send `next_message`;
+    call `check` at `deadline`. Each of these may raise a PeerdError, after which the connection is over;
+    `next_message` then returns one last message that tells the peer why.
     """
 
     def __init__(
@@ -119,16 +119,16 @@ class Connection:
         state = "over" if self._over else "open" if self._ciphers else "handshake"
         return f"<Connection {state} streams={len(self._streams)} ready={len(self._schedule)}>"
 
-    # Who and when.
+    # Identity and time.
 
     @property
     def peer_id(self) -> PeerId:
-        """Who the peer proved to be. Raises LocalProtocolError before it did."""
+        """The PeerId that the peer proved. Raises LocalProtocolError before the handshake is complete."""
         return self._handshake.peer_id
 
     @property
     def over(self) -> bool:
-        """Whether it has ended, on either side: streams are of no more use."""
+        """Whether either side has ended the connection; its streams can no longer be used."""
         return self._over
 
     @property
@@ -138,23 +138,26 @@ class Connection:
 
     @property
     def answers(self) -> int:
-        """How many of our PINGs were answered: `rtt_s` is another's then."""
+        """How many of our PINGs were answered. If it grew, `rtt_s` is a new measurement."""
         return self._liveness.answers if self._liveness else 0
 
     def ask(self, now: float) -> None:
-        """PING the peer as soon as possible, whether or not it was silent."""
+        """Send a PING as soon as possible, even if the peer was not silent."""
         if self._liveness is not None:
             self._liveness.ask(now)
 
     @property
     def deadline(self) -> float:
-        """When `check` must be called. It moves earlier at HandshakeDone and where the first stream opens only."""
+        """When `check` must be called. It moves to an earlier time only at HandshakeDone and when the first stream
+        opens.
+        """
         return self._liveness.deadline(in_use=len(self._streams) > 0) if self._liveness else self._handshake_deadline
 
     def check(self, now: float, delivery: Delivery | None = None) -> None:
-        """Do what the time demands. `delivery`: what became of what we sent, where the transport can tell.
+        """Ask a silent peer whether it lives, or end the connection, as the time demands.
 
-        Raises HandshakeFailed or ConnectionLost for a peer that is silent, Unresponsive for one that never reads.
+        delivery: what the transport knows of the bytes that we sent; None if it knows nothing. Raises
+        HandshakeFailed or ConnectionLost for a silent peer, Unresponsive for one that never reads.
         """
         if self._over or now < self.deadline:
             return
@@ -169,7 +172,7 @@ class Connection:
     # Bytes in, events out.
 
     def receive(self, data: bytes, now: float) -> None:
-        """Take one message of the transport. Raises PeerFault for one that the protocol does not allow."""
+        """Take one message of the transport. Raises PeerFault if the protocol does not allow it."""
         if self._over:
             return
         try:
@@ -186,13 +189,13 @@ class Connection:
             raise
 
     def next_event(self) -> Event | None:
-        """What has happened, in order; None when that was all."""
+        """The next event in order; None if there is none."""
         return self._events.popleft() if self._events else None
 
     # Bytes out.
 
     def next_message(self, now: float) -> bytes | None:
-        """The message to send now, if any: the most urgent. Raises HandshakeFailed."""
+        """The most urgent message to send now; None if there is none. Raises HandshakeFailed."""
         if self._ciphers is not None:
             frame = self._next_frame(now)
             return None if frame is None else self._ciphers[0].encrypt(frame)
@@ -207,7 +210,7 @@ class Connection:
         return message
 
     def go_away(self, code: str, reason: str = "") -> None:
-        """End the connection: one last message says why, everything unsent is dropped."""
+        """End the connection: one last message carries `code` and `reason`, everything unsent is dropped."""
         if not self._over:
             self._end()
             if self._ciphers is not None:
@@ -216,9 +219,10 @@ class Connection:
     # Streams.
 
     def open_stream(self, protocol: str, priority: Priority) -> Stream:
-        """Open a stream; the peer hears of it with the next message. `priority`: of what it answers by default.
+        """Open a stream; the peer learns of it with the next message.
 
-        Raises Overloaded beyond 256 streams, LocalProtocolError before the handshake is done or after the end.
+        priority: the default priority of the peer's answers. Raises Overloaded beyond 256 streams,
+        LocalProtocolError before the handshake is complete or after the end.
         """
         if self._ciphers is None or self._over:
             raise LocalProtocolError("streams can be opened only on a connection that is open")
@@ -227,17 +231,19 @@ class Connection:
         return stream
 
     def send(self, stream: Stream, header: Mapping[str, Any], body: Sequence[Buffer], priority: Priority) -> None:
-        """Queue one message. `body` must not change until it was sent. Raises LocalProtocolError."""
+        """Queue one message. `body` must not change until it was sent. Raises LocalProtocolError on a finished
+        stream.
+        """
         if stream.outgoing.finishing or stream.state is State.CLOSED:
             raise LocalProtocolError(f"{stream!r} is finished")
         stream.outgoing.push(header, body, priority)
         self._schedule_if_ready(stream)
 
     def read(self, stream: Stream, max_body: int) -> RawMessage | None:
-        """The stream's next message if all of it is here; what was consumed is credited to the peer.
+        """The stream's next message if all of it has arrived, else None. The peer gets credit for the consumed bytes.
 
-        max_body: how many bytes of body we are ready to hold; as much credit may be given at once. Raises
-        RemoteProtocolError for bytes that are no message, having reset the stream.
+        max_body: how many bytes of body the caller is ready to hold; as much credit may be given at once. Raises
+        RemoteProtocolError for bytes that are not a message, after resetting the stream.
         """
         try:
             message, consumed = stream.incoming.read(max_body)
@@ -249,13 +255,13 @@ class Connection:
         return message
 
     def finish(self, stream: Stream) -> None:
-        """Say no more on the stream, after what is queued. Repeating it changes nothing."""
+        """Send nothing more on the stream after what is queued. A second call changes nothing."""
         if stream.state is not State.CLOSED and not stream.outgoing.finishing:
             stream.outgoing.finishing = True
             self._schedule_if_ready(stream)
 
     def close(self, stream: Stream) -> None:
-        """Finish the stream and read no more: a peer that still talks is told so once all was sent."""
+        """Finish the stream and stop reading it. If the peer still sends, it gets a RESET once our queue is sent."""
         stream.closing = True
         stream.incoming.drop()
         if stream.state is State.FINISHED:
@@ -264,7 +270,7 @@ class Connection:
             self.finish(stream)
 
     def reset(self, stream: Stream, code: str) -> None:
-        """End the stream at once, in both directions. Does nothing to one that has ended."""
+        """End the stream at once, in both directions. Does nothing to a stream that has ended."""
         stream.incoming.drop()
         if stream.state is State.CLOSED:
             return
@@ -312,7 +318,7 @@ class Connection:
                 if (stream := self._streams.known(stream_id)) is not None:
                     self._take_reset(stream, code)
             case Ping(token):
-                # A newer one replaces one that was not answered yet: a flood costs one answer.
+                # A newer PING replaces one that is not answered yet, so a flood of PINGs costs one answer.
                 self._pong = Pong(token)
             case Pong():
                 self._liveness.pong(frame, now)

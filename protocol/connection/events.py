@@ -1,7 +1,6 @@
-"""What a connection tells whoever drives it: everything that can happen, as values.
+"""The events of a connection, as values for the code that drives it.
 
-Knows nothing but the streams that it happened to. An event says that it is worth looking, never more than
-that: what can be read or sent now, `Connection` knows.
+An event says that something changed; ask `Connection` for what can be read or sent now.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from peerd.protocol.identity import PeerId
 
 @dataclass(frozen=True, slots=True)
 class HandshakeDone:
-    """The peer has proved who it is; streams may be opened."""
+    """The peer has proved its PeerId; streams may be opened."""
 
     peer_id: PeerId
 
@@ -28,23 +27,23 @@ class StreamOpened:
 
 @dataclass(frozen=True, slots=True)
 class StreamReadable:
-    """Bytes of a stream, or its end, arrived: `Connection.read` may have more."""
+    """Bytes of a stream, or its end, arrived: `Connection.read` may return more."""
 
     stream: Stream
 
 
 @dataclass(frozen=True, slots=True)
 class MessageSent:
-    """The last byte of one of the stream's messages left."""
+    """The last byte of one of the stream's messages was sent."""
 
     stream: Stream
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEnded:
-    """The stream is over in both directions; what arrived before may still be read.
+    """The stream is over in both directions; messages that arrived before may still be read.
 
-    Where the peer reset it, `stream.reset_code` says why.
+    If the peer reset the stream, `stream.reset_code` has its code.
     """
 
     stream: Stream
@@ -52,7 +51,7 @@ class StreamEnded:
 
 @dataclass(frozen=True, slots=True)
 class GoneAway:
-    """The peer ended the connection. Nothing comes after this."""
+    """The peer ended the connection. This is the last event."""
 
     code: str
     reason: str

@@ -1,8 +1,7 @@
-"""Frames: the unit that a connection encrypts, sends and interleaves (spec/frames.md).
+"""Encodes and decodes frames, the units that a connection encrypts, sends and interleaves (spec/frames.md).
 
-Knows each kind's bytes and limits; knows no streams, so nothing about which frame may come when
-(`streams` has that table). The difficulty is strictness: a frame is read in one way or refused, and
-nothing in it makes us allocate more than its own length.
+A frame has one valid reading or is refused, and nothing in it makes us allocate more than its own length. Which
+frame may come when on a stream is defined in `streams`.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ MAX_REASON_BYTES = 500
 PING_BYTES = 8
 
 FIN = 0x01
-"""The only flag: on DATA, the sender says no more on this stream."""
+"""The only flag: on DATA, the sender says that it sends nothing more on this stream."""
 
 _PROTOCOL_ID = re.compile(r"/[!-~]+")
 _CODE = re.compile(r"[a-z0-9_]+")
 
 
 class Priority(IntEnum):
-    """Of two messages that wait, the one with the smaller value goes first."""
+    """The priority of a message. Of two waiting messages, the one with the smaller value goes first."""
 
     CONTROL = 0
     DECODE = 1
@@ -59,7 +58,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A new stream. `credit`: how many bytes its receiver may send back before it is given more."""
+    """Opens a stream. `credit`: how many bytes the receiver may send back before it is given more."""
 
     stream: int
     protocol: str
@@ -78,7 +77,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """The receiver of a stream's bytes has consumed some: so many more may be sent."""
+    """The receiver has consumed bytes of the stream: the other side may send `amount` more."""
 
     stream: int
     amount: int
@@ -86,7 +85,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """The stream ends at once, in both directions; `code` is one of spec/errors.md or a use's own."""
+    """The stream ends at once, in both directions; `code` is one of spec/errors.md or of the protocol on the stream."""
 
     stream: int
     code: str
@@ -114,7 +113,7 @@ Frame = Open | Data | Credit | Reset | Ping | Pong | GoAway
 
 
 def encode_frame(frame: Frame) -> bytes:
-    """The frame's bytes. Our own code keeps the limits; what breaks them is a ValueError or struct.error."""
+    """The frame's bytes. Raises ValueError or struct.error if our own code breaks a limit."""
     match frame:
         case Open(stream, protocol, priority, credit):
             payload = _OPEN.pack(priority, credit) + _checked_protocol(protocol).encode()
@@ -136,7 +135,7 @@ def encode_frame(frame: Frame) -> bytes:
 
 
 def encode_data(stream: int, parts: Sequence[bytes | bytearray | memoryview], *, fin: bool) -> bytes:
-    """A DATA frame whose payload is `parts`, copied once: the path that every tensor takes."""
+    """A DATA frame whose payload is `parts`. They are copied only once, since every tensor takes this path."""
     return b"".join((_HEADER.pack(Kind.DATA, FIN if fin else 0, stream), *parts))
 
 
@@ -218,7 +217,7 @@ _DECODERS: Final[dict[int, Callable[[int, int, memoryview], Frame]]] = {
     Kind.PONG: _decode_pong,
     Kind.GOAWAY: _decode_goaway,
 }
-# These belong to the connection and say stream 0; the others never do.
+# These frames concern the connection and carry stream 0; all others carry a stream's number.
 _OF_CONNECTION: Final = frozenset((Kind.PING, Kind.PONG, Kind.GOAWAY))
 
 

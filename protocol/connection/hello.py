@@ -1,7 +1,6 @@
-"""Hello: what two peers tell each other first, on every connection (spec/connection.md).
+"""Hello: the first message that two peers exchange on every connection (spec/connection.md).
 
-Knows the fields and their limits. Everything in it is a claim: nothing here is proven but the PeerId
-of the connection that carried it, so no other room may trust more than "the peer says so".
+Everything in it is an unproven claim; only the PeerId of the connection is proven.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ MAX_ITEMS = 64
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """Who the peer says it is and how it sees us.
+    """The peer's claims about itself, and how it sees us.
 
     agent: program and version, for people.
-    time_us: its clock when it wrote this, in microseconds since 1970.
-    protocols: what may be opened on it.
-    addresses: multiaddrs it listens on; texts, since a newer peer may have kinds that we cannot read.
-    observed_ip: the IP address it sees us at; "" where it cannot tell.
-    roles: what it does, such as `serve` or `relay`.
+    time_us: the peer's clock when it wrote this, in microseconds since 1970.
+    protocols: the protocols of streams that the peer accepts.
+    addresses: multiaddrs at which the peer listens; as text, since a newer peer may have kinds that we cannot read.
+    observed_ip: the IP address from which it sees us connect; "" if it cannot tell.
+    roles: what the peer does, such as `serve` or `relay`.
     """
 
     TYPE: ClassVar[str] = "hello"
@@ -44,7 +43,7 @@ class Hello(Message):
 
     @property
     def seen_at(self) -> IPv4Address | IPv6Address | None:
-        """`observed_ip` as an address; None where it says none."""
+        """`observed_ip` as an address; None if it is not a valid one."""
         try:
             return canonical_ip(self.observed_ip)
         except ValueError:
@@ -52,7 +51,7 @@ class Hello(Message):
 
     @property
     def multiaddrs(self) -> tuple[Multiaddr, ...]:
-        """Those of `addresses` that this version understands."""
+        """The `addresses` that this version understands."""
         found = []
         for address in self.addresses:
             try:

@@ -1,11 +1,10 @@
-"""Whether the other side is still there, told by our own PINGs and by what the system knows of our bytes.
+"""Decides whether the peer is still there, from our own PINGs and from what the operating system knows of sent bytes.
 
-Knows when something was last received and what became of what we sent; knows no frames but the token that a
-PONG must echo. A connection that is half open says nothing, ever: so after some silence we ask, sooner where
-somebody waits for an answer. The difficulty is to blame nobody who is merely slow. Silence has three
-reasons that look alike from here: the way is gone, the peer's process is busy (it loads a model, it was stopped),
-or we ourselves did not listen (a suspended laptop, a starved loop). The first can be told from the second, for a host
-that is there acknowledges what it gets, however busy its processes are; the third shows in our own late timers.
+A half-open connection stays silent for ever. So after some silence we send a PING, sooner while streams are open. A
+peer that is merely slow must not be declared dead. Silence has three causes that look alike: the path is broken, the
+peer's process is busy or stopped, or we ourselves did not listen (a suspended laptop, a starved event loop). The
+first two differ in that the system of a reachable host acknowledges bytes, however busy its processes are; the third
+shows in our own late timers.
 """
 
 from __future__ import annotations
@@ -17,30 +16,31 @@ from peerd.protocol.connection.frames import Pong
 from peerd.protocol.errors import ConnectionLost, Unresponsive
 
 _TOKEN = struct.Struct(">Q")
-# A timer that fires this late says that we slept.
+# A timer that fires this many seconds late shows that our own process did not run.
 _OVERSLEPT_S = 1.0
-# In doubt, we look again this often: a verdict needs two looks that were on time, so that what arrived while
-# we were held up has been read by then.
+# In doubt, we check again this often. A verdict needs two checks that were on time, so that bytes which arrived while
+# we were held up have been read by then.
 _LOOK_S = 0.5
-# Repetitions in a row that the far system left unanswered. RFC 6298 doubles its time-out each time, and starts
-# from the measured round trip: 1.4 s on a short line, more on a long one; 5 % of loss does that to one in 8000.
+# Repetitions in a row that the far system left unanswered. RFC 6298 doubles its time-out each time, starting from the
+# measured round trip: three take 1.4 s on a short line, more on a long one; 5 % of loss causes three in 1 of 8000
+# cases.
 _UNANSWERED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a connection may be silent.
+    """How long a connection may be silent, in seconds.
 
     handshake_s: from the first byte until both sides are proven.
-    ask_after_s: silence after which we ask whether the peer is there.
-    ask_in_use_s: the same while streams are open: somebody may wait for an answer.
-    ask_again_s: after an answer we ask anew, however much the peer says: the round trip changes, and who never reads
-        must be found out.
-    undelivered_s: after we asked, where the far system acknowledges nothing.
-    untold_s: silence in use, where nobody can tell what was acknowledged. A serving peer's loop stands still
-        for up to 0.2 s while it loads a model, and for 0.8 s with three programs to a processor beside it.
-    dead_after_s: silence in every other case: the far system is there, the peer's process does not answer.
-    unread_s: a PING without answer while the peer goes on talking. A slow line's buffers hold it up for 10 s.
+    ask_after_s: silence after which we PING the peer.
+    ask_in_use_s: silence after which we PING while streams are open, since a caller may wait for an answer.
+    ask_again_s: time from an answer to the next PING, even if the peer keeps sending: the round trip changes, and a
+        peer that never reads must be noticed.
+    undelivered_s: how long after our PING the far system may acknowledge nothing.
+    untold_s: silence while streams are open, if the transport cannot tell what was acknowledged. A serving peer's loop
+        stands still for up to 0.2 s while it loads a model, and for 0.8 s with three programs to a processor beside it.
+    dead_after_s: silence in every other case: the far system is there, but the peer's process does not answer.
+    unread_s: how long a PING may stay unanswered while the peer sends. A slow line's buffers can hold it up for 10 s.
     """
 
     handshake_s: float = 10.0
@@ -55,10 +55,10 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What our system knows of the bytes that we sent, where it knows anything.
+    """What our operating system knows of the bytes that we sent.
 
-    acknowledged_bytes: so many the far system has.
-    unanswered: times in a row that ours sent something again, or asked for room, and got no acknowledgement at all.
+    acknowledged_bytes: how many bytes the far system has acknowledged.
+    unanswered: how many times in a row our system retransmitted or probed for room and got no acknowledgement at all.
     """
 
     acknowledged_bytes: int
@@ -66,18 +66,18 @@ class Delivery:
 
 
 class Liveness:
-    """Counts silence from `now` on. Asks at once, to learn the round-trip time."""
+    """Measures the peer's silence from `now` on. Sends a PING at once, to learn the round-trip time."""
 
     def __init__(self, patience: Patience, now: float) -> None:
         self._patience = patience
-        # Silence counts from here: something was heard, or taken by the far system, or we woke.
+        # Silence counts from here: bytes arrived, the far system took bytes, or our process woke.
         self._quiet_since = now
         self._token = 0
-        # Since when an answer is due; the PING may not have left yet.
+        # Since when an answer is due; the PING itself may not have been sent yet.
         self._asked: float | None = now
         self._left = now
         self._answered = now
-        # Whether the present silence has lasted long enough to be asked about.
+        # Whether the present silence has lasted long enough that we asked about it.
         self._doubting = False
         self._looked = now
         self._acknowledged_bytes = 0
@@ -88,10 +88,10 @@ class Liveness:
         self.answers = 0
         """PINGs that were answered."""
         self.best_rtt_s: float | None = None
-        """The shortest: what the line itself takes, without anybody's queues."""
+        """The shortest round trip: what the line itself takes, without queues."""
 
     def deadline(self, *, in_use: bool) -> float:
-        """When `check` has something to do. It only ever moves later, but where the connection comes into use."""
+        """When `check` must run next. It moves to an earlier time only when the first stream opens."""
         if self._doubting:
             return self._looked + _LOOK_S
         asks = self._quiet_since + self._ask_after_s(in_use)
@@ -100,25 +100,25 @@ class Liveness:
         return min(asks, self._asked + self._patience.unread_s)
 
     def heard(self, now: float) -> None:
-        """Something authentic arrived."""
+        """An authentic message arrived."""
         self._quiet_since = now
         self._doubting = False
 
     def ask(self, now: float) -> None:
-        """Let a PING go out, unless one is under way: nothing is lost on a connection, so another would say no more."""
+        """Send a PING unless one is under way: a connection loses nothing, so a second PING would tell us no more."""
         if self._asked is None:
             self._asked = now
             self.ping_due = True
 
     def ping(self, now: float) -> bytes:
-        """The token of the PING that leaves now."""
+        """The token of the PING that is sent now."""
         self.ping_due = False
         self._left = now
         self._token += 1
         return _TOKEN.pack(self._token)
 
     def pong(self, frame: Pong, now: float) -> None:
-        """Take an answer; one that we did not ask for proves nothing and is ignored."""
+        """Take an answer. Ignores one that we did not ask for, since it proves nothing."""
         if self._asked is not None and not self.ping_due and frame.token == _TOKEN.pack(self._token):
             self.rtt_s = now - self._left
             self.best_rtt_s = self.rtt_s if self.best_rtt_s is None else min(self.best_rtt_s, self.rtt_s)
@@ -129,7 +129,7 @@ class Liveness:
     def check(self, now: float, *, in_use: bool = False, delivery: Delivery | None = None) -> None:
         """Ask, or raise ConnectionLost or Unresponsive, as the time demands.
 
-        in_use: whether streams are open. delivery: None where nobody can tell.
+        in_use: whether streams are open. delivery: None if the transport cannot tell.
         """
         late_s = now - self.deadline(in_use=in_use)
         if late_s < 0:
@@ -146,7 +146,7 @@ class Liveness:
             raise Unresponsive(f"the peer talks but does not read: a PING of {age_s:.0f} s ago is unanswered")
         if self._doubting:
             if taken:
-                # A slow line, full of what we send: the PING is still in the middle of it.
+                # A slow line, full of bytes that we send: our PING is still queued among them.
                 self._quiet_since = now - ask_after_s
             self._judge(now - self._quiet_since, in_use, delivery)
         elif now >= self._quiet_since + ask_after_s:
@@ -166,7 +166,7 @@ class Liveness:
             raise ConnectionLost(f"{what}the peer has been silent for {silent_s:.1f} s")
 
     def _note_taken(self, delivery: Delivery | None) -> bool:
-        """Whether the far system took more of what we sent since the last look."""
+        """Whether the far system acknowledged more of our bytes since the last check."""
         if delivery is None:
             return False
         before, self._acknowledged_bytes = self._acknowledged_bytes, delivery.acknowledged_bytes

@@ -1,9 +1,7 @@
-"""The handshake of a connection: Noise XX or XXpsk0 (noise_xx.py), proving PeerIds as libp2p-noise does.
+"""The handshake of a connection: Noise XX or XXpsk0, with PeerIds proven as in libp2p-noise (spec/noise.md).
 
-Knows identities and the payload that proves them; knows no frames and no sockets, and takes its
-randomness as an argument (spec/noise.md). The difficulty is what an error must not leave behind: our
-identity is never shown to a peer that failed to prove the one we dialled, and a handshake that failed
-once can never complete.
+Adds the identity payload to noise_xx.py; randomness is an argument. An error must leave nothing behind: our identity
+is never shown to a peer that failed to prove the PeerId that we dialled, and a failed handshake can never complete.
 """
 
 from __future__ import annotations
@@ -27,21 +25,21 @@ __all__ = ["PROLOGUE", "SWARM_KEY_BYTES", "MAX_HANDSHAKE_BYTES", "TAG_BYTES", "C
 
 PROLOGUE = b"peerd/1"
 SWARM_KEY_BYTES = 32
-# Ours have at most 200 bytes; the rest is room for fields that later versions may add.
+# Our messages have at most 200 bytes; the rest is room for fields that later versions may add.
 MAX_HANDSHAKE_BYTES = 1024
-# libp2p-noise: what the identity key signs in front of the static key.
+# libp2p-noise: the prefix of the static key in the bytes that the identity key signs.
 _STATIC_KEY_DOMAIN = b"noise-libp2p-static-key:"
 
 
 class Handshake:
     """Three messages after which both sides know each other's PeerId and share two ciphers.
 
-    identity: who we prove to be.
-    expected: who the other side must prove to be; None accepts anybody.
+    identity: our own identity, which we prove.
+    expected: the PeerId that the other side must prove; None accepts any peer.
     swarm_key: the private swarm's 32 random bytes; None for the public protocol.
     random_bytes: the source of the two fresh X25519 secrets.
 
-    Drive it with `must_write`, `write` and `read` until `complete`, then `split`. An error ends it for good.
+    Drive it with `must_write`, `write` and `read` until `complete`, then call `split`. An error ends it for good.
     """
 
     def __init__(
@@ -80,13 +78,13 @@ class Handshake:
 
     @property
     def peer_id(self) -> PeerId:
-        """Who the other side proved to be. Raises LocalProtocolError before it did."""
+        """The PeerId that the other side proved. Raises LocalProtocolError before it did."""
         if self._peer_id is None:
             raise LocalProtocolError("the peer has not proved yet who it is")
         return self._peer_id
 
     def write(self) -> bytes:
-        """Our next message. Raises LocalProtocolError out of turn or after an error, HandshakeFailed."""
+        """Our next message. Raises LocalProtocolError out of turn or after an error, HandshakeFailed for a bad key."""
         self._break_unless_done()
         message = self._noise.write(self._identity_payload() if self._noise.turn else b"")
         self._broken = False
@@ -95,8 +93,8 @@ class Handshake:
     def read(self, message: bytes) -> None:
         """Take the peer's next message, whole.
 
-        Raises HandshakeFailed (WrongPeer for another PeerId than `expected`), RemoteProtocolError for bytes
-        that no peer of ours sends, LocalProtocolError out of turn or after an error.
+        Raises HandshakeFailed (WrongPeer for another PeerId than `expected`), RemoteProtocolError for bytes that no
+        peer of ours sends, LocalProtocolError out of turn or after an error.
         """
         self._break_unless_done()
         if len(message) > MAX_HANDSHAKE_BYTES:
@@ -108,19 +106,23 @@ class Handshake:
         self._broken = False
 
     def split(self) -> tuple[CipherState, CipherState]:
-        """What to send with, and what to receive with. Raises LocalProtocolError unless `complete`, or if repeated."""
+        """The ciphers to send with and to receive with. Raises LocalProtocolError unless `complete`, or on a second
+        call.
+        """
         if self._broken:
             raise LocalProtocolError("the handshake has failed")
         return self._noise.split()
 
     def _break_unless_done(self) -> None:
-        """Any error on the way out leaves the handshake broken; who succeeds mends it."""
+        """Mark the handshake broken until the caller succeeds, so that any error on the way leaves it broken."""
         if self._broken:
             raise LocalProtocolError("the handshake has failed")
         self._broken = True
 
     def _read_first(self, message: bytes) -> None:
-        """One key, sealed in a private swarm: its length tells a missing swarm key from a wrong one."""
+        """Take the first message: one key, encrypted in a private swarm. Its length shows whether the peer uses a swarm
+        key.
+        """
         sealed = KEY_BYTES + TAG_BYTES
         if self._private_swarm and len(message) == KEY_BYTES:
             raise HandshakeFailed("the peer has no swarm key, but this swarm is private")
@@ -158,7 +160,7 @@ class Handshake:
 
 
 def _parse_payload(payload: bytes) -> dict[int, bytes]:
-    """libp2p's NoiseHandshakePayload: protobuf, of which we allow length-delimited fields, once each."""
+    """The fields of libp2p's NoiseHandshakePayload: protobuf, restricted to length-delimited fields, once each."""
     fields: dict[int, bytes] = {}
     at = 0
     while at < len(payload):
@@ -173,7 +175,7 @@ def _parse_payload(payload: bytes) -> dict[int, bytes]:
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, and where it ends. Two bytes hold all that fits a handshake message."""
+    """The varint at `at`, and the offset behind it. Two bytes hold every number that fits a handshake message."""
     value = 0
     for shift in (0, 7):
         if at >= len(data):

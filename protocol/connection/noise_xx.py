@@ -1,8 +1,7 @@
-"""Noise_XX[psk0]_25519_ChaChaPoly_SHA256: the Noise Protocol Framework, revision 34, cut down to it.
+"""Noise_XX[psk0]_25519_ChaChaPoly_SHA256 from the Noise Protocol Framework, revision 34.
 
-Knows keys, hashes and the order of tokens; knows nothing of PeerIds (noise.py puts those on top). It
-passes the published vectors. The difficulty is order: every token is mixed exactly when the pattern
-says, nothing that was read counts before it is authenticated, and no key encrypts twice under one nonce.
+Passes the published vectors; noise.py adds PeerIds. Order is what matters: every token is mixed exactly when the
+pattern says, nothing that was read counts before it is authenticated, and no key encrypts twice with one nonce.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from peerd.protocol.errors import HandshakeFailed, LocalProtocolError, RemotePro
 
 KEY_BYTES = 32
 TAG_BYTES = 16
-# Noise, section 3; our frames stay at half of it.
+# Noise, section 3; our frames stay below half of it.
 MAX_MESSAGE_BYTES = 65535
 # Noise, section 5.1: the nonce 2**64 - 1 is reserved.
 MAX_NONCE = 2**64 - 1
@@ -47,7 +46,7 @@ class CipherState:
     def encrypt(self, plaintext: bytes | bytearray | memoryview, ad: bytes = b"") -> bytes:
         """The message that carries `plaintext`, 16 bytes longer.
 
-        Raises LocalProtocolError if the message would pass 65535 bytes, or when all nonces are used.
+        Raises LocalProtocolError if the message would exceed 65535 bytes, or when all nonces are used.
         """
         nonce = self._nonce
         if nonce >= MAX_NONCE:
@@ -58,9 +57,9 @@ class CipherState:
         return self._aead.encrypt(_pack_nonce(nonce), plaintext, ad)
 
     def decrypt(self, message: bytes | bytearray | memoryview, ad: bytes = b"") -> bytes:
-        """What the message carried.
+        """The plaintext of the message.
 
-        Raises RemoteProtocolError if it is not the one that was encrypted for this place; the nonce stays.
+        Raises RemoteProtocolError if it is not the message that was encrypted with this nonce; the nonce then stays.
         """
         nonce = self._nonce
         if nonce >= MAX_NONCE:
@@ -76,7 +75,7 @@ class CipherState:
 
 
 class _Symmetric:
-    """Noise's SymmetricState: the transcript hash, the chaining key and the cipher of the moment."""
+    """Noise's SymmetricState: the transcript hash, the chaining key and the current cipher."""
 
     __slots__ = ("_chain", "_cipher", "hash")
 
@@ -100,7 +99,7 @@ class _Symmetric:
 
     @property
     def tag_bytes(self) -> int:
-        """By how much encryption lengthens what is sent now."""
+        """How many bytes encryption now adds to a message."""
         return 0 if self._cipher is None else TAG_BYTES
 
     def encrypt_and_hash(self, plaintext: bytes) -> bytes:
@@ -120,7 +119,7 @@ class _Symmetric:
 
 
 def _hkdf(chain: bytes, material: bytes, outputs: int) -> list[bytes]:
-    """Noise, section 4.3."""
+    """HKDF as in Noise, section 4.3."""
     secret = hmac.digest(chain, material, "sha256")
     found: list[bytes] = []
     last = b""
@@ -133,8 +132,8 @@ def _hkdf(chain: bytes, material: bytes, outputs: int) -> list[bytes]:
 class NoiseXX:
     """The three messages of XX; with a `psk` of 32 bytes, of XXpsk0.
 
-    `static` and `ephemeral` are X25519 secrets of 32 bytes; the ephemeral must be new and random, or
-    nothing is secret. After an error it must be dropped.
+    `static` and `ephemeral` are X25519 secrets of 32 bytes; the ephemeral one must be new and random, or nothing is
+    secret. After an error the object must not be used any more.
     """
 
     def __init__(
@@ -153,16 +152,16 @@ class NoiseXX:
         self._remote_ephemeral = b""
         self.remote_static = b""
         self.turn = 0
-        """How many messages have passed, of three."""
+        """How many of the three messages have passed."""
 
     @property
     def static_public(self) -> bytes:
-        """Our static key, as the other side learns it."""
+        """Our public static key, which the other side learns."""
         return self._static.public_key().public_bytes_raw()
 
     @property
     def handshake_hash(self) -> bytes:
-        """Names the whole conversation so far; when `complete`, both sides have the same."""
+        """The hash of the whole conversation so far; when `complete`, both sides have the same."""
         return self._symmetric.hash
 
     @property
@@ -201,7 +200,9 @@ class NoiseXX:
         return payload
 
     def split(self) -> tuple[CipherState, CipherState]:
-        """What to send with, and what to receive with. Once only: a second pair would reuse every nonce."""
+        """The ciphers to send with and to receive with. Works once only, since a second pair would reuse every
+        nonce.
+        """
         if not self.complete or self._was_split:
             raise LocalProtocolError("the handshake is not complete, or was split already")
         self._was_split = True
@@ -231,7 +232,7 @@ class NoiseXX:
 
     def _mix_ephemeral(self, public: bytes) -> None:
         self._symmetric.mix_hash(public)
-        if self._has_psk:  # Noise, section 9.2: else a psk would encrypt under one key for ever
+        if self._has_psk:  # Noise, section 9.2: otherwise the psk would encrypt with one key for ever
             self._symmetric.mix_key(public)
 
     def _mix_secret(self, token: str) -> None:

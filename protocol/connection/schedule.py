@@ -1,9 +1,8 @@
-"""Whose turn it is: of the streams that could send a frame now, the one whose frame should go next.
+"""Chooses which of the streams that are ready to send may send the next frame.
 
-Knows streams by number and the priority of their head messages; knows no bytes. Strict priority, turns
-within one, and slow ageing: a stream that has been passed over by enough frames rises a level, so that a
-stream of decodes slows a bulk transfer down but never stops it. Counting frames and not seconds gives the
-low priorities the same share of a slow link as of a fast one, and needs no clock.
+Strict priority, turns within one priority, and slow ageing: a stream that many frames have overtaken rises a level,
+so that decodes slow a bulk transfer down but never stop it. Ageing counts frames instead of seconds, so that low
+priorities get the same share of a slow line as of a fast one, and no clock is needed.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from collections import OrderedDict
 
 from peerd.protocol.connection.frames import Priority
 
-# Frames of higher priority that pass a waiting stream before it counts as one level higher. At worst a
-# decode waits for one 16 KiB frame of bulk in 64 of its own.
+# How many frames of higher priority may overtake a waiting stream before it counts as one level higher. At worst a
+# decode waits for one 16 KiB frame of bulk in 64 frames of its own.
 AGEING_FRAMES = 64
 
 
 class Schedule:
-    """The streams that are ready to send, each with the priority of what it would send."""
+    """The streams that are ready to send, each with the priority of the message that it would send."""
 
     def __init__(self) -> None:
-        # In each level, who has waited longest comes first: number -> the turn at which it began to wait.
+        # For each level, stream number -> the turn at which it began to wait; the longest wait comes first.
         self._levels: dict[Priority, OrderedDict[int, int]] = {priority: OrderedDict() for priority in Priority}
         self._level_of: dict[int, Priority] = {}
         self._turn = 0
@@ -30,7 +29,7 @@ class Schedule:
         return len(self._level_of)
 
     def put(self, stream_id: int, priority: Priority) -> None:
-        """The stream is ready to send something of this priority. One that waits already keeps its place."""
+        """Note that the stream has a message of this priority to send. A stream that already waits keeps its place."""
         current = self._level_of.get(stream_id)
         if current is priority:
             return
@@ -40,13 +39,15 @@ class Schedule:
         self._levels[priority][stream_id] = self._turn
 
     def remove(self, stream_id: int) -> None:
-        """The stream has nothing to send, or may not."""
+        """Note that the stream has nothing to send, or may not send."""
         level = self._level_of.pop(stream_id, None)
         if level is not None:
             del self._levels[level][stream_id]
 
     def take(self) -> int | None:
-        """The stream whose turn it is; it must be put again to get another. None if none is ready."""
+        """The stream that may send now, removed from the schedule; None if none is ready. `put` it back to send
+        again.
+        """
         best: tuple[int, int, int] | None = None
         for priority, waiting in self._levels.items():
             if waiting:

@@ -1,8 +1,7 @@
-"""The streams of one connection: their numbers, how many there may be, and what they may hold together.
+"""The streams of one connection by number, with limits on how many there are and what they hold together.
 
-Knows who opened which; knows no frames that are on their way. The difficulty is to tell a stream that has
-ended, whose last frames may still arrive, from one that never was, without remembering all that ever were:
-numbers only grow, so the highest of each side is enough.
+A stream that has ended, whose last frames may still arrive, must be told from one that never was opened, without
+remembering all old streams. Numbers only grow, so the highest number of each side is enough.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ MAX_STREAMS = 256
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one peer may make us hold or do, over one connection.
+    """How much one peer may make us hold or do over one connection.
 
     opens_burst, opens_a_second: how fast it may open streams.
     shared_credit_bytes: credit beyond each stream's initial one, over all streams together.
@@ -34,7 +33,7 @@ class Limits:
 
 
 class StreamTable:
-    """The open streams by number. The initiator's are odd, so that neither side needs the other's word."""
+    """The open streams by number. The initiator's numbers are odd, so both sides can open streams without asking."""
 
     def __init__(self, limits: Limits, *, initiator: bool, now: float) -> None:
         self._limits = limits
@@ -54,7 +53,7 @@ class StreamTable:
         return self._streams[stream_id]
 
     def open(self, protocol: str, priority: Priority) -> Stream:
-        """A new stream of ours. Raises Overloaded beyond 256, ConnectionLost when all numbers are used."""
+        """Open a new stream of ours. Raises Overloaded beyond 256, ConnectionLost when all numbers are used."""
         if self._count(ours=True) >= MAX_STREAMS:
             raise Overloaded(f"{MAX_STREAMS} streams to this peer are open already")
         if self._next_id > MAX_STREAM_ID:
@@ -65,9 +64,9 @@ class StreamTable:
         return stream
 
     def accept(self, frame: Open, now: float) -> Stream | None:
-        """A new stream of the peer's; None where it has too many, which it is told with a RESET.
+        """Add a stream that the peer opened. Returns None if it has too many; the caller then sends a RESET.
 
-        Raises RemoteProtocolError for a number that is not its to use, and for opening too fast.
+        Raises RemoteProtocolError for a number that the peer must not use, and for opening too fast.
         """
         if self._is_ours(frame.stream) or frame.stream <= self._last_peer_id:
             raise RemoteProtocolError(f"OPEN of stream {frame.stream}, which is ours or was used before")
@@ -86,7 +85,7 @@ class StreamTable:
     def known(self, stream_id: int) -> Stream | None:
         """The stream, or None for one that has ended: its last frames may still be on their way.
 
-        Raises RemoteProtocolError for one that never was.
+        Raises RemoteProtocolError for a stream that was never opened.
         """
         stream = self._streams.get(stream_id)
         if stream is None:
@@ -96,11 +95,11 @@ class StreamTable:
         return stream
 
     def forget(self, stream: Stream) -> bool:
-        """The stream has ended. Returns whether that is news."""
+        """Remove a stream that has ended. Returns whether it was still in the table."""
         return self._streams.pop(stream.id, None) is not None
 
     def affordable(self, stream: Stream, credit: int) -> int:
-        """Of the credit that a stream should be given, what all of them together leave for it."""
+        """How much of `credit` the stream may be given within the limit that all streams share."""
         own = INITIAL_CREDIT_BYTES - stream.incoming.outstanding
         if credit <= own:
             return credit

@@ -1,9 +1,8 @@
-"""One stream of a connection: what may come next, what waits to be sent, what waits to be read.
+"""One stream of a connection: its state, what waits to be sent, and what waits to be read.
 
-Knows messages, bytes and credit; knows no other stream (`schedule` decides whose turn it is) and no
-encryption. The difficulty is memory: the peer decides how much arrives and in how small pieces, our
-application decides when it reads. So credit is given back only for bytes that were consumed, and small
-pieces are merged while they wait.
+The peer decides how much arrives and in how small pieces, and our application decides when it reads. So credit is
+given back only for bytes that were consumed, and small pieces are merged while they wait. Encryption and the order
+of streams are decided elsewhere (`connection`, `schedule`).
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from peerd.protocol.connection.frames import MAX_CREDIT, Data, Priority
 from peerd.protocol.encoding.wire import Buffer, MessageReader, RawMessage, encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 
-# What either side may send on a new stream at once; more comes with CREDIT. It is part of the protocol for
-# the stream's opener, and what we grant in OPEN. 256 streams of it bound what a peer can make us hold.
+# What either side may send on a new stream at once; more comes with CREDIT. For the stream's opener the number is part
+# of the protocol, and we grant it in OPEN. 256 such streams bound what a peer can make us hold.
 INITIAL_CREDIT_BYTES = 64 * 1024
-# A stream that carries big messages is given a window of their size, so that the next one does not stall
-# for a round trip; 4 MiB keep 300 Mbit/s busy over 100 ms.
+# A stream that carries big messages gets a window of their size, so that the next message does not stall for a round
+# trip; 4 MiB keep 300 Mbit/s busy over 100 ms.
 MAX_WINDOW_BYTES = 4 * 1024 * 1024
-# Pieces smaller than this are merged while they wait, or their bookkeeping would outweigh them.
+# Smaller pieces are merged while they wait; otherwise the objects would take more memory than the bytes.
 _SMALL_PIECE_BYTES = 512
 _MERGED_PIECE_BYTES = 16 * 1024
 
 
 class State(Enum):
-    """A stream's state: `FINISHED` is our side's, `PEER_FINISHED` the other's."""
+    """A stream's state. `FINISHED`: our side sends no more; `PEER_FINISHED`: the peer sends no more."""
 
     OPEN = auto()
     FINISHED = auto()
@@ -38,7 +37,7 @@ class State(Enum):
 
 
 class Step(Enum):
-    """What can happen to a stream on the wire, after OPEN."""
+    """An event in a stream's life on the wire, after OPEN."""
 
     SEND_DATA = auto()
     SEND_FIN = auto()
@@ -49,8 +48,8 @@ class Step(Enum):
     RESET = auto()
 
 
-# Whatever is not here is an error of whoever did it. Frames for a stream that is CLOSED and forgotten are
-# ignored: they may have crossed our RESET (spec/connection.md).
+# A transition that is missing here is an error of the side that made it. Frames for a stream that is CLOSED and
+# forgotten are ignored: they may have crossed our RESET (spec/connection.md).
 TRANSITIONS: Final[dict[State, dict[Step, State]]] = {
     State.OPEN: {
         Step.SEND_DATA: State.OPEN,
@@ -81,7 +80,7 @@ _FROM_PEER: Final = frozenset((Step.DATA, Step.FIN, Step.CREDIT, Step.RESET))
 
 
 class _Unsent:
-    """A message that waits, and how far it has gone."""
+    """A queued message, and how much of it was sent."""
 
     __slots__ = ("index", "left", "offset", "parts", "priority")
 
@@ -108,7 +107,7 @@ class _Unsent:
 
 
 class Outgoing:
-    """What we still have to send on a stream, and how much of it the peer takes now."""
+    """The messages that we still have to send on a stream, and how many bytes the peer accepts now."""
 
     __slots__ = ("_queue", "credit", "fin_sent", "finishing", "unsent_bytes")
 
@@ -121,7 +120,7 @@ class Outgoing:
 
     @property
     def unsent_messages(self) -> int:
-        """Messages of which some part has yet to be sent."""
+        """How many messages are not completely sent."""
         return len(self._queue)
 
     @property
@@ -132,7 +131,10 @@ class Outgoing:
         return self.finishing and not self.fin_sent
 
     def priority(self, otherwise: Priority) -> Priority:
-        """The head message's, so that nothing overtakes what was said before it on the same stream."""
+        """The priority of the message at the head, so that no later message of the stream overtakes it.
+
+        otherwise: the result when nothing is queued.
+        """
         return self._queue[0].priority if self._queue else otherwise
 
     def push(self, header: Mapping[str, Any], body: Sequence[Buffer], priority: Priority) -> None:
@@ -141,7 +143,7 @@ class Outgoing:
         self.unsent_bytes += message.left
 
     def cut(self, max_bytes: int) -> tuple[list[memoryview], bool, bool]:
-        """What the next DATA frame carries, whether it finishes the stream, whether it ends a message."""
+        """The pieces of the next DATA frame, whether it finishes the stream, and whether it ends a message."""
         if not self._queue:
             self.fin_sent = True
             return [], True, False
@@ -157,7 +159,7 @@ class Outgoing:
         return pieces, self.fin_sent, ended
 
     def add_credit(self, amount: int) -> None:
-        """Raises RemoteProtocolError for more than a stream can use: a peer that lost count."""
+        """Add credit. Raises RemoteProtocolError if the sum exceeds what a stream may have."""
         if self.credit + amount > MAX_CREDIT:
             raise RemoteProtocolError(f"more than {MAX_CREDIT} bytes of credit on one stream")
         self.credit += amount
@@ -169,9 +171,9 @@ class Outgoing:
 
 
 class Incoming:
-    """What the peer sent on a stream and nobody has read yet.
+    """The bytes that the peer sent on a stream and that the application has not read yet.
 
-    `outstanding` is the credit that the peer has and has not got back: what it may send plus what waits here.
+    `outstanding` is the peer's credit that was not given back: what it may still send plus what waits here.
     """
 
     __slots__ = ("_pieces", "_reader", "_window", "buffered", "finished", "outstanding")
@@ -186,11 +188,11 @@ class Incoming:
 
     @property
     def ended(self) -> bool:
-        """Whether the peer finished and all of it was read."""
+        """Whether the peer finished the stream and everything was read."""
         return self.finished and not self._pieces
 
     def accept(self, payload: memoryview) -> None:
-        """Keep bytes until they are read. Raises RemoteProtocolError where the peer had no credit for them."""
+        """Keep bytes until they are read. Raises RemoteProtocolError if the peer had no credit for them."""
         if self.buffered + len(payload) > self.outstanding:
             raise RemoteProtocolError("a stream was sent more than its credit")
         self.buffered += len(payload)
@@ -205,9 +207,9 @@ class Incoming:
             self._pieces.append(bytearray(payload))
 
     def read(self, max_body: int) -> tuple[RawMessage | None, int]:
-        """The next message if all of it is here, and how many bytes were consumed on the way.
+        """The next message if all of it has arrived, and how many bytes were consumed.
 
-        Raises RemoteProtocolError for bytes that are no message, and for a stream that ends within one.
+        Raises RemoteProtocolError for bytes that are not a message, and for a stream that ends within one.
         """
         reader = self._reader
         reader.max_body = max_body
@@ -225,15 +227,15 @@ class Incoming:
         return message, consumed
 
     def wanted_credit(self, useful_bytes: int) -> int:
-        """How much more the peer should be given: the window, or the rest of the body that is being read.
+        """How much more credit the peer should get: up to the window, or the rest of the body that is being read.
 
-        useful_bytes: what the line can hold; more would only wait in somebody's buffers, ahead of what is urgent.
+        useful_bytes: what the line can hold; more would only wait in buffers, ahead of urgent messages.
         """
         if self.finished:
             return 0
         target = min(max(self._window, self._reader.missing_body_bytes), max(useful_bytes, INITIAL_CREDIT_BYTES))
         missing = target - self.outstanding
-        # Small refunds would cost a frame each; half the credit in hand keeps the peer sending.
+        # A small CREDIT would cost a frame; the peer keeps sending as long as it has half of the target.
         return missing if 2 * missing >= target else 0
 
     def drop(self) -> None:
@@ -244,7 +246,7 @@ class Incoming:
         self.buffered = 0
 
     def _feed_piece(self, reader: MessageReader) -> int:
-        # A view of a merged piece also stops it from growing under the message that is cut from it.
+        # A view also stops a merged piece from growing under the message that is cut from it.
         piece = memoryview(self._pieces[0])
         used = reader.feed(piece)
         if used == len(piece):
@@ -267,9 +269,9 @@ class Stream:
         self.outgoing = Outgoing(credit)
         self.incoming = Incoming()
         self.closing = False
-        """We read no more; whatever is still unsent goes out first."""
+        """We read no more; the rest of our queue is still sent."""
         self.reset_code: str | None = None
-        """The code with which the peer reset it."""
+        """The code with which the peer reset the stream."""
 
     def __repr__(self) -> str:
         return (
@@ -278,7 +280,9 @@ class Stream:
         )
 
     def step(self, step: Step) -> None:
-        """Move on. Raises RemoteProtocolError or LocalProtocolError where the table has no such step."""
+        """Move to the next state. Raises RemoteProtocolError or LocalProtocolError if the table has no such
+        transition.
+        """
         after = TRANSITIONS[self.state].get(step)
         if after is None:
             what = f"{step.name} on stream {self.id} in state {self.state.name}"
@@ -297,7 +301,7 @@ class Stream:
             self.incoming.drop()
 
     def note_sent(self, *, data: bool, fin: bool) -> None:
-        """A DATA frame of ours leaves."""
+        """Note that a DATA frame of ours is sent."""
         if data:
             self.step(Step.SEND_DATA)
         if fin:

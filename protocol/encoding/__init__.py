@@ -1,1 +1,1 @@
-"""How values become bytes: MessagePack, fields, messages, tensors."""
+"""Turns values into bytes and back: MessagePack, fields, messages, tensors."""

@@ -1,8 +1,8 @@
-"""msgpack as peers may use it: maps with unique text keys, bounded depth, no extension types.
+"""Packs and unpacks the msgpack that peers may use: unique text keys, bounded depth, no extension types.
 
-Knows forms, not meanings: schema.py checks fields. The difficulty is that what msgpack's own decoder
-lets pass (repeated keys, byte-string keys, timestamps, a thousand levels) two implementations would read
-differently, or not survive. The caller bounds the size before it calls.
+msgpack's own decoder accepts repeated keys, byte-string keys, timestamps and a thousand levels, which two
+implementations would read differently or not survive; `unpack` refuses them all. The caller must bound the size of
+the data first, and schema.py checks the fields afterwards.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _refuse_extension(code: int, _data: bytes) -> None:
 
 
 def _check(value: Any, depth_left: int) -> None:
-    """Refuse what the hooks do not see: depth, and msgpack's built-in timestamp extension."""
+    """Refuse what the decoder's hooks do not see: too deep nesting and msgpack's built-in timestamp extension."""
     kind = type(value)
     if kind in _SCALARS:
         return

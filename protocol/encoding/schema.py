@@ -1,8 +1,8 @@
-"""Declares what a message's fields may hold, and checks it before anything is built from them.
+"""Declares what a message's fields may hold, and checks received fields before building a message from them.
 
-A message is a frozen dataclass whose fields carry a `Rule`. Knows types, ranges and sizes; knows no
-message. The difficulty is Python's and msgpack's laxness: `True` is an `int`, `1` equals `1.0`, so
-every rule names the exact type it takes. Unknown fields are ignored, so that a newer peer may add some.
+A message is a frozen dataclass whose fields carry a `Rule`. Python and msgpack are lax (`True` is an `int`, `1`
+equals `1.0`), so every rule names the exact type that it accepts. Unknown fields are ignored, so that a newer peer
+may add some.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from peerd.protocol.errors import RemoteProtocolError
 
 Rule = Callable[[Any], Any]
-"""Takes a decoded msgpack value and returns the field's value, or raises ValueError saying what it wants."""
+"""Takes a decoded msgpack value and returns the field's value, or raises ValueError saying what it expects."""
 
 _RULE, _DUMP = "rule", "dump"
 
@@ -56,7 +56,7 @@ def binary(low: int, high: int) -> Rule:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A map whose contents somebody else checks."""
+    """A map whose contents the caller checks later."""
     if type(value) is not dict:
         raise ValueError("a map")
     return value
@@ -78,7 +78,7 @@ def many(item: Rule, max_items: int) -> Rule:
 
 
 def group(*items: Rule) -> Rule:
-    """A list of exactly these items: small structures travel without their field names."""
+    """A list of exactly these items. Small structures travel as such lists, without field names."""
 
     def rule(value: Any) -> tuple[Any, ...]:
         if type(value) not in (list, tuple) or len(value) != len(items):
@@ -89,7 +89,7 @@ def group(*items: Rule) -> Rule:
 
 
 def built(item: Rule, build: Callable[..., Any]) -> Rule:
-    """What `item` accepts, handed as arguments to `build`."""
+    """Passes the values that `item` accepts to `build` as arguments."""
 
     def rule(value: Any) -> Any:
         return build(*item(value))
@@ -98,18 +98,18 @@ def built(item: Rule, build: Callable[..., Any]) -> Rule:
 
 
 def required(rule: Rule, dump: Callable[[Any], Any] | None = None) -> Any:
-    """A field that must be there. `dump` turns its value into what msgpack takes."""
+    """A field that must be present. `dump` turns its value into msgpack values."""
     return dataclasses.field(metadata={_RULE: rule, _DUMP: dump})
 
 
 def optional(rule: Rule, default: Any, dump: Callable[[Any], Any] | None = None) -> Any:
-    """A field left out on the wire when it equals `default`."""
+    """A field that is left out on the wire when it equals `default`. `dump` turns its value into msgpack values."""
     return dataclasses.field(default=default, metadata={_RULE: rule, _DUMP: dump})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Message:
-    """What a frozen dataclass of ruled fields inherits. `TYPE` is the message's name on the wire."""
+    """The base of messages: frozen dataclasses whose fields have rules. `TYPE` is the message's name on the wire."""
 
     TYPE: ClassVar[str] = ""
 
@@ -129,7 +129,7 @@ class Message:
         return cls(**values)
 
     def to_header(self) -> dict[str, Any]:
-        """The message as msgpack values, optional fields at their defaults left out."""
+        """The message as msgpack values, without optional fields that equal their defaults."""
         header: dict[str, Any] = {"type": self.TYPE}
         for name, _, dump, default in _plan(type(self)):
             value = getattr(self, name)
@@ -144,7 +144,7 @@ _plans: dict[type, _Plan] = {}
 
 
 def _plan(cls: type[Message]) -> _Plan:
-    # Reading dataclass metadata costs more than the checks themselves, and every step passes here.
+    # Cached: reading dataclass metadata costs more than the checks themselves, and every step needs it.
     plan = _plans.get(cls)
     if plan is None:
         fields = dataclasses.fields(cls)
@@ -154,7 +154,7 @@ def _plan(cls: type[Message]) -> _Plan:
 
 
 def parse(header: Mapping[str, Any], allowed: tuple[type[M], ...]) -> M:
-    """Build whichever of the `allowed` messages the header's `type` names. Raises RemoteProtocolError."""
+    """Build that one of the `allowed` messages which the header's `type` names. Raises RemoteProtocolError."""
     kind = header.get("type")
     for cls in allowed:
         if kind == cls.TYPE:

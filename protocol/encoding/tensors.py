@@ -1,9 +1,9 @@
-"""Tensors as they travel: a small header of fields, and a body of raw bytes (spec/tensors.md).
+"""Encodes tensors as a small header of fields and a body of raw bytes, and decodes them (spec/tensors.md).
 
-Knows shapes, dtypes and codecs; knows no message, no stream and no model. The difficulty is that both ways
-lie on the path of every token: so exact tensors become memoryviews of their own memory, bodies become
-tensors over the very bytes that arrived, and the check for non-finite values is one pass that allocates
-nothing. A header comes from a stranger, so its size is known and bounded before anything is allocated.
+Both directions lie on the path of every token, so nothing is copied that need not be: an exact tensor becomes
+memoryviews of its own memory, a body becomes a tensor over the bytes that arrived, and the check for non-finite
+values is one pass that allocates nothing. A header comes from an untrusted peer, so the tensor's size is checked
+before anything is allocated.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Body = bytes | bytearray | memoryview
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Deep prompts [blocks, rows, positions, width] are the deepest that travels.
+# Deep prompts [blocks, rows, positions, width] have the most sides of all tensors that travel.
 MAX_RANK = 4
 _MAX_SIDE = 2**31 - 1
 
-# One scale a token is known to wreck the families with outlier channels; 64 costs 3 % for the scales.
+# One scale for a whole token ruins families with outlier channels; a scale for 64 values costs 3 % more bytes.
 GROUP = 64
 _STEPS = 127
-# What still rounds to 127, with room for the rounding of the scale (2**-11) and of the division.
+# The largest quotient that still rounds to 127, with room for the rounding of the scale (2**-11) and of the division.
 _MOST_STEPS = 127.25
 _LEAST_SCALE = np.float32(2.0**-24)
 # The largest scale that fp16 holds, and, for fp16 values, the largest whose 127-fold is finite in fp16.
 _MAX_SCALE = {torch.float32: 65504.0, torch.bfloat16: 65504.0, torch.float16: 515.5}
 
-# What numpy is shown a dtype's values as (it has no bfloat16), and how that is written on the wire.
+# For each dtype, the type as which numpy reads its values (numpy has no bfloat16), and the type on the wire.
 _WIRE_TYPES: dict[torch.dtype, tuple[torch.dtype, np.dtype[Any]]] = {
     torch.float32: (torch.float32, np.dtype("<f4")),
     torch.float16: (torch.float16, np.dtype("<f2")),
@@ -48,7 +48,7 @@ _WIRE_TYPES: dict[torch.dtype, tuple[torch.dtype, np.dtype[Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """What a body holds: `dtype` is a key of `DTYPES`, `codec` one of `CODECS`, every side of `shape` is positive."""
+    """Describes a body. `dtype` is a key of `DTYPES`, `codec` a key of `CODECS`, every side of `shape` is positive."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -56,7 +56,7 @@ class TensorHeader:
 
     @property
     def body_bytes(self) -> int:
-        """The exact length of the body."""
+        """The exact length of the body in bytes."""
         return CODECS[self.codec].body_bytes(self)
 
     def to_fields(self) -> dict[str, Any]:
@@ -65,9 +65,9 @@ class TensorHeader:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], *, max_elements: int) -> TensorHeader:
-        """Check what a peer sent; unknown fields are ignored.
+        """Check the fields that a peer sent; unknown fields are ignored.
 
-        Raises RemoteProtocolError naming the field, also where the tensor would hold more than `max_elements`.
+        Raises RemoteProtocolError naming the field, also if the tensor would hold more than `max_elements` values.
         """
         header = cls(**{name: _checked(fields, name, rule) for name, rule in _FIELD_RULES.items()})
         if not header.shape:
@@ -79,8 +79,11 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How values become bytes. `encode` is given a dense tensor of the header's dtype, `decode` a body of the right
-    length. Both raise ValueError for non-finite values, and `decode` may return a view of the body."""
+    """Turns values into bytes and back.
+
+    `encode` takes a dense tensor of the header's dtype, `decode` a body of the right length. Both raise ValueError
+    for non-finite values. `decode` may return a view of the body.
+    """
 
     body_bytes: Callable[[TensorHeader], int]
     encode: Callable[[torch.Tensor], list[memoryview]]
@@ -92,15 +95,15 @@ def encode_tensor(
 ) -> tuple[TensorHeader, list[memoryview]]:
     """`tensor`, first rounded to `dtype` (default: its own), as a header and the parts of its body, in order.
 
-    A contiguous CPU tensor under `exact` is not copied: the parts show its memory, so it must not change until
-    they are sent. Raises BadResult for non-finite values, which are then told as the fault of the peer that
-    computed them; UnsupportedFeature for values too large for the codec; LocalProtocolError for what no peer
-    could read: another dtype, an unknown codec, no values, more than `MAX_RANK` sides.
+    A contiguous CPU tensor is not copied by `exact`: the parts show its memory, so it must not change until they are
+    sent. Raises BadResult for non-finite values, because a receiver would blame the peer that computed them;
+    UnsupportedFeature for values too large for the codec; LocalProtocolError for tensors that no peer could read:
+    another dtype, an unknown codec, no values, more than `MAX_RANK` sides.
     """
     values = tensor.detach() if dtype is None else tensor.detach().to(dtype)
     name = DTYPE_NAMES.get(values.dtype)
     if name is None or codec not in CODECS or not values.numel() or not 1 <= values.dim() <= MAX_RANK:
-        raise LocalProtocolError(f"no {values.dtype} of shape {tuple(values.shape)} travels as {codec!r}")
+        raise LocalProtocolError(f"cannot send {values.dtype} of shape {tuple(values.shape)} as {codec!r}")
     try:
         parts = CODECS[codec].encode(values)
     except ValueError as error:
@@ -111,8 +114,8 @@ def encode_tensor(
 def decode_tensor(header: TensorHeader, body: Body) -> torch.Tensor:
     """The tensor of `header.shape` and `header.dtype`, on the CPU.
 
-    Under `exact`, a writable and aligned body is not copied: the tensor keeps it alive and sees its changes.
-    Raises RemoteProtocolError if the body's length is not `header.body_bytes` or a value is not finite.
+    With `exact`, a writable and aligned body is not copied: the tensor keeps it alive and sees its changes. Raises
+    RemoteProtocolError if the body's length is not `header.body_bytes` or a value is not finite.
     """
     length = memoryview(body).nbytes
     if length != header.body_bytes:
@@ -123,7 +126,7 @@ def decode_tensor(header: TensorHeader, body: Body) -> torch.Tensor:
         raise RemoteProtocolError(f"got a tensor with {error}") from None
 
 
-# exact: the values themselves.
+# Codec exact: the values themselves.
 
 
 def _exact_bytes(header: TensorHeader) -> int:
@@ -148,7 +151,7 @@ def _decode_exact(header: TensorHeader, body: Body) -> torch.Tensor:
     return values
 
 
-# int8: all groups' fp16 scales, then all values as multiples of their group's scale.
+# Codec int8: first the fp16 scales of all groups, then all values as multiples of their group's scale.
 
 
 def _int8_bytes(header: TensorHeader) -> int:
@@ -160,19 +163,19 @@ def _scale_count(shape: tuple[int, ...]) -> int:
 
 
 def _encode_int8(values: torch.Tensor) -> list[memoryview]:
-    # numpy: between ten operations on a few hundred values, torch's dispatch costs more than the arithmetic.
+    # numpy, because ten torch operations on a few hundred values cost more in dispatch than in arithmetic.
     groups = _grouped(values.float().cpu().numpy())
     peaks = np.abs(groups).max(axis=-1, keepdims=True)
     max_scale = _MAX_SCALE[values.dtype]
     peak = float(peaks.max())
-    if not peak < _MOST_STEPS * max_scale:  # also where it is NaN
+    if not peak < _MOST_STEPS * max_scale:  # true for NaN too
         _check_finite(values)
         raise UnsupportedFeature(f"the codec int8 cannot hold {peak:g}: use exact")
     scales = np.minimum(peaks / _STEPS, max_scale).astype("<f2")
-    # Among fp16's smallest numbers a scale may have been rounded so far down that the peak would not fit: the next
-    # larger number is the next integer's bits.
+    # Rounding may have made a subnormal fp16 scale so small that the group's peak exceeds 127 steps. Adding 1 to the
+    # scale's bits gives the next larger fp16 number.
     scales.view("<u2")[...] += scales.astype(np.float32) * _MOST_STEPS < peaks
-    # A group of zeros has the scale zero: any divisor will do.
+    # A group of zeros has scale zero; dividing by the least scale instead gives zeros as well.
     steps = groups / np.maximum(scales.astype(np.float32), _LEAST_SCALE)
     return [_bytes_of(scales), _bytes_of(_ungrouped(np.rint(steps, out=steps).astype(np.int8), values.shape[-1]))]
 
@@ -181,7 +184,7 @@ def _decode_int8(header: TensorHeader, body: Body) -> torch.Tensor:
     steps_at = _scale_count(header.shape) * 2
     scales = np.frombuffer(body, "<f2", count=steps_at // 2)
     steps = _grouped(np.frombuffer(body, np.int8, offset=steps_at).reshape(header.shape))
-    with np.errstate(invalid="ignore"):  # what comes of an infinite scale is refused below
+    with np.errstate(invalid="ignore"):  # an infinite scale gives non-finite values, which are refused below
         groups = np.multiply(steps, scales.astype(np.float32).reshape(len(steps), -1, 1), dtype=np.float32)
     values = torch.from_numpy(_ungrouped(groups, header.shape[-1])).to(DTYPES[header.dtype])
     _check_finite(values)
@@ -197,7 +200,7 @@ def _grouped(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _ungrouped(groups: NDArray[Any], width: int) -> NDArray[Any]:
-    """The opposite of `_grouped`, dense: `[rows, width]`."""
+    """The inverse of `_grouped`: dense `[rows, width]`."""
     return np.ascontiguousarray(groups.reshape(len(groups), -1)[:, :width])
 
 
@@ -206,8 +209,8 @@ def _bytes_of(array: NDArray[Any]) -> memoryview:
 
 
 def _check_finite(values: torch.Tensor) -> None:
-    """Raises ValueError naming the first value that is NaN or infinite."""
-    low, high = torch.aminmax(values)  # NaN wins both; several times as fast as isfinite
+    """Raise ValueError naming the first value that is NaN or infinite."""
+    low, high = torch.aminmax(values)  # both are NaN if any value is; several times as fast as isfinite
     if math.isfinite(low.item()) and math.isfinite(high.item()):
         return
     flat = values.flatten()

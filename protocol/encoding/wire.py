@@ -1,9 +1,8 @@
-"""Messages: what a stream carries, a small header that is checked and a raw body that is not touched (spec/wire.md).
+"""Splits a stream's bytes into messages: a small header that is checked and a raw body that is not (spec/wire.md).
 
-Knows how messages lie one after the other in a stream of bytes; knows no fields (`schema`) and no
-frames. The difficulty is what a length makes us allocate: nothing before the header is complete and the
-body's length is within what the reader's caller asked for, and then only as fast as bytes arrive, so
-that a peer that merely claims 64 MiB costs us one.
+A length field must not make us allocate memory: nothing is allocated for the body before the header is complete and
+the body's length is within the caller's limit, and then only as fast as bytes arrive. So a peer that merely claims
+64 MiB costs us one. The fields of a header are schema.py's work.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ _LENGTH: Final = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
 MAX_HEADER_BYTES = 16 * 1024
 MAX_BODY_BYTES = 2**32 - 1
-# What a body's mere announcement may make us allocate; from there on memory doubles as it fills.
+# How much memory the announced length of a body alone may make us allocate; as bytes arrive, the buffer doubles.
 FIRST_ALLOCATION_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RawMessage:
-    """One message as it came: `header` is well-formed but its fields are unchecked, `body` may be read-only."""
+    """One received message: `header` is well-formed but its fields are unchecked, `body` may be read-only."""
 
     header: dict[str, Any]
     body: memoryview
 
 
 def encode_message(header: Mapping[str, Any], body: Sequence[Buffer] = ()) -> list[Buffer]:
-    """The message as buffers to send in order. The body's own buffers are in there, not copies.
+    """The message as buffers to send in order. Contains the body's own buffers, not copies.
 
-    Raises LocalProtocolError for a header or body beyond its limit, or a header that msgpack cannot hold.
+    Raises LocalProtocolError if header or body exceeds its limit, or if msgpack cannot hold the header.
     """
     try:
         packed = pack(dict(header))
@@ -56,7 +55,8 @@ def encode_message(header: Mapping[str, Any], body: Sequence[Buffer] = ()) -> li
 class MessageReader:
     """Cuts a stream of bytes into messages, however the bytes were split.
 
-    max_body: how long a body may be, looked at when its length arrives. Change it between messages.
+    max_body: the most bytes that a body may have, checked when its length arrives. The caller may change it between
+    messages.
     """
 
     __slots__ = ("_body", "_body_bytes", "_filled", "_head", "_header", "_ready", "max_body")
@@ -77,19 +77,19 @@ class MessageReader:
 
     @property
     def in_message(self) -> bool:
-        """Whether a message has begun that is not complete: a stream must not end here."""
+        """Whether a message has begun and is not complete: a stream must not end here."""
         return bool(self._head) or self._header is not None
 
     @property
     def missing_body_bytes(self) -> int:
-        """How many bytes of the current body have yet to come; 0 while its length is unknown."""
+        """How many bytes of the current body are still missing; 0 while its length is unknown."""
         return self._body_bytes - self._filled if self._header is not None else 0
 
     def feed(self, data: Buffer) -> int:
-        """Take bytes up to the end of one message; `take` then has it. Returns how many were taken.
+        """Take bytes up to the end of one message, which `take` then returns. Returns how many bytes were taken.
 
-        A body that lies whole in `data` is not copied: the message's body is a view of it, so `data` must
-        stay as it is. Raises RemoteProtocolError; the stream is then past repair.
+        A body that lies whole in `data` is not copied: the message's body is a view of it, so `data` must not
+        change. Raises RemoteProtocolError; the stream cannot be read any further then.
         """
         view = memoryview(data)
         used = 0
@@ -100,13 +100,13 @@ class MessageReader:
         return used
 
     def take(self) -> RawMessage | None:
-        """The message that `feed` completed, once."""
+        """The message that `feed` completed; None if there is none. Returns each message once."""
         ready, self._ready = self._ready, None
         return ready
 
     @property
     def _head_bytes(self) -> int:
-        """How long the head will be, as far as known: header length, header, body length."""
+        """The length of the head in bytes, as far as known: header length, header, body length."""
         if len(self._head) < LENGTH_BYTES:
             return LENGTH_BYTES
         (header_bytes,) = _LENGTH.unpack_from(self._head)

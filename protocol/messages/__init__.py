@@ -1,1 +1,1 @@
-"""What peers say to each other on each stream."""
+"""The messages that peers send each other on each kind of stream."""

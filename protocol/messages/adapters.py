@@ -1,6 +1,6 @@
-"""Adapters as peers speak of them: what they are called, and how a client sends its own (spec/adapters.md).
+"""Names of adapters, and the messages with which a client uploads its own adapter to a hop (spec/adapters.md).
 
-Knows names, tags and messages; knows no weights: matrices travel as bodies, described by `tensor` (spec/tensors.md).
+The matrices travel as message bodies, encoded as tensors (spec/tensors.md).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from peerd.protocol.encoding.schema import Message, binary, integer, mapping, re
 from peerd.protocol.span import MAX_BLOCKS
 
 ADAPTER_PROTOCOL = "/peerd/adapter/1"
-# What a session needs whose client sends its own adapter (`needs` in `open`).
+# The feature that a session `needs` in its `open` if its client uploads its own adapter.
 OWN_ADAPTER = "own_adapter"
-# Enough that two adapters share a tag by mistake never; a liar needs no collision.
+# Long enough that two adapters never share a tag by mistake. Deliberate collisions gain nothing.
 TAG_BYTES = 8
 MAX_SCALE = 1e9
-# Layers of one block that an upload may adapt: several times what any family has. Each costs a hop some memory beside
-# its values, so that many tiny ones must not slip through.
+# The most layers of one block that an upload may adapt: several times what any family has. Each layer costs a hop some
+# memory beside its values, so the number of tiny ones must be bounded too.
 MAX_PAIRS_A_BLOCK = 64
 MAX_PAIRS = MAX_PAIRS_A_BLOCK * MAX_BLOCKS
 MAX_VALUES = 1 << 40
@@ -29,25 +29,25 @@ _ID = re.compile(rf"({_NAME.pattern})@[0-9a-f]{{{2 * TAG_BYTES}}}")
 
 
 def check_name(name: str) -> str:
-    """The name, if it is one. Raises ValueError."""
+    """Return `name` if it is a valid adapter name. Raises ValueError otherwise."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no adapter's name: 1 to 64 letters, digits, '.', '_' and '-'")
+        raise ValueError(f"{name!r} is not an adapter's name: 1 to 64 letters, digits, '.', '_' and '-'")
     return name
 
 
 def adapter_id(name: str, digest: bytes) -> str:
-    """What announcements and `open` call an adapter: its name and the beginning of its digest."""
+    """The id of an adapter in announcements and in `open`: its name and the beginning of its digest."""
     return f"{check_name(name)}@{digest[:TAG_BYTES].hex()}"
 
 
 def name_of(adapter: str) -> str:
-    """The name in an adapter's id; empty for what is no id."""
+    """The name in an adapter's id; empty if `adapter` is not an id."""
     match = _ID.fullmatch(adapter)
     return match[1] if match else ""
 
 
 def is_adapter_id(adapter: str) -> bool:
-    """Whether the text is a name with a digest's beginning, rather than a name alone."""
+    """Whether the text is a full id (a name and the beginning of a digest), not only a name."""
     return bool(name_of(adapter))
 
 
@@ -68,7 +68,10 @@ _block = integer(0, MAX_BLOCKS - 1)
 
 @dataclass(frozen=True, slots=True)
 class Upload(Message):
-    """Client to hop, first: `pairs` pairs of matrices of `values` values in all, for a session that is open there."""
+    """Client to hop, first: the adapter has `pairs` pairs of matrices with `values` values in all.
+
+    `session` and `hop` name a session that is open on this hop.
+    """
 
     TYPE: ClassVar[str] = "upload"
     session: bytes = required(binary(16, 16))
@@ -79,7 +82,7 @@ class Upload(Message):
 
 @dataclass(frozen=True, slots=True)
 class Granted(Message):
-    """Hop to client: there is room; send."""
+    """Hop to client: there is room, send the matrices."""
 
     TYPE: ClassVar[str] = "granted"
 
@@ -105,6 +108,6 @@ class MatrixB(Message):
 
 @dataclass(frozen=True, slots=True)
 class Loaded(Message):
-    """Hop to client: the session's steps run under its adapter from now on."""
+    """Hop to client: from now on the session's steps use its adapter."""
 
     TYPE: ClassVar[str] = "loaded"

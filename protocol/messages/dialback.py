@@ -1,8 +1,7 @@
-"""Dial-back: a peer asks another to dial it, and hears whether that worked (spec/reachability.md).
+"""The dial-back messages: a peer asks another peer to dial it, and learns whether that worked (spec/reachability.md).
 
-Knows the two messages and what may be asked for; dials nothing. The difficulty is that whoever asks may be
-anybody and may want anybody dialled: so the question has no place for an address. What is dialled is the address
-that the question itself came from, which `may_dial` still has to allow.
+Any peer may ask, also one that wants a third party dialled. So the question contains no IP address: the answering
+peer dials the address from which the question came, and only if `may_dial` allows it. This file dials nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from peerd.protocol.encoding.schema import Message, choice, integer, many, requi
 
 DIALBACK_PROTOCOL = "/peerd/dialback/1"
 
-# A port for IPv4 and one for IPv6, and as many again; somebody who looks for open ports asks for more.
+# One port for IPv4, one for IPv6, and as many again. A peer that asks for more may be scanning for open ports.
 MAX_PORTS = 4
-# From the question's first byte to the answer's last.
+# Time from the question's first byte to the answer's last byte.
 ANSWER_DEADLINE_S = 10.0
 
 Outcome = Literal["reached", "refused", "silent", "wrong_peer", "failed"]
-"""What came of dialling one port: the asker itself answered; nobody listens there; nothing answered in time;
-another peer answered; something answered that is no peer."""
+"""The result of dialling one port: "reached": the asking peer answered; "refused": nothing listens there; "silent": no
+answer in time; "wrong_peer": another peer answered; "failed": the answer did not come from a peerd peer.
+"""
 
 
 _outcome = choice("reached", "refused", "silent", "wrong_peer", "failed")
@@ -55,7 +55,7 @@ def _ip(value: Any) -> IpAddress:
 
 @dataclass(frozen=True, slots=True)
 class DialMe(Message):
-    """Dial the address that you see me at, at these TCP ports, and look whether it is me who answers."""
+    """Request: dial the address at which you see me, at these TCP ports, and check whether I answer."""
 
     TYPE: ClassVar[str] = "dial_me"
 
@@ -64,7 +64,7 @@ class DialMe(Message):
 
 @dataclass(frozen=True, slots=True)
 class Dialled(Message):
-    """I dialled `ip`; `outcomes` has one for each port, in the question's order."""
+    """Answer: I dialled `ip`; `outcomes` has one result for each port, in the order of the request."""
 
     TYPE: ClassVar[str] = "dialled"
 
@@ -73,10 +73,11 @@ class Dialled(Message):
 
 
 def may_dial(ip: IpAddress | None, ours: Iterable[Multiaddr]) -> bool:
-    """Whether somebody who is seen at `ip` may be dialled there by a peer that is announced at `ours`.
+    """Whether a peer with the announced addresses `ours` may dial an asking peer that it sees at `ip`.
 
-    A public address always. One in a private range only by a peer that is announced in that range and nowhere else:
-    with a public address, or a name, what comes from a private one may be a proxy that anybody stands behind.
+    A public address may always be dialled. A private address may be dialled only by a peer that announces addresses
+    in that private range and no others: if the peer also has a public address or a name, a connection from a private
+    address may come through a proxy, behind which any client can stand.
     """
     if ip is None or ip.is_unspecified or ip.is_multicast:
         return False
@@ -92,5 +93,5 @@ def may_dial(ip: IpAddress | None, ours: Iterable[Multiaddr]) -> bool:
 
 
 def dial_address(ip: IpAddress, port: int) -> Multiaddr:
-    """The address that is dialled for one port."""
+    """The address to dial for one port."""
     return Multiaddr("ip4" if isinstance(ip, ipaddress.IPv4Address) else "ip6", str(ip), port)

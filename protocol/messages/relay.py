@@ -1,7 +1,7 @@
-"""What is said to, by and behind a relay (spec/relay.md).
+"""The messages between a peer, its relay and a calling peer (spec/relay.md).
 
-Knows each message's fields and limits; what may be said when, and to whom, is the relay's and the ends'
-business. What a circuit carries has no fields: a relay passes it on unread.
+This file defines fields and limits; the relay and the two ends decide which message may come when. Messages of an
+established circuit have no fields: the relay forwards their bodies unread.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from peerd.protocol.messages.session import Failure
 
 RELAY_PROTOCOL: Final = "/peerd/relay/1"
 CIRCUIT_PROTOCOL: Final = "/peerd/circuit/1"
-# What a relay's hello says that it does.
+# The role that a relay names in its hello.
 RELAY_ROLE: Final = "relay"
 
-# A frame of 31 KiB of payload, which leaves room for what the outer connection puts around it.
+# The largest inner message: a frame with 31 KiB of payload, which leaves room for the outer connection's framing.
 MAX_INNER_BYTES: Final = 31 * 1024 + HEADER_BYTES + TAG_BYTES
-# With the outer message's lengths and header around it, and its own, this is one outer frame of 16 KiB.
+# The payload of a smaller inner frame, chosen so that the frame, with the inner message's own overhead and the outer
+# message's lengths and header, fills one outer frame of 16 KiB.
 INNER_PAYLOAD_BYTES: Final = 16 * 1024 - 64
 
 MAX_EXPIRY_S = 86_400
@@ -46,14 +47,14 @@ _circuit_s = integer(1, MAX_CIRCUIT_S)
 
 @dataclass(frozen=True, slots=True)
 class Reserve(Message):
-    """Peer to relay: reach me, over this connection, from now on. Again: I am still here."""
+    """Peer to relay: accept calls for me and pass them over this connection. Sent again to renew."""
 
     TYPE: ClassVar[str] = "reserve"
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved(Message):
-    """Relay to peer: for so long, so many circuits at a time, each so fast and so long."""
+    """Relay to peer: the reservation's duration, how many circuits it allows at a time, and each circuit's limits."""
 
     TYPE: ClassVar[str] = "reserved"
     expires_s: int = required(integer(1, MAX_EXPIRY_S))
@@ -64,7 +65,7 @@ class Reserved(Message):
 
 @dataclass(frozen=True, slots=True)
 class Connect(Message):
-    """Caller to relay: a circuit to this peer."""
+    """Caller to relay: open a circuit to this peer."""
 
     TYPE: ClassVar[str] = "connect"
     peer: PeerId = required(_peer_id)
@@ -72,7 +73,7 @@ class Connect(Message):
 
 @dataclass(frozen=True, slots=True)
 class Incoming(Message):
-    """Relay to reserved peer, first on a stream: this peer calls, as its connection proved to the relay."""
+    """Relay to reserved peer, first on a new stream: `peer` calls. Its connection to the relay proved that PeerId."""
 
     TYPE: ClassVar[str] = "circuit"
     peer: PeerId = required(_peer_id)
@@ -80,21 +81,21 @@ class Incoming(Message):
 
 @dataclass(frozen=True, slots=True)
 class Accepted(Message):
-    """Reserved peer to relay: let it speak."""
+    """Reserved peer to relay: connect the caller."""
 
     TYPE: ClassVar[str] = "accepted"
 
 
 @dataclass(frozen=True, slots=True)
 class Connected(Message):
-    """Relay to caller: the next message reaches the peer."""
+    """Relay to caller: the next message reaches the peer. Gives the circuit's limits."""
 
     TYPE: ClassVar[str] = "connected"
     bytes_a_second: int = required(_rate)
     circuit_s: int = required(_circuit_s)
 
 
-# Who says what.
+# The messages that each receiver accepts.
 TO_RELAY: tuple[type[Message], ...] = (Reserve, Connect)
 TO_RESERVED: tuple[type[Message], ...] = (Reserved, Failure)
 TO_CALLER: tuple[type[Message], ...] = (Connected, Failure)
@@ -102,7 +103,9 @@ FROM_ACCEPTOR: tuple[type[Message], ...] = (Accepted, Failure)
 
 
 def inner_message(message: RawMessage) -> memoryview:
-    """What a circuit's message carries. Raises RemoteProtocolError for one that says more, or nothing."""
+    """The body of a circuit's message. Raises RemoteProtocolError if it has a header, or if its length is not
+    allowed.
+    """
     if message.header:
         raise RemoteProtocolError("a circuit's message has no header")
     if not 0 < len(message.body) <= MAX_INNER_BYTES:

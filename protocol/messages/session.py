@@ -1,8 +1,8 @@
-"""The messages of a session: what a client, its hops and the links between them say (spec/session.md).
+"""The messages of a session between a client, its hops, and neighbouring hops (spec/session.md).
 
-Knows each message's fields and limits; knows neither streams nor tensors: activations travel as the
-message's body, described by its `tensor` field (spec/tensors.md). What may be said when is the
-business of the hosted session and the client's session, which share the tuples at the end.
+This file defines each message's fields and limits. Activations travel as the message's body, described by its
+`tensor` field (spec/tensors.md). The rules about which message may come when are in the hosted session (server) and
+in the client's session.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ PROGRESS_PROTOCOL = "/peerd/progress/1"
 U32 = 2**32 - 1
 MAX_ROWS = 256
 MAX_LENGTH = 2**24
-# A longer prefill is sent as several steps, which the hops then work on at the same time.
+# A longer prefill is sent as several steps, on which the hops then work at the same time.
 MAX_STEP_POSITIONS = 4096
-# Steps that a client may have unanswered unless the hop grants more; a depth that keeps a chain of
-# three busy with a prefill and leaves one step on its way.
+# How many unanswered steps a client may have unless the hop grants more: enough to keep a chain of three hops busy with
+# a prefill while one more step travels.
 DEFAULT_MAX_STEPS = 4
 MAX_ERROR_TEXT = 500
 MAX_RETRY_MS = 600_000
-# The `seq` of a step that replays what was sent before.
+# The `seq` of a step that replays positions that were sent before.
 REPLAY_SEQ = 0
-# Everything this version of a hop can do that a client may `need`.
+# The features of this version that a client may `need`.
 FEATURES = frozenset({"bridge", "fork", "own_adapter", "route"})
 
 Want = Literal["none", "last", "all"]
@@ -80,7 +80,9 @@ def _dump_rows(rows: tuple[RowSlice, ...]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class NextHop:
-    """Where a hop pushes its results: the ticket to show there, and that peer's signed `peer` record."""
+    """The hop to which another hop pushes its results: the ticket to show there, and that peer's signed `peer`
+    record.
+    """
 
     ticket: bytes
     record: bytes
@@ -99,7 +101,7 @@ def _dump_next(value: NextHop | None) -> list[bytes] | None:
 
 @dataclass(frozen=True, slots=True)
 class Open(Message):
-    """Client to each hop: commit KV for `max_rows` rows of `max_length` positions of these blocks."""
+    """Client to each hop: commit KV memory for `max_rows` rows of `max_length` positions in these blocks."""
 
     TYPE: ClassVar[str] = "open"
     session: bytes = required(binary(16, 16))
@@ -122,7 +124,7 @@ class Open(Message):
 
 @dataclass(frozen=True, slots=True)
 class Opened(Message):
-    """Hop to client: the KV is committed. `have`: what the hop already caches of each row."""
+    """Hop to client: the KV memory is committed. `have`: how many positions of each row the hop already caches."""
 
     TYPE: ClassVar[str] = "opened"
     epoch: int = required(integer(0, U32))
@@ -132,7 +134,7 @@ class Opened(Message):
 
 @dataclass(frozen=True, slots=True)
 class Route(Message):
-    """Client to a hop: from now on epoch `epoch`, pushing to `next` (none: answer the client)."""
+    """Client to a hop: switch to epoch `epoch` and push results to `next` (None: answer the client)."""
 
     TYPE: ClassVar[str] = "route"
     epoch: int = required(integer(1, U32))
@@ -141,7 +143,9 @@ class Route(Message):
 
 @dataclass(frozen=True, slots=True)
 class Bridge(Message):
-    """Client to a hop: from epoch `epoch` on give me the steps for your next hop, which has those up to `taken`."""
+    """Client to a hop: from epoch `epoch` on, send me the steps meant for your next hop, which has steps up to
+    `taken`.
+    """
 
     TYPE: ClassVar[str] = "bridge"
     epoch: int = required(integer(1, U32))
@@ -150,7 +154,7 @@ class Bridge(Message):
 
 @dataclass(frozen=True, slots=True)
 class Routed(Message):
-    """Hop to client: the route stands, and `replayed` positions were sent again along it."""
+    """Hop to client: the new route works, and `replayed` positions were sent again along it."""
 
     TYPE: ClassVar[str] = "routed"
     epoch: int = required(integer(1, U32))
@@ -161,7 +165,7 @@ class Routed(Message):
 class Step(Message):
     """New positions of some rows, on their way down the chain. Body: `[sum of counts, hidden]`.
 
-    `seq` 0 is a replay, which nobody answers; a hop takes any other number once. `ops` apply before the rows.
+    `seq` 0 marks a replay, which no hop answers; a hop takes any other number once. `ops` apply before the rows.
     """
 
     TYPE: ClassVar[str] = "step"
@@ -180,7 +184,7 @@ class Step(Message):
 
 @dataclass(frozen=True, slots=True)
 class Output(Message):
-    """Last hop to client: the answer to step `seq`. `rows` says which positions the body holds."""
+    """Last hop to client: the answer to step `seq`. `rows` says which positions the body contains."""
 
     TYPE: ClassVar[str] = "output"
     epoch: int = required(integer(0, U32))
@@ -191,7 +195,9 @@ class Output(Message):
 
 @dataclass(frozen=True, slots=True)
 class Gap(Message):
-    """Hop to client: step `seq` starts behind what this hop caches; `have` is what it has."""
+    """Hop to client: step `seq` starts behind the end of what this hop caches; `have` lists the cached lengths of
+    rows.
+    """
 
     TYPE: ClassVar[str] = "gap"
     epoch: int = required(integer(0, U32))
@@ -201,7 +207,7 @@ class Gap(Message):
 
 @dataclass(frozen=True, slots=True)
 class LinkDown(Message):
-    """Hop to client: its link to the next hop does not work. Blames the link, not a peer."""
+    """Hop to client: its link to the next hop does not work. Blames the link and neither peer."""
 
     TYPE: ClassVar[str] = "link_failed"
     epoch: int = required(integer(0, U32))
@@ -210,9 +216,9 @@ class LinkDown(Message):
 
 @dataclass(frozen=True, slots=True)
 class Failure(Message):
-    """An error (spec/errors.md). With `seq`: of that step; without: of the session, which ends.
+    """An error (spec/errors.md). With `seq`, it concerns that step; without, the session, which ends.
 
-    retry_ms: when it may be asked of this hop again, where that helps.
+    retry_ms: in how many milliseconds the client may ask this hop again, if that can help; 0 if unknown.
     """
 
     TYPE: ClassVar[str] = "error"
@@ -224,7 +230,7 @@ class Failure(Message):
 
     @classmethod
     def of(cls, error: PeerdError, seq: int | None = None) -> Failure:
-        """How `error` travels."""
+        """The message that carries `error`."""
         free_tokens = error.free_tokens if isinstance(error, NoRoom) else 0
         retry_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
         retry_ms = min(MAX_RETRY_MS, math.ceil(1000 * retry_s))
@@ -232,13 +238,13 @@ class Failure(Message):
 
     @property
     def error(self) -> PeerdError:
-        """The error that travelled."""
+        """The error that the message carries."""
         return from_wire(self.code, self.message, self.free_tokens, self.retry_ms / 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class Ask(Message):
-    """Client to hop, on a stream of its own: how far is my session?"""
+    """Client to hop, on a separate stream: asks how far the session is."""
 
     TYPE: ClassVar[str] = "ask"
     session: bytes = required(binary(16, 16))
@@ -247,7 +253,10 @@ class Ask(Message):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Message):
-    """Hop to client: how far its session is. `turns`: how often the device has ended a turn, of whatever work."""
+    """Hop to client: how many steps of its session the hop has taken and done.
+
+    turns: how many turns the device has finished, for any session.
+    """
 
     TYPE: ClassVar[str] = "progress"
     taken: int = required(integer(0, U32))
@@ -257,7 +266,7 @@ class Progress(Message):
 
 @dataclass(frozen=True, slots=True)
 class Link(Message):
-    """Upstream hop to downstream hop, first on a link: the ticket that the session's client signed."""
+    """Upstream hop to downstream hop, first on a link: shows the ticket that the session's client signed."""
 
     TYPE: ClassVar[str] = "link"
     session: bytes = required(binary(16, 16))
@@ -266,13 +275,13 @@ class Link(Message):
 
 @dataclass(frozen=True, slots=True)
 class Linked(Message):
-    """Downstream to upstream: the link stands. `taken`: the last step that came here; 0 where none did yet."""
+    """Downstream hop to upstream hop: the link is accepted. `taken`: the last step that arrived here, 0 if none has."""
 
     TYPE: ClassVar[str] = "linked"
     taken: int = required(integer(0, U32))
 
 
-# Who says what on which stream.
+# The messages that each side may send on each kind of stream.
 CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (Open, Step, Route, Bridge)
 CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure, Step)
 PROGRESS_FROM_CLIENT: tuple[type[Message], ...] = (Ask,)

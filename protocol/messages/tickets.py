@@ -1,7 +1,7 @@
-"""Tickets: a client's signed leave for one peer to push to another, as one link of its session.
+"""Signs and reads tickets, with which a client lets one peer open a link of its session to another peer.
 
-Knows the ticket's bytes and its owner's signature; knows no sessions: whether `sender` is the peer on
-the connection, and whether session, hop and epoch are current, is for the caller to check (spec/tickets.md).
+`open_ticket` checks the bytes, the expiry and the signature. The caller must check that `sender` is the peer on the
+connection and that session, hop and epoch are current (spec/tickets.md).
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ SESSION_ID_BYTES = 16
 # session, hop, epoch, from, to, expires
 _LAYOUT = struct.Struct(">16sHI32s32sQ")
 TICKET_BYTES = _LAYOUT.size + SIGNATURE_BYTES
-# How far the client's clock may be behind the receiver's.
+# How far the receiver's clock may be ahead of the client's, in seconds.
 SKEW_S = 60.0
 _DOMAIN = b"/peerd/ticket/1"
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """`sender` may open the link into `hop` of `session`, on `receiver`, in `epoch`, until `expires` (unix seconds)."""
+    """Allows `sender` to open the link into `hop` of `session`, on `receiver`, in `epoch`, until `expires` (unix
+    seconds).
+    """
 
     session: bytes
     hop: int
@@ -34,7 +36,7 @@ class Ticket:
 
 
 def sign_ticket(identity: Identity, ticket: Ticket) -> bytes:
-    """The bytes that `sender` shows. Raises ValueError if a field does not fit."""
+    """The bytes that `sender` shows to `receiver`. Raises ValueError if a field does not fit."""
     if len(ticket.session) != SESSION_ID_BYTES:
         raise ValueError(f"a session id has {SESSION_ID_BYTES} bytes, not {len(ticket.session)}")
     sender, receiver = public_key_of(ticket.sender), public_key_of(ticket.receiver)

@@ -1,7 +1,7 @@
-"""The messages of training passes: what a client and a hop say on a lane (spec/training.md).
+"""The messages of training passes between a client and a hop, on one stream called a lane (spec/training.md).
 
-Knows each message's fields and limits; knows neither streams nor tensors. A tensor travels as consecutive
-rows in `part` messages, so that no message is larger than a mebibyte or so, however long the pass.
+This file defines each message's fields and limits. A tensor travels as consecutive rows in `part` messages, so that
+no message is much larger than a mebibyte, however long the pass.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from peerd.protocol.messages.session import MAX_ERROR_TEXT, MAX_LENGTH, U32
 PASS_PROTOCOL = "/peerd/pass/1"
 
 MAX_PASS_ROWS = 1024
-# A request has at most so many positions, unless it is one row, which may be as long as the model takes.
+# The most positions of one request. A request of a single row may be longer, up to the model's limit.
 MAX_PASS_POSITIONS = 4096
-# Requests of a lane that may be unanswered: one computes, one travels.
+# How many requests of a lane may be unanswered: while one computes, the next travels.
 MAX_REQUESTS = 2
-# Of a part's body; a single row of a tensor that is larger travels alone.
+# The most bytes of a part's body; a single row that is larger travels alone.
 PART_BYTES = 2**20
 MAX_PARAMETERS = 2**16
-# Everything this version of a hop can do that a client may `need` on a lane.
+# The features of this version that a client may `need` on a lane.
 PASS_FEATURES = frozenset({"lora", "prompts"})
 
 _blocks_start, _blocks_end = integer(0, 4095), integer(1, 4096)
 _lengths = many(integer(1, MAX_LENGTH), MAX_PASS_ROWS)
-# [rows of a deep prompt,] rows, width.
+# Shapes: [rows of a deep prompt,] rows, width.
 _shape = many(integer(1, 2**31 - 1), 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Begin(Message):
-    """Client to hop, first on a lane: passes over these blocks.
+    """Client to hop, first on a lane: names the blocks that the passes run through.
 
-    So many `parameters` follow, of `values` numbers in all: deep prompts and LoRA tensors.
+    parameters: how many parameters (deep prompts and LoRA tensors) follow.
+    values: how many numbers those have in all.
     """
 
     TYPE: ClassVar[str] = "begin"
@@ -64,7 +65,9 @@ class Begin(Message):
 
 @dataclass(frozen=True, slots=True)
 class Parameter(Message):
-    """A tensor that belongs to one block, client to hop; or its gradient, hop to client. Parts follow."""
+    """Announces a tensor of one block: a parameter (client to hop) or its gradient (hop to client). Its parts
+    follow.
+    """
 
     TYPE: ClassVar[str] = "parameter"
     block: int = required(_blocks_start)
@@ -74,7 +77,7 @@ class Parameter(Message):
 
 @dataclass(frozen=True, slots=True)
 class Begun(Message):
-    """Hop to client: the lane stands. So many positions a request, so many requests unanswered."""
+    """Hop to client: the lane is open, with its limits on positions in a request and on unanswered requests."""
 
     TYPE: ClassVar[str] = "begun"
     max_positions: int = required(integer(1, MAX_LENGTH))
@@ -83,9 +86,9 @@ class Begun(Message):
 
 @dataclass(frozen=True, slots=True)
 class Forward(Message):
-    """Client to hop: run rows of these lengths; the parts of `[sum of rows, width]` follow.
+    """Client to hop: run rows of these lengths. The parts of `[sum of rows, width]` follow.
 
-    `keep`: their backward will follow on this lane, so keep what helps it, as far as there is room.
+    keep: the client will ask for the backward on this lane, so the hop keeps what helps it, if it has room.
     """
 
     TYPE: ClassVar[str] = "forward"
@@ -96,9 +99,9 @@ class Forward(Message):
 
 @dataclass(frozen=True, slots=True)
 class Backward(Message):
-    """Client to hop: the gradient of an output, in parts; before it, without `of`, the parts of the input.
+    """Client to hop: the gradient of an output follows in parts; without `of`, the parts of the input come first.
 
-    `of`: the `seq` of the forward whose input and graph were kept; it has the same rows.
+    of: the `seq` of a forward whose input and graph the hop kept; `rows` must be the same.
     """
 
     TYPE: ClassVar[str] = "backward"
@@ -109,7 +112,7 @@ class Backward(Message):
 
 @dataclass(frozen=True, slots=True)
 class Part(Message):
-    """Some consecutive rows `[n, width]` of the tensor that is travelling. Body: as `tensor` says."""
+    """Consecutive rows `[n, width]` of the tensor that is being sent. `tensor` describes the body."""
 
     TYPE: ClassVar[str] = "part"
     tensor: dict[str, Any] = required(mapping)
@@ -117,7 +120,10 @@ class Part(Message):
 
 @dataclass(frozen=True, slots=True)
 class Result(Message):
-    """Hop to client: the answer to a forward. The parts of `[sum of rows, width]` follow. `kept`: for a backward."""
+    """Hop to client: the answer to a forward. The parts of `[sum of rows, width]` follow.
+
+    kept: whether the hop kept what the backward needs.
+    """
 
     TYPE: ClassVar[str] = "result"
     seq: int = required(integer(1, U32))
@@ -126,7 +132,9 @@ class Result(Message):
 
 @dataclass(frozen=True, slots=True)
 class Gradients(Message):
-    """Hop to client: the answer to a backward: the input's gradient in parts, then each parameter's."""
+    """Hop to client: the answer to a backward. The input's gradient follows in parts, then each parameter's
+    gradient.
+    """
 
     TYPE: ClassVar[str] = "gradients"
     seq: int = required(integer(1, U32))
@@ -135,7 +143,9 @@ class Gradients(Message):
 
 @dataclass(frozen=True, slots=True)
 class PassFailure(Message):
-    """Hop to client: the lane ends, and why. `retry_ms`: when it may be tried here again, where that helps."""
+    """Hop to client: the lane ends with this error. `retry_ms`: in how many milliseconds to try this hop again, or
+    0.
+    """
 
     TYPE: ClassVar[str] = "error"
     code: str = required(text(64))
@@ -144,15 +154,15 @@ class PassFailure(Message):
 
     @classmethod
     def of(cls, error: PeerdError, retry_ms: int = 0) -> PassFailure:
-        """How `error` travels."""
+        """The message that carries `error`."""
         return cls(error.code, str(error)[:MAX_ERROR_TEXT], retry_ms)
 
     @property
     def error(self) -> PeerdError:
-        """The error that travelled."""
+        """The error that the message carries."""
         return from_wire(self.code, self.message)
 
 
-# Who says what. Parts and parameters come only where something announced them.
+# The messages that each side may send. Parts and parameters come only after a message that announced them.
 PASS_FROM_CLIENT: tuple[type[Message], ...] = (Begin, Forward, Backward, Parameter, Part)
 PASS_FROM_HOP: tuple[type[Message], ...] = (Begun, Result, Gradients, Parameter, Part, PassFailure)

@@ -1,1 +1,1 @@
-"""Signed records: the envelope, and the bodies in it."""
+"""Signed records: the envelope and the bodies in it."""

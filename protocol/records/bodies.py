@@ -1,8 +1,8 @@
-"""What peers announce: the bodies of the three kinds of record, and the DHT keys they belong under.
+"""The bodies of the three kinds of record that peers announce, and the DHT keys under which they are stored.
 
-Knows fields, limits and keys; knows no signatures (records.py) and no storage. The difficulty is that
-a peer may move a span while old records of it are still valid somewhere: a span is therefore announced
-in a numbered slot, and whoever sees two records of one slot believes the newer (spec/records.md).
+A peer may move a span while old records of it are still valid on other peers. So each span is announced in a
+numbered slot, and a reader that sees two records of one slot believes the newer one (spec/records.md). Signatures
+are `envelope`'s work.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ from peerd.protocol.span import MAX_BLOCKS, Span
 DIGEST_BYTES = 32
 # A DHT key covers this many blocks, and so does one root of block digests.
 SHARD_BLOCKS = 16
-# What one record announces; a longer span takes several slots. 16 roots are half of a record's 1 KiB.
+# The most shards that one record announces; a longer span takes several slots. 16 roots fill half of a record's 1 KiB.
 MAX_SHARDS = 16
-# Spans that one peer may hold at a time. As many slots more are for where it is about to bring them.
+# Spans that one peer may host at a time. As many further slots announce where it will move them.
 MAX_SLOTS = 8
 MAX_ADDRESSES = 8
 MAX_RELAYS = 4
-# Of each kind, before the other kind loses more: a second one for the day on which the first fails.
+# `fitted` keeps this many addresses and relays before it removes more of the other kind: a second one for the day on
+# which the first fails.
 _KEPT_WAYS = 2
 MAX_RTTS = 8
 MAX_NAMES = 8
 # A record has at most 1024 bytes; its envelope takes up to 121 of them.
 MAX_PAYLOAD_BYTES = 896
-# A body holds a map, with lists of lists.
+# A body is a map that holds lists of lists.
 _MAX_PAYLOAD_DEPTH = 4
 
 
 def intention_slot(slot: int) -> int:
-    """Where a peer announces, as `joining`, the place to which it is about to bring the span of another slot."""
+    """The slot in which a peer announces, as `joining`, the span to which it will move the span of `slot`."""
     return MAX_SLOTS + slot
 
 
@@ -75,7 +76,7 @@ def _number(low: float, high: float) -> Rule:
 
 
 def _label(max_chars: int, *, min_chars: int = 1) -> Rule:
-    """Text that people will see, so no control characters."""
+    """Text that people will see, so it may hold no control characters."""
 
     def rule(value: Any) -> str:
         if type(value) is not str or not min_chars <= len(value) <= max_chars or not value.isprintable():
@@ -106,25 +107,25 @@ _span = built(group(integer(0, MAX_BLOCKS), integer(0, MAX_BLOCKS)), Span)
 
 @dataclass(frozen=True, slots=True)
 class Announcement(Message):
-    """What every body has. `seq` grows with each record of a slot; `expires` is in unix seconds."""
+    """The fields of every body. `seq` grows with each record of a slot; `expires` is in unix seconds."""
 
     seq: int = required(integer(0, 2**63 - 1))
     expires: float = required(_number(0, 2**53))
 
     def to_payload(self) -> bytes:
-        """The bytes that get signed. The kind stands in the envelope, so it is left out here."""
+        """The bytes that are signed. The envelope names the kind, so the payload leaves it out."""
         header = self.to_header()
         del header["type"]
         return pack(header)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
-        """Check and build. Unknown fields are ignored. Raises RemoteProtocolError naming the field."""
+        """Check the fields and build the body. Ignores unknown fields. Raises RemoteProtocolError naming the field."""
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise RemoteProtocolError(f"{cls.TYPE}: the payload has {len(payload)} bytes, over {MAX_PAYLOAD_BYTES}")
         fields = unpack(payload, max_depth=_MAX_PAYLOAD_DEPTH)
         if type(fields) is not dict:
-            raise RemoteProtocolError(f"{cls.TYPE}: the payload is no map")
+            raise RemoteProtocolError(f"{cls.TYPE}: the payload is not a map")
         try:
             return cls.from_header(fields)
         except ValueError as error:
@@ -133,9 +134,10 @@ class Announcement(Message):
 
 @dataclass(frozen=True, slots=True)
 class PeerRecord(Announcement):
-    """Where the peer that signs this can be reached.
+    """The addresses at which the signing peer can be reached.
 
-    addresses: multiaddrs without a peer, best first. relays: multiaddrs of relays, each with its peer.
+    addresses: multiaddrs without a peer, best first.
+    relays: multiaddrs of relays, each with the relay's PeerId.
     """
 
     TYPE: ClassVar[str] = "peer"
@@ -144,9 +146,9 @@ class PeerRecord(Announcement):
     relays: tuple[str, ...] = optional(many(_label(MAX_ADDRESS_CHARS), MAX_RELAYS), ())
 
     def ways_to(self, peer_id: PeerId) -> tuple[Multiaddr, ...]:
-        """What can be dialled to reach `peer_id`, who signed this: direct addresses, then relayed ones.
+        """The addresses that a client can dial to reach `peer_id`, which signed this: direct ones, then relayed ones.
 
-        Texts that this version does not understand are left out: a newer peer may have more transports.
+        Leaves out texts that this version cannot read: a newer peer may have more transports.
         """
         direct = [address.with_peer(peer_id) for address in _understood(self.addresses) if address.peer_id is None]
         relayed = [
@@ -157,7 +159,7 @@ class PeerRecord(Announcement):
         return (*direct, *relayed)
 
     def fitted(self) -> PeerRecord:
-        """The same without as many of the last ways as must go for it to fit; the first two of each kind go last."""
+        """This record without its last addresses, so many that it fits; the first two of each kind are removed last."""
         body = self
         while len(body.to_payload()) > MAX_PAYLOAD_BYTES:
             if len(body.addresses) > min(len(body.relays), _KEPT_WAYS):
@@ -181,17 +183,17 @@ def _understood(texts: tuple[str, ...]) -> list[Multiaddr]:
 
 @dataclass(frozen=True, slots=True)
 class ServerRecord(Announcement):
-    """One span that the peer that signs this hosts. Raises ValueError if span and roots do not fit together.
+    """One span that the signing peer hosts. Raises ValueError if span and roots do not fit together.
 
-    throughput: positions a second through one block; 0 where it was never measured.
+    throughput: positions a second through one block; 0 if not measured.
     free_tokens: positions that one more row could have.
-    adapters: ids of those that sessions may ask for (spec/adapters.md). client_adapters: how many bytes a client may
-    bring as its own, for one session; 0: none.
-    rtts: seconds to and back from peers it may push to, most useful first.
-    block_roots: one a shard that the span touches (`block_roots`), or none while they are unknown.
-    slot: which of the peer's spans this is, which stays when the span moves; or its `intention_slot`.
-    queue_s: seconds that a step takes there now beyond what `throughput` says, because others are served too.
-    uplink: bytes a second that the peer can send; 0: not known.
+    adapters: ids of the adapters that sessions may ask for (spec/adapters.md).
+    client_adapters: how many bytes of its own adapter a client may upload for one session; 0: none.
+    rtts: round-trip seconds to peers to which this peer may push, most useful first.
+    block_roots: one for each shard that the span touches (`block_roots`), or empty while they are unknown.
+    slot: the number of this span among the peer's spans, which stays when the span moves; or its `intention_slot`.
+    queue_s: seconds that a step takes on this peer beyond what `throughput` says, because it serves other sessions too.
+    uplink: bytes a second that the peer can send; 0: unknown.
     """
 
     TYPE: ClassVar[str] = "server"
@@ -221,7 +223,7 @@ class ServerRecord(Announcement):
             raise ValueError(f"{self.span} needs {shards} block_roots, not {len(self.block_roots)}")
 
     def fitted(self) -> ServerRecord:
-        """The same without as many of the last RTTs as must go for it to fit a record: they are hints."""
+        """This record without its last RTTs, so many that it fits: RTTs are only hints."""
         body = self
         while body.rtts and len(body.to_payload()) > MAX_PAYLOAD_BYTES:
             body = replace(body, rtts=body.rtts[:-1])
@@ -230,7 +232,7 @@ class ServerRecord(Announcement):
     def offline(self, *, seq: int, expires: float) -> ServerRecord:
         """The record that withdraws this one and every other record of its slot that expires by `expires`.
 
-        Raises ValueError if this one would outlive it: an old record that comes back must meet the newer one.
+        Raises ValueError if this record would outlive it: an old record that turns up again must meet a newer one.
         """
         if seq <= self.seq or expires < self.expires:
             raise ValueError("an offline record must be newer than what it withdraws, and expire no sooner")
@@ -239,7 +241,7 @@ class ServerRecord(Announcement):
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord(Announcement):
-    """What a model digest stands for, in words. `hub_id` and `revision`, a commit, are empty for a local checkpoint."""
+    """Names a model digest. `hub_id` and `revision` (a commit) are empty for a local checkpoint."""
 
     TYPE: ClassVar[str] = "model"
 
@@ -251,14 +253,14 @@ class ModelRecord(Announcement):
 
 
 def shards_of(span: Span) -> range:
-    """The shards whose blocks `span` has some of."""
+    """The shards that contain at least one block of `span`."""
     return range(span.start // SHARD_BLOCKS, (span.end - 1) // SHARD_BLOCKS + 1)
 
 
 def block_roots(span: Span, digests: Sequence[bytes]) -> tuple[bytes, ...]:
-    """For each shard, sha256 over the digests of the span's blocks in it. `digests`: 32 bytes for each block of `span`.
+    """For each shard, the sha256 of the digests of those blocks of `span` that lie in it.
 
-    Raises ValueError for another number of digests.
+    digests: 32 bytes for each block of `span`. Raises ValueError for another number of digests.
     """
     if len(digests) != len(span):
         raise ValueError(f"{span} has {len(span)} blocks, not {len(digests)}")
@@ -271,27 +273,27 @@ def block_roots(span: Span, digests: Sequence[bytes]) -> tuple[bytes, ...]:
 
 
 def server_key(model: bytes, shard: int, nibble: int | None = None) -> bytes:
-    """Where the servers of a shard are announced; with `nibble`, a sixteenth of them (once the whole is full)."""
+    """The DHT key of a shard's servers; with `nibble`, of a sixteenth of them (used when the whole key is full)."""
     return _dht_key(b"/peerd/servers/1", model + shard.to_bytes(2, "big") + _part(nibble))
 
 
 def peer_key(peer_id: PeerId) -> bytes:
-    """Where a peer's addresses are announced."""
+    """The DHT key of a peer's addresses."""
     return _dht_key(b"/peerd/peers/1", encode_public_key(public_key_of(peer_id)))
 
 
 def model_key(model: bytes, nibble: int | None = None) -> bytes:
-    """Where the words for a model digest are announced; with `nibble`, a sixteenth of those who do."""
+    """The DHT key of the names of one model; with `nibble`, of the names from a sixteenth of the announcers."""
     return _dht_key(b"/peerd/models/1", model + _part(nibble))
 
 
 def catalogue_key(nibble: int | None = None) -> bytes:
-    """Where the words for every model are announced too; with `nibble`, by a sixteenth of those who do."""
+    """The DHT key of the names of all models; with `nibble`, of the names from a sixteenth of the announcers."""
     return _dht_key(b"/peerd/catalogue/1", _part(nibble))
 
 
 def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
-    """The DHT keys under which `peer_id` announces `body`: for a server, one for each shard it touches."""
+    """The DHT keys under which `peer_id` announces `body`: for a server, one for each shard that it touches."""
     match body:
         case PeerRecord():
             return (peer_key(peer_id),)
@@ -299,11 +301,11 @@ def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
             return model_key(body.model), catalogue_key()
         case ServerRecord():
             return tuple(server_key(body.model, shard) for shard in shards_of(body.span))
-    raise TypeError(f"not a kind of record: {type(body).__name__}")
+    raise TypeError(f"unknown kind of record: {type(body).__name__}")
 
 
 def split_keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
-    """Where `body` goes when one of `keys_of` is full: in the same order, or empty for what does not split."""
+    """The keys that replace those of `keys_of` when they are full, in the same order; empty for a peer record."""
     nibble = node_id_of(peer_id)[0] >> 4
     match body:
         case ModelRecord():
@@ -314,7 +316,7 @@ def split_keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
 
 
 def next_seq(now: float, last: int) -> int:
-    """The next `seq`: `now` (unix seconds) in microseconds, but always above `last`, which outlives restarts."""
+    """The next `seq`: `now` (unix seconds) in microseconds, but at least `last` + 1, also after a restart."""
     return max(int(now * 1e6), last + 1)
 
 

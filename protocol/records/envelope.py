@@ -1,8 +1,7 @@
-"""Signed records: the envelope in which announcements travel, and every check before one is believed.
+"""Signs records and checks them: the envelope in which announcements travel.
 
-Knows signatures and times (the clock is an argument); knows no storage and no network. The difficulty
-is to check cheaply first and the exact bytes always: a payload is verified as it came and never
-re-encoded, and whatever is wrong with a record is one typed error (spec/records.md).
+Cheap checks come before the signature. A payload is verified as it arrived and never encoded again, and every fault
+of a record is one RemoteProtocolError (spec/records.md). The clock is an argument.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = [
     "sign_record",
     "open_record",
     "replaces",
-    # The bodies and their keys, from announcements.py.
+    # The bodies and their keys, from bodies.py.
     "Announcement",
     "PeerRecord",
     "ServerRecord",
@@ -59,20 +58,20 @@ __all__ = [
 ]
 
 MAX_RECORD_BYTES = 1024
-# The longest that a record may still have to live, and how far the announcer's clock may be ahead of ours.
+# The longest time that a record may still live, and how far the announcer's clock may be ahead of ours.
 MAX_TTL_S = 600.0
 SKEW_S = 60.0
 _DOMAIN = b"/peerd/record/1"
 _MAX_KIND_CHARS = 16
-# The same bytes come under each of a record's keys and with every lookup until they are renewed. What depends on the
-# bytes alone is worked out once: reading takes 50 us and a signature 150 us. At most 4 MiB are kept.
+# The same bytes arrive under each of a record's keys and with every lookup until they are renewed. Results that depend
+# on the bytes alone are cached: reading a record takes 50 us and checking its signature 150 us. At most 4 MiB are kept.
 _CACHED_RECORDS = 2048
 
 _BODIES: dict[str, type[Announcement]] = {cls.TYPE: cls for cls in (PeerRecord, ServerRecord, ModelRecord)}
 
 
 class Slot(NamedTuple):
-    """What a record is about. Of the records of one slot, wherever they were found, only the newest counts."""
+    """The subject of a record. Among all records with one slot, wherever they were found, only the newest counts."""
 
     peer_id: PeerId
     kind: str
@@ -81,7 +80,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SignedRecord:
-    """The envelope as it travels. Nothing in it is believed before `open_record`."""
+    """The envelope as it travels. Nothing in it is trusted before `open_record`."""
 
     public_key: bytes
     kind: str
@@ -90,7 +89,7 @@ class SignedRecord:
 
     @property
     def peer_id(self) -> PeerId:
-        """Who claims to have signed it."""
+        """The peer that claims to have signed the record."""
         return peer_id_of(self.public_key)
 
     def encode(self) -> bytes:
@@ -99,7 +98,7 @@ class SignedRecord:
 
     @classmethod
     def decode(cls, data: bytes) -> SignedRecord:
-        """Read the one encoding there is of a record. Raises RemoteProtocolError."""
+        """Read a record, which has exactly one valid encoding. Raises RemoteProtocolError."""
         return _decoded(bytes(data))
 
     @classmethod
@@ -121,7 +120,7 @@ class SignedRecord:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedRecord:
-    """A record that passed every check of `open_record`, which alone makes these."""
+    """A record that passed every check of `open_record`. Only that function makes these."""
 
     peer_id: PeerId
     kind: str
@@ -130,7 +129,7 @@ class VerifiedRecord:
 
     @property
     def slot(self) -> Slot:
-        """What the record is about: the peer itself, one of its numbered spans, or a model."""
+        """The subject of the record: the peer itself, one of its numbered spans, or a model."""
         match self.body:
             case ServerRecord():
                 name = bytes([self.body.slot])
@@ -142,7 +141,7 @@ class VerifiedRecord:
 
 
 def sign_record(identity: Identity, body: Announcement) -> SignedRecord:
-    """Announce `body` as `identity`. Raises ValueError if it breaks a limit, so that others would refuse it."""
+    """Announce `body` as `identity`. Raises ValueError if `body` breaks a limit, since other peers would refuse it."""
     payload = body.to_payload()
     try:
         type(body).from_payload(payload)
@@ -153,7 +152,7 @@ def sign_record(identity: Identity, body: Announcement) -> SignedRecord:
 
 
 def open_record(signed: SignedRecord, *, now: float, key: bytes | None = None) -> VerifiedRecord:
-    """Check a decoded record at `now` (unix seconds) and, if it was stored under `key`, that it belongs there.
+    """Check a decoded record at `now` (unix seconds) and, with `key`, that it belongs under that DHT key.
 
     Raises RemoteProtocolError saying what is wrong.
     """
@@ -175,8 +174,8 @@ def open_record(signed: SignedRecord, *, now: float, key: bytes | None = None) -
 def replaces(new: VerifiedRecord, old: VerifiedRecord) -> bool:
     """Whether `new` takes the place of `old` in a set: same slot, greater `seq`.
 
-    With equal `seq` the old one stays, whether the bytes are the same (nothing to do) or not (a peer
-    that says two things at once). Raises ValueError for records of two slots.
+    With equal `seq` the old record stays, whether the bytes are equal (nothing changes) or not (the peer contradicts
+    itself). Raises ValueError for records of different slots.
     """
     if new.slot != old.slot:
         raise ValueError("records of different slots do not replace each other")
@@ -199,7 +198,10 @@ def _is_genuine(signed: SignedRecord) -> bool:
 
 
 def _signed_bytes(kind: str, payload: bytes) -> bytes:
-    """libp2p's RFC 0002: domain, type and payload, each behind its length, so that none can run into the next."""
+    """The signed bytes, as in libp2p's RFC 0002: domain, kind and payload, each behind its length.
+
+    Without the lengths, bytes of one part could be read as part of the next.
+    """
     parts = (_DOMAIN, kind.encode(), payload)
     return b"".join([_varint(len(part)) + part for part in parts])
 

@@ -63,7 +63,7 @@ def test_names_and_ids_are_told_from_each_other_and_from_anything_else(vector):
         assert check_name(vector["text"]) == vector["text"]
         assert name_of(adapter_id(vector["text"], bytes(32))) == vector["text"]
     else:
-        with pytest.raises(ValueError, match="is no adapter's name"):
+        with pytest.raises(ValueError, match="is not an adapter's name"):
             check_name(vector["text"])
 
 
