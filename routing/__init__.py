@@ -1,1 +1,1 @@
-"""Who is out there, and which way to go: the DHT, chains and placement."""
+"""Which peers exist and which to use: the DHT, the directory, chains and placement."""

@@ -1,7 +1,7 @@
-"""What time it is for the swarm: our clock, corrected by what other peers' clocks say.
+"""The swarm's time: our own clock, corrected by the median of what other peers' clocks say.
 
-Knows the times that it is told; asks nobody. The difficulty is whom to believe: records live for a minute,
-so a clock that is minutes wrong makes a peer invisible, but no single peer may turn ours.
+Records live for a minute, so a clock that is minutes wrong would make a peer invisible. But no single peer may turn
+our clock, and no group of peers may turn it far.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from peerd.protocol.identity import PeerId
 
 log = logging.getLogger(__name__)
 
-# Two others and our own clock outvote one that lies.
+# Two other clocks and our own outvote one that is wrong.
 MIN_PEERS = 2
-# Of the peers met last.
+# The clocks of the peers met last count.
 MAX_PEERS = 64
-# Identities are free: whoever makes up enough of them turns our clock no further than this.
+# Identities cost nothing, so an attacker can make up many; they cannot turn our clock further than this.
 MAX_CORRECTION_S = 600.0
-# Beyond this somebody should set the machine's clock: for skews up to 60 s, records are still taken.
+# Beyond this the operator should set the machine's clock. For skews up to 60 s, peers still accept our records.
 WARN_S = 30.0
 
 
 class SwarmClock:
-    """Unix seconds, corrected by the median of the offsets seen. `system` gives the machine's."""
+    """Unix seconds, corrected by the median of the offsets seen. `system` returns the machine's unix seconds."""
 
     def __init__(self, system: Callable[[], float]) -> None:
         self._system = system
@@ -34,15 +34,15 @@ class SwarmClock:
         self.correction_s = 0.0
 
     def system(self) -> float:
-        """What the machine's own clock shows."""
+        """The machine's own clock, uncorrected."""
         return self._system()
 
     def __call__(self) -> float:
-        """Now."""
+        """The corrected time in unix seconds."""
         return self._system() + self.correction_s
 
     def observed(self, peer_id: PeerId, unix_s: float) -> None:
-        """A peer's clock shows `unix_s` now."""
+        """Note that a peer's clock shows `unix_s` now."""
         self._offsets_s.pop(peer_id, None)
         self._offsets_s[peer_id] = unix_s - self._system()
         if len(self._offsets_s) > MAX_PEERS:

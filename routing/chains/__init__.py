@@ -1,1 +1,1 @@
-"""Which peers, in which order, cover the blocks that a client needs."""
+"""Plans chains: which peers, in which order, cover the blocks that a client needs."""

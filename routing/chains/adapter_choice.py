@@ -1,8 +1,8 @@
-"""Which peers can run a session's adapter, and which adapter a name means.
+"""Finds out which peers can run a session's adapter, and which adapter a name means.
 
-Pure: knows offers and ids. The difficulty is one name for two things: peers may announce different weights under the
-same name, and a chain of both would answer with neither. So an adapter is a name with a digest's beginning,
-and a name alone is settled once, before a session opens.
+Peers may announce different weights under one name, and a chain that mixes them would answer with neither. So an
+adapter id is a name with the beginning of a digest, and a client turns a name into an id once, before a session
+opens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
 from peerd.routing.directory.offer import Offer
 
-# Bytes of a value in what a peer computes in; those that we have not heard of are taken to be wide.
+# Bytes of a value in the dtypes in which peers compute; an unknown dtype counts as wide (4 bytes).
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterNeed:
-    """What a session wants of its hops: the adapter `id`, or room for the client's own.
+    """The adapter that a session needs on its hops: an `id`, or room for the client's own adapter.
 
     own_values: for each block that the client's own adapter changes, how many values it has there.
     """
@@ -36,7 +36,7 @@ class AdapterNeed:
         return f" with the adapter {self.id}" if self.id else ""
 
     def met_by(self, offer: Offer, blocks: Span) -> bool:
-        """Whether the peer has the adapter, or takes the client's own for its part of `blocks`."""
+        """Whether the offering peer has the adapter, or has room for the client's own in its part of `blocks`."""
         if self.id:
             return self.id in offer.record.adapters
         if not self.own_values:
@@ -50,14 +50,15 @@ NO_ADAPTER = AdapterNeed()
 
 
 def value_bytes(dtype: str) -> int:
-    """How many bytes a value of an adapter counts for at a peer that computes in `dtype`."""
+    """How many bytes one value of an adapter counts for on a peer that computes in `dtype`."""
     return _VALUE_BYTES.get(dtype, 4)
 
 
 def choose_adapter(offers: Iterable[Offer], name: str, blocks: Span) -> str:
-    """The id that `name` means for `blocks`: of those that peers announce for all of them, the one that most have.
+    """The id that `name` means for `blocks`: of the ids announced for all of them, the one that most offers have.
 
-    Of equally many the greater id: every client must decide alike. Raises NoChain, saying which adapters there are.
+    If two have equally many offers, the greater id: every client must decide alike. Raises NoChain, naming the
+    adapters that there are.
     """
     usable = [offer for offer in offers if offer.record.state == "online"]
     spans: dict[str, list[Span]] = defaultdict(list)
@@ -68,14 +69,14 @@ def choose_adapter(offers: Iterable[Offer], name: str, blocks: Span) -> str:
     found = [adapter for adapter in spans if name in (adapter, name_of(adapter))]
     if not found:
         there = ", ".join(sorted(spans)) or "none"
-        raise NoChain(f"nobody reachable has an adapter {name!r} for blocks {blocks}; there is {there}")
+        raise NoChain(f"no reachable peer has an adapter {name!r} for blocks {blocks}; there is {there}")
     missing = {adapter: _missing(spans[adapter], blocks) for adapter in found}
     whole = [adapter for adapter in found if not missing[adapter]]
     if not whole:
         best = min(found, key=lambda adapter: (len(missing[adapter]), adapter))
         runs = tuple(missing[best])
         parts = ", ".join(f"{start}:{end}" for start, end in runs)
-        raise NoChain(f"nobody reachable serves blocks {parts} with the adapter {best}", runs)
+        raise NoChain(f"no reachable peer serves blocks {parts} with the adapter {best}", runs)
     return max(whole, key=lambda adapter: (len(spans[adapter]), adapter))
 
 

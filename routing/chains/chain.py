@@ -1,7 +1,7 @@
-"""Which peers to chain: entering and leaving spans anywhere inside, for what the client needs of them.
+"""Plans a chain of peers over the blocks that a client needs. A chain may enter and leave spans at any block.
 
-Knows offers, delays and costs, all given; knows no clock and sends nothing. What costs what is `columns`' business,
-and the search that of `sweep` and `bulk`.
+`costs` says what each offer costs; `for_steps` and `for_passes` search the cheapest chain. Delays and costs are
+arguments; nothing here measures or sends.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = [
     "plan_chain",
 ]
 
-# Chains that cost so much more than the best are as good: choosing among them keeps clients from herding.
+# Chains that cost up to this factor more than the best are as good: a random choice among them spreads clients.
 NEAR_BEST = 1.05
 
 
 Between = tuple[PeerId | None, PeerId | None]
-"""Who stands before and after a part of a chain; None is the client."""
+"""The peers before and after a part of a chain; None is the client."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One place in a chain: a peer, the part of its span that is used, and its place among the hops."""
+    """One place in a chain: a peer, the part of its span that is used, and its index among the hops."""
 
     index: int
     peer_id: PeerId
@@ -53,9 +53,10 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Hops whose spans join up. `cost_s`: the seconds that one step or request is expected to take, there and back.
+    """Hops whose spans join up.
 
-    slowest_s: of a chain for passes, the seconds that its slowest hop takes for each request; 0 for steps.
+    cost_s: the seconds that one step or request is expected to take, there and back.
+    slowest_s: in a chain for training passes, the seconds that its slowest hop takes for each request; else 0.
     """
 
     hops: tuple[Hop, ...]
@@ -71,10 +72,10 @@ def plan_chain(
     random: Random,
     avoid: Collection[PeerId] = (),
 ) -> Chain:
-    """A chain over the blocks of `span` that costs at most 5 % more than the best, chosen at random among such.
+    """A chain over the blocks of `span` that costs at most 5 % more than the best, chosen at random among such chains.
 
-    Who plans often with the same offers makes an OfferTable of them. Raises NoChain whose `missing` has the runs of
-    blocks, as (start, end), that no usable offer holds.
+    A caller that plans often with the same offers should make an OfferTable of them. Raises NoChain whose `missing`
+    has the runs of blocks, as (start, end), that no usable offer holds.
     """
     table = offers if isinstance(offers, OfferTable) else OfferTable(offers)
     columns = select_columns(table, span, needs, avoid)

@@ -1,6 +1,6 @@
-"""What one plan knows of each offer that it may use: which of its blocks, and what it costs to use them.
+"""Selects the offers that one plan may use, and computes what each of them costs.
 
-Knows offers and what the client wants; chooses no chain. What costs what is decided here, for all objectives alike.
+All objectives (steps and passes) share these costs. No chain is chosen here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed
 from peerd.routing.chains.offer_table import Floats, Indices, Mask, OfferTable
 from peerd.routing.directory.offer import Offer
 
-# What a hop costs beside its link: framing, queueing for the engine, copies. Petals reckons with 18 ms.
+# What a hop costs beside its link: framing, queueing for the engine, copies. Petals uses 18 ms.
 HOP_S = 0.005
-# A peer that was never measured is taken to be on another continent: unknown must not beat known.
+# A peer that was never measured counts as being on another continent: unknown must not beat known.
 UNKNOWN_RTT_S = 0.2
-# A peer without the room for the session would make it wait, or refuse: use it only where nobody else can.
+# A peer without room for the session would make it wait, or refuse: use it only if no other peer can serve.
 NO_ROOM_S = 10.0
 
 
@@ -29,15 +29,17 @@ NO_ROOM_S = 10.0
 class ChainNeeds:
     """What the client knows and wants.
 
-    rtts_s: seconds to a peer and back, as measured by the client; unknown_rtt_s: to all others. tokens: KV tokens
-    needed on each hop. positions: positions a step (or a pass's request), for which computing is weighed against
-    delays. position_bytes: what one of them takes on the wire. adapter: what hops must have.
-    requests: 0 for a session, whose hops push its steps on to each other: what counts is the time from a step to its
-    answer. For a training pass, how many requests follow each other, each of which goes from the client to a hop and
-    back: what counts is when the last is answered, so of many the pace of the slowest hop.
-    first_by, last_by: who may run the first and the last block; None is anybody.
-    after, before: the peers between which the chain is a part of a longer one; None is the client.
-    warm: peers to whom a connection is open: of chains as good as each other, one through them.
+    rtts_s: round-trip seconds to peers, as measured by the client. unknown_rtt_s: to all other peers.
+    tokens: KV tokens needed on each hop.
+    positions: positions of a step (or of a pass's request), which weigh computing against delays.
+    adapter: the adapter that hops must have.
+    requests: 0 for a session, whose hops push its steps on to each other; the time from a step to its answer counts.
+        For a training pass, how many requests follow each other, each going from the client to a hop and back; the
+        time of the last answer counts, so with many requests the slowest hop.
+    position_bytes: bytes of one position on the wire.
+    first_by, last_by: peers that may run the first and the last block; None means any peer.
+    after, before: the peers between which this chain is a part of a longer one; None is the client.
+    warm: peers to which a connection is open, which are preferred among equally good chains.
     """
 
     rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
@@ -56,11 +58,14 @@ class ChainNeeds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Columns:
-    """One column an offer, ordered by `starts`. Blocks are counted from the first of the span that is wanted.
+    """The usable offers as columns, ordered by `starts`. Blocks are counted from the first block that is wanted.
 
-    block_s: to compute a step's positions in one block. hop_s: for a hop beside that, queue and all. client_s: to or
-    from the client, one way. to_s, back_s: from whoever is before the chain, and to whoever comes after it.
-    push_s: for a step to leave a peer for the next one. near, far, apart_s: as in OfferTable.
+    block_s: to compute a step's positions in one block.
+    hop_s: a hop's further costs, including its queue.
+    client_s: to or from the client, one way.
+    to_s, back_s: from the peer before the chain, and to the peer after it (or the client).
+    push_s: to send a step's output to the next peer.
+    near, far, apart_s: pairs of columns with a measured delay, as in OfferTable.
     """
 
     offers: list[Offer]
@@ -100,7 +105,7 @@ def select_columns(table: OfferTable, span: Span, needs: ChainNeeds, avoid: Coll
 
 
 def _keep_ends_for(table: OfferTable, needs: ChainNeeds, starts: Indices, ends: Indices, blocks: int) -> None:
-    """Who may not run the first or the last block is as good as one that has it not."""
+    """Treat a peer that may not run the first or last block as if its span excluded that block."""
     for trusted, first in ((needs.first_by, True), (needs.last_by, False)):
         if trusted is None:
             continue
@@ -115,16 +120,16 @@ def _keep_ends_for(table: OfferTable, needs: ChainNeeds, starts: Indices, ends: 
 def _check_covered(starts: Indices, ends: Indices, span: Span, who: str, adapter: AdapterNeed) -> None:
     count = len(span) + 1
     uncovered = np.flatnonzero(np.cumsum(np.bincount(starts, minlength=count) - np.bincount(ends, minlength=count)) < 1)
-    # Behind the last block there is nothing to hold.
+    # The entry behind the last block does not count: there is nothing to hold.
     if len(uncovered) > 1:
         runs = np.split(uncovered[:-1], np.flatnonzero(np.diff(uncovered[:-1]) > 1) + 1)
         missing = tuple((span.start + int(run[0]), span.start + int(run[-1]) + 1) for run in runs)
         named = ", ".join(f"{start}:{end}" for start, end in missing)
-        raise NoChain(f"nobody {who} serves blocks {named}{adapter}", missing)
+        raise NoChain(f"no {who} peer serves blocks {named}{adapter}", missing)
 
 
 def _columns(table: OfferTable, needs: ChainNeeds, chosen: Indices, starts: Indices, ends: Indices) -> Columns:
-    # Where each column of the table stands among the chosen; -1 for the others.
+    # The position of each of the table's columns among the chosen ones; -1 for the others.
     place = np.full(len(table), -1, np.intp)
     place[chosen] = np.arange(len(chosen))
     pairs = np.flatnonzero((place[table.near] >= 0) & (place[table.far] >= 0))
@@ -135,7 +140,7 @@ def _columns(table: OfferTable, needs: ChainNeeds, chosen: Indices, starts: Indi
     uplink = table.uplink[chosen]
     position_s = np.divide(needs.position_bytes, uplink, out=np.zeros(len(chosen)), where=uplink > 0)
     near, far, apart_s = place[table.near[pairs]], place[table.far[pairs]], table.apart_s[pairs]
-    # One answer position leaves for the client, and all of them for another peer, or from one that answers passes.
+    # The last hop of a session sends the client one position; every other hop sends all positions.
     push_s = position_s * needs.positions
     is_last = needs.requests == 0 and needs.before is None
     return Columns(
@@ -151,13 +156,13 @@ def _columns(table: OfferTable, needs: ChainNeeds, chosen: Indices, starts: Indi
         warm=warm[chosen],
         near=near,
         far=far,
-        # A peer's two spans are no way apart, and nothing is sent from one to the other.
+        # Two spans of one peer have no delay between them, and nothing is sent: subtract the sending time again.
         apart_s=np.where(np.isnan(apart_s), -push_s[near], apart_s),
     )
 
 
 def _delays(table: OfferTable, needs: ChainNeeds, peer_id: PeerId | None, client_s: Floats) -> Floats:
-    """One way between every offer's peer and that one; None is the client."""
+    """One-way delays between every offer's peer and `peer_id`; None is the client."""
     if peer_id is None:
         return client_s
     delays: Floats = np.maximum(client_s, needs.rtts_s.get(peer_id, needs.unknown_rtt_s) / 2)

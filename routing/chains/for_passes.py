@@ -1,10 +1,10 @@
-"""Chains for training passes, whose every hop gets its input from the client and answers it.
+"""Plans chains for training passes, in which the client sends each hop its input and gets its output back.
 
-Knows columns of costs; knows no records. One request wants the soonest answer, and as no hop's cost depends on its
-neighbours a sweep over the blocks finds it. Of many requests behind each other the slowest hop sets the pace: the last
-is answered one chain's time and so many paces after the first was sent. The difficulty is that a peer which runs two
-parts of a chain works for both: no sum over hops knows of that, so a search goes from hop to hop and remembers who is
-taken. It tries the likeliest first, and gives up in time.
+For one request the soonest answer counts. No hop's cost depends on its neighbours, so a sweep over the blocks finds
+it. With many requests behind each other the slowest peer sets the pace: the last answer comes one chain's time and
+(requests - 1) paces after the first was sent. A peer that runs two parts of a chain works for both, which no sum
+over hops shows. So a search goes from hop to hop, marks the spans that are used, tries the likeliest first, and
+gives up after a number of tries.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from peerd.routing.chains.costs import Columns
 from peerd.routing.chains.for_steps import ROUNDING_S, Run
 from peerd.routing.chains.offer_table import Floats, Indices
 
-# Hops that a search may try for one pace. Where there are few peers that is all there is; where there are many, the
-# first try succeeds or the pace is too much by far.
+# How many hops a search may try for one pace. With few peers that covers everything; with many, the first try succeeds
+# or the pace is far too fast.
 MAX_TRIES = 256
-# Paces between the best there is and that of the soonest answer, at each of which so many chains are looked at.
+# How many paces between the best and that of the soonest answer are tried, and how many chains for each.
 PACES = 6
 CHAINS = 2
-# Of a block's peers the fastest and the nearest, so many of each, are searched: the others would make no faster chain.
+# For each block only so many of the fastest and so many of the nearest peers are searched: others would not make a
+# faster chain.
 PEERS_A_BLOCK = 16
 
 
 def by_client(
     columns: Columns, blocks: int, requests: int, slack: float, random: Random
 ) -> tuple[list[Run], float, float]:
-    """Runs over `blocks`, the seconds until one request is answered, and those that the slowest hop takes for each."""
+    """The runs over `blocks`, the seconds until one request is answered, and the slowest peer's seconds for each
+    request.
+    """
     found = [_soonest(columns, blocks, slack, random)]
     if requests > 1:
         found += _Paces(columns, blocks, slack, random).chains(_times(columns, found[0])[1])
@@ -45,7 +48,7 @@ def by_client(
 
 
 def _times(columns: Columns, runs: list[Run]) -> tuple[float, float]:
-    """When one request is answered, and what the slowest peer takes for each."""
+    """The seconds until one request is answered, and the slowest peer's seconds for each request."""
     busy_s: dict[int, float] = {}
     for at, start, end in runs:
         busy_s[at] = busy_s.get(at, 0.0) + float(_stage_s(columns, at, end - start))
@@ -53,13 +56,13 @@ def _times(columns: Columns, runs: list[Run]) -> tuple[float, float]:
 
 
 def _run_s(columns: Columns, run: Run) -> float:
-    """What a hop adds to the time of one request."""
+    """The seconds that a hop adds to one request."""
     at, start, end = run
     return float(columns.to_s[at] + columns.hop_s[at] + (end - start) * columns.block_s[at] + columns.back_s[at])
 
 
 def _stage_s(columns: Columns, at: int | Indices, count: int | Indices) -> Floats:
-    """What a hop takes for each request of many: it computes one while it sends the one before."""
+    """The seconds that a hop takes for each of many requests: it computes one while it sends the one before."""
     stage_s: Floats = np.maximum(columns.hop_s[at] + count * columns.block_s[at], columns.push_s[at])
     return stage_s
 
@@ -70,7 +73,9 @@ def _soonest(columns: Columns, blocks: int, slack: float, random: Random) -> lis
     best[0] = 0.0
 
     def costs(end: int) -> tuple[Indices, Floats]:
-        """Who can run the block before `end`, and what the way there costs, by where each of them begins."""
+        """The columns that can run the block before `end`, and the total cost for each block at which such a run can
+        begin.
+        """
         holders = np.flatnonzero((columns.starts < end) & (columns.ends >= end))
         begins = np.arange(end)
         total = best[:end] + (end - begins) * columns.block_s[holders, None] + hop_s[holders, None]
@@ -85,7 +90,7 @@ def _soonest(columns: Columns, blocks: int, slack: float, random: Random) -> lis
         holders, totals = costs(end)
         near_best = totals <= budget + ROUNDING_S
         pick = random.choice(np.flatnonzero(near_best.any(axis=1)).tolist())
-        # A peer is kept for as long as that is affordable: fewer hops.
+        # Stay with a peer as long as that is affordable, which makes fewer hops.
         at, start = int(holders[pick]), int(np.argmax(near_best[pick]))
         budget -= totals[pick, start] - best[start]
         runs.append((at, start, end))
@@ -94,12 +99,12 @@ def _soonest(columns: Columns, blocks: int, slack: float, random: Random) -> lis
 
 
 class _Paces:
-    """Searches chains none of whose hops takes longer than a given time, and no peer's span is used twice."""
+    """Searches chains in which no hop takes longer than a given time and no span is used twice."""
 
     def __init__(self, columns: Columns, blocks: int, slack: float, random: Random) -> None:
         self._columns = columns
         self._blocks = blocks
-        # Near ties at random, as everywhere.
+        # Random, to break near ties.
         self._random = random
         self._slack = slack
         self._hop_s = columns.to_s + columns.hop_s + columns.back_s
@@ -109,7 +114,7 @@ class _Paces:
         self._tries = 0
 
     def _best_holders(self) -> list[Indices]:
-        """By block, who of those that hold it are searched."""
+        """For each block, the columns of the peers that are searched."""
         columns = self._columns
         numbers = np.arange(self._blocks)
         chosen = np.zeros((len(columns.starts), self._blocks), bool)
@@ -129,7 +134,8 @@ class _Paces:
         lengths = self._lengths[searched]
         at = np.repeat(searched, lengths)
         count = np.arange(len(at)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
-        # The slowest hop takes what some peer takes for some number of blocks.
+        # The slowest hop's time is the time of some peer for some number of blocks, so only these paces can be the
+        # best.
         paces: list[float] = np.unique(_stage_s(columns, at, count)).tolist()
         furthest = np.zeros(len(self._lengths))
         best = bisect_left(range(len(paces) - 1), True, key=lambda n: self._chain(paces[n], furthest) is not None)
@@ -139,7 +145,7 @@ class _Paces:
         return [runs for runs in found if runs is not None]
 
     def _chain(self, pace_s: float, overhead_s: Floats) -> list[Run] | None:
-        """A chain of that pace; of several peers first the one with the least `overhead_s` for each block it runs."""
+        """A chain of that pace; peers with the least `overhead_s` for each block that they run are tried first."""
         columns = self._columns
         with np.errstate(divide="ignore"):
             most = np.floor((pace_s + ROUNDING_S - columns.hop_s) / columns.block_s)
@@ -151,11 +157,11 @@ class _Paces:
         return runs if self._extend(0, most, overhead_s, runs) else None
 
     def _extend(self, block: int, most: Indices, overhead_s: Floats, runs: list[Run]) -> bool:
-        """Add runs from `block` to the end. False, having added none, if there are none or the tries are used up."""
+        """Add runs from `block` to the end. Returns False, adding none, if there are none or the tries are used up."""
         if block == self._blocks:
             return True
         holders = self._holders[block]
-        # To run further never hurts: who comes next may begin further on as well.
+        # Running further never hurts: the next peer may begin further on as well.
         reached = np.minimum(block + most[holders], self._columns.ends[holders])
         useful = np.flatnonzero((reached > block) & ~self._taken[holders])
         each_s = overhead_s[holders[useful]] / (reached[useful] - block)

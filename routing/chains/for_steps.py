@@ -1,12 +1,11 @@
-"""The soonest answer to a session's steps, whose hops push on to each other: one sweep over the blocks.
+"""Plans the chain with the soonest answer to a session's steps, whose hops push them on to each other.
 
-Knows columns of costs; knows no records. The difficulty is size: 1000 peers of 128 blocks have millions of
-(peer, block) -> (peer, block) edges, and a client waits for the answer. Blocks are computed in order, so the graph has
-no cycle and one sweep over the blocks finds what Dijkstra's queue would. And a change of peers that pays at all pays
-best where the one span ends or the other starts: sliding it from there changes the cost linearly. So only
-those edges are looked at, and of them only those between peers that hold the blocks on both sides. (A peer that is
-no more than a short cut between two others, with a block to run for show, may be missed: no way is shorter
-than the straight one but where delays are guessed.)
+Speed matters: 1000 peers with 128 blocks have millions of (peer, block) -> (peer, block) edges, and a client waits.
+Blocks are computed in order, so the graph has no cycle, and one sweep over the blocks finds what Dijkstra's queue
+would. A change of peers that pays at all pays best where one span ends or the other starts, because moving it from
+there changes the cost linearly. So only those edges are looked at, and only between peers that hold the blocks on
+both sides. (A peer that only serves as a short cut between two others may be missed. That needs guessed delays: with
+measured ones the direct way is the shortest.)
 """
 
 from __future__ import annotations
@@ -22,17 +21,19 @@ from peerd.routing.chains.offer_table import Floats, Indices
 ROUNDING_S = 1e-9
 
 Run = tuple[int, int, int]
-"""A column, and the blocks that it runs, `[start, end)`."""
+"""A column, and the blocks `[start, end)` that it runs."""
 
 
 def soonest(columns: Columns, blocks: int, slack: float, random: Random) -> tuple[list[Run], float]:
-    """Runs over `blocks` that cost at most `slack` times what the best do, chosen at random, and what they cost."""
+    """Runs over `blocks` that cost at most `slack` times the least cost, chosen at random, and their cost in
+    seconds.
+    """
     sweep = _Sweep(columns, blocks)
     return sweep.choose(slack, random)
 
 
 class _Sweep:
-    """reach[b, i]: the least cost of being at column i when it has just computed the b-th block."""
+    """reach[b, i]: the least cost of having computed the first b blocks with column i computing the last of them."""
 
     def __init__(self, columns: Columns, blocks: int) -> None:
         self._columns = columns
@@ -53,7 +54,7 @@ class _Sweep:
         coming = _coming(columns, starting, lasting)
         started, first = starting.tolist(), lasting.tolist()
         away_s = client_s[:, None]
-        # Whoever has ended is entered no more.
+        # A column whose span has ended cannot be entered any more.
         hop_s = columns.hop_s.copy()
         head = slice(0, started[1])
         reach[1, head] = columns.to_s[head] + hop_s[head] + block_s[head]
@@ -95,7 +96,7 @@ class _Sweep:
             block -= 1
             budget -= columns.block_s[at]
             cost_s += columns.block_s[at]
-            # A peer is kept for as long as that is affordable: fewer hops.
+            # Stay with a peer as long as that is affordable, which makes fewer hops.
             if block > 0 and reach[block, at] <= budget + ROUNDING_S:
                 continue
             runs.append((at, block, end))
@@ -111,9 +112,9 @@ class _Sweep:
         return runs[::-1], float(cost_s + columns.to_s[at])
 
     def _links_to(self, at: int) -> Floats:
-        """What it takes a step to come to a column from each of the others."""
+        """The seconds that a step takes to get to a column from each of the others."""
         columns = self._columns
-        # Two peers are about as far from each other as the farther one is from us.
+        # Without a measurement, two peers count as far from each other as the farther one is from the client.
         links: Floats = np.maximum(columns.client_s, columns.client_s[at])
         known = np.flatnonzero(columns.far == at)
         links[columns.near[known]] = columns.apart_s[known]
@@ -127,29 +128,29 @@ class _Sweep:
 
 
 class _Measured:
-    """Measured delays, by the block at which the sweep looks at them.
+    """Measured delays, by the block at which the sweep needs them.
 
-    Of 1000 offers there are a million pairs, of which a sweep looks at each once, and knows some thousand: so all are
-    guessed, a few rows at a time, and the known ones are written over them.
+    1000 offers form a million pairs; the sweep looks at each once, and some thousand are measured. So all delays are
+    guessed, a few rows at a time, and the measured ones are written over the guesses.
 
-    blocks, rows, cols: for each delay, the block at which it is wanted and its place in that block's rows and columns.
+    blocks, rows, cols: for each delay, the block at which it is needed and its position in that block's matrix.
     """
 
     def __init__(self, blocks: Indices, rows: Indices, cols: Indices, apart_s: Floats, count: int) -> None:
-        # Few values of 16 bits are sorted by counting.
+        # 16-bit values are sorted by counting, which is fast for few values.
         order = np.argsort(blocks.astype(np.int16), kind="stable")
         self._bounds = np.searchsorted(blocks[order], np.arange(count + 1)).tolist()
         self._rows, self._cols, self._apart_s = rows[order], cols[order], apart_s[order]
 
     def write(self, block: int, delays: Floats) -> None:
-        """Write what is known for a block into its matrix."""
+        """Write the measured delays of a block into its matrix."""
         begin, end = self._bounds[block], self._bounds[block + 1]
         if begin < end:
             delays[self._rows[begin:end], self._cols[begin:end]] = self._apart_s[begin:end]
 
 
 def _leaving(columns: Columns, by_end: Indices, bounds: list[int], begins: Indices, ends: Indices) -> _Measured:
-    """From columns that end at a block to those that hold it, which are from `begins` to `ends`."""
+    """From columns that end at a block to columns that hold it, which are those from `begins` to `ends`."""
     rank = np.empty(len(by_end), np.intp)
     rank[by_end] = np.arange(len(by_end))
     block = columns.ends[columns.near]
@@ -161,7 +162,7 @@ def _leaving(columns: Columns, by_end: Indices, bounds: list[int], begins: Indic
 
 
 def _coming(columns: Columns, starting: Indices, lasting: Indices) -> _Measured:
-    """To columns that start at a block from those that hold the one before it."""
+    """To columns that start at a block from columns that hold the block before it."""
     block = columns.starts[columns.far]
     known = np.flatnonzero(block > 0)
     begins, ends = lasting[block[known] - 1], starting[block[known]]

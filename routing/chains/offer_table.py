@@ -1,8 +1,7 @@
-"""A model's offers as columns of numbers: what plans of chains have in common while the swarm stays as it is.
+"""A model's offers as columns of numbers, which all plans share while the swarm stays the same.
 
-Knows records; chooses nothing. The difficulty is that reading a thousand records takes longer than planning with
-them, and that a client plans again whenever a peer fails: so they are read once for each view of the swarm, and a plan
-only says which columns it does without.
+Reading a thousand records takes longer than planning with them, and a client plans again whenever a peer fails. So
+the records are read once for each view of the swarm, and a plan only says which columns it leaves out.
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ Mask = NDArray[np.bool_]
 
 
 class OfferTable:
-    """One column for each offer that is online and whose blocks are as most peers have them.
+    """One column for each offer that is online and whose block digests agree with the majority.
 
-    starts, ends: the span. block_s: seconds that a position takes through one block. queue_s, free_tokens, uplink: as
-    announced. near, far: columns between whose peers one of them measured the delay, each pair both ways round;
-    apart_s: that delay, one way, NaN between two spans of one peer. Pairs come with the longest delay first, so that of
-    what both peers measured the shorter stays when it is written over the other.
-
-    belief: how much of the queue that a peer announces counts; all of it for those that are not named.
+    starts, ends: the span.
+    block_s: seconds that a position takes through one block.
+    queue_s, free_tokens, uplink: as announced.
+    near, far: pairs of columns whose delay one of their peers measured, each pair in both directions.
+    apart_s: that delay, one way; NaN between two spans of one peer. Pairs come with the longest delay first, so that
+        if both peers measured, the shorter delay overwrites the longer.
+    belief: for some peers, which part of their announced queue counts; for all others, all of it.
     """
 
     def __init__(self, offers: Iterable[Offer], belief: Mapping[PeerId, float] | None = None) -> None:
-        # Peers that are left out for having failed still count here: the majority must not change with our luck.
+        # Callers pass peers that failed too, and leave them out only in a plan: the majority must not depend on our
+        # failures.
         found = agreeing([offer for offer in offers if offer.record.state == "online"])
         self.offers = tuple(found)
         records = [offer.record for offer in found]
@@ -55,18 +56,18 @@ class OfferTable:
         return f"<OfferTable of {len(self._numbers)} peers, {len(self)} spans>"
 
     def of(self, peers: Iterable[PeerId]) -> Indices:
-        """The columns of these peers; of those that offer nothing, none."""
+        """The columns of these peers, without those that offer nothing."""
         numbers = {self._numbers[peer_id] for peer_id in peers if peer_id in self._numbers}
         return self._columns_of(np.array(sorted(numbers), np.intp))[0]
 
     def _find_columns(self) -> None:
-        """By peer, its columns: those of peer n are `_columns[_bounds[n] : _bounds[n + 1]]`."""
+        """Sort the columns by peer: those of peer n are `_columns[_bounds[n] : _bounds[n + 1]]`."""
         self._peers: Indices = np.array([self._numbers[offer.peer_id] for offer in self.offers], np.intp)
         self._columns: Indices = np.argsort(self._peers, kind="stable")
         self._bounds: Indices = np.searchsorted(self._peers[self._columns], np.arange(len(self._numbers) + 1))
 
     def _columns_of(self, peers: Indices) -> tuple[Indices, Indices]:
-        """The columns of peers, one after the other, and for each of them where in `peers` its peer stands."""
+        """The columns of `peers`, one after the other, and for each column the index of its peer in `peers`."""
         counts = self._bounds[peers + 1] - self._bounds[peers]
         source = np.repeat(np.arange(len(peers)), counts)
         within = np.arange(len(source)) - (np.cumsum(counts) - counts)[source]

@@ -1,8 +1,7 @@
-"""Whom to measure: the peers that a plan would plausibly use if it knew how near they are.
+"""Chooses the peers whose round-trip time is worth measuring: those that a plan would use if they were near.
 
-Knows offers and delays; measures nothing. The difficulty is that a thousand peers are too many to ask, and
-that who is never asked is never used. So it asks those that chains would have if strangers were near, in every
-part of the blocks, and a few at random.
+A thousand peers are too many to ask, and a peer that is never asked is never used. So this picks the peers of the
+chains that would be best if unmeasured peers were near, in every part of the blocks, and a few at random.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from peerd.routing.chains.chain import HOP_S, ChainNeeds, plan_chain
 from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.directory.offer import Offer
 
-# What somebody whom we never measured may turn out to be: a peer of our own region. Petals' default for such is 0.
+# The round-trip time that an unmeasured peer may turn out to have: a peer of our own region. Petals uses 0.
 HOPEFUL_RTT_S = 0.02
-# Of those to ask, how many are taken at random among the ones that we know nothing of.
+# The share of the chosen peers that is taken at random among unmeasured ones.
 STRANGERS = 1 / 4
 
 
 def worth_probing(
     table: OfferTable, blocks: Span, needs: ChainNeeds, count: int, random: Random, avoid: Collection[PeerId] = ()
 ) -> list[Offer]:
-    """At most `count` peers, the likeliest first, by one of their offers each."""
+    """At most `count` peers, the likeliest first, with one offer of each."""
     needs = replace(needs, unknown_rtt_s=HOPEFUL_RTT_S)
     found: dict[PeerId, Offer] = {}
     strangers = int(count * STRANGERS)
-    # Whom no chain can do without: whoever else has a block was left out to see who comes next.
+    # Peers needed by every chain, found when excluding all chosen peers left some blocks without a server.
     needed: set[PeerId] = set()
     while len(found) < count - strangers:
         try:
@@ -56,22 +55,22 @@ def worth_probing(
 
 
 def next_hops(offers: Sequence[Offer], own: PeerId, span: Span, rtts_s: Mapping[PeerId, float]) -> list[Offer]:
-    """Who may run what follows on `span`: those that a chain gains most by first.
+    """The peers that may run the blocks behind `span`, those that a chain gains most by first. One offer for each peer.
 
-    One offer a peer. Those who were never measured are taken to be near.
+    Peers that were never measured count as near.
     """
     best: dict[PeerId, tuple[float, Offer]] = {}
     for offer in offers:
         if offer.peer_id == own or offer.record.state != "online":
             continue
-        # Entered where our span ends, unless it ends by then itself: then as soon as we have run one block.
+        # Entered where our span ends; a span that ends no later than ours is entered as soon as we have run one block.
         first = span.end if offer.span.end > span.end else max(offer.span.start, span.start + 1)
         count = offer.span.end - first
         if offer.span.start > span.end or count < 1:
             continue
         way_s = rtts_s.get(offer.peer_id, HOPEFUL_RTT_S) / 2 + HOP_S + offer.record.queue_s
         block_s = way_s / count + offer.block_s
-        # Blocks that we have as well are seldom worth a hop.
+        # Blocks that we host as well are seldom worth a hop.
         cost_s = block_s if offer.span.end > span.end else 2 * block_s
         if offer.peer_id not in best or cost_s < best[offer.peer_id][0]:
             best[offer.peer_id] = (cost_s, offer)
@@ -81,9 +80,11 @@ def next_hops(offers: Sequence[Offer], own: PeerId, span: Span, rtts_s: Mapping[
 def with_rtts(
     record: ServerRecord, offers: Sequence[Offer], own: PeerId, rtts_s: Mapping[PeerId, float], most: int
 ) -> ServerRecord:
-    """The record with the measured delays to those that may follow on its span, most useful first."""
+    """`record` with the measured round-trip times to peers that may follow on its span, most useful first, at most
+    `most`.
+    """
     useful = [offer.peer_id for offer in next_hops(offers, own, record.span, rtts_s) if offer.peer_id in rtts_s]
-    # A tenth of a millisecond is less than what one measurement differs from the next.
+    # One measurement differs from the next by more than a tenth of a millisecond.
     return replace(record, rtts=tuple((peer, round(rtts_s[peer], 4)) for peer in useful[:most]))
 
 

@@ -1,1 +1,1 @@
-"""The DHT: Kademlia over authenticated streams, and its store."""
+"""The DHT: Kademlia over authenticated streams, and the store of records."""

@@ -1,8 +1,7 @@
 """The DHT as the rest of peerd uses it: get and put sets of signed records, join, stay connected.
 
-Joins lookup, table, store and protocol, and runs their requests. Knows which answers to believe; knows
-no connections. The difficulty is that any peer asked may be dead, old or lying: so every record is
-checked here again, answers are united instead of chosen among, and replicas are counted, not assumed.
+Joins lookup, table, store and protocol, and runs their requests. Any peer may be dead, out of date or lying. So
+every record is checked here again, the answers of several peers are united, and replicas are counted by answers.
 """
 
 from __future__ import annotations
@@ -37,23 +36,24 @@ from peerd.routing.dht.table import Contact, PeerNode, dump_contacts
 
 log = logging.getLogger(__name__)
 
-# Askers a lookup. With 30 % of 200 peers just dead, a median get took 0.21 s, against 0.36 s with Kademlia's 3,
-# for 14 requests instead of 13.
+# Concurrent requests of a lookup. With 30 % of 200 peers just dead, a median get took 0.21 s, against 0.36 s with
+# Kademlia's 3, for 14 requests instead of 13.
 ALPHA = 5
-# Answers that a lookup of records waits for. Each record is with the 12 nearest of 20 s ago: of the 8 that are nearest
-# now, one does not have it only if it came since.
+# How many answers a lookup of records waits for. Each record was put to the 12 nearest peers at most 20 s ago: of the 8
+# that are nearest now, a peer lacks it only if it joined since.
 QUORUM = 8
-# Whom a renewal asks for newcomers: one of so many that are nearest, for the very nearest may be a liar.
+# A renewal asks one of so many nearest peers for newcomers, chosen at random, since the very nearest may lie.
 WITNESSES = 4
-# Lookups at a time; each has a few requests under way.
+# Concurrent lookups; each has a few requests under way.
 MAX_LOOKUPS = 16
 
 
 class Dht:
     """One peer of the DHT. Start it with `bootstrap`, then call `refresh` once a minute.
 
-    now: unix seconds, corrected (spec/records.md). random: chooses which places to look up to stay connected.
-    addresses: where we can be dialled. () makes us a client, which asks but is in nobody's table.
+    now: unix seconds, corrected (spec/records.md).
+    random: chooses the ids that `refresh` looks up.
+    addresses: where other peers can dial us. () makes us a client, which asks but is in no other peer's table.
     """
 
     def __init__(
@@ -73,10 +73,11 @@ class Dht:
         self._table = self._protocol.router
         self._random = random
         self._holders = Holders(REPLICAS, trio.current_time)
-        # Where to start from if the table is empty: what `bootstrap` was given, and whom we knew a while ago.
+        # The peers to start from if the table is empty: the argument of `bootstrap`, and the peers that we knew a while
+        # ago.
         self._seeds: list[PeerNode] = []
         self._last_known: list[PeerNode] = []
-        # Nobody was ever known: a swarm begins with us.
+        # True as long as no peer was ever known: then we may be the first peer of a swarm.
         self._is_first = True
         self._lookups = trio.Semaphore(MAX_LOOKUPS)
 
@@ -86,7 +87,7 @@ class Dht:
 
     @property
     def addresses(self) -> tuple[Multiaddr, ...]:
-        """Where others are told to dial us; changes as we learn whether we can be reached."""
+        """Where other peers are told to dial us; changes as we learn whether we can be reached."""
         return self._protocol.addresses
 
     @addresses.setter
@@ -99,16 +100,18 @@ class Dht:
         return [node.contact for node in self._table]
 
     def dump(self) -> str:
-        """The routing table, for `load_contacts` after a restart and `bootstrap` with what that returns."""
+        """The routing table as text: after a restart, pass `load_contacts(text)` to `bootstrap`."""
         return dump_contacts(self.contacts)
 
     async def bootstrap(self, contacts: Iterable[Contact]) -> int:
-        """Join through any of these. Returns how many peers we know then; 0 means that nobody answered."""
+        """Join through any of these contacts. Returns how many peers we know then; 0 means that none answered."""
         self._seeds = [PeerNode(contact) for contact in contacts if contact.peer_id != self._own.contact.peer_id]
         return await self._join()
 
     async def introduce(self) -> None:
-        """Ask those around us, and all whom we know, who thereby hear where we are: after that has changed."""
+        """Send a question to the peers nearest to us and to all known peers, so that they learn our changed
+        addresses.
+        """
         known = list(self._table)
         self._last_known = known or self._last_known
         nodes, _ = await self._look_up(Node(self._own.id), self._protocol.call_find_node)
@@ -125,22 +128,24 @@ class Dht:
                     nursery.start_soon(ping, node)
 
     async def refresh(self) -> None:
-        """Ping who is in doubt, look around where nothing was looked up for an hour, join again if alone."""
+        """Ping the peers in doubt, look up ids in ranges that were idle for an hour, join again if no peers are
+        left.
+        """
         async with trio.open_nursery() as nursery:
             for node in self._table.take_suspects():
                 nursery.start_soon(self._protocol.call_ping, node)
         if len(self._table):
             self._last_known = list(self._table)
         else:
-            # Our own network failed, more likely than everybody's at once.
+            # Our own network failed, which is more likely than that all peers failed at once.
             await self._join()
         await self._look_up_all(self._protocol.get_refresh_ids())
 
     async def get(self, wanted: RecordKey, *, whole: bool = False) -> list[VerifiedRecord]:
         """The valid records of the set, the newest of each slot, from a quorum of the peers nearest to its key.
 
-        If it must be `whole`, raises PartialView where neither a quorum answered nor most of those who were asked,
-        ourselves among them where we keep records.
+        whole: raise PartialView unless a quorum of peers answered, or most of those that were asked (including
+        ourselves, if we store records).
         """
         records, is_split = await self._get_key(wanted.key, whole)
         if is_split and wanted.parts:
@@ -155,7 +160,7 @@ class Dht:
         return newest(records)
 
     async def get_many(self, wanted: Sequence[RecordKey], *, whole: bool = False) -> list[list[VerifiedRecord]]:
-        """`get` of several sets at once, in their order."""
+        """`get` for several sets at once; the results are in the order of `wanted`."""
         found: list[list[VerifiedRecord]] = [[] for _ in wanted]
         failures: list[PartialView] = []
 
@@ -173,10 +178,10 @@ class Dht:
         return found
 
     async def put(self, *records: SignedRecord) -> int:
-        """Store each record with the peers nearest to each of its keys, or to the key's part if that is full.
+        """Store each record with the peers nearest to each of its keys, or to the key's part if the key is full.
 
-        Returns how many peers hold it, of the record and key with the fewest. Raises RemoteProtocolError
-        for a record that nobody would take.
+        Returns how many peers hold the record, for the record and key with the fewest. Raises RemoteProtocolError
+        for a record that no peer would accept.
         """
         parts: dict[bytes, dict[bytes, bytes | None]] = defaultdict(dict)
         for signed in records:
@@ -200,7 +205,7 @@ class Dht:
         return min(counts, default=0)
 
     async def handle(self, sender: PeerId, packet: Packet, source: IPv4Address | IPv6Address | None = None) -> Packet:
-        """Answer a peer; `sender` is who its connection proves it to be, `source` the address it is seen at.
+        """Answer a peer. `sender` is the PeerId that its connection proved, `source` the address at which we see it.
 
         Raises InvalidRequest.
         """
@@ -209,7 +214,7 @@ class Dht:
 
     async def _join(self) -> int:
         await self._look_up(Node(self._own.id), self._protocol.call_find_node)
-        # Kademlia paper, 2.3: then the ranges farther away, for each has a bucket of its own to fill.
+        # Kademlia paper, 2.3: look up ids in the farther ranges too, since each of them has a bucket to fill.
         await self._look_up_all(self._protocol.get_refresh_ids(self._table.buckets))
         return len(self._table)
 
@@ -241,20 +246,20 @@ class Dht:
         if whole:
             self._check_whole(crawl)
         replies = list(crawl.replies.values())
-        # Most replicas answer the same bytes: check each once.
+        # Most replicas answer the same bytes; check each record once.
         data = {record for reply in replies for record in reply.records}
         records = self._store.get(key)
         for one in data.difference(self._store.get_encoded(key)):
             try:
                 records.append(open_record(SignedRecord.decode(one), now=self._now(), key=key))
             except RemoteProtocolError as error:
-                # Forged or just expired; the others are no worse for it.
+                # Forged or just expired; the other records still count.
                 log.debug("skipped a record under %s: %s", key.hex(), error)
         is_split = any(reply.split for reply in replies) or self._store.is_split(key)
         return newest(records), is_split
 
     def _check_whole(self, crawl: Crawl[FindReply]) -> None:
-        # Whoever cannot be dialled keeps no records.
+        # Count ourselves as an answer only if we store records.
         own = bool(self.addresses)
         answered, asked = len(crawl.replies) + own, crawl.asked + own
         lost = crawl.asked == 0 and not self._is_first
@@ -262,7 +267,7 @@ class Dht:
             raise PartialView(f"{len(crawl.replies)} of {crawl.asked} peers answered")
 
     async def _put_key(self, key: bytes, data: list[bytes]) -> list[Counter[Outcome]]:
-        """What became of each record at the peers that should hold `key`, which may include ourselves."""
+        """The outcomes of each record at the peers that should hold `key`, which may include ourselves."""
         put = _Put(key, data)
         known = self._holders.of(key)
         if known:
@@ -287,7 +292,9 @@ class Dht:
                     nursery.start_soon(put_to, node)
 
     async def _put_to_newcomers(self, put: _Put, known: list[PeerNode]) -> None:
-        """Put it to whoever should hold the key by now as well, as far as we, or one of the holders, have heard."""
+        """Put the records to peers that should hold the key by now as well, as far as we or one of the holders know
+        them.
+        """
         target = Node(put.key)
         reply = await self._protocol.call_find_node(self._random.choice(known[:WITNESSES]), target)
         heard_of = [*self._table.find_neighbors(target, REPLICAS), *(reply.nodes if reply is not None else ())]
@@ -295,7 +302,9 @@ class Dht:
         await self._put_to(put, self._holders.newcomers(put.key, others))
 
     def _without_own_share(self, put: _Put, nodes: list[PeerNode]) -> list[PeerNode]:
-        """The nearest others that should hold it, once it was put to ourselves if we should."""
+        """The nearest other peers that should hold the key. If we should hold it too, the records are stored here
+        first.
+        """
         is_near = len(nodes) < REPLICAS or self._own.distance_to(Node(put.key)) < nodes[-1].distance_to(Node(put.key))
         if not self.addresses or not is_near:
             return nodes
@@ -306,7 +315,7 @@ class Dht:
         return nodes[: REPLICAS - 1]
 
     async def _count_replicas(self, data: bytes, outcomes: Counter[Outcome], part: bytes | None) -> int:
-        """How many peers have the record; if any had no place for it, put it under the key's part as well."""
+        """How many peers hold the record. If some refused it as full, it is put under the key's part as well."""
         replicas = outcomes["stored"] + outcomes["known"]
         if outcomes["older"]:
             log.warning("%d peers hold a newer record than the one we announce", outcomes["older"])
@@ -317,7 +326,7 @@ class Dht:
 
 
 class _Put:
-    """Records on their way to the holders of one key: who was asked, who took them, and what became of each."""
+    """Records on their way to the holders of one key: which peers were asked, which accepted, and each outcome."""
 
     def __init__(self, key: bytes, data: list[bytes]) -> None:
         self.key = key
@@ -327,7 +336,7 @@ class _Put:
         self.took: list[PeerNode] = []
 
     def answered(self, node: PeerNode, outcomes: Sequence[Outcome]) -> None:
-        """A peer said this of each record; nothing, if it did not answer."""
+        """Note a peer's outcomes, one for each record; empty if it did not answer."""
         if outcomes:
             self.took.append(node)
             self.count(outcomes)

@@ -1,9 +1,8 @@
-"""Iterative lookup: which peers are nearest to a key, and what each of them answers.
+"""Iterative lookup: finds the peers nearest to a key, and collects their answers.
 
-Knows distances and replies; knows no sockets and no records. The difficulty lies in peers that died a
-moment ago: each costs a whole request deadline, so nothing may wait for one that need not. Askers slide
-over one heap of candidates instead of going in rounds, one that is slow gives its place to another, and
-a lookup that needs only a quorum stops when nobody left unasked could be nearer (spec/dht.md).
+Peers that have just died each cost a whole request deadline, so the lookup must not wait for them. Requests slide
+over one heap of candidates instead of going in rounds, a slow request gives its place to another, and a lookup that
+needs only a quorum stops when no unasked peer could be nearer (spec/dht.md).
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from kademlia.node import Node, NodeHeap
 
 from peerd.routing.dht.table import PeerNode
 
-# Most answers take one round trip, and most of those less than 0.2 s. Who takes longer holds up no asker.
+# Most answers take one round trip, mostly below 0.2 s. A request that takes longer no longer counts as busy.
 PATIENCE_S = 0.2
-# A new connection takes about four round trips. A lookup that has some answers waits no longer for the last.
+# A new connection takes about four round trips. A lookup that has some answers waits no longer than this for the rest.
 GIVE_UP_S = 1.0
 
 
 class Reply(Protocol):
-    """What a lookup needs of an answer: the peers that it names."""
+    """The part of an answer that a lookup needs: the peers that it names."""
 
     @property
     def nodes(self) -> list[PeerNode]: ...
@@ -36,9 +35,9 @@ R = TypeVar("R", bound=Reply)
 
 
 class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
-    """A NodeHeap in which a peer that failed stays out, however often others name it.
+    """A NodeHeap in which a peer that failed stays out, however often other peers name it.
 
-    Its heap is kept in order: it is read many times for each time that it grows.
+    Its heap is kept sorted, because it is read many times for each time that it grows.
     """
 
     heap: list[tuple[int, PeerNode]]
@@ -48,7 +47,7 @@ class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
         self._known: set[bytes] = set()
 
     def __contains__(self, node: Node) -> bool:
-        # The library searches the heap, which takes most of a lookup's time; and it forgets who failed.
+        # The library searches the heap, which takes most of a lookup's time, and forgets peers that failed.
         return node.id in self._known
 
     def __iter__(self) -> Iterator[PeerNode]:
@@ -66,11 +65,11 @@ class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
 
 
 class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishes no types
-    """One lookup of one key, from the `peers` we know. Use once: `await crawl.find()`.
+    """One lookup of one key, starting from the known `peers`. Use once: `await crawl.find()`.
 
-    own: our own node, which others will name and nobody needs to ask.
-    ask: sends the request to a peer; returns None where it failed or did not answer in time.
-    quorum: be content with the answers of this many of the nearest; None waits for all `ksize` of them.
+    own: our own node, which other peers will name and which is not asked.
+    ask: sends the request to a peer; returns None if it failed or did not answer in time.
+    quorum: stop when this many of the nearest have answered; None waits for all `ksize` of them.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         self._answered = trio.Event()
 
     async def find(self) -> list[PeerNode]:
-        """Ask until the nearest have answered. Returns those, nearest first; `replies` has what they said."""
+        """Ask until the nearest peers have answered. Returns them, nearest first; `replies` has their answers."""
         await self._find(self._ask)
         return [node for node in self.nearest if node.id in self.replies]
 
@@ -107,12 +106,12 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
 
     @property
     def unanswered(self) -> list[PeerNode]:
-        """The peers that had not answered when the lookup ended, though they had the time for it."""
+        """The peers that had not answered when the lookup ended, though they had time to."""
         now = trio.current_time()
         return [n for n in self.nearest if n.id in self._asked_at and now >= self._asked_at[n.id] + PATIENCE_S]
 
     async def _find(self, rpcmethod: Callable[[PeerNode, Node], Awaitable[R | None]]) -> None:
-        # Instead of the library's rounds, which go through asyncio and wait for the slowest of each.
+        # Replaces the library's rounds, which use asyncio and wait for the slowest peer of each round.
         async with trio.open_nursery() as nursery:
             while not self._is_done():
                 self._answered = trio.Event()
@@ -135,7 +134,9 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         self._answered.set()
 
     def _to_ask_now(self) -> list[PeerNode]:
-        """The nearest unasked, as many as there are free askers; who waits for an overdue answer counts as free."""
+        """The nearest unasked peers, as many as there are free askers. A request that is overdue does not occupy
+        one.
+        """
         busy = sum(not passed for passed in self._have_waited(PATIENCE_S))
         unasked: list[PeerNode] = self.nearest.get_uncontacted()
         return unasked[: max(0, self.alpha - busy)]
@@ -146,7 +147,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         return [now >= asked_at + seconds for asked_at in self._asked_at.values()]
 
     def _next_deadline(self) -> float:
-        """When an asker becomes free, or the lookup may end, without another answer."""
+        """The next time at which an asker becomes free or the lookup may end, if no answer comes before."""
         limits = (asked_at + limit for asked_at in self._asked_at.values() for limit in (PATIENCE_S, GIVE_UP_S))
         return min((when for when in limits if when > trio.current_time()), default=math.inf)
 
@@ -161,5 +162,5 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
                     return True
             elif node.id not in self.nearest.contacted:
                 return False
-        # Fewer peers than the quorum, and all were asked.
+        # There are fewer peers than the quorum, and all were asked.
         return not self._asked_at or (answered > 0 and all(self._have_waited(GIVE_UP_S)))

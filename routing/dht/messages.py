@@ -1,8 +1,7 @@
-"""What DHT peers say to each other: four questions and their answers (spec/dht.md).
+"""The messages of the DHT: four questions and their answers (spec/dht.md).
 
-Knows fields and limits; knows neither records, which travel beside the fields as they were signed,
-nor who may say what. The difficulty is size: a header holds 16 KiB, so contacts are cut to what
-20 of them may take there, and records go into the message's body.
+A header holds 16 KiB, so contacts are cut to what 20 of them may take, and records travel in the message's body as
+they were signed.
 """
 
 from __future__ import annotations
@@ -33,24 +32,26 @@ from peerd.routing.dht.table import Contact, PeerNode
 
 DHT_PROTOCOL = "/peerd/dht/1"
 
-# Kademlia's k, of tables and answers (paper, 2.1): so many that all of them failing within an hour is unlikely.
+# Kademlia's k, for tables and answers (paper, 2.1): so many peers that they hardly all fail within an hour.
 MAX_CONTACTS = 20
-# Peers that hold a record. It is put anew within 20 s and not within an hour: even if a third of a swarm fails at
-# once, one record in a million has no holder left.
+# How many peers hold a record. It is put anew every 20 s instead of every hour: even if a third of a swarm fails at
+# once, only one record in a million has no holder left.
 REPLICAS = 12
-# 20 contacts of 4 addresses of 128 characters take 11 KiB of a header's 16.
+# 20 contacts with 4 addresses of 128 characters take 11 KiB of a header's 16.
 MAX_CONTACT_ADDRESSES = 4
 MAX_CONTACT_ADDRESS_CHARS = 128
-# A key's set.
+# The most records under one key.
 MAX_RECORDS = 256
-# An announcer puts one record at a time; a few more let one request carry several spans.
+# An announcer mostly puts one record at a time; a few more let one request carry several spans.
 MAX_STORED_AT_ONCE = 16
 
 Outcome = Literal["stored", "known", "older", "full", "quota", "invalid"]
-"""What became of a record sent to be stored: kept; there already; a newer one is there; its key has no
-place left, so that its set splits; the storer or its network has used its share; not valid."""
+"""The outcome for a record that was sent to be stored. "stored": kept; "known": it was there already; "older": a newer
+record is there; "full": the key has no place left, so its set splits; "quota": the storer or its network has used
+its share; "invalid": the record is not valid.
+"""
 
-# Replies name the same few hundred peers over and over.
+# Replies name the same few hundred peers again and again.
 _parse_address = lru_cache(maxsize=8192)(Multiaddr.parse)
 
 _key = binary(NODE_ID_BYTES, NODE_ID_BYTES)
@@ -58,7 +59,7 @@ _address_texts = many(text(MAX_CONTACT_ADDRESS_CHARS), MAX_CONTACT_ADDRESSES)
 
 
 def _addresses(value: Any) -> tuple[Multiaddr, ...]:
-    """Those that we understand: a newer peer may have kinds of addresses that we lack."""
+    """The addresses that we understand: a newer peer may have kinds of addresses that we lack."""
     understood = []
     for address in _address_texts(value):
         with contextlib.suppress(ValueError):
@@ -80,9 +81,9 @@ def _known_contact(peer_id: str, addresses: tuple[str, ...]) -> PeerNode:
 
 
 def _named(value: Any) -> PeerNode:
-    """A contact: the checks of texts that were met before need not be made again."""
+    """A contact. The checks of texts that were checked before are cached."""
     if type(value) is list and len(value) == 2 and type(value[1]) in (list, tuple):
-        # What cannot be looked up because it holds a list or a map is refused below like any other.
+        # A value that holds a list or a map cannot be a cache key; it is refused below like any other wrong value.
         with contextlib.suppress(TypeError):
             return _known_contact(value[0], tuple(value[1]))
     node: PeerNode = _contact(value)
@@ -101,14 +102,16 @@ def _dump_nodes(nodes: Sequence[PeerNode]) -> list[list[Any]]:
 
 
 def contact_addresses(addresses: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:
-    """As many of a peer's own addresses as a contact holds: direct ones that somebody could dial."""
+    """As many of a peer's own addresses as a contact holds: direct ones that can be dialled."""
     plain = [address.with_peer(None) for address in addresses if address.is_dialable and address.relay is None]
     return tuple(a for a in plain if len(str(a)) <= MAX_CONTACT_ADDRESS_CHARS)[:MAX_CONTACT_ADDRESSES]
 
 
 @dataclass(frozen=True, slots=True)
 class Ping(Message):
-    """Are you there? `addresses`, here and below: where the sender can be dialled; none makes it a client."""
+    """Asks whether a peer is there. `addresses`, in all questions: where the sender can be dialled; none makes it a
+    client.
+    """
 
     TYPE: ClassVar[str] = "ping"
 
@@ -117,7 +120,7 @@ class Ping(Message):
 
 @dataclass(frozen=True, slots=True)
 class FindNode(Message):
-    """Which peers do you know nearest to `key` (20 bytes)?"""
+    """Asks for the known peers nearest to `key` (20 bytes)."""
 
     TYPE: ClassVar[str] = "find_node"
 
@@ -127,7 +130,7 @@ class FindNode(Message):
 
 @dataclass(frozen=True, slots=True)
 class FindValue(Message):
-    """Which records do you hold under `key`, and which peers do you know nearest to it?"""
+    """Asks for the records under `key`, and for the known peers nearest to it."""
 
     TYPE: ClassVar[str] = "find_value"
 
@@ -137,7 +140,7 @@ class FindValue(Message):
 
 @dataclass(frozen=True, slots=True)
 class Store(Message):
-    """Keep these records, which travel with the message, under `key`."""
+    """Asks to keep the records in the message's body under `key`."""
 
     TYPE: ClassVar[str] = "store"
 
@@ -156,9 +159,9 @@ class Pong(Message):
 
 @dataclass(frozen=True, slots=True)
 class Found(Message):
-    """The nearest peers, nearest first; the records travel with the message.
+    """The nearest peers, nearest first; the records are in the message's body.
 
-    split: the set did not fit under this key, so that some of it is under the keys by nibble.
+    split: whether the set did not fit under this key, so that some records are under the keys by nibble.
     """
 
     TYPE: ClassVar[str] = "found"
@@ -169,7 +172,7 @@ class Found(Message):
 
 @dataclass(frozen=True, slots=True)
 class Stored(Message):
-    """What became of each record, in their order."""
+    """The outcome of each record, in their order."""
 
     TYPE: ClassVar[str] = "stored"
 
@@ -187,14 +190,14 @@ class Packet:
 
 
 def pack_records(records: Sequence[bytes]) -> bytes:
-    """A message's body: each record after its length in two bytes, big-endian."""
+    """A message's body: each record behind its length in two bytes, big-endian."""
     return b"".join(part for record in records for part in (len(record).to_bytes(2, "big"), record))
 
 
 def unpack_records(body: bytes | memoryview) -> tuple[bytes, ...]:
-    """The records of a body. Raises RemoteProtocolError unless it is at most 256 of at most 1024 bytes.
+    """The records of a body. Raises RemoteProtocolError unless they are at most 256 records of at most 1024 bytes.
 
-    A record that is longer or cut short spoils the body: nothing after it can be found.
+    A record that is too long or cut short makes the whole body invalid: the records behind it cannot be found.
     """
     records: list[bytes] = []
     at = 0

@@ -1,8 +1,7 @@
-"""One peer's end of the DHT: asks others and answers them, and learns from both who is alive.
+"""One peer's end of the DHT: asks other peers and answers them, and learns from both which peers are alive.
 
-Kademlia's protocol over a transport that proves who is at the other end. Knows questions and answers;
-knows no lookups. The difficulty is whom to keep: the table holds peers that answered or asked and can
-be dialled; one that fails leaves it at once, and one without addresses never enters anybody's.
+Implements kademlia's protocol over a transport that proves the PeerId of the other end. The table holds peers that
+answered or asked and can be dialled; a peer that fails leaves it at once, and one without addresses never enters it.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ from peerd.routing.dht.messages import (
 from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Bucket, Contact, ContactTable, PeerNode
 
-# A dial has four round trips and a busy peer may take a second; more would only delay giving up.
+# A dial takes four round trips and a busy peer may take a second; more would only delay giving up.
 REQUEST_TIMEOUT_S = 3.0
 
 
 class DhtTransport(Protocol):
-    """Carries a question to a peer whose identity the connection proves, and its answer back.
+    """Carries a question to a peer whose identity the connection proves, and returns its answer.
 
-    Raises PeerFault (ConnectFailed, ConnectionLost, ...) where the peer failed, and the error that it
-    answered with otherwise. Sets no deadline: the caller cancels.
+    Raises PeerFault (ConnectFailed, ConnectionLost, ...) if the peer failed, or the error with which it answered.
+    Sets no deadline: the caller cancels.
     """
 
     async def request(self, contact: Contact, packet: Packet) -> Packet: ...
@@ -55,7 +54,7 @@ class DhtTransport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FindReply:
-    """What one peer answered to a lookup."""
+    """One peer's answer in a lookup."""
 
     nodes: list[PeerNode]
     records: tuple[bytes, ...]
@@ -66,7 +65,7 @@ M = TypeVar("M", bound=Message)
 
 
 class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes no types
-    """kademlia's `call_*` (what we ask) and `rpc_*` (what we answer), on typed messages.
+    """kademlia's `call_*` (our questions) and `rpc_*` (our answers), on typed messages.
 
     addresses: where we can be dialled, sent along with each question; () makes us a DHT client.
     """
@@ -84,7 +83,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         # The library turns every unknown attribute, and so every misspelling, into a remote call.
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
-    # What we ask. None stands for "no answer", whatever the reason.
+    # Questions. None stands for "no answer", whatever the reason.
 
     async def call_ping(self, node_to_ask: PeerNode) -> bool:
         return await self._ask(node_to_ask, Ping(self.addresses), Pong) is not None
@@ -98,7 +97,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         return _find_reply(await self._ask(node_to_ask, question, Found))
 
     async def call_store(self, node_to_ask: PeerNode, key: bytes, records: Sequence[bytes]) -> tuple[Outcome, ...]:
-        """What became of each record; () if the peer did not say so for each."""
+        """The outcome of each record; () if the peer did not give one for each."""
         answer = await self._ask(node_to_ask, Store(key, self.addresses), Stored, records)
         if answer is None or len(answer[0].outcomes) != len(records):
             return ()
@@ -115,17 +114,17 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
             self.router.remove_contact(node)
             return None
         except (Overloaded, CallerError):
-            # It lives, and will not answer this.
+            # The peer is alive but does not answer this.
             return None
-        # Its own word on its addresses, if we have that, is worth more than what others told us.
+        # If the peer told us its own addresses, they are worth more than what other peers said.
         self.welcome_if_new(self.router.get(node.id) or node)
         return answer, packet.records
 
     def welcome_if_new(self, node: PeerNode) -> None:
         """Note that the peer is alive.
 
-        The library also hands it every record it should now hold; ours are put anew within a third of
-        their short lives, so that a newcomer has them soon and nobody can make us send them in bulk.
+        The library would also send a new peer every record that it should now hold. Ours are put anew within a third
+        of their short lives, so a newcomer has them soon, and no peer can make us send them in bulk.
         """
         if node.id == self.source_node.id:
             return
@@ -135,17 +134,17 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
             self.router.remove_contact(node)
 
     def get_refresh_ids(self, buckets: Sequence[Bucket] | None = None) -> list[bytes]:
-        """A place to look up in each of the buckets, by default those where nothing was for long."""
+        """A random id to look up in each of the buckets; by default in those that were idle for long."""
         chosen = self.router.lonely_buckets() if buckets is None else buckets
-        # The library draws from the global generator.
+        # The library draws from the global random generator instead.
         return [self._random.randrange(bucket.range[0], bucket.range[1]).to_bytes(20, "big") for bucket in chosen]
 
-    # What we answer.
+    # Answers.
 
     def answer(self, sender: PeerId, packet: Packet, source: IPv4Address | IPv6Address | None) -> Packet:
-        """Answer a question of the peer that its connection proves to be `sender`.
+        """Answer a question of the peer `sender`, whose PeerId its connection proved.
 
-        source: the address that we see it at. Raises InvalidRequest.
+        source: the address at which we see it. Raises InvalidRequest.
         """
         try:
             question: Question = parse(packet.header, QUESTIONS)
@@ -171,7 +170,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         return Found(tuple(self._neighbors(sender, key)))
 
     def rpc_find_value(self, sender: PeerNode, key: bytes) -> tuple[Found, tuple[bytes, ...]]:
-        # Contacts go along with records: a lookup never stops at the first peer that has some.
+        # Contacts go along with records: a lookup does not stop at the first peer that has some.
         found = Found(tuple(self._neighbors(sender, key)), self.storage.is_split(key))
         return found, self.storage.get_encoded(key)
 

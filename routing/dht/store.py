@@ -1,10 +1,9 @@
-"""The records that we keep for others: sets of them under DHT keys, bounded in every direction.
+"""The records that we keep for other peers: sets of them under DHT keys, with limits in every direction.
 
-Knows validity, newness, quotas and the time it is given; knows nobody's whereabouts but the network a
-storer writes from. The difficulty is to refuse without harm: a write that is refused changes nothing,
-and whoever fills a key or the store makes room for themselves only (spec/dht.md).
+A write that is refused changes nothing, and a peer that fills a key or the store can only replace its own records
+(spec/dht.md).
 
-It is not kademlia's `IStorage`, whose `store[key] = value` has no place for who asks or for a refusal.
+This is not kademlia's `IStorage`: its `store[key] = value` names no storer and cannot refuse.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from peerd.routing.dht.messages import MAX_RECORDS, Outcome
 
 Name = TypeVar("Name", bound=str)
 
-# Ends of records that were replaced since: tolerated up to this many, and as many as there are records.
+# How many expiry times of replaced records are tolerated, beyond as many as there are records.
 _SPARE_ENDS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """Shares of the store, and of each key. A network is a /24 of public addresses (IPv6: a /48).
+    """Limits of the whole store, of each storer and each network, and of each key.
 
-    A peer with 8 spans of 16 shards announces at most 128 KiB of records, up to 8 of them under one key, and as much
-    again while it moves all of them at once.
+    A network is a /24 of public addresses (IPv6: a /48). A peer with 8 spans of 16 shards announces at most 128 KiB
+    of records, up to 8 of them under one key, and as much again while it moves all of them at once.
     """
 
     total_bytes: int = 64 * 2**20
@@ -49,14 +48,14 @@ class StoreLimits:
 class _Entry:
     record: VerifiedRecord
     data: bytes
-    # Whose shares it counts against.
+    # The storer and the network against whose shares the record counts.
     storer: PeerId
     network: str | None
 
 
 @dataclass(slots=True)
 class _Set:
-    """The records under one key, and how many of them each storer and network has."""
+    """The records under one key, and how many of them each storer and each network has."""
 
     entries: dict[Slot, _Entry] = field(default_factory=dict)
     encoded: set[bytes] = field(default_factory=set)
@@ -90,7 +89,7 @@ class RecordStore:
         self._limits = limits or StoreLimits()
         self._sets: dict[bytes, _Set] = {}
         self._split_until: dict[bytes, float] = {}
-        # When entries and splits end, soonest first; an entry that was replaced stays here until then.
+        # When entries and splits expire, soonest first. The time of a replaced entry stays here until then.
         self._ends: list[tuple[float, bytes]] = []
         self._count = 0
         self._bytes = 0
@@ -113,7 +112,7 @@ class RecordStore:
         return [entry.record for entry in self._sets.get(key, _EMPTY).entries.values()]
 
     def get_encoded(self, key: bytes) -> tuple[bytes, ...]:
-        """The same, as they came."""
+        """The valid records under `key`, encoded as they arrived."""
         self._expire()
         return tuple(entry.data for entry in self._sets.get(key, _EMPTY).entries.values())
 
@@ -125,7 +124,7 @@ class RecordStore:
     def put(
         self, key: bytes, data: bytes, *, storer: PeerId, source: IPv4Address | IPv6Address | None = None
     ) -> Outcome:
-        """Keep an encoded record that `storer` sent from `source` (None: not known, or ourselves)."""
+        """Keep an encoded record that `storer` sent from `source` (None: unknown, or stored by ourselves)."""
         self._expire()
         held = self._sets.get(key, _EMPTY)
         if data in held.encoded:
@@ -149,7 +148,7 @@ class RecordStore:
         return "stored"
 
     def _has_room(self, new: _Entry, old: _Entry | None) -> bool:
-        """Whether every share of the store still suffices once `new` has taken the place of `old`."""
+        """Whether every share of the store suffices once `new` has taken the place of `old`."""
         freed = 0 if old is None else len(old.data)
         freed_storer = freed if old is not None and old.storer == new.storer else 0
         freed_network = freed if old is not None and old.network == new.network else 0
@@ -164,12 +163,16 @@ class RecordStore:
         )
 
     def _storer_has_place(self, new: _Entry, held: _Set, old: _Entry | None) -> bool:
-        """Whether the storer has a place left under the key: honest ones store what they announce themselves."""
+        """Whether the storer has a place left under the key. Honest storers store only what they announce
+        themselves.
+        """
         others = held.of_storer[new.storer] - (old is not None and old.storer == new.storer)
         return others < self._limits.storer_records_a_key
 
     def _has_place(self, new: _Entry, held: _Set, old: _Entry | None) -> bool:
-        """Whether the key has a place left, and one for this network: one swarm of sybils must not fill it."""
+        """Whether the key has a place left, and one for this network: one attacker's many peers must not fill the
+        key.
+        """
         if len(held.entries) - (old is not None) >= self._limits.records_a_key:
             return False
         if new.network is None:
@@ -226,5 +229,5 @@ class RecordStore:
 def _add_to(counter: Counter[Name], name: Name, size: int) -> None:
     counter[name] += size
     if not counter[name]:
-        # Strangers' names are theirs to make up: keep none that has nothing here.
+        # Attackers can make up any number of names: keep no name without records.
         del counter[name]

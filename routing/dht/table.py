@@ -1,8 +1,7 @@
-"""Which peers of the DHT we know: kademlia's routing table, without its asyncio, its clock and its mistakes.
+"""The routing table of the DHT: kademlia's, without its asyncio, its clock and its mistakes.
 
-Knows ids, distances and the order in which contacts were last heard of; sends nothing. The difficulty
-lies in what the library does on the side, so that each override says why it is there: a full bucket
-pings through asyncio, buckets read the system's clock, and the search for neighbours is not exact.
+The library does things on the side, so each override says why it is there: a full bucket pings through asyncio,
+buckets read the system's clock, and the search for neighbours is not exact.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from peerd.protocol.identity import PeerId, node_id_of, public_key_of
 
 # Kademlia paper, 2.3: a bucket in which nothing was looked up for an hour is refreshed.
 IDLE_BUCKET_S = 3600.0
-# A contact of which nothing was heard for so long is pinged. Where a third of a swarm leaves in an hour, one in 25
-# contacts is gone then; without it, a quarter, and each costs whoever asks it a second.
+# A contact that was silent for so long is pinged. If a third of a swarm leaves in an hour, one in 25 contacts is then
+# dead; without pings, a quarter would be, and each costs a peer that asks it a second.
 QUIET_S = 900.0
 
-# A reply names 20 contacts, most of them the same as the reply before: decoding base58 again is waste.
+# A reply names 20 contacts, most of them the same as in the reply before: do not decode base58 again.
 _node_id = lru_cache(maxsize=8192)(node_id_of)
 
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """A peer and where it says it can be dialled. No addresses: it can only be answered (a DHT client)."""
+    """A peer and the addresses at which it says it can be dialled; without addresses, it is only a DHT client."""
 
     peer_id: PeerId
     addresses: tuple[Multiaddr, ...] = ()
 
 
 class PeerNode(Node):  # type: ignore[misc]  # kademlia publishes no types
-    """A contact at its place in the DHT. Raises ValueError for a malformed PeerId."""
+    """A contact at its position in the DHT. Raises ValueError for a malformed PeerId."""
 
     def __init__(self, contact: Contact) -> None:
         super().__init__(_node_id(contact.peer_id))
@@ -47,11 +46,11 @@ class PeerNode(Node):  # type: ignore[misc]  # kademlia publishes no types
 
     @cached_property
     def address_texts(self) -> tuple[str, ...]:
-        """The contact's addresses as others are told of them, which happens many times over."""
+        """The contact's addresses as text, cached because they are sent many times."""
         return tuple(str(address) for address in self.contact.addresses)
 
     def same_home_as(self, node: Node) -> bool:
-        # The library compares ip and port, which none of our nodes has: it would drop them all.
+        # The library compares ip and port, which none of our nodes has, and would drop all of them.
         return bool(self.id == node.id)
 
     def __repr__(self) -> str:
@@ -59,7 +58,7 @@ class PeerNode(Node):  # type: ignore[misc]  # kademlia publishes no types
 
 
 class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
-    """A KBucket that is told the time."""
+    """A KBucket with a clock argument."""
 
     def __init__(self, low: int, high: int, ksize: int, now: Callable[[], float]) -> None:
         self._now = now
@@ -69,7 +68,7 @@ class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
         self.last_updated = self._now()
 
     def split(self) -> tuple[Bucket, Bucket]:
-        # As the library's, which would make plain KBuckets.
+        # Like the library's method, which would make plain KBuckets.
         middle = (self.range[0] + self.range[1]) // 2
         lower = Bucket(self.range[0], middle, self.ksize, self._now)
         upper = Bucket(middle + 1, self.range[1], self.ksize, self._now)
@@ -79,12 +78,12 @@ class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
         return lower, upper
 
     def depth(self) -> int:
-        # What all ids have in common is what the least and the greatest have. The library writes each out in bits.
+        # The prefix shared by all ids is the one shared by the least and the greatest. The library writes out all bits.
         ids = [node.long_id for node in self.nodes.values()]
         return int(160 - (min(ids) ^ max(ids)).bit_length())
 
     def distance_to(self, target: int) -> int:
-        """How far the nearest place in the range is from `target`: the range is all ids with one prefix."""
+        """The distance from `target` to the nearest id in the range; the range is all ids with one prefix."""
         low, high = self.range
         return int((low ^ target) & ~(high - low))
 
@@ -95,12 +94,12 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
     def __init__(self, own: Node, ksize: int, now: Callable[[], float]) -> None:
         self._now = now
         self._suspects: dict[bytes, PeerNode] = {}
-        # When each contact was last heard of. One that has just come in for another was not.
+        # When each contact was last heard of. A replacement that was just promoted has no entry.
         self._heard: dict[bytes, float] = {}
         super().__init__(None, ksize, own)
 
     def flush(self) -> None:
-        # The library's last id is one too many, so that its ranges are no prefixes.
+        # The library's last id is too large by one, so that its ranges would not be prefixes.
         self.buckets = [Bucket(0, 2**160 - 1, self.ksize, self._now)]
         self._starts = [0]
 
@@ -123,45 +122,47 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         return self.get(node.id) is not None
 
     def get(self, node_id: bytes) -> PeerNode | None:
-        """The contact with this id, if it is in the table."""
+        """The contact with this id; None if it is not in the table."""
         found: PeerNode | None = self.buckets[self.get_bucket_for(Node(node_id))][node_id]
         return found
 
     def add_contact(self, node: PeerNode) -> None:
-        """Note that this peer is alive; in a full bucket it waits until the one unheard of for longest fails."""
+        """Note that this peer is alive. In a full bucket it waits until the contact that was silent for longest
+        fails.
+        """
         index = self.get_bucket_for(node)
         bucket = self.buckets[index]
         if bucket.add_node(node):
             self._heard[node.id] = self._now()
             return
-        # Paper, 4.2: split our own range always, others until their depth is a multiple of 5.
+        # Paper, 4.2: always split the range that contains our own id, others until their depth is a multiple of 5.
         if bucket.has_in_range(self.node) or bucket.depth() % 5 != 0:
             self.split_bucket(index)
             self.add_contact(node)
         else:
-            # The library pings through asyncio here; ours is a list that somebody with a nursery works off.
+            # The library pings through asyncio here; we keep a list, which `Dht.refresh` pings.
             self.suspect(bucket.head())
 
     def remove_contact(self, node: Node) -> None:
-        """Forget a peer; the newest that waited for its place takes it."""
+        """Forget a peer; the newest peer that waited for its place takes it."""
         super().remove_contact(node)
         self._suspects.pop(node.id, None)
         self._heard.pop(node.id, None)
 
     def suspect(self, node: PeerNode) -> None:
-        """Ask for this peer to be pinged, if it is in the table."""
+        """Have this peer pinged, if it is in the table."""
         if node in self:
             self._suspects[node.id] = node
 
     def take_suspects(self) -> list[PeerNode]:
-        """The peers to ping now, those of which nothing was heard for long among them; each is handed out once."""
+        """The peers to ping now, including those that were silent for long; each is returned once."""
         quiet_since = self._now() - QUIET_S
         for node in self:
             if self._heard.get(node.id, quiet_since) <= quiet_since:
                 self._suspects[node.id] = node
         suspects = list(self._suspects.values())
         self._suspects.clear()
-        # Whoever is pinged answers, or leaves the table.
+        # A peer that is pinged answers, or leaves the table.
         self._heard |= {node.id: self._now() for node in suspects}
         return suspects
 
@@ -170,14 +171,15 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         return [bucket for bucket in self.buckets if bucket.last_updated < self._now() - IDLE_BUCKET_S]
 
     def touch(self, node: Node) -> None:
-        """Note that something was looked up at this place."""
+        """Note that something was looked up at this id."""
         self.buckets[self.get_bucket_for(node)].touch_last_updated()
 
     def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[PeerNode]:
         """The k contacts nearest to `node`, nearest first.
 
-        The library walks outwards bucket by bucket, left and right in turns, which misses 14-23 % of the nearest. But
-        ranges of ids do not overlap in their distance from a place either: in that order, the first with k suffice.
+        The library walks outwards bucket by bucket, left and right in turns, which misses 14-23 % of the nearest.
+        The buckets' ranges do not overlap in their distances from an id, so in that order the first buckets with k
+        contacts suffice.
         """
         wanted = k or self.ksize
         target = node.long_id
@@ -190,13 +192,13 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
 
 
 def dump_contacts(contacts: Iterable[Contact]) -> str:
-    """JSON, which can be read in an editor and, unlike the library's pickle, never runs anything."""
+    """The contacts as JSON, which can be read in an editor and, unlike the library's pickle, runs no code."""
     listed = [{"peer_id": c.peer_id, "addresses": [str(address) for address in c.addresses]} for c in contacts]
     return json.dumps({"version": 1, "contacts": listed}, indent=1)
 
 
 def load_contacts(text: str) -> list[Contact]:
-    """What `dump_contacts` wrote. Raises ValueError if it is anything else."""
+    """Read the text that `dump_contacts` wrote. Raises ValueError if it is anything else."""
     try:
         state = json.loads(text)
         if state["version"] != 1:

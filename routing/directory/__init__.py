@@ -1,1 +1,1 @@
-"""What the swarm serves: announcements published and looked up."""
+"""Publishes announcements and looks up what the swarm serves."""

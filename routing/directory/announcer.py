@@ -1,9 +1,8 @@
-"""Keeps our announcements alive: signs them anew before they expire, and takes them back when we leave.
+"""Keeps our announcements alive: signs them anew before they expire, and withdraws them when we leave.
 
-Knows what was announced under which keys and until when; knows neither what to announce, which it asks
-for each time, nor how records are stored. The difficulty is that copies of what we signed stay valid
-where we cannot reach them: whatever is withdrawn is withdrawn by a newer record that outlives it,
-and no `seq` is ever used twice, restarts included (spec/records.md).
+Copies of a signed record stay valid on peers that we cannot reach. So a record is withdrawn by a newer one that
+expires no sooner, and no `seq` is used twice, also after a restart (spec/records.md). What to announce comes from
+`current`, each time anew.
 """
 
 from __future__ import annotations
@@ -28,39 +27,39 @@ from peerd.protocol.records.envelope import (
 
 log = logging.getLogger(__name__)
 
-# A span whose peer crashes is gone within this. Everything is announced anew every third of it.
+# A span whose peer crashes disappears within this time. Spans are announced anew every third of it.
 TTL_S = 60.0
-# What else is announced outlives ten of these. More often it is only said where few could hold it: one that restarts
-# has forgotten it, and in a small swarm that may be everybody.
+# Other records outlive ten of these periods. They are announced with every round only if few peers hold them: a holder
+# that restarts has forgotten them, and in a small swarm that may be every holder.
 OTHERS_PERIOD_S = 60.0
 FEW_HOLDERS = 8
-# After an announcement that reached nobody.
+# Pause after an announcement that reached no peer.
 RETRY_S = 5.0
-# A peer whose free KV changes by the step announces it at most this often.
+# A peer whose free KV changes with every step announces it at most this often.
 MIN_PERIOD_S = 2.0
 
 
 class RecordSink(Protocol):
-    """Who stores records: the DHT."""
+    """Stores records: the DHT."""
 
     async def put(self, *records: SignedRecord) -> int:
-        """Returns how many peers hold them, of the record with the fewest."""
+        """Store the records. Returns how many peers hold the record that fewest peers hold."""
 
 
 class SeqFile(Protocol):
-    """Where the last `seq` outlives a restart."""
+    """Keeps the last `seq` over a restart."""
 
     def load(self) -> int:
         """The last saved `seq`; 0 if there is none."""
 
     async def save(self, seq: int) -> None:
-        """Keep `seq`. A record that carries it is published only after this returned."""
+        """Save `seq`. A record that carries it is published only after this has returned."""
 
 
 class Announcer:
-    """Announces for one identity. Run `run` while serving; call `leave` once after it was cancelled.
+    """Announces for one identity. Run `run` while serving; call `leave` once after `run` was cancelled.
 
-    current: what to announce now; `seq` and `expires` are filled in here. A peer's spans have slots.
+    current: returns the bodies to announce now, without `seq` and `expires`. Spans have slots.
     now: unix seconds, corrected.
     """
 
@@ -81,18 +80,18 @@ class Announcer:
         self._changed = trio.Event()
         # Set when the next round has ended.
         self._announced = trio.Event()
-        # The span announced in each slot, until it is withdrawn; and when the last record of the slot ends.
+        # The span announced in each slot, until it is withdrawn; and when the last record of each slot expires.
         self._servers: dict[int, ServerRecord] = {}
         self._slot_ends: dict[int, float] = {}
-        # Everything else that was announced, and when it is due again.
+        # Every other announced body, and when it is due again.
         self._others: dict[Announcement, float] = {}
 
     def changed(self) -> None:
-        """Announce soon: what `current` returns has changed."""
+        """Announce soon: the result of `current` has changed."""
         self._changed.set()
 
     async def announced(self) -> None:
-        """Wait until what `current` returns now was announced, or nobody took it."""
+        """Wait until the present result of `current` was announced, or the attempt failed."""
         await self._announced.wait()
 
     async def run(self) -> None:
@@ -104,30 +103,30 @@ class Announcer:
             delivered = await self.announce()
             announced.set()
             if not delivered:
-                log.warning("nobody took some announcement of ours; trying again in %g s", RETRY_S)
+                log.warning("no peer stored some of our announcements; trying again in %g s", RETRY_S)
             period_s = TTL_S / 3 if delivered else RETRY_S
             with trio.move_on_at(started + period_s):
                 await self._changed.wait()
-            # What is said for the first time does not wait for a round that said nothing.
+            # The first announcement goes out at once; later ones wait MIN_PERIOD_S.
             if self._servers:
                 await trio.sleep_until(started + MIN_PERIOD_S)
 
     async def announce(self) -> bool:
-        """Sign and store what is to be announced now. Returns whether somebody took each record."""
+        """Sign and store what is due now. Returns whether every record was stored by at least one peer."""
         bodies = self._current()
         spans = {body.slot: body for body in bodies if isinstance(body, ServerRecord)}
         leaving = [old for slot, old in self._servers.items() if self._leaves_keys(old, spans.get(slot))]
-        # Before the new records: of a slot whose span moved, the newest record must be the new span's.
+        # Before the new records: in a slot whose span moved, the newest record must be the new span's.
         await self._withdraw([old for old in leaving if old.slot in spans])
         due = [body for body in bodies if self._is_due(body)]
         holders = await self._publish([self._timed(body) for body in due]) if due else 0
         self._note_others(due, holders)
-        # After them: an intention must not be gone before what came of it is there.
+        # After the new records: an intention must not disappear before the span that it announced is there.
         await self._withdraw([old for old in leaving if old.slot not in spans])
         return not due or holders > 0
 
     async def leave(self) -> None:
-        """Announce every span as `offline`. The caller bounds the time, and shields it from its own end."""
+        """Announce every span as `offline`. The caller bounds the time, and shields this call from cancellation."""
         await self._withdraw(list(self._servers.values()))
 
     def _is_due(self, body: Announcement) -> bool:
@@ -135,18 +134,18 @@ class Announcer:
 
     def _note_others(self, announced: Sequence[Announcement], holders: int) -> None:
         now = self._now()
-        # A moment less, or a round that begins early would leave it to the next.
+        # A little less than the period, or a round that begins early would leave it to the next.
         due_s = now + OTHERS_PERIOD_S - TTL_S / 6 if holders >= FEW_HOLDERS else now
         self._others = {body: when for body, when in self._others.items() if when > now}
         self._others |= {body: due_s for body in announced if not isinstance(body, ServerRecord)}
 
     def _timed(self, body: Announcement) -> Announcement:
-        # Only spans disappear with their peer; where it was, and what a model is called, hurts nobody.
+        # Only spans disappear with their peer; stale addresses and model names do no harm.
         ttl_s = TTL_S if isinstance(body, ServerRecord) else MAX_TTL_S
         return replace(body, expires=self._now() + ttl_s)
 
     def _leaves_keys(self, old: ServerRecord, new: ServerRecord | None) -> bool:
-        """Whether copies of the old record lie under keys where no copy of the new one will."""
+        """Whether copies of the old record lie under DHT keys that the new record will not overwrite."""
         peer_id = self._identity.peer_id
         return new is None or not set(keys_of(old, peer_id)) <= set(keys_of(new, peer_id))
 
@@ -155,17 +154,17 @@ class Announcer:
         offline = []
         for server in servers:
             ends = max(self._slot_ends[server.slot], now + TTL_S)
-            # Beyond that our clock was wrong when we signed, and nobody takes the record anyway.
+            # A later expiry means that our clock was wrong when we signed; other peers refuse such a record anyway.
             if ends <= now + MAX_TTL_S:
                 offline.append(server.offline(seq=server.seq + 1, expires=ends))
         if offline:
             await self._publish(offline)
-        # Only now: who is cancelled in between withdraws again on leaving.
+        # Forget only after publishing: if we are cancelled before that, `leave` withdraws again.
         for server in servers:
             del self._servers[server.slot]
 
     async def _publish(self, bodies: Sequence[Announcement]) -> int:
-        """Sign with the next `seq` each and store."""
+        """Sign each body with the next `seq` and store the records. Returns how many peers hold them at least."""
         numbered = []
         for body in bodies:
             self._seq = next_seq(self._now(), self._seq)

@@ -1,8 +1,7 @@
-"""Which models a swarm serves, in the words of those who serve them.
+"""Finds the names of the models that a swarm serves, as their servers announce them.
 
-Knows records of the kind `model` and who should announce them; fetches nothing and believes nothing that the weights'
-digest could not confirm later. The difficulty is a popular model: each of a thousand servers could announce it, and
-would fill a set that all others need.
+The names are unproven; a wrong one is caught by the digest of the weights. If each of a popular model's thousand
+servers announced its name, they would fill a set of records that all models need. So only a few of them do.
 """
 
 from __future__ import annotations
@@ -16,13 +15,15 @@ from peerd.protocol.records.envelope import ModelRecord, VerifiedRecord
 from peerd.routing.dht.record_sets import RecordSource, words_for_models
 from peerd.routing.directory.holding import Holding
 
-# Of those who serve a model, who announce what it is called: enough to outlast any churn between two looks.
+# How many of a model's servers announce its name: enough that some remain between two looks, whatever the churn.
 ANNOUNCERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """A model and what it is called by most of `announcers`, who say that they serve it. `commit` is on the hub."""
+    """A model with the name that most of its `announcers` give, which say that they serve it. `commit` is on the
+    hub.
+    """
 
     digest: bytes
     name: str
@@ -47,7 +48,7 @@ async def named_models(source: RecordSource) -> list[NamedModel]:
 
 
 def should_announce(models: Iterable[NamedModel], digest: bytes, own: PeerId) -> bool:
-    """Whether we are one of those who say what the model that we serve is called."""
+    """Whether we are among the servers that announce the name of the model `digest`."""
     others = next((model.announcers for model in models if model.digest == digest), frozenset())
     target = int.from_bytes(digest[:20], "big")
     nearest = sorted(others | {own}, key=lambda peer: int.from_bytes(node_id_of(peer), "big") ^ target)
@@ -55,9 +56,9 @@ def should_announce(models: Iterable[NamedModel], digest: bytes, own: PeerId) ->
 
 
 def least_rate(holdings: Sequence[Holding], block_count: int) -> float:
-    """How much one more session gets where it gets least, in positions a second: 0 where a block has no server.
+    """The positions a second that one more session gets at the weakest block: 0 if a block has no server.
 
-    A server that is waited for counts for less, so this falls with demand as it does with few servers.
+    A server with a queue counts for less, so the rate falls with demand as it does with fewer servers.
     """
     rates = [0.0] * block_count
     for holding in holdings:
@@ -70,7 +71,7 @@ def least_rate(holdings: Sequence[Holding], block_count: int) -> float:
 
 
 def _named(records: Sequence[VerifiedRecord]) -> NamedModel:
-    # Whoever is alone with what it says is not heard where most say something else; the digest decides in the end.
+    # Use the name that most announcers agree on. A wrong name is caught by the digest.
     words = Counter(replace(record.body, seq=0, expires=0.0) for record in records)
     body = max(words, key=lambda one: (words[one], repr(one)))
     assert isinstance(body, ModelRecord)

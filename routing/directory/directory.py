@@ -1,8 +1,7 @@
-"""Who serves which blocks of a model, as the DHT knows it now.
+"""Looks up which peers serve which blocks of a model, and turns their records into offers.
 
-Knows how records become offers; plans nothing. The difficulty is that a span's records lie under several
-keys and may be of different ages: of each slot the newest counts, wherever and whenever it was seen, so
-that a span that moved or went offline is never offered from an older copy.
+A span's records lie under several DHT keys and may be of different ages. For each slot only the newest counts,
+wherever and whenever it was seen, so that a span that moved or went offline is never offered from an older copy.
 """
 
 from __future__ import annotations
@@ -18,23 +17,25 @@ from peerd.routing.directory.announcer import TTL_S
 from peerd.routing.directory.holding import Holding
 from peerd.routing.directory.offer import Offer
 
-# A new server is to be used within 5 s, of which announcing, looking up and measuring it take some. A client that opens
-# sessions without pause makes 20 lookups a minute of each 16 blocks, of 13 small questions each; others make none.
+# A new server should be used within 5 s, of which announcing, looking up and measuring it take a part. A client that
+# opens sessions all the time makes 20 lookups a minute for each 16 blocks, with 13 small questions each.
 CACHE_S = 3.0
-# A server whose addresses were not found has mostly just come: the two records do not arrive together.
+# A server whose addresses were not found is probably new: its two records do not arrive together.
 NOT_FOUND_CACHE_S = 1.0
-# Addresses change seldom; a record of them is handed to hops, which must still find it valid.
+# Addresses change seldom. Clients pass the record of a hop to another hop, which must still find it valid.
 PEER_CACHE_S = 60.0
 
 
 @dataclass(slots=True)
 class _Model:
-    """What is known of one model: server records that have not expired, and when they were last looked up.
+    """The state of one model: its server records that have not expired, and when they were last looked up.
 
-    seen: when each was first seen, by its signature. Whoever lives renews it three times in a lifetime, so that a
-        longer life, which a wrong clock or a liar gives it, is not believed: no ghost outlives `TTL_S`.
-    offers: those that were made of them, by the two records' signatures: reading a thousand addresses takes a while.
-    latest: what was handed out last.
+    seen: when each record was first seen, by its signature. A living server renews its record three times in the
+        record's lifetime. So a longer lifetime, given by a wrong clock or a lie, is not believed: no record counts
+        beyond `TTL_S`.
+    offers: the offers made of the records, by both records' signatures, since reading a thousand addresses takes a
+        while.
+    latest: the list that was returned last.
     """
 
     records: list[VerifiedRecord]
@@ -46,7 +47,7 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
-    """What a lookup of a peer's addresses found, and when."""
+    """The result of looking up a peer's addresses, and its time."""
 
     record: VerifiedRecord | None
     looked_up: float
@@ -70,11 +71,11 @@ class Directory:
         self._peers: dict[PeerId, _Peer] = {}
 
     async def servers(self, model: bytes, block_count: int, *, max_age_s: float = CACHE_S) -> list[Offer]:
-        """The offers of all blocks of a model (digest), by peers whose addresses are known too.
+        """The offers for all blocks of a model (a digest), from peers whose addresses are known too.
 
-        They are in any state but `offline`: who is joining or draining takes no sessions, but counts for
-        placement. What was looked up less than `max_age_s` ago is not looked up again. As long as nothing has changed
-        it is the same list again, which is not for changing.
+        Offers are in any state but `offline`: a peer that is joining or draining takes no sessions, but counts for
+        placement. A result that is younger than `max_age_s` is not looked up again. While nothing has changed, the
+        same list object is returned, which the caller must not change.
         """
         servers = await self._server_records(model, block_count, max_age_s)
         await self._find_peers({record.peer_id for record in servers})
@@ -92,10 +93,10 @@ class Directory:
         return known.latest
 
     async def holdings(self, model: bytes, block_count: int) -> list[Holding]:
-        """Who holds which span of a model (digest), or is about to, wherever they are: what placement is planned with.
+        """Which peer holds or announces to hold which span of a model (a digest); placement is planned with this.
 
-        Looked up now. Raises PartialView: what only a few peers answered to may lack servers, and who believed it would
-        fill gaps that there are not.
+        Always looks up. Raises PartialView: if only a few peers answered, servers may be missing, and the caller
+        would fill gaps that do not exist.
         """
         known = self._models.setdefault(model, _Model([], float("-inf")))
         await self._look_up(known, model, block_count, whole=True)
@@ -107,27 +108,27 @@ class Directory:
         ]
 
     async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
-        """The peer's own word on its addresses, valid for a while yet; None if it cannot be found."""
+        """The signed record of the peer's addresses, valid for some time yet; None if it cannot be found."""
         record = await self._peer(peer_id)
         return None if record is None else record.signed
 
     async def ways_to(self, peer_id: PeerId) -> tuple[Multiaddr, ...]:
-        """Where the peer says it is, each with its PeerId; () if it cannot be found."""
+        """The peer's announced addresses, each with its PeerId; () if they cannot be found."""
         record = await self._peer(peer_id)
         return record.body.ways_to(peer_id) if record is not None and isinstance(record.body, PeerRecord) else ()
 
     def is_server(self, peer_id: PeerId) -> bool:
-        """Whether the peer was found to serve something lately."""
+        """Whether the peer was lately found to serve something."""
         return peer_id in self._peers
 
     def doubt(self, peer_id: PeerId) -> None:
-        """The peer was not where its record says: look it up anew before that is used again."""
+        """The peer was not at its announced address: look its record up again before using it."""
         if (known := self._peers.get(peer_id)) is not None:
             self._peers[peer_id] = _Peer(known.record, float("-inf"))
 
     async def _peer(self, peer_id: PeerId) -> VerifiedRecord | None:
         await self._find_peers({peer_id})
-        # Somebody else's lookup may have dropped it meanwhile: it was not found then either.
+        # Another task's lookup may have dropped the peer meanwhile; then it was not found either.
         return known.record if (known := self._peers.get(peer_id)) is not None else None
 
     async def _server_records(self, model: bytes, block_count: int, max_age_s: float) -> list[VerifiedRecord]:
@@ -139,12 +140,12 @@ class Directory:
     async def _look_up(self, known: _Model, model: bytes, block_count: int, *, whole: bool = False) -> None:
         shards = range((block_count - 1) // SHARD_BLOCKS + 1)
         found = await self._source.get_many([servers_of(model, shard) for shard in shards], whole=whole)
-        # What was seen before counts as well: a peer that holds an older copy must not bring it back.
+        # Records that were seen before count as well, so that a peer with an older copy cannot bring it back.
         known.records = newest(record for part in (known.records, *found) for record in part)
         known.looked_up = self._now()
 
     def _unexpired(self, known: _Model) -> list[VerifiedRecord]:
-        """Those that may be believed. Others stay known until they expire, so that no older copy comes back."""
+        """The records that count. Others are kept until they expire, so that no older copy comes back."""
         now = self._now()
         known.records = [record for record in known.records if record.body.expires > now]
         known.seen = {r.signed.signature: known.seen.get(r.signed.signature, now) for r in known.records}
@@ -157,7 +158,7 @@ class Directory:
         found = await self._source.get_many([addresses_of(peer) for peer in wanted])
         for peer, records in zip(wanted, found, strict=True):
             before = self._peers.get(peer)
-            # An older copy counts no more than none.
+            # An older copy counts as if none was found.
             known = newest([*records, *([before.record] if before and before.record else [])])
             self._peers[peer] = _Peer(known[0] if known else None, now)
 

@@ -1,4 +1,4 @@
-"""One span that a peer holds or is about to hold: the unit that placement is planned with."""
+"""One span that a peer hosts or is about to host: the unit in which placement is planned."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from peerd.protocol.records.envelope import ServerRecord
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A peer's announcement of one span, without the ways to the peer."""
+    """A peer's announcement of one span, without the peer's addresses."""
 
     peer_id: PeerId
     record: ServerRecord
 
 
 class HoldingSource(Protocol):
-    """Who knows all of a swarm: the directory."""
+    """Gives the holdings of a whole swarm: the directory."""
 
     async def holdings(self, model: bytes, block_count: int) -> list[Holding]:
-        """Who holds which span of a model (digest) now, or is about to. Raises PartialView."""
+        """Which peer holds which span of a model (a digest) now, or is about to. Raises PartialView."""

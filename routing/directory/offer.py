@@ -1,4 +1,4 @@
-"""One span that somebody offers to serve: the unit that chains and placement are planned with."""
+"""One span that a peer offers to serve: the unit in which chains are planned."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from peerd.protocol.span import Span
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A peer's announcement of one span, with the ways to the peer (best first).
+    """A peer's announcement of one span, with the peer's addresses (best first).
 
-    peer_record is the peer's own signed word on its addresses, which a hop passes on to the hop before it.
+    peer_record: the peer's own signed record of its addresses, which the client gives to the hop before it.
     """
 
     peer_id: PeerId
@@ -37,8 +37,8 @@ class Offer:
 def agreeing(offers: Sequence[Offer]) -> list[Offer]:
     """The offers without those whose blocks differ from what most peers have in their place.
 
-    Two offers can be compared where they hold the same blocks of a shard. This catches a corrupted or
-    differently converted checkpoint, not a liar. Offers without roots are kept: nothing speaks against them.
+    Two offers can be compared if they hold the same blocks of a shard. This catches a corrupted or differently
+    converted checkpoint, not a lie. Offers without block digests are kept.
     """
     if _all_agree(offers):
         return list(offers)
@@ -46,13 +46,13 @@ def agreeing(offers: Sequence[Offer]) -> list[Offer]:
     for offer in offers:
         for part, root in _rooted_parts(offer.record):
             votes.setdefault(part, {}).setdefault(root, set()).add(offer.peer_id)
-    # Of equally many, the greater root: every client must decide alike, or replacements would not fit.
+    # If two have equally many peers, the greater root: every client must decide alike, or replacements would not fit.
     chosen = {part: max(roots, key=lambda root: (len(roots[root]), root)) for part, roots in votes.items()}
     return [offer for offer in offers if all(chosen[part] == root for part, root in _rooted_parts(offer.record))]
 
 
 def _all_agree(offers: Iterable[Offer]) -> bool:
-    """Whether there is nothing to vote on, as almost always: that is seen much sooner than who is right."""
+    """Whether all offers agree, as almost always. This check is much faster than the vote."""
     roots: dict[tuple[int, int], bytes] = {}
     for offer in offers:
         record = offer.record

@@ -1,1 +1,1 @@
-"""Which peers failed, how slow they are, and who is suspected."""
+"""Remembers which peers failed, how slow they are, and which are suspected."""

@@ -1,8 +1,8 @@
-"""How long a chain takes for a step, learnt from the steps that it answered: after what time one is late.
+"""Learns how long a chain takes for a step, and so after what time a step is late.
 
-Knows positions and seconds; knows no clock and asks nobody. The difficulty is that a prompt's piece and a token
-differ a hundredfold, and that a chain under load is slow without being dead: so both are learnt apart, lateness
-follows the mean and the deviation, as TCP's timeout does (RFC 6298), and doubles while nothing comes.
+A piece of a prompt and a token differ a hundredfold in time, so each has its own statistics. A chain under load is
+slow without being dead, so lateness follows the mean and the deviation, as TCP's timeout does (RFC 6298), and
+doubles while no answer comes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from peerd.protocol.rows import DECODE_POSITIONS
 _GAIN = 1 / 8
 _DEVIATION_GAIN = 1 / 4
 _DEVIATIONS = 4
-# Less is a hiccup: a collection of garbage, a burst of others' prompts.
+# A shorter delay is a hiccup: a garbage collection, a burst of other clients' prompts.
 FLOOR_S = 1.0
-# Longer than this nobody waits before asking what is wrong.
+# No user waits longer than this before we ask what is wrong.
 CEILING_S = 30.0
-# Before anything was answered: when to ask, which costs a message a hop.
+# Before the first answer: when to ask, which costs one message to each hop.
 UNKNOWN_S = 3.0
 
 
@@ -34,7 +34,7 @@ class _Smoothed:
 
     @property
     def latest(self) -> float:
-        """What a sample hardly ever exceeds: never less than twice the mean, however regular they were."""
+        """A duration that a sample hardly ever exceeds: at least twice the mean, however regular the samples were."""
         return self.mean + max(_DEVIATIONS * self.deviation, self.mean)
 
 
@@ -42,7 +42,7 @@ class Pace:
     """The pace of one session's chain."""
 
     def __init__(self) -> None:
-        # Seconds a token, and seconds a position of a prompt.
+        # Seconds for a token, and seconds for each position of a prompt.
         self._decode: _Smoothed | None = None
         self._prefill: _Smoothed | None = None
         self._doublings = 0
@@ -51,7 +51,7 @@ class Pace:
         return f"<Pace decode={self._decode} prefill={self._prefill} doubled={self._doublings}>"
 
     def took(self, positions: int, seconds: float) -> None:
-        """A step of so many positions was answered, so long after it could be begun."""
+        """Note that a step of `positions` positions was answered `seconds` after it could begin."""
         self._doublings = 0
         if positions <= DECODE_POSITIONS:
             self._decode = _added(self._decode, seconds)
@@ -59,22 +59,22 @@ class Pace:
             self._prefill = _added(self._prefill, seconds / positions)
 
     def doubled(self) -> None:
-        """A hop was overtaken: be patient for twice as long, until something is answered."""
+        """Note that a hop was replaced for being late: wait twice as long until the next answer."""
         self._doublings += 1
 
     def late_after_s(self, positions: int) -> float:
-        """When to ask why a step of so many positions has no answer, in seconds after it could be begun."""
+        """After how many seconds, from when the step could begin, to ask why it has no answer."""
         expected = self.expected_s(positions)
         seconds = UNKNOWN_S if expected is None else expected
         return min(max(seconds, FLOOR_S) * 2.0**self._doublings, max(CEILING_S, seconds))
 
     def expected_s(self, positions: int) -> float | None:
-        """Seconds within which so many positions should be computed; None where nothing is known."""
+        """Seconds within which so many positions should be computed; None if nothing is known."""
         decode, prefill = self._decode, self._prefill
         if positions <= DECODE_POSITIONS:
             if decode is not None:
                 return decode.latest
-            # A token takes no longer than a prompt's whole piece.
+            # A token takes no longer than a whole piece of a prompt.
             return None if prefill is None else prefill.latest * 4 * DECODE_POSITIONS
         if prefill is not None:
             return prefill.latest * positions
@@ -83,7 +83,7 @@ class Pace:
 
 def _added(smoothed: _Smoothed | None, sample: float) -> _Smoothed:
     if smoothed is None:
-        # RFC 6298, section 2.2: after one sample nobody knows how much they vary.
+        # RFC 6298, section 2.2: after one sample the variation is unknown, so assume half the sample.
         return _Smoothed(sample, sample / 2)
     smoothed.add(sample)
     return smoothed

@@ -1,8 +1,8 @@
-"""Which hop is to blame for a step that is late, by what each hop says of it.
+"""Finds the hop that is to blame for a late step, from what each hop reports about its progress.
 
-Knows what hops report and when; asks nobody and replaces nobody. The difficulty is telling the hung from the
-busy: a frozen process says nothing, a wedged device answers every question and ends no turn, a busy one ends
-turns, though none of ours; and a link that swallows what it is given leaves both its ends at rest.
+A frozen process does not answer. A wedged device answers every question and ends no turn. A busy device ends turns,
+but none of ours. A link that loses what it is given leaves the hops at both its ends idle. This file only judges:
+the caller asks the hops and replaces them.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 
 from peerd.protocol.messages.session import Progress
 
-# A device that ends turns will come to ours: so many times as long as a step should take may its queue be.
+# A device that ends turns will come to ours: its queue may take this many times as long as the step should.
 BUSY_FACTOR = 8
-# Who never answered us a step may be computing its first: a prompt's piece takes a minute on a slow machine.
+# A chain that never answered us a step may still compute its first: a prompt's piece takes a minute on a slow machine.
 UNKNOWN_HOLD_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Hung:
-    """These hops, by their place in the chain, do not do what they should."""
+    """These hops, given by index in the chain, do not make progress."""
 
     hops: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """What this hop sends does not arrive at the next."""
+    """What this hop sends does not arrive at the next hop."""
 
     upstream: int
 
@@ -37,7 +37,9 @@ Finding = Hung | Stuck
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Where the step was, first seen there at a time, when the device had ended so many turns."""
+    """Where the step is: at which hop, since when, and how many turns the device had ended when it was first seen
+    there.
+    """
 
     hop: int
     is_held: bool
@@ -46,7 +48,7 @@ class _Seen:
 
 
 class Suspicion:
-    """Of one step, numbered `seq`, which could be begun at `since`."""
+    """Watches one step with number `seq`, which could begin at time `since`."""
 
     def __init__(self, seq: int, since: float) -> None:
         self.seq = seq
@@ -54,9 +56,10 @@ class Suspicion:
         self._seen: _Seen | None = None
 
     def look(self, reports: Sequence[Progress | None], now: float, expected_s: float | None) -> Finding | None:
-        """What to act on, if anything yet. `reports`: what each hop says, in order; None is silence.
+        """What to do about the step; None if it is too early to say.
 
-        expected_s: what the step should take; None where nothing is known of the chain.
+        reports: what each hop reports, in order; None if it did not answer.
+        expected_s: how long the step should take; None if nothing is known about the chain.
         """
         silent = tuple(index for index, report in enumerate(reports) if report is None)
         if silent:
@@ -71,10 +74,10 @@ class Suspicion:
         return self._finding(before, seen, now, expected_s)
 
     def _where(self, reports: Sequence[Progress], now: float) -> _Seen | None:
-        """The first hop that holds the step, or the first that it has not come to."""
+        """Where the step is: the first hop that holds it, or the last hop that it has left."""
         for index, report in enumerate(reports):
             if report.taken < self.seq:
-                # What has not come to the first hop is on its way from us.
+                # A step that has not arrived at the first hop is on its way from us.
                 return _Seen(index - 1, False, now, 0) if index else None
             if report.done < self.seq:
                 return _Seen(index, True, now, report.turns)

@@ -1,11 +1,10 @@
-"""How our own connections to peers have been: who fails and is to be avoided, and how far away each one is.
+"""Remembers how our own connections to peers went: which peers to avoid, and how far away each is.
 
-Knows what it is told and the time it is given; measures nothing itself and asks nobody. The difficulty is to
-forgive: a peer that failed leaves the routes in that instant, but must come back by itself, or one bad minute
-of our own network would leave us nobody. It comes back by proof, not on trust: somebody asks it first, so that no
-user's session is the test. Two kinds of failure return differently. Who answers all the while and fails in its
-work waits, twice as long each time. Who could not be reached, and now can, was down or cut off and is not any more:
-what it failed at then says nothing about it now.
+A peer that failed leaves the routes at once. It must also come back by itself, or one bad minute of our own network
+would leave us no peers. It comes back by proof: we ask it first, so that no user's session is the test. There are
+two kinds of failure. A peer that answers questions but fails at its work is avoided for a time that doubles with
+each failure. A peer that could not be reached and now answers was down or cut off; its earlier failures say nothing
+about it now, so it returns at once.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from peerd.protocol.identity import PeerId
 # The first failure of a healthy peer is mostly a restart; a peer that keeps failing is asked a few times an hour.
 FIRST_AVOIDANCE_S = 5.0
 MAX_AVOIDANCE_S = 600.0
-# A peer that was announced anew is asked at once, but not again and again: it may announce every step.
+# A peer with a new announcement is asked at once, but at most this often, since it may announce with every step.
 MIN_ASKING_S = 1.0
-# Who left that many questions unanswered, over 20 minutes, is asked again only when it is announced anew.
+# A peer that left this many questions unanswered, over 20 minutes, is asked again only when it is announced anew.
 MAX_UNANSWERED = 8
 # RFC 6298: weight of a new sample in the smoothed round-trip time.
 RTT_GAIN = 0.125
-# Strangers make peers up; beyond so many, those heard of longest ago are forgotten.
+# Attackers can make up peers; beyond this number, those heard of longest ago are forgotten.
 MAX_PEERS = 16384
 
 
@@ -38,10 +37,10 @@ class _Link:
 
 @dataclass(slots=True)
 class _Doubt:
-    """A peer that has to prove that it is there.
+    """A peer that must prove that it is there.
 
-    ask_at_s: when to ask it next; inf while that is being done.
-    unanswered: questions since it failed.
+    ask_at_s: when to ask it next; inf while it is being asked.
+    unanswered: questions without an answer since it failed.
     announced_seq: the newest announcement of it that we saw since then.
     """
 
@@ -56,9 +55,10 @@ def _nothing() -> None:
 
 
 class Links:
-    """What we know about our links to other peers. `now` counts seconds steadily, from any start.
+    """Our experience with other peers. `now` counts seconds steadily, from any start.
 
-    by_proof: whether somebody calls `take_doubted` and tells what came of it; without, time alone forgives.
+    by_proof: whether the caller asks the peers that `take_doubted` returns and reports the results; otherwise a peer
+    returns when its time is over.
     """
 
     def __init__(self, now: Callable[[], float], *, by_proof: bool = False) -> None:
@@ -67,13 +67,13 @@ class Links:
         self._links: dict[PeerId, _Link] = {}
         self._doubts: dict[PeerId, _Doubt] = {}
         self.on_doubt: Callable[[], None] = _nothing
-        """Called when somebody is to be asked sooner than before."""
+        """Called when a peer is to be asked sooner than before."""
 
     def failed(self, peer_id: PeerId, why: str = "") -> float:
-        """The peer failed us: avoid it from this instant, twice as long each time. Returns for how many seconds."""
+        """Note a failure of the peer: avoid it from now on, twice as long each time. Returns for how many seconds."""
         link = self._touch(peer_id)
         link.why = why or link.why
-        # Failures that several requests report at once are one failure.
+        # Failures that several requests report at once count as one.
         if self._now() >= link.avoided_until_s:
             delay_s = min(FIRST_AVOIDANCE_S * 2.0**link.failures, MAX_AVOIDANCE_S)
             link.failures += 1
@@ -82,14 +82,14 @@ class Links:
         return link.avoided_until_s - self._now()
 
     def doubt(self, peer_id: PeerId) -> None:
-        """The peer may be gone, which is no failure of it: avoid it until it answers."""
+        """Avoid the peer until it answers, without counting a failure: it may be gone."""
         if self._by_proof and peer_id not in self._doubts:
             self._touch(peer_id)
             self._doubts[peer_id] = _Doubt(self._now(), self._now())
             self.on_doubt()
 
     def succeeded(self, peer_id: PeerId) -> None:
-        """The peer did what we asked: it is as good as one that never failed."""
+        """Note a success: the peer is as good as one that never failed."""
         link = self._touch(peer_id)
         link.failures = 0
         link.avoided_until_s = 0.0
@@ -97,24 +97,24 @@ class Links:
         self._doubts.pop(peer_id, None)
 
     def forgive(self) -> None:
-        """We slept: who seems to have failed since may not have. Whoever is doubted still has to answer."""
+        """Take back recent failures, because our own process slept. A doubted peer still has to answer."""
         for link in self._links.values():
             if link.avoided_until_s > self._now():
                 link.avoided_until_s = self._now()
                 link.failures -= 1
 
     def is_avoided(self, peer_id: PeerId) -> bool:
-        """Whether to leave it out of a chain now."""
+        """Whether to leave the peer out of a chain now."""
         link = self._links.get(peer_id)
         return peer_id in self._doubts or (link is not None and self._now() < link.avoided_until_s)
 
     def why_avoided(self, peer_id: PeerId) -> str:
-        """What was said of its last failure; "" if nothing was, or it is not avoided."""
+        """The reason of the peer's last failure; "" if there is none, or it is not avoided."""
         link = self._links.get(peer_id)
         return link.why if link is not None and self.is_avoided(peer_id) else ""
 
     def avoided(self) -> frozenset[PeerId]:
-        """Everybody to leave out of a chain now."""
+        """All peers to leave out of a chain now."""
         now = self._now()
         late = frozenset(peer_id for peer_id, link in self._links.items() if now < link.avoided_until_s)
         return late | self._doubts.keys()
@@ -123,11 +123,11 @@ class Links:
 
     @property
     def asks_at_s(self) -> float:
-        """When somebody is to be asked next; inf for nobody."""
+        """When a peer is to be asked next; inf if none is."""
         return min((doubt.ask_at_s for doubt in self._doubts.values()), default=float("inf"))
 
     def take_doubted(self) -> list[PeerId]:
-        """Whom to ask now whether they are there. For each, `answered` or `unanswered` is to be told."""
+        """The peers to ask now whether they are there. The caller reports `answered` or `unanswered` for each."""
         now = self._now()
         due = [peer_id for peer_id, doubt in self._doubts.items() if doubt.ask_at_s <= now]
         for peer_id in due:
@@ -136,13 +136,15 @@ class Links:
         return due
 
     def answered(self, peer_id: PeerId) -> None:
-        """The peer is there. If it was not before, it is as good as new; else it waits for the rest of its time."""
+        """Note that the peer answered. If it was unreachable before, its record is clean; else it waits for its time's
+        end.
+        """
         doubt = self._doubts.pop(peer_id, None)
         if doubt is not None and doubt.unanswered:
             self._touch(peer_id).avoided_until_s = self._now()
 
     def unanswered(self, peer_id: PeerId, why: str = "") -> None:
-        """The peer cannot be reached: ask it again, ever more seldom."""
+        """Note that the peer cannot be reached: ask it again, after a delay that doubles."""
         if (doubt := self._doubts.get(peer_id)) is not None:
             delay_s = min(FIRST_AVOIDANCE_S * 2.0**doubt.unanswered, MAX_AVOIDANCE_S)
             doubt.unanswered += 1
@@ -151,7 +153,9 @@ class Links:
             self.on_doubt()
 
     def announced(self, peer_id: PeerId, seq: int) -> None:
-        """The peer has announced itself, as number `seq`. Who could not be reached may be back: ask."""
+        """Note a new announcement of the peer, with number `seq`. A peer that could not be reached may be back: ask it
+        soon.
+        """
         doubt = self._doubts.get(peer_id)
         if doubt is None or seq <= doubt.announced_seq:
             return
@@ -163,15 +167,15 @@ class Links:
 
     @property
     def has_doubts(self) -> bool:
-        """Whether `announced` would make any difference."""
+        """Whether any peer is doubted; if none is, `announced` has no effect."""
         return bool(self._doubts)
 
     # Distance.
 
     def measured(self, peer_id: PeerId, rtt_s: float, *, gain: float = RTT_GAIN) -> None:
-        """A round trip to the peer took `rtt_s` seconds; `gain` is how much that counts beside those before.
+        """Note a round trip to the peer that took `rtt_s` seconds; `gain` is its weight in the smoothed time.
 
-        Raises ValueError if it is negative or not finite.
+        Raises ValueError if `rtt_s` is negative or not finite.
         """
         if not 0 <= rtt_s < float("inf"):
             raise ValueError(f"a round trip takes a finite time of at least 0 s, not {rtt_s}")
@@ -179,12 +183,12 @@ class Links:
         link.rtt_s = rtt_s if link.rtt_s is None else link.rtt_s + gain * (rtt_s - link.rtt_s)
 
     def rtt_s(self, peer_id: PeerId) -> float | None:
-        """The smoothed round-trip time, in seconds; None if it was never measured."""
+        """The smoothed round-trip time in seconds; None if it was never measured."""
         link = self._links.get(peer_id)
         return None if link is None else link.rtt_s
 
     def rtts_s(self) -> dict[PeerId, float]:
-        """Every measured round-trip time, in seconds."""
+        """All measured round-trip times, in seconds."""
         return {peer_id: link.rtt_s for peer_id, link in self._links.items() if link.rtt_s is not None}
 
     def _touch(self, peer_id: PeerId) -> _Link:

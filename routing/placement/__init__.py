@@ -1,1 +1,1 @@
-"""Which blocks a server should host."""
+"""Decides which blocks a server should host."""

@@ -1,8 +1,8 @@
-"""Which span a server should host: the one that lifts the weakest blocks most, now and while the swarm changes.
+"""Chooses the span that a server should host: the one that lifts the weakest blocks most.
 
-Knows offers and block counts; knows neither memory nor disks: how many blocks fit is given. The difficulty is thrash:
-every server sees the same swarm a little late, and all could fill the same gap. So a move must pay by a measure that
-all share and that each move raises; who moves says so before it does, and looks again before it acts.
+Decides from holdings (which peer announces which span) and from how many blocks fit. Every server sees the same
+swarm a little late, so all of them could fill the same gap and move again and again. So a move must pay by a measure
+that all servers share and that every move raises; a server announces its move first and looks again before it acts.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from peerd.routing.placement.flow import FlowWithOne
 
 Floats = NDArray[np.float64]
 
-# A move must gain this part of what a server of its speed adds to a swarm that is perfectly even: loading takes
-# minutes, and sessions have to find other peers.
+# A move must gain this part of what a server of its speed adds to a perfectly even swarm: loading takes minutes, and
+# sessions have to find other peers.
 LEAST_GAIN = 0.25
-# What is on disk already is as good as a place that gains so much less, for a download takes longer than all the rest.
+# A span that is on disk may gain this much less than another and still win, because a download takes longer than
+# everything else.
 ON_DISK_GAIN = 0.1
-# A block without a server counts as if one had a millionth of the slowest server's speed: closing a gap beats all.
+# A block without a server counts as if it had a millionth of the slowest server's speed: closing a gap beats all else.
 _GAP = 1e-6
-# Who counts: a newcomer that is still loading does, or several of them would all fill the same gap.
+# Servers in these states count. One that is still loading does, or several newcomers would all fill the same gap.
 _COUNTED = ("joining", "online")
 
 
 def block_rates(holdings: Iterable[Holding], block_count: int) -> Floats:
-    """For each block, the positions a second that its servers do together.
+    """For each block, the positions a second that its servers carry together.
 
-    Each position passes all blocks of a server's span, so a server gives each the n-th part of its
-    throughput. One that was never measured is taken for as fast as the others are in the middle.
+    Each position passes all blocks of a server's span, so a server gives each of its n blocks the n-th part of its
+    throughput. A server that was never measured counts with the median throughput of the others.
     """
     servers = _servers(list(holdings))
     if not servers:
         return np.zeros(block_count)
     starts, ends, shares = np.array([(s.start, s.end, rate / len(s)) for s, rate in servers]).T[:, :, None]
     blocks = np.arange(block_count)
-    # Summed server by server: blocks with the same servers have the very same rate.
+    # Summed server by server, so that blocks with the same servers get exactly the same rate.
     rates: Floats = np.where((starts <= blocks) & (blocks < ends), shares, 0.0).sum(axis=0)
     return rates
 
@@ -52,9 +53,9 @@ def block_rates(holdings: Iterable[Holding], block_count: int) -> Floats:
 def choose_span(
     holdings: Iterable[Holding], block_count: int, size: int, on_disk: frozenset[int] = frozenset()
 ) -> Span:
-    """The span of `size` blocks (all, if there are fewer) to serve next to `holdings`, which are without our own.
+    """The span of `size` blocks (all, if there are fewer) for a newcomer; `holdings` must not include its own.
 
-    Of all such spans, the one whose weakest block is the weakest; where that is equal, the next weakest decides, then
+    Of all such spans, the one whose weakest block is the weakest; if that is equal, the next weakest decides, then
     how many of its blocks are `on_disk` already, and at last the lower start. Raises ValueError unless `size` is
     positive.
     """
@@ -63,7 +64,7 @@ def choose_span(
 
 @dataclass(frozen=True, slots=True)
 class Newcomer:
-    """A server that chooses its first span: who it is, and the slot that is for the span."""
+    """A server that chooses its first span: its PeerId, and the slot for the span."""
 
     peer_id: PeerId
     slot: int
@@ -72,10 +73,11 @@ class Newcomer:
 def choose_first_span(
     holdings: Sequence[Holding], own: Newcomer, block_count: int, size: int, on_disk: frozenset[int] = frozenset()
 ) -> Span:
-    """`choose_span` where others choose at the same time: all who see the same choose as if one after another.
+    """`choose_span` for a newcomer while other newcomers choose too: all choose as if they did so one after another.
 
-    `holdings` is the whole swarm. Of those who have not chosen for good, only who comes before `own` by PeerId counts,
-    and where it will go is worked out here as it does it itself.
+    `holdings` is the whole swarm. Among servers that have only announced an intention, those with a smaller (PeerId,
+    slot) than `own` come first: this function computes where each of them will go, by the rule that they use
+    themselves, and ignores the others.
     """
     others = [one for one in holdings if _place(one) != (own.peer_id, own.slot)]
     choosing = _choosing(others)
@@ -89,7 +91,7 @@ def choose_first_span(
 
 
 def are_choosing(holdings: Sequence[Holding], own: PeerId) -> bool:
-    """Whether other peers choose their first span just now."""
+    """Whether other peers are choosing their first span now."""
     return any(peer_id != own for peer_id, _ in _choosing(holdings))
 
 
@@ -101,13 +103,13 @@ def choose_move(
     on_disk: frozenset[int] = frozenset(),
     said: Span | None = None,
 ) -> Span | None:
-    """Where the server of `own` should go instead, with as many blocks; None where it should stay.
+    """The span of equal size to which the server of `own` should move; None if it should stay.
 
-    `holdings` is the whole swarm, `own` and its intention left out or not. A move never leaves a block without a
-    server, and gains at least a quarter of what such a server adds to a swarm that is perfectly even.
+    `holdings` is the whole swarm, with or without `own` and its intention. A move never leaves a block without a
+    server, and gains at least a quarter of what such a server adds to a perfectly even swarm.
 
-    `said`: where it has announced to go. Several may have announced the same; then the first of them by PeerId goes,
-    and all others stay, as long as none has begun.
+    said: the span to which this server has announced to move. Several servers may have announced the same; then the
+    first of them by PeerId moves and the others stay, unless one has begun.
     """
     others = [one for one in holdings if _place(one) != _place(own)]
     goal = _choose_move(_as_announced(others), own, block_count, on_disk)
@@ -126,7 +128,7 @@ def _choose_move(others: Sequence[Holding], own: Holding, block_count: int, on_d
     ideal = throughput / block_count
     servers = _servers(others)
     flows = FlowWithOne(servers, size, throughput, block_count)
-    # What a swarm carries is what counts, but one move seldom changes that: several blocks may be the weakest. So
+    # The swarm's capacity counts most, but one move seldom changes it, since several blocks may be equally weak. So
     # evenness counts too, which every move to weaker blocks raises.
     rates = block_rates(others, block_count)
     gains = _evenness(rates, throughput / size, size) / ideal + _gaps_by_start(rates, size) / size
@@ -150,16 +152,16 @@ def _weakest(rates: Floats, size: int, on_disk: frozenset[int] = frozenset()) ->
     stored[[block for block in on_disk if block < len(rates)]] = 1
     windows = np.sort(np.lib.stride_tricks.sliding_window_view(rates, size), axis=1)
     here = np.lib.stride_tricks.sliding_window_view(stored, size).sum(axis=1)
-    # Of what is equal the first, which is the lowest start: the sort is stable.
+    # The sort is stable, so of equal spans the one with the lowest start is first.
     start = int(np.lexsort((-here, *windows.T[::-1]))[0])
     return Span(start, start + size)
 
 
 def _gaps_by_start(rates: Floats, size: int) -> Floats:
-    """For each start of a span, how many of its blocks nobody else has.
+    """For each start of a span, how many of its blocks no server has.
 
-    With two gaps no single move makes the swarm whole, so nothing that it carries would be gained by the first: yet
-    somebody has to begin. As no move uncovers a block, this only ever falls for all.
+    With two gaps no single move makes the swarm whole, so the first move would gain no capacity; but one server has
+    to begin. No move uncovers a block, so this number only ever falls for all servers.
     """
     gaps = np.concatenate(([0.0], np.cumsum(rates == 0)))
     result: Floats = gaps[size:] - gaps[:-size]
@@ -171,21 +173,21 @@ def _is_intention(one: Holding) -> bool:
 
 
 def _place(one: Holding) -> tuple[PeerId, int]:
-    """Whose span is meant, and the slot that it has or, for an intention, will have."""
+    """The peer and the slot of a span; for an intention, the slot that the span has or will have."""
     return one.peer_id, one.record.slot % MAX_SLOTS
 
 
 def _choosing(holdings: Sequence[Holding]) -> dict[tuple[PeerId, int], Holding]:
-    """Who has not chosen for good yet, by place. Whoever has a span already only means to move it."""
+    """The intentions of servers without a span, by peer and slot. A server that has a span only means to move it."""
     intentions = {_place(one): one for one in holdings if _is_intention(one)}
     settled = {_place(one) for one in holdings if not _is_intention(one)}
     return {place: one for place, one in intentions.items() if place not in settled}
 
 
 def _as_announced(holdings: Iterable[Holding]) -> list[Holding]:
-    """The swarm once everybody is where it said it is about to go.
+    """The swarm as it will be after all announced moves.
 
-    Had two servers of the same blocks both said so, and then counted on each other to stay, both would go.
+    Otherwise two servers of the same blocks could both announce to leave, each counting on the other to stay.
     """
     holdings = list(holdings)
     going = {_place(one) for one in holdings if _is_intention(one)}
@@ -198,14 +200,14 @@ def _typical_throughput(holdings: Iterable[Holding]) -> float:
 
 
 def _servers(holdings: Sequence[Holding]) -> list[tuple[Span, float]]:
-    """The span and speed of everybody who counts."""
+    """The span and throughput of every server that counts."""
     counted = [one.record for one in holdings if one.record.state in _COUNTED]
     typical = _typical_throughput(holdings)
     return [(record.span, record.throughput or typical) for record in counted]
 
 
 def _stay_covered(others: Iterable[Holding], span: Span) -> bool:
-    """Whether somebody who is online holds each block of the span."""
+    """Whether other online servers hold every block of the span."""
     held = np.zeros(span.end, dtype=bool)
     for one in others:
         if one.record.state == "online":
@@ -214,10 +216,10 @@ def _stay_covered(others: Iterable[Holding], span: Span) -> bool:
 
 
 def _evenness(rates: Floats, share: float, size: int) -> Floats:
-    """For each start of a span, the harmonic mean of the blocks' rates once a server adds `share` to each of them.
+    """For each start of a span, the harmonic mean of all blocks' rates once a server adds `share` to each block there.
 
-    A position's time is the sum of what it takes at each block, so this is the speed of a swarm whose servers share
-    their time evenly; of all swarms of the same servers, the even one has the greatest.
+    A position's time is the sum of its times at all blocks, so this is the speed of a swarm whose servers share
+    their time evenly. Among swarms of the same servers, the even one has the greatest.
     """
     least = _GAP * share
     plain = 1 / np.maximum(rates, least)

@@ -1,1 +1,1 @@
-"""Whether a peer can be dialled, judged from what others saw."""
+"""Judges whether other peers can dial us, from what they report."""

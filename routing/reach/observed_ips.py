@@ -1,7 +1,7 @@
-"""Which IP addresses others see us at: what the peers that we dialled say, as long as they are connected.
+"""Finds the IP addresses at which other peers see us, from the reports of peers that we dialled and still hold.
 
-Knows who says what, and how many must agree. The difficulty is that each of them may lie or stand in the same
-network as we do: so peers of one public network count once, and neighbours' views are kept apart from the internet's.
+A reporting peer may lie or stand in the same network as we do. So the peers of one public network count as one
+witness, and private addresses (seen by neighbours) are counted apart from public ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from peerd.protocol.addresses import IpAddress, is_private_ip, private_range, public_network
 from peerd.protocol.identity import PeerId
 
-# How many independent peers must agree, where there are so many.
+# How many independent peers must agree, if there are that many.
 WITNESSES = 2
 
 
@@ -23,7 +23,7 @@ class _View:
 
 
 class ObservedIps:
-    """Where we are seen. Tell it of connections that we dialled, and of their end."""
+    """The addresses at which we are seen. Call `note` for each connection that we dialled, `forget` when it ends."""
 
     def __init__(self) -> None:
         self._views: dict[PeerId, _View] = {}
@@ -32,10 +32,10 @@ class ObservedIps:
         return f"<ObservedIps {', '.join(map(str, self.agreed())) or 'none'} by {len(self._views)} peers>"
 
     def note(self, peer_id: PeerId, at: IpAddress | None, seen: IpAddress | None) -> None:
-        """A peer that we dialled `at` an address says where it sees us.
+        """A peer that we dialled `at` an address reports that it sees us at `seen`.
 
-        None says nothing: a relay stands between. Nor does a private address that is seen from a public one: it is a
-        proxy's, behind which that peer listens.
+        `at` or `seen` None counts as no report: a relay stands between. Nor does a private address count if we
+        dialled a public one: it is the address of a proxy in front of that peer.
         """
         useless = seen is None or seen.is_unspecified or seen.is_multicast
         if at is None or seen is None or useless or (public_network(at) and is_private_ip(seen)):
@@ -44,13 +44,14 @@ class ObservedIps:
             self._views[peer_id] = _View(public_network(at) or peer_id, seen)
 
     def forget(self, peer_id: PeerId) -> None:
-        """The connection to the peer has ended."""
+        """Forget the peer's report: the connection has ended."""
         self._views.pop(peer_id, None)
 
     def agreed(self) -> tuple[IpAddress, ...]:
-        """Where we are seen, public addresses first; at most one for each family and range.
+        """The addresses at which we are seen, public ones first; at most one for each IP version and range.
 
-        What two independent peers say, or the one if there is only one; nothing where they are divided.
+        An address counts if two independent peers report it, or one if there is only one. If the reports are divided
+        evenly, none of them counts.
         """
         groups: dict[tuple[bool, int, str | None], dict[IpAddress, set[str]]] = defaultdict(lambda: defaultdict(set))
         for view in self._views.values():

@@ -1,9 +1,9 @@
-"""Whether others can dial us, and what to announce because of it: the decisions.
+"""Decides whether other peers can dial us, and what to announce because of it.
 
-Knows what peers found when they dialled us back and what we listen on; asks nobody (`peerd.reach.checker` does).
-The difficulty is what to say while nobody knows. A swarm in one LAN or on one machine works with the addresses of
-its interfaces, so those are announced until somebody sees us at a public address that is not among them: from then
-on we stand behind a NAT, and are in nobody's table before a dial-back has shown that we can be dialled.
+Judges from the results of dial-backs and from the addresses that we listen on; `peerd.reach.checker` asks the peers.
+A swarm in one LAN or on one machine works with the addresses of its interfaces, so those are announced until a peer
+sees us at a public address that is not among them. From then on we count as standing behind a NAT, and stay out of
+the DHT's tables until a dial-back has shown that we can be dialled.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from random import Random
 from peerd.protocol.addresses import IpAddress, Multiaddr, is_private_ip
 from peerd.protocol.messages.dialback import MAX_PORTS, Dialled, Outcome, dial_address
 
-# Peers that dial us for one verdict, and one more where they do not agree.
+# How many peers dial us back for one verdict; a third peer is asked if they disagree.
 JUDGES = 2
-# Until the next look. Judges try again after a minute: a verdict that was load's doing, ours or theirs, is mended soon,
-# and a port that is forwarded noticed. One that works goes on working, mostly.
+# Seconds to the next check. After "private" we check again within a minute or so, because the cause may have been load,
+# ours or the judge's, or because the user has forwarded a port since. A port that works mostly goes on working.
 _FIRST_CHECK_S = {"unknown": 15.0, "private": 80.0, "public": 900.0}
 _LONGEST_CHECK_S = {"unknown": 240.0, "private": 3600.0, "public": 3600.0}
 _JITTER = 0.2
 
 
 class Reach(Enum):
-    """Who can dial us."""
+    """Whether other peers can dial us."""
 
     UNKNOWN = "unknown"
-    """Nobody has tried."""
+    """No peer has tried."""
     PUBLIC = "public"
-    """Whoever could try, could."""
+    """Every peer that tried could dial us."""
     PRIVATE = "private"
-    """Nobody: a NAT or firewall stands between. We can only dial."""
+    """No peer could: a NAT or firewall stands between. We can only dial others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What dial-backs showed. `proven`: where we were reached. `failed`: where we were not, and why not."""
+    """The result of dial-backs. `proven`: addresses at which we were reached. `failed`: addresses at which we were not,
+    and how the dial ended.
+    """
 
     reach: Reach = Reach.UNKNOWN
     proven: tuple[Multiaddr, ...] = ()
@@ -48,14 +50,20 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """contacts: what the DHT's tables hold of us; none: we are its client. addresses: what our peer record says."""
+    """What we tell others about ourselves.
+
+    contacts: addresses for the DHT's tables; if empty, we are only a client of the DHT.
+    addresses: addresses for our peer record.
+    """
 
     contacts: tuple[Multiaddr, ...]
     addresses: tuple[Multiaddr, ...]
 
 
 def ports_for(ip: IpAddress, listening: Iterable[Multiaddr]) -> tuple[int, ...]:
-    """On which ports somebody who sees us at `ip` may find us: of its family, and not for this machine alone."""
+    """The ports at which a peer that sees us at `ip` may reach us: those of its IP version, loopback only for
+    loopback.
+    """
     ports = (
         address.port
         for address in listening
@@ -67,7 +75,7 @@ def ports_for(ip: IpAddress, listening: Iterable[Multiaddr]) -> tuple[int, ...]:
 
 
 def more_judges(answers: Sequence[Dialled]) -> int:
-    """How many more to ask about the same ports: two in all, and a third where those found different things."""
+    """How many more judges to ask about the same ports: two in all, and a third if the two found different things."""
     if len(answers) < JUDGES:
         return JUDGES - len(answers)
     found = {tuple(outcome == "reached" for outcome in answer.outcomes) for answer in answers}
@@ -75,9 +83,11 @@ def more_judges(answers: Sequence[Dialled]) -> int:
 
 
 def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Dialled]]]) -> Finding:
-    """What the answers to one round of questions show together; `trials`: ports, and what judges found at them.
+    """Combine the answers to one round of dial-back requests.
 
-    Answers from public addresses outrank those from our own network. Where judges are divided, all stays as it was.
+    trials: pairs of ports, and the answers of the judges that dialled them.
+
+    Answers from public addresses outrank those from our own network. If the judges disagree, `before` stays.
     """
     rounds = [(ports, answers) for ports, answers in trials if answers]
     if any(not is_private_ip(answers[0].ip) for _, answers in rounds):
@@ -105,7 +115,7 @@ def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Diall
 
 
 def is_void(finding: Finding, seen_at: Sequence[IpAddress]) -> bool:
-    """Whether what was proven says nothing any more: where we were reached is not where we are seen now."""
+    """Whether a finding is out of date: the address at which we were reached is not one at which we are seen now."""
     for address in finding.proven:
         ip = address.ip
         assert ip is not None
@@ -116,15 +126,19 @@ def is_void(finding: Finding, seen_at: Sequence[IpAddress]) -> bool:
 
 
 def announced(own: Sequence[Multiaddr], finding: Finding, *, on_internet: bool) -> Announced:
-    """What to announce. own: what we listen on, as our network writes it. on_internet: our swarm is there."""
+    """What to announce.
+
+    own: the addresses that we listen on.
+    on_internet: whether our swarm is on the internet rather than in one local network.
+    """
     failed = {address for address, _ in finding.failed}
     left = [address for address in own if address.with_peer(None) not in failed]
     private = finding.reach is Reach.PRIVATE
     if not on_internet:
-        # No NAT stands between neighbours; one that was too busy to answer must not fall out of its swarm for it.
+        # No NAT stands between neighbours. A peer that was too busy to answer a dial-back must not drop out for that.
         return Announced(tuple(own), tuple(own))
-    # Neighbours in the same LAN need no way round; nobody else dials such addresses. Loopback helps none of them, but
-    # who listens nowhere else means those on the same machine.
+    # Neighbours in the same LAN reach us directly, and no other peer dials such addresses. A loopback address is no use
+    # to them, but if we listen on nothing else, our swarm is on this machine.
     near = [address for address in left if address.is_private and not address.is_loopback]
     if all(address.is_loopback for address in own):
         near = list(own)
@@ -135,6 +149,6 @@ def announced(own: Sequence[Multiaddr], finding: Finding, *, on_internet: bool) 
 
 
 def next_check_s(reach: Reach, unchanged: int, random: Random) -> float:
-    """Seconds to the next round of questions; `unchanged`: how many have found the same."""
+    """Seconds to the next round of dial-backs. `unchanged`: how many rounds in a row had the same result."""
     first, longest = _FIRST_CHECK_S[reach.value], _LONGEST_CHECK_S[reach.value]
     return min(first * 2.0 ** min(unchanged, 10), longest) * random.uniform(1 - _JITTER, 1 + _JITTER)

@@ -190,7 +190,7 @@ class ChainMender:
             except NoChain as other:
                 missing |= set(other.missing)
         spans = tuple(sorted(missing))
-        return NoChain(f"nobody reachable serves blocks {', '.join(f'{start}:{end}' for start, end in spans)}", spans)
+        return NoChain(f"no reachable peer serves blocks {', '.join(f'{start}:{end}' for start, end in spans)}", spans)
 
 
 def _peer(control: ControlStream | None) -> PeerId | None:

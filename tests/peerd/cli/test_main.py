@@ -80,7 +80,7 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--client", "--http", "8080"], "HOST:PORT"),
         (["--client", "--trusted", "12D3KooWnobody"], "a PeerId is"),
         (["--client", "--swarm-key", "MODEL/config.json"], "chmod 600"),
-        (["--client", "--manifest", "MODEL/config.json"], "no manifest"),
+        (["--client", "--manifest", "MODEL/config.json"], "not a manifest"),
         (["keys", "new-swarm", "MODEL/config.json"], "already"),
         (["--client", "--no-token"], "for --http"),
         (["--client", "--http", "0.0.0.0:8080", "--no-token"], "to the network"),

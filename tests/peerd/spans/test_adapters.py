@@ -128,7 +128,7 @@ async def test_no_adapters_of_clients_are_taken_where_the_operator_says_so(model
     ("arguments", "reason"),
     [
         (["--adapter", "poet"], "'poet' is not NAME=DIR"),
-        (["--adapter", "a b=dir"], "no adapter's name"),
+        (["--adapter", "a b=dir"], "not an adapter's name"),
         (["--adapter", "poet="], "'poet=' is not NAME=DIR"),
         (["--client-adapters", "some"], "a size is written such as"),
         (["--listen", LISTEN, "--adapter", "poet=dir"], "add --serve-blocks"),

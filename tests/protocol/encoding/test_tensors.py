@@ -225,7 +225,7 @@ def test_a_sum_that_overflows_is_not_a_value_that_does() -> None:
     ids=["float64", "integers", "unknown codec", "no values", "no sides", "five sides"],
 )
 def test_what_no_peer_could_read_is_our_own_mistake(tensor: torch.Tensor, codec: str) -> None:
-    with pytest.raises(LocalProtocolError, match="travels"):
+    with pytest.raises(LocalProtocolError, match="cannot send"):
         encode_tensor(tensor, codec=codec)
 
 

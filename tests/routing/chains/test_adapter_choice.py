@@ -73,7 +73,7 @@ def test_a_name_means_the_adapter_that_covers_all_blocks_and_that_most_peers_hav
 
 def test_a_name_that_nobody_has_for_all_blocks_is_refused_with_what_there_is():
     offers = [offer(1, 0, 4, POET), offer(2, 4, 8, CLERK), offer(3, 4, 8, POET, state="draining")]
-    with pytest.raises(NoChain, match=f"nobody reachable has an adapter 'critic' .* there is {CLERK}, {POET}"):
+    with pytest.raises(NoChain, match=f"no reachable peer has an adapter 'critic' .* there is {CLERK}, {POET}"):
         choose_adapter(offers, "critic", BLOCKS)
     with pytest.raises(NoChain, match=f"serves blocks 4:8 with the adapter {POET}") as caught:
         choose_adapter(offers, "poet", BLOCKS)

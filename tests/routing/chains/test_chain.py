@@ -128,7 +128,7 @@ def test_no_chain_names_the_missing_blocks(
     make_offer: MakeOffer, spans: list[str], missing: tuple[tuple[int, int], ...]
 ) -> None:
     offers = [make_offer(number, span) for number, span in enumerate(spans)]
-    with pytest.raises(NoChain, match="nobody reachable serves blocks") as caught:
+    with pytest.raises(NoChain, match="no reachable peer serves blocks") as caught:
         plan(offers, "0:8")
     assert caught.value.missing == missing
 
