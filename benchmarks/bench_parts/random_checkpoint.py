@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from peerd.compute.checkpoint.checkpoint import Checkpoint, make_config
+from peerd.compute.checkpoint.checkpoint import Checkpoint
+from peerd.compute.checkpoint.published_config import make_config
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta

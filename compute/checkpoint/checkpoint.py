@@ -15,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from peerd.compute.checkpoint.published_config import longest_length
 from peerd.compute.checkpoint.weights import Weights
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
-from peerd.protocol.span import MAX_BLOCKS, Span
+from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     import torch
@@ -85,8 +86,7 @@ class Checkpoint:
     @property
     def max_length(self) -> int | None:
         """How many positions the model was made for; None where its position scheme has no limit (ALiBi)."""
-        length = getattr(self.config, "max_position_embeddings", None)
-        return None if length is None else int(length)
+        return longest_length(self.config)
 
     @property
     def is_gguf(self) -> bool:
@@ -95,13 +95,23 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What the weights were published in; fp32 for a GGUF file, whose weights are dequantized."""
+        """What the weights are computed in unless somebody says otherwise: what the configuration declares.
+
+        Where it declares none, or one that nothing is computed in, it is that of the stored tensors, as in
+        Transformers; fp32 for a GGUF file, whose weights are dequantized.
+        """
         import torch
 
         if self.is_gguf:
             return torch.float32
-        declared = getattr(torch, str(self.config.dtype).removeprefix("torch."), None)
-        return declared if isinstance(declared, torch.dtype) else torch.float32
+        declared: torch.dtype | None = getattr(torch, str(self.config.dtype).removeprefix("torch."), None)
+        if declared is not None and declared in (torch.float32, torch.float16, torch.bfloat16):
+            return declared
+        stored = {self._weights.stored_dtype(name) for name in self.names_of_block(0)}
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            if dtype in stored:
+                return torch.float32 if dtype == torch.float64 else dtype
+        return torch.float32
 
     @property
     def bytes_read(self) -> int:
@@ -138,20 +148,26 @@ class Checkpoint:
             raise IndexError(f"{self.name} has blocks 0 to {self.block_count - 1}, not {block}")
         return self._names_of_block.get(block, ())
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def packing(self) -> str:
+        """How the publisher quantized the weights, such as `fp8`; empty where they are plain."""
+        return self._weights.packing
+
+    def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Read parameters one by one, each in memory of its own, in the dtype they are stored in.
 
-        A quantized GGUF tensor comes dequantized to fp32. Raises CheckpointError.
+        What its publisher quantized comes dequantized, in `dtype` (fp32 if None); of a GGUF file always in fp32.
+        Raises CheckpointError.
         """
         for name in names:
-            yield name, self._weights.read(name)
+            yield name, self._weights.read(name, dtype)
 
-    def read_slices(self, name: str) -> Iterator[torch.Tensor]:
+    def read_slices(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """Read a parameter of three dimensions matrix by matrix (experts), so that only one need be held.
 
         A GGUF file is read whole first. Raises CheckpointError.
         """
-        return self._weights.read_slices(name)
+        return self._weights.read_slices(name, dtype)
 
     def fetch_span(self, span: Span) -> None:
         """Have the files that hold these blocks on this machine, until the checkpoint is closed.
@@ -197,33 +213,6 @@ class Checkpoint:
             if layers == self.family.layers and number.isdecimal():
                 found.setdefault(int(number), []).append(name)
         return {block: tuple(names) for block, names in found.items()}
-
-
-def make_config(family: Family, fields: dict[str, Any], where: object) -> PreTrainedConfig:
-    """The family's configuration out of published fields. Raises CheckpointError, UnsupportedModel, saying `where`."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        kind: Any = family.config_type()
-        # Transformers writes an infinite number as an object of its own.
-        config: PreTrainedConfig = kind.from_dict(kind._decode_special_floats(fields))
-    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{where}: is no valid {family.model_type} configuration: {error}") from error
-    _check_config(config, where)
-    return config
-
-
-def _check_config(config: PreTrainedConfig, where: object) -> None:
-    """Refuse what cannot run, with the reason."""
-    for field, most in (("num_hidden_layers", MAX_BLOCKS), ("hidden_size", 2**20), ("num_attention_heads", 2**20)):
-        value = getattr(config, field)
-        if not isinstance(value, int) or not 0 < value <= most:
-            raise CheckpointError(f"{where}: {field} is {value!r}")
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method", "an unknown way")
-        raise UnsupportedModel(f"{where}: its weights are quantized by {method}, which we do not read")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UnsupportedModel(f"{where}: its blocks attend to later positions")
 
 
 def read_json(path: Path) -> dict[str, Any]:

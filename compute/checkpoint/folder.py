@@ -5,12 +5,12 @@ Knows names and files, nothing of what is in them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from peerd.compute.checkpoint.digests import file_digest
-from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
+from peerd.compute.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 
 
 class Folder(Protocol):
@@ -41,8 +41,8 @@ class Folder(Protocol):
         """Where the file is, after fetching it if need be."""
         ...
 
-    def tensors(self, name: str) -> Collection[str]:
-        """The names of a safetensors file's tensors, without fetching it."""
+    def tensors(self, name: str) -> Mapping[str, StoredTensor]:
+        """What a safetensors file holds, without fetching it."""
         ...
 
     def sha256(self, name: str) -> bytes:
@@ -79,9 +79,9 @@ class LocalFolder:
     def path(self, name: str) -> Path:
         return self._where / name
 
-    def tensors(self, name: str) -> Collection[str]:
+    def tensors(self, name: str) -> Mapping[str, StoredTensor]:
         with SafetensorsFile(self._where / name) as file:
-            return file.tensors.keys()
+            return file.tensors
 
     def sha256(self, name: str) -> bytes:
         return file_digest(self._where / name)

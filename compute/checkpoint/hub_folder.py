@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from peerd.compute.checkpoint.hub.fetch import Fetcher
 from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing, Transient
 from peerd.compute.checkpoint.hub.id import HubId, is_commit
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
-from peerd.compute.checkpoint.safetensors_file import header_length, parse_header
+from peerd.compute.checkpoint.safetensors_file import StoredTensor, header_length, parse_header
 from peerd.compute.errors import CheckpointError, HubUnavailable
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class HubFolder:
         self.fetch([name])
         return self.where / name
 
-    def tensors(self, name: str) -> Collection[str]:
+    def tensors(self, name: str) -> Mapping[str, StoredTensor]:
         file = self._file(name)
         if self._settings.is_offline:
             self.fetch([name])  # says that it is not here
@@ -93,7 +93,7 @@ class HubFolder:
         end = 8 + header_length(data[:8], file.size, where)
         if end > len(data):
             data += read(len(data), end)
-        return parse_header(data[8:end], file.size, where).keys()
+        return parse_header(data[8:end], file.size, where)
 
     def sha256(self, name: str) -> bytes:
         file = self._file(name)

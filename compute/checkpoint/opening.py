@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from peerd.compute.checkpoint.checkpoint import Checkpoint, make_config, read_json
+from peerd.compute.checkpoint.checkpoint import Checkpoint, read_json
 from peerd.compute.checkpoint.hub.id import HubId, hub_id_of
 from peerd.compute.checkpoint.hub.settings import HubSettings
+from peerd.compute.checkpoint.packed.packing import packing_of
+from peerd.compute.checkpoint.published_config import make_config, quantization_of, text_config
 from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME
 from peerd.compute.errors import CheckpointError
-from peerd.compute.families.lookup import FAMILIES, family_named
+from peerd.compute.families.lookup import family_named
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.folder import Folder
+
 
 # What a model is beside its weights, and how it is spoken to: small, and fetched when it is opened.
 _SMALL_FILES = (
@@ -96,10 +99,10 @@ def _open_folder(
 
     config_path = folder.where / "config.json"
     published = read_json(config_path)
-    raw = _text_config(published)
-    family = family_named(raw.get("model_type"))
-    config = make_config(family, raw, config_path)
-    weights = SafetensorsWeights(folder, family)
+    fields = text_config(published)
+    family = family_named(fields.get("model_type"))
+    config = make_config(family, fields, config_path)
+    weights = SafetensorsWeights(folder, family, packing_of(quantization_of(fields, config_path), family, config_path))
     return Checkpoint(
         folder.where,
         family,
@@ -111,13 +114,3 @@ def _open_folder(
         commit=commit,
         disk_bytes=disk_bytes,
     )
-
-
-def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a configuration that also describes, say, a vision tower."""
-    text = raw.get("text_config")
-    if raw.get("model_type") in FAMILIES or not isinstance(text, dict):
-        return raw
-    # The LM head is the whole model's, and so is what is said of it; the head looks at what is stored too.
-    tied = raw.get("tie_word_embeddings", True)
-    return {"model_type": f"{raw.get('model_type')}_text"} | text | {"tie_word_embeddings": tied}

@@ -20,6 +20,7 @@ LM_HEAD_BIAS = "lm_head.bias"
 PREFIXES = (
     "language_model.model.",
     "model.language_model.",
+    "model.text_model.",
     "model.decoder.",
     "decoder.",
     "transformer.",
@@ -51,10 +52,11 @@ def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[
     """
     stored_names = tuple(stored_names)
     prefix = _prefix(stored_names, family, where)
+    heads = _head_names(prefix, family)
     found: dict[str, Recipe] = {}
     pieces: dict[str, dict[tuple[int, int], str]] = {}
     for stored in stored_names:
-        name = _decoder_name(stored, prefix, family)
+        name = heads.get(stored) or _decoder_name(stored, prefix, family)
         if name is None:
             continue
         piece = _piece(name, family)
@@ -75,11 +77,20 @@ def _prefix(stored_names: tuple[str, ...], family: Family, where: object) -> str
     raise CheckpointError(f"{where}: holds no {family.model_type} blocks: no tensor is called {family.layers}.N")
 
 
+def _head_names(prefix: str, family: Family) -> dict[str, str]:
+    """Stored name -> `lm_head.weight` or `lm_head.bias`, for a head beside the decoder or anywhere above it.
+
+    No other place counts: models also store heads for speech, for drafts and for tokens further ahead.
+    """
+    above = [""]
+    for part in prefix.split(".")[:-1]:
+        above.append(f"{above[-1]}{part}.")
+    leaves = {"weight": LM_HEAD, "bias": LM_HEAD_BIAS}
+    heads = (family.lm_head, *_HEADS)
+    return {f"{place}{head}.{leaf}": name for place in above for head in heads for leaf, name in leaves.items()}
+
+
 def _decoder_name(stored: str, prefix: str, family: Family) -> str | None:
-    for name in (LM_HEAD, LM_HEAD_BIAS):
-        leaf = name.rpartition(".")[2]
-        if stored.endswith(f".{name}") or stored in {f"{head}.{leaf}" for head in (family.lm_head, *_HEADS)}:
-            return name
     if not stored.startswith(prefix):
         return None
     name = stored.removeprefix(prefix)

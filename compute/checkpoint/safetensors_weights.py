@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from peerd.compute.checkpoint.folder import Folder
+from peerd.compute.checkpoint.packed.packing import Packing, refuse_stray_pieces
+from peerd.compute.checkpoint.packed.pieces import Pieces
 from peerd.compute.checkpoint.parameter_names import Recipe, recipes
-from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
+from peerd.compute.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, StoredBytes
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
@@ -26,13 +28,17 @@ class SafetensorsWeights:
     Closes the folder with itself.
     """
 
-    def __init__(self, folder: Folder, family: Family) -> None:
+    def __init__(self, folder: Folder, family: Family, packing: Packing | None = None) -> None:
         self.directory = folder.where
         self._folder = folder
+        self._packing = packing
         self._open: dict[str, SafetensorsFile] = {}
+        self._headers: dict[str, Mapping[str, StoredTensor]] = {}
         try:
             self._shard_of = self._index()
-            self._recipes = recipes(self._shard_of, family, self.directory)
+            # What recipes call a stored tensor may lie here in several pieces.
+            self._pieces = packing.sort(self._shard_of) if packing else {}
+            self._recipes = recipes(self._whole_names(family), family, self.directory)
         except BaseException:
             self.close()
             raise
@@ -40,6 +46,14 @@ class SafetensorsWeights:
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(self._recipes)
+
+    @property
+    def packing(self) -> str:
+        return self._packing.name if self._packing else ""
+
+    def stored_dtype(self, parameter: str) -> torch.dtype | None:
+        name = self._recipe(parameter).names[0]
+        return None if name in self._pieces else DTYPES.get(self._header_of(self._shard_of[name])[name].dtype)
 
     def digests(self) -> Mapping[str, bytes]:
         return {shard: self._folder.sha256(shard) for shard in set(self._shard_of.values())}
@@ -51,32 +65,32 @@ class SafetensorsWeights:
         return sum(map(self._folder.download_bytes, self._shards(parameters)))
 
     def _shards(self, parameters: Iterable[str]) -> set[str]:
-        return {self._shard_of[name] for parameter in parameters for name in self._recipe(parameter).names}
+        return {self._shard_of[name] for parameter in parameters for name in self._stored_names(parameter)}
 
     def on_disk(self, parameter: str) -> bool:
-        return all(self._folder.on_disk(self._shard_of[name]) for name in self._recipe(parameter).names)
+        return all(self._folder.on_disk(self._shard_of[name]) for name in self._stored_names(parameter))
 
     @property
     def bytes_read(self) -> int:
         return sum(file.bytes_read for file in self._open.values())
 
-    def read(self, parameter: str) -> torch.Tensor:
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         recipe = self._recipe(parameter)
-        return self._read_experts(parameter, recipe) if recipe.parts else self._read_one(recipe.names[0])
+        return self._read_experts(parameter, recipe, dtype) if recipe.parts else self._read_one(recipe.names[0], dtype)
 
-    def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
+    def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         recipe = self._recipe(parameter)
         if not recipe.parts:
-            yield from self._file_of(recipe.names[0]).read_slices(recipe.names[0])
+            yield from self._slices_of_one(recipe.names[0], dtype)
             return
         for first in range(0, len(recipe.names), recipe.parts):
-            pieces = [self._read_one(name) for name in recipe.names[first : first + recipe.parts]]
+            pieces = [self._read_one(name, dtype) for name in recipe.names[first : first + recipe.parts]]
             if any(piece.ndim != 2 or piece.shape[1:] != pieces[0].shape[1:] for piece in pieces):
                 raise CheckpointError(f"{self.directory}: tensor {recipe.names[first]} does not fit its neighbours")
             yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
-        for name in self._recipe(parameter).names:
+        for name in self._stored_names(parameter):
             file = self._file_of(name)
             tensor = file.stored(name)
             yield StoredBytes(name, tensor.dtype, tensor.shape, file.read_bytes(tensor).numpy().data)
@@ -104,6 +118,27 @@ class SafetensorsWeights:
         except KeyError:
             raise CheckpointError(f"{self.directory}: tensor {parameter} is missing") from None
 
+    def _whole_names(self, family: Family) -> list[str]:
+        """The stored tensors' names, where those in pieces count as one under their parameter's name."""
+        used = {piece for pieces in self._pieces.values() for piece in pieces.values()}
+        plain = [name for name in self._shard_of if name not in used]
+        if self._packing:
+            plain = [name for name in plain if not self._packing.is_unused(name)]
+        refuse_stray_pieces(plain, family.layers, self.directory)
+        return [*plain, *self._pieces]
+
+    def _stored_names(self, parameter: str) -> list[str]:
+        """What must be read for a parameter, in an order that does not depend on the file's."""
+        names = self._recipe(parameter).names
+        return [piece for name in names for piece in sorted(self._pieces.get(name, {"": name}).values())]
+
+    def _header_of(self, shard: str) -> Mapping[str, StoredTensor]:
+        if self._folder.on_disk(shard):
+            return self._file(shard).tensors
+        if shard not in self._headers:
+            self._headers[shard] = self._folder.tensors(shard)
+        return self._headers[shard]
+
     def _file_of(self, stored_name: str) -> SafetensorsFile:
         return self._file(self._shard_of[stored_name])
 
@@ -112,19 +147,36 @@ class SafetensorsWeights:
             self._open[shard] = SafetensorsFile(self._folder.path(shard))
         return self._open[shard]
 
-    def _read_one(self, stored_name: str) -> torch.Tensor:
-        return self._file_of(stored_name).read(stored_name)
+    def _read_one(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        if (pieces := self._read_pieces(name)) is None:
+            return self._file_of(name).read(name)
+        assert self._packing is not None
+        return self._packing.unpack(pieces, dtype or torch.float32)
 
-    def _read_experts(self, parameter: str, recipe: Recipe) -> torch.Tensor:
+    def _slices_of_one(self, name: str, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
+        if (pieces := self._read_pieces(name)) is None:
+            return self._file_of(name).read_slices(name)
+        assert self._packing is not None
+        return self._packing.unpack_slices(pieces, dtype or torch.float32)
+
+    def _read_pieces(self, name: str) -> Pieces | None:
+        """The tensors that make a quantized one; None for one that is stored plain."""
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return None
+        tensors = {role: self._file_of(stored).read(stored) for role, stored in pieces.items()}
+        return Pieces(tensors, name, self.directory)
+
+    def _read_experts(self, parameter: str, recipe: Recipe, dtype: torch.dtype | None) -> torch.Tensor:
         """Read expert by expert into the whole, so that no second copy of it is ever held."""
-        first = [self._read_one(name) for name in recipe.names[: recipe.parts]]
+        first = [self._read_one(name, dtype) for name in recipe.names[: recipe.parts]]
         if any(piece.ndim != 2 for piece in first):
             raise CheckpointError(f"{self.directory}: tensor {parameter} has experts that are no matrices")
         rows, columns = [piece.shape[0] for piece in first], first[0].shape[1]
         whole = torch.empty(len(recipe.names) // recipe.parts, sum(rows), columns, dtype=first[0].dtype)
         for index, name in enumerate(recipe.names):
             expert, part = divmod(index, recipe.parts)
-            piece = self._read_one(name) if expert else first[part]
+            piece = self._read_one(name, dtype) if expert else first[part]
             if piece.shape != (rows[part], columns) or piece.dtype != whole.dtype:
                 raise CheckpointError(f"{self.directory}: tensor {name} differs from the other experts'")
             whole[expert, sum(rows[:part]) : sum(rows[: part + 1])] = piece

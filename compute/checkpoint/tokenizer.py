@@ -11,17 +11,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from peerd.compute.checkpoint.turn_ends import KNOWN_ENDS, turn_ends
 from peerd.compute.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-
-# The ends of a turn in published chat templates: Llama's, ChatML's, Phi's, Gemma's, and of texts without a template.
-_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
-# In OpenAI's Harmony `<|end|>` is between two messages of one answer, and these are its ends.
-_HARMONY_ENDS = ("<|return|>", "<|call|>")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -51,16 +47,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """How the publisher means the model to be sampled, with every token that ends an answer.
 
-    A directory says so itself; to what a GGUF file names, the ends of turns that its tokenizer knows are added.
+    To those that the configurations name, what the tokenizer calls the end is added, and what the chat template ends a
+    turn with: a model that was tuned for chat often still has the configuration of the one it was made from.
     """
     config = copy.deepcopy(checkpoint.generation_config)
-    if not checkpoint.is_gguf:
-        return config
-    known = tokenizer.get_added_vocab()
-    ends = _HARMONY_ENDS if _HARMONY_ENDS[0] in known else _ENDS
     stated = config.eos_token_id
+    if stated is None:
+        stated = checkpoint.config.eos_token_id
     ids = [] if stated is None else [stated] if isinstance(stated, int) else list(stated)
+    if checkpoint.is_gguf:
+        # It names one end only, and may come without its template.
+        ids += turn_ends(" ".join(KNOWN_ENDS), tokenizer.get_added_vocab())
+    else:
+        added = tokenizer.added_tokens_decoder.items()
+        special = {str(token): number for number, token in added if token.special}
+        ids += turn_ends(getattr(tokenizer, "chat_template", None), special)
+    if tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
     # Transformers adds tokens of its own, which the model has no embedding for.
-    added = [known[end] for end in ends if known.get(end, checkpoint.config.vocab_size) < checkpoint.config.vocab_size]
-    config.eos_token_id = ids + [token for token in added if token not in ids]
+    size = checkpoint.config.vocab_size
+    config.eos_token_id = list(dict.fromkeys(token for token in ids if 0 <= token < size)) or None
     return config

@@ -56,11 +56,23 @@ class Weights(Protocol):
         """How many bytes of the weights files were read so far, headers included."""
         ...
 
-    def read(self, parameter: str) -> torch.Tensor:
-        """One parameter in its stored dtype (fp32 if it was dequantized), in memory of its own."""
+    @property
+    def packing(self) -> str:
+        """How the publisher quantized the weights; empty where they are plain."""
         ...
 
-    def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
+    def stored_dtype(self, parameter: str) -> torch.dtype | None:
+        """What a parameter is stored in, without reading it; None where it is quantized, or torch has no such dtype."""
+        ...
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One parameter in its stored dtype, or in `dtype` (fp32 if None) if it is dequantized; in memory of its own.
+
+        A GGUF file's come in fp32.
+        """
+        ...
+
+    def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         """A parameter of three dimensions, one matrix of its first dimension after the other, as `read` gives it."""
         ...
 

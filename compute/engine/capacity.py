@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peerd.compute.checkpoint.packed.pieces import RUN_VALUES
 from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.families.meta_build import build_on_meta
@@ -36,6 +37,8 @@ PROCESS_BYTES = 96 * 2**20
 _HOST_COPIES = 3
 # Of a run of weights that is being quantized: bitsandbytes' nf4 for the CPU makes the most.
 _PACKING_COPIES = 10
+# Of a run of weights that is unpacked: values, scales and zero points by column, and what comes of them.
+_UNPACKING_COPIES = 6
 _INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _EXPERTS_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 # Where the caller names no number: what one long conversation takes.
@@ -205,6 +208,9 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
     stored_size = max(checkpoint.dtype.itemsize, dtype.itemsize)
     # Transformers' processors for GGUF make a second copy, of whole tensors.
     copies = 2 if checkpoint.is_gguf else 1
+    # Of weights that their publisher packed, a run of rows is held in fp32 with its scales; their pieces take no more
+    # than the parameter that is made of them.
+    unpacking = _UNPACKING_COPIES * RUN_VALUES * torch.float32.itemsize if checkpoint.packing else 0
     n_bytes, loading = 0, 0
     for name, tensor in layer.state_dict().items():
         source = tensor.numel() * stored_size * copies
@@ -217,7 +223,7 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
             source += _PACKING_COPIES * RUN_VALUES_CPU * torch.float32.itemsize
         else:
             n_bytes += tensor.nbytes
-        loading = max(loading, source)
+        loading = max(loading, source + unpacking)
     return BlockCost(n_bytes, loading)
 
 

@@ -121,10 +121,23 @@ def _mimo(config: Any, layer_type: str) -> _Shape:
     return shared, int(config.head_dim), int(config.v_head_dim)
 
 
+_SHARE_NO_KEYS = (
+    "biogpt",
+    "bloom",
+    "codegen",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_neox_japanese",
+    "gptj",
+    "mpt",
+    "opt",
+    "persimmon",
+    "xglm",
+)
 _OWN_SHAPES: dict[str, Callable[[Any, str], _Shape]] = {
-    "bloom": _all_heads,
+    **dict.fromkeys(_SHARE_NO_KEYS, _all_heads),
     "falcon": _falcon,
     "gpt_bigcode": _gpt_bigcode,
     "mimo_v2_flash": _mimo,
-    "mpt": _all_heads,
 }

@@ -19,6 +19,8 @@ from peerd.compute.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_PLAIN_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def build_on_meta(
     model_type: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = "eager"
@@ -54,15 +56,23 @@ def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(torch.float32)
 
 
-def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device, where: object) -> None:
+def fill(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    device: torch.device,
+    where: object,
+    *,
+    prefix: str = "",
+) -> None:
     """Put tensors into `module` in place of its meta parameters, each converted to the parameter's dtype.
 
-    Parameters are frozen. Every name is one that the module has; raises CheckpointError for another shape.
+    Parameters are frozen. Every name is one that the module has; raises CheckpointError, with `prefix` before the name,
+    for another shape, and for values that are no plain numbers.
     """
     parameters = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, tensor in tensors:
         expected = parameters[name]
-        check_shape(name, tensor, expected.shape, where)
+        check_tensor(f"{prefix}{name}", tensor, expected.shape, where)
         owner_name, _, leaf = name.rpartition(".")
         owner: Any = module.get_submodule(owner_name)
         value = tensor.to(device=device, dtype=expected.dtype)
@@ -71,8 +81,17 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], device:
         setattr(owner, leaf, value)
 
 
-def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int], where: object) -> None:
-    """Raise CheckpointError if a tensor that was read has another shape than the configuration says."""
+def check_tensor(name: str, tensor: torch.Tensor, expected: Sequence[int], where: object) -> None:
+    """Raise CheckpointError if a tensor that was read is another than the configuration says.
+
+    Quantized values mean nothing without their scales, whatever their shape.
+    """
+    if tensor.dtype not in _PLAIN_NUMBERS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{where}: tensor {name} is stored as {kind}, where plain numbers are meant: it is part of quantized"
+            " weights that the configuration does not tell of"
+        )
     if tensor.shape != torch.Size(expected):
         raise CheckpointError(
             f"{where}: tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected)}"

@@ -8,7 +8,7 @@ so a token must be embedded for the position that it will have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ def load_head_model(
     decoder = _decoder(model, family)
     layers: nn.ModuleList = getattr(decoder, family.layers)
     setattr(decoder, family.layers, nn.ModuleList())
-    fill(decoder, checkpoint.read(list(decoder.state_dict())), device, checkpoint.path)
+    fill(decoder, _own_tensors(decoder, family, checkpoint), device, checkpoint.path)
     if fill_head is not None:
         fill_head(model, decoder)
     else:
@@ -142,6 +142,21 @@ def _decoder(model: PreTrainedModel, family: Family) -> PreTrainedModel:
     return decoder
 
 
+def _own_tensors(
+    decoder: PreTrainedModel, family: Family, checkpoint: Checkpoint
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the decoder has beside its blocks.
+
+    Of an embedding that is tied to the LM head some files keep the head alone: it is the same tensor.
+    """
+    embedding = f"{family.embeddings}.weight"
+    for name, tensor in decoder.state_dict().items():
+        source = name
+        if name == embedding and checkpoint.config.tie_word_embeddings and not checkpoint.has(name):
+            source = LM_HEAD if checkpoint.has(LM_HEAD) else name
+        yield from ((name, value) for _, value in checkpoint.read([source], tensor.dtype))
+
+
 def _fill_lm_head(linear: nn.Linear, embeddings: nn.Embedding, checkpoint: Checkpoint, device: torch.device) -> None:
     """Give the LM head its weights: its own where the checkpoint stores them, or else, if it is tied, the embedding's.
 
@@ -153,7 +168,7 @@ def _fill_lm_head(linear: nn.Linear, embeddings: nn.Embedding, checkpoint: Check
     if tied and not checkpoint.has(LM_HEAD):
         linear.weight = embeddings.weight
         wanted.remove(LM_HEAD)
-    tensors = ((names[name], tensor) for name, tensor in checkpoint.read(wanted))
+    tensors = ((names[name], tensor) for name, tensor in checkpoint.read(wanted, linear.weight.dtype))
     fill(linear, tensors, device, checkpoint.path)
     if tied and torch.equal(linear.weight, embeddings.weight):
         linear.weight = embeddings.weight

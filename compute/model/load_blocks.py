@@ -14,7 +14,7 @@ from torch import nn
 
 from peerd.compute.device.free_memory import trim_heap
 from peerd.compute.errors import CheckpointError
-from peerd.compute.families.meta_build import check_shape, fill
+from peerd.compute.families.meta_build import check_tensor, fill
 from peerd.compute.quantized.formats import FORMATS, NONE, Format
 from peerd.compute.quantized.modules import Place, places, put_quantized
 
@@ -30,36 +30,44 @@ def load_block(
     `quantize` is `none`, `int8` or `nf4`. Raises CheckpointError, UnsupportedModel, and KeyError for another format.
     """
     prefix = f"{checkpoint.family.layers}.{block}."
-    names = list(layer.state_dict())
+    dtypes = {name: tensor.dtype for name, tensor in layer.state_dict().items()}
     if quantize != NONE:
         form = FORMATS[quantize]
         for name, place in places(layer).items():
-            names.remove(name)
-            _load_quantized(layer, place, form, _sources(checkpoint, prefix, place), device, checkpoint.path)
-    tensors = checkpoint.read(f"{prefix}{name}" for name in names)
-    fill(layer, ((name.removeprefix(prefix), tensor) for name, tensor in tensors), device, checkpoint.path)
+            sources = _sources(checkpoint, prefix, place, dtypes.pop(name))
+            _load_quantized(layer, place, form, sources, device, checkpoint.path, prefix)
+    tensors = (
+        (name, tensor) for name, dtype in dtypes.items() for _, tensor in checkpoint.read([f"{prefix}{name}"], dtype)
+    )
+    fill(layer, tensors, device, checkpoint.path, prefix=prefix)
     trim_heap()
 
 
-def _sources(checkpoint: Checkpoint, prefix: str, place: Place) -> Iterator[torch.Tensor]:
+def _sources(checkpoint: Checkpoint, prefix: str, place: Place, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The matrices of a place as they are stored, each read when it is asked for."""
     if place.stacked:
-        yield from checkpoint.read_slices(f"{prefix}{place.name}")
+        yield from checkpoint.read_slices(f"{prefix}{place.name}", dtype)
     else:
-        yield from (tensor for _, tensor in checkpoint.read([f"{prefix}{place.name}"]))
+        yield from (tensor for _, tensor in checkpoint.read([f"{prefix}{place.name}"], dtype))
 
 
 def _load_quantized(
-    layer: nn.Module, place: Place, form: Format, sources: Iterator[torch.Tensor], device: torch.device, where: object
+    layer: nn.Module,
+    place: Place,
+    form: Format,
+    sources: Iterator[torch.Tensor],
+    device: torch.device,
+    where: object,
+    prefix: str,
 ) -> None:
     expected = (place.columns, place.rows) if place.transposed else (place.rows, place.columns)
     for matrix in put_quantized(layer, place, form, device):
         source = next(sources, None)
         if source is None:
-            raise CheckpointError(f"{where}: tensor {place.name} has fewer than {place.count} experts")
-        check_shape(place.name, source, expected, where)
+            raise CheckpointError(f"{where}: tensor {prefix}{place.name} has fewer than {place.count} experts")
+        check_tensor(f"{prefix}{place.name}", source, expected, where)
         matrix.store(source)
         # The next is read before the loop would let go of this one.
         del source
     if next(sources, None) is not None:
-        raise CheckpointError(f"{where}: tensor {place.name} has more than {place.count} experts")
+        raise CheckpointError(f"{where}: tensor {prefix}{place.name} has more than {place.count} experts")

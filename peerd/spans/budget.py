@@ -58,19 +58,19 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         if not 1 <= spec.blocks <= checkpoint.block_count:
             raise InvalidRequest(f"{checkpoint.name} has {checkpoint.block_count} blocks, not {spec.blocks}")
         return spec.blocks
-    dtype, room = _dtype(spec, checkpoint), _room(spec, checkpoint)
+    dtype, room = dtype_of(spec, checkpoint), _room(spec, checkpoint)
     count = fits(
         checkpoint,
         room,
         dtype=dtype,
-        batch_tokens=_batch_tokens(spec),
+        batch_tokens=batch_tokens_of(spec),
         kv_tokens=spec.kv_tokens or 0,
-        quantize=_quantization(spec),
+        quantize=quantization_of(spec),
         on_host=_on_host(spec),
     )
     if count < 1:
         tokens = spec.kv_tokens or default_kv_tokens(checkpoint)
-        budget = _budget(spec, checkpoint, 1)
+        budget = memory_budget(spec, checkpoint, 1)
         raise InvalidRequest(
             f"to serve one block of {checkpoint.name} with KV for {tokens} positions takes"
             f" {format_size(budget.total(tokens, on_host=_on_host(spec)))}"
@@ -80,9 +80,9 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
     return fits_on_disk(checkpoint, count)
 
 
-def _promised_bytes(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, room: AdapterRoom) -> int:
+def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, room: AdapterRoom) -> int:
     """What a span that has just been loaded may take of the host's memory yet."""
-    budget, on_host = _budget(spec, checkpoint, engine.span), _on_host(spec)
+    budget, on_host = memory_budget(spec, checkpoint, engine.span), _on_host(spec)
     promised = engine.total_tokens * budget.host_per_token
     if on_host:
         passes = engine.passes.memory.total_bytes if engine.passes is not None else 0
@@ -90,7 +90,7 @@ def _promised_bytes(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, roo
     return promised
 
 
-def _client_adapter_bytes(spec: ServeSpec) -> int:
+def client_adapter_bytes_of(spec: ServeSpec) -> int:
     if spec.client_adapter_bytes is not None:
         return spec.client_adapter_bytes
     return min(DEFAULT_CLIENT_ADAPTER_BYTES, int(_given(spec) * CLIENT_ADAPTER_SHARE))
@@ -98,15 +98,15 @@ def _client_adapter_bytes(spec: ServeSpec) -> int:
 
 def _adapter_bytes(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None) -> int:
     """What adapters take: those that are served, and clients' own."""
-    dtype = _dtype(spec, checkpoint)
-    total = AdapterRoom(_client_adapter_bytes(spec)).total_bytes
+    dtype = dtype_of(spec, checkpoint)
+    total = AdapterRoom(client_adapter_bytes_of(spec)).total_bytes
     for _, path in spec.adapters:
         with open_adapter(path, checkpoint.family) as file:
             total += file.n_values(span) * dtype.itemsize
     return total
 
 
-def _dtype(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
+def dtype_of(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
     if spec.dtype is None:
         return checkpoint.dtype
     if spec.dtype not in DTYPES:
@@ -114,7 +114,7 @@ def _dtype(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[spec.dtype]
 
 
-def _quantization(spec: ServeSpec) -> str:
+def quantization_of(spec: ServeSpec) -> str:
     if spec.quantize not in QUANTIZATIONS:
         raise InvalidRequest(f"quantization {spec.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
     if spec.quantize == "nf4":
@@ -123,7 +123,7 @@ def _quantization(spec: ServeSpec) -> str:
     return spec.quantize
 
 
-def _batch_tokens(spec: ServeSpec) -> int:
+def batch_tokens_of(spec: ServeSpec) -> int:
     return BATCH_TOKENS if _on_host(spec) else GPU_BATCH_TOKENS
 
 
@@ -143,24 +143,24 @@ def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> 
     """How many of them blocks and KV may take: what adapters of `span` (default: all blocks) take is set aside, and
     what training passes may.
     """
-    return _given(spec) - _adapter_bytes(spec, checkpoint, span) - _pass_bytes(spec)
+    return _given(spec) - _adapter_bytes(spec, checkpoint, span) - pass_bytes_of(spec)
 
 
-def _pass_bytes(spec: ServeSpec) -> int:
+def pass_bytes_of(spec: ServeSpec) -> int:
     """What training passes may take."""
     return min(PASS_BYTES, int(_given(spec) * PASS_SHARE))
 
 
-def _budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
-    dtype = _dtype(spec, checkpoint)
+def memory_budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
+    dtype = dtype_of(spec, checkpoint)
     return span_budget(
-        checkpoint, span, dtype, _quantization(spec), batch_tokens=_batch_tokens(spec), on_host=_on_host(spec)
+        checkpoint, span, dtype, quantization_of(spec), batch_tokens=batch_tokens_of(spec), on_host=_on_host(spec)
     )
 
 
-def _kv_tokens(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
+def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
     """Positions of KV for the span. Raises InvalidRequest where what was asked for does not fit."""
-    budget, room, on_host = _budget(spec, checkpoint, span), _room(spec, checkpoint, span), _on_host(spec)
+    budget, room, on_host = memory_budget(spec, checkpoint, span), _room(spec, checkpoint, span), _on_host(spec)
     fit = budget.kv_tokens_in(room, on_host=on_host)
     if not on_host:
         # The device holds the KV, but the host what sessions keep of their activations.

@@ -20,6 +20,7 @@ from peerd.checkpoints import Checkpoints, fetch_span
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.device.free_memory import free_memory, trim_heap
+from peerd.compute.device.sizes import format_size
 from peerd.compute.engine.engine import Engine
 from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import CheckpointError
@@ -36,13 +37,14 @@ from peerd.server.quotas import AdapterRoom
 from peerd.server.served_spans import ServedSpan
 from peerd.spans.adapters import load_adapter, read_adapter
 from peerd.spans.budget import (
-    _batch_tokens,
-    _client_adapter_bytes,
-    _dtype,
-    _kv_tokens,
-    _pass_bytes,
-    _promised_bytes,
-    _quantization,
+    batch_tokens_of,
+    client_adapter_bytes_of,
+    dtype_of,
+    kv_tokens_of,
+    memory_budget,
+    pass_bytes_of,
+    promised_bytes_of,
+    quantization_of,
 )
 from peerd.spans.spec import ServeSpec
 
@@ -79,8 +81,8 @@ def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
         model=checkpoint.model_digest,
         span=Span(0, 1),
         state="joining",
-        dtype=DTYPE_NAMES[_dtype(spec, checkpoint)],
-        quantization=_quantization(spec),
+        dtype=DTYPE_NAMES[dtype_of(spec, checkpoint)],
+        quantization=quantization_of(spec),
         codecs=tuple(sorted(CODECS)),
         throughput=spec.throughput or 0.0,
         free_tokens=0,
@@ -90,13 +92,22 @@ def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
 
 def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     """Read the span's blocks, make its engine and time it. Raises CheckpointError, InvalidRequest."""
-    dtype, quantize = _dtype(spec, checkpoint), _quantization(spec)
+    dtype, quantize = dtype_of(spec, checkpoint), quantization_of(spec)
     # Decided before anything is read: afterwards it would be too late to say that it does not fit.
-    kv_tokens, pass_bytes = _kv_tokens(spec, checkpoint, span), _pass_bytes(spec)
+    kv_tokens, pass_bytes = kv_tokens_of(spec, checkpoint, span), pass_bytes_of(spec)
+    if checkpoint.packing:
+        log.info(
+            "blocks %s of %s are stored as %s: read as %s, they take %s",
+            span,
+            checkpoint.name,
+            checkpoint.packing,
+            DTYPE_NAMES[dtype] if quantize == NONE else quantize,
+            format_size(memory_budget(spec, checkpoint, span).blocks),
+        )
     model = load_span(
         checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
     )
-    engine = Engine(model, kv_tokens=kv_tokens, batch_tokens=_batch_tokens(spec), pass_bytes=pass_bytes)
+    engine = Engine(model, kv_tokens=kv_tokens, batch_tokens=batch_tokens_of(spec), pass_bytes=pass_bytes)
     for name, path in spec.adapters:
         load_adapter(engine, read_adapter(name, path, checkpoint.family, span))
     # The engine reorders weights.
@@ -118,7 +129,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         throughput,
         ", as --throughput says" if spec.throughput else "",
     )
-    room = AdapterRoom(_client_adapter_bytes(spec), value_bytes=dtype.itemsize)
+    room = AdapterRoom(client_adapter_bytes_of(spec), value_bytes=dtype.itemsize)
     return LoadedSpan(
         engine,
         DTYPE_NAMES[dtype],
@@ -129,7 +140,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         room,
         checkpoint.family,
         float(spec.uplink or 0),
-        _promised_bytes(spec, checkpoint, engine, room),
+        promised_bytes_of(spec, checkpoint, engine, room),
     )
 
 
@@ -148,7 +159,7 @@ class SpanLoader:
         self._checkpoints = checkpoints
         self._spec = spec
         self._digest = digest
-        self._promised_bytes = promised_bytes
+        self.promised_bytes_of = promised_bytes
 
     async def on_disk(self) -> frozenset[int]:
         """The blocks that need not be fetched. Raises CheckpointError."""
@@ -164,7 +175,7 @@ class SpanLoader:
         """An engine over the span. Raises CheckpointError, InvalidRequest, OSError, torch.OutOfMemoryError."""
         async with self._open() as checkpoint:
             await fetch_span(checkpoint, span)
-            spec = replace(self._spec, promised_bytes=self._promised_bytes())
+            spec = replace(self._spec, promised_bytes=self.promised_bytes_of())
             return await load_served(spec, checkpoint, span)
 
     async def free(self) -> None:

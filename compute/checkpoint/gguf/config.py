@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peerd.compute.checkpoint.checkpoint import make_config
 from peerd.compute.checkpoint.gguf.architectures import Architecture
 from peerd.compute.checkpoint.gguf.file import LongArray
 from peerd.compute.checkpoint.gguf.rope import head_width, rope_scaling
 from peerd.compute.checkpoint.gguf.split import GgufFiles
+from peerd.compute.checkpoint.published_config import make_config
 from peerd.compute.errors import UnsupportedModel
 
 if TYPE_CHECKING:

@@ -62,7 +62,14 @@ class GgufWeights:
     def bytes_read(self) -> int:
         return self._file.bytes_read
 
-    def read(self, parameter: str) -> torch.Tensor:
+    @property
+    def packing(self) -> str:
+        return ""
+
+    def stored_dtype(self, parameter: str) -> torch.dtype | None:
+        return None
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         tensors = self._tensors(parameter)
         if not self._are_experts(tensors):
             return self._processed(parameter, tensors)
@@ -74,7 +81,7 @@ class GgufWeights:
         assert whole is not None
         return whole
 
-    def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
+    def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         tensors = self._tensors(parameter)
         if not self._are_experts(tensors):
             yield from self._processed(parameter, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -218,7 +219,7 @@ def test_the_end_of_a_turn_ends_an_answer_though_gguf_names_only_the_end_of_a_te
 def test_a_directory_says_itself_what_ends_an_answer(with_tokenizer: Path) -> None:
     with open_checkpoint(with_tokenizer) as checkpoint:
         config = generation_config(checkpoint, load_tokenizer(checkpoint))
-        assert config.eos_token_id == checkpoint.generation_config.eos_token_id == 2
+        assert config.eos_token_id == [checkpoint.generation_config.eos_token_id] == [2]
 
 
 @pytest.mark.model
@@ -235,3 +236,81 @@ def test_the_real_tokenizer_knows_its_special_tokens_and_template() -> None:
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.encode(rendered, add_special_tokens=False)
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
+def chatty(
+    folder: Path, tiny: Path, end: str, template: str | None, *, eos: object = 3, more: str = "", special: bool = True
+) -> Path:
+    """A tiny llama whose tokenizer calls token 90 `end`, with this template."""
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    names = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<|end_of_text|>", 90: end, 91: more or "w91"}
+    words = {names.get(number, f"w{number}"): number for number in range(92)}
+    backend: Any = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.add_special_tokens([AddedToken(name, special=True) for number, name in names.items() if number < 90])
+    added = [AddedToken(name, special=special) for number, name in names.items() if number >= 90]
+    (backend.add_special_tokens if special else backend.add_tokens)(added)
+    directory = Path(shutil.copytree(tiny, folder / "chatty"))
+    (directory / "generation_config.json").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def ends_of(directory: Path) -> list[int]:
+    with open_checkpoint(directory) as checkpoint:
+        found: list[int] = generation_config(checkpoint, load_tokenizer(checkpoint)).eos_token_id
+    return found
+
+
+TURNS = {
+    "text": "{% for m in messages %}<|user|> {{ m.content }} END {% endfor %}w9",
+    "a sum": "{% for m in messages %}{{ '<|user|>' + m['role'] + m['content'] | trim + 'END' + '\\n' }}{% endfor %}",
+    "a method": "{% for m in messages %}{{ '<|user|>' + m.content.strip() ~ 'END' }}{% endfor %}",
+    "a variable": "{% for m in messages %}{% set content = m.content %}{{ content + 'END' }}{% endfor %}",
+    "for training": "{% for m in messages %}{% generation %}{{ m.content + 'END' }}{% endgeneration %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|done|>", "<turn|>"])
+def test_what_a_template_writes_after_a_message_ends_an_answer(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, end: str, turn: str
+) -> None:
+    """Also where configurations and tokenizer name the end of the text alone: the model was tuned, they were not."""
+    directory = chatty(tmp_path, tiny_checkpoint("llama"), end, TURNS[turn].replace("END", end))
+    assert ends_of(directory) == [3, 90, 2]
+
+
+def test_an_end_that_does_not_follow_the_content_is_known_by_its_name(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% if m.calls %}{{ m.calls }}{% endif %}{{ 'END' }}{% endfor %}"
+    known = chatty(tmp_path / "a", tiny_checkpoint("llama"), "<|im_end|>", template.replace("END", "<|im_end|>"))
+    other = chatty(tmp_path / "b", tiny_checkpoint("llama"), "<|done|>", template.replace("END", "<|done|>"))
+    assert (ends_of(known), ends_of(other)) == ([3, 90, 2], [3, 2])
+
+
+def test_tokens_that_are_text_or_in_no_template_end_nothing(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    template = TURNS["text"].replace("END", "<|im_end|>")
+    text = chatty(tmp_path / "a", tiny_checkpoint("llama"), "<|im_end|>", template, special=False)
+    base = chatty(tmp_path / "b", tiny_checkpoint("llama"), "<|im_end|>", None)
+    broken = chatty(tmp_path / "c", tiny_checkpoint("llama"), "<|done|>", "{% for %}<|done|>")
+    assert ends_of(text) == ends_of(base) == ends_of(broken) == [3, 2]
+
+
+def test_an_end_that_no_configuration_names_is_the_tokenizers(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    assert ends_of(chatty(tmp_path, tiny_checkpoint("llama"), "<|x|>", None, eos=None)) == [2]
+
+
+def test_what_comes_between_two_messages_of_harmony_ends_no_answer(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    template = TURNS["text"].replace("END", "<|end|>")
+    directory = chatty(tmp_path, tiny_checkpoint("llama"), "<|end|>", template, more="<|return|>")
+    assert ends_of(directory) == [3, 91, 2]

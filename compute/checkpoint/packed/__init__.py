@@ -1,0 +1,1 @@
+"""Weights as publishers quantize them, read as plain numbers."""

@@ -1,0 +1,92 @@
+"""What a published `config.json` says of the language model, made into Transformers' configuration or refused.
+
+A model that also sees or hears describes its language model in `text_config`. The difficulty is what publishers leave
+in the outer object although it is about the language model: its dtype, whether its head is tied, how its weights are
+quantized. What would make blocks compute something else than the model says is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.families.family import Family
+from peerd.compute.families.lookup import FAMILIES
+from peerd.protocol.span import MAX_BLOCKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Where publishers say how weights are quantized: all but the first are old (neuralmagic) or another program's (MLX).
+_QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+# Ropes whose `factor` multiplies the length that a configuration may state unscaled. For all others, and where blocks
+# have ropes of several kinds (Gemma 3), `max_position_embeddings` is the scaled length.
+_LENGTHENING = ("yarn", "dynamic", "linear")
+
+
+def text_config(published: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration that also describes, say, a vision tower."""
+    text = published.get("text_config")
+    if published.get("model_type") in FAMILIES or not isinstance(text, dict):
+        return dict(published)
+    # The LM head is the whole model's, and so is what is said of it; the head looks at what is stored too.
+    tied = published.get("tie_word_embeddings", True)
+    whole = {"tie_word_embeddings": tied}
+    for fields in (_QUANTIZATION_FIELDS, _DTYPE_FIELDS):
+        for field in fields:
+            if published.get(field) is not None:
+                # Under whichever name the outer object has it, it stands for the inner one's.
+                text = {name: value for name, value in text.items() if name not in fields}
+                whole[field] = published[field]
+    return {"model_type": f"{published.get('model_type')}_text"} | text | whole
+
+
+def quantization_of(fields: Mapping[str, Any], where: object) -> Mapping[str, Any] | None:
+    """What the configuration says of quantized weights; None where they are plain. Raises UnsupportedModel."""
+    for field in _QUANTIZATION_FIELDS:
+        said = fields.get(field)
+        if not said:
+            continue
+        if not isinstance(said, dict):
+            raise UnsupportedModel(f"{where}: {field} is {said!r}, not an object")
+        return {"quant_method": "mlx" if field == "quantization" else "an unknown way"} | said
+    return None
+
+
+def make_config(family: Family, fields: Mapping[str, Any], where: object) -> PreTrainedConfig:
+    """The family's configuration out of published fields. Raises CheckpointError, UnsupportedModel, saying `where`."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    # Transformers would look for the package that quantized the weights.
+    plain = {name: value for name, value in fields.items() if name not in _QUANTIZATION_FIELDS}
+    try:
+        kind: Any = family.config_type()
+        # Transformers writes an infinite number as an object of its own.
+        config: PreTrainedConfig = kind.from_dict(kind._decode_special_floats(plain))
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where}: is no valid {family.model_type} configuration: {error}") from error
+    _check_config(config, where)
+    return config
+
+
+def longest_length(config: PreTrainedConfig) -> int | None:
+    """How many positions the model was made for; None where its position scheme has no limit (ALiBi)."""
+    stated = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if stated is None or not isinstance(rope, dict) or rope.get("rope_type") not in _LENGTHENING:
+        return None if stated is None else int(stated)
+    original = rope.get("original_max_position_embeddings") or stated
+    return max(int(stated), int(original * (rope.get("factor") or 1)))
+
+
+def _check_config(config: PreTrainedConfig, where: object) -> None:
+    """Refuse what cannot run, with the reason."""
+    for field, most in (("num_hidden_layers", MAX_BLOCKS), ("hidden_size", 2**20), ("num_attention_heads", 2**20)):
+        value = getattr(config, field)
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise CheckpointError(f"{where}: {field} is {value!r}")
+    sees_later = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
+    if sees_later:
+        raise UnsupportedModel(f"{where}: its blocks attend to later positions")
