@@ -200,15 +200,39 @@ class InternalError(PeerFault):
     code = "internal"
 
 
-def _subclasses(cls: type[PeerdError]) -> list[type[PeerdError]]:
-    return [cls, *(found for sub in cls.__subclasses__() for found in _subclasses(sub))]
-
-
-_BY_CODE = {cls.code: cls for cls in _subclasses(PeerdError)}
+# What may travel as a code (spec/errors.md). The others name what only we can know: a bug, a relay that is gone, or a
+# chain that we looked for; a peer that says them is lying, and must not choose what our own code believes of itself.
+_ON_THE_WIRE: tuple[type[PeerdError], ...] = (
+    RemoteProtocolError,
+    HandshakeFailed,
+    WrongPeer,
+    VersionMismatch,
+    ConnectFailed,
+    ConnectionLost,
+    StreamReset,
+    BadResult,
+    Unresponsive,
+    InternalError,
+    LinkFailed,
+    Overloaded,
+    NoRoom,
+    Draining,
+    Evicted,
+    InvalidRequest,
+    ContextTooLong,
+    UnsupportedFeature,
+    NotServed,
+    TicketRefused,
+    Superseded,
+)
+_BY_CODE = {cls.code: cls for cls in _ON_THE_WIRE}
 
 
 def from_wire(code: str, message: str, free_tokens: int = 0, retry_after_s: float = 0.0) -> PeerdError:
-    """The error that a peer sent us. An unknown code becomes a PeerFault: the peer is newer than we are, or lies."""
+    """The error that a peer sent us. A code that may not travel becomes a PeerFault: the peer is newer than we are, or lies.
+
+    What comes out is a PeerFault, LinkFailed, an Overloaded or a CallerError.
+    """
     cls = _BY_CODE.get(code, PeerFault)
     if cls is NoRoom:
         return NoRoom(message, free_tokens, retry_after_s)

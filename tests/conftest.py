@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ import pytest
 import trio
 from hypothesis import settings
 from trio.testing import MockClock
+
+# A bug that a daemon would contain and outlive must fail the test that meets it, in processes that tests start as well.
+os.environ["PEERD_STRICT"] = "1"
 
 # A hung real-time test must fail, not stall the suite; simulated time needs no such bound.
 REAL_TIME_LIMIT_S = 120

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from types import MappingProxyType
 import trio
 
 from peerd.net.circuits import CircuitChannel, open_circuit
+from peerd.net.containment import Containment
 from peerd.net.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.net.gate import Gate
 from peerd.net.loopback import loopback
@@ -71,7 +72,9 @@ class Connections:
         roles: Sequence[str],
         limits: Limits,
         now: Callable[[], float],
+        containment: Containment,
     ) -> None:
+        self.containment = containment
         self.peer_id = identity.peer_id
         self.handlers = dict(handlers)
         self.listen_addresses: tuple[Multiaddr, ...] = ()
@@ -127,6 +130,7 @@ class Connections:
                 await trio.lowlevel.checkpoint()
                 if connection.lost is None:
                     return connection
+                self._forget(connection)
                 continue
             dial = self._dials.get(peer_id)
             if dial is None or dial.over:
@@ -168,10 +172,14 @@ class Connections:
     async def _to_ourselves(self) -> PeerConnection:
         if self._loopback is None or self._loopback.lost is not None:
             self._loopback, run = loopback(self, self.peer_id, self._limits)
-            self._nursery.start_soon(run)
+            self._nursery.start_soon(self._contained, run, "the connection to ourselves")
         connection = self._loopback
         await connection.wait_hello()
         return connection
+
+    async def _contained(self, run: Callable[[], Awaitable[None]], what: str) -> None:
+        with self.containment.around(what):
+            await run()
 
     # Dialling.
 
@@ -191,6 +199,11 @@ class Connections:
                 del self._dials[peer_id]
 
     async def _attempt(self, address: Multiaddr, dial: Dial) -> PeerFault:
+        with self.containment.around("a dial", address.peer_id, address.ip):
+            return await self._try_address(address, dial)
+        return ConnectFailed("a bug of ours")
+
+    async def _try_address(self, address: Multiaddr, dial: Dial) -> PeerFault:
         try:
             with trio.fail_after(ADDRESS_TIMEOUT_S):
                 channel = await self._open_channel(address)
@@ -241,8 +254,8 @@ class Connections:
     async def _serve(self, channel: MessageChannel) -> None:
         relay = _relay_of(channel)
         ip = channel.remote_ip if relay is None else relay.remote_ip
-        if not self._has_room() or not self._gate.enter(ip):
-            log.debug("turned %s away: too many connections", ip)
+        if self.containment.refuses(ip=ip) or not self._has_room() or not self._gate.enter(ip):
+            log.debug("turned %s away: too many connections, or too many failures that it caused", ip)
             return
         left = False
 
@@ -255,7 +268,8 @@ class Connections:
         connection = self._connection(channel, initiator=False)
         connection.on_proven = leave
         try:
-            await connection.run()
+            with self.containment.around("a connection", ip=ip):
+                await connection.run()
         finally:
             leave()
 
@@ -299,9 +313,11 @@ class Connections:
 
     async def decide(self, connection: PeerConnection) -> bool:
         while (old := self._live.get(connection.peer_id)) is not None:
+            await trio.lowlevel.checkpoint()
             if await old.answers(PROBE_S):
                 return False
             old.close("replaced", "there is a newer connection")
+            self._forget(old)
         return True
 
     def can_spare_one(self) -> bool:
@@ -309,6 +325,7 @@ class Connections:
 
     def settled(self, connection: PeerConnection) -> None:
         peer_id = connection.peer_id
+        assert connection.lost is None
         if (old := self._live.get(peer_id)) is not None:
             old.close("replaced", "there is a newer connection")
         # Only who proved itself makes another leave.
@@ -318,23 +335,43 @@ class Connections:
         if (dial := self._dials.get(peer_id)) is not None:
             dial.succeed(connection)
         self._arrival.unpark_all()
-        log.info("connected to %s", peer_id)
-        for observer in tuple(self.on_connected):
-            observer(connection)
+        log.log(_log_level(connection), "connected to %s", peer_id)
+        self._tell(self.on_connected, connection)
 
     def ended(self, connection: PeerConnection) -> None:
         if connection.uplink.bytes_a_second is not None:
             # Half of what is remembered goes each time: we may have moved to another network.
             self._uplink = max(self._uplink / 2, connection.uplink.bytes_a_second)
-        if connection.settled and self._live.get(connection.peer_id) is connection:
-            del self._live[connection.peer_id]
-            log.info("lost %s: %s", connection.peer_id, connection.lost)
-            for observer in tuple(self.on_lost):
+        if connection.settled and self._forget(connection):
+            log.log(_log_level(connection), "lost %s: %s", connection.peer_id, connection.lost)
+            self._tell(self.on_lost, connection)
+
+    def refuses(self, connection: PeerConnection) -> bool:
+        return self.containment.refuses(connection.peer_id, connection.accountable_ip)
+
+    def contain(self, error: Exception, what: str, connection: PeerConnection) -> None:
+        self.containment.contain(error, what, connection.proven_peer, connection.accountable_ip)
+
+    def _forget(self, connection: PeerConnection) -> bool:
+        """Whether it was the live connection of its peer, which now has none. None in `_live` is ever lost."""
+        if self._live.get(connection.peer_id) is not connection:
+            return False
+        del self._live[connection.peer_id]
+        return True
+
+    def _tell(self, observers: Sequence[Observer], connection: PeerConnection) -> None:
+        for observer in tuple(observers):
+            with self.containment.around("an observer of connections", connection.peer_id):
                 observer(connection)
 
 
 def _relay_of(channel: MessageChannel) -> PeerConnection | None:
     return channel.relay if isinstance(channel, CircuitChannel) else None
+
+
+def _log_level(connection: PeerConnection) -> int:
+    # Strangers that come and go at will must not fill the disk with lines.
+    return logging.INFO if connection.dialled else logging.DEBUG
 
 
 def _direct_first(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
@@ -353,11 +390,13 @@ async def open_connections(
     roles: Sequence[str] = (),
     limits: Limits | None = None,
     now: Callable[[], float] = time.time,
+    containment: Containment | None = None,
 ) -> AsyncIterator[Connections]:
     """Listen, and yield what dials. At the end every connection is closed, within a second.
 
     swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us; `now` is in seconds since 1970.
-    Raises OSError for an address that cannot be listened on, and whatever bug a handler has.
+    containment: what becomes of bugs, in handlers too; None is one of our own.
+    Raises OSError for an address that cannot be listened on.
     """
     async with open_tasks() as tasks:
         shelter, nursery = await tasks.start(_shelter)
@@ -371,6 +410,7 @@ async def open_connections(
             roles=roles,
             limits=limits or Limits(),
             now=now,
+            containment=containment or Containment(),
         )
         try:
             for address in listen:

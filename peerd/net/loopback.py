@@ -81,6 +81,12 @@ class _End:
     def ended(self, _connection: PeerConnection) -> None:
         """As for `settled`."""
 
+    def refuses(self, _connection: PeerConnection) -> bool:
+        return False
+
+    def contain(self, error: Exception, what: str, connection: PeerConnection) -> None:
+        self._owner.contain(error, what, connection)
+
 
 class _Pipe:
     """One end of a message channel in memory."""

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import trio
 
+from peerd.net.containment import split
 from peerd.net.stream import Stream
 from peerd.net.transport import MessageChannel
 from peerd.net.uplink_meter import UplinkMeter
@@ -35,6 +36,7 @@ from peerd.protocol.connection.stream_table import MAX_STREAMS
 from peerd.protocol.errors import (
     ConnectionLost,
     HandshakeFailed,
+    InternalError,
     LocalProtocolError,
     Overloaded,
     PeerdError,
@@ -69,6 +71,10 @@ IDLE = "idle"
 IDLE_S = 120.0
 
 
+# What a handler may end with: an error that peers have a name for, or the end of its stream.
+_STREAM_ENDS = (PeerdError, trio.EndOfChannel, trio.ClosedResourceError, trio.BrokenResourceError)
+
+
 class Owner(Protocol):
     """What a PeerConnection asks of the `Connections` it belongs to."""
 
@@ -91,6 +97,12 @@ class Owner(Protocol):
 
     def ended(self, connection: PeerConnection) -> None:
         """It was lost or closed."""
+
+    def refuses(self, connection: PeerConnection) -> bool:
+        """Whether we want nothing to do with the peer, now that it has proved who it is."""
+
+    def contain(self, error: Exception, what: str, connection: PeerConnection) -> None:
+        """Log and count an exception that nobody named. Raises it where failures are to be loud."""
 
 
 class PeerConnection:
@@ -142,6 +154,14 @@ class PeerConnection:
     def peer_id(self) -> PeerId:
         """Who is at the other end."""
         return self.core.peer_id
+
+    @property
+    def proven_peer(self) -> PeerId | None:
+        """Who is at the other end; None before it has proved it."""
+        try:
+            return self.peer_id
+        except LocalProtocolError:
+            return None
 
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
@@ -241,7 +261,7 @@ class PeerConnection:
     async def run(self) -> None:
         """Be this connection, from the first byte to the last. Returns when it has ended; `lost` says why.
 
-        Raises only what a handler raised that is no PeerdError: a bug.
+        A bug, in a handler too, ends this connection with `internal`; it is raised only under PEERD_STRICT=1.
         """
         async with trio.open_nursery() as handlers:
             self._handlers = handlers
@@ -271,6 +291,13 @@ class PeerConnection:
             await task()
         except PeerFault as error:
             self._lose(error)
+        except Exception as error:
+            self._fail(error, "a connection")
+
+    def _fail(self, error: Exception, what: str) -> None:
+        """End the connection because of a bug of ours."""
+        self._owner.contain(error, what, self)
+        self._lose(InternalError(f"a bug of ours in {what}"))
 
     async def _read(self) -> None:
         while True:
@@ -317,7 +344,11 @@ class PeerConnection:
         await self._proven.wait()
         with trio.move_on_after(SETTLE_S):
             if self._owner.decides(self.peer_id):
-                if not await self._owner.decide(self):
+                is_taken = await self._owner.decide(self)
+                if self.lost is not None:
+                    # It ended in the very tick in which we decided: no checkpoint told us.
+                    return
+                if not is_taken:
                     self.is_duplicate = True
                     self.close(_DUPLICATE, "we have another connection")
                     return
@@ -343,22 +374,28 @@ class PeerConnection:
         await self._take_hello(stream)
 
     async def _handle(self, handler: StreamHandler, stream: Stream) -> None:
-        """Run a handler. Its stream ends with it; what is our bug and not the peer's doing is raised."""
+        """Run a handler. Its stream ends with it; a bug of ours ends the connection."""
         try:
             await handler(stream)
             stream.close()
-        except (PeerdError, trio.EndOfChannel, BaseExceptionGroup) as error:
-            fault = _fault(error)
-            if fault is None and _is_cancellation(error):
-                raise
-            if fault is None:
-                log.exception("the handler of %s has a bug", stream)
-                raise
-            log.debug("%s ends: %r", stream, fault)
-            stream.reset(fault.code if isinstance(fault, PeerdError) else RemoteProtocolError.code)
+        except (Exception, BaseExceptionGroup) as error:
+            failure, rest = split(error)
+            if failure is not None:
+                self._end_handler(failure, stream)
+            if rest is not None:
+                raise rest from None
         finally:
             self._handlers_running -= 1
             self._used = trio.current_time()
+
+    def _end_handler(self, error: Exception, stream: Stream) -> None:
+        fault = _fault(error)
+        if fault is not None:
+            log.debug("%s ends: %r", stream, fault)
+            stream.reset(fault.code if isinstance(fault, PeerdError) else RemoteProtocolError.code)
+        else:
+            stream.reset(InternalError.code)
+            self._fail(error, f"the handler of {stream.protocol}")
 
     # Events.
 
@@ -378,6 +415,8 @@ class PeerConnection:
                         self._used = trio.current_time()
                         stream.wake()
                 case HandshakeDone():
+                    if self._owner.refuses(self):
+                        raise PeerFault("the peer caused failures of ours lately")
                     self.on_proven()
                     self._proven.set()
                 case GoneAway(code, reason):
@@ -413,6 +452,7 @@ class PeerConnection:
         return stream
 
     def _be_settled(self) -> None:
+        assert self.lost is None
         self.settled = True
         self.on_settled()
         self._owner.settled(self)
@@ -435,28 +475,21 @@ class PeerConnection:
 
     @property
     def _name(self) -> str:
-        try:
-            return self.peer_id
-        except LocalProtocolError:
-            return "an unproven peer"
+        return self.proven_peer or "an unproven peer"
 
 
 def _nothing() -> None:
     pass
 
 
-def _is_cancellation(error: BaseException) -> bool:
-    """Whether several tasks of a handler were cancelled, and nothing else happened."""
-    return isinstance(error, BaseExceptionGroup) and error.split(trio.Cancelled)[1] is None
+def _fault(error: Exception) -> Exception | None:
+    """What a handler's exception says about its stream; None where it is no fault of the peer's or caller's.
 
-
-def _fault(error: BaseException) -> PeerdError | trio.EndOfChannel | None:
-    """What a handler's exception says about its stream; None where it is no fault of the peer's or caller's."""
-    if isinstance(error, BaseExceptionGroup):
+    A stream that is closed or broken under a handler has ended, whichever task noticed first.
+    """
+    if isinstance(error, ExceptionGroup):
         faults = [_fault(part) for part in error.exceptions]
         return None if None in faults else faults[0]
-    if isinstance(error, trio.EndOfChannel):
-        return error
-    if isinstance(error, PeerdError) and not isinstance(error, LocalProtocolError):
-        return error
-    return None
+    if isinstance(error, LocalProtocolError):
+        return None
+    return error if isinstance(error, _STREAM_ENDS) else None

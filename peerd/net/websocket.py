@@ -8,15 +8,19 @@ watched, and its end ends the waiting.
 
 from __future__ import annotations
 
+import logging
 import ssl
 import struct
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
+import h11
 import trio
+import wsproto.utilities
 from trio_websocket import (
     ConnectionClosed,
     ConnectionRejected,
@@ -32,6 +36,8 @@ from peerd.protocol.connection.frames import MAX_FRAME_BYTES
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.connection.noise import TAG_BYTES
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
+
+log = logging.getLogger(__name__)
 
 # Names the major version before the handshake binds it, so that a mismatch can be told from a wrong key.
 SUBPROTOCOL: Final = "peerd.1"
@@ -51,8 +57,17 @@ _FAMILIES: Final = {"dns4": trio.socket.AF_INET, "dns6": trio.socket.AF_INET6}
 _UPGRADE_REQUIRED = 426
 _FORBIDDEN = 403
 _TOO_BIG = 1009
-# wsproto lets header bytes that are not ASCII through as UnicodeError.
-_READER_ERRORS = (ConnectionRejected, UnicodeError)
+# A peer's HTTP before the websocket is open: requests and answers have a few hundred bytes.
+_MAX_UPGRADE_BYTES: Final = 64 * 1024
+# What trio-websocket and the libraries beneath it raise where the other side breaks a protocol, or has gone. They do not
+# say all of it: trio-websocket answers a PING while it closes, and a malformed answer as if it were the server.
+_LIBRARY_ERRORS: Final = (
+    wsproto.utilities.ProtocolError,
+    h11.ProtocolError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    UnicodeError,
+)
 
 
 class WebSocketTransport:
@@ -155,6 +170,7 @@ class WebSocketChannel:
         self._opening = trio.CancelScope()
         self._closed = trio.Event()
         self._failure: BaseException | None = None
+        self._is_open = False
         self._remote_ip = _remote_ip(stream)
 
     def __repr__(self) -> str:
@@ -165,14 +181,18 @@ class WebSocketChannel:
         return self._remote_ip
 
     async def host(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
-        """Own the nursery of the library's reader until the channel is closed; its errors end this channel only."""
+        """Own the nursery of the library's reader until the channel is closed.
+
+        Whatever the reader raises ends this channel and nothing else: bytes from a stranger caused it.
+        """
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started(nursery)
                 await self._closed.wait()
                 nursery.cancel_scope.cancel()
-        except* _READER_ERRORS as group:
+        except* Exception as group:
             self._failure = group.exceptions[0]
+            log.debug("the websocket of %s ends: %r", self._remote_ip, self._failure)
         finally:
             self._opening.cancel()
             await trio.aclose_forcefully(self._stream)
@@ -180,7 +200,7 @@ class WebSocketChannel:
     async def request(self, readers: trio.Nursery, address: Multiaddr) -> None:
         """Upgrade a client's side. Raises ConnectionLost, VersionMismatch."""
         host = f"[{address.host}]" if address.kind == "ip6" else address.host
-        with self._opening:
+        with self._opening, _as_lost():
             self._websocket = await wrap_client_stream(
                 readers, self._watched(), f"{host}:{address.port}", "/", subprotocols=[SUBPROTOCOL], **_OPTIONS
             )
@@ -190,25 +210,22 @@ class WebSocketChannel:
                 raise VersionMismatch(f"the other side does not speak {SUBPROTOCOL}")
             raise ConnectionLost(f"refused with HTTP status {status}")
         if self._websocket is None:
-            raise ConnectionLost("the other side hung up before it was a websocket")
+            raise ConnectionLost(f"no websocket: {self._failure or 'the other side hung up before it was one'}")
+        self._is_open = True
         if self._websocket.subprotocol != SUBPROTOCOL:
             raise VersionMismatch(f"the other side chose {self._websocket.subprotocol!r}, not {SUBPROTOCOL!r}")
 
     async def send(self, message: bytes) -> None:
         if self._websocket is None:
             raise ConnectionLost("the websocket is not open")
-        try:
+        with _as_lost():
             await self._websocket.send_message(message)
-        except ConnectionClosed as closed:
-            raise _lost(closed) from None
 
     async def receive(self) -> bytes:
         if self._websocket is None:
             self._websocket = await self._upgrade()
-        try:
+        with _as_lost():
             message = await self._websocket.get_message()
-        except ConnectionClosed as closed:
-            raise _lost(closed) from None
         if isinstance(message, str):
             raise RemoteProtocolError("a text message on a binary protocol")
         # The library joins what came in several parts in a bytearray.
@@ -226,7 +243,8 @@ class WebSocketChannel:
         """Say goodbye and let the other side read what was sent, for half a second at most."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _LINGER_S):
             if self._websocket is not None:
-                await self._websocket.aclose()
+                with suppress(*_LIBRARY_ERRORS, ConnectionClosed):
+                    await self._websocket.aclose()
         self.abort()
         await trio.aclose_forcefully(self._stream)
 
@@ -235,18 +253,18 @@ class WebSocketChannel:
         if self.readers is None:
             raise ConnectionLost("the websocket is closed")
         request: WebSocketRequest | None = None
-        with self._opening:
+        with self._opening, _as_lost():
             request = await wrap_server_stream(self.readers, self._watched(), **_OPTIONS)
         if request is None:
             raise PeerFault(f"no websocket: {self._failure or 'the other side hung up or spoke no HTTP'}")
-        try:
+        with _as_lost():
             if any(name.lower() == b"origin" for name, _ in request.headers):
                 await self._reject(request, _FORBIDDEN, "peers do not come from web pages")
             if SUBPROTOCOL not in request.proposed_subprotocols:
                 await self._reject(request, _UPGRADE_REQUIRED, f"this is a peer that speaks {SUBPROTOCOL}")
-            return await request.accept(subprotocol=SUBPROTOCOL)
-        except ConnectionClosed as closed:
-            raise _lost(closed) from None
+            websocket = await request.accept(subprotocol=SUBPROTOCOL)
+        self._is_open = True
+        return websocket
 
     @staticmethod
     async def _reject(request: WebSocketRequest, status: int, reason: str) -> None:
@@ -255,15 +273,20 @@ class WebSocketChannel:
         raise PeerFault(f"refused a websocket: {reason}")
 
     def _watched(self) -> Any:
-        return _WatchedStream(self._stream, self._opening.cancel)
+        return _WatchedStream(self._stream, self._opening.cancel, lambda: self._is_open)
 
 
 class _WatchedStream(trio.abc.Stream):
-    """A stream that says when it has ended, which trio-websocket does not tell who waits for the upgrade."""
+    """A stream that says when it has ended, which trio-websocket does not tell the task that waits for the upgrade.
 
-    def __init__(self, stream: trio.abc.Stream, on_end: Callable[[], None]) -> None:
+    Until the websocket is open it gives at most _MAX_UPGRADE_BYTES: the library keeps the whole body of a refusal.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, on_end: Callable[[], None], is_open: Callable[[], bool]) -> None:
         self._stream = stream
         self._on_end = on_end
+        self._is_open = is_open
+        self._upgrade_bytes = 0
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
@@ -277,6 +300,11 @@ class _WatchedStream(trio.abc.Stream):
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._on_end()
             raise
+        if not self._is_open():
+            self._upgrade_bytes += len(data)
+            if self._upgrade_bytes > _MAX_UPGRADE_BYTES:
+                self._on_end()
+                return b""
         if not data:
             self._on_end()
         return data
@@ -284,6 +312,17 @@ class _WatchedStream(trio.abc.Stream):
     async def aclose(self) -> None:
         self._on_end()
         await self._stream.aclose()
+
+
+@contextmanager
+def _as_lost() -> Iterator[None]:
+    """What the libraries raise in the block, as ConnectionLost or RemoteProtocolError."""
+    try:
+        yield
+    except ConnectionClosed as closed:
+        raise _lost(closed) from None
+    except _LIBRARY_ERRORS as error:
+        raise ConnectionLost(f"the websocket broke: {error!r}") from error
 
 
 def _lost(closed: ConnectionClosed) -> PeerFault:

@@ -77,9 +77,11 @@ class DialbackAnswerer:
         """Handle one stream: a question, its answer, the end."""
         with trio.move_on_after(ANSWER_DEADLINE_S):
             async with stream:
+                # Bytes that are no message have reset the stream: there is nobody left to answer.
+                question = await stream.receive(max_body=0)
                 try:
                     try:
-                        asked = parse((await stream.receive(max_body=0)).header, (DialMe,))
+                        asked = parse(question.header, (DialMe,))
                     except RemoteProtocolError as error:
                         raise InvalidRequest(str(error)) from None
                     answer = (await self._dial_back(stream, asked)).to_header()

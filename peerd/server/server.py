@@ -22,6 +22,7 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import CODECS
 from peerd.protocol.errors import (
     ConnectionLost,
+    ContextTooLong,
     Draining,
     Evicted,
     InvalidRequest,
@@ -253,7 +254,11 @@ class Server:
         if opening.adapter and OWN_ADAPTER in opening.needs:
             raise InvalidRequest("a session has an adapter of this peer or its client's own, not both")
         own = OWN_ADAPTER in opening.needs
-        return self._served(opening.model, opening.start, opening.end, adapter=opening.adapter, own_adapter=own)
+        served = self._served(opening.model, opening.start, opening.end, adapter=opening.adapter, own_adapter=own)
+        if opening.max_length > served.max_length:
+            # Some models look positions up in a table: beyond its end there is nothing to compute.
+            raise ContextTooLong(f"{opening.max_length} positions: this model takes {served.max_length}")
+        return served
 
     def _served(
         self, model: bytes, start: int, end: int, *, adapter: str = "", own_adapter: bool = False

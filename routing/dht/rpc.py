@@ -18,7 +18,7 @@ from kademlia.protocol import KademliaProtocol
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.schema import Message, parse
-from peerd.protocol.errors import CallerError, InvalidRequest, Overloaded, PeerFault, RemoteProtocolError
+from peerd.protocol.errors import CallerError, InvalidRequest, LinkFailed, Overloaded, PeerFault, RemoteProtocolError
 from peerd.protocol.identity import PeerId
 from peerd.routing.dht.messages import (
     MAX_CONTACTS,
@@ -113,8 +113,8 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         except (PeerFault, trio.TooSlowError):
             self.router.remove_contact(node)
             return None
-        except (Overloaded, CallerError):
-            # The peer is alive but does not answer this.
+        except (Overloaded, CallerError, LinkFailed):
+            # The peer is alive but does not answer this. It can tell us no other errors (`from_wire`).
             return None
         # If the peer told us its own addresses, they are worth more than what other peers said.
         self.welcome_if_new(self.router.get(node.id) or node)

@@ -125,7 +125,8 @@ async def serves_well(swarm, host, seed=99):
         ({"start": 2, "end": 5}, NotServed, "2:5"),
         ({"start": 3, "end": 3}, NotServed, "3:3"),
         ({"start": 3, "end": 1}, NotServed, "3:1"),
-        ({"max_length": 2**24, "max_rows": 256}, ContextTooLong, "4096"),
+        ({"max_length": 1024, "max_rows": 256}, ContextTooLong, "4096"),
+        ({"max_length": 1025}, ContextTooLong, "1025 positions: this model takes 1024"),
     ],
 )
 async def test_what_cannot_be_served_is_refused_by_name(open_swarm, fields, error, text):

@@ -1,0 +1,130 @@
+"""Where an exception that nobody named stops: at one connection, one handler or one task, never at the daemon.
+
+Strangers choose what our code meets, so a bug of ours must not be a switch that they can turn. `Containment` logs such
+an exception with its stack, counts it, and remembers which peer and address it came with: a peer that causes three in
+a minute is refused for ten. Under PEERD_STRICT=1, which tests and CI set, it raises instead: a bug stays loud where
+somebody listens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter, OrderedDict, deque
+from types import TracebackType
+from typing import Final
+
+import trio
+
+from peerd.net.gate import host_of
+from peerd.protocol.addresses import IpAddress
+from peerd.protocol.identity import PeerId
+
+log = logging.getLogger(__name__)
+
+STRICT_VARIABLE: Final = "PEERD_STRICT"
+# So many contained failures within so long make us refuse the peer that caused them, and its address, for a while.
+MAX_FAILURES: Final = 3
+WINDOW_S: Final = 60.0
+REFUSED_S: Final = 600.0
+# Peers and addresses to remember: keys are free, so the list is bounded, and the oldest is forgotten first.
+MAX_REMEMBERED: Final = 4096
+# One kind of failure writes its stack this seldom: a stranger who repeats it must not fill the disk.
+STACK_EVERY_S: Final = 10.0
+
+
+class Containment:
+    """Counts and logs failures that were contained. `is_strict`: raise them; None is as PEERD_STRICT says."""
+
+    def __init__(self, is_strict: bool | None = None) -> None:
+        self.is_strict = os.environ.get(STRICT_VARIABLE) == "1" if is_strict is None else is_strict
+        #: How often each kind of failure was contained, by where and what it was.
+        self.counts: Counter[str] = Counter()
+        self._culprits = _Culprits()
+        self._logged_at: dict[str, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<Containment contained={self.counts.total()}>"
+
+    def around(self, what: str, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> _Around:
+        """A block that lets no exception out but cancellation and what ends the process."""
+        return _Around(self, what, peer_id, ip)
+
+    def contain(self, error: Exception, what: str, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> None:
+        """Log and count a failure in `what`, and hold it against a peer and its address. Raises it if strict."""
+        if self.is_strict:
+            raise error
+        kind = f"{what}: {type(_first_leaf(error)).__name__}"
+        self.counts[kind] += 1
+        self._culprits.note([str(peer_id or ""), host_of(ip)], trio.current_time())
+        self._log(error, kind, peer_id, ip)
+
+    def refuses(self, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> bool:
+        """Whether a peer, or an address, has caused so many failures lately that we want nothing to do with it."""
+        return self._culprits.refused([str(peer_id or ""), host_of(ip)], trio.current_time())
+
+    def _log(self, error: Exception, kind: str, peer_id: PeerId | None, ip: IpAddress | None) -> None:
+        now = trio.current_time()
+        if now - self._logged_at.get(kind, -STACK_EVERY_S) < STACK_EVERY_S:
+            return
+        self._logged_at[kind] = now
+        said_by = f" with {peer_id or 'an unproven peer'} at {ip or 'an unknown address'}" if peer_id or ip else ""
+        count = self.counts[kind]
+        log.error("contained a bug in %s%s (%d so far); please report it", kind, said_by, count, exc_info=error)
+
+
+class _Around:
+    def __init__(self, containment: Containment, what: str, peer_id: PeerId | None, ip: IpAddress | None) -> None:
+        self._containment = containment
+        self._where = (what, peer_id, ip)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> bool:
+        failure, rest = split(error) if error is not None else (None, None)
+        if failure is None:
+            return False
+        self._containment.contain(failure, *self._where)
+        if rest is not None:
+            raise rest from None
+        return True
+
+
+class _Culprits:
+    """When peers and addresses caused failures, and which are refused until when."""
+
+    def __init__(self) -> None:
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+        self._refused_until: OrderedDict[str, float] = OrderedDict()
+
+    def note(self, names: list[str], now: float) -> None:
+        for name in filter(None, names):
+            times = self._failures.setdefault(name, deque(maxlen=MAX_FAILURES))
+            self._failures.move_to_end(name)
+            times.append(now)
+            if len(times) == MAX_FAILURES and times[0] > now - WINDOW_S:
+                self._refused_until[name] = now + REFUSED_S
+                self._refused_until.move_to_end(name)
+                log.warning("refusing %s for %g minutes: it causes failures", name, REFUSED_S / 60)
+        for remembered in (self._failures, self._refused_until):
+            while len(remembered) > MAX_REMEMBERED:
+                remembered.popitem(last=False)
+
+    def refused(self, names: list[str], now: float) -> bool:
+        return any(self._refused_until.get(name, now) > now for name in names)
+
+
+def split(error: BaseException) -> tuple[Exception | None, BaseException | None]:
+    """What of an exception is a failure, and what must go on: cancellation, interruption and exit."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(Exception)
+    return (error, None) if isinstance(error, Exception) else (None, error)
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
