@@ -229,8 +229,9 @@ _BY_CODE = {cls.code: cls for cls in _ON_THE_WIRE}
 
 
 def from_wire(code: str, message: str, free_tokens: int = 0, retry_after_s: float = 0.0) -> PeerdError:
-    """The error that a peer sent us. A code that may not travel becomes a PeerFault: the peer is newer than we are, or lies.
+    """The error that a peer sent us. A code that may not travel becomes a PeerFault.
 
+    Such a peer is newer than we are, or lies.
     What comes out is a PeerFault, LinkFailed, an Overloaded or a CallerError.
     """
     cls = _BY_CODE.get(code, PeerFault)

@@ -59,8 +59,8 @@ _FORBIDDEN = 403
 _TOO_BIG = 1009
 # A peer's HTTP before the websocket is open: requests and answers have a few hundred bytes.
 _MAX_UPGRADE_BYTES: Final = 64 * 1024
-# What trio-websocket and the libraries beneath it raise where the other side breaks a protocol, or has gone. They do not
-# say all of it: trio-websocket answers a PING while it closes, and a malformed answer as if it were the server.
+# What trio-websocket and the libraries beneath it raise where the other side breaks a protocol, or has gone.
+# trio-websocket answers a PING while it closes, and a malformed answer as if it were the server, which raises too.
 _LIBRARY_ERRORS: Final = (
     wsproto.utilities.ProtocolError,
     h11.ProtocolError,

@@ -218,7 +218,7 @@ async def test_a_refusal_without_end_is_not_read():
     async with trio.open_nursery() as nursery:
         [listener] = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
         address = Multiaddr("ip4", "127.0.0.1", listener.socket.getsockname()[1])
-        with trio.fail_after(3), pytest.raises(ConnectFailed, match="status 200"):
+        with trio.fail_after(3), pytest.raises(ConnectFailed, match="status 200|hung up"):
             async with _dial(WebSocketTransport(), address):
                 pass
         nursery.cancel_scope.cancel()
@@ -409,28 +409,6 @@ async def test_an_odd_request_is_a_typed_error_or_served(headers):
             await ended.wait()
     assert [type(one) for one in heard if not isinstance(one, PeerFault)] in ([], [bytes])
     assert len(heard) == 1
-
-
-@real_time
-@pytest.mark.parametrize("frame", [b"\x02\x80\0\0\0\0", b"\x89\x80\0\0\0\0"], ids=["empty parts", "pings"])
-async def test_frames_without_end_and_without_a_message_are_cut_short(frame):
-    errors = []
-
-    async def read(channel):
-        try:
-            await channel.receive()
-        except RemoteProtocolError as error:
-            errors.append(str(error))
-
-    async with _listening(read) as bound, Client.connect(bound) as client:
-        # Of a message in parts the first names its kind, all others go on with it.
-        await client.stream.send_all(frame)
-        rest = frame if frame[0] == 0x89 else b"\0" + frame[1:]
-        with suppress(trio.BrokenResourceError):
-            for _ in range(50):
-                await client.stream.send_all(100 * rest)
-    assert len(errors) == 1
-    assert "frames" in errors[0]
 
 
 @real_time
