@@ -25,6 +25,7 @@ from peerd.cli.demo import even_spans
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
 from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.demo_model import demo_model_path
+from peerd.compute.transformers_compat import cache_argument
 from peerd.peer import open_peer
 
 PROMPT_TOKENS = 32
@@ -58,11 +59,12 @@ class Local:
     def token_times(self, prompt: list[int], count: int) -> tuple[float, float]:
         """Seconds to the first token, and for each token after it."""
         started = time.perf_counter()
+        name = cache_argument(self.model.forward)
         output = self.model(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
         token = int(output.logits[0, -1].argmax())
         first = time.perf_counter()
         for _ in range(count - 1):
-            output = self.model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
+            output = self.model(input_ids=torch.tensor([[token]]), **{name: output[name]})
             token = int(output.logits[0, -1].argmax())
         return first - started, (time.perf_counter() - first) / max(count - 1, 1)
 

@@ -21,6 +21,12 @@ NEWEST_TESTED = "5.24"
 # and is announced to go in 5.40.
 CACHE_NAMES = ("cache", "past_key_values")
 
+# What attention modules pass to every attention function, and ours has no use for: the engine and the block's kind say
+# positions and windows, a frozen decoder drops nothing out, and nobody reads the outputs that are asked for.
+_NEEDLESS = frozenset(
+    ("dropout", "output_attentions", "output_router_logits", "position_ids", "sliding_window", "use_cache")
+)
+
 
 def cache_argument(forward: Callable[..., Any]) -> str:
     """How `forward` (of a model, block or attention module) calls its KV cache. Raises TypeError if it takes none."""
@@ -40,6 +46,59 @@ def take_cache(arguments: Mapping[str, Any]) -> Any:
     if unknown := arguments.keys() - set(CACHE_NAMES):
         raise TypeError(f"this release of Transformers passes {', '.join(sorted(unknown))}, which peerd does not know")
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError if an attention module asks its attention function for what peerd does not know.
+
+    `arguments` are those that the function does not name. None is Transformers' word for one that is not set.
+    """
+    if arguments.keys() <= _NEEDLESS:
+        return
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in _NEEDLESS)
+    if unknown:
+        raise TypeError(f"this release of Transformers passes {', '.join(unknown)}, which peerd does not know")
+
+
+def alibi_slopes(heads: int, device: Any) -> Any:
+    """BLOOM's slopes of ALiBi, fp32 `[heads]`: what its bias is at position 1.
+
+    Transformers has a function for the slopes alone since 5.21 only, and a private one.
+    """
+    import torch
+    from transformers.models.bloom import modeling_bloom
+
+    bloom: Any = modeling_bloom
+    return bloom.build_alibi_tensor(torch.ones(1, 2, device=device), heads, torch.float32)[:, 0, 1]
+
+
+def gguf_tables() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Which fields of a configuration GGUF's metadata fill, and what a configuration has where they say nothing.
+
+    Both by GGUF's name of the architecture. They belong to Transformers' first GGUF reader.
+    """
+    from transformers.integrations import ggml
+
+    tables: Any = ggml
+    return tables.GGUF_CONFIG_MAPPING, tables.GGUF_CONFIG_DEFAULTS_MAPPING
+
+
+def gguf_reader() -> Any:
+    """Transformers' first GGUF reader, for its tensor processors.
+
+    5.24 has a second reader beside it, which keeps tensors packed and has no such processors.
+    """
+    from transformers import modeling_gguf_pytorch_utils
+
+    return modeling_gguf_pytorch_utils
+
+
+def causal_models() -> Mapping[str, Any]:
+    """The configuration class of every causal language model that the installed release has, by `model_type`."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {name: CONFIG_MAPPING[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 
 
 def before_newest_tested() -> bool:

@@ -14,7 +14,7 @@ query heads that share a key head are one matrix against it instead of copies of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from peerd.compute.attention.own_attention import KeyBias
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.pool import KVPool, KVWriter, RowSlots
 from peerd.compute.steps import Segment
+from peerd.compute.transformers_compat import refuse_unknown
 
 _NAME = "peerd"
 _ATTRIBUTE = "peerd_block_attention"
@@ -86,7 +87,7 @@ class BatchView:
         self._lags: torch.Tensor | None = None
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache a block's new keys and values, `[1, kv_heads, positions, width]`. Attention reads the pool itself."""
         writer = self._writers[self.pool.layout.group_of[layer]]
@@ -140,7 +141,7 @@ class RowView:
         self._writer = KVWriter([self._row], [segment], pool.device)
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache a block's new keys and values; returns the row's, `[1, kv_heads, length, width]`."""
         self._writer.write(self._pool.keys[layer], keys[0])
@@ -326,14 +327,12 @@ def _attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
     key_bias: KeyBias | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What Transformers' attention modules call. No mask comes: ours is the block's own."""
     assert attention_mask is None
-    if position_bias is not None:
-        raise NotImplementedError("attention with a learned position bias is not supported")
+    refuse_unknown(others)
     block: BlockAttention = getattr(module, _ATTRIBUTE)
     return block(query, key, value, Scores(scaling, softcap, s_aux, key_bias)), None
 

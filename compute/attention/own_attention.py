@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peerd.compute.families.family import Family
-from peerd.compute.transformers_compat import take_cache
+from peerd.compute.transformers_compat import alibi_slopes, take_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,12 +115,8 @@ def _attend(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.
 
 
 def _bloom(decoder: Any, device: torch.device, dtype: torch.dtype) -> _Way:
-    from transformers.models.bloom import modeling_bloom
-
-    bloom: Any = modeling_bloom
-
     def alibi(length: int) -> torch.Tensor:
-        slopes = bloom._get_alibi_slopes(decoder.num_heads, device)
+        slopes = alibi_slopes(decoder.num_heads, device)
         bias: torch.Tensor = slopes[:, None] * torch.arange(length, device=device)
         return bias.to(dtype)
 

@@ -8,7 +8,7 @@ host and sent, and nobody waits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class _View:
         self._paged: dict[tuple[int, int | None, int | None], PagedRows] = {}
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache a block's new keys and values, `[1, kv_heads, positions, width]`. Attention reads the pool itself."""
         slots = self._slots[self.pool.layout.group_of[layer]]

@@ -10,15 +10,13 @@ from typing import Any
 
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.families.refused import REFUSED
+from peerd.compute.transformers_compat import causal_models
 
 
 def unknown_architectures() -> list[str]:
     """The names, sorted, of architectures whose language model is neither served nor refused with a reason."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     known = FAMILIES.keys() | REFUSED.keys()
-    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not known & _text_models(CONFIG_MAPPING[name]))
+    return sorted(name for name, kind in causal_models().items() if not known & _text_models(kind))
 
 
 def _text_models(kind: Any) -> set[str]:

@@ -22,6 +22,7 @@ from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.family import Family
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta
+from peerd.compute.transformers_compat import gguf_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,13 +64,12 @@ def _weights(
 
 
 def _processor(architecture: Architecture) -> Any:
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
     from peerd.compute.checkpoint.gguf.processors import FalconProcessor, GptOssProcessor, MixtralProcessor
 
     ours = {"falcon": FalconProcessor, "gpt_oss": GptOssProcessor, "mixtral": MixtralProcessor}
     name = architecture.processor or architecture.name
-    return ours.get(architecture.model_type) or TENSOR_PROCESSORS.get(name, TensorProcessor)
+    reader = gguf_reader()
+    return ours.get(architecture.model_type) or reader.TENSOR_PROCESSORS.get(name, reader.TensorProcessor)
 
 
 def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str, processor: Any) -> dict[str, str]:

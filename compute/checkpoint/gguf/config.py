@@ -17,6 +17,7 @@ from peerd.compute.checkpoint.gguf.rope import head_width, rope_scaling
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.published_config import make_config
 from peerd.compute.errors import UnsupportedModel
+from peerd.compute.transformers_compat import gguf_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,17 +56,16 @@ def config_of(
 
 def _table_fields(file: GgufFiles, architecture: Architecture) -> dict[str, Any]:
     """What Transformers' tables make of the metadata, and what ours add."""
-    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
-
+    fields_of, defaults_of = gguf_tables()
     table = architecture.table or architecture.model_type
     tables: Any = (
-        (architecture.name, GGUF_CONFIG_MAPPING[table]),
+        (architecture.name, fields_of[table]),
         (architecture.name, architecture.more),
-        ("tokenizer", GGUF_CONFIG_MAPPING["tokenizer"]),
+        ("tokenizer", fields_of["tokenizer"]),
     )
     # A file that names no such token has none; the configuration's class would take another model's.
     fields: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    fields |= GGUF_CONFIG_DEFAULTS_MAPPING.get(table) or {}
+    fields |= defaults_of.get(table) or {}
     for section, names in tables:
         for key, name in names.items():
             value = file.metadata.get(f"{section}.{key}")

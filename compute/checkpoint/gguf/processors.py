@@ -12,24 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUFTensor,
-    LlamaTensorProcessor,
-    Qwen2MoeTensorProcessor,
-    TensorProcessor,
-)
 
+from peerd.compute.transformers_compat import gguf_reader
+
+_reader = gguf_reader()
 _GPT_OSS_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.(weight|bias)")
 
 
-class MixtralProcessor(TensorProcessor):
+class MixtralProcessor(_reader.TensorProcessor):  # type: ignore[misc]  # looked up as it runs
     """Queries and keys as in llama, experts as in Qwen."""
 
     def __init__(self, config: Any = None) -> None:
-        super().__init__(config=config)  # type: ignore[no-untyped-call]
-        llama: Any = LlamaTensorProcessor
-        experts: Any = Qwen2MoeTensorProcessor
-        self._llama, self._experts = llama(config=config), experts(config=config)
+        super().__init__(config=config)
+        self._llama = _reader.LlamaTensorProcessor(config=config)
+        self._experts = _reader.Qwen2MoeTensorProcessor(config=config)
 
     def perform_fallback_tensor_mapping(self, *arguments: Any) -> None:
         self._experts.perform_fallback_tensor_mapping(*arguments)
@@ -39,7 +35,7 @@ class MixtralProcessor(TensorProcessor):
         return owner.process(weights, name, **kwargs)
 
 
-class FalconProcessor(TensorProcessor):
+class FalconProcessor(_reader.TensorProcessor):  # type: ignore[misc]
     """All queries, all keys, all values were stored one after the other; Falcon keeps each group of heads together."""
 
     def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
@@ -49,10 +45,10 @@ class FalconProcessor(TensorProcessor):
             query, key, value = np.split(weights, (heads * width, (heads + groups) * width))
             parts = [part.reshape(groups, -1, *weights.shape[1:]) for part in (query, key, value)]
             weights = np.concatenate(parts, axis=1).reshape(weights.shape)
-        return GGUFTensor(weights, name, {})
+        return _reader.GGUFTensor(weights, name, {})
 
 
-class GptOssProcessor(TensorProcessor):
+class GptOssProcessor(_reader.TensorProcessor):  # type: ignore[misc]
     """Experts' gate and up alternate in one matrix, and matrices of experts lie transposed."""
 
     def perform_fallback_tensor_mapping(self, names: Any, suffix: str, qual_name: str, hf_name: str) -> None:
@@ -70,7 +66,7 @@ class GptOssProcessor(TensorProcessor):
     def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
         match = _GPT_OSS_EXPERTS.fullmatch(name)
         if match is None:
-            return GGUFTensor(weights, name, {})
+            return _reader.GGUFTensor(weights, name, {})
         values = torch.from_numpy(np.ascontiguousarray(weights))
         if match[2] == "weight":
             values = values.mT
@@ -83,5 +79,4 @@ class GptOssProcessor(TensorProcessor):
             whole = gathered.setdefault(parameter, torch.empty(shape))
             whole[..., 0 if match[1] == "gate" else 1 :: 2] = values
         # Without a name: it is gathered already.
-        gathered_tensor: Any = GGUFTensor
-        return gathered_tensor(weights, None, {})
+        return _reader.GGUFTensor(weights, None, {})

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from peerd.compute.attention.attention import BatchView, SpanAttention, _attention_forward
+from peerd.compute.attention.attention import BatchView, RowView, SpanAttention, _attention_forward
+from peerd.compute.engine.paged_views import MixedView
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.layout import lay_out
 from peerd.compute.kv.pool import KVPool
@@ -120,9 +121,17 @@ def test_without_a_batch_whole_sequences_follow_the_same_rules(kind: LayerKind, 
     torch.testing.assert_close(result, by_the_formula(row, kind, scores), rtol=1e-5, atol=1e-5)
 
 
-def test_a_position_bias_is_refused_rather_than_ignored():
+@pytest.mark.parametrize("name", ["position_bias", "an_option_of_tomorrow"])
+def test_what_attention_does_not_know_is_refused_rather_than_ignored(name: str):
     module = Block()
     SpanAttention(nn.ModuleList([module]), [KINDS["full"]])
     row = random_row(4)
-    with pytest.raises(NotImplementedError):
-        _attention_forward(module, row.query, row.keys, row.values, None, position_bias=torch.zeros(1))
+    with pytest.raises(TypeError, match=f"passes {name}, which peerd does not know"):
+        _attention_forward(module, row.query, row.keys, row.values, None, **{name: torch.zeros(1)})
+    _attention_forward(module, row.query, row.keys, row.values, None, **{name: None}, dropout=0.0, use_cache=True)
+
+
+@pytest.mark.parametrize("view", [BatchView, RowView, MixedView])
+def test_a_cache_takes_no_argument_that_it_would_ignore(view: type):
+    with pytest.raises(TypeError, match="an_option_of_tomorrow"):
+        view.update(None, None, None, 0, an_option_of_tomorrow=1)
