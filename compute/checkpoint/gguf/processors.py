@@ -16,10 +16,11 @@ import torch
 from peerd.compute.transformers_compat import gguf_reader
 
 _reader = gguf_reader()
+TensorProcessor: Any = _reader.TensorProcessor
 _GPT_OSS_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.(weight|bias)")
 
 
-class MixtralProcessor(_reader.TensorProcessor):  # type: ignore[misc]  # looked up as it runs
+class MixtralProcessor(TensorProcessor):  # type: ignore[misc]  # looked up as it runs
     """Queries and keys as in llama, experts as in Qwen."""
 
     def __init__(self, config: Any = None) -> None:
@@ -35,7 +36,7 @@ class MixtralProcessor(_reader.TensorProcessor):  # type: ignore[misc]  # looked
         return owner.process(weights, name, **kwargs)
 
 
-class FalconProcessor(_reader.TensorProcessor):  # type: ignore[misc]
+class FalconProcessor(TensorProcessor):  # type: ignore[misc]
     """All queries, all keys, all values were stored one after the other; Falcon keeps each group of heads together."""
 
     def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ class FalconProcessor(_reader.TensorProcessor):  # type: ignore[misc]
         return _reader.GGUFTensor(weights, name, {})
 
 
-class GptOssProcessor(_reader.TensorProcessor):  # type: ignore[misc]
+class GptOssProcessor(TensorProcessor):  # type: ignore[misc]
     """Experts' gate and up alternate in one matrix, and matrices of experts lie transposed."""
 
     def perform_fallback_tensor_mapping(self, names: Any, suffix: str, qual_name: str, hf_name: str) -> None:
