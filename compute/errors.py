@@ -6,6 +6,13 @@ the taxonomy that peers tell each other.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from peerd.protocol.span import Span
+
 
 class CheckpointError(Exception):
     """A checkpoint cannot be used: absent, truncated, incomplete, or not what it says it is.
@@ -70,3 +77,14 @@ class UnknownAdapterError(EngineError):
 
 class NonFiniteError(EngineError):
     """The blocks returned NaN or infinity for this session's positions."""
+
+    @classmethod
+    def of(cls, blocks: Span, dtype: torch.dtype | None, what: str = "") -> NonFiniteError:
+        """The error that names the blocks, what they compute in, and what to do. `what`: for what they gave it."""
+        name = "" if dtype is None else str(dtype).removeprefix("torch.")
+        remedy = (
+            "its numbers end at 65504: serve with --dtype bfloat16"
+            if name == "float16"
+            else "their weights, or what they were given, are not what this model can compute with"
+        )
+        return cls(f"blocks {blocks} gave NaN or infinity{what}{f' in {name}' if name else ''}: {remedy}")

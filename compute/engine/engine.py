@@ -204,6 +204,7 @@ class Engine(BaseEngine):
             page_tokens=page_tokens,
             batch_tokens=batch_tokens,
         )
+        self._scheduler.dtype = model.dtype
         self._runner = SpanRunner(model, layout, self._pool.pages, page_tokens, paged=paged)
         self.passes = PassRunner(model, self._runner.part, self._runner.adapters, PassMemory(pass_bytes))
 

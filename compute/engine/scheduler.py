@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from peerd.compute.engine.fair_shares import FairShares
 from peerd.compute.engine.session import EngineSession, QueuedStep
@@ -21,6 +22,9 @@ from peerd.compute.kv.row_cache import Retention, RowState
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, PageCopy, Piece, Segment, StepResult
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
+
+if TYPE_CHECKING:
+    import torch
 
 # Beside decodes, prefills get this part of the budget: whoever waits for a token waits for them too. On a CPU
 # 64 positions a batch cost 7 % more than 256 do (SmolLM2-135M), and end a quarter as late.
@@ -52,6 +56,8 @@ class Scheduler:
         self._sessions: dict[Hashable, EngineSession] = {}
         self._shares = FairShares()
         self._running: list[tuple[EngineSession, QueuedStep]] | None = None
+        #: What the blocks compute in, for errors; None where nobody said.
+        self.dtype: torch.dtype | None = None
 
     def __repr__(self) -> str:
         queued = sum(len(session.queue) for session in self._sessions.values())
@@ -189,7 +195,7 @@ class Scheduler:
             if session.closed:
                 continue
             if not finite:
-                failed.setdefault(session, NonFiniteError(f"step {queued.step.seq} has a result that is not finite"))
+                failed.setdefault(session, NonFiniteError.of(session.blocks, self.dtype))
             if session in failed:
                 session.undo(queued)
                 results.append(queued.fail(failed[session]))

@@ -67,6 +67,9 @@ class Tape:
     entries: list[list[_Entry]] = field(default_factory=list)
 
 
+_GRADIENT = " as a gradient"
+
+
 class Pass:
     """A work for the device's thread, which ends with `_run`."""
 
@@ -177,6 +180,12 @@ class PassRunner:
         with self.adapters.under(adapter), with_lora(model.layers[0], leaves):
             return model.forward(hidden, positions, max_lengths=lengths)
 
+    def finite(self, values: torch.Tensor, given: PassInput, what: str) -> torch.Tensor:
+        """`values` as they are. Raises NonFiniteError, which says of what they are, where one is NaN or infinite."""
+        if not values.isfinite().all():
+            raise NonFiniteError.of(given.blocks, self.whole.dtype, what)
+        return values
+
     def on_device(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.to(self.whole.device, self.whole.dtype)
 
@@ -230,7 +239,7 @@ class ForwardPass(Pass):
                 hidden = yield from self._run_plain(micro, hidden, leaves)
             else:
                 hidden = yield from _record(runner, tape, micro, hidden, self._tape_bytes - tape.size_bytes)
-            micro.scatter(_finite(hidden.cpu()), output)
+            micro.scatter(runner.finite(hidden.cpu(), given, ""), output)
         self.output, self.tape = output, tape
 
     def _run_plain(
@@ -274,8 +283,8 @@ class BackwardPass(Pass):
             for block in reversed(range(tape.given.blocks.start, tape.given.blocks.end)):
                 grad = self._back(block, micro, entries.pop(), grad, sums)
                 yield
-            micro.scatter(_finite(grad.cpu()), result)
-        self.gradients = {name: _finite(total.cpu()) for name, total in sums.items()}
+            micro.scatter(runner.finite(grad.cpu(), tape.given, _GRADIENT), result)
+        self.gradients = {name: runner.finite(total.cpu(), tape.given, _GRADIENT) for name, total in sums.items()}
         self.grad = result
 
     def _spare_bytes(self, micro: MicroBatch) -> int:
@@ -326,12 +335,6 @@ def _record(
         yield
     tape.entries.append(entries)
     return hidden.detach()
-
-
-def _finite(values: torch.Tensor) -> torch.Tensor:
-    if not values.isfinite().all():
-        raise NonFiniteError("the blocks returned NaN or infinity in a training pass")
-    return values
 
 
 def device_turns(works: Iterable[Pass]) -> None:

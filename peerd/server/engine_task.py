@@ -10,7 +10,10 @@ inference, turns of training (`run_work`; `device_work` knows who gets which sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import logging
+import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -43,6 +46,8 @@ from peerd.server.admission import Admission
 from peerd.server.busy_meter import BusyMeter
 from peerd.server.device_queue import Job, Work, WorkQueue, run_slice
 from peerd.server.wire_errors import wire_errors
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -79,6 +84,8 @@ class _Tenant:
 # reckoned by KV tokens (`Budget.host_per_token`): three copies of a position's activations, one of them on its way.
 # A session commits a KV token a position or, with windows, less: these are what then come to an end first.
 KEPT_POSITIONS_A_TOKEN = 2
+# A client that asks again and again for what overflows shall not fill the log.
+BAD_RESULT_EVERY_S = 60.0
 
 
 class EngineTask:
@@ -107,6 +114,7 @@ class EngineTask:
         self._own_adapters = count()
         self._jobs = WorkQueue()
         self._work = trio.Event()
+        self._quiet_until = -math.inf
 
     def __repr__(self) -> str:
         return f"<EngineTask {self.engine.span} sessions={len(self._tenants)} free={self.engine.free_tokens}>"
@@ -292,9 +300,26 @@ class EngineTask:
         if result.hidden is not None:
             tenant.deliver(result.hidden)
         elif isinstance(result.error, NonFiniteError):
+            self._note_bad_result(result.error)
             tenant.deliver(BadResult(str(result.error)))
         else:
             tenant.deliver(InternalError(str(result.error)))
+
+    @contextmanager
+    def noting_bad_results(self) -> Iterator[None]:
+        """Within this, what is not finite is told to the operator too."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self._note_bad_result(error)
+            raise
+
+    def _note_bad_result(self, error: NonFiniteError) -> None:
+        """Tell the operator, who alone can serve the blocks in another dtype; not more often than once a minute."""
+        now = trio.current_time()
+        if now >= self._quiet_until:
+            self._quiet_until = now + BAD_RESULT_EVERY_S
+            log.warning("%s", error)
 
     async def _in_thread(self, run: Callable[[A], T], argument: A, /) -> T:
         return await trio.to_thread.run_sync(run, argument, limiter=self._limiter)

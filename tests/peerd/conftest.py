@@ -140,6 +140,9 @@ class Finder:
     def _offers(self) -> list[Offer]:
         return [host.offer() for host in self.swarm.hosts if host.online]
 
+    def avoided(self) -> frozenset[PeerId]:
+        return self.links.avoided()
+
     def failed(self, peer: PeerId) -> None:
         self.failures.append(peer)
         self.links.failed(peer)
@@ -169,6 +172,7 @@ class Client:
         max_rollback: int = 512,
         adapter: str = "",
         own_adapter: Lora | None = None,
+        width: int = WIDTH,
         **more: object,
     ) -> Session:
         terms = Terms(
@@ -185,7 +189,7 @@ class Client:
         )
         patience = more.pop("patience", Patience())
         assert isinstance(patience, Patience)
-        session = Session(Means(self.finder, self.opener, self.rng), Wanted(blocks, WIDTH, terms, patience))
+        session = Session(Means(self.finder, self.opener, self.rng), Wanted(blocks, width, terms, patience))
         await self.tasks.start(session.run)
         return session
 
@@ -420,8 +424,19 @@ def serve_tiny(tiny_llama: Path) -> Iterator[Callable[..., Awaitable[Host]]]:
 
     with open_checkpoint(tiny_llama) as checkpoint:
 
-        async def serve(swarm: Swarm, span: Span, *, step_s: float = 0.01, pass_bytes: int = 2**27) -> Host:
-            model = load_span(checkpoint, span, dtype=torch.float32, attention=register_attention())
+        async def serve(
+            swarm: Swarm,
+            span: Span,
+            *,
+            step_s: float = 0.01,
+            pass_bytes: int = 2**27,
+            dtype: torch.dtype = torch.float32,
+            overflows: bool = False,
+        ) -> Host:
+            model = load_span(checkpoint, span, dtype=dtype, attention=register_attention())
+            if overflows:
+                # As published models do in float16, whose activations it cannot hold.
+                model.layers[-1].get_parameter("mlp.down_proj.weight").fill_(6e4)
             return await swarm.serve_engine(Engine(model, kv_tokens=256, pass_bytes=pass_bytes), step_s=step_s)
 
         yield serve

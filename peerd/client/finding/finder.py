@@ -219,6 +219,9 @@ class ChainFinder(Protocol):
     async def adapter_id(self, name: str, blocks: Span) -> str:
         """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
 
+    def avoided(self) -> frozenset[PeerId]:
+        """Who is left out now, for a while."""
+
     def failed(self, peer: PeerId) -> None:
         """The peer broke a promise: leave it out for a while."""
 

@@ -19,6 +19,7 @@ from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener, HopRefused, Terms
 from peerd.protocol.errors import (
+    BadResult,
     NoChain,
     NotServed,
     Overloaded,
@@ -72,6 +73,9 @@ class ChainMender:
         self._terms = wanted.terms
         self._patience = wanted.patience
         self._avoided_until: dict[PeerId, float] = {}
+        #: Peers whose blocks gave NaN or infinity for what is asked now, and what they said. Others may do better;
+        #: where there are none, that is the answer.
+        self.overflowed: dict[PeerId, BadResult] = {}
 
     def __repr__(self) -> str:
         return f"<ChainMender avoids {len(self._avoided())}>"
@@ -83,7 +87,8 @@ class ChainMender:
     async def fill(self, chain: LiveChain, hole: Span) -> list[ControlStream]:
         """Open hops over a hole: as long as patience allows, and longer where peers are only busy.
 
-        Raises NoChain naming all that is missing, Overloaded, CallerError; NumbersUsedUp only where other hops live.
+        Raises NoChain naming all that is missing, Overloaded, CallerError, BadResult where all peers overflow;
+        NumbersUsedUp only where other hops live.
         """
         busy = BusyPeers(self._rng)
         # Who refused or did not answer, and why the last of them did.
@@ -94,9 +99,12 @@ class ChainMender:
         while True:
             waited = trio.current_time() - started
             try:
-                exclude = busy.now() | failed | self._avoided()
+                exclude = busy.now() | failed | self._avoided() | self.overflowed.keys()
                 return await self._try(chain, hole, exclude, busy, self._patience.busy_s - waited)
             except NoChain as missing:
+                if self.overflowed and (not self._finder.avoided() or waited >= self._patience.missing_s):
+                    # Nobody is left who may do better, nor comes back in a while.
+                    raise next(iter(self.overflowed.values())) from missing
                 all_busy = bool(busy.now()) and await self._is_served(chain, hole)
                 # Only now, for one that hangs may have taken all the time that there was.
                 if waited >= self._patience.missing_s and not all_busy:

@@ -25,6 +25,7 @@ from peerd.client.session.step_log import Pending, StepLog
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
 from peerd.protocol.errors import (
+    BadResult,
     CallerError,
     ConnectionLost,
     Evicted,
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # Faults in a row without one answer, after which there is no use in mending on.
 MAX_BARREN_FAULTS = 8
+# Peers that must say of one step that it overflows, where there are so many: one alone may be broken, or lie.
+OVERFLOWS_BELIEVED = 2
 # Room for a chain of new hops: beyond it a new session begins, whose numbers are all free.
 _FEW_NUMBERS = MAX_NUMBERS // 8
 BYTES_A_VALUE = 4
@@ -181,11 +184,16 @@ class ChainKeeper:
         self.replaying = 0
         self._barren = 0
         self._finder.succeeded(control.hop.peer_id)
+        for peer in self._mender.overflowed:
+            self._finder.failed(peer)
+        self._mender.overflowed.clear()
         self.changed.unpark_all()
 
     def _on_failure(self, control: ControlStream, failure: Failure) -> None:
         error = failure.error
-        if failure.seq is None or not isinstance(error, CallerError):
+        if failure.seq is not None and isinstance(error, BadResult):
+            self._overflowed(control, error)
+        elif failure.seq is None or not isinstance(error, CallerError):
             self._fault(control, error)
         elif failure.seq in self._log.pending:
             # What was refused no other peer can mend; nor what was built on it.
@@ -205,6 +213,18 @@ class ChainKeeper:
         if isinstance(error, CallerError):
             self._fatal = error
         self._lose(control, error)
+
+    def _overflowed(self, control: ControlStream, error: BadResult) -> None:
+        """A hop's blocks gave NaN or infinity, and it says so: another's may not, if they compute in another dtype.
+
+        The peer is blamed only once another has answered; where two say the same, that is the answer.
+        """
+        if control not in self._chain:
+            return
+        self._mender.overflowed[control.hop.peer_id] = error
+        self._lose(control, error)
+        if len(self._mender.overflowed) >= OVERFLOWS_BELIEVED:
+            self._fatal = error
 
     def _lose(self, control: ControlStream, error: PeerdError) -> None:
         log.info("lost %s for blocks %s: %s", control.hop.peer_id, control.hop.span, error)
@@ -271,6 +291,7 @@ class ChainKeeper:
             except PeerdError as error:
                 self._barren = 0
                 self._fatal = None
+                self._mender.overflowed.clear()
                 if isinstance(error, CallerError | LinkFailed):
                     self._start_anew(error)
                     self._alarm = trio.Event()

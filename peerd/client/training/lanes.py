@@ -16,6 +16,7 @@ from peerd.client.finding.finder import RETRY_S, ChainFinder, Patience
 from peerd.client.training.lane import Lane, LaneTerms, open_lane
 from peerd.net.connections import Connections
 from peerd.protocol.errors import (
+    BadResult,
     CallerError,
     Evicted,
     NoChain,
@@ -33,10 +34,13 @@ from peerd.routing.chains.adapter_choice import AdapterNeed
 from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import at_once
 
+FORWARD, BACKWARD = "forward", "backward"
 # A pass asks for no KV.
 _NO_TOKENS = 0
 # Failures in a row, without one answer between, after which there is no use in trying on.
 MAX_BARREN = 8
+# Peers that must say of a request that it overflows, where there are so many: one alone may be broken, or lie.
+OVERFLOWS_BELIEVED = 2
 
 
 class PassChain:
@@ -71,6 +75,8 @@ class PassChain:
         # Who cannot train at all, and who is too busy or too small now.
         self._unfit: set[PeerId] = set()
         self._busy: dict[PeerId, PeerdError] = {}
+        # Whose blocks gave NaN or infinity, by the way that the request went, and what they said.
+        self._overflowed: dict[str, dict[PeerId, BadResult]] = {FORWARD: {}, BACKWARD: {}}
         self._barren = 0
         # Since when nothing was answered, once something failed.
         self._troubled_since: float | None = None
@@ -109,8 +115,16 @@ class PassChain:
                 except PeerdError as error:
                     await self._replace(hop, error)
 
-    async def failed(self, lane: Lane, error: PeerdError) -> None:
-        """A request on this lane failed: see that another peer takes its blocks. Raises what no peer could mend."""
+    async def failed(self, lane: Lane, error: PeerdError, way: str) -> None:
+        """A request on this lane failed: see that another peer takes its blocks. Raises what no peer could mend.
+
+        A peer that says that its blocks overflow is left out, and blamed once another has answered; where two say so,
+        or there is no other, that is the answer. `way` is FORWARD or BACKWARD: a forward proves nothing of a gradient.
+        """
+        if isinstance(error, BadResult):
+            self._overflowed[way][lane.hop.peer_id] = error
+            if len(self._overflowed[way]) >= OVERFLOWS_BELIEVED:
+                raise error
         block = lane.hop.span.start
         async with self._locks.setdefault(block, trio.Lock()):
             # Several requests fail with one lane; and a lane that only we closed has done no wrong.
@@ -118,8 +132,11 @@ class PassChain:
                 del self._lanes[block]
                 await self._replace(lane.hop, error)
 
-    def answered(self, lane: Lane) -> None:
+    def answered(self, lane: Lane, way: str) -> None:
         """A request was answered."""
+        for peer in self._overflowed[way]:
+            self._finder.failed(peer)
+        self._overflowed[way].clear()
         self._barren = 0
         self._troubled_since = None
         self._finder.succeeded(lane.hop.peer_id)
@@ -140,7 +157,7 @@ class PassChain:
             pass
         elif isinstance(error, Overloaded):
             self._busy[peer] = error
-        elif isinstance(error, UnsupportedFeature | NotServed):
+        elif isinstance(error, BadResult | UnsupportedFeature | NotServed):
             self._unfit.add(peer)
         elif isinstance(error, PeerFault):
             self._finder.failed(peer)
@@ -152,8 +169,15 @@ class PassChain:
         self.failovers += 1
         await self._plan(hop.span)
 
+    def _overflows(self) -> BadResult | None:
+        """What a peer said that overflows, unless another has answered since."""
+        return next((error for said in self._overflowed.values() for error in said.values()), None)
+
     async def _plan(self, span: Span) -> None:
-        """Find hops over `span`, as long as `patience` allows. Raises NoChain, Overloaded, UnsupportedFeature."""
+        """Find hops over `span`, as long as `patience` allows.
+
+        Raises NoChain, Overloaded, UnsupportedFeature; BadResult where all peers overflow.
+        """
         began = trio.current_time() if self._troubled_since is None else self._troubled_since
         while True:
             waited = trio.current_time() - began
@@ -170,6 +194,10 @@ class PassChain:
                 )
                 break
             except NoChain as missing:
+                overflowed = self._overflows()
+                if overflowed and (not self._finder.avoided() or waited >= self._patience.missing_s):
+                    # Nobody is left who may do better, nor comes back in a while.
+                    raise overflowed from missing
                 busy = next(iter(self._busy.values()), None)
                 if busy is None and waited >= self._patience.missing_s:
                     raise

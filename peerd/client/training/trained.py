@@ -65,6 +65,10 @@ class Trained:
                 )
             if not 1 <= shape[2] <= min(rows):
                 raise InvalidRequest(f"prompts of {shape[2]} positions, and a row of {min(rows)}: rows include them")
-        for block, module in self.lora:
+            if not self.prompts.isfinite().all():
+                raise InvalidRequest("the prompts have values that are not finite")
+        for (block, module), pair in self.lora.items():
             if not blocks.start <= block < blocks.end:
                 raise InvalidRequest(f"a LoRA pair for {module} of block {block}, which is not in {blocks}")
+            if not all(matrix.isfinite().all() for matrix in pair):
+                raise InvalidRequest(f"the LoRA pair for {module} of block {block} has values that are not finite")

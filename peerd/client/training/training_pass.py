@@ -16,11 +16,11 @@ import torch
 
 from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.training.lane import Lane, LaneTerms
-from peerd.client.training.lanes import PassChain
+from peerd.client.training.lanes import BACKWARD, FORWARD, PassChain
 from peerd.client.training.rows import cut, positions_each
 from peerd.client.training.trained import LORA_A, LORA_B, PROMPT, Gradients, Trained
 from peerd.net.connections import Connections
-from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.protocol.errors import BadResult, InvalidRequest, PeerdError
 from peerd.protocol.span import Span
 from peerd.trio_tools import at_once
 
@@ -66,11 +66,11 @@ class MicroBatch:
             try:
                 answer = await leg.lane.backward(self.rows, leg.hidden, leg.kept, grad)
             except PeerdError as error:
-                await self.chain.failed(leg.lane, error)
+                await self.chain.failed(leg.lane, error, BACKWARD)
                 # Others have these blocks now, in one hop or more: go there once more, and back.
                 legs.extend((await self._run(leg.span, leg.hidden, keep=True))[1])
                 continue
-            self.chain.answered(leg.lane)
+            self.chain.answered(leg.lane, BACKWARD)
             grad = answer.grad
             gradients |= answer.gradients
         return grad, gradients
@@ -83,9 +83,9 @@ class MicroBatch:
             try:
                 answer = await lane.forward(self.rows, hidden, keep=keep)
             except PeerdError as error:
-                await self.chain.failed(lane, error)
+                await self.chain.failed(lane, error, FORWARD)
                 continue
-            self.chain.answered(lane)
+            self.chain.answered(lane, FORWARD)
             legs.append(_Leg(lane, hidden, answer.kept))
             hidden = answer.output
             block = lane.hop.span.end
@@ -122,7 +122,7 @@ class Pass:
     async def backward(self, grad_output: torch.Tensor) -> Gradients:
         """The gradients for `grad_output`, which is shaped as `output`; the pass is closed then.
 
-        Raises InvalidRequest, NoChain, Overloaded.
+        Raises InvalidRequest, NoChain, Overloaded; BadResult where gradients overflow.
         """
         if self._spent:
             raise InvalidRequest("this pass was closed, or has had its backward: run a forward again")
@@ -133,13 +133,14 @@ class Pass:
         if not grad_output.isfinite().all():
             raise InvalidRequest("the gradient has values that are not finite")
         self._spent = True
-        packed = grad_output.detach().reshape(-1, grad_output.shape[-1])
+        packed, exponent = _near_one(grad_output.detach().reshape(-1, grad_output.shape[-1]))
         try:
             parts = await at_once([partial(micro.backward, packed[micro.part]) for micro in self._micros])
         finally:
             self.close()
+        found = [each for _, each in parts]
         hidden = torch.cat([grad.float() for grad, _ in parts]).view(self.output.shape)
-        return Gradients(hidden, self._prompts([each for _, each in parts]), self._lora([each for _, each in parts]))
+        return _scaled(Gradients(hidden, self._prompts(found), self._lora(found)), exponent)
 
     def close(self) -> None:
         """Let the hops forget the pass."""
@@ -179,6 +180,37 @@ class Pass:
             (block, module): (total(block, module + LORA_A), total(block, module + LORA_B) * scaling)
             for block, module in self._trained.lora
         }
+
+
+def _near_one(grad: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A gradient whose largest value is from a half to one, and the power of two that it was divided by.
+
+    Servers may compute in float16, which ends at 65504 and loses what is below 6e-8; gradients are linear, and powers
+    of two are exact.
+    """
+    largest = grad.abs().amax() if grad.numel() else torch.zeros(())
+    exponent = int(torch.frexp(largest.double())[1])
+    return _times_power(grad, -exponent), exponent
+
+
+def _times_power(values: torch.Tensor, exponent: int) -> torch.Tensor:
+    """`values` times two to the `exponent`, in two steps: one alone could be beyond what the dtype holds."""
+    half = exponent // 2
+    return values * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _scaled(gradients: Gradients, exponent: int) -> Gradients:
+    """All gradients times a power of two. Raises BadResult where that is too large for float32."""
+    scaled = Gradients(
+        _times_power(gradients.hidden, exponent),
+        None if gradients.prompts is None else _times_power(gradients.prompts, exponent),
+        {key: (_times_power(a, exponent), _times_power(b, exponent)) for key, (a, b) in gradients.lora.items()},
+    )
+    prompts = [] if scaled.prompts is None else [scaled.prompts]
+    matrices = (matrix for pair in scaled.lora.values() for matrix in pair)
+    if not all(values.isfinite().all() for values in (scaled.hidden, *prompts, *matrices)):
+        raise BadResult("a gradient is larger than float32 can hold: scale the loss down")
+    return scaled
 
 
 class PassMaker:

@@ -9,7 +9,7 @@ import trio
 
 from peerd.client.finding.finder import Patience
 from peerd.compute.kv.layout import Keep
-from peerd.protocol.errors import ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
+from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
 from peerd.protocol.rows import PREFILL_POSITIONS, Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine, fake_forward
@@ -505,3 +505,48 @@ async def test_a_twin_that_does_not_serve_yet_costs_no_step_after_one_that_hangs
         starting.server.spans = tuple(replace(served, model=bytes(32)) for served in starting.server.spans)
         swarm.kill(hosts[1])
         assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
+
+
+LLAMA = Span(0, 8)
+
+
+async def llama_with_overflow(swarm, serve_tiny, twins):
+    await serve_tiny(swarm, Span(0, 3))
+    hosts = [await serve_tiny(swarm, Span(3, 7), dtype=torch.float16, overflows=True) for _ in range(twins)]
+    await serve_tiny(swarm, Span(7, 8))
+    return hosts
+
+
+@pytest.mark.parametrize("twins", [1, 2, 3])
+async def test_blocks_that_overflow_are_named_at_once_with_what_to_do(open_swarm, serve_tiny, caplog, twins):
+    async with open_swarm() as swarm:
+        await llama_with_overflow(swarm, serve_tiny, twins)
+        client = await swarm.client()
+        session = await client.session(LLAMA, width=32, max_length=64)
+        hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        before = trio.current_time()
+        reason = r"blocks 3:7 gave NaN or infinity in float16: .* serve with --dtype bfloat16"
+        with pytest.raises(BadResult, match=reason):
+            await session.step(hidden)
+        # Nobody else can be waited for.
+        assert trio.current_time() - before < 2
+        said = [record.message for record in caplog.records if "--dtype bfloat16" in record.message]
+        assert len([message for message in said if message.startswith("blocks 3:7 gave")]) == min(twins, 2)
+        # No peer is shunned for it: what they answer, they answer at once, and to the same session too.
+        with pytest.raises(BadResult, match=reason):
+            await session.step(hidden)
+        assert trio.current_time() - before < 4
+        assert not client.finder.failures
+
+
+async def test_a_peer_in_another_dtype_takes_the_place_of_one_that_overflows(open_swarm, serve_tiny):
+    async with open_swarm() as swarm:
+        (bad,) = await llama_with_overflow(swarm, serve_tiny, 1)
+        client = await swarm.client()
+        session = await client.session(LLAMA, width=32, max_length=64)
+        await session.open()
+        await serve_tiny(swarm, Span(3, 7))
+        result = await session.step(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
+        assert result.isfinite().all()
+        # Where another answers, the first was wrong.
+        assert bad.peer_id in client.finder.failures

@@ -11,7 +11,7 @@ import trio
 from peerd.client.finding.finder import Patience
 from peerd.client.training.trained import Trained
 from peerd.client.training.training_pass import PassMaker
-from peerd.protocol.errors import InvalidRequest, NoChain, NoRoom
+from peerd.protocol.errors import BadResult, InvalidRequest, NoChain, NoRoom
 from peerd.protocol.span import Span
 
 MODEL = bytes(range(32))
@@ -454,3 +454,75 @@ async def test_what_does_not_fit_is_the_callers_fault(open_swarm, serve_tiny, ro
         with pytest.raises(InvalidRequest):
             await maker_of(client).forward(INPUT, rows, BLOCKS, what)
         assert client.finder.failures == []
+
+
+@pytest.mark.parametrize("twins", [1, 2])
+async def test_a_backward_that_overflows_ends_with_one_error(open_swarm, serve_tiny, twins):
+    async with open_swarm() as swarm:
+        for span in CUT:
+            for _ in range(twins):
+                await serve_tiny(swarm, span, dtype=torch.float16)
+        client = await swarm.client()
+        # Where a norm's input is 0, its gradient is a thousand times what comes back to it.
+        done = await maker_of(client).forward(torch.zeros_like(INPUT), ROWS, BLOCKS, Trained())
+        before = trio.current_time()
+        with pytest.raises(BadResult, match="gave NaN or infinity as a gradient in float16"):
+            await done.backward(GRAD)
+        assert trio.current_time() - before < 5
+        assert not client.finder.failures
+
+
+@pytest.mark.parametrize("twins", [1, 2])
+async def test_a_forward_that_overflows_ends_with_one_error(open_swarm, serve_tiny, twins):
+    async with open_swarm() as swarm:
+        for _ in range(twins):
+            await serve_tiny(swarm, BLOCKS, dtype=torch.float16, overflows=True)
+        client = await swarm.client()
+        before = trio.current_time()
+        with pytest.raises(BadResult, match=r"blocks 0:8 gave NaN or infinity in float16: .*--dtype bfloat16"):
+            await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained())
+        assert trio.current_time() - before < 5
+        assert not client.finder.failures
+
+
+@pytest.mark.parametrize("power", [-100, -30, 0, 30, 100])
+async def test_gradients_of_any_size_come_back_as_exact_as_those_of_size_one(open_swarm, serve_tiny, power):
+    """float16 servers hold nothing below 6e-8 or above 65504."""
+    async with open_swarm() as swarm:
+        await serve_tiny(swarm, BLOCKS, dtype=torch.float16)
+        maker, what = maker_of(await swarm.client()), trained()
+        found = []
+        for grad in (GRAD, GRAD * 2.0**power):
+            done = await maker.forward(INPUT, ROWS, BLOCKS, what)
+            found.append(await done.backward(grad))
+        one, other = found
+        assert torch.equal(other.hidden, one.hidden * 2.0**power)
+        assert torch.equal(other.prompts, one.prompts * 2.0**power)
+        for key, pair in one.lora.items():
+            assert all(torch.equal(a, b * 2.0**power) for a, b in zip(other.lora[key], pair, strict=True))
+
+
+async def test_gradients_that_float32_cannot_hold_are_one_error(open_swarm, serve_tiny):
+    async with open_swarm() as swarm:
+        await serve_tiny(swarm, BLOCKS)
+        done = await maker_of(await swarm.client()).forward(INPUT, ROWS, BLOCKS, trained())
+        with pytest.raises(BadResult, match="larger than float32 can hold"):
+            await done.backward(GRAD * 8e37)
+
+
+async def test_what_is_trained_must_be_finite_and_is_named(open_swarm, serve_tiny):
+    async with open_swarm() as swarm:
+        await serve_tiny(swarm, BLOCKS)
+        client = await swarm.client()
+        good = trained()
+        prompts = good.prompts.clone()
+        prompts[3, 0, 1, 5] = torch.nan
+        lora = dict(good.lora)
+        lora[4, "self_attn.q_proj"] = (lora[4, "self_attn.q_proj"][0], lora[4, "self_attn.q_proj"][1] * torch.inf)
+        for what, reason in (
+            (Trained(prompts, {}), "the prompts have values that are not finite"),
+            (Trained(None, lora), r"the LoRA pair for self_attn\.q_proj of block 4 has values that are not finite"),
+        ):
+            with pytest.raises(InvalidRequest, match=reason):
+                await maker_of(client).forward(INPUT, ROWS, BLOCKS, what)
+        assert not client.finder.failures
