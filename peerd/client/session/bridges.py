@@ -1,146 +1,96 @@
 """Bridges over links that fail between two healthy hops: the client carries what one sends to the other.
 
-Knows who is before and after a link; replaces nobody itself. The difficulty is that a link that fails says nothing
-about its ends: so we ask the far one ourselves, blame nobody who answers, and go on looking for a way without us.
+A link that fails says nothing about its ends. So the client asks the far end itself, blames no peer that answers, and
+looks again and again for a way that needs no bridge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from dataclasses import replace
 
 import trio
 
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener
+from peerd.client.session.troubles import BridgeIdle, HopLost, LinkBroken, News
 from peerd.exchange.step_tensors import priority_of
 from peerd.protocol.connection.frames import Priority
-from peerd.protocol.errors import PeerdError, PeerFault
+from peerd.protocol.errors import LinkFailed, PeerdError, PeerFault
 from peerd.protocol.messages.session import Bridge, LinkDown, Routed, Step
 
 # The next hop answers us within this, or we cannot bridge its link.
 BRIDGE_ASK_S = 2.0
-# How seldom we look, in the end, for a way without a bridge.
-MAX_REPLAN_S = 300.0
-
-
-class Keeper(Protocol):
-    """What bridges ask of the chain's keeper."""
-
-    @property
-    def chain(self) -> LiveChain: ...
-
-    def alarm(self) -> None:
-        """There is something to see to."""
-
-    def unreachable(self, control: ControlStream, error: Exception) -> None:
-        """We do not reach this hop ourselves."""
-
-    async def replace(self, control: ControlStream, is_still_wanted: Callable[[], bool]) -> bool:
-        """Put others in its place, without blame. False where nobody else can be had."""
-
-    async def route(self, upstream: ControlStream, to: ControlStream) -> None:
-        """Point a hop to a next hop."""
 
 
 class Bridges:
-    """The bridges of one session's chain. `see_to` does what is due, one thing at a time."""
+    """Builds and works the bridges of one session. Timers run in `nursery`; what they find goes to `report`."""
 
-    def __init__(self, keeper: Keeper, opener: ChainOpener, nursery: trio.Nursery) -> None:
-        self._keeper = keeper
+    def __init__(self, opener: ChainOpener, nursery: trio.Nursery, report: Callable[[News], None]) -> None:
         self._opener = opener
         self._nursery = nursery
-        # Hops whose link has failed, and those whose bridge may not be needed any more.
-        self._broken: set[ControlStream] = set()
-        self._doubted: set[ControlStream] = set()
+        self._report = report
 
-    def __repr__(self) -> str:
-        return f"<Bridges broken={len(self._broken)} doubted={len(self._doubted)}>"
-
-    @property
-    def any_broken(self) -> bool:
-        """Whether something is not carried that should be."""
-        return bool(self._broken)
-
-    @property
-    def any_doubted(self) -> bool:
-        """Whether there may be a way without a bridge."""
-        return bool(self._doubted)
-
-    def link_down(self, control: ControlStream, said: LinkDown) -> None:
-        """A hop cannot reach its next hop."""
-        if said.epoch != control.route_epoch:
+    def link_down(self, chain: LiveChain, upstream: ControlStream, message: LinkDown) -> None:
+        """A hop says that it cannot reach its next hop."""
+        route = chain.route(upstream)
+        if message.epoch != route.epoch:
             return
-        if control.is_bridged:
+        if route.is_bridged:
             # We tried to end a bridge, which stands until a link does.
-            control.is_bridge_wanted = True
-            self._nursery.start_soon(self._doubt_later, control)
+            chain.set_route(upstream, replace(route, is_bridge_wanted=True))
+            self._look_again_later(chain, upstream)
         else:
-            self.stuck(control)
+            self._report(LinkBroken(upstream))
 
-    def stuck(self, control: ControlStream) -> None:
-        """What a hop sends does not arrive at the next."""
-        following = self._keeper.chain.after(control.hop.span.end)
-        if control in self._keeper.chain and not control.is_bridged and following is not None:
-            self._broken.add(control)
-            self._keeper.alarm()
+    def routed(self, chain: LiveChain, upstream: ControlStream, message: Routed) -> None:
+        """A hop says that its route stands: a link where there was a bridge, or a bridge."""
+        route = chain.route(upstream)
+        if message.epoch == route.epoch:
+            chain.set_route(upstream, replace(route, is_bridged=route.is_bridged and route.is_bridge_wanted))
 
-    def routed(self, control: ControlStream, said: Routed) -> None:
-        """A link stands where there was a bridge, or a bridge does."""
-        if said.epoch == control.route_epoch:
-            control.is_bridged = control.is_bridged and control.is_bridge_wanted
-
-    def pass_on(self, control: ControlStream, step: Step, body: memoryview) -> None:
+    def pass_on(self, chain: LiveChain, upstream: ControlStream, step: Step, body: memoryview) -> None:
         """We are the bridge between this hop and the next."""
-        following = self._keeper.chain.after(control.hop.span.end)
-        if not control.is_bridged or following is None:
+        following = chain.after(upstream.hop.span.end)
+        if not chain.route(upstream).is_bridged or following is None:
             return
         # Where the stream breaks, its reader says so.
         with suppress(PeerFault, trio.ClosedResourceError):
             following.send_nowait(step, [body], priority=priority_of(step.positions))
 
-    async def mend(self) -> None:
-        """Carry what a hop sends to the next ourselves: neither has done wrong."""
-        chain, upstream = self._keeper.chain, self._broken.pop()
+    async def build(self, chain: LiveChain, upstream: ControlStream) -> None:
+        """Carry what a hop sends to the next ourselves; where we cannot reach that either, report it as lost."""
         following = chain.after(upstream.hop.span.end)
-        if upstream not in chain or upstream.is_bridged or following is None:
-            return
-        asked_in = upstream.route_epoch
+        assert following is not None
+        asked_in = chain.route(upstream).epoch
         try:
             with trio.fail_after(BRIDGE_ASK_S):
                 taken = (await self._opener.ask(chain, following)).taken
+        except PeerFault as error:
+            self._report(HopLost(following, error))
+            return
         except (PeerdError, trio.TooSlowError, trio.ClosedResourceError) as error:
-            # It cannot be reached from there, nor by us.
-            self._keeper.unreachable(following, error)
+            self._report(HopLost(following, LinkFailed(f"{following.hop.peer_id} cannot be reached: {error}")))
             return
         if upstream not in chain or chain.after(upstream.hop.span.end) is not following:
             return
-        if upstream.route_epoch != asked_in:
+        route = chain.route(upstream)
+        if route.epoch != asked_in:
             return
-        upstream.route_epoch = chain.raise_epoch()
-        upstream.is_bridged = upstream.is_bridge_wanted = True
+        route = replace(route, epoch=chain.raise_epoch(), is_bridged=True, is_bridge_wanted=True)
+        chain.set_route(upstream, route)
         with suppress(PeerFault, trio.ClosedResourceError):
-            upstream.send_nowait(Bridge(epoch=upstream.route_epoch, taken=taken), priority=Priority.CONTROL)
-        self._nursery.start_soon(self._doubt_later, upstream)
+            upstream.send_nowait(Bridge(epoch=route.epoch, taken=taken), priority=Priority.CONTROL)
+        self._look_again_later(chain, upstream)
 
-    async def _doubt_later(self, upstream: ControlStream) -> None:
-        await trio.sleep(upstream.replan_after_s)
-        upstream.replan_after_s = min(2 * upstream.replan_after_s, MAX_REPLAN_S)
-        if upstream in self._keeper.chain and upstream.is_bridged:
-            self._doubted.add(upstream)
-            self._keeper.alarm()
+    def _look_again_later(self, chain: LiveChain, upstream: ControlStream) -> None:
+        """Report the bridge as idle after a while, which doubles each time."""
+        route = chain.route(upstream)
+        chain.set_route(upstream, route.with_longer_pause())
+        self._nursery.start_soon(self._report_idle, upstream, route.replan_after_s)
 
-    async def replan(self) -> None:
-        """End a bridge: go through another peer, or else see whether the link can be had again."""
-        chain, upstream = self._keeper.chain, self._doubted.pop()
-        following = chain.after(upstream.hop.span.end)
-        if upstream not in chain or not upstream.is_bridged or following is None:
-            return
-        if await self._keeper.replace(following, lambda: upstream.is_bridged):
-            return
-        if upstream in chain and following in chain and upstream.is_bridged:
-            await self._keeper.route(upstream, following)
-            # Until that stands, what comes is still for us to carry.
-            upstream.is_bridged = True
+    async def _report_idle(self, upstream: ControlStream, after_s: float) -> None:
+        await trio.sleep(after_s)
+        self._report(BridgeIdle(upstream))

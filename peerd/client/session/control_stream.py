@@ -1,6 +1,6 @@
 """A client's control stream to one hop: opens it and reads what the hop says.
 
-Knows one hop; knows no chain. What the messages mean for the session is `session`'s business.
+The supervisor decides what the messages mean for the session.
 """
 
 from __future__ import annotations
@@ -17,26 +17,18 @@ from peerd.protocol.errors import ConnectionLost, Unresponsive
 from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
 from peerd.routing.chains.chain import Hop
 
-# A bridge costs two links instead of one, and our own line.
-REPLAN_S = 10.0
-
 OnMessage = Callable[["ControlStream", Message, memoryview], None]
 
 
 class ControlStream:
-    """One hop of an open chain: `number` is its name in tickets, `opened` its answer to `open`."""
+    """One hop of an open chain: `number` is its name in tickets, `opened` its answer to the `open` of `epoch`."""
 
-    def __init__(self, hop: Hop, number: int, stream: Stream, opened: Opened) -> None:
+    def __init__(self, hop: Hop, number: int, epoch: int, stream: Stream, opened: Opened) -> None:
         self.hop = hop
         self.number = number
+        self.epoch = epoch
         self.stream = stream
         self.opened = opened
-        # The route behind it; whether what it sends comes to us, as its next hop cannot be reached from there, and
-        # whether we still want that; and when to look for another way.
-        self.route_epoch = 0
-        self.is_bridged = False
-        self.is_bridge_wanted = False
-        self.replan_after_s = REPLAN_S
 
     def __repr__(self) -> str:
         return f"<ControlStream hop={self.hop.index} {self.hop.span} {self.stream}>"
@@ -78,9 +70,7 @@ async def open_control(connections: Connections, hop: Hop, opening: Open, margin
         except BaseException:
             stream.reset("cancelled")
             raise
-    control = ControlStream(hop, opening.hop, stream, said)
-    control.route_epoch = opening.epoch
-    return control
+    return ControlStream(hop, opening.hop, opening.epoch, stream, said)
 
 
 @contextmanager

@@ -7,12 +7,42 @@ are being filled: so neighbouring holes are one, and what fills a hole may leave
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from peerd.client.session.control_stream import ControlStream
 from peerd.protocol.span import Span
 
 # A hop's number travels in a byte, and is used once (spec/session.md).
 MAX_NUMBERS = 256
+# A bridge costs two links instead of one, and the client's own line: after this long the client looks for another way,
+# and after twice as long each time, up to the second figure.
+REPLAN_S = 10.0
+MAX_REPLAN_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a hop sends its results, since `epoch`.
+
+    is_bridged: they come to the client, which passes them on, since the hop cannot reach its next hop.
+    is_bridge_wanted: the client has not tried to end that. replan_after_s: it looks for another way after so long.
+    """
+
+    epoch: int
+    is_bridged: bool = False
+    is_bridge_wanted: bool = False
+    replan_after_s: float = REPLAN_S
+
+    def direct(self, epoch: int, *, is_bridged: bool = False) -> Route:
+        """A route to the next hop itself, which is to take this one's place.
+
+        is_bridged: until the link stands, what the hop sends is still for the client to carry.
+        """
+        return replace(self, epoch=epoch, is_bridged=is_bridged, is_bridge_wanted=False)
+
+    def with_longer_pause(self) -> Route:
+        """The same, to be looked at again after twice as long."""
+        return replace(self, replan_after_s=min(2 * self.replan_after_s, MAX_REPLAN_S))
 
 
 class LiveChain:
@@ -23,6 +53,8 @@ class LiveChain:
         self.epoch = 0
         self._places: list[ControlStream | Span] = [blocks]
         self._next_number = 0
+        # Of hops whose route has changed since they were opened.
+        self._routes: dict[ControlStream, Route] = {}
 
     def __repr__(self) -> str:
         places = (f"[{place}]" if isinstance(place, Span) else str(place.hop.span) for place in self._places)
@@ -80,9 +112,18 @@ class LiveChain:
         self.epoch += 1
         return self.epoch
 
+    def route(self, control: ControlStream) -> Route:
+        """Where a hop sends its results now."""
+        return self._routes.get(control) or Route(control.epoch)
+
+    def set_route(self, control: ControlStream, route: Route) -> None:
+        """The hop's results go another way from now on."""
+        self._routes[control] = route
+
     def drop(self, control: ControlStream) -> None:
         """A hop is gone: there is a hole in its place. Its session is ended, if it can still hear that."""
         control.close()
+        self._routes.pop(control, None)
         places: list[ControlStream | Span] = []
         for place in self._places:
             now = control.hop.span if place is control else place
@@ -118,6 +159,7 @@ class LiveChain:
         self._places = places
         for control in replaced:
             control.close()
+            self._routes.pop(control, None)
         return True
 
     def close(self) -> None:

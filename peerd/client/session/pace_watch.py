@@ -1,13 +1,13 @@
-"""Watches one session's pace: asks every hop how far it is when a step is late, and says who is to be overtaken.
+"""Watches one session's pace: asks every hop how far it is when a step is late, and reports what hangs.
 
-Knows time and questions; what answers mean is `routing.suspicion`'s, and what is done about it the keeper's. The
-difficulty is asking in a way that a hop under load still answers, and a frozen one does not: on a stream of its
-own, above all other traffic, answered without the device.
+`routing.failures.suspicion` interprets the answers. The question must reach a hop under load, and must stay unanswered
+only where the hop is frozen: so it travels on a stream of its own, above all other traffic, and a hop answers it
+without its device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -16,40 +16,20 @@ import trio
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener
-from peerd.client.session.step_log import StepLog
-from peerd.protocol.errors import PeerdError
+from peerd.client.session.progress import StepProgress
+from peerd.client.session.troubles import HopHangs, LinkBroken, News, NoAnswer
+from peerd.protocol.errors import Overloaded, PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Progress
-from peerd.routing.failures.pace import FLOOR_S, Pace
-from peerd.routing.failures.suspicion import Hung, Stuck, Suspicion
+from peerd.routing.failures.pace import FLOOR_S
+from peerd.routing.failures.suspicion import Finding, Hung, Stuck, Suspicion
 
 # A hop's answer takes a round trip, and its process a moment to come to it beside others on a machine under load.
 ANSWER_S = 0.5
-# Who has not answered after this long breaks a promise: nothing that works is so slow to say so.
+# A hop that has not answered after this long breaks a promise: no hop that works is so slow to answer.
 SILENT_S = 4.0
 # A step of 128 positions on a slow machine takes a minute; longer than this no honest hop computes.
 STEP_DEADLINE_S = 180.0
-
-
-class Keeper(Protocol):
-    """What a watch asks of the chain's keeper."""
-
-    changed: trio.lowlevel.ParkingLot
-    pace: Pace
-    working_since: float
-    replaying: int
-
-    @property
-    def chain(self) -> LiveChain: ...
-
-    @property
-    def is_working(self) -> bool: ...
-
-    def overtake(self, control: ControlStream) -> None: ...
-
-    def bridge(self, control: ControlStream) -> None: ...
-
-    def no_answer(self, seconds: float) -> None: ...
 
 
 class Blames(Protocol):
@@ -59,89 +39,96 @@ class Blames(Protocol):
 
 
 class PaceWatch:
-    """The watch of one session; `run` is its task."""
+    """The watch of one session; `run` is its task. It reads `progress` and reports; it changes nothing itself."""
 
-    def __init__(self, keeper: Keeper, log: StepLog, opener: ChainOpener, finder: Blames) -> None:
-        self._keeper = keeper
-        self._log = log
+    def __init__(
+        self, progress: StepProgress, opener: ChainOpener, finder: Blames, report: Callable[[News], None]
+    ) -> None:
+        self._progress = progress
         self._opener = opener
         self._finder = finder
+        self._report = report
 
     async def run(self) -> None:
         """Watch until cancelled."""
+        progress = self._progress
         async with trio.open_nursery() as nursery:
             self._questions = nursery
             while True:
-                if not self._keeper.is_working:
-                    await self._keeper.changed.park()
+                if not progress.is_working:
+                    await progress.changed.park()
                     continue
-                with trio.move_on_at(self._keeper.working_since + self._late_after_s()):
-                    await self._keeper.changed.park()
+                with trio.move_on_at(progress.working_since + progress.late_after_s):
+                    await progress.changed.park()
                     continue
                 await self._look_into()
 
-    def _late_after_s(self) -> float:
-        return self._keeper.pace.late_after_s(self._oldest_positions)
-
-    @property
-    def _oldest_positions(self) -> int:
-        pending = next(iter(self._log.pending.values()))
-        return pending.step.positions + self._keeper.replaying
-
-    def _is_same(self, seq: int, chain: LiveChain) -> bool:
-        """Whether we still wait for that step, of the same hops."""
-        keeper = self._keeper
-        return keeper.is_working and next(iter(self._log.pending)) == seq and keeper.chain is chain
-
     async def _look_into(self) -> None:
-        """Look at a late step again and again, until it is answered or somebody was found to do something about."""
-        keeper, chain = self._keeper, self._keeper.chain
-        seq, since = next(iter(self._log.pending)), keeper.working_since
+        """Look at a late step again and again, until it is answered or something is to be done about it."""
+        progress, chain = self._progress, self._progress.chain
+        seq, since = progress.oldest_seq, progress.working_since
+        assert seq is not None
         suspicion = Suspicion(seq, since)
-        while self._is_same(seq, chain) and keeper.working_since == since:
-            controls = chain.controls
-            reports = await self._ask(chain, controls)
-            if not self._is_same(seq, chain) or keeper.working_since != since or chain.controls != controls:
+
+        def is_same() -> bool:
+            """Whether we still wait for that step, of the same hops."""
+            return (
+                progress.is_working
+                and progress.oldest_seq == seq
+                and progress.chain is chain
+                and progress.working_since == since
+            )
+
+        while is_same():
+            hops = chain.controls
+            reports = await self._ask(chain, hops)
+            if not is_same() or chain.controls != hops:
                 return
-            expected_s = keeper.pace.expected_s(self._oldest_positions)
+            expected_s = progress.expected_s
             if expected_s is not None:
                 expected_s = max(expected_s, FLOOR_S)
             now = trio.current_time()
             found = suspicion.look(reports, now, expected_s)
-            if isinstance(found, Hung):
-                for index in found.hops:
-                    keeper.overtake(controls[index])
-            elif isinstance(found, Stuck):
-                keeper.bridge(controls[found.upstream])
-            elif now - since >= STEP_DEADLINE_S:
-                keeper.no_answer(STEP_DEADLINE_S)
-            pause_s = ANSWER_S if found is None else self._late_after_s()
+            for news in _news(found, hops, seq, now - since):
+                self._report(news)
+            pause_s = ANSWER_S if found is None or not progress.is_working else progress.late_after_s
             with trio.move_on_after(pause_s):
-                await keeper.changed.park()
+                await progress.changed.park()
 
-    async def _ask(self, chain: LiveChain, controls: Sequence[ControlStream]) -> list[Progress | None]:
+    async def _ask(self, chain: LiveChain, hops: Sequence[ControlStream]) -> list[Progress | None]:
         """What each hop says, within a moment; None where it says nothing."""
-        said: dict[int, Progress] = {}
+        answers: dict[int, Progress] = {}
         done = trio.Event()
 
         async def ask(index: int) -> None:
-            control = controls[index]
+            hop = hops[index]
             with trio.move_on_after(SILENT_S):
                 try:
-                    said[index] = await self._opener.ask(chain, control)
+                    answers[index] = await self._opener.ask(chain, hop)
                 except (PeerdError, trio.ClosedResourceError):
                     # Whatever ends its control stream too, its reader hears; and it is not silent.
-                    said[index] = _UNKNOWN
-                if len(said) == len(controls):
+                    answers[index] = _UNKNOWN
+                if len(answers) == len(hops):
                     done.set()
                 return
-            self._finder.failed(control.hop.peer_id)
+            self._finder.failed(hop.hop.peer_id)
 
-        for index in range(len(controls)):
+        for index in range(len(hops)):
             self._questions.start_soon(partial(ask, index))
         with trio.move_on_after(ANSWER_S):
             await done.wait()
-        return [said.get(index) for index in range(len(controls))]
+        return [answers.get(index) for index in range(len(hops))]
+
+
+def _news(found: Finding | None, hops: Sequence[ControlStream], seq: int, waited_s: float) -> list[News]:
+    """What is wrong with a late step `seq`, which has been waited for so long."""
+    if isinstance(found, Hung):
+        return [HopHangs(hops[index], seq) for index in found.hops]
+    if isinstance(found, Stuck):
+        return [LinkBroken(hops[found.upstream])]
+    if waited_s >= STEP_DEADLINE_S:
+        return [NoAnswer(Overloaded(f"no answer within {STEP_DEADLINE_S:g} s"))]
+    return []
 
 
 # Of a hop that does not say: as if it had done its part.

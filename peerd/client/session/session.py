@@ -1,6 +1,6 @@
 """A client's session: rows of activations, one step after another, whoever serves them.
 
-Knows steps and rows; the chain beneath, and its mending, is `chain_keeper`'s. A long step is cut into pieces
+Knows steps and rows; the chain beneath, and its mending, is the supervisor's. A long step is cut into pieces
 that the hops of a chain work on at the same time.
 """
 
@@ -14,7 +14,7 @@ import trio
 from peerd.client.finding.finder import Patience
 from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.step_log import Pending, StepLog
-from peerd.client.session.supervisor import ChainKeeper
+from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InternalError, InvalidRequest
 from peerd.protocol.messages.session import Want
@@ -32,19 +32,19 @@ class Session:
     def __init__(self, means: Means, wanted: Wanted) -> None:
         terms = wanted.terms
         self.log = StepLog(max_length=terms.max_length, max_rows=terms.max_rows, max_rollback=terms.max_rollback)
-        self._keeper = ChainKeeper(means, wanted, self.log)
+        self._supervisor = Supervisor(means, wanted, self.log)
         self._width = wanted.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
         self._scope = trio.CancelScope()
 
     def __repr__(self) -> str:
-        return f"<Session {self._keeper} {self.log}>"
+        return f"<Session {self._supervisor} {self.log}>"
 
     @property
     def chain(self) -> list[dict[str, object]]:
         """Who serves which blocks now; empty before the first step."""
-        return self._keeper.describe()
+        return self._supervisor.describe()
 
     @property
     def closed(self) -> bool:
@@ -54,27 +54,27 @@ class Session:
     @property
     def failovers(self) -> int:
         """How often hops were replaced, since there was a chain."""
-        return self._keeper.failovers
+        return self._supervisor.failovers
 
     @property
     def replayed_positions(self) -> int:
         """Positions that were sent again to bring replacements to where their predecessors stood."""
-        return self._keeper.replayed_positions
+        return self._supervisor.replayed_positions
 
     @property
     def reopened(self) -> int:
         """How often no hop of a chain could be kept, so that all of them computed the past again."""
-        return self._keeper.reopened
+        return self._supervisor.reopened
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the session's chain open until `close`. Steps that are under way then end with ClosedResourceError."""
         try:
             with self._scope:
-                await self._keeper.run(task_status)
+                await self._supervisor.run(task_status)
         finally:
             self._closed = True
             self.log.fail(trio.ClosedResourceError("the session was closed"))
-            self._keeper.changed.unpark_all()
+            self._supervisor.changed.unpark_all()
 
     def close(self) -> None:
         """End the session on every hop."""
@@ -150,13 +150,13 @@ class Session:
         before: Sequence[Pending] = (),
     ) -> Pending:
         """Submit a step, or the next piece of one; where those `before` it were given up, raises why."""
-        while not self._closed and len(self.log.pending) >= self._keeper.max_steps:
-            await self._keeper.changed.park()
+        while not self._closed and len(self.log.pending) >= self._supervisor.max_steps:
+            await self._supervisor.changed.park()
         if self._closed:
             raise trio.ClosedResourceError("the session was closed")
         for piece in before:
             if piece.error is not None:
                 raise piece.error
-        pending = self.log.add(hidden, rows, ops, want, self._keeper.epoch)
-        self._keeper.submit(pending)
+        pending = self.log.add(hidden, rows, ops, want, self._supervisor.epoch)
+        self._supervisor.submit(pending)
         return pending

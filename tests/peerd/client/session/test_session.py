@@ -8,8 +8,17 @@ import torch
 import trio
 
 from peerd.client.finding.finder import Patience
+from peerd.client.session.troubles import HopLost, StepRefused
 from peerd.compute.kv.layout import Keep
-from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoChain, NoRoom, Overloaded
+from peerd.protocol.errors import (
+    BadResult,
+    ConnectionLost,
+    ContextTooLong,
+    InvalidRequest,
+    NoChain,
+    NoRoom,
+    Overloaded,
+)
 from peerd.protocol.rows import PREFILL_POSITIONS, Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine, fake_forward
@@ -362,7 +371,7 @@ async def test_a_long_chain_whose_last_blocks_are_full_everywhere_waits_and_blam
             dead = [await swarm.serve(8, 9)]
             await session.open()
             # It has lived long, and seen many die.
-            session._keeper.chain.take_numbers(256 - 32 - len(session.chain))
+            session._supervisor.chain.take_numbers(256 - 32 - len(session.chain))
             swarm.kill(dead[0])
         with pytest.raises(Overloaded, match="full"):
             await session.step(tokens(1))
@@ -379,6 +388,36 @@ async def test_a_wrong_step_is_refused_and_the_session_goes_on(open_swarm, whole
         with pytest.raises(InvalidRequest):
             await session.step(row[3:], start=5)
         assert torch.equal(await session.step(row[3:], want="all"), whole_forward(row, 9)[3:])
+
+
+@pytest.mark.parametrize("is_mending", [False, True], ids=["at rest", "while a hole is filled"])
+async def test_a_refused_fork_ends_the_chain_and_the_next_step_opens_another(open_swarm, whole_forward, is_mending):
+    """The hops may have forked, so none of them can be kept."""
+    async with open_swarm() as swarm:
+        await chain_of_three(swarm)
+        session = await (await swarm.client()).session(BLOCKS, max_rows=2)
+        row = tokens(4)
+        await session.step(row[:3])
+        supervisor = session._supervisor
+        async with trio.open_nursery() as nursery:
+
+            async def refuse() -> None:
+                await trio.sleep(0.01)
+                hops = supervisor.chain.controls
+                if is_mending:
+                    supervisor.report(HopLost(hops[1], ConnectionLost("x")))
+                    await trio.sleep(0.001)
+                supervisor.report(StepRefused(hops[0], InvalidRequest("no")))
+
+            nursery.start_soon(refuse)
+            with pytest.raises(InvalidRequest, match="no"):
+                await session.step(row[3:], row=1, start=3, ops=(Fork(0, 1, 3),))
+        await trio.sleep(10)
+        # Nothing is opened before there is something to send, unless that had begun.
+        assert bool(session.chain) is is_mending
+        with trio.fail_after(5):
+            assert torch.equal(await session.step(row[3:], want="all"), whole_forward(row, 9)[3:])
+        assert session.reopened == 1
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.011, 0.021, 0.029, 0.041, 0.049])

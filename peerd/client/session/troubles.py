@@ -1,0 +1,179 @@
+"""Decides what becomes of everything that can go wrong with a session's chain.
+
+The hops' readers, the pace watch and the bridges report `News`. `judge` says what each piece of news changes, by one
+table. `most_urgent` says which `Trouble` the supervisor sees to next. Both are pure: they read values and return
+values. A trouble can be over before its turn comes; `still_stands` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from peerd.client.session.control_stream import ControlStream
+from peerd.client.session.live_chain import LiveChain
+from peerd.protocol.errors import CallerError, Evicted, LinkFailed, PeerdError, PeerFault, RelayLost
+from peerd.protocol.span import Span
+
+# Faults in a row without one answer, after which the session gives its steps up.
+MAX_FAULTS_WITHOUT_ANSWER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HopLost:
+    """A hop ended its part of the session, or broke it."""
+
+    hop: ControlStream
+    error: PeerdError
+
+
+@dataclass(frozen=True, slots=True)
+class HopOverflowed:
+    """A hop's blocks gave NaN or infinity for a step, and the hop says so."""
+
+    hop: ControlStream
+    error: PeerdError
+
+
+@dataclass(frozen=True, slots=True)
+class Disagrees:
+    """A hop's cache is not what the client thinks it is."""
+
+    hop: ControlStream
+    error: PeerdError
+
+
+@dataclass(frozen=True, slots=True)
+class NoAnswer:
+    """A step was never answered, and no hop is known to be the cause."""
+
+    error: PeerdError
+
+
+@dataclass(frozen=True, slots=True)
+class StepRefused:
+    """A hop refused a step for what the caller asked: every other peer would refuse it too."""
+
+    hop: ControlStream
+    error: PeerdError
+
+
+@dataclass(frozen=True, slots=True)
+class HopHangs:
+    """A hop hangs, or is too slow, while the client waits for step `seq`."""
+
+    hop: ControlStream
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkBroken:
+    """What this hop sends does not arrive at the next hop."""
+
+    hop: ControlStream
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeIdle:
+    """The client has carried what this hop sends for a while: there may be a better way by now."""
+
+    hop: ControlStream
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The session cannot go on with its pending steps."""
+
+    error: PeerdError
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """No hop runs these blocks."""
+
+    blocks: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """The chain is whole, but its first hop may lack steps."""
+
+
+News = HopOverflowed | HopLost | Disagrees | NoAnswer | StepRefused | HopHangs | LinkBroken | BridgeIdle
+# What waits for the supervisor in its queue; it sees holes, and that the first hop is behind, by looking at the chain.
+Queued = Fatal | HopHangs | LinkBroken | BridgeIdle
+Trouble = Queued | Hole | Behind
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a piece of news changes.
+
+    is_blamed: the hop broke a promise, and every session leaves it out for a while. is_avoided: this session alone
+    does. drops_hop: the hop leaves the chain. drops_all: every hop does. fails_steps: the pending steps fail.
+    is_fatal: they fail once the supervisor comes to it. is_queued: the news waits for the supervisor as it is.
+    waits_for_work: the supervisor need not look before there are steps to send.
+    """
+
+    is_blamed: bool = False
+    is_avoided: bool = False
+    drops_hop: bool = False
+    drops_all: bool = False
+    fails_steps: bool = False
+    is_fatal: bool = False
+    is_queued: bool = False
+    waits_for_work: bool = False
+
+
+# The first row that fits the news and its error decides.
+_VERDICTS: tuple[tuple[type, type, Verdict], ...] = (
+    # The peer may be well, and another relay lead to it: it is as good as any other for its own blocks.
+    (HopLost, RelayLost, Verdict(drops_hop=True)),
+    (HopLost, PeerFault, Verdict(drops_hop=True, is_blamed=True)),
+    # A hop evicts a session that asks for nothing. It is opened again with the next step.
+    (HopLost, Evicted, Verdict(drops_hop=True, waits_for_work=True)),
+    (HopLost, CallerError, Verdict(drops_hop=True, is_avoided=True, is_fatal=True)),
+    (HopLost, PeerdError, Verdict(drops_hop=True, is_avoided=True)),
+    # The hop is no liar: the same blocks in another dtype may do better.
+    (HopOverflowed, PeerdError, Verdict(drops_hop=True)),
+    # Only a new chain is sure to agree with the client.
+    (Disagrees, PeerdError, Verdict(drops_all=True)),
+    (NoAnswer, PeerdError, Verdict(drops_all=True)),
+    (StepRefused, PeerdError, Verdict(fails_steps=True, waits_for_work=True)),
+    (HopHangs, object, Verdict(is_queued=True)),
+    (LinkBroken, object, Verdict(is_queued=True)),
+    (BridgeIdle, object, Verdict(is_queued=True)),
+)
+
+# Most urgent first. Hops are only overtaken, and bridges ended, while steps can be sent.
+_URGENCY: tuple[type, ...] = (Fatal, Hole, LinkBroken, Behind, HopHangs, BridgeIdle)
+
+
+def judge(news: News) -> Verdict:
+    """What the news changes."""
+    error = getattr(news, "error", None)
+    return next(verdict for kind, cause, verdict in _VERDICTS if isinstance(news, kind) and isinstance(error, cause))
+
+
+def most_urgent(queued: Iterable[Queued], holes: Iterable[Span], *, is_ready: bool) -> Trouble | None:
+    """What the supervisor sees to next; None where nothing is wrong. `is_ready`: steps may be sent."""
+    troubles: list[Trouble] = [*queued, *map(Hole, holes)]
+    if not is_ready:
+        troubles.append(Behind())
+    return min(troubles, key=lambda trouble: _URGENCY.index(type(trouble)), default=None)
+
+
+def still_stands(trouble: HopHangs | LinkBroken | BridgeIdle, chain: LiveChain, oldest_seq: int | None) -> bool:
+    """Whether there is still something to do about it. oldest_seq: the step that the client waits for."""
+    match trouble:
+        case HopHangs(_, seq):
+            return seq == oldest_seq
+        case LinkBroken(hop):
+            return hop in chain and not chain.route(hop).is_bridged and chain.after(hop.hop.span.end) is not None
+        case BridgeIdle(hop):
+            return hop in chain and chain.route(hop).is_bridged
+
+
+def ends_chain(error: PeerdError) -> bool:
+    """Whether hops that live are of no use after steps failed with this: they would fail the next in the same way."""
+    return isinstance(error, CallerError | LinkFailed)
