@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from peerd.compute.errors import AdapterError
 from peerd.protocol.span import Span
 
+# Adapters have ranks of 4 to 256; a rank costs as much for each position of all who share a batch as for its own.
+MAX_RANK = 1024
+
 BlockModule = tuple[int, str]
 """A linear layer: the number of its block in the model, and its name in the block, such as `self_attn.q_proj`."""
 
@@ -95,6 +98,8 @@ def bytes_of(lora: Lora, dtype: torch.dtype | None = None) -> int:
 def check_fits(lora: Lora, features: Mapping[BlockModule, tuple[int, int]]) -> None:
     """Raise AdapterError unless every matrix belongs to a layer of `features`, (out_features, in_features) each."""
     for (block, name), pair in lora.items():
+        if pair.rank > MAX_RANK:
+            raise AdapterError(f"block {block}: {name} has an adapter of rank {pair.rank}, more than {MAX_RANK}")
         wanted = features.get((block, name))
         if wanted is None:
             raise AdapterError(f"block {block} has no linear layer {name} that can be adapted")

@@ -27,7 +27,7 @@ from peerd.compute.training.memory import (
     signature,
 )
 from peerd.compute.training.micro_batches import MicroBatch, cut_rows
-from peerd.compute.training.tunables import BlockLeaves, Tunables, with_lora, with_prompt
+from peerd.compute.training.tunables import BlockLeaves, Tunables, check_shape, linear_widths, with_lora, with_prompt
 from peerd.protocol.span import Span
 
 # More positions at once make no CPU faster, and inference waits for one block of a micro-batch.
@@ -96,6 +96,7 @@ class PassRunner:
         self.whole = whole
         self.adapters = adapters
         self._part = part
+        self._widths: dict[int, dict[str, tuple[int, int]]] = {}
         self._costs: dict[int, BlockCost] = {}
         self._largest_weight_bytes = 0
 
@@ -121,16 +122,20 @@ class PassRunner:
         self._check(given)
         cost = self.cost(given.blocks)
         room = self.memory.working_bytes
+        added, a_position = given.tunables.working_bytes()
+
+        def working_bytes(rows: int, longest: int) -> int:
+            return cost.working_bytes(rows, longest) + added + a_position * rows * longest
 
         def fits(rows: int, longest: int) -> bool:
             small = rows == 1 or rows * longest <= MICRO_POSITIONS
-            return small and cost.working_bytes(rows, longest) <= room
+            return small and working_bytes(rows, longest) <= room
 
         micros = cut_rows(given.rows, fits)
         if micros is None:
             longest = max(given.rows)
             raise PassTooLargeError(
-                f"a row of {longest} positions takes {cost.working_bytes(1, longest)} bytes to train through blocks"
+                f"a row of {longest} positions takes {working_bytes(1, longest)} bytes to train through blocks"
                 f" {given.blocks}; {room} are set aside here: send shorter rows or fewer blocks"
             )
         return micros
@@ -146,6 +151,27 @@ class PassRunner:
         """What passes over these blocks take."""
         costs = tuple(self._costs[block] for block in range(blocks.start, blocks.end))
         return SpanCost(costs, self.whole.hidden_size * self.whole.dtype.itemsize, self._largest_weight_bytes)
+
+    def check_count(self, blocks: Span, parameters: int) -> None:
+        """Whether these blocks can have so many prompts and LoRA tensors. Raises InvalidStepError."""
+        most = sum(2 * len(self._linear_widths(block)) + 1 for block in self._own(blocks))
+        if parameters > most:
+            raise InvalidStepError(f"{parameters} parameters for blocks {blocks}, which have {most} at most")
+
+    def check_parameter(self, blocks: Span, block: int, name: str, shape: Sequence[int]) -> None:
+        """Whether one of these blocks has such a prompt or LoRA tensor. Raises InvalidStepError."""
+        if not blocks.start <= block < blocks.end or block not in self._own(blocks):
+            raise InvalidStepError(f"{name} is for block {block}, which this pass does not run")
+        check_shape(name, shape, self._linear_widths(block), self.whole.hidden_size)
+
+    def _own(self, blocks: Span) -> range:
+        span = self.whole.span
+        return range(max(span.start, blocks.start), min(span.end, blocks.end))
+
+    def _linear_widths(self, block: int) -> dict[str, tuple[int, int]]:
+        if block not in self._widths:
+            self._widths[block] = linear_widths(self.whole.layers[block - self.whole.span.start])
+        return self._widths[block]
 
     def forward(self, given: PassInput, micros: list[MicroBatch], tape_bytes: int = 0) -> ForwardPass:
         """A forward, which leaves a tape if it may take that many bytes."""

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peerd.compute.adapters.lora import MAX_RANK
 from peerd.compute.errors import InvalidStepError
 
 PROMPT = "prompt"
 LORA_A, LORA_B = ".lora_A", ".lora_B"
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +43,20 @@ class Tunables:
                 _check_prompt(block, tensor, rows, hidden_size)
             else:
                 self._check_lora(block, name, tensor, widths[block])
+
+    def working_bytes(self) -> tuple[int, int]:
+        """What they take on the device beside a pass: once, and for each position of a micro-batch.
+
+        Each is there with its gradient, both in fp32. A block's LoRA pairs keep their inner values and their inputs in
+        fp32 for the backward.
+        """
+        once = 2 * _FP32_BYTES * sum(tensor.numel() for tensor in self.tensors.values())
+        by_block: dict[int, int] = {}
+        for (block, _), tensor in self.tensors.items():
+            if tensor.dim() == 2:
+                # Of A [r, in] the input and the inner values; of B [out, r] the inner values' gradient and the sum.
+                by_block[block] = by_block.get(block, 0) + sum(tensor.shape)
+        return once, 2 * _FP32_BYTES * max(by_block.values(), default=0)
 
     def _check_lora(self, block: int, name: str, tensor: torch.Tensor, known: Mapping[str, tuple[int, int]]) -> None:
         module_name, suffix = name[: -len(LORA_A)], name[-len(LORA_A) :]
@@ -66,6 +82,25 @@ def _check_prompt(block: int, tensor: torch.Tensor, rows: Sequence[int], hidden_
             f"the prompt of block {block} has {tensor.shape[1]} positions, a row only {min(rows)}:"
             " rows begin with the prompt's positions"
         )
+
+
+def check_shape(name: str, shape: Sequence[int], known: Mapping[str, tuple[int, int]], hidden_size: int) -> None:
+    """Whether a tensor of this name and shape belongs to a block with these linear modules. Raises InvalidStepError.
+
+    What `Tunables.check` refuses later need not be received first.
+    """
+    if name == PROMPT:
+        if len(shape) != 3 or shape[2] != hidden_size:
+            raise InvalidStepError(f"a prompt of shape {list(shape)} is not [1 or rows, n, {hidden_size}]")
+        return
+    module_name, suffix = name[: -len(LORA_A)], name[-len(LORA_A) :]
+    widths = known.get(module_name)
+    if suffix not in (LORA_A, LORA_B) or widths is None:
+        raise InvalidStepError(f"the block has no {name!r}: LoRA goes beside {', '.join(sorted(known))}")
+    rank = shape[0] if suffix == LORA_A else shape[-1]
+    wanted = [rank, widths[0]] if suffix == LORA_A else [widths[1], rank]
+    if list(shape) != wanted or rank > MAX_RANK:
+        raise InvalidStepError(f"{name} has shape {list(shape)}, not {wanted} with a rank of {MAX_RANK} at most")
 
 
 def linear_widths(layer: nn.Module) -> dict[str, tuple[int, int]]:

@@ -14,6 +14,7 @@ import trio
 
 from peerd.net.circuits import CIRCUIT_PRIORITY
 from peerd.net.peer_connection import PeerConnection
+from peerd.net.rates import TokenBucket
 from peerd.net.stream import Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
@@ -42,7 +43,7 @@ from peerd.protocol.messages.relay import (
     inner_message,
 )
 from peerd.protocol.messages.session import Failure
-from peerd.reach.relay_ledger import RelayLedger, RelayLimits, TokenBucket
+from peerd.reach.relay_ledger import RelayLedger, RelayLimits
 
 log = logging.getLogger(__name__)
 

@@ -1,18 +1,20 @@
 """Who gets the KV tokens that several sessions want: first come, first served, nobody hogging.
 
-Knows waiting and fairness; the accounting itself is the engine's, which says NoRoom. The difficulty
-is two clients that each hold half a chain and wait for the other half: the bounded wait here, and the
-client that then closes everything and tries again after a random delay, resolve it (spec/session.md).
+Requests wait here in order; the accounting itself is the engine's, which says NoRoom. Two clients may each hold half
+a chain and wait for the other half: the bounded wait here, and the client that then closes everything and tries again
+after a random delay, resolve that (spec/session.md). What a peer may hold, and how many of its requests may wait, its
+network may not have much more of, since keys are free (`net/owners.py`).
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Hashable
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
 
+from peerd.net.owners import Owner, Tally
 from peerd.protocol.errors import NoRoom, PeerdError
 
 # The first who waits keeps those behind it waiting for so long, so that a big request is not always overtaken; but no
@@ -20,6 +22,11 @@ from peerd.protocol.errors import NoRoom, PeerdError
 HOLD_UP_S = 1.0
 # More who wait would not be served within anybody's patience, and each costs a stream and a task.
 MAX_WAITING = 256
+# Of those, one peer and one network may have so many: a client waits with one request for each chain that it opens.
+MAX_WAITING_A_PEER = 8
+MAX_WAITING_A_NETWORK = 16
+# A client waits no longer than this in a queue (`busy_peers.QUEUE_S`); whoever asks for more would only fill it.
+MAX_WAIT_S = 30.0
 # A pool that was full counts as full until this share of it is free: who is told of every token that comes and goes
 # learns nothing, and each announcement travels to a dozen peers.
 ROOM_SHARE = 1 / 8
@@ -32,7 +39,7 @@ MAX_RETRY_S = 60.0
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    owner: Hashable
+    owner: Owner
     tokens: int
     attempt: Callable[[], None]
     since: float = field(default_factory=trio.current_time)
@@ -47,23 +54,25 @@ class Admission:
     """Grants tokens of one pool. `attempt` callbacks commit them and raise NoRoom where there are too few.
 
     is_full: somebody has waited for a second in vain, and there is hardly more room since. on_change: called when that
-    has changed.
+    has changed. on_wanted: called when somebody has waited for a second in vain.
     """
 
     def __init__(self, total_tokens: int, free_tokens: Callable[[], int]) -> None:
         self.is_full = False
         self.on_change: Callable[[], None] = lambda: None
+        self.on_wanted: Callable[[], None] = lambda: None
         # Mean seconds between two sessions that end, and when the last one did.
         self._pace_s: float | None = None
         self._released_at: float | None = None
         self._total = total_tokens
         self._free = free_tokens
-        self._held: Counter[Hashable] = Counter()
+        self._held = Tally()
         self._waiters: deque[_Waiter] = deque()
+        self._waiting = Tally()
 
     async def admit(
         self,
-        owner: Hashable,
+        owner: Owner,
         tokens: int,
         attempt: Callable[[], None],
         timeout_s: float,
@@ -71,15 +80,17 @@ class Admission:
     ) -> None:
         """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`, and what it raises.
 
-        At once where too many wait already.
+        At once where too many wait already, or too many of the owner's: a full queue makes room for an owner that has
+        no place in it by refusing the last request of the owner with most places.
 
         Who has waited for a second in vain may be overtaken. While others wait, an owner whose holdings would exceed
         half of the pool is passed over. `undo` takes back what was committed for a caller that is cancelled then.
         """
-        if len(self._waiters) >= MAX_WAITING:
-            raise NoRoom(f"{len(self._waiters)} sessions wait here already", self._free(), self.retry_after_s)
+        timeout_s = min(timeout_s, MAX_WAIT_S)
+        self._check_place(owner)
         waiter = _Waiter(owner, tokens, attempt)
         self._waiters.append(waiter)
+        self._waiting.add(owner, 1)
         try:
             self._grant_in_order()
             if not waiter.done.is_set():
@@ -89,6 +100,7 @@ class Admission:
                     self._grant_in_order()
                     if not waiter.done.is_set():
                         self._note_full(True)
+                        self.on_wanted()
                     await waiter.done.wait()
             if waiter.error is not None:
                 raise waiter.error
@@ -104,19 +116,23 @@ class Admission:
             raise
         finally:
             if not waiter.done.is_set():
-                self._waiters.remove(waiter)
+                self._leave(waiter)
                 # Whoever stood behind us may fit where we did not.
                 self._grant_in_order()
                 self._note_room()
 
-    def release(self, owner: Hashable, tokens: int) -> None:
+    def release(self, owner: Owner, tokens: int) -> None:
         """Tokens of `owner` were freed: wake whoever waits for them."""
-        self._held[owner] -= tokens
-        if self._held[owner] <= 0:
-            del self._held[owner]
+        self._held.add(owner, -tokens)
         self._note_pace()
         self.retry()
         self._note_room()
+
+    @property
+    def wanted_tokens(self) -> int:
+        """How many tokens are missing for those who have waited for a while."""
+        since = trio.current_time() - HOLD_UP_S / 2
+        return max(0, sum(waiter.tokens for waiter in self._waiters if waiter.since <= since) - self._free())
 
     @property
     def retry_after_s(self) -> float:
@@ -153,10 +169,30 @@ class Admission:
     def _grant_in_order(self) -> None:
         # Each grant may make room for somebody who was passed over, so start again after it.
         while (waiter := self._first_that_fits()) is not None:
-            self._waiters.remove(waiter)
+            self._leave(waiter)
             if waiter.error is None:
-                self._record(waiter)
+                waiter.granted = True
+                self._held.add(waiter.owner, waiter.tokens)
             waiter.done.set()
+
+    def _leave(self, waiter: _Waiter) -> None:
+        self._waiters.remove(waiter)
+        self._waiting.add(waiter.owner, -1)
+
+    def _check_place(self, owner: Owner) -> None:
+        """Raises NoRoom where the queue has no place for one more request of this owner."""
+        limits = {"a_peer": MAX_WAITING_A_PEER, "a_network": MAX_WAITING_A_NETWORK}
+        if not self._waiting.has_room(owner, 1, **limits):
+            refusal = f"{self._waiting.most(owner)} sessions of yours, or of your network, wait here already"
+            raise NoRoom(refusal, self._free(), self.retry_after_s)
+        if len(self._waiters) >= MAX_WAITING:
+            greedy = max(self._waiters, key=lambda waiter: self._waiting.most(waiter.owner))
+            if self._waiting.most(greedy.owner) <= self._waiting.most(owner) + 1:
+                raise NoRoom(f"{len(self._waiters)} sessions wait here already", self._free(), self.retry_after_s)
+            last = next(waiter for waiter in reversed(self._waiters) if waiter.owner == greedy.owner)
+            self._leave(last)
+            last.error = NoRoom("others wait here who have fewer requests", self._free(), self.retry_after_s)
+            last.done.set()
 
     def _first_that_fits(self) -> _Waiter | None:
         for waiter in self._waiters:
@@ -175,11 +211,10 @@ class Admission:
             return waiter
         return None
 
-    def _record(self, waiter: _Waiter) -> None:
-        waiter.granted = True
-        self._held[waiter.owner] += waiter.tokens
-
     def _hogs(self, waiter: _Waiter) -> bool:
-        held = self._held[waiter.owner]
-        others_wait = any(other.owner != waiter.owner for other in self._waiters)
-        return held > 0 and others_wait and held + waiter.tokens > self._total // 2
+        owner, half = waiter.owner, self._total // 2
+        if self._held.of_peer(owner) and self._held.of_peer(owner) + waiter.tokens > half:
+            return any(other.owner != owner for other in self._waiters)
+        if self._held.of_network(owner) and self._held.of_network(owner) + waiter.tokens > half:
+            return any(other.owner.share != owner.share for other in self._waiters)
+        return False

@@ -30,6 +30,7 @@ from peerd.compute.errors import (
     NonFiniteError,
 )
 from peerd.compute.steps import EngineStep, StepResult
+from peerd.net.owners import Owner
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -72,7 +73,7 @@ class _Wanted(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class _Tenant:
-    owner: Hashable
+    owner: Owner
     tokens: int
     deliver: Deliver
     adapter: str
@@ -141,6 +142,11 @@ class EngineTask:
         if self._threaded:
             return await trio.to_thread.run_sync(work, limiter=self._limiter)
         return work()
+
+    def tokens_of(self, session: Hashable) -> int:
+        """KV tokens that the session holds; 0 where it is not open."""
+        tenant = self._tenants.get(session)
+        return tenant.tokens if tenant is not None else 0
 
     async def run_work(self, owner: Hashable, work: Work) -> None:
         """Do a long work in turns, below inference and fairly among owners. Raises what its turns raise.
@@ -237,7 +243,7 @@ class EngineTask:
             await self._on_device(partial(self.engine.unload_adapter, name))
             self._withdrawn.discard(name)
 
-    async def open(self, session: Hashable, owner: Hashable, opening: Open, deliver: Deliver) -> None:
+    async def open(self, session: Hashable, owner: Owner, opening: Open, deliver: Deliver) -> None:
         """Commit the KV that `opening` asks for, and memory for the outputs that a hop before another keeps.
 
         Waits for room as long as `opening` allows. Raises NoRoom, ContextTooLong, InvalidRequest,
@@ -262,7 +268,7 @@ class EngineTask:
                 message = f"{kept} positions of outputs to keep wanted, there is memory for {self._free_to_keep}"
                 raise NoRoom(message, self.engine.free_tokens)
             with wire_errors():
-                self.engine.open(session, owner=owner, adapter=opening.adapter, **wanted)
+                self.engine.open(session, owner=owner.share, adapter=opening.adapter, **wanted)
             self._free_to_keep -= kept
 
         def undo() -> None:

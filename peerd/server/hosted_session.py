@@ -19,6 +19,7 @@ from peerd.exchange.adapter_upload import receive_adapter
 from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
+from peerd.net.owners import Owner
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
 from peerd.protocol.encoding.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
@@ -34,10 +35,10 @@ from peerd.protocol.errors import (
     Superseded,
     UnsupportedFeature,
 )
-from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import OWN_ADAPTER, Upload
 from peerd.protocol.messages.session import (
     FEATURES,
+    MAX_STEP_POSITIONS,
     REPLAY_SEQ,
     Bridge,
     Failure,
@@ -69,7 +70,7 @@ class HostedSession:
     def __init__(
         self,
         opening: Open,
-        owner: PeerId,
+        owner: Owner,
         engine: EngineTask,
         open_link: OpenLink,
         adapter_room: AdapterRoom | None = None,
@@ -83,6 +84,7 @@ class HostedSession:
         self.taken = 0
         self.done = 0
         self.max_steps = min(opening.max_steps, MAX_GRANTED_STEPS)
+        # When it last asked for something, or got something.
         self.last_used = trio.current_time()
         self.admitted = False
         self.control: Stream | None = None
@@ -112,8 +114,31 @@ class HostedSession:
     def __repr__(self) -> str:
         return (
             f"<HostedSession {self.opening.session.hex()[:8]} hop={self.opening.hop} epoch={self.epoch}"
-            f" pending={len(self._pending)} of {self.owner}>"
+            f" pending={len(self._pending)} of {self.owner.peer_id}>"
         )
+
+    @property
+    def tokens(self) -> int:
+        """KV tokens that it holds."""
+        return self._engine.tokens_of(self)
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that one of its steps may bring: twice what it can hold, so that a mistake is still told as one."""
+        return min(MAX_STEP_POSITIONS, 2 * self.opening.max_length * self.opening.max_rows)
+
+    def unused_s(self) -> float:
+        """For how long nothing has been done for it that others would have to wait for; 0 while it is in use.
+
+        A session whose results nobody takes away is not in use, however much it asked for.
+        """
+        is_worked_on = (self._pending and not self._held) or self._adapter == "coming"
+        return 0.0 if is_worked_on else trio.current_time() - self.last_used
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step ever came."""
+        return self.taken > 0 or (self.admitted and bool(self._engine.engine.lengths(self)))
 
     @property
     def task(self) -> EngineTask:
@@ -279,6 +304,7 @@ class HostedSession:
     def deliver(self, result: torch.Tensor | PeerdError) -> None:
         """Send a step's result where it belongs. Called by the engine task; never blocks."""
         step = self._pending.popleft()
+        self.last_used = trio.current_time()
         try:
             if isinstance(result, PeerdError):
                 raise result

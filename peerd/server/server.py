@@ -16,6 +16,7 @@ import trio
 from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S
 from peerd.exchange.refusals import finish, refuse
 from peerd.net.connections import Connections, Stream
+from peerd.net.owners import Owner
 from peerd.net.peer_connection import CLOSED
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
@@ -32,7 +33,6 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
-from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
 from peerd.protocol.messages.session import (
     CONTROL_FROM_CLIENT,
@@ -40,7 +40,6 @@ from peerd.protocol.messages.session import (
     INFER_PROTOCOL,
     LINK_FROM_UPSTREAM,
     LINK_PROTOCOL,
-    MAX_STEP_POSITIONS,
     PROGRESS_FROM_CLIENT,
     PROGRESS_PROTOCOL,
     REPLAY_SEQ,
@@ -66,8 +65,14 @@ LINGER_S = 15.0
 # A session that asks for nothing for this long gives its pages to others.
 IDLE_S = 300.0
 EVICTION_ROUND_S = 10.0
-# Sessions of one peer at once, whatever their size: each costs tasks and buffers beside its tokens.
+# While others wait for room, pages are only lent: a session that has asked for nothing for this long gives them back,
+# and one that was opened and never used sooner still, since an honest client's first step follows its `open`.
+LENT_S = 15.0
+NEVER_USED_S = 5.0
+WANTED_ROUND_S = 1.0
+# Sessions of one peer, and of one network, whatever their size: each costs tasks and buffers beside its tokens.
 MAX_SESSIONS_A_PEER = 64
+MAX_SESSIONS_A_NETWORK = 256
 # What else travels in a step's body never outweighs four bytes a value.
 BYTES_A_VALUE = 4
 
@@ -84,6 +89,8 @@ class Server:
         self._now = now
         self._sessions = HostedSessions(now)
         self._running: dict[EngineTask, _Running] = {}
+        # Set when somebody has waited for KV in vain.
+        self._wanted = trio.Event()
         self._attached = trio.Event()
         self.passes = PassServer(self._find_passes)
         self.handlers = {
@@ -120,6 +127,7 @@ class Server:
     def serve(self, served: ServedSpan) -> None:
         """Take sessions on one more span from now on."""
         served.task.admission.on_change = lambda: self.on_load_changed()
+        served.task.admission.on_wanted = self._look_for_unused
         running = self._running[served.task] = _Running(served.task)
         self._nursery.start_soon(running.run)
         self.spans += (served,)
@@ -215,10 +223,11 @@ class Server:
             if known.control is not None or not known.admitted:
                 raise RemoteProtocolError("this session is open already")
             return known
-        served = self._check(stream.peer, opening)
+        owner = Owner.at(stream.peer, stream.connection.accountable_ip)
+        served = self._check(owner, opening)
         session = HostedSession(
             opening,
-            stream.peer,
+            owner,
             served.task,
             partial(open_link, self._connections, opening.session, now=self._now),
             served.adapter_room,
@@ -240,12 +249,15 @@ class Server:
         self._sessions.arrived()
         return session
 
-    def _check(self, owner: PeerId, opening: Open) -> ServedSpan:
+    def _check(self, owner: Owner, opening: Open) -> ServedSpan:
         """Refuse what no waiting would make possible. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
-        if self._sessions.count_of(owner) >= MAX_SESSIONS_A_PEER:
-            raise Overloaded(f"{MAX_SESSIONS_A_PEER} sessions of yours are open here already")
+        limits = {"a_peer": MAX_SESSIONS_A_PEER, "a_network": MAX_SESSIONS_A_NETWORK}
+        if not self._sessions.tally().has_room(owner, 1, **limits):
+            raise Overloaded(
+                f"{MAX_SESSIONS_A_PEER} sessions of yours, or {MAX_SESSIONS_A_NETWORK} of your network, are open here"
+            )
         missing = sorted(set(opening.needs) - FEATURES)
         if missing:
             raise UnsupportedFeature(f"this peer lacks {', '.join(missing)}")
@@ -327,7 +339,7 @@ class Server:
 
     async def _serve(self, stream: Stream, session: HostedSession) -> None:
         while True:
-            raw = await stream.receive(max_body=self._max_body)
+            raw = await stream.receive(max_body=self._max_body(session))
             message = parse(raw.header, CONTROL_FROM_CLIENT)
             if isinstance(message, Step):
                 if message.seq == REPLAY_SEQ:
@@ -352,9 +364,30 @@ class Server:
 
     async def _evict_idle(self) -> None:
         while True:
-            await trio.sleep(EVICTION_ROUND_S)
-            # A call of its own: a session in a variable here would hold on to its engine while we sleep.
+            self._wanted = trio.Event()
+            with trio.move_on_after(WANTED_ROUND_S if self._is_room_wanted() else EVICTION_ROUND_S):
+                await self._wanted.wait()
+            # Calls of their own: a session in a variable here would hold on to its engine while we sleep.
+            self._take_back_unused()
             self._evict_idle_now()
+
+    def _look_for_unused(self) -> None:
+        self._wanted.set()
+
+    def _is_room_wanted(self) -> bool:
+        return any(task.admission.wanted_tokens for task in self._running)
+
+    def _take_back_unused(self) -> None:
+        """End sessions that hold KV for nothing, the longest unused first, until those who wait would have room."""
+        for task in list(self._running):
+            missing = task.admission.wanted_tokens
+            for session in sorted(self._sessions.on(task), key=HostedSession.unused_s, reverse=True):
+                limit_s = LENT_S if session.has_begun else NEVER_USED_S
+                if missing <= 0 or not session.admitted or session.unused_s() < limit_s:
+                    continue
+                missing -= session.tokens
+                session.tell(Failure.of(Evicted(f"nothing was asked for {limit_s:g} s, and others wait for room")))
+                session.close()
 
     def _evict_idle_now(self) -> None:
         for session in self._sessions:
@@ -390,7 +423,7 @@ class Server:
                 await stream.send(Linked(taken=session.taken).to_header())
                 while True:
                     await session.wait_for_room()
-                    raw = await stream.receive(max_body=self._max_body)
+                    raw = await stream.receive(max_body=self._max_body(session))
                     session.accept(parse(raw.header, LINK_FROM_UPSTREAM), raw.body)
             # Superseded, or the session ended: either way this link is of no more use.
             stream.reset("superseded")
@@ -399,7 +432,7 @@ class Server:
         except PeerdError as error:
             await refuse(stream, Failure.of, error)
 
-    @property
-    def _max_body(self) -> int:
-        width = max((served.task.engine.hidden_size for served in self.spans), default=0)
-        return MAX_STEP_POSITIONS * width * BYTES_A_VALUE
+    @staticmethod
+    def _max_body(session: HostedSession) -> int:
+        """Bytes of a step's body: what a session could never compute must not be buffered first."""
+        return session.max_positions * session.task.engine.hidden_size * BYTES_A_VALUE

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import trio
 
+from peerd.net.owners import Tally
 from peerd.protocol.errors import TicketRefused
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Link
@@ -53,9 +54,12 @@ class HostedSessions:
         session = self._sessions.get(key)
         return session if session is not None and session.admitted else None
 
-    def count_of(self, owner: PeerId) -> int:
-        """How many one client has."""
-        return sum(key[0] == owner for key in self._sessions)
+    def tally(self) -> Tally:
+        """How many each owner has."""
+        tally = Tally()
+        for session in self._sessions.values():
+            tally.add(session.owner, 1)
+        return tally
 
     def on(self, task: EngineTask) -> list[HostedSession]:
         """Those that use an engine."""

@@ -9,7 +9,6 @@ its work is then taken off the device's queue.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from peerd.compute.training.tunables import Tunables
 from peerd.exchange.refusals import refuse
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
+from peerd.net.owners import Owner, Tally
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import CODECS, DTYPES
 from peerd.protocol.errors import (
@@ -38,7 +38,6 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
-from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.training import (
     MAX_PASS_POSITIONS,
     MAX_REQUESTS,
@@ -60,6 +59,11 @@ from peerd.trio_tools import open_tasks
 
 # A client trains through one lane a hop; a few models and spans at once are plenty.
 MAX_LANES_A_PEER = 16
+MAX_LANES_A_NETWORK = 64
+# Each lane is a few tasks, whatever it holds.
+MAX_LANES = 256
+# What a parameter takes beside its values: a tensor's own fields, here and on the device, and its gradient's.
+PARAMETER_BYTES = 2048
 # A lane that asks for nothing for this long gives its tapes to others, as a session does its pages.
 IDLE_S = 300.0
 # A request of 4096 positions of 8192 takes half a minute on a slow line of 50 Mbit/s.
@@ -89,14 +93,14 @@ class PassServer:
     def __init__(self, find: Find) -> None:
         self._find = find
         self._quota = HostQuota(HOST_BYTES)
-        self._lanes: Counter[PeerId] = Counter()
+        self._lanes = Tally()
         self._running: dict[_Lane, trio.CancelScope] = {}
         self._lane_ended = trio.lowlevel.ParkingLot()
 
     @property
     def lanes(self) -> int:
         """Lanes that are open."""
-        return self._lanes.total()
+        return self._lanes.total
 
     @property
     def held_bytes(self) -> int:
@@ -112,15 +116,18 @@ class PassServer:
 
     async def handle(self, stream: Stream) -> None:
         """One lane, from its `begin` to its end."""
-        peer = stream.peer
+        owner = Owner.at(stream.peer, stream.connection.accountable_ip)
         try:
-            if self._lanes[peer] >= MAX_LANES_A_PEER:
-                raise Overloaded(f"{MAX_LANES_A_PEER} lanes of yours are open here already")
-            self._lanes[peer] += 1
+            has_share = self._lanes.has_room(owner, 1, a_peer=MAX_LANES_A_PEER, a_network=MAX_LANES_A_NETWORK)
+            if not has_share or self._lanes.total >= MAX_LANES:
+                raise Overloaded(
+                    f"{self._lanes.of_peer(owner)} lanes of yours and {self._lanes.total} of all are open here already"
+                )
+            self._lanes.add(owner, 1)
             try:
-                await self._serve(stream)
+                await self._serve(stream, owner)
             finally:
-                self._lanes[peer] -= 1
+                self._lanes.add(owner, -1)
         except (trio.EndOfChannel, trio.ClosedResourceError):
             # The client is done with the lane.
             stream.reset("closed")
@@ -130,14 +137,14 @@ class PassServer:
         except PeerdError as error:
             await refuse(stream, _failure, error)
 
-    async def _serve(self, stream: Stream) -> None:
+    async def _serve(self, stream: Stream, owner: Owner) -> None:
         begin = parse((await stream.receive()).header, (Begin,))
         found = self._find(begin)
         if missing := sorted(set(begin.needs) - PASS_FEATURES):
             raise UnsupportedFeature(f"this peer lacks {', '.join(missing)} in training")
         if begin.codec not in CODECS:
             raise UnsupportedFeature(f"codec {begin.codec!r} is not one of {', '.join(sorted(CODECS))}")
-        lane = _Lane(stream, begin, found, self._quota)
+        lane = _Lane(stream, owner, begin, found, self._quota)
         with trio.CancelScope() as scope:
             self._running[lane] = scope
             try:
@@ -166,8 +173,9 @@ class _Request:
 class _Lane:
     """One client's lane over one span's blocks: requests in, answers out, in order."""
 
-    def __init__(self, stream: Stream, begin: Begin, found: PassSpan, quota: HostQuota) -> None:
+    def __init__(self, stream: Stream, owner: Owner, begin: Begin, found: PassSpan, quota: HostQuota) -> None:
         self._stream = stream
+        self._owner = owner
         self._begin = begin
         self._blocks = Span(begin.start, begin.end)
         self._found = found
@@ -188,8 +196,11 @@ class _Lane:
 
     async def run(self) -> None:
         """Answer requests until the client ends the lane. Raises what ended it."""
+        begin = self._begin
+        with wire_errors():
+            self._passes.check_count(self._blocks, begin.parameters)
         # As they came, and as leaves on the device.
-        self._hold(2 * self._begin.values * _BYTES_A_VALUE)
+        self._hold(2 * begin.values * _BYTES_A_VALUE + begin.parameters * PARAMETER_BYTES)
         self._tunables = await self._receive_parameters()
         if not self._passes.measured:
             await self._found.task.run_blocking(self._passes.measure)
@@ -204,11 +215,11 @@ class _Lane:
         """Give back what the lane holds."""
         for seq in list(self._tapes):
             self._drop(seq)
-        self._quota.give(self._stream.peer, self._held_bytes)
+        self._quota.give(self._owner, self._held_bytes)
         self._held_bytes = 0
 
     def _hold(self, size_bytes: int) -> None:
-        self._quota.take(self._stream.peer, size_bytes)
+        self._quota.take(self._owner, size_bytes)
         self._held_bytes += size_bytes
 
     # Reading.
@@ -249,6 +260,10 @@ class _Lane:
                 raise RemoteProtocolError(
                     f"{said.name} of shape {said.shape} is not among the {self._begin.values} values announced"
                 )
+            with wire_errors():
+                self._passes.check_parameter(self._blocks, said.block, said.name, said.shape)
+            if (said.block, said.name) in tensors:
+                raise InvalidRequest(f"{said.name} of block {said.block} came twice")
             tensors[said.block, said.name] = (await receive_parts(self._stream, said.shape)).float()
         return Tunables(tensors)
 
@@ -283,7 +298,7 @@ class _Lane:
                 else:
                     await self._answer_backward(request.message, request)
             self._unanswered -= 1
-            self._quota.give(self._stream.peer, request.size_bytes)
+            self._quota.give(self._owner, request.size_bytes)
             self._held_bytes -= request.size_bytes
 
     async def _answer_forward(self, message: Forward, request: _Request) -> None:
@@ -292,9 +307,9 @@ class _Lane:
         micros = self._passes.plan(given)
         with self._tape_room(message, self._passes.tape_bytes(given, micros)) as allowed:
             work = self._passes.forward(given, micros, allowed)
-            await self._found.task.run_work(self._stream.peer, work)
+            await self._found.task.run_work(self._owner.share, work)
         if work.tape is not None:
-            self._passes.memory.take(self._stream.peer, work.tape.size_bytes)
+            self._passes.memory.take(self._owner.share, work.tape.size_bytes)
             self._tapes[message.seq] = work.tape, work.tape.size_bytes
         await self._stream.send(Result(message.seq, kept=work.tape is not None).to_header())
         await self._send(work.output)
@@ -303,7 +318,7 @@ class _Lane:
     def _tape_room(self, message: Forward, sizes: tuple[int, int]) -> Iterator[int]:
         """Hold what a tape may take while its forward runs; yields how much that is."""
         least, most = sizes
-        memory, owner = self._passes.memory, self._stream.peer
+        memory, owner = self._passes.memory, self._owner.share
         free = memory.next_tape_bytes if message.keep else 0
         allowed = min(free, most) if free >= least else 0
         memory.take(owner, allowed)
@@ -322,7 +337,7 @@ class _Lane:
             given = PassInput(self._blocks, message.rows, request.hidden, self._tunables, self._begin.adapter)
             work = self._passes.backward(given, self._passes.plan(given), request.grad)
         try:
-            await self._found.task.run_work(self._stream.peer, work)
+            await self._found.task.run_work(self._owner.share, work)
         finally:
             if message.of is not None:
                 self._drop(message.of)
@@ -344,7 +359,7 @@ class _Lane:
 
     def _drop(self, seq: int) -> None:
         _, size_bytes = self._tapes.pop(seq)
-        self._passes.memory.take(self._stream.peer, -size_bytes)
+        self._passes.memory.take(self._owner.share, -size_bytes)
 
 
 def _failure(error: PeerdError) -> PassFailure:

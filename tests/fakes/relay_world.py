@@ -31,12 +31,12 @@ def id_of(number):
 
 def address(number):
     """Of a peer that can be dialled."""
-    return Multiaddr("ip4", f"8.8.8.{number}", 31330, peer_id=id_of(number))
+    return Multiaddr("ip4", f"8.8.{number}.8", 31330, peer_id=id_of(number))
 
 
 def way(relay, peer):
     """Of a peer that cannot, through one that can."""
-    return Multiaddr("ip4", f"8.8.8.{relay}", 31330, peer_id=id_of(peer), relay=id_of(relay))
+    return Multiaddr("ip4", f"8.8.{relay}.8", 31330, peer_id=id_of(peer), relay=id_of(relay))
 
 
 async def echo(stream):
@@ -67,7 +67,7 @@ class World:
         return await self.stack.enter_async_context(
             open_connections(
                 arguments.pop("identity", IDENTITIES[number]),
-                transport=self.network.transport(f"8.8.8.{number}"),
+                transport=self.network.transport(f"8.8.{number}.8"),
                 listen=listen,
                 handlers=handlers or {"/echo/1": echo, "/sink/1": sink},
                 **arguments,

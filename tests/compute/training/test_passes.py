@@ -209,7 +209,8 @@ def test_little_memory_means_smaller_micro_batches_and_the_same_results(llama: W
     given = PassInput(span, rows, hidden, tunables_of(llama, span, len(rows)))
     rich, poor = passes_of(llama, span), passes_of(llama, span)
     # Two rows fit, three do not.
-    poor.memory = PassMemory(3 * poor.cost(span).working_bytes(2, 24))
+    added, a_position = given.tunables.working_bytes()
+    poor.memory = PassMemory(3 * (poor.cost(span).working_bytes(2, 24) + added + 2 * 24 * a_position))
     assert [len(runner.plan(given)) for runner in (rich, poor)] == [1, 2]
     ways = [(rich, ROOM), (poor, ROOM), (poor, 0)]
     whole, *others = (by_passes([runner], hidden, grad, given.tunables, room, rows) for runner, room in ways)
@@ -276,6 +277,20 @@ def test_a_row_that_cannot_fit_is_refused_with_the_numbers(llama: Whole):
         runner.plan(given)
     runner.memory = PassMemory(3 * needed)
     runner.plan(given)
+
+
+def test_a_high_rank_counts_like_the_activations_that_it_makes(llama: Whole):
+    span, rows = Span(0, 8), (24,) * 4
+    runner = passes_of(llama, span)
+    plain = PassInput(span, rows, random(sum(rows), WIDTH, seed=1))
+    runner.memory = PassMemory(3 * runner.cost(span).working_bytes(4, 24) + 3 * 2**20)
+    assert len(runner.plan(plain)) == 1
+    pair = {(0, "mlp.up_proj.lora_A"): torch.zeros(1024, WIDTH), (0, "mlp.up_proj.lora_B"): torch.zeros(48, 1024)}
+    heavy = PassInput(span, rows, plain.hidden, Tunables(pair))
+    assert len(runner.plan(heavy)) > 1
+    once, a_position = heavy.tunables.working_bytes()
+    assert once >= 2 * 4 * 1024 * (WIDTH + 48)
+    assert a_position >= 2 * 4 * 1024
 
 
 @pytest.mark.parametrize("length", [20, 48, 100])

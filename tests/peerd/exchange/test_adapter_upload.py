@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peerd.compute.adapters.lora import LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.exchange.adapter_upload import send_adapter
+from peerd.net.owners import Owner
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import (
@@ -22,6 +23,7 @@ from peerd.protocol.errors import (
     StreamReset,
     UnsupportedFeature,
 )
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import (
     ADAPTER_PROTOCOL,
     OWN_ADAPTER,
@@ -402,17 +404,24 @@ async def test_a_hop_that_grants_and_falls_silent_does_not_hold_its_client_for_e
 def test_room_is_shared_among_owners():
     room = AdapterRoom(100, value_bytes=2)
     with pytest.raises(UnsupportedFeature, match="takes 102 bytes here, a session may bring 100"):
-        room.reserve("a", 51)
-    assert [room.reserve("a", 50), room.reserve("a", 50)] == [100, 100]
+        room.reserve(Owner(PeerId("a")), 51)
+    assert [room.reserve(Owner(PeerId("a")), 50), room.reserve(Owner(PeerId("a")), 50)] == [100, 100]
     with pytest.raises(Overloaded):
-        room.reserve("a", 1)
-    room.reserve("b", 50)
-    room.reserve("c", 50)
+        room.reserve(Owner(PeerId("a")), 1)
+    room.reserve(Owner(PeerId("b")), 50)
+    room.reserve(Owner(PeerId("c")), 50)
     with pytest.raises(Overloaded):
-        room.reserve("d", 1)
-    room.release("a", 100)
-    room.reserve("d", 50)
-    with pytest.raises(ValueError, match="x"), room.reserved("c", 0):
+        room.reserve(Owner(PeerId("d")), 1)
+    room.release(Owner(PeerId("a")), 100)
+    room.reserve(Owner(PeerId("d"), "net"), 50)
+    room.release(Owner(PeerId("b")), 100)
+    room.release(Owner(PeerId("c")), 100)
+    room.reserve(Owner(PeerId("e"), "net"), 50)
+    with pytest.raises(Overloaded):
+        # Another key brings its network no more.
+        room.reserve(Owner(PeerId("f"), "net"), 1)
+    room.reserve(Owner(PeerId("b")), 50)
+    with pytest.raises(ValueError, match="x"), room.reserved(Owner(PeerId("c")), 0):
         raise ValueError("x")
     assert room.held_bytes == 400
 

@@ -97,7 +97,7 @@ async def test_nobody_can_tell_where_a_peer_behind_a_circuit_is():
         assert (await connection.wait_hello()).observed_ip == ""
         assert server.live[id_of(20)].remote_ip is None
         # What it does counts as its relay's doing.
-        assert str(server.live[id_of(20)].accountable_ip) == "8.8.8.1"
+        assert str(server.live[id_of(20)].accountable_ip) == "8.8.1.8"
 
 
 async def test_a_direct_address_is_preferred_in_whichever_order_they_are_given():
@@ -113,7 +113,7 @@ async def test_the_relay_takes_over_where_the_direct_address_does_not_answer():
     async with open_world() as world:
         await world.relay(1)
         await world.behind(10, 1)
-        world.network.partition("8.8.8.20", "8.8.8.10")
+        world.network.partition("8.8.20.8", "8.8.10.8")
         client = await world.start(20)
         started = trio.current_time()
         connection = await client.connect(id_of(10), [address(10), way(1, 10)])
@@ -297,7 +297,7 @@ async def test_a_relay_gives_as_many_slots_as_its_operator_set_and_takes_them_ba
         await until(lambda: world.relays[1].ledger.slots == 1)
         await reserve(peers[2], 1)
         # A connection that breaks gives its slot back too.
-        world.network.kill("8.8.8.12")
+        world.network.kill("8.8.12.8")
         await until(lambda: world.relays[1].ledger.slots == 1)
 
 
@@ -379,7 +379,7 @@ async def test_a_relay_that_dies_ends_its_connections_at_once():
         client = await world.start(20)
         connection = await client.connect(id_of(10), [way(1, 10)])
         started = trio.current_time()
-        world.network.kill("8.8.8.1")
+        world.network.kill("8.8.1.8")
         # The peer is not to blame, and whoever comes too late hears so too.
         assert isinstance(await connection.wait_lost(), RelayLost)
         with pytest.raises(RelayLost):
@@ -399,7 +399,7 @@ async def test_a_relay_that_hangs_is_noticed_as_soon_as_any_peer_that_does():
         connection = await client.connect(id_of(10), [way(1, 10)])
         started = trio.current_time()
         for number in (10, 20):
-            world.network.partition("8.8.8.1", f"8.8.8.{number}")
+            world.network.partition("8.8.1.8", f"8.8.{number}.8")
         assert isinstance(await connection.wait_lost(), ConnectionLost)
         assert trio.current_time() - started < 11
 
@@ -411,7 +411,7 @@ async def test_when_one_end_dies_the_other_hears_of_it_at_once():
         client = await world.start(20)
         connection = await client.connect(id_of(10), [way(1, 10)])
         started = trio.current_time()
-        world.network.kill("8.8.8.10")
+        world.network.kill("8.8.10.8")
         assert isinstance(await connection.wait_lost(), ConnectionLost)
         assert trio.current_time() - started < 1
         await until(lambda: world.relays[1].ledger.circuits == 0)

@@ -7,6 +7,7 @@ import trio
 
 from peerd.net.circuits import CIRCUIT_PRIORITY
 from peerd.net.gate import MAX_UNPROVEN_AN_ADDRESS
+from peerd.net.rates import TokenBucket
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, Overloaded, StreamReset
 from peerd.protocol.messages.relay import (
@@ -19,7 +20,7 @@ from peerd.protocol.messages.relay import (
 )
 from peerd.protocol.messages.session import Failure
 from peerd.reach.relay import MIN_CHARGED_BYTES
-from peerd.reach.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits, TokenBucket
+from peerd.reach.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
 from tests.fakes.relay_world import ALL_ANSWERS, address, ask, id_of, open_world, reserve, say, until, way
 
 MIB = 2**20
@@ -346,14 +347,14 @@ async def test_a_relay_that_calls_and_does_not_say_who_is_not_waited_for():
 def some_ip(number):
     from ipaddress import ip_address
 
-    return ip_address(f"8.8.{number // 256}.{number % 256}")
+    return ip_address(f"8.{number // 256}.{number % 256}.8")
 
 
-def test_an_address_gets_a_quarter_of_the_slots_and_private_ones_are_not_told_apart():
+def test_a_network_gets_a_quarter_of_the_slots_and_private_ones_are_not_told_apart():
     ledger = RelayLedger(RelayLimits(slots=8))
     ledger.reserve(id_of(1), some_ip(1))
     ledger.reserve(id_of(2), some_ip(1))
-    with pytest.raises(Overloaded, match=r"8\.8\.0\.1 has 2"):
+    with pytest.raises(Overloaded, match=r"8\.0\.1\.0/24 has 2"):
         ledger.reserve(id_of(3), some_ip(1))
     for number in range(4, 9):
         ledger.reserve(id_of(number), None)
@@ -374,10 +375,10 @@ def test_renewing_from_another_address_moves_the_slot_and_a_refusal_changes_noth
     assert ledger.slots == 3
     for number in (1, 2, 3):
         ledger.release(id_of(number))
-    assert (ledger.slots, len(ledger._slots_by_host)) == (0, 0)
+    assert (ledger.slots, len(ledger._slots_by_network)) == (0, 0)
 
 
-def test_an_address_gets_twice_the_circuits_of_a_caller_however_many_names_it_has():
+def test_a_network_gets_twice_the_circuits_of_a_caller_however_many_names_it_has():
     ledger = RelayLedger(RelayLimits(circuits_a_caller=2))
     held = [ledger.circuit(id_of(number), some_ip(1), id_of(40), now=0) for number in range(5)]
     for one in held[:4]:
@@ -386,7 +387,8 @@ def test_an_address_gets_twice_the_circuits_of_a_caller_however_many_names_it_ha
         pass
     for one in held[:4]:
         one.__exit__(None, None, None)
-    assert (ledger.circuits, len(ledger._by_caller), len(ledger._by_caller_host), len(ledger._by_reserved)) == (0,) * 4
+    counters = (ledger._by_caller, ledger._by_caller_network, ledger._by_reserved)
+    assert (ledger.circuits, *map(len, counters)) == (0,) * 4
 
 
 def test_names_are_remembered_in_a_bounded_number():

@@ -80,7 +80,7 @@ async def test_a_relay_that_is_lost_is_replaced_by_another():
         _, reservations, announced = await start_keeping(world, 10, [contact(number) for number in (1, 2, 3)])
         await until(lambda: len(reservations.held) == WANTED_RELAYS)
         lost = next(number for number in (1, 2, 3) if id_of(number) in reservations.held)
-        world.network.kill(f"8.8.8.{lost}")
+        world.network.kill(f"8.8.{lost}.8")
         await until(lambda: id_of(lost) not in {one.peer_id for one in announced[-1]})
         started = trio.current_time()
         await until(lambda: len(reservations.held) == WANTED_RELAYS)
@@ -93,7 +93,7 @@ async def test_a_relay_that_comes_back_is_used_again():
         relay = await world.relay(1)
         _, reservations, _ = await start_keeping(world, 10, [contact(1)])
         await until(lambda: reservations.held)
-        world.network.disconnect("8.8.8.1", "8.8.8.10")
+        world.network.disconnect("8.8.1.8", "8.8.10.8")
         await until(lambda: not reservations.held)
         started = trio.current_time()
         await until(lambda: reservations.held)
@@ -195,7 +195,7 @@ async def test_the_nearer_of_two_relays_is_asked_first():
     async with open_world() as world:
         for number in (1, 2, 3, 4):
             await world.relay(number)
-            world.network.set_latency(f"8.8.8.{number}", "8.8.8.10", LATENCY_S if number > 2 else 0.3)
+            world.network.set_latency(f"8.8.{number}.8", "8.8.10.8", LATENCY_S if number > 2 else 0.3)
         connections, reservations, _ = await start_keeping(world, 10, [], wanted=False)
         for number in (1, 2, 3, 4):
             await (await connections.connect(id_of(number), [address(number)])).wait_hello()
@@ -213,7 +213,7 @@ async def test_clients_go_on_through_the_other_relay():
         client = await world.start(20)
         connection = await client.connect(id_of(10), world.ways(10))
         dead = next(number for number in (1, 2) if id_of(number) == connection.relay.peer_id)
-        world.network.kill(f"8.8.8.{dead}")
+        world.network.kill(f"8.8.{dead}.8")
         await connection.wait_lost()
         started = trio.current_time()
         assert await ask(client, 10, *world.ways(10)) == b"hi"

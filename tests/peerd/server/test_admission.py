@@ -4,8 +4,24 @@ import pytest
 import trio
 import trio.testing
 
+from peerd.net.owners import Owner
 from peerd.protocol.errors import NoRoom
-from peerd.server.admission import HOLD_UP_S, MAX_RETRY_S, MAX_WAITING, Admission
+from peerd.protocol.identity import PeerId
+from peerd.server.admission import (
+    HOLD_UP_S,
+    MAX_RETRY_S,
+    MAX_WAIT_S,
+    MAX_WAITING,
+    MAX_WAITING_A_NETWORK,
+    MAX_WAITING_A_PEER,
+    Admission,
+)
+
+
+def owner_of(name: str) -> Owner:
+    """`key@network`, or a key on loopback."""
+    key, _, network = name.partition("@")
+    return Owner(PeerId(key), network)
 
 
 class Pool:
@@ -26,11 +42,11 @@ class Pool:
         def undo() -> None:
             self.free += tokens
 
-        await self.admission.admit(owner, tokens, attempt, timeout_s, undo)
+        await self.admission.admit(owner_of(owner), tokens, attempt, timeout_s, undo)
 
     def give(self, owner: str, tokens: int) -> None:
         self.free += tokens
-        self.admission.release(owner, tokens)
+        self.admission.release(owner_of(owner), tokens)
 
 
 async def test_a_full_pool_says_how_much_is_free_once_the_timeout_is_over():
@@ -197,3 +213,76 @@ async def test_who_comes_when_too_many_wait_is_refused_at_once():
             await pool.take("late", 10, timeout_s=1000)
         assert trio.current_time() == before
         nursery.cancel_scope.cancel()
+
+
+async def test_while_others_wait_one_network_holds_at_most_half():
+    pool = Pool(100)
+    await pool.take("one@net", 40)
+    await pool.take("other", 50)
+    async with trio.open_nursery() as nursery:
+        # Another key of the same network.
+        nursery.start_soon(pool.take, "two@net", 20)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(pool.take, "modest", 30)
+        await trio.testing.wait_all_tasks_blocked()
+        pool.give("other", 50)
+        await trio.testing.wait_all_tasks_blocked()
+        assert pool.order == ["one@net", "other", "modest", "two@net"]
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [(["key"] * 300, MAX_WAITING_A_PEER), ([f"{n}@net" for n in range(300)], MAX_WAITING_A_NETWORK)],
+    ids=["a key", "a network"],
+)
+async def test_the_queue_has_few_places_for_one_owner_and_one_for_everybody_else(names, places):
+    pool = Pool(100)
+    await pool.take("holder", 100)
+    refused = []
+
+    async def wait(name):
+        try:
+            await pool.take(name, 100)
+        except NoRoom:
+            refused.append(name)
+
+    async with trio.open_nursery() as nursery:
+        for name in names:
+            nursery.start_soon(wait, name)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(refused) == len(names) - places
+        nursery.start_soon(wait, "honest")
+        await trio.testing.wait_all_tasks_blocked()
+        assert "honest" not in refused
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_queue_that_few_keys_fill_makes_room_for_a_newcomer():
+    pool = Pool(100)
+    await pool.take("holder", 100)
+    refused = []
+
+    async def wait(name):
+        try:
+            await pool.take(name, 100)
+        except NoRoom:
+            refused.append(name)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(MAX_WAITING):
+            nursery.start_soon(wait, f"squatter {number // MAX_WAITING_A_PEER}")
+        await trio.testing.wait_all_tasks_blocked()
+        assert refused == []
+        nursery.start_soon(wait, "honest")
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(refused) == 1
+        assert refused[0].startswith("squatter")
+        nursery.cancel_scope.cancel()
+
+
+async def test_nobody_keeps_a_place_in_the_queue_for_longer_than_a_client_would_wait():
+    pool = Pool(100)
+    await pool.take("holder", 100)
+    with pytest.raises(NoRoom):
+        await pool.take("squatter", 100, timeout_s=600)
+    assert trio.current_time() == pytest.approx(MAX_WAIT_S)

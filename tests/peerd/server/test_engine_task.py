@@ -14,7 +14,9 @@ import trio.testing
 from peerd.compute.errors import StepGapError
 from peerd.compute.kv.layout import Keep
 from peerd.compute.steps import BatchOutput
+from peerd.net.owners import Owner
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import NextHop, Open, Step
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
@@ -25,6 +27,10 @@ from peerd.testing.fake_engine import FakeEngine, fake_forward
 WIDTH = 8
 SPAN = Span(2, 5)
 STEP_S = 1.0
+
+
+def owner(name):
+    return Owner(PeerId(str(name)))
 
 
 def tokens(count, seed=0):
@@ -58,7 +64,7 @@ async def test_results_come_back_in_order_to_their_own_session():
     async with running() as task:
         results = {"a": [], "b": []}
         for name, took in results.items():
-            await task.open(name, name, opening(), took.append)
+            await task.open(name, owner(name), opening(), took.append)
         rows = {"a": tokens(5, 1), "b": tokens(5, 2)}
         for name, row in rows.items():
             task.submit(name, step(0, 3), row[:3])
@@ -71,10 +77,10 @@ async def test_results_come_back_in_order_to_their_own_session():
 async def test_the_engines_errors_travel_as_the_wires():
     async with running() as task:
         with pytest.raises(ContextTooLong):
-            await task.open("x", "x", opening(max_length=257), print)
-        await task.open("a", "a", opening(max_length=200), print)
+            await task.open("x", owner("x"), opening(max_length=257), print)
+        await task.open("a", owner("a"), opening(max_length=200), print)
         with pytest.raises(NoRoom) as caught:
-            await task.open("b", "b", opening(timeout_ms=1000), print)
+            await task.open("b", owner("b"), opening(timeout_ms=1000), print)
         assert caught.value.free_tokens == 48
         with pytest.raises(InvalidRequest):
             task.submit("a", step(0, 2), tokens(3))
@@ -96,7 +102,7 @@ async def test_a_result_that_is_not_finite_is_a_bad_result():
 
     async with running(Broken(SPAN, hidden_size=WIDTH)) as task:
         results = []
-        await task.open("a", "a", opening(), results.append)
+        await task.open("a", owner("a"), opening(), results.append)
         task.submit("a", step(0, 4), tokens(4))
         await trio.sleep(2 * STEP_S)
         assert [type(result) for result in results] == [BadResult]
@@ -105,8 +111,8 @@ async def test_a_result_that_is_not_finite_is_a_bad_result():
 async def test_a_held_session_is_left_out_until_it_is_let_go():
     async with running() as task:
         held, free = [], []
-        await task.open("held", 1, opening(), held.append)
-        await task.open("free", 2, opening(), free.append)
+        await task.open("held", owner(1), opening(), held.append)
+        await task.open("free", owner(2), opening(), free.append)
         task.hold("held", True)
         task.submit("held", step(0, 1), tokens(1))
         task.submit("free", step(0, 1), tokens(1))
@@ -120,14 +126,14 @@ async def test_a_held_session_is_left_out_until_it_is_let_go():
 async def test_a_session_that_closes_in_mid_batch_frees_its_pages_after_it_and_lets_the_next_in():
     async with running() as task:
         results = []
-        await task.open("a", "a", opening(max_length=256), results.append)
+        await task.open("a", owner("a"), opening(max_length=256), results.append)
         task.submit("a", step(0, 4), tokens(4))
         await trio.sleep(0.5 * STEP_S)
         task.close("a")
         # The device may still write to its pages.
         assert task.engine.free_tokens == 0
         before = trio.current_time()
-        await task.open("b", "b", opening(max_length=256, timeout_ms=60_000), results.append)
+        await task.open("b", owner("b"), opening(max_length=256, timeout_ms=60_000), results.append)
         assert trio.current_time() - before == pytest.approx(0.5 * STEP_S)
         assert results == []
         task.close("b")
@@ -147,7 +153,7 @@ async def test_batches_run_in_another_thread_one_at_a_time():
     done = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(task.run)
-        await task.open("a", "a", opening(), lambda _: done.set())
+        await task.open("a", owner("a"), opening(), lambda _: done.set())
         task.submit("a", step(0, 4), tokens(4))
         await done.wait()
         nursery.cancel_scope.cancel()
@@ -165,7 +171,7 @@ async def test_work_for_the_device_waits_for_the_batch_before_it_and_goes_before
         return run(batch)
 
     async with running(run_batch=slow) as task:
-        await task.open("a", "a", opening(), lambda _: None)
+        await task.open("a", owner("a"), opening(), lambda _: None)
         task.submit("a", step(0, 3), tokens(3))
         await trio.sleep(STEP_S / 2)
         task.submit("a", step(3, 1, 2), tokens(1))
@@ -182,7 +188,7 @@ async def test_work_that_fails_says_so_to_its_caller_and_the_device_goes_on():
         with pytest.raises(ValueError, match="no"):
             await task.run_blocking(fail)
         took = []
-        await task.open("a", "a", opening(), took.append)
+        await task.open("a", owner("a"), opening(), took.append)
         task.submit("a", step(0, 3), tokens(3))
         await trio.sleep(2 * STEP_S)
         assert torch.equal(took[0], fake_forward(tokens(3), SPAN))
@@ -218,7 +224,7 @@ async def test_a_decode_waits_for_one_turn_of_training_and_not_for_all_of_it(mon
     one_turn_a_slice(monkeypatch)
     async with running() as task:
         answered = []
-        await task.open("a", "a", opening(), lambda _: answered.append(trio.current_time()))
+        await task.open("a", owner("a"), opening(), lambda _: answered.append(trio.current_time()))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(task.run_work, "trainer", Turns(100))
             await trio.sleep(10.5 * STEP_S)
@@ -237,7 +243,7 @@ async def test_training_gets_an_eighth_of_a_device_that_never_stops_decoding(mon
             position = next(positions)
             task.submit("a", step(position, 1, position + 1), tokens(1))
 
-        await task.open("a", "a", opening(max_length=256), decode)
+        await task.open("a", owner("a"), opening(max_length=256), decode)
         decode()
         work = Turns(1000)
         async with trio.open_nursery() as nursery:
@@ -302,22 +308,22 @@ async def test_memory_for_outputs_that_a_hop_keeps_is_committed_with_the_session
     async with running(engine) as task:
         long = opening(max_length=1500, next=NextHop(b"", b""), timeout_ms=0)
         assert engine.tokens_wanted(blocks=SPAN, max_length=1500, max_rows=1, max_rollback=0) < 512
-        await task.open("a", "a", long, print)
+        await task.open("a", owner("a"), long, print)
         with pytest.raises(NoRoom, match="outputs to keep"):
-            await task.open("b", "b", long, print)
+            await task.open("b", owner("b"), long, print)
         with pytest.raises(ContextTooLong, match="outputs to keep"):
-            await task.open("c", "c", replace(long, max_rows=2), print)
+            await task.open("c", owner("c"), replace(long, max_rows=2), print)
         # The last hop keeps nothing, and what is closed is free.
-        await task.open("d", "d", replace(long, next=None), print)
+        await task.open("d", owner("d"), replace(long, next=None), print)
         task.close("a")
-        await task.open("b", "b", long, print)
+        await task.open("b", owner("b"), long, print)
         # Who was cancelled in the moment of being granted leaves nothing behind.
         task.close("d")
         free = engine.free_tokens
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(task.open, "e", "e", replace(long, timeout_ms=1000), print)
+            nursery.start_soon(task.open, "e", owner("e"), replace(long, timeout_ms=1000), print)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
             task.close("b")
         assert engine.free_tokens > free
-        await task.open("f", "f", long, print)
+        await task.open("f", owner("f"), long, print)

@@ -38,7 +38,7 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.server.server import IDLE_S, LINGER_S, MAX_SESSIONS_A_PEER
+from peerd.server.server import IDLE_S, LENT_S, LINGER_S, MAX_SESSIONS_A_PEER, NEVER_USED_S
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 
 WIDTH = 8
@@ -308,13 +308,73 @@ async def test_waiting_for_room_is_not_being_idle(open_swarm):
         stream = await first.open(host, max_length=256)
         waiting = await caller.stream(host)
         await waiting.send(caller.opening(host, timeout_ms=600_000).to_header())
-        for seq in range(1, 5):
-            await trio.sleep(100)
+        for seq in range(1, 6):
+            await trio.sleep(4)
             await answer(first, stream, tokens(1), seq, start=seq - 1)
+        third = await (await swarm.caller()).stream(host)
+        await third.send(caller.opening(host, session=b"t" * 16, timeout_ms=600_000).to_header())
         stream.reset("closed")
         assert isinstance(await caller.hear(waiting), Opened)
-        await trio.sleep(100)
+        await trio.sleep(4)
         assert torch.equal(await answer(caller, waiting, tokens(1)), fake_forward(tokens(1), Span(0, 4)))
+
+
+async def test_kv_that_is_reserved_and_never_used_goes_to_those_who_wait(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=256)
+        hoarders = [await (await swarm.caller()).open(host, max_length=128) for _ in range(2)]
+        honest = await swarm.caller()
+        waiting = await honest.stream(host)
+        began = trio.current_time()
+        await waiting.send(honest.opening(host, max_length=64, timeout_ms=20_000).to_header())
+        assert isinstance(await honest.hear(waiting), Opened)
+        assert trio.current_time() - began <= NEVER_USED_S + 2
+        # One of them made enough room.
+        assert isinstance(await next_answer(hoarders[0]), Evicted)
+        assert host.server.sessions == 2
+
+
+async def test_a_session_that_steps_keeps_its_kv_and_one_that_rests_gives_it_to_those_who_wait(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=256)
+        busy, resting, honest = [await swarm.caller() for _ in range(3)]
+        used, rested = await busy.open(host, max_length=128), await resting.open(host, max_length=128)
+        await answer(resting, rested, tokens(3))
+        waiting = await honest.stream(host)
+        began = trio.current_time()
+        await waiting.send(honest.opening(host, max_length=64, timeout_ms=30_000).to_header())
+        async with trio.open_nursery() as nursery:
+
+            async def go_on():
+                for seq in range(1, 100):
+                    await answer(busy, used, tokens(1), seq, start=seq - 1)
+                    await trio.sleep(4)
+
+            nursery.start_soon(go_on)
+            assert isinstance(await honest.hear(waiting), Opened)
+            assert LENT_S - 2 <= trio.current_time() - began <= LENT_S + 2
+            nursery.cancel_scope.cancel()
+        assert isinstance(await next_answer(rested), Evicted)
+
+
+async def test_nobody_waits_so_a_session_may_rest(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=256)
+        caller = await swarm.caller()
+        stream = await caller.open(host, max_length=256)
+        await trio.sleep(IDLE_S - 2 * LENT_S)
+        assert torch.equal(await answer(caller, stream, tokens(1)), fake_forward(tokens(1), Span(0, 4)))
+
+
+async def test_a_step_larger_than_its_session_is_refused_before_it_is_taken_in(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        caller = await swarm.caller()
+        stream = await caller.open(host, max_length=1)
+        await send(stream, tokens(100))
+        with pytest.raises(StreamReset, match=RemoteProtocolError.code):
+            await stream.receive()
+        assert await serves_well(swarm, host)
 
 
 @pytest.mark.parametrize("ending", ["reset", "finish"])

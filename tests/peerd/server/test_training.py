@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 
 from peerd.client.training.trained import Trained
 from peerd.client.training.training_pass import PassMaker
+from peerd.compute.adapters.lora import MAX_RANK
+from peerd.net.owners import Owner
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor
-from peerd.protocol.errors import StreamReset
+from peerd.protocol.errors import Overloaded, StreamReset
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.training import (
     PASS_FROM_HOP,
     PASS_PROTOCOL,
@@ -29,12 +32,13 @@ from peerd.protocol.messages.training import (
     Result,
 )
 from peerd.protocol.span import Span
-from peerd.server.quotas import HOST_BYTES
-from peerd.server.training import MAX_LANES_A_PEER
+from peerd.server.quotas import HOST_BYTES, HostQuota
+from peerd.server.training import MAX_LANES_A_PEER, PARAMETER_BYTES
 
 MODEL = bytes(range(32))
 BLOCKS = Span(0, 3)
 WIDTH = 32
+Q_PROJ_A = "self_attn.q_proj.lora_A"
 
 
 def begin(**fields):
@@ -152,10 +156,54 @@ async def test_parameters_that_fit_no_module_are_the_callers_fault(open_swarm, s
     async with open_swarm() as swarm:
         host = await serve_tiny(swarm, BLOCKS)
         stream = await lane(await swarm.caller(), host, parameters=1, values=2 * WIDTH)
-        await say(stream, Parameter(0, "nonsense", (2, WIDTH)), part(2))
-        assert isinstance(await hear(stream), Begun)
-        await say(stream, Forward(1, (2,)), part(2))
+        await say(stream, Parameter(0, "nonsense", (2, WIDTH)))
+        # Before their values come.
         assert await refused(stream) == "invalid"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        [Parameter(0, Q_PROJ_A, (2, WIDTH + 1))],
+        [Parameter(3, Q_PROJ_A, (2, WIDTH))],
+        [Parameter(0, Q_PROJ_A, (MAX_RANK + 1, WIDTH))],
+        [
+            Parameter(0, "self_attn.q_proj.lora_A", (1, WIDTH)),
+            part(1),
+            Parameter(0, "self_attn.q_proj.lora_A", (1, WIDTH)),
+        ],
+    ],
+    ids=["too wide", "another block", "a rank that others would wait for", "twice"],
+)
+async def test_a_parameter_that_no_pass_could_use_is_refused_before_its_values_come(open_swarm, serve_tiny, parameters):
+    async with open_swarm() as swarm:
+        host = await serve_tiny(swarm, BLOCKS)
+        stream = await lane(await swarm.caller(), host, parameters=8, values=10**6)
+        await say(stream, *parameters)
+        assert await refused(stream) == "invalid"
+
+
+async def test_more_parameters_than_the_blocks_have_are_refused_at_once_and_each_is_counted(open_swarm, serve_tiny):
+    async with open_swarm() as swarm:
+        host = await serve_tiny(swarm, BLOCKS)
+        caller = await swarm.caller()
+        assert await refused(await lane(caller, host, parameters=2**16, values=2**17)) == "invalid"
+        stream = await lane(caller, host, parameters=40, values=40)
+        await trio.sleep(0.1)
+        assert host.server.passes.held_bytes >= 40 * PARAMETER_BYTES
+        stream.reset("closed")
+
+
+def test_a_network_holds_at_most_half_of_the_host_memory_whatever_keys_it_has():
+    quota = HostQuota(1000)
+    one, two, other = Owner(PeerId("1"), "net"), Owner(PeerId("2"), "net"), Owner(PeerId("3"), "other")
+    quota.take(one, 400)
+    with pytest.raises(Overloaded):
+        quota.take(two, 200)
+    quota.take(other, 500)
+    quota.give(one, 400)
+    quota.take(two, 200)
+    assert quota.held_bytes == 700
 
 
 async def test_a_request_that_is_only_claimed_is_no_longer_reserved_when_its_peer_is_gone(open_swarm, serve_tiny):

@@ -1,0 +1,80 @@
+"""Who what is counted belongs to: a PeerId, and the public network that it comes from.
+
+Keys are free and addresses are not, so every quota holds for a PeerId *and* for its /24 (IPv6: /48). Peers on loopback,
+in private ranges or at unknown addresses count by PeerId only: one machine may run dozens of them, and a proxy may
+stand in front of everybody. A peer that comes through a relay counts in the relay's network.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from peerd.protocol.addresses import IpAddress, public_network
+from peerd.protocol.identity import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A peer and its network; `network` is "" where it counts against none."""
+
+    peer_id: PeerId
+    network: str = ""
+
+    @classmethod
+    def at(cls, peer_id: PeerId, ip: IpAddress | None) -> Owner:
+        """The owner of what a peer does that we see at `ip`."""
+        return cls(peer_id, network_of(ip))
+
+    @property
+    def share(self) -> str:
+        """Who takes turns with others: all peers of one public network are one."""
+        return self.network or self.peer_id
+
+
+def network_of(ip: IpAddress | None) -> str:
+    """The public network of an address; "" for a private or unknown one."""
+    return public_network(ip) or ""
+
+
+class Tally:
+    """How much each owner holds, by PeerId and by network. What is added is taken away again."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._by_peer: Counter[str] = Counter()
+        self._by_network: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        return f"<Tally {self.total} of {len(self._by_peer)} peers>"
+
+    def of_peer(self, owner: Owner) -> int:
+        """What the PeerId holds."""
+        return self._by_peer[owner.peer_id]
+
+    def of_network(self, owner: Owner) -> int:
+        """What all peers of its network hold; 0 where it counts against none."""
+        return self._by_network[owner.network]
+
+    def most(self, owner: Owner) -> int:
+        """The greater of both: what a limit for either is compared with."""
+        return max(self.of_peer(owner), self.of_network(owner))
+
+    def has_room(self, owner: Owner, amount: int, *, a_peer: int, a_network: int) -> bool:
+        """Whether the owner may hold so much more."""
+        return self.of_peer(owner) + amount <= a_peer and self.of_network(owner) + amount <= a_network
+
+    def add(self, owner: Owner, amount: int) -> None:
+        """The owner holds so much more; less, where it is negative."""
+        self.total += amount
+        count(self._by_peer, owner.peer_id, amount)
+        count(self._by_network, owner.network, amount)
+
+
+def count(counter: Counter[str], name: str, change: int) -> None:
+    """Change a count, and forget it at 0: strangers make names up. The nameless, "", are not counted."""
+    if not name:
+        return
+    counter[name] += change
+    if not counter[name]:
+        del counter[name]

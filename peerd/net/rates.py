@@ -1,0 +1,71 @@
+"""How often something may happen: token buckets, alone, by name, and by owner.
+
+A bucket is paid for before it is used, so those who wait for one pass in the order in which they came, and none of them
+starves (the virtual scheduling algorithm, ITU-T I.371, annex A).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from peerd.net.owners import Owner
+
+# Names whose rates are remembered; a forgotten one starts with a full burst.
+MAX_REMEMBERED = 4096
+
+
+class TokenBucket:
+    """`rate` a second, and up to `burst` at once after a rest."""
+
+    __slots__ = ("_burst_s", "_paid_until", "_rate")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst_s = burst / rate
+        self._paid_until = now - self._burst_s
+
+    def take(self, count: float, now: float) -> float:
+        """Pay for `count`. Returns for how many seconds to wait before using it."""
+        self._paid_until = max(self._paid_until, now - self._burst_s) + count / self._rate
+        return max(0.0, self._paid_until - now)
+
+    def try_take(self, count: float, now: float) -> bool:
+        """Pay for `count` if it can be used at once."""
+        paid_until = max(self._paid_until, now - self._burst_s) + count / self._rate
+        if paid_until > now:
+            return False
+        self._paid_until = paid_until
+        return True
+
+
+class Rates:
+    """How often each owner does something: `rate` a second after a burst, for its PeerId and for its network."""
+
+    def __init__(self, rate: float, burst: float, *, network_factor: float = 1.0) -> None:
+        self._peers = NamedRates(rate, burst)
+        self._networks = NamedRates(rate * network_factor, burst * network_factor)
+
+    def may(self, owner: Owner, now: float, amount: float = 1) -> bool:
+        """Whether the owner may do it now; then it counts."""
+        if owner.network and not self._networks.may(owner.network, now, amount):
+            return False
+        return self._peers.may(owner.peer_id, now, amount)
+
+
+class NamedRates:
+    """A rate for each of many names; of those that came longest ago nothing is remembered."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    def may(self, name: str, now: float, amount: float = 1) -> bool:
+        """Whether it may happen under this name now; then it counts."""
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            bucket = self._buckets[name] = TokenBucket(self._rate, self._burst, now)
+            if len(self._buckets) > MAX_REMEMBERED:
+                self._buckets.popitem(last=False)
+        self._buckets.move_to_end(name)
+        return bucket.try_take(amount, now)
