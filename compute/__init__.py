@@ -1,1 +1,1 @@
-"""Blocks on a device: checkpoints, spans, KV pages and the engine. Knows no network."""
+"""Runs blocks on a device: checkpoints, spans, KV pages and the engine. Without network code."""

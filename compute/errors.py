@@ -1,7 +1,6 @@
-"""What can be wrong with a checkpoint on this machine, as one clear error each.
+"""Errors about a checkpoint on this machine.
 
-These never travel: a peer that cannot open its own checkpoint does not serve, so they are not part of
-the taxonomy that peers tell each other.
+These errors do not travel: a peer that cannot open its own checkpoint does not serve.
 """
 
 from __future__ import annotations
@@ -15,36 +14,36 @@ if TYPE_CHECKING:
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used: absent, truncated, incomplete, or not what it says it is.
+    """A checkpoint cannot be used: absent, truncated, incomplete, or not what it claims to be.
 
-    The message names the file, and the tensor where there is one.
+    The message names the file, and the tensor if the error concerns one.
     """
 
 
 class UnsupportedModel(CheckpointError):
-    """The checkpoint is sound, but its architecture or storage is one that we do not run. The message says which."""
+    """The checkpoint is sound, but peerd does not run its architecture or storage format. The message says which."""
 
 
 class AdapterError(CheckpointError):
-    """An adapter cannot be used: absent, malformed, of a kind that we do not run, or made for another model.
+    """An adapter cannot be used: absent, malformed, of a kind that peerd does not run, or made for another model.
 
-    The message names the adapter, and the field or tensor where there is one.
+    The message names the adapter, and the field or tensor if the error concerns one.
     """
 
 
 class HubUnavailable(CheckpointError):
-    """The hub cannot be reached, fails, or may not be asked (offline mode), and what is needed is not on this machine.
+    """The hub cannot be reached, fails, or may not be asked (offline mode), and the file is not on this machine.
 
     Nothing is wrong with the model: later, or with a network, it may work.
     """
 
 
 class DiskFull(CheckpointError):
-    """What has to be fetched does not fit on the disk, or into what `--disk` allows. Nothing was lost."""
+    """The download does not fit on the disk, or within the limit of `--disk`. Nothing was lost."""
 
 
 class EngineError(Exception):
-    """The engine cannot do what was asked of it."""
+    """The base of the engine's errors: it cannot do what was asked."""
 
 
 class NoRoomError(EngineError):
@@ -64,7 +63,7 @@ class InvalidStepError(EngineError):
 
 
 class StepGapError(EngineError):
-    """The step starts beyond what a row caches; `have` is the length that each row will have by then."""
+    """The step starts beyond the end of a cached row; `have` is the length that each row has after all queued steps."""
 
     def __init__(self, message: str, have: dict[int, int]) -> None:
         super().__init__(message)
@@ -72,7 +71,7 @@ class StepGapError(EngineError):
 
 
 class UnknownAdapterError(EngineError):
-    """No adapter of that name is loaded; the message says which are."""
+    """No adapter of that name is loaded; the message lists the loaded ones."""
 
 
 class NonFiniteError(EngineError):

@@ -1,7 +1,7 @@
-"""What goes in and out of an engine: steps, results, and the batches between them.
+"""What goes into an engine and comes out: steps, results, and the batches between them.
 
-Values only. A batch is a snapshot: whatever the device thread reads is in it, so the main thread may
-go on accepting steps while it runs, without a lock.
+These are plain values. A batch is a snapshot with everything that the device thread reads, so the main thread may
+accept steps while the batch runs, without a lock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peerd.protocol.span import Span
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineStep:
-    """New positions of some rows of one session, after `ops`.
+    """New positions of some rows of one session, added after `ops` were applied.
 
     `hidden`: `[sum of the rows' counts, hidden_size]`, any floating dtype, on the CPU, in the order of `rows`.
     """
@@ -36,7 +36,7 @@ class EngineStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
-    """What became of a step: `hidden` as in the step, or the error that struck this session alone."""
+    """The result of a step: `hidden` with the step's shape, or the error that concerns this session alone."""
 
     session: Hashable
     seq: int
@@ -46,9 +46,9 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class RowPages:
-    """Where a row lies in one group of blocks: `pages` in order, the first slot of which is position `first`.
+    """Where a row lies in one group of blocks: `pages` in order; the first slot holds position `first`.
 
-    `pages` is a `range` where they lie side by side, so that the cache can be read as one view.
+    `pages` is a `range` if they lie side by side, so that the cache can be read as one view.
     """
 
     first: int
@@ -59,10 +59,10 @@ class RowPages:
 class Segment:
     """Consecutive new positions of one row in a batch.
 
-    `groups` say for each group of blocks (`KVLayout`) where the row lies: from the first position that the blocks
-    keep, or see from here, to the last of this segment. `max_length` is what the session declared: RoPE variants
-    that depend on the context's length follow it. `adapter` names the weights that the session asked for beside
-    the span's own; none if empty.
+    groups: for each group of blocks (`KVLayout`), where the row lies: from the first position that the blocks keep,
+        or see from here, to the last position of this segment.
+    max_length: the length that the session declared; RoPE variants that depend on the context's length use it.
+    adapter: the LoRA weights that the session asked for beside the span's own; "" for none.
     """
 
     start: int
@@ -78,7 +78,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """What a batch takes of one step: `count` positions from the step's `offset` on."""
+    """The part of a step that a batch runs: `count` positions from the step's `offset` on."""
 
     step: EngineStep
     offset: int
@@ -88,7 +88,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """Copy a page whole before the batch runs: two rows shared it and one is about to write."""
+    """Copy a whole page before the batch runs: two rows shared it and one is about to write."""
 
     source: int
     target: int
@@ -109,7 +109,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchOutput:
-    """For each piece its hidden states, `[count, hidden_size]` on the CPU, and whether all are finite."""
+    """For each piece its hidden states, `[count, hidden_size]` on the CPU, and whether all values are finite."""
 
     hidden: tuple[torch.Tensor, ...]
     finite: tuple[bool, ...]

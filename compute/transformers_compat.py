@@ -1,7 +1,7 @@
-"""What changed between the releases of Transformers that peerd runs with, in one place.
+"""All differences between the releases of Transformers that peerd supports, in one place.
 
-The rest of the code speaks peerd's own words; this module asks the installed release how it spells them. Where a
-release can be asked (a signature, a method that is there or not), it is asked, so that no table of versions is needed.
+Other modules use peerd's own names; this module finds out how the installed release spells them. It looks at
+signatures and methods of the installed release where it can, so that no table of versions is needed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from packaging.version import Version
 
-# The releases that the whole test suite passed with: the oldest that pyproject.toml allows, and the newest so far.
+# The whole test suite passed with these releases: the oldest that pyproject.toml allows, and the newest so far.
 OLDEST_TESTED = "5.18"
 NEWEST_TESTED = "5.24"
 
-# The KV cache's name in calls of models and attention modules. Since 5.24 it is `cache`; `past_key_values` warns there
-# and is announced to go in 5.40.
+# The KV cache's name in calls of models and attention modules. Since 5.24 it is `cache`; there `past_key_values` gives
+# a warning, and 5.40 is to remove it.
 CACHE_NAMES = ("cache", "past_key_values")
 
 # What attention modules pass to every attention function, and ours has no use for: the engine and the block's kind say
@@ -29,7 +29,9 @@ _NEEDLESS = frozenset(
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """How `forward` (of a model, block or attention module) calls its KV cache. Raises TypeError if it takes none."""
+    """The name of the KV cache argument of `forward` (of a model, block or attention module). TypeError if it has
+    none.
+    """
     parameters = inspect.signature(forward).parameters
     for name in CACHE_NAMES:
         if name in parameters:
@@ -38,10 +40,9 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def take_cache(arguments: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments that a block gave its attention module, None where it gave none.
+    """The KV cache among the arguments that a block gave its attention module; None if it gave none.
 
-    `arguments` may hold nothing else: raises TypeError for a name that is unknown here, because an argument that is
-    dropped in silence computes something else than the model says.
+    Raises TypeError for an unknown name: to drop an argument in silence would compute something else than the model.
     """
     if unknown := arguments.keys() - set(CACHE_NAMES):
         raise TypeError(f"this release of Transformers passes {', '.join(sorted(unknown))}, which peerd does not know")
@@ -107,7 +108,7 @@ def before_newest_tested() -> bool:
 
 
 def untested_release() -> str | None:
-    """A warning, one line, where the installed minor release lies outside the tested range; None inside it."""
+    """A one-line warning if the installed minor release lies outside the tested range; None inside it."""
     installed = version("transformers")
     if Version(OLDEST_TESTED) <= _minor(installed) <= Version(NEWEST_TESTED):
         return None

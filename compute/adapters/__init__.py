@@ -1,1 +1,1 @@
-"""LoRA: peft's files, and many adapters at once over one span."""
+"""LoRA: reads peft's files, and runs many adapters at once over one span."""

@@ -1,9 +1,9 @@
-"""What an `adapter_config.json` of peft says, as far as it changes a single number of the result.
+"""Reads peft's `adapter_config.json`, as far as its fields change the result.
 
-Pure: a decoded JSON object in, a checked value out. The file comes from a stranger, so every field is checked for its
-type, and a field that we neither run nor know to be harmless is refused by its name: another adapter that
-nearly is the one that was trained would be worse than none. Patterns are regular expressions, which a stranger
-could write so that they never end: those that could are refused.
+Takes a decoded JSON object and returns a checked value. The file comes from an untrusted source, so every field's
+type is checked, and a field that we neither run nor know to be harmless is refused by name: a result that is nearly
+that of the trained adapter would be worse than none. Patterns are regular expressions, and one could be written so
+that matching never ends: such patterns are refused.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 from peerd.compute.errors import AdapterError
 
-# A rank is at most a layer's width; no model that we know is wider.
+# A rank is at most a layer's width; no known model is wider.
 MAX_RANK = 1 << 16
 _MAX_PATTERNS = 4096
 _MAX_PATTERN_CHARS = 512
-# With so many repeats, none inside another, matching a name of a hundred characters takes milliseconds at worst.
+# With this many repeats, none inside another, matching a name of a hundred characters takes milliseconds at worst.
 _MAX_REPEATS = 2
-# A repeated group, and what Python warns of: sets within sets.
+# A repeated group, and nested sets, of which Python warns.
 _SUSPECT = re.compile(r"\)[*+{]|\[\^?\[|--|&&|~~|\|\|")
 
-# Where training started, how it went, or how weights are merged: the trained numbers stand in the other file.
+# How training started and went, or how weights are merged: the trained numbers are in the other file.
 _HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -63,7 +63,7 @@ _READ = frozenset(
         "use_rslora",
     }
 )
-# Other starts change the model's own weights too, which nobody else has.
+# Other initialisations change the model's own weights too, which no other peer has.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _REASONS: Mapping[str, str] = {
     "use_dora": "DoRA rescales whole weights",
@@ -80,8 +80,9 @@ _REASONS: Mapping[str, str] = {
 class LoraConfig:
     """A LoRA adapter's settings.
 
-    `targets`: ends of the adapted modules' names; None where the file says it by a regular expression or
-    `all-linear`, and the stored tensors alone tell. `layers`: the blocks it is limited to; None for all.
+    targets: the ends of the adapted modules' names; None if the file gives a regular expression or `all-linear`, so
+        that only the stored tensors tell.
+    layers: the blocks to which the adapter is limited; None for all.
     """
 
     rank: int
@@ -93,17 +94,17 @@ class LoraConfig:
     layers: tuple[int, ...] | None
 
     def rank_of(self, module: str) -> int:
-        """The rank for a module, by its full name in the whole model."""
+        """The rank for a module, given by its full name in the whole model."""
         return self.rank_pattern.get(_pattern_for(self.rank_pattern, module), self.rank)
 
     def scale_of(self, module: str) -> float:
-        """By how much the product of a module's matrices is multiplied."""
+        """The factor for the product of a module's matrices."""
         alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, module), self.alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def targets_module(self, module: str, block: int) -> bool:
-        """Whether the list of targets names this module; False where there is no list."""
+        """Whether the list of targets names this module; False if there is no list."""
         if self.targets is None or (self.layers is not None and block not in self.layers):
             return False
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
@@ -146,7 +147,7 @@ def _refuse_what_we_do_not_run(fields: Mapping[str, Any], where: object) -> None
 
 
 class _Fields:
-    """Reads fields whose absence is allowed and whose type is not believed."""
+    """Reads fields that may be absent and whose types are checked."""
 
     def __init__(self, fields: Mapping[str, Any], where: object) -> None:
         self._fields = fields
@@ -158,7 +159,7 @@ class _Fields:
         return value
 
     def number(self, name: str, value: Any) -> float:
-        # A whole number of a thousand digits is no float.
+        # A whole number of a thousand digits does not fit a float.
         if type(value) not in (int, float) or not abs(value) < 1e9:
             raise self._wrong(name, value, "a finite number is meant")
         return float(value)
@@ -174,12 +175,12 @@ class _Fields:
 
     def targets(self) -> tuple[str, ...] | None:
         found = self._fields.get("target_modules")
-        # peft takes names out again, by a list or a pattern: then, too, the stored tensors alone tell.
+        # peft removes names again, by a list or a pattern: then, too, only the stored tensors tell.
         if type(found) is str or (self._fields.get("exclude_modules") and type(found) is list):
             return None
         if type(found) is not list or not found or not all(type(name) is str for name in found):
             raise self._wrong("target_modules", found, "names, a pattern or all-linear are meant")
-        # Where names go by another word than the usual ones, peft's rule for blocks' numbers is a pattern.
+        # If the model's block list has an unusual name, peft's rule for block numbers is a pattern.
         if self._fields.get("layers_to_transform") is not None and self._fields.get("layers_pattern"):
             return None
         return tuple(found)
@@ -206,7 +207,7 @@ def _pattern_for(patterns: Mapping[str, Any], module: str) -> str:
 
 
 def _ends_soon(pattern: str) -> bool:
-    """Whether matching takes polynomial time of a low degree, as far as the spelling shows."""
+    """Whether matching takes polynomial time of a low degree, judging by the pattern's text."""
     repeats = sum(pattern.count(sign) for sign in "*+{")
     if len(pattern) > _MAX_PATTERN_CHARS or repeats > _MAX_REPEATS or _SUSPECT.search(pattern):
         return False

@@ -1,9 +1,8 @@
-"""An adapter as peft writes it: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+"""Reads an adapter as peft writes it: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
-Knows names and shapes; knows no device and no batches. The files come from strangers: a pickle is never opened, sizes
-are checked before anything is read, and every stored tensor must be one that we run, or the whole adapter
-is refused. Only the blocks that somebody asks for are read. What the tensors mean is the family's
-matter: their names are those of the whole model, with peft's own before them.
+The files come from untrusted sources: a pickle is never opened, sizes are checked before anything is read, and if a
+stored tensor is one that we do not run, the whole adapter is refused. Only the requested blocks are read. Tensors
+have the names of the whole model, with peft's prefix.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from peerd.protocol.span import MAX_BLOCKS, Span
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-# peft writes a few hundred bytes; patterns for every module of a large model are some hundred KiB.
+# peft writes a few hundred bytes; patterns for every module of a large model take some hundred KiB.
 _MAX_CONFIG_BYTES = 4 << 20
-# What peft puts before the model's own names.
+# peft's prefix before the model's own names.
 _PEFT_PREFIX = "base_model.model."
 _FLOATS = ("F32", "F16", "BF16")
 _STORED = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -45,7 +44,7 @@ _OTHER_KINDS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _StoredPair:
-    """Where one module's matrices lie. `module`: its name in the whole model."""
+    """The two stored matrices of one module. `module`: its name in the whole model."""
 
     module: str
     rank: int
@@ -57,7 +56,7 @@ class _StoredPair:
 class AdapterFile:
     """An open adapter for models of one family. Made by `open_adapter`.
 
-    `digest`: 32 bytes that any two copies of the same weights with the same scales share.
+    `digest`: 32 bytes that are equal for copies of the same weights with the same scales.
     """
 
     def __init__(self, path: Path, config: LoraConfig, tensors: SafetensorsFile, family: Family) -> None:
@@ -72,14 +71,14 @@ class AdapterFile:
 
     @property
     def modules(self) -> Mapping[BlockModule, tuple[int, int]]:
-        """What it adapts, with each layer's (out_features, in_features)."""
+        """The adapted layers, with the (out_features, in_features) of each."""
         return {key: (pair.b.shape[0], pair.a.shape[1]) for key, pair in self._pairs.items()}
 
     @property
     def digest(self) -> bytes:
         """sha256 over the weights file's sha256, then each module's name, a zero byte and its scale (spec/adapters.md).
 
-        Reads the whole file, the first time.
+        The first call reads the whole file.
         """
         if self._digest is None:
             with (self.path / WEIGHTS_FILE).open("rb") as file:
@@ -94,17 +93,17 @@ class AdapterFile:
         return self.config.targets_module(f"{self._root}.{block}.{module}", block)
 
     def n_values(self, blocks: Span | None = None) -> int:
-        """How many values the matrices have; those of `blocks`, if given."""
+        """The number of values in the matrices; of those of `blocks`, if given."""
         return sum(math.prod(pair.a.shape) + math.prod(pair.b.shape) for _, pair in self._within(blocks))
 
     def n_bytes(self, blocks: Span | None = None) -> int:
-        """How many bytes the stored matrices take; those of `blocks`, if given."""
+        """The bytes of the stored matrices; of those of `blocks`, if given."""
         return sum(pair.a.n_bytes + pair.b.n_bytes for _, pair in self._within(blocks))
 
     def read(self, blocks: Span | None = None) -> dict[BlockModule, LoraPair]:
         """The weights of `blocks` (default: all), as stored, on the CPU.
 
-        Raises AdapterError for a value that is NaN or infinite, and where the file has changed meanwhile.
+        Raises AdapterError for a value that is NaN or infinite, and if the file has changed meanwhile.
         """
         return {key: self._read(pair) for key, pair in self._within(blocks)}
 
@@ -124,7 +123,7 @@ class AdapterFile:
 
 @contextmanager
 def open_adapter(source: str | Path, family: Family) -> Iterator[AdapterFile]:
-    """An adapter in peft's format, for models of `family`. Raises AdapterError."""
+    """Open an adapter in peft's format, for models of `family`. Raises AdapterError."""
     path = _directory_of(source)
     config = _read_config(path / CONFIG_FILE)
     with _as_adapter_errors():
@@ -134,7 +133,7 @@ def open_adapter(source: str | Path, family: Family) -> Iterator[AdapterFile]:
 
 
 def _directory_of(source: str | Path) -> Path:
-    """Where the adapter's two files lie. A name on a model hub would be fetched here."""
+    """The directory with the adapter's two files. Adapters on a model hub would be fetched here."""
     path = Path(source).expanduser()
     if path.is_file():
         raise AdapterError(f"{path} is a file: an adapter is the directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -166,7 +165,7 @@ def _read_config(path: Path) -> LoraConfig:
 def _pairs(
     tensors: SafetensorsFile, config: LoraConfig, family: Family, where: Path
 ) -> tuple[str, dict[BlockModule, _StoredPair]]:
-    """Where the whole model keeps its blocks, and which matrices belong together, and to what.
+    """The name of the whole model's block list, and the adapter's pairs of matrices by block and module.
 
     Raises AdapterError for any tensor that we would have to leave out.
     """
@@ -202,7 +201,9 @@ def _pair(module: str, sides: Mapping[str, StoredTensor], config: LoraConfig, wh
 
 
 def _place_of(module: str, family: Family, where: Path) -> tuple[str, int, str]:
-    """Taken apart, a module's name in the whole model: where blocks are kept, the block, and the name in it."""
+    """Split a module's name in the whole model: the block list's name, the block's number, and the name in the
+    block.
+    """
     for prefix in PREFIXES:
         root = f"{prefix}{family.layers}"
         match = re.fullmatch(rf"{re.escape(root)}\.(\d{{1,4}})\.(.+)", module)

@@ -1,7 +1,6 @@
-"""LoRA weights as values, and the sum that they stand for.
+"""LoRA weights as values, and the sum that they add to a linear layer's output.
 
-Knows pairs of matrices and the modules of blocks that they belong to; knows no files, no models and no
-batches. The functions are differentiable in every tensor that they take, so that training uses them too.
+All functions are differentiable in every tensor that they take, so training uses them too.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BlockModule = tuple[int, str]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraPair:
-    """What an adapter adds to one linear layer: `scale * b @ a @ x`.
+    """The addition to one linear layer: `scale * b @ a @ x`.
 
     `a`: `[rank, in_features]`; `b`: `[out_features, rank]`; both of one floating dtype.
     """
@@ -43,17 +42,17 @@ class LoraPair:
         return int(self.a.nbytes + self.b.nbytes)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LoraPair:
-        """The same on `device`, rounded to `dtype`; gradients flow back to these tensors."""
+        """The pair on `device`, rounded to `dtype`; gradients flow back to the original tensors."""
         return LoraPair(self.a.to(device, dtype), self.b.to(device, dtype), self.scale)
 
 
 Lora = Mapping[BlockModule, LoraPair]
-"""An adapter's weights, or those of some blocks."""
+"""The weights of an adapter, or those of some blocks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraAdapter:
-    """An adapter in memory, of whatever origin: checked, on the CPU, without gradients. Raises AdapterError."""
+    """An adapter in memory, from any source: checked, on the CPU, without gradients. Raises AdapterError."""
 
     weights: Lora
 
@@ -79,7 +78,7 @@ def _checked(key: BlockModule, pair: LoraPair) -> LoraPair:
 
 
 def lora_delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """What to add to a linear layer's output for its input `x`, `[..., in_features]`: `[..., out_features]`."""
+    """The addition to a linear layer's output for its input `x`, `[..., in_features]`: `[..., out_features]`."""
     return F.linear(F.linear(x, a) * scale, b)
 
 
@@ -89,14 +88,14 @@ def within(lora: Lora, blocks: Span) -> dict[BlockModule, LoraPair]:
 
 
 def bytes_of(lora: Lora, dtype: torch.dtype | None = None) -> int:
-    """How many bytes the weights take; once they are in `dtype`, if that is given."""
+    """The bytes of the weights; once they are in `dtype`, if that is given."""
     if dtype is None:
         return sum(pair.n_bytes for pair in lora.values())
     return sum((pair.a.numel() + pair.b.numel()) * dtype.itemsize for pair in lora.values())
 
 
 def check_fits(lora: Lora, features: Mapping[BlockModule, tuple[int, int]]) -> None:
-    """Raise AdapterError unless every matrix belongs to a layer of `features`, (out_features, in_features) each."""
+    """Raise AdapterError unless every pair fits a layer of `features`, which gives (out_features, in_features)."""
     for (block, name), pair in lora.items():
         if pair.rank > MAX_RANK:
             raise AdapterError(f"block {block}: {name} has an adapter of rank {pair.rank}, more than {MAX_RANK}")

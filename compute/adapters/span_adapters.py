@@ -1,12 +1,12 @@
-"""Several LoRA adapters over one span's frozen blocks, each session with its own or none.
+"""Runs several LoRA adapters over one span's frozen blocks; each session uses one of them or none.
 
-Each adapted linear layer carries a hook, which adds to the rows of a batch what their own sessions' adapters say. No
-module is replaced, so it is all the same to us whether a layer is packed, quantized or plain, and a span without
-adapters has no hooks. Which rows are whose is worked out once a batch. The difficulty is to mix nothing up:
-where many adapters share a small batch on a GPU their matrices are one, and what is another's is masked to exact zeros
-before it can reach a row, NaN and infinity included.
+Each adapted linear layer carries a forward hook, which adds to each row of a batch what its session's adapter gives.
+No module is replaced, so a layer may be packed, quantized or plain, and a span without adapters has no hooks. Which
+rows use which adapter is computed once for each batch. Nothing of one adapter may reach another's rows: if many
+adapters share a small batch on a GPU, their matrices are joined into one product, and what does not belong to a row
+is set to exact zeros before the second product, NaN and infinity included.
 
-All of it is the device thread's, but `names`, which is replaced as a whole.
+Everything belongs to the device thread except `names`, which is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from peerd.compute.adapters.file import AdapterFile
     from peerd.compute.model.span_model import SpanModel
 
-# Five operations an adapter, or eight for all at once, of which each row uses only its own adapter's share. A GPU waits
-# for launches, so there few rows under many adapters are one product. A CPU waits for arithmetic: one product over
-# eight adapters of rank 16 took 0.8 to 4 times as long as eight small ones (576 to 2048 wide, 1 and 32 rows each).
+# An adapter takes five operations; all adapters joined take eight, of which each row uses only its own part. A GPU
+# waits for launches, so a few rows under many adapters are joined. A CPU waits for arithmetic: one product over eight
+# adapters of rank 16 took 0.8 to 4 times as long as eight small ones (576 to 2048 wide, 1 and 32 rows each).
 _MANY = 3
 _FEW_ROWS = 128
-# The positions of the forward that finds out which layers see every position once.
+# The positions of the forward that finds the layers that see every position once.
 _PROBE_POSITIONS = 3
 
 
 class SpanAdapters:
-    """The adapters of one span, by name. To load or forget one changes nothing for sessions under others."""
+    """The adapters of one span, by name. Loading or unloading one changes nothing for sessions under others."""
 
     def __init__(self, model: SpanModel) -> None:
-        #: Those that are loaded.
+        #: The names of the loaded adapters.
         self.names: frozenset[str] = frozenset()
         self._model = model
         self._loaded: dict[str, Lora] = {}
@@ -56,14 +56,14 @@ class SpanAdapters:
 
     @property
     def n_bytes(self) -> int:
-        """Memory that the adapters take on the device."""
+        """The memory that the adapters take on the device, in bytes."""
         return sum(bytes_of(lora) for lora in self._loaded.values())
 
     def load(self, name: str, lora: Lora) -> None:
-        """Take the weights of this span's blocks; those of others are left out. Raises AdapterError.
+        """Load the weights of this span's blocks; those of other blocks are left out. Raises AdapterError.
 
-        A layer that the span lacks, or that does not see the positions one by one, is refused, and so are
-        shapes that do not fit, values that the span's dtype cannot hold, and a name that is taken.
+        Refused are: a layer that the span lacks or that does not see the positions one by one, shapes that do not
+        fit, values that the span's dtype cannot hold, and a name that is taken.
         """
         if name in self._loaded:
             raise AdapterError(f"there is an adapter {name!r} already")
@@ -72,7 +72,7 @@ class SpanAdapters:
         device, dtype = self._model.device, self._model.dtype
         rounded = {key: pair.to(device, dtype) for key, pair in own.items()}
         for (block, module), pair in rounded.items():
-            # One infinite value in a joint product would be everybody's.
+            # One infinite value in a joint product would reach all rows.
             if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
                 raise AdapterError(f"block {block}: {module} has a value that is not finite in {dtype}")
         self._loaded[name] = rounded
@@ -80,7 +80,7 @@ class SpanAdapters:
         self._hook(own)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, which no session may be using. KeyError if there is none of that name."""
+        """Forget an adapter that no session uses. Raises KeyError if there is none of that name."""
         del self._loaded[name]
         self.names = frozenset(self._loaded)
         used = set(chain.from_iterable(self._loaded.values()))
@@ -88,11 +88,11 @@ class SpanAdapters:
             self._hooks.pop(key).remove()
 
     def check(self, lora: Lora) -> None:
-        """Raise AdapterError unless every layer is one of this span's that can be adapted, and of that shape."""
+        """Raise AdapterError unless every layer is one of this span that can be adapted, and has fitting shapes."""
         check_fits(lora, {key: _features(module) for key, module in self._adaptable().items()})
 
     def check_complete(self, file: AdapterFile) -> None:
-        """Raise AdapterError if the file's list of targets names a layer of this span that it has no weights for."""
+        """Raise AdapterError if the file's list of targets names a layer of this span for which it has no weights."""
         for block, name in self._adaptable():
             if file.targets(block, name) and (block, name) not in file.modules:
                 raise AdapterError(
@@ -101,7 +101,7 @@ class SpanAdapters:
 
     @contextmanager
     def applied(self, segments: Sequence[Segment]) -> Iterator[None]:
-        """Within this, the model's next positions are those of `segments`, each under its own adapter."""
+        """Inside this context, the model's next positions are those of `segments`, each under its own adapter."""
         names = {segment.adapter for segment in segments} - {""}
         if not names:
             yield
@@ -111,9 +111,9 @@ class SpanAdapters:
 
     @contextmanager
     def under(self, name: str) -> Iterator[None]:
-        """Within this, all positions are under a loaded adapter, none if empty; gradients flow to the input.
+        """Inside this context, all positions are under one loaded adapter, or none if `name` is ""; gradients flow.
 
-        Raises UnknownAdapterError: it may have gone between a forward and its backward.
+        Raises UnknownAdapterError: the adapter may have been unloaded between a forward and its backward.
         """
         if name and name not in self._loaded:
             raise UnknownAdapterError(f"the adapter {name!r} is no longer here")
@@ -129,7 +129,7 @@ class SpanAdapters:
             self._routing = before
 
     def _hook(self, lora: Lora) -> None:
-        """Make these layers ask for what to add."""
+        """Add forward hooks to these layers."""
         for key in lora:
             if key not in self._hooks:
                 self._hooks[key] = self._adaptable()[key].register_forward_hook(self._adder(key))
@@ -147,7 +147,7 @@ class SpanAdapters:
 
 
 class _Everything:
-    """All positions under one adapter."""
+    """Puts all positions under one adapter."""
 
     def __init__(self, lora: Lora) -> None:
         self._lora = lora
@@ -159,14 +159,14 @@ class _Everything:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
-    """The rows of a batch that are under one adapter: a slice where they lie side by side, else their numbers."""
+    """The rows of a batch that are under one adapter: a slice if they lie side by side, else their numbers."""
 
     lora: Lora
     rows: slice | torch.Tensor
 
 
 class _Routing:
-    """Which rows of a batch are under which adapter. For inference only: it adds in place."""
+    """Which rows of a batch are under which adapter. For inference only, since it adds in place."""
 
     def __init__(self, segments: Sequence[Segment], loaded: Mapping[str, Lora], device: torch.device) -> None:
         runs: dict[str, list[tuple[int, int]]] = {name: [] for name in loaded}
@@ -195,16 +195,18 @@ class _Routing:
         return y.view(output.shape)
 
     def _joint(self, x: torch.Tensor, present: Sequence[tuple[_Group, LoraPair]]) -> torch.Tensor:
-        """The sum of all, as one product: each row's part of the joint rank that is not its own becomes zero."""
+        """The sum of all adapters as one product: each row's part of the joint rank that is not its own becomes
+        zero.
+        """
         a = torch.cat([pair.a for _, pair in present])
         b = torch.cat([pair.b for _, pair in present], dim=1)
         scales = self._mask(x, present)
-        # Not a product with zeros: what overflows under another's matrix must not become NaN here.
+        # Not multiplied by zero: an overflow under another adapter's matrix would become NaN.
         inner = torch.where(scales != 0, (x @ a.T) * scales, 0)
         return inner @ b.T
 
     def _mask(self, x: torch.Tensor, present: Sequence[tuple[_Group, LoraPair]]) -> torch.Tensor:
-        """`[rows, joint rank]`: the scale where the row is under that adapter, else zero. The same in most layers."""
+        """`[rows, joint rank]`: the scale if the row is under that adapter, else zero. Most layers share one mask."""
         key = tuple(chain.from_iterable((id(group), pair.rank, hash(pair.scale)) for group, pair in present))
         mask = self._masks.get(key)
         if mask is None:
@@ -228,7 +230,7 @@ def _rows(runs: Sequence[tuple[int, int]], device: torch.device) -> slice | torc
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of anything linear: Linear, its packed and quantized kin, and GPT-2's Conv1D."""
+    """(out_features, in_features) of any linear module: Linear, its packed and quantized forms, and GPT-2's Conv1D."""
     if hasattr(module, "nf"):
         weight: Any = module.weight
         return int(weight.shape[1]), int(weight.shape[0])
@@ -245,15 +247,15 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _position_wise(model: SpanModel) -> dict[BlockModule, nn.Module]:
-    """The linear layers that see each position exactly once, in order: found out by running some."""
+    """The linear layers that see each position exactly once, in order; found by a forward over a few positions."""
     seen: dict[BlockModule, list[tuple[int, int]]] = {}
     found: dict[BlockModule, nn.Module] = {}
     handles = []
     for number, (layer, kind) in enumerate(zip(model.layers, model.kinds, strict=True), model.span.start):
         for name, module in layer.named_modules():
             parts = name.split(".")
-            # Experts see what is routed to them. And cached latents are expanded whole, of one row at a time, or not
-            # at all (`latent_attention`).
+            # Experts see only the positions routed to them. Cached latents are expanded for one whole row at a time, or
+            # not at all (`attention.latent`).
             beside_batch = "experts" in parts or (kind.latent and parts[-1] == "kv_b_proj")
             if name and _is_linear(module) and not beside_batch:
                 found[number, name] = module

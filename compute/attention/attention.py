@@ -1,14 +1,13 @@
 """Attention over the KV pool, for unmodified Transformers models.
 
-The one place that reads the cache. Each attention module of a span carries a `BlockAttention`, which
-knows the block's mask rule and the view of the batch that runs; Transformers calls it through a
-function registered with `AttentionInterface`. That name has no mask function registered, so
-Transformers builds no mask of its own. Without a batch in view (forward and training) the same
-rules hold over whole sequences.
+On a CPU, this is the only code that reads the cache. Each attention module of a span carries a `BlockAttention` with
+the block's mask rule and the view of the running batch; Transformers calls it through a function registered with
+`AttentionInterface`. No mask function is registered under that name, so Transformers builds no mask. Without a batch
+in view (forward and training) the same rules hold over whole sequences.
 
-The difficulty is cost: 30 blocks times 16 sessions call this for every token. So whatever is the same
-in all blocks is worked out once a batch, keys are read as views where pages lie side by side, and
-query heads that share a key head are one matrix against it instead of copies of the key.
+30 blocks times 16 sessions call this for every token, so cost matters. What is the same in all blocks is computed
+once for each batch, keys are read as views if pages lie side by side, and query heads that share a key head are
+multiplied with it as one matrix, without copies of the key.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _ATTRIBUTE = "peerd_block_attention"
 
 
 class Visible:
-    """Which of a row's keys some consecutive queries see: those from `start` on, under `mask`.
+    """The keys of a row that some consecutive queries see: those from `start` on, under `mask`.
 
-    `mask` is None where every query sees all of them; `causal` where the two lie on the same positions.
+    `mask` is None if every query sees all of them; `causal` is set if queries and keys lie on the same positions.
     """
 
     __slots__ = ("causal", "mask", "start")
@@ -70,11 +69,11 @@ def _mask(kind: LayerKind, first: int, start: int, end: int, device: torch.devic
 
 
 class BatchView:
-    """One batch as attention sees it; also the KV cache that the model writes through."""
+    """One batch as attention sees it; also the KV cache to which the model writes."""
 
-    # Transformers asks these of any cache.
+    # Transformers reads this of any cache.
     is_compileable = False
-    # Attention makes its own: what else a decoder does with a cache is the same for every batch.
+    # Our attention makes its own masks; a decoder's other uses of a cache are the same for every batch.
     needs_mask = False
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
@@ -96,10 +95,10 @@ class BatchView:
         return keys, values
 
     def get_seq_length(self, layer: int | None = None) -> int | torch.Tensor:
-        """Transformers' question for where positions start; ours come explicitly, so 0.
+        """Answers Transformers' question where positions start: 0, since ours are passed explicitly.
 
-        An attention module that asks for its own block (Llama 4) counts on from there to scale its queries: for each
-        of the batch's positions it gets how far that lies behind its place in the batch.
+        An attention module that asks for its own block (Llama 4) counts on from the answer to scale its queries. So
+        for each position of the batch it gets the difference between the position and its index in the batch.
         """
         if layer is None:
             return 0
@@ -111,15 +110,15 @@ class BatchView:
         return self._lags
 
     def get_mask_sizes(self, _length: int, _layer: int) -> tuple[int, int]:
-        """Transformers' question for how large a mask to make: none, for ours is made here."""
+        """Answers Transformers' question how large a mask to make: none, since attention makes its own."""
         return 0, 0
 
     def get_query_offset(self, _layer: int) -> int:
-        """Transformers' question for where a mask begins."""
+        """Answers Transformers' question where a mask begins."""
         return 0
 
     def visible(self, kind: LayerKind) -> list[Visible]:
-        """What each segment sees in blocks of this kind."""
+        """The keys that each segment sees in blocks of this kind."""
         rule = (kind.window, kind.chunk)
         found = self._visible.get(rule)
         if found is None:
@@ -129,7 +128,7 @@ class BatchView:
 
 
 class RowView:
-    """One segment of one row as the cache of a model whose attention we cannot reach (DiffLlama, Doge, XGLM)."""
+    """One segment of one row, as the cache of a model whose attention cannot be replaced (DiffLlama, Doge, XGLM)."""
 
     is_compileable = False
     is_sliding = (False,)
@@ -143,7 +142,7 @@ class RowView:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cache a block's new keys and values; returns the row's, `[1, kv_heads, length, width]`."""
+        """Cache a block's new keys and values; returns the whole row's, `[1, kv_heads, length, width]`."""
         self._writer.write(self._pool.keys[layer], keys[0])
         self._writer.write(self._pool.values[layer], values[0])
         return self._row.read(self._pool.keys[layer], 0)[None], self._row.read(self._pool.values[layer], 0)[None]
@@ -157,20 +156,22 @@ class RowView:
         return self._segment.start
 
     def get_mask_sizes(self, _query_length: int, _layer: int) -> tuple[int, int]:
-        """Length of the keys that `update` returns, and the position of the first."""
+        """The number of keys that `update` returns, and the position of the first."""
         return self._segment.end, 0
 
 
 class PagedView(Protocol):
-    """A batch that brings its own way over the pool (`paged_views`)."""
+    """A batch with its own attention over the pool (`engine.paged_views`)."""
 
     def attend(self, layer: int, kind: LayerKind, query: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """`query` `[1, heads, positions, width]` over one block's cache: `[1, positions, heads, value_dim]`."""
+        """Attention of `query` `[1, heads, positions, width]` over one block's cache: `[1, positions, heads,
+        value_dim]`.
+        """
         ...
 
 
 class SpanAttention:
-    """Ties a span's attention modules to the batch in view. One an engine."""
+    """Connects a span's attention modules with the running batch. One for each engine."""
 
     def __init__(self, layers: nn.ModuleList, kinds: Sequence[LayerKind]) -> None:
         self.view: BatchView | PagedView | None = None
@@ -183,7 +184,7 @@ class SpanAttention:
 
 
 class BlockAttention:
-    """Attention of one block: over the batch in view, or over whole sequences where there is none."""
+    """Attention of one block: over the running batch, or over whole sequences if there is none."""
 
     def __init__(
         self, owner: SpanAttention, layer: int, kind: LayerKind, latent: LatentAttention | None = None
@@ -225,7 +226,7 @@ class BlockAttention:
     def _over_row(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores
     ) -> torch.Tensor:
-        """One row's new positions over what the cache holds of it."""
+        """Attention of one row's new positions over its cached keys and values."""
         if self._latent is None:
             return attend(query, keys, values, visible, scores)
         if scores.scaling is None:
@@ -254,7 +255,10 @@ class Scores:
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores
 ) -> torch.Tensor:
-    """`query` `[b, heads, n, width]` over `keys` and `values` `[b, kv_heads, m, ...]`: `[b, n, heads, value_dim]`."""
+    """Attention of `query` `[b, heads, n, width]` over `keys` and `values` `[b, kv_heads, m, ...]`.
+
+    Returns `[b, n, heads, value_dim]`.
+    """
     batch, heads, count, width = query.shape
     kv_heads = keys.shape[1]
     if scores.softcap is not None or scores.sinks is not None:
@@ -262,7 +266,7 @@ def attend(
     elif scores.bias is not None:
         output = _attend_with_bias(query, keys, values, visible, scores, scores.bias)
     elif count == 1:
-        # Query heads that share a key head stand where several queries would: one product, no copies.
+        # Query heads that share a key head take the place of several queries: one product, no copies.
         packed = query.reshape(batch, kv_heads, heads // kv_heads, width)
         output = F.scaled_dot_product_attention(packed, keys, values, scale=scores.scaling)
     else:
@@ -281,7 +285,7 @@ def attend(
 def _attend_with_bias(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores, bias: KeyBias
 ) -> torch.Tensor:
-    """The same where something is added to each key's score (ALiBi)."""
+    """Attention with a bias on each key's score (ALiBi)."""
     _, heads, count, _ = query.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
     added = bias(visible.start, visible.start + length).to(query.dtype)[None, :, None]
@@ -298,7 +302,7 @@ def _attend_with_bias(
 def _attend_in_steps(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scores: Scores
 ) -> torch.Tensor:
-    """The same where scores are capped or share their weight with a sink, which fused kernels cannot."""
+    """Attention whose scores are capped, or share their weight with a sink, which fused kernels cannot compute."""
     batch, heads, count, width = query.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
     packed = query.reshape(batch, kv_heads, -1, width)
@@ -330,7 +334,7 @@ def _attention_forward(
     key_bias: KeyBias | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What Transformers' attention modules call. No mask comes: ours is the block's own."""
+    """The function that Transformers' attention modules call. It gets no mask; the block's own is used."""
     assert attention_mask is None
     refuse_unknown(others)
     block: BlockAttention = getattr(module, _ATTRIBUTE)
@@ -338,8 +342,8 @@ def _attention_forward(
 
 
 def register_attention() -> str:
-    """Make this attention known to Transformers. Returns the name for `load_span(..., attention=name)`."""
-    # Not at the top: importing Transformers takes seconds, which those who never load a model need not wait.
+    """Register this attention with Transformers. Returns the name for `load_span(..., attention=name)`."""
+    # Imported here because importing Transformers takes seconds, which a process without a model need not wait for.
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attention_forward)

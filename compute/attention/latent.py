@@ -1,9 +1,9 @@
-"""Attention over compressed latents (MLA): what DeepSeek's families keep in the cache.
+"""Attention over compressed latents (MLA), which DeepSeek's families keep in the cache.
 
-The cache holds, a position, one latent and one rotary part for all heads. There are two ways to attend over
-them. Expanding makes keys and values of every cached position, for every head: what Transformers does, and
-cheap for many queries. Absorbing moves that product to the queries, which then meet the latents themselves,
-as if all heads shared one key: cheap for few queries, which is every decode. Both give the same numbers.
+For each position the cache holds one latent and one rotary part for all heads. There are two ways to attend over
+them. Expanding makes keys and values of every cached position for every head, as Transformers does: cheap for many
+queries. Absorbing multiplies the queries instead, which then meet the latents as if all heads shared one key: cheap
+for few queries, as in every decode. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LatentAttention:
-    """One block's attention module as what turns its cached latents into an output."""
+    """One block's attention over its cached latents, computed with the weights of `module`."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
         rank, nope, value = int(module.kv_lora_rank), int(module.qk_nope_head_dim), int(module.v_head_dim)
         self._nope, self._value = nope, value
-        # For each cached position, expanding costs `rank * (nope + value)` a head, and each query then
-        # `2 * rank - nope - value` less than if it met the latents.
+        # For each cached position, expanding costs `rank * (nope + value)` a head once, and saves each query `2 * rank
+        # - nope - value` compared with meeting the latents.
         dearer = 2 * rank - nope - value
         self._few = rank * (nope + value) // dearer if dearer > 0 else None
 
@@ -34,10 +34,10 @@ class LatentAttention:
     ) -> torch.Tensor:
         """`query` `[1, heads, n, nope + rope]` over `latents` `[1, 1, m, rank]` and `rotary` `[1, 1, m, rope]`.
 
-        `attend` does the plain thing with a query, keys and values. Returns `[1, n, heads, value_dim]`.
+        `attend` computes plain attention for a query, keys and values. Returns `[1, n, heads, value_dim]`.
         """
         project = self._module.kv_b_proj
-        # Anything else than a plain layer (quantized, or with an adapter) is only asked for its product.
+        # A layer that is not plain (quantized, or with an adapter) can only be asked for its product.
         plain = type(project) is nn.Linear and not project._forward_hooks
         if plain and (self._few is None or query.shape[2] <= self._few):
             return self._absorb(project.weight, query, latents, rotary, attend)

@@ -1,13 +1,12 @@
-"""Bloom's, Falcon's, MPT's and GPT-J's attention, for batches of many sessions.
+"""Attention of families outside Transformers' `AttentionInterface`, such as Bloom, Falcon, MPT and GPT-J.
 
-Modules that predate Transformers' `AttentionInterface` compute their attention themselves, for rows of one
-length. Those of GPT-J's kind do so in a method, which is replaced; of Bloom, Falcon and MPT the `forward` is
-written again around the modules' own projections. Both hand queries, keys and values to the interface.
-Everything else of the families stays Transformers'.
+Their modules compute attention themselves, for rows of one length. GPT-J and its like do so in a method, which is
+replaced; of Bloom, Falcon and MPT the `forward` is written again around the modules' own projections. Both pass
+queries, keys and values to the interface, so that batches of many sessions work. The rest of these families stays
+Transformers'.
 
-The difficulty is ALiBi, which favours near keys by a number a head and position. It depends on the key alone
-(what all keys of a query have in common, softmax takes away), so a table serves every row; it is made by
-Transformers' own functions, rounded as there.
+ALiBi favours near keys by a number for each head and position. It depends on the key alone (softmax removes what all
+keys of a query have in common), so one table serves every row. Transformers' own functions make and round it.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ _NO_MASK = "peerd_no_mask"
 
 
 class KeyBias:
-    """What is added to the scores of keys, by head and position. `make(length)` gives `[heads, length]`."""
+    """A number added to each key's score, by head and position. `make(length)` gives `[heads, length]`."""
 
     def __init__(self, make: Callable[[int], torch.Tensor], *, from_end: bool = False) -> None:
         self._make = make
-        # Whether positions are counted back from a row's last key.
+        # Whether positions count backwards from a row's last key.
         self._from_end = from_end
         self._table: torch.Tensor | None = None
 
@@ -49,10 +48,10 @@ class KeyBias:
             return self(0, 2).float().diff(dim=1).squeeze(1)
 
     def __call__(self, start: int, end: int) -> torch.Tensor:
-        """For the keys at `start` to `end - 1`, of rows that end there: `[heads, end - start]`."""
+        """The numbers for the keys at `start` to `end - 1`, of rows that end there: `[heads, end - start]`."""
         table = self._table
         if table is None or table.shape[1] < end:
-            # Not as an inference tensor, which a training pass could not use afterwards.
+            # Not as an inference tensor, which a training pass could not use later.
             with torch.inference_mode(False), torch.no_grad():
                 table = self._table = self._make(max(_FIRST_LENGTH, 2 * end))
         shift = table.shape[1] - end if self._from_end else 0
@@ -62,8 +61,8 @@ class KeyBias:
 def needs_own_attention(family: Family) -> bool:
     """Whether this release of Transformers leaves the family's attention outside `AttentionInterface`.
 
-    A release may bring a family into the interface, as 5.24 did GPT-J and CodeGen: then the method that would be
-    replaced is gone, and there is nothing to do.
+    A release may bring a family into the interface, as 5.24 did with GPT-J and CodeGen: then the method to be
+    replaced does not exist, and nothing has to be done.
     """
     if not family.own_attention:
         return False
@@ -81,7 +80,7 @@ def install_own_attention(decoder: PreTrainedModel, attention: str, device: torc
     way = _WAYS[config.model_type](decoder, device, dtype)
     functions: Any = AttentionInterface
     function = functions()[attention]
-    # MPT's forward asks the mask for its dtype, and so must be given one, of whatever shape.
+    # MPT's forward reads the mask's dtype, so it must be given a mask, of any shape.
     AttentionMaskInterface.register(_NO_MASK, _no_mask)
     config._attn_implementation = _NO_MASK
     name, method = _REPLACED[config.model_type]
@@ -94,19 +93,21 @@ def install_own_attention(decoder: PreTrainedModel, attention: str, device: torc
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """What replaces a method of a family's attention modules."""
+    """The replacement for a method of a family's attention modules, and its key bias."""
 
     function: Callable[..., Any]
     bias: KeyBias | None = None
 
 
 def _no_mask(**_: Any) -> torch.Tensor:
-    """Nothing reads it: masks are made with the attention."""
+    """A mask that nothing reads: our attention makes its own."""
     return torch.zeros((), dtype=torch.bool)
 
 
 def _attend(module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`query` `[batch, heads, positions, width]`, as the interface wants it: `[batch, positions, heads * width]`."""
+    """Attention of `query` `[batch, heads, positions, width]`, with the interface's shape `[batch, positions,
+    width]`.
+    """
     output, _ = module.peerd_attention(
         module, query, keys, values, None, scaling=scaling, key_bias=module.peerd_key_bias
     )
@@ -174,7 +175,7 @@ def _falcon_forward(
     falcon: Any = modeling_falcon
     fused = module.query_key_value(hidden_states)
     if module.new_decoder_architecture:
-        # A key and a value for each group of queries; Transformers would repeat them before it caches them.
+        # A key and a value for each group of queries; Transformers would repeat them before caching.
         groups = fused.unflatten(-1, (module.num_kv_heads, -1, module.head_dim))
         parts = groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]
     else:
@@ -242,13 +243,13 @@ def _gpt_neox_japanese(*_: Any) -> _Way:
 def _by_head(
     module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, _mask: object, *, scaling: float
 ) -> tuple[torch.Tensor, None]:
-    """What the `_attn` of these modules gives: `[batch, heads, positions, width]`."""
-    # Some turn their queries in fp32, and cache keys in the model's own dtype.
+    """The result of these modules' `_attn`: `[batch, heads, positions, width]`."""
+    # Some of them rotate queries in fp32 and cache keys in the model's own dtype.
     output = _attend(module, query.to(values.dtype), keys.to(values.dtype), values, scaling)
     return output.view(*output.shape[:2], query.shape[1], -1).transpose(1, 2), None
 
 
-# By model type: the class of its attention modules, and which of their methods is replaced.
+# By model type: the class of its attention modules, and the method that is replaced.
 _REPLACED = {
     "bloom": ("BloomAttention", "forward"),
     "codegen": ("CodeGenAttention", "_attn"),

@@ -1,12 +1,11 @@
-"""Attention of one query a row over a paged cache, for all rows at once: what a decode needs.
+"""Attention of one query for each row over a paged cache, for all rows at once, as a decode needs it.
 
 Two implementations give the same numbers. The plain one gathers every row's keys into one padded tensor: it runs
-anywhere, and is what the other is compared with. The Triton kernel (`paged_kernel`) reads the pages where they
-lie. Neither loops over rows, and neither reads a slot that its row does not see: a stale NaN of somebody else's
-would survive any mask.
+anywhere, and the other is tested against it. The Triton kernel (`paged_kernel`) reads the pages where they lie.
+Neither loops over rows, and neither reads a slot that its row does not see: a stale NaN of another session would
+survive any mask.
 
-Knows pages, lengths and scores; knows neither sessions nor blocks. A step that adds several positions to a row is
-several rows here, each with a length of its own.
+A step that adds several positions to a row counts as several rows here, each with its own length.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ def paged_decode(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`query` `[rows, heads, key_dim]` over a pool's `keys` and `values`, `[kv_heads, slots, width]`.
+    """Attention of `query` `[rows, heads, key_dim]` over a pool's `keys` and `values`, `[kv_heads, slots, width]`.
 
     Query heads that share a key head are neighbours. `softcap` caps scores; `sinks` `[heads]` take a share of each
-    head's weight; `slopes` `[heads]` are ALiBi's, whose bias is 0 at the query's own position. Returns
-    `[rows, heads, value_dim]` in the dtype of `values`.
+    head's weight; `slopes` `[heads]` are ALiBi's, whose bias is 0 at the query's own position. Returns `[rows,
+    heads, value_dim]` in the dtype of `values`.
     """
     if query.device.type == "cuda" and has_kernel():
         from peerd.compute.attention.paged_kernel import paged_decode_kernel
@@ -52,12 +51,12 @@ def paged_decode_plain(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`paged_decode` in torch's own operations. Takes memory for a padded copy of all keys and values."""
+    """`paged_decode` with torch's own operations. Takes memory for a padded copy of all keys and values."""
     count, heads, width = query.shape
     kv_heads = keys.shape[0]
     positions = torch.arange(rows.max_tokens, device=query.device)
     seen = (positions >= rows.first[:, None]) & (positions < rows.lengths[:, None])
-    # What is not seen is read from slot 0 and then forgotten: its entry of the table may lead anywhere.
+    # Positions that a row does not see are read from slot 0 and masked later: their table entries may hold any number.
     pages = rows.table.repeat_interleave(rows.page_tokens, dim=1)
     slots = torch.where(seen, pages * rows.page_tokens + positions % rows.page_tokens, 0).flatten()
     row_keys = keys.index_select(1, slots).view(kv_heads, count, -1, width).transpose(0, 1)
@@ -71,7 +70,7 @@ def paged_decode_plain(
     if slopes is not None:
         scores = scores + slopes.float()[:, None] * (positions - rows.lengths[:, None] + 1)[:, None, :]
     scores = scores.masked_fill(~seen[:, None, :], -torch.inf)
-    # A finite floor: a row that sees nothing has no largest score.
+    # A finite minimum, because a row that sees nothing has no largest score.
     top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     if sinks is not None:
         top = torch.maximum(top, sinks.float()[None, :, None])

@@ -1,12 +1,12 @@
-"""Paged decode attention as a Triton kernel: pages are read where they lie, rows and heads run side by side.
+"""Paged decode attention as a Triton kernel: reads pages where they lie, with rows and heads in parallel.
 
-One program attends for one row and one key head, with all query heads that share it in one tile, over one part of
-what the row sees; a second kernel joins the parts. The parts are the difficulty: one row of a long context alone
-must fill the device, so its positions are divided, and how many ways must not depend on lengths that only the
-device knows, or a captured graph could not be replayed with others. So the host chooses the number of parts by the
-shapes, and the device how long each is, row by row.
+One program handles one row and one key head, with all query heads that share it, over one part of what the row sees;
+a second kernel joins the parts. One row with a long context alone must fill the device, so its positions are
+divided. The number of parts must not depend on lengths that only the device knows, or a recorded graph could not be
+replayed with other lengths. So the host chooses the number of parts from the shapes, and the device the length of
+each, row by row.
 
-Import this only where Triton is. `TRITON_INTERPRET=1` runs it on the CPU, for tests.
+Import this only if Triton is installed. `TRITON_INTERPRET=1` runs it on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import triton.language as tl
 
 from peerd.compute.attention.paged_rows import PagedRows
 
-# `tl.dot` takes no less of any side.
+# `tl.dot` needs at least this size on any side.
 _FEWEST_HEADS = 16
 _FEWEST_WIDTH = 16
-# Bytes of a tile of keys: two of these, and as much of values, fit into any device's shared memory since 2017 (96 KiB).
+# Bytes of a tile of keys: two of these, and as much of values, fit into the shared memory of any device since 2017 (96
+# KiB).
 _TILE_BYTES = 16 * 1024
 _FEWEST_TILE, _MOST_TILE = 16, 128
-# Programs a multiprocessor that hide each other's waiting for memory.
+# This many programs on a multiprocessor hide each other's memory latency.
 _PROGRAMS_A_PROCESSOR = 4
-# A part of fewer positions costs more to join than it saves.
+# A part with fewer positions costs more to join than it saves.
 _FEWEST_PART = 128
 _MOST_PARTS = 64
 _WARPS, _STAGES = 4, 2
@@ -93,7 +94,7 @@ def _attend_part(
     slope = tl.zeros([GROUP_PAD], dtype=tl.float32)
     if HAS_SLOPES:
         slope = tl.load(slopes + head, mask=in_group, other=0.0).to(tl.float32)
-    # A pool may hold more values than 32 bits count.
+    # A pool may hold more values than 32 bits can count.
     key_base = keys + kv_head.to(tl.int64) * key_head_stride
     value_base = values + kv_head.to(tl.int64) * value_head_stride
 
@@ -112,7 +113,7 @@ def _attend_part(
         )
         score = tl.dot(own, key, input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
-            # tanh, in a form that overflows to the right end.
+            # tanh, in a form that overflows to the right limit.
             score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
         if HAS_SLOPES:
             score += slope[:, None] * (position - (length - 1)).to(tl.float32)[None, :]
@@ -152,7 +153,7 @@ def _join_parts(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
 ):
-    """One row and query head: its parts under one top score, its sink among them, divided by the total."""
+    """Join the parts of one row and query head under one top score, with its sink, and divide by the total."""
     place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     part = tl.arange(0, PARTS)
     column = tl.arange(0, VALUE_PAD)
@@ -193,13 +194,15 @@ def paged_decode_kernel(
     slopes: torch.Tensor | None = None,
     parts: int | None = None,
 ) -> torch.Tensor:
-    """`paged_attention.paged_decode`. `parts`, a power of two: into how many each row is divided; None: as fits."""
+    """`paged.paged_decode` as a kernel. `parts`, a power of two: how many parts each row has; None: as fits the
+    device.
+    """
     count, heads, key_dim = query.shape
     kv_heads, _, value_dim = values.shape
     group = heads // kv_heads
     if query.stride(2) != 1:
         query = query.contiguous()
-    # The pool is the widest thing here, and its dtype what the device multiplies.
+    # The query is converted to the pool's dtype, in which the device multiplies.
     query = query.to(keys.dtype)
     parts = parts or _parts(count * kv_heads, rows.max_tokens, query.device)
     key_pad = max(triton.next_power_of_2(key_dim), _FEWEST_WIDTH)
@@ -243,7 +246,7 @@ def paged_decode_kernel(
             VALUE_PAD=value_pad,
             PAGE=rows.page_tokens,
             TILE=_tile(max(key_pad, value_pad) * keys.dtype.itemsize),
-            # Without this, fp32 would be rounded to 10 bits of mantissa.
+            # Otherwise fp32 would be rounded to 10 bits of mantissa.
             PRECISION="ieee",
             num_warps=_WARPS,
             num_stages=_STAGES,
@@ -271,7 +274,7 @@ def _tile(bytes_a_position: int) -> int:
 
 
 def _parts(programs: int, max_tokens: int, device: torch.device) -> int:
-    """Into how many parts rows are divided so that the device is full: a power of two, by shapes alone."""
+    """How many parts make rows fill the device: a power of two that depends on shapes alone."""
     wanted = _PROGRAMS_A_PROCESSOR * _processors(device) // max(programs, 1)
     most = min(max_tokens // _FEWEST_PART, _MOST_PARTS)
     return 1 << (max(min(wanted, most), 1).bit_length() - 1)

@@ -9,11 +9,12 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedRows:
-    """Where the keys of each query lie, the same for every block that keeps the same pages.
+    """Where the keys of each query lie; shared by all blocks that keep the same pages.
 
-    `table`: int32 `[rows, max_pages]`; entry i holds the page of positions `i * page_tokens` and on. Entries beyond
-    what a row sees may be anything. `lengths`: int32 `[rows]`: the query's own position + 1, or 0 for a row that is
-    not there, whose result is 0. `first`: int32 `[rows]`: the first position that the query sees.
+    table: int32 `[rows, max_pages]`; entry i holds the page of positions `i * page_tokens` and on. Entries beyond
+        what a row sees may hold any number.
+    lengths: int32 `[rows]`: the query's own position + 1, or 0 for a padding row, whose result is 0.
+    first: int32 `[rows]`: the first position that the query sees.
     """
 
     table: torch.Tensor

@@ -56,7 +56,9 @@ def _left_by(group: Path) -> int | None:
 
 
 def trim_heap() -> None:
-    """Return what the C library holds and does not use. Takes a millisecond or so; does nothing where it cannot."""
+    """Return the memory that the C library holds and does not use. Takes about a millisecond. Does nothing without
+    glibc.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

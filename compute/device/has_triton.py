@@ -8,5 +8,5 @@ from functools import cache
 
 @cache
 def has_kernel() -> bool:
-    """Whether Triton is installed: CUDA builds of torch for Linux bring it."""
+    """Whether Triton is installed: CUDA builds of torch for Linux include it."""
     return importlib.util.find_spec("triton") is not None

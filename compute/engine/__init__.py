@@ -1,1 +1,1 @@
-"""From sessions to batches to the device: scheduler, runner, graphs, capacity, speed."""
+"""Runs many sessions' steps as batches on a device: scheduler, runner, graphs, capacity, speed."""

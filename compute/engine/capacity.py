@@ -1,9 +1,8 @@
-"""How much memory serving blocks takes, and how many blocks fit into what is free.
+"""Computes how much memory serving blocks takes, and how many blocks fit into the free memory.
 
-Weights and KV are counted to the byte; activations and buffers are bounded from above. The difficulty is to leave
-nothing out: a peer that promises more KV than there is memory for dies with all of its sessions, in the end of a long
-conversation. Sizes come from the configuration alone, by building the model without its weights: no weights file need
-be there yet.
+Weights and KV are counted to the byte; activations and buffers have an upper bound. Nothing may be left out: a peer
+that promises more KV than it has memory for dies with all of its sessions, late in a long conversation. Sizes come
+from the configuration alone, by building the model without its weights, so no weights file need be there yet.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ if TYPE_CHECKING:
 
     from peerd.compute.checkpoint.checkpoint import Checkpoint
 
-# What is free now is not only ours: the rest of the machine may grow by so much of it.
+# Not all free memory is ours: the rest of the machine may grow by this share of it.
 HEADROOM = 0.15
-# A server with many connections grows by some 30 MiB; the rest is what a fragmented heap holds on to.
+# A server with many connections grows by some 30 MiB; the rest is memory that a fragmented heap does not return.
 PROCESS_BYTES = 96 * 2**20
-# Of each position's activations a hop holds up to so many copies: kept for the next hop, in a buffer that grows by
-# doubling, and one in steps on their way in or results on their way out.
+# A hop holds up to this many copies of a position's activations: kept for the next hop, in a buffer that grows by
+# doubling, and one in steps that arrive or results that leave.
 _HOST_COPIES = 3
-# Of a run of weights that is being quantized: bitsandbytes' nf4 for the CPU makes the most.
+# Copies of a run of weights while it is quantized: bitsandbytes' nf4 for the CPU makes the most.
 _PACKING_COPIES = 10
 # Of a run of weights that is unpacked: values, scales and zero points by column, and what comes of them.
 _UNPACKING_COPIES = 6
 _INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _EXPERTS_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
-# Where the caller names no number: what one long conversation takes.
+# If the caller gives no number: what one long conversation takes.
 DEFAULT_KV_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """What one block takes, and what reading it takes beside that while it lasts. In bytes."""
+    """The memory of one block, and the further memory while it is loaded, in bytes."""
 
     n_bytes: int
     loading_bytes: int
@@ -55,12 +54,15 @@ class BlockCost:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What serving some blocks takes beyond the program itself, in bytes.
+    """The memory that serving some blocks takes beside the program itself, in bytes.
 
-    `blocks`: their weights, exactly. `loading`: what reading them takes beside them, before there is any KV.
-    `kv_per_token`: a position in all of their KV caches. `host_per_token`: what a session's position takes in the
-    host's memory, whatever the device: activations on their way, and those kept for a next hop that dies. `working`:
-    a batch's activations. `process`: connections, buffers, and what the allocator cannot give back.
+    blocks: their weights, exactly.
+    loading: what loading them takes beside the weights, before there is any KV.
+    kv_per_token: a position in all of their KV caches.
+    host_per_token: a session's position in the host's memory, whatever the device: activations in transit, and those
+        kept for the case that the next hop dies.
+    working: a batch's activations.
+    process: connections, buffers, and memory that the allocator cannot give back.
     """
 
     blocks: int
@@ -71,19 +73,23 @@ class Budget:
     process: int = PROCESS_BYTES
 
     def fixed(self, *, on_host: bool) -> int:
-        """What is taken before any session has KV; the device's own where that is not the host."""
-        # A page beyond all that rows own is where padding writes.
+        """The bytes taken before any session has KV: of the device's memory, and of the host's if that is the
+        device.
+        """
+        # One page beyond all that rows own, into which padding writes.
         scratch = PAGE_TOKENS * self.kv_per_token
         return self.blocks + scratch + self.working + (self.process if on_host else 0)
 
     def total(self, kv_tokens: int, *, on_host: bool) -> int:
-        """The most that is ever taken of the device's memory, with KV for `kv_tokens` positions all in use."""
+        """The most bytes of the device's memory that are ever taken, with KV for `kv_tokens` positions all in use."""
         each = self.kv_per_token + (self.host_per_token if on_host else 0)
         serving = self.fixed(on_host=on_host) + kv_tokens * each
         return max(serving, self.blocks + self.loading + (self.process if on_host else 0))
 
     def kv_tokens_in(self, room: int, *, on_host: bool) -> int:
-        """Positions of KV that fit beside everything else into `room` bytes of the device; negative if nothing does."""
+        """Positions of KV that fit beside everything else into `room` bytes of the device; negative if the blocks do
+        not fit.
+        """
         if self.total(0, on_host=on_host) > room:
             return -1
         each = self.kv_per_token + (self.host_per_token if on_host else 0)
@@ -91,19 +97,19 @@ class Budget:
 
 
 def block_costs(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> tuple[BlockCost, ...]:
-    """What each of the model's blocks takes, in order, computing in `dtype` and stored as `quantize` says."""
+    """The cost of each of the model's blocks, in order, computing in `dtype` and stored as `quantize` says."""
     decoder = build_on_meta(checkpoint.family.decoder_type(), checkpoint.config, dtype)
     layers: Iterable[torch.nn.Module] = getattr(decoder, checkpoint.family.layers)
     return tuple(_cost(checkpoint, layer, dtype, FORMATS.get(quantize)) for layer in layers)
 
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> int:
-    """How many bytes the model's largest block takes."""
+    """The bytes of the model's largest block."""
     return max(cost.n_bytes for cost in block_costs(checkpoint, dtype, quantize))
 
 
 def kv_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """How many bytes one position takes in the KV cache of one block; of the largest, where they differ."""
+    """The bytes of one position in the KV cache of one block; of the largest, if blocks differ."""
     return max(kind.values_per_token for kind in layer_kinds(checkpoint.config)) * dtype.itemsize
 
 
@@ -116,7 +122,7 @@ def span_budget(
     batch_tokens: int,
     on_host: bool = True,
 ) -> Budget:
-    """What serving a span takes; or so many blocks, wherever they lie, taken for the largest."""
+    """The memory for serving a span; or that many blocks, each counted as the largest."""
     costs = block_costs(checkpoint, dtype, quantize)
     kinds = layer_kinds(checkpoint.config)
     sizes = [kind.values_per_token * dtype.itemsize for kind in kinds]
@@ -136,17 +142,17 @@ def span_budget(
 
 
 def default_kv_tokens(checkpoint: Checkpoint) -> int:
-    """One conversation: the model's context, or 8192 positions if that is less."""
+    """The positions of one conversation: the model's context, or 8192 if that is less."""
     return min(checkpoint.max_length or DEFAULT_KV_TOKENS, DEFAULT_KV_TOKENS)
 
 
 def working_bytes(
     checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int, quantize: str = NONE, *, on_host: bool = True
 ) -> int:
-    """What a batch of `batch_tokens` positions takes while it runs, beside weights and KV.
+    """The bytes that a batch of `batch_tokens` positions takes while it runs, beside weights and KV.
 
-    An upper bound of what the families do: a block's activations, one batch of scores against one conversation, and
-    the keys and values of that conversation gathered.
+    An upper bound over the families: a block's activations, one batch's scores against one conversation, and the
+    gathered keys and values of that conversation.
     """
     config = checkpoint.config
     heads = int(config.num_attention_heads)
@@ -155,7 +161,7 @@ def working_bytes(
     copies = max(int(getattr(config, name, None) or 0) for name in _EXPERTS_A_TOKEN) or 1
     values = 8 * checkpoint.hidden_size + 4 * heads * width + 4 * copies * (inner + checkpoint.hidden_size)
     context = default_kv_tokens(checkpoint)
-    # Norms, softmax and masks are in fp32 whatever the dtype.
+    # Norms, softmax and masks are in fp32, whatever the dtype.
     scores = 3 * heads * batch_tokens * context * torch.float32.itemsize if _keeps_scores(config) else 0
     mask = 2 * batch_tokens * context * torch.float32.itemsize
     gathered = 2 * context * kv_bytes_per_token(checkpoint, dtype)
@@ -177,21 +183,21 @@ def fits(
 ) -> int:
     """How many blocks can be served within `room` bytes, each with KV for `kv_tokens` positions.
 
-    With `kv_tokens` 0 there is room for one conversation. Never more than the model has; 0 if not even one block fits.
+    With `kv_tokens` 0, for one conversation. Never more than the model has; 0 if not even one block fits.
     """
     tokens = kv_tokens or default_kv_tokens(checkpoint)
     one = span_budget(checkpoint, 1, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
     two = span_budget(checkpoint, 2, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
     if one.total(tokens, on_host=on_host) > room:
         return 0
-    # A budget grows by the same with each block, but for what loading takes, which counts once.
+    # A budget grows by the same amount with each block, except for loading, which counts once.
     step = two.blocks - one.blocks + (tokens + PAGE_TOKENS) * (two.kv_per_token - one.kv_per_token)
     count = min(checkpoint.block_count, 1 + (room - one.total(tokens, on_host=on_host)) // step)
     return int(count)
 
 
 def fits_on_disk(checkpoint: Checkpoint, count: int) -> int:
-    """How many of `count` blocks fit into what downloads may take of the disk, wherever they lie; at least 1."""
+    """How many of `count` blocks, wherever they lie, fit into the disk space for downloads; at least 1."""
     if checkpoint.disk_bytes is None:
         return count
     while count > 1:
@@ -228,13 +234,13 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
 
 
 def _positions_a_token(checkpoint: Checkpoint, kinds: Sequence[LayerKind]) -> int:
-    """How many positions a session can have for each KV token: more than one where blocks keep a window only."""
+    """How many positions a session can have for each KV token: more than one if blocks keep only a window."""
     longest = checkpoint.max_length or DEFAULT_KV_TOKENS
     return -(-longest // lay_out(kinds).tokens_wanted(max_length=longest))
 
 
 def _keeps_scores(config: PreTrainedConfig) -> bool:
-    """Whether attention must have a batch's scores in memory: what fused kernels cannot do."""
+    """Whether attention must hold a batch's scores in memory, because fused kernels cannot compute it."""
     if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
         return True
     family = FAMILIES.get(config.model_type)

@@ -1,13 +1,13 @@
-"""Decodes over buffers that stay where they are, so that on CUDA a whole span is one recorded graph.
+"""Runs decodes over fixed buffers, so that on CUDA a whole span is one recorded graph.
 
-At batch 1 a block's kernels take less time than launching them: a graph launches all of a span's at once. It has
-fixed shapes and addresses, so a decode is padded to the next bucket of rows and of page-table width, and its
-numbers are copied into that bucket's buffers; what changes from batch to batch (positions, pages, lengths) are
-numbers. Elsewhere the same buffers are run without a graph, which is how this is tested.
+At batch size 1 a block's kernels take less time than launching them; a graph launches all kernels of a span at once.
+A graph has fixed shapes and addresses. So a decode is padded to the next bucket of rows and of page-table width, and
+its numbers (positions, pages, lengths) are copied into that bucket's buffers. On other devices the same buffers are
+run without a graph, which is how this is tested.
 
-Knows buckets and recording; knows nothing of sessions. The difficulty is what cannot be recorded: a block that asks
-the device for a number (some routed experts, some quantized layers) must wait for it. That is found out by watching
-a first run, once for each set of blocks, and then remembered: those run as any other batch does.
+A block that asks the device for a number (some routed experts, some quantized layers) makes the host wait and cannot
+be recorded. That is found by watching a first run, once for each set of blocks; such blocks then run like any other
+batch.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)
 
-#: Rows of a decode, padding included. Beyond the last a batch is not a decode any more.
+#: Rows of a decode, padding included. A batch with more rows than the last is not treated as a decode.
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-#: Positions of the longest row. The kernel's work follows the rows' own lengths; only its number of parts, and the
-#: copy of the page tables, follow this.
+#: Positions of the longest row. The kernel's work follows the rows' own lengths; only its number of parts, and the copy
+#: of the page tables, follow this bucket.
 LENGTH_BUCKETS = (1024, 8192, 65536, 1 << 20)
-# Recorded before the first session comes: every number of rows, at the lengths that most have.
+# Recorded before the first session: every number of rows, at the lengths that most sessions have.
 WARM_LENGTHS = LENGTH_BUCKETS[:2]
-# Libraries choose their algorithms and Triton compiles in a first run, which is also watched; another shows that
-# nothing is left to do.
+# In a first run libraries choose their algorithms and Triton compiles; that run is also watched for waits. One more run
+# shows that nothing is left to do.
 _WARM_UP_RUNS = 1
-# Its streams have no types.
+# torch.cuda's streams have no types.
 _CUDA: Any = torch.cuda
-# To record, torch waits for the device, which nobody may while another thread records there. A process has one CUDA.
+# While torch records, it waits for the device, which no other thread may do then. A process has one CUDA context.
 _RECORDING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What a graph is made for."""
+    """The blocks and the shape for which a graph is made."""
 
     blocks: Span
     rows: int
@@ -60,7 +60,7 @@ class Bucket:
 
 
 class _Recorded:
-    """One bucket's buffers, and its graph where it has one."""
+    """One bucket's buffers, and its graph if there is one."""
 
     def __init__(self, rows: DecodeRows, hidden: torch.Tensor) -> None:
         self.rows = rows
@@ -70,7 +70,7 @@ class _Recorded:
 
 
 class DecodeGraphs:
-    """The decodes of one engine. `model` gives the part of the span that some blocks are."""
+    """The decode graphs of one engine. `model` returns the part of the span with the given blocks."""
 
     def __init__(
         self,
@@ -89,16 +89,16 @@ class DecodeGraphs:
         self._records = pool.device.type == "cuda"
         self._recorded: dict[Bucket, _Recorded] = {}
         self._refused: set[Span] = set()
-        # Graphs run one after the other, so they can share the memory of their activations.
+        # Graphs run one after the other, so they can share memory for activations.
         self._memory = torch.cuda.graph_pool_handle() if self._records else None
-        # Torch's own stream for recording belongs to whichever device came first.
+        # Torch's own stream for recording belongs to the device that recorded first.
         self._aside: Any = _CUDA.Stream(pool.device) if self._records else None
 
     def __repr__(self) -> str:
         return f"<DecodeGraphs {len(self._recorded)} buckets, refused={sorted(self._refused, key=str)}>"
 
     def takes(self, blocks: Span, segments: Sequence[Segment]) -> bool:
-        """Whether these segments are a decode that buffers can be used for."""
+        """Whether these segments are a decode for which buffers can be used."""
         if not segments or blocks in self._refused:
             return False
         if any(segment.adapter or not is_short(segment) for segment in segments):
@@ -106,9 +106,9 @@ class DecodeGraphs:
         return sum(segment.count for segment in segments) <= ROW_BUCKETS[-1]
 
     def run(self, blocks: Span, segments: Sequence[Segment], parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Run a decode that `takes` agreed to: `[positions, hidden_size]` on the device, until the next run.
+        """Run a decode that `takes` accepted: `[positions, hidden_size]` on the device, valid until the next run.
 
-        None where these blocks turn out not to be recordable.
+        Returns None if these blocks turn out not to be recordable.
         """
         count = sum(segment.count for segment in segments)
         pages = max(len(place.pages) for segment in segments for place in segment.groups)
@@ -125,7 +125,9 @@ class DecodeGraphs:
         return recorded.output[:count]
 
     def warm_up(self) -> None:
-        """Record what most decodes of the whole span need. The largest come first: the others fit into their memory."""
+        """Record the graphs that most decodes of the whole span need. The largest come first; the others fit into their
+        memory.
+        """
         if not self._records:
             return
         log.info("recording CUDA graphs of blocks %s for decodes of up to %d rows", self._whole.span, ROW_BUCKETS[-1])
@@ -154,7 +156,7 @@ class DecodeGraphs:
     def _make(self, bucket: Bucket) -> _Recorded | None:
         hidden = torch.zeros(bucket.rows, self._whole.hidden_size, device=self._pool.device, dtype=self._whole.dtype)
         recorded = _Recorded(DecodeRows(self._pool, bucket.rows, bucket.width), hidden)
-        # Nobody's rows: all are padding, so that recording disturbs no session.
+        # All rows are padding, so that recording disturbs no session.
         recorded.rows.fill(())
         self._staging.send(recorded.rows.host, recorded.rows.device)
         if self._records:
@@ -179,7 +181,7 @@ class DecodeGraphs:
                 log.info("blocks %s decode without CUDA graphs: they wait for %s", bucket.blocks, ", ".join(waits))
                 return False
             graph = torch.cuda.CUDAGraph()
-            # Other engines' threads may do as they like meanwhile: only ours must not wait for the device.
+            # Other engines' threads may use the device meanwhile; only our own thread must not wait for it.
             with torch.cuda.graph(graph, self._memory, self._aside, capture_error_mode="thread_local"):
                 recorded.output = self._forward(bucket.blocks, recorded)
         except torch.cuda.OutOfMemoryError as error:
@@ -191,7 +193,7 @@ class DecodeGraphs:
             torch.cuda.synchronize(device)
             return False
         finally:
-            # Where a recording failed, torch leaves its stream as the thread's own.
+            # If a recording failed, torch leaves its stream as the thread's current one.
             _CUDA.set_stream(current)
         recorded.graph = graph
         after, _ = torch.cuda.mem_get_info(device)
@@ -199,13 +201,13 @@ class DecodeGraphs:
         return True
 
     def waits_for(self, blocks: Span, recorded: _Recorded) -> list[str]:
-        """The operations of a decode for which the host waits: with any of them it cannot be recorded."""
+        """The operations of a decode for which the host waits; with any of them it cannot be recorded."""
         with WaitWatcher() as watcher:
             self._forward(blocks, recorded)
         return sorted(watcher.seen)
 
     def _forward(self, blocks: Span, recorded: _Recorded) -> torch.Tensor:
-        """The blocks over the bucket's buffers. Reads nothing else, and asks the device for nothing."""
+        """Run the blocks over the bucket's buffers. Reads nothing else, and asks the device for nothing."""
         model = self._model(blocks)
         view = DecodeView(self._pool, recorded.rows)
         max_lengths = recorded.rows.max_lengths if model.follows_max_length else None
@@ -218,5 +220,5 @@ class DecodeGraphs:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the device the thread's current one, which streams, graphs and libraries go by."""
+    """Make `device` the thread's current one, which streams, graphs and libraries use."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,11 +1,9 @@
-"""The inputs of a decode as tensors of fixed shape: where each row stands, and where its pages lie.
+"""The inputs of a decode as tensors of fixed shape: each row's position, and its pages.
 
-A decode adds few positions to each of many rows. Here every such position is a row of its own, with a page table
-and a length; so a rollback, a fork or another neighbour are other numbers in the same tensors, and cost nothing.
-Beyond the rows that there are the tensors are padded: such a row sees nothing and writes into a page that nobody
-owns. All numbers lie in one buffer, so that one copy brings them to the device.
-
-Knows segments, page tables and mask rules; knows no arithmetic of a model.
+A decode adds few positions to each of many rows. Here every such position becomes a row of its own, with a page
+table and a length. So rollbacks, forks and other neighbours only change numbers in the same tensors. Unused rows are
+padding: such a row sees nothing and writes into a page that no session owns. All numbers lie in one buffer, so that
+one copy brings them to the device.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.pool import KVPool
 from peerd.compute.steps import RowPages, Segment
 
-#: More positions of one row at once are better off reading its keys once for all.
+#: With more positions of one row at once, it is faster to read its keys once for all of them.
 MOST_POSITIONS_A_ROW = 8
-# What Triton takes for granted of a pointer, if it can: 16 bytes.
+# Triton assumes this alignment of a pointer, if it can: 16 bytes, which are 4 numbers.
 _ALIGNMENT = 4
 
 Numbers = npt.NDArray[np.int32]
@@ -41,7 +39,7 @@ class DecodeRows:
         groups = pool.layout.groups
         sizes = [rows] * (3 + 3 * groups) + [rows * width] * groups
         starts = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
-        #: What `fill` wrote, and where it goes.
+        #: `fill` writes to `host`, which the caller copies to `device`.
         total = max(starts[-1], _ALIGNMENT)
         self.host = torch.zeros(total, dtype=torch.int32, pin_memory=pool.device.type == "cuda")
         self.device = torch.zeros(total, dtype=torch.int32, device=pool.device)
@@ -49,7 +47,7 @@ class DecodeRows:
         self._parts = _Parts(self.device, starts, sizes, groups)
 
     def fill(self, segments: Sequence[Segment]) -> None:
-        """Write the segments' numbers into `host`, which is then to be copied to `device`."""
+        """Write the segments' numbers into `host`; the caller then copies it to `device`."""
         filled = self._filled
         count = sum(segment.count for segment in segments)
         filled.positions[:count] = list(chain.from_iterable(range(each.start, each.end) for each in segments))
@@ -74,23 +72,23 @@ class DecodeRows:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Each row's absolute position: int64 `[1, rows]`, made now."""
+        """Each row's absolute position: a new int64 tensor `[1, rows]`."""
         positions: torch.Tensor = self._parts.positions
         return positions.long()[None]
 
     @property
     def max_lengths(self) -> torch.Tensor:
-        """What each row's session declared: int64 `[1, rows]`, made now."""
+        """The length that each row's session declared: a new int64 tensor `[1, rows]`."""
         lengths: torch.Tensor = self._parts.max_lengths
         return lengths.long()[None]
 
     def slots(self, group: int) -> torch.Tensor:
-        """Where each row's new position is written: int64 `[rows]`, made now."""
+        """The slot of each row's new position: a new int64 tensor `[rows]`."""
         slots: torch.Tensor = self._parts.slots[group]
         return slots.long()
 
     def paged(self, group: int, kind: LayerKind) -> PagedRows:
-        """What each row sees in the blocks of a group that are of this kind. Made now where it does not see all."""
+        """What each row sees in the blocks of a group that are of this kind; computed if it does not see everything."""
         parts = self._parts
         first = parts.zeros
         if kind.window is not None:
@@ -102,7 +100,9 @@ class DecodeRows:
 
 
 class _Parts:
-    """The parts of one buffer of numbers, an array or a tensor, by name. `starts`: positions that tables begin at."""
+    """The parts of one buffer of numbers (an array or a tensor) by name. `starts`: the positions at which tables
+    begin.
+    """
 
     def __init__(self, buffer: Any, offsets: Sequence[int], sizes: Sequence[int], groups: int) -> None:
         parts = iter([buffer[offset : offset + size] for offset, size in zip(offsets, sizes, strict=False)])

@@ -1,9 +1,9 @@
-"""The engine: sessions of many clients on one span, run as batches. Synchronous; it knows no trio.
+"""The engine: runs many clients' sessions on one span as batches. Synchronous, without trio.
 
-The main thread opens sessions, submits steps, plans batches and collects them; a device thread runs
-one batch at a time and is alone in touching the span's tensors. What each side may call is the
-contract that makes locks unnecessary: everything but `run`, `forward`, `load_adapter` and `unload_adapter` is
-the main thread's, and those four never run between the planning of a batch and its collection.
+The main thread opens sessions, submits steps, plans batches and collects them. A device thread runs one batch at a
+time and alone touches the span's tensors. No locks are needed, because each side keeps to its calls: `run`,
+`forward`, `load_adapter` and `unload_adapter` belong to the device thread, everything else to the main thread, and
+those four never run between the planning of a batch and its collection (except the `run` of that batch).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from peerd.protocol.span import Span
 
 __all__ = ["BaseEngine", "Batch", "BatchOutput", "Drop", "Engine", "EngineStep", "Fork", "RowSlice", "StepResult"]
 
-# Memory for training where nobody says how much: 1024 positions through 30 blocks of 1024, with what a forward leaves.
+# Memory for training if the operator gives no number: 1024 positions through 30 blocks of width 1024, with a tape.
 PASS_BYTES = 2**30
 
 
-# Adapters whose names begin so belong to one session each: nobody else is told of them.
+# Adapters whose names begin like this belong to one session each, and are not named to other clients.
 PRIVATE = "~"
 
 
 class BaseEngine(ABC):
-    """All of an engine but the arithmetic."""
+    """An engine without the arithmetic."""
 
     def __init__(
         self, span: Span, hidden_size: int, layout: KVLayout, *, kv_tokens: int, page_tokens: int, batch_tokens: int
@@ -48,7 +48,7 @@ class BaseEngine(ABC):
         # Positions that went through the blocks with a cache, replays included.
         self.positions_computed = 0
         self.batches_run = 0
-        #: Training passes over this engine's span; None where the engine cannot train.
+        #: Training passes over this engine's span; None if the engine cannot train.
         self.passes: PassRunner | None = None
         self._pool = PagePool(layout.page_sets(kv_tokens, page_tokens), page_tokens, layout.groups)
         self._scheduler = Scheduler(span, hidden_size, layout, self._pool, batch_tokens)
@@ -58,7 +58,7 @@ class BaseEngine(ABC):
 
     @property
     def total_tokens(self) -> int:
-        """KV tokens of the pool (`kv_layout`)."""
+        """KV tokens of the pool (`kv.layout`)."""
         return self._pool.total_tokens
 
     @property
@@ -68,11 +68,13 @@ class BaseEngine(ABC):
 
     @property
     def free_length(self) -> int:
-        """Positions that a new session of one row could commit now; more than KV tokens where blocks have windows."""
+        """Positions that a new session of one row could commit now; more than the free KV tokens if blocks have
+        windows.
+        """
         return self._scheduler.free_length
 
     def tokens_wanted(self, *, blocks: Span | None = None, max_length: int, max_rows: int, max_rollback: int) -> int:
-        """What `open` with the same arguments commits."""
+        """The KV tokens that `open` with the same arguments commits."""
         return self._scheduler.tokens_wanted(max_length, max_rows, max_rollback)
 
     def open(
@@ -86,12 +88,15 @@ class BaseEngine(ABC):
         owner: Hashable = None,
         adapter: str = "",
     ) -> None:
-        """Commit KV for `max_rows` rows of `max_length` positions; `blocks` (default all) are those it runs.
+        """Commit KV for `max_rows` rows of `max_length` positions; `blocks` (default all) are those that the session
+        uses.
 
-        `owner` is whose session it is: batches are fair among owners. `adapter` names one of the engine's adapters.
-        Blocks with windows or chunks keep what they see and `max_rollback` positions more, and a little for steps that
-        are sent again after a failure (`kept_back`): a row can be cut or forked so far behind the longest that it
-        was. Further back a step is a gap, and such a fork invalid. Where all blocks keep everything, so do rows.
+        owner: the client; batches are fair among owners.
+        adapter: one of the engine's adapters; "" for none.
+
+        Blocks with windows or chunks keep the positions that they see, `max_rollback` more, and a few for steps that
+        are sent again after a failure (`kept_back`). A row can be cut or forked that far behind its greatest length.
+        Further back a step is a gap, and a fork is invalid. If all blocks keep everything, there is no such limit.
         Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError,
         UnknownAdapterError.
         """
@@ -101,16 +106,16 @@ class BaseEngine(ABC):
         )
 
     def close(self, session: Hashable) -> None:
-        """Forget the session and its queued steps; pages in a running batch are freed when it is collected."""
+        """Forget the session and its queued steps. Pages that a running batch uses are freed when it is collected."""
         self._scheduler.close(session)
 
     def use_adapter(self, session: Hashable, adapter: str) -> None:
-        """Put a session that has not begun under one of the engine's adapters. Raises UnknownAdapterError."""
+        """Set the adapter of a session that has not begun. Raises UnknownAdapterError."""
         self._check_adapter(adapter)
         self._scheduler.use_adapter(session, adapter)
 
     def uses_adapter(self, adapter: str) -> bool:
-        """Whether an open session is under it."""
+        """Whether an open session uses the adapter."""
         return self._scheduler.uses_adapter(adapter)
 
     def _check_adapter(self, adapter: str) -> None:
@@ -119,13 +124,13 @@ class BaseEngine(ABC):
             raise UnknownAdapterError(f"there is no adapter {adapter!r} here; there is {there}")
 
     def lengths(self, session: Hashable) -> dict[int, int]:
-        """Cached positions of each row that has any, once the running batch has ended."""
+        """Cached positions of each row that has any, including those that the running batch adds."""
         return self._scheduler.lengths(session)
 
     def check(self, step: EngineStep) -> None:
-        """Whether `step` can follow what is queued.
+        """Raise an error if `step` cannot follow the queued steps.
 
-        Raises StepGapError, ContextTooLongError, InvalidStepError; KeyError where the session is not open.
+        Raises StepGapError, ContextTooLongError, InvalidStepError; KeyError if the session is not open.
         """
         self._scheduler.check(step)
 
@@ -134,7 +139,7 @@ class BaseEngine(ABC):
         self._scheduler.submit(step)
 
     def hold(self, session: Hashable, held: bool) -> None:
-        """A held session is left out of batches; its steps stay queued."""
+        """Leave the session out of batches while `held`; its steps stay queued."""
         self._scheduler.hold(session, held)
 
     def ready(self) -> bool:
@@ -146,10 +151,10 @@ class BaseEngine(ABC):
         return self._scheduler.plan()
 
     def collect(self, batch: Batch, output: BatchOutput) -> list[StepResult]:
-        """Take the batch back; returns the results of the steps that ended with it.
+        """Take a batch's output; returns the results of the steps that ended with it.
 
-        A step whose result is not finite fails, with every later step of its session that was queued; its
-        rows are cut where it began. Nobody else notices.
+        A step whose result is not finite fails, together with every queued later step of its session; its rows are
+        cut where it began. Other sessions are not affected.
         """
         self.positions_computed += batch.positions
         self.batches_run += 1
@@ -158,11 +163,11 @@ class BaseEngine(ABC):
     @property
     @abstractmethod
     def adapters(self) -> frozenset[str]:
-        """The names of the adapters that sessions may ask for. Any thread."""
+        """The names of the adapters that sessions may ask for. Any thread may read it."""
 
     @abstractmethod
     def load_adapter(self, name: str, lora: Lora) -> None:
-        """Have one more adapter, while sessions run. Device thread. Raises AdapterError where it does not fit."""
+        """Load one more adapter, between two batches. Device thread. Raises AdapterError if it does not fit."""
 
     @abstractmethod
     def unload_adapter(self, name: str) -> None:
@@ -180,10 +185,14 @@ class BaseEngine(ABC):
 class Engine(BaseEngine):
     """An engine over a loaded span, whose model was loaded with `attention=register_attention()`.
 
-    `kv_tokens`: capacity of the KV pool, in positions of every block, rounded down to whole pages; the pool lies on
-    the model's device in its dtype. `batch_tokens`: positions a batch may have.
-    `pass_bytes`: memory for training. `paged`: attend for all rows at once, and decode in buffers of fixed shape; by
-    default on a GPU only. Raises ValueError for no pages.
+    kv_tokens: capacity of the KV pool, in positions of every block, rounded down to whole pages. The pool lies on
+        the model's device in its dtype.
+    batch_tokens: positions that a batch may have.
+    pass_bytes: memory for training.
+    paged: whether to compute attention for all rows at once, and decode in buffers of fixed shape; by default only
+        on a GPU.
+
+    Raises ValueError if the pool has no page.
     """
 
     def __init__(
@@ -209,7 +218,7 @@ class Engine(BaseEngine):
         self.passes = PassRunner(model, self._runner.part, self._runner.adapters, PassMemory(pass_bytes))
 
     def warm_up(self) -> None:
-        """Record CUDA graphs for decodes, where there is a GPU, before the first session has to wait for it."""
+        """Record CUDA graphs for decodes, on a GPU, so that the first session does not wait for them."""
         self._runner.warm_up()
 
     def run(self, batch: Batch) -> BatchOutput:
@@ -226,7 +235,9 @@ class Engine(BaseEngine):
         self._runner.adapters.load(name, lora)
 
     def load_adapter_file(self, name: str, file: AdapterFile, lora: Lora) -> None:
-        """Load what was read of a file for the span. Device thread. Raises AdapterError also where some is missing."""
+        """Load the weights that were read from a file for the span. Device thread. AdapterError also if some are
+        missing.
+        """
         self._runner.adapters.check_complete(file)
         self._runner.adapters.load(name, lora)
 

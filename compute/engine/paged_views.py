@@ -1,9 +1,8 @@
-"""Batches as blocks see them on a GPU: the cache that they write to, and attention without a loop over rows.
+"""How blocks see a batch on a GPU: the cache to which they write, and attention without a loop over rows.
 
 `DecodeView` is a decode in buffers of fixed shape. `MixedView` is any batch: its short segments are rows of one
-paged attention, and only what is left, chunks of prefills, is attended for one by one. Both stand where
-`attention.BatchView` stands elsewhere. The difficulty is to ask the device for nothing: numbers are worked out on the
-host and sent, and nobody waits.
+paged attention, and only the rest, chunks of prefills, is computed one by one. On other devices `BatchView` takes
+their place. Nothing here asks the device for a number: the host computes all numbers and sends them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from peerd.compute.steps import Segment
 
 
 class _View:
-    """The KV cache that the model writes through. `slots`: by group, where new positions go, int64."""
+    """The KV cache to which the model writes. `slots`: for each group, the slots of new positions, int64."""
 
     # Transformers asks this of any cache.
     is_compileable = False
@@ -49,21 +48,24 @@ class _View:
         return keys, values
 
     def get_seq_length(self, layer: int | None = None) -> int | torch.Tensor:
-        """Transformers' question for where positions start; as `BatchView` answers it."""
+        """Answers Transformers' question where positions start, like `BatchView.get_seq_length`."""
         if layer is None:
             return 0
         return self.positions[0] - torch.arange(self.positions.shape[1], device=self.positions.device)
 
     def get_mask_sizes(self, _length: int, _layer: int) -> tuple[int, int]:
-        """Transformers' question for how large a mask to make: none."""
+        """Answers Transformers' question how large a mask to make: none."""
         return 0, 0
 
     def get_query_offset(self, _layer: int) -> int:
-        """Transformers' question for where a mask begins."""
+        """Answers Transformers' question where a mask begins."""
         return 0
 
     def attend_rows(self, layer: int, kind: LayerKind, query: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """`query` `[1, heads, rows, width]`, one a row, over one block's cache: `[1, rows, heads, value_dim]`."""
+        """Attention of `query` `[1, heads, rows, width]`, one position for each row, over one block's cache.
+
+        Returns `[1, rows, heads, value_dim]`.
+        """
         rule = (self.pool.layout.group_of[layer], kind.window, kind.chunk)
         paged = self._paged.get(rule)
         if paged is None:
@@ -91,7 +93,7 @@ class DecodeView(_View):
 
 
 class MixedView(_View):
-    """A batch of short segments and long ones."""
+    """A batch of short and long segments."""
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
         short = [segment for segment in segments if is_short(segment)]
@@ -116,7 +118,9 @@ class MixedView(_View):
         self._visible: dict[tuple[int | None, int | None], list[Visible]] = {}
 
     def attend(self, layer: int, kind: LayerKind, query: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """`query` `[1, heads, positions, width]` over one block's cache: `[1, positions, heads, value_dim]`."""
+        """Attention of `query` `[1, heads, positions, width]` over one block's cache: `[1, positions, heads,
+        value_dim]`.
+        """
         if not self._long:
             return self.attend_rows(layer, kind, query, scores)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
@@ -143,12 +147,12 @@ class MixedView(_View):
 
 
 def can_page(model: SpanModel) -> bool:
-    """Whether these views do for all of a span's blocks: their attention comes to us, and with plain keys."""
+    """Whether these views work for all of a span's blocks: their attention calls our function, with plain keys."""
     return model.family.attention_interface and not any(kind.latent for kind in model.kinds)
 
 
 def _slots(pool: KVPool, segments: Sequence[Segment], group: int) -> torch.Tensor:
-    """Where a group's blocks keep each new position of a batch."""
+    """The slots in which a group's blocks keep each new position of a batch."""
     parts = [
         slots_of(place, np.asarray(place.pages, dtype=np.int32), segment, pool.page_tokens)
         for segment in segments

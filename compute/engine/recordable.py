@@ -1,7 +1,7 @@
-"""Whether a computation can be recorded as a CUDA graph: found out by watching a run of it.
+"""Finds out whether a computation can be recorded as a CUDA graph, by watching one run of it.
 
-What makes the host wait for the device cannot be recorded, and an attempt that fails leaves torch's allocator
-believing that it still goes on. So operations that wait are looked for before. Knows their names; runs nothing itself.
+An operation that makes the host wait for the device cannot be recorded, and after a failed attempt torch's allocator
+believes that the recording still goes on. So waiting operations are looked for before recording.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Their results, or the shapes of these, depend on numbers that only the device has; the last makes a tensor of a
-# number of the host's, which is then copied in the middle.
+# The results of these operations, or the results' shapes, depend on numbers that only the device has. The last one
+# makes a tensor from a host's number, which is copied in the middle of the computation.
 _WAITING = (
     "aten._local_scalar_dense",
     "aten.nonzero",
@@ -26,7 +26,7 @@ _WAITING = (
 
 
 class WaitWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types no modes
-    """Within this, `seen` gathers the names of operations for which the host waits."""
+    """Inside this context, `seen` gathers the names of operations for which the host waits."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

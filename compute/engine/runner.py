@@ -1,7 +1,7 @@
-"""Runs batches through a span's blocks: the device thread's side of an engine, without policy.
+"""Runs batches through a span's blocks. This is the device thread's side of an engine; the scheduler decides.
 
-Knows the model, the KV pool and how a batch becomes one ragged forward `[1, positions, hidden_size]`.
-A model whose attention we cannot reach (DiffLlama) runs its segments one after the other over the same pool.
+A batch becomes one ragged forward `[1, positions, hidden_size]`. A model whose attention cannot be replaced
+(DiffLlama) runs its segments one after the other over the same pool.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SpanRunner:
     def __init__(
         self, model: SpanModel, layout: KVLayout, pages: int, page_tokens: int, *, paged: bool | None = None
     ) -> None:
-        """`paged`: whether rows are attended for all at once, in fixed buffers where they decode; None: on a GPU."""
+        """`paged`: whether attention handles all rows at once, and decodes use fixed buffers; None: on a GPU only."""
         pack_linears(model)
         self._models = {model.span: model}
         self._whole = model
@@ -43,7 +43,7 @@ class SpanRunner:
         self._graphs = DecodeGraphs(self._model, model, self._pool, self._attention, self._staging)
 
     def warm_up(self) -> None:
-        """Record what decodes need, where there is something to record. Device thread, before the first batch."""
+        """Record the graphs that decodes need, if the device can. Device thread, before the first batch."""
         if self._paged:
             with on_device(self._whole.device), torch.inference_mode():
                 self._graphs.warm_up()
@@ -54,7 +54,8 @@ class SpanRunner:
             self._pool.copy_pages(batch.copies)
             output, finite = self._staging.fetch(self._run_blocks(batch))
         counts = [piece.count for piece in batch.pieces]
-        # Cloned outside of inference mode: tensors that anybody may write to, and none larger than its piece.
+        # Cloned outside of inference mode, so that the caller may write to the tensors and none is larger than its
+        # piece.
         return BatchOutput(
             tuple(part.clone() for part in torch.split(output, counts)),
             tuple(bool(part.all()) for part in torch.split(finite, counts)),
@@ -125,7 +126,7 @@ def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tenso
 
 
 def _max_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor | None:
-    """For each new position what its session declared, `[1, positions]`, where the model asks for it."""
+    """For each new position its session's declared length, `[1, positions]`; None if the model does not use it."""
     if not model.follows_max_length:
         return None
     lengths = [segment.max_length for segment in segments for _ in range(segment.count)]
@@ -133,7 +134,7 @@ def _max_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor 
 
 
 def _part_of(model: SpanModel, blocks: Span) -> SpanModel:
-    """Some of a span's blocks, shared with it. Layers keep their numbers, by which the pool knows them."""
+    """The model of some of a span's blocks, sharing the weights. Layers keep their numbers, which the pool uses."""
     part = Span(blocks.start - model.span.start, blocks.end - model.span.start)
     decoder = copy.copy(model.decoder)
     decoder._modules = dict(decoder._modules)

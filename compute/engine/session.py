@@ -1,8 +1,7 @@
-"""One session in an engine: its rows, the steps that wait, and whether a new step can follow them.
+"""One session in an engine: its rows, its queued steps, and the check whether a new step can follow them.
 
-Three states of a row differ: what is computed, what the running batch will add (its page table), and
-what the queued steps will make of it (`queued`), against which a new step is checked. Knows pages by
-table only; knows neither other sessions nor batches.
+A row has three states: what is computed, what the running batch adds (its page table), and what the queued steps
+will make of it (`queued`), against which a new step is checked.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from peerd.protocol.span import Span
 
 
 class QueuedStep:
-    """A step on its way: `taken` of its positions are in batches, and `parts` of its result are back."""
+    """A queued step: `taken` of its positions are in batches, and `parts` of its result are back."""
 
     def __init__(self, step: EngineStep) -> None:
         self.step = step
@@ -36,7 +35,7 @@ class QueuedStep:
         return self.positions - self.taken
 
     def slices(self, count: int) -> Iterator[RowSlice]:
-        """What the next `count` positions add to which row."""
+        """The slices of rows that the next `count` positions cover."""
         first = 0
         for piece in self.step.rows:
             begin = max(self.taken - first, 0)
@@ -55,7 +54,7 @@ class QueuedStep:
 
 @dataclass(slots=True, eq=False)
 class EngineSession:
-    """What an engine knows of a session. `running` while a batch has some of it."""
+    """The engine's state of a session. `running`: a batch contains some of it."""
 
     blocks: Span
     max_length: int
@@ -78,11 +77,11 @@ class EngineSession:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether what waits first is a prompt rather than somebody's next token."""
+        """Whether the first queued step is a prompt rather than a decode."""
         return self.queue[0].positions > DECODE_POSITIONS
 
     def lengths(self) -> dict[int, int]:
-        """Positions of each row that has any, the running batch's included."""
+        """Positions of each row that has any, including those that the running batch adds."""
         return {number: row.length for number, row in self.rows.items() if row.length}
 
     def row(self, number: int) -> RowCache:
@@ -92,7 +91,7 @@ class EngineSession:
         return row
 
     def states_after(self, step: EngineStep) -> dict[int, RowState]:
-        """The rows once `step` has run after all that is queued.
+        """The rows after `step` has run behind all queued steps.
 
         Raises StepGapError, ContextTooLongError, InvalidStepError.
         """
@@ -108,7 +107,7 @@ class EngineSession:
         return states
 
     def is_continued_by(self, step: EngineStep) -> bool:
-        """Whether the step only adds to its rows, and so can share a batch with the one before it."""
+        """Whether the step only adds to its rows, so that it can share a batch with the step before it."""
         return not step.ops and all(piece.start == self.row(piece.row).length for piece in step.rows)
 
     def apply(self, ops: tuple[Op, ...]) -> None:
@@ -120,14 +119,14 @@ class EngineSession:
                 self.row(op.row).cut(0)
 
     def undo(self, failed: QueuedStep) -> None:
-        """Cut a failed step's rows where it began, or to nothing; and forget what is left of it."""
+        """Cut a failed step's rows where it began, and drop the rest of the step."""
         for piece in failed.step.rows:
             self.row(piece.row).cut(piece.start)
         if self.queue and self.queue[0] is failed:
             self.queue.popleft()
 
     def fail_queued(self, error: EngineError) -> list[StepResult]:
-        """Fail all that waits: it built on a step that failed."""
+        """Fail all queued steps, because they build on a step that failed."""
         results = [queued.fail(error) for queued in self.queue]
         self.queue.clear()
         self.settle()
@@ -135,7 +134,7 @@ class EngineSession:
         return results
 
     def settle(self) -> None:
-        """A batch has ended: give back pages that no row needs any more."""
+        """After a batch has ended, give back pages that no row needs any more."""
         if not self.retention.keeps_everything:
             for row in self.rows.values():
                 row.settle()
@@ -154,7 +153,7 @@ class EngineSession:
         if op.length > source.length:
             raise self._gap(f"row {op.source} has not the {op.length} positions to fork")
         if not self.retention.allows_cut(source, op.length):
-            # Not a gap: sent again from the start, the row would only come to the same point.
+            # Not a gap: if the client sent the row again from the start, it would only come to the same point.
             raise InvalidStepError(
                 f"row {op.source} of {source.length} positions cannot be forked at {op.length}: blocks with a window"
                 f" forgot what that sees; fork at {source.floor} or later, or open with a larger max_rollback"

@@ -1,6 +1,6 @@
-"""How fast a block is here: measured once for each model, dtype, quantization and device, and remembered.
+"""Measures how fast a block is on this machine: once for each model, dtype, quantization and device.
 
-What is measured is what a session gets: one position a step, through the engine, over a KV cache.
+It measures what a session gets: one position for each step, through the engine, over a KV cache.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice
 
-# A conversation that has just begun. Longer ones are slower, by what attention takes.
+# A conversation that has just begun. Longer ones are slower, because attention takes longer.
 _CONTEXT_TOKENS = 64
 _WARM_UP_STEPS = 3
 _TIMED_STEPS = 12
-# Large blocks on a slow CPU: so much is enough to know, and whoever starts a server waits for it.
+# Large blocks on a slow CPU: so much time is enough to know, and the operator waits for the server to start.
 _ENOUGH_S = 5.0
 
 
 def measured_throughput(
     engine: BaseEngine, model: bytes, dtype: torch.dtype, quantize: str, device: torch.device
 ) -> float:
-    """Positions a second through one block, at batch 1: remembered, or else measured now.
+    """Positions a second through one block at batch size 1, from the cache or measured now.
 
-    Nobody may use the engine yet. `model` is the model's digest. Blocks the thread, for seconds unless others measure.
+    The engine must not be in use. `model` is the model's digest. A measurement blocks the thread for seconds.
     """
     parts = (model.hex(), str(dtype), quantize, device_name(device), f"{torch.get_num_threads()} threads")
     key = " | ".join((*parts, version("peerd")))
@@ -44,7 +44,7 @@ def measure_throughput(engine: BaseEngine) -> float:
     context = max(0, min(_CONTEXT_TOKENS, engine.total_tokens - 1))
     try:
         if context and not steps.run(0, context):
-            # Activations that no model would make may overflow a narrow dtype; time is what is asked for here.
+            # Random activations may overflow a narrow dtype; here only the time counts.
             context = 0
         for _ in range(_WARM_UP_STEPS):
             steps.run(context, 1)
@@ -56,7 +56,7 @@ def measure_throughput(engine: BaseEngine) -> float:
 
 
 def _timed(steps: _Steps, context: int) -> Iterator[float]:
-    """Seconds of each step. Each writes the same position anew, so all have the same context."""
+    """Seconds of each step. Each step writes the same position again, so all have the same context."""
     began = time.perf_counter()
     for _ in range(_TIMED_STEPS):
         started = time.perf_counter()
@@ -68,7 +68,7 @@ def _timed(steps: _Steps, context: int) -> Iterator[float]:
 
 
 class _Steps:
-    """A session of its own, run step by step."""
+    """A session for the measurement, run step by step."""
 
     def __init__(self, engine: BaseEngine) -> None:
         self._engine = engine
@@ -78,7 +78,7 @@ class _Steps:
         engine.open(self._name, max_length=min(_CONTEXT_TOKENS + 1, engine.total_tokens), max_rows=1, max_rollback=1)
 
     def run(self, start: int, count: int) -> bool:
-        """Run `count` positions from `start` on. Whether all went well."""
+        """Run `count` positions from `start` on. Returns whether all results were finite."""
         hidden = torch.randn(count, self._engine.hidden_size, generator=self._random)
         self._engine.submit(EngineStep(self._name, self._seq, (), (RowSlice(0, start, count),), hidden))
         self._seq += 1

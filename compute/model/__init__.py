@@ -1,1 +1,1 @@
-"""A decoder with its ends taken off, and the head."""
+"""The model: a span of a decoder's blocks, and the head."""

@@ -1,9 +1,8 @@
-"""The head is what is not a block: embeddings before the first, final norm and LM head after the last.
+"""The head: the embeddings before the first block, and the final norm and LM head after the last.
 
-It is the whole model with all its blocks taken out, so that Transformers' own code norms the last hidden
-states, caps and scales logits. Holds the embedding once where it is the LM head as well. Safe to use from
-several threads at once. The difficulty is positions: some families add a row of a table to each embedding,
-so a token must be embedded for the position that it will have.
+It is the whole model without its blocks, so Transformers' own code applies the final norm and caps and scales
+logits. If the embedding is the LM head as well, it is held once. Several threads may use it at once. Some families
+add a row of a position table to each embedding, so a token must be embedded for the position that it will have.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ if TYPE_CHECKING:
 
     from peerd.compute.checkpoint.checkpoint import Checkpoint
 
-# Logits are computed for this many positions at a time: what a family does to them (Gemma's cap) takes copies of them,
-# 128 MiB each for a vocabulary of 256k.
+# Logits are computed for this many positions at a time: some families (Gemma's cap) make several copies of them, of 128
+# MiB each for a vocabulary of 256k.
 POSITIONS_AT_ONCE = 128
 
 
 class Head:
-    """Token ids to hidden states, and hidden states to logits. Frozen, in evaluation mode."""
+    """Turns token ids into hidden states, and hidden states into logits. Frozen, in evaluation mode."""
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self.model: Any = model
         decoder = _decoder(model, family)
         self._embeddings: Any = getattr(decoder, family.embeddings)
-        # `logits` runs the model on the last block's output, which is no embedding.
+        # `logits` runs the model on the last block's output, to which the input side must not be applied.
         self._input_side = take_off_input_side(decoder, family)
         setattr(model, family.lm_head, LmHead(getattr(model, family.lm_head)))
 
@@ -50,7 +49,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids, and logits for a position, there are."""
+        """The number of token ids, and of logits for a position."""
         return int(self.embedding_weight.shape[0])
 
     @property
@@ -60,7 +59,7 @@ class Head:
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions can be embedded; None where an embedding does not depend on its position."""
+        """How many positions can be embedded; None if an embedding does not depend on its position."""
         return self._input_side.max_positions
 
     @property
@@ -70,9 +69,9 @@ class Head:
         return weight
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Ids, int64 [n], to the first block's input, [n, hidden size], as the family makes it.
+        """The first block's input, [n, hidden size], for token ids, int64 [n].
 
-        `positions`, int64 [n], are absolute, less than `max_positions`; left out, they count from 0.
+        `positions`, int64 [n], are absolute and less than `max_positions`; the default counts from 0.
         """
         if positions is None:
             positions = torch.arange(token_ids.shape[-1])
@@ -80,7 +79,7 @@ class Head:
             return self._input_side(self._embeddings(token_ids.to(self.embedding_weight.device)), positions)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last block's output, [n, hidden size], to logits, fp32 [n, vocabulary], on the head's device."""
+        """Logits, fp32 [n, vocabulary], on the head's device, for the last block's output [n, hidden size]."""
         weight = self.embedding_weight
         result = torch.empty(len(hidden), self.vocab_size, device=weight.device)
         with torch.no_grad():
@@ -115,11 +114,12 @@ def load_head_model(
     causal_type: type[PreTrainedModel] | None = None,
     fill_head: Callable[[PreTrainedModel, PreTrainedModel], None] | None = None,
 ) -> HeadModel:
-    """Build the family's causal model and read its head, and nothing of its blocks.
+    """Build the family's causal model and read its head, without its blocks.
 
-    causal_type: another class around the same decoder. fill_head: gives values to what `causal_type` has instead of the
-    LM head; it is called with the model and its decoder. The head lies on `device`, in `dtype` (the checkpoint's own
-    if None). Raises CheckpointError, UnsupportedModel.
+    causal_type: another class around the same decoder.
+    fill_head: gives values to what `causal_type` has instead of the LM head; called with the model and its decoder.
+
+    The head lies on `device`, in `dtype` (the checkpoint's own if None). Raises CheckpointError, UnsupportedModel.
     """
     family, device = checkpoint.family, torch.device(device)
     model = build_on_meta(causal_type or family.causal_type(), checkpoint.config, dtype or checkpoint.dtype)
@@ -158,9 +158,9 @@ def _own_tensors(
 
 
 def _fill_lm_head(linear: nn.Linear, embeddings: nn.Embedding, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Give the LM head its weights: its own where the checkpoint stores them, or else, if it is tied, the embedding's.
+    """Give the LM head its weights: its own if the checkpoint stores them, else, if it is tied, the embedding's.
 
-    Some checkpoints say that the two are tied and store both. As in Transformers, what is stored then decides.
+    Some checkpoints declare the two tied and store both. As in Transformers, the stored weights then decide.
     """
     names = {LM_HEAD: "weight", LM_HEAD_BIAS: "bias"}
     wanted = [name for name, leaf in names.items() if getattr(linear, leaf) is not None]

@@ -1,8 +1,7 @@
-"""What a decoder's forward does to its input embeddings before the first block.
+"""Takes off a decoder what its forward does to input embeddings before the first block.
 
-Granite multiplies them, Bloom norms them, GPT-2 adds a row of positions, OPT also widens them. All of that
-belongs to the head: it is taken off the decoder, so that the decoder's input is the input of its first
-block wherever that block lies. Knows no files.
+Granite multiplies them, Bloom norms them, GPT-2 adds a row of positions, OPT also widens them. All of that moves to
+the head, so that the decoder's input is the input of its first block, wherever that block lies in the model.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InputSide:
-    """The parts that were taken off, in the order in which they apply."""
+    """The removed parts, in the order in which they apply."""
 
     scale: float
     project: nn.Module | None
-    #: Its table holds one row a position, after `position_offset` rows of another use.
+    #: Its table holds one row for each position, after `position_offset` rows of another use.
     positions: nn.Module | None
     position_offset: int
     norm: nn.Module
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions there are rows for; None where positions are no part of the embedding."""
+        """How many positions have rows; None if positions are not part of the embedding."""
         return None if self.positions is None else len(_table(self.positions)) - self.position_offset
 
     def __call__(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding table [n, embedding width] at absolute `positions` [n]: the first block's input."""
-        # A product with 1 is exact.
+        """The first block's input, for rows of the embedding table [n, embedding width] at absolute `positions` [n]."""
+        # Multiplying by 1 is exact.
         hidden = embedded * self.scale
         if self.project is not None:
             hidden = self.project(hidden)
@@ -49,7 +48,7 @@ class InputSide:
 
 
 def take_off_input_side(decoder: PreTrainedModel, family: Family) -> InputSide:
-    """Remove from `decoder` what it does to its input embeddings, and return it."""
+    """Remove the treatment of input embeddings from `decoder`, and return it."""
     parts: Any = decoder
     scale, norm, positions, project = 1.0, nn.Identity(), None, None
     if family.embedding_scale:
@@ -60,7 +59,7 @@ def take_off_input_side(decoder: PreTrainedModel, family: Family) -> InputSide:
         setattr(decoder.config, family.root_scale_switch, False)
     if family.embedding_norm:
         norm = getattr(parts, family.embedding_norm)
-        # A norm that is the final one too stays there. It has no weights: applied twice it does nothing more.
+        # A norm that is also the final norm stays there too. It has no weights, so applying it twice changes nothing.
         if family.embedding_norm != family.norm:
             setattr(parts, family.embedding_norm, nn.Identity())
     if family.positions:
@@ -73,13 +72,13 @@ def take_off_input_side(decoder: PreTrainedModel, family: Family) -> InputSide:
 
 
 def _table(positions: Any) -> torch.Tensor:
-    """Learned positions are an embedding's weight; XGLM computes its own."""
+    """The table: an embedding's weight for learned positions; XGLM computes its own."""
     table: torch.Tensor = positions.weights if hasattr(positions, "weights") else positions.weight
     return table
 
 
 class _NoPositions(nn.Module):
-    """Stands where a table of positions was; adds nothing, and changes no dtype."""
+    """Replaces a table of positions: adds nothing and changes no dtype."""
 
     def forward(self, *_: object, **__: object) -> torch.Tensor:
         return torch.zeros(())

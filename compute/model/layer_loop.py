@@ -1,11 +1,10 @@
-"""Calls a decoder's layers one after the other, as its own forward does, without what that does around them.
+"""Calls a decoder's layers one after the other, without the overhead of the decoder's own forward.
 
-A Transformers decoder spends a tenth of a millisecond or two a call on decorators, masks and defaults, which
-for one token is much. What is left of it in a span is a loop: each layer gets the hidden states of the one
-before, and the same few other arguments. This learns those by watching the decoder itself, once over one
-position and once over several, and only takes over where both said the same and every argument is understood:
-the position ids, the cache, a constant, or what another part of the decoder (rotary embeddings) made of those.
-Otherwise the decoder goes on running itself. Knows no family.
+A Transformers decoder spends a tenth of a millisecond or two in each call on decorators, masks and defaults, which
+is much for one token. For a span the rest is a loop: each layer gets the hidden states of the layer before, and the
+same few other arguments. `LayerLoop` learns these by watching the decoder, once over one position and once over
+several. It takes over only if both runs agree and every argument is understood: position ids, the cache, a constant,
+or what another part of the decoder (rotary embeddings) made of those. Otherwise the decoder runs as before.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from torch import nn
 _HIDDEN, _POSITIONS, _CACHE = "hidden", "positions", "cache"
 _CONSTANTS = (bool, int, float, str, type(None))
 
-# Where an argument comes from: one of the names above, ("constant", value) or ("made", number of the call).
+# The origin of an argument: one of the names above, ("constant", value) or ("made", number of the call).
 _Source = str | tuple[str, Any]
 
 
 class _NotUnderstood(Exception):
-    """The decoder does something that this loop does not know how to do."""
+    """The decoder does something that this loop cannot repeat."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A module and where its arguments come from."""
+    """A module and the origins of its arguments."""
 
     module: nn.Module
     args: tuple[_Source, ...]
@@ -40,7 +39,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """What the decoder calls: other parts first, then its layers."""
+    """The calls that the decoder makes: other parts first, then its layers."""
 
     made: tuple[_Call, ...]
     layers: tuple[_Call, ...]
@@ -48,7 +47,7 @@ class _Recipe:
 
 @dataclass(slots=True)
 class _Watch:
-    """What is seen of one forward."""
+    """The observations of one forward."""
 
     known: dict[int, _Source]
     hidden: torch.Tensor
@@ -72,24 +71,24 @@ class _Watch:
 
 
 class LayerLoop:
-    """The loop over one decoder's `layers`. `run` is the decoder's forward until it is learned, and then the loop."""
+    """The loop over one decoder's `layers`. `run` calls the decoder's forward until the loop is learned."""
 
     def __init__(self, decoder: nn.Module, layers: nn.ModuleList) -> None:
         self._decoder = decoder
         self._layers = layers
-        # By whether several positions were seen.
+        # The recipe seen, by whether there were several positions.
         self._seen: dict[bool, _Recipe | None] = {}
         self._recipe: _Recipe | None = None
 
     @property
     def learned(self) -> bool:
-        """Whether the decoder is understood, and its forward not needed any more."""
+        """Whether the decoder is understood, so that its forward is no longer needed."""
         return self._recipe is not None
 
     def run(
         self, forward: Callable[[], torch.Tensor], hidden: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """`hidden` [B, T, hidden_size] through the layers. `forward` runs the decoder on the same."""
+        """Run `hidden` [B, T, hidden_size] through the layers. `forward` runs the decoder on the same input."""
         if self._recipe is not None:
             return self._run(self._recipe, hidden, positions, cache)
         several = hidden.shape[1] > 1
@@ -124,7 +123,7 @@ class LayerLoop:
     def _watched(
         self, forward: Callable[[], torch.Tensor], hidden: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> tuple[torch.Tensor, _Recipe | None]:
-        """The decoder's own output, and what it did for it; None where that is not understood."""
+        """The decoder's own output, and the recipe for it; None if it is not understood."""
         watch = _Watch({id(hidden): _HIDDEN, id(positions): _POSITIONS, id(cache): _CACHE}, hidden)
         others = [child for child in self._decoder.children() if child is not self._layers]
         with ExitStack() as hooks:
@@ -157,12 +156,12 @@ def _layer_hook(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...], dict[str
 def _other_hook(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if any(output is arg for arg in args):
-            # Identities and dropouts that are off.
+            # Identities, and dropouts that are off.
             return
         try:
             call = watch.call(module, args, kwargs)
         except _NotUnderstood:
-            # It matters only where a layer gets its output.
+            # This matters only if a layer gets the output.
             return
         watch.known[id(output)] = ("made", len(watch.made))
         watch.made.append(call)

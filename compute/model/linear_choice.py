@@ -1,10 +1,10 @@
-"""How a span's fp32 linear layers are stored on this CPU: plain, or in oneDNN's own order.
+"""Chooses how a span's fp32 linear layers are stored on this CPU: plain, or in oneDNN's own order.
 
-Which of the two is faster differs from CPU to CPU: at one row, packed weights took 0.6 of a plain product's time on one
+Which is faster differs from CPU to CPU: with one row, packed weights took 0.6 of a plain product's time on one
 machine and 1.3 to 1.7 of it on another. So both are timed on the span's own layers when the span is loaded, and the
-answer is remembered for this CPU. Two things make the timing hard. A weight that stays in the CPU's cache between two
-products hides the cost of reading it, so many layers are run in turn, as a model does. And other programs disturb it,
-so the ways are timed in turn, and each way's fastest turn counts.
+result is remembered for this CPU. Two things make timing hard. A weight that stays in the CPU's cache between two
+products hides the cost of reading it, so many layers run in turn, as in a model. And other programs disturb it, so
+both kinds are timed alternately, and the fastest turn of each counts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 # A decode of one session, of a few, and of many.
 ROWS = (1, 4, 16)
 _TURNS = 5
-# Enough weights that they are read from memory at each turn: more than a large CPU cache would be slow to time, so
-# layers are taken until they have this many bytes, or until there are no more of this shape.
+# Layers are taken until they have this many bytes, or until there are no more of this shape: enough that they are read
+# from memory in each turn. Still more, to exceed a large CPU cache, would be slow to time.
 _TIMED_BYTES = 96 << 20
 # Packed weights must gain this much at some number of rows, and may lose at none.
 _GAIN = 0.95
@@ -38,7 +38,7 @@ Timing = Callable[[Sequence[nn.Module], torch.Tensor], float]
 
 
 def pack_linears(module: nn.Module, pays: Callable[[Sequence[nn.Linear]], bool] | None = None) -> int:
-    """Pack those large fp32 linear layers inside `module` on the CPU that are faster so. Returns how many there are.
+    """Pack the large fp32 linear layers inside `module` on the CPU that are faster packed. Returns how many.
 
     `pays` decides for all layers of one shape; by default it is measured. Without oneDNN nothing is packed.
     """
@@ -59,8 +59,8 @@ def pack_linears(module: nn.Module, pays: Callable[[Sequence[nn.Linear]], bool] 
 
 
 def _is_packable(name: str, module: nn.Module) -> bool:
-    # Subclasses (quantized layers, adapters) bring their own arithmetic, and attention over latents multiplies with
-    # the plain weight of `kv_b_proj` itself (attention/latent.py).
+    # Subclasses (quantized layers, adapters) have their own arithmetic, and attention over latents multiplies by the
+    # plain weight of `kv_b_proj` itself (attention/latent.py).
     if type(module) is not nn.Linear or name.endswith("kv_b_proj"):
         return False
     weight = module.weight
@@ -68,7 +68,7 @@ def _is_packable(name: str, module: nn.Module) -> bool:
 
 
 def pays_to_pack(layers: Sequence[nn.Linear]) -> bool:
-    """Whether layers of one shape should be packed: no number of rows gets slower and one gets faster.
+    """Whether layers of one shape should be packed: no number of rows gets slower and at least one gets faster.
 
     Measured the first time for this CPU, shape, number of threads and release of torch: some tens of milliseconds.
     """
@@ -79,7 +79,7 @@ def pays_to_pack(layers: Sequence[nn.Linear]) -> bool:
 
 
 def _measure(layers: Sequence[nn.Linear]) -> float:
-    """The packed layers' time over the plain ones' at the rows that decide; 1.0 and more where plain layers stay."""
+    """Packed time divided by plain time at the rows that decide; at least 1.0 if the layers should stay plain."""
     ratios = packed_over_plain(layers, sweep_seconds)
     described = ", ".join(f"{ratio:.2f} at {rows} rows" for rows, ratio in ratios.items())
     log.info("%d x %d weights, packed over plain: %s", layers[0].in_features, layers[0].out_features, described)
@@ -89,7 +89,7 @@ def _measure(layers: Sequence[nn.Linear]) -> float:
 
 
 def packed_over_plain(layers: Sequence[nn.Linear], timing: Timing) -> dict[int, float]:
-    """By number of rows: the time of packed layers over the time of plain ones, of each the fastest of some turns."""
+    """For each number of rows, packed time divided by plain time, each the fastest of several turns."""
     first = layers[0]
     timed = layers[: max(1, _TIMED_BYTES // first.weight.nbytes)]
     packed = [PackedLinear(layer) for layer in timed]
@@ -104,7 +104,7 @@ def packed_over_plain(layers: Sequence[nn.Linear], timing: Timing) -> dict[int, 
 
 
 def sweep_seconds(layers: Sequence[nn.Module], x: torch.Tensor) -> float:
-    """Seconds that `x` `[rows, in_features]` takes through each of the layers, one after the other."""
+    """The seconds that `x` `[rows, in_features]` takes through each of the layers, one after the other."""
     started = time.perf_counter()
     for layer in layers:
         layer(x)

@@ -1,10 +1,10 @@
-"""Hidden states to logits, for a vocabulary whose weights are half precision.
+"""Computes logits from hidden states if the vocabulary's weights are half precision.
 
-Transformers multiplies in the weights' dtype, which rounds logits to 8 bits in bf16: near ties then fall to
-whichever token comes first. Here products are summed and kept in fp32. On a CPU the weights are converted
-slice by slice into one small buffer, so no fp32 copy of them ever exists. For one position that costs about
-what torch's own product does; for eight, 2.5 times as much on a CPU that multiplies bf16 by itself, and less
-on one that does not (benchmarks/lm_head_bench.py).
+Transformers multiplies in the weights' dtype, which rounds logits to 8 bits in bf16: near ties then go to the token
+that comes first. Here products are summed and kept in fp32. On a CPU the weights are converted slice by slice in one
+small buffer, so no fp32 copy of all of them exists. For one position that costs about as much as torch's own
+product; for eight, 2.5 times as much on a CPU with bf16 multiplication, and less on one without
+(benchmarks/lm_head_bench.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LmHead(nn.Module):
         if weight.dtype == torch.float32:
             return nn.functional.linear(hidden, weight, self.bias)
         if weight.device.type != "cpu":
-            # There the product is summed in fp32; only its result is rounded.
+            # Other devices sum the product in fp32; only its result is rounded.
             return nn.functional.linear(hidden, weight, self.bias).float()
         logits = _sliced(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
         if self.bias is not None:
@@ -39,7 +39,7 @@ class LmHead(nn.Module):
 
 
 def _sliced(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32 [n, width] times half-precision [vocabulary, width], transposed: fp32 [n, vocabulary]."""
+    """The product of fp32 [n, width] and transposed half-precision [vocabulary, width]: fp32 [n, vocabulary]."""
     vocabulary, width = weight.shape
     logits = torch.empty(len(hidden), vocabulary)
     rows = max(1, SLICE_BYTES // (width * 4))

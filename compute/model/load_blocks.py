@@ -1,7 +1,7 @@
-"""Reading one block's tensors from a checkpoint into its module, quantized on the way if that is asked for.
+"""Reads one block's tensors from a checkpoint into its module, and quantizes them on the way if asked to.
 
-The difficulty is what lies in memory meanwhile: a quantized tensor's source is dropped before the next is read, and
-experts are read one at a time, so that loading a span takes the span, as it will be, and less than one block beside it.
+Memory must stay small meanwhile: a quantized tensor's source is dropped before the next is read, and experts are
+read one at a time. So loading a span takes the span's final size, and less than one block beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def load_block(
     layer: nn.Module, checkpoint: Checkpoint, block: int, device: torch.device, quantize: str = NONE
 ) -> None:
-    """Read what the block needs. What else the checkpoint has of it, such as old buffers, is left alone.
+    """Read the tensors that the block needs. Others in the checkpoint, such as old buffers, are left alone.
 
     `quantize` is `none`, `int8` or `nf4`. Raises CheckpointError, UnsupportedModel, and KeyError for another format.
     """
@@ -44,7 +44,7 @@ def load_block(
 
 
 def _sources(checkpoint: Checkpoint, prefix: str, place: Place, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The matrices of a place as they are stored, each read when it is asked for."""
+    """The stored matrices of a place; each is read when the caller asks for it."""
     if place.stacked:
         yield from checkpoint.read_slices(f"{prefix}{place.name}", dtype)
     else:
@@ -67,7 +67,7 @@ def _load_quantized(
             raise CheckpointError(f"{where}: tensor {prefix}{place.name} has fewer than {place.count} experts")
         check_tensor(f"{prefix}{place.name}", source, expected, where)
         matrix.store(source)
-        # The next is read before the loop would let go of this one.
+        # Otherwise the loop would let go of this source only after reading the next.
         del source
     if next(sources, None) is not None:
         raise CheckpointError(f"{where}: tensor {prefix}{place.name} has more than {place.count} experts")

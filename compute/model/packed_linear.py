@@ -1,8 +1,8 @@
-"""Linear layers whose weights lie in the CPU's own order.
+"""A linear layer whose weight lies in oneDNN's own order.
 
-A plain product may re-order the weight at every call; oneDNN can order it once. Whether that is faster depends on the
-CPU (linear_choice.py measures it). The plain weight is dropped, so memory stays the same. It comes back bit by bit
-when it is asked for, and for as long as a gradient needs it.
+A plain product may re-order the weight at every call; oneDNN can order it once. Whether that is faster depends on
+the CPU (linear_choice.py measures it). The plain weight is dropped, so memory stays the same. It is unpacked, bit by
+bit equal, when it is asked for, and while a gradient needs it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# The order suits any number of rows; what is asked for at packing only has to be more than a few.
+# The order suits any number of rows; the number given for packing only has to be more than a few.
 _ROWS_HINT = 16
 # Kernels for fewer rows than this are slower than those for this many.
 _FEWEST_ROWS = 4
 
 
 class PackedLinear(nn.Module):
-    """Stands in for an `nn.Linear` in fp32 on the CPU."""
+    """Replaces an fp32 `nn.Linear` on the CPU."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight in its plain order, unpacked now: `[out_features, in_features]`."""
+        """The weight in its plain order, unpacked at each access: `[out_features, in_features]`."""
         return self._packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         return self.product(x)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The same, unknown to autograd."""
+        """`[..., in_features]` to `[..., out_features]`, without autograd."""
         rows = x.reshape(-1, self.in_features)
         count = rows.shape[0]
         if count == 1:
@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """Keeps no input, since the weight is frozen, and no plain weight between forward and backward."""
+    """The product for autograd. Keeps neither the input, since the weight is frozen, nor a plain weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: PackedLinear) -> torch.Tensor:

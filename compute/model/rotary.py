@@ -1,12 +1,12 @@
 """Rotary position embeddings that follow each session's declared length.
 
-`dynamic` and `longrope` choose their frequencies by how long a sequence is. Transformers takes the longest
-position of the batch, so a neighbour's length, or an answer growing past a threshold, would change what is
-computed here. We take the `max_length` that the session declared when it opened: constant for its life, and
-its own. With `max_length` equal to the sequence's length both give the same numbers.
+The rope types `dynamic` and `longrope` choose their frequencies by the length of a sequence. Transformers takes the
+longest position of the batch, so a neighbour's length, or an answer growing past a threshold, would change the
+result. We use the `max_length` that the session declared when it opened, which stays constant. If `max_length`
+equals the sequence's length, both give the same numbers.
 
-The difficulty is to reuse every family's own arithmetic (how cos and sin are laid out differs): tokens are
-grouped by the frequencies that they need, and the family's module runs once a group.
+Families lay out cos and sin differently. To reuse each family's own arithmetic, tokens are grouped by the
+frequencies that they need, and the family's module runs once for each group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Rule = tuple[str, int]  # rope type, and the longest length that it leaves unsc
 
 
 def length_rules(config: PreTrainedConfig) -> Mapping[str | None, _Rule]:
-    """Which of the model's ropes depend on the length: by layer type, or under None if all layers share one."""
+    """The model's ropes that depend on the length: by layer type, or under None if all layers share one."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_type = {None: parameters} if "rope_type" in parameters else parameters
     rules: dict[str | None, _Rule] = {}
@@ -41,7 +41,7 @@ def length_rules(config: PreTrainedConfig) -> Mapping[str | None, _Rule]:
 
 
 def follow_declared_lengths(decoder: nn.Module) -> None:
-    """Put a DeclaredLengthRotary in place of each of the decoder's rotary embeddings that depends on the length."""
+    """Replace each of the decoder's rotary embeddings that depends on the length by a DeclaredLengthRotary."""
     for name, child in list(decoder.named_modules()):
         config: Any = getattr(child, "config", None)
         if type(child).__name__.endswith("RotaryEmbedding") and config is not None and length_rules(config):
@@ -49,17 +49,17 @@ def follow_declared_lengths(decoder: nn.Module) -> None:
 
 
 class DeclaredLengthRotary(nn.Module):
-    """Stands in for rotary embeddings for which `length_rules` has any. Set `max_lengths` before each forward."""
+    """Replaces rotary embeddings that depend on the length. Set `max_lengths` before each forward."""
 
     def __init__(self, rotary: Any, config: PreTrainedConfig) -> None:
         super().__init__()
         self.max_lengths: MaxLengths | None = None
         self._rotary = rotary
-        #: Some decoders look for their rotary embeddings by what it says.
+        #: Some decoders find their rotary embeddings by this attribute.
         self.config = config
         self._rules = length_rules(config)
         self._frequencies: dict[tuple[str | None, int], tuple[torch.Tensor, float]] = {}
-        # The module's own wrapper rescales by the batch's longest position unless the type is another.
+        # The module's own wrapper rescales by the batch's longest position unless the rope type is another.
         kinds = rotary.rope_type
         rotary.rope_type = "default" if isinstance(kinds, str) else dict.fromkeys(kinds, "default")
 
@@ -88,7 +88,9 @@ class DeclaredLengthRotary(nn.Module):
 
     @staticmethod
     def _groups(groups: torch.Tensor, rule: _Rule) -> list[int]:
-        """Which there may be. Of two both are computed: to ask which occur, the host would wait for the device."""
+        """The groups that may occur. For `longrope` both are computed: finding out which occur would make the host
+        wait.
+        """
         kind, unscaled = rule
         return [unscaled, unscaled + 1] if kind == "longrope" else torch.unique(groups).tolist()
 
@@ -108,5 +110,5 @@ class DeclaredLengthRotary(nn.Module):
 
     @staticmethod
     def _arguments(layer_type: str | None) -> tuple[str, ...]:
-        """Families whose layers share one rope do not take a layer type."""
+        """The layer type as arguments; families whose layers share one rope take none."""
         return () if layer_type is None else (layer_type,)

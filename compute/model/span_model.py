@@ -1,9 +1,9 @@
-"""A span is the model's own decoder with its ends taken off.
+"""A span of blocks as a model: Transformers' own decoder with its ends taken off.
 
-The whole Transformers base model is built on the meta device, its layer list cut to the span, its final norm
-replaced by an identity, its embeddings dropped; then only the span's tensors are read. No architecture is
-written again here. The difficulty is what a decoder's forward reads beside its layers: per-layer lists are
-sliced, layer numbers start from 0 again, and what it does to embeddings is left to the head.
+The whole base model is built on the meta device, its layer list cut to the span, its final norm replaced by an
+identity and its embeddings dropped; then only the span's tensors are read. So no architecture is written again here.
+A decoder's forward also reads per-layer lists, which are sliced, and layer numbers, which start from 0 again; its
+treatment of embeddings moves to the head.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class SpanModel(nn.Module):
         self.decoder = decoder
         self.family = family
         self.span = span
-        #: One for each block of the span, in order.
+        #: The kind of each block of the span, in order.
         self.kinds = kinds
-        #: Where the span lies.
+        #: The device on which the span lies.
         self.device = device
-        #: What the span computes in, whatever its weights are stored as.
+        #: The dtype in which the span computes, whatever its weights are stored as.
         self.dtype = dtype
         self._rotaries = tuple(part for part in decoder.modules() if isinstance(part, DeclaredLengthRotary))
         self._loop = LayerLoop(decoder, self.layers)
@@ -65,7 +65,7 @@ class SpanModel(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The decoder's own configuration: per-layer lists are cut to the span."""
+        """The decoder's own configuration, with per-layer lists cut to the span."""
         return self.decoder.config
 
     @property
@@ -96,9 +96,10 @@ class SpanModel(nn.Module):
     ) -> torch.Tensor:
         """Run hidden states [B, T, hidden_size] at positions [B, T] (int64) through the span: [B, T, hidden_size].
 
-        `cache` is a Transformers cache, or anything with its `update`; without one nothing is kept.
-        `max_lengths` is the declared length of each token's session: an int, or int64 that broadcasts to [B, T]; where
-        it is None each row's longest position counts, as in Transformers. `kwargs` go to the attention function.
+        cache: a Transformers cache, or any object with its `update`; None keeps nothing.
+        max_lengths: the declared length of each token's session: an int, or int64 that broadcasts to [B, T]. None
+            uses each row's longest position, as Transformers does.
+        kwargs: passed to the attention function.
         """
         for rotary in self._rotaries:
             rotary.max_lengths = position_ids.amax(-1, keepdim=True) + 1 if max_lengths is None else max_lengths
@@ -115,14 +116,14 @@ class SpanModel(nn.Module):
             result: torch.Tensor = output.last_hidden_state
             return result
 
-        # A cache of Transformers' own decides what masks the decoder makes: the decoder must see to it each time.
+        # A Transformers cache needs masks, which the decoder must make in each call.
         ours = cache is not None and not getattr(cache, "needs_mask", True)
         if not ours or attention_mask is not None or kwargs or torch.is_grad_enabled():
             return run_decoder()
         return self._loop.run(run_decoder, hidden, position_ids, cache)
 
     def forward_no_cache(self, hidden: torch.Tensor, max_length: int | None = None) -> torch.Tensor:
-        """Run whole sequences [B, T, hidden_size] from position 0, keeping nothing. Gradients flow to `hidden`."""
+        """Run whole sequences [B, T, hidden_size] from position 0 without a cache. Gradients flow to `hidden`."""
         positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         return self.forward(hidden, positions, max_lengths=max_length)
 
@@ -139,10 +140,13 @@ def load_span(
 ) -> SpanModel:
     """Read a span's blocks onto `device`, in `dtype` (the checkpoint's own if None).
 
-    `attention` is `eager`, `sdpa`, a name registered with `AttentionInterface`, or None for the best that Transformers
-    has; a family without that interface uses its own. `quantize` is `none`, `int8` or `nf4`: how linear layers and
-    experts are stored (they compute in `dtype`). `on_block` hears of each block once it is read. Raises
-    CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the model does not have.
+    attention: `eager`, `sdpa`, a name registered with `AttentionInterface`, or None for the best that Transformers
+        has; a family without that interface uses its own.
+    quantize: `none`, `int8` or `nf4`: how linear layers and experts are stored (they compute in `dtype`).
+    on_block: called with each block's number once it is read.
+
+    Raises CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the model does not
+    have.
     """
     if span.end > checkpoint.block_count:
         raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
@@ -190,7 +194,7 @@ def _cut(decoder: PreTrainedModel, family: Family, span: Span) -> None:
 
 
 def slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
-    """Cut the configuration's per-layer lists (`layer_types` and the like), which forward reads by new numbers."""
+    """Cut the configuration's per-layer lists (`layer_types` and the like), which forward reads by the new numbers."""
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) == block_count:
             setattr(config, name, value[span.start : span.end])

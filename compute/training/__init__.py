@@ -1,1 +1,1 @@
-"""Forward and backward in turns, tapes, and what a client trains."""
+"""Forward and backward for training, in turns: memory, tapes, and the client's trained tensors."""

@@ -1,8 +1,8 @@
-"""How much memory a training pass takes, known before it starts.
+"""Computes how much memory a training pass takes before it starts.
 
-What autograd keeps of a block is measured once, on two short rows: part of it grows with the positions, part
-(scores of attention that no fused kernel computes) with the square of a row's length. A formula would have to know
-every family's blocks, and quantized and adapted ones besides. Knows sizes; decides nothing.
+The activations that autograd keeps of a block are measured once, on two short rows: one part grows with the
+positions, another (the scores of attention that no fused kernel computes) with the square of a row's length. A
+formula would have to know every family's blocks, also quantized and adapted ones.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import nn
 
 from peerd.compute.errors import EngineError
 
-# The probe's two lengths, in positions: long enough that whole rows of experts and tiles of kernels do not matter.
+# The lengths of the two measured rows, in positions: long enough that tiles of kernels and whole experts do not matter.
 PROBE_POSITIONS = (32, 64)
-# What autograd keeps differs a little with the routing of experts and the rounding of kernels.
+# The kept activations differ a little with the routing of experts and the rounding of kernels.
 _MARGIN = 1.15
-# Beside what is kept, a block's forward or backward has intermediate values of about the same size at its peak.
+# Beside the kept activations, a block's forward or backward has temporary values of about the same size at its peak.
 _WORKING = 2.0
-# Of an engine's memory for training, a third is for the pass that runs; the rest is for tapes that wait.
+# A third of an engine's memory for training is for the pass that runs; the rest is for tapes that wait.
 _WORKING_PART = 3
-# Of what tapes have left, what one more may take: the first gets most, and nobody ever takes it all.
+# One more tape may take this share of the memory that tapes have left: the first gets most, and none can take it all.
 _TAPE_SHARE = 0.5
 
 
@@ -33,44 +33,44 @@ class PassTooLargeError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """Bytes that autograd keeps of one block: a position, and a pair of positions of one row."""
+    """The bytes that autograd keeps of one block, for each position and for each pair of positions of one row."""
 
     a_position: float
     a_pair: float
 
     @classmethod
     def fitted(cls, short: tuple[int, int], long: tuple[int, int]) -> BlockCost:
-        """From two measurements of (positions of one row, bytes)."""
+        """The cost from two measurements of (positions of one row, bytes)."""
         (one, one_bytes), (two, two_bytes) = short, long
         a_pair = max(0.0, (two_bytes / two - one_bytes / one) / (two - one))
         return cls(_MARGIN * max(one_bytes / one - a_pair * one, two_bytes / two - a_pair * two), _MARGIN * a_pair)
 
     def kept_bytes(self, rows: int, longest: int) -> int:
-        """For so many rows of that length."""
+        """The bytes for `rows` rows of `longest` positions."""
         return int(rows * longest * (self.a_position + self.a_pair * longest))
 
 
 @dataclass(frozen=True, slots=True)
 class SpanCost:
-    """What passes over some blocks take. `boundary`: bytes of one position between two blocks."""
+    """The memory for passes over some blocks. `boundary`: bytes of one position between two blocks."""
 
     blocks: tuple[BlockCost, ...]
     boundary: int
     largest_weight_bytes: int
 
     def inputs_bytes(self, positions: int) -> int:
-        """Every block's input, which is the least that a backward needs."""
+        """The bytes of every block's input, which is the least that a backward needs."""
         return positions * self.boundary * len(self.blocks)
 
     def working_bytes(self, rows: int, longest: int) -> int:
-        """The most that a micro-batch needs at once: all blocks' inputs and one block's activations."""
+        """The most bytes that a micro-batch needs at once: all blocks' inputs and one block's activations."""
         dearest = max(block.kept_bytes(rows, longest) for block in self.blocks)
         ends = 2 * rows * longest * self.boundary
         return int(self.inputs_bytes(rows * longest) + ends + _WORKING * dearest + self.largest_weight_bytes)
 
 
 class PassMemory:
-    """An engine's memory for training: how much a running pass may take, and who holds how much in tapes."""
+    """An engine's memory for training: the part for a running pass, and how much each owner holds in tapes."""
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
@@ -81,7 +81,7 @@ class PassMemory:
 
     @property
     def working_bytes(self) -> int:
-        """What the one pass that runs may take."""
+        """The bytes that the one running pass may take."""
         return self.total_bytes // _WORKING_PART
 
     @property
@@ -90,16 +90,16 @@ class PassMemory:
 
     @property
     def free_bytes(self) -> int:
-        """What no tape holds."""
+        """The bytes that no tape holds."""
         return self._tapes_bytes - sum(self._held.values())
 
     @property
     def next_tape_bytes(self) -> int:
-        """The most that one more tape may take."""
+        """The most bytes that one more tape may take."""
         return max(0, int(self.free_bytes * _TAPE_SHARE))
 
     def take(self, owner: Hashable, size_bytes: int) -> None:
-        """Note that `owner` holds so much more; or less, where negative."""
+        """Note that `owner` holds `size_bytes` more; less if negative."""
         held = self._held.get(owner, 0) + size_bytes
         if held > 0:
             self._held[owner] = held
@@ -108,7 +108,7 @@ class PassMemory:
 
 
 class KeptBytes:
-    """Counts what autograd keeps inside `with`, but for `known` tensors (weights), each storage once."""
+    """Counts the bytes that autograd keeps inside `with`, each storage once, without the `known` tensors (weights)."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -134,7 +134,7 @@ class KeptBytes:
 
 
 def signature(layer: nn.Module) -> Hashable:
-    """Equal for blocks that keep the same: modules of the same types and tensors of the same shapes."""
+    """A key that is equal for blocks whose passes take equal memory: same module types and tensor shapes."""
     parts = [(name, type(module).__name__) for name, module in layer.named_modules()]
     tensors = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in layer.state_dict().items()]
     return tuple(parts), tuple(tensors)

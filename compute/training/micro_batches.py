@@ -1,7 +1,7 @@
-"""Cuts the rows of a training pass into micro-batches of nearly equal rows. Pure; knows lengths, not models.
+"""Cuts the rows of a training pass into micro-batches of rows with similar lengths.
 
-Rows of one micro-batch are filled up to its longest. No position sees a later one, so what is filled up
-changes nothing before it, and its gradient is zero. Filling is cheap where lengths are close, so rows go by length.
+The rows of one micro-batch are padded to its longest. No position sees a later one, so padding changes nothing
+before it, and its gradient is zero. Padding is cheap if lengths are close, so rows are grouped by length.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from itertools import accumulate
 
 import torch
 
-# Rows join a micro-batch unless more than a quarter of what they take would be filling.
+# A row does not join a micro-batch if more than a quarter of its place would be padding.
 _MOST_FILLING = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Some rows of a pass: `rows` are their numbers, `lengths` and `offsets` where they lie in the packed tensor."""
+    """Some rows of a pass. `rows`: their numbers; `lengths` and `offsets`: where they lie in the packed tensor."""
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -30,11 +30,11 @@ class MicroBatch:
 
     @property
     def positions(self) -> int:
-        """Filled-up positions, which is what it costs."""
+        """Positions with padding, which determine the cost."""
         return len(self.rows) * self.longest
 
     def gather(self, packed: torch.Tensor) -> torch.Tensor:
-        """The rows of `[all positions, width]` as `[rows, longest, width]`, filled up with zeros."""
+        """The rows of `[all positions, width]` as `[rows, longest, width]`, padded with zeros."""
         first, longest = self.offsets[0], self.longest
         if self._is_dense:
             return packed[first : first + self.positions].view(len(self.rows), longest, -1)
@@ -56,9 +56,9 @@ class MicroBatch:
 
 
 def cut_rows(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[MicroBatch] | None:
-    """Micro-batches for rows of these lengths; None where a single row does not fit.
+    """Micro-batches for rows of these lengths; None if a single row does not fit.
 
-    `fits(rows, longest)` says whether so many rows of that length may run at once.
+    `fits(rows, longest)` says whether that many rows of that length may run at once.
     """
     offsets = [0, *accumulate(lengths)]
     groups: list[list[int]] = []

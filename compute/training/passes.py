@@ -1,10 +1,9 @@
-"""Forward and backward over a span for training: no cache, frozen weights, in turns of one block.
+"""Runs forward and backward over a span for training: no cache, frozen weights, one block at a time.
 
-`PassRunner` makes works for the device's thread (`turn()` runs one block of one micro-batch), so that
-inference waits for no more than that. A forward may leave a tape: the blocks' inputs, and as many blocks'
-graphs as memory allows; its backward then computes again only what is not there. Without a tape a
-backward starts from the input. The difficulty is what autograd must not see: turns end between blocks,
-so no mode of torch's may be left on across a `yield`, and inference tensors can never be on a tape.
+`PassRunner` makes passes for the device's thread. `turn()` runs one block of one micro-batch, so inference waits no
+longer than that. A forward may leave a tape: the blocks' inputs, and the graphs of as many blocks as memory allows.
+Its backward then computes again only the missing graphs; without a tape a backward starts from the input. Turns end
+between blocks, so no torch mode may stay on across a `yield`, and inference tensors must never get onto a tape.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class PassInput:
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """One block of one micro-batch: its input, and its output with the graph between, if that was kept."""
+    """One block of one micro-batch: its input, and its output with the graph between if that was kept, else None."""
 
     hidden: torch.Tensor
     output: torch.Tensor | None
@@ -71,13 +70,16 @@ _GRADIENT = " as a gradient"
 
 
 class Pass:
-    """A work for the device's thread, which ends with `_run`."""
+    """A pass for the device's thread, which is complete when `_run` ends."""
 
     def __init__(self) -> None:
         self._turns = self._run()
 
     def turn(self) -> bool:
-        """Run one block of one micro-batch. Device thread. Raises NonFiniteError, InvalidStepError."""
+        """Run one block of one micro-batch. Returns whether the pass is complete. Device thread.
+
+        Raises NonFiniteError, InvalidStepError.
+        """
         for _ in self._turns:
             return False
         return True
@@ -87,7 +89,7 @@ class Pass:
 
 
 class PassRunner:
-    """Passes over one engine's span. `part` gives the span's model of some of its blocks (device thread)."""
+    """Makes passes over one engine's span. `part` returns the model of some of its blocks (device thread)."""
 
     def __init__(
         self, whole: SpanModel, part: Callable[[Span], SpanModel], adapters: SpanAdapters, memory: PassMemory
@@ -106,7 +108,7 @@ class PassRunner:
         return bool(self._costs)
 
     def measure(self) -> None:
-        """Find what each block's activations take. Device thread; some milliseconds a kind of block."""
+        """Measure the memory of each block's activations. Device thread; takes milliseconds for each kind of block."""
         known: dict[object, BlockCost] = {}
         for index, layer in enumerate(self.whole.layers):
             block = self.whole.span.start + index
@@ -118,7 +120,7 @@ class PassRunner:
         self._largest_weight_bytes = max(sizes, default=0)
 
     def plan(self, given: PassInput) -> list[MicroBatch]:
-        """The micro-batches of a pass. Raises PassTooLargeError naming the numbers, InvalidStepError."""
+        """The micro-batches of a pass. Raises PassTooLargeError with the numbers, InvalidStepError."""
         self._check(given)
         cost = self.cost(given.blocks)
         room = self.memory.working_bytes
@@ -141,14 +143,14 @@ class PassRunner:
         return micros
 
     def tape_bytes(self, given: PassInput, micros: Sequence[MicroBatch]) -> tuple[int, int]:
-        """What a tape takes at least (inputs alone) and at most (with all graphs)."""
+        """The bytes of a tape at least (inputs alone) and at most (with all graphs)."""
         cost = self.cost(given.blocks)
         least = sum(cost.inputs_bytes(micro.positions) for micro in micros)
         graphs = sum(block.kept_bytes(len(m.rows), m.longest) for m in micros for block in cost.blocks)
         return least, least + graphs
 
     def cost(self, blocks: Span) -> SpanCost:
-        """What passes over these blocks take."""
+        """The memory that passes over these blocks take."""
         costs = tuple(self._costs[block] for block in range(blocks.start, blocks.end))
         return SpanCost(costs, self.whole.hidden_size * self.whole.dtype.itemsize, self._largest_weight_bytes)
 
@@ -174,15 +176,15 @@ class PassRunner:
         return self._widths[block]
 
     def forward(self, given: PassInput, micros: list[MicroBatch], tape_bytes: int = 0) -> ForwardPass:
-        """A forward, which leaves a tape if it may take that many bytes."""
+        """A forward pass, which leaves a tape if `tape_bytes` suffice for one."""
         return ForwardPass(self, given, micros, tape_bytes)
 
     def backward(self, given: PassInput, micros: list[MicroBatch], grad: torch.Tensor) -> BackwardPass:
-        """A backward from the input: `grad` is the output's gradient, shaped as `given.hidden`."""
+        """A backward pass from the input: `grad` is the output's gradient, shaped as `given.hidden`."""
         return BackwardPass(self, Tape(given, micros, self.leaves(given)), grad)
 
     def backward_of(self, tape: Tape, grad: torch.Tensor) -> BackwardPass:
-        """A backward of what a forward left. The tape is used up."""
+        """A backward pass from a forward's tape, which it uses up."""
         return BackwardPass(self, tape, grad)
 
     def leaves(self, given: PassInput) -> dict[int, BlockLeaves]:
@@ -193,7 +195,7 @@ class PassRunner:
     def run_block(
         self, block: int, micro: MicroBatch, hidden: torch.Tensor, leaves: BlockLeaves, adapter: str
     ) -> torch.Tensor:
-        """One block, `[rows, longest, hidden_size]` to the same, under whatever mode of torch's is on."""
+        """Run one block, `[rows, longest, hidden_size]` to the same shape, in whatever torch mode is on."""
         if adapter and adapter not in self.adapters.names:
             raise InvalidStepError(f"the adapter {adapter!r} is no longer here")
         model = self._part(Span(block, block + 1))
@@ -201,7 +203,7 @@ class PassRunner:
         positions = torch.arange(micro.longest, device=hidden.device).expand(hidden.shape[:2])
         lengths = None
         if model.follows_max_length:
-            # What a row's embeddings scale with is its own length, whoever is beside it.
+            # A row's embeddings scale with its own length, not with its neighbours'.
             lengths = torch.tensor(micro.lengths, device=hidden.device)[:, None]
         with self.adapters.under(adapter), with_lora(model.layers[0], leaves):
             return model.forward(hidden, positions, max_lengths=lengths)
@@ -216,7 +218,7 @@ class PassRunner:
         return hidden.to(self.whole.device, self.whole.dtype)
 
     def _probe(self, block: int, count: int) -> int:
-        """Bytes that autograd keeps of a block for one row of `count` positions."""
+        """The bytes that autograd keeps of a block for one row of `count` positions."""
         generator = torch.Generator().manual_seed(0)
         hidden = self.on_device(torch.randn(1, count, self.whole.hidden_size, generator=generator)).requires_grad_()
         micro = MicroBatch((0,), (count,), (0,))
@@ -241,7 +243,7 @@ class PassRunner:
 
 
 class ForwardPass(Pass):
-    """Its `output` is `[sum of rows, hidden_size]` on the CPU; `tape` is None where none could be left."""
+    """A forward. Its `output` is `[sum of rows, hidden_size]` on the CPU; `tape` is None if it left none."""
 
     def __init__(self, runner: PassRunner, given: PassInput, micros: list[MicroBatch], tape_bytes: int) -> None:
         super().__init__()
@@ -279,7 +281,7 @@ class ForwardPass(Pass):
 
 
 class BackwardPass(Pass):
-    """Its `grad` is the input's gradient, as the input; `gradients` those of the tunables, in fp32; on the CPU."""
+    """A backward. `grad` is the input's gradient, `gradients` those of the tunables in fp32, all on the CPU."""
 
     def __init__(self, runner: PassRunner, tape: Tape, grad: torch.Tensor) -> None:
         super().__init__()
@@ -314,7 +316,7 @@ class BackwardPass(Pass):
         self.grad = result
 
     def _spare_bytes(self, micro: MicroBatch) -> int:
-        """What graphs may take of the memory that this micro-batch does not need anyway."""
+        """The bytes for graphs that the memory of a running pass leaves beside this micro-batch's needs."""
         needed = self._runner.cost(self._tape.given.blocks).working_bytes(len(micro.rows), micro.longest)
         return self._runner.memory.working_bytes - needed
 
@@ -332,7 +334,7 @@ class BackwardPass(Pass):
             with torch.enable_grad():
                 output = self._runner.run_block(block, micro, entry.hidden, leaves, self._tape.given.adapter)
         named = leaves.named()
-        # An expert that no position was sent to has gradients of zero.
+        # An expert to which no position was sent has gradients of zero.
         wanted = [entry.hidden, *named.values()]
         first, *others = torch.autograd.grad(output, wanted, grad, allow_unused=True, materialize_grads=True)
         for name, found in zip(named, others, strict=True):
@@ -364,7 +366,7 @@ def _record(
 
 
 def device_turns(works: Iterable[Pass]) -> None:
-    """Run works to their ends, here and now: for who has no task that owns the device."""
+    """Run passes to their ends in this thread, for callers without an engine task."""
     for work in works:
         while not work.turn():
             pass

@@ -1,8 +1,8 @@
-"""What a client trains beside a span's frozen weights: deep prompts and LoRA tensors, block by block.
+"""The tensors that a client trains beside a span's frozen weights: deep prompts and LoRA pairs, for each block.
 
-A deep prompt of P positions is added to the first P positions of each row of its block's input. A LoRA pair
-(A `[r, in]`, B `[out, r]`) adds `scaling * (x A^T) B^T` to the output of one of the block's linear modules.
-Both are hung onto a block for one call only, so that nothing of one client's meets another's.
+A deep prompt of P positions is added to the first P positions of each row of its block's input. A LoRA pair (A `[r,
+in]`, B `[out, r]`) adds `scaling * (x A^T) B^T` to the output of one of the block's linear modules. Both are
+attached to a block for one call only, so that clients' tensors never mix.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _FP32_BYTES = 4
 class Tunables:
     """Tensors by (block, name), on the CPU: `prompt`, `<module>.lora_A`, `<module>.lora_B`.
 
-    Prompts are `[1 or rows, P, hidden_size]`. Modules are named as inside the block: `self_attn.q_proj`.
+    Prompts are `[1 or rows, P, hidden_size]`. Modules have their names inside the block: `self_attn.q_proj`.
     """
 
     tensors: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     scaling: float = 1.0
 
     def check(self, layers: Mapping[int, nn.Module], rows: Sequence[int], hidden_size: int) -> None:
-        """Whether they fit these blocks and rows. Raises InvalidStepError naming what does not."""
+        """Check that the tensors fit these blocks and rows. Raises InvalidStepError naming the one that does not."""
         widths = {block: linear_widths(layer) for block, layer in layers.items()}
         for (block, name), tensor in self.tensors.items():
             if block not in layers:
@@ -104,7 +104,7 @@ def check_shape(name: str, shape: Sequence[int], known: Mapping[str, tuple[int, 
 
 
 def linear_widths(layer: nn.Module) -> dict[str, tuple[int, int]]:
-    """The block's linear modules by name, each with its input's and its output's width."""
+    """The block's linear modules by name, each with the widths of its input and its output."""
     found = {}
     for name, module in layer.named_modules():
         wide_in, wide_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -115,7 +115,7 @@ def linear_widths(layer: nn.Module) -> dict[str, tuple[int, int]]:
 
 @dataclass(slots=True, eq=False)
 class BlockLeaves:
-    """One block's tunables on its device, as leaves that get gradients."""
+    """One block's tunables on its device, as leaf tensors that get gradients."""
 
     prompt: torch.Tensor | None = None
     lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class BlockLeaves:
 
 
 def with_prompt(hidden: torch.Tensor, prompt: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor:
-    """`[rows, positions, width]` with a prompt added to its first positions; `rows` are their numbers in the pass."""
+    """`[rows, positions, width]` with a prompt added to its first positions. `rows`: the rows' numbers in the pass."""
     if prompt is None:
         return hidden
     own = prompt if prompt.shape[0] == 1 else prompt[list(rows)]
@@ -151,7 +151,7 @@ def with_prompt(hidden: torch.Tensor, prompt: torch.Tensor | None, rows: Sequenc
 
 @contextmanager
 def with_lora(layer: nn.Module, leaves: BlockLeaves) -> Iterator[None]:
-    """Inside, the block's linear modules add their LoRA pairs."""
+    """Inside this context, the block's linear modules add their LoRA pairs."""
     handles = []
     try:
         for name, pair in leaves.lora.items():
@@ -164,7 +164,7 @@ def with_lora(layer: nn.Module, leaves: BlockLeaves) -> Iterator[None]:
 
 def _adding(down: torch.Tensor, up: torch.Tensor, scaling: float) -> Any:
     def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        # In fp32, as LoRA is trained: bf16 would swallow small steps.
+        # In fp32, as LoRA is trained: bf16 would lose small steps.
         delta = (inputs[0].to(down.dtype) @ down.T) @ up.T
         return output + (delta * scaling).to(output.dtype)
 

@@ -14,7 +14,7 @@ from peerd.protocol.connection.liveness import Patience
 from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, Stream
 from peerd.protocol.errors import ConnectionLost, Overloaded, RemoteProtocolError
 
-# Streams that each side may have open that it opened itself. Both sides count, so it is part of the protocol.
+# Streams that each side may have opened at a time. Both sides count, so the limit is part of the protocol.
 MAX_STREAMS = 256
 
 

@@ -208,5 +208,5 @@ async def test_a_server_that_may_not_be_relayed_cannot_be_reached_and_the_client
         done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False, env=ENVIRONMENT)
     assert (done.returncode, done.stdout) == (EXIT_NO_CHAIN, b"")
     log = done.stderr.decode()
-    assert "nobody reachable serves blocks 0:30" in log
+    assert "no reachable peer serves blocks 0:30" in log
     assert f"{server.peer_id} cannot be reached: /ip4/{A}/tcp/{PORT}/ws" in log

@@ -98,5 +98,5 @@ def test_trust_is_asked_for_at_the_model_s_ends_and_not_inside(make_offer):
 def test_where_no_trusted_peer_serves_an_end_the_caller_is_told(make_offer):
     offers = [make_offer(0, "0:12"), make_offer(1, "0:4")]
     only = frozenset({offers[1].peer_id})
-    with pytest.raises(NoChain, match="nobody trusted serves blocks 11:12"):
+    with pytest.raises(NoChain, match="no trusted peer serves blocks 11:12"):
         plan(offers, "0:12", first_by=only, last_by=only)
