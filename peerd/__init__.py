@@ -10,11 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from peerd.client.blocks import ServedBlocks
+    from peerd.client.finding.finder import Patience
     from peerd.client.generation import Generation, Token
     from peerd.client.model import SwarmModel
+    from peerd.client.sampling import SamplingParams
     from peerd.client.session.session import Session
+    from peerd.client.training.trained import Gradients
+    from peerd.client.training.training_pass import Pass
     from peerd.compute.adapters.lora import LoraAdapter, LoraPair
-    from peerd.compute.checkpoint.hub.settings import HubSettings
+    from peerd.compute.checkpoint.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
     from peerd.compute.errors import AdapterError, CheckpointError
     from peerd.facade.model import (
         AutoModelForCausalLM,
@@ -22,8 +28,10 @@ if TYPE_CHECKING:
         RemoteModelForCausalLM,
         RemoteModelForSequenceClassification,
     )
+    from peerd.net.transport import MessageChannel, Transport
     from peerd.peer import Peer, open_peer
     from peerd.protocol.addresses import Multiaddr
+    from peerd.protocol.connection.liveness import Delivery
     from peerd.protocol.errors import (
         CallerError,
         ContextTooLong,
@@ -36,7 +44,11 @@ if TYPE_CHECKING:
         PeerFault,
     )
     from peerd.protocol.identity import Identity, PeerId
+    from peerd.protocol.rows import Drop, Fork, RowSlice
     from peerd.protocol.span import Span
+    from peerd.reach.relay_ledger import RelayLimits
+    from peerd.routing.chains.rules import ChainRules, Manifest
+    from peerd.server.served_spans import ServedSpan
     from peerd.spans.spec import ServeSpec
 
     __version__: str
@@ -44,9 +56,21 @@ if TYPE_CHECKING:
 __all__ = [
     "open_peer",
     "Peer",
+    "Transport",
+    "MessageChannel",
+    "Delivery",
     "ServeSpec",
+    "ServedSpan",
+    "RelayLimits",
     "HubSettings",
+    "Transfer",
+    "Checkpoint",
     "SwarmModel",
+    "ServedBlocks",
+    "ChainRules",
+    "Manifest",
+    "Patience",
+    "SamplingParams",
     "RemoteModel",
     "RemoteModelForCausalLM",
     "RemoteModelForSequenceClassification",
@@ -54,6 +78,11 @@ __all__ = [
     "Generation",
     "Token",
     "Session",
+    "RowSlice",
+    "Fork",
+    "Drop",
+    "Pass",
+    "Gradients",
     "Identity",
     "PeerId",
     "Multiaddr",
@@ -77,7 +106,7 @@ __all__ = [
 _MODULE_OF = {
     "open_peer": "peerd.peer",
     "Peer": "peerd.peer",
-    "ServeSpec": "peerd.spans.loading",
+    "ServeSpec": "peerd.spans.spec",
     "SwarmModel": "peerd.client.model",
     "RemoteModel": "peerd.facade.model",
     "RemoteModelForCausalLM": "peerd.facade.model",
@@ -95,6 +124,23 @@ _MODULE_OF = {
     "AdapterError": "peerd.compute.errors",
     "LoraAdapter": "peerd.compute.adapters.lora",
     "LoraPair": "peerd.compute.adapters.lora",
+    "SamplingParams": "peerd.client.sampling",
+    "Patience": "peerd.client.finding.finder",
+    "ServedBlocks": "peerd.client.blocks",
+    "Pass": "peerd.client.training.training_pass",
+    "Gradients": "peerd.client.training.trained",
+    "Transfer": "peerd.compute.checkpoint.hub.settings",
+    "Checkpoint": "peerd.compute.checkpoint.checkpoint",
+    "Transport": "peerd.net.transport",
+    "MessageChannel": "peerd.net.transport",
+    "Delivery": "peerd.protocol.connection.liveness",
+    "Drop": "peerd.protocol.rows",
+    "Fork": "peerd.protocol.rows",
+    "RowSlice": "peerd.protocol.rows",
+    "RelayLimits": "peerd.reach.relay_ledger",
+    "ChainRules": "peerd.routing.chains.rules",
+    "Manifest": "peerd.routing.chains.rules",
+    "ServedSpan": "peerd.server.served_spans",
 }
 _ERRORS = "peerd.protocol.errors"
 
