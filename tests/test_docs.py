@@ -1,0 +1,152 @@
+"""What the pages for readers name exists: files, functions, commands, options, links, and arrows between rooms."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted(
+    path
+    for path in [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md")]
+    if path.name != "CHANGELOG.md"  # what it names was there in its time
+)
+FOLDERS = ("peerd", "protocol", "routing", "compute", "tests", "benchmarks", "spec", "docs", "examples", r"\.ci")
+CODE = re.compile(r"`([^`\n]+)`")
+A_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*")
+A_SYMBOL = re.compile(r"([\w/]+\.py)::([\w.]+)")
+A_LINK = re.compile(r"\]\(([^)\s]+)\)")
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@cache
+def body_of(path: Path) -> Sequence[ast.stmt]:
+    return ast.parse(path.read_text()).body
+
+
+def defines(path: Path, name: str) -> bool:
+    body = body_of(path)
+    for part in name.split("."):
+        found = next((node for node in body if isinstance(node, DEFINITIONS) and node.name == part), None)
+        if found is None:
+            return False
+        body = found.body
+    return True
+
+
+def code_in(page: Path) -> Iterator[str]:
+    for found in CODE.finditer(re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        yield found[1]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
+    missing = []
+    for code in code_in(page):
+        symbol = A_SYMBOL.fullmatch(code)
+        if symbol is not None:
+            path = REPOSITORY / symbol[1]
+            if not (path.is_file() and defines(path, symbol[2])):
+                missing.append(code)
+        elif A_PATH.fullmatch(code) and not (REPOSITORY / code).exists():
+            missing.append(code)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    links = [link.split("#")[0] for link in A_LINK.findall(page.read_text()) if "://" not in link]
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_targets_that_a_page_names_exist(page: Path) -> None:
+    rules = set(re.findall(r"^([a-z][\w-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    benchmarks = {re.sub(r"_(bench|sim)$", "", path.stem) for path in (REPOSITORY / "benchmarks").glob("*.py")}
+    named = {found for code in code_in(page) for found in re.findall(r"\bmake ([a-z][a-z_-]*[a-z])\b", code)}
+    assert {name for name in named if name not in rules and name.removeprefix("bench-") not in benchmarks} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_options_of_peerd_that_a_page_names_exist(page: Path) -> None:
+    defined = set()
+    for path in (REPOSITORY / "peerd/cli").glob("*.py"):
+        defined |= set(re.findall(r"\"(--[a-z][\w-]*)", path.read_text()))
+    defined |= {"--help", "--version"}
+    named = set()
+    for line in page.read_text().splitlines():
+        for command in re.findall(r"(?:^|`)(?:\.venv/bin/)?(peerd(?: [^`#]*)?)", line):
+            named |= set(re.findall(r"--[a-z][\w-]*", command))
+        named |= {found for code in CODE.findall(line) for found in re.findall(r"^(--[a-z][\w-]*)", code)}
+    assert named <= defined
+
+
+# Of the picture in architecture.md: what a node stands for.
+ROOM_OF = {"peer": "peerd/peer.py", "compute": "compute/", "routing": "routing/", "protocol": "protocol/"}
+
+
+def node_of(module: str, nodes: Sequence[str]) -> str | None:
+    for node in nodes:
+        if module.startswith(ROOM_OF.get(node, f"peerd/{node}/")):
+            return node
+    return None
+
+
+def imports_between(nodes: Sequence[str]) -> set[tuple[str, str]]:
+    """Who imports whom, of the picture's nodes; for type checkers too."""
+    found = set()
+    for room in ("peerd", "protocol", "routing", "compute"):
+        for path in (REPOSITORY / room).rglob("*.py"):
+            source = node_of(str(path.relative_to(REPOSITORY)), nodes)
+            for statement in ast.walk(ast.parse(path.read_text())):
+                if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("peerd."):
+                    module = (statement.module or "").replace(".", "/")
+                    own = module.split("/")[1] in ("protocol", "routing", "compute")
+                    target = node_of(f"{module.removeprefix('peerd/') if own else module}.py", nodes)
+                    if source is not None and target is not None and source != target:
+                        found.add((source, target))
+    return found
+
+
+def reachable(start: str, arrows: set[tuple[str, str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        here = waiting.pop()
+        for source, target in arrows:
+            if source == here and target not in found:
+                found.add(target)
+                waiting.append(target)
+    return found
+
+
+def drawn() -> tuple[list[str], set[tuple[str, str]]]:
+    picture = (REPOSITORY / "docs/architecture.md").read_text().split("```mermaid")[1].split("```")[0]
+    nodes = re.findall(r"^\s*(\w+)\[\"", picture, re.MULTILINE)
+    arrows = set()
+    for line in re.findall(r"^\s*(\w+ (?:--|-\.).*)$", picture, re.MULTILINE):
+        chain = re.split(r"\s*(?:-->|-\..*?\.->)\s*", line)
+        arrows |= set(itertools.pairwise(chain))
+    return nodes, arrows
+
+
+def test_the_picture_shows_every_import_between_rooms_and_no_other() -> None:
+    nodes, arrows = drawn()
+    imports = imports_between(nodes)
+    assert arrows <= imports
+    assert {pair for pair in imports if pair[1] not in reachable(pair[0], arrows)} == set()
+
+
+def test_no_way_through_the_picture_leads_back() -> None:
+    nodes, arrows = drawn()
+    assert [node for node in nodes if node in reachable(node, arrows)] == []
