@@ -105,7 +105,10 @@ class RemoteCache(DynamicCache):
                 " pass an empty DynamicCache"
             )
         if cache.get_seq_length():
-            raise ValueError("this cache holds keys and values of local blocks: pass an empty DynamicCache")
+            raise ValueError(
+                "this cache holds keys and values of local blocks: pass an empty DynamicCache. peft's PrefixTuning fills"
+                " one, which servers cannot take: use tuning_mode='deep_ptune', PromptTuningConfig or LoraConfig instead"
+            )
         remote: Any = cache
         remote.__class__ = cls
         remote._setup(blocks, max_length, max_rollback)

@@ -101,3 +101,20 @@ def remote(_opened: Any) -> Any:
 def local(llama_path: Path) -> Any:
     """The same model, whole, in Transformers."""
     return LlamaForCausalLM.from_pretrained(llama_path).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def byte_tokenizer() -> Any:
+    """Each byte is a token; `<eos>`, `<pad>` and `<bos>` are numbered as the Llama's configuration says."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>", "<pad>", "<bos>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>", padding_side="left"
+    )
