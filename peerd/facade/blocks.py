@@ -12,13 +12,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from peerd.facade.cache import RemoteCache
+from peerd.facade.cache import Place, RemoteCache
 from peerd.facade.weights import RemoteWeight, replace_weights
 from peerd.protocol.span import Span
 
@@ -28,18 +28,53 @@ _CAPTURING_HOOK = "output_capturing_hook"
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """One forward of the decoder: what its blocks need to know beside hidden states."""
+    """One forward of the decoder, or of a slice of its blocks: what blocks need to know beside hidden states."""
 
-    #: The runs of this forward, by the number of their first block.
-    runs: dict[int, Span]
+    #: In the order in which their first blocks will be called.
+    runs: tuple[Span, ...]
     #: Which columns are real, bool `[rows, all columns]`; None: all of them.
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     cache: RemoteCache | None = None
-    #: The run of which only each row's last position is wanted.
-    last_only: Span | None = None
-    #: The runs that have answered, by the number of their first block.
-    done: set[int] = field(default_factory=set)
+    #: Whether only each row's last position is wanted of the last run.
+    last_only: bool = False
+    #: Whether it is a forward of the decoder, to which trained prompts belong, and not of a slice.
+    has_prompts: bool = False
+    #: Whether blocks give back what they are given, to find out how a decoder calls them.
+    is_dry: bool = False
+    #: Runs that were begun, and how many blocks of the newest have yet to be called.
+    begun: int = 0
+    ahead: int = 0
+    #: Runs that have answered.
+    answered: int = 0
+
+    def begin(self, block: int) -> Span | None:
+        """The run that begins with this block, or None inside one. Raises RuntimeError for a block out of turn."""
+        if self.ahead:
+            expected = self.runs[self.begun - 1].end - self.ahead
+            self.ahead -= 1
+            span = None
+        else:
+            span = self.runs[self.begun] if self.begun < len(self.runs) else None
+            expected = -1 if span is None else span.start
+            self.begun += 1
+            self.ahead = 0 if span is None else len(span) - 1
+        if block != expected:
+            raise RuntimeError(
+                f"block {block} was called where {expected} was next: remote blocks run as they stand in the list;"
+                " switch off what skips layers at random (layerdrop)"
+            )
+        return span
+
+    @property
+    def place(self) -> Place:
+        """Which run was begun last: two of one forward may have the same blocks."""
+        return self.begun - 1, self.runs[self.begun - 1]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the run that was begun last is the forward's last."""
+        return self.begun == len(self.runs)
 
 
 class Runs(Protocol):
@@ -92,10 +127,9 @@ class RemoteBlock:
         stack = _stack()
         call = stack[-1] if stack else None
         if call is None:
-            output = self.swarm.run(Call({}), Span(self.index, self.index + 1), hidden_states)
-        else:
-            span = call.runs.get(self.index)
-            output = hidden_states if span is None else self.swarm.run(call, span, hidden_states)
+            call = Call((Span(self.index, self.index + 1),))
+        span = None if call.is_dry else call.begin(self.index)
+        output = hidden_states if span is None else self.swarm.run(call, span, hidden_states)
         return (output,) if self.returns_tuple else output
 
 
@@ -106,7 +140,7 @@ class RemoteBlocks(nn.ModuleList):
         """`[rows, columns, width]` through the list's blocks; `attention_mask` `[rows, columns]` is 1 where real."""
         runs = plan_runs(list(self), cut_everywhere=False)
         mask = None if attention_mask is None else attention_mask.bool()
-        with during(Call({span.start: span for span in runs}, mask)):
+        with during(Call(tuple(runs), mask)):
             for layer in self:
                 output = layer(hidden_states)
                 hidden_states = output[0] if isinstance(output, tuple) else output

@@ -48,9 +48,11 @@ class _Job:
     async def run(self) -> None:
         try:
             with self.scope:
-                self.result = await outcome.acapture(self.async_fn, *self.args)
-                if isinstance(self.result, outcome.Error) and isinstance(self.result.error, trio.Cancelled):
-                    raise self.result.error
+                result = await outcome.acapture(self.async_fn, *self.args)
+                # Trio's own, which must not leave the loop: the caller was interrupted, or the loop ends.
+                if isinstance(result, outcome.Error) and isinstance(result.error, trio.Cancelled):
+                    raise result.error
+                self.result = result
         finally:
             self.done.release()
 

@@ -22,6 +22,9 @@ from peerd.facade.lora import Pairs
 from peerd.protocol.rows import Drop, Fork
 from peerd.protocol.span import Span
 
+Place = tuple[int, Span]
+"""A run of blocks in a forward: which run it is, from 0, and its span."""
+
 
 class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """What Transformers asks of one layer of a cache."""
@@ -85,11 +88,11 @@ class RemoteCache(DynamicCache):
         #: The number that the caller gave each row's first real position, int64 `[rows]`; -1 before there is one.
         self.shift: torch.Tensor | None = None
         self.rows = 0
-        self.runs: dict[Span, Run] = {}
+        self.runs: dict[Place, Run] = {}
         #: A lazy cache was not asked for: it opens no session until a caller goes on with it, and keeps each run's
         #: input, `[rows, columns, width]`, from which a session is then filled.
         self.lazy = False
-        self.inputs: dict[Span, torch.Tensor] = {}
+        self.inputs: dict[Place, torch.Tensor] = {}
         self.max_length, self.max_rollback = max_length, max_rollback
         self.lock = threading.Lock()
         self.layers = [_View(self)] * blocks
@@ -106,8 +109,8 @@ class RemoteCache(DynamicCache):
             )
         if cache.get_seq_length():
             raise ValueError(
-                "this cache holds keys and values of local blocks: pass an empty DynamicCache. peft's PrefixTuning fills"
-                " one, which servers cannot take: use tuning_mode='deep_ptune', PromptTuningConfig or LoraConfig instead"
+                "this cache holds keys and values of local blocks: pass an empty DynamicCache. peft's PrefixTuning"
+                " fills one: use tuning_mode='deep_ptune', PromptTuningConfig or LoraConfig instead"
             )
         remote: Any = cache
         remote.__class__ = cls
@@ -157,7 +160,7 @@ class RemoteCache(DynamicCache):
         columns = min(self.columns, count) if count > 0 else max(0, self.columns + count)
         if self.mask is not None:
             self.mask = self.mask[:, :columns]
-        self.inputs = {span: hidden[:, :columns] for span, hidden in self.inputs.items()}
+        self.inputs = {place: hidden[:, :columns] for place, hidden in self.inputs.items()}
         self.columns = columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -179,7 +182,7 @@ class RemoteCache(DynamicCache):
             return
         for run in self.runs.values():
             run.sources = [run.sources[index] for index in indices]
-        self.inputs = {span: hidden[indices] for span, hidden in self.inputs.items()}
+        self.inputs = {place: hidden[indices] for place, hidden in self.inputs.items()}
         if self.mask is not None:
             self.mask = self.mask[indices]
         if self.shift is not None:

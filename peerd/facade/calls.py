@@ -84,11 +84,12 @@ class _BeforeDecoder:
         ends_here = runs and isinstance(layers[-1], RemoteBlock) and not is_watched_after(layers[-1])
         last_only = bool(ends_here) and not hidden and getattr(_hints, "last_only", False)
         return Call(
-            runs={span.start: span for span in runs},
+            runs=tuple(runs),
             mask=None if mask is None else mask.bool(),
             positions=given.get("position_ids"),
             cache=cache,
-            last_only=runs[-1] if last_only else None,
+            last_only=last_only,
+            has_prompts=True,
         )
 
     def _cache(self, decoder: Any, given: dict[str, Any], *, lazily: bool) -> RemoteCache | None:

@@ -337,7 +337,7 @@ def _find_return_type(decoder: Any, layers: RemoteBlocks, family: Family) -> Non
         for block in blocks:
             block.returns_tuple = returns_tuple
         try:
-            with during(Call({})), torch.no_grad():
+            with during(Call((), is_dry=True)), torch.no_grad():
                 output = type(decoder).forward(decoder, input_ids=ids, use_cache=False)
             if output.last_hidden_state.shape[:2] == ids.shape:
                 return

@@ -31,7 +31,7 @@ def run_pass(
     rows, columns, width = hidden.shape
     mask, lengths = _segments(call, rows, columns)
     packed = hidden[mask] if mask is not None else hidden.reshape(-1, width)
-    prefix, deep = _prompts_of(backend, span)
+    prefix, deep = prompts_of(backend, call, span)
     if prefix is not None:
         pieces = torch.split(packed, lengths)
         packed = torch.cat([part for piece in pieces for part in (prefix.to(packed), piece)])
@@ -45,17 +45,20 @@ def run_pass(
     return torch.zeros_like(hidden).masked_scatter(mask[..., None].to(hidden.device), output.to(hidden))
 
 
-def _prompts_of(backend: Backend, span: Span) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The prefix where the rows begin, and the deep prompts of the span's blocks, `[blocks, 1, P, width]`."""
+def prompts_of(backend: Backend, call: Call, span: Span) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The prompts that a forward of the decoder begins with, and those of its blocks, `[blocks, 1, P, width]`.
+
+    Raises NotImplementedError where something looks between blocks: it would not see the prompts' positions.
+    """
     prompts = backend.prompts
-    if prompts is None:
+    if prompts is None or not call.has_prompts:
         return None, None
-    prefix = prompts.prefix if span.start == 0 else None
-    if prompts.deep is None:
-        return prefix, None
-    if prefix is None:
-        raise NotImplementedError("deep prompts act on whole rows from block 0 on: call all blocks in one run")
-    return prefix, prompts.deep[span.start : span.end, None]
+    if len(call.runs) != 1 or span.start:
+        raise NotImplementedError(
+            "prompts of tuning_mode run through all blocks at once: leave out output_hidden_states, hooks and modules"
+            " between blocks, or use peft's PromptTuningConfig, whose prompts are part of the input"
+        )
+    return prompts.prefix, None if prompts.deep is None else prompts.deep[span.start : span.end, None]
 
 
 def _segments(call: Call, rows: int, columns: int) -> tuple[torch.Tensor | None, list[int]]:

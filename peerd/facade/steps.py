@@ -17,6 +17,7 @@ from peerd.facade.backend import Backend
 from peerd.facade.blocks import Call
 from peerd.facade.cache import RemoteCache, Run, settle
 from peerd.facade.lora import Pairs, as_adapter, states
+from peerd.facade.passes import prompts_of
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages.session import MAX_ROWS, Want
 from peerd.protocol.rows import Op, RowSlice
@@ -39,7 +40,7 @@ def run_step(
     """New columns `[rows, columns, width]` through `span`; columns that are padding come back as zeros."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise RuntimeError("a cache has no gradients: call with use_cache=False, or under torch.no_grad()")
-    if backend.prompts is not None and backend.prompts.deep is not None:
+    if prompts_of(backend, call, span)[1] is not None:
         raise NotImplementedError("deep prompts do not work with a cache yet: call with use_cache=False")
     if not cache.lock.acquire(blocking=False):
         raise RuntimeError("another thread is using this cache: give each thread a cache of its own")
@@ -49,10 +50,10 @@ def run_step(
         cache.lock.release()
 
 
-def finish_run(call: Call, cache: RemoteCache, span: Span, mask: torch.Tensor | None, rows: int, columns: int) -> None:
+def finish_run(call: Call, cache: RemoteCache, mask: torch.Tensor | None, rows: int, columns: int) -> None:
     """Note that a run of the forward has answered; once all of them have, the cache has the new columns."""
-    call.done.add(span.start)
-    if len(call.done) == len(call.runs):
+    call.answered += 1
+    if call.answered == len(call.runs):
         cache.note(mask, rows, columns)
 
 
@@ -74,9 +75,8 @@ class _Step:
         self._past = cache.lengths() if cache.columns else [0] * self._rows
         counts = [self._columns] * self._rows if self._mask is None else self._mask.sum(1).tolist()
         self._counts = [int(count) for count in counts]
-        prompts = backend.prompts
-        has_prefix = prompts is not None and span.start == 0
-        self._prefix = prompts.prefix.detach().to("cpu", backend.dtype) if prompts and has_prefix else None
+        prefix, _ = prompts_of(backend, call, span)
+        self._prefix = None if prefix is None else prefix.detach().to("cpu", backend.dtype)
         self._extra = 0 if self._prefix is None else len(self._prefix)
 
     def run(self, lora: Pairs) -> torch.Tensor:
@@ -89,14 +89,15 @@ class _Step:
         else:
             targets, ops = list(run.sources), []
         pieces, place = self._pieces(wire, targets)
-        only_last = self._call.last_only == self._span or (self._columns == 1 and not self._extra)
+        is_last = self._call.last_only and self._call.is_last
+        only_last = is_last or (self._columns == 1 and not self._extra)
         want: Want = "last" if only_last else "all"
         answers = self._backend.bridge.call(_ask, run.session, pieces, ops, want)
         self._backend.steps += 1
         run.sources = targets
         self._cache.shift = shift
         output = self._spread(answers, targets, place)
-        finish_run(self._call, self._cache, self._span, self._mask, self._rows, self._columns)
+        finish_run(self._call, self._cache, self._mask, self._rows, self._columns)
         return output.to(self._hidden.device, self._hidden.dtype)
 
     def _start(self, past: int) -> int:
@@ -105,17 +106,21 @@ class _Step:
 
     def _ready_run(self, wire: torch.Tensor, lora: Pairs) -> Run:
         """The run's session: the one it has, or a new one; long and wide enough for this step."""
-        cache, span = self._cache, self._span
-        run = cache.runs.get(span)
+        cache, place = self._cache, self._call.place
+        run = cache.runs.get(place)
         if run is None:
-            if cache.columns and span not in cache.inputs:
-                known = ", ".join(map(str, cache.runs))
-                raise ValueError(f"this cache was filled by runs of blocks {known}, not by {span}: begin a new cache")
+            if cache.columns and place not in cache.inputs:
+                known = ", ".join(str(span) for _, span in cache.runs)
+                raise ValueError(
+                    f"this cache was filled by runs of blocks {known}, not by {self._span}: begin a new cache"
+                )
             run = self._open(cache.columns + self._columns + self._extra, lora)
-            cache.runs[span] = run
             run.sources = _distinct(wire, self._mask)
-            if span in cache.inputs:
-                self._fill(run, cache.inputs.pop(span).to("cpu", self._backend.dtype))
+            if place in cache.inputs:
+                self._fill(run, cache.inputs[place].to("cpu", self._backend.dtype))
+                del cache.inputs[place]
+            # Not before: where the servers failed to fill it, the cache is as it was, and the session is garbage.
+            cache.runs[place] = run
         elif not cache.columns:
             run.sources = _distinct(wire, self._mask)
         elif run.lora_states != states(run.lora):

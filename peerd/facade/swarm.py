@@ -23,7 +23,7 @@ class Swarm(Backend):
         if hidden.dim() != 3:
             raise ValueError(f"hidden states are [rows, columns, width], not {list(hidden.shape)}")
         cache = call.cache
-        run = cache.runs.get(span) if cache is not None else None
+        run = cache.runs.get(call.place) if cache is not None else None
         # A session has the adapter that it was opened with; walking the modules at every token would cost a
         # millisecond.
         lora = run.lora if run is not None else lora_of(self.layers[span.start : span.end])
@@ -32,7 +32,7 @@ class Swarm(Backend):
         if not (cache.lazy and not cache.columns):
             return run_step(self, call, cache, span, hidden, lora)
         output = run_pass(self, call, span, hidden, dict(lora))
-        cache.inputs[span] = hidden.detach()
+        cache.inputs[call.place] = hidden.detach()
         rows, columns, _ = hidden.shape
-        finish_run(call, cache, span, new_mask(call, rows, columns), rows, columns)
+        finish_run(call, cache, new_mask(call, rows, columns), rows, columns)
         return output

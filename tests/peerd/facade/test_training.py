@@ -235,3 +235,36 @@ def test_a_second_backward_and_copies_are_refused(remote: Any, tmp_path: Path) -
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str, llama_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         peerd.RemoteModelForCausalLM.from_pretrained(llama_path, **options)
+
+
+def test_blocks_may_be_repeated_skipped_and_reordered(local: Any, remote: Any) -> None:
+    path = [0, 2, 3, 3, 3, 1, 5, 6, 7, 5, 6, 7]
+
+    def run(model: Any) -> list[torch.Tensor]:
+        layers = model.model.layers
+        custom = type(layers)([layers[index] for index in path])
+        model.model.layers, model.config.num_hidden_layers = custom, len(path)
+        try:
+            found = [model(IDS, use_cache=False).logits]
+            # Whole models number their layers' keys and values by their own index: they have no cache to compare with.
+            if model is remote:
+                output = model(IDS[:, :5], use_cache=True)
+                cache = getattr(output, "cache", None) or output.past_key_values
+                found.append(model(IDS[:, 5:], use_cache=True, past_key_values=cache).logits)
+        finally:
+            model.model.layers, model.config.num_hidden_layers = layers, len(layers)
+        return found
+
+    with torch.no_grad():
+        (whole, continued), (expected,) = run(remote), run(local)
+    torch.testing.assert_close(whole, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(continued, expected[:, 5:], rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_and_what_looks_between_blocks_exclude_each_other(servers: Any, llama_path: Path) -> None:
+    with peerd.RemoteModelForCausalLM.from_pretrained(
+        llama_path, bootstrap=servers.bootstrap, tuning_mode="ptune", pre_seq_len=3
+    ) as model:
+        with pytest.raises(NotImplementedError, match=r"leave out output_hidden_states.*PromptTuningConfig"):
+            model(IDS, output_hidden_states=True)
+        assert model.model.layers[2:4](torch.randn(1, 2, 64)).shape == (1, 2, 64)
