@@ -77,12 +77,25 @@ _REASONS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Modules:
+    """Which modules a field means, by their full names in the whole model: those of `pattern`, or ends in `names`."""
+
+    names: tuple[str, ...] = ()
+    pattern: str | None = None
+
+    def has(self, module: str) -> bool:
+        if self.pattern is not None:
+            return re.fullmatch(self.pattern, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.names)
+
+
+@dataclass(frozen=True, slots=True)
 class LoraConfig:
     """A LoRA adapter's settings.
 
-    targets: the ends of the adapted modules' names; None if the file gives a regular expression or `all-linear`, so
-        that only the stored tensors tell.
-    layers: the blocks to which the adapter is limited; None for all.
+    `targets`: ends of the adapted modules' names; None where the file says it by a regular expression or
+    `all-linear`, and the stored tensors alone tell. `layers`: the blocks it is limited to; None for all. `chosen` and
+    `excluded`: what peft asks of each stored module, and takes out again.
     """
 
     rank: int
@@ -92,6 +105,8 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float]
     targets: tuple[str, ...] | None
     layers: tuple[int, ...] | None
+    chosen: Modules | None = None
+    excluded: Modules | None = None
 
     def rank_of(self, module: str) -> int:
         """The rank for a module, given by its full name in the whole model."""
@@ -102,6 +117,14 @@ class LoraConfig:
         alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, module), self.alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def leaves_out(self, module: str, block: int) -> bool:
+        """Whether peft would leave this module of a block as it is, although matrices are stored for it."""
+        if self.excluded is not None and self.excluded.has(module):
+            return True
+        if self.chosen is not None and not self.chosen.has(module):
+            return True
+        return self.layers is not None and block not in self.layers
 
     def targets_module(self, module: str, block: int) -> bool:
         """Whether the list of targets names this module; False if there is no list."""
@@ -127,6 +150,8 @@ def parse_config(fields: Any, where: object) -> LoraConfig:
         alpha_pattern={key: reader.number("alpha_pattern", value) for key, value in reader.patterns("alpha_pattern")},
         targets=targets,
         layers=reader.layers() if targets is not None else None,
+        chosen=reader.modules("target_modules"),
+        excluded=reader.modules("exclude_modules"),
     )
 
 
@@ -184,6 +209,18 @@ class _Fields:
         if self._fields.get("layers_to_transform") is not None and self._fields.get("layers_pattern"):
             return None
         return tuple(found)
+
+    def modules(self, name: str) -> Modules | None:
+        """What a list or a pattern means; None where the file says nothing, or it must be seen in the tensors alone.
+
+        A pattern that could take for ever is not asked, and neither is `all-linear`, which means all that are stored.
+        """
+        found = self._fields.get(name)
+        if type(found) is str and found != "all-linear" and _ends_soon(found):
+            return Modules(pattern=found)
+        if type(found) is list and found and all(type(each) is str for each in found):
+            return Modules(names=tuple(found))
+        return None
 
     def layers(self) -> tuple[int, ...] | None:
         found = self._fields.get("layers_to_transform")

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,14 @@ class AdapterFile:
         """Whether the configuration's list of targets names this module of a block, whatever is stored."""
         return self.config.targets_module(f"{self._root}.{block}.{module}", block)
 
+    def check_complete(self, adaptable: Iterable[BlockModule]) -> None:
+        """Raise AdapterError if the list of targets names one of these layers that the file has no weights for."""
+        for block, name in adaptable:
+            if self.targets(block, name) and (block, name) not in self._pairs:
+                raise AdapterError(
+                    f"{self.path}: it names {name} of block {block} as adapted, and has no weights for it"
+                )
+
     def n_values(self, blocks: Span | None = None) -> int:
         """The number of values in the matrices; of those of `blocks`, if given."""
         return sum(math.prod(pair.a.shape) + math.prod(pair.b.shape) for _, pair in self._within(blocks))
@@ -167,7 +175,8 @@ def _pairs(
 ) -> tuple[str, dict[BlockModule, _StoredPair]]:
     """The name of the whole model's block list, and the adapter's pairs of matrices by block and module.
 
-    Raises AdapterError for any tensor that we would have to leave out.
+    What peft leaves out, as the configuration does not mean it, is left out. Raises AdapterError for any other tensor
+    that we would have to leave out.
     """
     modules: dict[str, dict[str, StoredTensor]] = {}
     for name, stored in tensors.tensors.items():
@@ -180,12 +189,18 @@ def _pairs(
         modules.setdefault(match["module"].removeprefix(_PEFT_PREFIX), {})[match["side"]] = stored
     if not modules:
         raise AdapterError(f"{where}: it holds no LoRA matrix")
-    places = {module: _place_of(module, family, where) for module in modules}
+    places = {
+        module: place
+        for module in modules
+        if not config.leaves_out(module, (place := _place_of(module, family, where))[1])
+    }
+    if not places:
+        raise AdapterError(f"{where}: its configuration targets none of the modules that it holds matrices for")
     found = {
         (block, name): _pair(module, modules[module], config, where) for module, (_, block, name) in places.items()
     }
     roots = {root for root, _, _ in places.values()}
-    if len(found) < len(modules) or len(roots) > 1:
+    if len(found) < len(places) or len(roots) > 1:
         raise AdapterError(f"{where}: it adapts one module of the model under two names")
     return roots.pop(), found
 

@@ -11,7 +11,7 @@ Everything belongs to the device thread except `names`, which is replaced as a w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -22,6 +22,7 @@ from torch import nn
 
 from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, bytes_of, check_fits, lora_delta, within
 from peerd.compute.errors import AdapterError, UnknownAdapterError
+from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.steps import Segment
 
 if TYPE_CHECKING:
@@ -92,12 +93,8 @@ class SpanAdapters:
         check_fits(lora, {key: _features(module) for key, module in self._adaptable().items()})
 
     def check_complete(self, file: AdapterFile) -> None:
-        """Raise AdapterError if the file's list of targets names a layer of this span for which it has no weights."""
-        for block, name in self._adaptable():
-            if file.targets(block, name) and (block, name) not in file.modules:
-                raise AdapterError(
-                    f"{file.path}: it names {name} of block {block} as adapted, and has no weights for it"
-                )
+        """Raise AdapterError if the file's list of targets names a layer of this span that it has no weights for."""
+        file.check_complete(self._adaptable())
 
     @contextmanager
     def applied(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -246,12 +243,12 @@ def _is_linear(module: nn.Module) -> bool:
     )
 
 
-def _position_wise(model: SpanModel) -> dict[BlockModule, nn.Module]:
-    """The linear layers that see each position exactly once, in order; found by a forward over a few positions."""
-    seen: dict[BlockModule, list[tuple[int, int]]] = {}
+def linear_layers(
+    layers: Iterable[nn.Module], kinds: Iterable[LayerKind], first_block: int = 0
+) -> dict[BlockModule, nn.Module]:
+    """The linear layers beside which an adapter can stand, whatever device they are on, by block and name."""
     found: dict[BlockModule, nn.Module] = {}
-    handles = []
-    for number, (layer, kind) in enumerate(zip(model.layers, model.kinds, strict=True), model.span.start):
+    for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True), first_block):
         for name, module in layer.named_modules():
             parts = name.split(".")
             # Experts see only the positions routed to them. Cached latents are expanded for one whole row at a time, or
@@ -259,7 +256,14 @@ def _position_wise(model: SpanModel) -> dict[BlockModule, nn.Module]:
             beside_batch = "experts" in parts or (kind.latent and parts[-1] == "kv_b_proj")
             if name and _is_linear(module) and not beside_batch:
                 found[number, name] = module
-                handles.append(module.register_forward_hook(_watcher(seen.setdefault((number, name), []))))
+    return found
+
+
+def _position_wise(model: SpanModel) -> dict[BlockModule, nn.Module]:
+    """The linear layers that see each position exactly once, in order: found out by running some."""
+    seen: dict[BlockModule, list[tuple[int, int]]] = {}
+    found = linear_layers(model.layers, model.kinds, model.span.start)
+    handles = [module.register_forward_hook(_watcher(seen.setdefault(key, []))) for key, module in found.items()]
     try:
         with torch.inference_mode():
             model.forward_no_cache(

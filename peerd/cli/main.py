@@ -172,9 +172,7 @@ def generate(
     from peerd.cli.generate import Request
     from peerd.cli.generate import generate as run_generate
 
-    # A name has no slash in it.
-    chosen = Path(adapter).expanduser() if adapter is not None and "/" in adapter else adapter
-    request = Request(prompt or "", chat, options, chosen)
+    request = Request(prompt or "", chat, options, adapter)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     _run_once(ctx, work, verbose=verbose)
 

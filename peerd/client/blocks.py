@@ -20,7 +20,7 @@ from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
-from peerd.compute.adapters.lora import LoraAdapter, within
+from peerd.compute.adapters.lora import BlockModule, LoraAdapter, within
 from peerd.compute.errors import AdapterError
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages.adapters import is_adapter_id
@@ -40,7 +40,7 @@ OPEN_TIMEOUT_MS = 2000
 RESUME_S = 300.0
 
 Adapter = str | Path | LoraAdapter
-"""An adapter's name in the swarm; or your own, as a directory or in memory."""
+"""An adapter's name in the swarm; or your own, as a directory (a text with a slash in it is one) or in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ class ModelFacts:
     dtype: str
     # Which architecture it is, by which adapters' names are understood.
     model_type: str = ""
+    #: The layers that an adapter of one's own can stand beside: (block, name). Empty where nobody has looked.
+    adaptable: frozenset[BlockModule] = frozenset()
 
 
 class ServedBlocks:
@@ -213,16 +215,26 @@ class ServedBlocks:
         return await trio.to_thread.run_sync(_read_adapter, path, self.facts)
 
     async def _adapter_id(self, adapter: str, blocks: Span) -> str:
+        if _is_directory(adapter):
+            raise AdapterError(
+                f"{adapter} is a directory: a training pass runs under an adapter that the swarm serves; give it to"
+                " `session` or `generate`, or train it as `lora`"
+            )
         # Settled once: a replacement in the middle of an answer must not mean something else by the name.
         return adapter if is_adapter_id(adapter) else await self._means.finder.adapter_id(adapter, blocks)
 
     async def _with_adapter(self, terms: Terms, adapter: Adapter | None, blocks: Span) -> Terms:
         if adapter is None:
             return terms
-        if isinstance(adapter, str):
+        if isinstance(adapter, str) and not _is_directory(adapter):
             return replace(terms, adapter=await self._adapter_id(adapter, blocks))
         own = adapter if isinstance(adapter, LoraAdapter) else await self.read_adapter(adapter)
         return replace(terms, own_adapter=within(own.weights, blocks))
+
+
+def _is_directory(adapter: str) -> bool:
+    """Whether a text means a directory of adapter files rather than a name: no name has a slash in it."""
+    return "/" in adapter or os.sep in adapter or adapter in (".", "..", "~")
 
 
 def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
@@ -234,4 +246,5 @@ def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
         last = max(block for block, _ in file.modules)
         if last >= facts.block_count:
             raise AdapterError(f"{file.path}: it adapts block {last}, {facts.name} has {facts.block_count}")
+        file.check_complete(sorted(facts.adaptable))
         return LoraAdapter(file.read())

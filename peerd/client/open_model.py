@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,8 +18,10 @@ from peerd.client.finding.scout import FIRST_WAIT_S, Scout
 from peerd.client.head_task import HeadTask
 from peerd.client.model import SwarmModel
 from peerd.client.session.opener import ChainOpener
+from peerd.compute.adapters.span_adapters import linear_layers
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
-from peerd.compute.model.head import Head, load_head
+from peerd.compute.families.layer_kinds import layer_kinds
+from peerd.compute.model.head import Head, load_head_model
 from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
@@ -136,4 +138,11 @@ class _ClientSide:
 def _read_client_side(checkpoint: Checkpoint) -> _ClientSide:
     """Blocks; run it in a thread."""
     tokenizer = load_tokenizer(checkpoint)
-    return _ClientSide(facts_of(checkpoint), load_head(checkpoint), tokenizer, generation_config(checkpoint, tokenizer))
+    built = load_head_model(checkpoint)
+    adaptable = frozenset(linear_layers(built.layers, layer_kinds(checkpoint.config)))
+    return _ClientSide(
+        replace(facts_of(checkpoint), adaptable=adaptable),
+        Head(built.model, checkpoint.family),
+        tokenizer,
+        generation_config(checkpoint, tokenizer),
+    )

@@ -137,7 +137,7 @@ def test_fields_that_change_no_result_are_allowed(tmp_path):
         ("base_model.model.model.layers.0.self_attn.q_proj.bias", "biases"),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.other.weight", "it is no LoRA matrix"),
         ("model.layers.0.self_attn.k_proj.lora_A.weight", "it is no LoRA matrix"),
-        ("base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight", "only one of its two"),
+        ("base_model.model.model.layers.5.self_attn.q_proj.lora_A.weight", "only one of its two"),
         ("base_model.model.model.layers.9999.self_attn.k_proj.lora_A.weight", "no part of a block"),
         ("base_model.model.vision.layers.0.self_attn.k_proj.lora_A.weight", "no part of a block"),
     ],
