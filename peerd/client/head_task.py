@@ -32,6 +32,11 @@ class HeadTask:
         self._work = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
 
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+        return self._head.vocab_size
+
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Token ids to `[n, width]`, on the CPU, for positions from `start` on.
 

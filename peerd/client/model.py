@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
+    from peerd.client.sampling import SamplingParams
 
 __all__ = ["Adapter", "ModelFacts", "SwarmModel"]
 
@@ -69,6 +70,16 @@ class SwarmModel(ServedBlocks):
         """Token ids to text, without special tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def sampling_params(self, **asked: Any) -> SamplingParams:
+        """What `SamplingParams` takes, and for what is left out the model's own. Raises ValueError, InvalidRequest."""
+        from peerd.client.sampling import SamplingParams
+
+        params = SamplingParams.from_config(self.generation_config, **asked)
+        for token, _ in params.logit_bias:
+            if token >= self._head.vocab_size:
+                raise InvalidRequest(f"logit_bias: token {token} is not one of the model's {self._head.vocab_size}")
+        return params
+
     def generate(
         self, prompt: str | Sequence[int], *, chat: bool = False, adapter: Adapter | None = None, **sampling: Any
     ) -> Generation:
@@ -79,9 +90,8 @@ class SwarmModel(ServedBlocks):
         while iterating.
         """
         from peerd.client.generation import Generation
-        from peerd.client.sampling import SamplingParams
 
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InvalidRequest("the prompt is empty")
-        return Generation(self, ids, SamplingParams.from_config(self.generation_config, **sampling), adapter)
+        return Generation(self, ids, self.sampling_params(**sampling), adapter)

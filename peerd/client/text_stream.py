@@ -16,8 +16,8 @@ _INCOMPLETE = "\ufffd"
 class TextStream:
     """Turns one row's token ids into text.
 
-    A tokenizer joins tokens (spaces, bytes of one character), so each new text is decoded with the piece
-    before it as context, and that piece's own text is then left off.
+    A tokenizer joins tokens (spaces, bytes of one character), so each new text is decoded with the last piece that has
+    text as context, and that piece's own text is then left off.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -33,8 +33,12 @@ class TextStream:
         text = self._decode(self._ids[self._context :])
         if text.endswith(_INCOMPLETE) and not final:
             return ""
-        self._context, self._given = self._given, len(self._ids)
-        return text[len(known) :]
+        piece = text[len(known) :]
+        # A token without text of its own (special, padding) is no context: beside it the next would lose its space.
+        if piece:
+            self._context = self._given
+        self._given = len(self._ids)
+        return piece
 
 
 class StopFilter:

@@ -16,7 +16,7 @@ from peerd.api.errors import ApiError, invalid
 from peerd.api.openai.requests import CHAT_TOKENS, Asked
 from peerd.client.decoding import Decoding, Picked
 from peerd.client.sampling import SamplingParams
-from peerd.protocol.errors import PeerdError
+from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def _sampling(model: SwarmModel, asked: Asked, prompt_tokens: int) -> SamplingPa
             code="context_length_exceeded",
         )
     try:
-        return SamplingParams.from_config(model.generation_config, max_new_tokens=wanted, **asked.sampling)
+        return model.sampling_params(max_new_tokens=wanted, **asked.sampling)
     except ValueError as error:
         raise invalid(str(error)) from None
+    except InvalidRequest as error:
+        raise invalid(str(error), "logit_bias") from None

@@ -27,6 +27,8 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 class ByteHead:
     """Embeds a token as its number, eight times; the likeliest next token is the first value that comes back."""
 
+    vocab_size = END + 1
+
     def embed(self, token_ids, start=0):
         if not all(0 <= token <= END for token in token_ids):
             raise InvalidRequest(f"tokens are 0 to {END}, not {token_ids}")

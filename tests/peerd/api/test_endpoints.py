@@ -238,3 +238,13 @@ async def test_what_is_not_there_is_said_in_openai_s_shape(open_api, path):
         answer = await caller.get(path)
     assert answer.status in (404, 405)
     assert "message" in answer.json["error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_bias_on_a_token_that_the_model_does_not_have_is_refused(open_api, path):
+    make = complete if path == "/v1/completions" else chat
+    async with open_api() as (caller, _):
+        answers = [await caller.post(path, make(logit_bias={token: 5}, max_tokens=1)) for token in ("256", "257")]
+    assert [answer.status for answer in answers] == [200, 400]
+    assert answers[1].json["error"]["message"] == "logit_bias: token 257 is not one of the model's 257"
+    assert answers[1].json["error"]["param"] == "logit_bias"

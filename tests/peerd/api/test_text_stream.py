@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.client.text_stream import StopFilter
+from peerd.client.text_stream import StopFilter, TextStream
 
 PIECES = st.lists(st.text("ab.", max_size=4), max_size=12)
 STOPS = st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3)
@@ -55,3 +57,27 @@ def test_after_a_stop_nothing_comes(piece):
     stop_filter = StopFilter(["STOP"])
     assert stop_filter.add("some STOP more") == "some "
     assert stop_filter.add(piece, final=True) == ""
+
+
+@pytest.mark.parametrize("hidden", [[9], [9, 9], [9, 8, 9]])
+def test_a_token_without_text_takes_no_space_from_the_next_word(hidden: list[int]) -> None:
+    """A decoder like Llama 2's takes the space before the first word of what it is given."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"\u2581Hello": 0, "\u2581world": 1, "<unk>": 2, "!": 3, "<a>": 8, "<b>": 9}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<a>", "<b>")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    ids = [0, *hidden, 1, 3, *hidden, 0]
+    stream = TextStream(decode)
+    pieces = [stream.add(token, final=index == len(ids) - 1) for index, token in enumerate(ids)]
+    assert "".join(pieces) == decode(ids) == "Hello world! Hello"
+    assert pieces[1 : 1 + len(hidden)] == [""] * len(hidden)
