@@ -71,6 +71,8 @@ async def answer_question(dht: Dht, stream: Stream) -> None:
             except InvalidRequest as error:
                 answer = Packet(Failure.of(error).to_header())
             await _send(stream, answer)
+            stream.finish()
+            await stream.wait_drained()
 
 
 async def _send(stream: Stream, packet: Packet) -> None:

@@ -85,7 +85,7 @@ async def open_circuit(relay: PeerConnection, peer_id: PeerId) -> CircuitChannel
         raise ConnectFailed(str(error)) from error
     try:
         await stream.send(Connect(peer_id).to_header(), priority=Priority.CONTROL)
-        said = parse((await stream.receive(max_body=0)).header, TO_CALLER)
+        said = parse((await stream.receive()).header, TO_CALLER)
     except BaseException as error:
         stream.reset(code_of(error))
         if isinstance(error, PeerdError | trio.EndOfChannel):
@@ -99,7 +99,7 @@ async def open_circuit(relay: PeerConnection, peer_id: PeerId) -> CircuitChannel
 
 async def hear_caller(stream: Stream) -> PeerId:
     """Who calls, as the relay says, on a stream that it opened. Raises RemoteProtocolError, trio.EndOfChannel."""
-    return Incoming.from_header((await stream.receive(max_body=0)).header).peer
+    return Incoming.from_header((await stream.receive()).header).peer
 
 
 def take_circuit(stream: Stream) -> CircuitChannel:

@@ -20,12 +20,13 @@ import trio
 from peerd.net.circuits import CircuitChannel, open_circuit
 from peerd.net.containment import Containment
 from peerd.net.dial import ADDRESS_TIMEOUT_S, Dial
-from peerd.net.gate import Gate
+from peerd.net.gate import Gate, host_of
 from peerd.net.loopback import loopback
 from peerd.net.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHandler
 from peerd.net.stream import Stream
 from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.connection.budget import DEFAULT_TOTAL_BYTES, BufferBudget
 from peerd.protocol.connection.connection import Connection, Limits
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.connection.hello import MAX_ITEMS, Hello
@@ -73,8 +74,11 @@ class Connections:
         limits: Limits,
         now: Callable[[], float],
         containment: Containment,
+        buffer_bytes: int,
     ) -> None:
         self.containment = containment
+        #: What peers may make us hold in buffers, over all connections.
+        self.budget = BufferBudget(buffer_bytes)
         self.peer_id = identity.peer_id
         self.handlers = dict(handlers)
         self.listen_addresses: tuple[Multiaddr, ...] = ()
@@ -216,8 +220,8 @@ class Connections:
         await connection.run()
         if connection.is_duplicate:
             await self._take_other(connection, dial)
-        assert isinstance(connection.lost, PeerFault)
-        return connection.lost
+        lost = connection.lost
+        return lost if isinstance(lost, PeerFault) else ConnectFailed(str(lost))
 
     async def _open_channel(self, address: Multiaddr) -> MessageChannel:
         """Raises PeerFault."""
@@ -293,6 +297,8 @@ class Connections:
             swarm_key=self._swarm_key,
             limits=self._limits,
             payload_bytes=MAX_PAYLOAD_BYTES if relay is None else INNER_PAYLOAD_BYTES,
+            # Connections from one network share what one owner may make us hold; a proxy's address says nothing.
+            buffers=self.budget.open(host_of(channel.remote_ip if relay is None else relay.remote_ip)),
         )
         return PeerConnection(core, channel, self, relay)
 
@@ -391,11 +397,13 @@ async def open_connections(
     limits: Limits | None = None,
     now: Callable[[], float] = time.time,
     containment: Containment | None = None,
+    buffer_bytes: int = DEFAULT_TOTAL_BYTES,
 ) -> AsyncIterator[Connections]:
     """Listen, and yield what dials. At the end every connection is closed, within a second.
 
     swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us; `now` is in seconds since 1970.
     containment: what becomes of bugs, in handlers too; None is one of our own.
+    buffer_bytes: what peers may make us hold in buffers, over all connections.
     Raises OSError for an address that cannot be listened on.
     """
     async with open_tasks() as tasks:
@@ -411,6 +419,7 @@ async def open_connections(
             limits=limits or Limits(),
             now=now,
             containment=containment or Containment(),
+            buffer_bytes=buffer_bytes,
         )
         try:
             for address in listen:

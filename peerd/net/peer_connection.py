@@ -55,9 +55,10 @@ StreamHandler = Callable[[Stream], Awaitable[None]]
 SETTLE_S = 10.0
 # What handlers get to notice that their connection is gone, before they are cancelled.
 HANDLER_GRACE_S = 0.5
+# What a handler leaves unsent may wait for the peer to read it for so long, or it would lie here as long as it likes.
+LEFTOVER_S = 30.0
 # How long our last words may take.
 FAREWELL_S = 0.4
-_MAX_HELLO_BODY_BYTES = 0
 # Every settled connection has had this one.
 _HELLO_STREAMS = 1
 # The code of a GOAWAY of somebody who leaves for good.
@@ -270,6 +271,7 @@ class PeerConnection:
             finally:
                 await self._channel.aclose()
             handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
+        self.core.release()
 
     # Tasks.
 
@@ -289,7 +291,7 @@ class PeerConnection:
     async def _until_lost(self, task: Callable[[], Awaitable[None]]) -> None:
         try:
             await task()
-        except PeerFault as error:
+        except (PeerFault, Overloaded) as error:
             self._lose(error)
         except Exception as error:
             self._fail(error, "a connection")
@@ -362,7 +364,7 @@ class PeerConnection:
 
     async def _take_hello(self, stream: Stream) -> None:
         try:
-            said = await stream.receive(max_body=_MAX_HELLO_BODY_BYTES)
+            said = await stream.receive()
         except trio.EndOfChannel:
             raise RemoteProtocolError("the peer finished its hello without saying it") from None
         self.hello = Hello.from_header(said.header)
@@ -377,7 +379,7 @@ class PeerConnection:
         """Run a handler. Its stream ends with it; a bug of ours ends the connection."""
         try:
             await handler(stream)
-            stream.close()
+            await self._see_off(stream)
         except (Exception, BaseExceptionGroup) as error:
             failure, rest = split(error)
             if failure is not None:
@@ -387,6 +389,15 @@ class PeerConnection:
         finally:
             self._handlers_running -= 1
             self._used = trio.current_time()
+
+    async def _see_off(self, stream: Stream) -> None:
+        """Send what the handler left to be sent; what the peer does not read in time is dropped."""
+        stream.close()
+        if stream.unsent_messages:
+            with trio.move_on_after(LEFTOVER_S):
+                await stream.wait_drained()
+                return
+            stream.reset(Overloaded.code)
 
     def _end_handler(self, error: Exception, stream: Stream) -> None:
         fault = _fault(error)

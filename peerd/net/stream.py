@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # `send` waits while more than this is unsent: enough to keep the writer busy while the sender makes more.
 HIGH_WATER_BYTES = 256 * 1024
-DEFAULT_MAX_BODY_BYTES = 1024 * 1024
 
 
 class Stream:
@@ -100,12 +99,19 @@ class Stream:
         if not waited:
             await trio.lowlevel.cancel_shielded_checkpoint()
 
-    async def receive(self, max_body: int = DEFAULT_MAX_BODY_BYTES) -> RawMessage:
+    async def wait_drained(self) -> None:
+        """Wait until nothing is unsent, or the stream is over; closed streams send what was queued before."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self._core.outgoing.unsent_messages and self.connection.lost is None:
+            await self._sent.park()
+
+    async def receive(self, max_body: int = 0) -> RawMessage:
         """The next message. Only while somebody waits here is the peer given credit for more.
 
-        max_body: the longest body to take, in bytes. Cancelled, it has lost nothing. Raises
-        trio.EndOfChannel after the peer finished, RemoteProtocolError for what is no message (the stream is
-        reset then), ConnectionLost, StreamReset, trio.ClosedResourceError.
+        max_body: the longest body to take, in bytes; most messages have none. Cancelled, it has lost nothing. Raises
+        trio.EndOfChannel after the peer finished, RemoteProtocolError for what is no message and Overloaded where
+        too much of the peer's waits here (the stream is reset then), ConnectionLost, StreamReset,
+        trio.ClosedResourceError.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         waited = False

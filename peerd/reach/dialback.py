@@ -78,7 +78,7 @@ class DialbackAnswerer:
         with trio.move_on_after(ANSWER_DEADLINE_S):
             async with stream:
                 # Bytes that are no message have reset the stream: there is nobody left to answer.
-                question = await stream.receive(max_body=0)
+                question = await stream.receive()
                 try:
                     try:
                         asked = parse(question.header, (DialMe,))
@@ -88,6 +88,8 @@ class DialbackAnswerer:
                 except (InvalidRequest, UnsupportedFeature, Overloaded) as error:
                     answer = Failure.of(error).to_header()
                 await stream.send(answer)
+                stream.finish()
+                await stream.wait_drained()
 
     async def _dial_back(self, stream: Stream, asked: DialMe) -> Dialled:
         ip = stream.connection.remote_ip
@@ -163,7 +165,7 @@ async def ask_to_be_dialled(connection: PeerConnection, ports: Sequence[int]) ->
             async with connection.open_stream(DIALBACK_PROTOCOL) as stream:
                 await stream.send(DialMe(tuple(ports)).to_header())
                 stream.finish()
-                answer = parse((await stream.receive(max_body=0)).header, (Dialled, Failure))
+                answer = parse((await stream.receive()).header, (Dialled, Failure))
     except trio.TooSlowError:
         raise Unresponsive(f"{connection.peer_id} did not say whether it could dial us") from None
     except trio.EndOfChannel:

@@ -80,7 +80,7 @@ class Relay:
         """Handle one stream: a reservation for as long as it lasts, or a circuit."""
         try:
             with trio.fail_after(ASK_S):
-                asked = parse((await stream.receive(max_body=0)).header, TO_RELAY)
+                asked = parse((await stream.receive()).header, TO_RELAY)
         except trio.TooSlowError:
             stream.reset(Unresponsive.code)
             return
@@ -135,7 +135,7 @@ class Relay:
             while True:
                 await stream.send(granted.to_header(), priority=Priority.CONTROL)
                 with trio.fail_after(limits.expiry_s):
-                    parse((await stream.receive(max_body=0)).header, (Reserve,))
+                    parse((await stream.receive()).header, (Reserve,))
                 self._check(stream)
         except trio.TooSlowError:
             stream.reset(_EXPIRED)
@@ -185,7 +185,7 @@ async def _opened(connection: PeerConnection, caller: PeerId) -> Stream:
     try:
         with trio.fail_after(ANSWER_S):
             await far.send(Incoming(caller).to_header(), priority=Priority.CONTROL)
-            said = parse((await far.receive(max_body=0)).header, FROM_ACCEPTOR)
+            said = parse((await far.receive()).header, FROM_ACCEPTOR)
     except trio.TooSlowError:
         far.reset(Unresponsive.code)
         raise Unresponsive(f"{far.peer} does not answer") from None

@@ -197,7 +197,7 @@ class Reservations:
                 self._on_change(self.announced)
             with trio.move_on_after(terms.expires_s / 2 * self._random.uniform(0.8, 1.0)):
                 # The relay only ever speaks again to end it.
-                said = parse((await stream.receive(max_body=0)).header, (Failure,))
+                said = parse((await stream.receive()).header, (Failure,))
                 raise said.error
 
     def _lose(self, relay: PeerId) -> None:
@@ -260,7 +260,7 @@ async def _reserve(stream: Stream) -> Reserved:
     try:
         with trio.fail_after(ANSWER_S):
             await stream.send(Reserve().to_header())
-            said = parse((await stream.receive(max_body=0)).header, TO_RESERVED)
+            said = parse((await stream.receive()).header, TO_RESERVED)
     except trio.TooSlowError:
         raise PeerFault(f"no answer within {ANSWER_S:g} s") from None
     if isinstance(said, Failure):

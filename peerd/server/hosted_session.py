@@ -62,6 +62,8 @@ MAX_UNSENT_RESULTS = 2
 MAX_UNREAD_ANSWERS = 64
 # However deep a client's pipeline, a hop queues no more than this (`open` may ask for up to 64).
 MAX_GRANTED_STEPS = 16
+# What else travels in a step's body never outweighs four bytes a value.
+BYTES_A_VALUE = 4
 
 
 class HostedSession:
@@ -144,6 +146,12 @@ class HostedSession:
     def task(self) -> EngineTask:
         """Whose engine it uses."""
         return self._engine
+
+    @property
+    def max_body(self) -> int:
+        """How many bytes a step may bring: twice what the session holds, so that one too long is told so."""
+        positions = min(MAX_STEP_POSITIONS, 2 * self.opening.max_length * self.opening.max_rows)
+        return positions * self._engine.engine.hidden_size * BYTES_A_VALUE
 
     async def admit(self) -> None:
         """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong, Draining."""

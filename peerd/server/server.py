@@ -14,6 +14,7 @@ from functools import partial
 import trio
 
 from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S
+from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import finish, refuse
 from peerd.net.connections import Connections, Stream
 from peerd.net.owners import Owner
@@ -40,7 +41,6 @@ from peerd.protocol.messages.session import (
     INFER_PROTOCOL,
     LINK_FROM_UPSTREAM,
     LINK_PROTOCOL,
-    PROGRESS_FROM_CLIENT,
     PROGRESS_PROTOCOL,
     REPLAY_SEQ,
     Ask,
@@ -73,8 +73,6 @@ WANTED_ROUND_S = 1.0
 # Sessions of one peer, and of one network, whatever their size: each costs tasks and buffers beside its tokens.
 MAX_SESSIONS_A_PEER = 64
 MAX_SESSIONS_A_NETWORK = 256
-# What else travels in a step's body never outweighs four bytes a value.
-BYTES_A_VALUE = 4
 
 
 class Server:
@@ -192,7 +190,7 @@ class Server:
         """A client's control stream: `open` first, then steps and routes until it ends."""
         await self._attached.wait()
         try:
-            opening = parse((await stream.receive()).header, (Open,))
+            opening = await first_message(stream, (Open,))
             session = await self._admit(stream, opening)
         except PeerdError as error:
             await refuse(stream, Failure.of, error)
@@ -308,7 +306,7 @@ class Server:
         """A client's own adapter for a session of its that is open here."""
         try:
             with trio.fail_after(UPLOAD_DEADLINE_S):
-                upload = parse((await stream.receive()).header, (Upload,))
+                upload = await first_message(stream, (Upload,))
                 session = self._sessions.admitted((stream.peer, upload.session, upload.hop))
                 if session is None:
                     raise InvalidRequest("no such session of yours is open here")
@@ -325,8 +323,7 @@ class Server:
     async def _handle_ask(self, stream: Stream) -> None:
         """How far a client's session is. On a stream of its own, which no step that waits for room is before."""
         try:
-            ask = parse((await stream.receive()).header, PROGRESS_FROM_CLIENT)
-            assert isinstance(ask, Ask)
+            ask = await first_message(stream, (Ask,))
             session = self._sessions.admitted((stream.peer, ask.session, ask.hop))
             if session is None:
                 raise Evicted("no such session of yours is open here")
@@ -339,7 +336,7 @@ class Server:
 
     async def _serve(self, stream: Stream, session: HostedSession) -> None:
         while True:
-            raw = await stream.receive(max_body=self._max_body(session))
+            raw = await stream.receive(session.max_body)
             message = parse(raw.header, CONTROL_FROM_CLIENT)
             if isinstance(message, Step):
                 if message.seq == REPLAY_SEQ:
@@ -416,14 +413,14 @@ class Server:
     async def _handle_link(self, stream: Stream) -> None:
         """A link from an upstream hop: a ticket, then steps until it ends or another supersedes it."""
         try:
-            link = parse((await stream.receive()).header, (Link,))
+            link = await first_message(stream, (Link,))
             session, epoch = await self._sessions.of_link(link, stream.peer, self._connections.peer_id)
             superseded = session.take_over(epoch)
             with superseded:
                 await stream.send(Linked(taken=session.taken).to_header())
                 while True:
                     await session.wait_for_room()
-                    raw = await stream.receive(max_body=self._max_body(session))
+                    raw = await stream.receive(session.max_body)
                     session.accept(parse(raw.header, LINK_FROM_UPSTREAM), raw.body)
             # Superseded, or the session ended: either way this link is of no more use.
             stream.reset("superseded")
@@ -431,8 +428,3 @@ class Server:
             return
         except PeerdError as error:
             await refuse(stream, Failure.of, error)
-
-    @staticmethod
-    def _max_body(session: HostedSession) -> int:
-        """Bytes of a step's body: what a session could never compute must not be buffered first."""
-        return session.max_positions * session.task.engine.hidden_size * BYTES_A_VALUE

@@ -19,6 +19,7 @@ import trio
 
 from peerd.compute.training.passes import PassInput, PassRunner, Tape
 from peerd.compute.training.tunables import Tunables
+from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import refuse
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
@@ -138,7 +139,7 @@ class PassServer:
             await refuse(stream, _failure, error)
 
     async def _serve(self, stream: Stream, owner: Owner) -> None:
-        begin = parse((await stream.receive()).header, (Begin,))
+        begin = await first_message(stream, (Begin,))
         found = self._find(begin)
         if missing := sorted(set(begin.needs) - PASS_FEATURES):
             raise UnsupportedFeature(f"this peer lacks {', '.join(missing)} in training")

@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from peerd.protocol.connection.budget import BufferBudget, Buffers
 from peerd.protocol.connection.events import (
     Event,
     GoneAway,
@@ -78,6 +79,8 @@ class Connection:
     identity, expected, swarm_key, random_bytes: see `Handshake`.
     initiator: whether we dialled.
     payload_bytes: the most payload of our frames; less than usual if they travel inside others (a relayed connection).
+    buffers: the memory from which everything that we hold for the peer is taken; None makes a budget for this
+        connection alone.
     now: the time in seconds, on the clock that all later calls use too.
 
     Feed received messages to `receive`, then drain `next_event`; when the transport can send, send `next_message`;
@@ -95,6 +98,7 @@ class Connection:
         swarm_key: bytes | None = None,
         limits: Limits | None = None,
         payload_bytes: int = MAX_PAYLOAD_BYTES,
+        buffers: Buffers | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.initiator = initiator
@@ -109,7 +113,8 @@ class Connection:
         self._over = False
         self._farewell: GoAway | None = None
         self._events: deque[Event] = deque()
-        self._streams = StreamTable(self._limits, initiator=initiator, now=now)
+        self._buffers = buffers or BufferBudget().open()
+        self._streams = StreamTable(self._limits, self._buffers, initiator=initiator, now=now)
         self._schedule = Schedule()
         self._control: deque[Frame] = deque()
         self._pong: Pong | None = None
@@ -172,7 +177,10 @@ class Connection:
     # Bytes in, events out.
 
     def receive(self, data: bytes, now: float) -> None:
-        """Take one message of the transport. Raises PeerFault if the protocol does not allow it."""
+        """Take one message of the transport.
+
+        Raises PeerFault if the protocol does not allow it, Overloaded if too many bytes of the peer wait here already.
+        """
         if self._over:
             return
         try:
@@ -216,6 +224,10 @@ class Connection:
             if self._ciphers is not None:
                 self._farewell = GoAway(code, reason)
 
+    def release(self) -> None:
+        """Nobody will read what is left: give back all that was held."""
+        self._buffers.close()
+
     # Streams.
 
     def open_stream(self, protocol: str, priority: Priority) -> Stream:
@@ -243,11 +255,12 @@ class Connection:
         """The stream's next message if all of it has arrived, else None. The peer gets credit for the consumed bytes.
 
         max_body: how many bytes of body the caller is ready to hold; as much credit may be given at once. Raises
-        RemoteProtocolError for bytes that are not a message, after resetting the stream.
+        RemoteProtocolError for bytes that are not a message, and Overloaded if too many bytes of the peer wait here
+        already, after resetting the stream.
         """
         try:
             message, consumed = stream.incoming.read(max_body)
-        except RemoteProtocolError as error:
+        except (RemoteProtocolError, Overloaded) as error:
             self.reset(stream, error.code)
             raise
         if consumed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from peerd.protocol.connection.budget import Buffers
 from peerd.protocol.connection.frames import MAX_STREAM_ID, Open, Priority
 from peerd.protocol.connection.liveness import Patience
 from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, Stream
@@ -35,8 +36,9 @@ class Limits:
 class StreamTable:
     """The open streams by number. The initiator's numbers are odd, so both sides can open streams without asking."""
 
-    def __init__(self, limits: Limits, *, initiator: bool, now: float) -> None:
+    def __init__(self, limits: Limits, buffers: Buffers, *, initiator: bool, now: float) -> None:
         self._limits = limits
+        self._buffers = buffers
         self._streams: dict[int, Stream] = {}
         self._next_id = 1 if initiator else 2
         self._last_peer_id = 0
@@ -58,7 +60,7 @@ class StreamTable:
             raise Overloaded(f"{MAX_STREAMS} streams to this peer are open already")
         if self._next_id > MAX_STREAM_ID:
             raise ConnectionLost("all stream numbers of this connection are used")
-        stream = Stream(self._next_id, protocol, priority, INITIAL_CREDIT_BYTES)
+        stream = Stream(self._next_id, protocol, priority, INITIAL_CREDIT_BYTES, self._buffers)
         self._next_id += 2
         self._streams[stream.id] = stream
         return stream
@@ -78,7 +80,7 @@ class StreamTable:
         self._last_peer_id = frame.stream
         if self._count(ours=False) >= MAX_STREAMS:
             return None
-        stream = Stream(frame.stream, frame.protocol, frame.priority, frame.credit)
+        stream = Stream(frame.stream, frame.protocol, frame.priority, frame.credit, self._buffers)
         self._streams[stream.id] = stream
         return stream
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import Any, Final
 
+from peerd.protocol.connection.budget import BufferBudget, Buffers
 from peerd.protocol.connection.frames import MAX_CREDIT, Data, Priority
 from peerd.protocol.encoding.wire import Buffer, MessageReader, RawMessage, encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -109,9 +110,10 @@ class _Unsent:
 class Outgoing:
     """The messages that we still have to send on a stream, and how many bytes the peer accepts now."""
 
-    __slots__ = ("_queue", "credit", "fin_sent", "finishing", "unsent_bytes")
+    __slots__ = ("_buffers", "_queue", "credit", "fin_sent", "finishing", "unsent_bytes")
 
-    def __init__(self, credit: int) -> None:
+    def __init__(self, credit: int, buffers: Buffers | None = None) -> None:
+        self._buffers = buffers or BufferBudget().open()
         self._queue: deque[_Unsent] = deque()
         self.credit = credit
         self.unsent_bytes = 0
@@ -141,6 +143,7 @@ class Outgoing:
         message = _Unsent(encode_message(header, body), priority)
         self._queue.append(message)
         self.unsent_bytes += message.left
+        self._buffers.hold(message.left)
 
     def cut(self, max_bytes: int) -> tuple[list[memoryview], bool, bool]:
         """The pieces of the next DATA frame, whether it finishes the stream, and whether it ends a message."""
@@ -152,6 +155,7 @@ class Outgoing:
         pieces = head.cut(count)
         self.credit -= count
         self.unsent_bytes -= count
+        self._buffers.give(count)
         ended = not head.left
         if ended:
             self._queue.popleft()
@@ -167,6 +171,7 @@ class Outgoing:
     def drop(self) -> None:
         """Forget what was not sent."""
         self._queue.clear()
+        self._buffers.give(self.unsent_bytes)
         self.unsent_bytes = 0
 
 
@@ -176,11 +181,12 @@ class Incoming:
     `outstanding` is the peer's credit that was not given back: what it may still send plus what waits here.
     """
 
-    __slots__ = ("_pieces", "_reader", "_window", "buffered", "finished", "outstanding")
+    __slots__ = ("_buffers", "_pieces", "_reader", "_window", "buffered", "finished", "outstanding")
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: Buffers | None = None) -> None:
+        self._buffers = buffers or BufferBudget().open()
         self._pieces: deque[memoryview | bytearray] = deque()
-        self._reader = MessageReader(0)
+        self._reader = MessageReader(0, self._buffers)
         self._window = INITIAL_CREDIT_BYTES
         self.buffered = 0
         self.outstanding = INITIAL_CREDIT_BYTES
@@ -192,9 +198,13 @@ class Incoming:
         return self.finished and not self._pieces
 
     def accept(self, payload: memoryview) -> None:
-        """Keep bytes until they are read. Raises RemoteProtocolError if the peer had no credit for them."""
+        """Keep bytes until they are read.
+
+        Raises RemoteProtocolError if the peer had no credit for them, Overloaded if too many of its bytes wait here.
+        """
         if self.buffered + len(payload) > self.outstanding:
             raise RemoteProtocolError("a stream was sent more than its credit")
+        self._buffers.take(len(payload))
         self.buffered += len(payload)
         if len(payload) >= _SMALL_PIECE_BYTES or not self._pieces:
             if payload:
@@ -209,7 +219,8 @@ class Incoming:
     def read(self, max_body: int) -> tuple[RawMessage | None, int]:
         """The next message if all of it has arrived, and how many bytes were consumed.
 
-        Raises RemoteProtocolError for bytes that are not a message, and for a stream that ends within one.
+        Raises RemoteProtocolError for bytes that are not a message, and for a stream that ends within one; Overloaded
+        if there is no memory left for the peer.
         """
         reader = self._reader
         reader.max_body = max_body
@@ -220,6 +231,7 @@ class Incoming:
             message = reader.take()
         self.buffered -= consumed
         self.outstanding -= consumed
+        self._buffers.give(consumed)
         if message is not None:
             self._window = max(self._window, min(len(message.body), MAX_WINDOW_BYTES))
         elif self.finished and reader.in_message:
@@ -241,8 +253,9 @@ class Incoming:
     def drop(self) -> None:
         """Forget what was not read. Its credit is not given back."""
         self._pieces.clear()
-        self._reader = MessageReader(0)
+        self._reader.drop()
         self.outstanding -= self.buffered
+        self._buffers.give(self.buffered)
         self.buffered = 0
 
     def _feed_piece(self, reader: MessageReader) -> int:
@@ -261,13 +274,16 @@ class Stream:
 
     __slots__ = ("closing", "id", "incoming", "outgoing", "priority", "protocol", "reset_code", "state")
 
-    def __init__(self, stream_id: int, protocol: str, priority: Priority, credit: int) -> None:
+    def __init__(
+        self, stream_id: int, protocol: str, priority: Priority, credit: int, buffers: Buffers | None = None
+    ) -> None:
+        buffers = buffers or BufferBudget().open()
         self.id = stream_id
         self.protocol = protocol
         self.priority = priority
         self.state = State.OPEN
-        self.outgoing = Outgoing(credit)
-        self.incoming = Incoming()
+        self.outgoing = Outgoing(credit, buffers)
+        self.incoming = Incoming(buffers)
         self.closing = False
         """We read no more; the rest of our queue is still sent."""
         self.reset_code: str | None = None

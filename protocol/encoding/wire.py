@@ -2,7 +2,7 @@
 
 A length field must not make us allocate memory: nothing is allocated for the body before the header is complete and
 the body's length is within the caller's limit, and then only as fast as bytes arrive. So a peer that merely claims
-64 MiB costs us one. The fields of a header are schema.py's work.
+64 MiB costs us 4 KiB. The fields of a header are schema.py's work.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from peerd.protocol.encoding.packing import MAX_DEPTH, pack, unpack
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -21,8 +21,18 @@ _LENGTH: Final = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
 MAX_HEADER_BYTES = 16 * 1024
 MAX_BODY_BYTES = 2**32 - 1
-# How much memory the announced length of a body alone may make us allocate; as bytes arrive, the buffer doubles.
-FIRST_ALLOCATION_BYTES = 1024 * 1024
+# How much memory the first byte of a body may make us allocate; from there on the buffer doubles as bytes arrive.
+FIRST_ALLOCATION_BYTES = 4 * 1024
+
+
+class Memory(Protocol):
+    """Where a reader reserves what it holds of a message that has begun."""
+
+    def take(self, count: int) -> None:
+        """Reserve bytes. Raises Overloaded if there are none left for this peer."""
+
+    def give(self, count: int) -> None:
+        """Give bytes back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +67,15 @@ class MessageReader:
 
     max_body: the most bytes that a body may have, checked when its length arrives. The caller may change it between
     messages.
+    memory: where the reader reserves what a message that has begun holds; None: nowhere.
     """
 
-    __slots__ = ("_body", "_body_bytes", "_filled", "_head", "_header", "_ready", "max_body")
+    __slots__ = ("_body", "_body_bytes", "_filled", "_head", "_header", "_memory", "_ready", "_reserved", "max_body")
 
-    def __init__(self, max_body: int) -> None:
+    def __init__(self, max_body: int, memory: Memory | None = None) -> None:
         self.max_body = max_body
+        self._memory = memory
+        self._reserved = 0
         self._head = bytearray()
         self._header: dict[str, Any] | None = None
         self._body_bytes = 0
@@ -89,7 +102,8 @@ class MessageReader:
         """Take bytes up to the end of one message, which `take` then returns. Returns how many bytes were taken.
 
         A body that lies whole in `data` is not copied: the message's body is a view of it, so `data` must not
-        change. Raises RemoteProtocolError; the stream cannot be read any further then.
+        change. Raises RemoteProtocolError, or Overloaded if there is no memory left for the peer; the stream cannot be
+        read any further then.
         """
         view = memoryview(data)
         used = 0
@@ -97,7 +111,23 @@ class MessageReader:
             used = self._feed_head(view)
         if self._header is not None:
             used += self._feed_body(self._header, view[used:])
+        self._reserve(len(self._head) + len(self._body))
         return used
+
+    def drop(self) -> None:
+        """Forget the message that has begun."""
+        self._head, self._body, self._header, self._ready = bytearray(), bytearray(), None, None
+        self._reserve(0)
+
+    def _reserve(self, wanted: int) -> None:
+        """Hold so many bytes of memory, no more and no fewer."""
+        more = wanted - self._reserved
+        if more and self._memory is not None:
+            if more > 0:
+                self._memory.take(more)
+            else:
+                self._memory.give(-more)
+            self._reserved = wanted
 
     def take(self) -> RawMessage | None:
         """The message that `feed` completed; None if there is none. Returns each message once."""
@@ -152,8 +182,9 @@ class MessageReader:
 
     def _grow(self, least: int) -> None:
         if least > len(self._body):
-            wanted = max(least, 2 * len(self._body), FIRST_ALLOCATION_BYTES)
-            self._body += bytes(min(wanted, self._body_bytes) - len(self._body))
+            wanted = min(max(least, 2 * len(self._body), FIRST_ALLOCATION_BYTES), self._body_bytes)
+            self._reserve(wanted)
+            self._body += bytes(wanted - len(self._body))
 
     def _complete(self, header: dict[str, Any], body: memoryview) -> None:
         self._ready = RawMessage(header, body)

@@ -83,7 +83,7 @@ async def _ask(connections, number, body=b"hi"):
     stream = await connections.open_stream(IDENTITIES[number].peer_id, "/echo/1", addresses=[_address(number)])
     async with stream:
         await stream.send({"n": 1}, [body])
-        return bytes((await stream.receive()).body)
+        return bytes((await stream.receive(2**20)).body)
 
 
 # Connecting.
@@ -869,7 +869,7 @@ async def test_sending_waits_while_much_is_unsent_and_nowait_does_not():
 async def test_waiting_for_unsent_messages_ends_when_they_have_left():
     async def drain(stream):
         for _ in range(4):
-            await stream.receive()
+            await stream.receive(1 << 20)
 
     async with _swarm() as swarm:
         one, other = await swarm.pair({"/drain/1": drain})

@@ -1,7 +1,7 @@
 """What a stranger does to one connection ends that connection: everybody else goes on."""
 
 import logging
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -9,8 +9,8 @@ import trio
 from peerd.net.connections import open_connections
 from peerd.net.containment import MAX_FAILURES, REFUSED_S, WINDOW_S, Containment
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection.frames import GoAway, encode_frame
-from peerd.protocol.errors import PeerdError, PeerFault, StreamReset
+from peerd.protocol.connection.frames import GoAway, Ping, Pong, Reset, encode_frame
+from peerd.protocol.errors import ConnectionLost, PeerdError, PeerFault, StreamReset
 from peerd.protocol.identity import Identity
 from peerd.testing.hostile import HostilePeer, hello_message, message_bytes
 from peerd.testing.network import MemoryNetwork
@@ -199,3 +199,40 @@ async def test_two_connections_of_one_peer_that_end_in_the_same_tick_leave_nothi
                 assert await _ask(caller, "/echo/1") == {"n": 1}
             caller.live[SMALL.peer_id].close()
             await trio.sleep(1)
+
+
+async def test_bodies_that_are_claimed_and_begun_fill_no_more_than_a_share():
+    """Each stream claims a MiB and sends some of it; the host's budget is a hundredth of what is claimed."""
+
+    async def take(stream):
+        await stream.receive(2**20)
+
+    async with _pair({"/echo/1": _echo, "/take/1": take}, is_strict=True) as (network, host, _):
+        host.budget.total_bytes = 2**21
+        peer = await _enter(network)
+        begun = message_bytes({"n": 1})[:-4] + (2**20).to_bytes(4, "big") + bytes(20_000)
+        heard = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_hear, peer, heard)
+            try:
+                for _ in range(200):
+                    await peer.say(await peer.open("/take/1"), begun)
+                    assert host.budget.used_bytes <= 2**20
+                    await trio.sleep(0.01)
+            except ConnectionLost:
+                pass
+            async with open_connections(THIRD, transport=network.transport(OTHER), handlers={}) as other:
+                assert await _ask(other, "/echo/1") == {"n": 1}
+            await peer.aclose()
+        assert any(isinstance(frame, Reset | GoAway) and frame.code == "overloaded" for frame in heard)
+        await trio.sleep(1)
+        assert host.budget.used_bytes == 0
+
+
+async def _hear(peer, heard):
+    with suppress(ConnectionLost):
+        while True:
+            frame = await peer.hear()
+            heard.append(frame)
+            if isinstance(frame, Ping):
+                await peer.send(encode_frame(Pong(frame.token)))

@@ -5,6 +5,7 @@ import torch
 import trio
 
 from peerd.compute.steps import BatchOutput
+from peerd.exchange.first_message import FIRST_MESSAGE_S
 from peerd.exchange.step_tensors import encoded
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
@@ -143,9 +144,33 @@ async def test_what_cannot_be_served_is_refused_by_name(open_swarm, fields, erro
 async def test_a_step_before_open_is_a_protocol_error(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4)
-        stream = await (await swarm.caller()).stream(host)
-        assert isinstance(await answer(None, stream, tokens(1)), RemoteProtocolError)
+        caller = await swarm.caller()
+        stream = await caller.stream(host)
+        assert isinstance(await answer(None, stream, tokens(0)), RemoteProtocolError)
         assert await is_ended(stream)
+        # With a body it is not even heard to its end: an `open` has none.
+        with pytest.raises(StreamReset, match=RemoteProtocolError.code):
+            await answer(None, await caller.stream(host), tokens(1))
+
+
+async def test_a_stream_on_which_nothing_is_said_ends(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        caller = await swarm.caller()
+        for protocol in host.connections.handlers:
+            stream = await caller.stream(host, protocol)
+            with trio.fail_after(FIRST_MESSAGE_S + 5):
+                assert await is_ended(stream), protocol
+
+
+async def test_a_step_brings_no_more_than_its_session_could_hold(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        caller = await swarm.caller()
+        stream = await caller.open(host, max_length=16, max_rows=2)
+        assert isinstance(await answer(caller, stream, tokens(17)), ContextTooLong)
+        with pytest.raises(StreamReset, match=RemoteProtocolError.code):
+            await answer(caller, stream, tokens(65), 2)
 
 
 async def test_a_session_is_opened_once(open_swarm):

@@ -74,9 +74,12 @@ async def lane(caller, host, **fields):
 
 
 async def refused(stream):
-    """The code with which the lane ends."""
-    while not isinstance(said := await hear(stream), PassFailure):
-        pass
+    """The code with which the lane ends, or its stream does."""
+    try:
+        while not isinstance(said := await hear(stream), PassFailure):
+            pass
+    except StreamReset as reset:
+        return reset.reason
     return said.code
 
 

@@ -163,6 +163,8 @@ async def test_no_way_of_breaking_a_question_harms_a_peer(open_swarm, protocol, 
         await trio.sleep(120)
         assert list(host.connections.live) == [caller.identity.peer_id]
         assert host.server.sessions == 1
+        # Not a byte of what was begun, or was not read, is held any more.
+        assert host.connections.budget.used_bytes == 0
 
 
 CODES = [cls.code for cls in (PeerdError, *PeerdError.__subclasses__(), *PeerFault.__subclasses__())]

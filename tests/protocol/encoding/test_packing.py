@@ -1,3 +1,5 @@
+import tracemalloc
+
 import msgpack
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from peerd.protocol.errors import RemoteProtocolError
         (b"", "incomplete"),
         (b"\x01\x01", "extra data"),
         (b"\xc1", "malformed"),
-        (b"\xdf\xff\xff\xff\xff", "max_map_len"),
+        (b"\xdf\xff\xff\xff\xff", "incomplete"),
         (b"\xa1\xff", "utf-8"),
         (b"\x82\xa1a\x01\xa1a\x02", "same key twice"),
         (b"\x81\xc4\x01a\x01", "keys must be text"),
@@ -60,3 +62,17 @@ def test_random_bytes_are_a_value_or_a_typed_error(data):
     except RemoteProtocolError:
         return
     assert pack(value) == pack(msgpack.unpackb(data))
+
+
+def test_a_list_that_claims_more_than_there_is_costs_next_to_nothing():
+    """Each level claims 16,300 entries, and the decoder would make room for all of them before it found none."""
+    data = b"\xdc\x3f\xac" * 1000
+    data += b"\xc0" * (16384 - len(data))
+    tracemalloc.start()
+    try:
+        with pytest.raises(RemoteProtocolError, match="incomplete"):
+            unpack(data)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 8 * len(data)

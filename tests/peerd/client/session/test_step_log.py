@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peerd.client.session.step_log import StepLog
-from peerd.exchange.replay_log import Kept, KeptTooLittle, Retained
+from peerd.exchange.replay_log import Kept, KeptTooLittle
+from peerd.exchange.retained import Retained
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages.session import Output, Step
@@ -230,11 +231,3 @@ def test_a_sender_keeps_no_more_than_its_bound_beside_the_rows():
         kept.add(Step(0, seq, (RowSlice(0, 0, 4),)), positions(seq, 2, 3, 4))
     assert kept.folded == 17
     assert rows_of(kept.since(0, 9)) == {0: [19, 2, 3, 4]}
-
-
-def test_a_row_is_kept_in_no_more_memory_than_its_length():
-    retained = Retained(100)
-    for start in range(0, 100, 10):
-        retained.add((RowSlice(0, start, 10),), torch.ones(10, 2))
-    assert retained.copy(0, 0, 100).shape == (100, 2)
-    assert retained._buffers[0].shape == (100, 2)
