@@ -137,6 +137,11 @@ class DecodeGraphs:
                     return
         log.info("%d CUDA graphs take %s", len(self._recorded), format_size(self.graph_bytes))
 
+    def forget(self, blocks: Span) -> None:
+        """Drop what was recorded of these blocks."""
+        self._recorded = {bucket: recorded for bucket, recorded in self._recorded.items() if bucket.blocks != blocks}
+        self._refused.discard(blocks)
+
     def _bucket(self, blocks: Span, count: int, pages: int) -> _Recorded | None:
         rows = next(bucket for bucket in ROW_BUCKETS if bucket >= count)
         width = next((width for width in map(self._width, LENGTH_BUCKETS) if width >= pages), pages)

@@ -221,6 +221,23 @@ class Engine(BaseEngine):
         """Record CUDA graphs for decodes, on a GPU, so that the first session does not wait for them."""
         self._runner.warm_up()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks compute in."""
+        return self._runner.dtype
+
+    def forget_places(self, batch: Batch) -> None:
+        """Mark the places of a batch's new positions in the KV cache as unwritten, before it runs. Device thread."""
+        self._runner.forget_places(batch)
+
+    def unwritten(self, batch: Batch) -> list[int]:
+        """The blocks that left some of these places as they were, once the batch has run. Device thread."""
+        return self._runner.unwritten(batch)
+
+    def forget_part(self, blocks: Span) -> None:
+        """Drop what was made to run these blocks of the span alone. Device thread."""
+        self._runner.forget_part(blocks)
+
     def run(self, batch: Batch) -> BatchOutput:
         return self._runner.run(batch)
 

@@ -7,7 +7,7 @@ A batch becomes one ragged forward `[1, positions, hidden_size]`. A model whose 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,6 +22,9 @@ from peerd.compute.model.linear_choice import pack_linears
 from peerd.compute.model.span_model import SpanModel, slice_lists
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span
+
+# No model fills a key or a value with it, and bfloat16 and float16 hold it exactly.
+_UNWRITTEN = -12352.0
 
 
 class SpanRunner:
@@ -70,6 +73,42 @@ class SpanRunner:
     def part(self, blocks: Span) -> SpanModel:
         """The model of some of the span's blocks, sharing its weights. Device thread."""
         return self._model(blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks compute in."""
+        return self._whole.dtype
+
+    def forget_places(self, batch: Batch) -> None:
+        """Mark the places of a batch's new positions in the KV cache as unwritten, before it runs."""
+        for block in range(batch.blocks.start, batch.blocks.end):
+            for stored, places in self._places(batch, block):
+                stored[:, places] = _UNWRITTEN
+
+    def unwritten(self, batch: Batch) -> list[int]:
+        """The blocks that left some of these places as they were, once the batch has run."""
+        return [
+            block
+            for block in range(batch.blocks.start, batch.blocks.end)
+            if any(
+                bool((stored[:, places] == _UNWRITTEN).all(2).any()) for stored, places in self._places(batch, block)
+            )
+        ]
+
+    def _places(self, batch: Batch, block: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | slice]]:
+        """Where one block keeps the keys and values of a batch's new positions."""
+        layer = block - self._whole.span.start
+        group = self._pool.layout.group_of[layer]
+        for segment in (segment for piece in batch.pieces for segment in piece.segments):
+            tail = self._pool.slots(segment, group).tail(segment.start)
+            places = slice(tail.start, tail.stop) if isinstance(tail, range) else tail
+            yield self._pool.keys[layer], places
+            yield self._pool.values[layer], places
+
+    def forget_part(self, blocks: Span) -> None:
+        """Drop what was made to run these blocks of the span alone."""
+        self._models.pop(blocks, None)
+        self._graphs.forget(blocks)
 
     def _run_blocks(self, batch: Batch) -> torch.Tensor:
         parts = [piece.step.hidden[piece.offset : piece.offset + piece.count] for piece in batch.pieces]

@@ -22,6 +22,7 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.device.free_memory import free_memory, trim_heap
 from peerd.compute.device.sizes import format_size
 from peerd.compute.engine.engine import Engine
+from peerd.compute.engine.self_test import check_span
 from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
@@ -108,6 +109,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
     )
     engine = Engine(model, kv_tokens=kv_tokens, batch_tokens=batch_tokens_of(spec), pass_bytes=pass_bytes)
+    check_span(engine, model, quantize)
     for name, path in spec.adapters:
         load_adapter(engine, read_adapter(name, path, checkpoint.family, span))
     # The engine reorders weights.
