@@ -111,7 +111,8 @@ def _differs(got: torch.Tensor, expected: torch.Tensor, added: torch.Tensor) -> 
     """
     rounding = torch.finfo(expected.dtype).eps / _BOUNDS[expected.dtype]
     size = max(added.norm(dim=-1).mean(), rounding * expected.float().norm(dim=-1).mean())
-    return (got.float() - expected.float()).norm(dim=-1) / size
+    error: torch.Tensor = (got.float() - expected.float()).norm(dim=-1) / size
+    return error
 
 
 def _check_writing(engine: Engine) -> None:
