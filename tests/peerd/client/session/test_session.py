@@ -357,13 +357,21 @@ async def test_a_full_swarm_says_so_after_the_callers_patience(open_swarm):
 
 @pytest.mark.parametrize("is_open", [False, True], ids=["at its opening", "when its last hop died"])
 async def test_a_long_chain_whose_last_blocks_are_full_everywhere_waits_and_blames_nobody(open_swarm, is_open):
-    async with open_swarm() as swarm:
+    async def use(session):
+        # KV is lent: who asks for nothing loses it to those that wait.
+        while True:
+            await session.step(tokens(1))
+            await trio.sleep(4)
+
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
         for start in range(8):
             await swarm.serve(start, start + 1)
         for _ in range(8):
             await swarm.serve(8, 9, kv_tokens=600)
         for _ in range(8):
-            await (await (await swarm.client()).session(Span(8, 9))).open()
+            user = await (await swarm.client()).session(Span(8, 9))
+            await user.open()
+            nursery.start_soon(use, user)
         client = await swarm.client()
         session = await client.session(BLOCKS)
         dead = []
@@ -377,6 +385,7 @@ async def test_a_long_chain_whose_last_blocks_are_full_everywhere_waits_and_blam
             await session.step(tokens(1))
         assert set(client.finder.failures) <= {host.peer_id for host in dead}
         assert session.reopened == len(dead)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_wrong_step_is_refused_and_the_session_goes_on(open_swarm, whole_forward):
