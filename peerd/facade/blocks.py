@@ -178,9 +178,10 @@ _CLASSES: dict[type, type] = {}
 def _remote_class(kind: type) -> type:
     if kind not in _CLASSES:
         made: Any = type(kind.__name__, (RemoteBlock, kind), {"__module__": kind.__module__})
-        # Transformers wraps the `forward` of subclasses for gradient checkpointing; a remote block keeps nothing that
-        # checkpointing could save.
+        # Transformers wraps the `forward` of subclasses for gradient checkpointing (until 5.18 or so, `__call__`); a
+        # remote block keeps nothing that checkpointing could save.
         made.forward = RemoteBlock.forward
+        made.__call__ = nn.Module.__call__
         _CLASSES[kind] = made
     return _CLASSES[kind]
 
