@@ -19,6 +19,7 @@ import trio
 
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer, Watch
 from peerd.compute.device.sizes import format_size
+from peerd.compute.transformers_compat import untested_release
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -35,10 +36,12 @@ class Checkpoints:
 
     def __init__(self, settings: HubSettings) -> None:
         self._settings = settings
+        self._said_untested = False
 
     @asynccontextmanager
     async def open(self, model: str | Path, revision: str | None = None) -> AsyncIterator[Checkpoint]:
         """A checkpoint, here or on the hub, until the block ends. Raises CheckpointError."""
+        self._say_untested()
 
         def open_it() -> Checkpoint:
             from peerd.compute.checkpoint.opening import open_checkpoint
@@ -54,6 +57,12 @@ class Checkpoints:
         watch = _until_cancelled(_logged(self._settings.watch))
         with await trio.to_thread.run_sync(open_it, abandon_on_cancel=True) as checkpoint:
             yield checkpoint
+
+    def _say_untested(self) -> None:
+        """Warn, once a peer, of a release of Transformers that was not tested."""
+        if not self._said_untested and (warning := untested_release()) is not None:
+            log.warning("%s", warning)
+        self._said_untested = True
 
 
 async def fetch_span(checkpoint: Checkpoint, span: Span) -> None:

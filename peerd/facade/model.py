@@ -81,12 +81,12 @@ class RemotePreTrainedModel:
         addresses = [bootstrap] if isinstance(bootstrap, str | Multiaddr) else list(bootstrap)
         try:
             blocks, close = bridge.hold(open_swarm(model, revision, addresses, options, build))
+            head, family = built.pop()
+            made: Any = head.model
+            made._connect(head, family, Swarm(bridge, blocks), (close, bridge.close))
         except BaseException:
             bridge.close()
             raise
-        head, family = built.pop()
-        made: Any = head.model
-        made._connect(head, family, Swarm(bridge, blocks), (close, bridge.close))
         weakref.finalize(made, bridge.stop).atexit = False
         made.name_or_path = made.config._name_or_path = str(model)
         if tuning_mode is not None:

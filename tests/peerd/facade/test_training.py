@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,16 @@ def test_prompts_and_what_looks_between_blocks_exclude_each_other(servers: Any, 
         with pytest.raises(NotImplementedError, match=r"leave out output_hidden_states.*PromptTuningConfig"):
             model(IDS, output_hidden_states=True)
         assert model.model.layers[2:4](torch.randn(1, 2, 64)).shape == (1, 2, 64)
+
+
+def test_a_model_that_cannot_be_connected_leaves_no_thread_behind(
+    servers: Any, llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise TypeError("no such decoder")
+
+    monkeypatch.setattr("peerd.facade.model._find_return_type", refuse)
+    before = {thread.ident for thread in threading.enumerate() if thread.name == "peerd"}
+    with pytest.raises(TypeError, match="no such decoder"):
+        peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap)
+    assert {thread.ident for thread in threading.enumerate() if thread.name == "peerd"} == before
