@@ -79,7 +79,21 @@ class RandomWeights:
         """It is there as soon as it is read."""
         return True
 
-    def read(self, parameter: str) -> torch.Tensor:
+    def download_bytes(self, parameters: Iterable[str]) -> int:
+        """Nothing is downloaded."""
+        return 0
+
+    @property
+    def packing(self) -> str:
+        """They are plain."""
+        return ""
+
+    def stored_dtype(self, parameter: str) -> torch.dtype | None:
+        """What every parameter is made in."""
+        return self._dtype
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One parameter in the dtype that all are made in; only packed ones would be read in `dtype`."""
         shape = self._shapes[parameter]
         self.bytes_read += shape.numel() * self._dtype.itemsize
         if len(shape) == 1:
@@ -90,7 +104,7 @@ class RandomWeights:
         values = torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
         return values.mul_(0.3 * shape[-1] ** -0.5)
 
-    def read_slices(self, parameter: str) -> Iterator[torch.Tensor]:
+    def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         yield from self.read(parameter)
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:

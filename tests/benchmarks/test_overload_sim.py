@@ -65,8 +65,8 @@ def test_a_server_that_joins_meanwhile_takes_its_share() -> None:
 
 
 def test_when_no_room_comes_a_client_hears_so_once_its_patience_ends() -> None:
-    # Two get the only slots and keep them for minutes.
-    overload = run(OverloadPlan(clients=8, slots=1, answers=1, steps=2, pause_s=200.0, busy_s=20.0))
+    # Two get the only slots and keep them for minutes, in use: what is not used for 15 s is lent to those who wait.
+    overload = run(OverloadPlan(clients=8, slots=1, answers=1, steps=5, pause_s=10.0, busy_s=20.0))
     failed = [answer for answer in overload.answers if answer.error is not None]
     assert len(failed) == 6
     for answer in failed:

@@ -6,6 +6,7 @@ sequences; widths of heads differ from hidden size / heads where a family allows
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -170,7 +171,8 @@ def tiny_config(family: Family, fields: dict[str, Any] | None = None) -> Any:
     own = _OWN.get(family.model_type, {}) if fields is None else fields
     known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
     common = {name: value for name, value in _COMMON.items() if name in known}
-    return kind(**(common | own))
+    # Some configurations write into the dictionaries that they are given, which all families share here.
+    return kind(**copy.deepcopy(common | own))
 
 
 def tiny_model(family: Family, fields: dict[str, Any] | None = None) -> Any:

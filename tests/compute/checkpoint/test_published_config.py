@@ -188,10 +188,14 @@ def test_what_another_architecture_has_in_its_configuration_changes_nothing(tmp_
     from tests.compute.engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
     from tests.compute.tiny_families import tiny_model
 
-    for name in ("gpt2", "opt", "gpt_neox", "persimmon"):
+    # Transformers' rotary embeddings do read `head_dim`, also in families that have no such field.
+    without_rotary = {"num_key_value_heads": 2, "head_dim": 4}
+    cases = {"gpt2": without_rotary, "opt": without_rotary}
+    cases |= {name: {"num_key_value_heads": 2} for name in ("gpt_neox", "persimmon")}
+    for name, more in cases.items():
         model = tiny_model(FAMILIES[name])
         model.save_pretrained(tmp_path / name)
-        path = changed(tmp_path / name, tmp_path / f"{name} more", num_key_value_heads=2, head_dim=4)
+        path = changed(tmp_path / name, tmp_path / f"{name} more", **more)
         with open_checkpoint(path) as checkpoint:
             hidden = torch.randn(1, LENGTH, 32, generator=torch.Generator().manual_seed(0))
             chain = Chain(Reference(checkpoint, hidden, hidden))

@@ -138,12 +138,12 @@ def test_a_missing_part_of_the_head_is_named(tiny_checkpoint: TinyCheckpoint, tm
 def test_loading_the_real_head_takes_little_more_memory_than_the_head() -> None:
     script = """
 import resource, transformers.models.llama.modeling_llama, transformers.modeling_gguf_pytorch_utils, gguf, trio
-from peerd.compute.checkpoint import checkpoint, demo_model
+from peerd.compute.checkpoint import demo_model, opening
 from peerd.compute.checkpoint.gguf import checkpoint as gguf_checkpoint
 from peerd.compute.model import head
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-with checkpoint.open_checkpoint(demo_model.demo_model_path()) as opened:
+with opening.open_checkpoint(demo_model.demo_model_path()) as opened:
     loaded = head.load_head(opened)
 loaded.logits(loaded.embed(__import__('torch').tensor([1, 2, 3])))
 print(peak() - before, loaded.embedding_weight.nbytes / 2**20)
