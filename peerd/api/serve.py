@@ -93,13 +93,20 @@ def load_or_create_token(path: Path) -> str:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{secrets.token_urlsafe(_TOKEN_BYTES)}\n")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(f"{secrets.token_urlsafe(_TOKEN_BYTES)}\n")
+        except OSError:
+            path.unlink()
+            raise
     except FileExistsError:
         pass
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}; choose another --token-file") from None
-    token = path.read_text().strip()
+    try:
+        token = path.read_text(errors="replace").strip()
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}; choose another --token-file") from None
     if len(token) < _LEAST_TOKEN:
         raise InvalidRequest(f"{path} holds no token of at least {_LEAST_TOKEN} characters: remove it for a new one")
     return token

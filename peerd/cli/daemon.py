@@ -178,9 +178,7 @@ class _Stopping:
 
 def _state_dir(identity: Path) -> Path:
     """What a peer keeps belongs to its identity: `identity.key` has `identity.state` beside it."""
-    directory = identity.with_suffix(".state")
-    directory.mkdir(mode=0o700, exist_ok=True)
-    return directory
+    return identity.with_suffix(".state")
 
 
 def _starting(specs: Sequence[ServeSpec]) -> str:

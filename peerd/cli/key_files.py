@@ -127,8 +127,16 @@ def create_swarm_key(path: Path) -> None:
         raise InvalidRequest(f"{path} is there already: a swarm's key is never written over") from None
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from None
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            # Its members get copies, perhaps at once: it must not be gone after a power cut.
+            os.fsync(file.fileno())
+    except OSError as error:
+        # Half a key would be refused for ever, and not written over.
+        path.unlink()
+        raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_swarm_key(path: Path) -> bytes:

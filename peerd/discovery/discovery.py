@@ -20,7 +20,7 @@ import trio
 
 from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.discovery.rechecks import Proofs
-from peerd.discovery.state_files import _State
+from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.dialable import dialable
 from peerd.net.sleep_watch import watch_sleep
@@ -67,7 +67,7 @@ class Discovery:
         connections: Connections,
         identity: Identity,
         bootstrap: Sequence[Multiaddr],
-        state_dir: Path | None,
+        state: StateFiles,
         random: Random,
         clock: SwarmClock,
     ) -> None:
@@ -79,7 +79,7 @@ class Discovery:
         self.directory = Directory(self.dht, clock)
         self._proofs = Proofs(connections, self.links, self.directory, self.may_dial)
         self._bootstrap = tuple(bootstrap)
-        self._state = _State(state_dir)
+        self._state = state
         self._random = random
         self._addresses: tuple[Multiaddr, ...] = ()
         self._relays: tuple[Multiaddr, ...] = ()
@@ -262,14 +262,15 @@ class Discovery:
         while True:
             await trio.sleep(REFRESH_S)
             await self.dht.refresh()
-            self._state.save_contacts(self.dht)
+            await self._state.save_contacts(self.dht)
 
     async def leave(self) -> None:
-        """Take back what we announced, and keep whom we know for the next start. Takes at most 5 s."""
+        """Take back what we announced, and keep whom we know for the next start. Takes at most 10 s."""
         cancelled = trio.current_effective_deadline() == -math.inf
         with trio.move_on_after(CANCELLED_LEAVE_S if cancelled else LEAVE_S, shield=True):
             await self._announcer.leave()
-        self._state.save_contacts(self.dht)
+        with trio.move_on_after(CANCELLED_LEAVE_S if cancelled else LEAVE_S, shield=True):
+            await self._state.save_contacts(self.dht)
 
 
 @asynccontextmanager
@@ -279,6 +280,7 @@ async def open_discovery(
     bootstrap: Sequence[Multiaddr],
     *,
     state_dir: Path | None,
+    write: Write | None = None,
     random: Random,
     clock: SwarmClock,
     addresses: Sequence[Multiaddr] = (),
@@ -289,9 +291,10 @@ async def open_discovery(
     Yields once somebody answered, or after 5 s, and goes on trying. addresses, contacts: see
     `Discovery.reachable_at`.
     state_dir: where the routing table and the last `seq` are kept; None for a peer that nobody will meet
-    again. Raises ValueError for a bootstrap address without a PeerId.
+    again. write: replaces a file there; None does so in a worker thread. Raises ValueError for a bootstrap address
+    without a PeerId.
     """
-    discovery = Discovery(connections, identity, bootstrap, state_dir, random, clock)
+    discovery = Discovery(connections, identity, bootstrap, StateFiles(state_dir, write), random, clock)
     discovery.reachable_at(addresses, contacts)
     # Before anybody hears of us.
     connections.handlers[DHT_PROTOCOL] = discovery.answer

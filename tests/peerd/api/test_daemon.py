@@ -27,6 +27,7 @@ from peerd.cli.status import describe, show_status
 from peerd.client.model import ModelFacts, SwarmModel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
+from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.relay import Reserved
 from peerd.protocol.messages.session import Step
@@ -356,6 +357,14 @@ def test_the_token_is_made_once_and_is_its_owner_s_alone(tmp_path):
     assert len(token) > 30
     assert path.stat().st_mode & 0o777 == 0o600
     assert load_or_create_token(path) == token
+
+
+def test_a_token_file_that_is_none_is_named(tmp_path):
+    with pytest.raises(InvalidRequest, match="cannot be read: Is a directory"):
+        load_or_create_token(tmp_path)
+    (tmp_path / "api.token").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidRequest, match="holds no token"):
+        load_or_create_token(tmp_path / "api.token")
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")

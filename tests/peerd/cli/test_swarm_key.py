@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
 from peerd.cli.key_files import create_swarm_key, read_swarm_key
@@ -59,3 +62,13 @@ def test_what_is_no_key_is_refused_with_what_makes_one(tmp_path, text):
         read_swarm_key(path)
     with pytest.raises(InvalidRequest, match="cannot be read"):
         read_swarm_key(tmp_path / "missing")
+
+
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path, monkeypatch):
+    def fail(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InvalidRequest, match="cannot be written: No space left"):
+        create_swarm_key(tmp_path / "swarm.key")
+    assert list(tmp_path.iterdir()) == []

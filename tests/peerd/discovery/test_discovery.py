@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,6 +16,7 @@ import trio
 from peerd.discovery.dht_streams import ANSWER_DEADLINE_S
 from peerd.discovery.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
 from peerd.discovery.prober import Prober
+from peerd.discovery.state_files import Write, write_durably
 from peerd.net.connections import Connections, open_connections
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
@@ -56,6 +58,11 @@ def body(**fields: object) -> ServerRecord:
     return ServerRecord(**{**defaults, **fields})
 
 
+async def write_at_once(path: Path, text: str) -> None:
+    """The clock of the tests would not wait for a thread."""
+    write_durably(path, text)
+
+
 @dataclass
 class NotingTransport:
     """Notes what is dialled, by host."""
@@ -92,6 +99,7 @@ class Swarm:
         *,
         client: bool = False,
         state_dir: Path | None = None,
+        write: Write = write_at_once,
         bootstrap: tuple[Multiaddr, ...] | None = None,
         ahead_s: float = 0.0,
     ) -> AsyncIterator[tuple[Connections, Discovery]]:
@@ -114,6 +122,7 @@ class Swarm:
                 who,
                 self.bootstrap if bootstrap is None else bootstrap,
                 state_dir=state_dir,
+                write=write,
                 random=Random(number),
                 clock=SwarmClock(now),
                 addresses=connections.listen_addresses,
@@ -252,6 +261,34 @@ async def test_a_damaged_state_costs_only_a_slower_start(swarm: Swarm, tmp_path:
     async with swarm.open(1), swarm.open(2, state_dir=tmp_path) as (_, discovery):
         assert len(discovery.dht.contacts) == 1
     assert json.loads((tmp_path / "contacts.json").read_text())["version"] == 1
+
+
+async def test_a_full_disk_costs_no_announcement(swarm: Swarm, tmp_path: Path) -> None:
+    async def fail(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with (
+        swarm.open(1),
+        swarm.open(2) as (_, reader),
+        swarm.open(3, state_dir=tmp_path, write=fail) as (_, server),
+    ):
+        server.serve(lambda: [body()])
+        await trio.sleep(2 * REFRESH_S)
+        assert len(await reader.directory.servers(MODEL, 4)) == 1
+
+
+async def test_a_disk_that_hangs_costs_no_announcement(swarm: Swarm, tmp_path: Path) -> None:
+    async def hang(path: Path, text: str) -> None:
+        await trio.sleep_forever()
+
+    async with (
+        swarm.open(1),
+        swarm.open(2) as (_, reader),
+        swarm.open(3, state_dir=tmp_path, write=hang) as (_, server),
+    ):
+        server.serve(lambda: [body()])
+        await trio.sleep(2 * REFRESH_S)
+        assert len(await reader.directory.servers(MODEL, 4)) == 1
 
 
 async def test_the_clock_follows_the_swarms(swarm: Swarm) -> None:
