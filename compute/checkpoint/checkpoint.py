@@ -1,9 +1,9 @@
-"""A checkpoint: its configuration, and the tensors of just the blocks that are wanted.
+"""A checkpoint: the model's configuration, and the tensors of only those blocks that are wanted.
 
-A checkpoint is a directory of safetensors with a `config.json`, the same on the hub, or one GGUF file; which of them
-shows only in how it is opened, and in that a hub's files are fetched when they are needed. Nothing is ever unpickled
-and no code that came with it is run. Knows no devices and no modules; Transformers is imported when a checkpoint is
-opened, not when this file is.
+A checkpoint is a directory of safetensors with a `config.json`, a model on the hub with the same files, or one GGUF
+file. The caller sees the difference only in how it is opened, and in that a hub's files are fetched when they are
+needed. Nothing is ever unpickled, and no code that came with the model is run. Transformers is imported when a
+checkpoint is opened, not when this file is.
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ class Checkpoint:
         self.family = family
         #: The text model's configuration, unmodified.
         self.config = config
-        #: What people call the model.
+        #: The model's name for people.
         self.name = name
-        #: Where it is on a hub, `org/name`, and of which commit these files are; both empty for one from elsewhere.
+        #: The model's id on a hub, `org/name`, and the commit of these files; both are empty if it did not come from a
+        #: hub.
         self.hub_id = hub_id
         self.commit = commit
-        #: What downloads of blocks may take of the disk; None: all that is free.
+        #: The limit for downloads of blocks, in bytes of disk; None: all that is free.
         self.disk_bytes = disk_bytes
         self._weights = weights
-        # What came beside the weights files and is not in them: other versions of Transformers read it otherwise.
+        # The model digest needs the configuration as it was published: each version of Transformers parses it
+        # differently.
         self._published_config = published_config
         self._names_of_block = self._by_block()
 
@@ -70,7 +72,7 @@ class Checkpoint:
         return f"<Checkpoint {self.name} blocks={self.block_count} bytes_read={self.bytes_read}>"
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._weights.close()
 
     @property
@@ -90,15 +92,15 @@ class Checkpoint:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is a GGUF file rather than a directory."""
+        """Whether the checkpoint is a GGUF file rather than a directory."""
         return self.path.suffix == ".gguf"
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What the weights are computed in unless somebody says otherwise: what the configuration declares.
+        """The dtype for computing if the caller chooses none: the one that the configuration declares.
 
-        Where it declares none, or one that nothing is computed in, it is that of the stored tensors, as in
-        Transformers; fp32 for a GGUF file, whose weights are dequantized.
+        If it declares none, or one that nothing is computed in, this is the dtype of the stored tensors, as in
+        Transformers. A GGUF file's weights are dequantized: for it this is fp32.
         """
         import torch
 
@@ -120,14 +122,14 @@ class Checkpoint:
 
     @property
     def blocks_on_disk(self) -> frozenset[int]:
-        """The blocks that can be read without fetching anything."""
+        """The blocks that can be read without a download."""
         return frozenset(
             block for block, names in self._names_of_block.items() if all(map(self._weights.on_disk, names))
         )
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """How the publisher means the model to be sampled, and the ids that end a sequence."""
+        """The publisher's settings for sampling, and the ids that end a sequence."""
         from transformers import GenerationConfig
 
         path = self.path / "generation_config.json"
@@ -150,39 +152,42 @@ class Checkpoint:
 
     @property
     def packing(self) -> str:
-        """How the publisher quantized the weights, such as `fp8`; empty where they are plain."""
+        """The publisher's way of quantizing the weights, such as `fp8`; empty if the weights are not quantized."""
         return self._weights.packing
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read parameters one by one, each in memory of its own, in the dtype they are stored in.
+        """Read parameters one by one, each into memory of its own, in the dtype in which they are stored.
 
-        What its publisher quantized comes dequantized, in `dtype` (fp32 if None); of a GGUF file always in fp32.
-        Raises CheckpointError.
+        Quantized weights are dequantized to `dtype` (fp32 if None); those of a GGUF file always to fp32. Raises
+        CheckpointError.
         """
         for name in names:
             yield name, self._weights.read(name, dtype)
 
     def read_slices(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        """Read a parameter of three dimensions matrix by matrix (experts), so that only one need be held.
+        """Read a parameter of three dimensions (experts) matrix by matrix, so that the caller need hold only one.
 
-        A GGUF file is read whole first. Raises CheckpointError.
+        A GGUF file's parameter is first read whole. Raises CheckpointError.
         """
         return self._weights.read_slices(name, dtype)
 
     def fetch_span(self, span: Span) -> None:
-        """Have the files that hold these blocks on this machine, until the checkpoint is closed.
+        """Download the files that hold these blocks, and keep them on this machine until the checkpoint is closed.
 
-        Reading fetches too, but file by file. Raises CheckpointError, and what the hub's watcher raises.
+        Reading a tensor downloads its file too, but one file at a time. Raises CheckpointError, and what the hub's
+        watcher raises.
         """
         self._weights.fetch([name for block in range(span.start, span.end) for name in self.names_of_block(block)])
 
     def download_bytes(self, span: Span) -> int:
-        """What these blocks' files take of the disk once they are downloaded; 0 where they never are."""
+        """The disk space of these blocks' files once they are downloaded, in bytes; 0 if they are local."""
         names = [name for block in range(span.start, span.end) for name in self.names_of_block(block)]
         return self._weights.download_bytes(names)
 
     def fetch_head(self) -> None:
-        """The same for the files that hold what is not a block."""
+        """Download the files that hold what is not a block, and keep them until the checkpoint is closed. Raises like
+        `fetch_span`.
+        """
         of_blocks = {name for names in self._names_of_block.values() for name in names}
         self._weights.fetch([name for name in self._weights.parameters if name not in of_blocks])
 

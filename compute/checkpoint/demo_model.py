@@ -1,4 +1,4 @@
-"""Where the small model lies that demonstrations and tests run: SmolLM2-135M-Instruct, out of a package."""
+"""Finds the small model for demonstrations and tests, SmolLM2-135M-Instruct, in an installed package."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def demo_model_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct. Raises CheckpointError, saying how to get it, if it isn't installed."""
-    # The package is a plugin of another program: it is found, never imported.
+    """The path of the GGUF file of SmolLM2-135M-Instruct. Raises CheckpointError, with the command that installs it."""
+    # The package is a plugin of another program: we look for its folder and never import it.
     spec = importlib.util.find_spec(PACKAGE)
     for folder in spec.submodule_search_locations or () if spec else ():
         path = Path(folder) / FILE_NAME

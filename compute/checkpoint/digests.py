@@ -1,8 +1,8 @@
 """Digests that tell whether two peers hold the same weights.
 
-They catch mistakes, not liars. A model's digest covers its configuration and every weights file; hashing a
-file is remembered in the user's cache folder until its size, time or inode change. A block's digest covers
-its tensors as they are stored.
+They protect against mistakes, not against peers that lie. A model's digest covers its configuration and every weights
+file. The digest of a file is cached in the user's cache folder until the file's size, time or inode changes. A block's
+digest covers its tensors as they are stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import platformdirs
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError
 
-# Which program wrote a configuration, where it was read from and how it is run are not what the model is.
+# Keys that say which program wrote a configuration, where it was read from or how it is run: they don't change the
+# model.
 _VOLATILE = frozenset(
     {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype", "use_cache", "architectures"}
 )
@@ -69,7 +70,7 @@ def file_digest(path: Path) -> bytes:
 
 
 def _add(digest: Any, data: bytes | memoryview) -> None:
-    """Hash a part with its length, so that no two sequences of parts read the same."""
+    """Hash a part together with its length, so that no two different sequences of parts hash the same bytes."""
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
@@ -88,7 +89,7 @@ def _cache_folder() -> Path:
 
 
 def _read_entry(entry: Path, key: Mapping[str, Any]) -> bytes | None:
-    """What was remembered for exactly this file, or None; a damaged entry counts as none."""
+    """The cached digest of exactly this file, or None. A damaged cache entry counts as missing."""
     try:
         found = json.loads(entry.read_bytes())
         digest = bytes.fromhex(found.pop("sha256"))
@@ -98,7 +99,7 @@ def _read_entry(entry: Path, key: Mapping[str, Any]) -> bytes | None:
 
 
 def _write_entry(entry: Path, fields: Mapping[str, Any]) -> None:
-    """Remember, whole or not at all; a cache that cannot be written costs only time."""
+    """Write the cache entry atomically. An entry that cannot be written costs only time: the file is hashed again."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as file:

@@ -1,6 +1,6 @@
-"""Where the files of a checkpoint lie: a folder of this machine, or a commit on the hub that is fetched as it is read.
+"""Where the files of a checkpoint are: a folder of this machine, or a commit on the hub, fetched file by file.
 
-Knows names and files, nothing of what is in them.
+This level has names and files; what is in them is read elsewhere.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from peerd.compute.checkpoint.safetensors_file import SafetensorsFile, StoredTen
 
 
 class Folder(Protocol):
-    """The files of a checkpoint by name. Whatever takes names raises CheckpointError where one cannot be had."""
+    """The files of a checkpoint by name. Methods that take names raise CheckpointError if a file cannot be had."""
 
     @property
     def where(self) -> Path:
-        """The folder of this machine that holds what is there so far."""
+        """The folder of this machine that holds the files that are here so far."""
         ...
 
     def __contains__(self, name: str) -> bool:
-        """Whether the checkpoint has such a file, here or not."""
+        """Whether the checkpoint has a file of that name, on this machine or on the hub."""
         ...
 
     def on_disk(self, name: str) -> bool:
-        """Whether the file is on this machine, whole."""
+        """Whether the whole file is on this machine."""
         ...
 
     def download_bytes(self, name: str) -> int:
-        """What the file takes of the disk once it is downloaded; 0 for one that never is."""
+        """The disk space of the file once it is downloaded, in bytes; 0 for a local file."""
         ...
 
     def fetch(self, names: Collection[str]) -> None:
-        """Have the files on this machine until the folder is closed."""
+        """Download the files that are missing, and keep them on this machine until the folder is closed."""
         ...
 
     def path(self, name: str) -> Path:
-        """Where the file is, after fetching it if need be."""
+        """The file's path on this machine; the file is downloaded first if it is missing."""
         ...
 
     def tensors(self, name: str) -> Mapping[str, StoredTensor]:
-        """What a safetensors file holds, without fetching it."""
+        """The tensors that a safetensors file lists in its header, without downloading the file."""
         ...
 
     def sha256(self, name: str) -> bytes:
-        """32 bytes, without fetching the file if somebody else knows them."""
+        """The file's sha256, 32 bytes. The file is not downloaded if the hub lists its sha256."""
         ...
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Allow the files to be deleted again."""
         ...
 
 
 class LocalFolder:
-    """Implements `Folder` for what is all here."""
+    """Implements `Folder` for a directory whose files are all on this machine."""
 
     def __init__(self, where: Path) -> None:
         self._where = where

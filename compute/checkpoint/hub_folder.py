@@ -1,8 +1,8 @@
-"""One commit of a repository on the hub, as the folder of a checkpoint.
+"""The folder of a checkpoint that is one commit of a repository on the hub.
 
-A revision is resolved once, so that all files are of one commit whatever is pushed meanwhile. Files that were read or
-fetched stay on this disk until the folder is closed. The difficulty is doing without the hub: what it said before, or
-what other programs left in the cache, is enough as long as the files are there.
+A revision is resolved to a commit once, so that all files are of one commit even if the publisher pushes meanwhile.
+Files that were read or fetched stay on this disk until the folder is closed. A peer must also start while the hub is
+unreachable: the hub's last answers, or the files that other programs left in the shared cache, are then enough.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WATCH_EVERY_S = 0.1
 
 
 class HubFolder:
-    """Implements `Folder`. Raises HubUnavailable, CheckpointError if the revision cannot be resolved."""
+    """Implements `Folder`. Raises HubUnavailable, or CheckpointError if the revision cannot be resolved."""
 
     def __init__(self, hub_id: HubId, settings: HubSettings) -> None:
         self._settings = settings
@@ -51,14 +51,14 @@ class HubFolder:
 
     @property
     def commit(self) -> str:
-        """What the revision was resolved to."""
+        """The commit to which the revision was resolved."""
         return self._listing.commit
 
     def __contains__(self, name: str) -> bool:
         return name in self._listing.files
 
     def names(self) -> Collection[str]:
-        """The files that there are, here or not."""
+        """The names of all files of the commit, on this machine or on the hub."""
         return self._listing.files.keys()
 
     def on_disk(self, name: str) -> bool:
@@ -73,7 +73,7 @@ class HubFolder:
         if files:
             self._held |= self._fetcher.obtain(self._listing, files)
             if self._closed:
-                # While this thread fetched, its caller went away.
+                # The caller closed the folder while this thread was still fetching.
                 self.close()
 
     def path(self, name: str) -> Path:
@@ -83,7 +83,7 @@ class HubFolder:
     def tensors(self, name: str) -> Mapping[str, StoredTensor]:
         file = self._file(name)
         if self._settings.is_offline:
-            self.fetch([name])  # says that it is not here
+            self.fetch([name])  # # raises if the file is not on this machine
         where = self.where / name
 
         def read(start: int, end: int) -> bytes:
@@ -97,7 +97,7 @@ class HubFolder:
 
     def sha256(self, name: str) -> bytes:
         file = self._file(name)
-        # What is not in LFS is small, and listed by another hash.
+        # A file that is not in LFS is small, and the hub lists a hash of another kind for it.
         return bytes.fromhex(file.sha256) if file.sha256 else file_digest(self.path(name))
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class HubFolder:
             ) from None
 
     def _resolve(self, hub_id: HubId) -> Listing:
-        """What the revision holds: as the hub says, or said when it could last be asked."""
+        """The files of the revision: from the hub, or from its last answer if the hub cannot be reached."""
         known = self._known(hub_id)
         if known is not None and (self._settings.is_offline or is_commit(hub_id.revision or "")):
             return known
@@ -140,7 +140,7 @@ class HubFolder:
         return self._cache.known_listing(commit) if commit else None
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
-        """Ask again while it may help. Raises HubUnavailable."""
+        """Ask, and ask again after failures that may pass. Raises HubUnavailable."""
         delays_s = self._settings.retry_delays_s
         for delay_s in (*delays_s, None):
             self._settings.watch(Transfer(self._cache.repo, 0, 0))
@@ -157,7 +157,7 @@ class HubFolder:
         raise AssertionError("the last attempt returns or raises")
 
     def _wait(self, delay_s: float) -> None:
-        """Sleep, but stop when the watcher says so."""
+        """Sleep, but let the watcher end the sleep by raising."""
         end = time.monotonic() + delay_s
         while (left := end - time.monotonic()) > 0:
             self._settings.watch(Transfer(self._cache.repo, 0, 0))

@@ -1,4 +1,4 @@
-"""Opens whatever a model is named by: a folder, a hub id or a GGUF file."""
+"""Opens a checkpoint from what the user wrote: a folder, a hub id or the path of a GGUF file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.folder import Folder
 
 
-# What a model is beside its weights, and how it is spoken to: small, and fetched when it is opened.
+# The small files beside the weights (configuration, tokenizer, chat template). They are fetched when the model is
+# opened.
 _SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -39,9 +40,9 @@ _SMALL_FILES = (
 def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSettings | None = None) -> Checkpoint:
     """Open a model directory (safetensors and `config.json`), a `.gguf` file, or a model on the hub.
 
-    On the hub it is called `org/name` or `org/name@revision`; `hub` says how to get it. What is on this machine under
-    such a name comes first. Reads headers only, and fetches what is small. Raises CheckpointError, or its subclasses
-    UnsupportedModel, HubUnavailable and DiskFull.
+    A model on the hub is written `org/name` or `org/name@revision`; `hub` configures the downloads. A file or folder of
+    that name on this machine takes precedence. Reads only headers, and fetches only small files. Raises
+    CheckpointError, or its subclasses UnsupportedModel, HubUnavailable and DiskFull.
     """
     hub_id = hub_id_of(path, revision)
     if hub_id is not None:
@@ -79,7 +80,7 @@ def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
 
 
 def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
-    """What else a repository may hold, and what to do about it."""
+    """Raise CheckpointError if the repository has no safetensors, and say what to do about what it has instead."""
     if INDEX_NAME in names or SINGLE_NAME in names:
         return
     if any(name.endswith(".gguf") for name in names):

@@ -1,7 +1,8 @@
-"""From the names in a checkpoint to the parameters of a decoder.
+"""Maps the names of a checkpoint's tensors to the parameters of a decoder.
 
-Checkpoints carry their publisher's prefix, names that Transformers has changed since, and one tensor an
-expert where Transformers keeps all experts in one. Pure: strings in, recipes out.
+Three things differ between the two: the publisher's prefix, names that Transformers has changed since, and experts, of
+which checkpoints store one tensor each while Transformers has one parameter for all. Takes strings and returns recipes;
+reads no file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from peerd.compute.families.family import Family
 LM_HEAD = "lm_head.weight"
 LM_HEAD_BIAS = "lm_head.bias"
 
-# Where publishers put the decoder inside the whole model, most specific first.
+# Where publishers put the decoder inside the whole model; the most specific prefix comes first.
 PREFIXES = (
     "language_model.model.",
     "model.language_model.",
@@ -28,7 +29,7 @@ PREFIXES = (
     "model.",
     "",
 )
-# What publishers call the LM head, beside what the family does: `embed_out` is GPT-NeoX's until Transformers 5.
+# Publishers' names of the LM head, beside the family's own. `embed_out` is GPT-NeoX's name until Transformers 5.
 _HEADS = ("lm_head", "embed_out")
 
 
@@ -36,8 +37,8 @@ _HEADS = ("lm_head", "embed_out")
 class Recipe:
     """The stored tensors that make one parameter.
 
-    With `parts` 0 it is the single tensor `names[0]`. Otherwise `names` lists, expert by expert, the `parts` tensors
-    whose rows make that expert's slice of a parameter [experts, rows, columns].
+    If `parts` is 0, the parameter is the single tensor `names[0]`. Otherwise `names` lists, expert by expert, the
+    `parts` tensors whose rows together are that expert's slice of a parameter [experts, rows, columns].
     """
 
     names: tuple[str, ...]
@@ -47,8 +48,9 @@ class Recipe:
 def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[str, Recipe]:
     """Each decoder parameter (and `lm_head.weight`, `lm_head.bias`) that these tensors hold.
 
-    Parameters have the decoder's own names, such as `layers.7.mlp.down_proj.weight`. Tensors outside the decoder
-    are left out. Raises CheckpointError, saying `where`, if there are no blocks or an expert is missing.
+    Parameters have the decoder's own names, such as `layers.7.mlp.down_proj.weight`. Tensors outside the decoder are
+    left out. Raises CheckpointError, which names the file or folder `where`, if there are no blocks or an expert is
+    missing.
     """
     stored_names = tuple(stored_names)
     prefix = _prefix(stored_names, family, where)
@@ -80,7 +82,7 @@ def _prefix(stored_names: tuple[str, ...], family: Family, where: object) -> str
 def _head_names(prefix: str, family: Family) -> dict[str, str]:
     """Stored name -> `lm_head.weight` or `lm_head.bias`, for a head beside the decoder or anywhere above it.
 
-    No other place counts: models also store heads for speech, for drafts and for tokens further ahead.
+    Heads in other places are left out: some models also store heads for speech, for drafts or for several tokens ahead.
     """
     above = [""]
     for part in prefix.split(".")[:-1]:
@@ -100,7 +102,9 @@ def _decoder_name(stored: str, prefix: str, family: Family) -> str | None:
 
 
 def _piece(name: str, family: Family) -> tuple[str, int, int] | None:
-    """For one expert's piece of a fused parameter: the whole's name, the expert, and which part it is."""
+    """Parse the name of one expert's piece of a fused parameter: the parameter's name, the expert, and the piece's
+    index.
+    """
     for fused in family.fused:
         for part, pattern in enumerate(fused.parts):
             expert_pattern = re.escape(pattern).replace(r"\{expert\}", r"(\d{1,5})")

@@ -1,8 +1,8 @@
-"""What a published `config.json` says of the language model, made into Transformers' configuration or refused.
+"""Turns a published `config.json` into Transformers' configuration of the language model, or refuses it.
 
-A model that also sees or hears describes its language model in `text_config`. The difficulty is what publishers leave
-in the outer object although it is about the language model: its dtype, whether its head is tied, how its weights are
-quantized. What would make blocks compute something else than the model says is refused with the reason.
+A model that also processes images or sound describes its language model in `text_config`. Publishers leave some fields
+about the language model in the outer object: its dtype, whether its head is tied, and how its weights are quantized. A
+field that would make our blocks compute something else than the published model is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from peerd.protocol.span import MAX_BLOCKS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Where publishers say how weights are quantized: all but the first are old (neuralmagic) or another program's (MLX).
+# Fields for the way in which weights are quantized. The second is an old name (neuralmagic), the third is MLX's.
 _QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
-# Ropes whose `factor` multiplies the length that a configuration may state unscaled. For all others, and where blocks
-# have ropes of several kinds (Gemma 3), `max_position_embeddings` is the scaled length.
+# For these ropes `factor` multiplies the length, which a configuration may state unscaled. For all other ropes, and
+# where blocks have ropes of several kinds (Gemma 3), `max_position_embeddings` is the scaled length.
 _LENGTHENING = ("yarn", "dynamic", "linear")
 
 
@@ -31,20 +31,23 @@ def text_config(published: Mapping[str, Any]) -> dict[str, Any]:
     text = published.get("text_config")
     if published.get("model_type") in FAMILIES or not isinstance(text, dict):
         return dict(published)
-    # The LM head is the whole model's, and so is what is said of it; the head looks at what is stored too.
+    # The LM head belongs to the whole model, so the outer field decides; `head.py` also checks which tensors are
+    # stored.
     tied = published.get("tie_word_embeddings", True)
     whole = {"tie_word_embeddings": tied}
     for fields in (_QUANTIZATION_FIELDS, _DTYPE_FIELDS):
         for field in fields:
             if published.get(field) is not None:
-                # Under whichever name the outer object has it, it stands for the inner one's.
+                # The outer value replaces the inner one, even if the two use different names of the field.
                 text = {name: value for name, value in text.items() if name not in fields}
                 whole[field] = published[field]
     return {"model_type": f"{published.get('model_type')}_text"} | text | whole
 
 
 def quantization_of(fields: Mapping[str, Any], where: object) -> Mapping[str, Any] | None:
-    """What the configuration says of quantized weights; None where they are plain. Raises UnsupportedModel."""
+    """The configuration's fields about quantized weights; None if the weights are not quantized. Raises
+    UnsupportedModel.
+    """
     for field in _QUANTIZATION_FIELDS:
         said = fields.get(field)
         if not said:
@@ -56,14 +59,16 @@ def quantization_of(fields: Mapping[str, Any], where: object) -> Mapping[str, An
 
 
 def make_config(family: Family, fields: Mapping[str, Any], where: object) -> PreTrainedConfig:
-    """The family's configuration out of published fields. Raises CheckpointError, UnsupportedModel, saying `where`."""
+    """The family's configuration, made of published fields. Raises CheckpointError or UnsupportedModel that names
+    `where`.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
-    # Transformers would look for the package that quantized the weights.
+    # With these fields Transformers would look for the package that quantized the weights.
     plain = {name: value for name, value in fields.items() if name not in _QUANTIZATION_FIELDS}
     try:
         kind: Any = family.config_type()
-        # Transformers writes an infinite number as an object of its own.
+        # Transformers writes an infinite number as a JSON object; this decodes it.
         config: PreTrainedConfig = kind.from_dict(kind._decode_special_floats(plain))
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: is no valid {family.model_type} configuration: {error}") from error
@@ -82,7 +87,7 @@ def longest_length(config: PreTrainedConfig) -> int | None:
 
 
 def _check_config(config: PreTrainedConfig, where: object) -> None:
-    """Refuse what cannot run, with the reason."""
+    """Raise, with the reason, if these blocks cannot run."""
     for field, most in (("num_hidden_layers", MAX_BLOCKS), ("hidden_size", 2**20), ("num_attention_heads", 2**20)):
         value = getattr(config, field)
         if not isinstance(value, int) or not 0 < value <= most:

@@ -1,8 +1,8 @@
-"""One safetensors file: where each tensor lies, and reading exactly those bytes.
+"""One safetensors file: finds each tensor in it, and reads exactly the tensor's bytes.
 
-Reads with `pread` rather than a memory map: what is read is what was asked for, is counted, and a file that
-somebody truncates meanwhile is an error instead of a SIGBUS. Nothing in the header is believed before it
-was checked against the file's size. Knows no model.
+It reads with `pread` instead of a memory map. So only the bytes that were asked for are read, they can be counted, and
+if another process truncates the file meanwhile, that is an error instead of a SIGBUS. No entry of the header is used
+before it was checked against the file's size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 
-# As in the reference implementation: no honest header is larger.
+# The reference implementation's limit: no honest header is larger.
 MAX_HEADER_BYTES = 100_000_000
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -37,7 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    # Exponents of two alone; torch 2.6 has no such dtype.
+    # Powers of two only; torch 2.6 does not have this dtype.
     **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
 
@@ -54,7 +54,7 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """An open safetensors file. Raises CheckpointError on opening if it isn't a whole one."""
+    """An open safetensors file. Raises CheckpointError on opening if the file is incomplete or malformed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +88,9 @@ class SafetensorsFile:
         return self._read(self.stored(name))
 
     def read_slices(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor's slices along its first dimension, one after the other, each as `read` would give it."""
+        """The tensor's slices along its first dimension, one after the other, each in memory of its own. Raises
+        CheckpointError.
+        """
         whole = self.stored(name)
         count = whole.shape[0] if whole.shape else 0
         size = whole.n_bytes // count if count else 0
@@ -141,7 +143,9 @@ class SafetensorsFile:
 
 
 def header_length(prefix: bytes | bytearray, size: int, path: Path) -> int:
-    """How long the header is that follows a file's first 8 bytes. `size` is the file's. Raises CheckpointError."""
+    """The length of the header that follows a file's first 8 bytes, `prefix`; the file has `size` bytes. Raises
+    CheckpointError.
+    """
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path}: its header claims {length} bytes, the file has {size}")
@@ -149,7 +153,7 @@ def header_length(prefix: bytes | bytearray, size: int, path: Path) -> int:
 
 
 def parse_header(header: bytes | bytearray, size: int, path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors lie in a file of `size` bytes, by name. Raises CheckpointError."""
+    """The tensors in a file of `size` bytes, by name, with their offsets. Raises CheckpointError."""
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError) as error:

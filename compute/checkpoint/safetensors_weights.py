@@ -1,7 +1,7 @@
-"""A folder of safetensors shards, read as the parameters of a decoder.
+"""Reads the parameters of a decoder from a folder of safetensors shards.
 
-Opens a shard only when one of its tensors is read, so that a span needs only the shards that hold it.
-Knows files and recipes; knows no modules, and not whether the folder is here or on the hub.
+A shard is opened only when one of its tensors is read, so a span needs only the shards that hold it. The folder may be
+on this machine or on the hub; `Folder` hides which.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peerd.compute.families.family import Family
 class SafetensorsWeights:
     """Implements `Weights`. Raises CheckpointError if the folder has no safetensors or its index is malformed.
 
-    Closes the folder with itself.
+    `close` closes the folder too.
     """
 
     def __init__(self, folder: Folder, family: Family, packing: Packing | None = None) -> None:
@@ -36,7 +36,7 @@ class SafetensorsWeights:
         self._headers: dict[str, Mapping[str, StoredTensor]] = {}
         try:
             self._shard_of = self._index()
-            # What recipes call a stored tensor may lie here in several pieces.
+            # If the weights are quantized, a tensor that recipes name may be stored in several pieces.
             self._pieces = packing.sort(self._shard_of) if packing else {}
             self._recipes = recipes(self._whole_names(family), family, self.directory)
         except BaseException:
@@ -119,7 +119,7 @@ class SafetensorsWeights:
             raise CheckpointError(f"{self.directory}: tensor {parameter} is missing") from None
 
     def _whole_names(self, family: Family) -> list[str]:
-        """The stored tensors' names, where those in pieces count as one under their parameter's name."""
+        """The stored tensors' names; the pieces of one quantized tensor count as one, under the tensor's name."""
         used = {piece for pieces in self._pieces.values() for piece in pieces.values()}
         plain = [name for name in self._shard_of if name not in used]
         if self._packing:
@@ -128,7 +128,7 @@ class SafetensorsWeights:
         return [*plain, *self._pieces]
 
     def _stored_names(self, parameter: str) -> list[str]:
-        """What must be read for a parameter, in an order that does not depend on the file's."""
+        """The stored tensors that make a parameter, in an order that does not depend on the file's."""
         names = self._recipe(parameter).names
         return [piece for name in names for piece in sorted(self._pieces.get(name, {"": name}).values())]
 
@@ -160,7 +160,7 @@ class SafetensorsWeights:
         return self._packing.unpack_slices(pieces, dtype or torch.float32)
 
     def _read_pieces(self, name: str) -> Pieces | None:
-        """The tensors that make a quantized one; None for one that is stored plain."""
+        """The pieces of a quantized tensor; None for a tensor that is not quantized."""
         pieces = self._pieces.get(name)
         if pieces is None:
             return None
@@ -168,7 +168,7 @@ class SafetensorsWeights:
         return Pieces(tensors, name, self.directory)
 
     def _read_experts(self, parameter: str, recipe: Recipe, dtype: torch.dtype | None) -> torch.Tensor:
-        """Read expert by expert into the whole, so that no second copy of it is ever held."""
+        """Read expert by expert into one tensor, so that memory never holds a second copy of all experts."""
         first = [self._read_one(name, dtype) for name in recipe.names[: recipe.parts]]
         if any(piece.ndim != 2 for piece in first):
             raise CheckpointError(f"{self.directory}: tensor {parameter} has experts that are no matrices")
@@ -190,7 +190,7 @@ def _read_index(path: Path) -> Mapping[str, str]:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not an index of shards") from error
     for name, shard in items.items():
-        # A shard lies beside its index: an index may not name other files of this machine.
+        # Shards lie beside their index: an index must not name other files of this machine.
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: tensor {name} is said to lie in {shard!r}, which is no shard's name")
     return items

@@ -1,9 +1,9 @@
-"""A checkpoint's tokenizer, which carries its chat template, and the tokens that end an answer.
+"""Loads a checkpoint's tokenizer, with its chat template, and finds the tokens that end an answer.
 
-Transformers' own, never code that came with the model. From a GGUF file the generic class is asked
-directly: `AutoTokenizer` would parse the whole file again to find out which class to use, and splits text the
-same. The difficulty is what a GGUF file leaves out: it names one token that ends a text, where a chat model
-has another for the end of its turn.
+The tokenizer is Transformers' own, never code that came with the model. For a GGUF file the generic class is called
+directly: `AutoTokenizer` would parse the whole file once more to find out which class to use, and splits text in the
+same way. A GGUF file names only one token that ends a text, but a chat model has another for the end of its turn, which
+must be found here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         reason = f"field {error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path}: has no tokenizer that can be loaded: {reason}") from error
     except Exception as error:
-        # What the tokenizers package raises of a vocabulary that contradicts itself has no type of its own.
+        # For a vocabulary that contradicts itself, the tokenizers package raises a plain Exception.
         if type(error) is not Exception:
             raise
         raise CheckpointError(f"{path}: has no tokenizer that can be loaded: {error}") from error
@@ -45,10 +45,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """How the publisher means the model to be sampled, with every token that ends an answer.
+    """The publisher's settings for sampling, with every token that ends an answer.
 
-    To those that the configurations name, what the tokenizer calls the end is added, and what the chat template ends a
-    turn with: a model that was tuned for chat often still has the configuration of the one it was made from.
+    The configurations name some of these tokens. The tokenizer's own end token is added, and the tokens with which the
+    chat template ends a turn: a model that was tuned for chat often still has the configuration of the model it was
+    made from.
     """
     config = copy.deepcopy(checkpoint.generation_config)
     stated = config.eos_token_id
@@ -56,7 +57,7 @@ def generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
         stated = checkpoint.config.eos_token_id
     ids = [] if stated is None else [stated] if isinstance(stated, int) else list(stated)
     if checkpoint.is_gguf:
-        # It names one end only, and may come without its template.
+        # A GGUF file names one end only, and may come without its template.
         ids += turn_ends(" ".join(KNOWN_ENDS), tokenizer.get_added_vocab())
     else:
         added = tokenizer.added_tokens_decoder.items()
@@ -64,7 +65,7 @@ def generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
         ids += turn_ends(getattr(tokenizer, "chat_template", None), special)
     if tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))
-    # Transformers adds tokens of its own, which the model has no embedding for.
+    # Transformers adds tokens of its own, for which the model has no embedding.
     size = checkpoint.config.vocab_size
     config.eos_token_id = list(dict.fromkeys(token for token in ids if 0 <= token < size)) or None
     return config

@@ -1,8 +1,8 @@
-"""Which of a tokenizer's special tokens end a turn, by what its chat template writes after a message.
+"""Finds a tokenizer's special tokens that end a turn, from what its chat template writes after a message.
 
-A template is a program that came with the model, so it is parsed and never run here. A special token that it writes
-right after a message's content ends a turn, whatever it is called; the names that publishers use are known besides, for
-templates that put something between the two. Knows templates and tokens; knows no checkpoint.
+A template is a program that came with the model, so it is parsed here and never run. A special token that it writes
+right after a message's content ends a turn, whatever its name. Some templates write something between the content and
+the end; for these there is a list of the names that publishers use.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# What published templates call the end of a turn: ChatML, Llama 3 and 4, Phi, Gemma 2 to 4, Cohere, DeepSeek, SmolVLM,
-# Ling, MiniMax, HyperCLOVA; and of texts without a template.
+# The names that published templates use for the end of a turn (ChatML, Llama 3 and 4, Phi, Gemma 2 to 4, Cohere,
+# DeepSeek, SmolVLM, Ling, MiniMax, HyperCLOVA), and those that end a text without a template.
 KNOWN_ENDS = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -33,9 +33,9 @@ KNOWN_ENDS = (
     "<|end_of_text|>",
     "<|endoftext|>",
 )
-# In OpenAI's Harmony `<|end|>` is between two messages of one answer, and these are its ends.
+# In OpenAI's Harmony format `<|end|>` separates two messages of one answer; these two end the answer.
 HARMONY_ENDS = ("<|return|>", "<|call|>")
-# A tag of Transformers' own, which marks what training counts.
+# A tag that only Transformers knows: it marks the text on which a model is trained.
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _CONTENT_NAMES = ("content", "text")
 
@@ -43,7 +43,7 @@ _CONTENT_NAMES = ("content", "text")
 def turn_ends(template: object, special: Mapping[str, int]) -> list[int]:
     """The ids of special tokens (`special`: text -> id) with which this chat template ends a turn.
 
-    `template` is one template, or several by name. None of them has to parse: then only known names count.
+    `template` is one template, or several by name. If a template does not parse, only the known names in it count.
     """
     if HARMONY_ENDS[0] in special:
         return [special[end] for end in HARMONY_ENDS if end in special]
@@ -56,7 +56,7 @@ def turn_ends(template: object, special: Mapping[str, int]) -> list[int]:
 
 
 def _after_content(source: str, special: Iterable[str]) -> Iterator[str]:
-    """The special tokens that follow a message's content at once."""
+    """The special tokens that directly follow a message's content."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
 
     environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
@@ -64,7 +64,7 @@ def _after_content(source: str, special: Iterable[str]) -> Iterator[str]:
         outputs = list(environment.parse(_GENERATION_TAG.sub("", source)).find_all(nodes.Output))
     except (TemplateSyntaxError, RecursionError):
         return
-    # Of tokens that begin alike, the longest.
+    # If several tokens match, the longest is meant.
     longest_first = sorted(special, key=len, reverse=True)
     for output in outputs:
         parts = [part for node in output.nodes for part in _parts(node)]
@@ -74,7 +74,9 @@ def _after_content(source: str, special: Iterable[str]) -> Iterator[str]:
 
 
 def _parts(node: Any) -> Iterator[str | None]:
-    """What an expression writes, from left to right: literal text, None for a message's content, "" for all else."""
+    """The parts that an expression writes, left to right: literal text, None for a message's content, "" for anything
+    else.
+    """
     from jinja2 import nodes
 
     if isinstance(node, nodes.TemplateData):
@@ -90,7 +92,7 @@ def _parts(node: Any) -> Iterator[str | None]:
     elif isinstance(node, nodes.Filter) and node.node is not None:
         yield from _parts(node.node)
     elif isinstance(node, nodes.Call):
-        # `message.content.strip()`.
+        # For example `message.content.strip()`.
         yield from _parts(node.node.node if isinstance(node.node, nodes.Getattr) else node.node)
     else:
         yield None if _is_content(node) else ""

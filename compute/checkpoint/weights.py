@@ -1,4 +1,4 @@
-"""What a checkpoint needs of the files that hold its tensors, whatever their format."""
+"""The interface between a checkpoint and the files that hold its tensors, the same for every format."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-# What publishers call their weights: one file, or shards that an index lists.
+# Publishers' names for weights files: one file, or an index that lists shards.
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredBytes:
-    """One tensor as a file holds it, for digests: its stored name, dtype and shape, and its bytes untouched."""
+    """One tensor exactly as a file stores it, for digests: its stored name, dtype, shape and bytes."""
 
     name: str
     dtype: str
@@ -27,28 +27,30 @@ class StoredBytes:
 class Weights(Protocol):
     """A decoder's parameters by the decoder's own names (`layers.7.mlp.down_proj.weight`), and `lm_head.weight`.
 
-    Every method that takes a parameter raises CheckpointError if it is missing or its file is not whole.
+    Every method that takes a parameter raises CheckpointError if it is missing or its file is incomplete.
     """
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of all parameters there are."""
+        """The names of all parameters."""
         ...
 
     def digests(self) -> Mapping[str, bytes]:
-        """The sha256, 32 bytes, of every weights file of the checkpoint, by its name."""
+        """The sha256 (32 bytes) of every weights file of the checkpoint, by file name."""
         ...
 
     def fetch(self, parameters: Iterable[str]) -> None:
-        """Have the files that hold these on this machine, until they are closed; reading does the same, one by one."""
+        """Download the files that hold these parameters, and keep them until `close`. Reading does so too, one file at
+        a time.
+        """
         ...
 
     def download_bytes(self, parameters: Iterable[str]) -> int:
-        """What the files that hold these take of the disk once they are downloaded; 0 where they never are."""
+        """The disk space of these parameters' files once they are downloaded, in bytes; 0 for local files."""
         ...
 
     def on_disk(self, parameter: str) -> bool:
-        """Whether it can be read without fetching anything."""
+        """Whether the parameter can be read without a download."""
         ...
 
     @property
@@ -58,22 +60,27 @@ class Weights(Protocol):
 
     @property
     def packing(self) -> str:
-        """How the publisher quantized the weights; empty where they are plain."""
+        """The publisher's way of quantizing the weights; empty if they are not quantized."""
         ...
 
     def stored_dtype(self, parameter: str) -> torch.dtype | None:
-        """What a parameter is stored in, without reading it; None where it is quantized, or torch has no such dtype."""
+        """The dtype in which a parameter is stored, without reading it; None if it is quantized or torch has no such
+        dtype.
+        """
         ...
 
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One parameter in its stored dtype, or in `dtype` (fp32 if None) if it is dequantized; in memory of its own.
+        """Read one parameter into memory of its own, in its stored dtype; if it is quantized, in `dtype` (fp32 if
+        None).
 
-        A GGUF file's come in fp32.
+        The parameters of a GGUF file come in fp32.
         """
         ...
 
     def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        """A parameter of three dimensions, one matrix of its first dimension after the other, as `read` gives it."""
+        """Read a parameter of three dimensions, one matrix of its first dimension after the other. For dtypes see
+        `read`.
+        """
         ...
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
@@ -81,5 +88,5 @@ class Weights(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         ...

@@ -1,13 +1,14 @@
-"""What the blocks of a span keep of a row, and how they share one pool of pages.
+"""Decides which positions of a row each block keeps, and how the blocks of a span share one pool of pages.
 
-A block with full attention keeps every position; one with a window or with chunks keeps what a query may
-still see, `max_rollback` positions further back. Pure arithmetic on positions and counts. The difficulty is
-that memory which one kind of block frees must serve the other. So a page is `page_tokens` positions of
-`blocks_per_page` blocks, the same bytes for everybody: the span's blocks are split into groups of that many
-that keep alike, and a row has pages of its own in every group.
+A block with full attention keeps every position. A block with a window or with chunks keeps what a query may still see,
+`max_rollback` positions further back. All of it is arithmetic on positions and counts.
 
-A KV token, in which memory is committed and counted, is the memory of one position in every block. A row
-of full attention takes one a position; a row in a span with windows takes fewer once it is longer than they.
+Memory that one kind of block frees must be usable by the other kinds. So every page has the same size in bytes:
+`page_tokens` positions of `blocks_per_page` blocks. The span's blocks are split into groups of `blocks_per_page` blocks
+with the same retention rule, and a row has its own pages in every group.
+
+Memory is committed and counted in KV tokens: one KV token is the memory of one position in every block. A row with full
+attention takes one KV token a position; a row in a span with windows takes fewer once it is longer than they.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ from dataclasses import dataclass
 
 from peerd.compute.families.layer_kinds import LayerKind
 
-# Rows of a session seldom end on a page's border: half a page a row is lost. Smaller pages cost bookkeeping.
+# The last page of a row is seldom full: on average half a page a row is lost. Smaller pages would cost bookkeeping.
 PAGE_TOKENS = 16
-# A prefill of more positions is cut, so that whoever decodes beside it waits no longer than for these.
+# A longer prefill is cut into batches of this many positions, so that rows that decode beside it wait no longer than
+# for one such batch.
 BATCH_TOKENS = 256
-# After a failure a client sends again what was not answered, and whoever had computed it goes back: so many
-# positions beyond `max_rollback`. Decodes fit; of a prefill under way a row starts again from nothing.
+# After a failure a client sends the unanswered steps again, and a hop that had computed them cuts its rows back: by up
+# to this many positions more than `max_rollback`. That is enough for decodes; a row whose prefill was under way starts
+# again from nothing.
 RESENT_POSITIONS = 64
-# What one more group costs beside wasted memory: views and indices that each batch builds for it.
+# What one more group costs beside wasted memory: the views and indices that each batch builds for it.
 _GROUP_COST = 0.01
-# At the lengths that windows are made for, a block with one keeps about so much of what the others do.
+# At the lengths that windows are made for, a block with a window keeps about this share of what the other blocks keep.
 _LIMITED_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Which positions of a row a block still needs; all of them where neither is set."""
+    """Which positions of a row a block still needs: all of them if neither `window` nor `chunk` is set."""
 
     window: int | None = None
     chunk: int | None = None
@@ -46,7 +49,7 @@ class Keep:
         return None if self.chunk is None else self.chunk - 1
 
     def first_seen(self, query: int) -> int:
-        """The first position that the query at `query` sees, and with it every later one."""
+        """The first position that the query at `query` sees; it sees all later ones up to its own."""
         if self.window is not None:
             return max(query - self.window + 1, 0)
         return 0 if self.chunk is None else query // self.chunk * self.chunk
@@ -57,7 +60,9 @@ EVERYTHING = Keep()
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one kind of block wants for a session: `pages_per_row` in each of `groups` groups, kept by `keep`."""
+    """What the blocks with one retention rule, `keep`, need for a session: `pages_per_row` pages in each of `groups`
+    groups.
+    """
 
     keep: Keep
     groups: int
@@ -66,10 +71,14 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """How a span's blocks share pages. `group_of` and `place_of` go by the span's own numbers of blocks, from 0."""
+    """How a span's blocks share pages.
+
+    `group_of` and `place_of` give a block's group and its place within the pages of that group; blocks are numbered
+    from 0 within the span.
+    """
 
     blocks_per_page: int
-    #: Each way to keep, and how many groups keep so; groups are numbered in this order.
+    #: The retention rules, each with the number of groups that follow it; groups are numbered in this order.
     kinds: tuple[tuple[Keep, int], ...]
     group_of: tuple[int, ...]
     place_of: tuple[int, ...]
@@ -79,24 +88,26 @@ class KVLayout:
         return sum(groups for _, groups in self.kinds)
 
     def page_sets(self, kv_tokens: int, page_tokens: int) -> int:
-        """Sets of one page in every group that fit into the memory of `kv_tokens` positions of every block."""
+        """How many sets, of one page in every group, fit into the memory of `kv_tokens` KV tokens."""
         return kv_tokens * len(self.group_of) // (self.groups * self.blocks_per_page * page_tokens)
 
     def demands(self, max_length: int, max_rollback: int, batch_tokens: int, page_tokens: int) -> tuple[Demand, ...]:
-        """What a row of a session wants of each kind. Who wants pages for all positions anyway keeps everything."""
+        """What one row of a session needs of each kind of block. A kind that needs pages for all positions keeps
+        everything.
+        """
         whole = pages_for(max_length, page_tokens)
         demands = []
         for keep, groups in self.kinds:
             pages = whole
             if keep.reach is not None:
-                # Behind the longest rollback a query's whole reach, and before it what one batch adds.
+                # A query at the longest rollback needs its whole reach behind it, and one batch may be added in front.
                 positions = keep.reach + kept_back(max_rollback) + batch_tokens
                 pages = min(whole, pages_for(positions - 1, page_tokens) + 1)
             demands.append(Demand(EVERYTHING if pages == whole else keep, groups, pages))
         return tuple(demands)
 
     def sets_wanted(self, demands: Sequence[Demand], max_rows: int) -> int:
-        """Whole sets that a session commits."""
+        """How many whole page sets a session commits."""
         return pages_for(max_rows * sum(each.groups * each.pages_per_row for each in demands), self.groups)
 
     def tokens_wanted(
@@ -108,12 +119,12 @@ class KVLayout:
         page_tokens: int = PAGE_TOKENS,
         batch_tokens: int = BATCH_TOKENS,
     ) -> int:
-        """KV tokens that a session commits."""
+        """How many KV tokens a session commits."""
         demands = self.demands(max_length, max_rollback, batch_tokens, page_tokens)
         return self.sets_wanted(demands, max_rows) * page_tokens
 
     def bytes_per_token(self, kinds: Sequence[LayerKind], itemsize: int) -> int:
-        """Bytes of a KV token: of one position in every block, `kinds`, and of what pages have too many."""
+        """Bytes of a KV token: one position in every block, `kinds`, and the unused parts of incomplete groups."""
         if self.groups == 1:
             return sum(kind.values_per_token for kind in kinds) * itemsize
         return self.groups * self.blocks_per_page * kinds[0].values_per_token * itemsize
@@ -125,14 +136,14 @@ def pages_for(count: int, size: int) -> int:
 
 
 def kept_back(max_rollback: int) -> int:
-    """How far back a row can be cut for certain."""
+    """How many positions from its end a row can certainly be cut."""
     return max_rollback + RESENT_POSITIONS
 
 
 def lay_out(kinds: Sequence[LayerKind]) -> KVLayout:
-    """The layout of a span of these blocks. Where their caches differ in shape all keep everything.
+    """The page layout of a span of these blocks.
 
-    A page of one could not serve another.
+    If the shapes of their caches differ, all blocks keep everything: a page of one shape could not serve the other.
     """
     shapes = {(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in kinds}
     if len(shapes) > 1:
@@ -141,7 +152,7 @@ def lay_out(kinds: Sequence[LayerKind]) -> KVLayout:
 
 
 def group(keeps: Sequence[Keep]) -> KVLayout:
-    """The layout of blocks that keep so."""
+    """The page layout for blocks with these retention rules."""
     counts = Counter(keeps)
     size = min(range(1, max(counts.values()) + 1), key=lambda size: (_cost(counts, size), -size))
     kinds = tuple((keep, pages_for(count, size)) for keep, count in counts.items())
@@ -161,7 +172,7 @@ def group(keeps: Sequence[Keep]) -> KVLayout:
 
 
 def _cost(counts: Counter[Keep], size: int) -> float:
-    """How bad pages of `size` blocks are: the share of memory that they waste, and what their number costs."""
+    """How bad pages of `size` blocks are: the share of memory that they waste, plus the cost of the groups' number."""
     weights = {keep: 1.0 if keep.reach is None else _LIMITED_SHARE for keep in counts}
     needed = sum(weights[keep] * count for keep, count in counts.items())
     wasted = sum(weights[keep] * (-count % size) for keep, count in counts.items())

@@ -1,11 +1,12 @@
-"""KV memory in pages: who owns which, and which rows share one.
+"""Hands out KV memory in pages: which row owns which pages, and which rows share one.
 
-Knows page numbers; knows no tensors. A session reserves at opening all pages it could ever need, so a
-row that grows is never refused, and the free count is exact at any moment. Rows of a session share
-pages by reference count until one of them writes. A row that keeps its last positions only gives
-pages back at its beginning and takes them at its end. The difficulty is locality: a row whose pages lie
-side by side can be read without a gather, so each row has a home, a run of neighbouring pages where
-the pool has one, and takes its pages there, round and round if it outgrows it.
+Only page numbers occur here, no tensors. When a session opens, it reserves all pages that it could ever need, so a row
+that grows is never refused, and the count of free pages is exact at any moment. Rows of a session share pages, with
+reference counts, until one of them writes. A row that keeps only its last positions gives pages back at its beginning
+and takes pages at its end.
+
+A row whose pages lie side by side can be read without a gather. So each row has a home, a run of neighbouring pages if
+the pool has one. It takes its pages there, and begins again at the home's start when it outgrows it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _FREE = b"\x01"
 
 
 class PagePool:
-    """All pages of one span, committed in sets of one page a group. The main thread alone touches it."""
+    """All pages of one span, committed in sets of one page a group. Only the main thread uses it."""
 
     def __init__(self, sets: int, page_tokens: int, groups: int = 1) -> None:
         if sets < 1 or page_tokens < 1:
@@ -48,7 +49,7 @@ class PagePool:
         return self.free_sets * self.page_tokens
 
     def reserve(self, rows: int, demands: Sequence[Demand]) -> PageReserve:
-        """Take for each of `rows` what `demands` say. Raises NoRoomError, and then takes none."""
+        """Take what `demands` say for each of `rows` rows. Raises NoRoomError, and then takes nothing."""
         wanted = pages_for(rows * sum(demand.groups * demand.pages_per_row for demand in demands), self.groups)
         if wanted > self.free_sets:
             free, tokens = self.free_tokens, wanted * self.page_tokens
@@ -64,7 +65,7 @@ class PagePool:
         return PageReserve(self, wanted, stocks)
 
     def give_back(self, sets: int, homes: Sequence[Sequence[int]]) -> None:
-        """Free what a reserve took."""
+        """Free what a reserve took: its page sets and the pages of its `homes`."""
         for home in homes:
             for page in home:
                 self._map[page] = 1
@@ -87,7 +88,7 @@ class PagePool:
 
 
 class PageReserve:
-    """One session's pages: a stock for each way to keep."""
+    """One session's pages, as one stock for each retention rule."""
 
     def __init__(self, pool: PagePool, sets: int, stocks: tuple[PageStock, ...]) -> None:
         self.stocks = stocks
@@ -105,9 +106,10 @@ class PageReserve:
 
 
 class PageStock:
-    """A session's pages in the groups that keep alike, and how many of its rows hold each.
+    """A session's pages in the groups with one retention rule, and how many of its rows hold each page.
 
-    A page here is one page of the pool in each of the groups: numbered from 0, a row's home after the other.
+    A page here stands for one page of the pool in each of these groups. The pages are numbered from 0: first the home
+    of row 0, then the home of row 1, and so on.
     """
 
     def __init__(self, page_tokens: int, homes: list[list[Sequence[int]]]) -> None:
@@ -128,11 +130,11 @@ class PageStock:
 
     @property
     def homes(self) -> list[Sequence[int]]:
-        """The pool's pages that are ours."""
+        """The pool's pages that this stock took."""
         return [home for homes in self._homes for home in homes]
 
     def take(self, row: int, index: int) -> int:
-        """A page for the row's `index`-th place: the one at its home where nobody holds it."""
+        """Take a page for the row's `index`-th place: the one at its home if that is free, else any free one."""
         page = row * self._per_row + index % self._per_row
         if page in self._free:
             self._free.remove(page)
@@ -142,11 +144,11 @@ class PageStock:
         return page
 
     def hold(self, page: int) -> None:
-        """One more row has the page."""
+        """Count one more row that holds the page."""
         self._holders[page] += 1
 
     def drop(self, page: int) -> None:
-        """One row less has the page."""
+        """Count one row less that holds the page."""
         self._holders[page] -= 1
         if not self._holders[page]:
             del self._holders[page]
@@ -156,7 +158,7 @@ class PageStock:
         return self._holders[page] > 1
 
     def in_pool(self, pages: Sequence[int]) -> list[Sequence[int]]:
-        """For each group the pool's pages: a `range` where they lie side by side, else a tuple."""
+        """The pool's pages for each group: as a `range` if they lie side by side, else as a tuple."""
         if not pages:
             return [()] * len(self._homes)
         first, count = pages[0], len(pages)
@@ -170,13 +172,13 @@ class PageStock:
         return [tuple(group[page] for page in pages) for group in self._flat]
 
     def copies(self, source: int, target: int) -> list[PageCopy]:
-        """What copies a page in every group."""
+        """The copies that make page `target` equal to page `source` in every group."""
         found = self.in_pool((source,)), self.in_pool((target,))
         return [PageCopy(before[0], after[0]) for before, after in zip(*found, strict=True)]
 
 
 class PageTable:
-    """One row's cache in one stock: its length in positions, and the pages that hold the last of them."""
+    """One row's pages in one stock: the row's length in positions, and the pages that hold the last of them."""
 
     def __init__(self, stock: PageStock, row: int) -> None:
         self.length = 0
@@ -194,14 +196,14 @@ class PageTable:
         return len(self._pages)
 
     def snapshot(self) -> list[RowPages]:
-        """The row's pages in order, for each group. Not to be changed."""
+        """The row's pages in order, for each group. The caller must not change them."""
         if self._snapshot is None:
             first = self._first * self._stock.page_tokens
             self._snapshot = [RowPages(first, pages) for pages in self._stock.in_pool(self._pages)]
         return self._snapshot
 
     def cut(self, length: int) -> None:
-        """Forget the positions from `length` on. Those before it that are still needed must be here."""
+        """Forget the positions from `length` on. The table must still hold those before `length` that are needed."""
         if length >= self.length:
             return
         self.length = length
@@ -237,7 +239,9 @@ class PageTable:
         return copies
 
     def become(self, source: PageTable, length: int) -> None:
-        """Share the first `length` positions of `source`, or what it keeps of them, in place of what this row had."""
+        """Replace this row by the first `length` positions of `source`, or what `source` keeps of them, and share its
+        pages.
+        """
         first = source._first
         pages = source._pages[: max(pages_for(length, self._stock.page_tokens) - first, 0)]
         for page in pages:

@@ -1,11 +1,9 @@
 """The KV pool of a span: tensors of keys and of values, addressed by slot.
 
-Knows slots, segments and device tensors; knows neither sessions nor attention. A page is `page_tokens`
-neighbouring slots, in each of as many tensors as a page has blocks. The blocks of other groups
-(`kv_layout`) use the same tensors, with pages of their own. Slots lie along the second axis,
-`[kv_heads, slots, width]`, so that a row whose pages lie side by side reads as a view with the
-strides of a cache of its own: no gather, no copy. Only slots that were written are ever read: a
-stale NaN of somebody else's would survive any mask.
+A page is `page_tokens` neighbouring slots in each of `blocks_per_page` tensors. The blocks of all groups
+(`kv/layout.py`) use the same tensors, each group with its own pages. Slots lie along the second axis, `[kv_heads,
+slots, width]`, so that a row whose pages lie side by side is a view with the strides of a cache of its own: no gather,
+no copy. Only slots that were written are ever read, because a stale NaN of another session would survive any mask.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ from peerd.compute.steps import PageCopy, RowPages, Segment
 
 
 class KVPool:
-    """Keys and values of every block of a span. The device thread's.
+    """The keys and values of every block of a span. Only the device thread uses it.
 
-    `keys[layer]` and `values[layer]` are `[kv_heads, slots, width]`, by the span's own numbers of layers; those at
-    the same place in different groups are one tensor.
+    `keys[layer]` and `values[layer]` are `[kv_heads, slots, width]`; blocks are numbered from 0 within the span. Blocks
+    at the same place in different groups have the same tensor.
     """
 
     def __init__(
@@ -41,18 +39,18 @@ class KVPool:
         self.page_tokens = page_tokens
         self.device = device
         self.layout = layout
-        #: Where a decode's padding writes: the first slot of a page beyond all that rows own.
+        #: The slot into which a decode's padding writes: the first of a page beyond all that rows own.
         self.scratch_slot = pages * page_tokens
         slots = (pages + 1) * page_tokens
         first = [kinds[layout.place_of.index(place)] for place in range(layout.blocks_per_page)]
-        # Untouched memory costs nothing on the CPU, so a pool may be larger than what is in use.
+        # On the CPU untouched memory costs nothing, so a pool may be larger than what is in use.
         self._keys = [torch.empty(kind.kv_heads, slots, kind.key_dim, device=device, dtype=dtype) for kind in first]
         self._values = [torch.empty(kind.kv_heads, slots, kind.value_dim, device=device, dtype=dtype) for kind in first]
         self.keys = [self._keys[place] for place in layout.place_of]
         self.values = [self._values[place] for place in layout.place_of]
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        """Copy whole pages, as if all at once."""
+        """Copy whole pages. All sources are read before any target is written."""
         if not copies:
             return
         sources = self._page_slots([copy.source for copy in copies])
@@ -61,7 +59,7 @@ class KVPool:
             stored.index_copy_(1, targets, stored.index_select(1, sources))
 
     def slots(self, segment: Segment, group: int) -> RowSlots:
-        """Where the segment's row lies in a group, from the first position kept there to the segment's last."""
+        """The slots of the segment's row in a group, from the first position that is kept there to the segment's last."""
         row: RowPages = segment.groups[group]
         if isinstance(row.pages, range):
             return RowSlots(row.first, segment.end, row.pages.start * self.page_tokens, None)
@@ -74,7 +72,9 @@ class KVPool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSlots:
-    """The slots of a row's positions from `first` to `length - 1`: neighbours from `slot` on, or those in `index`."""
+    """The slots of a row's positions from `first` to `length - 1`: neighbours that begin at `slot`, or those in
+    `index`.
+    """
 
     first: int
     length: int
@@ -98,7 +98,7 @@ class RowSlots:
 
 
 class KVWriter:
-    """Where the new positions of a batch go, worked out once for all blocks."""
+    """Writes the new positions of a batch; their slots are computed once for all blocks."""
 
     def __init__(self, rows: Sequence[RowSlots], segments: Sequence[Segment], device: torch.device) -> None:
         tails = [row.tail(segment.start) for row, segment in zip(rows, segments, strict=True)]

@@ -1,9 +1,10 @@
-"""One row's cache in all blocks of a span, and how far back it can still be cut.
+"""One row's cache in all blocks of a span, and how far back the row can still be cut.
 
-Blocks that keep only the last positions decide that: `floor` is the length from which on a row may be cut
-anywhere. It rises with the row, to `kept_back(max_rollback)` positions behind the longest that the row has
-been. Below it a row may be cut where no block misses anything that the next position sees, and always to 0.
-What blocks no longer need is given back once a batch has ended, so a step that failed in it can be undone.
+That depends on the blocks that keep only the last positions. `floor` is the length down to which a row may be cut
+anywhere. It rises with the row, to `kept_back(max_rollback)` positions behind the longest length that the row has had.
+Below the floor a row may be cut only if no block has lost anything that the next position sees; it may always be cut to
+0. Pages that blocks no longer need are given back only after a batch has ended, so that a step that failed in the batch
+can be undone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class RowState(NamedTuple):
 
 
 class Retention:
-    """What a session's rows keep: the same for each of them."""
+    """What a session's rows keep; it is the same for each row."""
 
     def __init__(self, demands: Sequence[Demand], max_rollback: int) -> None:
         self._keeps = tuple(demand.keep for demand in demands)
@@ -33,28 +34,28 @@ class Retention:
 
     @property
     def keeps_everything(self) -> bool:
-        """Whether rows may be cut anywhere, ever."""
+        """Whether rows may be cut at any length at any time."""
         return not self._limited
 
     def allows_cut(self, state: RowState, length: int) -> bool:
-        """Whether such a row can go on from `length` positions, of those that it has."""
+        """Whether a row in this state can go on from `length`, which is not more than its length."""
         if length >= state.floor or not length:
             return True
         return all(keep.first_seen(length) >= keep.first_seen(state.floor) for keep in self._limited)
 
     def after(self, state: RowState, start: int, end: int) -> RowState:
-        """The row once it was cut at `start` and grew to `end`."""
+        """The row's state after it was cut at `start` and grew to `end`."""
         if not self._limited:
             return RowState(end)
         return RowState(end, max(state.floor if start else 0, end - self._back, 0))
 
     def first_needed(self, floor: int) -> tuple[int, ...]:
-        """By kind of block the first position that a row with this floor needs."""
+        """For each retention rule, the first position that a row with this floor needs."""
         return tuple(keep.first_seen(floor) for keep in self._keeps)
 
 
 class RowCache:
-    """One row of a session: a page table for each kind of block."""
+    """One row of a session: a page table for each retention rule."""
 
     def __init__(self, reserve: PageReserve, row: int, retention: Retention) -> None:
         self.floor = 0
@@ -74,17 +75,17 @@ class RowCache:
 
     @property
     def held_pages(self) -> list[int]:
-        """Pages of each kind that the row holds or shares."""
+        """For each retention rule, how many pages the row holds or shares."""
         return [table.held_pages for table in self._tables]
 
     def snapshot(self) -> Sequence[RowPages]:
-        """Where the row lies, by group. Not to be changed."""
+        """The row's pages, by group. The caller must not change them."""
         if len(self._tables) == 1:
             return self._tables[0].snapshot()
         return [pages for table in self._tables for pages in table.snapshot()]
 
     def cut(self, length: int) -> None:
-        """Forget the positions from `length` on; all of them where what is left could not be gone on from."""
+        """Forget the positions from `length` on, or all of them if the row could not go on from what is left."""
         if length >= self.length:
             return
         if not length or not self._retention.allows_cut(self.state, length):
@@ -105,7 +106,7 @@ class RowCache:
         self.floor = source.floor if length else 0
 
     def settle(self) -> None:
-        """Give back what no rollback that was promised needs: nothing runs on this row."""
+        """Give back the pages that no promised rollback needs. Call it only while no batch uses the row."""
         floor = self._retention.after(self.state, self.length, self.length).floor
         if floor > self.floor:
             self.floor = floor

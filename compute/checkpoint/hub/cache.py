@@ -1,8 +1,8 @@
-"""One repository in huggingface_hub's cache on this disk: the layout that all programs here share.
+"""One repository in huggingface_hub's cache on this disk, whose layout many programs share.
 
-`blobs/` holds contents by their hash, `snapshots/COMMIT/` links names to them, `refs/` says which commit a branch was
-last. What the hub said of a commit is kept too, in peerd's own folder, so that a server can start again without it.
-Knows no HTTP and no locks.
+`blobs/` holds contents by their hash, `snapshots/COMMIT/` links file names to them, and `refs/` says to which commit a
+branch was last resolved. The hub's list of a commit's files is kept too, in peerd's own folder, so that a server can
+start again while the hub is unreachable.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from peerd.compute.checkpoint.hub.http import HubFile, Listing
 from peerd.compute.checkpoint.hub.id import is_commit
 from peerd.compute.checkpoint.hub.settings import HubSettings
 
-# Not huggingface_hub's own suffix: other versions of it would append to our file, or delete it.
+# This is not huggingface_hub's own suffix, because other versions of it would append to our file, or delete it.
 PARTIAL_SUFFIX = ".peerd-incomplete"
 
 
 class HubCache:
-    """What is on this disk of one repository."""
+    """The files of one repository on this disk."""
 
     def __init__(self, settings: HubSettings, repo: str) -> None:
         name = f"models--{repo.replace('/', constants.REPO_ID_SEPARATOR)}"
@@ -40,11 +40,11 @@ class HubCache:
         return self.folder / "snapshots" / commit
 
     def blob(self, file: HubFile) -> Path:
-        """Where the file's content lies, or will lie."""
+        """The path of the file's content, whether it is here yet or not."""
         return self.folder / "blobs" / file.blob
 
     def partial(self, file: HubFile) -> Path:
-        """Where the file's content lies until all of it is there."""
+        """The path of the file's content while it is incomplete."""
         return self.folder / "blobs" / f"{file.blob}{PARTIAL_SUFFIX}"
 
     def link(self, commit: str, file: HubFile) -> None:
@@ -63,7 +63,7 @@ class HubCache:
             os.link(blob, pointer)
 
     def known_commit(self, revision: str | None) -> str | None:
-        """The commit that the revision was when somebody last asked, or None."""
+        """The commit to which the revision was resolved the last time, by peerd or another program, or None."""
         revision = revision or constants.DEFAULT_REVISION
         if is_commit(revision):
             return revision
@@ -74,7 +74,7 @@ class HubCache:
         return commit if is_commit(commit) else None
 
     def remember(self, revision: str | None, listing: Listing) -> None:
-        """Keep what the hub said; if that cannot be written, the next start without the hub fails."""
+        """Save the hub's answer. If that fails, a later start without the hub fails too."""
         revision = revision or constants.DEFAULT_REVISION
         with suppress(OSError):
             fields = {"files": [asdict(file) for file in listing.files.values()]}
@@ -84,7 +84,9 @@ class HubCache:
                 _write(self.folder / "refs" / revision, listing.commit)
 
     def known_listing(self, commit: str) -> Listing | None:
-        """What the hub said of the commit, or what other programs have left of it here; None if there is nothing."""
+        """The hub's saved list of the commit's files, or the files that other programs left here; None if there is
+        neither.
+        """
         try:
             entries = json.loads((self._listings / f"{commit}.json").read_bytes())["files"]
             files = [HubFile(**entry) for entry in entries]
@@ -111,7 +113,7 @@ def forget(blob: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)

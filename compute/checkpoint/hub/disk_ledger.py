@@ -1,10 +1,13 @@
-"""Which files of the cache peerd fetched, when each was last used, and who may delete them.
+"""Records which files of the cache peerd fetched and when each was last used, and decides which may be deleted.
 
-One ledger for all of a user's peerd processes. The difficulty is that they start, run and die as they like, beside
-other programs that use the same cache. So: whoever reads or fetches a file holds a lock on that very file, which the
-system drops with the process; files are only deleted, locked for reading, or renamed while the ledger itself is
-locked; and a file that is not the one we wrote (another inode or time) is not ours. Least-recently used goes first.
-Knows sizes and locks; knows no HTTP.
+There is one ledger for all of a user's peerd processes. They start, run and die at any time, beside other programs that
+use the same cache. So three rules hold:
+
+- A process that reads or fetches a file holds a lock on that file, which the system drops when the process ends.
+- A file is deleted, locked for reading or renamed only while the ledger itself is locked.
+- A file that is not the one we wrote (another inode or modification time) is not ours, and is never deleted.
+
+The least recently used file is deleted first.
 """
 
 from __future__ import annotations
@@ -29,13 +32,16 @@ from peerd.compute.errors import CheckpointError, DiskFull
 
 log = logging.getLogger(__name__)
 
-# The file system is no place for the last byte: others write there too.
+# We leave this much of the disk free, because other programs write there too.
 _LEAVE_FREE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file that peerd fetched or fetches: then `size` is what it will take, and `mtime_ns` 0. `used` is unix time."""
+    """A file that peerd fetched or is fetching. `used` is a unix time.
+
+    While it is being fetched, `size` is its final size and `mtime_ns` is 0.
+    """
 
     size: int
     used: float
@@ -45,8 +51,11 @@ class Entry:
 
 @dataclass(slots=True)
 class Claims:
-    """What `DiskLedger.claim` did about each file: `held` are there and locked for reading, `mine` are locked to be
-    fetched by us, `elsewhere` is being fetched by another process. By name; values are file descriptors.
+    """What `DiskLedger.claim` did with each file, by name; values are file descriptors.
+
+    held: the file is here, and locked for reading.
+    mine: we are to fetch the file, and hold the lock for that.
+    elsewhere: another process is fetching the file.
     """
 
     held: dict[str, int] = field(default_factory=dict)
@@ -55,7 +64,7 @@ class Claims:
 
 
 class DiskLedger:
-    """The ledger in `folder`. Several may be open on one folder, in one process or many."""
+    """The ledger in `folder`. Several may be open on one folder, in one process or in many."""
 
     def __init__(self, folder: Path, *, now: Callable[[], float] = time.time) -> None:
         self._folder = folder
@@ -64,9 +73,9 @@ class DiskLedger:
     def claim(
         self, cache: HubCache, commit: str, files: Sequence[HubFile], *, disk_bytes: int | None, offline: bool = False
     ) -> Claims:
-        """Lock what is there for reading, and what is not for fetching, after making room for it.
+        """Lock the files that are here for reading. Make room for the missing ones, and lock them for fetching.
 
-        `disk_bytes` bounds what peerd's files take. Raises DiskFull, CheckpointError; then nothing is locked.
+        `disk_bytes` limits the total size of peerd's files. Raises DiskFull or CheckpointError; then nothing is locked.
         """
         claims = Claims()
         with self._open(must=disk_bytes is not None) as entries:
@@ -89,10 +98,10 @@ class DiskLedger:
         return claims
 
     def publish(self, cache: HubCache, commit: str, file: HubFile, fd: int) -> None:
-        """A file that was ours to fetch is whole: give it its name, and hold it for reading from now on."""
+        """Give a completely fetched file its final name, and hold it for reading from now on."""
         with self._open() as entries:
             try:
-                # Without locks another may have been faster, with the same bytes.
+                # Where locks don't work, another process may have been faster; it wrote the same bytes.
                 if cache.partial(file).exists() or not cache.blob(file).is_file():
                     os.replace(cache.partial(file), cache.blob(file))
                 cache.link(commit, file)
@@ -103,7 +112,7 @@ class DiskLedger:
             share(fd)
 
     def entries(self) -> Mapping[Path, Entry]:
-        """What is peerd's now."""
+        """The files that are peerd's now, by path."""
         with self._open() as entries:
             _drop_what_is_not_ours(entries)
             return {Path(path): entry for path, entry in entries.items()}
@@ -136,7 +145,9 @@ class DiskLedger:
         held: Sequence[HubFile],
         disk_bytes: int | None,
     ) -> None:
-        """Delete the least-recently used until `files` fit beside `held`. Raises DiskFull, having deleted nothing."""
+        """Delete the least recently used files until `files` fit beside `held`. Raises DiskFull before it deletes
+        anything.
+        """
         _drop_what_is_not_ours(entries)
         wanted = {str(cache.blob(file)): file.size for file in files}
         size = sum(wanted.values())
@@ -165,7 +176,11 @@ class DiskLedger:
 
     @contextmanager
     def _open(self, *, must: bool = False) -> Iterator[dict[str, Entry]]:
-        """The entries by path, locked; changes are kept. Raises CheckpointError if they `must` be and cannot."""
+        """Lock the ledger and yield its entries by path; changes to them are saved.
+
+        If the ledger cannot be opened: raises CheckpointError if it `must` be, otherwise yields an empty one that is
+        not saved.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._folder / "ledger.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -174,7 +189,7 @@ class DiskLedger:
                 raise CheckpointError(
                     f"{self._folder}: cannot be written ({error.strerror}), and --disk counts there"
                 ) from error
-            # Who bounds nothing loses nothing but the record of what could be deleted.
+            # Without --disk there is no limit to enforce; only the list of files that we may delete is lost.
             yield {}
             return
         try:
@@ -199,7 +214,7 @@ class DiskLedger:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # What we do not know to be ours stays where it is.
+            # A file that may not be ours is never deleted.
             log.warning("%s is damaged: what it listed will not be deleted by --disk", self._folder / "ledger.json")
             return {}
 
@@ -211,7 +226,7 @@ class DiskLedger:
 
 
 def _lock_to_delete(blob: Path) -> int | None:
-    """A file of ours, whole or partial, locked against everybody; None if somebody uses it."""
+    """Lock one of our files, whole or partial, against all other processes; None if one of them uses it."""
     path = _where(blob)
     return None if path is None else lock_if_unused(path)
 
@@ -226,7 +241,7 @@ def _delete(blob: Path) -> None:
 
 
 def _where(blob: Path) -> Path | None:
-    """Where an entry's file lies: in its place, or still in parts; None if somebody deleted it."""
+    """The path of an entry's file, whole or partial; None if it was deleted."""
     partial = blob.with_name(blob.name + PARTIAL_SUFFIX)
     return next((path for path in (blob, partial) if path.is_file()), None)
 
@@ -239,9 +254,9 @@ def _drop_what_is_not_ours(entries: dict[str, Entry]) -> None:
 
 
 def _is_the_one(blob: Path, entry: Entry) -> bool:
-    """Whether it is the file that we wrote: somebody may have emptied the cache and filled it again."""
+    """Whether this is still the file that we wrote: another program may have emptied the cache and filled it again."""
     status = blob.lstat()
-    # Inode numbers are given out again. A process that died while it gave the file its name left no time.
+    # Inode numbers are reused, so the time must match too. It is 0 if a process died while it renamed the file.
     return status.st_ino == entry.inode and entry.mtime_ns in (0, status.st_mtime_ns)
 
 

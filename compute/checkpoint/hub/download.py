@@ -1,8 +1,8 @@
-"""Fetches one file from the hub into a file that may already hold a part of it.
+"""Downloads one file from the hub, and resumes if a part of it is already on disk.
 
-What arrived is never fetched again: not after a broken connection, not after the process was killed. What is whole is
-what has the hash that the hub lists; anything else is deleted. Runs in a thread of its own; `stop` ends it at the next
-piece of data, or at the next timeout if none comes.
+Bytes that arrived are not fetched again, even after a broken connection or a killed process. A file is complete if it
+has the hash that the hub lists; a file with another hash is deleted. A download runs in a thread of its own; `stop`
+ends it at the next piece of data, or at the next timeout if none comes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ _REREAD_BYTES = 1 << 20
 
 
 class Stopped(Exception):
-    """Somebody asked this download to stop. What arrived stays."""
+    """The caller asked this download to stop. The bytes that arrived stay on disk."""
 
 
 class Download:
-    """One file on its way. `fd` is open for reading and writing, and ours alone; `done` counts its bytes."""
+    """One file's download. `fd` is open for reading and writing, and only the download uses it; `done` counts its
+    bytes.
+    """
 
     def __init__(
         self, hub: Hub, listing: Listing, file: HubFile, fd: int, stop: threading.Event, delays_s: Sequence[float]
@@ -43,11 +45,11 @@ class Download:
         self._hash = _new_hash(file)
 
     def run(self) -> None:
-        """Return when the file is whole. Raises Stopped, HubUnavailable, DiskFull, CheckpointError."""
+        """Return when the file is complete. Raises Stopped, HubUnavailable, DiskFull or CheckpointError."""
         resumed = self._take_what_is_there()
         self._receive()
         if resumed and not self._is_right():
-            # Half of it was written by another process, perhaps before a power cut.
+            # Another process wrote the first part, perhaps before a power cut.
             log.warning("%s: the part that was here is damaged; fetching all of it again", self.file.name)
             self._start_over()
             self._receive()
@@ -63,7 +65,7 @@ class Download:
             raise self._cannot_write(error) from error
 
     def _take_what_is_there(self) -> bool:
-        """Hash what an earlier run left; says whether there was something."""
+        """Hash what an earlier run left. Returns whether there was anything."""
         there = os.fstat(self._fd).st_size
         if there > self.file.size:
             self._start_over()
@@ -76,7 +78,7 @@ class Download:
         return there > 0
 
     def _receive(self) -> None:
-        """Everything that is missing, however often the connection breaks."""
+        """Receive all missing bytes; a broken connection is opened again until the retries are used up."""
         failures = 0
         while self.done < self.file.size:
             self._check()
@@ -99,7 +101,7 @@ class Download:
 
     def _write(self, stream: Stream) -> None:
         if stream.start != self.done:
-            # The hub ignores ranges.
+            # The hub ignored the range and sends the file from its start.
             self._start_over()
         for chunk in stream.chunks:
             data = memoryview(chunk)[: self.file.size - self.done]
@@ -137,7 +139,7 @@ class Download:
 
 
 def _new_hash(file: HubFile) -> Any:
-    """What LFS files are listed by, or what git lists a file by."""
+    """The kind of hash that the hub lists: sha256 for LFS files, git's own for the others."""
     return hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
 
 

@@ -1,6 +1,6 @@
-"""Gets files of one commit onto this disk, several at once, each by one process of this machine only.
+"""Gets files of one commit onto this disk, several at a time. Of all processes only one fetches a given file.
 
-The caller's thread waits and watches: whatever its watcher raises stops the transfers. Knows nothing of models.
+The caller's thread waits and calls the watcher; an exception of the watcher stops the transfers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.errors import HubUnavailable
 
-# One connection seldom fills a line; many more only disturb each other.
+# One connection seldom uses all of the bandwidth; many more than this only slow each other down.
 PARALLEL = 4
 _WATCH_EVERY_S = 0.1
 
@@ -34,7 +34,8 @@ class Fetcher:
         self._ledger = DiskLedger(settings.own_folder)
 
     def obtain(self, listing: Listing, files: Sequence[HubFile]) -> dict[str, int]:
-        """Have `files` on this disk. Returns, by name, descriptors that keep them there until they are closed.
+        """Get `files` onto this disk. Returns, by name, file descriptors; a file is not deleted until its descriptor is
+        closed.
 
         Raises HubUnavailable, DiskFull, CheckpointError, and what the watcher raises.
         """
@@ -89,7 +90,7 @@ class Fetcher:
         claims.mine.clear()
 
     def _watch_others(self, listing: Listing, files: Sequence[HubFile], claims: Claims) -> None:
-        """Another process fetches them: wait a moment, and look again."""
+        """While another process fetches these files: report its progress to the watcher, wait a moment and return."""
         done = 0
         for file in files:
             try:
@@ -110,7 +111,9 @@ def _run_all(
     watch: Callable[[Transfer], None],
     progress: Callable[[], Transfer],
 ) -> None:
-    """Run jobs in threads. The first failure, or the watcher's, stops all; none runs on when this returns."""
+    """Run jobs in threads. The first failure of a job or of the watcher stops all. When this returns, none is
+    running.
+    """
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="peerd-fetch") as pool:
         pending = {pool.submit(job) for job in jobs}
         try:

@@ -1,7 +1,7 @@
-"""Locks on the very files that are used, which the system drops with the process that held them.
+"""Locks on the files that are used. The system drops a lock when the process that holds it ends.
 
-Advisory and between peerd's processes only: other programs neither take nor heed them. Knows no ledger. The difficulty
-is file systems that have no locks: there files are read and written all the same, and never deleted.
+The locks are advisory, and only peerd's processes take and respect them. Some file systems have no locks: there files
+are still read and written, but never deleted.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ log = logging.getLogger(__name__)
 
 
 def hold(path: Path) -> int:
-    """Open a file and lock it for reading, so that no peerd deletes it. Raises OSError."""
+    """Open a file and lock it for reading, so that no peerd process deletes it. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    # Locked against us it can only be by other programs; some network file systems cannot lock at all.
+    # If this fails, another program holds a lock, or the file is on a network file system that cannot lock.
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return fd
 
 
 def lock_to_write(path: Path) -> int | None:
-    """Open a file, made if it is missing, as its only writer; None if there is another. Raises OSError."""
+    """Open a file as its only writer, and create it if it is missing; None if it has another writer. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            # Two that fetch at once write the same bytes to the same places: it costs traffic only.
+            # Two processes that fetch at once write the same bytes to the same places: that costs only traffic.
             log.warning("%s: its file system has no locks; two peers may fetch the same file", path.parent)
             return fd
         os.close(fd)
@@ -44,9 +44,9 @@ def lock_to_write(path: Path) -> int | None:
 
 
 def lock_if_unused(path: Path) -> int | None:
-    """Open a file and lock it against everybody, to delete it; None if somebody uses it or that cannot be known."""
+    """Open a file and lock it against all others, to delete it; None if another process uses it or that is unknown."""
     try:
-        # Network file systems lock only what is open for writing.
+        # Network file systems lock a file against others only if it is open for writing.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         log.warning("%s cannot be deleted: %s", path, error.strerror)
@@ -61,6 +61,6 @@ def lock_if_unused(path: Path) -> int | None:
 
 
 def share(fd: int) -> None:
-    """Let others read what was ours to write, and keep it from being deleted."""
+    """Turn our lock for writing into one for reading: other processes may then read the file, but not delete it."""
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_SH)

@@ -1,9 +1,8 @@
-"""Speaks the hub's HTTP: what a revision holds, and the bytes of a file from any position on.
+"""Speaks the hub's HTTP: which files a revision has, and the bytes of a file from any position on.
 
-huggingface_hub's own session, headers, token and error types; its downloads are not used, because they keep no
-partial file across runs and cannot be stopped between blocks of 10 MB. The difficulty is whose fault a failure is:
-what may pass is `Transient`, for the caller to try again; all else is a CheckpointError that names the fix.
-Knows no disk.
+It uses huggingface_hub's session, headers, token and error types, but not its downloads: they keep no partial file
+across runs and cannot be stopped between blocks of 10 MB. Each failure must be attributed. What may pass by itself is
+`Transient`, and the caller tries again; everything else is a CheckpointError that names the fix.
 """
 
 from __future__ import annotations
@@ -37,16 +36,17 @@ if TYPE_CHECKING:
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_HASH = re.compile(r"[0-9a-f]{40}")
-# Beside the model's root are other formats and examples; none of it is read. Names become names on this disk.
+# Only files at the root of the repository are read; beside it are other formats and examples. The pattern is strict
+# because these names become file names on this disk.
 _NAME = re.compile(r"[\w][\w.+ -]{0,199}", re.ASCII)
-# Passes by itself: a timeout, too many requests, and whatever goes wrong inside the hub.
+# Statuses that may pass by themselves: timeouts and too many requests. Every 5xx status may, too.
 _TRANSIENT_STATUS = (408, 425, 429)
-# Nobody waits longer for a hub that asks for patience.
+# We never wait longer than this, even if the hub asks for more.
 _MAX_RETRY_AFTER_S = 60.0
 
 
 class Transient(Exception):
-    """It may work in a moment. `after_s`: how long the hub asked us to wait."""
+    """A failure that may pass. `after_s`: how long the hub asked us to wait."""
 
     def __init__(self, reason: str, after_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -55,7 +55,7 @@ class Transient(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file as the hub lists it. `sha256` is known of LFS files only; `git_hash` is of others' content."""
+    """A file as the hub lists it. LFS files have a `sha256`; for the others `git_hash` is the hash of the content."""
 
     name: str
     size: int
@@ -64,7 +64,7 @@ class HubFile:
 
     @property
     def blob(self) -> str:
-        """What the cache calls its content: the hub's entity tag."""
+        """The name of the file's content in the cache, which is also the hub's entity tag."""
         return self.sha256 or self.git_hash
 
 
@@ -78,7 +78,7 @@ class Listing:
 
 
 class Hub:
-    """One hub, as one user sees it."""
+    """One hub, as one user (with that user's token) sees it."""
 
     def __init__(self, settings: HubSettings) -> None:
         self._endpoint = settings.endpoint
@@ -86,11 +86,11 @@ class Hub:
 
     @property
     def endpoint(self) -> str:
-        """Where it is."""
+        """The URL of the hub."""
         return self._endpoint or constants.ENDPOINT
 
     def listing(self, hub_id: HubId) -> Listing:
-        """What the revision holds now. Raises Transient, CheckpointError."""
+        """The files that the revision has now. Raises Transient or CheckpointError."""
         api = HfApi(endpoint=self._endpoint, token=self._token, library_name="peerd", library_version=version("peerd"))
         revision = hub_id.revision or constants.DEFAULT_REVISION
         with self._errors(hub_id):
@@ -109,10 +109,12 @@ class Hub:
 
     @contextmanager
     def stream(self, listing: Listing, file: HubFile, start: int, end: int | None = None) -> Iterator[Stream]:
-        """The file's bytes from `start` to before `end`. Raises Transient, CheckpointError, also while it is read."""
+        """The file's bytes from `start` up to `end`. Raises Transient or CheckpointError, also while the bytes are
+        read.
+        """
         url = hf_hub_url(listing.repo, file.name, revision=listing.commit, endpoint=self._endpoint)
         headers = build_hf_headers(token=self._token, library_name="peerd", library_version=version("peerd"))
-        # Compressed, neither sizes nor positions would be the file's.
+        # If the answer were compressed, sizes and positions would not be the file's.
         headers["Accept-Encoding"] = "identity"
         if start or end is not None:
             headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
@@ -121,11 +123,11 @@ class Hub:
             get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
         ):
             hf_raise_for_status(response)
-            # Who ignores the range sends everything.
+            # A hub that ignores the range sends the file from its start.
             yield Stream(_first_position(response, start), response.iter_raw())
 
     def read_range(self, listing: Listing, file: HubFile, start: int, end: int) -> bytes:
-        """Some bytes in the middle of a file. Raises Transient, CheckpointError."""
+        """The bytes of a file from `start` up to `end`. Raises Transient or CheckpointError."""
         data = bytearray()
         with self.stream(listing, file, start, end) as stream:
             position = stream.start
@@ -138,7 +140,7 @@ class Hub:
 
     @contextmanager
     def _errors(self, hub_id: HubId, name: str = "") -> Iterator[None]:
-        """Everything that can go wrong with a request, by whose fault it is."""
+        """Turn every failure of a request into Transient or into a CheckpointError that says who has to do what."""
         what = f"{hub_id}: {name}" if name else str(hub_id)
         try:
             yield
@@ -185,7 +187,7 @@ class Hub:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Bytes of a file as they come, the first of them at `start`."""
+    """Bytes of a file as they arrive; `start` is the position of the first."""
 
     start: int
     chunks: Iterator[bytes]
@@ -204,7 +206,7 @@ def _file(sibling: RepoSibling) -> HubFile:
 
 
 def _first_position(response: httpx2.Response, asked: int) -> int:
-    """Where in the file the answer begins. Raises Transient where it does not say so."""
+    """The position in the file at which the answer begins. Raises Transient if the answer does not say so."""
     if response.status_code != 206:
         return 0
     match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))

@@ -1,6 +1,6 @@
-"""What a model on a hub is called: `org/name`, and after an @ a revision (a branch, a tag or a commit).
+"""Parses the name of a model on a hub: `org/name`, and after an @ a revision (a branch, a tag or a commit).
 
-Knows spelling only, and imports nothing slow: the command line asks it first.
+It imports nothing slow, because the command line calls it before anything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A repository on the hub and the revision that is meant; None is the hub's default, `main`."""
+    """A repository on the hub and a revision; None stands for the hub's default, `main`."""
 
     repo: str
     revision: str | None = None
@@ -31,14 +31,14 @@ class HubId:
 
     @property
     def name(self) -> str:
-        """What people call the model: the last part."""
+        """The model's name for people: the last part of the repository's."""
         return self.repo.rpartition("/")[2]
 
 
 def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
-    """The id that `text` spells, with `revision` if that is given beside it; None if it spells none.
+    """The id that `text` spells, with `revision` if it is given separately; None if `text` is no hub id.
 
-    Raises CheckpointError for a malformed revision, or two that differ.
+    Raises CheckpointError if the revision is malformed, or if `text` and `revision` name two different ones.
     """
     repo, at, said = text.partition("@")
     well_formed = _REPO.fullmatch(repo) and len(repo) <= _MAX_REPO_CHARS
@@ -53,9 +53,9 @@ def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
 
 
 def hub_id_of(model: str | Path, revision: str | None = None) -> HubId | None:
-    """The hub id that is meant, or None where `model` is a path: what is on this machine comes first.
+    """The hub id that is meant, or None if `model` is a path. A file or folder on this machine takes precedence.
 
-    Raises CheckpointError for a malformed revision, or a revision of something on this machine.
+    Raises CheckpointError if the revision is malformed, or was given for a file or folder on this machine.
     """
     path = Path(model).expanduser()
     found = None if isinstance(model, Path) or path.exists() else parse_hub_id(model, revision)
@@ -65,5 +65,5 @@ def hub_id_of(model: str | Path, revision: str | None = None) -> HubId | None:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether it is a whole commit hash, which never means anything else later."""
+    """Whether `revision` is a full commit hash, which never refers to anything else later."""
     return _COMMIT.fullmatch(revision) is not None
