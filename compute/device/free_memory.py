@@ -1,4 +1,4 @@
-"""How much memory this process may still take: a container's limit counts as much as the machine's."""
+"""Measures how much memory this process can still take; a container's limit counts like the machine's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 
 def free_memory(device: str | torch.device = "cpu", *, root: Path = Path("/")) -> int:
-    """How many bytes can still be allocated on a device: for the CPU, the least that the machine and every control
-    group around this process leave. `root` is where `proc` and `sys` are found. Linux only.
+    """How many bytes can still be allocated on a device. Linux only.
+
+    For the CPU it is the least that the machine and every control group around this process leave. `root` is the folder
+    that holds `proc` and `sys`.
     """
     device = torch.device(device)
     if device.type != "cpu":
@@ -21,7 +23,7 @@ def free_memory(device: str | torch.device = "cpu", *, root: Path = Path("/")) -
 
 
 def _available(meminfo: Path) -> int:
-    """The kernel's own estimate of what can be taken without swapping."""
+    """The kernel's own estimate of the memory that can be taken without swapping."""
     for line in meminfo.read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -30,7 +32,7 @@ def _available(meminfo: Path) -> int:
 
 
 def _left_by_groups(root: Path) -> list[int]:
-    """What each control group (version 2) around this process leaves; unlimited ones are left out."""
+    """What each control group (version 2) around this process leaves; groups without a limit are left out."""
     try:
         own = (root / "proc/self/cgroup").read_text()
     except FileNotFoundError:
@@ -47,7 +49,7 @@ def _left_by(group: Path) -> int | None:
         limit = (group / "memory.max").read_text().strip()
         if limit == "max":
             return None
-        # The file cache is counted as used, but given back on demand.
+        # The file cache counts as used memory, but the kernel gives it back on demand.
         used = int((group / "memory.current").read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(limit) - used + int(statistics.get("inactive_file", 0))
@@ -56,9 +58,7 @@ def _left_by(group: Path) -> int | None:
 
 
 def trim_heap() -> None:
-    """Return the memory that the C library holds and does not use. Takes about a millisecond. Does nothing without
-    glibc.
-    """
+    """Return to the system the memory that the C library holds unused. Takes about a millisecond; needs glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

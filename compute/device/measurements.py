@@ -1,7 +1,8 @@
-"""Figures that were measured on this machine once and are remembered in a file of the user's cache folder.
+"""Remembers figures that were measured on this machine in a file of the user's cache folder.
 
-Peers that start together would slow each other's measurements down, so one of them measures while it holds the file's
-lock, and the others wait and then read. A lock or a file that cannot be had costs time, never a start.
+Peers that start together would slow each other's measurements down. So one of them measures while it holds the file's
+lock; the others wait, and then read the file. A lock or a file that cannot be had costs time, but never prevents a
+start.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# A peer that has waited this long for others' measurements measures beside them.
+# A peer that has waited this long for another peer's measurement measures at the same time as that peer.
 _LOCK_TIMEOUT_S = 60.0
 
 
 def remembered(name: str, key: str, measure: Callable[[], float]) -> float:
-    """The figure under `key` in the cache file `name`.json, or else what `measure` returns now, which is then kept.
+    """The figure under `key` in the cache file `name.json`; if there is none, measure it now and remember it.
 
-    Blocks the thread: while another process measures, and while `measure` runs. Figures lie between 0 and 1e12.
+    Blocks the thread while another process measures and while `measure` runs. Figures lie between 0 and 1e12.
     """
     path = Path(platformdirs.user_cache_dir("peerd")) / f"{name}.json"
     with _locked(path):
@@ -41,7 +42,7 @@ def remembered(name: str, key: str, measure: Callable[[], float]) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the CPU's model name; the device's type where the system does not say it."""
+    """The model name of the GPU or CPU; the device's type if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -66,7 +67,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """What is remembered. Of a damaged file, what can be understood."""
+    """The remembered figures; of a damaged file, those that can be read."""
     try:
         found: Any = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -77,7 +78,7 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _write(path: Path, figures: dict[str, float]) -> None:
-    """Replace the file whole or not at all."""
+    """Replace the file atomically."""
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(figures, file, indent=1, sort_keys=True)

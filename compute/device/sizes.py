@@ -1,7 +1,7 @@
 """Amounts of memory as people write them: `8GiB`, `500MB`, `1.5g`.
 
-Knows units only. The difficulty is that G means two things: `GB` is 10^9 bytes, as on a disk's label; `GiB`, and
-the bare `G` of most tools that count memory, is 2^30.
+G has two meanings: `GB` is 10^9 bytes, as on a disk's label; `GiB`, and the bare `G` of most tools that count memory,
+is 2^30.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MAX_BYTES = 2**63 - 1
 
 
 def parse_size(text: str) -> int:
-    """Bytes in `text`, fractions of a byte cut off. Raises ValueError for what is no positive size."""
+    """The bytes in `text`; fractions of a byte are cut off. Raises ValueError if it is not a positive size."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"a size is written such as 8GiB, 500MB or 1.5G, not {text!r}")
@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """`size` bytes in the largest binary unit of which there is at least one: `512 B`, `1.5 GiB`."""
+    """Write `size` bytes in the largest binary unit of which there is at least one: `512 B`, `1.5 GiB`."""
     scaled, units = float(size), ["B", *(f"{prefix}iB" for prefix in _PREFIXES)]
     while round(scaled, 1) >= 1024 and len(units) > 1:
         scaled /= 1024

@@ -1,12 +1,12 @@
-"""Tensors between host and device, for one batch at a time: pinned buffers, a stream of their own, one wait.
+"""Moves tensors between host and device for one batch at a time: pinned buffers, a CUDA stream of its own, one wait.
 
-On CUDA a copy from ordinary memory makes the host wait for all that the device has queued. So what goes up is put
-into pinned memory and copied while the device goes on, and what comes back is asked for at once, with the check
-whether it is finite, which the device does: the host then waits for one event. On the CPU the same calls are plain
-copies. Knows tensors; knows neither batches nor blocks. The device thread's.
+On CUDA a copy from ordinary memory makes the host wait for everything that the device has queued. So inputs go into
+pinned memory and are copied while the device goes on. Results, and a check on the device whether they are finite, are
+requested at once; then the host waits for one event. On the CPU the same calls are plain copies. Only the device thread
+uses this.
 
-The difficulty is when a buffer may be written to again. One batch runs at a time, and its results are waited for
-before the next is staged; so everything that read these buffers has ended by then.
+A buffer may be reused only once nothing reads it. One batch runs at a time, and its results are waited for before the
+next batch is staged, so everything that read these buffers has ended by then.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Staging:
         self._up = torch.empty(0, width, dtype=dtype)
         self._down = torch.empty(0, width, dtype=dtype)
         self._down_finite = torch.empty(0, dtype=torch.bool)
-        # Torch's streams and events have no types.
+        # Torch has no types for streams and events.
         self._stream: Any = _CUDA.Stream(device) if self._is_cuda else None
 
     def gather(self, parts: Sequence[torch.Tensor], room: int = 0) -> torch.Tensor:
-        """The parts one after the other, on the host, in the device's dtype; zeros behind them up to `room` rows.
+        """The parts one after the other, on the host, in the device's dtype, followed by zeros up to `room` rows.
 
-        What is returned is written to by the next call.
+        The next call overwrites the returned tensor.
         """
         count = sum(len(part) for part in parts)
         if not self._is_cuda and not room:
@@ -50,16 +50,16 @@ class Staging:
         return self._up[: max(count, room)]
 
     def send(self, host: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy to the device, into `target` where there is one; whatever is queued after this call sees it.
+        """Copy to the device, into `target` if one is given. Work that is queued after this call sees the copy.
 
-        Asynchronous where `host` is pinned. It may not be written to before the batch has ended.
+        The copy is asynchronous if `host` is pinned; then `host` must not be changed before the batch has ended.
         """
         if self._stream is None:
             return host.to(self._device) if target is None else target.copy_(host)
         current = torch.cuda.current_stream(self._device)
         if target is None:
             target = torch.empty(host.shape, device=self._device, dtype=host.dtype)
-        # What was queued before may still read the target.
+        # Work that was queued before may still read the target.
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             target.copy_(host, non_blocking=True)
@@ -67,9 +67,9 @@ class Staging:
         return target
 
     def fetch(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The device's `[positions, width]` on the host, and for each position whether it is finite.
+        """Copy the device's `[positions, width]` to the host, with one bool for each position: whether it is finite.
 
-        Waits for the device, once. What is returned is written to by the next call.
+        Waits for the device once. The next call overwrites the returned tensors.
         """
         finite = output.isfinite().all(-1)
         if self._stream is None:
@@ -83,7 +83,7 @@ class Staging:
             self._down_finite[:count].copy_(finite, non_blocking=True)
             done = _CUDA.Event()
             done.record(self._stream)
-        # Their memory may be given to others only once the copies are done, which is now.
+        # Only after the copies, which are done now, may the device reuse the memory of `output` and `finite`.
         done.synchronize()
         return self._down[:count], self._down_finite[:count]
 
@@ -92,7 +92,7 @@ class Staging:
 
 
 def _grown(buffer: torch.Tensor, count: int, *, pin: bool) -> torch.Tensor:
-    """A buffer of `count` rows or more; the old one where it is large enough."""
+    """A buffer of at least `count` rows: the old one if it is large enough."""
     if len(buffer) >= count:
         return buffer
     rows = max(count, 2 * len(buffer))
@@ -102,7 +102,7 @@ def _grown(buffer: torch.Tensor, count: int, *, pin: bool) -> torch.Tensor:
 def upload(
     values: Sequence[int] | torch.Tensor, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
-    """Numbers as a tensor on the device, without waiting for it."""
+    """Numbers as a tensor on the device, without waiting for the device."""
     host = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda" or not host.numel():
         return host.to(device)

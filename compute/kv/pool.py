@@ -59,7 +59,7 @@ class KVPool:
             stored.index_copy_(1, targets, stored.index_select(1, sources))
 
     def slots(self, segment: Segment, group: int) -> RowSlots:
-        """The slots of the segment's row in a group, from the first position that is kept there to the segment's last."""
+        """The slots of the segment's row in a group, from the first position kept there to the segment's last."""
         row: RowPages = segment.groups[group]
         if isinstance(row.pages, range):
             return RowSlots(row.first, segment.end, row.pages.start * self.page_tokens, None)

@@ -1,8 +1,8 @@
-"""bitsandbytes, imported when it is first needed, and without what it would fetch.
+"""Imports bitsandbytes when it is first needed, and prevents the download that this could start.
 
-Importing it takes two seconds and some 150 MiB. On CPUs with AVX-512 it also asks the package `kernels`, where that
-is installed, to download a compiled kernel and load it: a peer runs no code that came from a model hub, so the
-import is kept from seeing that package, and from complaining that it did not.
+The import takes two seconds and some 150 MiB. On CPUs with AVX-512 bitsandbytes also asks the package `kernels`, if
+that is installed, to download a compiled kernel and load it. A peer runs no code that came from a model hub, so that
+package is hidden during the import, and the warning about its absence is suppressed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import sys
 from functools import cache
 from types import ModuleType
 
-# Whoever serves loads spans one after the other in a single thread, so nobody else imports while a name is hidden.
+# A server loads its spans one after the other in one thread, so no other import runs while the name is hidden.
 _HIDDEN = "kernels"
 _COMPLAINS = "bitsandbytes.backends.cpu.ops"
 
 
 @cache
 def load_bitsandbytes() -> ModuleType:
-    """The package. Raises ImportError where it is not installed."""
+    """The package. Raises ImportError if it is not installed."""
     logger = logging.getLogger(_COMPLAINS)
     was_disabled, was_there = logger.disabled, sys.modules.get(_HIDDEN)
     logger.disabled = True
-    # None in its place makes an import of it fail, whether it is installed or not.
+    # None here makes an import of the package fail, whether it is installed or not.
     sys.modules[_HIDDEN] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("bitsandbytes")

@@ -1,13 +1,13 @@
-"""How a matrix is stored in eight or in four bits: values with scales, and back.
+"""How a matrix is stored in eight or four bits a value: packing, unpacking, and products.
 
-`int8` is LLM.int8's format: one scale a row. `nf4` is QLoRA's: a scale for each 64 values of the flat matrix, and 16
-levels. Both are weight-only: activations stay as they are. bitsandbytes would also round activations to int8, and take
-the columns with outliers from the whole batch, so that whoever shares a batch would change what others get.
+`int8` is LLM.int8's format with one scale a row. `nf4` is QLoRA's: a scale for every 64 values of the flat matrix, and
+16 levels. Both quantize weights only; activations stay as they are. bitsandbytes would also round activations to int8,
+and choose outlier columns from the whole batch, so one session's rows would change the results of the others.
 
-Knows matrices; knows neither modules nor checkpoints. Works in runs of rows, so that nothing the size of a whole matrix
-is ever made beside it. The difficulty is bitsandbytes itself, which differs by device and shape: its int8 kernel for
-CUDA takes fp16 only, and its CPU kernel for nf4 mistakes the scales of matrices whose rows do not end on a scale's
-border. So int8 is computed here, bit for bit as bitsandbytes does on the CPU, and nf4 goes through it as flat runs.
+Matrices are processed in runs of rows, so that no second copy of a whole matrix is ever made. bitsandbytes itself
+behaves differently by device and shape: its int8 kernel for CUDA takes fp16 only, and its CPU kernel for nf4 uses wrong
+scales for matrices whose rows do not end on a scale's border. So int8 is computed here, bit for bit as bitsandbytes
+does on the CPU, and nf4 matrices are given to bitsandbytes as flat runs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 
 NONE = "none"
 # A run that stays in a core's cache is read back for the product at once, so decoding costs no more than with plain
-# weights (4096 x 4096, fp32, one core: 4 ms a row, plain 3 to 7 ms, the whole matrix at once 33 ms).
+# weights (4096 x 4096, fp32, one core: 4 ms a row; plain 3 to 7 ms; the whole matrix at once 33 ms).
 RUN_VALUES_CPU = 1 << 19
-# On a GPU each run costs launches; this bounds what is dequantized beside the weights to 128 MiB.
+# On a GPU each run costs launches. This limits what is dequantized beside the weights to 128 MiB.
 RUN_VALUES_GPU = 1 << 26
 
 
@@ -45,26 +45,28 @@ class Format(ABC):
 
     @abstractmethod
     def step(self, columns: int) -> int:
-        """Runs start at multiples of so many rows."""
+        """Runs must start at multiples of this many rows."""
 
     @abstractmethod
     def pack(self, run: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
-        """Store `run`, fp32 `[rows, columns]`, into entries of its size."""
+        """Store `run`, fp32 `[rows, columns]`, into `values` and `scales`, which have exactly its size."""
 
     @abstractmethod
     def unpack(
         self, values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
-        """What was stored, in its shape `[rows, columns]`."""
+        """Dequantize to `[rows, columns]`."""
 
     def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-        """`x`, `[n, columns]`, times the run's transpose: `[n, rows]`."""
+        """Multiply `x`, `[n, columns]`, by the run's transpose: `[n, rows]`."""
         return F.linear(x, self.unpack(values, scales, (rows, x.shape[1]), x.dtype))
 
     def product_of_few(
         self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int
     ) -> torch.Tensor | None:
-        """`linear` for a whole matrix, read once as it is stored; None where there is no kernel for so many rows."""
+        """Multiply `x` by a whole matrix, which is read once as it is stored; None if there is no kernel for so many
+        rows.
+        """
         return None
 
     def n_bytes(self, rows: int, columns: int) -> int:
@@ -73,7 +75,7 @@ class Format(ABC):
         return values * self.values_dtype.itemsize + scales * torch.float32.itemsize
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
-        """The runs of rows, each with its end, in which a matrix is worked through."""
+        """The runs of rows, as (start, end), in which a matrix is processed."""
         step = self.step(columns)
         most = RUN_VALUES_CPU if device.type == "cpu" else RUN_VALUES_GPU
         size = max(1, most // (columns * step)) * step
@@ -82,7 +84,7 @@ class Format(ABC):
 
 
 class Int8(Format):
-    """A byte a value, and an fp32 scale a row: the row's largest magnitude is 127."""
+    """One byte a value, and an fp32 scale a row: the row's largest magnitude, which stands for 127."""
 
     name = "int8"
     values_dtype = torch.int8
@@ -95,7 +97,7 @@ class Int8(Format):
 
     def pack(self, run: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
         largest = run.abs().amax(1)
-        # A row of zeros has no scale; below this the quotient would overflow.
+        # The clamp is for rows of zeros: below it the quotient would overflow.
         scaled = run * (127.0 / largest.clamp(min=1e-30))[:, None]
         values.view(run.shape).copy_(scaled.round_())
         scales.copy_(largest)
@@ -107,7 +109,7 @@ class Int8(Format):
 
     def linear(self, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
         if x.dtype == torch.float16:
-            # Sums of values that are not scaled yet would overflow.
+            # In fp16, sums of values that are not scaled yet would overflow.
             return super().linear(x, values, scales, rows)
         weights, gains = values.view(rows, x.shape[1]), (scales / 127.0).to(x.dtype)
         if (
@@ -118,7 +120,8 @@ class Int8(Format):
         ):
             product: torch.Tensor = torch._weight_int8pack_mm(x, weights, gains)
             return product
-        # Integers up to 127 are exact in every dtype; scaling the result rounds once where scaling weights rounds each.
+        # Integers up to 127 are exact in every dtype. Scaling the result rounds once; scaling the weights would round
+        # each.
         return F.linear(x, weights.to(x.dtype)).mul_(gains)
 
     def product_of_few(
@@ -131,14 +134,14 @@ class Int8(Format):
         return int8_product(x, values, scales, rows)
 
 
-# So many rows or fewer are faster with torch's own product of bf16 and int8 (one row: 3 ms, otherwise 8).
+# Up to this many rows torch's own product of bf16 and int8 is faster (one row: 3 ms instead of 8).
 _FEW_ROWS = 8
-# That product checks no widths, and reads beyond rows that end within one of its vectors.
+# That product does not check widths, and reads past the end of rows that end within one of its vectors.
 _STRIDE = 64
 
 
 class Nf4(Format):
-    """Half a byte a value, and an fp32 scale for each 64."""
+    """Half a byte a value, and an fp32 scale for every 64 values."""
 
     name = "nf4"
     values_dtype = torch.uint8
@@ -150,7 +153,7 @@ class Nf4(Format):
         return -(-count // 2), -(-count // self.group)
 
     def step(self, columns: int) -> int:
-        # Rows after which a group has just ended.
+        # The least number of rows after which a group ends.
         step = self.group
         while step % 2 == 0 and (step // 2 * columns) % self.group == 0:
             step //= 2
@@ -166,7 +169,7 @@ class Nf4(Format):
         self, values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
         load_bitsandbytes()
-        # Always flat, see above, and whole bytes.
+        # Always flat (see the module's docstring), and whole bytes.
         flat = torch.ops.bitsandbytes.dequantize_4bit(values, scales, self.group, self.name, [2 * len(values)], dtype)
         result: torch.Tensor = flat.reshape(-1)[: math.prod(shape)].view(shape)
         return result
@@ -197,7 +200,7 @@ class Nf4(Format):
 
 
 def _has_kernel_for(x: torch.Tensor) -> bool:
-    """Whether `x` has the few rows of a decode, on a GPU for which Triton can compile."""
+    """Whether `x` has as few rows as a decode, and is on a GPU for which Triton can compile."""
     if x.device.type != "cuda" or not has_kernel():
         return False
     from peerd.compute.quantized.kernel import MOST_ROWS
@@ -212,5 +215,5 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType({form.name: form for form in (Int8(), Nf4())})
-#: What `--quantize` takes.
+#: The values that `--quantize` takes.
 QUANTIZATIONS = (NONE, *FORMATS)

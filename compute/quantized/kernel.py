@@ -1,11 +1,11 @@
-"""Products of few rows with a quantized matrix, as Triton kernels: the matrix is read once, as it is stored.
+"""Triton kernels that multiply a few rows by a quantized matrix, which is read only once, as it is stored.
 
-A decode is bound by how fast weights come from memory. Dequantizing first reads, writes and reads again, several times
-the bytes of the plain matrix. Here each program takes some of the outputs, walks along their rows, and turns values
-into numbers in registers. Sums are in fp32, so products are at least as exact as with a dequantized matrix.
+A decode is limited by how fast weights come from memory. Dequantizing first would read, write and read again, several
+times the bytes of the plain matrix. Here each program computes some of the outputs: it walks along their rows and
+dequantizes values in registers. Sums are in fp32, so products are at least as exact as with a dequantized matrix.
 
-Knows the formats' layouts (`quantized_formats`); chooses nothing. The difficulty in nf4 is that a byte holds two
-neighbours: so even and odd columns are two products, each with its half of `x`.
+The formats' layouts are defined in `quantized/formats.py`. In nf4 a byte holds two neighbouring columns, so even and
+odd columns are computed as two products, each with its half of `x`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-#: More rows than this are a prefill: dequantizing is then cheap beside the product.
+#: More rows than this are a prefill: then dequantizing costs little beside the product.
 MOST_ROWS = 64
-# What nf4 scales together (`Nf4.group`), and so the columns of one turn.
+# How many values share a scale in nf4 (`Nf4.group`), and so the columns of one turn of the loop.
 _GROUP = 64
-# `tl.dot` takes no fewer rows.
+# `tl.dot` needs at least this many rows.
 _FEWEST_ROWS = 16
 _OUTPUTS = 32
 _COLUMNS_INT8 = 128
 _WARPS = 4
-# Turns whose loads are under way at once, by bytes a value of `x`: what fits into 99 KiB of shared memory.
+# How many turns load at the same time, by bytes a value of `x`: what fits into 99 KiB of shared memory.
 _STAGES = {2: 4, 4: 2}
 
 
@@ -42,7 +42,7 @@ def _int8_product(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`OUTPUTS` columns of `x @ (values * scales / 127).T`."""
+    """Computes `OUTPUTS` columns of `x @ (values * scales / 127).T`."""
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, ROWS_X)
     is_out = out < rows
@@ -76,7 +76,9 @@ def _nf4_product(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`OUTPUTS` columns of `x` times the transpose of a matrix of 4-bit values, with a scale each `GROUP` columns."""
+    """Computes `OUTPUTS` columns of `x @ matrix.T`, for a matrix of 4-bit values with a scale for each `GROUP`
+    columns.
+    """
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, ROWS_X)
     pair = tl.arange(0, GROUP // 2)
@@ -103,7 +105,7 @@ def _nf4_product(
 
 
 def int8_product(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
-    """`x` `[n, columns]`, n at most `MOST_ROWS`, times a matrix in `Int8`'s layout: `[n, rows]`."""
+    """`x` `[n, columns]`, n at most `MOST_ROWS`, times the transpose of a matrix in `Int8`'s layout: `[n, rows]`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     output = torch.empty(len(x), rows, device=x.device, dtype=x.dtype)
     with torch.cuda.device(x.device) if x.is_cuda else torch.no_grad():
@@ -130,7 +132,10 @@ def int8_product(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, ro
 def nf4_product(
     x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, rows: int
 ) -> torch.Tensor:
-    """The same in `Nf4`'s layout; `levels` are its 16 numbers in fp32. The columns fill whole groups."""
+    """`x` `[n, columns]`, n at most `MOST_ROWS`, times the transpose of a matrix in `Nf4`'s layout: `[n, rows]`.
+
+    `levels` are nf4's 16 numbers in fp32. Raises ValueError unless the columns fill whole groups.
+    """
     x = x if x.stride(1) == 1 else x.contiguous()
     if x.shape[1] % _GROUP:
         raise ValueError(f"{x.shape[1]} columns are no whole groups of {_GROUP}")

@@ -1,7 +1,8 @@
-"""A quantized matrix that takes part in products like a plain one, without ever being there in full.
+"""A quantized matrix that can be used in products like a plain one, and is never dequantized as a whole for them.
 
-Knows one matrix and how torch asks for products with it; how it is stored is a format's business. Weights are frozen:
-gradients flow to the other factor only, and what they need is dequantized again, not kept.
+It implements the ways in which torch asks for such a product; a format defines how the matrix is stored. Weights are
+frozen: gradients flow to the other factor only, and the backward dequantizes again instead of keeping what the forward
+dequantized.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from peerd.compute.quantized.formats import Format
 class QuantizedMatrix:
     """A matrix `[rows, columns]` of a linear layer `x @ matrix.T`, as values and scales of a format.
 
-    With `transposed` whoever uses it means `x @ matrix`, as Transformers' experts of some families do: it is stored
-    the other way round, so that a row is always what makes one output. `dtype` is what `dequantize` gives.
+    With `transposed` the model computes `x @ matrix`, as Transformers' experts of some families do. It is then stored
+    transposed, so that a stored row always makes one output. `dtype` is the dtype of what `dequantize` returns.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class QuantizedMatrix:
         return NotImplemented
 
     def store(self, weight: torch.Tensor) -> None:
-        """Take the values of `weight`, in the shape that users see, on any device, in any dtype."""
+        """Store the values of `weight`, which has the shape that the model sees, on any device and in any dtype."""
         weight = weight.t() if self.transposed else weight
         device = self.values.device
         for start, end in self.form.runs(self.rows, self.columns, device):
@@ -61,14 +62,14 @@ class QuantizedMatrix:
             self.form.pack(weight[start:end].to(device, torch.float32).contiguous(), values, scales)
 
     def dequantize(self) -> torch.Tensor:
-        """The whole matrix in the shape that users see."""
+        """The whole matrix, in the shape that the model sees."""
         whole = torch.empty(self.rows, self.columns, dtype=self.dtype, device=self.values.device)
         for start, end in self.form.runs(self.rows, self.columns, whole.device):
             whole[start:end] = self._unpack(start, end, self.dtype)
         return whole.t() if self.transposed else whole
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, `[..., columns]`, to `[..., rows]`, whatever way round users see the matrix. Differentiable in `x`."""
+        """Multiply `x`, `[..., columns]`, to `[..., rows]`, also for a transposed matrix. Differentiable in `x`."""
         if torch.is_grad_enabled() and x.requires_grad:
             apply: Any = _Product.apply
             result: torch.Tensor = apply(x, self)
@@ -76,7 +77,7 @@ class QuantizedMatrix:
         return self._product(x)
 
     def matmul_from_left(self, x: torch.Tensor) -> torch.Tensor:
-        """`x @ matrix`."""
+        """`x @ matrix`. Raises TypeError unless the matrix is transposed."""
         if not self.transposed:
             raise TypeError("this matrix is meant for F.linear: x @ matrix would sum over its outputs")
         return self.product(x)
@@ -96,9 +97,9 @@ class QuantizedMatrix:
         return result.view(*x.shape[:-1], self.rows)
 
     def _product_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of what `_product` was given, from that of its result."""
+        """The gradient of the input of `_product`, from the gradient of its result."""
         flat = gradient.reshape(-1, self.rows)
-        # Summed over runs, so in fp32 whatever the dtype.
+        # This adds up over runs, so it is in fp32 whatever the dtype.
         total = flat.new_zeros(len(flat), self.columns, dtype=torch.float32)
         for start, end in self.form.runs(self.rows, self.columns, self.values.device):
             total += flat[:, start:end] @ self._unpack(start, end, flat.dtype)
@@ -113,7 +114,7 @@ class QuantizedMatrix:
 
 
 class _Product(torch.autograd.Function):
-    """Keeps a reference to the quantized matrix, where autograd by itself would keep all that was dequantized."""
+    """Keeps a reference to the quantized matrix; autograd by itself would keep everything that was dequantized."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
@@ -127,7 +128,7 @@ class _Product(torch.autograd.Function):
 
 
 def _linear(input: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """What `F.linear` does."""
+    """Implements `F.linear`."""
     if weight.transposed:
         raise TypeError("this matrix is meant for x @ matrix: F.linear would sum over its outputs")
     result = weight.product(input)
@@ -140,7 +141,7 @@ _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def empty_storage(
     form: Format, shape: tuple[int, int], device: torch.device, *, count: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the values and scales of `count` matrices: `[count, entries]` each."""
+    """Memory for the values and scales of `count` matrices, `[count, entries]` each."""
     values, scales = form.ends(*shape)
     return (
         torch.empty(count, values, dtype=form.values_dtype, device=device),

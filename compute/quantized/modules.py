@@ -1,9 +1,9 @@
-"""Which parameters of a block are quantized, and the modules that take their places.
+"""Chooses the parameters of a block that are quantized, and has the modules that replace them.
 
-Linear layers (and GPT-2's `Conv1D`, which is one turned round) are replaced. Experts that Transformers keeps as one
-parameter of three dimensions, 97 % of a Mixtral block, become a stack of matrices: the family's own forward indexes it
-by expert and so touches only those that tokens were routed to. Norms, biases, routers and gates stay as they are: they
-are small, and what they decide must not change. Knows no checkpoint.
+Linear layers are replaced, and GPT-2's `Conv1D`, which is a transposed one. Some experts are one parameter of three
+dimensions in Transformers, 97 % of a Mixtral block; these become a stack of matrices. The family's own forward indexes
+the stack by expert, and so reads only the experts to which tokens were routed. Norms, biases, routers and gates are not
+quantized: they are small, and their decisions must not change.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from peerd.compute.errors import UnsupportedModel
 from peerd.compute.quantized.formats import Format
 from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
 
-# What decides where tokens go, or how much of an expert they take.
+# Modules that decide to which experts tokens go, or with what weight.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-# `nn.Linear` under another name; other subclasses do something else than a linear layer.
+# `nn.Linear` and its equals; other subclasses compute something else than a linear layer.
 _LINEAR_TYPES = ("Linear", "FalconLinear")
-# Experts that write `x @ weight` without saying so in `is_transposed`.
+# Experts that compute `x @ weight` although they have no `is_transposed`.
 _TRANSPOSED_TYPES = ("Llama4TextExperts",)
-# Narrower matrices are gates by another name.
+# Narrower matrices are gates with another name.
 _SMALLEST_SIDE = 8
-# A block of which less becomes small is one whose layout is not known here.
+# If less than this share of a block can be quantized, we do not know its layout.
 _LEAST_SHARE = 0.9
 
 
@@ -35,7 +35,7 @@ _LEAST_SHARE = 0.9
 class Place:
     """A parameter that can be quantized: `count` matrices, each `[rows, columns]` of a linear layer.
 
-    `stacked` parameters have three dimensions; `transposed` ones are stored `[columns, rows]`.
+    A `stacked` parameter has three dimensions; a `transposed` one is stored `[columns, rows]`.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Place:
     transposed: bool
 
     def n_bytes(self, form: Format) -> int:
-        """How many bytes it takes once it is quantized."""
+        """How many bytes it takes when quantized."""
         return self.count * form.n_bytes(self.rows, self.columns)
 
 
 class QuantizedLinear(nn.Module):
-    """Stands in for an `nn.Linear`. `weight` makes the plain weight anew each time."""
+    """Replaces an `nn.Linear`. `weight` dequantizes the whole weight at each use."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as the product sees it: `[out_features, in_features]`, dequantized now."""
+        """The weight as the product sees it, `[out_features, in_features]`, dequantized at this moment."""
         return self.matrix.dequantize()
 
     @property
@@ -91,7 +91,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedStack(nn.Module):
-    """Stands in for a parameter of three dimensions, one matrix an expert: `stack[expert]` takes part in products."""
+    """Replaces a parameter of three dimensions, one matrix for each expert: `stack[expert]` can be used in products."""
 
     def __init__(
         self, form: Format, values: torch.Tensor, scales: torch.Tensor, place: Place, dtype: torch.dtype
@@ -116,7 +116,7 @@ class QuantizedStack(nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the parameter whose place this takes."""
+        """The shape of the parameter that this replaces."""
         place = self.place
         sides = (place.columns, place.rows) if place.transposed else (place.rows, place.columns)
         return torch.Size((place.count, *sides))
@@ -138,7 +138,8 @@ class QuantizedStack(nn.Module):
     def bmm_from_left(self, x: torch.Tensor) -> torch.Tensor:
         """`torch.bmm(x, stack)`: `[experts, n, in]` to `[experts, n, out]`.
 
-        Llama 4 gives every token to every expert, as zeros where it is not routed; those are left out here.
+        Llama 4 gives every token to every expert, as zeros where the token is not routed. Rows of zeros are skipped
+        here.
         """
         results = []
         for rows, matrix in zip(x, self, strict=True):
@@ -151,9 +152,9 @@ class QuantizedStack(nn.Module):
 
 
 def places(block: nn.Module) -> dict[str, Place]:
-    """The block's parameters that can be quantized, by name; on any device, so meta too.
+    """The block's parameters that can be quantized, by name; the block may be on any device, also meta.
 
-    Raises UnsupportedModel where that would leave most of the block as it is.
+    Raises UnsupportedModel if most of the block could not be quantized.
     """
     all_places = (place for prefix, module in block.named_modules() for place in _of_module(prefix, module))
     found = [place for place in all_places if min(place.rows, place.columns) >= _SMALLEST_SIDE]
@@ -168,7 +169,9 @@ def places(block: nn.Module) -> dict[str, Place]:
 
 
 def put_quantized(block: nn.Module, place: Place, form: Format, device: torch.device) -> list[QuantizedMatrix]:
-    """Replace what is at `place` by room for its quantized form. Returns the matrices, which are to be stored."""
+    """Replace the parameter at `place` by memory for its quantized form. Returns the matrices, which the caller must
+    store.
+    """
     owner_name, _, leaf = place.name.rpartition(".")
     owner: Any = block.get_submodule(owner_name)
     dtype = getattr(owner, leaf).dtype

@@ -1,7 +1,7 @@
-"""Which architectures of GGUF files are read, as which family, and why others are not.
+"""The table of GGUF architectures that are read, each with its family, and of those that are refused, with the reason.
 
-Transformers' own tables turn metadata into configurations; a row adds what they leave out, which would
-otherwise be the default of another model's size. Knows no files.
+Transformers' own tables turn metadata into configurations. A row here adds the fields that those tables leave out;
+without it such a field would have the default of a model of another size.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Architecture:
 
     name: str
     model_type: str
-    #: The name of Transformers' table, where it is not the family's.
+    #: The name of Transformers' table, if it is not the family's.
     table: str = ""
     #: Metadata that the table leaves out: key, without the architecture -> field of the configuration.
     more: Mapping[str, str] = field(default_factory=dict)
-    #: The architecture whose processor of Transformers' reads the tensors, where it is another.
+    #: The architecture whose tensor processor (of Transformers) reads this one's tensors, if it is another.
     processor: str = ""
-    #: Whether rotary embeddings may turn a part of each head only.
+    #: Whether rotary embeddings may turn only a part of each head.
     partial_rotary: bool = False
-    #: Whether embeddings are the LM head too unless the file stores another one, whether it does or not.
+    #: Whether the configuration ties the LM head to the embeddings even if the file stores an LM head of its own.
     always_tied: bool = False
 
 
@@ -53,7 +53,8 @@ _ROWS = (
         more={**_EPS, "attention.head_count_kv": "num_kv_heads", "feed_forward_length": "ffn_hidden_size"},
         always_tied=True,
     ),
-    # Transformers has neither table nor processor for these three, whose files are written as their relatives' are.
+    # Transformers has neither a table nor a processor for these three; their files are written like those of their
+    # relatives.
     Architecture("gemma", "gemma", table="gemma2", processor="gemma2"),
     Architecture("granite", "granite", table="llama", more=_GRANITE, processor="llama"),
     Architecture("smollm3", "smollm3", table="llama", processor="llama"),
@@ -84,9 +85,9 @@ _ROWS = (
     Architecture("stablelm", "stablelm", more={"rope.freq_base": "rope_theta"}, partial_rotary=True),
     Architecture("starcoder2", "starcoder2", more={"rope.freq_base": "rope_theta", **_WINDOW}),
 )
-#: By the name that GGUF has for them.
+#: By GGUF's name of the architecture.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.name: row for row in _ROWS})
-# llama.cpp calls a llama with experts a llama.
+# llama.cpp writes the architecture `llama` for a llama with experts too.
 _MIXTRAL = Architecture(
     "llama",
     "mixtral",
@@ -114,7 +115,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 
 
 def architecture_of(metadata: Mapping[str, object], where: object) -> Architecture:
-    """The row for a file with these metadata. Raises UnsupportedModel, saying `where` and why."""
+    """The row for a file with these metadata. Raises UnsupportedModel, which names the file `where` and the reason."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         if isinstance(name, str) and name in _REFUSED:

@@ -1,7 +1,7 @@
-"""Opening a GGUF file as a checkpoint: its configuration and the names of its tensors.
+"""Opens a GGUF file as a checkpoint: reads its configuration and the names of its tensors.
 
-Tensors are read by Transformers' own processors, and by ours where it has none. A block's tensor that the
-model has no place for means that the file is another model than we would compute: it is refused by name.
+Tensors are read by Transformers' own processors, or by ours where it has none. If a tensor of a block has no place in
+the model, the file holds another model than we would compute: it is refused, and the error names the tensor.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from peerd.compute.transformers_compat import gguf_reader
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Frequencies that llama.cpp computes by itself; old files hold them, one copy a block.
+# llama.cpp computes these frequencies itself; old files still store them, one copy a block.
 _REDUNDANT = re.compile(r"blk\.\d+\.(attn_rot_embd|attn\.rotary_emb)\b.*")
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file, or the first of several parts. Reads headers only. Raises CheckpointError, UnsupportedModel."""
+    """Open a GGUF file, or the first of several parts. Reads headers only. Raises CheckpointError or
+    UnsupportedModel.
+    """
     file = GgufFiles(path)
     try:
         architecture = architecture_of(file.metadata, path)
@@ -42,7 +44,7 @@ def open_gguf(path: Path) -> Checkpoint:
     except BaseException:
         file.close()
         raise
-    # The weights file holds the configuration too.
+    # No published configuration goes into the model digest: the weights file itself holds the configuration.
     return Checkpoint(path, family, config, weights, name=file.name, published_config={})
 
 
@@ -53,7 +55,7 @@ def _weights(
     names = _parameter_names(family, config, architecture.name, processor)
     sources: dict[str, list[str]] = {}
     for stored, parameter in names.items():
-        # A parameter without `.weight`, such as fused experts, is stored with it.
+        # A parameter whose name does not end in `.weight`, such as fused experts, is stored under a name that does.
         sources.setdefault(parameter, []).append(stored if stored in file.tensors else f"{stored}.weight")
     found = {name: tuple(stored) for name, stored in sources.items() if not file.tensors.keys().isdisjoint(stored)}
     placed = {stored for tensors in found.values() for stored in tensors}

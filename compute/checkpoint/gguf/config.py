@@ -1,8 +1,8 @@
-"""The configuration that a GGUF file describes, by its metadata and by which tensors it has.
+"""Makes the configuration that a GGUF file describes, from its metadata and from the tensors that it has.
 
-Uses Transformers' own tables, but not its reader, which takes seconds over a vocabulary that we do not need.
-The difficulty is what metadata do not say: llama.cpp knows some of it by architecture, and some shows only
-in the tensors.
+It uses Transformers' own tables, but not Transformers' reader, which spends seconds on a vocabulary that we do not
+need. Metadata do not say everything: llama.cpp derives some of it from the architecture, and some of it can only be
+seen from the tensors.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ if TYPE_CHECKING:
 
     from peerd.compute.families.family import Family
 
-# The Gemmas of 27B, by their number of blocks, scale queries by the square root of this where all others take the
-# width of a head; no field says so, and llama.cpp tells them apart as we do.
+# The 27B Gemmas scale queries by the square root of hidden_size / heads; all other Gemmas use a head's width. No field
+# says so. Like llama.cpp, we recognise them by their number of blocks.
 _GEMMA_27B_BLOCKS: Mapping[str, int] = MappingProxyType({"gemma2": 46, "gemma3": 62})
-# llama.cpp's number for experts that are chosen by a sigmoid.
+# llama.cpp's number for routers that choose experts by a sigmoid.
 _SIGMOID = 2
 
 
 def config_of(
     file: GgufFiles, architecture: Architecture, family: Family
 ) -> tuple[PreTrainedConfig, Mapping[str, Any]]:
-    """The configuration, and the fields that Transformers' tensor processors look at."""
+    """The configuration, and the fields that Transformers' tensor processors read. Raises CheckpointError,
+    UnsupportedModel.
+    """
     if file.metadata.get(f"{architecture.name}.attention.causal", True) is not True:
         raise UnsupportedModel(f"{file.path}: its blocks attend to later positions")
     fields = _table_fields(file, architecture)
@@ -44,7 +46,7 @@ def config_of(
         # Published GPT-OSS files leave out that their corrections are not rounded.
         fields["rope_scaling"] = scaling | ({"truncate": False} if architecture.name == "gpt-oss" else {})
         if scaling["rope_type"] == "longrope":
-            # Phi's configuration has it here, and looks nowhere else.
+            # Phi's configuration has the original length here, and looks for it nowhere else.
             fields["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     config = make_config(family, dict(fields), file.path)
     if architecture.name in _GEMMA_27B_BLOCKS:
@@ -55,7 +57,7 @@ def config_of(
 
 
 def _table_fields(file: GgufFiles, architecture: Architecture) -> dict[str, Any]:
-    """What Transformers' tables make of the metadata, and what ours add."""
+    """The fields that Transformers' tables, and the additions in our table, read from the metadata."""
     fields_of, defaults_of = gguf_tables()
     table = architecture.table or architecture.model_type
     tables: Any = (
@@ -63,7 +65,7 @@ def _table_fields(file: GgufFiles, architecture: Architecture) -> dict[str, Any]
         (architecture.name, architecture.more),
         ("tokenizer", fields_of["tokenizer"]),
     )
-    # A file that names no such token has none; the configuration's class would take another model's.
+    # A file that names no such token has none. Without this line the configuration's class would use another model's.
     fields: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     fields |= defaults_of.get(table) or {}
     for section, names in tables:
@@ -79,9 +81,9 @@ def _table_fields(file: GgufFiles, architecture: Architecture) -> dict[str, Any]
 
 
 def _facts_of_tensors(file: GgufFiles, architecture: Architecture, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What only the tensors say."""
+    """The fields that only the tensors show."""
     tensors = file.tensors
-    # llama.cpp writes an output matrix only where it is not the embedding.
+    # llama.cpp writes an output matrix only if the head is not tied to the embeddings.
     facts: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in tensors or architecture.always_tied}
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if "token_embd.weight" in tensors:
@@ -89,14 +91,14 @@ def _facts_of_tensors(file: GgufFiles, architecture: Architecture, fields: Mappi
     elif isinstance(tokens, LongArray | tuple):
         facts["vocab_size"] = len(tokens)
     if architecture.name == "llama":
-        # Transformers' processor leaves queries and keys in llama.cpp's order where it does not know this.
+        # Without this field Transformers' processor leaves queries and keys in llama.cpp's order.
         facts["num_key_value_heads"] = fields.get("num_key_value_heads") or fields.get("num_attention_heads")
         facts["attention_bias"] = "blk.0.attn_output.bias" in tensors
     if architecture.name == "stablelm":
         facts["use_qkv_bias"] = "blk.0.attn_q.bias" in tensors
         facts["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in tensors
     if architecture.name == "falcon":
-        # The first Falcons share one key head, later ones one a group of heads.
+        # The first Falcons have one key head for all heads; later ones have one for each group of heads.
         grouped = fields.get("num_kv_heads", 1) != 1
         norms = 2 if "blk.0.attn_norm_2.weight" in tensors else 1
         facts |= {"new_decoder_architecture": grouped, "num_ln_in_parallel_attn": norms if grouped else None}

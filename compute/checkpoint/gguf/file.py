@@ -1,8 +1,8 @@
-"""One GGUF file: its metadata, where each tensor lies, and reading exactly those bytes.
+"""One GGUF file: reads its metadata, finds each tensor, and reads exactly the tensor's bytes.
 
-Nothing in the header is believed before it was checked against the file's size: a count that the file
-could not hold is refused before anything is allocated for it. Arrays such as a vocabulary are stepped over,
-not kept: a Python list of them costs more time than everything else in the file. Knows no model.
+No number of the header is used before it was checked against the file's size: a count that the file could not hold is
+refused before memory is allocated for it. Long arrays, such as a vocabulary, are skipped, because making a Python list
+of one takes more time than everything else in the file.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from peerd.compute.errors import CheckpointError, UnsupportedModel
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# GGML_MAX_DIMS.
+# GGML_MAX_DIMS of ggml.
 MAX_DIMENSIONS = 4
-# Longer arrays are kept as their length alone: they are vocabularies, read by the tokenizer.
+# Of longer arrays only the length is kept: they are vocabularies, which the tokenizer reads itself.
 MAX_KEPT_VALUES = 1024
 DEFAULT_ALIGNMENT = 32
 
-# The least that an entry takes: an empty key, its type and one byte; an empty name, no dimensions, type and offset.
+# The least bytes that an entry takes: for a field an empty key, its type and one byte; for a tensor an empty name, no
+# dimensions, a type and an offset.
 _MIN_FIELD_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
-# Value types of the GGUF specification that have a fixed width.
+# The value types of the GGUF specification that have a fixed width.
 _SCALARS: Mapping[int, struct.Struct] = {
     kind: struct.Struct(f"<{code}")
     for kind, code in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
@@ -67,12 +68,12 @@ class GgufTensor:
 
     @property
     def row_bytes(self) -> int:
-        """How many bytes the file holds for one run of the fastest dimension."""
+        """The bytes of one row, which is a run of the fastest dimension."""
         return self.n_bytes // math.prod(self.shape[:-1])
 
 
 class GgufFile:
-    """An open GGUF file. Raises CheckpointError on opening if it isn't a whole one."""
+    """An open GGUF file. Raises CheckpointError on opening if the file is incomplete or malformed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,7 +119,7 @@ class GgufFile:
 
 
 class _Header:
-    """Reads the header from the front, never past the file's end."""
+    """Parses the header from the front, and never reads past the file's end."""
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
         self._view = view
@@ -177,7 +178,7 @@ class _Header:
         return LongArray(count)
 
     def _skip_strings(self, count: int, key: str) -> None:
-        """Step over `count` strings. The hot loop of opening a file: 100 000 turns for a small vocabulary."""
+        """Step over `count` strings. This is the hot loop of opening a file: 100 000 turns for a small vocabulary."""
         view, at, end, unpack = self._view, self._at, len(self._view), _U64.unpack_from
         for _ in range(count):
             if at + 8 > end:

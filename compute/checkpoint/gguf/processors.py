@@ -1,8 +1,8 @@
-"""Undoing what llama.cpp's converter did to tensors, where Transformers has no processor that does.
+"""Tensor processors that undo what llama.cpp's converter did, for architectures that Transformers has none for.
 
-Each is called as Transformers' own are: one stored tensor at a time, in any order; parts of a parameter are
-gathered in `parsed_parameters`. Transformers' GPT-OSS processor expects names that no published file has,
-and it has none for Falcon's grouped heads or for experts in a llama file.
+They are called like Transformers' own: with one stored tensor at a time, in any order, and parts of one parameter are
+collected in `parsed_parameters`. Transformers' GPT-OSS processor expects names that no published file has, and it has
+no processor for Falcon's grouped heads or for experts in a llama file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GPT_OSS_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.(weight|bias)
 
 
 class MixtralProcessor(TensorProcessor):  # type: ignore[misc]  # looked up as it runs
-    """Queries and keys as in llama, experts as in Qwen."""
+    """Reads queries and keys like llama, and experts like Qwen."""
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config=config)
@@ -37,7 +37,9 @@ class MixtralProcessor(TensorProcessor):  # type: ignore[misc]  # looked up as i
 
 
 class FalconProcessor(TensorProcessor):  # type: ignore[misc]
-    """All queries, all keys, all values were stored one after the other; Falcon keeps each group of heads together."""
+    """Puts each group's queries, keys and values together again: GGUF stores all queries, then all keys, then all
+    values.
+    """
 
     def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
         if ".attn_qkv." in name:
@@ -50,7 +52,7 @@ class FalconProcessor(TensorProcessor):  # type: ignore[misc]
 
 
 class GptOssProcessor(TensorProcessor):  # type: ignore[misc]
-    """Experts' gate and up alternate in one matrix, and matrices of experts lie transposed."""
+    """Interleaves the experts' gate and up matrices into one, and transposes the experts' matrices."""
 
     def perform_fallback_tensor_mapping(self, names: Any, suffix: str, qual_name: str, hf_name: str) -> None:
         block = hf_name.removeprefix("model.layers.").partition(".")[0]
@@ -79,5 +81,5 @@ class GptOssProcessor(TensorProcessor):  # type: ignore[misc]
             shape = (*values.shape[:-1], 2 * values.shape[-1])
             whole = gathered.setdefault(parameter, torch.empty(shape))
             whole[..., 0 if match[1] == "gate" else 1 :: 2] = values
-        # Without a name: it is gathered already.
+        # The name is None because the tensor was already collected above.
         return _reader.GGUFTensor(weights, None, {})

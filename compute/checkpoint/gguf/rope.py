@@ -1,8 +1,8 @@
-"""What a GGUF file says of scaled rotary embeddings, as Transformers' `rope_scaling`.
+"""Reads a GGUF file's scaling of rotary embeddings as Transformers' `rope_scaling`.
 
-Transformers itself passes over it. The difficulty is that a file states frequencies where a configuration
-states the rule that they follow: Llama 3's is recognised among its published parameters by comparing every
-frequency, and any other is given as the list of factors that it is. What is stated by halves is refused.
+Transformers ignores this part of a GGUF file. A file states frequencies, but a configuration states the rule behind
+them. Llama 3's rule is recognised: its published parameters must give every stored frequency. Any other list is passed
+on as a list of factors. A scaling that is stated incompletely is refused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 
-# With Llama 3.1 to 3.3 came these, and factors of 8 and 32; llama.cpp stores what follows from them.
+# Llama 3.1 to 3.3 were published with these values and with factors of 8 and 32; llama.cpp stores the resulting
+# divisors.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _FACTORS = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scaling, or None if there is none. Raises CheckpointError, UnsupportedModel if it cannot be read exactly."""
+    """The scaling, or None if there is none. Raises CheckpointError or UnsupportedModel if it cannot be read
+    exactly.
+    """
     stated = _Stated(file, f"{architecture}.rope.scaling.")
     kind = stated.get("type", "none")
     if _LONG in file.tensors and _SHORT in file.tensors:
@@ -40,7 +43,7 @@ def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) 
 
 
 def head_width(fields: Mapping[str, Any]) -> int:
-    """The width of a head by these fields of a configuration; 0 where they are no sizes."""
+    """The width of a head according to these fields of a configuration; 0 if they are not sizes."""
     width, heads = (fields.get(name) for name in ("hidden_size", "num_attention_heads"))
     if isinstance(own := fields.get("head_dim"), int) and own > 0:
         return own
@@ -48,7 +51,7 @@ def head_width(fields: Mapping[str, Any]) -> int:
 
 
 class _Stated:
-    """Metadata under one prefix."""
+    """The metadata under one prefix."""
 
     def __init__(self, file: GgufFiles, prefix: str) -> None:
         self.path = file.path
@@ -83,7 +86,7 @@ def _yarn(stated: _Stated) -> dict[str, Any]:
 
 
 def _by_lists(stated: _Stated, short: list[float], long: list[float]) -> dict[str, Any]:
-    """Phi's: one list up to the original length, another beyond it."""
+    """Phi's scaling: one list of factors up to the original length, another one beyond it."""
     return {
         "rope_type": "longrope",
         "short_factor": short,
@@ -107,7 +110,7 @@ def _llama3(file: GgufFiles, fields: Mapping[str, Any]) -> dict[str, Any]:
     length = fields.get("max_position_embeddings")
     if not isinstance(length, int):
         raise CheckpointError(f"{file.path}: its RoPE is scaled, and its context length is {length!r}")
-    # The same list at every length.
+    # The list does not depend on the length, so both entries are the same.
     return {
         "rope_type": "longrope",
         "short_factor": factors,
@@ -118,7 +121,7 @@ def _llama3(file: GgufFiles, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _llama3_factors(count: int, base: float, factor: float) -> NDArray[np.float64]:
-    """By how much Llama 3's rule divides each of `count` frequencies."""
+    """The divisors that Llama 3's rule gives for `count` frequencies."""
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     turns = _LLAMA3["original_max_position_embeddings"] * base ** (-np.arange(count) / count) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)

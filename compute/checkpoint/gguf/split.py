@@ -1,6 +1,6 @@
-"""A GGUF model in one file, or in the numbered parts that llama.cpp splits large ones into.
+"""A GGUF model in one file, or in the numbered parts into which llama.cpp splits large models.
 
-The first part holds the metadata, each part its own tensors. Knows no model.
+The first part holds the metadata; each part holds its own tensors.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from peerd.compute.checkpoint.gguf.file import GgufFile, GgufTensor, Value
 from peerd.compute.errors import CheckpointError
 
-# As llama.cpp names parts: model-00001-of-00003.gguf.
+# llama.cpp's names of parts, such as model-00001-of-00003.gguf.
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class GgufFiles:
-    """All parts of a model, read as one. Raises CheckpointError on opening if one is missing or not whole."""
+    """All parts of a model, read as one. Raises CheckpointError on opening if a part is missing, incomplete or
+    malformed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +40,7 @@ class GgufFiles:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending and its part's number."""
+        """The file's name without its ending and without the part's number."""
         match = _PART.fullmatch(self.path.name)
         return match["stem"] if match else self.path.stem
 

@@ -1,8 +1,8 @@
-"""A GGUF file, read as the parameters of a decoder.
+"""Reads the parameters of a decoder from a GGUF file.
 
-GGUF stores some tensors otherwise than Transformers: llama's q and k are permuted, gemma's norms shifted,
-bloom's q, k and v apart. Transformers' own tensor processors undo that; here they are given one parameter
-at a time. Tensors are dequantized to fp32 in runs of rows, so that nothing is held twice.
+GGUF stores some tensors in another form than Transformers: llama's q and k are permuted, gemma's norms shifted, bloom's
+q, k and v separate. Transformers' own tensor processors undo that; here each is called for one parameter at a time.
+Tensors are dequantized to fp32 in runs of rows, so that memory never holds two copies of a tensor.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError, UnsupportedModel
 
-# The codec makes several fp32 copies of what it is given: runs of this many values stay in a core's cache, which is
-# ten times as fast as whole embeddings, and small beside them.
+# The codec makes several fp32 copies of its input. Runs of this many values stay in a core's cache, which is ten times
+# as fast as whole embeddings, and are small beside them.
 RUN_VALUES = 1 << 19
 
 
 class GgufWeights:
-    """Implements `Weights`. `sources` gives, for each parameter, the stored tensors it is made of.
+    """Implements `Weights`. `sources` gives, for each parameter, the stored tensors from which it is made.
 
     `processor` is Transformers' tensor processor for the file's architecture, and `names` its map from stored names to
     parameters.
@@ -74,7 +74,7 @@ class GgufWeights:
         if not self._are_experts(tensors):
             return self._processed(parameter, tensors)
         whole: torch.Tensor | None = None
-        # Expert by expert: a processor makes copies of what it is given.
+        # Expert by expert, because a processor makes copies of its input.
         for expert, matrix in enumerate(self.read_slices(parameter)):
             whole = torch.empty(tensors[0].shape[0], *matrix.shape) if whole is None else whole
             whole[expert] = matrix
@@ -104,8 +104,8 @@ class GgufWeights:
         return [self._file.tensors[name] for name in names]
 
     def _processed(self, parameter: str, tensors: list[GgufTensor], expert: int | None = None) -> torch.Tensor:
-        """What the processor makes of a parameter's tensors, or of one expert's part of each: [1, rows, columns]."""
-        # Experts' gate and up are two stored tensors of one parameter: the processor gathers them in here.
+        """The processor's result for a parameter's tensors, or for one expert's part of each: [1, rows, columns]."""
+        # The experts' gate and up are two stored tensors of one parameter: the processor collects both in here.
         gathered: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for tensor in tensors:
             values = self._dequantized(tensor, expert)
@@ -114,7 +114,7 @@ class GgufWeights:
                     weights=values, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters=gathered
                 )
             except (ValueError, LookupError, RuntimeError, ArithmeticError) as error:
-                # It reorders by the sizes that the metadata state.
+                # The processor reorders by the sizes in the metadata, which a tensor's shape may contradict.
                 shape = list(tensor.shape)
                 raise CheckpointError(
                     f"{self._file.path}: tensor {tensor.name} has shape {shape}, which its metadata do not allow"
@@ -124,7 +124,7 @@ class GgufWeights:
         return gathered["tensors"][parameter]
 
     def _dequantized(self, tensor: GgufTensor, expert: int | None) -> NDArray[np.float32]:
-        """The tensor's values, fp32, in its shape; those of one expert as if there were no other."""
+        """The tensor's values in fp32 and in its shape, or those of one expert as [1, rows, columns]."""
         shape = tensor.shape if expert is None else (1, *tensor.shape[1:])
         rows, columns = math.prod(shape[:-1]), shape[-1]
         out = np.empty((rows, columns), dtype=np.float32)
@@ -141,7 +141,7 @@ class GgufWeights:
         return out.reshape(shape)
 
     def _are_experts(self, tensors: list[GgufTensor]) -> bool:
-        """Whether each holds one matrix an expert. Raises CheckpointError unless they agree on the matrices' shape."""
+        """Whether each tensor holds one matrix for each expert. Raises CheckpointError if their shapes differ."""
         if any(len(tensor.shape) != 3 for tensor in tensors):
             return False
         for other in tensors[1:]:

@@ -1,7 +1,7 @@
-"""Formats whose half bytes stand for entries of a table: mxfp4, nvfp4, and bitsandbytes' nf4 and fp4.
+"""Dequantizes formats whose half bytes are indices into a table: mxfp4, nvfp4, and bitsandbytes' nf4 and fp4.
 
-mxfp4 (gpt-oss) has an exponent of two for each 32 values, nvfp4 an fp8 scale for each 16 and one for all. bitsandbytes
-takes a matrix as one flat run of values, and may quantize its scales once more.
+mxfp4 (gpt-oss) has an exponent of two for every 32 values; nvfp4 has an fp8 scale for every 16 values and one scale for
+all. bitsandbytes treats a matrix as one flat run of values, and may quantize its scales again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _FP4 = torch.cat((_E2M1, -_E2M1))
 _MX_EXPONENT_BIAS = 127
 _NV_GROUP = 16
-# Of a JSON object with two dozen short fields.
+# Enough for a JSON object of two dozen short fields.
 _MAX_STATE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Fp4Rows:
-    """Implements `PlainRows`: `packed` `[rows, columns / 2]`, the lower half byte first; a scale for each group."""
+    """Implements `PlainRows`: `packed` `[rows, columns / 2]`, the lower half byte first, and one scale for each
+    group.
+    """
 
     packed: torch.Tensor
     scales: torch.Tensor
@@ -64,7 +66,9 @@ def nvfp4_rows(pieces: Pieces) -> Fp4Rows:
 
 @dataclass(frozen=True, slots=True)
 class FlatRows:
-    """Implements `PlainRows` for bitsandbytes: flat half bytes, the higher first; a scale for each `group` of them."""
+    """Implements `PlainRows` for bitsandbytes: flat half bytes, the higher first, and one scale for each `group`
+    values.
+    """
 
     shape: tuple[int, int]
     packed: torch.Tensor
@@ -99,7 +103,7 @@ def bnb_four_bit_rows(pieces: Pieces) -> FlatRows:
 
 
 def _state(pieces: Pieces) -> dict[str, object]:
-    """What bitsandbytes says of a matrix: JSON, stored as bytes."""
+    """bitsandbytes' description of a matrix: a JSON object, stored as bytes."""
     stored = pieces.take("state", "bytes", ndim=1)
     if len(stored) > _MAX_STATE_BYTES:
         raise pieces.wrong(f"has a state of {len(stored)} bytes")
@@ -113,7 +117,7 @@ def _state(pieces: Pieces) -> dict[str, object]:
 
 
 def _bnb_scales(pieces: Pieces, state: dict[str, object]) -> torch.Tensor:
-    """The scales, which `nested` files store as bytes with scales of their own and one number added."""
+    """The scales. A `nested` file stores them as bytes, with scales of their own and one number to add."""
     if "nested_scale" not in pieces:
         return pieces.take("scale", "numbers", ndim=1).float()
     own = pieces.take("scale", "bytes", ndim=1)

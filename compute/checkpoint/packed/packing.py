@@ -1,8 +1,8 @@
-"""Which published quantizations are read, which stored tensors each takes for one parameter, and what is refused.
+"""The published quantizations that are read: which stored tensors make one parameter, and what is refused.
 
-A configuration's `quantization_config` names the method; the names and shapes of the stored tensors say the rest. The
-difficulty is that a wrong guess computes nonsense without an error: so a method, an option or a piece that is not
-known here is refused, and scales that belong to no parameter are refused too, whatever the configuration says.
+A configuration's `quantization_config` names the method; the names and shapes of the stored tensors say the rest. A
+wrong guess would compute nonsense without an error. So every method, option and piece that is not listed here is
+refused, and so are scales that belong to no parameter, whatever the configuration says.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from peerd.compute.checkpoint.packed.words import awq_rows, gptq_rows, packed_ro
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.family import Family
 
-# Stored beside fp8 and int8 weights: how their own kernels round activations, and the KV cache. We round neither.
+# Stored beside fp8 and int8 weights: scales by which the formats' own kernels round activations and the KV cache. We
+# round neither.
 _UNUSED = tuple(
     f".{name}_scale" for name in ("input", "activation", "output", "k", "v", "q", "k_proj.output", "v_proj.output")
 )
-# How the pieces of quantized weights are called, in any format that we know of.
+# The names of the pieces of quantized weights, in every format that we have seen.
 _PIECE = re.compile(
     r"(_scale_inv|weight_scale(_2)?|weight_packed|weight_shape|weight_zero_point|weight_g_idx|weight_global_scale"
     r"|input_scale|\.(scales|qweight|qzeros|g_idx|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map)"
     r"|_blocks|_scales|quant_state\.bitsandbytes__\w+)"
 )
-# Where linear layers are Conv1D, whose matrices are turned round; the methods differ in what they make of them.
+# Families whose linear layers are Conv1D, with transposed matrices: the methods treat these in different ways.
 _TURNED = ("gpt2",)
 
 
@@ -39,9 +40,9 @@ _TURNED = ("gpt2",)
 class Packing:
     """How the weights of one checkpoint are quantized.
 
-    `endings`: what a piece's name ends with -> (what the parameter's ends with instead, the piece's role). The tensor
-    with the parameter's own name has the role `values`. A parameter is quantized if it has the role `key`. `rows`
-    makes a matrix of the pieces; with `turned` the parameter is its transpose.
+    `endings`: the end of a piece's name -> (the end of the parameter's name, the piece's role). The tensor with the
+    parameter's own name has the role `values`. A parameter is quantized if it has a piece with the role `key`. `rows`
+    makes a matrix from the pieces; with `turned` the parameter is the transpose of that matrix.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Packing:
     turned: bool = False
 
     def sort(self, stored_names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """The parameters that are quantized: by name, each with its pieces' stored names by role."""
+        """The quantized parameters by name, each with the stored names of its pieces by role."""
         names = tuple(stored_names)
         found: dict[str, dict[str, str]] = {}
         for name in names:
@@ -65,11 +66,11 @@ class Packing:
         return {parameter: pieces for parameter, pieces in found.items() if self.key in pieces and "values" in pieces}
 
     def is_unused(self, stored_name: str) -> bool:
-        """Whether this is how activations or the KV cache would be rounded, which we leave as they are."""
+        """Whether the tensor is a scale for rounding activations or the KV cache, which we do not round."""
         return stored_name.endswith(_UNUSED)
 
     def unpack(self, pieces: Pieces, dtype: torch.dtype) -> torch.Tensor:
-        """The parameter: a matrix, or the experts' matrices one on the other. Raises CheckpointError."""
+        """The parameter: a matrix, or the experts' matrices stacked. Raises CheckpointError."""
         if not self._stacked(pieces):
             return self._matrix(pieces, dtype)
         slices = self.unpack_slices(pieces, dtype)
@@ -83,7 +84,7 @@ class Packing:
         return whole
 
     def unpack_slices(self, pieces: Pieces, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The experts' matrices one by one."""
+        """The experts' matrices, one by one."""
         if not self._stacked(pieces):
             yield from self._matrix(pieces, dtype)
             return
@@ -108,7 +109,7 @@ class Packing:
 
 
 def packing_of(said: Mapping[str, Any] | None, family: Family, where: object) -> Packing | None:
-    """The packing that a configuration's `quantization_config` names. Raises UnsupportedModel, saying `where`."""
+    """The packing that a configuration's `quantization_config` names. Raises UnsupportedModel that names `where`."""
     if said is None:
         return None
     method = said["quant_method"]
@@ -121,7 +122,7 @@ def packing_of(said: Mapping[str, Any] | None, family: Family, where: object) ->
 
 
 def refuse_stray_pieces(stored_names: Iterable[str], layers: str, where: object) -> None:
-    """Raise UnsupportedModel if pieces of quantized weights are left among these: their numbers mean something else."""
+    """Raise UnsupportedModel if pieces of quantized weights are among these names: their numbers would be misread."""
     for name in stored_names:
         if f"{layers}." in name and (found := _PIECE.search(name)) and name.endswith(found[0]):
             raise UnsupportedModel(
@@ -132,7 +133,7 @@ def refuse_stray_pieces(stored_names: Iterable[str], layers: str, where: object)
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    """A `quantization_config`, whose options are not believed."""
+    """A `quantization_config`, each option of which must be checked."""
 
     fields: Mapping[str, Any]
     where: str

@@ -1,7 +1,7 @@
-"""The stored tensors that make one quantized parameter, checked as they are taken; and making it plain by runs of rows.
+"""The stored tensors of one quantized parameter, checked on use, and their dequantization run by run.
 
-A format turns pieces into a `PlainRows`, which gives any rows of the matrix in fp32. The difficulty is memory: the
-plain matrix is two to eight times its pieces, so beside it only a run of its rows is ever held in fp32.
+A format turns the pieces into a `PlainRows`, which gives any rows of the matrix in fp32. The plain matrix is two to
+eight times as large as its pieces, so beside it only one run of its rows is ever held in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from peerd.compute.errors import CheckpointError
 
-# As in `gguf/weights.py`: it stays in a core's cache, and is small beside any matrix that is quantized.
+# As in `gguf/weights.py`: a run stays in a core's cache, and is small beside any matrix that is quantized.
 RUN_VALUES = 1 << 19
 
 _DTYPES_OF: Mapping[str, tuple[torch.dtype, ...]] = {
@@ -30,7 +30,7 @@ _DTYPES_OF: Mapping[str, tuple[torch.dtype, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """One parameter's tensors by their role. `where` and `name` are for errors."""
+    """One parameter's tensors by their role. `where` and `name` are for error messages."""
 
     tensors: Mapping[str, torch.Tensor]
     name: str
@@ -40,7 +40,9 @@ class Pieces:
         return role in self.tensors
 
     def take(self, role: str, *kinds: str, ndim: int | None = None) -> torch.Tensor:
-        """The tensor of a role, of one of these kinds. Raises CheckpointError where it is missing or another."""
+        """The tensor with this role. Raises CheckpointError if it is missing, or has none of these kinds or another
+        `ndim`.
+        """
         tensor = self.tensors.get(role)
         if tensor is None:
             raise self.wrong(f"has no {role}")
@@ -51,19 +53,19 @@ class Pieces:
         return tensor
 
     def scale(self, role: str = "scale") -> torch.Tensor:
-        """A tensor of scales in fp32, whatever it is stored in: powers of two are stored as their exponents alone."""
+        """A tensor of scales as fp32. It may be stored as numbers, or as exponents of two only."""
         tensor = self.tensors.get(role)
         if tensor is not None and tensor.dtype == getattr(torch, "float8_e8m0fnu", None):
             return tensor.float()
         return self.take(role, "numbers", "fp8").float()
 
     def check_shape(self, role: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
-        """Raise CheckpointError where a piece has another shape than the others ask for."""
+        """Raise CheckpointError if a piece does not have the shape that the other pieces require."""
         if tuple(tensor.shape) != tuple(expected):
             raise self.wrong(f"has a {role} of shape {list(tensor.shape)}, not {list(expected)}")
 
     def of_expert(self, index: int) -> Pieces:
-        """The same of one matrix, where every piece has the experts as its first dimension."""
+        """One expert's pieces, if the first dimension of every piece is the experts."""
         parts = {role: tensor[index] for role, tensor in self.tensors.items()}
         return Pieces(parts, f"{self.name}[{index}]", self.where)
 
@@ -72,20 +74,20 @@ class Pieces:
 
 
 class PlainRows(Protocol):
-    """A quantized matrix that gives its rows in fp32."""
+    """A quantized matrix that can be dequantized in parts, to fp32 rows."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the plain matrix."""
+        """The rows and columns of the dequantized matrix."""
         ...
 
     def rows(self, start: int, end: int) -> torch.Tensor:
-        """fp32 `[end - start, columns]`."""
+        """Rows `start` to `end` in fp32: `[end - start, columns]`."""
         ...
 
 
 def plain(matrix: PlainRows, dtype: torch.dtype) -> torch.Tensor:
-    """The whole matrix in `dtype`, made run by run."""
+    """Dequantize the whole matrix to `dtype`, run by run."""
     rows, columns = matrix.shape
     whole = torch.empty(rows, columns, dtype=dtype)
     step = max(1, RUN_VALUES // max(1, columns))
@@ -96,7 +98,7 @@ def plain(matrix: PlainRows, dtype: torch.dtype) -> torch.Tensor:
 
 
 def nibbles(packed: torch.Tensor, start: int, end: int, *, high_first: bool) -> torch.Tensor:
-    """Half bytes `start` to `end` of flat uint8, as int32."""
+    """The half bytes `start` to `end` of a flat uint8 tensor, as int32."""
     own = packed[start // 2 : -(-end // 2)].int()
     low, high = own & 15, own >> 4
     both = torch.stack((high, low) if high_first else (low, high), dim=-1).reshape(-1)

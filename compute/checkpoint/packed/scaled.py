@@ -1,8 +1,8 @@
-"""Formats of one number a value and scales beside them: fp8, and int8 by row or by group.
+"""Dequantizes formats with one number for each value and separate scales: fp8, and int8 by row or by group.
 
-DeepSeek's fp8 has a scale for each block of 128 by 128 values, others one a matrix, a row or a group of columns.
-bitsandbytes' int8 has one a row, and compressed-tensors' may have zero points too. Activations are not rounded, as
-these formats' own kernels round them: blocks compute what Transformers computes after dequantizing.
+DeepSeek's fp8 has a scale for each block of 128 by 128 values; others have one for a matrix, a row or a group of
+columns. bitsandbytes' int8 has one scale a row, and compressed-tensors' int8 may have zero points too. These formats'
+own kernels also round activations. We do not: blocks compute what Transformers computes after dequantizing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch
 
 from peerd.compute.checkpoint.packed.pieces import Pieces
 
-# bitsandbytes stores each row's largest magnitude, which stands for 127.
+# bitsandbytes stores the largest magnitude of each row; it stands for the value 127.
 _BNB_LARGEST = 127.0
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledRows:
-    """Implements `PlainRows`: `values` `[rows, columns]`; `scale` (and `zero`) one for each `block` of them."""
+    """Implements `PlainRows`: `values` `[rows, columns]`; `scale` (and `zero`) has one entry for each `block` of
+    values.
+    """
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -37,13 +39,13 @@ class ScaledRows:
         return own * self._spread(self.scale, start, end)
 
     def _spread(self, by_block: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """What belongs to each value of some rows."""
+        """The entries of `by_block` that apply to each value of rows `start` to `end`."""
         rows = torch.arange(start, end) // self.block[0]
         return by_block[rows].repeat_interleave(self.block[1], dim=1)[:, : self.values.shape[1]]
 
 
 def scaled_rows(pieces: Pieces, *kinds: str, block: tuple[int, int] | None = None) -> ScaledRows:
-    """One matrix of `fp8` or `int8`. `block` is what the configuration says; else the shapes tell."""
+    """One matrix of `fp8` or `int8`. `block` comes from the configuration; if it is None, the shapes determine it."""
     values = pieces.take("values", *kinds, ndim=2)
     scale = pieces.scale()
     if scale.numel() == 1:
@@ -64,7 +66,7 @@ def scaled_rows(pieces: Pieces, *kinds: str, block: tuple[int, int] | None = Non
 
 
 def bnb_int8_rows(pieces: Pieces) -> ScaledRows:
-    """One matrix of bitsandbytes' LLM.int8, as Transformers saves it."""
+    """One matrix of bitsandbytes' LLM.int8, in the form in which Transformers saves it."""
     values = pieces.take("values", "int8", ndim=2)
     scale = pieces.take("scale", "numbers").float()
     pieces.check_shape("scale", scale, values.shape[:1])
@@ -72,7 +74,7 @@ def bnb_int8_rows(pieces: Pieces) -> ScaledRows:
 
 
 def _block_of(pieces: Pieces, values: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
-    """How many rows and columns share a scale, where that divides the matrix evenly."""
+    """How many rows and columns share a scale. Raises CheckpointError if that does not divide the matrix evenly."""
     sides = []
     for size, count in zip(values.shape, scale.shape, strict=True):
         if not count or size % count:

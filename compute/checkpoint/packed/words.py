@@ -1,7 +1,8 @@
-"""Formats that pack several integers into a 32-bit word: AWQ, GPTQ and compressed-tensors' `pack-quantized`.
+"""Dequantizes formats with several integers in a 32-bit word: AWQ, GPTQ and compressed-tensors' `pack-quantized`.
 
-Each has its own order. AWQ and GPTQ store a linear layer's matrix as `[columns, rows]`: AWQ packs neighbouring rows,
-and not in their order, GPTQ neighbouring columns. compressed-tensors keeps `[rows, columns]` and packs columns.
+Each has its own order. AWQ and GPTQ store a linear layer's matrix as `[columns, rows]`. AWQ packs neighbouring rows
+into a word, in an order of its own; GPTQ packs neighbouring columns. compressed-tensors stores `[rows, columns]` and
+packs columns.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch
 from peerd.compute.checkpoint.packed.pieces import Pieces
 
 _WORD_BITS = 32
-# The row that AWQ puts into each half byte of a word, from the lowest on.
+# The row that AWQ puts into each half byte of a word, beginning with the lowest.
 _AWQ_BITS = 4
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unpack_words(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """int32 words to the unsigned integers in them, lowest bits first, along `dim`."""
+    """The unsigned integers in int32 words, lowest bits first, unpacked along `dim`."""
     per_word = _WORD_BITS // bits
     shifts = torch.arange(per_word, dtype=torch.int32) * bits
     spread = (words.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (words.ndim - dim - 1))) & ((1 << bits) - 1)
@@ -28,7 +29,7 @@ def unpack_words(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GptqRows:
-    """Implements `PlainRows` for GPTQ. `groups` says to which group of scales each column belongs."""
+    """Implements `PlainRows` for GPTQ. `groups` gives for each column the group whose scales apply."""
 
     words: torch.Tensor
     zeros: torch.Tensor
@@ -96,7 +97,7 @@ def awq_rows(pieces: Pieces) -> AwqRows:
 
 
 def _awq_values(words: torch.Tensor) -> torch.Tensor:
-    """`[n, rows / 8]` words to `[n, rows]`, in the rows' order."""
+    """Unpack `[n, rows / 8]` words to `[n, rows]`, and restore the order of the rows."""
     place_of_row = torch.tensor(_AWQ_ORDER).argsort()
     by_word = unpack_words(words, _AWQ_BITS, 1).view(len(words), -1, len(_AWQ_ORDER))
     return by_word[:, :, place_of_row].flatten(1)
@@ -104,7 +105,7 @@ def _awq_values(words: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """Implements `PlainRows` for compressed-tensors' integers. They are stored with half their range added."""
+    """Implements `PlainRows` for compressed-tensors' integers, which are stored with half of their range added."""
 
     words: torch.Tensor
     zeros: torch.Tensor | None
@@ -124,7 +125,7 @@ class PackedRows:
 
 
 def packed_rows(pieces: Pieces) -> PackedRows:
-    """One matrix of compressed-tensors' `pack-quantized`, of 4 or 8 bits: how many, the shapes tell."""
+    """One matrix of compressed-tensors' `pack-quantized`, of 4 or 8 bits; the shapes show which."""
     words = pieces.take("values", "int32", ndim=2)
     shape = pieces.take("shape", "int64", "int32", ndim=1).tolist()
     if len(shape) != 2 or shape[0] != len(words) or shape[1] < 1:
@@ -151,7 +152,9 @@ def _half(bits: int) -> int:
 
 
 def _groups(pieces: Pieces, columns: int, count: int) -> torch.Tensor:
-    """To which of `count` groups each column belongs: as it is stored, or consecutive ones of one size."""
+    """The group of scales, of `count`, that applies to each column: as stored, or else consecutive groups of equal
+    size.
+    """
     if "groups" in pieces:
         groups = pieces.take("groups", "int32", ndim=1).long()
         pieces.check_shape("groups", groups, (columns,))
