@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -20,7 +20,7 @@ from peerd.protocol.errors import NoChain, Overloaded
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
 if TYPE_CHECKING:
-    from peerd.client.model import Adapter, SwarmModel
+    from peerd.client.blocks import Adapter
     from peerd.client.session.session import Session
 
 Finish = Literal["stop", "length"]
@@ -55,6 +55,25 @@ class _Row:
     finished: bool = False
 
 
+class TokenModel(Protocol):
+    """What decoding needs of a `SwarmModel`: token ids to hidden states, sessions, hidden states to logits and text."""
+
+    async def start_session(self, *, max_length: int, max_rows: int = 1, adapter: Adapter | None = None) -> Session:
+        """A session whose chain opens with its first step."""
+
+    def close_later(self, session: Session) -> None:
+        """Close the session unless somebody uses it again soon."""
+
+    def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
+        """Token ids to the first block's input, `[n, width]`."""
+
+    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last block's output, `[n, width]`, to float32 logits, `[n, vocabulary]`."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids to text."""
+
+
 class Decoding:
     """Answers to `prompt` in the making. `tokens` runs them; `session` is theirs once it runs.
 
@@ -65,7 +84,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: SwarmModel,
+        model: TokenModel,
         prompt: Sequence[int],
         sampling: SamplingParams,
         *,

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.client.decoding import Decoding
+from peerd.client.decoding import Decoding, TokenModel
 from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import NoChain, Overloaded
 
 if TYPE_CHECKING:
-    from peerd.client.model import Adapter, SwarmModel
+    from peerd.client.blocks import Adapter
     from peerd.client.session.session import Session
 
 
@@ -39,7 +39,7 @@ class Generation:
     """
 
     def __init__(
-        self, model: SwarmModel, prompt: Sequence[int], sampling: SamplingParams, adapter: Adapter | None = None
+        self, model: TokenModel, prompt: Sequence[int], sampling: SamplingParams, adapter: Adapter | None = None
     ) -> None:
         self.prompt = list(prompt)
         self.token_ids: list[int] = []

@@ -8,11 +8,10 @@ a message is handed over only when the one before it is on its way.
 from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.net.stream import Stream, code_of
+from peerd.net.stream import Carrier, Stream, code_of
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.encoding.schema import parse
@@ -29,9 +28,6 @@ from peerd.protocol.messages.relay import (
 )
 from peerd.protocol.messages.session import Failure
 
-if TYPE_CHECKING:
-    from peerd.net.peer_connection import PeerConnection
-
 # Behind what is urgent between us and the relay itself, before what is bulk.
 CIRCUIT_PRIORITY = Priority.PREFILL
 
@@ -46,7 +42,7 @@ class CircuitChannel:
         return f"<CircuitChannel by {self._stream.peer}>"
 
     @property
-    def relay(self) -> PeerConnection:
+    def relay(self) -> Carrier:
         """The connection to the relay."""
         return self._stream.connection
 
@@ -77,7 +73,7 @@ class CircuitChannel:
         await self._stream.aclose()
 
 
-async def open_circuit(relay: PeerConnection, peer_id: PeerId) -> CircuitChannel:
+async def open_circuit(relay: Carrier, peer_id: PeerId) -> CircuitChannel:
     """Ask a relay for a way to a peer, without a time-out. Raises ConnectFailed, saying why there is none."""
     try:
         stream = relay.open_stream(RELAY_PROTOCOL, priority=CIRCUIT_PRIORITY)

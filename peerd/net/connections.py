@@ -23,7 +23,7 @@ from peerd.net.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.net.gate import Gate, host_of
 from peerd.net.loopback import loopback
 from peerd.net.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHandler
-from peerd.net.stream import Stream
+from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.budget import DEFAULT_TOTAL_BYTES, BufferBudget
@@ -247,7 +247,7 @@ class Connections:
 
     # Accepting.
 
-    def may_enter(self, relay: PeerConnection) -> bool:
+    def may_enter(self, relay: Carrier) -> bool:
         """Whether one more unproven peer may come through a relay."""
         return self._has_room() and self._gate.has_room(relay.remote_ip)
 
@@ -371,7 +371,7 @@ class Connections:
                 observer(connection)
 
 
-def _relay_of(channel: MessageChannel) -> PeerConnection | None:
+def _relay_of(channel: MessageChannel) -> Carrier | None:
     return channel.relay if isinstance(channel, CircuitChannel) else None
 
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import trio
 
 from peerd.net.containment import split
-from peerd.net.stream import Stream
+from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel
 from peerd.net.uplink_meter import UplinkMeter
 from peerd.protocol.connection import streams
@@ -109,9 +109,7 @@ class Owner(Protocol):
 class PeerConnection:
     """A connection to `peer_id`. Streams may be opened on it once it is settled."""
 
-    def __init__(
-        self, core: Connection, channel: MessageChannel, owner: Owner, relay: PeerConnection | None = None
-    ) -> None:
+    def __init__(self, core: Connection, channel: MessageChannel, owner: Owner, relay: Carrier | None = None) -> None:
         self.relay = relay
         """The connection to the relay that carries this one; None for a direct one."""
         self.core = core

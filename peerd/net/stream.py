@@ -8,22 +8,50 @@ ever leaves the connection in the middle of a frame, since only the connection's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import trio
 
 from peerd.protocol.connection import streams
+from peerd.protocol.connection.connection import Connection
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.wire import Buffer, RawMessage
-from peerd.protocol.errors import PeerdError, StreamReset
+from peerd.protocol.errors import ConnectionLost, PeerdError, StreamReset
 from peerd.protocol.identity import PeerId
-
-if TYPE_CHECKING:
-    from peerd.net.peer_connection import PeerConnection
 
 # `send` waits while more than this is unsent: enough to keep the writer busy while the sender makes more.
 HIGH_WATER_BYTES = 256 * 1024
+
+
+class Carrier(Protocol):
+    """The connection that carries a stream, as the stream and its handler know it. `PeerConnection` is one."""
+
+    core: Connection
+    lost: PeerdError | None
+    farewell: str
+
+    @property
+    def peer_id(self) -> PeerId: ...
+    @property
+    def relay(self) -> Carrier | None: ...
+    @property
+    def remote_ip(self) -> IPv4Address | IPv6Address | None: ...
+    @property
+    def accountable_ip(self) -> IPv4Address | IPv6Address | None: ...
+
+    def open_stream(self, protocol: str, *, priority: Priority = ...) -> Stream:
+        """Open one more stream beside this one."""
+
+    def lost_error(self) -> ConnectionLost:
+        """A fresh error that says why the connection ended."""
+
+    async def wait_lost(self) -> PeerdError:
+        """Why it ended, once it has."""
+
+    def wake(self) -> None:
+        """There may be something to send."""
 
 
 class Stream:
@@ -34,7 +62,7 @@ class Stream:
     or reset where an exception ends it.
     """
 
-    def __init__(self, connection: PeerConnection, core: streams.Stream) -> None:
+    def __init__(self, connection: Carrier, core: streams.Stream) -> None:
         self.connection = connection
         self._core = core
         self._closed = False

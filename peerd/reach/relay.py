@@ -13,9 +13,8 @@ import logging
 import trio
 
 from peerd.net.circuits import CIRCUIT_PRIORITY
-from peerd.net.peer_connection import PeerConnection
 from peerd.net.rates import TokenBucket
-from peerd.net.stream import Stream
+from peerd.net.stream import Carrier, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
@@ -179,7 +178,7 @@ class Relay:
         await trio.sleep(self._line.take(max(count, MIN_CHARGED_BYTES), trio.current_time()))
 
 
-async def _opened(connection: PeerConnection, caller: PeerId) -> Stream:
+async def _opened(connection: Carrier, caller: PeerId) -> Stream:
     """The reserved peer's side of a circuit, once it took the call. Raises what it refuses with, or a PeerFault."""
     far = connection.open_stream(CIRCUIT_PROTOCOL, priority=CIRCUIT_PRIORITY)
     try:
@@ -204,7 +203,7 @@ async def _opened(connection: PeerConnection, caller: PeerId) -> Stream:
 class _Reservation:
     """Whom we reach over which connection; `replaced` ends it when the peer reserves anew."""
 
-    def __init__(self, connection: PeerConnection) -> None:
+    def __init__(self, connection: Carrier) -> None:
         self.connection = connection
         self.replaced = trio.CancelScope()
 
