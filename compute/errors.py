@@ -24,6 +24,13 @@ class UnsupportedModel(CheckpointError):
     """The checkpoint is sound, but peerd does not run its architecture or storage format. The message says which."""
 
 
+class UnusablePackage(CheckpointError):
+    """A package that the asked-for storage format needs is missing or broken. The message says which, and what to do.
+
+    Nothing is wrong with the model: in another format it can be served.
+    """
+
+
 class AdapterError(CheckpointError):
     """An adapter cannot be used: absent, malformed, of a kind that peerd does not run, or made for another model.
 

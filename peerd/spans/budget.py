@@ -19,7 +19,7 @@ from peerd.compute.engine.capacity import (
 )
 from peerd.compute.engine.engine import PASS_BYTES, Engine
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
-from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
+from peerd.compute.quantized.bitsandbytes_import import check_bitsandbytes
 from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest
@@ -119,7 +119,7 @@ def quantization_of(spec: ServeSpec) -> str:
         raise InvalidRequest(f"quantization {spec.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
     if spec.quantize == "nf4":
         # Before memory is looked at: the package itself takes a good deal of it.
-        load_bitsandbytes()
+        check_bitsandbytes(spec.device)
     return spec.quantize
 
 
