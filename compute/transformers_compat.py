@@ -21,8 +21,8 @@ NEWEST_TESTED = "5.24"
 # a warning, and 5.40 is to remove it.
 CACHE_NAMES = ("cache", "past_key_values")
 
-# What attention modules pass to every attention function, and ours has no use for: the engine and the block's kind say
-# positions and windows, a frozen decoder drops nothing out, and nobody reads the outputs that are asked for.
+# Arguments that attention modules pass to every attention function and that ours does not need: the engine and the
+# block's kind determine positions and windows, a frozen decoder has no dropout, and nothing reads the optional outputs.
 _NEEDLESS = frozenset(
     ("dropout", "output_attentions", "output_router_logits", "position_ids", "sliding_window", "use_cache")
 )
@@ -62,9 +62,9 @@ def refuse_unknown(arguments: Mapping[str, Any]) -> None:
 
 
 def alibi_slopes(heads: int, device: Any) -> Any:
-    """BLOOM's slopes of ALiBi, fp32 `[heads]`: what its bias is at position 1.
+    """BLOOM's slopes of ALiBi, fp32 `[heads]`: the values of its bias at position 1.
 
-    Transformers has a function for the slopes alone since 5.21 only, and a private one.
+    Transformers has a function for the slopes alone only since 5.21, and it is private.
     """
     import torch
     from transformers.models.bloom import modeling_bloom
@@ -74,9 +74,9 @@ def alibi_slopes(heads: int, device: Any) -> Any:
 
 
 def gguf_tables() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Which fields of a configuration GGUF's metadata fill, and what a configuration has where they say nothing.
+    """For each of GGUF's architectures: metadata key -> field of the configuration, and the fields' defaults.
 
-    Both by GGUF's name of the architecture. They belong to Transformers' first GGUF reader.
+    Both tables belong to Transformers' first GGUF reader.
     """
     from transformers.integrations import ggml
 

@@ -1,4 +1,4 @@
-"""What a row of the table of families says. Knows no row, no tensors and no files."""
+"""The columns of the table of families: what must be known about one architecture to cut it into spans."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A parameter that checkpoints store in pieces, one set an expert.
+    """A parameter that checkpoints store in pieces, one set of pieces for each expert.
 
-    `parameter` is its name inside a block, of shape [experts, rows of all parts, columns]; `parts` are the stored
+    `parameter` is its name inside a block; its shape is [experts, rows of all parts, columns]. `parts` are the stored
     names, with `{expert}` for the expert's number, in the order in which their rows are concatenated.
     """
 
@@ -36,55 +36,57 @@ class Family:
     #: Stored name inside a block -> the parameter's name there, for names that Transformers has changed since.
     renamed: tuple[tuple[str, str], ...] = ()
     fused: tuple[Fused, ...] = ()
-    #: Where publishers put the decoder's tensors, beside the usual places.
+    #: Where publishers put the decoder's tensors, in addition to the usual places.
     stored_under: tuple[str, ...] = ()
-    #: A norm that the decoder's forward applies to its input embeddings. May be `norm` itself, applied at both ends.
+    #: A norm that the decoder's forward applies to its input embeddings. It may be `norm` itself, applied at both ends.
     embedding_norm: str | None = None
     #: An attribute by which the decoder's forward multiplies its input embeddings.
     embedding_scale: str | None = None
-    #: A switch in the configuration: the decoder's forward multiplies its input embeddings by the root of their width.
+    #: A field of the configuration: if true, the decoder's forward multiplies its input embeddings by the root of their
+    #: width.
     root_scale_switch: str | None = None
-    #: A table of absolute positions that the decoder's forward adds to its input embeddings. The head's: it adds
-    #: row `position + position_offset`; a span adds nothing.
+    #: A table of absolute positions that the decoder's forward adds to its input embeddings. The head adds its row
+    #: `position + position_offset`; a span adds nothing.
     positions: str | None = None
     position_offset: int = 0
-    #: Linear maps (or None, by the configuration) between the embeddings' width and the blocks'. The head's.
+    #: Linear maps between the embeddings' width and the blocks', which the head applies; the configuration may leave
+    #: them None.
     project_in: str | None = None
     project_out: str | None = None
-    #: Where the base model (`causal.base_model`) keeps the decoder, if it isn't the decoder itself.
+    #: The base model's attribute (`causal.base_model`) that holds the decoder; empty if the base model is the decoder.
     decoder_at: str = ""
-    #: Where the causal model keeps its LM head.
+    #: The causal model's attribute that holds its LM head.
     lm_head: str = "lm_head"
-    #: Whether all blocks slide once the configuration sets a `sliding_window` and lists no types of blocks.
+    #: Whether all blocks have a sliding window if the configuration sets `sliding_window` and lists no types of blocks.
     uniform_window: bool = False
     #: Whether the cache holds compressed latents, which the attention module expands into keys and values (MLA).
     latent: bool = False
-    #: Whether attention goes through Transformers' `AttentionInterface`, so that a batch is one ragged forward.
-    #: Without, rows run one after the other.
+    #: Whether attention goes through Transformers' `AttentionInterface`, so that a batch is one ragged forward. If not,
+    #: the rows of a batch run one after the other.
     attention_interface: bool = True
-    #: Whether `own_attention.py` leads its attention there.
+    #: Whether `own_attention.py` makes this family's attention go through that interface.
     own_attention: bool = False
-    # Only where they are not called after `model_type` and `prefix`.
+    # Class names, needed only if they do not follow from `model_type` and `prefix`.
     module: str = ""
     config_class: str = ""
     decoder_class: str = ""
     causal_class: str = ""
-    #: Transformers' folder of the configuration, where it is not the model's.
+    #: Transformers' folder of the configuration, if it is not the model's.
     config_module: str = ""
 
     def config_type(self) -> type[PreTrainedConfig]:
-        """The configuration class, imported now. Raises UnsupportedModel where Transformers is too old for it."""
+        """Import the configuration class. Raises UnsupportedModel if the installed Transformers is too old for it."""
         name = self.config_class or f"{self.prefix}Config"
         config: type[PreTrainedConfig] = self._load("configuration", name, self.config_module)
         return config
 
     def decoder_type(self) -> type[PreTrainedModel]:
-        """The class of the base model: embeddings, blocks and final norm, imported now. Raises UnsupportedModel."""
+        """Import the class of the base model: embeddings, blocks and final norm. Raises UnsupportedModel."""
         decoder: type[PreTrainedModel] = self._load("modeling", self.decoder_class or f"{self.prefix}Model")
         return decoder
 
     def causal_type(self) -> type[PreTrainedModel]:
-        """The class of the whole language model, imported now. Raises UnsupportedModel."""
+        """Import the class of the whole language model. Raises UnsupportedModel."""
         causal: type[PreTrainedModel] = self._load("modeling", self.causal_class or f"{self.prefix}ForCausalLM")
         return causal
 

@@ -1,7 +1,7 @@
-"""What a block's attention keeps and which positions it may see, read off the configuration.
+"""Reads from the configuration what each block's attention caches, and which positions it may see.
 
-The mask rule comes from the block's type, never from what a forward happens to pass along. Pure. The
-difficulty is that configurations say neither what Transformers caches nor, in some families, the shape of it.
+The mask rule comes from the block's type, never from the arguments of a forward. Configurations do not say what
+Transformers caches nor, in some families, the shape of the cache; these families have functions here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class LayerKind:
     with `window`: q - k < window (the query itself counts);
     with `chunk`: q // chunk == k // chunk.
 
-    The cache holds, a position, `kv_heads` keys of `key_dim` values and as many values of `value_dim`. Where `latent`,
-    those are one compressed key and its rotary part, which the block's attention module expands (MLA).
+    For each position the cache holds `kv_heads` keys of `key_dim` values, and as many values of width `value_dim`. If
+    `latent`, these are one compressed key and its rotary part, which the block's attention module expands (MLA).
     """
 
     window: int | None
@@ -44,13 +44,13 @@ class LayerKind:
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
-    """One kind for every block of the model, in order. Raises UnsupportedModel for a type of block not known here."""
+    """The kind of every block of the model, in order. Raises UnsupportedModel for an unknown type of block."""
     family = family_named(config.model_type)
     types = _types(config)
     rules = {
         "full_attention": (None, None),
         "sliding_attention": (getattr(config, "sliding_window", None), None),
-        # What GPT-Neo calls them.
+        # GPT-Neo's names.
         "global": (None, None),
         "local": (getattr(config, "window_size", None), None),
         "chunked_attention": (None, getattr(config, "attention_chunk_size", None)),
@@ -59,7 +59,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
         _refuse(config, sorted(unknown))
     kinds = []
     for layer_type in types:
-        # A model that brings its own attention masks by its own code, and is given all positions.
+        # A model without the attention interface masks in its own code, and needs all positions.
         window, chunk = rules[layer_type] if family.attention_interface else (None, None)
         heads, key_dim, value_dim = _shape(config, layer_type)
         kinds.append(LayerKind(window, chunk, heads, key_dim, value_dim, family.latent))
@@ -84,7 +84,7 @@ def _refuse(config: PreTrainedConfig, types: list[str]) -> None:
     raise UnsupportedModel(f"{config.model_type} has blocks of type {listed}")
 
 
-# What Transformers calls blocks that keep no keys and values.
+# Transformers' names of blocks that keep no keys and values.
 _RUNNING_STATES = frozenset({"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"})
 
 
@@ -99,7 +99,7 @@ def _shape(config: Any, layer_type: str) -> _Shape:
 
 
 def _all_heads(config: Any, _: str) -> _Shape:
-    """These share no keys, whatever their configurations are given beside what they know."""
+    """Families whose heads share no keys, even if their configurations state key heads."""
     width = int(config.hidden_size // config.num_attention_heads)
     return int(config.num_attention_heads), width, width
 

@@ -1,9 +1,9 @@
-"""Which architectures can be cut into spans, and the little that each needs beyond the common rule.
+"""Finds the row of a family by its `model_type`, or the reason why that architecture is refused.
 
-A row (`family_rows.py`) names Transformers' own classes and where they keep their parts; the classes are
-imported only when used. What a decoder does to its input embeddings inside its forward (Granite's multiplier,
-Bloom's norm, GPT-2's positions) belongs to the head, and is named here so that a span can leave it out. What
-cannot be cut is refused with its reason (`refused_families.py`). Knows no tensors and no files.
+A row (`families/rows.py`) names Transformers' own classes and where they keep their parts; the classes are imported
+only when they are used. Some decoders change their input embeddings inside their forward (Granite's multiplier, Bloom's
+norm, GPT-2's positions). That belongs to the head; the row names it so that a span can leave it out. Architectures that
+cannot be cut are listed in `families/refused.py` with the reasons.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row i
 
 
 def family_named(model_type: object) -> Family:
-    """The row for a config's `model_type`. Raises UnsupportedModel, with the reason where there is a known one."""
+    """The row for a config's `model_type`. Raises UnsupportedModel, with the reason if one is known."""
     if isinstance(model_type, str):
         if family := FAMILIES.get(model_type):
             return family

@@ -1,7 +1,7 @@
-"""Building Transformers modules without their weights, cutting them, and filling what is left.
+"""Builds Transformers modules without their weights, and then fills in the weights and buffers that are needed.
 
-Everything is built whole on the meta device from the unmodified configuration, which costs no memory, and
-then cut: a configuration with fewer layers builds other layers in some families. Knows nothing of spans.
+Every model is built whole on the meta device from the unmodified configuration, which costs no memory, and is cut
+afterwards: in some families a configuration with fewer layers would build other layers.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _PLAIN_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def build_on_meta(
     model_type: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = "eager"
 ) -> PreTrainedModel:
-    """The whole model on the meta device, with a configuration of its own, in evaluation mode.
+    """Build the whole model on the meta device, with a copy of the configuration, in evaluation mode.
 
-    It is in `dtype`, but for what its family keeps in fp32. `attention` None is the best that Transformers has for the
-    family. Raises CheckpointError for a configuration that contradicts itself.
+    It has `dtype`, except for the parts that its family keeps in fp32. `attention` None chooses the best implementation
+    that Transformers has for the family. Raises CheckpointError for a configuration that contradicts itself.
     """
     build: Any = model_type._from_config
     try:
         with torch.device("meta"):
             model: PreTrainedModel = build(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
     except (AssertionError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        # The constructor runs on a configuration that somebody published.
+        # The configuration comes from a publisher, so the constructor may fail on it in many ways.
         raise CheckpointError(f"no {config.model_type} can be built from this configuration: {error}") from error
     model.train(False)
     _keep_in_fp32(model, dtype)
@@ -43,9 +43,10 @@ def build_on_meta(
 
 
 def _keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
-    """Give back fp32 to what a family keeps in it whatever the rest is in, such as a router's corrections.
+    """Return to fp32 the parts that a family keeps in fp32 whatever the dtype, such as a router's corrections.
 
-    Transformers does that where it loads weights. Some parts are kept from fp16 alone, whose numbers end at 65504.
+    Transformers does this when it loads weights. Some parts are kept in fp32 only if the model has fp16, whose numbers
+    end at 65504.
     """
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
     if dtype == torch.float16:
@@ -64,10 +65,10 @@ def fill(
     *,
     prefix: str = "",
 ) -> None:
-    """Put tensors into `module` in place of its meta parameters, each converted to the parameter's dtype.
+    """Replace meta parameters and buffers of `module` by tensors, each converted to the parameter's dtype.
 
-    Parameters are frozen. Every name is one that the module has; raises CheckpointError, with `prefix` before the name,
-    for another shape, and for values that are no plain numbers.
+    Parameters are frozen. Every name must be one that the module has. Raises CheckpointError, which puts `prefix`
+    before the name, if a tensor has another shape or holds no plain numbers.
     """
     parameters = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, tensor in tensors:
@@ -82,9 +83,9 @@ def fill(
 
 
 def check_tensor(name: str, tensor: torch.Tensor, expected: Sequence[int], where: object) -> None:
-    """Raise CheckpointError if a tensor that was read is another than the configuration says.
+    """Raise CheckpointError if a stored tensor contradicts the configuration.
 
-    Quantized values mean nothing without their scales, whatever their shape.
+    Quantized values are refused too: without their scales they mean nothing, whatever their shape.
     """
     if tensor.dtype not in _PLAIN_NUMBERS:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -99,11 +100,11 @@ def check_tensor(name: str, tensor: torch.Tensor, expected: Sequence[int], where
 
 
 def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
-    """Give values to the buffers that are in no checkpoint, such as rotary frequencies and Gemma's embedding scale."""
+    """Compute the buffers that no checkpoint stores, such as rotary frequencies and Gemma's embedding scale."""
     for name, child in list(module.named_modules()):
         if type(child).__name__.endswith("RotaryEmbedding"):
             rotary: Any = type(child)
-            # Of its own configuration: Granite's blocks have rotary embeddings of several bases.
+            # The child's own configuration comes first: Granite's blocks have rotary embeddings with several bases.
             with torch.device(device):
                 module.set_submodule(name, rotary(config=getattr(child, "config", config)))
         elif hasattr(child, "scalar_embed_scale"):
@@ -113,21 +114,21 @@ def compute_buffers(module: nn.Module, config: PreTrainedConfig, device: torch.d
 
 
 def _initialize_buffers(model: Any, child: nn.Module, device: torch.device) -> None:
-    """Let Transformers fill a module's own tables (sines of positions, causal masks), which are in no state dict."""
+    """Let Transformers fill a module's own tables (sines of positions, causal masks), which no state dict contains."""
     missing = [name for name in child._non_persistent_buffers_set if getattr(child, name).is_meta]
     if not missing:
         return
     for name in missing:
         setattr(child, name, torch.empty_like(getattr(child, name), device=device))
     for parameter in child.parameters(recurse=False):
-        # Transformers' own mark for what came from a checkpoint and must stay.
+        # Transformers' own mark for parameters that came from a checkpoint and must not be initialised again.
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     with torch.no_grad():
         model._init_weights(child)
 
 
 def check_filled(module: nn.Module, where: object) -> None:
-    """Raise CheckpointError if any parameter or buffer is still without a value."""
+    """Raise CheckpointError if any parameter or buffer still has no value."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if missing := [name for name, tensor in tensors if tensor.is_meta]:
         rest = f", and {len(missing) - 1} more" if len(missing) > 1 else ""

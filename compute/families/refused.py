@@ -1,8 +1,8 @@
-"""Which architectures cannot be served, and why: what `family_named` answers for them.
+"""The architectures that cannot be served, with the reasons that `family_named` gives.
 
-A hop passes hidden states of one width to the next, and a session can go back to an earlier position. What
-needs more than the first, or cannot do the second, is refused by name. Together with the table of families this
-covers every causal language model of Transformers (`tests/compute/test_refused_families.py`).
+A hop passes hidden states of one width to the next hop, and a session can go back to an earlier position. An
+architecture that needs to pass more, or cannot go back, is refused by name. Together with the table of families this
+covers every causal language model of Transformers (`tests/compute/families/test_refused.py`).
 """
 
 from __future__ import annotations

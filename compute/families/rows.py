@@ -1,8 +1,9 @@
-"""The table of families: one row an architecture. `tests/compute/test_families.py` holds each to the whole model.
+"""The table of families, one row for each architecture. `tests/compute/families/test_families.py` compares each with
+the whole model.
 
-The difficulty is what the common rule cannot see: names that Transformers has changed since a checkpoint was
-published, experts stored one by one, and what a decoder does before its first block. To add a family: a row here,
-and its tiny configuration in `tests/compute/tiny_families.py` where it needs one; the tests do the rest.
+A row names what the common rule cannot see: names that Transformers has changed since a checkpoint was published,
+experts that are stored one by one, and what a decoder does before its first block. To add a family, add a row here, and
+a tiny configuration in `tests/compute/tiny_families.py` if the family needs one; the tests do the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _GRANITE_NAMES = (
 )
 
 ROWS = (
-    # Llama's shape: nothing to say but where the classes are.
+    # Llama's shape: a row says only where the classes are.
     Family("llama", "Llama"),
     Family("internlm3", "Llama", module="llama", config_module="internlm3", config_class="InternLM3Config"),
     Family("iquestcoder", "Llama", module="llama", config_module="iquestcoder", config_class="IQuestCoderConfig"),
@@ -37,7 +38,7 @@ ROWS = (
     Family("bitnet", "BitNet"),
     Family("cohere", "Cohere"),
     Family("cohere2", "Cohere2"),
-    # Its text; images would need positions of three parts.
+    # Only its text model: images would need positions with three parts.
     Family(
         "cohere_compass_text",
         "CohereCompass",
@@ -119,7 +120,7 @@ ROWS = (
     Family("gpt_oss", "GptOss"),
     Family("granitemoe", "GraniteMoe", renamed=_GRANITE_NAMES, embedding_scale="embedding_multiplier"),
     Family("granitemoe_swa", "GraniteMoeSWA", embedding_scale="embedding_multiplier"),
-    # Those of its blocks that are Mamba's are refused (`layer_kinds.py`); published ones without any exist.
+    # A model with Mamba blocks is refused (`layer_kinds.py`); published models without any exist.
     Family("granitemoehybrid", "GraniteMoeHybrid", renamed=_GRANITE_NAMES, embedding_scale="embedding_multiplier"),
     Family("granitemoeshared", "GraniteMoeShared", renamed=_GRANITE_NAMES, embedding_scale="embedding_multiplier"),
     Family("hunyuan_v1_moe", "HunYuanMoEV1", fused=_EXPERTS),
@@ -133,7 +134,7 @@ ROWS = (
             ("mlp.shared_mlp.", "mlp.shared_experts."),
         ),
     ),
-    # Its attention has more query heads than Transformers' interface lets us see: rows run one by one.
+    # Transformers' interface hides some of its attention's query heads from us, so its rows run one by one.
     Family("jetmoe", "JetMoe", attention_interface=False),
     Family(
         "kolibri1",
@@ -189,7 +190,7 @@ ROWS = (
     Family("glm4_moe_lite", "Glm4MoeLite", fused=_EXPERTS, latent=True),
     Family("minicpm3", "MiniCPM3", latent=True),
     Family("youtu", "Youtu", latent=True),
-    # Positions are added to the embeddings, by the head.
+    # The head adds positions to the embeddings.
     Family(
         "biogpt",
         "BioGpt",
@@ -229,7 +230,7 @@ ROWS = (
         position_offset=2,
         attention_interface=False,
     ),
-    # Attention of their own.
+    # Their own attention code, not Transformers' interface.
     Family(
         "bloom",
         "Bloom",

@@ -1,7 +1,7 @@
-"""Which causal language models the installed Transformers has that the family table does not mention.
+"""Lists the causal language models of the installed Transformers that the family table does not mention.
 
-`make families` prints them. It is a list to work through when a new release is taken in, not a failure: a family that
-is not in the table is refused by name when somebody asks for it.
+`make families` prints the list. It is work to do when a new release of Transformers is adopted, not a failure: peerd
+refuses a family that is not in the table, and the error gives its name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def unknown_architectures() -> list[str]:
 
 
 def _text_models(kind: Any) -> set[str]:
-    """What a configuration of this kind may call itself and the language model inside it."""
+    """The `model_type` that a configuration of this kind may have, and that of the language model inside it."""
     if kind.model_type in FAMILIES or kind.model_type in REFUSED:
         return {kind.model_type}
     return {kind.model_type, kind().get_text_config().model_type}

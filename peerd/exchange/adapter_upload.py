@@ -1,9 +1,8 @@
-"""A client's own adapter, on its way from the client to each hop of its chain, and what a hop keeps of it.
+"""Uploads a client's own adapter to each hop of its chain, and receives it there.
 
-Both ends of `/peerd/adapter/1` (spec/adapters.md): `send_adapter` at the client, `receive_adapter` at the hop, and the
-hop's `AdapterRoom`, which bounds what strangers may make it keep. Knows streams, shapes and bytes; what the
-numbers mean is the engine's, and who may send when is the session's. The difficulty is that all of it comes
-from a stranger, whose session may end at any moment: nothing counts before the last matrix is there.
+Both ends of `/peerd/adapter/1` (spec/adapters.md) are here: `send_adapter` for the client, `receive_adapter` for the
+hop. How much a hop accepts is decided in `peerd/server/quotas.py`. The adapter comes from a stranger whose session may
+end at any moment, so the hop uses nothing of it before the last matrix has arrived.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import open_tasks
 
-# 64 MB at 2 Mbit/s; whoever is slower holds pages that others wait for.
+# Long enough for 64 MB at 2 Mbit/s. A slower client would hold pages for which others wait.
 UPLOAD_DEADLINE_S = 300.0
-# The widest value that travels.
+# The widest value on the wire.
 _WIRE_VALUE_BYTES = 4
 
 
 async def receive_adapter(stream: Stream, upload: Upload, blocks: Span) -> dict[BlockModule, LoraPair]:
-    """Grant what `upload` asks for; returns the pairs, all of them for `blocks`. Raises InvalidRequest, PeerFault."""
+    """Grant an upload and receive its pairs, all of them for `blocks`. Raises InvalidRequest or a PeerFault."""
     if upload.pairs > MAX_PAIRS_A_BLOCK * len(blocks):
         raise InvalidRequest(f"{upload.pairs} pairs for blocks {blocks}: at most {MAX_PAIRS_A_BLOCK} for each block")
     await stream.send(Granted().to_header())
@@ -79,9 +78,9 @@ def _matrix(fields: dict[str, object], body: memoryview, max_values: int) -> tor
 
 
 async def send_adapter(connections: Connections, hop: Hop, session: bytes, number: int, lora: Lora) -> None:
-    """Upload the part of `lora` that belongs to a hop whose session is open there as hop `number`.
+    """Upload the part of `lora` that belongs to a hop. The session must be open there, as hop number `number`.
 
-    Raises what the hop refuses with, or a PeerFault.
+    Raises the error with which the hop refuses, or a PeerFault.
     """
     own = within(lora, hop.span)
     values = sum(pair.a.numel() + pair.b.numel() for pair in own.values())
@@ -96,7 +95,7 @@ async def send_adapter(connections: Connections, hop: Hop, session: bytes, numbe
                 await _expect(stream, Granted)
                 async with open_tasks() as tasks:
                     tasks.start_soon(_send_pairs, stream, own)
-                    # It may be refused at any time.
+                    # The hop may refuse at any time, so we listen while we send.
                     await _expect(stream, Loaded)
                     tasks.cancel_scope.cancel()
         except trio.EndOfChannel:
@@ -120,5 +119,5 @@ async def _send_pairs(stream: Stream, own: Lora) -> None:
             await stream.send(first.to_header(), a)
             await stream.send(MatrixB(tensor=header.to_fields()).to_header(), b)
         except (PeerFault, trio.ClosedResourceError):
-            # Why, whoever listens hears.
+            # The task that listens on the stream gets the reason.
             return

@@ -1,6 +1,6 @@
-"""The message that opens a stream: it has no body, and it comes at once or not at all.
+"""Reads the message that opens a stream: it has no body, and must come within ten seconds.
 
-Each stream that a peer opens costs a task and buffers, so one on which nothing is said ends after ten seconds.
+Each stream that a peer opens costs us a task and buffers, so a stream on which nothing comes is ended.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from peerd.protocol.errors import Unresponsive
 
 M = TypeVar("M", bound=Message)
 
-# Its opener sends it with the OPEN. A slow line may carry bulk before it, which 10 s are enough for.
+# The opener sends this message together with the OPEN frame. On a slow line bulk data may come first; 10 s are enough
+# for that.
 FIRST_MESSAGE_S = 10.0
 
 
 async def first_message(stream: Stream, kinds: tuple[type[M], ...]) -> M:
-    """The first message, one of `kinds`. Raises Unresponsive where it does not come, and as `Stream.receive`."""
+    """The first message, one of `kinds`. Raises Unresponsive if it does not come in time, and the errors of
+    `Stream.receive`.
+    """
     with trio.move_on_after(FIRST_MESSAGE_S):
         return parse((await stream.receive()).header, kinds)
-    raise Unresponsive(f"nothing was said on the stream within {FIRST_MESSAGE_S:g} s")
+    raise Unresponsive(f"the peer opened a stream and sent nothing on it within {FIRST_MESSAGE_S:g} s")

@@ -1,9 +1,9 @@
-"""What one sender has sent in a session, as far as it may have to be sent again.
+"""Keeps what one sender has sent in a session, as far as it may have to be sent again.
 
-Knows steps by their numbers; knows no wire and no time. Two states are kept apart: `retained`, the rows after
-all steps up to `folded`, which everybody behind us has taken; and the steps after that, in order. Whoever
-takes both, one after the other, stands where we do, forks and rollbacks included, and whoever took some of those
-steps already needs the others only. The difficulty is that rows change while they are sent: a pin holds them.
+The log has two parts: `retained`, the rows as they are after all steps up to `folded`, which every hop downstream has
+taken; and the later steps, in order. A hop that receives both, one after the other, has the sender's state, forks and
+rollbacks included. A hop that has taken some of these steps needs only the ones that follow. Rows change while they are
+being sent, so a sender pins them for that time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Sent = tuple[Step, torch.Tensor]
 
 
 class KeptTooLittle(Exception):
-    """Whoever asks lacks steps that were folded into the rows."""
+    """The receiver lacks steps that were already folded into the rows, so they cannot be sent as steps."""
 
 
 class Kept:
     """Activations of rows of at most `max_length` positions, `[positions, width]` a step.
 
-    Steps that have more than `max_positions` together are folded although somebody may ask for them.
+    If the steps together exceed `max_positions`, the oldest are folded, even though a hop may still ask for them.
     """
 
     def __init__(self, max_length: int, max_positions: int | None = None) -> None:
@@ -44,7 +44,7 @@ class Kept:
         return f"<Kept {self.retained} to {self.folded}, {[step.seq for step, _ in self._recent]}>"
 
     def add(self, step: Step, hidden: torch.Tensor) -> None:
-        """Keep the next step; a replay's positions go to the rows at once."""
+        """Keep the next step. The positions of a replay go to the rows at once."""
         if step.seq == REPLAY_SEQ:
             self.retained.add(step.rows, hidden)
             return
@@ -58,7 +58,9 @@ class Kept:
                 self.fold(old.seq)
 
     def fold(self, seq: int) -> None:
-        """Steps up to `seq` will be asked for by nobody: now, or when the last pin is gone, rows take their place."""
+        """Fold the steps up to `seq`, which no hop will ask for again, into the rows: now, or when the last pin is
+        released.
+        """
         self._fold_to = max(self._fold_to, seq)
         while not self._pins and self._recent and self._recent[0][0].seq <= self._fold_to:
             step, hidden = self._recent.popleft()
@@ -67,13 +69,13 @@ class Kept:
             self.folded = step.seq
 
     def forget_after(self, seq: int) -> None:
-        """Steps after `seq` were given up: they will not be sent again."""
+        """Forget the steps after `seq`, which were given up: they will not be sent again."""
         while self._recent and self._recent[-1][0].seq > seq:
             self._recent.pop()
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Hold the rows as they are, but for replays that only add to them."""
+        """Inside this context, rows do not change, except that replays may add to them."""
         self._pins += 1
         try:
             yield
@@ -82,10 +84,10 @@ class Kept:
             self.fold(self._fold_to)
 
     def since(self, taken: int, epoch: int) -> Iterator[Sent]:
-        """What somebody lacks who took steps up to `taken` (0: none, and no replay to its end).
+        """What a receiver lacks that has taken the steps up to `taken` (0: none, and no complete replay).
 
-        To be iterated over while pinned; steps that are added meanwhile are not in it. A replay ends with a step
-        without rows, numbered as the last that it holds. Raises KeptTooLittle.
+        Iterate over it while pinned; steps that are added meanwhile are not included. A replay ends with a step without
+        rows, whose number is that of the last step which the replay covers. Raises KeptTooLittle.
         """
         if 0 < taken < self.folded:
             raise KeptTooLittle(f"steps from {taken + 1} to {self.folded} are kept as rows only")
@@ -100,14 +102,14 @@ class Kept:
 
 
 def _own(hidden: torch.Tensor) -> torch.Tensor:
-    """The same values in memory of their own: a slice of a batch would hold on to all of the batch."""
+    """The same values in memory of their own: a slice of a batch would keep all of the batch in memory."""
     return hidden if hidden.untyped_storage().nbytes() == hidden.nbytes else hidden.clone()
 
 
 def replay_steps(retained: Retained, epoch: int) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Steps that bring a hop to where `retained` stands now, in pieces of a prefill's size.
+    """Steps that give a hop the current state of `retained`, in pieces of a prefill's size.
 
-    Rows may grow meanwhile: what is added later is not among them.
+    Rows may grow meanwhile; the positions that are added are not included.
     """
     for row, length in sorted(retained.lengths.items()):
         for start in range(0, length, PREFILL_POSITIONS):

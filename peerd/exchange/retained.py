@@ -1,8 +1,8 @@
-"""What one sender sent in a session, kept so that it can be sent again when a hop dies.
+"""Keeps the activations that one sender sent in a session, for sending them again when a hop dies.
 
-Each row is a list of chunks of 64 positions: thousands of one-position tensors would cost far more than their bytes.
-The difficulty is forks, of which a step may ask for hundreds while everybody else waits: a fork shares the chunks, and
-the row that is written first copies the one chunk that it writes to.
+Each row is a list of chunks of 64 positions: thousands of one-position tensors would cost far more than their bytes. A
+step may ask for hundreds of forks while all other sessions wait. So a fork shares the chunks, and when one of the rows
+is written, it copies only the chunk that it writes to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHUNK_POSITIONS = 64
 
 
 class _Row:
-    """One row's chunks. Those from `own_from` on are no other row's."""
+    """One row's chunks. The chunks from index `own_from` on are not shared with another row."""
 
     __slots__ = ("chunks", "length", "own_from")
 
@@ -27,13 +27,13 @@ class _Row:
         self.own_from = own_from
 
     def fork(self, length: int) -> _Row:
-        """A row with the first `length` positions of this one, in the same chunks."""
+        """A new row with the first `length` positions of this one, in the same chunks."""
         shared = self.chunks[: -(-length // CHUNK_POSITIONS)]
         self.own_from = max(self.own_from, len(shared))
         return _Row(shared, length, len(shared))
 
     def write(self, start: int, hidden: torch.Tensor, max_length: int) -> None:
-        """Cut the row at `start`, which it reaches, and go on with `hidden`, `[positions, width]`."""
+        """Cut the row at `start`, which is not beyond its end, and append `hidden`, `[positions, width]`."""
         first = start // CHUNK_POSITIONS
         del self.chunks[first + 1 :]
         if first < min(self.own_from, len(self.chunks)):
@@ -51,7 +51,7 @@ class _Row:
             done += count
 
     def read(self, start: int, end: int) -> torch.Tensor:
-        """A copy of some positions."""
+        """A copy of the positions `start` to `end - 1`."""
         first = start // CHUNK_POSITIONS
         parts = self.chunks[first : -(-end // CHUNK_POSITIONS)]
         parts[-1] = parts[-1][: end - (first + len(parts) - 1) * CHUNK_POSITIONS]
@@ -62,7 +62,7 @@ class _Row:
 class Retained:
     """The activations of a session's rows, `[length, hidden]` each.
 
-    A row never takes memory for more than `max_length` positions: that much was committed for it.
+    A row never takes memory for more than `max_length` positions, which is the memory that the session committed.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -74,11 +74,11 @@ class Retained:
 
     @property
     def lengths(self) -> dict[int, int]:
-        """Positions kept of each row."""
+        """For each row, the number of positions that are kept."""
         return {number: row.length for number, row in self._rows.items()}
 
     def apply(self, ops: Iterable[Op]) -> None:
-        """Fork and drop rows as a step says."""
+        """Carry out a step's forks and drops of rows."""
         for op in ops:
             if isinstance(op, Fork):
                 source = self._rows.get(op.source)
@@ -94,7 +94,7 @@ class Retained:
         self._rows.pop(row, None)
 
     def add(self, slices: Iterable[RowSlice], hidden: torch.Tensor) -> None:
-        """Keep `hidden`, `[sum of counts, width]`. Each row is cut at its slice's start first."""
+        """Keep `hidden`, `[sum of counts, width]`. Each row is first cut where its slice starts."""
         offset = 0
         for piece in slices:
             row = self._rows.setdefault(piece.row, _Row([], 0, 0))
@@ -102,5 +102,5 @@ class Retained:
             offset += piece.count
 
     def copy(self, row: int, start: int, end: int) -> torch.Tensor:
-        """A copy of those of the row's positions, `[end - start, width]`."""
+        """A copy of the row's positions `start` to `end - 1`, `[end - start, width]`."""
         return self._rows[row].read(start, end)

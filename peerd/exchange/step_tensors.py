@@ -1,4 +1,7 @@
-"""Which positions of a step travel on: pure slicing, shared by clients and hops (spec/session.md)."""
+"""Cuts out the positions of a step that its client wants back, and encodes steps with the right priority.
+
+Clients and hops both use it (spec/session.md).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def wanted_rows(step: Step) -> tuple[RowSlice, ...]:
 
 
 def wanted_part(step: Step, hidden: torch.Tensor) -> torch.Tensor:
-    """Of a step's result, `[positions, width]`, those positions."""
+    """The part of a step's result, `[positions, width]`, that its client wants back."""
     if step.want == "all":
         return hidden
     if step.want == "none":
@@ -38,7 +41,7 @@ def wanted_part(step: Step, hidden: torch.Tensor) -> torch.Tensor:
 def encoded(
     step: Step, hidden: torch.Tensor, codec: str, dtype: torch.dtype
 ) -> tuple[dict[str, Any], list[memoryview]]:
-    """The step's header and body as they travel; a step without rows has no tensor."""
+    """The step's header and body as they travel. A step without rows has no tensor."""
     if not step.rows:
         return step.to_header(), []
     header, body = encode_tensor(hidden, codec=codec, dtype=dtype)
@@ -48,7 +51,9 @@ def encoded(
 def _cut(
     rows: tuple[RowSlice, ...], starts: tuple[int, ...], hidden: torch.Tensor
 ) -> tuple[tuple[RowSlice, ...], torch.Tensor]:
-    """Of each slice the positions from its start in `starts` on."""
+    """For each slice of `rows`, the positions that begin at its entry in `starts`: their slices, and their part of
+    `hidden`.
+    """
     kept_rows = []
     kept = []
     offset = 0

@@ -1,7 +1,7 @@
-"""Tensors of any size through a stream, as consecutive rows in messages of bounded size (spec/training.md).
+"""Sends tensors of any size over a stream, as consecutive rows in messages of bounded size (spec/training.md).
 
-Knows shapes and parts; knows neither requests nor who is asking. The receiver says beforehand how many rows
-of which width it takes, so nothing that a stranger sends makes it allocate more.
+The receiver is told the shape in advance, and accepts no more rows and no other width. So a stranger's messages cannot
+make it allocate more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _BYTES_A_VALUE = 5
 
 
 async def send_parts(stream: Stream, tensor: torch.Tensor, *, codec: str, dtype: torch.dtype) -> None:
-    """Send `[..., width]` in parts. It must not change until they are sent. Raises as `Stream.send`, BadResult."""
+    """Send `[..., width]` in parts. The tensor must not change until this returns. Raises the errors of `Stream.send`,
+    and BadResult.
+    """
     rows = tensor.reshape(-1, tensor.shape[-1])
     for first, last in _cuts(len(rows), rows.shape[1]):
         header, body = encode_tensor(rows[first:last], codec=codec, dtype=dtype)
@@ -30,9 +32,10 @@ async def send_parts(stream: Stream, tensor: torch.Tensor, *, codec: str, dtype:
 
 
 async def receive_parts(stream: Stream, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of exactly this shape, in whatever dtype it travels. Raises RemoteProtocolError, and what the peer says.
+    """Receive a tensor of exactly this shape, in the dtype in which it travels.
 
-    The caller has checked that the shape is one that it wants.
+    The caller must have checked that it wants this shape. Raises RemoteProtocolError, and the error that the peer
+    sends.
     """
     width = shape[-1]
     count = 1
