@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from peerd.cli.key_files import load_or_create_identity
 from peerd.cli.options import Joining
 from peerd.cli.stopping import Interrupted
 from peerd.compute.checkpoint.hub.settings import HubSettings
+from peerd.net.gate import MAX_CONNECTIONS, descriptor_limit, places
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
@@ -40,6 +42,9 @@ log = logging.getLogger(__name__)
 
 # How long sessions may go on once their peer was told to leave. Below systemd's 90 s before it kills.
 DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGINT: 1.0}
+# Enough for all connections, and a local API with thousands of requests. Some systems allow a billion, for which other
+# programs reserve tables.
+WANTED_FILES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,28 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> tuple[s
     endpoint = Endpoint(offered.socket_path, host, port, token)
     api = await stack.enter_async_context(open_local_api(peer, models, endpoint))
     return api.urls
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many files open as it may, and say so where that limits its connections.
+
+    Children inherit the limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            log.warning("cannot raise the limit of open files from %d to %d: %s", soft, wanted, error)
+    limit = descriptor_limit()
+    if (settled := places(limit).settled) < MAX_CONNECTIONS:
+        log.warning(
+            "this process may have %d files open, so at most %d peers can be connected: raise the hard limit"
+            " (ulimit -Hn, or LimitNOFILE= in systemd)",
+            limit,
+            settled,
+        )
 
 
 class _Stopping:

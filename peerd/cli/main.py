@@ -116,8 +116,9 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     set_up_logging(logging.DEBUG if options.pop("verbose") else logging.INFO)
     swarm = joining(options)
     daemon = daemon_of(swarm, **options)
-    from peerd.cli.daemon import run_daemon
+    from peerd.cli.daemon import raise_descriptor_limit, run_daemon
 
+    raise_descriptor_limit()
     _run(ctx, partial(run_daemon, daemon))
 
 

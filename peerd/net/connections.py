@@ -20,7 +20,7 @@ import trio
 from peerd.net.circuits import CircuitChannel, open_circuit
 from peerd.net.containment import Containment
 from peerd.net.dial import ADDRESS_TIMEOUT_S, Dial
-from peerd.net.gate import Gate, host_of
+from peerd.net.gate import Gate, Places, descriptor_limit, host_of, places
 from peerd.net.loopback import loopback
 from peerd.net.peer_connection import IDLE, SETTLE_S, PeerConnection, StreamHandler
 from peerd.net.stream import Carrier, Stream
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 DEFAULT_AGENT = "peerd"
 # How long a connection that we believe in may take to show that it lives, when a second one comes.
 PROBE_S = 2.0
-# Beyond so many peers nobody else may dial us: each costs a few tasks and up to 80 MiB if it tries hard.
-MAX_CONNECTIONS = 1024
 # So many that we dialled stay, however idle: whom we ask first, and who tells us what the time and our address is.
 MIN_DIALLED = 16
 # Where somebody new comes and there is no more room, a connection that was idle for so long makes it.
@@ -75,6 +73,7 @@ class Connections:
         now: Callable[[], float],
         containment: Containment,
         buffer_bytes: int,
+        places: Places,
     ) -> None:
         self.containment = containment
         #: What peers may make us hold in buffers, over all connections.
@@ -94,7 +93,8 @@ class Connections:
         self._agent = agent
         self._limits = limits
         self._now = now
-        self._gate = Gate()
+        self._gate = Gate(places.unproven)
+        self._max_live = places.settled
         self._live: dict[PeerId, PeerConnection] = {}
         self._dials: dict[PeerId, Dial] = {}
         self._loopback: PeerConnection | None = None
@@ -278,7 +278,7 @@ class Connections:
             leave()
 
     def _has_room(self) -> bool:
-        return len(self._live) < MAX_CONNECTIONS or self._most_idle() is not None
+        return len(self._live) < self._max_live or self._most_idle() is not None
 
     def _most_idle(self) -> PeerConnection | None:
         """The connection that can be missed most easily, where one can."""
@@ -335,7 +335,7 @@ class Connections:
         if (old := self._live.get(peer_id)) is not None:
             old.close("replaced", "there is a newer connection")
         # Only who proved itself makes another leave.
-        elif len(self._live) >= MAX_CONNECTIONS and (spared := self._most_idle()) is not None:
+        elif len(self._live) >= self._max_live and (spared := self._most_idle()) is not None:
             spared.close(IDLE, "others need the room")
         self._live[peer_id] = connection
         if (dial := self._dials.get(peer_id)) is not None:
@@ -398,12 +398,14 @@ async def open_connections(
     now: Callable[[], float] = time.time,
     containment: Containment | None = None,
     buffer_bytes: int = DEFAULT_TOTAL_BYTES,
+    room: Places | None = None,
 ) -> AsyncIterator[Connections]:
     """Listen, and yield what dials. At the end every connection is closed, within a second.
 
     swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us; `now` is in seconds since 1970.
     containment: what becomes of bugs, in handlers too; None is one of our own.
     buffer_bytes: what peers may make us hold in buffers, over all connections.
+    room: how many peers may come to us; None is as many as the process's limit of descriptors allows.
     Raises OSError for an address that cannot be listened on.
     """
     async with open_tasks() as tasks:
@@ -420,6 +422,7 @@ async def open_connections(
             now=now,
             containment=containment or Containment(),
             buffer_bytes=buffer_bytes,
+            places=room or places(descriptor_limit()),
         )
         try:
             for address in listen:

@@ -1,20 +1,53 @@
-"""How many strangers may stand at the door: connections that came to us and have not proved who they are.
+"""How many peers may come to us, and how many strangers may stand at the door: those that have not proved who they are.
 
-Counts them in all and by public address; a private one may be a proxy in front of everybody, so those
+Every connection takes a file descriptor. A process that has none left cannot read a checkpoint, write its state or
+dial, so peers get only what the process's limit (`ulimit -n`) leaves beside a reserve.
+
+The gate counts strangers in all and by public address; a private one may be a proxy in front of everybody, so those
 count in all only. Whoever is proven has left the door.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections import Counter
+from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
+from typing import Final
 
 from peerd.protocol.addresses import IpAddress, is_private_ip
 
-MAX_UNPROVEN = 64
+# Beyond so many peers nobody else may dial us: each costs a few tasks and up to 80 MiB if it tries hard.
+MAX_CONNECTIONS: Final = 1024
+# Strangers at the door, who have not proved who they are.
+MAX_UNPROVEN: Final = 64
+# For files, dials, the local API, worker threads and the event loop. A daemon that serves a model and is idle has 40.
+RESERVED: Final = 128
 MAX_UNPROVEN_AN_ADDRESS = 8
 # One host has a whole /64 of IPv6 addresses to come from.
 _HOST_PREFIX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """How many peers may be connected, and how many more may be at the door."""
+
+    settled: int
+    unproven: int
+
+
+def places(limit: int) -> Places:
+    """What a process that may have `limit` descriptors can give to peers: at least one place of each kind."""
+    free = limit - min(RESERVED, limit // 2)
+    unproven = max(1, min(MAX_UNPROVEN, free // 4))
+    return Places(settled=max(1, min(MAX_CONNECTIONS, free - unproven)), unproven=unproven)
+
+
+def descriptor_limit() -> int:
+    """How many descriptors this process may have now."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class Gate:

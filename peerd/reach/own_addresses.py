@@ -26,11 +26,11 @@ def dialable_forms(listening: Iterable[Multiaddr]) -> tuple[Multiaddr, ...]:
 
 
 def _own_address(kind: str) -> str | None:
-    """The address from which this machine would speak to the internet; None without a way there."""
+    """The address from which this machine would speak to the internet; None without a way there, or a descriptor."""
     family, somewhere = _SOMEWHERE[kind]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((somewhere, 9))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None

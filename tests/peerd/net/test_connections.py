@@ -8,6 +8,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from peerd.net.connections import MIN_DIALLED, SPARED_S, open_connections
+from peerd.net.gate import Places
 from peerd.net.peer_connection import IDLE, IDLE_S
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.connection import Connection
@@ -617,10 +618,9 @@ async def test_who_was_dialled_closes_nothing_and_hears_why_it_was_left():
         assert told == [(IDLE, False)] * 4
 
 
-async def test_whoever_comes_when_all_places_are_taken_gets_that_of_somebody_idle(monkeypatch):
-    monkeypatch.setattr("peerd.net.connections.MAX_CONNECTIONS", 2)
+async def test_whoever_comes_when_all_places_are_taken_gets_that_of_somebody_idle():
     async with _swarm() as swarm:
-        own = await swarm.start(0, {"/sink/1": _sink})
+        own = await swarm.start(0, {"/sink/1": _sink}, room=Places(settled=2, unproven=2))
         peers = [await swarm.start(number, listen=[]) for number in (1, 2, 3, 4)]
         for peer in peers[:2]:
             await peer.connect(own.peer_id, [_address(0)])
