@@ -2,7 +2,8 @@
 
 Knows options, signals and what an operator reads; what a peer does is `peer`'s business. The difficulty is
 stopping. The first signal announces that the peer leaves, refuses new sessions and lets the others end for
-a while (SIGTERM; Ctrl-C waits a second only, for somebody sits there); the second stops at once.
+a while (SIGTERM, or SIGHUP where the terminal was closed; Ctrl-C waits a second only, for somebody sits there); the
+second stops at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import trio
 from peerd.cli.console import working, write
 from peerd.cli.key_files import load_or_create_identity
 from peerd.cli.options import Joining
-from peerd.cli.stopping import Interrupted
+from peerd.cli.standard_files import OutputFailed
+from peerd.cli.stopping import Interrupted, stop_signals
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.net.gate import MAX_CONNECTIONS, descriptor_limit, places
 from peerd.peer import open_peer
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # How long sessions may go on once their peer was told to leave. Below systemd's 90 s before it kills.
-DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGINT: 1.0}
+DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGHUP: 60.0, signal.SIGINT: 1.0}
 # Enough for all connections, and a local API with thousands of requests. Some systems allow a billion, for which other
 # programs reserve tables.
 WANTED_FILES = 8192
@@ -93,8 +95,7 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
         stopping.serving = True
         for url in urls:
             log.info("local API at %s", url)
-        for address in peer.addresses:
-            write(f"{address}\n")
+        _print_addresses(peer.addresses)
         log.info("%s is up%s", peer.peer_id, _roles(peer))
         try:
             await stopping.asked.wait()
@@ -102,6 +103,15 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
             await peer.drain(stopping.drain_s)
         finally:
             _log_positions(peer)
+
+
+def _print_addresses(addresses: Sequence[Multiaddr]) -> None:
+    """Tell whoever started us where others reach us. A daemon that nobody reads is as good for the swarm."""
+    try:
+        for address in addresses:
+            write(f"{address}\n")
+    except OutputFailed as error:
+        log.warning("%s; others reach us at %s", error, " ".join(map(str, addresses)))
 
 
 async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer:
@@ -181,9 +191,12 @@ class _Stopping:
         return DRAIN_S[self.number]
 
     async def watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(*DRAIN_S) as signals:
+        with trio.open_signal_receiver(*stop_signals()) as signals:
             task_status.started()
             async for number in signals:
+                # A closed terminal may say so twice, through the shell and the system; nobody is impatient there.
+                if number == signal.SIGHUP and self.asked.is_set():
+                    continue
                 self._stop(signal.Signals(number))
                 if self.at_once.cancel_called:
                     # From here on a signal does what it does to any process.

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -32,6 +31,7 @@ from peerd.cli.options import (
 )
 from peerd.cli.parsing import at_revision, parse_model
 from peerd.cli.processes import ProcessEnded
+from peerd.cli.standard_files import OutputFailed, flush_standard_files, guard_standard_files
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 EXIT_NO_CHAIN = 3
 EXIT_PEERS = 4
+EXIT_OUTPUT = 5
 EXIT_SIGINT = 130
 
 _EXIT_CODES = """\b
@@ -49,7 +50,8 @@ Exit codes:
   2    a mistake in the command, or a model that cannot be used
   3    nobody serves some blocks of the model; the message says which
   4    peers failed, or all of them are busy
-  130  interrupted by Ctrl-C (143: by SIGTERM)
+  5    standard output is closed or full
+  130  interrupted by Ctrl-C (143: by SIGTERM; 129: the terminal was closed)
 """
 _EXAMPLES = """\b
 Examples:
@@ -166,10 +168,13 @@ def generate(
     swarm = joining(options)
     if not swarm.bootstrap:
         raise click.UsageError("--bootstrap is missing: an address that a peer of the swarm printed")
-    if prompt_file is not None:
-        prompt = prompt_file.read()
-    elif prompt == "-":
-        prompt = sys.stdin.read()
+    try:
+        if prompt_file is not None:
+            prompt = prompt_file.read()
+        elif prompt == "-":
+            prompt = sys.stdin.read()
+    except (OSError, UnicodeError) as error:
+        raise click.UsageError(f"cannot read the prompt: {error}") from error
     from peerd.cli.generate import Request
     from peerd.cli.generate import generate as run_generate
 
@@ -271,12 +276,16 @@ def _run(ctx: click.Context, work: Callable[[], Awaitable[None]]) -> None:
 
 def main() -> NoReturn:
     """The entry point."""
+    guard_standard_files()
+    code: object = 0
     try:
-        cli(prog_name="peerd")
-    except SystemExit as end:
-        code = end.code
+        try:
+            cli(prog_name="peerd")
+        except SystemExit as end:
+            code = end.code
+        flush_standard_files()
+    except OutputFailed as error:
+        say(f"Error: {error}")
+        code = code or EXIT_OUTPUT
     # All that had to end has ended. Taking torch's modules apart would be another second or two of waiting.
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0)

@@ -1,4 +1,4 @@
-"""How one-shot commands end on SIGINT and SIGTERM. The library itself leaves signals alone.
+"""How one-shot commands end on SIGINT, SIGTERM and SIGHUP. The library itself leaves signals alone.
 
 The difficulty is a person who presses Ctrl-C twice: the first one starts an orderly end, and then the
 handlers of before are back, so that the second one ends the process whatever the clean-up is doing.
@@ -22,12 +22,20 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that end a command: with SIGHUP, which a closed terminal sends, unless we were started to outlive it
+    (`nohup`).
+    """
+    ending = (signal.SIGINT, signal.SIGTERM)
+    return ending if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*ending, signal.SIGHUP)
+
+
 async def until_signalled(work: Callable[[], Awaitable[None]]) -> None:
     """Run `work`, cancelled by the first signal. Raises Interrupted once it has cleaned up."""
     received: list[int] = []
 
     async def watch(task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*stop_signals()) as signals:
             task_status.started()
             async for number in signals:
                 received.append(number)
