@@ -6,9 +6,13 @@ signatures and methods of the installed release where it can, so that no table o
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 from packaging.version import Version
@@ -26,6 +30,24 @@ CACHE_NAMES = ("cache", "past_key_values")
 _NEEDLESS = frozenset(
     ("dropout", "output_attentions", "output_router_logits", "position_ids", "sliding_window", "use_cache")
 )
+
+
+def import_quietly(module: str) -> ModuleType:
+    """Import a module of Transformers without DeprecationWarnings that its import causes.
+
+    They are about what Transformers itself uses of other packages (5.18 compiles parts of some models with
+    `torch.jit.script`): no user of peerd can change that, and where warnings are errors the model could not be used.
+    """
+    if module in sys.modules:
+        return sys.modules[module]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(module)
+
+
+def older_than(release: str) -> bool:
+    """Whether the installed Transformers is older than this release."""
+    return Version(version("transformers")) < Version(release)
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:

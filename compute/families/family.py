@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peerd.compute.errors import UnsupportedModel
+from peerd.compute.transformers_compat import import_quietly, older_than
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,6 +73,9 @@ class Family:
     causal_class: str = ""
     #: Transformers' folder of the configuration, if it is not the model's.
     config_module: str = ""
+    #: The first release of Transformers that computes the model as it was published, where earlier ones have the
+    #: architecture and compute something else.
+    since: str = ""
 
     def config_type(self) -> type[PreTrainedConfig]:
         """Import the configuration class. Raises UnsupportedModel if the installed Transformers is too old for it."""
@@ -91,10 +94,12 @@ class Family:
         return causal
 
     def _load(self, kind: str, name: str, folder: str = "") -> Any:
+        if self.since and older_than(self.since):
+            raise UnsupportedModel(f"{self.model_type} needs Transformers {self.since} or newer")
         folder = folder or self.module or self.model_type.replace("-", "_")
         module = f"transformers.models.{folder}.{kind}_{folder}"
         try:
-            return getattr(importlib.import_module(module), name)
+            return getattr(import_quietly(module), name)
         except (ModuleNotFoundError, AttributeError) as error:
             if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
                 raise

@@ -45,6 +45,8 @@ ROWS = (
         module="cohere_compass",
         config_class="CohereCompassTextConfig",
         decoder_class="CohereCompassTextModel",
+        # Before, its frequencies were in another order.
+        since="5.21",
     ),
     Family("cwm", "Cwm"),
     Family(

@@ -152,7 +152,8 @@ def test_fp8_is_dequantized_as_transformers_does(tiny_checkpoint: TinyCheckpoint
         ((_, got),) = checkpoint.read([name], torch.bfloat16)
     pieces = {"weight": stored[f"model.{name}"], "weight_scale_inv": stored[f"model.{name}_scale_inv"]}
     (expected,) = Fp8Dequantize(None).convert(pieces).values()
-    assert torch.equal(got, expected.bfloat16())
+    # Transformers 5.18 returns a list of one.
+    assert torch.equal(got, (expected[0] if isinstance(expected, list) else expected).bfloat16())
 
 
 def test_a_quantized_layer_may_be_quantized_again(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
