@@ -81,7 +81,11 @@ def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
+    arch = next((key for key, value in MODEL_ARCH_NAMES.items() if value == architecture), None)
+    if arch is None:
+        raise UnsupportedModel(
+            f"the installed package gguf does not know the architecture {architecture}: install a newer"
+        )
     known = get_tensor_name_map(arch, config.num_hidden_layers)
     model = build_on_meta(family.causal_type(), config, torch.float32)
     prefix = f"{model.base_model_prefix}."
