@@ -14,9 +14,9 @@ import torch
 import trio
 
 from peerd.cli.console import say, short, table, working, write
+from peerd.cli.demo_model import fetch_demo_model
 from peerd.cli.generate import Request, answer, figures, report
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes, threads_each
-from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
@@ -25,8 +25,11 @@ from peerd.trio_tools import open_tasks
 
 
 async def demo(request: Request, servers: int, *, as_json: bool) -> None:
-    """Start a swarm, ask it, stop it. Raises PeerdError, CheckpointError, ProcessEnded."""
-    path = demo_model_path()
+    """Start a swarm, ask it, stop it. The model is fetched first if it is not here.
+
+    Raises PeerdError, CheckpointError, ProcessEnded.
+    """
+    path = await fetch_demo_model()
     threads = threads_each(servers)
     torch.set_num_threads(threads)
     async with AsyncExitStack() as stack:
