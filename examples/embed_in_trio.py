@@ -27,7 +27,7 @@ async def ask(model: peerd.SwarmModel, question: str) -> None:
             print(token.text, end="", flush=True)
     print()
     for hop in generation.chain:
-        print(f"blocks {hop['start']}:{hop['end']} on {hop['peer']}")
+        print(f"blocks {hop.span} on {hop.peer}")
 
 
 async def main(question: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from peerd.client.blocks import ServedBlocks
     from peerd.client.finding.finder import Patience
+    from peerd.client.finding.served_by import ServedBy
     from peerd.client.generation import Generation, Token
     from peerd.client.model import SwarmModel
     from peerd.client.sampling import SamplingParams
@@ -77,6 +78,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "Generation",
     "Token",
+    "ServedBy",
     "Session",
     "RowSlice",
     "Fork",
@@ -114,6 +116,7 @@ _MODULE_OF = {
     "AutoModelForCausalLM": "peerd.facade.model",
     "Generation": "peerd.client.generation",
     "Token": "peerd.client.generation",
+    "ServedBy": "peerd.client.finding.served_by",
     "Session": "peerd.client.session.session",
     "Identity": "peerd.protocol.identity",
     "PeerId": "peerd.protocol.identity",

@@ -57,7 +57,7 @@ class Answer:
     def peers(self) -> list[str]:
         """Who is in its chain now."""
         session = self.decoding.session
-        return [str(hop["peer"]) for hop in session.chain] if session is not None and self.ended is None else []
+        return [hop.peer for hop in session.chain] if session is not None and self.ended is None else []
 
     @property
     def held(self) -> int:

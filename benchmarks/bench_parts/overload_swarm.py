@@ -284,7 +284,7 @@ class Overload:
                     await trio.sleep(self.plan.pause_s)
                 result = await session.step(row[step : step + 1])
                 if not step:
-                    opened_s, server = trio.current_time(), str(session.chain[0]["peer"])
+                    opened_s, server = trio.current_time(), session.chain[0].peer
                 assert torch.equal(result, fake_forward(row[: step + 1], BLOCKS)[-1:])
         except PeerdError as error:
             return Answer(client, wanted_s, opened_s, trio.current_time(), server, error)

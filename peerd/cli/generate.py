@@ -19,6 +19,7 @@ from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from peerd.client.finding.served_by import ServedBy
     from peerd.client.generation import Generation
     from peerd.client.model import SwarmModel
 
@@ -95,11 +96,15 @@ def report(generation: Generation) -> str:
             "prompt_tokens": len(generation.prompt),
             "tokens_per_second": generation.tokens_per_second,
             "time_to_first_token_s": generation.time_to_first_token_s,
-            "chain": generation.chain,
+            "chain": [_served_by(hop) for hop in generation.chain],
             "failovers": generation.failovers,
         },
         ensure_ascii=False,
     )
+
+
+def _served_by(hop: ServedBy) -> dict[str, object]:
+    return {"peer": hop.peer, "start": hop.span.start, "end": hop.span.end}
 
 
 def figures(generation: Generation) -> str:
@@ -111,5 +116,5 @@ def figures(generation: Generation) -> str:
         parts.append(f"first after {generation.time_to_first_token_s:.2f} s")
     if generation.failovers:
         parts.append(f"{generation.failovers} failover{'s' if generation.failovers > 1 else ''}")
-    chain = " -> ".join(f"{short(hop['peer'])} {hop['start']}:{hop['end']}" for hop in generation.chain)
+    chain = " -> ".join(f"{short(hop.peer)} {hop.span}" for hop in generation.chain)
     return f"{', '.join(parts)} (chain: {chain})"

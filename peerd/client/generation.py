@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.client.decoding import Decoding, TokenModel
+from peerd.client.finding.served_by import ServedBy
 from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import NoChain, Overloaded
 
@@ -44,7 +45,7 @@ class Generation:
         self.prompt = list(prompt)
         self.token_ids: list[int] = []
         self.text = ""
-        self.chain: list[dict[str, object]] = []
+        self.chain: tuple[ServedBy, ...] = ()
         self.failovers = 0
         self.started: float | None = None
         self.first_token: float | None = None

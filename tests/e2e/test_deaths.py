@@ -23,7 +23,7 @@ async def finish(generation) -> None:
 
 def serving(generation, processes, hop):
     """The process behind a hop of the chain that answers now."""
-    peer = generation.chain[hop]["peer"]
+    peer = generation.chain[hop].peer
     return next(process for process in processes if process.peer_id == peer)
 
 
@@ -47,7 +47,7 @@ async def test_servers_are_killed_in_mid_answer_and_their_twins_finish_it(open_p
         assert len(victims) == 2
         assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
         assert generation.failovers == 2
-        assert not {hop["peer"] for hop in generation.chain} & {victim.peer_id for victim in victims}
+        assert not {hop.peer for hop in generation.chain} & {victim.peer_id for victim in victims}
         beside = reference.answer(reference.encode(STORY), NEW_TOKENS)
         assert tuple(other.token_ids[: len(beside.decisive)]) == beside.decisive
 

@@ -72,7 +72,7 @@ async def test_ten_answers_at_once_equal_local_transformers(open_local_swarm, an
         for generation, answer in zip(generations, answers, strict=True):
             assert tuple(generation.prompt) == answer.prompt
             assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
-            assert [hop["peer"] for hop in generation.chain] == [str(server.peer.peer_id) for server in swarm.servers]
+            assert [hop.peer for hop in generation.chain] == [str(server.peer.peer_id) for server in swarm.servers]
             assert generation.failovers == 0
         # The last token of an answer is never sent; every other position went through every server, once.
         positions = sum(len(g.prompt) + len(g.token_ids) - 1 for g in generations)

@@ -75,7 +75,7 @@ async def test_a_server_moves_to_close_a_gap_and_lets_its_session_end_first(mode
             async for _ in generation:
                 pass
             assert tuple(generation.token_ids[: len(answer.decisive)]) == answer.decisive
-            assert generation.chain[-1]["peer"] == mover.peer_id
+            assert generation.chain[-1].peer == mover.peer_id
         assert "moved from blocks 0:10 to 20:30" in mover.log.read_text()
 
 

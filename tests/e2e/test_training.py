@@ -36,7 +36,7 @@ async def test_a_forward_and_its_backward_equal_transformers(open_local_swarm, r
     grad = torch.randn(ROWS, POSITIONS, width, generator=generator)
     async with open_local_swarm(2) as swarm, swarm.client() as model:
         done = await model.forward(hidden, prompts=prompts, blocks=BLOCKS)
-        hops = [(hop["start"], hop["end"]) for hop in done.chain]
+        hops = [(hop.span.start, hop.span.end) for hop in done.chain]
         gradients = await done.backward(grad)
         ids = await model.forward([[5, 6, 7], [8, 9]], keep=False)
     assert hops == [(13, 15), (15, 17)]

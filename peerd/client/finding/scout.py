@@ -14,6 +14,7 @@ from typing import Protocol
 import trio
 
 from peerd.client.finding.finder import SwarmFinder
+from peerd.client.finding.served_by import ServedBy
 from peerd.discovery.prober import Prober
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
@@ -52,11 +53,8 @@ class Watched(Protocol):
         """Whether it has ended."""
 
     @property
-    def chain(self) -> list[dict[str, object]]:
-        """Its hops now: `peer`, `start` and `end` of each."""
-
-
-_Hops = tuple[tuple[PeerId, Span], ...]
+    def chain(self) -> tuple[ServedBy, ...]:
+        """Who serves which blocks now."""
 
 
 class Scout:
@@ -93,7 +91,7 @@ class Scout:
     async def run(self) -> None:
         """Measure now, and again while the model is in use, until cancelled. Keeps second choices connected."""
         measure_at = look_at = trio.current_time()
-        chains: tuple[_Hops, ...] = ()
+        chains: tuple[tuple[ServedBy, ...], ...] = ()
         while True:
             self._sessions = {session: needs for session, needs in self._sessions.items() if not session.closed}
             now = trio.current_time()
@@ -147,8 +145,8 @@ class Scout:
     def _is_used(self) -> bool:
         return bool(self._sessions) or trio.current_time() - self._finder.used_at < IDLE_S
 
-    def _chains(self) -> tuple[_Hops, ...]:
-        return tuple(_hops_of(session) for session in self._sessions)
+    def _chains(self) -> tuple[tuple[ServedBy, ...], ...]:
+        return tuple(session.chain for session in self._sessions)
 
     def _probes(self, count: int) -> list[Offer]:
         needs = self._finder.needs(self._blocks, ChainNeeds())
@@ -159,20 +157,14 @@ class Scout:
         for session, needs in list(self._sessions.items()):
             # Many chains of many hops: others get a turn between them.
             await trio.lowlevel.checkpoint()
-            hops = _hops_of(session)
-            peers = [None, *(peer for peer, _ in hops), None]
-            for index, (peer, span) in enumerate(hops):
+            hops = session.chain
+            peers = [None, *(hop.peer for hop in hops), None]
+            for index, hop in enumerate(hops):
                 try:
-                    chain = self._finder.replacement(span, needs, (peer,), (peers[index], peers[index + 2]))
+                    chain = self._finder.replacement(hop.span, needs, (hop.peer,), (peers[index], peers[index + 2]))
                 except NoChain:
                     continue
-                found.update((hop.peer_id, hop.offer) for hop in chain.hops)
+                found.update((second.peer_id, second.offer) for second in chain.hops)
         chosen = dict(list(found.items())[:MAX_STANDBYS])
         self.standbys = frozenset(chosen)
         return list(chosen.values())
-
-
-def _hops_of(session: Watched) -> _Hops:
-    return tuple(
-        (PeerId(str(hop["peer"])), Span(int(str(hop["start"])), int(str(hop["end"])))) for hop in session.chain
-    )

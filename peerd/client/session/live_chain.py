@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.control_stream import ControlStream
 from peerd.protocol.span import Span
 
@@ -74,12 +75,10 @@ class LiveChain:
     def is_whole(self) -> bool:
         return not self.holes
 
-    def describe(self) -> list[dict[str, object]]:
-        """Who serves which blocks, as `generate --json` prints it."""
-        return [
-            {"peer": str(control.hop.peer_id), "start": control.hop.span.start, "end": control.hop.span.end}
-            for control in self.controls
-        ]
+    @property
+    def served_by(self) -> tuple[ServedBy, ...]:
+        """Who serves which blocks now, in the order of the blocks; holes are left out."""
+        return tuple(ServedBy(control.hop.peer_id, control.hop.span) for control in self.controls)
 
     def __contains__(self, control: ControlStream) -> bool:
         return control in self._places

@@ -12,6 +12,7 @@ import torch
 import trio
 
 from peerd.client.finding.finder import Patience
+from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.mender import Means, Wanted
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
@@ -42,9 +43,9 @@ class Session:
         return f"<Session {self._supervisor} {self.log}>"
 
     @property
-    def chain(self) -> list[dict[str, object]]:
+    def chain(self) -> tuple[ServedBy, ...]:
         """Who serves which blocks now; empty before the first step."""
-        return self._supervisor.describe()
+        return self._supervisor.chain.served_by
 
     @property
     def closed(self) -> bool:

@@ -107,10 +107,6 @@ class Supervisor:
         finally:
             self.chain.close()
 
-    def describe(self) -> list[dict[str, object]]:
-        """Who serves which blocks now; empty where no chain is open."""
-        return self.chain.describe()
-
     @property
     def replayed_positions(self) -> int:
         """Positions that were sent again to bring replacements to where their predecessors stood."""

@@ -13,6 +13,7 @@ from functools import partial
 import trio
 
 from peerd.client.finding.finder import RETRY_S, ChainFinder, Patience
+from peerd.client.finding.served_by import ServedBy
 from peerd.client.training.lane import Lane, LaneTerms, open_lane
 from peerd.net.connections import Connections
 from peerd.protocol.errors import (
@@ -82,14 +83,12 @@ class PassChain:
         self._troubled_since: float | None = None
 
     def __repr__(self) -> str:
-        return f"<PassChain {self.blocks} {' '.join(map(str, self.describe()))}>"
+        return f"<PassChain {self.blocks} {' '.join(map(str, self.served_by))}>"
 
-    def describe(self) -> list[dict[str, object]]:
-        """Who serves which blocks now; empty before the first request."""
-        return [
-            {"peer": str(hop.peer_id), "start": hop.span.start, "end": hop.span.end}
-            for _, hop in sorted(self._hops.items())
-        ]
+    @property
+    def served_by(self) -> tuple[ServedBy, ...]:
+        """Who serves which blocks now, in the order of the blocks; empty before the first request."""
+        return tuple(ServedBy(hop.peer_id, hop.span) for _, hop in sorted(self._hops.items()))
 
     @property
     def hops(self) -> int:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from peerd.client.finding.finder import ChainFinder, Patience
+from peerd.client.finding.served_by import ServedBy
 from peerd.client.training.lane import Lane, LaneTerms
 from peerd.client.training.lanes import BACKWARD, FORWARD, PassChain
 from peerd.client.training.rows import cut, positions_each
@@ -110,9 +111,9 @@ class Pass:
         return f"<Pass {self._blocks} {list(self.output.shape)}>"
 
     @property
-    def chain(self) -> list[dict[str, object]]:
+    def chain(self) -> tuple[ServedBy, ...]:
         """Who serves which blocks now."""
-        return self._micros[0].chain.describe()
+        return self._micros[0].chain.served_by
 
     @property
     def failovers(self) -> int:

@@ -91,7 +91,7 @@ async def test_tokens_text_and_figures_of_an_answer(open_model, whole_forward):
         assert [token.id for token in tokens] == generation.token_ids == expected
         assert [token.position for token in tokens] == list(range(3, 23))
         assert "".join(token.text for token in tokens) == generation.text == model.decode(expected)
-        assert [(hop["start"], hop["end"]) for hop in generation.chain] == [(0, 3), (3, 6), (6, 9)]
+        assert [(hop.span.start, hop.span.end) for hop in generation.chain] == [(0, 3), (3, 6), (6, 9)]
         # A step takes 30 ms of computing and 20 ms on the way.
         assert generation.tokens_per_second == pytest.approx(20, rel=0.05)
         assert generation.time_to_first_token_s is not None
@@ -105,7 +105,7 @@ async def test_a_death_in_mid_answer_changes_no_token(open_model, whole_forward)
         generation = model.generate([5, 6], max_new_tokens=30)
         async for token in generation:
             if token.position == 12:
-                peer = generation.chain[1]["peer"]
+                peer = generation.chain[1].peer
                 swarm.kill(next(host for host in swarm.hosts if host.peer_id == peer))
         assert generation.token_ids == foretold(whole_forward, [5, 6], 30)
         assert generation.failovers == 1
@@ -116,7 +116,7 @@ async def test_each_token_is_embedded_for_its_own_position_also_after_a_death(op
         generation = model.generate([5, 6], max_new_tokens=30, eos_token_ids=())
         async for token in generation:
             if token.position == 12:
-                swarm.kill(next(host for host in swarm.hosts if host.peer_id == generation.chain[1]["peer"]))
+                swarm.kill(next(host for host in swarm.hosts if host.peer_id == generation.chain[1].peer))
                 await swarm.serve(3, 6)
         assert generation.token_ids == foretold(whole_forward, [5, 6], 30, PositionHead())
         assert generation.token_ids != foretold(whole_forward, [5, 6], 30)

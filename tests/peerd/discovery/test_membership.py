@@ -177,7 +177,7 @@ async def test_a_session_that_waits_for_a_server_has_one_within_five_seconds() -
             server = await world.serve(2)
             announced_at = trio.current_time()
         assert found[0] - announced_at < 5
-        assert waiting.chain[0]["peer"] == server.peer_id
+        assert waiting.chain[0].peer == server.peer_id
 
 
 # Sleeping.
@@ -217,7 +217,7 @@ async def test_a_session_of_a_client_that_wakes_goes_on_within_seconds() -> None
         start = trio.current_time()
         after = await session.step(step())
         assert trio.current_time() - start < 6
-        assert session.chain[0]["peer"] == server.peer_id
+        assert session.chain[0].peer == server.peer_id
         # The second position: it has the first one behind it.
         undisturbed = await client.session()
         assert torch.equal(before, await undisturbed.step(step()))
@@ -266,7 +266,7 @@ async def test_a_session_whose_only_server_was_cut_off_resumes_when_it_is_back()
             nursery.start_soon(heal)
             await session.step(step())
         assert trio.current_time() < 90
-        assert session.chain[0]["peer"] == server.peer_id
+        assert session.chain[0].peer == server.peer_id
 
 
 # Ghosts.

@@ -46,7 +46,7 @@ async def test_a_client_and_servers_measure_each_other_unasked(
             assert 2 * LATENCY_S <= rtts_s[server.peer_id] < 1
         async with model.session(max_length=16) as session:
             await session.step(torch.zeros(1, 32))
-            assert [hop["peer"] for hop in session.chain] == [first.peer_id, second.peer_id]
+            assert [hop.peer for hop in session.chain] == [first.peer_id, second.peer_id]
         with trio.fail_after(30):
             while True:
                 # Announcements are 20 s apart, unless something changes.

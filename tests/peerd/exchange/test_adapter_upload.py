@@ -107,11 +107,11 @@ async def test_a_replacement_has_the_adapter_too(open_swarm):
         session = await (await swarm.client()).session(BLOCKS, adapter=POET)
         row = tokens(9)
         assert torch.equal(await session.step(row[:5]), expected(row, poet)[4:5])
-        used = next(host for host in (hosts[1], spare) if session.chain[1]["peer"] == str(host.peer_id))
+        used = next(host for host in (hosts[1], spare) if session.chain[1].peer == str(host.peer_id))
         swarm.kill(used)
         assert torch.equal(await session.step(row[5:9]), expected(row, poet)[8:9])
         left = hosts[1] if used is spare else spare
-        assert session.chain[1]["peer"] == str(left.peer_id)
+        assert session.chain[1].peer == str(left.peer_id)
 
 
 async def test_blocks_that_nobody_serves_with_the_adapter_are_named(open_swarm):

@@ -759,7 +759,7 @@ async def test_a_client_leaves_a_peer_whose_results_are_not_finite(open_swarm, w
         client.finder.links.failed(swarm.hosts[-1].peer_id)
         assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
         assert bad.peer_id in client.finder.failures
-        assert bad.peer_id not in [hop["peer"] for hop in session.chain]
+        assert bad.peer_id not in [hop.peer for hop in session.chain]
 
 
 def _reaches_thirteen(row):

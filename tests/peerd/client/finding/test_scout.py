@@ -183,7 +183,7 @@ async def test_the_first_session_dials_nobody_again(open_swarm) -> None:
         client.connections.on_connected.append(lambda connection: new.append(connection.peer_id))
         session = await client.session(BLOCKS)
         await session.step(torch.ones(1, 8))
-        assert [hop["peer"] for hop in session.chain] == [host.peer_id for host in hosts[:2]]
+        assert [hop.peer for hop in session.chain] == [host.peer_id for host in hosts[:2]]
         assert new == []
         session.close()
         tasks.cancel_scope.cancel()
@@ -243,22 +243,22 @@ async def test_the_replacement_of_a_dead_hop_is_connected_already(open_swarm, wh
         hidden = torch.arange(24.0).view(3, 8)
         parts = [await session.step(hidden[:1])]
         await trio.sleep(LOOK_S + 1)
-        in_chain = {str(hop["peer"]) for hop in session.chain}
+        in_chain = {hop.peer for hop in session.chain}
         others = {host.peer_id for host in hosts} - in_chain
         assert ours.scout.standbys == others
         assert set(client.connections.live) == in_chain | others
         new: list[PeerId] = []
         client.connections.on_connected.append(lambda connection: new.append(connection.peer_id))
-        dead = next(host for host in hosts if host.peer_id == session.chain[1]["peer"])
+        dead = next(host for host in hosts if host.peer_id == session.chain[1].peer)
         swarm.kill(dead)
         parts.append(await session.step(hidden[1:2]))
         assert session.failovers == 1
-        assert session.chain[1]["peer"] in others
+        assert session.chain[1].peer in others
         assert new == []
         parts.append(await session.step(hidden[2:]))
         assert torch.equal(torch.cat(parts), whole_forward(hidden, 8))
         # With the session its second choices go, but for the one that was needed.
-        needed = {str(hop["peer"]) for hop in session.chain}
+        needed = {hop.peer for hop in session.chain}
         session.close()
         await trio.sleep(IDLE_S + 2 * MAX_AGE_S)
         assert ours.scout.standbys == frozenset()

@@ -169,7 +169,7 @@ async def test_a_second_death_finds_everybody_where_they_should_be(open_swarm, l
             await session.step(ROW[:40])
         for hop in (1, 0, 2):
             await serve(swarm, hop)
-            swarm.kill(next(h for h in swarm.hosts if h.online and h.peer_id == session.chain[hop]["peer"]))
+            swarm.kill(next(h for h in swarm.hosts if h.online and h.peer_id == session.chain[hop].peer))
             await session.step(BRANCH[:0])
         before = hosts[3].task.engine.positions_computed
         asked = await later(session)
@@ -186,7 +186,7 @@ async def test_a_death_that_leaves_two_peers_to_share_its_blocks_is_mended_by_bo
         await swarm.serve(4, 6)
         swarm.kill(hosts[1])
         await decode(session)
-        assert [hop["start"] for hop in session.chain] == [0, 3, 4, 6, 9]
+        assert [hop.span.start for hop in session.chain] == [0, 3, 4, 6, 9]
         assert all(hosts[hop].task.engine.positions_computed == 41 for hop in (0, 2, 3))
 
 
@@ -252,7 +252,7 @@ async def test_a_server_whose_device_hangs_is_overtaken_though_its_process_answe
         wedge(hosts[hop])
         assert await stall_s(session, ROW, 50, 3) < 2.5
         assert client.finder.failures == []
-        assert session.chain[hop]["peer"] != hosts[hop].peer_id
+        assert session.chain[hop].peer != hosts[hop].peer_id
 
 
 async def test_a_server_that_is_only_busy_is_neither_overtaken_nor_blamed(open_swarm):
@@ -400,7 +400,7 @@ async def test_a_bridge_ends_when_another_server_has_the_blocks_behind_it(open_s
         twin = await serve(swarm, 2)
         await trio.sleep(15)
         assert await stall_s(session, ROW, 45, 5) == pytest.approx(HOPS * 0.015 + 0.005, abs=0.001)
-        assert session.chain[2]["peer"] == twin.peer_id
+        assert session.chain[2].peer == twin.peer_id
         assert client.finder.failures == []
 
 
@@ -429,7 +429,7 @@ async def test_a_server_that_neither_its_neighbour_nor_the_client_reaches_is_rep
         for ip in (hosts[1].ip, client.ip):
             swarm.network.partition(hosts[2].ip, ip)
         assert await stall_s(session, ROW, 45, 5) < 3
-        assert session.chain[2]["peer"] == twin.peer_id
+        assert session.chain[2].peer == twin.peer_id
 
 
 # Nobody else.

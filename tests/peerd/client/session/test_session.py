@@ -46,7 +46,7 @@ async def test_steps_through_three_servers_equal_the_whole_model(open_swarm, who
         assert torch.equal(await session.step(row[7:12], want="all"), expected[7:12])
         for position in range(12, 20):
             assert torch.equal(await session.step(row[position : position + 1]), expected[position : position + 1])
-        assert [hop["start"] for hop in session.chain] == [0, 3, 6]
+        assert [hop.span.start for hop in session.chain] == [0, 3, 6]
 
 
 async def test_results_go_from_server_to_server_and_not_through_the_client(open_swarm):
@@ -172,7 +172,7 @@ async def test_a_death_in_the_middle_of_a_step_is_not_noticed_by_its_caller(open
 
             async def kill_soon() -> None:
                 await trio.sleep(0.035)
-                swarm.kill(next(host for host in hosts if any(h["peer"] == host.peer_id for h in session.chain[1:2])))
+                swarm.kill(next(host for host in hosts if any(h.peer == host.peer_id for h in session.chain[1:2])))
 
             await session.open()
             nursery.start_soon(kill_soon)
@@ -198,7 +198,7 @@ async def test_a_death_beside_servers_whose_windows_have_moved_on_loses_nothing(
             async def kill() -> None:
                 while not any(host.task.engine.positions_computed >= dies_after for host in hosts[2:]):
                     await trio.sleep(0.005)
-                swarm.kill(next(host for host in swarm.hosts if session.chain[1]["peer"] == host.peer_id))
+                swarm.kill(next(host for host in swarm.hosts if session.chain[1].peer == host.peer_id))
 
             nursery.start_soon(kill)
             assert torch.equal(await session.step(row[:340], want="all"), expected[:340])
@@ -535,7 +535,7 @@ async def test_twins_that_hang_do_not_use_up_the_patience_that_the_next_one_need
         twin = await swarm.serve(3, 6)
         swarm.kill(hosts[1])
         assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
-        assert session.chain[1]["peer"] == twin.peer_id
+        assert session.chain[1].peer == twin.peer_id
 
 
 async def test_a_twin_that_does_not_serve_yet_costs_no_step_after_one_that_hangs(open_swarm, whole_forward):

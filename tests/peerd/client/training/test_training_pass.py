@@ -123,7 +123,7 @@ async def test_forward_and_backward_through_three_hops_equal_autograd(open_swarm
         done = await maker.forward(INPUT, ROWS, BLOCKS, what)
         gradients = await done.backward(GRAD)
         assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, what))
-        assert [hop["end"] for hop in done.chain] == [3, 7, 8]
+        assert [hop.span.end for hop in done.chain] == [3, 7, 8]
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ async def test_many_requests_share_the_peers_where_one_stays_with_one(open_swarm
         with await maker.forward(normal(20, WIDTH), (20,), BLOCKS, Trained()) as one:
             assert len(one.chain) == 1
         with await maker.forward(normal(320, WIDTH), (20,) * 16, BLOCKS, Trained()) as many:
-            assert len({hop["peer"] for hop in many.chain}) == len(many.chain) > 1
+            assert len({hop.peer for hop in many.chain}) == len(many.chain) > 1
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -261,7 +261,7 @@ async def test_a_replacement_that_dies_in_the_backward_is_replaced_in_turn(
         strike(hosts[1], lambda host: (setattr(first, "online", True), swarm.kill(host)))
         assert_same(done.output, await done.backward(GRAD), Reference(decoder, INPUT, GRAD, what))
         assert client.finder.failures == [hosts[1].peer_id, first.peer_id]
-        assert hosts[0].peer_id in {hop["peer"] for hop in done.chain}
+        assert hosts[0].peer_id in {hop.peer for hop in done.chain}
 
 
 async def test_a_hop_that_stops_in_the_backward_is_replaced_in_seconds(
@@ -415,7 +415,7 @@ async def test_a_peer_with_memory_is_found_after_one_without(open_swarm, serve_t
             done = await maker.forward(INPUT, ROWS, BLOCKS, Trained())
             gradients = await done.backward(GRAD)
             assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, Trained()))
-            assert done.chain[0]["peer"] == str(large.peer_id)
+            assert done.chain[0].peer == str(large.peer_id)
             failovers += done.failovers
         # Near-best chains are chosen at random: the small peer was asked at least once.
         assert failovers > 0
@@ -430,7 +430,7 @@ async def test_a_peer_that_does_not_train_is_passed_over_without_blame(open_swar
             await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
         able = await serve_tiny(swarm, BLOCKS)
         done = await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained(), patience=SHORT)
-        assert done.chain[0]["peer"] == str(able.peer_id)
+        assert done.chain[0].peer == str(able.peer_id)
         assert client.finder.failures == []
 
 
