@@ -20,10 +20,13 @@ from peerd.api.models import Models
 from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import ChatShape, CompletionShape
 from peerd.api.openai.chat_templates import ChatTemplates
-from peerd.api.openai.requests import read_chat, read_completion
+from peerd.api.openai.requests import Asked, read_chat, read_completion
 from peerd.api.openai.responses import AnswerResponse
 from peerd.api.status import Status
 from peerd.api.tensors.session import serve_session
+from peerd.api.web.files import page_routes
+from peerd.api.web.history import History
+from peerd.api.web.swarm import SwarmView
 from peerd.protocol.errors import InvalidRequest, PeerdError
 
 # Each holds a session on every peer of a chain; beyond this the caller is told to come back.
@@ -33,10 +36,19 @@ MAX_ANSWERING = 128
 class Api:
     """The endpoints over one daemon's models."""
 
-    def __init__(self, models: Models, templates: ChatTemplates, status: Status) -> None:
+    def __init__(
+        self,
+        models: Models,
+        templates: ChatTemplates,
+        status: Status,
+        swarm: SwarmView | None = None,
+        history: History | None = None,
+    ) -> None:
         self._models = models
         self._templates = templates
         self._status = status
+        self._swarm = swarm
+        self._history = history or History()
         self._slots = trio.CapacityLimiter(MAX_ANSWERING)
 
     def app(self) -> Starlette:
@@ -47,9 +59,11 @@ class Api:
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/peerd/v1/status", self.status),
+            Route("/peerd/v1/swarm", self.swarm),
             Route("/healthz", self.health),
             Route("/readyz", self.readiness),
             WebSocketRoute("/peerd/v1/session", self.session),
+            *page_routes(),
         ]
         errors: dict[Any, Any] = {
             ApiError: _refuse,
@@ -69,10 +83,10 @@ class Api:
         wanted = read_completion(await read_json(request))
         model = self._models.named(wanted.asked.model)
         prompts = [encode_prompt(model, prompt) for prompt in wanted.prompts]
-        answers = Answers(model, wanted.asked, prompts)
+        answers = Answers(model, wanted.asked, prompts, self._history.count_token)
         echoes = [model.decode(prompt) if wanted.echo else "" for prompt in prompts for _ in range(wanted.asked.rows)]
         shape = CompletionShape(wanted.asked.model, model.decode, echoes)
-        return self._respond(answers, shape, len(echoes), wanted.asked.stream, wanted.asked.include_usage)
+        return self._respond(answers, shape, len(echoes), wanted.asked)
 
     async def chat(self, request: Request) -> Response:
         wanted = read_chat(await read_json(request))
@@ -83,12 +97,15 @@ class Api:
         variables = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         text = await self._templates.render(tokenizer.get_chat_template(), wanted.messages, variables)
         prompt = tokenizer.encode(text, add_special_tokens=False)
-        answers = Answers(model, wanted.asked, [prompt])
+        answers = Answers(model, wanted.asked, [prompt], self._history.count_token)
         shape = ChatShape(wanted.asked.model, model.decode)
-        return self._respond(answers, shape, wanted.asked.rows, wanted.asked.stream, wanted.asked.include_usage)
+        return self._respond(answers, shape, wanted.asked.rows, wanted.asked)
 
     async def status(self, request: Request) -> Response:
         return JSONResponse(await self._status.describe() | {"answering": self._slots.borrowed_tokens})
+
+    async def swarm(self, request: Request) -> Response:
+        return JSONResponse({} if self._swarm is None else await self._swarm.describe())
 
     async def health(self, request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -100,11 +117,15 @@ class Api:
     async def session(self, websocket: WebSocket) -> None:
         await serve_session(websocket, self._models)
 
-    def _respond(
-        self, answers: Answers, shape: ChatShape | CompletionShape, count: int, stream: bool, include_usage: bool
-    ) -> Response:
+    def _respond(self, answers: Answers, shape: ChatShape | CompletionShape, count: int, asked: Asked) -> Response:
         return AnswerResponse(
-            answers, shape, count=count, stream=stream, include_usage=include_usage, slots=self._slots
+            answers,
+            shape,
+            count=count,
+            stream=asked.stream,
+            include_usage=asked.include_usage,
+            include_chain=asked.include_chain,
+            slots=self._slots,
         )
 
 

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from peerd.api.errors import ApiError
+from peerd.api.web.files import is_page_path
 
 # What any client may call us when it writes a URL for a unix socket.
 LOCAL_NAMES = frozenset({"localhost", "peerd"})
@@ -51,7 +52,8 @@ class Guard:
         for origin in headers.getlist("origin"):
             if urlsplit(origin).netloc.lower() != host.lower():
                 return ApiError(403, "requests of web pages of another origin are refused")
-        if self._token is not None and path not in _OPEN_PATHS and not self._has_token(headers):
+        is_open = path in _OPEN_PATHS or is_page_path(path)
+        if self._token is not None and not is_open and not self._has_token(headers):
             challenge = {"WWW-Authenticate": "Bearer"}
             return ApiError(
                 401, "a token is needed: Authorization: Bearer TOKEN", code="invalid_api_key", headers=challenge

@@ -31,6 +31,8 @@ from peerd.api.openai.chat_templates import open_chat_templates
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
 from peerd.api.tensors.messages import MAX_BODY_BYTES
+from peerd.api.web.history import History
+from peerd.api.web.swarm import SwarmView
 from peerd.protocol.encoding.wire import MAX_HEADER_BYTES
 from peerd.protocol.errors import InvalidRequest
 from peerd.trio_tools import open_tasks
@@ -72,8 +74,11 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
     async with AsyncExitStack() as stack:
         templates = await stack.enter_async_context(open_chat_templates())
         offered = Models(models)
-        app = Api(offered, templates, Status(peer, offered)).app()
+        history = History()
+        swarm = SwarmView(peer, offered, history)
+        app = Api(offered, templates, Status(peer, offered), swarm, history).app()
         tasks = await stack.enter_async_context(open_tasks())
+        tasks.start_soon(history.run, swarm.coverage)
         urls = []
         if endpoint.socket_path is not None:
             listener = stack.enter_context(listen_unix(endpoint.socket_path))

@@ -39,7 +39,7 @@ class Status:
     async def _gaps(self, max_age_s: float) -> list[str]:
         gaps = []
         for name, model in self._models:
-            coverage = _coverage(model, await self._offers(model, max_age_s))
+            coverage = coverage_of(model, await self._offers(model, max_age_s))
             missing = [_blocks(start, end) for start, end, owners in coverage if not owners]
             if missing:
                 gaps.append(f"nobody serves blocks {', '.join(missing)} of {name}")
@@ -81,7 +81,7 @@ class Status:
 
     async def _describe_model(self, name: str, model: SwarmModel) -> dict[str, Any]:
         offers = await self._offers(model)
-        coverage = _coverage(model, offers)
+        coverage = coverage_of(model, offers)
         return {
             "name": name,
             "digest": model.facts.digest.hex(),
@@ -93,9 +93,27 @@ class Status:
 
     async def _offers(self, model: SwarmModel, max_age_s: float = _MAX_AGE_S) -> list[Offer]:
         """Of those that take sessions now: who is about to come or to leave serves nobody who asks."""
-        directory, facts = self._peer.discovery.directory, model.facts
-        offers = await directory.servers(facts.digest, facts.block_count, max_age_s=max_age_s)
+        offers = await offers_of(self._peer, model, max_age_s)
         return [offer for offer in offers if offer.record.state == "online"]
+
+
+async def offers_of(peer: Peer, model: SwarmModel, max_age_s: float) -> list[Offer]:
+    """The spans of a model that peers announce, in whatever state, as they were at most `max_age_s` ago."""
+    directory, facts = peer.discovery.directory, model.facts
+    return list(await directory.servers(facts.digest, facts.block_count, max_age_s=max_age_s))
+
+
+def coverage_of(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
+    """Runs of blocks that equally many of `offers` contain: start, end, how many."""
+    owners = [0] * model.facts.block_count
+    for offer in offers:
+        for block in range(offer.span.start, offer.span.end):
+            owners[block] += 1
+    runs = []
+    for count, blocks in groupby(range(len(owners)), key=lambda block: owners[block]):
+        numbers = list(blocks)
+        runs.append((numbers[0], numbers[-1] + 1, count))
+    return runs
 
 
 def _reachability(peer: Peer) -> dict[str, Any]:
@@ -125,19 +143,6 @@ def _relaying(peer: Peer) -> dict[str, int] | None:
         "max_circuits": ledger.limits.circuits,
         "passed_bytes": peer.relay.passed_bytes,
     }
-
-
-def _coverage(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
-    """Runs of blocks that equally many servers serve: start, end, how many."""
-    owners = [0] * model.facts.block_count
-    for offer in offers:
-        for block in range(offer.span.start, offer.span.end):
-            owners[block] += 1
-    runs = []
-    for count, blocks in groupby(range(len(owners)), key=lambda block: owners[block]):
-        numbers = list(blocks)
-        runs.append((numbers[0], numbers[-1] + 1, count))
-    return runs
 
 
 def _blocks(start: int, end: int) -> str:

@@ -5,10 +5,10 @@ Knows models and sampling; knows no HTTP and no shapes of JSON.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -45,10 +45,20 @@ class Usage:
 class Answers:
     """All answers to a request's prompts: `asked.rows` to each, numbered prompt by prompt."""
 
-    def __init__(self, model: SwarmModel, asked: Asked, prompts: Sequence[Sequence[int]]) -> None:
-        """Raises ApiError for what cannot fit, before anything is asked of anybody."""
+    def __init__(
+        self,
+        model: SwarmModel,
+        asked: Asked,
+        prompts: Sequence[Sequence[int]],
+        on_token: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_token` is called for each token of an answer.
+
+        Raises ApiError for what cannot fit, before anything is asked of anybody.
+        """
         self.usage = Usage(sum(map(len, prompts)))
         self._asked = asked
+        self._on_token = on_token
         self._decodings = [
             Decoding(
                 model,
@@ -75,6 +85,13 @@ class Answers:
             async with aclosing(self._counted(receive)) as tokens:
                 yield tokens
 
+    def chain(self) -> dict[str, Any]:
+        """Which peers compute the first prompt's answers now, and how often one was replaced."""
+        session = self._decodings[0].session
+        if session is None:
+            return {"chain": [], "failovers": 0}
+        return {"chain": session.chain, "failovers": session.failovers}
+
     async def _run(self, decoding: Decoding, first: int, send: trio.MemorySendChannel[Picked | PeerdError]) -> None:
         async with send, aclosing(decoding.tokens()) as tokens:
             try:
@@ -89,6 +106,7 @@ class Answers:
             if isinstance(picked, PeerdError):
                 raise picked
             self.usage.completion_tokens += 1
+            self._on_token()
             yield picked
 
 

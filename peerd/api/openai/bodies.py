@@ -43,6 +43,10 @@ class ChatShape:
         """The last piece, where it was asked for."""
         return self._chunk([]) | {"usage": usage}
 
+    def chain(self, chain: dict[str, Any]) -> dict[str, Any]:
+        """A piece without text that says which peers compute the answer from here on."""
+        return self._chunk([]) | {"peerd": chain}
+
     def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
         """All answers at once."""
         choices = [
@@ -106,6 +110,10 @@ class CompletionShape:
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
         """The last piece, where it was asked for."""
         return self._frame([]) | {"usage": usage}
+
+    def chain(self, chain: dict[str, Any]) -> dict[str, Any]:
+        """A piece without text that says which peers compute the answer from here on."""
+        return self._frame([]) | {"peerd": chain}
 
     def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
         """All answers at once."""

@@ -47,6 +47,7 @@ class Asked:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    include_chain: bool
     top_logprobs: int | None
     sampling: dict[str, Any]
 
@@ -117,11 +118,13 @@ def read_completion(fields: Fields) -> AskedCompletion:
 def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) -> Asked:
     stream = fields.boolean("stream")
     options = fields.group("stream_options")
-    include_usage = False
+    include_usage = include_chain = False
     if options is not None:
         if not stream:
             raise fields.error("stream_options", "needs stream: true")
         include_usage = options.boolean("include_usage")
+        # Ours: which peers answer, for people who watch (spec/local-api.md).
+        include_chain = options.boolean("include_chain")
         options.ignore("include_obfuscation")
         options.refuse_others()
     asked = Asked(
@@ -131,6 +134,7 @@ def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) ->
         stop=_stops(fields),
         stream=stream,
         include_usage=include_usage,
+        include_chain=include_chain,
         top_logprobs=top_logprobs,
         sampling=_sampling(fields),
     )

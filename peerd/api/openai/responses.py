@@ -40,6 +40,7 @@ class AnswerResponse(Response):
         count: int,
         stream: bool,
         include_usage: bool,
+        include_chain: bool = False,
         slots: trio.CapacityLimiter,
     ) -> None:
         super().__init__()
@@ -48,6 +49,8 @@ class AnswerResponse(Response):
         self._count = count
         self._stream = stream
         self._include_usage = include_usage
+        self._include_chain = include_chain
+        self._chain: dict[str, Any] | None = None
         self._slots = slots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,16 +91,26 @@ class AnswerResponse(Response):
     async def _send_events(self, send: Send, first: Picked, tokens: AsyncGenerator[Picked, None]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         opening = [piece for index in range(self._count) if (piece := self._shape.opening(index))]
-        await _send_data(send, *opening, self._shape.piece(first))
+        await _send_data(send, *opening, *self._chain_news(), self._shape.piece(first))
         try:
             async for picked in tokens:
-                await _send_data(send, self._shape.piece(picked))
+                await _send_data(send, *self._chain_news(), self._shape.piece(picked))
         except PeerdError as error:
             await _send_data(send, api_error(error).body)
         else:
             if self._include_usage:
                 await _send_data(send, self._shape.usage(self._answers.usage.to_json()))
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+
+    def _chain_news(self) -> list[dict[str, Any]]:
+        """The chain, where it was asked for and has changed since it was last said."""
+        if not self._include_chain:
+            return []
+        chain = self._answers.chain()
+        if chain == self._chain:
+            return []
+        self._chain = chain
+        return [self._shape.chain(chain)]
 
 
 async def _end(scope: Scope, receive: Receive, send: Send) -> None:

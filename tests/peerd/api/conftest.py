@@ -6,6 +6,8 @@ import copy
 import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +16,26 @@ from transformers import GenerationConfig
 
 from peerd.api.app import Api
 from peerd.api.models import Models
+from peerd.api.serve import Endpoint, open_local_api
 from peerd.client.model import ModelFacts, SwarmModel
+from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.identity import PeerId
+from peerd.protocol.messages.relay import Reserved
+from peerd.reach.checker import Here
+from peerd.reach.relay import Relay
+from peerd.reach.relay_ledger import RelayLimits
+from peerd.reach.reservations import Reservation
+from peerd.routing.dht.table import Contact
+from peerd.routing.reach.verdict import Reach
 
 WIDTH = 8
 BLOCKS = 9
 MAX_LENGTH = 1024
 END = 256
+TOKEN = "t" * 32
+RELAY = PeerId("the-relay")
+TERMS = Reserved(expires_s=60, circuits=1, bytes_a_second=1, circuit_s=60)
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
@@ -168,3 +183,53 @@ def open_api(open_byte_model):
 def scripted_head():
     """`scripted_head(text)`: a head that makes the model say `text`."""
     return ScriptedHead
+
+
+@asynccontextmanager
+async def open_daemon_of(model, swarm, folder):
+    """An API over a model, on a unix socket and on a port."""
+    client = SimpleNamespace(
+        peer_id="12D3KooWClientClientClient",
+        addresses=(),
+        served=(),
+        server=None,
+        connections=SimpleNamespace(live={}),
+        discovery=SimpleNamespace(directory=_Directory(swarm), contacts=lambda: _contacts(swarm)),
+        reachability=SimpleNamespace(here=Here(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
+        relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
+        reservations=SimpleNamespace(held={RELAY: Reservation(RELAY, (Multiaddr("ip4", "6.6.6.7", 1),), TERMS)}),
+    )
+    endpoint = Endpoint(folder / "p.sock", "127.0.0.1", 0, TOKEN)
+    async with open_local_api(client, {"bytes": model}, endpoint) as api:
+        yield SimpleNamespace(swarm=swarm, socket=folder / "p.sock", url=api.urls[1])
+
+
+@pytest.fixture
+def open_daemon(open_byte_model, tmp_path):
+    """`async with open_daemon() as daemon:` an API over the model that counts."""
+
+    @asynccontextmanager
+    async def open_it(head=None):
+        async with open_byte_model(head) as (model, swarm), open_daemon_of(model, swarm, tmp_path) as daemon:
+            yield daemon
+
+    return open_it
+
+
+class _Directory:
+    def __init__(self, swarm):
+        self._swarm = swarm
+
+    async def servers(self, model, block_count, *, max_age_s=0.0):
+        await trio.lowlevel.checkpoint()
+        return [host.offer() for host in self._swarm.hosts if host.online]
+
+
+def _contacts(swarm):
+    return [Contact(host.peer_id, host.connections.listen_addresses) for host in swarm.hosts if host.online]
+
+
+@pytest.fixture
+def open_daemon_of_model(tmp_path):
+    """`async with open_daemon_of_model(model, swarm) as daemon:` an API over a model of the test's own."""
+    return lambda model, swarm: open_daemon_of(model, swarm, tmp_path)

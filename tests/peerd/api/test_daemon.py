@@ -9,7 +9,6 @@ import socket
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,73 +20,24 @@ import trio
 import trio.lowlevel
 from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
 
-from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
+from peerd.api.serve import load_or_create_token
 from peerd.api.tensors.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.cli.status import describe, show_status
 from peerd.client.model import ModelFacts, SwarmModel
-from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import InvalidRequest
-from peerd.protocol.identity import PeerId
-from peerd.protocol.messages.relay import Reserved
 from peerd.protocol.messages.session import Step
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.reach.checker import Here
-from peerd.reach.relay import Relay
-from peerd.reach.relay_ledger import RelayLimits
-from peerd.reach.reservations import Reservation
-from peerd.routing.reach.verdict import Reach
 from peerd.testing.fake_engine import fake_forward
+
+from .conftest import TOKEN
 
 pytestmark = pytest.mark.real_time
 
 BLOCKS = 9
 WIDTH = 8
-TOKEN = "t" * 32
 PROMPT = [1, 2, 3]
-RELAY = PeerId("the-relay")
-TERMS = Reserved(expires_s=60, circuits=1, bytes_a_second=1, circuit_s=60)
-
-
-@asynccontextmanager
-async def open_daemon_of(model, swarm, folder):
-    """An API over a model, on a unix socket and on a port."""
-    client = SimpleNamespace(
-        peer_id="12D3KooWClientClientClient",
-        addresses=(),
-        served=(),
-        server=None,
-        connections=SimpleNamespace(live={}),
-        discovery=SimpleNamespace(directory=_Directory(swarm)),
-        reachability=SimpleNamespace(here=Here(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
-        relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
-        reservations=SimpleNamespace(held={RELAY: Reservation(RELAY, (Multiaddr("ip4", "6.6.6.7", 1),), TERMS)}),
-    )
-    endpoint = Endpoint(folder / "p.sock", "127.0.0.1", 0, TOKEN)
-    async with open_local_api(client, {"bytes": model}, endpoint) as api:
-        yield SimpleNamespace(swarm=swarm, socket=folder / "p.sock", url=api.urls[1])
-
-
-@pytest.fixture
-def open_daemon(open_byte_model, tmp_path):
-    """`async with open_daemon() as daemon:` an API over the model that counts."""
-
-    @asynccontextmanager
-    async def open_it(head=None):
-        async with open_byte_model(head) as (model, swarm), open_daemon_of(model, swarm, tmp_path) as daemon:
-            yield daemon
-
-    return open_it
-
-
-class _Directory:
-    def __init__(self, swarm):
-        self._swarm = swarm
-
-    async def servers(self, model, block_count, *, max_age_s=0.0):
-        await trio.lowlevel.checkpoint()
-        return [host.offer() for host in self._swarm.hosts if host.online]
 
 
 def openai_client(daemon, over="unix", token=TOKEN):
@@ -308,7 +258,9 @@ async def test_who_does_not_speak_the_protocol_is_told_and_shown_out(open_daemon
             await websocket.get_message()
 
 
-async def test_a_program_trains_through_the_websocket_as_through_the_library(open_swarm, serve_tiny, tmp_path):
+async def test_a_program_trains_through_the_websocket_as_through_the_library(
+    open_swarm, serve_tiny, open_daemon_of_model
+):
     generator = torch.Generator().manual_seed(1)
     hidden, grad = torch.randn(2, 9, 32, generator=generator)
     prompts = torch.randn(8, 1, 2, 32, generator=generator)
@@ -320,7 +272,7 @@ async def test_a_program_trains_through_the_websocket_as_through_the_library(ope
         model = SwarmModel(facts, None, None, None, client.finder, client.opener, client.tasks)
         expected = await model.forward(hidden, rows=(5, 4), prompts=prompts)
         gradients = await expected.backward(grad)
-        async with open_daemon_of(model, swarm, tmp_path) as daemon, open_tensors(daemon, max_length=1) as session:
+        async with open_daemon_of_model(model, swarm) as daemon, open_tensors(daemon, max_length=1) as session:
             forward = Forward(seq=1, rows=(5, 4), tensor={}, keep=True)
             _, output = await session.ask(forward, hidden, prompts)
             said, grad_hidden, grad_prompts = await session.ask(Backward(seq=2, of=1, tensor={}), grad)
