@@ -232,9 +232,9 @@ async def open_peer(
             handlers=server.handlers if server else {},
             swarm_key=swarm_key,
             roles=(RELAY_ROLE,) if relay else (),
+            may_be_relayed=may_be_relayed,
             now=now,
         ) as connections:
-            connections.may_be_relayed = may_be_relayed
             relaying = Relay(identity.peer_id, relay) if relay else None
             if relaying is not None:
                 connections.handlers[RELAY_PROTOCOL] = relaying.answer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import trio
 
 from peerd.net.connections import Connections, Stream
-from peerd.net.dialable import dialable
+from peerd.net.dialling.dialable import dialable
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature

@@ -22,7 +22,7 @@ from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.discovery.rechecks import Proofs
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
-from peerd.net.dialable import dialable
+from peerd.net.dialling.dialable import dialable
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost

@@ -87,6 +87,21 @@ class Gate:
                 del self._by_host[host]
 
 
+class Visit:
+    """One connection that has entered: `leave` when it is proven or gone. Repeating it changes nothing."""
+
+    def __init__(self, gate: Gate, ip: IpAddress | None) -> None:
+        self._gate = gate
+        self._ip = ip
+        self._has_left = False
+
+    def leave(self) -> None:
+        """Make room for another."""
+        if not self._has_left:
+            self._has_left = True
+            self._gate.leave(self._ip)
+
+
 def host_of(ip: IpAddress | None) -> str:
     """What counts as one host of the public internet; "" for a private or unknown address."""
     if ip is None or is_private_ip(ip):

@@ -1,18 +1,22 @@
 """A peer's connection to itself: a server asks as a client too, or is two hops of one chain.
 
-Knows both ends and carries messages between them in memory; what is said is the handlers' business, as on
-any connection, with the same credit and priorities. The difficulty is the handshake, which refuses
-ourselves, and rightly: so it runs between two identities made up for it. It has nothing to prove here.
+Carries messages between its two ends in memory; handlers, credit and priorities are those of any connection. The hard
+part is the handshake, which refuses our own PeerId, and rightly: so it runs between two identities made up for it. It
+has nothing to prove here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 
 import trio
 
-from peerd.net.peer_connection import Owner, PeerConnection, StreamHandler
+from peerd.net.containment import Containment
+from peerd.net.handlers import StreamHandler
+from peerd.net.peer_connection import PeerConnection
+from peerd.net.settling import agree, exchange_hellos
 from peerd.protocol.connection.connection import Connection, Limits
 from peerd.protocol.connection.hello import Hello
 from peerd.protocol.connection.liveness import Delivery
@@ -24,18 +28,37 @@ _PIPE_MESSAGES = 16
 
 
 class LoopbackConnection(PeerConnection):
-    """One of its ends. `peer_id` is our own."""
+    """One of its ends. `peer_id` is our own. The near end, on which we open streams, makes the choice."""
 
-    def __init__(self, core: Connection, channel: _Pipe, owner: Owner, own: PeerId) -> None:
-        super().__init__(core, channel, owner)
-        self._own = own
+    def __init__(
+        self,
+        core: Connection,
+        channel: _Pipe,
+        *,
+        is_near: bool,
+        own: PeerId,
+        handlers: Mapping[str, StreamHandler],
+        containment: Containment,
+    ) -> None:
+        super().__init__(core, channel, own=own, handlers=handlers, containment=containment, on_lost=_tell_nobody)
+        self._is_near = is_near
 
     @property
     def peer_id(self) -> PeerId:
         return self._own
 
+    @property
+    def is_our_choice(self) -> bool:
+        return self._is_near
 
-def loopback(owner: Owner, own: PeerId, limits: Limits) -> tuple[PeerConnection, Callable[[], Awaitable[None]]]:
+
+def loopback(
+    own: PeerId,
+    handlers: Mapping[str, StreamHandler],
+    hello_to: Callable[[PeerConnection], Hello],
+    containment: Containment,
+    limits: Limits,
+) -> tuple[PeerConnection, Callable[[], Awaitable[None]]]:
     """The end on which we open streams, and what runs both. It can be used once it has said hello."""
     there, from_here = trio.open_memory_channel[bytes](_PIPE_MESSAGES)
     here, from_there = trio.open_memory_channel[bytes](_PIPE_MESSAGES)
@@ -43,49 +66,35 @@ def loopback(owner: Owner, own: PeerId, limits: Limits) -> tuple[PeerConnection,
     asks, answers = (
         Connection(Identity.generate(), initiator=dials, now=now, limits=limits) for dials in (True, False)
     )
-    near = LoopbackConnection(asks, _Pipe(there, from_there), _End(owner, near=True), own)
-    far = LoopbackConnection(answers, _Pipe(here, from_here), _End(owner, near=False), own)
+    near = LoopbackConnection(
+        asks, _Pipe(there, from_there), is_near=True, own=own, handlers={}, containment=containment
+    )
+    far = LoopbackConnection(
+        answers, _Pipe(here, from_here), is_near=False, own=own, handlers=handlers, containment=containment
+    )
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(near.run)
-            nursery.start_soon(far.run)
+            nursery.start_soon(near.run, partial(_settle, hello_to))
+            nursery.start_soon(far.run, partial(_settle, hello_to))
 
     return near, run
 
 
-class _End:
-    """What an end asks of its owner. The near one settles matters, the far one has the handlers."""
+async def _settle(hello_to: Callable[[PeerConnection], Hello], connection: PeerConnection) -> None:
+    await connection.wait_proven()
+    if await agree(connection, _take):
+        connection.settle()
+        connection.introduce(await exchange_hellos(connection, hello_to(connection)))
 
-    def __init__(self, owner: Owner, *, near: bool) -> None:
-        self.handlers: dict[str, StreamHandler] = {} if near else owner.handlers
-        self._owner = owner
-        self._near = near
 
-    def hello_to(self, connection: PeerConnection) -> Hello:
-        return self._owner.hello_to(connection)
+async def _take(_connection: PeerConnection) -> bool:
+    await trio.lowlevel.checkpoint()
+    return True
 
-    def decides(self, _peer_id: PeerId) -> bool:
-        return self._near
 
-    async def decide(self, _connection: PeerConnection) -> bool:
-        await trio.lowlevel.checkpoint()
-        return True
-
-    def can_spare_one(self) -> bool:
-        return False
-
-    def settled(self, _connection: PeerConnection) -> None:
-        """Nobody else is told: who watches connections wants to know about others."""
-
-    def ended(self, _connection: PeerConnection) -> None:
-        """As for `settled`."""
-
-    def refuses(self, _connection: PeerConnection) -> bool:
-        return False
-
-    def contain(self, error: Exception, what: str, connection: PeerConnection) -> None:
-        self._owner.contain(error, what, connection)
+def _tell_nobody(_connection: PeerConnection) -> None:
+    """Observers of connections want to know about other peers."""
 
 
 class _Pipe:

@@ -18,8 +18,8 @@ from types import MappingProxyType
 
 import trio
 
-from peerd.net.circuits import hear_caller, take_circuit
 from peerd.net.connections import Connections, PeerConnection, Stream
+from peerd.net.dialling.circuits import hear_caller, take_circuit
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from peerd.net.connections import Connections, Stream
-from peerd.net.dialable import _located, dialable
+from peerd.net.dialling.dialable import _located, dialable
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import CallerError, LinkFailed, Overloaded, PeerFault

@@ -7,9 +7,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from peerd.net.connections import MIN_DIALLED, SPARED_S, open_connections
+from peerd.net.connections import open_connections
 from peerd.net.gate import Places
-from peerd.net.peer_connection import IDLE, IDLE_S
+from peerd.net.live_connections import IDLE_S, MIN_DIALLED, SPARED_S
+from peerd.net.peer_connection import IDLE
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.connection import Connection
 from peerd.protocol.connection.events import GoneAway, StreamOpened

@@ -250,8 +250,8 @@ async def test_before_anybody_tried_a_peer_behind_a_nat_is_a_client() -> None:
 async def test_who_is_seen_by_proxies_only_is_a_client_and_wants_relays() -> None:
     async with world() as net:
         first = await net.open(PUBLIC[0])
-        say = partial(_hello_with, first.connections.hello_to, "127.0.0.1")
-        first.connections.hello_to = say  # type: ignore[method-assign]
+        say = partial(_hello_with, first.connections._hello_to, "127.0.0.1")
+        first.connections._hello_to = say  # type: ignore[method-assign]
         net.bootstrap = first.addresses
         peer = await net.at_home()
         await trio.sleep(60)
@@ -529,8 +529,8 @@ async def test_strangers_who_dial_us_are_neither_believed_nor_asked() -> None:
         net.bootstrap = ()
         for number, sees in enumerate(["9.9.9.9"] * 6 + [PUBLIC[2]] * 2):
             stranger = await net.open(f"8.8.{number}.8", listen=[])
-            say = partial(_hello_with, stranger.connections.hello_to, sees)
-            stranger.connections.hello_to = say  # type: ignore[method-assign]
+            say = partial(_hello_with, stranger.connections._hello_to, sees)
+            stranger.connections._hello_to = say  # type: ignore[method-assign]
             stranger.connections.handlers[DIALBACK_PROTOCOL] = lie
             await stranger.connections.connect(peer.peer_id, peer.addresses)
             await trio.sleep(1)

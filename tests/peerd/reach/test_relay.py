@@ -264,8 +264,7 @@ async def test_a_peer_that_refuses_to_be_relayed_dials_no_relay():
     async with open_world() as world:
         await world.relay(1)
         await world.behind(10, 1)
-        client = await world.start(20)
-        client.may_be_relayed = False
+        client = await world.start(20, may_be_relayed=False)
         with pytest.raises(ConnectFailed, match="we use no relays"):
             await client.connect(id_of(10), [way(1, 10)])
         assert not client.live

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import trio
 
-from peerd.net.circuits import CIRCUIT_PRIORITY
+from peerd.net.dialling.circuits import CIRCUIT_PRIORITY
 from peerd.net.gate import MAX_UNPROVEN_AN_ADDRESS
 from peerd.net.rates import TokenBucket
 from peerd.protocol.encoding.schema import parse

@@ -5,7 +5,7 @@ import torch
 import trio
 
 from peerd.exchange.step_tensors import encoded
-from peerd.net.dialable import dialable
+from peerd.net.dialling.dialable import dialable
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import CallerError, RemoteProtocolError, StreamReset, Superseded, TicketRefused

@@ -1,0 +1,1 @@
+"""Finding a way to a peer: its addresses, and circuits through relays."""

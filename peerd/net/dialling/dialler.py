@@ -1,0 +1,142 @@
+"""Dials peers: one search for a way to each at a time, which all who want that peer share.
+
+A search ends as soon as there is a connection to the peer, whichever side dialled it. Relays are peers that have to be
+reached first; direct addresses are tried before those that lead through a relay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+
+import trio
+
+from peerd.net.containment import Containment
+from peerd.net.dialling.circuits import open_circuit
+from peerd.net.dialling.dial import ADDRESS_TIMEOUT_S, Dial
+from peerd.net.live_connections import LiveConnections
+from peerd.net.peer_connection import PeerConnection
+from peerd.net.settling import SETTLE_S
+from peerd.net.transport import MessageChannel, Transport
+from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault
+from peerd.protocol.identity import PeerId
+
+Arrived = Callable[[PeerConnection], None]
+RunDialled = Callable[[MessageChannel, PeerId | None, Arrived], Awaitable[PeerConnection]]
+"""Runs a connection over a channel to its end, and calls `Arrived` when both sides have taken it."""
+
+
+class Dialler:
+    """Finds ways to peers. Attempts run in `nursery`, since one of them becomes the connection.
+
+    may_be_relayed: whether ways through relays are tried.
+    """
+
+    def __init__(
+        self,
+        own: PeerId,
+        live: LiveConnections,
+        transport: Transport,
+        run: RunDialled,
+        containment: Containment,
+        nursery: trio.Nursery,
+        *,
+        may_be_relayed: bool,
+    ) -> None:
+        self._own = own
+        self._live = live
+        self._transport = transport
+        self._run = run
+        self._containment = containment
+        self._nursery = nursery
+        self._may_be_relayed = may_be_relayed
+        self._dials: dict[PeerId, Dial] = {}
+
+    def __len__(self) -> int:
+        return len(self._dials)
+
+    async def reach(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> PeerConnection:
+        """The live connection to a peer, or a new one. Raises as `Connections.connect` does."""
+        if peer_id == self._own:
+            raise InvalidRequest("a peer does not dial itself")
+        tried: set[Multiaddr] = set()
+        while True:
+            if (connection := await self._live.find(peer_id)) is not None:
+                return connection
+            dial = self._dials.get(peer_id)
+            if dial is None or dial.over:
+                fresh = _direct_first(address.with_peer(peer_id) for address in addresses)
+                dial = Dial([address for address in dict.fromkeys(fresh) if address not in tried])
+                self._dials[peer_id] = dial
+                self._nursery.start_soon(self._run_dial, dial, peer_id)
+            await dial.wait()
+            if dial.connection is not None:
+                return dial.connection
+            tried |= set(dial.addresses)
+            if tried >= {address.with_peer(peer_id) for address in addresses}:
+                raise dial.error(peer_id)
+
+    async def reach_anybody(self, addresses: Sequence[Multiaddr]) -> PeerConnection:
+        """A connection to the first peer that answers at one of the addresses. Raises ConnectFailed, WrongPeer."""
+        dial = Dial(tuple(dict.fromkeys(_direct_first(addresses))))
+        self._nursery.start_soon(self._run_dial, dial, None)
+        await dial.wait()
+        if dial.connection is None:
+            raise dial.error("the peer")
+        return dial.connection
+
+    def note_connected(self, connection: PeerConnection) -> None:
+        """There is a connection to a peer: whoever dials it need dial no more."""
+        if (dial := self._dials.get(connection.peer_id)) is not None:
+            dial.succeed(connection)
+
+    async def _run_dial(self, dial: Dial, peer_id: PeerId | None) -> None:
+        try:
+            await dial.run(self._nursery, self._attempt)
+        finally:
+            if peer_id is not None and self._dials.get(peer_id) is dial:
+                del self._dials[peer_id]
+
+    async def _attempt(self, address: Multiaddr, dial: Dial) -> PeerFault:
+        with self._containment.around("a dial", address.peer_id, address.ip):
+            return await self._try_address(address, dial)
+        return ConnectFailed("a bug of ours")
+
+    async def _try_address(self, address: Multiaddr, dial: Dial) -> PeerFault:
+        try:
+            with trio.fail_after(ADDRESS_TIMEOUT_S):
+                channel = await self._open_channel(address)
+        except trio.TooSlowError:
+            return ConnectFailed(f"no answer within {ADDRESS_TIMEOUT_S:g} s")
+        except PeerFault as error:
+            return error
+        connection = await self._run(channel, address.peer_id, lambda arrived: dial.succeed(arrived, address))
+        if connection.is_duplicate:
+            await self._take_other(connection, dial)
+        lost = connection.lost
+        return lost if isinstance(lost, PeerFault) else ConnectFailed(str(lost))
+
+    async def _open_channel(self, address: Multiaddr) -> MessageChannel:
+        """Raises PeerFault."""
+        if address.relay is None:
+            return await self._transport.dial(address, self._nursery)
+        if not self._may_be_relayed:
+            raise ConnectFailed("we use no relays")
+        if address.peer_id is None:
+            raise ConnectFailed("it does not say whom the relay should reach")
+        if address.relay in (self._own, address.peer_id):
+            raise ConnectFailed("the relay is one of the two ends")
+        relay = await self.reach(address.relay, [replace(address, relay=None, peer_id=address.relay)])
+        if relay.relay is not None:
+            raise ConnectFailed("we reach the relay through a relay ourselves, and one hop is the limit")
+        return await open_circuit(relay, address.peer_id)
+
+    async def _take_other(self, refused: PeerConnection, dial: Dial) -> None:
+        """One of both sides had a better connection: use that, which may be on its way to us still."""
+        with trio.move_on_after(SETTLE_S):
+            dial.succeed(await self._live.wait_for(refused.peer_id))
+
+
+def _direct_first(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
+    return sorted(addresses, key=lambda address: address.relay is not None)

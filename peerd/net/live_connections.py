@@ -1,0 +1,162 @@
+"""The connections that are live now: one for each other peer, and who is told when that changes.
+
+It chooses between two connections to the same peer. Where both sides dialled, or one has lost a connection that the
+other still believes in, the old one has to answer before the new one is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+import trio
+
+from peerd.net.containment import Containment
+from peerd.net.peer_connection import IDLE, PeerConnection
+from peerd.protocol.identity import PeerId
+
+log = logging.getLogger(__name__)
+
+# How long a connection that we believe in may take to show that it lives, when a second one comes.
+PROBE_S = 2.0
+# So many that we dialled stay, however idle: whom we ask first, and who tells us what the time and our address is.
+MIN_DIALLED = 16
+# Where a new peer comes and there is no more room, a connection that was idle for so long makes it.
+SPARED_S = 10.0
+# The side that dialled closes what nobody has used for so long: each connection costs both sides 4 KiB of PINGs a
+# minute, and in a swarm of a thousand a peer meets most of the others within hours.
+IDLE_S = 120.0
+# Between two looks whether a connection that nobody uses can be spared by now.
+LOOK_AGAIN_S = 15.0
+
+Observer = Callable[[PeerConnection], None]
+
+
+class LiveConnections:
+    """Settled connections by PeerId. None of them is ever lost.
+
+    max_live: beyond so many, a new peer comes in only where another is idle.
+    on_connected, on_lost: called, without waiting, when a peer is connected and when it no longer is.
+    """
+
+    def __init__(self, containment: Containment, max_live: int) -> None:
+        self.on_connected: list[Observer] = []
+        self.on_lost: list[Observer] = []
+        self._containment = containment
+        self._max_live = max_live
+        self._live: dict[PeerId, PeerConnection] = {}
+        self._arrival = trio.lowlevel.ParkingLot()
+        # What the fastest line showed that has ended.
+        self._uplink = 0.0
+
+    def __repr__(self) -> str:
+        return f"<LiveConnections {len(self._live)}>"
+
+    @property
+    def by_peer(self) -> Mapping[PeerId, PeerConnection]:
+        """Who is connected now; a view that changes."""
+        return MappingProxyType(self._live)
+
+    @property
+    def uplink(self) -> float:
+        """Bytes a second that we can send, as far as lines have shown; 0 before any did. A line may be slow at its
+        other end, so the fastest tells most of ours."""
+        return max([self._uplink, *(each.uplink.bytes_a_second or 0.0 for each in self._live.values())])
+
+    async def find(self, peer_id: PeerId) -> PeerConnection | None:
+        """The live connection to a peer, after a checkpoint; None where there is none."""
+        while (connection := self._live.get(peer_id)) is not None:
+            await trio.lowlevel.checkpoint()
+            if connection.lost is None:
+                return connection
+        return None
+
+    async def wait_for(self, peer_id: PeerId) -> PeerConnection:
+        """The live connection to a peer, once there is one."""
+        while (connection := self._live.get(peer_id)) is None:
+            await self._arrival.park()
+        return connection
+
+    async def is_better(self, connection: PeerConnection) -> bool:
+        """Whether a new connection is better than the one that we have to its peer, which may no longer answer."""
+        while (old := self._live.get(connection.peer_id)) is not None:
+            await trio.lowlevel.checkpoint()
+            if await old.answers(PROBE_S):
+                return False
+            old.close("replaced", "there is a newer connection")
+        return True
+
+    def add(self, connection: PeerConnection) -> None:
+        """Both sides take this connection."""
+        if (old := self._live.get(connection.peer_id)) is not None:
+            old.close("replaced", "there is a newer connection")
+        # Only a peer that has proved itself makes another leave.
+        elif len(self._live) >= self._max_live and (spared := self._most_idle()) is not None:
+            spared.close(IDLE, "others need the room")
+        connection.settle()
+        self._live[connection.peer_id] = connection
+        self._arrival.unpark_all()
+        log.log(_log_level(connection), "connected to %s", connection.peer_id)
+        self._tell(self.on_connected, connection)
+
+    def remove(self, connection: PeerConnection) -> None:
+        """The connection has ended, whether or not it was ever added."""
+        if connection.uplink.bytes_a_second is not None:
+            # Half of what is remembered goes each time: we may have moved to another network.
+            self._uplink = max(self._uplink / 2, connection.uplink.bytes_a_second)
+        if connection.settled and self._live.get(connection.peer_id) is connection:
+            del self._live[connection.peer_id]
+            log.log(_log_level(connection), "lost %s: %s", connection.peer_id, connection.lost)
+            self._tell(self.on_lost, connection)
+
+    def has_room(self) -> bool:
+        """Whether one more peer may dial us."""
+        return len(self._live) < self._max_live or self._most_idle() is not None
+
+    async def close_when_unused(self, connection: PeerConnection) -> None:
+        """Close a connection that we dialled when nobody has used it for IDLE_S, as long as enough others stay."""
+        while True:
+            since, now = connection.unused_since, trio.current_time()
+            if since is None:
+                await trio.sleep(IDLE_S)
+            elif since + IDLE_S > now:
+                await trio.sleep_until(since + IDLE_S)
+            elif sum(other.dialled for other in self._live.values()) > MIN_DIALLED:
+                connection.close(IDLE, f"nobody has used it for {IDLE_S:g} s")
+                return
+            else:
+                await trio.sleep(LOOK_AGAIN_S)
+
+    @contextmanager
+    def watching(self, *, connected: Observer | None = None, lost: Observer | None = None) -> Iterator[None]:
+        """Call `connected` for each peer that is connected, now or while the block runs, and `lost` for each lost."""
+        if connected is not None:
+            for connection in tuple(self._live.values()):
+                connected(connection)
+        pairs = [(self.on_connected, connected), (self.on_lost, lost)]
+        for observers, observer in pairs:
+            if observer is not None:
+                observers.append(observer)
+        try:
+            yield
+        finally:
+            for observers, observer in pairs:
+                if observer is not None:
+                    observers.remove(observer)
+
+    def _most_idle(self) -> PeerConnection | None:
+        """The connection that can be missed most easily, where one can."""
+        idlest = max(self._live.values(), key=lambda connection: connection.idle_s, default=None)
+        return idlest if idlest is not None and idlest.idle_s >= SPARED_S else None
+
+    def _tell(self, observers: Iterable[Observer], connection: PeerConnection) -> None:
+        for observer in tuple(observers):
+            with self._containment.around("an observer of connections", connection.peer_id):
+                observer(connection)
+
+
+def _log_level(connection: PeerConnection) -> int:
+    # Strangers that come and go at will must not fill the disk with lines.
+    return logging.INFO if connection.dialled else logging.DEBUG
