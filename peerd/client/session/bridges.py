@@ -1,7 +1,8 @@
 """Bridges over links that fail between two healthy hops: the client carries what one sends to the other.
 
 A link that fails says nothing about its ends. So the client asks the far end itself, blames no peer that answers, and
-looks again and again for a way that needs no bridge.
+looks again and again for a way that needs no bridge. It passes on only what can be a result of its own steps: the
+blame for anything else would fall on the next hop, which refuses it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import trio
 
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener
+from peerd.client.session.step_log import StepLog, decode_result
 from peerd.client.session.troubles import BridgeIdle, HopLost, LinkBroken, News
 from peerd.exchange.step_tensors import priority_of
 from peerd.protocol.connection.frames import Priority
-from peerd.protocol.errors import LinkFailed, PeerdError, PeerFault
+from peerd.protocol.errors import BadResult, LinkFailed, PeerdError, PeerFault, RemoteProtocolError
 from peerd.protocol.messages.session import Bridge, LinkDown, Routed, Step
 
 # The next hop answers us within this, or we cannot bridge its link.
@@ -28,7 +31,14 @@ BRIDGE_ASK_S = 2.0
 class Bridges:
     """Builds and works the bridges of one session. Timers run in `nursery`; what they find goes to `report`."""
 
-    def __init__(self, opener: ChainOpener, nursery: trio.Nursery, report: Callable[[News], None]) -> None:
+    def __init__(
+        self, opener: ChainOpener, nursery: trio.Nursery, report: Callable[[News], None], log: StepLog, width: int
+    ) -> None:
+        self._log = log
+        self._width = width
+        # Since when each bridge stands, and the last step that it carried.
+        self._built_at: WeakKeyDictionary[ControlStream, float] = WeakKeyDictionary()
+        self._carried: WeakKeyDictionary[ControlStream, int] = WeakKeyDictionary()
         self._opener = opener
         self._nursery = nursery
         self._report = report
@@ -56,9 +66,33 @@ class Bridges:
         following = chain.after(upstream.hop.span.end)
         if not chain.route(upstream).is_bridged or following is None:
             return
+        try:
+            self._check(step, body)
+        except (RemoteProtocolError, BadResult) as error:
+            self._report(HopLost(upstream, error))
+            return
+        self._carried[upstream] = max(step.seq, self._carried.get(upstream, 0))
         # Where the stream breaks, its reader says so.
         with suppress(PeerFault, trio.ClosedResourceError):
             following.send_nowait(step, [body], priority=priority_of(step.positions))
+
+    def stuck_at(self, chain: LiveChain, upstream: ControlStream, seq: int, after_s: float) -> ControlStream | None:
+        """Who stands in the way of step `seq`, which does not get from a hop to the next, though there is a bridge.
+
+        The hop itself, which says that it is done and gave us nothing; or the next, which we gave it. None while the
+        bridge has not stood for `after_s`.
+        """
+        if trio.current_time() < self._built_at.get(upstream, 0.0) + after_s:
+            return None
+        return chain.after(upstream.hop.span.end) if self._carried.get(upstream, 0) >= seq else upstream
+
+    def _check(self, step: Step, body: memoryview) -> None:
+        """Raises BadResult, RemoteProtocolError for what no hop makes of our steps."""
+        pending = self._log.pending.get(step.seq)
+        if pending is not None and (step.rows, step.ops) != (pending.step.rows, pending.step.ops):
+            raise BadResult(f"for step {step.seq} it sends rows {step.rows}")
+        if step.rows:
+            decode_result(step.tensor, body, (step.positions, self._width))
 
     async def build(self, chain: LiveChain, upstream: ControlStream) -> None:
         """Carry what a hop sends to the next ourselves; where we cannot reach that either, report it as lost."""
@@ -81,6 +115,8 @@ class Bridges:
             return
         route = replace(route, epoch=chain.raise_epoch(), is_bridged=True, is_bridge_wanted=True)
         chain.set_route(upstream, route)
+        self._built_at[upstream] = trio.current_time()
+        self._carried.pop(upstream, None)
         with suppress(PeerFault, trio.ClosedResourceError):
             upstream.send_nowait(Bridge(epoch=route.epoch, taken=taken), priority=Priority.CONTROL)
         self._look_again_later(chain, upstream)

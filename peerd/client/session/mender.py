@@ -18,15 +18,8 @@ from peerd.client.session.busy_peers import BusyPeers
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.opener import ChainOpener, HopRefused, Terms
-from peerd.protocol.errors import (
-    BadResult,
-    NoChain,
-    NotServed,
-    Overloaded,
-    PeerdError,
-    PeerFault,
-    UnsupportedFeature,
-)
+from peerd.client.session.refusals import Refusals
+from peerd.protocol.errors import NoChain, NotServed, Overloaded, PeerdError, PeerFault, UnsupportedFeature
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.chain import Hop
@@ -73,9 +66,11 @@ class ChainMender:
         self._terms = wanted.terms
         self._patience = wanted.patience
         self._avoided_until: dict[PeerId, float] = {}
-        #: Peers whose blocks gave NaN or infinity for what is asked now, and what they said. Others may do better;
-        #: where there are none, that is the answer.
-        self.overflowed: dict[PeerId, BadResult] = {}
+        #: What hops said of what is asked now: that it is wrong, or overflows. Others may do better; where there are
+        #: none, that is the answer.
+        self.refusals = Refusals(tolerated=0, voice=means.opener.voice, now=trio.current_time)
+        #: What hops said of their caches, or did against what they had said. It happens to honest hops too, once.
+        self.lapses = Refusals(tolerated=1, voice=means.opener.voice, now=trio.current_time)
 
     def __repr__(self) -> str:
         return f"<ChainMender avoids {len(self._avoided())}>"
@@ -84,11 +79,18 @@ class ChainMender:
         """Leave a peer out for a while, without blame."""
         self._avoided_until[peer] = trio.current_time() + AVOIDED_S
 
+    def answered(self, chain: LiveChain) -> None:
+        """The chain answered: whoever refused what it did is to blame, and whoever was left out for it."""
+        for kind in (self.refusals, self.lapses):
+            if kind:
+                for peer in kind.settle([control.hop.peer_id for control in chain.controls]):
+                    self._finder.failed(peer)
+
     async def fill(self, chain: LiveChain, hole: Span) -> list[ControlStream]:
         """Open hops over a hole: as long as patience allows, and longer where peers are only busy.
 
-        Raises NoChain naming all that is missing, Overloaded, CallerError, BadResult where all peers overflow;
-        NumbersUsedUp only where other hops live.
+        Raises NoChain naming all that is missing, Overloaded; CallerError or BadResult where others say the same, or
+        there are no others; NumbersUsedUp only where other hops live.
         """
         busy = BusyPeers(self._rng)
         # Who refused or did not answer, and why the last of them did.
@@ -99,12 +101,12 @@ class ChainMender:
         while True:
             waited = trio.current_time() - started
             try:
-                exclude = busy.now() | failed | self._avoided() | self.overflowed.keys()
+                exclude = busy.now() | failed | self._avoided() | self.refusals.left_out() | self.lapses.left_out()
                 return await self._try(chain, hole, exclude, busy, self._patience.busy_s - waited)
             except NoChain as missing:
-                if self.overflowed and (not self._finder.avoided() or waited >= self._patience.missing_s):
+                if self.refusals and (not self._finder.avoided() or waited >= self._patience.missing_s):
                     # Nobody is left who may do better, nor comes back in a while.
-                    raise next(iter(self.overflowed.values())) from missing
+                    raise self.refusals.error from missing
                 all_busy = bool(busy.now()) and await self._is_served(chain, hole)
                 # Only now, for one that hangs may have taken all the time that there was.
                 if waited >= self._patience.missing_s and not all_busy:
@@ -115,11 +117,14 @@ class ChainMender:
                     await busy.wait(until_s=started + self._patience.busy_s)
                     continue
                 failed.clear()
-                # Better a slow peer than none.
+                # Better a slow or doubtful peer than none.
                 self._avoided_until.clear()
+                self.lapses.clear()
             except HopRefused as refused:
                 # Whoever else there is can be asked at once.
                 self._blame(refused)
+                if self.refusals.are_believed:
+                    raise refused.error from refused
                 if not isinstance(refused.error, Overloaded):
                     failed.add(refused.hop.peer_id)
                     refusal = refused
@@ -134,7 +139,8 @@ class ChainMender:
     async def overtake(self, chain: LiveChain, span: Span, slow: Iterable[PeerId]) -> list[ControlStream] | None:
         """Open hops over blocks whose hops are slow, leaving those out; None where nobody else can be had now."""
         try:
-            return await self._try(chain, span, self._avoided() | set(slow), BusyPeers(self._rng), 0.0)
+            exclude = self._avoided() | set(slow) | self.refusals.left_out() | self.lapses.left_out()
+            return await self._try(chain, span, exclude, BusyPeers(self._rng), 0.0)
         except (NoChain, NumbersUsedUp):
             return None
         except HopRefused as refused:
@@ -176,14 +182,12 @@ class ChainMender:
         return {peer for peer, until in self._avoided_until.items() if now < until}
 
     def _blame(self, refused: HopRefused) -> None:
-        """Who broke a promise is left out by the finder; who is busy broke none."""
+        """Who broke a promise is left out by the finder; who is busy broke none. What we did wrong others say too."""
         error = refused.error
-        if isinstance(error, Overloaded):
-            return
         if isinstance(error, PeerFault | NotServed | UnsupportedFeature):
             self._finder.failed(refused.hop.peer_id)
-        else:
-            raise error from refused
+        elif not isinstance(error, Overloaded):
+            self.refusals.note(error, refused.hop.peer_id)
 
     async def _missing(self, chain: LiveChain, found: NoChain, refusal: HopRefused | None) -> PeerdError:
         """What nobody serves in any of the chain's holes, where there are several; and why not, where we know."""

@@ -19,6 +19,7 @@ from peerd.client.session.live_chain import LiveChain
 from peerd.compute.adapters.lora import Lora, within
 from peerd.exchange.adapter_upload import send_adapter
 from peerd.net.connections import Connections
+from peerd.net.owners import Owner
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectionLost, PeerdError
@@ -179,6 +180,11 @@ class ChainOpener:
             raise said.error
         assert isinstance(said, Progress)
         return said
+
+    def voice(self, peer_id: PeerId) -> str:
+        """Who counts as one with a peer: its public network, where a connection shows it, or itself alone."""
+        connection = self._connections.live.get(peer_id)
+        return Owner.at(peer_id, connection.accountable_ip if connection is not None else None).share
 
     def new_session(self) -> bytes:
         """An id for a session, which nobody can guess."""

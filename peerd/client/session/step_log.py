@@ -6,8 +6,9 @@ surely stands (all that was answered), and what came after, in order, which some
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import trio
@@ -116,7 +117,7 @@ class StepLog:
         if output.rows != rows:
             raise BadResult(f"asked for {rows}, answered {output.rows}")
         if rows:
-            pending.result = _decode(output, body, (sum(piece.count for piece in rows), width))
+            pending.result = decode_result(output.tensor, body, (sum(piece.count for piece in rows), width))
         else:
             pending.result = pending.hidden[:0]
         del self.pending[oldest]
@@ -164,10 +165,11 @@ class StepLog:
                 lengths.pop(op.row, None)
 
 
-def _decode(output: Output, body: memoryview, shape: tuple[int, int]) -> torch.Tensor:
-    if output.tensor is None:
+def decode_result(tensor: Mapping[str, Any] | None, body: memoryview, shape: tuple[int, int]) -> torch.Tensor:
+    """What a hop sends as hidden states of this shape. Raises BadResult, RemoteProtocolError."""
+    if tensor is None:
         raise BadResult("an answer without its tensor")
-    header = TensorHeader.from_fields(output.tensor, max_elements=shape[0] * shape[1])
+    header = TensorHeader.from_fields(tensor, max_elements=shape[0] * shape[1])
     if header.shape != shape:
         raise BadResult(f"an answer of shape {header.shape}, not {shape}")
     return decode_tensor(header, body)

@@ -31,12 +31,11 @@ from peerd.client.session.troubles import (
     Hole,
     HopHangs,
     HopLost,
-    HopOverflowed,
+    HopRefuses,
     LinkBroken,
     News,
     NoAnswer,
     Queued,
-    StepRefused,
     Verdict,
     ends_chain,
     judge,
@@ -54,14 +53,14 @@ from peerd.protocol.errors import (
     PeerdError,
     PeerFault,
     RemoteProtocolError,
+    Unresponsive,
 )
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
 from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)
 
-# Peers that must say of one step that it overflows, where there are so many: one alone may be broken, or lie.
-OVERFLOWS_BELIEVED = 2
 # Room for a chain of new hops: beyond it a new session begins, whose numbers are all free.
 _FEW_NUMBERS = MAX_NUMBERS // 8
 BYTES_A_VALUE = 4
@@ -100,7 +99,7 @@ class Supervisor:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._bridges = Bridges(self._opener, nursery, self.report)
+                self._bridges = Bridges(self._opener, nursery, self.report, self._log, self._wanted.width)
                 task_status.started()
                 nursery.start_soon(PaceWatch(self.progress, self._opener, self._finder, self.report).run)
                 await self._keep_open()
@@ -168,7 +167,7 @@ class Supervisor:
             case Step():
                 self._bridges.pass_on(chain, control, message, body)
             case Gap():
-                self.report(Disagrees(control, Evicted(f"{control.hop.peer_id} has only {message.have}")))
+                self._disagrees(control, Evicted(f"{control.hop.peer_id} has only {message.have}"))
             case _:
                 raise RemoteProtocolError(f"{message.TYPE} in the middle of a session")
 
@@ -180,30 +179,45 @@ class Supervisor:
         self._log.answer(output, body, self._wanted.width)
         self._faults_without_answer = 0
         self._finder.succeeded(control.hop.peer_id)
-        for peer in self._mender.overflowed:
-            self._finder.failed(peer)
-        self._mender.overflowed.clear()
+        self._mender.answered(self.chain)
         self.progress.answered(positions)
 
     def _on_failure(self, control: ControlStream, failure: Failure) -> None:
         error = failure.error
-        if failure.seq is not None and isinstance(error, BadResult):
-            self._overflowed(control, error)
-        elif failure.seq is None or not isinstance(error, CallerError):
-            self.report(HopLost(control, error))
-        elif failure.seq in self._log.pending:
-            self.report(StepRefused(control, error))
+        is_of_step = failure.seq is not None
+        if isinstance(error, CallerError) or (is_of_step and isinstance(error, BadResult)):
+            if not is_of_step or failure.seq in self._log.pending:
+                self._refused(control, error)
+            return
+        if isinstance(error, Evicted) and self._log.pending:
+            # A session that asks for something is in use.
+            self._mender.lapses.note(error, control.hop.peer_id)
+        self.report(HopLost(control, error))
 
-    def _overflowed(self, control: ControlStream, error: BadResult) -> None:
-        """A hop's blocks gave NaN or infinity, and it says so: another's may not, if they compute in another dtype.
-
-        The peer is blamed only once another has answered; where two say the same, that is the answer.
-        """
-        self._mender.overflowed[control.hop.peer_id] = error
-        self.report(HopOverflowed(control, error))
-        if len(self._mender.overflowed) >= OVERFLOWS_BELIEVED:
+    def _refused(self, control: ControlStream, error: PeerdError) -> None:
+        """A hop refuses what it was given. Where peers that have nothing in common say so, that is the answer."""
+        refusals = self._mender.refusals
+        refusals.note(error, control.hop.peer_id, self._before(control))
+        self.report(HopRefuses(control, error))
+        if refusals.are_believed:
             self._queue[Fatal(error)] = None
             self._wake()
+            return
+        for other in self.chain.controls:
+            if other.hop.peer_id in refusals.left_out():
+                self.report(HopRefuses(other, error))
+
+    def _disagrees(self, control: ControlStream, error: PeerdError) -> None:
+        """A hop's cache is not what it should be. It may lie, or the hop before it, or the next that it speaks of."""
+        after = self.chain.after(control.hop.span.end)
+        beside = [*self._before(control), *([after.hop.peer_id] if after is not None else [])]
+        self._mender.lapses.note(error, control.hop.peer_id, beside)
+        self.report(Disagrees(control, error))
+
+    def _before(self, control: ControlStream) -> list[PeerId]:
+        """The peer whose results a hop is given, but for the first hop, which we give what we have."""
+        before = self.chain.before(control.hop.span.start)
+        return [before.hop.peer_id] if before is not None else []
 
     # What is wrong, and what that changes.
 
@@ -211,6 +225,9 @@ class Supervisor:
         """Note that something has gone wrong: the one way in, for hops' readers, the watch and the bridges."""
         hop = None if isinstance(news, NoAnswer) else news.hop
         if hop is not None and hop not in self.chain:
+            return
+        if isinstance(news, LinkBroken) and self.chain.route(news.hop).is_bridged:
+            self._bridge_is_stuck(news.hop)
             return
         verdict = judge(news)
         if isinstance(news, HopHangs | LinkBroken | BridgeIdle):
@@ -221,6 +238,16 @@ class Supervisor:
             self._note(verdict, hop, news.error)
         if self._log.pending or not verdict.waits_for_work:
             self._wake()
+
+    def _bridge_is_stuck(self, upstream: ControlStream) -> None:
+        """A bridge stands, and still nothing comes from its one end to the other: one of both says what is not true."""
+        seq = self.progress.oldest_seq
+        if seq is None:
+            return
+        hop = self._bridges.stuck_at(self.chain, upstream, seq, self.progress.late_after_s / 2)
+        if hop is not None:
+            self._mender.lapses.note(Unresponsive(f"{hop.hop.peer_id} holds step {seq} back"), hop.hop.peer_id)
+            self.report(HopHangs(hop, seq))
 
     def _note(self, verdict: Verdict, hop: ControlStream | None, error: PeerdError) -> None:
         """Do at once what a verdict says."""
@@ -236,10 +263,6 @@ class Supervisor:
         if verdict.drops_all:
             self._start_anew()
             self._count_fault(error)
-        if verdict.is_fatal:
-            self._queue[Fatal(error)] = None
-        if verdict.fails_steps:
-            self._give_up(error)
 
     def _count_fault(self, error: PeerdError) -> None:
         self._faults_without_answer += 1
@@ -290,7 +313,7 @@ class Supervisor:
     def _fail(self, error: PeerdError) -> None:
         """Nothing more can be done for the pending steps."""
         self._faults_without_answer = 0
-        self._mender.overflowed.clear()
+        self._mender.refusals.clear()
         self._queue = {trouble: None for trouble in self._queue if not isinstance(trouble, Fatal)}
         if ends_chain(error):
             self._rest_without_chain()

@@ -28,8 +28,8 @@ class HopLost:
 
 
 @dataclass(frozen=True, slots=True)
-class HopOverflowed:
-    """A hop's blocks gave NaN or infinity for a step, and the hop says so."""
+class HopRefuses:
+    """A hop says that a step is wrong, or that its blocks gave NaN or infinity for it."""
 
     hop: ControlStream
     error: PeerdError
@@ -47,14 +47,6 @@ class Disagrees:
 class NoAnswer:
     """A step was never answered, and no hop is known to be the cause."""
 
-    error: PeerdError
-
-
-@dataclass(frozen=True, slots=True)
-class StepRefused:
-    """A hop refused a step for what the caller asked: every other peer would refuse it too."""
-
-    hop: ControlStream
     error: PeerdError
 
 
@@ -99,7 +91,7 @@ class Behind:
     """The chain is whole, but its first hop may lack steps."""
 
 
-News = HopOverflowed | HopLost | Disagrees | NoAnswer | StepRefused | HopHangs | LinkBroken | BridgeIdle
+News = HopRefuses | HopLost | Disagrees | NoAnswer | HopHangs | LinkBroken | BridgeIdle
 # What waits for the supervisor in its queue; it sees holes, and that the first hop is behind, by looking at the chain.
 Queued = Fatal | HopHangs | LinkBroken | BridgeIdle
 Trouble = Queued | Hole | Behind
@@ -110,17 +102,14 @@ class Verdict:
     """What a piece of news changes.
 
     is_blamed: the hop broke a promise, and every session leaves it out for a while. is_avoided: this session alone
-    does. drops_hop: the hop leaves the chain. drops_all: every hop does. fails_steps: the pending steps fail.
-    is_fatal: they fail once the supervisor comes to it. is_queued: the news waits for the supervisor as it is.
-    waits_for_work: the supervisor need not look before there are steps to send.
+    does. drops_hop: the hop leaves the chain. drops_all: every hop does. is_queued: the news waits for the supervisor
+    as it is. waits_for_work: the supervisor need not look before there are steps to send.
     """
 
     is_blamed: bool = False
     is_avoided: bool = False
     drops_hop: bool = False
     drops_all: bool = False
-    fails_steps: bool = False
-    is_fatal: bool = False
     is_queued: bool = False
     waits_for_work: bool = False
 
@@ -132,14 +121,12 @@ _VERDICTS: tuple[tuple[type, type, Verdict], ...] = (
     (HopLost, PeerFault, Verdict(drops_hop=True, is_blamed=True)),
     # A hop evicts a session that asks for nothing. It is opened again with the next step.
     (HopLost, Evicted, Verdict(drops_hop=True, waits_for_work=True)),
-    (HopLost, CallerError, Verdict(drops_hop=True, is_avoided=True, is_fatal=True)),
     (HopLost, PeerdError, Verdict(drops_hop=True, is_avoided=True)),
-    # The hop is no liar: the same blocks in another dtype may do better.
-    (HopOverflowed, PeerdError, Verdict(drops_hop=True)),
+    # One hop alone may be broken, or lie, or be fed by a liar; and the same blocks in another dtype may do better.
+    (HopRefuses, PeerdError, Verdict(drops_hop=True)),
     # Only a new chain is sure to agree with the client.
     (Disagrees, PeerdError, Verdict(drops_all=True)),
     (NoAnswer, PeerdError, Verdict(drops_all=True)),
-    (StepRefused, PeerdError, Verdict(fails_steps=True, waits_for_work=True)),
     (HopHangs, object, Verdict(is_queued=True)),
     (LinkBroken, object, Verdict(is_queued=True)),
     (BridgeIdle, object, Verdict(is_queued=True)),

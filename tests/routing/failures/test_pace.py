@@ -81,7 +81,7 @@ def test_a_step_that_moves_on_is_nobodys_fault():
     assert suspicion.look([HOLDS, LACKS], 1.0, 1.0) is None
     assert suspicion.look([DONE, HOLDS], 1.6, 1.0) is None
     assert suspicion.look([DONE, HOLDS], 2.0, 1.0) is None
-    assert suspicion.look([DONE, DONE], 9.0, 1.0) is None
+    assert suspicion.look([DONE, DONE], 2.3, 1.0) is None
 
 
 def test_what_was_passed_on_and_never_came_is_the_links_fault():
@@ -93,7 +93,19 @@ def test_what_was_passed_on_and_never_came_is_the_links_fault():
 def test_what_has_not_come_to_the_first_is_on_its_way_from_us():
     suspicion = Suspicion(7, 0.0)
     assert suspicion.look([LACKS, LACKS], 1.0, 1.0) is None
-    assert suspicion.look([LACKS, LACKS], 99.0, 1.0) is None
+    assert suspicion.look([LACKS, LACKS], 0.9 + BUSY_FACTOR, 1.0) is None
+
+
+def test_who_denies_that_anything_came_is_hung_after_a_while():
+    suspicion = Suspicion(7, 0.0)
+    assert suspicion.look([LACKS, LACKS], 1.0, 1.0) is None
+    assert suspicion.look([LACKS, LACKS], 1.0 + BUSY_FACTOR, 1.0) == Hung((0,))
+
+
+def test_who_says_that_it_answered_and_did_not_is_hung():
+    suspicion = Suspicion(7, 0.0)
+    assert suspicion.look([DONE, DONE], 1.0, 1.0) is None
+    assert suspicion.look([DONE, DONE], 1.5, 1.0) == Hung((1,))
 
 
 def test_before_anything_was_answered_a_first_prompt_has_a_minute():

@@ -17,11 +17,11 @@ from peerd.client.session.troubles import (
     Hole,
     HopHangs,
     HopLost,
+    HopRefuses,
     LinkBroken,
     News,
     NoAnswer,
     Queued,
-    StepRefused,
     Trouble,
     Verdict,
     ends_chain,
@@ -40,12 +40,10 @@ from peerd.protocol.errors import (
     LinkFailed,
     NoChain,
     NoRoom,
-    NotServed,
     Overloaded,
     PeerdError,
     RelayLost,
     RemoteProtocolError,
-    Superseded,
     Unresponsive,
 )
 from peerd.protocol.identity import PeerId
@@ -94,11 +92,10 @@ def chain() -> LiveChain:
         (HopLost(FIRST, NoRoom("x", 0)), DROPPED | {"is_avoided": True}),
         (HopLost(FIRST, Overloaded("x")), DROPPED | {"is_avoided": True}),
         (HopLost(FIRST, LinkFailed("x")), DROPPED | {"is_avoided": True}),
-        # What the caller did wrong, it would do wrong with any other hop.
-        (HopLost(FIRST, InvalidRequest("x")), DROPPED | {"is_avoided": True, "is_fatal": True}),
-        (HopLost(FIRST, NotServed("x")), DROPPED | {"is_avoided": True, "is_fatal": True}),
-        (HopLost(FIRST, Superseded("x")), DROPPED | {"is_avoided": True, "is_fatal": True}),
-        (StepRefused(FIRST, ContextTooLong("x")), {"fails_steps": True, "waits_for_work": True}),
+        # One hop's word that the caller is wrong ends no step: another is asked.
+        (HopRefuses(FIRST, InvalidRequest("x")), DROPPED),
+        (HopRefuses(FIRST, ContextTooLong("x")), DROPPED),
+        (HopRefuses(FIRST, BadResult("x")), DROPPED),
         # No hop is to blame, and none can be kept.
         (Disagrees(FIRST, Evicted("x")), {"drops_all": True}),
         (NoAnswer(Overloaded("x")), {"drops_all": True}),
