@@ -90,7 +90,8 @@ class Answers:
         session = self._decodings[0].session
         if session is None:
             return {"chain": [], "failovers": 0}
-        return {"chain": session.chain, "failovers": session.failovers}
+        hops = [{"peer": str(hop.peer), "start": hop.span.start, "end": hop.span.end} for hop in session.chain]
+        return {"chain": hops, "failovers": session.failovers}
 
     async def _run(self, decoding: Decoding, first: int, send: trio.MemorySendChannel[Picked | PeerdError]) -> None:
         async with send, aclosing(decoding.tokens()) as tokens:
