@@ -23,7 +23,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import Fork, RowSlice
+from peerd.protocol.rows import Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 SESSIONS = (1, 2, 4, 8, 16, 32)
@@ -47,7 +47,7 @@ def local_turn_s(model: SpanModel, inputs: torch.Tensor, context: int) -> float:
 def engine_turn_s(engine: Engine, inputs: torch.Tensor, context: int, sessions: int) -> float:
     """Seconds that the engine takes for one more position of each session."""
     for session in range(sessions):
-        engine.open(session, max_length=len(inputs), max_rows=1, max_rollback=0)
+        engine.open(session, SessionSize(len(inputs)))
         _submit(engine, session, 0, inputs[:context])
     _run_all(engine)
 
@@ -65,7 +65,7 @@ def engine_turn_s(engine: Engine, inputs: torch.Tensor, context: int, sessions: 
 
 def prefill_s(engine: Engine, inputs: torch.Tensor, context: int) -> float:
     """Seconds that the engine takes for a prompt of `context` positions."""
-    engine.open("prompt", max_length=context, max_rows=1, max_rollback=0)
+    engine.open("prompt", SessionSize(context))
     began = clock()
     _submit(engine, "prompt", 0, inputs[:context])
     _run_all(engine)
@@ -84,11 +84,11 @@ def local_prefill_s(model: SpanModel, inputs: torch.Tensor, context: int) -> flo
 
 def latencies_s(engine: Engine, inputs: torch.Tensor, context: int, *, beside: bool) -> list[float]:
     """Seconds that each of a session's steps takes, alone or as long as a prompt of 2,048 positions is computed."""
-    engine.open("decode", max_length=context + 2 * LATENCIES, max_rows=1, max_rollback=0)
+    engine.open("decode", SessionSize(context + 2 * LATENCIES))
     _submit(engine, "decode", 0, inputs[:context])
     _run_all(engine)
     if beside:
-        engine.open("prompt", max_length=PREFILL, max_rows=1, max_rollback=0)
+        engine.open("prompt", SessionSize(PREFILL))
         _submit(engine, "prompt", 0, inputs.repeat(-(-PREFILL // len(inputs)), 1)[:PREFILL])
     seconds = []
     for number in range(LATENCIES):
@@ -108,7 +108,7 @@ def latencies_s(engine: Engine, inputs: torch.Tensor, context: int, *, beside: b
 
 def rows_turn_s(engine: Engine, inputs: torch.Tensor, context: int, *, forks: bool) -> float:
     """Seconds for one more position of four rows; with `forks` each row first becomes another, as in beam search."""
-    engine.open("beam", max_length=context + 2 * TURNS, max_rows=BEAMS, max_rollback=0)
+    engine.open("beam", SessionSize(context + 2 * TURNS, max_rows=BEAMS))
     for row in range(BEAMS):
         engine.submit(EngineStep("beam", 1, (), (RowSlice(row, 0, context),), inputs[:context]))
     _run_all(engine)

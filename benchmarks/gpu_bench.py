@@ -49,7 +49,7 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
 from peerd.protocol.encoding.tensors import DTYPE_NAMES
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 NO_GPU = 3
@@ -122,7 +122,7 @@ class Ours:
         generator = torch.Generator().manual_seed(seed)
         self._hidden = torch.randn(self._longest, model.hidden_size, generator=generator).to(model.dtype)
         for session in range(self._most):
-            self.engine.open(session, max_length=each - 16, max_rows=1, max_rollback=self._longest)
+            self.engine.open(session, SessionSize(each - 16, max_rollback=self._longest))
         began = time.perf_counter()
         for session in range(self._most):
             self._submit(session, 0, self._hidden)

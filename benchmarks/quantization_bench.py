@@ -31,7 +31,7 @@ from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.formats import QUANTIZATIONS
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 PREFILL_TOKENS = 512
@@ -110,14 +110,14 @@ def speeds(engine: Engine) -> dict[str, float]:
     found = {}
     for sessions in SESSIONS:
         for session in range(sessions):
-            engine.open(session, max_length=CONTEXT_TOKENS + 1, max_rows=1, max_rollback=1)
+            engine.open(session, SessionSize(CONTEXT_TOKENS + 1, max_rollback=1))
             submit(engine, session, 0, hidden[:CONTEXT_TOKENS])
         run_all(engine)
         seconds = min(decode_s(engine, sessions, hidden[-1:]) for _ in range(TURNS))
         found[f"decode, {sessions} session{'s' if sessions > 1 else ''}, tokens/s"] = sessions / seconds
         for session in range(sessions):
             engine.close(session)
-    engine.open("prompt", max_length=PREFILL_TOKENS, max_rows=1, max_rollback=0)
+    engine.open("prompt", SessionSize(PREFILL_TOKENS))
     began = time.thread_time()
     submit(engine, "prompt", 0, hidden)
     run_all(engine)

@@ -1,4 +1,4 @@
-"""The words of a step, used on the wire and in the engine alike: row slices, forks and drops.
+"""The words of a step and of a session's size, used on the wire and in the engine alike.
 
 A row is an independent sequence with its own length. A step first applies its forks and drops and then adds
 positions to some rows. These are plain values; the engine applies them to a cache.
@@ -13,6 +13,23 @@ from typing import Final
 DECODE_POSITIONS: Final = 32
 #: Steps of this size let the hops of a chain work on one prefill at the same time.
 PREFILL_POSITIONS: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSize:
+    """The cache that a session asks for: `max_rows` rows of `max_length` positions.
+
+    A row can be cut or forked `max_rollback` positions behind its end.
+    """
+
+    max_length: int
+    max_rows: int = 1
+    max_rollback: int = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions of all rows together."""
+        return self.max_length * self.max_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from peerd.protocol.records.envelope import (
     keys_of,
     open_record,
 )
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import RecordKey
 from peerd.routing.dht.store import RecordStore, StoreLimits
@@ -265,7 +266,7 @@ class Overload:
             directory = Directory(self.board, unix_now)
             finder = SwarmFinder(directory, Links(trio.current_time), MODEL, len(BLOCKS), rng)
             opener = ChainOpener(connections, identity, directory, unix_now, rng.randbytes)
-            terms = Terms(MODEL, self._tokens, 1, self._tokens, 4, "float32", "exact", 2000)
+            terms = Terms(MODEL, SessionSize(self._tokens, max_rollback=self._tokens), 4, "float32", "exact", 2000)
             for _ in range(self.plan.answers):
                 wanted = Wanted(BLOCKS, WIDTH, terms, Patience(busy_s=self.plan.busy_s))
                 session = Session(Means(finder, opener, rng), wanted)

@@ -24,7 +24,7 @@ from peerd.compute.model.span_model import SpanModel
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
 from peerd.compute.training.memory import PassMemory
 from peerd.compute.training.passes import PassRunner
-from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.rows import Drop, Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 __all__ = ["BaseEngine", "Batch", "BatchOutput", "Drop", "Engine", "EngineStep", "Fork", "RowSlice", "StepResult"]
@@ -73,23 +73,20 @@ class BaseEngine(ABC):
         """
         return self._scheduler.free_length
 
-    def tokens_wanted(self, *, blocks: Span | None = None, max_length: int, max_rows: int, max_rollback: int) -> int:
-        """The KV tokens that `open` with the same arguments commits."""
-        return self._scheduler.tokens_wanted(max_length, max_rows, max_rollback)
+    def tokens_wanted(self, size: SessionSize) -> int:
+        """The KV tokens that `open` commits for a session of this size."""
+        return self._scheduler.tokens_wanted(size)
 
     def open(
         self,
         session: Hashable,
+        size: SessionSize,
         *,
         blocks: Span | None = None,
-        max_length: int,
-        max_rows: int,
-        max_rollback: int,
         owner: Hashable = None,
         adapter: str = "",
     ) -> None:
-        """Commit KV for `max_rows` rows of `max_length` positions; `blocks` (default all) are those that the session
-        uses.
+        """Commit KV for a session of this size; `blocks` (default all) are those that it uses.
 
         owner: the client; batches are fair among owners.
         adapter: one of the engine's adapters; "" for none.
@@ -101,9 +98,7 @@ class BaseEngine(ABC):
         UnknownAdapterError.
         """
         self._check_adapter(adapter)
-        self._scheduler.open(
-            session, blocks or self.span, max_length, max_rows, max_rollback, owner=owner, adapter=adapter
-        )
+        self._scheduler.open(session, size, blocks=blocks or self.span, owner=owner, adapter=adapter)
 
     def close(self, session: Hashable) -> None:
         """Forget the session and its queued steps. Pages that a running batch uses are freed when it is collected."""

@@ -20,7 +20,7 @@ from peerd.compute.kv.layout import Demand, KVLayout
 from peerd.compute.kv.pages import PagePool
 from peerd.compute.kv.row_cache import Retention, RowState
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, PageCopy, Piece, Segment, StepResult
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
@@ -63,28 +63,28 @@ class Scheduler:
         queued = sum(len(session.queue) for session in self._sessions.values())
         return f"<Scheduler {self._span} sessions={len(self._sessions)} queued={queued} {self._pool!r}>"
 
-    def tokens_wanted(self, max_length: int, max_rows: int, max_rollback: int) -> int:
+    def tokens_wanted(self, size: SessionSize) -> int:
         """KV tokens that such a session commits: each row in whole pages, all of them in whole sets."""
-        demands = self._demands(max_length, max_rollback)
-        return self._layout.sets_wanted(demands, max_rows) * self._pool.page_tokens
+        return self._tokens_for(self._demands(size), size.max_rows)
+
+    def _tokens_for(self, demands: tuple[Demand, ...], rows: int) -> int:
+        return self._layout.sets_wanted(demands, rows) * self._pool.page_tokens
 
     @property
     def free_length(self) -> int:
         """The longest row that a session of one could open with now."""
         lengths = range(1, LONGEST_SESSION + 1)
-        return bisect_right(lengths, self._pool.free_tokens, key=lambda length: self.tokens_wanted(length, 1, 0))
+        return bisect_right(lengths, self._pool.free_tokens, key=lambda length: self.tokens_wanted(SessionSize(length)))
 
-    def _demands(self, max_length: int, max_rollback: int) -> tuple[Demand, ...]:
-        return self._layout.demands(max_length, max_rollback, self._batch_tokens, self._pool.page_tokens)
+    def _demands(self, size: SessionSize) -> tuple[Demand, ...]:
+        return self._layout.demands(size.max_length, size.max_rollback, self._batch_tokens, self._pool.page_tokens)
 
     def open(
         self,
         name: Hashable,
-        blocks: Span,
-        max_length: int,
-        max_rows: int,
-        max_rollback: int,
+        size: SessionSize,
         *,
+        blocks: Span,
         owner: Hashable = None,
         adapter: str = "",
     ) -> None:
@@ -92,15 +92,17 @@ class Scheduler:
             raise ValueError(f"session {name!r} is open")
         if not self._span.covers(blocks):
             raise InvalidStepError(f"blocks {blocks} are not within {self._span}")
-        if max_length < 1 or max_rows < 1 or max_rollback < 0:
-            raise InvalidStepError(f"not a session: {max_rows} rows of {max_length} positions, {max_rollback} back")
-        demands = self._demands(max_length, max_rollback)
+        if size.max_length < 1 or size.max_rows < 1 or size.max_rollback < 0:
+            raise InvalidStepError(f"not a session: {size}")
+        demands = self._demands(size)
         total = self._pool.total_tokens
-        if self.tokens_wanted(max_length, max_rows, max_rollback) > total:
-            raise ContextTooLongError(f"{max_rows} rows of {max_length} positions exceed this peer's {total} KV tokens")
-        reserve = self._pool.reserve(max_rows, demands)
-        retention = Retention(demands, max_rollback)
-        self._sessions[name] = EngineSession(blocks, max_length, max_rows, reserve, retention, owner, adapter)
+        if self._tokens_for(demands, size.max_rows) > total:
+            raise ContextTooLongError(
+                f"{size.max_rows} rows of {size.max_length} positions exceed this peer's {total} KV tokens"
+            )
+        reserve = self._pool.reserve(size.max_rows, demands)
+        retention = Retention(demands, size.max_rollback)
+        self._sessions[name] = EngineSession(blocks, size, reserve, retention, owner, adapter)
 
     def close(self, name: Hashable) -> None:
         session = self._sessions.pop(name)
@@ -262,4 +264,4 @@ class _Packing:
         row = session.row(piece.row)
         row.cut(piece.start)
         self.copies.extend(row.grow(piece.count))
-        return Segment(piece.start, piece.count, row.snapshot(), session.max_length, session.adapter)
+        return Segment(piece.start, piece.count, row.snapshot(), session.size.max_length, session.adapter)

@@ -19,7 +19,7 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import EngineError, NonFiniteError, NoRoomError, UnsupportedModel
 from peerd.compute.model.span_model import SpanModel
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 # A prompt, two tokens, and a prompt that follows them: by how many positions.
@@ -151,9 +151,7 @@ class _Sessions:
             for _ in range(count):
                 name = object()
                 try:
-                    self._engine.open(
-                        name, blocks=self._blocks, max_length=self._length, max_rows=1, max_rollback=0, owner=name
-                    )
+                    self._engine.open(name, SessionSize(self._length), blocks=self._blocks, owner=name)
                 except NoRoomError:
                     if not self._names:
                         raise

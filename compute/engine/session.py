@@ -17,7 +17,7 @@ from peerd.compute.errors import ContextTooLongError, EngineError, InvalidStepEr
 from peerd.compute.kv.pages import PageReserve
 from peerd.compute.kv.row_cache import Retention, RowCache, RowState
 from peerd.compute.steps import EngineStep, StepResult
-from peerd.protocol.rows import DECODE_POSITIONS, Fork, Op, RowSlice
+from peerd.protocol.rows import DECODE_POSITIONS, Fork, Op, RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 
@@ -57,8 +57,7 @@ class EngineSession:
     """The engine's state of a session. `running`: a batch contains some of it."""
 
     blocks: Span
-    max_length: int
-    max_rows: int
+    size: SessionSize
     reserve: PageReserve
     retention: Retention
     owner: Hashable = None
@@ -169,13 +168,13 @@ class EngineSession:
         if not self.retention.allows_cut(state, piece.start):
             message = f"row {piece.row} of {state.length} positions cannot be cut at {piece.start}: windows have moved"
             raise self._gap(message, {piece.row: 0})
-        if piece.end > self.max_length:
-            raise ContextTooLongError(f"position {piece.end} of the {self.max_length} that were committed")
+        if piece.end > self.size.max_length:
+            raise ContextTooLongError(f"position {piece.end} of the {self.size.max_length} that were committed")
 
     def _gap(self, message: str, lost: Mapping[int, int] = MappingProxyType({})) -> StepGapError:
         lengths = {row: state.length for row, state in self.queued.items()}
         return StepGapError(message, lengths | dict(lost))
 
     def _check_row(self, row: int) -> None:
-        if not 0 <= row < self.max_rows:
-            raise InvalidStepError(f"row {row} of a session with {self.max_rows}")
+        if not 0 <= row < self.size.max_rows:
+            raise InvalidStepError(f"row {row} of a session with {self.size.max_rows}")

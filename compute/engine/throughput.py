@@ -15,7 +15,7 @@ import torch
 from peerd.compute.device.measurements import device_name, remembered
 from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 
 # A conversation that has just begun. Longer ones are slower, because attention takes longer.
 _CONTEXT_TOKENS = 64
@@ -75,7 +75,8 @@ class _Steps:
         self._name = object()
         self._seq = 0
         self._random = torch.Generator().manual_seed(0)
-        engine.open(self._name, max_length=min(_CONTEXT_TOKENS + 1, engine.total_tokens), max_rows=1, max_rollback=1)
+        length = min(_CONTEXT_TOKENS + 1, engine.total_tokens)
+        engine.open(self._name, SessionSize(length, max_rollback=1))
 
     def run(self, start: int, count: int) -> bool:
         """Run `count` positions from `start` on. Returns whether all results were finite."""

@@ -25,6 +25,7 @@ from peerd.compute.errors import AdapterError
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages.adapters import is_adapter_id
 from peerd.protocol.messages.session import DEFAULT_MAX_STEPS, MAX_ROWS
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
@@ -137,9 +138,7 @@ class ServedBlocks:
             raise InvalidRequest(f"{max_rows} rows wanted: a session has 1 to {MAX_ROWS}; use several sessions")
         terms = Terms(
             model=self.facts.digest,
-            max_length=max_length,
-            max_rows=max_rows,
-            max_rollback=max_rollback,
+            size=SessionSize(max_length, max_rows, max_rollback),
             max_steps=DEFAULT_MAX_STEPS,
             dtype=self.facts.dtype,
             codec="exact",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Protocol, TypedDict, TypeVar
+from typing import Protocol, TypeVar
 
 import outcome
 import torch
@@ -60,15 +60,6 @@ class RunBatch(Protocol):
     """Runs a blocking function of one argument, such as an engine's `run`, and waits for it."""
 
     async def __call__(self, run: Callable[[A], T], argument: A, /) -> T: ...
-
-
-class _Wanted(TypedDict):
-    """What `BaseEngine.open` takes."""
-
-    blocks: Span
-    max_length: int
-    max_rows: int
-    max_rollback: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,14 +243,8 @@ class EngineTask:
         if opening.adapter and opening.adapter not in self.adapters:
             there = ", ".join(sorted(self.adapters)) or "none"
             raise UnsupportedFeature(f"this peer has no adapter {opening.adapter!r}; it has {there}")
-        wanted = _Wanted(
-            blocks=Span(opening.start, opening.end),
-            max_length=opening.max_length,
-            max_rows=opening.max_rows,
-            max_rollback=opening.max_rollback,
-        )
-
-        kept = opening.max_length * opening.max_rows if opening.next is not None else 0
+        blocks, size = Span(opening.start, opening.end), opening.size
+        kept = size.positions if opening.next is not None else 0
         if kept > self._total_to_keep:
             raise ContextTooLong(f"{kept} positions of outputs to keep exceed this peer's {self._total_to_keep}")
 
@@ -268,14 +253,14 @@ class EngineTask:
                 message = f"{kept} positions of outputs to keep wanted, there is memory for {self._free_to_keep}"
                 raise NoRoom(message, self.engine.free_tokens)
             with wire_errors():
-                self.engine.open(session, owner=owner.share, adapter=opening.adapter, **wanted)
+                self.engine.open(session, size, blocks=blocks, owner=owner.share, adapter=opening.adapter)
             self._free_to_keep -= kept
 
         def undo() -> None:
             self.engine.close(session)
             self._free_to_keep += kept
 
-        tokens = self.engine.tokens_wanted(**wanted)
+        tokens = self.engine.tokens_wanted(size)
         await self.admission.admit(owner, tokens, attempt, opening.timeout_ms / 1000, undo)
         self._tenants[session] = _Tenant(owner, tokens, deliver, opening.adapter, kept)
 

@@ -100,7 +100,7 @@ class HostedSession:
             "awaited" if OWN_ADAPTER in opening.needs else "none"
         )
         self._dtype = DTYPES[opening.dtype]
-        kept = Kept(opening.max_length, max_positions=opening.max_length * opening.max_rows)
+        kept = Kept(opening.max_length, max_positions=opening.size.positions)
         self._down = Downstream(opening.codec, self._dtype, kept, open_link, self._report)
         self._last = opening.next is None
         # What the engine has.
@@ -127,7 +127,7 @@ class HostedSession:
     @property
     def max_positions(self) -> int:
         """Positions that one of its steps may bring: twice what it can hold, so that a mistake is still told as one."""
-        return min(MAX_STEP_POSITIONS, 2 * self.opening.max_length * self.opening.max_rows)
+        return min(MAX_STEP_POSITIONS, 2 * self.opening.size.positions)
 
     def unused_s(self) -> float:
         """For how long nothing has been done for it that others would have to wait for; 0 while it is in use.
@@ -150,7 +150,7 @@ class HostedSession:
     @property
     def max_body(self) -> int:
         """How many bytes a step may bring: twice what the session holds, so that one too long is told so."""
-        positions = min(MAX_STEP_POSITIONS, 2 * self.opening.max_length * self.opening.max_rows)
+        positions = min(MAX_STEP_POSITIONS, 2 * self.opening.size.positions)
         return positions * self._engine.engine.hidden_size * BYTES_A_VALUE
 
     async def admit(self) -> None:

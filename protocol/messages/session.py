@@ -25,7 +25,7 @@ from peerd.protocol.encoding.schema import (
     text,
 )
 from peerd.protocol.errors import NoRoom, Overloaded, PeerdError, from_wire
-from peerd.protocol.rows import Drop, Fork, Op, RowSlice
+from peerd.protocol.rows import Drop, Fork, Op, RowSlice, SessionSize
 
 INFER_PROTOCOL = "/peerd/infer/2"
 LINK_PROTOCOL = "/peerd/link/2"
@@ -120,6 +120,11 @@ class Open(Message):
     timeout_ms: int = optional(integer(0, 600_000), 2000)
     needs: tuple[str, ...] = optional(many(_name, 32), ())
     next: NextHop | None = optional(_maybe_next, None, _dump_next)
+
+    @property
+    def size(self) -> SessionSize:
+        """The cache that it asks for."""
+        return SessionSize(self.max_length, self.max_rows, self.max_rollback)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
 from peerd.compute.model.span_model import load_span
-from peerd.protocol.rows import Op, RowSlice
+from peerd.protocol.rows import Op, RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
@@ -55,7 +55,7 @@ class Chain:
     def open(self, name: str, *, max_rows: int = 1, max_length: int = LENGTH, max_rollback: int | None = None) -> None:
         back = max_length if max_rollback is None else max_rollback
         for engine in self.engines:
-            engine.open(name, max_length=max_length, max_rows=max_rows, max_rollback=back)
+            engine.open(name, SessionSize(max_length, max_rows=max_rows, max_rollback=back))
 
     def run(self, *parts: Part, ops: Sequence[Op] = ()) -> list[torch.Tensor]:
         """Run parts, one step each, through the chain, all in the same batches; their results."""

@@ -22,7 +22,7 @@ from peerd.compute.engine.decode_graph import ROW_BUCKETS
 from peerd.compute.engine.engine import Engine
 from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -50,7 +50,7 @@ def decode(engine: Engine, name: str = "a", turns: int = 4) -> torch.Tensor:
     """The results of a prefill and some decodes: `[turns + 1, width]`."""
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(12 + turns, WIDTH, generator=generator)
-    engine.open(name, max_length=64, max_rows=1, max_rollback=64)
+    engine.open(name, SessionSize(64, max_rollback=64))
     results = []
     for start, end in [(0, 12), *((12 + turn, 13 + turn) for turn in range(turns))]:
         engine.submit(EngineStep(name, end, (), (RowSlice(0, start, end - start),), hidden[start:end]))

@@ -22,6 +22,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import ServerRecord
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.server.engine_task import EngineTask
@@ -100,9 +101,7 @@ class Client:
     async def session(self, patience: Patience | None = None) -> Session:
         terms = Terms(
             model=MODEL,
-            max_length=256,
-            max_rows=1,
-            max_rollback=256,
+            size=SessionSize(256, max_rollback=256),
             max_steps=4,
             dtype="float32",
             codec="exact",

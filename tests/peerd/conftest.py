@@ -36,6 +36,7 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, sign_record
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
@@ -177,9 +178,7 @@ class Client:
     ) -> Session:
         terms = Terms(
             model=MODEL,
-            max_length=max_length,
-            max_rows=max_rows,
-            max_rollback=max_rollback,
+            size=SessionSize(max_length, max_rows, max_rollback),
             max_steps=4,
             dtype="float32",
             codec="exact",

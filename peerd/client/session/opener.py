@@ -37,6 +37,7 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records.envelope import SignedRecord
+from peerd.protocol.rows import SessionSize
 from peerd.routing.chains.adapter_choice import AdapterNeed
 from peerd.routing.chains.chain import Hop
 
@@ -51,9 +52,7 @@ class Terms:
     """What a session asks of every hop."""
 
     model: bytes
-    max_length: int
-    max_rows: int
-    max_rollback: int
+    size: SessionSize
     max_steps: int
     dtype: str
     codec: str
@@ -65,7 +64,7 @@ class Terms:
     @property
     def tokens(self) -> int:
         """KV tokens committed on every hop."""
-        return self.max_length * self.max_rows
+        return self.size.positions
 
     @property
     def adapter_need(self) -> AdapterNeed:
@@ -200,9 +199,9 @@ class ChainOpener:
             model=terms.model,
             start=hop.span.start,
             end=hop.span.end,
-            max_length=terms.max_length,
-            max_rows=terms.max_rows,
-            max_rollback=terms.max_rollback,
+            max_length=terms.size.max_length,
+            max_rows=terms.size.max_rows,
+            max_rollback=terms.size.max_rollback,
             max_steps=terms.max_steps,
             dtype=terms.dtype,
             codec=terms.codec,

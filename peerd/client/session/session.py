@@ -32,7 +32,7 @@ class Session:
 
     def __init__(self, means: Means, wanted: Wanted) -> None:
         terms = wanted.terms
-        self.log = StepLog(max_length=terms.max_length, max_rows=terms.max_rows, max_rollback=terms.max_rollback)
+        self.log = StepLog(terms.size)
         self._supervisor = Supervisor(means, wanted, self.log)
         self._width = wanted.width
         self._dtype = DTYPES[terms.dtype]

@@ -18,7 +18,7 @@ from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages.session import Output, Step, Want
-from peerd.protocol.rows import Fork, Op, RowSlice
+from peerd.protocol.rows import Fork, Op, RowSlice, SessionSize
 
 
 @dataclass(slots=True, eq=False)
@@ -38,18 +38,16 @@ class Pending:
 
 
 class StepLog:
-    """The rows of one session: at most `max_rows` of `max_length` positions."""
+    """The rows of one session, and what was sent of them."""
 
-    def __init__(self, *, max_length: int, max_rows: int, max_rollback: int) -> None:
+    def __init__(self, size: SessionSize) -> None:
         # All that was sent and not given up, for a first hop that has none of it.
-        self.kept = Kept(max_length)
+        self.kept = Kept(size.max_length)
         self.pending: dict[int, Pending] = {}
         # The last step that was answered; and whether steps were given up that some hops may have run for good.
         self.answered = 0
         self.is_forked = False
-        self._max_length = max_length
-        self._max_rows = max_rows
-        self._max_rollback = max_rollback
+        self._size = size
         self._lengths: dict[int, int] = {}
         self._answered_lengths: dict[int, int] = {}
         self._next_seq = 1
@@ -145,14 +143,15 @@ class StepLog:
         self.is_forked = False
 
     def _check(self, piece: RowSlice, length: int) -> None:
-        if not 0 <= piece.row < self._max_rows:
-            raise InvalidRequest(f"row {piece.row}: the session was opened for {self._max_rows}")
+        if not 0 <= piece.row < self._size.max_rows:
+            raise InvalidRequest(f"row {piece.row}: the session was opened for {self._size.max_rows}")
         if piece.count < 1 or not 0 <= piece.start <= length:
             raise InvalidRequest(f"{piece} does not continue a row of {length} positions")
-        if length - piece.start > self._max_rollback:
-            raise InvalidRequest(f"{piece} cuts {length - piece.start} positions, max_rollback is {self._max_rollback}")
-        if piece.end > self._max_length:
-            raise ContextTooLong(f"{piece.end} positions in a session of max_length {self._max_length}")
+        cut, allowed = length - piece.start, self._size.max_rollback
+        if cut > allowed:
+            raise InvalidRequest(f"{piece} cuts {cut} positions, max_rollback is {allowed}")
+        if piece.end > self._size.max_length:
+            raise ContextTooLong(f"{piece.end} positions in a session of max_length {self._size.max_length}")
 
     @staticmethod
     def _apply(lengths: dict[int, int], ops: Sequence[Op]) -> None:

@@ -23,7 +23,7 @@ from peerd.compute.errors import AdapterError, InvalidStepError, UnknownAdapterE
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 from tests.compute.tiny_families import tiny_model
 
@@ -184,7 +184,7 @@ def run(engines: Sequence[Engine], reference: Reference, parts: Sequence[Part]) 
 def open_sessions(engines: Sequence[Engine], adapters: Mapping[str, str]) -> None:
     for engine in engines:
         for session, adapter in adapters.items():
-            engine.open(session, max_length=LENGTH, max_rows=1, max_rollback=0, adapter=adapter)
+            engine.open(session, SessionSize(LENGTH), adapter=adapter)
 
 
 def check(reference: Reference, part: Part, adapter: str, result: torch.Tensor) -> None:
@@ -318,14 +318,13 @@ def test_only_the_blocks_of_a_span_are_read_and_kept(references):
 def test_a_session_asks_for_an_adapter_that_is_there_or_hears_which_are(references):
     reference = references("llama")
     (engine,) = make_engines(reference, CUT[:1])
-    wanted = {"max_length": LENGTH, "max_rows": 1, "max_rollback": 0}
     with pytest.raises(UnknownAdapterError, match=r"no adapter 'a' here; there is none$"):
-        engine.open("session", **wanted, adapter="a")
+        engine.open("session", SessionSize(LENGTH), adapter="a")
     load_all([engine], reference)
     engine.load_adapter("~somebody's own", {})
     with pytest.raises(UnknownAdapterError, match=r"there is a, b$"):
-        engine.open("session", **wanted, adapter="c")
-    engine.open("session", **wanted)
+        engine.open("session", SessionSize(LENGTH), adapter="c")
+    engine.open("session", SessionSize(LENGTH))
     with pytest.raises(UnknownAdapterError):
         engine.use_adapter("session", "c")
     engine.use_adapter("session", "a")

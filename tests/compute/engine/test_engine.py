@@ -14,7 +14,7 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import ContextTooLongError, InvalidStepError, NonFiniteError, StepGapError
 from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep, StepResult
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 SPAN = Span(2, 5)
@@ -45,7 +45,7 @@ def drain(engine: Engine) -> Iterator[StepResult]:
 
 
 def open_session(engine: Engine, name: str, max_length: int = 32) -> None:
-    engine.open(name, max_length=max_length, max_rows=1, max_rollback=4)
+    engine.open(name, SessionSize(max_length, max_rollback=4))
 
 
 def test_an_engine_says_what_it_is_and_has_done(make_engine):
@@ -53,7 +53,7 @@ def test_an_engine_says_what_it_is_and_has_done(make_engine):
     assert (engine.span, engine.hidden_size) == (SPAN, WIDTH)
     assert engine.total_tokens == engine.free_tokens == 128
     open_session(engine, "a", max_length=30)
-    assert engine.tokens_wanted(max_length=30, max_rows=1, max_rollback=4) == 32
+    assert engine.tokens_wanted(SessionSize(30, max_rollback=4)) == 32
     assert engine.free_tokens == 96
     submit(engine, "a", 0, tokens(21))
     (result,) = drain(engine)

@@ -12,7 +12,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
 from peerd.compute.errors import StepGapError
 from peerd.compute.families.layer_kinds import layer_kinds
-from peerd.protocol.rows import Fork, RowSlice
+from peerd.protocol.rows import Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 from tests.compute.engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
 
@@ -107,7 +107,7 @@ def test_rows_whose_windows_have_moved_on_equal_the_whole_model(moving: Referenc
     chain.open("a", max_length=LONG, max_rows=3, max_rollback=4)
     chain.open("b", max_length=LONG, max_rollback=4)
     # Only a span whose blocks all see everything keeps all positions.
-    committed = [engine.tokens_wanted(max_length=LONG, max_rows=3, max_rollback=4) for engine in chain.engines]
+    committed = [engine.tokens_wanted(SessionSize(LONG, max_rows=3, max_rollback=4)) for engine in chain.engines]
     assert [tokens < 3 * LONG for tokens in committed] == [_has_windows(moving, engine) for engine in chain.engines]
     chain.check(Part("a", 0, 0, 0, 130), Part("b", 0, 1, 0, 7))
     chain.check(Part("a", 0, 0, 130, 1), Part("b", 0, 1, 7, 120))
@@ -146,7 +146,7 @@ def test_a_part_of_a_span_equals_those_blocks(whole: Reference):
     expected = split.run(Part("a", 0, 0, 0, 12))[0]
     chain = Chain(whole, (Span(0, 8), Span(3, 8)))
     for engine, blocks in zip(chain.engines, (Span(0, 5), Span(5, 8)), strict=True):
-        engine.open("a", blocks=blocks, max_length=LENGTH, max_rows=1, max_rollback=4)
+        engine.open("a", SessionSize(LENGTH, max_rollback=4), blocks=blocks)
     torch.testing.assert_close(chain.run(Part("a", 0, 0, 0, 12))[0], expected, **TOLERANCE)
 
 

@@ -20,7 +20,7 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import load_span
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import Fork, Op, RowSlice
+from peerd.protocol.rows import Fork, Op, RowSlice, SessionSize
 from peerd.protocol.span import Span
 from tests.compute.tiny_families import VARIANTS, tiny_model
 
@@ -78,7 +78,7 @@ class Pair:
 
     def open(self, session: str, rows: int = 1, length: int = 64, blocks: Span = SPAN) -> None:
         for engine in self.engines:
-            engine.open(session, blocks=blocks, max_length=length, max_rows=rows, max_rollback=length)
+            engine.open(session, SessionSize(length, max_rows=rows, max_rollback=length), blocks=blocks)
 
     def step(self, *asked: tuple[str, Sequence[RowSlice], Sequence[Op]]) -> None:
         """Submit steps of several sessions at once, run all batches, and compare."""
@@ -232,7 +232,7 @@ def test_not_a_number_in_one_row_stays_there(make_pair):
     pair = make_pair()
     engine = pair.engines[0]
     for session in ("good", "bad"):
-        engine.open(session, max_length=16, max_rows=1, max_rollback=16)
+        engine.open(session, SessionSize(16, max_rollback=16))
     hidden = torch.randn(3, WIDTH)
     results = {}
     for poison in (False, True):

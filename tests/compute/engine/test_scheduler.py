@@ -15,7 +15,7 @@ from peerd.compute.errors import (
     StepGapError,
 )
 from peerd.compute.steps import EngineStep, StepResult
-from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.rows import Drop, Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 
@@ -30,7 +30,7 @@ def make_engine(**settings):
 
 
 def open_session(engine, name="s", *, max_length=64, max_rows=1, max_rollback=64, blocks=None, owner=None):
-    engine.open(name, blocks=blocks, max_length=max_length, max_rows=max_rows, max_rollback=max_rollback, owner=owner)
+    engine.open(name, SessionSize(max_length, max_rows=max_rows, max_rollback=max_rollback), blocks=blocks, owner=owner)
 
 
 def tokens(count, seed=0):

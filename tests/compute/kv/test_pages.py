@@ -14,7 +14,7 @@ from peerd.compute.kv import layout as kv_layout
 from peerd.compute.kv.layout import EVERYTHING, Demand, Keep, kept_back
 from peerd.compute.kv.pages import PagePool, PageStock, PageTable
 from peerd.compute.steps import EngineStep, StepResult
-from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.rows import Drop, Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 
@@ -149,10 +149,10 @@ def test_ten_thousand_forks_cuts_and_writes_keep_rows_apart(reach: int | None):
 class _Shadow:
     """What a session should hold."""
 
-    def __init__(self, max_rows: int, max_length: int, max_rollback: int) -> None:
-        self.max_rows = max_rows
-        self.max_length = max_length
-        self.back = kept_back(max_rollback)
+    def __init__(self, size: SessionSize) -> None:
+        self.max_rows = size.max_rows
+        self.max_length = size.max_length
+        self.back = kept_back(size.max_rollback)
         self.rows: dict[int, torch.Tensor] = {}
         # How long each row has ever been since it last began.
         self.longest: dict[int, int] = {}
@@ -243,15 +243,16 @@ def test_accounting_is_exact_after_ten_thousand_opens_steps_forks_rollbacks_fail
         match chance.choice(["open", "close", "step", "step", "step", "turn", "turn", "turn", "hold"]):
             case "open":
                 name = f"s{event}"
-                room = {"max_rows": chance.randint(1, 4), "max_length": chance.randint(1, 40), "max_rollback": 3}
-                wanted = engine.tokens_wanted(**room)
+                rows = chance.randint(1, 4)
+                size = SessionSize(chance.randint(1, 40), max_rows=rows, max_rollback=3)
+                wanted = engine.tokens_wanted(size)
                 if wanted <= engine.free_tokens:
-                    engine.open(name, owner=event % 3, **room)
-                    shadows[name] = _Shadow(**room)
+                    engine.open(name, size, owner=event % 3)
+                    shadows[name] = _Shadow(size)
                     committed[name] = wanted
                 else:
                     with pytest.raises(NoRoomError):
-                        engine.open(name, **room)
+                        engine.open(name, size)
             case "close" if shadows and chance.random() < 0.3:
                 name = chance.choice(list(shadows))
                 # Some of them have steps in the queue: they are cancelled with it.

@@ -10,7 +10,7 @@ from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv import layout as kv_layout
 from peerd.compute.kv.layout import EVERYTHING, Keep, group, lay_out
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import Fork, RowSlice
+from peerd.protocol.rows import Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 
@@ -37,7 +37,7 @@ def make_engine(keeps: dict[int, Keep], **settings: int) -> FakeEngine:
 
 
 def open_session(engine: FakeEngine, max_length: int = 200, max_rows: int = 1) -> None:
-    engine.open("s", max_length=max_length, max_rows=max_rows, max_rollback=ROLLBACK)
+    engine.open("s", SessionSize(max_length, max_rows=max_rows, max_rollback=ROLLBACK))
 
 
 def tokens(count: int, seed: int = 0) -> torch.Tensor:
@@ -143,18 +143,18 @@ def test_sessions_commit_what_each_kind_of_block_keeps():
     # Of the window 4 positions, 6 to go back, 8 of a batch: 17 after the first are 5 pages, and one begun.
     rows = 3
     pages = rows * (200 // 4 + 2 * 6)
-    assert engine.tokens_wanted(max_length=200, max_rows=rows, max_rollback=ROLLBACK) == -(-pages // 3) * 4
+    assert engine.tokens_wanted(SessionSize(200, max_rows=rows, max_rollback=ROLLBACK)) == -(-pages // 3) * 4
     open_session(engine, max_length=200, max_rows=2)
     assert engine.free_tokens == 240 - -(-2 * 62 // 3) * 4
     engine.close("s")
-    assert engine.tokens_wanted(max_length=engine.free_length, max_rows=1, max_rollback=0) <= engine.free_tokens
-    assert engine.tokens_wanted(max_length=engine.free_length + 1, max_rows=1, max_rollback=0) > engine.free_tokens
+    assert engine.tokens_wanted(SessionSize(engine.free_length)) <= engine.free_tokens
+    assert engine.tokens_wanted(SessionSize(engine.free_length + 1)) > engine.free_tokens
     assert engine.free_length > 2 * engine.free_tokens
 
 
 def test_without_windows_a_token_is_a_position():
     engine = make_engine({})
-    assert engine.tokens_wanted(max_length=33, max_rows=2, max_rollback=9) == 2 * 36
+    assert engine.tokens_wanted(SessionSize(33, max_rows=2, max_rollback=9)) == 2 * 36
     assert engine.free_length == engine.free_tokens == 400
 
 

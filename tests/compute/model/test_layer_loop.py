@@ -15,7 +15,7 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.model.layer_loop import LayerLoop
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.compute.steps import EngineStep
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
 SPAN = Span(2, 6)
@@ -24,7 +24,7 @@ SPAN = Span(2, 6)
 def answers(model: SpanModel, *, with_loop: bool) -> torch.Tensor:
     """A prefill, a decode, and both again, now with what was learned."""
     engine = Engine(model, kv_tokens=128, page_tokens=4, batch_tokens=32)
-    engine.open("s", max_length=48, max_rows=1, max_rollback=0)
+    engine.open("s", SessionSize(48))
     generator = torch.Generator().manual_seed(0)
     start, outputs = 0, []
     for count in (20, 1, 3, 1, 5, 1):

@@ -26,6 +26,7 @@ from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.quantized.formats import FORMATS, Format
 from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
 from peerd.compute.quantized.modules import QuantizedStack, places, put_quantized
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from tests.compute.plain_weights import with_weights_of
 
@@ -250,7 +251,7 @@ def test_an_engine_over_quantized_blocks_computes_what_they_compute(
     engine = Engine(span, kv_tokens=64)
     torch.manual_seed(11)
     hidden = torch.randn(20, 32)
-    engine.open("s", max_length=32, max_rows=1, max_rollback=0)
+    engine.open("s", SessionSize(32))
     parts = []
     for seq, (start, end) in enumerate([(0, 17), (17, 18), (18, 20)]):
         engine.submit(EngineStep("s", seq, (), (RowSlice(0, start, end - start),), hidden[start:end]))

@@ -20,6 +20,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import AdapterError
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.model.head import load_head_model
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 
 BLOCKS = Span(0, 8)
@@ -56,7 +57,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     return write
 
 
-TERMS = Terms(bytes(32), 64, 1, 0, 4, "float32", "exact", 2000)
+TERMS = Terms(bytes(32), SessionSize(64), 4, "float32", "exact", 2000)
 
 
 @pytest.mark.parametrize("spelling", ["./own", "own/", "~/own", "absolute", "path"])

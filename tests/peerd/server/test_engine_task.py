@@ -18,7 +18,7 @@ from peerd.net.owners import Owner
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import NextHop, Open, Step
-from peerd.protocol.rows import RowSlice
+from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 from peerd.server.device_queue import MAX_JOBS_AN_OWNER
 from peerd.server.engine_task import EngineTask
@@ -307,7 +307,7 @@ async def test_memory_for_outputs_that_a_hop_keeps_is_committed_with_the_session
     engine = FakeEngine(SPAN, hidden_size=WIDTH, kv_tokens=1024, keeps=dict.fromkeys((2, 3, 4), Keep(window=4)))
     async with running(engine) as task:
         long = opening(max_length=1500, next=NextHop(b"", b""), timeout_ms=0)
-        assert engine.tokens_wanted(blocks=SPAN, max_length=1500, max_rows=1, max_rollback=0) < 512
+        assert engine.tokens_wanted(SessionSize(1500)) < 512
         await task.open("a", owner("a"), long, print)
         with pytest.raises(NoRoom, match="outputs to keep"):
             await task.open("b", owner("b"), long, print)

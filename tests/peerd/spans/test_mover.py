@@ -26,6 +26,7 @@ from peerd.net.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.protocol.records.envelope import ServerRecord
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.record_sets import PartialView
@@ -228,9 +229,7 @@ class Swarm:
             opener = ChainOpener(connections, identity, directory, unix_now, rng.randbytes)
             terms = Terms(
                 model=MODEL,
-                max_length=512,
-                max_rows=1,
-                max_rollback=512,
+                size=SessionSize(512, max_rollback=512),
                 max_steps=4,
                 dtype="float32",
                 codec="exact",

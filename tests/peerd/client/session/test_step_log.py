@@ -9,7 +9,7 @@ from peerd.exchange.retained import Retained
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages.session import Output, Step
-from peerd.protocol.rows import Drop, Fork, RowSlice
+from peerd.protocol.rows import Drop, Fork, RowSlice, SessionSize
 
 WIDTH = 4
 
@@ -19,7 +19,7 @@ def positions(*values: int) -> torch.Tensor:
 
 
 def log(max_length: int = 100, max_rows: int = 4, max_rollback: int = 100) -> StepLog:
-    return StepLog(max_length=max_length, max_rows=max_rows, max_rollback=max_rollback)
+    return StepLog(SessionSize(max_length, max_rows, max_rollback))
 
 
 def submit(log: StepLog, row: int, start: int, *values: int, ops=(), want="last"):
