@@ -33,6 +33,7 @@ from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.trio_tools import open_tasks
+from peerd.watchdog import tell_systemd, watching_the_loop
 
 if TYPE_CHECKING:
     from peerd.client.model import SwarmModel
@@ -77,7 +78,7 @@ class Daemon:
 async def run_daemon(daemon: Daemon) -> None:
     """Be a peer until a signal. Raises PeerdError, CheckpointError; Interrupted if it was stopped before it served."""
     stopping = _Stopping()
-    async with open_tasks() as tasks:
+    async with watching_the_loop(), open_tasks() as tasks:
         stopping.at_once = tasks.cancel_scope
         await tasks.start(stopping.watch_signals)
         if daemon.stop_on_eof:
@@ -97,8 +98,10 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
             log.info("local API at %s", url)
         _print_addresses(peer.addresses)
         log.info("%s is up%s", peer.peer_id, _roles(peer))
+        tell_systemd("READY=1")
         try:
             await stopping.asked.wait()
+            tell_systemd("STOPPING=1")
             log.info("leaving%s", f"; open sessions get {stopping.drain_s:g} s to end" if peer.served else "")
             await peer.drain(stopping.drain_s)
         finally:

@@ -51,6 +51,7 @@ Exit codes:
   3    nobody serves some blocks of the model; the message says which
   4    peers failed, or all of them are busy
   5    standard output is closed or full
+  70   a daemon hung, and ended itself; its log has the stacks
   130  interrupted by Ctrl-C (143: by SIGTERM; 129: the terminal was closed)
 """
 _EXAMPLES = """\b
