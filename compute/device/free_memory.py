@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,30 +32,71 @@ def _available(meminfo: Path) -> int:
     raise OSError(f"{meminfo} does not say MemAvailable")
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where a version of control groups says what a group may have, what it has, and what of that is file cache."""
+
+    mount: str
+    limits: tuple[str, ...]
+    used: str
+    reclaimable: str
+
+
+# Beyond memory.high the kernel slows the group down until nothing moves.
+_VERSION_2 = _Files("sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file")
+# What is unlimited there is a number that no machine has.
+_VERSION_1 = _Files("sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+
+
 def _left_by_groups(root: Path) -> list[int]:
-    """What each control group (version 2) around this process leaves; groups without a limit are left out."""
+    """What each control group around this process leaves, of either version; groups without a limit are left out."""
     try:
         own = (root / "proc/self/cgroup").read_text()
-    except FileNotFoundError:
+    except OSError:
         return []
-    path = next((line[3:] for line in own.splitlines() if line.startswith("0::")), "/")
-    mount = root / "sys/fs/cgroup"
+    left: list[int] = []
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            left += _left_along(root, _VERSION_2, path)
+        elif "memory" in controllers.split(","):
+            left += _left_along(root, _VERSION_1, path)
+    return left
+
+
+def _left_along(root: Path, files: _Files, path: str) -> list[int]:
+    """What a group and those around it leave. In a container the path may be the host's: then only the mount is there,
+    which is the container's own group.
+    """
+    mount = root / files.mount
     group = mount / path.strip().lstrip("/")
-    left = [_left_by(folder) for folder in (group, *group.parents) if folder.is_relative_to(mount)]
+    left = [_left_by(folder, files) for folder in (group, *group.parents) if folder.is_relative_to(mount)]
     return [bytes_left for bytes_left in left if bytes_left is not None]
 
 
-def _left_by(group: Path) -> int | None:
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        # The file cache counts as used memory, but the kernel gives it back on demand.
-        used = int((group / "memory.current").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int(limit) - used + int(statistics.get("inactive_file", 0))
-    except FileNotFoundError:
+def _left_by(group: Path, files: _Files) -> int | None:
+    limits = [limit for name in files.limits if (limit := _number(group / name)) is not None]
+    used = _number(group / files.used)
+    if not limits or used is None:
         return None
+    # The file cache counts as used memory, but the kernel gives it back on demand.
+    return min(limits) - used + _reclaimable(group / "memory.stat", files.reclaimable)
+
+
+def _number(path: Path) -> int | None:
+    """What a file says; None where it is not there, or says "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _reclaimable(statistics: Path, name: str) -> int:
+    try:
+        lines = statistics.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
 
 
 def trim_heap() -> None:

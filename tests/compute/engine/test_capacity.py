@@ -10,7 +10,6 @@ import torch
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.device.free_memory import free_memory
 from peerd.compute.engine.capacity import Budget, block_bytes, block_costs, fits, kv_bytes_per_token, span_budget
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.kv.layout import lay_out
@@ -21,33 +20,11 @@ from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]
 
-MEMINFO = "MemTotal: 4000000 kB\nMemFree: 1000 kB\nMemAvailable: 3000000 kB\n"
-
 
 @pytest.fixture
 def llama(tiny_checkpoint: TinyCheckpoint) -> Checkpoint:
     with open_checkpoint(tiny_checkpoint("llama")) as checkpoint:
         return checkpoint
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Callable[..., Path]:
-    """A machine's /proc and /sys, with the limits of control groups."""
-
-    def make(own: str | None, **groups: tuple[str, int, int]) -> Path:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/meminfo").write_text(MEMINFO)
-        if own is not None:
-            (tmp_path / "proc/self/cgroup").write_text(own)
-        for name, (limit, current, inactive) in groups.items():
-            folder = tmp_path / "sys/fs/cgroup" / name.replace("__", "/")
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "memory.max").write_text(f"{limit}\n")
-            (folder / "memory.current").write_text(f"{current}\n")
-            (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\n")
-        return tmp_path
-
-    return make
 
 
 # `test_families.py` has all families.
@@ -148,24 +125,3 @@ def test_quantized_more_blocks_fit(tiny_checkpoint: TinyCheckpoint) -> None:
         plain, int8, nf4 = (block_bytes(checkpoint, torch.bfloat16, name) for name in QUANTIZATIONS)
     assert plain > 1.7 * int8
     assert int8 > 1.6 * nf4
-
-
-def test_without_control_groups_the_machine_decides(machine: Callable[..., Path]) -> None:
-    assert free_memory(root=machine(None)) == 3_000_000 * 1024
-
-
-def test_the_tightest_group_decides_and_gives_back_its_file_cache(machine: Callable[..., Path]) -> None:
-    root = machine(
-        "0::/box/inner\n",
-        box=("1000000", 900_000, 50_000),
-        box__inner=("max", 800_000, 0),
-    )
-    assert free_memory(root=root) == 150_000
-
-
-def test_a_group_over_its_limit_leaves_nothing(machine: Callable[..., Path]) -> None:
-    assert free_memory(root=machine("0::/box\n", box=("1000", 5000, 0))) == 0
-
-
-def test_this_machine_has_some_memory_left() -> None:
-    assert free_memory() > 0
