@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.net.connections import Connections, open_connections
+from peerd.net.containment import Containment
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
@@ -224,7 +226,8 @@ async def open_peer(
     transport = transport or WebSocketTransport()
     clock = SwarmClock(now)
     async with open_tasks() as tasks:
-        server = await _start_server(tasks, clock) if serve else None
+        containment = Containment()
+        server = await _start_server(tasks, clock, containment) if serve else None
         async with open_connections(
             identity,
             transport=transport,
@@ -234,6 +237,7 @@ async def open_peer(
             roles=(RELAY_ROLE,) if relay else (),
             may_be_relayed=may_be_relayed,
             now=now,
+            containment=containment,
         ) as connections:
             relaying = Relay(identity.peer_id, relay) if relay else None
             if relaying is not None:
@@ -284,7 +288,8 @@ async def open_peer(
                         )
                         peer.reservations = await stack.enter_async_context(keeping)
                         reachability.on_changed.append(peer.want_relays)
-                    moving.start_soon(reachability.run, announce_now)
+                    keep = connections.containment.keep_running
+                    moving.start_soon(partial(keep, reachability.run, announce_now, what="checking who can dial us"))
                     if server:
                         server.attach(connections)
                     for spec in serve:
@@ -292,11 +297,11 @@ async def open_peer(
                     yield peer
 
 
-async def _start_server(tasks: trio.Nursery, clock: SwarmClock) -> Server:
+async def _start_server(tasks: trio.Nursery, clock: SwarmClock, containment: Containment) -> Server:
     # Serving needs torch, which whoever only keeps the DHT need not wait for.
     from peerd.server.server import Server
 
-    server = Server(clock)
+    server = Server(clock, containment)
     await tasks.start(server.run)
     return server
 

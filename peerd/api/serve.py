@@ -33,6 +33,7 @@ from peerd.api.status import Status
 from peerd.api.tensors.messages import MAX_BODY_BYTES
 from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
+from peerd.net.containment import Containment
 from peerd.protocol.encoding.wire import MAX_HEADER_BYTES
 from peerd.protocol.errors import InvalidRequest
 from peerd.trio_tools import open_tasks
@@ -78,16 +79,18 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
         swarm = SwarmView(peer, offered, history)
         app = Api(offered, templates, Status(peer, offered), swarm, history).app()
         tasks = await stack.enter_async_context(open_tasks())
-        tasks.start_soon(history.run, swarm.coverage)
+        containment = peer.connections.containment
+        keep = partial(containment.keep_running, what="the history of coverage")
+        tasks.start_soon(keep, history.run, swarm.coverage)
         urls = []
         if endpoint.socket_path is not None:
             listener = stack.enter_context(listen_unix(endpoint.socket_path))
-            await tasks.start(_serve, Guard(app, token=None), listener)
+            await tasks.start(_serve, Guard(app, token=None), listener, containment)
             urls.append(f"unix:{endpoint.socket_path}")
         if endpoint.host is not None:
             listener = stack.enter_context(listen_tcp(endpoint.host, endpoint.port))
             guard = Guard(app, token=endpoint.token, names=[endpoint.host, socket.gethostname()])
-            await tasks.start(_serve, guard, listener)
+            await tasks.start(_serve, guard, listener, containment)
             host, port = listener.getsockname()[:2]
             urls.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         yield LocalApi(tuple(urls))
@@ -117,7 +120,9 @@ def load_or_create_token(path: Path) -> str:
     return token
 
 
-async def _serve(app: ASGIApp, listener: socket.socket, *, task_status: trio.TaskStatus[None]) -> None:
+async def _serve(
+    app: ASGIApp, listener: socket.socket, containment: Containment, *, task_status: trio.TaskStatus[None]
+) -> None:
     config = _config()
     wrapped: Any = wrap_app(app, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
     context = WorkerContext(None)
@@ -126,7 +131,8 @@ async def _serve(app: ASGIApp, listener: socket.socket, *, task_status: trio.Tas
     async def handle(stream: trio.SocketStream) -> None:
         streams.add(stream)
         try:
-            await TCPServer(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+            with containment.around("the local API"):
+                await TCPServer(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
         finally:
             streams.discard(stream)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,7 +122,8 @@ async def _open_route(client: Client, facts: ModelFacts) -> AsyncIterator[_Route
     opener = ChainOpener(client.connections, client.identity, discovery.directory, discovery.clock, os.urandom)
     async with open_tasks() as tasks:
         scout = Scout(finder, client.prober, Span(0, facts.block_count), random)
-        tasks.start_soon(scout.run)
+        keep = client.connections.containment.keep_running
+        tasks.start_soon(partial(keep, scout.run, what="measuring servers"))
         with trio.move_on_after(FIRST_WAIT_S):
             await scout.ready.wait()
         yield _Route(finder, opener, tasks, scout)

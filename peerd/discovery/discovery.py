@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -159,22 +160,27 @@ class Discovery:
         contacts = [*_contacts_of(self._bootstrap), *self._state.load_contacts()]
         async with trio.open_nursery() as nursery:
             with self._hearing_clocks(nursery), self._noticing_when_alone():
-                nursery.start_soon(self._measure)
-                nursery.start_soon(self._proofs.run)
-                nursery.start_soon(watch_sleep, self.clock.system, self._wake)
-                nursery.start_soon(self._join, contacts, joined)
+                self._keep(nursery, "measuring delays", self._measure)
+                self._keep(nursery, "asking doubted peers", self._proofs.run)
+                self._keep(nursery, "watching for sleep", watch_sleep, self.clock.system, self._wake)
+                self._keep(nursery, "joining the swarm", self._join, contacts, joined)
                 await joined.wait()
-                nursery.start_soon(self._introduce)
-                nursery.start_soon(self._come_back)
-                nursery.start_soon(self._announcer.run)
-                await self._refresh()
+                self._keep(nursery, "introducing ourselves", self._introduce)
+                self._keep(nursery, "coming back to the swarm", self._come_back)
+                self._keep(nursery, "announcing", self._announcer.run)
+                await self._connections.containment.keep_running(self._refresh, what="refreshing contacts")
+
+    def _keep(self, nursery: trio.Nursery, what: str, run: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run a task as long as we live: one that fails starts again, and costs none of the others."""
+        nursery.start_soon(partial(self._connections.containment.keep_running, run, *arguments, what=what))
 
     @contextmanager
     def _hearing_clocks(self, nursery: trio.Nursery) -> Iterator[None]:
         """Hear what time it is from everybody we are connected to."""
 
         def observer(connection: PeerConnection) -> None:
-            nursery.start_soon(self._hear_clock, connection)
+            contained = self._connections.containment.contained
+            nursery.start_soon(partial(contained, self._hear_clock, connection, what="hearing a clock"))
 
         for connection in self._connections.live.values():
             observer(connection)

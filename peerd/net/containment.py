@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final
 
@@ -29,6 +30,11 @@ WINDOW_S: Final = 60.0
 REFUSED_S: Final = 600.0
 # Peers and addresses to remember: keys are free, so the list is bounded, and the oldest is forgotten first.
 MAX_REMEMBERED: Final = 4096
+# A task that fails starts again after this, and after twice as long each time that it fails again soon.
+FIRST_PAUSE_S: Final = 1.0
+MAX_PAUSE_S: Final = 300.0
+# What ran for so long before it failed has recovered: its next pause is short again.
+STEADY_S: Final = 600.0
 # One kind of failure writes its stack this seldom: a stranger who repeats it must not fill the disk.
 STACK_EVERY_S: Final = 10.0
 
@@ -49,6 +55,27 @@ class Containment:
     def around(self, what: str, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> _Around:
         """A block that lets no exception out but cancellation and what ends the process."""
         return _Around(self, what, peer_id, ip)
+
+    async def contained(self, run: Callable[..., Awaitable[None]], *arguments: object, what: str) -> None:
+        """Run a task that may end, and let no failure out of it."""
+        with self.around(what):
+            await run(*arguments)
+
+    async def keep_running(self, run: Callable[..., Awaitable[None]], *arguments: object, what: str) -> None:
+        """Run a task that a peer needs for as long as it lives: one that fails starts again, after ever longer pauses.
+
+        Returns when the task does. `run` must be able to start again wherever it failed.
+        """
+        pause_s = FIRST_PAUSE_S
+        while True:
+            began = trio.current_time()
+            with self.around(what):
+                await run(*arguments)
+                return
+            if trio.current_time() - began >= STEADY_S:
+                pause_s = FIRST_PAUSE_S
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     def contain(self, error: Exception, what: str, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> None:
         """Log and count a failure in `what`, and hold it against a peer and its address. Raises it if strict."""

@@ -13,7 +13,7 @@ import ssl
 import struct
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
@@ -243,8 +243,11 @@ class WebSocketChannel:
         """Say goodbye and let the other side read what was sent, for half a second at most."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _LINGER_S):
             if self._websocket is not None:
-                with suppress(*_LIBRARY_ERRORS, ConnectionClosed):
+                try:
                     await self._websocket.aclose()
+                except Exception as error:
+                    # Whatever the library meets in a stranger's last words ends this channel, which has ended anyway.
+                    log.debug("the websocket of %s did not close: %r", self._remote_ip, error)
         self.abort()
         await trio.aclose_forcefully(self._stream)
 

@@ -141,6 +141,9 @@ class Reachability:
                 if self._fixed or not self._connections.listen_addresses:
                     await trio.sleep_forever()
                 nursery.start_soon(watch_sleep, self._now, self._woke)
+                if self._due == math.inf:
+                    # A check failed, and we were started again.
+                    self._look_within(SETTLE_S)
                 while True:
                     await self._wait_until_due()
                     await self._check()
@@ -165,7 +168,8 @@ class Reachability:
     @contextmanager
     def _hearing(self, nursery: trio.Nursery) -> Iterator[None]:
         def connected(connection: PeerConnection) -> None:
-            nursery.start_soon(self._hear, connection)
+            contained = self._connections.containment.contained
+            nursery.start_soon(partial(contained, self._hear, connection, what="hearing where a peer sees us"))
 
         def lost(connection: PeerConnection) -> None:
             self._observed.forget(connection.peer_id)

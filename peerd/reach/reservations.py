@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from random import Random
 from types import MappingProxyType
@@ -120,7 +121,8 @@ class Reservations:
         """Hold as many reservations as we want, whenever we want them, until cancelled."""
         async with trio.open_nursery() as nursery:
             for _ in range(WANTED_RELAYS):
-                nursery.start_soon(self._keep_one)
+                keep = self._connections.containment.keep_running
+                nursery.start_soon(partial(keep, self._keep_one, what="holding a reservation"))
 
     async def answer(self, stream: Stream) -> None:
         """Handle a circuit that a relay brings, for as long as it stands."""

@@ -17,6 +17,7 @@ from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S
 from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import finish, refuse
 from peerd.net.connections import Connections, Stream
+from peerd.net.containment import Containment
 from peerd.net.owners import Owner
 from peerd.net.peer_connection import CLOSED
 from peerd.protocol.connection.frames import Priority
@@ -27,6 +28,7 @@ from peerd.protocol.errors import (
     ContextTooLong,
     Draining,
     Evicted,
+    InternalError,
     InvalidRequest,
     NotServed,
     Overloaded,
@@ -78,13 +80,14 @@ MAX_SESSIONS_A_NETWORK = 256
 class Server:
     """Serves spans to sessions. `run` owns engines and sessions; `handlers` go to the connections."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], containment: Containment | None = None) -> None:
         self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
         #: Called when a span has become full, or has room again.
         self.on_load_changed: Callable[[], None] = lambda: None
         self._stopped = False
         self._now = now
+        self._containment = containment or Containment()
         self._sessions = HostedSessions(now)
         self._running: dict[EngineTask, _Running] = {}
         # Set when somebody has waited for KV in vain.
@@ -118,7 +121,7 @@ class Server:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                await self._evict_idle()
+                await self._containment.keep_running(self._evict_idle, what="taking back unused KV")
         finally:
             self.draining = self._stopped = True
 
@@ -354,8 +357,12 @@ class Server:
         self, key: SessionKey, session: HostedSession, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         try:
-            await session.run(task_status)
+            with self._containment.around("a session", session.owner.peer_id):
+                await session.run(task_status)
+                return
+            session.tell(Failure.of(InternalError("a bug ended the session")))
         finally:
+            session.close()
             session.release()
             self._sessions.forget(key)
 
@@ -400,7 +407,8 @@ class Server:
         if self.draining or self._leaves(session.task) or stream.connection.farewell == CLOSED:
             session.close()
         else:
-            self._nursery.start_soon(self._close_unless_back, session, session.visits)
+            contained = partial(self._containment.contained, what="a session whose client is away")
+            self._nursery.start_soon(contained, self._close_unless_back, session, session.visits)
 
     async def _close_unless_back(self, session: HostedSession, visits: int) -> None:
         with trio.move_on_after(LINGER_S):

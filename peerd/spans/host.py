@@ -8,6 +8,7 @@ nothing that came to nothing: so each has a place from the first on, which is re
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ class SpanHost:
             random = Random(os.urandom(16))
             self._names = ModelNames(self._discovery.dht, self._peer_id, self._discovery.changed, random)
             self._discovery.describe(self._names.records)
-            self._tasks.start_soon(self._names.run)
+            self._keep("naming models", self._names.run)
         self._names.add(words)
 
     def _watch_neighbours(self, model: bytes, block_count: int) -> None:
@@ -152,7 +153,7 @@ class SpanHost:
             self._neighbours = Neighbours(
                 self._peer_id, discovery.directory, discovery.links, prober, random, self._rules, places.records
             )
-            self._tasks.start_soon(self._neighbours.run)
+            self._keep("measuring the ways to next servers", self._neighbours.run)
         neighbours = self._neighbours
         neighbours.serves(model, block_count)
 
@@ -169,7 +170,10 @@ class SpanHost:
         pace = Pace.looking_every(look_every_s)
         rebalancer = Rebalancer(place, loader, self._server, self._discovery, self._peer_id, block_count, random, pace)
         self._rebalancers.append(rebalancer)
-        self._tasks.start_soon(rebalancer.run)
+        self._keep("moving blocks", rebalancer.run)
+
+    def _keep(self, what: str, run: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.start_soon(partial(self._connections.containment.keep_running, run, what=what))
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
         """Serve one more LoRA adapter, the directory that peft saved, while sessions run; returns its id.

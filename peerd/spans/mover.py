@@ -133,6 +133,7 @@ class Rebalancer:
         self._random = random
         self._pace = pace or Pace()
         self._scope = trio.CancelScope()
+        self._stopped = False
         self.moves = 0
 
     def __repr__(self) -> str:
@@ -140,13 +141,14 @@ class Rebalancer:
 
     def stop(self) -> None:
         """Move no more. What has been given up for a move is not loaded any more."""
+        self._stopped = True
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Look and move, until `stop`."""
+        """Look and move, until `stop`. May be started again where it failed."""
         failures = 0
-        with self._scope:
-            while True:
+        with trio.CancelScope() as self._scope:
+            while not self._stopped:
                 pause_s = self._pace.look_s * self._random.uniform(1 - LOOK_SPREAD, 1 + LOOK_SPREAD)
                 await trio.sleep(pause_s * min(2**failures, MAX_BACKOFF))
                 failures = 0 if await self._look_and_move() else failures + 1

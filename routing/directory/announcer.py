@@ -100,8 +100,10 @@ class Announcer:
             started = trio.current_time()
             self._changed = trio.Event()
             announced, self._announced = self._announced, trio.Event()
-            delivered = await self.announce()
-            announced.set()
+            try:
+                delivered = await self.announce()
+            finally:
+                announced.set()
             if not delivered:
                 log.warning("no peer stored some of our announcements; trying again in %g s", RETRY_S)
             period_s = TTL_S / 3 if delivered else RETRY_S

@@ -18,6 +18,7 @@ from peerd.discovery.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery
 from peerd.discovery.prober import Prober
 from peerd.discovery.state_files import Write, write_durably
 from peerd.net.connections import Connections, open_connections
+from peerd.net.containment import Containment
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
@@ -102,6 +103,7 @@ class Swarm:
         write: Write = write_at_once,
         bootstrap: tuple[Multiaddr, ...] | None = None,
         ahead_s: float = 0.0,
+        containment: Containment | None = None,
     ) -> AsyncIterator[tuple[Connections, Discovery]]:
         def now() -> float:
             return EPOCH + trio.current_time() + ahead_s
@@ -116,6 +118,7 @@ class Swarm:
                 listen=listen,
                 handlers={},
                 now=now,
+                containment=containment,
             ) as connections,
             open_discovery(
                 connections,
@@ -275,6 +278,28 @@ async def test_a_full_disk_costs_no_announcement(swarm: Swarm, tmp_path: Path) -
         server.serve(lambda: [body()])
         await trio.sleep(2 * REFRESH_S)
         assert len(await reader.directory.servers(MODEL, 4)) == 1
+
+
+async def test_a_task_that_fails_starts_again_and_the_others_go_on(swarm: Swarm) -> None:
+    calls = 0
+
+    def spans() -> list[ServerRecord]:
+        nonlocal calls
+        calls += 1
+        if calls <= 2:
+            raise ZeroDivisionError
+        return [body()]
+
+    containment = Containment(is_strict=False)
+    async with (
+        swarm.open(1),
+        swarm.open(2) as (_, reader),
+        swarm.open(3, containment=containment) as (_, server),
+    ):
+        server.serve(spans)
+        await trio.sleep(1 + 2 + 1)
+        assert len(await reader.directory.servers(MODEL, 4)) == 1
+        assert containment.counts == {"announcing: ZeroDivisionError": 2}
 
 
 async def test_a_disk_that_hangs_costs_no_announcement(swarm: Swarm, tmp_path: Path) -> None:

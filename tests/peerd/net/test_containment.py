@@ -2,12 +2,13 @@
 
 import logging
 from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 
 import pytest
 import trio
 
 from peerd.net.connections import open_connections
-from peerd.net.containment import MAX_FAILURES, REFUSED_S, WINDOW_S, Containment
+from peerd.net.containment import MAX_FAILURES, MAX_PAUSE_S, REFUSED_S, STEADY_S, WINDOW_S, Containment
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import GoAway, Ping, Pong, Reset, encode_frame
 from peerd.protocol.errors import ConnectionLost, PeerdError, PeerFault, StreamReset
@@ -236,3 +237,48 @@ async def _hear(peer, heard):
             heard.append(frame)
             if isinstance(frame, Ping):
                 await peer.send(encode_frame(Pong(frame.token)))
+
+
+async def test_a_task_that_fails_starts_again_after_ever_longer_pauses():
+    started = []
+
+    async def fail():
+        started.append(trio.current_time())
+        raise Bug
+
+    with trio.move_on_after(3 * MAX_PAUSE_S):
+        await Containment(is_strict=False).keep_running(fail, what="a task")
+    assert started[:5] == pytest.approx([0, 1, 3, 7, 15])
+    assert started[-1] - started[-2] == pytest.approx(MAX_PAUSE_S)
+
+
+async def test_a_task_that_ran_well_for_long_before_it_failed_starts_again_at_once():
+    started = []
+
+    async def fail_in_the_end():
+        started.append(trio.current_time())
+        if len(started) > 3:
+            await trio.sleep(STEADY_S)
+        raise Bug
+
+    with trio.move_on_after(3 * STEADY_S):
+        await Containment(is_strict=False).keep_running(fail_in_the_end, what="a task")
+    assert [later - before for before, later in pairwise(started[3:])] == [STEADY_S + 1] * 2
+
+
+async def test_a_task_that_ends_is_not_started_again():
+    arguments = []
+
+    async def end(one, other):
+        arguments.append((one, other))
+
+    await Containment(is_strict=False).keep_running(end, 1, 2, what="a task")
+    assert arguments == [(1, 2)]
+
+
+async def test_a_strict_task_fails_at_once():
+    async def fail():
+        raise Bug
+
+    with pytest.raises(Bug):
+        await Containment(is_strict=True).keep_running(fail, what="a task")
