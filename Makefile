@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 TOOLS := .venv-tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-oldest test-newest check docs fix lint lock families chaos bench bench-list clean setup
+.PHONY: demo test test-families test-oldest test-newest check docs fix lint lock families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -49,6 +49,10 @@ lint: setup
 # The site in .cache/site, strictly: a link that leads nowhere is an error.
 docs: setup
 	PYTHON=$(BIN)/python sh .ci/build-docs
+
+# Remote Transformers models of all families; `make test` takes eight.
+test-families: setup
+	PEERD_ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests/peerd/facade/test_families.py
 
 # Architectures that the installed Transformers has and the family table does not mention. A list to work through, no failure.
 families: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,21 @@ class Servers:
         self._closes: list[Any] = []
 
     def serve(self, path: Path, *spans: tuple[int, int]) -> None:
-        for span in spans:
+        """A peer for each span. They open side by side, behind the first: a peer waits for answers while it opens."""
+        waiting = list(spans)
+        if not self.peers and waiting:
+            self._open(path, [waiting.pop(0)])
+        self._open(path, waiting)
+
+    def _open(self, path: Path, spans: list[tuple[int, int]]) -> None:
+        def open_one(span: tuple[int, int]) -> tuple[peerd.Peer, Any]:
             spec = peerd.ServeSpec(path, peerd.Span(*span), kv_tokens=8192, throughput=1000.0, stay=True)
-            manager = peerd.open_peer(listen=[LISTEN], serve=[spec], bootstrap=self.bootstrap)
-            peer, close = self.bridge.hold(manager)
-            self.peers.append(peer)
-            self._closes.append(close)
+            return self.bridge.hold(peerd.open_peer(listen=[LISTEN], serve=[spec], bootstrap=self.bootstrap))
+
+        with ThreadPoolExecutor(max_workers=8) as threads:
+            for peer, close in threads.map(open_one, spans):
+                self.peers.append(peer)
+                self._closes.append(close)
 
     @property
     def bootstrap(self) -> list[peerd.Multiaddr]:
@@ -40,9 +50,15 @@ class Servers:
     def sessions(self) -> int:
         return sum(peer.server.sessions for peer in self.peers if peer.server is not None)
 
-    def kill(self, index: int) -> None:
+    def kill(self, index: int) -> peerd.Peer:
+        """Have a peer end at once: its connections break. Returns it."""
         self._closes.pop(index)()
-        self.peers.pop(index)
+        return self.peers.pop(index)
+
+    def kill_one_of(self, chain: list[dict[str, Any]], hop: int) -> peerd.Peer:
+        """Have the peer end that serves a chain's hop. Returns it."""
+        ids = [str(peer.peer_id) for peer in self.peers]
+        return self.kill(ids.index(str(chain[hop]["peer"])))
 
     def close(self) -> None:
         for close in reversed(self._closes):
