@@ -15,7 +15,7 @@ PAGES = sorted(path for path in (REPOSITORY / "spec").glob("*.md") if path.name 
 # Names that two peers must agree on: of streams, signatures, keys and hashes.
 VERSIONED = re.compile(r"/peerd/[a-z]+/\d+|/peerd/v\d+/\w+|peerd( \w+)?[ ./]\d+\n?|Noise_\w+|noise-libp2p-static-key:")
 # These pass messages on without reading what is in them: they wire, translate, or misuse them on purpose.
-PASSES_ON = ("peerd/peer.py", "peerd/api/", "peerd/testing/", "peerd/cli/")
+PASSES_ON = ("peerd/peer.py", "peerd/api/", "peerd/local/", "peerd/testing/", "peerd/cli/")
 # Every protocol has refusals, and callers of a session say what they want: neither tells whose messages a module reads.
 SHARED = {"Failure", "Want"}
 

@@ -26,8 +26,10 @@ class Models:
         return iter(self._models.items())
 
     def named(self, name: str) -> SwarmModel:
-        """Raises ApiError for a name that there is not."""
+        """The model of that name, or of that digest in hex. Raises ApiError for one that there is not."""
         model = self._models.get(name)
+        if model is None:
+            model = next((each for each in self._models.values() if each.facts.digest.hex() == name), None)
         if model is None:
             known = ", ".join(self._models) or "none: start the daemon with --model NAME=PATH"
             raise ApiError(

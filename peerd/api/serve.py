@@ -30,9 +30,9 @@ from peerd.api.models import Models
 from peerd.api.openai.chat_templates import open_chat_templates
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
-from peerd.api.tensors.messages import MAX_BODY_BYTES
 from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
+from peerd.local.messages import MAX_BODY_BYTES
 from peerd.net.containment import Containment
 from peerd.protocol.encoding.wire import MAX_HEADER_BYTES
 from peerd.protocol.errors import InvalidRequest

@@ -14,19 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from peerd.local.socket_path import own_folder
 from peerd.protocol.errors import InvalidRequest
 
 _BACKLOG = 128
 # What Linux's socket addresses hold, without the zero at the end.
 _LONGEST_PATH = 107
-
-
-def default_socket_path() -> Path:
-    """`$XDG_RUNTIME_DIR/peerd.sock`, else `/tmp/peerd-UID/peerd.sock`."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isabs(runtime):
-        return Path(runtime) / "peerd.sock"
-    return _own_folder() / "peerd.sock"
 
 
 @contextmanager
@@ -36,7 +29,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
         raise InvalidRequest(
             f"{path} is longer than the {_LONGEST_PATH} bytes of a socket's path: choose another --socket"
         )
-    if path.parent == _own_folder():
+    if path.parent == own_folder():
         _make_own_folder(path.parent)
     if not path.parent.is_dir():
         raise InvalidRequest(f"{path.parent} is no directory: make it, or choose another --socket")
@@ -62,10 +55,6 @@ def listen_tcp(host: str, port: int) -> Iterator[socket.socket]:
     with listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener
-
-
-def _own_folder() -> Path:
-    return Path(f"/tmp/peerd-{os.getuid()}")
 
 
 def _make_own_folder(folder: Path) -> None:

@@ -281,8 +281,8 @@ def _offer(
     token_file: Path | None,
     no_token: bool,
 ) -> Offered:
-    from peerd.api.sockets import default_socket_path
     from peerd.cli.daemon import Offered
+    from peerd.local.socket_path import default_socket_path
 
     names = [name for name, _ in models if name is not None]
     if len(set(names)) < len(names):

@@ -11,8 +11,8 @@ from typing import Any
 
 import trio
 
-from peerd.api.sockets import default_socket_path
 from peerd.cli.console import short, table, write
+from peerd.local.socket_path import default_socket_path
 from peerd.protocol.errors import InvalidRequest, Unresponsive
 
 _DEADLINE_S = 10.0

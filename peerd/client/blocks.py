@@ -129,13 +129,7 @@ class ServedBlocks:
     ) -> Session:
         """A session whose chain opens with its first step, and which the caller must `close`."""
         blocks = blocks or Span(0, self.facts.block_count)
-        if max_length > self.facts.max_length:
-            raise ContextTooLong(
-                f"{max_length} positions wanted (prompt and answer together), {self.facts.name} takes"
-                f" {self.facts.max_length}"
-            )
-        if not 1 <= max_rows <= MAX_ROWS:
-            raise InvalidRequest(f"{max_rows} rows wanted: a session has 1 to {MAX_ROWS}; use several sessions")
+        check_session_size(self.facts, max_length, max_rows)
         terms = Terms(
             model=self.facts.digest,
             size=SessionSize(max_length, max_rows, max_rollback),
@@ -229,6 +223,16 @@ class ServedBlocks:
             return replace(terms, adapter=await self._adapter_id(adapter, blocks))
         own = adapter if isinstance(adapter, LoraAdapter) else await self.read_adapter(adapter)
         return replace(terms, own_adapter=within(own.weights, blocks))
+
+
+def check_session_size(facts: ModelFacts, max_length: int, max_rows: int) -> None:
+    """Raises ContextTooLong, InvalidRequest for rows that no session over this model can have."""
+    if max_length > facts.max_length:
+        raise ContextTooLong(
+            f"{max_length} positions wanted (prompt and answer together), {facts.name} takes {facts.max_length}"
+        )
+    if not 1 <= max_rows <= MAX_ROWS:
+        raise InvalidRequest(f"{max_rows} rows wanted: a session has 1 to {MAX_ROWS}; use several sessions")
 
 
 def _is_directory(adapter: str) -> bool:

@@ -9,8 +9,18 @@ import torch
 from torch import nn
 
 from peerd.client.blocks import ServedBlocks
+from peerd.client.session.session import Session
+from peerd.client.training.training_pass import Pass
 from peerd.facade.bridge import Bridge
+from peerd.local.blocks import DaemonBlocks
+from peerd.local.passes import DaemonPass
+from peerd.local.session import DaemonSession
 from peerd.protocol.encoding.tensors import DTYPES
+
+AnyBlocks = ServedBlocks | DaemonBlocks
+"""A model's blocks: of a peer of this process, or of a daemon's."""
+AnySession = Session | DaemonSession
+AnyPass = Pass | DaemonPass
 
 
 class Prompts(nn.Module):
@@ -30,7 +40,7 @@ class Prompts(nn.Module):
 class Backend:
     """A model's blocks in a swarm. Counts what was asked of it: `sessions_opened`, `passes`, `steps`."""
 
-    def __init__(self, bridge: Bridge, blocks: ServedBlocks) -> None:
+    def __init__(self, bridge: Bridge, blocks: AnyBlocks) -> None:
         self.bridge = bridge
         self.blocks = blocks
         #: The decoder's remote layers, in the model's order.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from peerd.client.session.session import Session
+from peerd.facade.backend import AnySession
 from peerd.facade.lora import Pairs
 from peerd.protocol.rows import Drop, Fork
 from peerd.protocol.span import Span
@@ -60,7 +60,7 @@ class Run:
     """The session of one run of blocks."""
 
     span: Span
-    session: Session
+    session: AnySession
     max_length: int
     max_rows: int
     max_rollback: int

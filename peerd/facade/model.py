@@ -7,7 +7,6 @@ every family that peerd serves.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ import torch
 from torch import nn
 
 from peerd.compute.model.head import HeadModel, load_head_model
+from peerd.facade.architecture import find_return_type, remote_type, use_no_masks
 from peerd.facade.backend import Prompts
-from peerd.facade.blocks import Call, RemoteBlocks, during, make_remote
+from peerd.facade.blocks import make_remote
 from peerd.facade.bridge import Bridge
 from peerd.facade.cache import RemoteCache
 from peerd.facade.calls import watch_calls
-from peerd.facade.opening import open_swarm
+from peerd.facade.opening import open_daemon, open_swarm, socket_of
 from peerd.facade.steps import ROLLBACK
 from peerd.facade.swarm import Swarm
 from peerd.protocol.addresses import Multiaddr
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 Address = Multiaddr | str
 TUNING_MODES = ("ptune", "deep_ptune")
 _TRAINED_FILE = "trained.safetensors"
-# Remote blocks see no masks, but some decoders compute with the one that they make: they get a mask of one element.
-_NO_MASKS = "peerd_remote"
 
 
 class RemotePreTrainedModel:
@@ -54,6 +52,7 @@ class RemotePreTrainedModel:
         bootstrap: Address | Sequence[Address] = (),
         revision: str | None = None,
         device: str | torch.device = "cpu",
+        daemon: bool | str | Path = False,
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
         **options: Any,
@@ -64,8 +63,11 @@ class RemotePreTrainedModel:
         `pre_seq_len` positions before each row, `deep_ptune` also what is added to them in every block. Other options
         are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
 
+        daemon: instead of a peer of the model's own, use that of the `peerd --client` on this machine, which was given
+        the model; True, or the path of its socket. Many programs may share one. It knows the swarm: no `bootstrap`.
+
         Close the model when it is no longer needed, or use it in a `with` block; a forgotten one closes itself. Raises
-        CheckpointError, UnsupportedModel, ValueError, OSError.
+        CheckpointError, UnsupportedModel, ValueError, OSError; InvalidRequest where no such daemon runs.
         """
         if tuning_mode is not None and tuning_mode not in TUNING_MODES:
             raise ValueError(f"tuning_mode={tuning_mode!r}: it is one of {', '.join(TUNING_MODES)}, or left out")
@@ -77,10 +79,13 @@ class RemotePreTrainedModel:
         def build(checkpoint: Checkpoint) -> None:
             built.append((cls._load_head(checkpoint, device), checkpoint.family))
 
-        bridge = Bridge()
         addresses = [bootstrap] if isinstance(bootstrap, str | Multiaddr) else list(bootstrap)
+        opening: Any = open_swarm(model, revision, addresses, options, build)
+        if daemon:
+            opening = open_daemon(model, revision, socket_of(daemon, addresses, options), options, build)
+        bridge = Bridge()
         try:
-            blocks, close = bridge.hold(open_swarm(model, revision, addresses, options, build))
+            blocks, close = bridge.hold(opening)
             head, family = built.pop()
             made: Any = head.model
             made._connect(head, family, Swarm(bridge, blocks), (close, bridge.close))
@@ -113,9 +118,8 @@ class RemotePreTrainedModel:
         for parameter in self._trained_from_the_start():
             parameter.requires_grad_(True)
         watch_calls(self, head.decoder, family.layers)
-        _register_no_masks()
-        me.config._attn_implementation = _NO_MASKS
-        _find_return_type(head.decoder, layers, family)
+        use_no_masks(me.config)
+        find_return_type(head.decoder, layers, family)
 
     def _trained_from_the_start(self) -> Sequence[nn.Parameter]:
         return ()
@@ -223,7 +227,7 @@ class RemoteModel(RemotePreTrainedModel):
 
     @classmethod
     def _load_head(cls, checkpoint: Checkpoint, device: torch.device) -> HeadModel:
-        kind = _remote_type(cls, checkpoint.family.decoder_type())
+        kind = remote_type(cls, checkpoint.family.decoder_type())
         return load_head_model(checkpoint, device=device, causal_type=kind, fill_head=lambda model, decoder: None)
 
 
@@ -232,7 +236,7 @@ class RemoteModelForCausalLM(RemotePreTrainedModel):
 
     @classmethod
     def _load_head(cls, checkpoint: Checkpoint, device: torch.device) -> HeadModel:
-        kind = _remote_type(cls, checkpoint.family.causal_type())
+        kind = remote_type(cls, checkpoint.family.causal_type())
         head = load_head_model(checkpoint, device=device, causal_type=kind)
         generation: Any = checkpoint.generation_config
         head.model.generation_config = generation
@@ -261,7 +265,7 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
         if type(config) not in mapping:
             raise ValueError(f"Transformers has no sequence classification for {config.model_type}")
         config.num_labels = cls._num_labels
-        kind = _remote_type(RemoteModelForSequenceClassification, mapping[type(config)])
+        kind = remote_type(RemoteModelForSequenceClassification, mapping[type(config)])
 
         def make_score(model: Any, decoder: Any) -> None:
             width, labels = model.score.in_features, cls._num_labels
@@ -286,65 +290,3 @@ class AutoModelForCausalLM:
     def from_pretrained(model: str | Path, **options: Any) -> RemoteModelForCausalLM:
         """As for `RemoteModelForCausalLM.from_pretrained`."""
         return RemoteModelForCausalLM.from_pretrained(model, **options)
-
-
-_TYPES: dict[tuple[type, type], type[Any]] = {}
-
-
-def _remote_type(mixin: type, kind: type) -> type[Any]:
-    """The architecture's class with remote blocks, under its own name, by which libraries know it."""
-    if (mixin, kind) not in _TYPES:
-        body = {"__module__": kind.__module__}
-        if hasattr(kind, "prepare_inputs_for_generation"):
-            body["prepare_inputs_for_generation"] = _named_as_peft_knows(kind.prepare_inputs_for_generation)
-        _TYPES[mixin, kind] = type(kind.__name__, (mixin, kind), body)
-    return _TYPES[mixin, kind]
-
-
-def _named_as_peft_knows(original: Any) -> Any:
-    """`prepare_inputs_for_generation` for a model that peft may wrap.
-
-    peft 0.21 puts a method of its own in its place and knows the cache only as `past_key_values`: without it, peft
-    would give its prompts again with every token. The causal model's pre-hook names the cache back.
-    """
-
-    # Transformers reads the signature.
-    @functools.wraps(original)
-    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = original(self, *args, **kwargs)
-        if "prepare_inputs_for_generation" in self.__dict__ and "cache" in inputs:
-            inputs["past_key_values"] = inputs.pop("cache")
-        return inputs
-
-    return prepare_inputs_for_generation
-
-
-def _register_no_masks() -> None:
-    from transformers import AttentionMaskInterface
-
-    AttentionMaskInterface.register(_NO_MASKS, _one_element_mask)
-
-
-def _one_element_mask(*_: Any, **__: Any) -> torch.Tensor:
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool)
-
-
-def _find_return_type(decoder: Any, layers: RemoteBlocks, family: Family) -> None:
-    """Find out whether the decoder's loop expects tuples of its layers, by a run with layers that do nothing.
-
-    Five families of 94 do, and a release may change that, so they are asked instead of listed. Raises TypeError.
-    """
-    ids = torch.zeros(2, 3, dtype=torch.long, device=getattr(decoder, family.embeddings).weight.device)
-    failure: Exception | None = None
-    for returns_tuple in (False, True):
-        blocks: list[Any] = list(layers)
-        for block in blocks:
-            block.returns_tuple = returns_tuple
-        try:
-            with during(Call((), is_dry=True)), torch.no_grad():
-                output = type(decoder).forward(decoder, input_ids=ids, use_cache=False)
-            if output.last_hidden_state.shape[:2] == ids.shape:
-                return
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            failure = error
-    raise TypeError(f"{type(decoder).__name__} calls its layers in a way that remote blocks do not know") from failure

@@ -1,12 +1,20 @@
-"""Opens a peer and a model's blocks for the facade, inside the bridge's loop."""
+"""Opens a model's blocks for the facade, over a peer of its own or a daemon's, inside the bridge's loop."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import trio
+
+from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.client.blocks import ServedBlocks
+from peerd.client.open_model import facts_of
+from peerd.compute.checkpoint.hub.settings import HubSettings
+from peerd.local.blocks import DaemonBlocks, open_daemon_blocks
+from peerd.local.socket_path import default_socket_path
 from peerd.peer import open_peer
 
 if TYPE_CHECKING:
@@ -27,3 +35,29 @@ async def open_swarm(
         peer.blocks(path, on_checkpoint, revision=revision) as blocks,
     ):
         yield blocks
+
+
+@asynccontextmanager
+async def open_daemon(
+    path: Any,
+    revision: str | None,
+    socket_path: Path,
+    options: Mapping[str, Any],
+    on_checkpoint: Callable[[Checkpoint], None],
+) -> AsyncIterator[DaemonBlocks]:
+    """One model through the daemon whose socket is `socket_path`. `options`: `hub`, or nothing."""
+    async with AsyncExitStack() as stack:
+        async with Checkpoints(options.get("hub") or HubSettings()).open(path, revision) as checkpoint:
+            await fetch_head(checkpoint)
+            # Before the head is read, which takes longer than to hear that no daemon runs.
+            blocks = await stack.enter_async_context(open_daemon_blocks(socket_path, facts_of(checkpoint)))
+            await trio.to_thread.run_sync(on_checkpoint, checkpoint)
+        yield blocks
+
+
+def socket_of(daemon: Literal[True] | str | Path, bootstrap: Sequence[Any], options: Mapping[str, Any]) -> Path:
+    """The path of a daemon's socket. Raises ValueError for options that are the daemon's own business."""
+    others = sorted({name for name in options if name != "hub"} | ({"bootstrap"} if bootstrap else set()))
+    if others:
+        raise ValueError(f"{', '.join(others)}: with daemon= the daemon knows the swarm; give it these options instead")
+    return default_socket_path() if isinstance(daemon, bool) else Path(daemon)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from peerd.client.training.trained import Gradients
-from peerd.client.training.training_pass import Pass
 from peerd.compute.adapters.lora import BlockModule
-from peerd.facade.backend import Backend
+from peerd.facade.backend import AnyPass, Backend
 from peerd.facade.blocks import Call
 from peerd.facade.bridge import Bridge
 from peerd.facade.lora import LoraTensors
@@ -107,7 +106,7 @@ def _differentiable(
 class _Held:
     """A pass whose hops keep memory until its backward, or until this is garbage."""
 
-    def __init__(self, bridge: Bridge, done: Pass) -> None:
+    def __init__(self, bridge: Bridge, done: AnyPass) -> None:
         self._bridge, self._done = bridge, done
         finalizer = weakref.finalize(self, bridge.post, done.close)
         finalizer.atexit = False
@@ -136,7 +135,7 @@ class _Through(torch.autograd.Function):
         *lora: torch.Tensor,
     ) -> torch.Tensor:
         pairs = {key: (_wire(lora[2 * i]), _wire(lora[2 * i + 1])) for i, key in enumerate(keys)}
-        ask = partial(
+        ask: Any = partial(
             backend.blocks.forward,
             _wire(packed, backend.dtype),
             rows=lengths,
@@ -145,11 +144,12 @@ class _Through(torch.autograd.Function):
             lora=pairs,
             keep=keep,
         )
-        done = backend.bridge.call(ask)
+        done: AnyPass = backend.bridge.call(ask)
         ctx.held = _Held(backend.bridge, done) if keep else None
         ctx.keys = keys
         ctx.likes = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in (deep, packed, *lora)]
-        return done.output.to(packed.device, packed.dtype)
+        output: torch.Tensor = done.output.to(packed.device, packed.dtype)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,11 +9,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from peerd.client.session.session import Session
-from peerd.facade.backend import Backend
+from peerd.facade.backend import AnySession, Backend
 from peerd.facade.blocks import Call
 from peerd.facade.cache import RemoteCache, Run, settle
 from peerd.facade.lora import Pairs, as_adapter, states
@@ -140,7 +140,7 @@ class _Step:
         if rows > MAX_ROWS:
             raise InvalidRequest(f"{rows} rows at once, a session has at most {MAX_ROWS}: generate in several calls")
         backend = self._backend
-        start = partial(
+        start: Any = partial(
             backend.blocks.start_session,
             max_length=length,
             max_rows=rows,
@@ -148,7 +148,7 @@ class _Step:
             blocks=self._span,
             adapter=as_adapter(lora),
         )
-        session = backend.bridge.call(start)
+        session: AnySession = backend.bridge.call(start)
         backend.sessions_opened += 1
         run = Run(self._span, session, length, rows, rollback, lora, states(lora), session.close)
         _close_with(run, backend)
@@ -261,7 +261,7 @@ def _checked_shift(
     return shift
 
 
-async def _refill(session: Session, copies: dict[int, torch.Tensor]) -> None:
+async def _refill(session: AnySession, copies: dict[int, torch.Tensor]) -> None:
     """Compute rows again in another session."""
     try:
         await at_once([partial(session.step, part, row=row, start=0, want="none") for row, part in copies.items()])
@@ -270,7 +270,7 @@ async def _refill(session: Session, copies: dict[int, torch.Tensor]) -> None:
         raise
 
 
-async def _ask(session: Session, pieces: Sequence[Piece], ops: Sequence[Op], want: Want) -> list[torch.Tensor]:
+async def _ask(session: AnySession, pieces: Sequence[Piece], ops: Sequence[Op], want: Want) -> list[torch.Tensor]:
     """Each piece's answer, `[positions, width]`; none for `want="none"`."""
     if not pieces:
         return []

@@ -6,29 +6,34 @@ step is cut into pieces for the swarm anyway. The session ends with the websocke
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import itertools
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import trio
 from starlette.websockets import WebSocket
 
 from peerd.api.errors import ApiError
-from peerd.api.tensors.messages import (
+from peerd.api.tensors.adapters import as_adapter, gradient_messages, read_pairs
+from peerd.api.tensors.bodies import decoded, header_of, tensor_of
+from peerd.compute.errors import AdapterError
+from peerd.local.messages import (
     FROM_CLIENT,
-    MAX_BODY_BYTES,
+    MAX_WAITING,
     Backward,
     Embed,
     Forward,
     GradientsOutput,
     Logits,
+    Parameter,
     SessionOpened,
     message_bytes,
     read_message,
     read_open,
 )
 from peerd.protocol.encoding.schema import parse
-from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
+from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.encoding.wire import RawMessage
 from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
 from peerd.protocol.messages.session import Failure, Output, Step
@@ -42,10 +47,9 @@ if TYPE_CHECKING:
     from peerd.api.models import Models
     from peerd.client.model import SwarmModel
     from peerd.client.session.session import Session
+    from peerd.client.training.trained import LoraPairs
     from peerd.client.training.training_pass import Pass
 
-# Requests that a client may send before the first is answered.
-MAX_WAITING = 8
 # Forwards of one websocket that wait for their backward: each holds memory on every hop.
 MAX_PASSES = 8
 _POLICY = 1008
@@ -78,8 +82,13 @@ async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], 
         data = said.get("bytes")
         if data is None:
             raise RemoteProtocolError("a text message where messages are binary")
+        raw = read_message(data)
+        if raw.header.get("type") == Parameter.TYPE:
+            # Thousands may follow the first message, which nobody answers one by one.
+            await send.send(raw)
+            continue
         try:
-            send.send_nowait(read_message(data))
+            send.send_nowait(raw)
         except trio.WouldBlock:
             raise RemoteProtocolError(f"more than {MAX_WAITING} requests are unanswered") from None
 
@@ -94,16 +103,40 @@ async def _open(
     except ApiError as error:
         raise InvalidRequest(str(error)) from None
     blocks = _span(wanted.start, wanted.end or model.facts.block_count, model)
-    async with model.session(
-        max_length=wanted.max_length, max_rows=wanted.max_rows, max_rollback=wanted.max_rollback, blocks=blocks
-    ) as session:
+    adapter = _Adapter(wanted.adapter, await read_pairs(receive, wanted.parameters))
+    async with AsyncExitStack() as stack:
+        session = None
+        if wanted.max_length:
+            opening = model.session(
+                max_length=wanted.max_length,
+                max_rows=wanted.max_rows,
+                max_rollback=wanted.max_rollback,
+                blocks=blocks,
+                adapter=as_adapter(adapter.pairs) or adapter.name or None,
+            )
+            try:
+                session = await stack.enter_async_context(opening)
+            except AdapterError as error:
+                raise InvalidRequest(str(error)) from None
         opened = SessionOpened(blocks.start, blocks.end, model.facts.width, model.facts.dtype)
         await websocket.send_bytes(message_bytes(opened))
-        answers = _Answers(websocket, model, session, blocks)
+        answers = _Answers(websocket, model, session, blocks, adapter)
         try:
             yield answers
         finally:
             answers.close()
+
+
+class _Adapter:
+    """What acts beside the blocks: an adapter of the swarm's, by its name, or a program's own pairs; not both."""
+
+    def __init__(self, name: str, pairs: LoraPairs) -> None:
+        if name and pairs:
+            raise InvalidRequest(f"the adapter {name} and matrices of your own: a session has one of both")
+        if "/" in name or name in (".", "..", "~"):
+            raise InvalidRequest(f"{name}: an adapter's name in the swarm; send your own as parameters")
+        self.name = name
+        self.pairs = pairs
 
 
 def _span(start: int, end: int, model: SwarmModel) -> Span:
@@ -115,11 +148,14 @@ def _span(start: int, end: int, model: SwarmModel) -> Span:
 class _Answers:
     """Answers one websocket's requests, in their order. Forwards that wait for a backward are kept here."""
 
-    def __init__(self, websocket: WebSocket, model: SwarmModel, session: Session, blocks: Span) -> None:
+    def __init__(
+        self, websocket: WebSocket, model: SwarmModel, session: Session | None, blocks: Span, adapter: _Adapter
+    ) -> None:
         self._websocket = websocket
         self._model = model
         self._session = session
         self._blocks = blocks
+        self._adapter = adapter
         self._width = model.facts.width
         self._passes: dict[int, Pass] = {}
 
@@ -132,25 +168,28 @@ class _Answers:
         asked = parse(raw.header, FROM_CLIENT)
         assert isinstance(asked, Step | Embed | Logits | Forward | Backward)
         try:
-            answer = await self._answer(asked, raw.body)
+            answers = await self._answer(asked, raw.body)
         except PeerdError as error:
-            answer = message_bytes(Failure.of(error, asked.seq))
-        await self._websocket.send_bytes(answer)
+            answers = [message_bytes(Failure.of(error, asked.seq))]
+        for answer in answers:
+            await self._websocket.send_bytes(answer)
 
-    async def _answer(self, asked: Step | Embed | Logits | Forward | Backward, body: memoryview) -> bytes:
+    async def _answer(self, asked: Step | Embed | Logits | Forward | Backward, body: memoryview) -> Iterable[bytes]:
         if isinstance(asked, Embed):
-            return _output(asked.seq, (), self._model.embed(asked.token_ids, asked.start))
+            return [_output(asked.seq, (), self._model.embed(asked.token_ids, asked.start))]
         if isinstance(asked, Logits):
-            hidden = _tensor(asked.tensor, body, self._width)
-            return _output(asked.seq, (), await self._model.logits(hidden))
+            hidden = tensor_of(asked.tensor, body, self._width)
+            return [_output(asked.seq, (), await self._model.logits(hidden))]
         if isinstance(asked, Forward):
-            return await self._forward(asked, body)
+            return [await self._forward(asked, body)]
         if isinstance(asked, Backward):
             return await self._backward(asked, body)
-        return await self._step(asked, body)
+        return [await self._step(asked, body)]
 
     async def _step(self, step: Step, body: memoryview) -> bytes:
-        hidden = _tensor(step.tensor, body, self._width) if step.rows else _nothing(self._width)
+        if self._session is None:
+            raise InvalidRequest("this websocket was opened without a session: open one with max_length")
+        hidden = tensor_of(step.tensor, body, self._width) if step.rows else _nothing(self._width)
         if len(hidden) != step.positions:
             raise InvalidRequest(f"the rows have {step.positions} positions, the tensor {len(hidden)}")
         result = await self._session.step(hidden, rows=step.rows, ops=step.ops, want=step.want)
@@ -163,20 +202,28 @@ class _Answers:
             raise InvalidRequest(f"{MAX_PASSES} forwards wait for their backward already")
         if asked.seq in self._passes:
             raise InvalidRequest(f"the forward {asked.seq} waits for its backward already")
-        header = _header(asked.tensor)
-        hidden = _tensor(asked.tensor, body[: header.body_bytes], self._width)
+        header = header_of(asked.tensor)
+        hidden = tensor_of(asked.tensor, body[: header.body_bytes], self._width)
         if sum(asked.rows) != len(hidden):
             raise InvalidRequest(f"the rows have {sum(asked.rows)} positions, the tensor {len(hidden)}")
         prompts = None
         if asked.prompts is not None:
-            prompts = _decoded(_header(asked.prompts), body[header.body_bytes :])
-        run = await self._model.forward(hidden, rows=asked.rows, blocks=self._blocks, prompts=prompts, keep=asked.keep)
+            prompts = decoded(header_of(asked.prompts), body[header.body_bytes :])
+        run = await self._model.forward(
+            hidden,
+            rows=asked.rows,
+            blocks=self._blocks,
+            prompts=prompts,
+            lora=self._adapter.pairs,
+            adapter=self._adapter.name,
+            keep=asked.keep,
+        )
         if asked.keep:
             self._passes[asked.seq] = run
         return _output(asked.seq, (), run.output)
 
-    async def _backward(self, asked: Backward, body: memoryview) -> bytes:
-        grad = _tensor(asked.tensor, body, self._width)
+    async def _backward(self, asked: Backward, body: memoryview) -> Iterable[bytes]:
+        grad = tensor_of(asked.tensor, body, self._width)
         run = self._passes.pop(asked.of, None)
         if run is None:
             raise InvalidRequest(f"no forward {asked.of} waits for its backward: it needs keep, and has one only")
@@ -186,31 +233,8 @@ class _Answers:
         if found.prompts is not None:
             prompt_header, prompt_parts = encode_tensor(found.prompts)
             prompts, parts = prompt_header.to_fields(), [*parts, *prompt_parts]
-        return message_bytes(GradientsOutput(asked.seq, header.to_fields(), prompts), parts)
-
-
-def _tensor(fields: dict[str, object] | None, body: memoryview, width: int) -> torch.Tensor:
-    """The body's tensor, `[n, width]`. What a program of ours sends wrongly is its own mistake."""
-    if fields is None:
-        raise InvalidRequest("a tensor is missing")
-    header = _header(fields)
-    if len(header.shape) != 2 or header.shape[1] != width:
-        raise InvalidRequest(f"a tensor of shape {list(header.shape)}, not [n, {width}]")
-    return _decoded(header, body)
-
-
-def _header(fields: dict[str, object]) -> TensorHeader:
-    try:
-        return TensorHeader.from_fields(fields, max_elements=MAX_BODY_BYTES)
-    except RemoteProtocolError as error:
-        raise InvalidRequest(str(error)) from None
-
-
-def _decoded(header: TensorHeader, body: memoryview) -> torch.Tensor:
-    try:
-        return decode_tensor(header, body)
-    except RemoteProtocolError as error:
-        raise InvalidRequest(str(error)) from None
+        said = GradientsOutput(asked.seq, header.to_fields(), prompts, 2 * len(found.lora))
+        return itertools.chain([message_bytes(said, parts)], gradient_messages(found))
 
 
 def _nothing(width: int) -> torch.Tensor:

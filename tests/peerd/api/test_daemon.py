@@ -21,9 +21,9 @@ import trio.lowlevel
 from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
 
 from peerd.api.serve import load_or_create_token
-from peerd.api.tensors.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.cli.status import describe, show_status
 from peerd.client.model import ModelFacts, SwarmModel
+from peerd.local.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages.session import Step

@@ -9,7 +9,8 @@ import stat
 import pytest
 
 from peerd.api import sockets
-from peerd.api.sockets import default_socket_path, listen_tcp, listen_unix
+from peerd.api.sockets import listen_tcp, listen_unix
+from peerd.local.socket_path import default_socket_path
 from peerd.protocol.errors import InvalidRequest
 
 
@@ -88,7 +89,7 @@ def test_the_path_is_in_the_runtime_directory_where_there_is_one(monkeypatch):
 
 def test_our_folder_is_made_for_us_alone(tmp_path, monkeypatch):
     folder = tmp_path / "peerd-1"
-    monkeypatch.setattr(sockets, "_own_folder", lambda: folder)
+    monkeypatch.setattr(sockets, "own_folder", lambda: folder)
     with listen_unix(folder / "peerd.sock"):
         assert mode(folder) == 0o700
 
@@ -102,7 +103,7 @@ def test_a_folder_that_somebody_else_prepared_is_refused(tmp_path, monkeypatch, 
     else:
         folder.mkdir()
         folder.chmod(0o777)
-    monkeypatch.setattr(sockets, "_own_folder", lambda: folder)
+    monkeypatch.setattr(sockets, "own_folder", lambda: folder)
     with pytest.raises(InvalidRequest, match="0700"), listen_unix(folder / "peerd.sock"):
         pass
 

@@ -121,6 +121,11 @@ def local(llama_path: Path) -> Any:
 
 @pytest.fixture
 def byte_tokenizer() -> Any:
+    """A tokenizer of the test's own."""
+    return make_byte_tokenizer()
+
+
+def make_byte_tokenizer() -> Any:
     """Each byte is a token; `<eos>`, `<pad>` and `<bos>` are numbered as the Llama's configuration says."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

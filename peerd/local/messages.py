@@ -1,6 +1,6 @@
 """What is said on `/peerd/v1/session`: the wire's own messages where there is one, and a few more (spec/local-api.md).
 
-Knows fields and limits; knows no sockets.
+This file defines each message's fields and limits, for the daemon and for clients of it.
 """
 
 from __future__ import annotations
@@ -11,31 +11,54 @@ from typing import Any, ClassVar
 from peerd.protocol.encoding.schema import Message, boolean, integer, many, mapping, optional, parse, required, text
 from peerd.protocol.encoding.wire import Buffer, MessageReader, RawMessage, encode_message
 from peerd.protocol.errors import RemoteProtocolError
-from peerd.protocol.messages.session import MAX_LENGTH, MAX_ROWS, U32, Step
+from peerd.protocol.messages.session import MAX_LENGTH, MAX_ROWS, U32, Failure, Output, Step
+from peerd.protocol.messages.training import MAX_PARAMETERS
 
 # A step of 4096 positions of the widest models, as float32.
 MAX_BODY_BYTES = 256 * 1024 * 1024
 # Ids travel in the header, which holds 16 KiB.
 MAX_TOKEN_IDS = 3000
+# Requests that a client may send before the first is answered.
+MAX_WAITING = 8
 _TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSession(Message):
-    """Client, first: a session over blocks `start` to `end - 1` (`end` 0: to the last) of the model of that name."""
+    """Client, first: a session over blocks `start` to `end - 1` (`end` 0: to the last) of the model of that name.
+
+    model: a name that the daemon was given, or the model's digest in hex.
+    max_length: positions of a row; 0: no session, only what needs none (embeddings, logits, passes).
+    adapter: the name of one that the swarm serves. parameters: how many matrices of the client's own follow.
+    """
 
     TYPE: ClassVar[str] = "open"
     model: str = required(text(256))
-    max_length: int = required(integer(1, MAX_LENGTH))
+    max_length: int = optional(integer(0, MAX_LENGTH), 0)
     max_rows: int = optional(integer(1, MAX_ROWS), 1)
     max_rollback: int = optional(integer(0, MAX_LENGTH), 0)
     start: int = optional(integer(0, 4095), 0)
     end: int = optional(integer(0, 4096), 0)
+    adapter: str = optional(text(128), "")
+    parameters: int = optional(integer(0, MAX_PARAMETERS), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter(Message):
+    """A matrix of a LoRA pair beside a block's linear layer, `NAME.lora_A` or `NAME.lora_B`; or its gradient.
+
+    The client's follow `open`; the daemon's follow `gradients`. The scaling is part of B.
+    """
+
+    TYPE: ClassVar[str] = "parameter"
+    block: int = required(integer(0, 4095))
+    name: str = required(text(128))
+    tensor: dict[str, Any] = required(mapping)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened(Message):
-    """Daemon: every hop of a chain has committed its KV."""
+    """Daemon: every hop of a chain has committed its KV, if a session was asked for."""
 
     TYPE: ClassVar[str] = "opened"
     start: int = required(integer(0, 4095))
@@ -91,15 +114,20 @@ class Backward(Message):
 
 @dataclass(frozen=True, slots=True)
 class GradientsOutput(Message):
-    """Daemon: the gradient of a forward's input, and behind it that of its prompts if it had some."""
+    """Daemon: the gradient of a forward's input, and behind it that of its prompts if it had some.
+
+    parameters: how many `parameter` messages follow, with the gradients of the matrices.
+    """
 
     TYPE: ClassVar[str] = "gradients"
     seq: int = required(integer(1, U32))
     tensor: dict[str, Any] = required(mapping)
     prompts: dict[str, Any] | None = optional(mapping, None)
+    parameters: int = optional(integer(0, MAX_PARAMETERS), 0)
 
 
 FROM_CLIENT: tuple[type[Message], ...] = (Step, Embed, Logits, Forward, Backward)
+FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, GradientsOutput, Parameter, Failure)
 
 
 def read_message(data: bytes) -> RawMessage:
@@ -115,6 +143,11 @@ def read_message(data: bytes) -> RawMessage:
 def read_open(raw: RawMessage) -> OpenSession:
     """The first message. Raises RemoteProtocolError."""
     return parse(raw.header, (OpenSession,))
+
+
+def read_parameter(raw: RawMessage) -> Parameter:
+    """One of the matrices behind the first message. Raises RemoteProtocolError."""
+    return parse(raw.header, (Parameter,))
 
 
 def message_bytes(message: Message, body: list[memoryview] | None = None) -> bytes:

@@ -1,0 +1,79 @@
+"""What makes an architecture's own class a remote one: its type, its masks, and how its decoder calls layers."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peerd.facade.blocks import Call, RemoteBlocks, during
+
+if TYPE_CHECKING:
+    from peerd.compute.families.family import Family
+
+# Remote blocks see no masks, but some decoders compute with the one that they make: they get a mask of one element.
+_NO_MASKS = "peerd_remote"
+
+_TYPES: dict[tuple[type, type], type[Any]] = {}
+
+
+def remote_type(mixin: type, kind: type) -> type[Any]:
+    """The architecture's class with remote blocks, under its own name, by which libraries know it."""
+    if (mixin, kind) not in _TYPES:
+        body = {"__module__": kind.__module__}
+        if hasattr(kind, "prepare_inputs_for_generation"):
+            body["prepare_inputs_for_generation"] = _named_as_peft_knows(kind.prepare_inputs_for_generation)
+        _TYPES[mixin, kind] = type(kind.__name__, (mixin, kind), body)
+    return _TYPES[mixin, kind]
+
+
+def _named_as_peft_knows(original: Any) -> Any:
+    """`prepare_inputs_for_generation` for a model that peft may wrap.
+
+    peft 0.21 puts a method of its own in its place and knows the cache only as `past_key_values`: without it, peft
+    would give its prompts again with every token. The causal model's pre-hook names the cache back.
+    """
+
+    # Transformers reads the signature.
+    @functools.wraps(original)
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = original(self, *args, **kwargs)
+        if "prepare_inputs_for_generation" in self.__dict__ and "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+    return prepare_inputs_for_generation
+
+
+def use_no_masks(config: Any) -> None:
+    """Have the model of this configuration make a mask of one element, for remote blocks see none."""
+    from transformers import AttentionMaskInterface
+
+    AttentionMaskInterface.register(_NO_MASKS, _one_element_mask)
+    config._attn_implementation = _NO_MASKS
+
+
+def _one_element_mask(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+def find_return_type(decoder: Any, layers: RemoteBlocks, family: Family) -> None:
+    """Find out whether the decoder's loop expects tuples of its layers, by a run with layers that do nothing.
+
+    Five families of 94 do, and a release may change that, so they are asked instead of listed. Raises TypeError.
+    """
+    ids = torch.zeros(2, 3, dtype=torch.long, device=getattr(decoder, family.embeddings).weight.device)
+    failure: Exception | None = None
+    for returns_tuple in (False, True):
+        blocks: list[Any] = list(layers)
+        for block in blocks:
+            block.returns_tuple = returns_tuple
+        try:
+            with during(Call((), is_dry=True)), torch.no_grad():
+                output = type(decoder).forward(decoder, input_ids=ids, use_cache=False)
+            if output.last_hidden_state.shape[:2] == ids.shape:
+                return
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            failure = error
+    raise TypeError(f"{type(decoder).__name__} calls its layers in a way that remote blocks do not know") from failure

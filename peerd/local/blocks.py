@@ -1,0 +1,103 @@
+"""The blocks of a model that a daemon on this machine uses: many programs share its one peer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.client.blocks import ModelFacts, check_session_size
+from peerd.client.training.trained import LORA_A, LORA_B, LoraPairs, Trained
+from peerd.local.channel import Parameters, open_channel
+from peerd.local.messages import OpenSession, SessionOpened
+from peerd.local.passes import Asked, DaemonPass
+from peerd.local.session import DaemonSession
+from peerd.protocol.errors import ContextTooLong
+from peerd.protocol.span import Span
+from peerd.trio_tools import open_tasks
+
+if TYPE_CHECKING:
+    import torch
+
+    from peerd.compute.adapters.lora import LoraAdapter
+
+
+class DaemonBlocks:
+    """As `peerd.client.blocks.ServedBlocks`, through a daemon's socket. Made by `open_daemon_blocks`."""
+
+    def __init__(self, path: Path, facts: ModelFacts, tasks: trio.Nursery) -> None:
+        self.facts = facts
+        self._path = path
+        self._tasks = tasks
+
+    def __repr__(self) -> str:
+        return f"<DaemonBlocks {self.facts.name} {self.facts.digest.hex()[:8]} {self._path}>"
+
+    async def start_session(
+        self,
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        blocks: Span | None = None,
+        adapter: LoraAdapter | None = None,
+    ) -> DaemonSession:
+        """A session whose chain is open, and which the caller must `close`.
+
+        `adapter` is one of the caller's own, for this session. Raises NoChain, Overloaded, ContextTooLong,
+        InvalidRequest, ConnectionLost.
+        """
+        check_session_size(self.facts, max_length, max_rows)
+        blocks = blocks or Span(0, self.facts.block_count)
+        wanted = OpenSession(
+            self.facts.digest.hex(), max_length, max_rows, max_rollback, start=blocks.start, end=blocks.end
+        )
+        session = DaemonSession(self._path, wanted, _parameters(adapter), self.facts.width)
+        await self._tasks.start(session.run)
+        return session
+
+    async def forward(
+        self,
+        inputs: torch.Tensor,
+        *,
+        rows: Sequence[int],
+        blocks: Span | None = None,
+        prompts: torch.Tensor | None = None,
+        lora: LoraPairs | None = None,
+        lora_scaling: float = 1.0,
+        keep: bool = True,
+    ) -> DaemonPass:
+        """As `ServedBlocks.forward`, for hidden states `[sum of rows, width]`. Raises what that raises."""
+        if max(rows) > self.facts.max_length:
+            raise ContextTooLong(f"a row of {max(rows)} positions, {self.facts.name} takes {self.facts.max_length}")
+        blocks = blocks or Span(0, self.facts.block_count)
+        trained = Trained(prompts, lora or {}, lora_scaling)
+        trained.check(blocks, rows, self.facts.width)
+        wanted = OpenSession(self.facts.digest.hex(), start=blocks.start, end=blocks.end)
+        done = DaemonPass(self._path, wanted, Asked(inputs, tuple(rows), blocks, trained, keep))
+        await self._tasks.start(done.run)
+        return done
+
+
+@asynccontextmanager
+async def open_daemon_blocks(path: Path, facts: ModelFacts) -> AsyncIterator[DaemonBlocks]:
+    """The blocks of the model `facts`, through the daemon whose socket is `path`, until the block ends.
+
+    Raises InvalidRequest where no daemon listens there, or one that was not given this model.
+    """
+    async with open_channel(path) as channel:
+        await channel.open(OpenSession(facts.digest.hex()), {})
+        await channel.receive(SessionOpened)
+    async with open_tasks() as tasks:
+        yield DaemonBlocks(path, facts, tasks)
+
+
+def _parameters(adapter: LoraAdapter | None) -> Parameters:
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    for (block, name), pair in (adapter.weights if adapter is not None else {}).items():
+        found[block, name + LORA_A] = pair.a.float()
+        found[block, name + LORA_B] = pair.b.float() * pair.scale
+    return found

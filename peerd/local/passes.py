@@ -1,0 +1,104 @@
+"""A forward pass that a daemon runs, and the backward that may follow: one websocket each, which ends with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import trio
+
+from peerd.client.training.trained import LORA_A, LORA_B, Gradients, Trained
+from peerd.local.channel import Channel, open_channel, tensors_of
+from peerd.local.messages import Backward, Forward, GradientsOutput, OpenSession, Parameter, SessionOpened
+from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
+from peerd.protocol.messages.session import Output
+from peerd.protocol.span import Span
+
+_FORWARD, _BACKWARD = 1, 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What a forward runs: packed rows `[sum of rows, width]` of these lengths, and what is trained beside them."""
+
+    hidden: torch.Tensor
+    rows: tuple[int, ...]
+    blocks: Span
+    trained: Trained
+    keep: bool
+
+
+class DaemonPass:
+    """A forward that the daemon ran. `output` is `[sum of rows, width]`; `backward` may be called once."""
+
+    output: torch.Tensor
+
+    def __init__(self, path: Path, wanted: OpenSession, asked: Asked) -> None:
+        self._path = path
+        self._wanted = wanted
+        self._asked = asked
+        self._channel: Channel | None = None
+        self._left = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<DaemonPass {self._path} {self._asked.blocks} rows={self._asked.rows}>"
+
+    def close(self) -> None:
+        """Let the daemon and its peers forget the pass."""
+        self._left.set()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the forward, and keep its websocket open for the backward. Raises what the daemon says of the forward."""
+        try:
+            async with open_channel(self._path) as channel:
+                await self._forward(channel)
+                self._channel = channel
+                task_status.started()
+                if self._asked.keep:
+                    await self._left.wait()
+        except PeerdError:
+            # What breaks the websocket later, the backward meets.
+            if self._channel is None:
+                raise
+        finally:
+            self._left.set()
+
+    async def _forward(self, channel: Channel) -> None:
+        asked = self._asked
+        lora = {key: tensor for key, tensor in asked.trained.parameters(asked.blocks, ()).items() if "." in key[1]}
+        await channel.open(self._wanted, lora)
+        await channel.receive(SessionOpened)
+        tensors = {"tensor": asked.hidden}
+        if asked.trained.prompts is not None:
+            tensors["prompts"] = asked.trained.prompts.detach().float()
+        await channel.send(Forward(_FORWARD, asked.rows, {}, keep=asked.keep), **tensors)
+        said, body = await channel.receive(Output)
+        if said.tensor is None:
+            raise RemoteProtocolError("the daemon answered a forward without its tensor")
+        [self.output] = tensors_of(body, [said.tensor])
+
+    async def backward(self, grad_output: torch.Tensor) -> Gradients:
+        """The gradients for `grad_output`, shaped as `output`; the pass is closed then. Raises as `Pass.backward`."""
+        if self._left.is_set() or self._channel is None:
+            raise InvalidRequest("this pass was closed, or has had its backward: run a forward again")
+        try:
+            await self._channel.send(Backward(_BACKWARD, _FORWARD, {}), tensor=grad_output)
+            said, body = await self._channel.receive(GradientsOutput)
+            headers = [said.tensor] if said.prompts is None else [said.tensor, said.prompts]
+            hidden, *prompts = tensors_of(body, headers)
+            lora = await self._lora(self._channel, said.parameters)
+        finally:
+            self.close()
+        return Gradients(hidden, prompts[0] if prompts else None, lora)
+
+    async def _lora(self, channel: Channel, count: int) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        found: dict[tuple[int, str], torch.Tensor] = {}
+        for _ in range(count):
+            said, body = await channel.receive(Parameter)
+            [found[said.block, said.name]] = tensors_of(body, [said.tensor])
+        scaling = self._asked.trained.scaling
+        return {
+            (block, name): (found[block, name + LORA_A], found[block, name + LORA_B] * scaling)
+            for block, name in self._asked.trained.lora
+        }
