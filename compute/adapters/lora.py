@@ -38,26 +38,64 @@ class LoraPair:
         return int(self.a.shape[0])
 
     @property
+    def n_values(self) -> int:
+        return int(self.a.numel() + self.b.numel())
+
+    @property
     def n_bytes(self) -> int:
         return int(self.a.nbytes + self.b.nbytes)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.a.isfinite().all() and self.b.isfinite().all())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LoraPair:
         """The pair on `device`, rounded to `dtype`; gradients flow back to the original tensors."""
         return LoraPair(self.a.to(device, dtype), self.b.to(device, dtype), self.scale)
 
 
-Lora = Mapping[BlockModule, LoraPair]
-"""The weights of an adapter, or those of some blocks."""
+@dataclass(frozen=True, slots=True, eq=False)
+class DeepPrompt:
+    """What is added to the first positions of each row, where they enter a block: `values` `[positions, width]`.
+
+    In an adapter its key is the block's number and PROMPT, which is no layer's name.
+    """
+
+    values: torch.Tensor
+
+    @property
+    def n_values(self) -> int:
+        return int(self.values.numel())
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self.values.nbytes)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.values.isfinite().all())
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> DeepPrompt:
+        """The prompt on `device`, rounded to `dtype`."""
+        return DeepPrompt(self.values.to(device, dtype))
+
+
+PROMPT = "prompt"
+Lora = Mapping[BlockModule, LoraPair | DeepPrompt]
+"""The weights of an adapter, or those of some blocks: pairs, and deep prompts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraAdapter:
-    """An adapter in memory, from any source: checked, on the CPU, without gradients. Raises AdapterError."""
+    """An adapter in memory, from any source: checked, on the CPU, without gradients. Raises AdapterError.
+
+    A client may give one to a session of its own; with deep prompts it can be nothing else.
+    """
 
     weights: Lora
 
     def __post_init__(self) -> None:
-        checked = {key: _checked(key, pair) for key, pair in self.weights.items()}
+        checked = {key: _checked(key, value) for key, value in self.weights.items()}
         if not checked:
             raise AdapterError("an adapter without a matrix changes nothing: leave it out")
         object.__setattr__(self, "weights", checked)
@@ -66,7 +104,20 @@ class LoraAdapter:
         return f"<LoraAdapter modules={len(self.weights)} bytes={bytes_of(self.weights)}>"
 
 
-def _checked(key: BlockModule, pair: LoraPair) -> LoraPair:
+def _checked(key: BlockModule, value: LoraPair | DeepPrompt) -> LoraPair | DeepPrompt:
+    return _checked_prompt(key[0], value) if isinstance(value, DeepPrompt) else _checked_pair(key, value)
+
+
+def _checked_prompt(block: int, prompt: DeepPrompt) -> DeepPrompt:
+    values = prompt.values.detach().cpu()
+    if values.dim() != 2 or not values.is_floating_point() or not values.numel() or not values.isfinite().all():
+        raise AdapterError(
+            f"block {block}: a deep prompt is [positions, width] of finite numbers, not {list(values.shape)}"
+        )
+    return DeepPrompt(values)
+
+
+def _checked_pair(key: BlockModule, pair: LoraPair) -> LoraPair:
     a, b = pair.a.detach().cpu(), pair.b.detach().cpu()
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not pair.rank:
         raise AdapterError(f"block {key[0]}: {key[1]} has matrices {list(b.shape)} x {list(a.shape)} of no common rank")
@@ -82,21 +133,30 @@ def lora_delta(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
     return F.linear(F.linear(x, a) * scale, b)
 
 
-def within(lora: Lora, blocks: Span) -> dict[BlockModule, LoraPair]:
+def within(lora: Lora, blocks: Span) -> dict[BlockModule, LoraPair | DeepPrompt]:
     """The part of an adapter that belongs to `blocks`."""
-    return {key: pair for key, pair in lora.items() if blocks.start <= key[0] < blocks.end}
+    return {key: value for key, value in lora.items() if blocks.start <= key[0] < blocks.end}
 
 
 def bytes_of(lora: Lora, dtype: torch.dtype | None = None) -> int:
     """The bytes of the weights; once they are in `dtype`, if that is given."""
     if dtype is None:
-        return sum(pair.n_bytes for pair in lora.values())
-    return sum((pair.a.numel() + pair.b.numel()) * dtype.itemsize for pair in lora.values())
+        return sum(value.n_bytes for value in lora.values())
+    return sum(value.n_values * dtype.itemsize for value in lora.values())
 
 
-def check_fits(lora: Lora, features: Mapping[BlockModule, tuple[int, int]]) -> None:
-    """Raise AdapterError unless every pair fits a layer of `features`, which gives (out_features, in_features)."""
+def check_fits(lora: Lora, features: Mapping[BlockModule, tuple[int, int]], width: int) -> None:
+    """Raise AdapterError unless every pair fits a layer of `features`, which gives (out_features, in_features).
+
+    Deep prompts must be as wide as the hidden states, `width`.
+    """
     for (block, name), pair in lora.items():
+        if isinstance(pair, DeepPrompt):
+            if pair.values.shape[1] != width:
+                raise AdapterError(
+                    f"block {block}: a deep prompt {pair.values.shape[1]} wide, the model is {width} wide"
+                )
+            continue
         if pair.rank > MAX_RANK:
             raise AdapterError(f"block {block}: {name} has an adapter of rank {pair.rank}, more than {MAX_RANK}")
         wanted = features.get((block, name))

@@ -1,6 +1,7 @@
 """Runs several LoRA adapters over one span's frozen blocks; each session uses one of them or none.
 
 Each adapted linear layer carries a forward hook, which adds to each row of a batch what its session's adapter gives.
+A block with a deep prompt carries one that does so to the first positions of rows, before the block sees them.
 No module is replaced, so a layer may be packed, quantized or plain, and a span without adapters has no hooks. Which
 rows use which adapter is computed once for each batch. Nothing of one adapter may reach another's rows: if many
 adapters share a small batch on a GPU, their matrices are joined into one product, and what does not belong to a row
@@ -20,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, bytes_of, check_fits, lora_delta, within
+from peerd.compute.adapters.lora import (
+    BlockModule,
+    DeepPrompt,
+    Lora,
+    LoraPair,
+    bytes_of,
+    check_fits,
+    lora_delta,
+    within,
+)
 from peerd.compute.errors import AdapterError, UnknownAdapterError
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.steps import Segment
@@ -71,10 +81,10 @@ class SpanAdapters:
         own = within(lora, self._model.span)
         self.check(own)
         device, dtype = self._model.device, self._model.dtype
-        rounded = {key: pair.to(device, dtype) for key, pair in own.items()}
-        for (block, module), pair in rounded.items():
+        rounded = {key: value.to(device, dtype) for key, value in own.items()}
+        for (block, module), value in rounded.items():
             # One infinite value in a joint product would reach all rows.
-            if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
+            if not value.is_finite:
                 raise AdapterError(f"block {block}: {module} has a value that is not finite in {dtype}")
         self._loaded[name] = rounded
         self.names = frozenset(self._loaded)
@@ -90,7 +100,8 @@ class SpanAdapters:
 
     def check(self, lora: Lora) -> None:
         """Raise AdapterError unless every layer is one of this span that can be adapted, and has fitting shapes."""
-        check_fits(lora, {key: _features(module) for key, module in self._adaptable().items()})
+        layers = {key: _features(module) for key, module in self._adaptable().items()}
+        check_fits(lora, layers, self._model.hidden_size)
 
     def check_complete(self, file: AdapterFile) -> None:
         """Raise AdapterError if the file's list of targets names a layer of this span that it has no weights for."""
@@ -126,14 +137,30 @@ class SpanAdapters:
             self._routing = before
 
     def _hook(self, lora: Lora) -> None:
-        """Add forward hooks to these layers."""
-        for key in lora:
-            if key not in self._hooks:
+        """Add hooks to these layers, and to the blocks that have deep prompts."""
+        for key, value in lora.items():
+            if key in self._hooks:
+                continue
+            if isinstance(value, DeepPrompt):
+                block = self._model.layers[key[0] - self._model.span.start]
+                self._hooks[key] = block.register_forward_pre_hook(self._prompter(key), with_kwargs=True)
+            else:
                 self._hooks[key] = self._adaptable()[key].register_forward_hook(self._adder(key))
 
     def _adder(self, key: BlockModule) -> Any:
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             return self._routing.add(key, inputs[0], output) if self._routing is not None else None
+
+        return add
+
+    def _prompter(self, key: BlockModule) -> Any:
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if not isinstance(self._routing, _Routing):
+                # Only sessions have adapters with deep prompts; passes have theirs in another way.
+                return None
+            if args:
+                return (self._routing.prompted(key, args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": self._routing.prompted(key, kwargs["hidden_states"])}
 
         return add
 
@@ -151,7 +178,9 @@ class _Everything:
 
     def add(self, key: BlockModule, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         pair = self._lora.get(key)
-        return output if pair is None else output + lora_delta(inputs, pair.a, pair.b, pair.scale)
+        if not isinstance(pair, LoraPair):
+            return output
+        return output + lora_delta(inputs, pair.a, pair.b, pair.scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,13 +202,15 @@ class _Routing:
                 runs[segment.adapter].append((count, count + segment.count))
             count += segment.count
         self._groups = [_Group(lora, _rows(runs[name], device)) for name, lora in loaded.items()]
+        self._segments = segments
+        self._loaded = loaded
         self._count = count
         self._at_once = _pays_at_once(len(self._groups), count, device)
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
 
     def add(self, key: BlockModule, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         x, y = inputs.reshape(self._count, -1), output.reshape(self._count, -1)
-        present = [(group, pair) for group in self._groups if (pair := group.lora.get(key)) is not None]
+        present = [(group, pair) for group in self._groups if isinstance(pair := group.lora.get(key), LoraPair)]
         if len(present) > 1 and self._at_once:
             y += self._joint(x, present)
         else:
@@ -190,6 +221,20 @@ class _Routing:
                 else:
                     y.index_add_(0, group.rows, delta)
         return y.view(output.shape)
+
+    def prompted(self, key: BlockModule, hidden: torch.Tensor) -> torch.Tensor:
+        """The input of a block, with deep prompts added to the first positions of the rows that have some."""
+        flat, first = hidden.reshape(self._count, -1), 0
+        for segment in self._segments:
+            prompt = self._loaded[segment.adapter].get(key) if segment.adapter else None
+            if isinstance(prompt, DeepPrompt) and segment.start < len(prompt.values):
+                added = prompt.values[segment.start : segment.end]
+                if flat.data_ptr() == hidden.data_ptr():
+                    # The caller's own, which it may go on with.
+                    flat = flat.clone()
+                flat[first : first + len(added)] += added
+            first += segment.count
+        return flat.view(hidden.shape)
 
     def _joint(self, x: torch.Tensor, present: Sequence[tuple[_Group, LoraPair]]) -> torch.Tensor:
         """The sum of all adapters as one product: each row's part of the joint rank that is not its own becomes

@@ -7,10 +7,12 @@ end at any moment, so the hop uses nothing of it before the last matrix has arri
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import trio
 
-from peerd.compute.adapters.lora import BlockModule, Lora, LoraPair, within
+from peerd.compute.adapters.lora import PROMPT, BlockModule, DeepPrompt, Lora, LoraPair, within
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
@@ -25,10 +27,13 @@ from peerd.protocol.errors import (
 from peerd.protocol.messages.adapters import (
     ADAPTER_PROTOCOL,
     MAX_PAIRS_A_BLOCK,
+    OWN_ADAPTER,
+    OWN_PROMPTS,
     Granted,
     Loaded,
     MatrixA,
     MatrixB,
+    Prompt,
     Upload,
 )
 from peerd.protocol.messages.session import Failure
@@ -41,33 +46,72 @@ UPLOAD_DEADLINE_S = 300.0
 # The widest value on the wire.
 _WIRE_VALUE_BYTES = 4
 
+M = TypeVar("M", MatrixA, MatrixB, Prompt)
 
-async def receive_adapter(stream: Stream, upload: Upload, blocks: Span) -> dict[BlockModule, LoraPair]:
-    """Grant an upload and receive its pairs, all of them for `blocks`. Raises InvalidRequest or a PeerFault."""
+
+def needs_of(own: Lora) -> tuple[str, ...]:
+    """The features that a hop must have whose blocks' part of the client's adapter is `own`."""
+    if not own:
+        return ()
+    has_prompts = any(isinstance(value, DeepPrompt) for value in own.values())
+    return (OWN_ADAPTER, OWN_PROMPTS) if has_prompts else (OWN_ADAPTER,)
+
+
+async def receive_adapter(stream: Stream, upload: Upload, blocks: Span) -> dict[BlockModule, LoraPair | DeepPrompt]:
+    """Grant an upload and receive what it holds, all of it for `blocks`. Raises InvalidRequest or a PeerFault."""
     if upload.pairs > MAX_PAIRS_A_BLOCK * len(blocks):
         raise InvalidRequest(f"{upload.pairs} pairs for blocks {blocks}: at most {MAX_PAIRS_A_BLOCK} for each block")
+    if upload.prompts > len(blocks):
+        raise InvalidRequest(f"{upload.prompts} deep prompts for blocks {blocks}: one for each block")
     await stream.send(Granted().to_header())
-    found: dict[BlockModule, LoraPair] = {}
-    left = upload.values
+    receiving = _Receiving(stream, blocks, upload.values)
     try:
         for _ in range(upload.pairs):
-            raw = await stream.receive(max_body=left * _WIRE_VALUE_BYTES)
-            first = parse(raw.header, (MatrixA,))
-            a = _matrix(first.tensor, raw.body, left)
-            left -= a.numel()
-            raw = await stream.receive(max_body=left * _WIRE_VALUE_BYTES)
-            b = _matrix(parse(raw.header, (MatrixB,)).tensor, raw.body, left)
-            left -= b.numel()
-            key = (first.block, first.module)
-            if not blocks.start <= first.block < blocks.end or key in found or a.shape[0] != b.shape[1]:
-                raise InvalidRequest(
-                    f"matrices {list(b.shape)} x {list(a.shape)} for {first.module} of block {first.block}: the session"
-                    f" runs blocks {blocks}, each layer comes once, and both matrices have one rank"
-                )
-            found[key] = LoraPair(a, b, first.scale)
+            await receiving.pair()
+        for _ in range(upload.prompts):
+            await receiving.prompt()
     except trio.EndOfChannel:
-        raise RemoteProtocolError(f"an upload of {upload.pairs} pairs ended after {len(found)}") from None
-    return found
+        announced = f"{upload.pairs} pairs and {upload.prompts} deep prompts"
+        raise RemoteProtocolError(f"an upload of {announced} ended after {len(receiving.found)}") from None
+    return receiving.found
+
+
+class _Receiving:
+    """What has come of one upload, and how many values may still come."""
+
+    def __init__(self, stream: Stream, blocks: Span, values: int) -> None:
+        self.found: dict[BlockModule, LoraPair | DeepPrompt] = {}
+        self._stream = stream
+        self._blocks = blocks
+        self._left = values
+
+    async def pair(self) -> None:
+        first, a = await self._next(MatrixA)
+        _, b = await self._next(MatrixB)
+        if not self._is_new(first.block, first.module) or a.shape[0] != b.shape[1]:
+            raise InvalidRequest(
+                f"matrices {list(b.shape)} x {list(a.shape)} for {first.module} of block {first.block}: the session"
+                f" runs blocks {self._blocks}, each layer comes once, and both matrices have one rank"
+            )
+        self.found[first.block, first.module] = LoraPair(a, b, first.scale)
+
+    async def prompt(self) -> None:
+        said, values = await self._next(Prompt)
+        if not self._is_new(said.block, PROMPT):
+            raise InvalidRequest(
+                f"a deep prompt for block {said.block}: the session runs blocks {self._blocks}, and each has one"
+            )
+        self.found[said.block, PROMPT] = DeepPrompt(values)
+
+    def _is_new(self, block: int, name: str) -> bool:
+        return self._blocks.start <= block < self._blocks.end and (block, name) not in self.found
+
+    async def _next(self, kind: type[M]) -> tuple[M, torch.Tensor]:
+        raw = await self._stream.receive(max_body=self._left * _WIRE_VALUE_BYTES)
+        said = parse(raw.header, (kind,))
+        matrix = _matrix(said.tensor, raw.body, self._left)
+        self._left -= matrix.numel()
+        return said, matrix
 
 
 def _matrix(fields: dict[str, object], body: memoryview, max_values: int) -> torch.Tensor:
@@ -83,8 +127,9 @@ async def send_adapter(connections: Connections, hop: Hop, session: bytes, numbe
     Raises the error with which the hop refuses, or a PeerFault.
     """
     own = within(lora, hop.span)
-    values = sum(pair.a.numel() + pair.b.numel() for pair in own.values())
-    upload = Upload(session=session, hop=number, pairs=len(own), values=values)
+    prompts = sum(isinstance(value, DeepPrompt) for value in own.values())
+    values = sum(value.n_values for value in own.values())
+    upload = Upload(session=session, hop=number, pairs=len(own) - prompts, values=values, prompts=prompts)
     stream = await connections.open_stream(
         hop.peer_id, ADAPTER_PROTOCOL, addresses=hop.offer.addresses, priority=Priority.BULK
     )
@@ -94,7 +139,7 @@ async def send_adapter(connections: Connections, hop: Hop, session: bytes, numbe
                 await stream.send(upload.to_header())
                 await _expect(stream, Granted)
                 async with open_tasks() as tasks:
-                    tasks.start_soon(_send_pairs, stream, own)
+                    tasks.start_soon(_send_all, stream, own)
                     # The hop may refuse at any time, so we listen while we send.
                     await _expect(stream, Loaded)
                     tasks.cancel_scope.cancel()
@@ -110,14 +155,19 @@ async def _expect(stream: Stream, wanted: type[Message]) -> None:
         raise said.error
 
 
-async def _send_pairs(stream: Stream, own: Lora) -> None:
-    for (block, module), pair in own.items():
-        header, a = encode_tensor(pair.a)
-        first = MatrixA(block=block, module=module, scale=pair.scale, tensor=header.to_fields())
-        header, b = encode_tensor(pair.b)
-        try:
-            await stream.send(first.to_header(), a)
-            await stream.send(MatrixB(tensor=header.to_fields()).to_header(), b)
-        except (PeerFault, trio.ClosedResourceError):
-            # The task that listens on the stream gets the reason.
-            return
+async def _send_all(stream: Stream, own: Lora) -> None:
+    try:
+        # Pairs come first (spec/adapters.md).
+        for (block, module), value in sorted(own.items(), key=lambda item: isinstance(item[1], DeepPrompt)):
+            if isinstance(value, DeepPrompt):
+                header, body = encode_tensor(value.values)
+                await stream.send(Prompt(block=block, tensor=header.to_fields()).to_header(), body)
+                continue
+            header, body = encode_tensor(value.a)
+            first = MatrixA(block=block, module=module, scale=value.scale, tensor=header.to_fields())
+            await stream.send(first.to_header(), body)
+            header, body = encode_tensor(value.b)
+            await stream.send(MatrixB(tensor=header.to_fields()).to_header(), body)
+    except (PeerFault, trio.ClosedResourceError):
+        # The task that listens on the stream gets the reason.
+        return

@@ -36,6 +36,10 @@ class Prompts(nn.Module):
         self.prefix = nn.Parameter(torch.randn(length, width) * 0.02)
         self.deep = nn.Parameter(torch.zeros(blocks, length, width)) if deep else None
 
+    def states(self) -> list[object]:
+        """Values that change whenever the prompts do; cheap to make."""
+        return [None if each is None else each._version for each in (self.prefix, self.deep)]
+
 
 class Backend:
     """A model's blocks in a swarm. Counts what was asked of it: `sessions_opened`, `passes`, `steps`."""

@@ -64,9 +64,9 @@ class Run:
     max_length: int
     max_rows: int
     max_rollback: int
-    #: The LoRA pairs that the session was opened with, and their state then.
+    #: The LoRA pairs that the session was opened with; their state then, and that of the prompts.
     lora: Pairs
-    lora_states: list[object]
+    states: list[object]
     #: Closes the session on every server.
     close: Callable[[], object]
     #: For each row of the batch the session's row that holds its past; several may share one until the next step.

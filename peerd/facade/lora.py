@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peerd.compute.adapters.lora import BlockModule, LoraAdapter, LoraPair
+from peerd.compute.adapters.lora import PROMPT, BlockModule, DeepPrompt, LoraAdapter, LoraPair
 from peerd.facade.weights import RemoteWeight
 
 
@@ -64,12 +64,17 @@ def states(pairs: Pairs) -> list[object]:
     return [pair.state() for pair in pairs.values()]
 
 
-def as_adapter(pairs: Pairs) -> LoraAdapter | None:
-    """The pairs as they are now, for a session to be opened with; None where there are none."""
-    if not pairs:
-        return None
-    weights = {key: LoraPair(_values(pair.a), _values(pair.b), 1.0) for key, pair in pairs.items()}
-    return LoraAdapter(weights)
+def as_adapter(pairs: Pairs, first_block: int = 0, deep: torch.Tensor | None = None) -> LoraAdapter | None:
+    """The pairs as they are now, for a session to be opened with, and deep prompts `[blocks, positions, width]`.
+
+    None where there is neither.
+    """
+    weights: dict[BlockModule, LoraPair | DeepPrompt] = {
+        key: LoraPair(_values(pair.a), _values(pair.b), 1.0) for key, pair in pairs.items()
+    }
+    for block, values in enumerate(() if deep is None else deep, first_block):
+        weights[block, PROMPT] = DeepPrompt(_values(values))
+    return LoraAdapter(weights) if weights else None
 
 
 def _values(tensor: torch.Tensor) -> torch.Tensor:

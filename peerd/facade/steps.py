@@ -40,8 +40,6 @@ def run_step(
     """New columns `[rows, columns, width]` through `span`; columns that are padding come back as zeros."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise RuntimeError("a cache has no gradients: call with use_cache=False, or under torch.no_grad()")
-    if prompts_of(backend, call, span)[1] is not None:
-        raise NotImplementedError("deep prompts do not work with a cache yet: call with use_cache=False")
     if not cache.lock.acquire(blocking=False):
         raise RuntimeError("another thread is using this cache: give each thread a cache of its own")
     try:
@@ -75,9 +73,12 @@ class _Step:
         self._past = cache.lengths() if cache.columns else [0] * self._rows
         counts = [self._columns] * self._rows if self._mask is None else self._mask.sum(1).tolist()
         self._counts = [int(count) for count in counts]
-        prefix, _ = prompts_of(backend, call, span)
+        prefix, deep = prompts_of(backend, call, span)
         self._prefix = None if prefix is None else prefix.detach().to("cpu", backend.dtype)
         self._extra = 0 if self._prefix is None else len(self._prefix)
+        self._deep = None if deep is None else deep[:, 0]
+        prompts = backend.prompts if prefix is not None else None
+        self._prompt_states = [] if prompts is None else prompts.states()
 
     def run(self, lora: Pairs) -> torch.Tensor:
         shift = _checked_shift(self._call, self._cache, self._mask, self._past, self._rows, self._columns)
@@ -123,8 +124,8 @@ class _Step:
             cache.runs[place] = run
         elif not cache.columns:
             run.sources = _distinct(wire, self._mask)
-        elif run.lora_states != states(run.lora):
-            raise ValueError("the adapter has changed since this cache was opened: begin a new cache")
+        elif run.states != states(run.lora) + self._prompt_states:
+            raise ValueError("the adapter or prompts have changed since this cache was opened: begin a new cache")
         self._make_room(run)
         return run
 
@@ -146,11 +147,11 @@ class _Step:
             max_rows=rows,
             max_rollback=rollback,
             blocks=self._span,
-            adapter=as_adapter(lora),
+            adapter=as_adapter(lora, self._span.start, self._deep),
         )
         session: AnySession = backend.bridge.call(start)
         backend.sessions_opened += 1
-        run = Run(self._span, session, length, rows, rollback, lora, states(lora), session.close)
+        run = Run(self._span, session, length, rows, rollback, lora, states(lora) + self._prompt_states, session.close)
         _close_with(run, backend)
         return run
 

@@ -11,6 +11,7 @@ import trio
 
 from peerd.client.blocks import ModelFacts, check_session_size
 from peerd.client.training.trained import LORA_A, LORA_B, LoraPairs, Trained
+from peerd.compute.adapters.lora import DeepPrompt, LoraAdapter
 from peerd.local.channel import Parameters, open_channel
 from peerd.local.messages import OpenSession, SessionOpened
 from peerd.local.passes import Asked, DaemonPass
@@ -21,8 +22,6 @@ from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
     import torch
-
-    from peerd.compute.adapters.lora import LoraAdapter
 
 
 class DaemonBlocks:
@@ -98,6 +97,9 @@ async def open_daemon_blocks(path: Path, facts: ModelFacts) -> AsyncIterator[Dae
 def _parameters(adapter: LoraAdapter | None) -> Parameters:
     found: dict[tuple[int, str], torch.Tensor] = {}
     for (block, name), pair in (adapter.weights if adapter is not None else {}).items():
+        if isinstance(pair, DeepPrompt):
+            found[block, name] = pair.values.float()
+            continue
         found[block, name + LORA_A] = pair.a.float()
         found[block, name + LORA_B] = pair.b.float() * pair.scale
     return found

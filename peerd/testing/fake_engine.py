@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from peerd.compute.adapters.lora import BlockModule, Lora, check_fits, within
+from peerd.compute.adapters.lora import BlockModule, DeepPrompt, Lora, LoraPair, check_fits, within
 from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.errors import AdapterError
 from peerd.compute.kv.layout import EVERYTHING, Keep, group
@@ -83,7 +83,8 @@ class FakeEngine(BaseEngine):
             raise AdapterError(f"there is an adapter {name!r} already")
         own = within(lora, self.span)
         square = (self.hidden_size, self.hidden_size)
-        check_fits(own, {(block, FAKE_LAYER): square for block in range(self.span.start, self.span.end)})
+        layers = {(block, FAKE_LAYER): square for block in range(self.span.start, self.span.end)}
+        check_fits(own, layers, self.hidden_size)
         self._salts[name] = _salts(own)
 
     def unload_adapter(self, name: str) -> None:
@@ -125,12 +126,16 @@ def fake_forward(
 
 
 def _salts(lora: Lora) -> dict[int, int]:
-    """For each adapted block a number that depends on every value of its matrices."""
-    salts: Mapping[BlockModule, int] = {
-        key: zlib.crc32(torch.cat([pair.a.flatten(), pair.b.flatten()]).float().numpy().tobytes()) + round(pair.scale)
-        for key, pair in lora.items()
-    }
+    """For each adapted block a number that depends on every value of its matrices, or of its deep prompt."""
+    salts: Mapping[BlockModule, int] = {key: _salt(value) for key, value in lora.items()}
     return {block: salt for (block, _), salt in salts.items()}
+
+
+def _salt(value: LoraPair | DeepPrompt) -> int:
+    if isinstance(value, DeepPrompt):
+        return zlib.crc32(value.values.float().numpy().tobytes())
+    both = torch.cat([value.a.flatten(), value.b.flatten()])
+    return zlib.crc32(both.float().numpy().tobytes()) + round(value.scale)
 
 
 def _nothing(position: int) -> int:

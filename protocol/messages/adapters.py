@@ -10,12 +10,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peerd.protocol.encoding.schema import Message, binary, integer, mapping, required
+from peerd.protocol.encoding.schema import Message, binary, integer, mapping, optional, required
 from peerd.protocol.span import MAX_BLOCKS
 
 ADAPTER_PROTOCOL = "/peerd/adapter/1"
 # The feature that a session `needs` in its `open` if its client uploads its own adapter.
 OWN_ADAPTER = "own_adapter"
+# The feature that it needs beside that if its adapter has deep prompts.
+OWN_PROMPTS = "own_prompts"
 # Long enough that two adapters never share a tag by mistake. Deliberate collisions gain nothing.
 TAG_BYTES = 8
 MAX_SCALE = 1e9
@@ -68,7 +70,8 @@ _block = integer(0, MAX_BLOCKS - 1)
 
 @dataclass(frozen=True, slots=True)
 class Upload(Message):
-    """Client to hop, first: the adapter has `pairs` pairs of matrices with `values` values in all.
+    """Client to hop, first: the adapter has `pairs` pairs of matrices and `prompts` deep prompts, with `values` values
+    in all.
 
     `session` and `hop` name a session that is open on this hop.
     """
@@ -78,6 +81,7 @@ class Upload(Message):
     hop: int = required(integer(0, 255))
     pairs: int = required(integer(0, MAX_PAIRS))
     values: int = required(integer(0, MAX_VALUES))
+    prompts: int = optional(integer(0, MAX_BLOCKS), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,17 @@ class MatrixB(Message):
     """Client to hop: the second matrix of the pair just begun, `[out_features, rank]` in the body."""
 
     TYPE: ClassVar[str] = "b"
+    tensor: dict[str, Any] = required(mapping)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(Message):
+    """Client to hop, behind all pairs: what a block adds to each row's first positions, `[positions, width]` in the
+    body.
+    """
+
+    TYPE: ClassVar[str] = "prompt"
+    block: int = required(_block)
     tensor: dict[str, Any] = required(mapping)
 
 

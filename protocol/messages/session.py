@@ -44,7 +44,7 @@ MAX_RETRY_MS = 600_000
 # The `seq` of a step that replays positions that were sent before.
 REPLAY_SEQ = 0
 # The features of this version that a client may `need`.
-FEATURES = frozenset({"bridge", "fork", "own_adapter", "route"})
+FEATURES = frozenset({"bridge", "fork", "own_adapter", "own_prompts", "route"})
 
 Want = Literal["none", "last", "all"]
 

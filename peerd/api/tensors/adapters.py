@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import trio
 
 from peerd.api.tensors.bodies import decoded, header_of
 from peerd.client.training.trained import LORA_A, LORA_B, Gradients, LoraPairs
-from peerd.compute.adapters.lora import LoraAdapter, LoraPair
+from peerd.compute.adapters.lora import PROMPT, BlockModule, DeepPrompt, LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.local.messages import Parameter, message_bytes, read_parameter
 from peerd.protocol.encoding.tensors import encode_tensor
@@ -20,31 +20,43 @@ if TYPE_CHECKING:
     import torch
 
 
-async def read_pairs(receive: trio.MemoryReceiveChannel[RawMessage], count: int) -> LoraPairs:
-    """The matrices of the next `count` messages, as pairs. Raises InvalidRequest, RemoteProtocolError."""
+class OwnAdapter:
+    """A program's own matrices: LoRA `pairs`, which act in sessions and forwards, and the deep prompts of sessions."""
+
+    def __init__(self, pairs: LoraPairs, prompts: Mapping[int, torch.Tensor]) -> None:
+        self.pairs = pairs
+        self._prompts = prompts
+
+    def for_session(self) -> LoraAdapter | None:
+        """What a session is opened with; None where there is nothing. Raises InvalidRequest."""
+        weights: dict[BlockModule, LoraPair | DeepPrompt] = {
+            key: LoraPair(a, b, 1.0) for key, (a, b) in self.pairs.items()
+        }
+        weights |= {(block, PROMPT): DeepPrompt(values) for block, values in self._prompts.items()}
+        try:
+            return LoraAdapter(weights) if weights else None
+        except AdapterError as error:
+            raise InvalidRequest(str(error)) from None
+
+
+async def read_own_adapter(receive: trio.MemoryReceiveChannel[RawMessage], count: int) -> OwnAdapter:
+    """The matrices of the next `count` messages. Raises InvalidRequest, RemoteProtocolError."""
     found: dict[tuple[int, str], torch.Tensor] = {}
     for _ in range(count):
         raw = await receive.receive()
         said = read_parameter(raw)
         found[said.block, said.name] = decoded(header_of(said.tensor), raw.body)
+    prompts = {block: values for (block, name), values in found.items() if name == PROMPT}
     pairs: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
     for block, name in found:
+        if name == PROMPT:
+            continue
         module = name.removesuffix(LORA_A).removesuffix(LORA_B)
         try:
             pairs[block, module] = found[block, module + LORA_A], found[block, module + LORA_B]
         except KeyError:
             raise InvalidRequest(f"block {block}: {name} is one of a pair {module}{LORA_A} and {LORA_B}") from None
-    return pairs
-
-
-def as_adapter(pairs: LoraPairs) -> LoraAdapter | None:
-    """The pairs as an adapter of the program's own; None where there are none. Raises InvalidRequest."""
-    if not pairs:
-        return None
-    try:
-        return LoraAdapter({key: LoraPair(a, b, 1.0) for key, (a, b) in pairs.items()})
-    except AdapterError as error:
-        raise InvalidRequest(str(error)) from None
+    return OwnAdapter(pairs, prompts)
 
 
 def gradient_messages(gradients: Gradients) -> Iterator[bytes]:

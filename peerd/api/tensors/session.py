@@ -15,7 +15,7 @@ import trio
 from starlette.websockets import WebSocket
 
 from peerd.api.errors import ApiError
-from peerd.api.tensors.adapters import as_adapter, gradient_messages, read_pairs
+from peerd.api.tensors.adapters import OwnAdapter, gradient_messages, read_own_adapter
 from peerd.api.tensors.bodies import decoded, header_of, tensor_of
 from peerd.compute.errors import AdapterError
 from peerd.local.messages import (
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from peerd.api.models import Models
     from peerd.client.model import SwarmModel
     from peerd.client.session.session import Session
-    from peerd.client.training.trained import LoraPairs
     from peerd.client.training.training_pass import Pass
 
 # Forwards of one websocket that wait for their backward: each holds memory on every hop.
@@ -103,7 +102,7 @@ async def _open(
     except ApiError as error:
         raise InvalidRequest(str(error)) from None
     blocks = _span(wanted.start, wanted.end or model.facts.block_count, model)
-    adapter = _Adapter(wanted.adapter, await read_pairs(receive, wanted.parameters))
+    adapter = _Adapter(wanted.adapter, await read_own_adapter(receive, wanted.parameters))
     async with AsyncExitStack() as stack:
         session = None
         if wanted.max_length:
@@ -112,7 +111,7 @@ async def _open(
                 max_rows=wanted.max_rows,
                 max_rollback=wanted.max_rollback,
                 blocks=blocks,
-                adapter=as_adapter(adapter.pairs) or adapter.name or None,
+                adapter=adapter.own.for_session() or adapter.name or None,
             )
             try:
                 session = await stack.enter_async_context(opening)
@@ -128,15 +127,15 @@ async def _open(
 
 
 class _Adapter:
-    """What acts beside the blocks: an adapter of the swarm's, by its name, or a program's own pairs; not both."""
+    """What acts beside the blocks: an adapter of the swarm's, by its name, or a program's own; not both."""
 
-    def __init__(self, name: str, pairs: LoraPairs) -> None:
-        if name and pairs:
+    def __init__(self, name: str, own: OwnAdapter) -> None:
+        if name and own.for_session() is not None:
             raise InvalidRequest(f"the adapter {name} and matrices of your own: a session has one of both")
         if "/" in name or name in (".", "..", "~"):
             raise InvalidRequest(f"{name}: an adapter's name in the swarm; send your own as parameters")
         self.name = name
-        self.pairs = pairs
+        self.own = own
 
 
 def _span(start: int, end: int, model: SwarmModel) -> Span:
@@ -214,7 +213,7 @@ class _Answers:
             rows=asked.rows,
             blocks=self._blocks,
             prompts=prompts,
-            lora=self._adapter.pairs,
+            lora=self._adapter.own.pairs,
             adapter=self._adapter.name,
             keep=asked.keep,
         )

@@ -17,7 +17,7 @@ import trio
 from peerd.client.session.control_stream import ControlStream, open_control
 from peerd.client.session.live_chain import LiveChain
 from peerd.compute.adapters.lora import Lora, within
-from peerd.exchange.adapter_upload import send_adapter
+from peerd.exchange.adapter_upload import needs_of, send_adapter
 from peerd.net.connections import Connections
 from peerd.net.owners import Owner
 from peerd.protocol.connection.frames import Priority
@@ -70,8 +70,8 @@ class Terms:
     def adapter_need(self) -> AdapterNeed:
         """What a hop must offer for the session's adapter."""
         values: Counter[int] = Counter()
-        for (block, _), pair in (self.own_adapter or {}).items():
-            values[block] += pair.a.numel() + pair.b.numel()
+        for (block, _), weights in (self.own_adapter or {}).items():
+            values[block] += weights.n_values
         return AdapterNeed(self.adapter, values)
 
 
@@ -207,7 +207,7 @@ class ChainOpener:
             codec=terms.codec,
             timeout_ms=terms.timeout_ms,
             adapter=terms.adapter,
-            needs=(OWN_ADAPTER,) if within(terms.own_adapter or {}, hop.span) else (),
+            needs=needs_of(within(terms.own_adapter or {}, hop.span)),
             next=next_hop,
         )
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peerd.compute.adapters.file import open_adapter
-from peerd.compute.adapters.lora import Lora, LoraPair
+from peerd.compute.adapters.lora import PROMPT, DeepPrompt, Lora, LoraPair
 from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -277,6 +277,50 @@ def test_what_overflows_under_one_adapter_reaches_no_other_session(references, m
     results = run([engine], reference, [Part(name, 0, 0, 5) for name in sessions])
     torch.testing.assert_close(results[:2], alone, rtol=1e-5, atol=1e-5)
     assert all(result is None for result in results[2:])
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_deep_prompt_is_added_to_the_first_positions_of_its_sessions_rows_only(references, family):
+    """Beside a session without, in pieces that end inside the prompt, and over cut spans."""
+    reference = references(family)
+    width = reference.inputs.shape[2]
+    draw = torch.Generator().manual_seed(5)
+    prompts = {(block, PROMPT): DeepPrompt(torch.randn(5, width, generator=draw)) for block in (0, 2, 3, 6)}
+    engines = make_engines(reference)
+    for engine in engines:
+        engine.load_adapter("own", prompts)
+    open_sessions(engines, {"prompted": "own", "plain": ""})
+    whole = load_span(reference.checkpoint, Span(0, 8), dtype=torch.float32)
+    handles = [
+        whole.layers[block].register_forward_pre_hook(_adds(prompt.values), with_kwargs=True)
+        for (block, _), prompt in prompts.items()
+    ]
+    with torch.inference_mode():
+        expected = whole.forward_no_cache(reference.inputs[1:2])[0]
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(expected, reference.outputs[""][1], atol=0.1)
+    for start, count in ((0, 3), (3, 4), (7, 1), (8, 6)):
+        parts = [Part("plain", 0, start, count), Part("prompted", 1, start, count)]
+        plain, prompted = run(engines, reference, parts)
+        check(reference, parts[0], "", plain)
+        torch.testing.assert_close(prompted, expected[start : start + count], **TOLERANCE)
+    for engine in engines:
+        engine.close("prompted")
+        engine.unload_adapter("own")
+        assert not any(module._forward_pre_hooks for module in engine._runner._whole.layers)
+    narrow = {(0, PROMPT): DeepPrompt(torch.ones(2, width - 1))}
+    with pytest.raises(AdapterError, match=f"block 0: a deep prompt {width - 1} wide, the model is {width} wide"):
+        engines[0].load_adapter("narrow", narrow)
+
+
+def _adds(values: torch.Tensor) -> Any:
+    def add(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = torch.cat((hidden[:, : len(values)] + values, hidden[:, len(values) :]), 1)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    return add
 
 
 def test_adapters_come_and_go_while_sessions_run(references):

@@ -6,7 +6,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.adapters.lora import LoraAdapter, LoraPair
+from peerd.compute.adapters.lora import PROMPT, DeepPrompt, LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.exchange.adapter_upload import send_adapter
 from peerd.net.owners import Owner
@@ -31,6 +31,7 @@ from peerd.protocol.messages.adapters import (
     Loaded,
     MatrixA,
     MatrixB,
+    Prompt,
     Upload,
     adapter_id,
 )
@@ -250,6 +251,11 @@ def upload(**fields):
     return Upload(**{"session": b"s" * 16, "hop": 0, "pairs": 1, "values": 32} | fields)
 
 
+def prompt(values=None, **fields):
+    header, body = encode_tensor(torch.ones(2, WIDTH) if values is None else values)
+    return Prompt(**{"block": 0, "tensor": header.to_fields()} | fields).to_header(), body
+
+
 def matrix_a(values=None, **fields):
     header, body = encode_tensor(torch.ones(2, WIDTH) if values is None else values)
     said = {"block": 0, "module": FAKE_LAYER, "scale": 1.0, "tensor": header.to_fields()} | fields
@@ -285,6 +291,19 @@ async def own_session(caller, host, **fields):
     return await caller.open(host, needs=(OWN_ADAPTER,), **fields)
 
 
+async def test_deep_prompts_reach_the_hops_of_their_blocks_and_those_that_replace_them(open_swarm):
+    prompts = {(block, PROMPT): DeepPrompt(tokens(2, block)) for block in (1, 4, 8)}
+    async with open_swarm() as swarm:
+        hosts = await serve(swarm, client_adapters=LIMIT)
+        spare = (await serve(swarm, spans=[(3, 6)], client_adapters=LIMIT))[0]
+        session = await (await swarm.client()).session(BLOCKS, own_adapter=lora(1) | prompts)
+        row = tokens(9)
+        assert torch.equal(await session.step(row[:5]), expected(row, lora(1) | prompts)[4:5])
+        used = next(host for host in (hosts[1], spare) if session.chain[1]["peer"] == str(host.peer_id))
+        swarm.kill(used)
+        assert torch.equal(await session.step(row[5:9]), expected(row, lora(1) | prompts)[8:9])
+
+
 async def test_an_upload_that_breaks_a_rule_is_refused_and_leaves_nothing(open_swarm):
     async with open_swarm() as swarm:
         (host,) = await serve(swarm, spans=[(0, 3)], client_adapters=LIMIT)
@@ -315,6 +334,12 @@ async def test_an_upload_that_breaks_a_rule_is_refused_and_leaves_nothing(open_s
             (InvalidRequest, upload(), matrix_a(block=3), matrix_b()),
             (InvalidRequest, upload(), matrix_a(module="other"), matrix_b()),
             (InvalidRequest, upload(pairs=2, values=64), matrix_a(), matrix_b(), matrix_a(), matrix_b()),
+            (InvalidRequest, upload(prompts=4)),
+            (RemoteProtocolError, upload(values=64, prompts=1), matrix_a(), matrix_b(), matrix_a()),
+            (InvalidRequest, upload(values=64, prompts=1), matrix_a(), matrix_b(), prompt(block=3)),
+            (InvalidRequest, upload(values=64, prompts=2), matrix_a(), matrix_b(), prompt(), prompt()),
+            (InvalidRequest, upload(values=64, prompts=1), matrix_a(), matrix_b(), prompt(wide)),
+            (StreamReset, upload(values=33, prompts=1), matrix_a(), matrix_b(), prompt()),
         ]
         for error, first, *messages in cases:
             said = await say_all(caller, host, first, *messages)

@@ -120,6 +120,18 @@ def test_prompts_train_as_they_would_locally(mode: str, servers: Any, llama_path
         prefix = nn.Parameter(model.prompts.prefix.detach().clone())
         deep = nn.Parameter(torch.zeros(8, 3, 64))
         found = losses(model, [p for p in model.parameters() if p.requires_grad])
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+        answers = [model.generate(IDS[:1], attention_mask=torch.ones(1, 8), max_new_tokens=6, do_sample=False)]
+        answers.append(model.generate(IDS, attention_mask=mask, max_new_tokens=4, num_beams=3, do_sample=False))
+        with torch.no_grad():
+            # A prompt that has changed must not go on over the KV of the one before.
+            output = model(IDS, use_cache=True)
+            model.prompts.prefix.add_(1.0)
+            cache = getattr(output, "cache", None) or output.past_key_values
+            with pytest.raises(ValueError, match=r"prompts have changed .* begin a new cache"):
+                model(IDS[:, :1], past_key_values=cache)
+            model.prompts.prefix.sub_(1.0)
+            values = [each.detach().clone() for each in (model.prompts.prefix, model.prompts.deep) if each is not None]
 
     class Prompted(nn.Module):
         """The whole model with the same prompts, by hooks on its blocks."""
@@ -144,6 +156,16 @@ def test_prompts_train_as_they_would_locally(mode: str, servers: Any, llama_path
     expected = losses(Prompted(), [prefix, deep])
     assert found == pytest.approx(expected, abs=1e-3)
     assert found[-1] < found[0]
+    with torch.no_grad():
+        for own, trained in zip((prefix, deep), values, strict=False):
+            own.copy_(trained)
+        text = IDS[:1]
+        for _ in range(6):
+            logits = Prompted()(text, labels=text).logits
+            text = torch.cat((text, logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(answers[0], text)
+    # Of the batch's padded row and its beams: what the row gives alone.
+    assert answers[1].shape == (2, 12)
 
 
 def test_peft_trains_lora_on_remote_blocks_as_on_local_ones(remote: Any, whole: Any, tmp_path: Path) -> None:
@@ -277,7 +299,7 @@ def test_a_model_that_cannot_be_connected_leaves_no_thread_behind(
     def refuse(*_: Any) -> None:
         raise TypeError("no such decoder")
 
-    monkeypatch.setattr("peerd.facade.model._find_return_type", refuse)
+    monkeypatch.setattr("peerd.facade.model.find_return_type", refuse)
     before = {thread.ident for thread in threading.enumerate() if thread.name == "peerd"}
     with pytest.raises(TypeError, match="no such decoder"):
         peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap)

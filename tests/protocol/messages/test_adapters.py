@@ -17,6 +17,7 @@ from peerd.protocol.messages.adapters import (
     Loaded,
     MatrixA,
     MatrixB,
+    Prompt,
     Upload,
     adapter_id,
     check_name,
@@ -26,7 +27,7 @@ from peerd.protocol.messages.adapters import (
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/adapters.json").read_text())
 MESSAGES = VECTORS["messages"]
-EVERYBODY = (Upload, Granted, MatrixA, MatrixB, Loaded)
+EVERYBODY = (Upload, Granted, MatrixA, MatrixB, Prompt, Loaded)
 
 
 def header_of(vector):
