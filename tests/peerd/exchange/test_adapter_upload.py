@@ -299,7 +299,7 @@ async def test_deep_prompts_reach_the_hops_of_their_blocks_and_those_that_replac
         session = await (await swarm.client()).session(BLOCKS, own_adapter=lora(1) | prompts)
         row = tokens(9)
         assert torch.equal(await session.step(row[:5]), expected(row, lora(1) | prompts)[4:5])
-        used = next(host for host in (hosts[1], spare) if session.chain[1]["peer"] == str(host.peer_id))
+        used = next(host for host in (hosts[1], spare) if session.chain[1].peer == host.peer_id)
         swarm.kill(used)
         assert torch.equal(await session.step(row[5:9]), expected(row, lora(1) | prompts)[8:9])
 

@@ -55,10 +55,10 @@ class Servers:
         self._closes.pop(index)()
         return self.peers.pop(index)
 
-    def kill_one_of(self, chain: list[dict[str, Any]], hop: int) -> peerd.Peer:
+    def kill_one_of(self, chain: tuple[peerd.ServedBy, ...], hop: int) -> peerd.Peer:
         """Have the peer end that serves a chain's hop. Returns it."""
-        ids = [str(peer.peer_id) for peer in self.peers]
-        return self.kill(ids.index(str(chain[hop]["peer"])))
+        ids = [peer.peer_id for peer in self.peers]
+        return self.kill(ids.index(chain[hop].peer))
 
     def close(self) -> None:
         for close in reversed(self._closes):
