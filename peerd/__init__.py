@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peerd.client.session.session import Session
     from peerd.client.training.trained import Gradients
     from peerd.client.training.training_pass import Pass
-    from peerd.compute.adapters.lora import LoraAdapter, LoraPair
+    from peerd.compute.adapters.lora import DeepPrompt, LoraAdapter, LoraPair
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
     from peerd.compute.errors import AdapterError, CheckpointError
@@ -101,6 +101,7 @@ __all__ = [
     "CheckpointError",
     "LoraAdapter",
     "LoraPair",
+    "DeepPrompt",
     "AdapterError",
     "__version__",
 ]
@@ -127,6 +128,7 @@ _MODULE_OF = {
     "AdapterError": "peerd.compute.errors",
     "LoraAdapter": "peerd.compute.adapters.lora",
     "LoraPair": "peerd.compute.adapters.lora",
+    "DeepPrompt": "peerd.compute.adapters.lora",
     "SamplingParams": "peerd.client.sampling",
     "Patience": "peerd.client.finding.finder",
     "ServedBlocks": "peerd.client.blocks",
