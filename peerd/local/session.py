@@ -17,7 +17,7 @@ from peerd.local.channel import Channel, Parameters, open_channel
 from peerd.local.messages import MAX_WAITING, OpenSession, SessionOpened
 from peerd.protocol.errors import InternalError, InvalidRequest, PeerdError
 from peerd.protocol.messages.session import Output, Want
-from peerd.protocol.rows import Op, RowSlice
+from peerd.protocol.rows import Op, RowSlice, SessionSize
 
 # Positions of one message: 128 MiB of the widest models' float32.
 _POSITIONS_AT_ONCE = 2048
@@ -27,7 +27,7 @@ class DaemonSession:
     """Runs steps in a session of the daemon's. `run` owns its websocket. `hidden` is `[positions, width]`."""
 
     def __init__(self, path: Path, wanted: OpenSession, parameters: Parameters, width: int) -> None:
-        self.log = StepLog(max_length=wanted.max_length, max_rows=wanted.max_rows, max_rollback=wanted.max_rollback)
+        self.log = StepLog(SessionSize(wanted.max_length, wanted.max_rows, wanted.max_rollback))
         self._path = path
         self._wanted = wanted
         self._parameters = parameters
