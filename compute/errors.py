@@ -81,6 +81,10 @@ class UnknownAdapterError(EngineError):
     """No adapter of that name is loaded; the message lists the loaded ones."""
 
 
+class BatchFailedError(EngineError):
+    """The device could not compute the session's part of a batch, alone either: no memory, or a bug."""
+
+
 class NonFiniteError(EngineError):
     """The blocks returned NaN or infinity for this session's positions."""
 

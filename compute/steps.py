@@ -109,7 +109,13 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchOutput:
-    """For each piece its hidden states, `[count, hidden_size]` on the CPU, and whether all values are finite."""
+    """For each piece its hidden states, `[count, hidden_size]` on the CPU, and whether all values are finite.
 
-    hidden: tuple[torch.Tensor, ...]
+    A piece that could not be computed has no hidden states; `failures` are the stacks of what was raised, as text.
+    `is_device_lost`: whether the device computes nothing more for this process.
+    """
+
+    hidden: tuple[torch.Tensor | None, ...]
     finite: tuple[bool, ...]
+    failures: tuple[str, ...] = ()
+    is_device_lost: bool = False

@@ -15,6 +15,7 @@ import torch
 
 from peerd.compute.adapters.file import AdapterFile
 from peerd.compute.adapters.lora import Lora
+from peerd.compute.device.free_memory import give_back_memory
 from peerd.compute.engine.runner import SpanRunner
 from peerd.compute.engine.scheduler import Scheduler
 from peerd.compute.errors import UnknownAdapterError
@@ -172,6 +173,18 @@ class BaseEngine(ABC):
     def run(self, batch: Batch) -> BatchOutput:
         """Run a planned batch. Device thread."""
 
+    def give_back(self) -> None:
+        """Return unused memory to the device. Device thread."""
+        give_back_memory("cpu")
+
+    def works(self) -> bool:
+        """Whether the blocks compute a position of zeros: a device that is lost does not. Device thread."""
+        try:
+            return bool(self.forward(torch.zeros(1, 1, self.hidden_size)).isfinite().all())
+        except Exception:
+            # Whatever it is, the caller has met it already.
+            return False
+
     @abstractmethod
     def forward(self, hidden: torch.Tensor, blocks: Span | None = None) -> torch.Tensor:
         """Run sequences `[batch, positions, hidden_size]` from position 0, without a cache. Device thread."""
@@ -209,6 +222,7 @@ class Engine(BaseEngine):
             batch_tokens=batch_tokens,
         )
         self._scheduler.dtype = model.dtype
+        self._device = model.device
         self._runner = SpanRunner(model, layout, self._pool.pages, page_tokens, paged=paged)
         self.passes = PassRunner(model, self._runner.part, self._runner.adapters, PassMemory(pass_bytes))
 
@@ -220,6 +234,9 @@ class Engine(BaseEngine):
     def dtype(self) -> torch.dtype:
         """What the blocks compute in."""
         return self._runner.dtype
+
+    def give_back(self) -> None:
+        give_back_memory(self._device)
 
     def forget_places(self, batch: Batch) -> None:
         """Mark the places of a batch's new positions in the KV cache as unwritten, before it runs. Device thread."""

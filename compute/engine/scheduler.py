@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from peerd.compute.engine.fair_shares import FairShares
 from peerd.compute.engine.session import EngineSession, QueuedStep
-from peerd.compute.errors import ContextTooLongError, InvalidStepError, NonFiniteError
+from peerd.compute.errors import BatchFailedError, ContextTooLongError, EngineError, InvalidStepError, NonFiniteError
 from peerd.compute.kv.layout import Demand, KVLayout
 from peerd.compute.kv.pages import PagePool
 from peerd.compute.kv.row_cache import Retention, RowState
@@ -192,13 +192,15 @@ class Scheduler:
         if self._running is None:
             raise RuntimeError("no batch was planned")
         results: list[StepResult] = []
-        failed: dict[EngineSession, NonFiniteError] = {}
+        failed: dict[EngineSession, EngineError] = {}
         for (session, queued), hidden, finite in zip(self._running, output.hidden, output.finite, strict=True):
             if session.closed:
                 continue
-            if not finite:
+            if hidden is None:
+                failed.setdefault(session, BatchFailedError(f"blocks {session.blocks} could not be computed here"))
+            elif not finite:
                 failed.setdefault(session, NonFiniteError.of(session.blocks, self.dtype))
-            if session in failed:
+            if hidden is None or session in failed:
                 session.undo(queued)
                 results.append(queued.fail(failed[session]))
                 continue

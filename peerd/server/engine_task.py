@@ -24,12 +24,12 @@ import torch
 import trio
 
 from peerd.compute.adapters.lora import Lora
+from peerd.compute.device.failures import is_device_lost, is_out_of_memory
+from peerd.compute.engine.batch_parts import run_in_parts
 from peerd.compute.engine.engine import PRIVATE, BaseEngine
-from peerd.compute.errors import (
-    AdapterError,
-    NonFiniteError,
-)
-from peerd.compute.steps import EngineStep, StepResult
+from peerd.compute.errors import AdapterError, EngineError, NonFiniteError
+from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
+from peerd.net.containment import Containment
 from peerd.net.owners import Owner
 from peerd.protocol.errors import (
     BadResult,
@@ -45,6 +45,7 @@ from peerd.protocol.messages.session import Open, Step
 from peerd.protocol.span import Span
 from peerd.server.admission import Admission
 from peerd.server.busy_meter import BusyMeter
+from peerd.server.device_health import DeviceHealth
 from peerd.server.device_queue import Job, Work, WorkQueue, run_slice
 from peerd.server.wire_errors import wire_errors
 
@@ -85,10 +86,15 @@ class EngineTask:
 
     `run_batch` runs the engine's blocking part; the default hands it to a worker thread. With a `run_batch`
     nothing else needs a thread either (an engine without a device): `run_blocking` runs where it is called.
+    `is_strict`: failures that are not for want of memory are raised; None is as PEERD_STRICT says.
     """
 
-    def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None) -> None:
+    def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None, is_strict: bool | None = None) -> None:
         self.engine = engine
+        #: Whether the device still computes. Where it does not, `on_broken` is called: the span is to be given up.
+        self.health = DeviceHealth()
+        self.on_broken: Callable[[], None] = lambda: None
+        self._containment = Containment(is_strict)
         self.busy = BusyMeter()
         # How often the device has ended a turn: whoever waits for one sees by it that it works.
         self.turns = 0
@@ -151,7 +157,25 @@ class EngineTask:
         finally:
             self._jobs.leave(job)
         assert job.result is not None
-        job.result.unwrap()
+        try:
+            job.result.unwrap()
+        except EngineError:
+            raise
+        except Exception as error:
+            if not self._contains(error):
+                raise
+            raise await self._failed_work(error) from None
+
+    async def _failed_work(self, error: Exception) -> PeerdError:
+        """What the caller of a work hears that the device could not do."""
+        if is_out_of_memory(error):
+            async with self._device:
+                await self._on_device(self.engine.give_back)
+            return NoRoom("there is no memory for this pass now")
+        log.error("a turn of training failed on blocks %s", self.engine.span, exc_info=error)
+        if is_device_lost(error):
+            self.break_down("its device computes nothing more for this process")
+        return InternalError("the pass could not be computed here")
 
     async def _run_one(self) -> bool:
         """Run a turn of a work, or plan, run and collect one batch. False where there is nothing to run."""
@@ -167,14 +191,39 @@ class EngineTask:
             if batch is None:
                 return False
             began = trio.current_time()
-            output = await self._run_batch(self.engine.run, batch)
+            output = await self._run_batch(self._run_in_parts, batch)
             self._jobs.spent_on_inference(trio.current_time() - began)
             self.busy.ran(began, trio.current_time())
+            await self._judge(batch, output)
             for result in self.engine.collect(batch, output):
                 self._hand_over(result)
         # Pages of sessions that closed while the batch ran are free only now.
         self.admission.retry()
         return True
+
+    def _run_in_parts(self, batch: Batch) -> BatchOutput:
+        return run_in_parts(self.engine.run, batch, self.engine.give_back, self._contains)
+
+    def _contains(self, error: Exception) -> bool:
+        return not self._containment.is_strict or is_out_of_memory(error)
+
+    async def _judge(self, batch: Batch, output: BatchOutput) -> None:
+        """See by a batch that has ended whether the device still computes."""
+        was_broken = bool(self.health.broken)
+        if was_broken:
+            return
+        tenants = [self._tenants.get(piece.step.session) for piece in batch.pieces]
+        owners = {tenant.owner.share for tenant in tenants if tenant is not None}
+        if self.health.note(output, owners):
+            self.health.tested(await self._on_device(self.engine.works))
+        if self.health.broken:
+            self.on_broken()
+
+    def break_down(self, why: str) -> None:
+        """Give the device up."""
+        if not self.health.broken:
+            self.health.broken = why
+            self.on_broken()
 
     async def _run_turn(self, job: Job) -> None:
         began = trio.current_time()
@@ -288,6 +337,11 @@ class EngineTask:
         tenant = self._tenants.get(result.session)
         if tenant is None:
             return
+        # A bug in one session must not cost the others of its batch their results.
+        with self._containment.around("handing over a result", tenant.owner.peer_id):
+            self._deliver(tenant, result)
+
+    def _deliver(self, tenant: _Tenant, result: StepResult) -> None:
         if result.hidden is not None:
             tenant.deliver(result.hidden)
         elif isinstance(result.error, NonFiniteError):

@@ -6,7 +6,6 @@ the peer runs it in a worker thread.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,7 +18,8 @@ import trio
 from peerd.checkpoints import Checkpoints, fetch_span
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
-from peerd.compute.device.free_memory import free_memory, trim_heap
+from peerd.compute.device.failures import is_out_of_memory
+from peerd.compute.device.free_memory import free_memory, give_back_memory, trim_heap
 from peerd.compute.device.sizes import format_size
 from peerd.compute.engine.engine import Engine
 from peerd.compute.engine.self_test import check_span
@@ -146,10 +146,6 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     )
 
 
-# torch has a class of its own for GPUs that are full, but only words for a host.
-_NO_HOST_MEMORY = "can't allocate memory"
-
-
 class SpanLoader:
     """Loads spans of the model with this digest. `spec` is for one device; `promised_bytes`: what other spans of this
     peer may take of the host's memory yet.
@@ -182,7 +178,7 @@ class SpanLoader:
 
     async def free(self) -> None:
         """Give back what no engine uses any more, or the next would find no room."""
-        await trio.to_thread.run_sync(_free, self._spec.device)
+        await trio.to_thread.run_sync(give_back_memory, self._spec.device)
 
     def with_adapter(self, name: str, path: str | Path) -> None:
         """Load this adapter too from now on."""
@@ -208,18 +204,8 @@ async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tu
     try:
         loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or _NO_HOST_MEMORY not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
             raise
         raise MemoryError(f"blocks {span} do not fit into the memory that is free: {error}") from None
     max_length = checkpoint.max_length or MAX_LENGTH
     return ServedSpan(checkpoint.model_digest, max_length, EngineTask(loaded.engine), loaded.adapter_room), loaded
-
-
-def _free(device: str) -> None:
-    # Models hold themselves, and so do the errors of a load that failed.
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        # What torch keeps for its next tensors would count as taken.
-        with torch.cuda.device(device):
-            torch.cuda.empty_cache()
-    trim_heap()

@@ -15,7 +15,7 @@ from peerd.compute.errors import StepGapError
 from peerd.compute.kv.layout import Keep
 from peerd.compute.steps import BatchOutput
 from peerd.net.owners import Owner
-from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, NoRoom, Overloaded
+from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, NoRoom, Overloaded
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import NextHop, Open, Step
 from peerd.protocol.rows import RowSlice, SessionSize
@@ -48,12 +48,13 @@ def step(start, count, seq=1, row=0):
 
 
 @asynccontextmanager
-async def running(engine=None, run_batch=None):
+async def running(engine=None, run_batch=None, is_strict=None):
     async def slow(run, batch):
         await trio.sleep(STEP_S)
         return run(batch)
 
-    task = EngineTask(engine or FakeEngine(SPAN, hidden_size=WIDTH, kv_tokens=256), run_batch=run_batch or slow)
+    engine = engine or FakeEngine(SPAN, hidden_size=WIDTH, kv_tokens=256)
+    task = EngineTask(engine, run_batch=run_batch or slow, is_strict=is_strict)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(task.run)
         yield task
@@ -327,3 +328,135 @@ async def test_memory_for_outputs_that_a_hop_keeps_is_committed_with_the_session
             task.close("b")
         assert engine.free_tokens > free
         await task.open("f", owner("f"), long, print)
+
+
+class Failing(FakeEngine):
+    """Fails on every batch with one of the `culprits`, and altogether where it is `broken`."""
+
+    def __init__(self, *culprits, error=IndexError):
+        super().__init__(SPAN, hidden_size=WIDTH, kv_tokens=1024)
+        self.culprits = set(culprits)
+        self.error = error
+        self.broken = False
+
+    def run(self, batch):
+        if self.broken or self.culprits & {piece.step.session for piece in batch.pieces}:
+            raise self.error("no")
+        return super().run(batch)
+
+    def forward(self, hidden, blocks=None):
+        if self.broken:
+            raise self.error("no")
+        return super().forward(hidden, blocks)
+
+
+async def test_a_batch_that_fails_costs_the_session_that_makes_it_fail_and_no_other():
+    async with running(Failing("bad"), is_strict=False) as task:
+        results = {"bad": [], "good": []}
+        for name, took in results.items():
+            await task.open(name, owner(name), opening(), took.append)
+            task.submit(name, step(0, 3), tokens(3))
+        await trio.sleep(10 * STEP_S)
+        assert [type(result) for result in results["bad"]] == [InternalError]
+        assert torch.equal(results["good"][0], fake_forward(tokens(3), SPAN))
+        assert task.health.failed_batches == 1
+
+
+async def test_a_bug_is_loud_where_somebody_listens():
+    with pytest.RaisesGroup(IndexError, flatten_subgroups=True):
+        async with running(Failing("bad"), is_strict=True) as task:
+            await task.open("bad", owner("bad"), opening(), print)
+            task.submit("bad", step(0, 3), tokens(3))
+            await trio.sleep(10 * STEP_S)
+
+
+async def test_a_device_without_memory_is_no_bug():
+    async with running(Failing("large", error=torch.OutOfMemoryError), is_strict=True) as task:
+        took = []
+        await task.open("large", owner("large"), opening(), took.append)
+        task.submit("large", step(0, 3), tokens(3))
+        await trio.sleep(3 * STEP_S)
+        assert [type(result) for result in took] == [InternalError]
+
+
+async def fail_alone(task, name, share="same"):
+    took = []
+    await task.open(name, Owner(PeerId(name), share), opening(), took.append)
+    task.submit(name, step(0, 1), tokens(1))
+    await trio.sleep(2 * STEP_S)
+    task.close(name)
+    return took
+
+
+async def test_one_network_that_makes_its_own_batches_fail_does_not_take_the_span_from_others():
+    async with running(Failing(*"abcdef"), is_strict=False) as task:
+        for name in "abcdef":
+            await fail_alone(task, name)
+        assert not task.health.broken
+        took = await fail_alone(task, "good")
+        assert torch.equal(took[0], fake_forward(tokens(1), SPAN))
+
+
+@pytest.mark.parametrize("shares", [["1", "2", "3"], ["1", "1", "1"]], ids=["three networks", "a test fails too"])
+async def test_a_device_that_fails_three_times_in_a_row_is_given_up(shares):
+    engine = Failing()
+    broken = []
+    async with running(engine, is_strict=False) as task:
+        task.on_broken = lambda: broken.append(trio.current_time())
+        await fail_alone(task, "before")
+        engine.broken = len(set(shares)) == 1
+        engine.culprits = {"a", "b", "c"}
+        for name, share in zip("abc", shares, strict=True):
+            assert not broken
+            await fail_alone(task, name, share)
+        assert len(broken) == 1
+        assert "in a row" in task.health.broken
+
+
+async def test_a_success_between_failures_begins_the_count_anew():
+    async with running(Failing(*"abcd"), is_strict=False) as task:
+        for name in ["a", "b", "good", "c", "d"]:
+            await fail_alone(task, name, name)
+        assert not task.health.broken
+
+
+async def test_a_lost_device_is_given_up_at_once():
+    async with running(Failing("bad", error=torch.AcceleratorError), is_strict=False) as task:
+        await fail_alone(task, "bad")
+        assert "computes nothing more" in task.health.broken
+
+
+async def test_a_pass_without_memory_is_told_to_come_again():
+    class Full(Turns):
+        def turn(self):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async with running() as task:
+        with pytest.raises(NoRoom, match="no memory"):
+            await task.run_work("a", Full(1))
+        await task.run_work("a", Turns(1))
+
+
+async def test_a_bug_in_a_pass_is_told_as_ours():
+    class Broken(Turns):
+        def turn(self):
+            raise ZeroDivisionError
+
+    async with running(is_strict=False) as task:
+        with pytest.raises(InternalError):
+            await task.run_work("a", Broken(1))
+        await task.run_work("a", Turns(1))
+
+
+async def test_a_session_whose_result_cannot_be_handed_over_costs_the_others_nothing():
+    def fail(_result):
+        raise ZeroDivisionError
+
+    async with running(is_strict=False) as task:
+        took = []
+        await task.open("bad", owner("bad"), opening(), fail)
+        await task.open("good", owner("good"), opening(), took.append)
+        for name in ("bad", "good"):
+            task.submit(name, step(0, 1), tokens(1))
+        await trio.sleep(3 * STEP_S)
+        assert torch.equal(took[0], fake_forward(tokens(1), SPAN))

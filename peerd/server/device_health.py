@@ -1,0 +1,78 @@
+"""Whether the device under a span still computes, judged by the batches that failed on it.
+
+One session can make its own batches fail, again and again, and must not take the span from the others by it. So a span
+is given up where its device is lost, where three failed batches in a row came from three different networks, or where
+it fails with nobody's steps but our own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection
+
+import trio
+
+from peerd.compute.steps import BatchOutput
+
+log = logging.getLogger(__name__)
+
+FAILURES_IN_A_ROW = 3
+# A client that makes the same batch fail again and again must not fill the disk.
+STACK_EVERY_S = 10.0
+
+
+class DeviceHealth:
+    """What became of the batches of one engine."""
+
+    def __init__(self) -> None:
+        #: Batches of which a part failed.
+        self.failed_batches = 0
+        #: Why the device is given up; "" as long as it is not.
+        self.broken = ""
+        # Of the last batches that failed altogether, whose steps they had.
+        self._in_a_row: list[frozenset[str]] = []
+        self._quiet_until = -math.inf
+
+    def __repr__(self) -> str:
+        return f"<DeviceHealth {self.broken or 'works'} failed={self.failed_batches}>"
+
+    def note(self, output: BatchOutput, owners: Collection[str]) -> bool:
+        """A batch with these owners' steps has ended. Whether the device should be tested now."""
+        if not output.failures:
+            self._in_a_row.clear()
+            return False
+        self.failed_batches += 1
+        self._log(output, len(owners))
+        if output.is_device_lost:
+            self.broken = "its device computes nothing more for this process"
+        if any(hidden is not None for hidden in output.hidden):
+            self._in_a_row.clear()
+            return False
+        self._in_a_row.append(frozenset(owners))
+        if len(self._in_a_row) < FAILURES_IN_A_ROW:
+            return False
+        if len(frozenset().union(*self._in_a_row)) >= FAILURES_IN_A_ROW:
+            self.broken = f"{len(self._in_a_row)} batches of different clients failed in a row"
+        return not self.broken
+
+    def tested(self, works: bool) -> None:
+        """What the test said that `note` asked for."""
+        if not works:
+            self.broken = f"{len(self._in_a_row)} batches failed in a row, and so did a test"
+        self._in_a_row.clear()
+
+    def _log(self, output: BatchOutput, owners: int) -> None:
+        now = trio.current_time()
+        if now < self._quiet_until:
+            return
+        self._quiet_until = now + STACK_EVERY_S
+        lost = sum(hidden is None for hidden in output.hidden)
+        log.error(
+            "a batch of %d clients failed; %d of its %d parts could not be computed (%d batches so far):\n%s",
+            owners,
+            lost,
+            len(output.hidden),
+            self.failed_batches,
+            output.failures[0],
+        )
