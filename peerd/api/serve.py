@@ -64,9 +64,10 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class LocalApi:
-    """A running API. `urls` are for people: `unix:PATH`, `http://HOST:PORT`."""
+    """A running API. `urls` are for people: `unix:PATH`, `http://HOST:PORT`. `token`: what TCP asks for, or None."""
 
     urls: tuple[str, ...]
+    token: str | None = None
 
 
 @asynccontextmanager
@@ -93,7 +94,7 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
             await tasks.start(_serve, guard, listener, containment)
             host, port = listener.getsockname()[:2]
             urls.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        yield LocalApi(tuple(urls))
+        yield LocalApi(tuple(urls), endpoint.token)
 
 
 def load_or_create_token(path: Path) -> str:

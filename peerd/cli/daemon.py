@@ -25,6 +25,7 @@ import trio
 from peerd.cli.console import working, write
 from peerd.cli.key_files import load_or_create_identity
 from peerd.cli.options import Joining
+from peerd.cli.page_link import page_link, show_page
 from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals
 from peerd.compute.checkpoint.hub.settings import HubSettings
@@ -36,6 +37,7 @@ from peerd.trio_tools import open_tasks
 from peerd.watchdog import tell_systemd, watching_the_loop
 
 if TYPE_CHECKING:
+    from peerd.api.serve import LocalApi
     from peerd.client.model import SwarmModel
     from peerd.peer import Peer
     from peerd.reach.relay_ledger import RelayLimits
@@ -52,12 +54,16 @@ WANTED_FILES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """What the local API offers, and where. `token_file` None: TCP asks for no token."""
+    """What the local API offers, and where. `token_file` None: TCP asks for no token.
+
+    `open_page`: the person who starts the daemon wants to see its page.
+    """
 
     models: tuple[tuple[str | None, Path | str], ...]
     socket_path: Path
     http: tuple[str, int] | None
     token_file: Path | None
+    open_page: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +98,10 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
     async with AsyncExitStack() as stack:
         with working(_starting(daemon.serve)) as display:
             peer = await _open(stack, daemon, HubSettings(daemon.disk_bytes, watch=display.transferred))
-            urls = await _offer(stack, peer, daemon.offer) if daemon.offer is not None else ()
+            api = await _offer(stack, peer, daemon.offer) if daemon.offer is not None else None
         stopping.serving = True
-        for url in urls:
-            log.info("local API at %s", url)
+        if api is not None and daemon.offer is not None:
+            await _say_where(api, daemon.offer)
         _print_addresses(peer.addresses)
         log.info("%s is up%s", peer.peer_id, _roles(peer))
         tell_systemd("READY=1")
@@ -139,7 +145,16 @@ async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer
         raise InvalidRequest(f"cannot listen on {wanted}: {error.strerror}; choose another --listen") from error
 
 
-async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> tuple[str, ...]:
+async def _say_where(api: LocalApi, offered: Offered) -> None:
+    for url in api.urls:
+        needs = f", with the token in {offered.token_file}" if url.startswith("http") and offered.token_file else ""
+        log.info("local API at %s%s", url, needs)
+    if offered.open_page:
+        http = next(url for url in api.urls if url.startswith("http"))
+        await show_page(page_link(http, api.token))
+
+
+async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalApi:
     """Open the local API over the models that were named. Raises CheckpointError, InvalidRequest."""
     # It brings torch along: seconds, in which peers would think us dead.
     await trio.to_thread.run_sync(import_module, "peerd.api.serve")
@@ -154,8 +169,7 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> tuple[s
     token = load_or_create_token(offered.token_file) if offered.token_file and offered.http else None
     host, port = offered.http or (None, 0)
     endpoint = Endpoint(offered.socket_path, host, port, token)
-    api = await stack.enter_async_context(open_local_api(peer, models, endpoint))
-    return api.urls
+    return await stack.enter_async_context(open_local_api(peer, models, endpoint))
 
 
 def raise_descriptor_limit() -> None:

@@ -102,6 +102,13 @@ _OPTIONS = (
         help="Where the token of --http lies; made if it is not there. Default: in the state directory.",
     ),
     click.option("--no-token", is_flag=True, help="Ask for no token: any program on this machine may use --http."),
+    click.option(
+        "--open",
+        "open_page",
+        is_flag=True,
+        help="Print the link to this daemon's page, a chat and a view of the swarm, and open it in a browser. Without"
+        " --http, at a free port of 127.0.0.1.",
+    ),
     join_options,
     click.option(
         "--listen",
@@ -206,6 +213,7 @@ def daemon_of(
     http: tuple[str, int] | None,
     token_file: Path | None,
     no_token: bool,
+    open_page: bool,
     listen: tuple[Multiaddr, ...],
     announce: tuple[Multiaddr, ...],
     identity: Path | None,
@@ -216,6 +224,8 @@ def daemon_of(
 ) -> Daemon:
     """What the options ask for together. Raises click.UsageError where they do not fit each other."""
     relay = relaying(serving)
+    if open_page and http is None:
+        http = ("127.0.0.1", 0)
     offers = client or socket_path is not None or http is not None
     among: tuple[str, ...] = serving["among"]
     if among and (models or serve_blocks is None or isinstance(serve_blocks, Span)):
@@ -270,7 +280,7 @@ def daemon_of(
         stop_on_eof=stop_on_eof,
         disk_bytes=disk_bytes,
         relay=relay,
-        offer=_offer(models, socket_path, http, token_file, no_token) if offers else None,
+        offer=_offer(models, socket_path, http, token_file, no_token, open_page) if offers else None,
     )
 
 
@@ -280,6 +290,7 @@ def _offer(
     http: tuple[str, int] | None,
     token_file: Path | None,
     no_token: bool,
+    open_page: bool,
 ) -> Offered:
     from peerd.cli.daemon import Offered
     from peerd.local.socket_path import default_socket_path
@@ -289,4 +300,4 @@ def _offer(
         raise click.UsageError("two of --model have the same NAME")
     if http is not None and not no_token and token_file is None:
         token_file = platformdirs.user_state_path("peerd") / "api.token"
-    return Offered(models, socket_path or default_socket_path(), http, token_file)
+    return Offered(models, socket_path or default_socket_path(), http, token_file, open_page)
