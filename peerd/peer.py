@@ -26,6 +26,7 @@ from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.discovery.prober import Prober
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
+from peerd.net.dial_policy import DialPolicy
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
@@ -34,7 +35,7 @@ from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.reach.checker import Reachability
 from peerd.reach.dialback import DialbackAnswerer
-from peerd.reach.own_addresses import dialable_forms
+from peerd.reach.own_addresses import dialable_forms, own_networks
 from peerd.reach.relay import Relay
 from peerd.reach.reservations import Reservations, open_reservations
 from peerd.routing.chains.rules import ChainRules
@@ -250,6 +251,7 @@ async def open_peer(
                 random=Random(os.urandom(16)),
                 now=now,
             )
+            _limit_dials(connections, _parsed(bootstrap))
             first = reachability.announced
             connections.announced = first.addresses
             if connections.listen_addresses:
@@ -295,6 +297,17 @@ async def open_peer(
                     for spec in serve:
                         await peer.serve(spec)
                     yield peer
+
+
+def _limit_dials(connections: Connections, bootstrap: Sequence[Multiaddr]) -> None:
+    """What we are told in records leads into no network that we do not live in."""
+    connections.trust(bootstrap)
+
+    def ours() -> Sequence[Multiaddr]:
+        # Neighbours in our own network meet there, though the swarm is on the internet.
+        return (*bootstrap, *connections.announced, *own_networks())
+
+    connections.own_policy = DialPolicy(ours)
 
 
 async def _start_server(tasks: trio.Nursery, clock: SwarmClock, containment: Containment) -> Server:

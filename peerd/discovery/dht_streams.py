@@ -9,8 +9,6 @@ from __future__ import annotations
 import trio
 
 from peerd.net.connections import Connections, Stream
-from peerd.net.dialling.dialable import dialable
-from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.messages.session import Failure
@@ -28,19 +26,18 @@ ANSWER_DEADLINE_S = 10.0
 
 
 class StreamTransport:
-    """Carries each question on a stream of its own: its cancelling is a reset, and no answer waits for another.
-
-    ranges: addresses of the loopback and private ranges in which others may make us dial.
-    """
+    """Carries each question on a stream of its own: its cancelling is a reset, and no answer waits for another."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self.ranges: tuple[Multiaddr, ...] = ()
 
     async def request(self, contact: Contact, packet: Packet) -> Packet:
         """Raises what the peer answered, or a PeerFault."""
         stream = await self._connections.open_stream(
-            contact.peer_id, DHT_PROTOCOL, addresses=dialable(contact.addresses, self.ranges)
+            contact.peer_id,
+            DHT_PROTOCOL,
+            addresses=contact.addresses,
+            policy=self._connections.strangers_policy,
         )
         async with stream:
             await _send(stream, packet)

@@ -23,7 +23,7 @@ from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.discovery.rechecks import Proofs
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
-from peerd.net.dialling.dialable import dialable
+from peerd.net.dial_policy import DialPolicy
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost
@@ -75,6 +75,8 @@ class Discovery:
         self.clock = clock
         self.links = Links(trio.current_time, by_proof=True)
         self._connections = connections
+        # Strangers must not aim us at our own network; but a swarm that we joined in a private range lives there.
+        connections.strangers_policy = DialPolicy(lambda: (*self._bootstrap, *self.dht.addresses))
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock)
@@ -99,8 +101,6 @@ class Discovery:
         contacts: what of it everybody can dial, if not all; the DHT's tables hold that. None of it: a DHT client.
         """
         contacts = addresses if contacts is None else contacts
-        # Strangers must not aim us at our own network; but a swarm that we joined in a private range lives there.
-        self._transport.ranges = (*self._bootstrap, *contacts)
         before = self.dht.addresses
         self.dht.addresses = contacts
         if self.dht.addresses != before:
@@ -122,7 +122,7 @@ class Discovery:
 
     def may_dial(self, addresses: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:
         """Of addresses that others told us, those that may be dialled: none of our own network, unless the swarm is."""
-        return dialable(addresses, self._transport.ranges)
+        return self._connections.strangers_policy.of(addresses)
 
     def describe(self, models: Callable[[], Sequence[ModelRecord]]) -> None:
         """Announce what `models` returns beside what we serve, asked each time."""

@@ -83,7 +83,7 @@ class Prober:
                 return None
             self._opened.add(peer_id)
         try:
-            return await self._connections.connect(peer_id, ways)
+            return await self._connections.connect(peer_id, ways, self._connections.strangers_policy)
         except PeerFault as error:
             # Announced, and nobody there: better found out now than in the middle of an answer.
             self._links.failed(peer_id, str(error))

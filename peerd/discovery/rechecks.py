@@ -88,6 +88,6 @@ class Proofs:
         connection = self._connections.live.get(peer_id)
         if connection is None:
             ways = self._may_dial(await self._directory.ways_to(peer_id))
-            connection = await self._connections.connect(peer_id, ways)
+            connection = await self._connections.connect(peer_id, ways, self._connections.strangers_policy)
         if not await connection.answers(math.inf):
             raise connection.lost_error()

@@ -15,6 +15,7 @@ from functools import partial
 import trio
 
 from peerd.net.containment import Containment
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.dialling.circuits import CircuitChannel
 from peerd.net.dialling.dialler import Arrived, Dialler
 from peerd.net.gate import Gate, Places, Visit, descriptor_limit, host_of, places
@@ -48,6 +49,7 @@ class Connections:
     handlers: protocol id -> what runs for each stream of it that a peer opens. May be changed at any time.
     announced: where others are told to dial us; roles: what they are told that we do. Both may be changed too.
     may_be_relayed: whether we reach others through relays where there is no other way.
+    own_policy: what may be dialled for our own purposes; strangers_policy: on strangers' word. Anything to begin with.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Connections:
         self.announced: tuple[Multiaddr, ...] = ()
         self.roles = tuple(roles)
         self.may_be_relayed = may_be_relayed
+        self.own_policy = ANYWHERE
+        self.strangers_policy = ANYWHERE
         self._identity = identity
         self._transport = transport
         self._nursery = nursery
@@ -127,17 +131,23 @@ class Connections:
         """Call `connected` for each peer that is connected, now or while the block runs, and `lost` for each lost."""
         return self._live.watching(connected=connected, lost=lost)
 
-    async def connect(self, peer_id: PeerId | None, addresses: Sequence[Multiaddr]) -> PeerConnection:
+    def trust(self, addresses: Sequence[Multiaddr]) -> None:
+        """Our operator gave us these addresses: wherever they lead, they may be dialled."""
+        self._dialler.trusted = frozenset(address.with_peer(None) for address in addresses)
+
+    async def connect(
+        self, peer_id: PeerId | None, addresses: Sequence[Multiaddr], policy: DialPolicy | None = None
+    ) -> PeerConnection:
         """The connection to a peer: the live one, or a new one through any of `addresses`.
 
         peer_id: None takes whoever answers (an address that names a peer still means that peer). Callers who
         want the same peer share one dial. Sets no deadline beyond 6 s for each address. What it returns may
-        be lost again by then. Raises ConnectFailed with each address's reason, WrongPeer, InvalidRequest for
-        our own PeerId.
+        be lost again by then. policy: what may be dialled; None is `own_policy`. Raises ConnectFailed with each
+        address's reason, WrongPeer, InvalidRequest for our own PeerId.
         """
         if peer_id is None:
-            return await self._dialler.reach_anybody(addresses)
-        return await self._dialler.reach(peer_id, addresses)
+            return await self._dialler.reach_anybody(addresses, policy or self.own_policy)
+        return await self._dialler.reach(peer_id, addresses, policy or self.own_policy)
 
     async def open_stream(
         self,
@@ -146,15 +156,17 @@ class Connections:
         *,
         addresses: Sequence[Multiaddr] = (),
         priority: Priority = Priority.CONTROL,
+        policy: DialPolicy | None = None,
     ) -> Stream:
         """A new stream to a peer, over its live connection or a new one; to ourselves, in memory.
 
-        priority: of messages that name none. Raises as `connect` does, and ConnectionLost, Overloaded.
+        priority: of messages that name none. policy: as in `connect`. Raises as `connect` does, and ConnectionLost,
+        Overloaded.
         """
         if peer_id == self.peer_id:
             connection = await self._to_ourselves()
         else:
-            connection = await self.connect(peer_id, addresses)
+            connection = await self.connect(peer_id, addresses, policy)
         return connection.open_stream(protocol, priority=priority)
 
     async def listen(self, address: Multiaddr) -> Multiaddr:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import trio
 
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.liveness import Delivery
 
@@ -45,10 +46,11 @@ class MessageChannel(Protocol):
 class Transport(Protocol):
     """Dials and listens."""
 
-    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> MessageChannel:
         """Connect to an address, without a time-out. Raises ConnectFailed, VersionMismatch.
 
-        `tasks` holds what the channel needs to run, until it is closed.
+        `tasks` holds what the channel needs to run, until it is closed. policy: which of the IP addresses that the
+        address stands for may be connected to.
         """
 
     async def listen(

@@ -30,6 +30,8 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
+from peerd.net.dialling.names import Names, connect_to_any
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import MAX_FRAME_BYTES
@@ -53,7 +55,6 @@ _OPTIONS: Final[dict[str, Any]] = {
 }
 # How long a close may wait for the other side to take our last words.
 _LINGER_S: Final = 0.5
-_FAMILIES: Final = {"dns4": trio.socket.AF_INET, "dns6": trio.socket.AF_INET6}
 _UPGRADE_REQUIRED = 426
 _FORBIDDEN = 403
 _TOO_BIG = 1009
@@ -75,13 +76,14 @@ class WebSocketTransport:
 
     def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
         self._ssl_context = ssl_context
+        self._names = Names()
 
-    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> WebSocketChannel:
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> WebSocketChannel:
         """Connect and upgrade, without a time-out. Raises ConnectFailed, VersionMismatch."""
         if address.relay is not None or not address.is_dialable:
             raise ConnectFailed(f"{address} cannot be dialled directly")
         try:
-            stream = await self._connect(address)
+            stream = await self._connect(address, policy)
         except (OSError, trio.BrokenResourceError) as error:
             raise ConnectFailed(_cause(error)) from error
         try:
@@ -119,8 +121,9 @@ class WebSocketTransport:
             await nursery.start(trio.serve_listeners, partial(_serve, handler), [listener])
             task_status.started(bound)
 
-    async def _connect(self, address: Multiaddr) -> trio.abc.Stream:
-        stream = await trio.open_tcp_stream(await _host(address), address.port)
+    async def _connect(self, address: Multiaddr, policy: DialPolicy) -> trio.abc.Stream:
+        # To an address that was looked at: a name that is looked up twice may lead elsewhere the second time.
+        stream = await connect_to_any(await self._names.permitted(address, policy), address.port)
         if not address.secure:
             return stream
         context = self._ssl_context or ssl.create_default_context()
@@ -131,15 +134,6 @@ class WebSocketTransport:
             await trio.aclose_forcefully(secured)
             raise
         return secured
-
-
-async def _host(address: Multiaddr) -> str:
-    """What to connect to: a `dns4` or `dns6` name's first address of that family, else the host itself."""
-    family = _FAMILIES.get(address.kind)
-    if family is None:
-        return address.host
-    found = await trio.socket.getaddrinfo(address.host, address.port, family=family, type=trio.socket.SOCK_STREAM)
-    return str(found[0][4][0])
 
 
 async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: trio.SocketStream) -> None:

@@ -25,6 +25,12 @@ def dialable_forms(listening: Iterable[Multiaddr]) -> tuple[Multiaddr, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def own_networks() -> tuple[Multiaddr, ...]:
+    """This machine's own addresses in the networks through which it speaks to the internet; the port says nothing."""
+    hosts = {kind: _own_address(kind) for kind in _SOMEWHERE}
+    return tuple(Multiaddr.parse(f"/{kind}/{host}/tcp/0/ws") for kind, host in hosts.items() if host is not None)
+
+
 def _own_address(kind: str) -> str | None:
     """The address from which this machine would speak to the internet; None without a way there, or a descriptor."""
     family, somewhere = _SOMEWHERE[kind]

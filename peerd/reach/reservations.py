@@ -221,7 +221,8 @@ class Reservations:
         for contact in self._random.sample(unknown, min(len(unknown), MAX_ASKED)):
             try:
                 with trio.fail_after(ASK_S):
-                    connection = await self._connections.connect(contact.peer_id, contact.addresses)
+                    policy = self._connections.strangers_policy
+                    connection = await self._connections.connect(contact.peer_id, contact.addresses, policy)
                     await connection.wait_hello()
             except (PeerFault, trio.TooSlowError):
                 continue

@@ -20,6 +20,7 @@ from peerd.net.connections import Connections, Stream
 from peerd.net.containment import Containment
 from peerd.net.owners import Owner
 from peerd.net.peer_connection import CLOSED
+from peerd.net.rates import Rates
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import CODECS
@@ -72,6 +73,9 @@ EVICTION_ROUND_S = 10.0
 LENT_S = 15.0
 NEVER_USED_S = 5.0
 WANTED_ROUND_S = 1.0
+# Next hops to dial for one client; failovers of an honest one need fewer, and hops that are connected need none.
+DIALS_A_SECOND = 4 / 60
+DIALS_AT_ONCE = 16
 # Sessions of one peer, and of one network, whatever their size: each costs tasks and buffers beside its tokens.
 MAX_SESSIONS_A_PEER = 64
 MAX_SESSIONS_A_NETWORK = 256
@@ -89,6 +93,8 @@ class Server:
         self._now = now
         self._containment = containment or Containment()
         self._sessions = HostedSessions(now)
+        # Next hops that may be dialled on a client's word.
+        self._dials = Rates(DIALS_A_SECOND, DIALS_AT_ONCE, network_factor=4)
         self._running: dict[EngineTask, _Running] = {}
         # Set when somebody has waited for KV in vain.
         self._wanted = trio.Event()
@@ -230,7 +236,13 @@ class Server:
             opening,
             owner,
             served.task,
-            partial(open_link, self._connections, opening.session, now=self._now),
+            partial(
+                open_link,
+                self._connections,
+                opening.session,
+                now=self._now,
+                may_dial=lambda: self._dials.may(owner, trio.current_time()),
+            ),
             served.adapter_room,
         )
         # Known before it is admitted, so that a client cannot open the same session twice while it waits.

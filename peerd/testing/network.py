@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import trio
 
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.liveness import Delivery
@@ -39,6 +40,10 @@ class MemoryNetwork:
     def __init__(self, *, latency_s: float = 0.0, bytes_a_second: float | None = None) -> None:
         self.latency_s = latency_s
         self.bytes_a_second = bytes_a_second
+        #: What names stand for.
+        self.names: dict[str, str] = {}
+        #: Every dial that was permitted, in order: from which host to which.
+        self.dialled: list[tuple[str, str]] = []
         self._latencies: dict[frozenset[str], float] = {}
         # (from, to): what is sent that way vanishes.
         self._holes: set[tuple[str, str]] = set()
@@ -187,14 +192,22 @@ class MemoryTransport:
         self._network = network
         self.host = host
 
-    async def dial(self, address: Multiaddr, tasks: trio.Nursery | None = None) -> MemoryChannel:
+    async def dial(
+        self, address: Multiaddr, tasks: trio.Nursery | None = None, policy: DialPolicy = ANYWHERE
+    ) -> MemoryChannel:
         """Connect, one round trip later. Across a partition this never returns. Nothing runs in `tasks`."""
-        await trio.sleep(2 * self._network.latency(self.host, address.host))
-        if self._network.parted(self.host, address.host):
+        remote = address.host if address.ip is not None else self._network.names.get(address.host)
+        if remote is None:
+            raise ConnectFailed(f"there is no name {address.host}")
+        if not policy.permits(ip_address(remote)):
+            raise ConnectFailed(f"{address.host} leads into a private network that is not ours")
+        self._network.dialled.append((self.host, remote))
+        await trio.sleep(2 * self._network.latency(self.host, remote))
+        if self._network.parted(self.host, remote):
             await trio.sleep_forever()
-        if self._network.swallows(self.host, address.host, address.port):
+        if self._network.swallows(self.host, remote, address.port):
             await trio.sleep_forever()
-        return self._network.connect(self.host, address.host, address.port)
+        return self._network.connect(self.host, remote, address.port)
 
     async def listen(self, address: Multiaddr, handler: Handler, *, task_status: trio.TaskStatus[Multiaddr]) -> None:
         """Listen on this host, whichever of its addresses is named. Raises OSError."""

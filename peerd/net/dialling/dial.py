@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, PeerFault, WrongPeer
 
@@ -29,10 +30,11 @@ Attempt = Callable[[Multiaddr, "Dial"], Awaitable[PeerFault]]
 
 
 class Dial:
-    """Tries `addresses`. `wait` from as many tasks as like; `run` in one."""
+    """Tries `addresses`, as far as `policy` permits. `wait` from as many tasks as like; `run` in one."""
 
-    def __init__(self, addresses: Sequence[Multiaddr]) -> None:
+    def __init__(self, addresses: Sequence[Multiaddr], policy: DialPolicy = ANYWHERE) -> None:
         self.addresses = tuple(addresses)
+        self.policy = policy
         self.failures: dict[Multiaddr, PeerFault] = {}
         self.connection: PeerConnection | None = None
         self._waiting = 0

@@ -12,6 +12,7 @@ from dataclasses import replace
 import trio
 
 from peerd.net.containment import Containment
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.dialling.circuits import open_circuit
 from peerd.net.dialling.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.net.live_connections import LiveConnections
@@ -31,6 +32,7 @@ class Dialler:
     """Finds ways to peers. Attempts run in `nursery`, since one of them becomes the connection.
 
     may_be_relayed: whether ways through relays are tried.
+    trusted: addresses that our operator gave us, without PeerIds: wherever they lead, they may be dialled.
     """
 
     def __init__(
@@ -51,12 +53,13 @@ class Dialler:
         self._containment = containment
         self._nursery = nursery
         self._may_be_relayed = may_be_relayed
+        self.trusted: frozenset[Multiaddr] = frozenset()
         self._dials: dict[PeerId, Dial] = {}
 
     def __len__(self) -> int:
         return len(self._dials)
 
-    async def reach(self, peer_id: PeerId, addresses: Sequence[Multiaddr]) -> PeerConnection:
+    async def reach(self, peer_id: PeerId, addresses: Sequence[Multiaddr], policy: DialPolicy) -> PeerConnection:
         """The live connection to a peer, or a new one. Raises as `Connections.connect` does."""
         if peer_id == self._own:
             raise InvalidRequest("a peer does not dial itself")
@@ -67,7 +70,7 @@ class Dialler:
             dial = self._dials.get(peer_id)
             if dial is None or dial.over:
                 fresh = _direct_first(address.with_peer(peer_id) for address in addresses)
-                dial = Dial([address for address in dict.fromkeys(fresh) if address not in tried])
+                dial = Dial([address for address in dict.fromkeys(fresh) if address not in tried], policy)
                 self._dials[peer_id] = dial
                 self._nursery.start_soon(self._run_dial, dial, peer_id)
             await dial.wait()
@@ -77,9 +80,9 @@ class Dialler:
             if tried >= {address.with_peer(peer_id) for address in addresses}:
                 raise dial.error(peer_id)
 
-    async def reach_anybody(self, addresses: Sequence[Multiaddr]) -> PeerConnection:
+    async def reach_anybody(self, addresses: Sequence[Multiaddr], policy: DialPolicy) -> PeerConnection:
         """A connection to the first peer that answers at one of the addresses. Raises ConnectFailed, WrongPeer."""
-        dial = Dial(tuple(dict.fromkeys(_direct_first(addresses))))
+        dial = Dial(tuple(dict.fromkeys(_direct_first(addresses))), policy)
         self._nursery.start_soon(self._run_dial, dial, None)
         await dial.wait()
         if dial.connection is None:
@@ -106,7 +109,7 @@ class Dialler:
     async def _try_address(self, address: Multiaddr, dial: Dial) -> PeerFault:
         try:
             with trio.fail_after(ADDRESS_TIMEOUT_S):
-                channel = await self._open_channel(address)
+                channel = await self._open_channel(address, dial.policy)
         except trio.TooSlowError:
             return ConnectFailed(f"no answer within {ADDRESS_TIMEOUT_S:g} s")
         except PeerFault as error:
@@ -117,17 +120,18 @@ class Dialler:
         lost = connection.lost
         return lost if isinstance(lost, PeerFault) else ConnectFailed(str(lost))
 
-    async def _open_channel(self, address: Multiaddr) -> MessageChannel:
+    async def _open_channel(self, address: Multiaddr, policy: DialPolicy) -> MessageChannel:
         """Raises PeerFault."""
         if address.relay is None:
-            return await self._transport.dial(address, self._nursery)
+            is_trusted = address.with_peer(None) in self.trusted
+            return await self._transport.dial(address, self._nursery, ANYWHERE if is_trusted else policy)
         if not self._may_be_relayed:
             raise ConnectFailed("we use no relays")
         if address.peer_id is None:
             raise ConnectFailed("it does not say whom the relay should reach")
         if address.relay in (self._own, address.peer_id):
             raise ConnectFailed("the relay is one of the two ends")
-        relay = await self.reach(address.relay, [replace(address, relay=None, peer_id=address.relay)])
+        relay = await self.reach(address.relay, [replace(address, relay=None, peer_id=address.relay)], policy)
         if relay.relay is not None:
             raise ConnectFailed("we reach the relay through a relay ourselves, and one hop is the limit")
         return await open_circuit(relay, address.peer_id)

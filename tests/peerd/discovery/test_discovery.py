@@ -19,6 +19,7 @@ from peerd.discovery.prober import Prober
 from peerd.discovery.state_files import Write, write_durably
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, StreamReset
@@ -71,9 +72,10 @@ class NotingTransport:
     transport: MemoryTransport
     dialled: dict[str, list[Multiaddr]]
 
-    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
-        self.dialled.setdefault(self.transport.host, []).append(address)
-        return await self.transport.dial(address, tasks)
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> MessageChannel:
+        if policy.of([address]):
+            self.dialled.setdefault(self.transport.host, []).append(address)
+        return await self.transport.dial(address, tasks, policy)
 
     async def listen(
         self,

@@ -135,7 +135,7 @@ async def test_an_observer_that_fails_disturbs_nobody():
 
 async def test_a_transport_that_fails_is_a_failed_dial_and_no_more():
     class Broken:
-        async def dial(self, _address, _tasks):
+        async def dial(self, _address, _tasks, _policy):
             raise Bug
 
     async with open_connections(SMALL, transport=Broken(), handlers={}, containment=Containment(False)) as one:

@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from peerd.net.connections import Connections, PeerConnection, Stream
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.transport import MessageChannel
 from peerd.peer import Peer, open_peer
 from peerd.protocol.addresses import Multiaddr
@@ -48,11 +49,12 @@ class NotingTransport:
     transport: MemoryTransport
     dialled: list[tuple[str, str]]
 
-    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
-        self.dialled.append((self.transport.host, f"{address.host}:{address.port}"))
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> MessageChannel:
+        if policy.of([address]):
+            self.dialled.append((self.transport.host, f"{address.host}:{address.port}"))
         if address.host == NAME:
             address = replace(address, kind="ip4", host=PUBLIC[0])
-        return await self.transport.dial(address, tasks)
+        return await self.transport.dial(address, tasks, policy)
 
     async def listen(
         self,
@@ -548,7 +550,8 @@ def _hello_with(say: Callable[[PeerConnection], Hello], observed_ip: str, connec
 
 
 async def _ask(stranger: Connections, peer: Peer, header: dict[str, object]) -> Dialled:
-    async with await stranger.open_stream(peer.peer_id, DIALBACK_PROTOCOL, addresses=peer.addresses) as stream:
+    opened = stranger.open_stream(peer.peer_id, DIALBACK_PROTOCOL, addresses=peer.addresses, policy=ANYWHERE)
+    async with await opened as stream:
         await stream.send(header)
         answer = (await stream.receive()).header
     if answer["type"] == Failure.TYPE:

@@ -5,7 +5,7 @@ import torch
 import trio
 
 from peerd.exchange.step_tensors import encoded
-from peerd.net.dialling.dialable import dialable
+from peerd.net.dial_policy import DialPolicy
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import CallerError, RemoteProtocolError, StreamReset, Superseded, TicketRefused
@@ -25,6 +25,7 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.records.envelope import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
+from peerd.server.server import DIALS_AT_ONCE
 from peerd.server.session_table import LINK_PATIENCE_S
 from peerd.testing.fake_engine import fake_forward
 
@@ -255,32 +256,6 @@ def addresses(*texts):
     return tuple(Multiaddr.parse(text) for text in texts)
 
 
-LOOPBACK, PRIVATE, PUBLIC = addresses(
-    "/ip4/127.0.0.1/tcp/9/ws", "/ip4/192.168.1.9/tcp/9/ws", "/ip4/93.184.216.34/tcp/9/ws"
-)
-HIDDEN = addresses(
-    "/ip6/64:ff9b::c0a8:109/tcp/9/ws", "/ip6/::1/tcp/9/ws", "/ip6/fe80::1/tcp/9/ws", "/ip6/fc00::1/tcp/9/ws"
-)
-
-
-@pytest.mark.parametrize(
-    ("ours", "allowed"),
-    [
-        ((), {PUBLIC}),
-        (addresses("/ip4/93.184.216.1/tcp/1/ws"), {PUBLIC}),
-        (addresses("/ip4/10.0.0.1/tcp/1/ws"), {PUBLIC, PRIVATE}),
-        (addresses("/ip4/127.0.0.1/tcp/1/ws"), {PUBLIC, PRIVATE, LOOPBACK}),
-        (addresses("/ip4/0.0.0.0/tcp/1/ws"), {PUBLIC, PRIVATE, LOOPBACK}),
-    ],
-)
-def test_private_addresses_are_for_those_who_listen_in_such_a_range(ours, allowed):
-    assert set(dialable((LOOPBACK, PRIVATE, PUBLIC), ours)) == allowed
-
-
-def test_a_private_address_hides_in_no_ipv6_form():
-    assert dialable((*HIDDEN, PUBLIC), addresses("/ip4/93.184.216.1/tcp/1/ws")) == (PUBLIC,)
-
-
 async def told(client, host, after, next_hop):
     """What a client hears of the link from `host` to `after` when it names `next_hop`."""
     stream = await client.open(host, next=next_hop)
@@ -312,18 +287,59 @@ async def test_a_next_hops_record_must_be_its_own_and_in_date(open_swarm):
             assert isinstance(said, LinkDown), what
 
 
-@pytest.mark.parametrize("address", ["/ip4/127.0.0.1/tcp/4000/ws", "/dns4/localhost/tcp/4000/ws"])
-async def test_a_hop_is_not_aimed_at_its_own_machine(open_swarm, address):
+@pytest.mark.parametrize("host", ["ip4/127.0.0.1", "ip4/192.168.1.9", "dns4/evil"])
+@pytest.mark.parametrize("ours", ["/ip4/93.184.216.1/tcp/1/ws", "/ip4/10.0.0.1/tcp/1/ws", "/ip4/0.0.0.0/tcp/1/ws"])
+async def test_a_hop_is_not_aimed_at_networks_that_it_does_not_live_in(open_swarm, host, ours):
     async with open_swarm() as swarm:
-        host, after = await swarm.serve(0, 4), await swarm.serve(4, 8)
+        hop, after = await swarm.serve(0, 4), await swarm.serve(4, 8)
+        swarm.network.names["evil"] = "127.0.0.1"
+        hop.connections.strangers_policy = DialPolicy(lambda: addresses(ours))
         client = await swarm.caller()
         await client.open(after, hop=1)
         now = 1_800_000_000 + trio.current_time()
-        record = sign_record(after.identity, PeerRecord(seq=1, expires=now + 60, addresses=(address,)))
-        ticket = client.ticket(host.identity.peer_id, after)
-        said = await told(client, host, after, NextHop(ticket, record.encode()))
+        record = sign_record(after.identity, PeerRecord(seq=1, expires=now + 60, addresses=(f"/{host}/tcp/4000/ws",)))
+        ticket = client.ticket(hop.identity.peer_id, after)
+        said = await told(client, hop, after, NextHop(ticket, record.encode()))
         assert isinstance(said, LinkDown)
-        assert "no address" in said.message
+        assert not [dialled for dialled in swarm.network.dialled if dialled[0] == hop.ip]
+
+
+async def test_a_client_is_told_nothing_of_what_was_found_where_a_next_hop_should_be(open_swarm):
+    async with open_swarm() as swarm:
+        host, after, other = [await swarm.serve(0, 4), await swarm.serve(4, 8), await swarm.serve(4, 8)]
+        now = 1_800_000_000 + trio.current_time()
+        own = str(other.connections.listen_addresses[0])
+        texts = {}
+        for what, address in {
+            "somebody else": own,
+            "closed": own.replace("4000", "4001"),
+            "no name": "/dns4/nowhere/tcp/1/ws",
+            "a relay": own + f"/p2p/{other.peer_id}/p2p-circuit",
+        }.items():
+            client = await swarm.caller()
+            relays = (address,) if "circuit" in address else ()
+            ways = () if relays else (address,)
+            record = sign_record(after.identity, PeerRecord(seq=1, expires=now + 60, addresses=ways, relays=relays))
+            ticket = client.ticket(host.identity.peer_id, after)
+            said = await told(client, host, after, NextHop(ticket, record.encode()))
+            texts[what] = said.message
+        assert len(set(texts.values())) == 1, texts
+
+
+async def test_a_client_cannot_make_a_hop_dial_as_often_as_it_likes(open_swarm):
+    async with open_swarm() as swarm:
+        host, after = await swarm.serve(0, 4), await swarm.serve(4, 8)
+        client = await swarm.caller()
+        stream = await client.open(host, next=client.next_hop(host, after))
+        before = trio.current_time()
+        for epoch in range(1, 61):
+            nobody = Identity.generate()
+            target = "/ip4/93.184.216.34/tcp/80/ws"
+            record = sign_record(nobody, PeerRecord(seq=1, expires=1_800_000_300, addresses=(target,)))
+            ticket = client.ticket(host.identity.peer_id, after, receiver=nobody.peer_id, epoch=epoch)
+            await client.ask(stream, Route(epoch=epoch, next=NextHop(ticket, record.encode())))
+        assert trio.current_time() - before < 60
+        assert 0 < swarm.network.dialled.count((host.ip, "93.184.216.34")) <= DIALS_AT_ONCE + 4
 
 
 async def test_the_next_hops_refusal_is_told_to_the_client(open_swarm):
