@@ -1,7 +1,7 @@
-"""The DHT's questions and answers over streams: one question a stream (spec/dht.md).
+"""Carries the DHT's questions and answers over streams, one question a stream (spec/dht.md).
 
-Knows messages and deadlines; what they mean is `routing`'s business. The difficulty is strangers' words:
-an address that somebody claims for a peer may lie in our own network, and a body may be large.
+What the messages mean is decided in `routing/dht`. The answers come from strangers: an address that a peer gives for
+another peer may lie in our own network, so it is checked before it is dialled, and bodies are bounded.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
 from peerd.routing.dht.table import Contact
 
-# A set of records, each behind its length.
+# A set of records, each with its length in front.
 MAX_BODY_BYTES = MAX_RECORDS * (MAX_RECORD_BYTES + 2)
-# A set of records may be as large as a prefill. Beyond this it travels as one, behind the steps of sessions.
+# A set of records may be as large as a prefill. Above this size it is sent with a prefill's priority, behind the steps
+# of sessions.
 SMALL_BODY_BYTES = 4096
-# From the question's first byte to the answer's last: the asker gives up after 3 s.
+# From the question's first byte to the answer's last. The asking peer gives up after 3 s.
 ANSWER_DEADLINE_S = 10.0
 
 
@@ -32,7 +33,7 @@ class StreamTransport:
         self._connections = connections
 
     async def request(self, contact: Contact, packet: Packet) -> Packet:
-        """Raises what the peer answered, or a PeerFault."""
+        """Ask the peer. Raises the error that the peer answers with, or a PeerFault."""
         stream = await self._connections.open_stream(
             contact.peer_id,
             DHT_PROTOCOL,
@@ -54,7 +55,8 @@ class StreamTransport:
 async def answer_question(dht: Dht, stream: Stream) -> None:
     """Answer the question that opens a stream of the DHT's protocol, and end the stream.
 
-    A client is asked nothing: whoever does heard of it before it was one, and drops it from its table for this.
+    A DHT client resets the stream instead. A peer that asks one has an old entry of it in its routing table; the
+    refusal makes it drop that entry.
     """
     if not dht.addresses:
         stream.reset(UnsupportedFeature.code)

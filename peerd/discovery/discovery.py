@@ -1,9 +1,9 @@
-"""Finding others and being found: the DHT over our connections, kept alive for as long as a peer runs.
+"""Finds other peers and makes this one findable: runs the DHT over our connections for as long as the peer runs.
 
-Knows when to join, announce, refresh and leave, and the files that outlive a restart; what is said on
-streams is `dht_streams`' business, what a record means `routing`'s. The difficulty is starting
-and ending: a swarm whose bootstrap peers sleep must be joined as soon as one wakes, and who leaves must
-say so while there is still somebody connected to hear it.
+It decides when to join, announce, refresh and leave, and owns the files that survive a restart. Messages on streams are
+in `dht_streams.py`; what a record means is decided in `routing/`. Two moments are hard. A peer whose bootstrap peers
+are all down must join as soon as one of them is back. A peer that leaves must say so while others are still connected
+to it.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)
 
-# How long `open_discovery` waits for the swarm before it lets its caller begin without.
+# How long `open_discovery` waits to join the swarm before its caller goes on without.
 JOIN_WAIT_S = 5.0
-# Between attempts to join while nobody answers.
+# The wait between attempts to join while no peer answers.
 FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 REFRESH_S = 60.0
 MEASURE_S = 5.0
-# Connections that outlived our sleep answer within this; whoever gave us up resets them at once.
+# A connection that survived our sleep answers within this; a peer that gave us up resets the connection at once.
 AWAKE_S = 1.0
-# For saying goodbye.
+# The time for taking back our announcements when we leave.
 LEAVE_S = 5.0
 CANCELLED_LEAVE_S = 0.5
 
@@ -59,8 +59,8 @@ CANCELLED_LEAVE_S = 0.5
 class Discovery:
     """A peer's view of the swarm, made by `open_discovery`.
 
-    dht, directory, links and clock are for anybody to use. What is announced is what `serve` was given,
-    together with where we can be reached.
+    `dht`, `directory`, `links` and `clock` may be used by every caller. It announces the spans that were given to
+    `serve`, with the addresses at which others can reach us.
     """
 
     def __init__(
@@ -96,9 +96,10 @@ class Discovery:
         return f"<Discovery of {self.dht!r}>"
 
     def reachable_at(self, addresses: Sequence[Multiaddr], contacts: Sequence[Multiaddr] | None = None) -> None:
-        """Say where others can dial us from now on.
+        """Set where others can dial us from now on.
 
-        contacts: what of it everybody can dial, if not all; the DHT's tables hold that. None of it: a DHT client.
+        contacts: the addresses that every peer can dial, if not all can; the DHT's routing tables hold these. Without
+            any we are a DHT client.
         """
         contacts = addresses if contacts is None else contacts
         before = self.dht.addresses
@@ -110,13 +111,13 @@ class Discovery:
             self.changed()
 
     def relayed_by(self, relays: Sequence[Multiaddr]) -> None:
-        """Say through which relays others reach us from now on: their addresses, each with the relay's PeerId."""
+        """Set the relays through which others reach us from now on: their addresses, each with the relay's PeerId."""
         if self._relays != tuple(relays):
             self._relays = tuple(relays)
             self.changed()
 
     def contacts(self) -> list[Contact]:
-        """Whom we know, bootstrap peers first, each at the addresses that we may dial."""
+        """The peers that we know, bootstrap peers first, each with those of its addresses that we may dial."""
         known = [*_contacts_of(self._bootstrap), *self.dht.contacts]
         return [Contact(one.peer_id, self.may_dial(one.addresses)) for one in known]
 
@@ -125,20 +126,22 @@ class Discovery:
         return self._connections.strangers_policy.of(addresses)
 
     def describe(self, models: Callable[[], Sequence[ModelRecord]]) -> None:
-        """Announce what `models` returns beside what we serve, asked each time."""
+        """Announce also what `models` returns; it is called at each announcement."""
         self._models = models
 
     def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
-        """Announce what `spans` returns, asked each time; `seq` and `expires` are filled in."""
+        """Announce the spans that `spans` returns; it is called at each announcement. `seq` and `expires` are filled
+        in.
+        """
         self._spans = spans
         self.changed()
 
     def changed(self) -> None:
-        """What we serve has changed: announce it soon."""
+        """Announce soon, because what we serve has changed."""
         self._announcer.changed()
 
     async def announced(self) -> None:
-        """Wait until what we serve now was announced: who looks for it from then on finds it."""
+        """Wait until what we serve now has been announced: a peer that looks for it from then on finds it."""
         await self._announcer.announced()
 
     async def answer(self, stream: Stream) -> None:
@@ -148,7 +151,7 @@ class Discovery:
     def _announcements(self) -> list[Announcement]:
         spans = self._spans()
         if not spans:
-            # Whoever serves nothing need not be found by everybody.
+            # A peer that serves nothing need not be found in the directory.
             return []
         addresses = tuple(str(address.with_peer(None)) for address in self._addresses[:MAX_ADDRESSES])
         relays = tuple(str(relay) for relay in self._relays[:MAX_RELAYS])
@@ -156,7 +159,9 @@ class Discovery:
         return [*spans, peer, *self._models()]
 
     async def run(self, joined: trio.Event) -> None:
-        """Join, then announce, and keep what we know fresh, until cancelled. `joined`: the first attempt has ended."""
+        """Join, then announce and keep what we know fresh, until cancelled. `joined` is set when the first attempt has
+        ended.
+        """
         contacts = [*_contacts_of(self._bootstrap), *self._state.load_contacts()]
         async with trio.open_nursery() as nursery:
             with self._hearing_clocks(nursery), self._noticing_when_alone():
@@ -176,7 +181,7 @@ class Discovery:
 
     @contextmanager
     def _hearing_clocks(self, nursery: trio.Nursery) -> Iterator[None]:
-        """Hear what time it is from everybody we are connected to."""
+        """Inside this context, estimate the time from the clocks of the peers that we dial."""
 
         def observer(connection: PeerConnection) -> None:
             contained = self._connections.containment.contained
@@ -203,7 +208,7 @@ class Discovery:
             self._connections.on_lost.remove(observer)
 
     async def _come_back(self) -> None:
-        """Whoever lost all connections at once is not looked for by anybody: look for the others, until one answers."""
+        """Whenever all connections are lost at once, ask known peers until one answers; no other peer looks for us."""
         while True:
             await self._alone.wait()
             retry_s = FIRST_RETRY_S
@@ -217,12 +222,16 @@ class Discovery:
     async def _hear_clock(self, connection: PeerConnection) -> None:
         with suppress(ConnectionLost):
             hello = await connection.wait_hello()
-            # Whoever dials us may be the same stranger many times over; whom we dial we chose.
+            # A stranger may dial us many times under different names, so only the clocks of peers that we dialled
+            # count.
             if connection.dialled:
                 self.clock.observed(connection.peer_id, hello.time_us / 1e6)
 
     async def _wake(self, slept_s: float) -> None:
-        """Others gave us up while we slept, and what we announced has ended: see whom we still have, and return."""
+        """After a sleep: close dead connections, forgive failures, and announce anew.
+
+        Other peers gave us up while we slept, and our announcements have expired.
+        """
         log.info("this peer slept for %.0f s", slept_s)
         async with trio.open_nursery() as nursery:
             for connection in self._connections.live.values():
@@ -236,7 +245,7 @@ class Discovery:
             connection.close("silent", "we slept, and the peer no longer answers")
 
     async def _measure(self) -> None:
-        """Note what the connections' own pings measured."""
+        """Record the round-trip times that the connections' own pings measured."""
         while True:
             for peer_id, connection in self._connections.live.items():
                 if connection.rtt_s is not None:
@@ -244,7 +253,7 @@ class Discovery:
             await trio.sleep(MEASURE_S)
 
     async def _join(self, contacts: list[Contact], tried: trio.Event) -> None:
-        """Try until somebody answers, ever more seldom."""
+        """Try to join until a peer answers, with growing pauses."""
         retry_s = FIRST_RETRY_S
         while contacts and not await self.dht.bootstrap(contacts):
             if not tried.is_set():
@@ -253,11 +262,11 @@ class Discovery:
             await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
             retry_s = min(2 * retry_s, MAX_RETRY_S)
         tried.set()
-        # What we serve was announced to nobody but ourselves so far.
+        # So far our announcement was stored only by ourselves.
         self.changed()
 
     async def _introduce(self) -> None:
-        """Let our neighbours in the DHT hear where we can be dialled now, or that we no longer can be."""
+        """Tell our neighbours in the DHT each time the addresses at which others can dial us have changed."""
         self._moved = trio.Event()
         while True:
             await self._moved.wait()
@@ -271,7 +280,7 @@ class Discovery:
             await self._state.save_contacts(self.dht)
 
     async def leave(self) -> None:
-        """Take back what we announced, and keep whom we know for the next start. Takes at most 10 s."""
+        """Take back what we announced, and save our contacts for the next start. Takes at most 10 s."""
         cancelled = trio.current_effective_deadline() == -math.inf
         with trio.move_on_after(CANCELLED_LEAVE_S if cancelled else LEAVE_S, shield=True):
             await self._announcer.leave()
@@ -292,17 +301,19 @@ async def open_discovery(
     addresses: Sequence[Multiaddr] = (),
     contacts: Sequence[Multiaddr] | None = None,
 ) -> AsyncIterator[Discovery]:
-    """Join the swarm through `bootstrap` or the peers known before; leave it at the end, over the same connections.
+    """Join the swarm through `bootstrap` or the saved contacts. At the end, leave it over the same connections.
 
-    Yields once somebody answered, or after 5 s, and goes on trying. addresses, contacts: see
-    `Discovery.reachable_at`.
-    state_dir: where the routing table and the last `seq` are kept; None for a peer that nobody will meet
-    again. write: replaces a file there; None does so in a worker thread. Raises ValueError for a bootstrap address
-    without a PeerId.
+    Yields once a peer has answered, or after 5 s; then it goes on trying.
+
+    addresses, contacts: see `Discovery.reachable_at`.
+    state_dir: the folder for the routing table and the last `seq`; None for a peer that will not start again.
+    write: replaces a file in `state_dir`; None does so in a worker thread.
+
+    Raises ValueError for a bootstrap address without a PeerId.
     """
     discovery = Discovery(connections, identity, bootstrap, StateFiles(state_dir, write), random, clock)
     discovery.reachable_at(addresses, contacts)
-    # Before anybody hears of us.
+    # The handler must be there before other peers hear of us.
     connections.handlers[DHT_PROTOCOL] = discovery.answer
     try:
         async with open_tasks() as nursery:
@@ -316,7 +327,7 @@ async def open_discovery(
 
 
 def _contacts_of(bootstrap: Sequence[Multiaddr]) -> list[Contact]:
-    """One contact a peer, with all its addresses."""
+    """One contact for each peer, with all of its addresses."""
     addresses: dict[PeerId, list[Multiaddr]] = defaultdict(list)
     for address in bootstrap:
         if address.peer_id is None:

@@ -1,8 +1,8 @@
-"""Measures how far peers are, over connections that it opens and closes again, and keeps some of them open.
+"""Measures how far away peers are, over connections that it opens for that, and keeps some of them open.
 
-Knows connections and deadlines; whom to ask is `scout`'s and `neighbours`' business. The difficulty is to leave
-nothing behind: a connection costs both sides tasks and memory, and others may have begun to use it while it
-was measured. So only those are closed that were opened here and that carried nothing else.
+The peers to measure are chosen by `client/finding/scout.py` and `spans/neighbours.py`. A connection costs both sides
+tasks and memory, so nothing may be left behind; but another part of this process may have begun to use a connection
+while it was measured. So only those connections are closed that were opened here and carried nothing else.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from peerd.protocol.identity import PeerId
 from peerd.routing.directory.offer import Offer
 from peerd.routing.failures.track_record import Links
 
-# Handshakes at a time: each takes a millisecond or two of ours.
+# How many handshakes run at a time; each takes a millisecond or two of our CPU.
 AT_ONCE = 8
-# A dial and a handshake are four round trips, and the farthest peers are 0.3 s away: whoever takes longer is no use.
+# A dial and a handshake take four round trips, and the farthest peers are 0.3 s away. A slower peer is of no use.
 PROBE_S = 2.0
-# The first answer may have waited for a busy loop, on either side.
+# The first answer may have been delayed by a busy event loop, on either side.
 SAMPLES = 2
-# The better of some samples, taken every half a minute: worth more than one of a stream of samples.
+# The weight of a new measurement. It is the best of several samples taken every half minute, so it counts for more than
+# one sample of a stream.
 GAIN = 0.5
 
 
 class Prober:
-    """Measures for `links`. `dialable` says which of a peer's addresses may be dialled on others' word."""
+    """Measures round-trip times for `links`. `dialable` returns those of a peer's announced addresses that may be
+    dialled.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class Prober:
         self._links = links
         self._dialable = dialable
         self._opened: set[PeerId] = set()
-        # Dials that took too long for a probe may succeed yet.
+        # A dial that took too long for a probe may still succeed later.
         self._late: set[PeerId] = set()
 
     def __repr__(self) -> str:
@@ -50,7 +53,7 @@ class Prober:
 
     @property
     def has_opened(self) -> bool:
-        """Whether there may be something to close."""
+        """Whether there may be a connection to close."""
         return bool(self._opened or self._late)
 
     def is_connected(self, peer_id: PeerId) -> bool:
@@ -58,7 +61,9 @@ class Prober:
         return peer_id in self._connections.live
 
     async def probe(self, offers: Iterable[Offer]) -> None:
-        """Measure these peers, each for at most `PROBE_S`. What was opened for that stays open until `close_unused`."""
+        """Measure these peers, each for at most `PROBE_S`. Connections that this opens stay open until
+        `close_unused`.
+        """
         limiter = trio.CapacityLimiter(AT_ONCE)
         async with trio.open_nursery() as nursery:
             for offer in offers:
@@ -79,18 +84,19 @@ class Prober:
         ways = self._dialable(offer.addresses)
         if peer_id not in self._connections.live:
             if not ways:
-                # That we may not try unasked is no fault of its; an answer that needs it may.
+                # None of its addresses may be dialled without a reason. That is not the peer's fault, so it is not
+                # noted as a failure.
                 return None
             self._opened.add(peer_id)
         try:
             return await self._connections.connect(peer_id, ways, self._connections.strangers_policy)
         except PeerFault as error:
-            # Announced, and nobody there: better found out now than in the middle of an answer.
+            # An announced peer that cannot be reached: we learn it now instead of in the middle of an answer.
             self._links.failed(peer_id, str(error))
             return None
 
     def close_unused(self, keep: Collection[PeerId] = ()) -> None:
-        """Close what was opened here and served nothing else, but for the connections to `keep`."""
+        """Close the connections that were opened here and carried nothing else, except those to `keep`."""
         live = self._connections.live
         late = self._opened - live.keys()
         for peer_id in (self._opened | self._late) - set(keep):

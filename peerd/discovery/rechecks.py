@@ -1,8 +1,8 @@
-"""Asks peers that failed, or whose connection broke, whether they are there, before a session is trusted to them.
+"""Asks a peer that failed, or whose connection broke, whether it is there, before a session is trusted to it.
 
-Knows connections and where peers say they are; when somebody is asked, and what an answer is worth, is
-`routing.links`' decision. The difficulty is that an end says little: who left in good order, who crashed and who
-was cut off are equally gone for us, and each leaves our routes in the instant in which its connection ends.
+`routing/failures/track_record.py` decides when a peer is asked and what its answer means. A connection's end does not
+show whether the peer left in good order, crashed, or was cut off. So every such peer leaves our routes at the moment
+when its connection ends, and returns when it has answered.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from peerd.protocol.identity import PeerId
 from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.track_record import Links
 
-# To look up where it is, dial, shake hands and hear an answer: ten round trips of 0.3 s.
+# The time to look up its addresses, dial, shake hands and get an answer: ten round trips of 0.3 s.
 PROOF_S = 3.0
-# Handshakes at a time, where our own network was down and everybody is doubted at once.
+# How many handshakes run at a time. If our own network was down, all peers are in doubt at once.
 AT_ONCE = 8
-# GOAWAYs of a peer that goes on: it has another connection to us, or had no more use for this one.
+# Reasons in a GOAWAY of a peer that keeps running: it has another connection to us, or no more use for this one.
 _STAYS = frozenset(("duplicate", "replaced", "measured", IDLE))
 
 
 class Proofs:
-    """Works off the doubts in `links`. `may_dial` says which of a peer's addresses may be dialled on others' word."""
+    """Asks the peers that `links` doubts. `may_dial` returns those of a peer's announced addresses that may be
+    dialled.
+    """
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class Proofs:
         self._limiter = trio.CapacityLimiter(AT_ONCE)
 
     async def run(self) -> None:
-        """Ask whoever is due, until cancelled."""
+        """Ask each peer when it is due, until cancelled."""
         self._connections.on_lost.append(self._on_lost)
         self._links.on_doubt = self._hurry
         try:
@@ -65,7 +67,7 @@ class Proofs:
 
     def _on_lost(self, connection: PeerConnection) -> None:
         stays = connection.closed_here or connection.farewell in _STAYS
-        # Whom we would not choose anyway need not prove anything.
+        # Only servers can be chosen for a session, so only servers need to prove that they are there.
         if not stays and self._directory.is_server(connection.peer_id):
             self._links.doubt(connection.peer_id)
 
@@ -75,14 +77,14 @@ class Proofs:
                 with trio.fail_after(PROOF_S):
                     await self._ask(peer_id)
         except (PeerFault, trio.TooSlowError) as error:
-            # It may have moved.
+            # The peer may have new addresses.
             self._directory.doubt(peer_id)
             self._links.unanswered(peer_id, str(error) or f"no answer within {PROOF_S:g} s")
         else:
             self._links.answered(peer_id)
 
     async def _ask(self, peer_id: PeerId) -> None:
-        """Raises PeerFault where the peer is not there."""
+        """Ask the peer. Raises PeerFault if it does not answer."""
         if peer_id == self._connections.peer_id:
             return
         connection = self._connections.live.get(peer_id)

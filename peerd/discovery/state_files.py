@@ -1,7 +1,7 @@
-"""The files in which a peer remembers its sequence number and its contacts.
+"""The files in which a peer saves its sequence number and its contacts.
 
-A peer works without them: a disk that is full, read-only or broken, and a file that holds anything at all, cost a
-warning and a slower start. What could not be written stays in memory and is written with the next save.
+A peer works without them. A disk that is full, read-only or broken, or a damaged file, costs a warning and a slower
+start. What could not be written stays in memory and is written with the next save.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ log = logging.getLogger(__name__)
 
 SEQ_FILE: Final = "seq"
 CONTACTS_FILE: Final = "contacts.json"
-# A disk that takes longer hangs (a network file system, a dying card). Announcements must not wait for it: they would
-# expire.
+# A disk that takes longer is hanging (a network file system, a dying card). Announcements must not wait for it: they
+# would expire.
 WRITE_S: Final = 5.0
-# 10 000 contacts with four addresses each are 3 MB; what is larger was not written by us.
+# 10 000 contacts with four addresses each take 3 MB; a larger file was not written by us.
 MAX_FILE_BYTES: Final = 16 * 2**20
-# A greater `seq` in the file is damage. Ours count microseconds, and records cannot carry more than 2^63 - 1.
+# A greater `seq` in the file is damage: ours count microseconds, and a record can carry at most 2^63 - 1.
 MAX_KEPT_SEQ: Final = 2**62
 
 Write = Callable[[Path, str], Awaitable[None]]
-"""Replaces a file, whole or not at all. Raises OSError; RuntimeError where the system has no thread left."""
+"""Replaces a file atomically. Raises OSError, or RuntimeError if the system cannot start a thread."""
 
 
 class StateFiles:
-    """What outlives a restart: the routing table and the last `seq`, in a directory; or nothing, without one.
+    """The state that survives a restart, in a directory: the routing table and the last `seq`. None saves nothing.
 
     No method raises. `write` replaces a file; the default does so in a worker thread.
     """
@@ -45,16 +45,18 @@ class StateFiles:
     def __init__(self, directory: Path | None, write: Write | None = None) -> None:
         self._directory = directory
         self._write = write or ThreadWriter()
-        # What the disk holds, by file, as far as we wrote it; and the files that could not be written last.
+        # For each file, the text that is on disk, as far as we know; and the files whose last write failed.
         self._written: dict[str, str] = {}
         self._failing: set[str] = set()
 
     def load(self) -> int:
-        """The last `seq`; 0 if none was kept, or the file is damaged: then the clock alone must not go back."""
+        """The last `seq`. 0 if none was saved or the file is damaged: then only the clock ensures that `seq` does not
+        go back.
+        """
         text = self._read(SEQ_FILE).strip()
         if not text:
             return 0
-        # 4300 digits are the most that `int` reads.
+        # `int` refuses to parse more than 4300 digits.
         seq = int(text) if text.isdecimal() and len(text) < 100 else MAX_KEPT_SEQ
         if seq >= MAX_KEPT_SEQ:
             log.warning("cannot use %s: it holds no sequence number", self._path(SEQ_FILE))
@@ -62,11 +64,13 @@ class StateFiles:
         return seq
 
     async def save(self, seq: int) -> None:
-        """Keep `seq`, so that it survives a power cut. Waits 5 s for the disk at most."""
+        """Save `seq` so that it survives a power cut. Waits at most 5 s for the disk."""
         await self._save(SEQ_FILE, f"{seq}\n")
 
     def load_contacts(self) -> list[Contact]:
-        """The peers known before; none if the file is missing or damaged, which costs only a slower start."""
+        """The contacts saved at the last stop. None if the file is missing or damaged, which only makes the start
+        slower.
+        """
         text = self._read(CONTACTS_FILE)
         try:
             return load_contacts(text) if text else []
@@ -75,8 +79,8 @@ class StateFiles:
             return []
 
     async def save_contacts(self, dht: Dht) -> None:
-        """Keep the routing table. Waits 5 s for the disk at most."""
-        # An empty table is no reason to forget whom we knew.
+        """Save the routing table. Waits at most 5 s for the disk."""
+        # If the table is empty, the contacts saved before are more useful.
         if dht.contacts:
             await self._save(CONTACTS_FILE, dht.dump())
 
@@ -99,7 +103,7 @@ class StateFiles:
     async def _save(self, name: str, text: str) -> None:
         if self._directory is None or self._written.get(name) == text:
             return
-        # A write that is given up may still happen: what the disk holds is unknown until one has succeeded.
+        # A write that timed out may still happen later, so what the disk holds is unknown until a write succeeds.
         self._written.pop(name, None)
         why: object = f"the disk has not answered for {WRITE_S:g} s"
         with trio.move_on_after(WRITE_S):
@@ -121,7 +125,7 @@ class StateFiles:
             log.info("%s is written again", self._path(name))
 
     def _note_failure(self, name: str, why: object) -> None:
-        """Say it once, until a write succeeds again."""
+        """Warn about the file once; warn again only after a write has succeeded."""
         if name not in self._failing:
             self._failing.add(name)
             log.warning(
@@ -133,9 +137,9 @@ class StateFiles:
 
 
 class ThreadWriter:
-    """Replaces files durably in a worker thread, which is left behind when the caller is cancelled.
+    """Replaces files durably in a worker thread, which is abandoned when the caller is cancelled.
 
-    A file whose last write still hangs is not written again: threads would pile up, and finish in any order.
+    While a file's last write hangs, the file is not written again: threads would pile up, and end in any order.
     """
 
     def __init__(self) -> None:
@@ -155,7 +159,7 @@ class ThreadWriter:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a file so that a power cut leaves the old text or the new one. Blocks. Raises OSError."""
+    """Replace a file so that after a power cut it has either the old text or the new one. Blocks. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -165,7 +169,7 @@ def write_durably(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        # A full disk must not fill with pieces.
+        # Temporary files must not fill up a full disk.
         with suppress(OSError):
             os.unlink(name)
         raise
@@ -173,7 +177,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a file's new name durable. Some file systems cannot, and need not be told."""
+    """Make a file's new name durable, on file systems that can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

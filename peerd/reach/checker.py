@@ -1,8 +1,9 @@
-"""Finds out whether others can dial us, and keeps what we announce true (spec/reachability.md).
+"""Finds out whether others can dial us, and keeps our announced addresses true (spec/reachability.md).
 
-Knows when to ask and whom; what answers show is `routing.reachability`'s. The difficulty is change: a laptop sleeps,
-a router gets another address, somebody forwards a port. So peers are asked again ever more seldom, and at once
-when those that we dialled see us elsewhere, when all connections were lost, or when the machine has slept.
+It decides when to ask which peers; `routing/reach/verdict.py` decides what their answers show. The answer changes: a
+laptop sleeps, a router gets another address, a user forwards a port. So peers are asked again, at growing intervals,
+and at once when the peers that we dialled see us at another address, when all connections were lost, or when the
+machine has slept.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ from peerd.trio_tools import at_once
 
 log = logging.getLogger(__name__)
 
-# After news, more of it comes: hellos of the peers that we have just dialled.
+# News comes in groups: the hellos of several peers that we have just dialled. So we wait this long for the rest.
 SETTLE_S = 1.0
-# Between rounds of questions, whatever happens. Peers answer once a minute; there are several.
+# The least time between two rounds of questions. A peer answers once a minute, but there are several.
 MIN_GAP_S = 10.0
-# Judges asked in one round for one address, those who refuse included.
+# How many peers are asked in one round about one address, those that refuse included.
 MAX_ASKED = 6
-# From here on Linux takes ports for whoever asks for any (net.ipv4.ip_local_port_range).
+# From here on Linux takes ports for programs that ask for any free one (net.ipv4.ip_local_port_range).
 FIRST_CHOSEN_PORT = 32768
 
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """Where we are, for whoever asks; `why` is for people."""
+    """Where we are, for status displays; `why` is a sentence for people."""
 
     reach: Reach
     observed: tuple[IpAddress, ...]
@@ -61,10 +62,13 @@ class Here:
 
 
 class Reachability:
-    """Whether others can dial us. `run` it; `reach` and `wants_relays` say, `on_changed` is called when they change.
+    """Whether others can dial us. `run` it; then read `reach` and `wants_relays`. `on_changed` is called when they
+    change.
 
-    own: what we listen on, as our network writes it now; with `fixed`, what an operator wants announced, which stands.
-    bootstrap: whom we join through. now: unix seconds, whose jumps betray that we slept.
+    own: the addresses on which we listen, as other peers would write them, read anew at each check; with `fixed` they
+        are the addresses that the operator wants announced, which are not checked.
+    bootstrap: the peers through which we join.
+    now: returns unix seconds, whose jumps reveal that the machine slept.
     """
 
     def __init__(
@@ -101,26 +105,26 @@ class Reachability:
 
     @property
     def reach(self) -> Reach:
-        """Who can dial us, as far as we know."""
+        """Which peers can dial us, as far as we know."""
         return self._finding.reach
 
     @property
     def here(self) -> Here:
-        """The same with its reason, for people."""
+        """`reach`, our observed addresses, and the reason, for people."""
         if not self._connections.listen_addresses:
             return Here(self.reach, self._observed.agreed(), "it listens nowhere")
         return Here(self.reach, self._observed.agreed(), self._explain() or "nobody that it dialled has tried yet")
 
     @property
     def announced(self) -> Announced:
-        """What to announce now."""
+        """The addresses to announce now."""
         if self._fixed:
             return Announced(self._own, self._own)
         return announced(self._own, self._finding, on_internet=self._on_internet)
 
     @property
     def wants_relays(self) -> bool:
-        """Whether somebody has to pass on to us what others cannot send here, or may have to: nobody has tried."""
+        """Whether we need relays: others cannot dial us, or no peer has tried although we asked."""
         if self._fixed:
             return False
         if not self._connections.listen_addresses:
@@ -129,12 +133,14 @@ class Reachability:
         return self.reach is Reach.PRIVATE or (untried and not self.announced.contacts)
 
     def changed(self) -> None:
-        """Our network may be another one than before: look again soon."""
+        """Check again soon, because our network may have changed."""
         self._unchanged = 0
         self._look_within(SETTLE_S)
 
     async def run(self, announce: Callable[[Announced], None]) -> None:
-        """Ask, and call `announce` with what is true from then on, until cancelled. Clients ask nobody."""
+        """Keep checking, and call `announce` with each new result, until cancelled. A peer that listens nowhere asks
+        nobody.
+        """
         self._announce = announce
         async with trio.open_nursery() as nursery:
             with self._hearing(nursery):
@@ -148,7 +154,7 @@ class Reachability:
                     await self._wait_until_due()
                     await self._check()
 
-    # When.
+    # When to check.
 
     def _look_within(self, seconds: float) -> None:
         soon = max(trio.current_time() + seconds, self._last_check + MIN_GAP_S)
@@ -185,7 +191,7 @@ class Reachability:
             self._connections.on_lost.remove(lost)
 
     async def _hear(self, connection: PeerConnection) -> None:
-        """Note where a peer sees us. A stranger may dial us many times over; whom we dial we chose."""
+        """Note where a peer sees us. Only peers that we dialled count: a stranger could dial us many times."""
         with suppress(ConnectionLost):
             hello = await connection.wait_hello()
             if connection.lost is not None:
@@ -201,7 +207,9 @@ class Reachability:
                 self._moved(self._observed.agreed())
 
     def _was_reached(self, connection: PeerConnection, hello: Hello) -> None:
-        """Somebody outside dialled us: as good as a dial-back, if what it dialled was an address of our own."""
+        """A peer outside our network dialled us. If it dialled one of our own addresses, that proves as much as a
+        dial-back.
+        """
         if self.reach is not Reach.UNKNOWN or public_network(connection.remote_ip) is None:
             return
         found = tuple(address for address in self._own if address.ip == hello.seen_at and not address.is_private)
@@ -209,7 +217,7 @@ class Reachability:
             self._conclude(Finding(Reach.PUBLIC, found))
 
     def _moved(self, ips: tuple[IpAddress, ...]) -> None:
-        """We are seen somewhere else, or again after nobody saw us."""
+        """React to a new observed address, or to the first one after a time without any."""
         self._own = tuple(self._read_own())
         if not self._fixed and is_void(self._finding, ips):
             self._conclude(Finding())
@@ -217,11 +225,11 @@ class Reachability:
             self._tell()
         self.changed()
 
-    # What.
+    # The check itself.
 
     async def _check(self) -> None:
         self._last_check = trio.current_time()
-        # News that come while others dial us are looked into after that.
+        # News that arrives during the check is handled after it.
         self._due = math.inf
         self._own = tuple(self._read_own())
         trials = []
@@ -236,7 +244,7 @@ class Reachability:
         else:
             found = find(self._finding, trials)
             if is_void(found, self._observed.agreed()):
-                # We have moved since we asked.
+                # Our address changed after we asked.
                 found = Finding()
         heard = any(answers for _, answers in trials)
         self._checks += 1
@@ -246,7 +254,7 @@ class Reachability:
         self._due = min(self._due, trio.current_time() + next_check_s(reach, self._unchanged, self._random))
 
     async def _ask(self, ip: IpAddress, ports: Sequence[int]) -> list[Dialled]:
-        """What two peers that see us at `ip` find there, or three where the first two are divided."""
+        """The answers of two peers that see us at `ip`, or of three if the first two disagree."""
         answers: list[Dialled] = []
         judges = iter(self._judges(ip)[:MAX_ASKED])
         while asked := list(islice(judges, more_judges(answers))):
@@ -262,7 +270,7 @@ class Reachability:
             return None
 
     def _judges(self, ip: IpAddress) -> list[PeerConnection]:
-        """Whom to ask, in a random order, one of each network before the second of any."""
+        """The peers to ask, in random order, with one peer from each network before the second of any."""
         judges = [
             connection
             for connection in self._connections.live.values()
@@ -279,14 +287,14 @@ class Reachability:
             rank[judge.peer_id] = seen[network] = seen.get(network, 0) + 1
         return sorted(judges, key=lambda judge: rank[judge.peer_id])
 
-    # What of it.
+    # What follows from the check.
 
     def _conclude(self, found: Finding) -> None:
         self._finding = found
         self._tell()
 
     def _tell(self) -> None:
-        """Announce what is true now, and log what an operator should know, once."""
+        """Announce the current result, call the observers of changes, and log once what an operator should know."""
         self._announce(self.announced)
         state = (self.reach, self.wants_relays)
         if state != self._state:
@@ -312,7 +320,7 @@ class Reachability:
             return "nobody can dial us: we listen on loopback only; say --listen /ip4/0.0.0.0/tcp/PORT/ws"
         tried = ", ".join(f"{address} ({outcome.replace('_', ' ')})" for address, outcome in finding.failed)
         ports = " and ".join(dict.fromkeys(str(address.port) for address, _ in finding.failed))
-        # What the system chose is another port at the next start.
+        # The system chose this port, and will choose another one at the next start.
         chosen = [address for address, _ in finding.failed if address.port >= FIRST_CHOSEN_PORT]
         keep = f" (and keep it with --listen /ip4/0.0.0.0/tcp/{chosen[0].port}/ws)" if chosen else ""
         return (

@@ -1,9 +1,9 @@
-"""Dials peers back that ask for it, and asks others to dial us (spec/reachability.md).
+"""Dials back the peers that ask for it, and asks others to dial us (spec/reachability.md).
 
-Knows the question, its limits and the probe; what answers mean is `routing.reachability`'s. The difficulty is that
-the question comes from strangers: it names ports only, and nothing but the address that it came from is dialled,
-once a minute whoever asks from there. The probe goes by a name made up for it and stops when the other side has
-proved who it is, so that it never becomes a connection beside the one that the question came on.
+Here are the question, its limits and the probe; `routing/reach/verdict.py` decides what answers mean. The question
+comes from strangers. So it names only ports, we dial only the address from which it came, and only once a minute for
+each address. The probe uses an identity made for it, and stops when the other side has proved its PeerId, so that it
+never becomes a second connection to the asking peer.
 """
 
 from __future__ import annotations
@@ -46,20 +46,22 @@ from peerd.trio_tools import at_once, open_tasks
 
 log = logging.getLogger(__name__)
 
-# For TCP and the websocket, and then for the handshake: together below the answer's deadline.
+# For TCP and the websocket, and then for the handshake. Together they are shorter than the answer's deadline.
 CONNECT_S = 5.0
 PROVE_S = 3.0
-# Between two dial-backs to one address.
+# The least time between two dial-backs to one address.
 PAUSE_S = 60.0
-# Dial-backs at a time, and addresses to remember: more are turned away, so that a crowd costs no more than this.
+# Dial-backs at a time, and addresses to remember. More are refused, so that many askers cost no more than this.
 MAX_AT_ONCE = 8
 MAX_REMEMBERED = 4096
-# What a network gives to one host (RFC 4291): it may come from any address in it.
+# The network that one host gets (RFC 4291); it may come from any address in it.
 _HOST_PREFIX = 64
 
 
 class DialbackAnswerer:
-    """Answers streams of the dial-back protocol. `announced`: where we ourselves are announced, asked each time."""
+    """Answers streams of the dial-back protocol. `announced` returns the addresses at which we ourselves are
+    announced.
+    """
 
     def __init__(
         self, transport: Transport, announced: Callable[[], Sequence[Multiaddr]], swarm_key: bytes | None = None
@@ -74,10 +76,10 @@ class DialbackAnswerer:
         return f"<DialbackAnswerer running={self._running} remembered={len(self._last)}>"
 
     async def answer(self, stream: Stream) -> None:
-        """Handle one stream: a question, its answer, the end."""
+        """Handle one stream: read a question, answer it, and end the stream."""
         with trio.move_on_after(ANSWER_DEADLINE_S):
             async with stream:
-                # Bytes that are no message have reset the stream: there is nobody left to answer.
+                # If the bytes are no message, this resets the stream, so there is no way to answer.
                 question = await stream.receive()
                 try:
                     try:
@@ -106,7 +108,7 @@ class DialbackAnswerer:
         return Dialled(ip, outcomes)
 
     def _admit(self, ip: IpAddress) -> None:
-        """Count one dial-back to a host. Raises Overloaded."""
+        """Count one dial-back to a host. Raises Overloaded if it is too soon or too many are running."""
         now = trio.current_time()
         while self._last and next(iter(self._last.values())) <= now - PAUSE_S:
             self._last.popitem(last=False)
@@ -126,7 +128,9 @@ class DialbackAnswerer:
 async def prove(
     transport: Transport, address: Multiaddr, peer_id: PeerId, swarm_key: bytes | None, tasks: trio.Nursery
 ) -> Outcome:
-    """Whether `peer_id` answers at `address`: dial, and hear its proof. Takes at most 9 s."""
+    """Find out whether `peer_id` answers at `address`: dial, and check the peer's proof of identity. Takes at most
+    9 s.
+    """
     try:
         with trio.fail_after(CONNECT_S):
             channel = await transport.dial(address, tasks)
@@ -151,7 +155,7 @@ async def prove(
 
 
 def _was_refused(error: BaseException) -> bool:
-    """Whether the port's own machine said that nobody listens there."""
+    """Whether the machine at that address refused the connection because nothing listens on the port."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConnectionRefusedError):
         cause = cause.__cause__
@@ -159,7 +163,7 @@ def _was_refused(error: BaseException) -> bool:
 
 
 async def ask_to_be_dialled(connection: PeerConnection, ports: Sequence[int]) -> Dialled:
-    """What a peer found at our ports. Raises what it refuses with, or a PeerFault."""
+    """Ask a peer to dial our ports. Returns its results. Raises the error with which it refuses, or a PeerFault."""
     try:
         with trio.fail_after(ANSWER_DEADLINE_S + CONNECT_S):
             async with connection.open_stream(DIALBACK_PROTOCOL) as stream:

@@ -1,4 +1,4 @@
-"""Where others can dial us: the addresses that we listen on, as somebody else would write them."""
+"""Finds the addresses at which others can dial us, from the addresses on which we listen."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from peerd.protocol.addresses import Multiaddr
 
-# Addresses for documentation (RFC 5737, RFC 3849): asking the routing table for the way there sends nothing.
+# Addresses for documentation (RFC 5737, RFC 3849). Connecting a UDP socket asks the routing table and sends nothing.
 _SOMEWHERE = {"ip4": (socket.AF_INET, "192.0.2.1"), "ip6": (socket.AF_INET6, "2001:db8::1")}
 _LOOPBACK = {"ip4": "127.0.0.1", "ip6": "::1"}
 
 
 def dialable_forms(listening: Iterable[Multiaddr]) -> tuple[Multiaddr, ...]:
-    """What to announce for what we listen on: a wildcard becomes this machine's own address and loopback."""
+    """The addresses to announce for those on which we listen: a wildcard becomes this machine's own address and
+    loopback.
+    """
     found: list[Multiaddr] = []
     for address in listening:
         if not address.is_wildcard:
@@ -32,7 +34,7 @@ def own_networks() -> tuple[Multiaddr, ...]:
 
 
 def _own_address(kind: str) -> str | None:
-    """The address from which this machine would speak to the internet; None without a way there, or a descriptor."""
+    """The address from which this machine would speak to the internet; None without a route, or a free descriptor."""
     family, somewhere = _SOMEWHERE[kind]
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1,9 +1,9 @@
-"""A relay: reaches peers that nobody can dial, over the connections that they keep to it (spec/relay.md).
+"""A relay: carries circuits to peers that nobody can dial, over the connections that they keep to it (spec/relay.md).
 
-Knows who has a reservation and which circuits stand; what is allowed is the ledger's decision, and what circuits
-carry nobody's business here. The difficulty is that both ends are strangers: each may be slow, silent or
-greedy, and must hold up nothing but its own circuits. So a circuit reads no message before the one before it
-is on its way, and waits for its rate, then for everybody's.
+It holds the reservations and the open circuits; `relay_ledger.py` decides what is allowed. The bytes inside a circuit
+are encrypted for its ends, and the relay does not look at them. Both ends are strangers that may be slow, silent or
+greedy, and must delay only their own circuits. So a circuit reads a message only when the one before has been sent, and
+waits first for its own rate limit, then for that of the whole relay.
 """
 
 from __future__ import annotations
@@ -49,22 +49,23 @@ log = logging.getLogger(__name__)
 # For the first message of a stream, and for the reserved peer's answer to a call.
 ASK_S = 10.0
 ANSWER_S = 5.0
-# What one end may still say after the other has finished: its last words.
+# How long one end may still send after the other has finished.
 LINGER_S = 2.0
 # A small message costs as much work as this many bytes of a large one (50 us a frame).
 MIN_CHARGED_BYTES = 1024
-# How much of its rate a circuit may use at once after a rest: a token's activations should not wait.
+# The share of a second's rate that a circuit may use at once after a pause, so that a token's activations need not
+# wait.
 BURST_S = 0.25
 _EXPIRED, _REPLACED = "expired", "replaced"
 
 
 class Relay:
-    """Handles the streams of `/peerd/relay/1`. `draining`: no more reservations and circuits."""
+    """Handles the streams of `/peerd/relay/1`. If `draining`, it grants no more reservations and circuits."""
 
     def __init__(self, peer_id: PeerId, limits: RelayLimits) -> None:
         self.draining = False
         self.passed_bytes = 0
-        """Of all circuits' messages, since the start."""
+        """Bytes of all circuits' messages since the start."""
         self.ledger = RelayLedger(limits)
         self._peer_id = peer_id
         self._limits = limits
@@ -165,7 +166,7 @@ class Relay:
             near.send_nowait(answer.to_header(), priority=Priority.CONTROL)
             await circuit.run()
         except (PeerFault, trio.ClosedResourceError):
-            # It ended before it began.
+            # The circuit ended before it began.
             circuit.end(ConnectionLost.code)
         except BaseException:
             circuit.end(ConnectionLost.code)
@@ -173,13 +174,13 @@ class Relay:
         log.debug("the circuit of %s to %s carried %d bytes", near.peer, far.peer, circuit.passed_bytes)
 
     async def wait_turn(self, count: int) -> None:
-        """Wait until the relay as a whole may pass `count` bytes on."""
+        """Wait until the rate limit of the whole relay allows `count` more bytes."""
         self.passed_bytes += count
         await trio.sleep(self._line.take(max(count, MIN_CHARGED_BYTES), trio.current_time()))
 
 
 async def _opened(connection: Carrier, caller: PeerId) -> Stream:
-    """The reserved peer's side of a circuit, once it took the call. Raises what it refuses with, or a PeerFault."""
+    """Open the reserved peer's side of a circuit. Raises the error with which the peer refuses, or a PeerFault."""
     far = connection.open_stream(CIRCUIT_PROTOCOL, priority=CIRCUIT_PRIORITY)
     try:
         with trio.fail_after(ANSWER_S):
@@ -201,7 +202,9 @@ async def _opened(connection: Carrier, caller: PeerId) -> Stream:
 
 
 class _Reservation:
-    """Whom we reach over which connection; `replaced` ends it when the peer reserves anew."""
+    """The connection over which a peer with a reservation is reached. `replaced` ends it when the peer reserves
+    anew.
+    """
 
     def __init__(self, connection: Carrier) -> None:
         self.connection = connection
@@ -209,7 +212,7 @@ class _Reservation:
 
 
 class _Refused(Exception):
-    """What to answer, and end the stream."""
+    """Carries the error with which the request is answered before the stream ends."""
 
     def __init__(self, error: PeerdError) -> None:
         super().__init__(str(error))
@@ -217,7 +220,7 @@ class _Refused(Exception):
 
 
 class _Circuit:
-    """Passes messages on between two streams until either end has had enough, or its time is over."""
+    """Passes messages between two streams until either end finishes or fails, or the circuit's time is over."""
 
     def __init__(self, near: Stream, far: Stream, limits: RelayLimits, relay: Relay) -> None:
         self.passed_bytes = 0
@@ -229,7 +232,7 @@ class _Circuit:
         self._life = trio.CancelScope()
 
     async def run(self) -> None:
-        """Until it ends, whichever way. Both streams are ended then."""
+        """Pass messages until the circuit ends. Both streams have ended then."""
         self._life.deadline = trio.current_time() + self._limits.circuit_s
         with self._life:
             async with trio.open_nursery() as nursery:
@@ -256,7 +259,7 @@ class _Circuit:
                 await sink.wait_unsent_below(1)
         except trio.EndOfChannel:
             sink.finish()
-            # Who has finished hears no more either: no connection is half closed.
+            # An end that has finished receives nothing more either: a connection cannot be half closed.
             self._end_by(trio.current_time() + LINGER_S, "closed")
         except StreamReset as error:
             self._end_by(trio.current_time(), error.reason)

@@ -1,7 +1,7 @@
-"""What a relay has given away, and whether it may give more: slots, circuits, attempts.
+"""Counts what a relay has granted, and decides whether it may grant more: slots, circuits, attempts.
 
-Knows peers by name and address and the time it is given; opens nothing. The difficulty is that PeerIds cost
-nothing: so whatever one peer may have, one public network may have only a few times as much of.
+It works on PeerIds, addresses and a given time, and opens nothing. A peer can make any number of PeerIds at no cost. So
+every limit for one peer has a companion: a limit of a few times as much for one public network.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from peerd.protocol.addresses import IpAddress
 from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId
 
-# A household, or an office, has several peers in one network; but nobody should take a relay for himself.
+# A household or an office has several peers in one network, but one network should not take a whole relay.
 SHARE_OF_A_NETWORK = 4
 CIRCUITS_OF_A_NETWORK = 2
-# How often one may ask. Above what a client needs that measures the servers which it may use (24 at once), or dials
-# them again after another relay's death; below what troubles whoever is called: a peer takes 512 streams a second
-# before it ends the connection.
+# How often a caller may ask. It is more than a client needs that measures the servers which it may use (24 at once), or
+# that dials them again after another relay died. It is less than what harms the called peer: a peer takes 512 streams a
+# second before it ends the connection.
 CALLS_BURST, CALLS_A_SECOND = 48, 4.0
 CALLED_BURST, CALLED_A_SECOND = 50, 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """What an operator gives away.
+    """What an operator allows a relay to grant.
 
-    slots: reservations. circuits: of all peers. circuits_a_peer: to one reserved peer. circuits_a_caller: from one.
-    bytes_a_second: in each direction of a circuit; total_bytes_a_second: of all circuits, both directions.
-    expiry_s, circuit_s: how long a reservation that is not renewed, and a circuit, may live.
+    slots: reservations.
+    circuits: of all peers. circuits_a_peer: to one reserved peer. circuits_a_caller: from one caller.
+    bytes_a_second: in each direction of a circuit.
+    total_bytes_a_second: of all circuits, both directions.
+    expiry_s: how long a reservation lives that is not renewed. circuit_s: how long a circuit may live.
     """
 
     slots: int = 128
@@ -47,7 +49,7 @@ class RelayLimits:
 
 
 class RelayLedger:
-    """Counts for one relay. What enters leaves again, once."""
+    """The counts of one relay. Everything that is counted in is counted out again, once."""
 
     def __init__(self, limits: RelayLimits) -> None:
         self.limits = limits
@@ -65,11 +67,11 @@ class RelayLedger:
 
     @property
     def slots(self) -> int:
-        """Reservations given away."""
+        """How many reservations are granted."""
         return len(self._slots)
 
     def reserve(self, peer: PeerId, ip: IpAddress | None) -> None:
-        """Give a peer a slot; one that has one keeps it. Raises Overloaded."""
+        """Give a peer a slot; a peer that has one keeps it. Raises Overloaded."""
         network, before = network_of(ip), self._slots.get(peer)
         if len(self._slots) - (before is not None) >= self.limits.slots:
             raise Overloaded(f"no slot free: this relay has {self.limits.slots}")
@@ -82,18 +84,18 @@ class RelayLedger:
         count(self._slots_by_network, network, 1)
 
     def release(self, peer: PeerId) -> None:
-        """The peer gives its slot back."""
+        """Take back the peer's slot."""
         count(self._slots_by_network, self._slots.pop(peer), -1)
 
     @contextmanager
     def circuit(self, caller: PeerId, ip: IpAddress | None, reserved: PeerId, now: float) -> Iterator[None]:
-        """Count a circuit as long as it stands, and while it is being asked for. Raises Overloaded."""
+        """Inside this context, count one circuit that is open or being opened. Raises Overloaded."""
         limits, network = self.limits, network_of(ip)
         if self.circuits >= limits.circuits:
             raise Overloaded(f"no circuit free: this relay has {limits.circuits}")
         if self._by_reserved[reserved] >= limits.circuits_a_peer:
             raise Overloaded(f"{reserved} has {limits.circuits_a_peer} circuits, as many as one peer gets here")
-        # The nameless network, "", is never counted.
+        # A caller outside the public networks has the network "", which is never counted.
         of_all = self._by_caller_network[network] // CIRCUITS_OF_A_NETWORK
         if max(self._by_caller[caller], of_all) >= limits.circuits_a_caller:
             raise Overloaded(f"you have {limits.circuits_a_caller} circuits or more, as many as one caller gets here")

@@ -1,9 +1,9 @@
-"""Keeps a peer that nobody can dial within reach: reservations at relays, and the circuits that come from them.
+"""Makes a peer reachable that nobody can dial: holds reservations at relays, and takes the circuits that come from
+them.
 
-Knows which relays there are, who has promised what, and until when; when reservations are wanted somebody else
-says (`wanted`), and where they are announced is `on_change`'s business. The difficulty is that relays come, go and
-refuse: two holders look for one each, never the same, and whom one was refused by or lost is left alone for a
-while, longer each time.
+`reach/checker.py` decides whether reservations are `wanted`; `on_change` is told where the relays are. Relays come, go
+and refuse. So two tasks look for one relay each, never the same one, and a relay that refused or was lost is left alone
+for a while, each time for longer.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)
 
-# One may die, and clients find the other in the record that they have.
+# If one relay dies, clients find the other in the record that they already have.
 WANTED_RELAYS = 2
-# Of each relay; a record has place for four.
+# How many addresses of each relay are announced; a record has room for four.
 ADDRESSES_A_RELAY = 2
-# Longer ones would not leave room for others in a record of 1 KiB; a contact's are no longer either (spec/dht.md).
+# A longer address would leave no room for others in a record of 1 KiB. A contact's addresses are no longer either
+# (spec/dht.md).
 MAX_ANNOUNCED_CHARS = 128
-# Between searches that found no relay.
+# The wait between searches that found no relay.
 FIRST_SEARCH_S, MAX_SEARCH_S = 2.0, 60.0
-# Strangers of the routing table whom one search may connect to, to ask whether they are relays.
+# How many strangers from the routing table one search may connect to, to ask whether they are relays.
 MAX_ASKED = 8
 ASK_S = 15.0
-# Relays are as good as each other where their round trips differ by less than this, or by a half.
+# Relays whose round trips differ by less than this, or by less than a factor of two, count as equally near.
 NEAR_S = 0.01
 ANSWER_S = 10.0
 
@@ -60,9 +61,9 @@ class Reservation:
 
 
 class Reservations:
-    """What relays have promised us. Made by `open_reservations`.
+    """Our reservations at relays. Made by `open_reservations`.
 
-    on_change: called, without waiting, with what `announced` is then.
+    on_change: called with the new value of `announced`; it must not wait.
     """
 
     def __init__(
@@ -73,14 +74,15 @@ class Reservations:
         random: Random,
     ) -> None:
         self.circuits = 0
-        """Connections that came through relays and stand now."""
+        """How many connections that came through relays are open."""
         self._connections = connections
         self._contacts = contacts
         self._on_change = on_change
         self._random = random
         self._held: dict[PeerId, Reservation] = {}
         self._sought: set[PeerId] = set()
-        # Who refused or left us, and how often; what else it is for does not matter here.
+        # The relays that refused or left us, and how often. A `Links` of its own, since such a relay may be good for
+        # other uses.
         self._faults = Links(trio.current_time)
         self._is_wanted = trio.Event()
         self._holding: set[trio.CancelScope] = set()
@@ -90,18 +92,18 @@ class Reservations:
 
     @property
     def held(self) -> Mapping[PeerId, Reservation]:
-        """By relay; a view that changes."""
+        """The reservations by relay; a live view."""
         return MappingProxyType(self._held)
 
     @property
     def announced(self) -> tuple[Multiaddr, ...]:
-        """Where the relays that reach us are, each address with its relay's PeerId: first the best of each relay."""
+        """The addresses of our relays, each with the relay's PeerId; the best address of each relay comes first."""
         ranked = zip_longest(*(held.addresses for held in self._held.values()))
         return tuple(address for rank in ranked for address in rank if address is not None)
 
     @property
     def wanted(self) -> bool:
-        """Whether we need relays: nobody can dial us. False gives all reservations back."""
+        """Whether we need relays because others cannot dial us. Setting False gives all reservations back."""
         return self._is_wanted.is_set()
 
     @wanted.setter
@@ -118,14 +120,14 @@ class Reservations:
                 scope.cancel()
 
     async def run(self) -> None:
-        """Hold as many reservations as we want, whenever we want them, until cancelled."""
+        """Hold as many reservations as we want, whenever they are wanted, until cancelled."""
         async with trio.open_nursery() as nursery:
             for _ in range(WANTED_RELAYS):
                 keep = self._connections.containment.keep_running
                 nursery.start_soon(partial(keep, self._keep_one, what="holding a reservation"))
 
     async def answer(self, stream: Stream) -> None:
-        """Handle a circuit that a relay brings, for as long as it stands."""
+        """Handle a circuit that a relay brings, for as long as it is open."""
         try:
             with trio.fail_after(ANSWER_S):
                 caller = await hear_caller(stream)
@@ -172,7 +174,7 @@ class Reservations:
                     self._holding.discard(scope)
 
     async def _hold(self, relay: PeerConnection) -> None:
-        """Reserve there, and stay until the reservation is lost."""
+        """Make a reservation there, and return when it is lost."""
         peer = relay.peer_id
         self._sought.add(peer)
         try:
@@ -198,7 +200,7 @@ class Reservations:
                 log.info("the relay %s reaches us: %s", relay.peer_id, ", ".join(map(str, addresses)))
                 self._on_change(self.announced)
             with trio.move_on_after(terms.expires_s / 2 * self._random.uniform(0.8, 1.0)):
-                # The relay only ever speaks again to end it.
+                # After this the relay sends only one more message, which ends the reservation.
                 said = parse((await stream.receive()).header, (Failure,))
                 raise said.error
 
@@ -209,7 +211,7 @@ class Reservations:
     # Finding a relay.
 
     async def _find(self) -> PeerConnection | None:
-        """A connection to a relay that may be asked: one that we know, else one of the routing table."""
+        """A connection to a relay that may be asked: one that is open, or else one to a peer of the routing table."""
         found = [connection for connection in self._connections.live.values() if self._is_relay(connection)]
         if found:
             return self._near(found)
@@ -228,13 +230,13 @@ class Reservations:
                 continue
             if self._is_relay(connection):
                 return connection
-            # Its hello is all that we wanted: it is asked again ever more seldom, and not kept open for nothing.
+            # We wanted only its hello. It is asked again at growing intervals, and the connection is not kept open.
             self._faults.failed(contact.peer_id)
             connection.close_if_unused("measured", "no relay")
         return None
 
     def _near(self, relays: Sequence[PeerConnection]) -> PeerConnection:
-        """One of the nearest: whatever we are asked takes the way to it twice."""
+        """One of the nearest relays, because every question to us passes through it twice."""
         rtts_s = [connection.rtt_s or 0.0 for connection in relays]
         near_s = 2 * min(rtts_s) + NEAR_S
         return self._random.choice([relay for relay, rtt_s in zip(relays, rtts_s, strict=True) if rtt_s <= near_s])
@@ -259,7 +261,7 @@ class Reservations:
 
 
 async def _reserve(stream: Stream) -> Reserved:
-    """Ask, or ask again. Raises what the relay refuses with, or a PeerFault."""
+    """Ask the relay for a reservation, or renew it. Raises the error with which the relay refuses, or a PeerFault."""
     try:
         with trio.fail_after(ANSWER_S):
             await stream.send(Reserve().to_header())
@@ -275,7 +277,7 @@ async def _reserve(stream: Stream) -> Reserved:
 def _addresses_of(
     relay: PeerConnection, claimed: Iterable[Multiaddr], known: Iterable[Multiaddr]
 ) -> tuple[Multiaddr, ...]:
-    """Where others find a relay: as publicly as it claims to be found, first where we ourselves see it."""
+    """Where others find a relay: only its most public addresses, and first the one at which we ourselves see it."""
     direct = [
         replace(address, relay=None, peer_id=None)
         for address in (*claimed, *known)
@@ -288,7 +290,7 @@ def _addresses_of(
 
 
 def _narrowness(address: Multiaddr) -> int:
-    """0 for an address of the internet, 1 for one of a network, 2 for one of this machine."""
+    """0 for an address on the internet, 1 for one in a private network, 2 for one on this machine."""
     return address.is_private + address.is_loopback
 
 
@@ -301,7 +303,9 @@ async def open_reservations(
     *,
     wanted: bool = False,
 ) -> AsyncIterator[Reservations]:
-    """Hold reservations whenever they are `wanted`, until the block ends. contacts: whom we could ask, best first."""
+    """Hold reservations while they are `wanted`, until the block ends. contacts: the peers that we could ask, best
+    first.
+    """
     reservations = Reservations(connections, contacts, on_change, random)
     reservations.wanted = wanted
     connections.handlers[CIRCUIT_PROTOCOL] = reservations.answer
