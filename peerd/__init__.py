@@ -1,7 +1,7 @@
 """A peer that serves or uses a language model split over a swarm.
 
-What applications use is named here and imported when it is first touched: `import peerd` loads neither
-torch nor transformers, so that a command line answers at once and a bootstrap peer stays small.
+The names that applications use are listed here and imported on first use: `import peerd` loads neither torch nor
+transformers, so the command line answers at once and a bootstrap peer stays small.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m peerd`: the same as the `peerd` command."""
+"""Runs the `peerd` command as `python -m peerd`."""
 
 from peerd.cli.main import main
 

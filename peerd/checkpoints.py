@@ -1,8 +1,7 @@
-"""Opens checkpoints and fetches what is missing of them, off the event loop.
+"""Opens checkpoints and downloads their missing files in worker threads, so that the event loop is not blocked.
 
-Everything here may wait for the hub, in a worker thread. The difficulty is being cancelled: a thread that waits for
-bytes notices at the next ones, or after ten seconds of silence; so nobody waits for it. It ends by itself, and what it
-fetched stays for the next time.
+A thread that waits for the hub notices a cancellation only with the next bytes, or after ten seconds of silence. So a
+cancelled caller does not wait for it: the thread ends by itself, and what it downloaded is kept for the next time.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Often enough to see that it goes on, seldom enough for a log that is kept.
+# Often enough to see progress, and seldom enough for a log that is kept.
 LOG_EVERY_S = 30.0
 
 
 class Checkpoints:
-    """How one peer gets at models."""
+    """Opens the models of one peer."""
 
     def __init__(self, settings: HubSettings) -> None:
         self._settings = settings
@@ -40,7 +39,7 @@ class Checkpoints:
 
     @asynccontextmanager
     async def open(self, model: str | Path, revision: str | None = None) -> AsyncIterator[Checkpoint]:
-        """A checkpoint, here or on the hub, until the block ends. Raises CheckpointError."""
+        """A checkpoint, from this machine or the hub, open until the block ends. Raises CheckpointError."""
         self._say_untested()
 
         def open_it() -> Checkpoint:
@@ -59,24 +58,24 @@ class Checkpoints:
             yield checkpoint
 
     def _say_untested(self) -> None:
-        """Warn, once a peer, of a release of Transformers that was not tested."""
+        """Warn once if the installed release of Transformers was not tested."""
         if not self._said_untested and (warning := untested_release()) is not None:
             log.warning("%s", warning)
         self._said_untested = True
 
 
 async def fetch_span(checkpoint: Checkpoint, span: Span) -> None:
-    """Have the span's files on this machine. Raises CheckpointError."""
+    """Download the span's files to this machine. Raises CheckpointError."""
     await trio.to_thread.run_sync(checkpoint.fetch_span, span, abandon_on_cancel=True)
 
 
 async def fetch_head(checkpoint: Checkpoint) -> None:
-    """Have the files of the head on this machine. Raises CheckpointError."""
+    """Download the head's files to this machine. Raises CheckpointError."""
     await trio.to_thread.run_sync(checkpoint.fetch_head, abandon_on_cancel=True)
 
 
 def _until_cancelled(watch: Watch) -> Watch:
-    """Stop the transfer when whoever waits for this thread is cancelled."""
+    """A watch that stops the transfer when the caller that waits for this thread is cancelled."""
 
     def watched(transfer: Transfer) -> None:
         trio.from_thread.check_cancelled()
@@ -86,7 +85,7 @@ def _until_cancelled(watch: Watch) -> Watch:
 
 
 def _logged(watch: Watch, now: Callable[[], float] = time.monotonic) -> Watch:
-    """Log when a transfer begins and ends, and now and then between."""
+    """A watch that logs when a transfer begins and ends, and sometimes in between."""
     state = _LogState(now)
 
     def watched(transfer: Transfer) -> None:
@@ -98,7 +97,7 @@ def _logged(watch: Watch, now: Callable[[], float] = time.monotonic) -> Watch:
 
 
 class _LogState:
-    """What was logged of the transfer that is going on."""
+    """What was logged about the transfer that is going on."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -109,7 +108,7 @@ class _LogState:
     def see(self, transfer: Transfer) -> None:
         now, done, total = self._now(), transfer.done_bytes, transfer.total_bytes
         if done == total:
-            # What was done when it was first seen was too short to be worth a line.
+            # If the transfer was complete when we first saw it, it was too short to be worth a line.
             if self._total:
                 log.info("fetched %s of %s in %.1f s", format_size(total), transfer.name, now - self._started)
             self._total = 0

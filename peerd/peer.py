@@ -1,9 +1,8 @@
-"""A peer: its identity, its connections, what it serves and what it uses, under one owner.
+"""A peer: its identity, its connections, the spans that it serves and the models that it uses, under one owner.
 
-`open_peer` wires the rooms together and owns the nursery in which everything of a peer runs; what each
-part does is its own business. The difficulty is the order of endings: announcements go offline while
-connections still live, connections close before the sessions whose streams they carry, and a caller's
-exception comes out as it went in.
+`open_peer` connects the rooms and owns the nursery in which every task of a peer runs. The order of endings matters:
+announcements are withdrawn while connections are still open, connections close before the sessions whose streams they
+carry, and a caller's exception leaves as it came in.
 """
 
 from __future__ import annotations
@@ -80,10 +79,10 @@ class Peer:
         self.discovery = discovery
         self.reachability = reachability
         self.server = server
-        #: What we do for peers that nobody can dial, and what others do for us; None where we do not, or need it not.
+        #: Our relay for peers that nobody can dial, and our reservations at other relays; each is None if we have none.
         self.relay: Relay | None = None
         self.reservations: Reservations | None = None
-        #: Whom we will have in our chains; None is anybody.
+        #: The rules for the peers in our chains; None allows every peer.
         self.rules = rules
         self._checkpoints = checkpoints
         self._tasks = tasks
@@ -96,12 +95,12 @@ class Peer:
 
     @property
     def peer_id(self) -> PeerId:
-        """Who we are."""
+        """This peer's PeerId."""
         return self.identity.peer_id
 
     @property
     def addresses(self) -> tuple[Multiaddr, ...]:
-        """Where others can dial us, each with our PeerId."""
+        """Where others can dial us, each address with our PeerId."""
         return tuple(address.with_peer(self.peer_id) for address in self.connections.announced)
 
     @property
@@ -110,12 +109,12 @@ class Peer:
         return self.server.spans if self.server is not None else ()
 
     def want_relays(self) -> None:
-        """Hold reservations as long as others cannot dial us, and give them back when they can."""
+        """Hold reservations at relays while others cannot dial us, and give them back when they can."""
         if self.reservations is not None:
             self.reservations.wanted = self.reachability.wants_relays
 
     def offer_relay(self) -> None:
-        """Say that we relay, unless those for whom we would cannot dial us."""
+        """Announce that we are a relay, unless other peers cannot dial us."""
         if self.relay is not None:
             reachable = self.reachability.reach is not Reach.PRIVATE
             self.connections.roles = (RELAY_ROLE,) if reachable else ()
@@ -123,7 +122,7 @@ class Peer:
                 log.warning("nobody can dial us, so we relay for nobody")
 
     async def drain(self, timeout_s: float) -> None:
-        """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
+        """Announce that we leave, refuse new sessions, and wait at most `timeout_s` for the others to end."""
         if self.relay is not None:
             self.relay.draining = True
         if self._spans is not None:
@@ -131,9 +130,10 @@ class Peer:
 
     @asynccontextmanager
     async def model(self, path: str | Path, *, revision: str | None = None) -> AsyncIterator[SwarmModel]:
-        """A model whose blocks the swarm serves; `path` gives its head, or a hub id, `org/name` or `org/name@revision`.
+        """A model whose blocks the swarm serves. Its head comes from `path`: a path or hub id, `org/name` or
+        `org/name@revision`.
 
-        Waits at most a second until it is known how far those are that serve them. Raises CheckpointError.
+        Waits at most a second for the delays to the servers. Raises CheckpointError.
         """
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
         from peerd.client.open_model import open_model
@@ -145,9 +145,9 @@ class Peer:
     async def blocks(
         self, path: str | Path, on_checkpoint: Callable[[Checkpoint], None], *, revision: str | None = None
     ) -> AsyncIterator[ServedBlocks]:
-        """A model's blocks alone, for a program that brings its own head. `path` as for `model`.
+        """Only the blocks of a model, for a program with a head of its own. `path`: see `model`.
 
-        `on_checkpoint` reads what the program needs, in a worker thread, once the head's files are there; the
+        `on_checkpoint` reads what the program needs. It runs in a worker thread once the head's files are here; the
         checkpoint is closed before the blocks are yielded. Raises CheckpointError, and what `on_checkpoint` raises.
         """
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
@@ -162,31 +162,31 @@ class Peer:
 
     @property
     def prober(self) -> Prober:
-        """Measures delays to other peers over these connections; a new one each time."""
+        """Measures delays to other peers over our connections. Each access makes a new one."""
         return Prober(self.connections, self.discovery.links, self.discovery.may_dial)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
-        """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
+        """Serve blocks of a model from now on, where others find them: one span for each of the spec's devices.
 
-        Where the spec names no span, and one device, the span moves later to where the swarm needs it more, unless it
-        says `stay`: `served` says where it is then. Where it names no model, waits until the swarm serves one that it
-        allows. Raises CheckpointError, InvalidRequest.
+        If the spec names one device and no span, and does not say `stay`, the span moves later to blocks where the
+        swarm needs it more; `served` shows its place. If the spec names no model, this waits until the swarm serves one
+        that the spec allows. Raises CheckpointError, InvalidRequest.
         """
         if self._spans is None:
             raise InvalidRequest("this peer was opened as a client: name a first span in open_peer(serve=...)")
         return await self._spans.serve(spec)
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
-        """Serve one more LoRA adapter, the directory that peft saved, while sessions run; returns its id.
+        """Serve one more LoRA adapter, a directory that peft saved, while sessions run. Returns its id.
 
-        Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
+        Raises AdapterError if it does not fit, and InvalidRequest if no more adapters can be announced.
         """
         if self._spans is None:
             raise InvalidRequest("this peer serves nothing")
         return await self._spans.load_adapter(served, name, path)
 
     def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
-        """Give an adapter, by its id, to no new session; it is forgotten with the last that uses it. KeyError."""
+        """Offer an adapter (given by its id) to no new session, and free it after its last session. Raises KeyError."""
         if self._spans is None:
             raise InvalidRequest("this peer serves nothing")
         self._spans.unload_adapter(served, adapter)
@@ -209,19 +209,20 @@ async def open_peer(
     transport: Transport | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Peer]:
-    """Be a peer, in anybody's Trio program, until the block ends. Yields once everything in `serve` is served.
+    """Run a peer until the block ends. Yields once everything in `serve` is served. Works in any Trio program.
 
-    identity: who we are; None makes up somebody for this occasion.
-    listen: where to accept connections; without any we are a client, whom nobody dials.
-    announce: where others are told to dial, instead of `listen` (forwarded ports, proxies).
+    identity: who we are; None makes a new identity that is not saved.
+    listen: where to accept connections; without any we are a client, whom others cannot dial.
+    announce: the addresses that others are told to dial, instead of `listen` (forwarded ports, proxies).
     bootstrap: addresses of peers of the swarm, each with its PeerId.
-    state_dir: where the routing table is kept; None for a peer that nobody will meet again.
-    swarm_key: 32 bytes that all peers of a private swarm share. rules: whom we will have in our chains.
-    relay: what to give away as a relay for peers that nobody can dial; None: nothing.
-    may_be_relayed: whether we may use relays, to be reached where nobody can dial us, and to reach such peers.
-    hub: how models that are named by a hub id are fetched; None is as huggingface_hub's environment variables say.
+    state_dir: the folder for the routing table and the last `seq`; None for a peer that will not start again.
+    swarm_key: 32 bytes that all peers of a private swarm share.
+    rules: which peers may be in our chains.
+    relay: the limits of our relay for peers that nobody can dial; None for no relay.
+    may_be_relayed: whether we may use relays, to be reached if nobody can dial us, and to reach such peers.
+    hub: how models with a hub id are downloaded; None takes huggingface_hub's environment variables.
 
-    Raises OSError where an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
+    Raises OSError if an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
     """
     identity = identity or Identity.generate()
     transport = transport or WebSocketTransport()
@@ -272,7 +273,7 @@ async def open_peer(
                     connections.announced = where.addresses
                     discovery.reachable_at(where.addresses, where.contacts)
 
-                # Nobody's blocks are nearer than our own.
+                # No peer's blocks are nearer than our own.
                 discovery.links.measured(identity.peer_id, 0.0)
                 async with open_tasks() as moving, AsyncExitStack() as stack:
                     checkpoints = Checkpoints(hub or HubSettings())
@@ -280,7 +281,7 @@ async def open_peer(
                     peer.relay = relaying
                     reachability.on_changed.append(peer.offer_relay)
                     if server and may_be_relayed:
-                        # Whoever serves nothing need not be reached.
+                        # A peer that serves nothing need not be reachable.
                         keeping = open_reservations(
                             connections,
                             discovery.contacts,

@@ -1,7 +1,7 @@
-"""Nurseries that an `open_*` makes for its caller, whose exceptions come out as they went in.
+"""Nurseries for `open_*` functions, from which a caller's exception leaves as it came in.
 
-Trio wraps whatever leaves a nursery in an exception group. A caller who writes `except NoChain` must
-not have to know that there was one, so a group of a single exception is unwrapped, once, here.
+Trio wraps exceptions that leave a nursery in an exception group. A caller who writes `except NoChain` must not have to
+know that there is a nursery, so a group with a single exception is unwrapped here, once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 
 @asynccontextmanager
 async def open_tasks() -> AsyncIterator[trio.Nursery]:
-    """A nursery for background tasks: cancelled when the body ends, unwrapped when one exception leaves."""
+    """A nursery for background tasks. It is cancelled when the body ends; a single exception leaves it unwrapped."""
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 async def at_once(functions: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Call all at the same time and return their results in order; the first exception ends the others."""
+    """Call all functions at the same time and return their results in order. The first exception cancels the others."""
     results: dict[int, T] = {}
 
     async def one(index: int) -> None:
@@ -48,7 +48,7 @@ async def at_once(functions: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
 
 
 def the_only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one exception in `group`, cancellation aside; the group itself where there are several."""
+    """The only exception in `group`, not counting cancellations; the group itself if there are several."""
     leaves = [leaf for leaf in _leaves(group) if not isinstance(leaf, trio.Cancelled)]
     return leaves[0] if len(leaves) == 1 else group
 
@@ -60,7 +60,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 async def import_in_thread(*modules: str) -> None:
-    """Import what brings torch along: it takes seconds, in which peers would think us dead."""
+    """Import modules that load torch. That takes seconds, in which other peers would think us dead if it blocked."""
     for module in modules:
         if module not in sys.modules:
             await trio.to_thread.run_sync(import_module, module)

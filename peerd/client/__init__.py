@@ -1,1 +1,1 @@
-"""A model as its user sees it: text in, tokens out."""
+"""A model of a swarm as an application uses it: text in, tokens out."""

@@ -1,7 +1,7 @@
 """The blocks of one model of a swarm, as a client uses them: sessions, and forward passes with their backward.
 
-Hidden states go in and come out. What turns text into them, and them into text, is `SwarmModel`'s head; the
-Transformers facade brings a head of its own.
+Hidden states go in and come out. `SwarmModel` adds a head, which turns text into hidden states and back; the
+Transformers facade has a head of its own.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ if TYPE_CHECKING:
     from peerd.client.training.trained import LoraPairs
     from peerd.client.training.training_pass import Pass, PassMaker
 
-# A hop that has no room lets us wait this long before we try another chain (spec/session.md, "Opening").
+# A hop without free memory may keep us waiting this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
-# An answer that was interrupted may go on for this long: as long as servers keep a session of which nothing is asked.
+# An interrupted answer can be resumed for this long, because servers keep an idle session that long.
 RESUME_S = 300.0
 
 Adapter = str | Path | LoraAdapter
-"""An adapter's name in the swarm; or your own, as a directory (a text with a slash in it is one) or in memory."""
+"""An adapter's name in the swarm; or the client's own adapter, as a directory (a text with a slash is one) or in
+memory.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a client knows of a model without its blocks."""
+    """The facts about a model that a client knows without its blocks."""
 
     name: str
     digest: bytes
@@ -54,14 +56,14 @@ class ModelFacts:
     width: int
     max_length: int
     dtype: str
-    # Which architecture it is, by which adapters' names are understood.
+    # The model's architecture, which determines the names of layers in adapters.
     model_type: str = ""
-    #: The layers that an adapter of one's own can stand beside: (block, name). Empty where nobody has looked.
+    #: The layers that the client's own adapter may adapt, as (block, name). Empty if they were not determined.
     adaptable: frozenset[BlockModule] = frozenset()
 
 
 class ServedBlocks:
-    """The blocks of a model, wherever they are served. Made by `Peer.blocks`."""
+    """The blocks of a model, wherever the swarm serves them. Made by `Peer.blocks`."""
 
     def __init__(
         self,
@@ -83,7 +85,9 @@ class ServedBlocks:
         )
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
-        """Token ids to the first block's input. Raises InvalidRequest: that takes a model's head."""
+        """Turn token ids into the first block's input. Raises InvalidRequest here, because that needs a model's
+        head.
+        """
         raise InvalidRequest("token ids need the model's head, which these blocks come without: give hidden states")
 
     @asynccontextmanager
@@ -99,9 +103,9 @@ class ServedBlocks:
     ) -> AsyncIterator[Session]:
         """A session over `blocks` (default: all), for rows of at most `max_length` positions.
 
-        `adapter` is the name of one that the swarm serves (or its id, `NAME@DIGEST`), or your own: the directory that
-        peft saved, or a LoraAdapter. Your own goes to every hop for this session, and ends with it.
-        Raises NoChain, Overloaded, ContextTooLong or AdapterError before the body runs.
+        `adapter` is the name of an adapter that the swarm serves (or its id, `NAME@DIGEST`), or your own: the directory
+        that peft saved, or a LoraAdapter. Your own is sent to every hop for this session only. Raises NoChain,
+        Overloaded, ContextTooLong or AdapterError before the body runs.
         """
         session = await self.start_session(
             max_length=max_length,
@@ -127,7 +131,9 @@ class ServedBlocks:
         patience: Patience | None = None,
         adapter: Adapter | None = None,
     ) -> Session:
-        """A session whose chain opens with its first step, and which the caller must `close`."""
+        """Start a session whose chain opens with its first step. The caller must `close` it. For the arguments see
+        `session`.
+        """
         blocks = blocks or Span(0, self.facts.block_count)
         check_session_size(self.facts, max_length, max_rows)
         terms = Terms(
@@ -146,14 +152,14 @@ class ServedBlocks:
         return session
 
     def close_later(self, session: Session) -> None:
-        """Close a session that waits for its user, if that one does not come back to it."""
+        """Close an interrupted session after RESUME_S, unless its user resumes it before."""
         self._tasks.start_soon(self._close_unless_used, session)
 
     @staticmethod
     async def _close_unless_used(session: Session) -> None:
         asked = session.log.asked
         await trio.sleep(RESUME_S)
-        # Whoever has come back closes it, or has it closed later.
+        # If the session was resumed, the caller closes it, or calls `close_later` again.
         if session.log.asked == asked:
             session.close()
 
@@ -171,12 +177,13 @@ class ServedBlocks:
         keep: bool = True,
         patience: Patience | None = None,
     ) -> Pass:
-        """Run whole rows through `blocks` (default: all) without a cache, for training: `pass_.backward` follows.
+        """Run whole rows through `blocks` (default: all) without a cache, for training; `backward` of the result
+        follows.
 
         `inputs` are hidden states `[rows, positions, width]`, or packed `[sum of rows, width]` with the lengths in
-        `rows`, or token ids, a list a row. `prompts` `[blocks, 1 or rows, P, width]` are added to the first P
-        positions of each block's input; `lora` pairs act beside linear modules; `adapter` is one that the peers
-        have. Without `keep` there is no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
+        `rows`, or token ids, a list a row. `prompts` `[blocks, 1 or rows, P, width]` are added to the first P positions
+        of each block's input. `lora` pairs act beside linear modules; `adapter` is one that the servers have. Without
+        `keep` there can be no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
         """
         from peerd.client.training.rows import as_rows
         from peerd.client.training.trained import Trained
@@ -204,7 +211,7 @@ class ServedBlocks:
         )
 
     async def read_adapter(self, path: str | Path) -> LoraAdapter:
-        """An adapter for this model, from the directory that peft saved. Raises AdapterError."""
+        """Read an adapter for this model from the directory that peft saved. Raises AdapterError."""
         return await trio.to_thread.run_sync(_read_adapter, path, self.facts)
 
     async def _adapter_id(self, adapter: str, blocks: Span) -> str:
@@ -213,7 +220,7 @@ class ServedBlocks:
                 f"{adapter} is a directory: a training pass runs under an adapter that the swarm serves; give it to"
                 " `session` or `generate`, or train it as `lora`"
             )
-        # Settled once: a replacement in the middle of an answer must not mean something else by the name.
+        # The name is resolved once: a hop that is replaced in mid-answer must not get another adapter of the same name.
         return adapter if is_adapter_id(adapter) else await self._means.finder.adapter_id(adapter, blocks)
 
     async def _with_adapter(self, terms: Terms, adapter: Adapter | None, blocks: Span) -> Terms:
@@ -236,12 +243,12 @@ def check_session_size(facts: ModelFacts, max_length: int, max_rows: int) -> Non
 
 
 def _is_directory(adapter: str) -> bool:
-    """Whether a text means a directory of adapter files rather than a name: no name has a slash in it."""
+    """Whether a text is the path of a directory with adapter files: names contain no slash."""
     return "/" in adapter or os.sep in adapter or adapter in (".", "..", "~")
 
 
 def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
-    """Blocks; run it in a thread."""
+    """Blocks the thread; run it in a worker thread."""
     from peerd.compute.adapters.file import open_adapter
     from peerd.compute.families.lookup import family_named
 

@@ -1,8 +1,8 @@
 """The loop from logits to tokens, for one prompt and any number of answers to it.
 
-Answers are rows of one session: the prompt is computed once and shared, and each step carries the next token of
-every row that still runs. Knows sessions and sampling; knows no text but each row's own. The difficulty is going on
-after an error: a step that failed never happened, so what is to be done next is kept until it is done.
+The answers are rows of one session: the prompt is computed once and shared, and each step carries the next token of
+every row that is not finished. The loop can continue after an error. A step that failed had no effect, so the next
+action is kept until it has succeeded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How likely the model itself (before temperature and filters) found a token, and what it liked best."""
+    """The log-probability of a token by the model itself (before temperature and filters), and its most likely
+    tokens.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -36,7 +38,9 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """One token of one row. `text` is what it completes; `finish` says why it is the row's last, if it is."""
+    """One token of one row. `text` is the text that it completes; `finish` is set on the row's last token, with the
+    reason.
+    """
 
     row: int
     id: int
@@ -59,27 +63,28 @@ class TokenModel(Protocol):
     """What decoding needs of a `SwarmModel`: token ids to hidden states, sessions, hidden states to logits and text."""
 
     async def start_session(self, *, max_length: int, max_rows: int = 1, adapter: Adapter | None = None) -> Session:
-        """A session whose chain opens with its first step."""
+        """Start a session whose chain opens with its first step."""
 
     def close_later(self, session: Session) -> None:
-        """Close the session unless somebody uses it again soon."""
+        """Close the session later, unless it is used again before."""
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
-        """Token ids to the first block's input, `[n, width]`."""
+        """Turn token ids into the first block's input, `[n, width]`."""
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last block's output, `[n, width]`, to float32 logits, `[n, vocabulary]`."""
+        """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Token ids to text."""
+        """Turn token ids into text."""
 
 
 class Decoding:
-    """Answers to `prompt` in the making. `tokens` runs them; `session` is theirs once it runs.
+    """Answers to `prompt` while they are generated: iterate over `tokens`. `session` is set once that has begun.
 
-    `stop` ends a row, and is left out of its text; `top_logprobs` asks for logprobs with so many alternatives;
-    `adapter` is what `SwarmModel.session` takes. `resumable`, for one row: after NoChain and Overloaded `tokens` goes
-    on, called again, with the same session, which waits for that a while, or else with a new one.
+    `stop` texts end a row, and are left out of its text. `top_logprobs` asks for logprobs with that many alternatives.
+    `adapter` is what `SwarmModel.session` takes. `resumable` needs a single row: after NoChain or Overloaded the caller
+    may call `tokens` again. It continues with the same session if that still exists, which is kept for a while, and
+    otherwise with a new one.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class Decoding:
         self._top_logprobs = top_logprobs
         self._adapter = adapter
         self._resumable = resumable
-        # What the next step brings beside its tokens, and what the last one left to draw from.
+        # The row operations of the next step, and the logits of the last one that no token was drawn from yet.
         self._ops: tuple[Op, ...] = ()
         self._logits: torch.Tensor | None = None
         self._dropped: tuple[Op, ...] = ()
@@ -110,12 +115,12 @@ class Decoding:
         self._rows = [_Row(number, TextStream(model.decode), StopFilter(stop)) for number in range(rows)]
 
     async def tokens(self) -> AsyncGenerator[Picked, None]:
-        """The tokens of all rows, as they come; row 0 draws what a single answer would draw.
+        """The tokens of all rows, as they come. Row 0 draws the tokens that a single answer would draw.
 
         Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
         """
         if self.session is None or self.session.closed:
-            # A single row may begin again with all that it has: see `_run`.
+            # A single row can begin again from its prompt and its tokens so far: see `_run`.
             self._begun = False
             self.session = await self._model.start_session(
                 max_length=len(self._prompt) + self._sampling.max_new_tokens,
@@ -149,7 +154,7 @@ class Decoding:
                 logits, self._logits = self._logits, None
                 for row, scores in zip(live, logits, strict=True):
                     yield self._pick(row, scores)
-                # Only after the next step: row 0 may end before the others have forked from it.
+                # Only with the next step: row 0 may end before the other rows have forked from it.
                 self._dropped = tuple(Drop(row.number) for row in live if row.finished)
                 live = [row for row in live if not row.finished]
                 if not live:

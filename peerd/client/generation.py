@@ -1,7 +1,4 @@
-"""Text from a session: prompt in, tokens out, one at a time.
-
-What an application iterates over, with the figures of one answer; the loop itself is `decoding`'s.
-"""
+"""One answer as an application iterates over it, with its figures. The loop itself is in `decoding.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. `text` is what it completes; an end-of-sequence token has none."""
+    """One generated token. `text` is the text that it completes; an end-of-sequence token completes none."""
 
     id: int
     position: int
@@ -32,11 +29,11 @@ class Token:
 
 
 class Generation:
-    """An answer in the making: iterate over it, once, for its tokens. Figures below grow as it runs.
+    """An answer while it is generated: iterate over it once for its tokens. Its figures grow meanwhile.
 
-    Leaving the loop early ends the session on all peers; in a long-lived task, do so under
-    `contextlib.aclosing(generation.tokens())`, as for any asynchronous generator. After NoChain or Overloaded iterate
-    over it again: it goes on where it stopped, within five minutes with what the servers that live still hold.
+    Leaving the loop early ends the session on all peers. In a long-lived task, do so under
+    `contextlib.aclosing(generation.tokens())`, as for any asynchronous generator. After NoChain or Overloaded, iterate
+    over it again: it continues where it stopped, and for five minutes it uses the KV that live servers still hold.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class Generation:
         self.first_token: float | None = None
         self.last_token: float | None = None
         self._decoding = Decoding(model, self.prompt, sampling, adapter=adapter, resumable=True)
-        # Whether it may be iterated over: not yet, or not to its end.
+        # Whether it may be iterated over: it was not, or it stopped before its end.
         self._waits = True
 
     def __repr__(self) -> str:
@@ -59,14 +56,14 @@ class Generation:
 
     @property
     def time_to_first_token_s(self) -> float | None:
-        """From the first request for a token to that token."""
+        """Seconds from the first request for a token to that token."""
         if self.started is None or self.first_token is None:
             return None
         return self.first_token - self.started
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens after the first, by the time they took. None before the second."""
+        """The number of tokens after the first, divided by their time in seconds. None before the second token."""
         if self.first_token is None or self.last_token is None or len(self.token_ids) < 2:
             return None
         return (len(self.token_ids) - 1) / (self.last_token - self.first_token)

@@ -1,7 +1,7 @@
-"""Runs a model's head for all sessions of a client: what comes in together is computed together.
+"""Runs a model's head for all sessions of a client, in batches of all requests that have come in.
 
-The LM head of a small model is a tenth of its weights: read once for eight sessions, it costs what it
-costs for one. It runs in a worker thread, so that a large vocabulary does not stall the event loop.
+The LM head of a small model has a tenth of the model's weights; reading them once for eight sessions costs as much as
+for one. The head runs in a worker thread, so that a large vocabulary does not block the event loop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Request:
 
 
 class HeadTask:
-    """Embeddings and logits of one model. `run` owns the thread."""
+    """Computes embeddings and logits of one model. `run` owns the thread."""
 
     def __init__(self, head: Head) -> None:
         self._head = head
@@ -34,11 +34,11 @@ class HeadTask:
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids."""
         return self._head.vocab_size
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
-        """Token ids to `[n, width]`, on the CPU, for positions from `start` on.
+        """Turn token ids into `[n, width]`, on the CPU, for positions from `start` on.
 
         Raises InvalidRequest for ids outside the vocabulary, and for positions that the model has no embedding for.
         """
@@ -52,7 +52,7 @@ class HeadTask:
         return self._head.embed(torch.tensor(token_ids, dtype=torch.long), positions)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[n, width]` to `[n, vocabulary]`, float32."""
+        """Turn `[n, width]` into float32 logits, `[n, vocabulary]`."""
         request = _Request(hidden)
         self._requests.append(request)
         self._work.set()

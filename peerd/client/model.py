@@ -1,4 +1,4 @@
-"""A model that a swarm serves, as a client uses it: its head and tokenizer are here, its blocks are elsewhere."""
+"""A model of a swarm as an application uses it: the client has its head and tokenizer, and servers have its blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Adapter", "ModelFacts", "SwarmModel"]
 
 
 class SwarmModel(ServedBlocks):
-    """One model of a swarm, with its head and tokenizer here. Made by `Peer.model`."""
+    """One model of a swarm, with its head and tokenizer in this process. Made by `Peer.model`."""
 
     def __init__(
         self,
@@ -43,19 +43,21 @@ class SwarmModel(ServedBlocks):
         self._head = head
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
-        """Token ids to the first block's input, `[n, width]`, for the positions from `start` on.
+        """Turn token ids into the first block's input, `[n, width]`, for the positions from `start` on.
 
-        Some models (GPT-2, OPT) embed a token by its position too: give the `start` that the step has. Raises
-        InvalidRequest for ids and positions that there are not.
+        Some models (GPT-2, OPT) embed a token by its position too: give the same `start` as in the step. Raises
+        InvalidRequest for ids and positions that the model does not have.
         """
         return self._head.embed(token_ids, start)
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last block's output, `[n, width]`, to float32 logits, `[n, vocabulary]`."""
+        """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
         return await self._head.logits(hidden)
 
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Text to token ids; with `chat`, as a user's turn in the model's own template. Raises InvalidRequest."""
+        """Turn text into token ids; with `chat`, as a user's turn in the model's chat template. Raises
+        InvalidRequest.
+        """
         if chat and not self.tokenizer.chat_template:
             raise InvalidRequest(f"{self.facts.name} has no chat template; leave out --chat")
         if chat:
@@ -67,11 +69,13 @@ class SwarmModel(ServedBlocks):
         return list(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Token ids to text, without special tokens."""
+        """Turn token ids into text, without special tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def sampling_params(self, **asked: Any) -> SamplingParams:
-        """What `SamplingParams` takes, and for what is left out the model's own. Raises ValueError, InvalidRequest."""
+        """`SamplingParams` with these values; the model's own values replace those left out. Raises ValueError,
+        InvalidRequest.
+        """
         from peerd.client.sampling import SamplingParams
 
         params = SamplingParams.from_config(self.generation_config, **asked)
@@ -85,9 +89,9 @@ class SwarmModel(ServedBlocks):
     ) -> Generation:
         """Generate an answer: `async for token in model.generate("Once", max_new_tokens=20): ...`.
 
-        `adapter` is what `session` takes. `sampling` is what `SamplingParams` takes; what is left out comes from the
-        model's own generation config. Raises InvalidRequest or ValueError here, NoChain, Overloaded and AdapterError
-        while iterating.
+        `adapter` is what `session` takes. `sampling` takes the fields of `SamplingParams`; those left out come from the
+        model's own generation config. This raises InvalidRequest or ValueError; iterating raises NoChain, Overloaded
+        and AdapterError.
         """
         from peerd.client.generation import Generation
 

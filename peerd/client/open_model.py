@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Client(Protocol):
-    """What a running peer has that a model of its swarm needs."""
+    """The parts of a running peer that a model of its swarm uses."""
 
     identity: Identity
     connections: Connections
@@ -47,11 +47,11 @@ class Client(Protocol):
 
     @property
     def peer_id(self) -> PeerId:
-        """Our own PeerId."""
+        """The peer's own PeerId."""
 
     @property
     def prober(self) -> Prober:
-        """What measures the delays to other peers."""
+        """The prober, which measures the delays to other peers."""
 
 
 @asynccontextmanager
@@ -82,7 +82,7 @@ async def open_blocks(client: Client, facts: ModelFacts) -> AsyncIterator[Served
 
 
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:
-    """What a client knows of the model in `checkpoint`."""
+    """The facts about the model in `checkpoint` that a client needs."""
     return ModelFacts(
         name=checkpoint.name,
         digest=checkpoint.model_digest,
@@ -96,7 +96,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """How chains through a model's blocks are found and opened, and the nursery of their tasks."""
+    """The finder and opener of chains through a model's blocks, and the nursery of their tasks."""
 
     finder: SwarmFinder
     opener: ChainOpener
@@ -106,7 +106,7 @@ class _Route:
 
 @asynccontextmanager
 async def _open_route(client: Client, facts: ModelFacts) -> AsyncIterator[_Route]:
-    """Yields once it is known how far the servers are, or after FIRST_WAIT_S."""
+    """Yields once the delays to the servers are measured, or after FIRST_WAIT_S."""
     random = Random(os.urandom(16))
     discovery = client.discovery
     finder = SwarmFinder(
@@ -138,7 +138,7 @@ class _ClientSide:
 
 
 def _read_client_side(checkpoint: Checkpoint) -> _ClientSide:
-    """Blocks; run it in a thread."""
+    """Blocks the thread; run it in a worker thread."""
     tokenizer = load_tokenizer(checkpoint)
     built = load_head_model(checkpoint)
     adaptable = frozenset(linear_layers(built.layers, layer_kinds(checkpoint.config)))

@@ -1,8 +1,7 @@
-"""From logits to the next token, on the client: Transformers' own logits processors, and a draw of ours.
+"""Picks the next token from logits, on the client, with Transformers' own logits processors and a draw of our own.
 
-Knows numbers only; knows no model and no session. The difficulty is replay: after a failover, or in another
-process, the same token must come out, however many draws were made before. So a draw is a hash of (seed, row,
-position) instead of the next number of a generator.
+The same token must come out when a step is replayed, after a failover or in another process, however many draws were
+made before. So a draw is a hash of (seed, row, position) instead of the next number of a generator.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from transformers import (
 
 from peerd.protocol.errors import BadResult
 
-# Long enough for an answer, short enough not to reserve a peer's KV pool for a model that never stops.
+# Long enough for an answer, and short enough not to reserve a server's KV pool for a model that never stops.
 DEFAULT_MAX_NEW_TOKENS = 256
-# What Transformers' `generate` takes where a model's generation config names none.
+# The default of Transformers' `generate` if a model's generation config names none.
 DEFAULT_TOP_K = 50
 
 _SEED_BITS = 63
@@ -39,13 +38,12 @@ _SEED_BITS = 63
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen, and when to stop. Raises ValueError naming the field that is out of range.
+    """How tokens are chosen, and when to stop. Raises ValueError, which names the field that is out of range.
 
-    `temperature` 0 takes the likeliest token; then `top_k`, `top_p`, `min_p` and `seed` have no effect.
-    `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off. `frequency_penalty` is taken off a logit
-    for each time that the answer already has the token, `presence_penalty` once if it has it at all;
-    `logit_bias` (pairs of token id and number) is added. Generation ends with a token of `eos_token_ids`, or
-    after `max_new_tokens`.
+    `temperature` 0 takes the most likely token; then `top_k`, `top_p`, `min_p` and `seed` have no effect. `top_k` 0,
+    `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off. `frequency_penalty` is subtracted from a logit for each
+    time that the answer already contains the token, `presence_penalty` once if it contains it at all; `logit_bias`
+    (pairs of token id and number) is added. Generation ends with a token of `eos_token_ids`, or after `max_new_tokens`.
     """
 
     temperature: float = 0.0
@@ -95,10 +93,11 @@ class SamplingParams:
         max_new_tokens: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ) -> SamplingParams:
-        """The caller's choices; for what is None the model's own, then what Transformers' `generate` does.
+        """The caller's choices. For each that is None, the model's own, or else the default of Transformers'
+        `generate`.
 
-        A model whose config does not say `do_sample` is greedy until a `temperature` is asked for. Without a
-        `seed` every call draws another one. Raises ValueError as the class does.
+        A model whose config does not set `do_sample` is greedy unless a `temperature` is given. Without a `seed` every
+        call draws a new one. Raises ValueError as the class does.
         """
         own_temperature = _first(config.temperature, 1.0) if config.do_sample else 0.0
         return cls(
@@ -138,14 +137,14 @@ class Sampler:
     ) -> int:
         """The token for `position` of `row`, given `logits` `[vocabulary]` and the `context`: all tokens before it.
 
-        `prompt_length` of them were given rather than picked (default: all). Raises BadResult if the logits are not
-        numbers.
+        The first `prompt_length` of them (default: all) were given, the rest were picked. Raises BadResult if the
+        logits are not finite.
         """
         answer = context[len(context) if prompt_length is None else prompt_length :]
         scores = self.scores(self._adjusted(logits, answer), context)
         if self.params.temperature == 0:
             token = int(scores.argmax())
-            # NaN and infinity win argmax, and -inf wins it only if there is nothing else.
+            # NaN and infinity win argmax; -inf wins it only if there is nothing else.
             if not math.isfinite(scores[token].item()):
                 raise BadResult(f"the logits of position {position} are not finite")
             return token
@@ -153,7 +152,7 @@ class Sampler:
         total = cumulative[-1].item()
         if not math.isfinite(total):
             raise BadResult(f"the logits of position {position} are not finite")
-        # Rounding must not lift a draw to the total itself, behind which no token lies.
+        # Rounding must not lift a draw to the total itself, beyond which there is no token.
         place = min(draw(self.params.seed, row, position) * total, math.nextafter(total, 0.0))
         return int(torch.searchsorted(cumulative, place, right=True))
 
@@ -170,20 +169,20 @@ class Sampler:
         return logits
 
     def scores(self, logits: torch.Tensor, context: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """`logits` `[vocabulary]` as the processors leave them: excluded tokens are -inf."""
+        """`logits` `[vocabulary]` after the processors: excluded tokens are -inf."""
         ids = torch.as_tensor(context if self._reads_context else (), dtype=torch.long)
         processed: torch.Tensor = self._processors(ids[None], logits.float()[None])  # type: ignore[arg-type]
         return processed[0]
 
 
 def draw(seed: int, row: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its three arguments: 53 bits of their sha256."""
+    """A number in [0, 1) that depends only on its three arguments: 53 bits of their sha256."""
     digest = hashlib.sha256(b"peerd sampling 1" + struct.pack("<qIQ", seed, row, position)).digest()
     return (int.from_bytes(digest[:8], "little") >> 11) * 2.0**-53
 
 
 def _processors(params: SamplingParams) -> LogitsProcessorList:
-    """In the order in which Transformers' `generate` applies them."""
+    """The processors in the order in which Transformers' `generate` applies them."""
     processors = LogitsProcessorList()
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))

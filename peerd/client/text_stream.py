@@ -1,23 +1,22 @@
-"""Token ids to text that never has to be taken back, and where a stop string ends it.
+"""Turns token ids into text of which nothing has to be taken back, and ends it before a stop string.
 
-Knows text; knows neither models nor sessions. The difficulty: a token may be half a character, and what looks
-like the beginning of a stop string may be one or not. So a piece is given out only once later tokens can no
-longer change it.
+A token may be half a character, and a text may end with what could be the beginning of a stop string. So a piece of
+text is returned only when later tokens can no longer change it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# A character of UTF-8 that is not complete yet decodes to this.
+# What an incomplete UTF-8 character decodes to.
 _INCOMPLETE = "\ufffd"
 
 
 class TextStream:
     """Turns one row's token ids into text.
 
-    A tokenizer joins tokens (spaces, bytes of one character), so each new text is decoded with the last piece that has
-    text as context, and that piece's own text is then left off.
+    A tokenizer joins tokens (spaces, bytes of one character). So each new text is decoded together with the last piece
+    that has text, as context, and that piece's own text is then removed.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -27,14 +26,14 @@ class TextStream:
         self._given = 0
 
     def add(self, token_id: int, *, final: bool) -> str:
-        """The text that became certain with this token; all that is left with the `final` one."""
+        """The text that became certain with this token; all remaining text if it is the `final` one."""
         self._ids.append(token_id)
         known = self._decode(self._ids[self._context : self._given])
         text = self._decode(self._ids[self._context :])
         if text.endswith(_INCOMPLETE) and not final:
             return ""
         piece = text[len(known) :]
-        # A token without text of its own (special, padding) is no context: beside it the next would lose its space.
+        # A token without text (special, padding) is no context: after it the next token would lose its space.
         if piece:
             self._context = self._given
         self._given = len(self._ids)
@@ -42,7 +41,7 @@ class TextStream:
 
 
 class StopFilter:
-    """Passes text on up to the first of some `stops`, which itself is left out."""
+    """Passes text on up to the first of some `stops`, and leaves out the stop itself."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -50,7 +49,7 @@ class StopFilter:
         self.stopped = False
 
     def add(self, piece: str, *, final: bool = False) -> str:
-        """What of the text so far is certain to come before any stop. `stopped` tells whether one was met."""
+        """The part of the text so far that certainly comes before any stop. `stopped` tells whether a stop was met."""
         if self.stopped:
             return ""
         text = self._held + piece

@@ -1,1 +1,1 @@
-"""Which blocks this peer hosts: chosen, loaded, announced, moved."""
+"""The blocks that this peer serves: how they are chosen, loaded, announced and moved."""

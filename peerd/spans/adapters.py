@@ -1,4 +1,4 @@
-"""LoRA adapters that a server was asked to serve, read and loaded."""
+"""Reads and loads the LoRA adapters that a server is to serve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peerd.protocol.span import Span
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadAdapter:
-    """An adapter's weights for a span, on the CPU, under the id that they are served as."""
+    """An adapter's weights for a span, on the CPU, with the id under which they are served."""
 
     id: str
     file: AdapterFile
@@ -24,7 +24,7 @@ class ReadAdapter:
 
 
 def read_adapter(name: str, path: str | Path, family: Family, span: Span) -> ReadAdapter:
-    """Read what a span needs of an adapter. Raises AdapterError."""
+    """Read the part of an adapter that a span needs. Raises AdapterError."""
     try:
         check_name(name)
     except ValueError as error:
@@ -34,7 +34,7 @@ def read_adapter(name: str, path: str | Path, family: Family, span: Span) -> Rea
 
 
 def load_adapter(engine: Engine, adapter: ReadAdapter) -> None:
-    """Give it to the engine. Device thread. Raises AdapterError."""
+    """Load the adapter into the engine. Device thread. Raises AdapterError."""
     name = name_of(adapter.id)
     if name in {name_of(other) for other in engine.adapters}:
         raise AdapterError(f"there is an adapter called {name} already: give {adapter.file.path} another name")

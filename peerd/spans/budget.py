@@ -1,4 +1,4 @@
-"""How much memory serving may take, and how many blocks fit into it."""
+"""Computes how much memory serving may take, and how many blocks fit into it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from peerd.protocol.span import Span
 from peerd.server.quotas import AdapterRoom
 from peerd.spans.spec import ServeSpec
 
-# Enough for 16 sessions of 4096 positions; more than that an operator asks for.
+# Enough for 16 sessions of 4096 positions. An operator who wants more uses --kv-tokens.
 DEFAULT_KV_TOKENS = 65536
 
 
-# Of what is free beside the blocks, what KV may take where nobody said how much memory is ours.
+# If the operator gives no limit, KV may take this share of the memory that is free beside the blocks.
 KV_SHARE = 0.5
 
 
@@ -39,21 +39,21 @@ KV_SHARE = 0.5
 DEFAULT_CLIENT_ADAPTER_BYTES = 64 * 10**6
 
 
-# Positions a batch may have on a GPU. A GPU reads its weights, and dequantizes them, once a batch: an H200 has read a
+# Positions that a batch may have on a GPU. A GPU reads its weights, and dequantizes them, once a batch. An H200 reads a
 # block in the time in which it multiplies it by some 200 positions, and dequantizing takes twice as long again.
 GPU_BATCH_TOKENS = 1024
 
 
-# Of all memory, what one client's adapter may take by default; four at once are a sixteenth.
+# The default limit for one client's adapter, as a share of all memory; four clients at once take a sixteenth.
 CLIENT_ADAPTER_SHARE = 1 / 64
 
 
-# Of all memory, what training passes may take at most. Inference is what most peers are asked for.
+# The share of all memory that training passes may take at most. Most peers are asked mainly for inference.
 PASS_SHARE = 1 / 16
 
 
 def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
-    """How many blocks to serve where no span was named. Raises InvalidRequest where none fits."""
+    """How many blocks to serve if the operator names no span. Raises InvalidRequest if none fits."""
     if isinstance(spec.blocks, int):
         if not 1 <= spec.blocks <= checkpoint.block_count:
             raise InvalidRequest(f"{checkpoint.name} has {checkpoint.block_count} blocks, not {spec.blocks}")
@@ -81,7 +81,7 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
 
 
 def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, room: AdapterRoom) -> int:
-    """What a span that has just been loaded may take of the host's memory yet."""
+    """The host memory that a loaded span may still take."""
     budget, on_host = memory_budget(spec, checkpoint, engine.span), _on_host(spec)
     promised = engine.total_tokens * budget.host_per_token
     if on_host:
@@ -97,7 +97,7 @@ def client_adapter_bytes_of(spec: ServeSpec) -> int:
 
 
 def _adapter_bytes(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None) -> int:
-    """What adapters take: those that are served, and clients' own."""
+    """The bytes of adapters: those that are served, and clients' own."""
     dtype = dtype_of(spec, checkpoint)
     total = AdapterRoom(client_adapter_bytes_of(spec)).total_bytes
     for _, path in spec.adapters:
@@ -118,7 +118,7 @@ def quantization_of(spec: ServeSpec) -> str:
     if spec.quantize not in QUANTIZATIONS:
         raise InvalidRequest(f"quantization {spec.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
     if spec.quantize == "nf4":
-        # Before memory is looked at: the package itself takes a good deal of it.
+        # Checked before memory is measured, because importing the package takes a good deal of it.
         check_bitsandbytes(spec.device)
     return spec.quantize
 
@@ -140,14 +140,14 @@ def _given(spec: ServeSpec) -> int:
 
 
 def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> int:
-    """How many of them blocks and KV may take: what adapters of `span` (default: all blocks) take is set aside, and
-    what training passes may.
+    """How many of these bytes blocks and KV may take: adapters of `span` (default: all blocks) and training are
+    subtracted.
     """
     return _given(spec) - _adapter_bytes(spec, checkpoint, span) - pass_bytes_of(spec)
 
 
 def pass_bytes_of(spec: ServeSpec) -> int:
-    """What training passes may take."""
+    """The bytes that training passes may take."""
     return min(PASS_BYTES, int(_given(spec) * PASS_SHARE))
 
 
@@ -159,11 +159,11 @@ def memory_budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> 
 
 
 def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
-    """Positions of KV for the span. Raises InvalidRequest where what was asked for does not fit."""
+    """Positions of KV for the span. Raises InvalidRequest if the requested number does not fit."""
     budget, room, on_host = memory_budget(spec, checkpoint, span), _room(spec, checkpoint, span), _on_host(spec)
     fit = budget.kv_tokens_in(room, on_host=on_host)
     if not on_host:
-        # The device holds the KV, but the host what sessions keep of their activations.
+        # The device holds the KV, but the host holds the activations that sessions keep.
         host = int((free_memory() - spec.promised_bytes) * (1 - HEADROOM)) - budget.process
         fit = min(fit, host // budget.host_per_token)
     wanted = spec.kv_tokens or PAGE_TOKENS
@@ -176,7 +176,7 @@ def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
     if spec.kv_tokens is not None:
         return spec.kv_tokens
     if spec.memory_bytes is None:
-        # Others on this machine want some of what is free; but a conversation's worth is what we are here for.
+        # Other programs on this machine need some of the free memory, but at least one conversation should fit.
         fit = max(int(fit * KV_SHARE), min(fit, default_kv_tokens(checkpoint)))
     return min(DEFAULT_KV_TOKENS, fit)
 

@@ -1,6 +1,6 @@
-"""Tells the swarm what the models are called that we serve, where not enough others do.
+"""Announces the names of the models that we serve, if too few other peers announce them.
 
-Knows when to look at the catalogue; who should be in it `routing.catalogue` says.
+It decides when to look at the catalogue; `routing/directory/catalogue.py` decides who should announce a name.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from peerd.routing.directory.catalogue import named_models, should_announce
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
 
-# Between looks, give or take half of it. A record lives for ten minutes: a name is never gone because its announcers
-# left one by one.
+# The time between looks, varied by half of it. A record lives ten minutes, so a name does not disappear when its
+# announcers leave one by one.
 LOOK_S = 200.0
-# Of a name, which is for people.
+# Of a name, which only people read.
 _MAX_NAME_CHARS = 96
 
 
 class ModelNames:
-    """What we say of models. Run `run` while serving. `changed` is called when that changes."""
+    """The model names that we announce. `run` it while serving. `changed` is called when they change."""
 
     def __init__(self, source: RecordSource, own: PeerId, changed: Callable[[], None], random: Random) -> None:
         self._source = source
@@ -38,22 +38,22 @@ class ModelNames:
         self._silent: set[bytes] = set()
 
     def add(self, words: ModelRecord) -> None:
-        """We serve this model from now on."""
+        """Announce that we serve this model."""
         self._words[words.model] = words
         self._changed()
 
     def records(self) -> list[ModelRecord]:
-        """What we announce."""
+        """The records to announce."""
         return [words for model, words in self._words.items() if model not in self._silent]
 
     async def run(self) -> None:
-        """Keep to what others leave to us, until cancelled."""
+        """Stop and resume announcing names, depending on what other peers announce, until cancelled."""
         while True:
             await trio.sleep(LOOK_S * self._random.uniform(0.5, 1.5))
             try:
                 models = await named_models(self._source)
             except PartialView:
-                # Too many that say it are better than none.
+                # Too many announcers are better than none.
                 continue
             silent = {model for model in self._words if not should_announce(models, model, self._own)}
             if silent != self._silent:
@@ -62,7 +62,7 @@ class ModelNames:
 
 
 def words_for(checkpoint: Checkpoint) -> ModelRecord:
-    """What a checkpoint is called. Reads its weights' digests; raises CheckpointError."""
+    """The announcement of a checkpoint's name. Reads the digests of its weights; raises CheckpointError."""
     name = "".join(letter for letter in checkpoint.name if letter.isprintable())[:_MAX_NAME_CHARS]
     return ModelRecord(
         seq=0,

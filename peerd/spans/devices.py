@@ -1,8 +1,8 @@
 """Several devices in one peer: which there are, and which of them runs which of its blocks.
 
-Each device gets an engine with a span of its own, side by side, behind one identity: others see a peer that
-announces several spans, and a session that needs more than one of them has one hop for each. Knows names and
-numbers of blocks; loads nothing. The difficulty is to divide a span among devices that have different room.
+Each device gets an engine with its own span; all have one identity. Other peers see one peer that announces several
+spans, and a session that needs several of them has a hop for each. A span is divided among the devices in proportion to
+their free memory. Nothing is loaded here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALL_GPUS = "cuda:all"
 
 
 def check_devices(names: str) -> str:
-    """The devices in a list such as `cuda:0,cuda:1`, with `cuda:all` spelt out.
+    """The devices in a list such as `cuda:0,cuda:1`; `cuda:all` is replaced by all GPUs.
 
     Raises InvalidRequest if torch cannot compute on one of them, or a GPU is named twice.
     """
@@ -32,7 +32,7 @@ def check_devices(names: str) -> str:
     every = [f"cuda:{index}" for index in range(count)] or ["cuda:0"]
     found: list[str] = []
     for name in names.split(","):
-        # Without a number it would be whichever GPU a thread last used.
+        # Without a number, torch would use the GPU that a thread used last.
         found += every if name == ALL_GPUS else ["cuda:0" if name == "cuda" else name]
     gpus = [device.index for device in map(torch.device, found) if device.type == "cuda"]
     if gpus and max(gpus) >= count:
@@ -46,7 +46,7 @@ def check_devices(names: str) -> str:
 
 
 def specs_by_device(spec: ServeSpec) -> list[ServeSpec]:
-    """The same order for each of its devices alone. A device that is named twice divides its memory."""
+    """The spec for each of its devices. If a device is named several times, its memory is divided."""
     from peerd.compute.device.free_memory import free_memory
 
     names = spec.device.split(",")
@@ -54,7 +54,7 @@ def specs_by_device(spec: ServeSpec) -> list[ServeSpec]:
     for name in names:
         own = replace(spec, device=name)
         if names.count(name) > 1:
-            # Only the host's memory is promised to others.
+            # Other spans have claims only on the host's memory.
             promised = spec.promised_bytes if name == "cpu" else 0
             given = spec.memory_bytes or max(0, free_memory(name) - promised)
             own = replace(own, memory_bytes=given // names.count(name))
@@ -63,7 +63,7 @@ def specs_by_device(spec: ServeSpec) -> list[ServeSpec]:
 
 
 def rooms(specs: Sequence[ServeSpec], checkpoint: Checkpoint) -> list[int]:
-    """How many blocks fit on each device. Raises InvalidRequest where none fits on any. Blocks the thread."""
+    """How many blocks fit on each device. Raises InvalidRequest if none fits on any. Blocks the thread."""
     from peerd.spans.budget import how_many_blocks
 
     found: list[int] = []
@@ -86,7 +86,7 @@ def share_span(span: Span, room: Sequence[int]) -> list[Span | None]:
     start, before = span.start, 0
     for own in room:
         before += own
-        # Rounded sums rather than sums of rounded shares: so the last device ends where the span does.
+        # Rounded sums instead of sums of rounded shares, so that the last device ends where the span does.
         end = span.start + (2 * len(span) * before + total) // (2 * total)
         spans.append(Span(start, end) if end > start else None)
         start = end

@@ -1,9 +1,9 @@
-"""Chooses the span that a server begins with, together with all who start at the same time.
+"""Chooses a server's first span, in agreement with the other servers that start at the same time.
 
-Knows the order in which to look, to say and to look again; which span it is `routing.placement` says. The difficulty is
-a swarm that starts all at once: whoever looks sees nobody, and each would take the first blocks. So everybody says
-what it means to take before it takes it, and looks again; who sees others choose waits a moment, until all have
-seen all, and then each works out alone who goes where.
+`routing/placement` computes which span is best; here is the protocol around it. When a whole swarm starts at once,
+every server sees an empty swarm, and all would take the first blocks. So each server announces the span that it intends
+to take, before it takes it, and then looks again. If others are choosing too, it waits until all have seen all
+intentions; then each computes the same assignment by itself.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from peerd.spans.slots import Place
 
 log = logging.getLogger(__name__)
 
-# For saying something: without a swarm that takes it there is nobody to agree with.
+# The time for one announcement. If it cannot be made in this time, there is no swarm to agree with.
 ANNOUNCE_S = 10.0
-# What others need to look, and for what they say to be where we look: a second or two each. At random, so that who
-# looks at the same time does not do so for ever.
+# The time for others to look and for their announcements to reach the records that we read: a second or two each. It is
+# random, so that two servers that look at the same time do not do so for ever.
 HESITATION_S = (2.0, 6.0)
-# Who still hears something new after so many looks loads what it last chose: it can move later.
+# A server that still sees changes after this many looks loads its last choice: it can move later.
 MAX_LOOKS = 8
-# Between attempts to see the whole swarm.
+# The wait between attempts to see the whole swarm.
 FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
 
 class Announcing(Protocol):
-    """Tells the swarm what we serve, and us what others do: `Discovery`."""
+    """Announces what we serve, and shows what others serve: `Discovery`."""
 
     @property
     def directory(self) -> HoldingSource: ...
@@ -49,7 +49,7 @@ class Announcing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is known of the span that is wanted: of which model, how many blocks, and which of them are `on_disk`."""
+    """The wanted span: of which model, how many blocks, and which blocks are `on_disk`."""
 
     model: bytes
     block_count: int
@@ -58,7 +58,7 @@ class Choice:
 
 
 async def choose_first(choice: Choice, place: Place, discovery: Announcing, peer_id: PeerId, random: Random) -> Span:
-    """The span to begin with. `place` intends it in the end; whoever loads it then decides on it.
+    """Choose the span to begin with. In the end `place` intends it; the caller then decides on it and loads it.
 
     Waits until the whole swarm can be seen, however long that takes.
     """
@@ -79,14 +79,14 @@ async def choose_first(choice: Choice, place: Place, discovery: Announcing, peer
 
 
 async def announce(discovery: Announcing) -> None:
-    """Have what changed where others look, unless nobody takes it."""
+    """Announce a change, and wait until it is stored where others look, or for ANNOUNCE_S."""
     discovery.changed()
     with trio.move_on_after(ANNOUNCE_S):
         await discovery.announced()
 
 
 async def _see(choice: Choice, discovery: Announcing, random: Random) -> list[Holding]:
-    """The whole swarm."""
+    """All servers and intentions; waits until the whole swarm can be seen."""
     retry_s = FIRST_RETRY_S
     while True:
         try:

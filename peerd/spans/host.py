@@ -1,8 +1,8 @@
-"""Hosts spans of models for one peer: chosen, loaded, served, announced and moved (`Peer.serve`).
+"""Hosts the spans of one peer: has them chosen, loaded, served, announced and moved (`Peer.serve`).
 
-Knows the order of these and who does each; how blocks are loaded, which span is best and what a session is, others do.
-The difficulty is that the swarm must know of a span from the moment in which it is chosen until it is gone, and of
-nothing that came to nothing: so each has a place from the first on, which is released whatever fails.
+The steps themselves are elsewhere: `loading.py`, `first_choice.py`, `mover.py`, `server/`. The swarm must know of a
+span from the moment when it is chosen until it is gone, and must not keep seeing one that failed to load. So each span
+has a place from the beginning, which is released if anything fails.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from peerd.spans.mover import Rebalancer
     from peerd.spans.spec import ServeSpec
 
-# Who serves waits so long to be known, and goes on without if nobody answers.
+# How long a server waits until it is announced; then it goes on even if no peer answers.
 ANNOUNCE_WAIT_S = 2.0
 
 
 class SpanHost:
-    """The spans of one peer. `tasks` owns what runs beside them; `rules` say whose distance is worth announcing."""
+    """The spans of one peer. `tasks` owns the tasks beside them; `rules` limit the peers whose distance is
+    announced.
+    """
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class SpanHost:
         return f"<SpanHost {' '.join(str(served.span) for served in self._server.spans)}>"
 
     async def drain(self, timeout_s: float) -> None:
-        """Announce that we leave, refuse new sessions, and wait for the others to end, at most `timeout_s`."""
+        """Announce that we leave, refuse new sessions, and wait at most `timeout_s` for the others to end."""
         for rebalancer in self._rebalancers:
             rebalancer.stop()
         self._server.draining = True
@@ -82,11 +84,11 @@ class SpanHost:
         await self._server.drain(timeout_s)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
-        """Serve blocks of a model from now on, where others find them: a span for each of the spec's devices.
+        """Serve blocks of a model from now on, where others find them: one span for each of the spec's devices.
 
-        Where the spec names no span, and one device, the span moves later to where the swarm needs it more, unless it
-        says `stay`: `served` says where it is then. Where it names no model, waits until the swarm serves one that it
-        allows. Raises CheckpointError, InvalidRequest.
+        If the spec names one device and no span, and does not say `stay`, the span moves later to blocks where the
+        swarm needs it more; `served` shows its place. If the spec names no model, this waits until the swarm serves one
+        that the spec allows. Raises CheckpointError, InvalidRequest.
         """
         await import_in_thread("peerd.spans.loading")
         from peerd.spans.loading import SpanLoader, load_served
@@ -126,17 +128,17 @@ class SpanHost:
         return tuple(served for served, _ in ready)
 
     def _promised_bytes(self) -> int:
-        """What the spans that we serve may take of the host's memory yet."""
+        """The host memory that the served spans may still take."""
         return sum(place.loaded.promised_bytes for place in self._places if place.loaded is not None)
 
     async def _choose_model(self, spec: ServeSpec) -> ServeSpec:
-        """The same order for one of the models that it allows. Waits until the swarm serves one."""
+        """The spec with one of the models that it allows. Waits until the swarm serves one."""
         from peerd.spans.model_choice import ModelChoice
 
         return await ModelChoice(spec, self._discovery, self._checkpoints).choose()
 
     def _name(self, words: ModelRecord) -> None:
-        """Say what a model that we serve is called."""
+        """Announce the name of a model that we serve."""
         if self._names is None:
             random = Random(os.urandom(16))
             self._names = ModelNames(self._discovery.dht, self._peer_id, self._discovery.changed, random)
@@ -145,7 +147,7 @@ class SpanHost:
         self._names.add(words)
 
     def _watch_neighbours(self, model: bytes, block_count: int) -> None:
-        """Announce what we serve, with how far it is to whoever may follow on it."""
+        """Announce what we serve, with the distance to the peers that may be the next hop."""
         places = self._places
         if self._neighbours is None:
             discovery, random = self._discovery, Random(os.urandom(16))
@@ -176,9 +178,9 @@ class SpanHost:
         self._tasks.start_soon(partial(self._connections.containment.keep_running, run, what=what))
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
-        """Serve one more LoRA adapter, the directory that peft saved, while sessions run; returns its id.
+        """Serve one more LoRA adapter, a directory that peft saved, while sessions run. Returns its id.
 
-        Raises AdapterError where it does not fit, InvalidRequest where no more can be announced.
+        Raises AdapterError if it does not fit, and InvalidRequest if no more adapters can be announced.
         """
         from peerd.spans.adapters import load_adapter, read_adapter
 
@@ -188,7 +190,7 @@ class SpanHost:
         adapter = await trio.to_thread.run_sync(read_adapter, name, path, place.loaded.family, served.span)
         await served.task.run_blocking(partial(load_adapter, engine, adapter))
         try:
-            # It may have moved meanwhile.
+            # The span may have moved meanwhile.
             self._places.of(served).check()
         except InvalidRequest:
             served.task.withdraw_adapter(adapter.id)
@@ -199,7 +201,7 @@ class SpanHost:
         return adapter.id
 
     def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
-        """Give an adapter, by its id, to no new session; it is forgotten with the last that uses it. KeyError."""
+        """Offer an adapter (given by its id) to no new session, and free it after its last session. Raises KeyError."""
         place = self._places.of(served)
         served.task.withdraw_adapter(adapter)
         if place.loader is not None:
@@ -209,9 +211,10 @@ class SpanHost:
     async def _choose(
         self, spec: ServeSpec, checkpoint: Checkpoint, reserved: list[Place]
     ) -> list[tuple[ServeSpec, Span]]:
-        """The span that was asked for, or the one that the swarm needs most, divided among the spec's devices.
+        """Choose the span that was asked for, or the one that the swarm needs most, and divide it among the spec's
+        devices.
 
-        All know of it from now on: each share is on its way to a place of its own, which is added to `reserved`.
+        From now on the shares are announced as intended: each has a place of its own, which is added to `reserved`.
         """
         from peerd.compute.engine.capacity import fits_on_disk
         from peerd.spans.budget import how_many_blocks
@@ -219,7 +222,7 @@ class SpanHost:
         from peerd.spans.first_choice import Choice, choose_first
         from peerd.spans.loading import expected_record
 
-        # Hashes the weights once a file; whoever serves and whoever asks must mean the same model.
+        # This hashes each weights file once: a server and its clients must mean the same model.
         digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
         expected = expected_record(spec, checkpoint)
         specs = specs_by_device(spec)

@@ -1,7 +1,6 @@
-"""Gets a span ready to serve: which blocks, read from where, with how much KV.
+"""Loads a span for serving: its blocks, its adapters, and its KV pool, sized by `budget.py`.
 
-Knows checkpoints, memory and engines; knows no network. Everything here blocks (it reads gigabytes), so
-the peer runs it in a worker thread.
+Everything here blocks, because it reads gigabytes, so the peer runs it in a worker thread.
 """
 
 from __future__ import annotations
@@ -51,15 +50,15 @@ from peerd.spans.spec import ServeSpec
 
 log = logging.getLogger(__name__)
 
-# Of what is still free once blocks are loaded, what training may take: KV that is not in use yet counts as free there.
+# The share of the memory that is still free after loading that training may take. Unwritten KV counts as free there.
 SPARE_PASS_SHARE = 0.25
-# 4096 positions of the largest models; more would help nobody.
+# Enough for 4096 positions of the largest models.
 MAX_PASS_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedSpan:
-    """An engine with its blocks and adapters, and what others are told of them."""
+    """An engine with its blocks and adapters, and the facts that are announced about them."""
 
     engine: Engine
     dtype: str
@@ -70,12 +69,12 @@ class LoadedSpan:
     adapter_room: AdapterRoom
     family: Family
     uplink: float = 0.0
-    #: What it may take of the host's memory beyond what it has: of KV that was never written the system knows nothing.
+    #: The host memory that it may still take: the system does not see KV that was never written.
     promised_bytes: int = 0
 
 
 def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
-    """As much as is known, before anything is loaded, of what a span will be announced as. Raises InvalidRequest."""
+    """The part of a span's announcement that is known before anything is loaded. Raises InvalidRequest."""
     return ServerRecord(
         seq=0,
         expires=0.0,
@@ -92,9 +91,9 @@ def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
 
 
 def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
-    """Read the span's blocks, make its engine and time it. Raises CheckpointError, InvalidRequest."""
+    """Read the span's blocks, make its engine and measure its speed. Raises CheckpointError, InvalidRequest."""
     dtype, quantize = dtype_of(spec, checkpoint), quantization_of(spec)
-    # Decided before anything is read: afterwards it would be too late to say that it does not fit.
+    # Computed before anything is read, so that a span that does not fit is refused early.
     kv_tokens, pass_bytes = kv_tokens_of(spec, checkpoint, span), pass_bytes_of(spec)
     if checkpoint.packing:
         log.info(
@@ -112,10 +111,10 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     check_span(engine, model, quantize)
     for name, path in spec.adapters:
         load_adapter(engine, read_adapter(name, path, checkpoint.family, span))
-    # The engine reorders weights.
+    # The engine has reordered weights, which leaves free memory in the heap.
     trim_heap()
     if spec.memory_bytes is None and engine.passes is not None:
-        # Graphs that wait for their backward save it a forward: use what is free anyway.
+        # A tape saves the backward a forward, so memory that is free anyway is used for tapes.
         spare_bytes = min(MAX_PASS_BYTES, int(free_memory(spec.device) * SPARE_PASS_SHARE))
         engine.passes.memory = PassMemory(max(pass_bytes, spare_bytes))
     engine.warm_up()
@@ -147,8 +146,9 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
 
 
 class SpanLoader:
-    """Loads spans of the model with this digest. `spec` is for one device; `promised_bytes`: what other spans of this
-    peer may take of the host's memory yet.
+    """Loads spans of the model with this digest. `spec` is for one device.
+
+    promised_bytes: returns the host memory that other spans of this peer may still take.
     """
 
     def __init__(
@@ -160,17 +160,19 @@ class SpanLoader:
         self.promised_bytes_of = promised_bytes
 
     async def on_disk(self) -> frozenset[int]:
-        """The blocks that need not be fetched. Raises CheckpointError."""
+        """The blocks that need no download. Raises CheckpointError."""
         async with self._open() as checkpoint:
             return await trio.to_thread.run_sync(lambda: checkpoint.blocks_on_disk)
 
     async def fetch(self, span: Span) -> None:
-        """Have the span's files on this machine. Raises CheckpointError."""
+        """Download the span's files to this machine. Raises CheckpointError."""
         async with self._open() as checkpoint:
             await fetch_span(checkpoint, span)
 
     async def load(self, span: Span) -> tuple[ServedSpan, LoadedSpan]:
-        """An engine over the span. Raises CheckpointError, InvalidRequest, OSError, torch.OutOfMemoryError."""
+        """Load an engine over the span. Raises CheckpointError, InvalidRequest, OSError, MemoryError,
+        torch.OutOfMemoryError.
+        """
         async with self._open() as checkpoint:
             await fetch_span(checkpoint, span)
             spec = replace(self._spec, promised_bytes=self.promised_bytes_of())
@@ -181,7 +183,7 @@ class SpanLoader:
         await trio.to_thread.run_sync(give_back_memory, self._spec.device)
 
     def with_adapter(self, name: str, path: str | Path) -> None:
-        """Load this adapter too from now on."""
+        """Load this adapter too, from now on."""
         self._spec = replace(self._spec, adapters=(*self._spec.adapters, (name, path)))
 
     def without_adapter(self, name: str) -> None:
@@ -200,7 +202,7 @@ class SpanLoader:
 
 
 async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tuple[ServedSpan, LoadedSpan]:
-    """An engine over blocks that are here, and its task. Raises as `serving.load`, and MemoryError."""
+    """Make an engine over blocks whose files are here, and its task. Raises as `load`, and MemoryError."""
     try:
         loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
     except RuntimeError as error:

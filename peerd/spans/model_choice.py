@@ -1,8 +1,8 @@
-"""Chooses a model to serve, of those that the swarm serves and the operator allows.
+"""Chooses a model to serve, out of those that the swarm serves and the operator allows.
 
-Knows patterns, checkpoints and the catalogue; which blocks of the model are served is decided elsewhere. The difficulty
-is strangers: the catalogue may hold anything. So only a pattern lets us open a model at all, and before any weights are
-fetched the hub must say of that commit what the announcement said.
+Which blocks of the model are served is decided elsewhere. Strangers can put anything into the catalogue. So a model is
+opened only if one of the operator's patterns allows it, and before any weights are downloaded, the hub's files of that
+commit must match the announcement.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ from peerd.spans.spec import ServeSpec
 
 log = logging.getLogger(__name__)
 
-# While there is nothing that we may serve.
+# The time between looks while there is no model that we may serve.
 LOOK_S = 15.0
-# Models that one look opens at most: each costs the hub a few requests, whoever announced it.
+# How many models one look opens at most. Each costs the hub a few requests, whoever announced it.
 MAX_OPENED = 8
-# Models whose servers one look looks up at most, those with most announcers first: anybody can make some up.
+# How many models' servers one look looks up, those with most announcers first. Strangers can make up models.
 MAX_LOOKED_UP = 64
-# A model that could not be served is not tried again for so long: its announcement may have been a mistake.
+# How long a model that could not be served is not tried again. Its announcement may have been a mistake.
 REFUSED_S = 600.0
-# What is here already is chosen though another is needed so much more: it serves while that would still be fetched.
+# A model that is on this disk is preferred unless another one is needed this many times more: it can serve while the
+# other would still be downloading.
 ON_DISK_FACTOR = 1.5
-# Of models that are named in a message.
+# How many models a message names.
 _MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A model that we could serve. `rate` is what one more session gets there."""
+    """A model that we could serve. `rate`: the speed that one more session would get there."""
 
     spec: ServeSpec
     named: NamedModel
@@ -56,31 +57,33 @@ class _Candidate:
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """The least is served: first where a block has no server, then where a session gets least."""
+        """The key of which the least is served: first models with a block that has no server, then those where a
+        session gets least.
+        """
         return self.rate > 0, self.rate / (ON_DISK_FACTOR if self.is_here else 1)
 
 
-# What is said of a model that can be true or not: digest, name on the hub, commit and number of blocks.
+# The facts in a model's announcement that may be false: digest, name on the hub, commit and number of blocks.
 _Claim = tuple[bytes, str, str, int]
 
 
 class ModelChoice:
-    """One choice for `spec`, which has patterns (`among`) in place of a model."""
+    """One choice for `spec`, which has patterns (`among`) instead of a model."""
 
     def __init__(self, spec: ServeSpec, discovery: Discovery, checkpoints: Checkpoints) -> None:
         self._spec = spec
         self._discovery = discovery
         self._checkpoints = checkpoints
-        # Models on this machine that a pattern names, by digest.
+        # The models on this machine that a pattern names, by digest.
         self._local: dict[bytes, Path] = {}
-        # Why a model cannot be served, and until when that is believed; whoever else announces it.
+        # Models that cannot be served, with the reason and the time until which it holds, whoever announces them.
         self._refused: dict[_Claim, tuple[str, float]] = {}
         self._said = ""
 
     async def choose(self) -> ServeSpec:
-        """What was asked for, of the model that needs us most. Waits until there is one.
+        """The spec for the model that needs us most. Waits until there is one.
 
-        Raises CheckpointError where a path among the patterns is no model.
+        Raises CheckpointError if a path among the patterns is no model.
         """
         await self._open_local()
         while True:
@@ -101,12 +104,12 @@ class ModelChoice:
         for pattern in self._spec.among:
             for path in await trio.to_thread.run_sync(local_models, pattern):
                 async with self._checkpoints.open(path) as checkpoint:
-                    # Hashes the weights once a file.
+                    # This hashes each weights file once.
                     digest = await trio.to_thread.run_sync(lambda opened: opened.model_digest, checkpoint)
                 self._local[digest] = path
 
     async def _candidates(self, models: Sequence[NamedModel]) -> list[_Candidate]:
-        """The models that we may and can serve and that others serve already."""
+        """The models that we may and can serve, and that other peers serve already."""
         now = trio.current_time()
         self._refused = {claim: refusal for claim, refusal in self._refused.items() if now < refusal[1]}
         allowed = ((spec, named) for named in models if (spec := self._spec_of(named)) and not self._why_refused(named))
@@ -125,7 +128,7 @@ class ModelChoice:
         return found
 
     async def _open(self, spec: ServeSpec, named: NamedModel, holdings: Sequence[Holding]) -> _Candidate | None:
-        """Look at what is small of a model: is it what was announced, and does a block of it fit here?"""
+        """Open the model's small files: do they match the announcement, and does a block fit here?"""
         try:
             async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
                 is_here = await trio.to_thread.run_sync(_check, spec, named, checkpoint)
@@ -139,10 +142,10 @@ class ModelChoice:
         return None
 
     def _spec_of(self, named: NamedModel) -> ServeSpec | None:
-        """How we would serve the model; None where no pattern allows it."""
+        """How we would serve the model; None if no pattern allows it."""
         if named.digest in self._local:
             return replace(self._spec, model=self._local[named.digest], among=())
-        # A branch is whatever its owner makes of it tomorrow.
+        # Only commits are accepted: the owner can change a branch at any time.
         if not is_commit(named.commit) or not parse_hub_id(named.hub_id):
             return None
         if any(fnmatchcase(named.hub_id, pattern) for pattern in self._spec.among):
@@ -161,7 +164,7 @@ class ModelChoice:
         return f"waiting for a model to serve: the swarm has {there}{more}, --models allows {allowed}{reasons}"
 
     def _say(self, words: str) -> None:
-        """Once, until there is something else to say."""
+        """Log a sentence, unless it was the last one logged."""
         if words != self._said:
             self._said = words
             log.info("%s", words)
@@ -172,13 +175,15 @@ def _claim_of(named: NamedModel) -> _Claim:
 
 
 def local_models(pattern: str) -> list[Path]:
-    """The models on this machine that a pattern names: paths, in which * and ? stand for what is there."""
+    """The models on this machine that a pattern names: paths with the wildcards * and ?."""
     paths = [Path(found) for found in sorted(glob.glob(str(Path(pattern).expanduser())))]
     return [path for path in paths if path.suffix == ".gguf" or (path / "config.json").exists()]
 
 
 def _check(spec: ServeSpec, named: NamedModel, checkpoint: Checkpoint) -> bool:
-    """Whether as many blocks as we would serve are here. Blocks; raises CheckpointError, InvalidRequest."""
+    """Whether as many blocks as we would serve are on disk. Blocks the thread; raises CheckpointError,
+    InvalidRequest.
+    """
     if checkpoint.model_digest != named.digest or checkpoint.block_count != named.block_count:
         raise CheckpointError("what goes by that name is not what was announced")
     size = spec.blocks if isinstance(spec.blocks, int) else sum(rooms(specs_by_device(spec), checkpoint))

@@ -1,14 +1,14 @@
-"""Moves a span to where the swarm needs it more, while the peer serves.
+"""Moves a span to blocks where the swarm needs it more, while the peer serves.
 
-Knows the order of a move; which move is worth it is `routing.placement`'s, what sessions hear of it the server's. A
-peer that serves on several devices does not move: its spans stand side by side, and would have to move together.
+`routing/placement` computes which move is worth it; here are the steps of a move. A peer that serves on several devices
+does not move, because its spans stand side by side and would have to move together.
 
-The difficulty is that everybody decides alone, from a view that is a little old. So who means to move says so first,
-waits for a random time, and looks again: of two who want the same gap, or trust each other to stay, at least one sees
-the other. Files are fetched before anything is given up. It is looked once more before sessions are refused and, once
-all can see that they are, before the blocks go; only then is the old engine freed, and the new one loaded into the
-memory that it had. Until the blocks go, whatever goes wrong leaves the peer where it was; after that it goes back
-there.
+Every server decides alone, from a view that is a few seconds old. So a server that wants to move announces its goal
+first, waits for a random time, and looks again: of two servers that want the same gap, or rely on each other to stay,
+at least one sees the other. The new files are downloaded before anything is given up. The server looks again before it
+refuses sessions, and once more when all peers can see that it refuses, before it gives up its blocks. Then the old
+engine is freed and the new one is loaded into its memory. Until the blocks are given up, any failure leaves the server
+where it was; after that, a failure makes it load its old span again.
 """
 
 from __future__ import annotations
@@ -38,33 +38,37 @@ from peerd.spans.slots import Place
 
 log = logging.getLogger(__name__)
 
-# Between looks, and by how much either way: servers that see the same must not act at the same time.
+# The time between looks, and the spread of it: servers that see the same swarm must not act at the same time.
 LOOK_S = 300.0
 LOOK_SPREAD = 0.5
-# Between saying that we move and looking again. An announcement takes a second or two to be where others look.
+# The time between announcing a move and looking again. An announcement takes a second or two to reach the records that
+# others read.
 MAX_HESITATION_S = 30.0
 MIN_HESITATION_S = 4.0
-# A move whose goal changed so often while it was announced is left for the next look.
+# A move whose goal changed this often while it was announced is left for the next look.
 MAX_GOALS = 3
-# What sessions get to end before they are cut; their clients then find other peers, at the price of a replay.
+# The time that sessions get to end. Then they are cut, and their clients find other peers, which costs a replay.
 MAX_DRAIN_S = 600.0
-# After a load that failed, looks come at most so much more seldom.
+# After failed loads the time between looks grows at most by this factor.
 MAX_BACKOFF = 16
-# Where not even the old span can be loaded.
+# The retries if not even the old span can be loaded.
 FIRST_RETRY_S = 60.0
 MAX_RETRY_S = 1800.0
-# For handlers that still say goodbye to let go of the old engine: twice what they may take.
+# The time for handlers that still send their last messages to release the old engine: twice what they may take.
 LET_GO_S = 5.0
 LET_GO_LOOKS = 10
 
-# What loading may fail with that another time, or another span, may not.
+# Failures of loading that may not occur another time or with another span.
 LOAD_ERRORS = (CheckpointError, PeerdError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long a peer waits, in seconds: about so long between looks, at most so long before it looks again at what it
-    said, and at most so long for sessions to end.
+    """How long a peer waits, in seconds.
+
+    look_s: between looks, on average.
+    hesitation_s: at most, between announcing a goal and looking again.
+    drain_s: at most, for sessions to end.
     """
 
     look_s: float = LOOK_S
@@ -73,14 +77,14 @@ class Pace:
 
     @classmethod
     def looking_every(cls, look_s: float | None) -> Pace:
-        """The usual, but for how often we look, if that is said; then we hesitate as much less."""
+        """The usual times, with looks every `look_s` seconds if given; the hesitation is scaled down with it."""
         if look_s is None:
             return cls()
         return cls(look_s, max(MIN_HESITATION_S, MAX_HESITATION_S * min(1.0, look_s / LOOK_S)))
 
 
 class Loading(Protocol):
-    """Loads spans of the place's model: `SpanLoader`."""
+    """Loads spans of the model that is moved: `SpanLoader`."""
 
     async def on_disk(self) -> frozenset[int]: ...
 
@@ -109,7 +113,7 @@ class Hosting(Protocol):
 
 
 class Rebalancer:
-    """Moves what is in one place. `run` once, in a nursery; `stop` ends it."""
+    """Moves the span in one place. `run` it once, in a nursery; `stop` ends it."""
 
     def __init__(
         self,
@@ -159,12 +163,12 @@ class Rebalancer:
         return self._place.served.span
 
     async def _look_and_move(self) -> bool:
-        """One round. False where a move failed; then we are in the old place again."""
+        """One round. Returns False if a move failed; then the old span is served again."""
         try:
             goal = await self._agree_on_goal()
             if goal is None:
                 return True
-            # While we still serve: it may take hours.
+            # The server still serves meanwhile: the download may take hours.
             await self._loader.fetch(goal)
             if await self._look(goal) == goal and await self._give_up(goal):
                 return await self._settle(goal)
@@ -177,7 +181,7 @@ class Rebalancer:
                 self._say(None)
 
     async def _agree_on_goal(self) -> Span | None:
-        """Where to go, once others know of it and still leave it to us."""
+        """The span to move to, once others know of our intention and still leave it to us; None to stay."""
         goal = await self._look()
         for _ in range(MAX_GOALS):
             if goal is None:
@@ -191,8 +195,9 @@ class Rebalancer:
         return None
 
     async def _look(self, said: Span | None = None) -> Span | None:
-        """Where the swarm needs us now, having `said` where we go; None for here, or where we cannot see all of it, or
-        not even ourselves in it.
+        """The span where the swarm needs us now, after we announced `said`. None to stay.
+
+        None also if we cannot see the whole swarm, or not our own announcement in it.
         """
         try:
             holdings = await self._discovery.directory.holdings(self._model, self._block_count)
@@ -204,7 +209,7 @@ class Rebalancer:
         if own is None or own.record.span != self._span:
             return None
         choose = partial(choose_move, holdings, own, self._block_count, said=said)
-        # At best all is on disk; to know what is takes a look at the hub.
+        # First assume that all is on disk: to know what really is takes requests to the hub.
         if choose(on_disk=frozenset(range(self._block_count))) is None:
             return None
         return choose(on_disk=await self._loader.on_disk())
@@ -214,7 +219,10 @@ class Rebalancer:
         self._discovery.changed()
 
     async def _give_up(self, goal: Span) -> bool:
-        """Stop serving here, sessions first. False, and serving as before, where the swarm needs us here after all."""
+        """Stop serving the old span: first its sessions, then its blocks.
+
+        Returns False, and serves as before, if the swarm needs us here after all.
+        """
         served = self._place.served
         assert served is not None
         log.info(
@@ -227,7 +235,7 @@ class Rebalancer:
         gone = False
         self._server.refuse(served)
         try:
-            # Who sees us leave counts on us no more, before we count on them for the last time.
+            # Announce that we leave before our last look, so that no two servers rely on each other.
             await announce(self._discovery)
             await self._server.wait_unused(served, self._pace.drain_s)
             if await self._look(goal) == goal:
@@ -242,7 +250,7 @@ class Rebalancer:
         return gone
 
     async def _settle(self, goal: Span) -> bool:
-        """Load the new span where the old one was. False, and the old one again, if that fails."""
+        """Load the new span in place of the old one. If that fails, load the old one again and return False."""
         old = self._span
         await self._free()
         failure = await self._load(goal)
@@ -255,7 +263,7 @@ class Rebalancer:
         return False
 
     async def _free(self) -> None:
-        """Free what was served. Nobody uses it any more, but for handlers that say goodbye."""
+        """Free the old engine. Only handlers that send their last messages may still use it."""
         assert self._place.served is not None
         engine = weakref.ref(self._place.served.task.engine)
         self._place.vacate()
@@ -269,14 +277,14 @@ class Rebalancer:
         await self._loader.free()
 
     async def _load(self, span: Span) -> str | None:
-        """Load, serve and announce a span. Returns why not where it cannot be."""
+        """Load, serve and announce a span. Returns the reason if it fails, else None."""
         self._say(span)
         try:
             served, loaded = await self._loader.load(span)
-            # No await from here on: it is served and announced, or not at all.
+            # There is no await from here on: the span is served and announced, or neither.
             self._place.fill(served, loaded)
         except LOAD_ERRORS as error:
-            # As text: the error itself would hold on to whatever was loaded before it.
+            # Kept as text: the exception itself would keep everything that was loaded in memory.
             failure = str(error) or type(error).__name__
         else:
             self._server.serve(served)
@@ -286,10 +294,10 @@ class Rebalancer:
         return failure
 
     async def _load_again(self, span: Span) -> None:
-        """Load what was here before, however often it takes."""
+        """Load the old span again, with as many attempts as it takes."""
         retry_s = FIRST_RETRY_S
         while (failure := await self._load(span)) is not None:
-            # Nobody should wait for us.
+            # Others must not wait for this span.
             self._say(None)
             log.warning("serving nothing: cannot load blocks %s either: %s; trying again", span, failure)
             await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
@@ -298,7 +306,7 @@ class Rebalancer:
 
 
 def _alive(engine: Callable[[], object]) -> bool:
-    # Models hold themselves: without the collector they would go some time later.
+    # Models contain reference cycles, so only the garbage collector frees them soon.
     if engine() is not None:
         gc.collect()
     return engine() is not None

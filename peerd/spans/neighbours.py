@@ -1,9 +1,8 @@
-"""Measures how far a server is from the peers that it may push to, and has its announcements say so.
+"""Measures how far a server is from the peers to which it may push, and puts the delays into its announcements.
 
-Knows what is served and who may follow on it; the asking is the prober's. A chain's delays lie between servers, where
-no client can measure them. The difficulty is to know the few that matter of the many that may follow, without every
-server asking all others: the best known are asked again now and then, strangers a few at a time. What was measured
-goes out with the next announcement, never sooner: a delay is no news.
+A chain's delays lie between its servers, where no client can measure them. Many peers may be the next hop, few of them
+matter, and not every server can ask all others. So the best known peers are asked again now and then, and strangers a
+few at a time. A new measurement goes out with the next regular announcement and never causes one.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from peerd.routing.directory.directory import Directory
 from peerd.routing.directory.offer import Offer
 from peerd.routing.failures.track_record import Links
 
-# Between rounds, one fifth more or less so that servers that started together part.
+# The time between rounds. It varies by a fifth, so that servers that started together drift apart.
 ROUND_S = 60.0
-# Whoever serves announces itself first, and finds the others' announcements.
+# A new server first announces itself and finds the other announcements.
 FIRST_ROUND_S = 5.0
-# Of those that a chain would gain most by, measured or not; and of all others.
+# How many peers are asked in a round: of those from which a chain would gain most, measured or not, and of all others.
 BEST_PROBES = 8
 STRANGER_PROBES = 4
-# A delay that was measured is measured again every so many rounds, unless a connection is open anyway.
+# A measured peer is asked again every this many rounds on average, or in each round if it is connected anyway.
 AGAIN_ROUNDS = 5
-# How old a view of the swarm will do.
+# How old a view of the swarm may be.
 MAX_AGE_S = 30.0
 
 
 class Neighbours:
-    """The delays from us, `own`, to those that may follow on the spans we serve. `run` measures them."""
+    """The delays from us, `own`, to the peers that may be the next hop after our spans. `run` measures them."""
 
     def __init__(
         self,
@@ -63,16 +62,16 @@ class Neighbours:
         return f"<Neighbours of {self._own} models={len(self._block_counts)}>"
 
     def serves(self, model: bytes, block_count: int) -> None:
-        """We serve some of a model's blocks from now on."""
+        """Note that we serve blocks of this model from now on."""
         self._block_counts[model] = block_count
 
     def filled(self, records: Sequence[ServerRecord]) -> list[ServerRecord]:
-        """The records with what was measured."""
+        """The records with the measured delays."""
         rtts_s = self._links.rtts_s()
         return [with_rtts(each, self._offers.get(each.model, ()), self._own, rtts_s, MAX_RTTS) for each in records]
 
     async def run(self) -> None:
-        """Measure, until cancelled."""
+        """Measure until cancelled."""
         await trio.sleep(FIRST_ROUND_S * self._random.uniform(0.2, 1.0))
         while True:
             await self._measure()

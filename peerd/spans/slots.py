@@ -1,9 +1,9 @@
-"""What a peer serves, slot by slot, and what others are told of it.
+"""What a peer serves, slot by slot, and the records that announce it.
 
-A place is one slot of our announcements (spec/records.md): the span in it, or the one that is on its way there.
-Knows records; serves, loads and decides nothing. The difficulty is a span that moves: who plans must hear of the new
-place before the old one is given up, and a slot holds one span at a time. So the intention lies in a spare slot
-as long as the old span is served, or the new one may still be another, and in the slot itself from then on.
+A place is one slot of our announcements (spec/records.md): the span that is served in it, or the one that is coming.
+When a span moves, other peers that plan must hear of the new blocks before the old ones are given up, but a slot
+announces one span at a time. So an intention is announced in a spare slot while the old span is still served or the
+goal may still change, and in the slot itself afterwards.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
     from peerd.server.server import Server
     from peerd.spans.loading import LoadedSpan, SpanLoader
 
-# What the times that are filled in later add to a record.
+# The size that the RTTs, filled in later, add to a record.
 _TIMES_BYTES = 16
 
 
 class Place:
-    """One slot. `served` and `loaded` are None while it is empty; `intended` is the span that is coming, if one is."""
+    """One slot. `served` and `loaded` are None while it is empty; `intended` is the span that is coming, if any."""
 
     def __init__(self, slot: int, expected: ServerRecord, loader: SpanLoader | None = None) -> None:
         self.slot = slot
         self.served: ServedSpan | None = None
         self.loaded: LoadedSpan | None = None
-        #: What loads other spans here; None where the span was named by the operator.
+        #: Loads other spans into this place; None if the operator named the span.
         self.loader = loader
         self.intended: Span | None = None
-        # Whether the intended span is on its way for good; before that it lies in the spare slot.
+        # Whether the intended span is final. Before that it is announced in the spare slot.
         self._decided = False
         self._last = expected
 
     def decide(self, span: Span) -> None:
-        """This span is on its way, and nothing else is here."""
+        """Make this the final span of an empty place."""
         self.intended, self._decided = span, True
 
     def record(self, state: ServerState) -> ServerRecord:
-        """What we say of the span here; `seq` and `expires` are the announcer's."""
+        """The record of the span here; the announcer fills in `seq` and `expires`."""
         assert self.served is not None
         assert self.loaded is not None
         self._last = self._record(self.served, self.loaded, state)
@@ -64,7 +64,7 @@ class Place:
             quantization=loaded.quantization,
             codecs=loaded.codecs,
             throughput=loaded.throughput,
-            # What is free beside a queue is not for whoever comes now.
+            # While sessions queue, newcomers cannot have the free tokens: announce 0.
             free_tokens=0 if served.task.admission.is_full else served.task.engine.free_length,
             max_length=served.max_length,
             block_roots=loaded.roots,
@@ -77,12 +77,13 @@ class Place:
 
     def _queue_s(self, served: ServedSpan, loaded: LoadedSpan) -> float:
         alone_s = len(served.span) / max(loaded.throughput, 1.0)
-        # A millisecond more or less is chance.
+        # Differences below a millisecond are noise.
         return round(served.task.busy.queue_s(alone_s, trio.current_time()), 3)
 
     def intention(self) -> ServerRecord | None:
-        """What we say of the span that is coming: beside the one that is here, or while that may still change, in the
-        spare slot.
+        """The record of the span that is coming, or None.
+
+        It is in the spare slot while another span is served here or the intended one may still change.
         """
         if self.intended is None:
             return None
@@ -99,17 +100,17 @@ class Place:
         )
 
     def vacate(self) -> None:
-        """Nothing is served here for now; what is intended comes for good."""
+        """Empty the place. The intended span is final now."""
         self.served = self.loaded = None
         self._decided = True
 
     def fill(self, served: ServedSpan, loaded: LoadedSpan) -> None:
-        """A span has come. Raises InvalidRequest, having changed nothing, if its announcement would be too long."""
+        """Put a loaded span here. Raises InvalidRequest, and changes nothing, if its announcement would be too long."""
         check_record(self._record(served, loaded, "online"))
         self.served, self.loaded, self.intended, self._decided = served, loaded, None, False
 
     def check(self) -> None:
-        """Raise InvalidRequest if what is here now cannot be announced."""
+        """Raise InvalidRequest if the span here cannot be announced."""
         check_record(self.record("online"))
 
 
@@ -127,9 +128,10 @@ class Places:
         return len(self._places)
 
     def reserve(self, expected: ServerRecord) -> Place:
-        """A slot for a span that is yet to be chosen or loaded; `expected` is as much of its announcement as is known.
+        """Reserve a slot for a span that is still to be chosen or loaded; `expected` is what is known of its
+        announcement.
 
-        Raises InvalidRequest where all slots are taken.
+        Raises InvalidRequest if all slots are taken.
         """
         slot = next((slot for slot in range(MAX_SLOTS) if slot not in self._places), None)
         if slot is None:
@@ -138,23 +140,23 @@ class Places:
         return self._places[slot]
 
     def release(self, place: Place) -> None:
-        """Nothing will come of it."""
+        """Free a slot from which nothing will come."""
         del self._places[place.slot]
 
     def add(self, place: Place, served: ServedSpan, loaded: LoadedSpan) -> None:
-        """A first span has come: serve it from now on. Raises InvalidRequest if it cannot be announced."""
+        """Serve a place's first span from now on. Raises InvalidRequest if it cannot be announced."""
         place.fill(served, loaded)
         self._server.serve(served)
 
     def of(self, served: ServedSpan) -> Place:
-        """The place of a span. Raises InvalidRequest if it is served no more."""
+        """The place of a span. Raises InvalidRequest if the span is not served any more."""
         for place in self:
             if place.served is served:
                 return place
         raise InvalidRequest(f"blocks {served.span} are not served here any more")
 
     def records(self) -> list[ServerRecord]:
-        """What we announce now."""
+        """The records to announce now."""
         found = []
         for place in self:
             if place.served is not None:
@@ -166,7 +168,7 @@ class Places:
 
 
 def check_record(record: ServerRecord) -> None:
-    """Raise InvalidRequest if its adapters are more than one announcement holds."""
+    """Raise InvalidRequest if the record has more adapters than fit into one announcement."""
     spare = MAX_PAYLOAD_BYTES - len(record.fitted().to_payload()) - _TIMES_BYTES
     if len(record.adapters) > MAX_NAMES or (record.adapters and spare < 0):
         raise InvalidRequest(

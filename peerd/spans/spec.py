@@ -1,4 +1,4 @@
-"""What an operator asks to have served."""
+"""The operator's wishes for serving."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from peerd.protocol.span import Span
 
 @dataclass(frozen=True, slots=True)
 class ServeSpec:
-    """What an operator wants served. `model`: a path or a hub id, of which `revision` is the branch, tag or commit.
-    `among`: instead of one model, patterns of those that we may choose from, of what the swarm serves (`org/*`, or
-    paths).
+    """What the operator wants served.
 
-    `blocks`: a span, how many, or None for all that fit. Which blocks, where no span is named, the swarm decides, now
-    and, unless the peer is to `stay`, later.
-
-    `dtype` defaults to the checkpoint's; `quantize` is how weights are stored: `none`, `int8` or `nf4`. `memory_bytes`
-    bounds what serving takes beyond the program itself, on each device. `throughput`, in positions a second through
-    one block, is announced instead of what is measured. `device` is torch's name; several, with commas between them,
-    divide the blocks (`open_peer` and `Peer.serve` see to that).
-    `adapters`: names, each with the directory that peft saved. `client_adapter_bytes`: how large an adapter a client
-    may bring for its session; None for 64 MB, or less where memory is short; 0 for none.
-    `uplink`: bytes a second that this machine can send, which clients then reckon with; None: as is measured.
-    `look_every_s`: how often the peer looks whether it should move; None for every five minutes.
-    `promised_bytes`: of the host's free memory, what others of the peer's spans may take yet; `Peer.serve` fills it in.
+    model: a path or a hub id; `revision` is its branch, tag or commit.
+    among: instead of a model, patterns of the models that may be served, of those in the swarm (`org/*`, or paths).
+    blocks: a span, a number of blocks, or None for all that fit. If no span is named, the swarm's need decides which
+        blocks, now and, unless `stay` is set, later too.
+    dtype: for computing; defaults to the checkpoint's.
+    quantize: how weights are stored: `none`, `int8` or `nf4`.
+    memory_bytes: the limit for what serving takes beyond the program itself, on each device.
+    throughput: announced instead of the measured one, in positions a second through one block.
+    device: torch's name. Several, separated by commas, divide the blocks (`open_peer` and `Peer.serve` see to that).
+    adapters: names, each with the directory that peft saved.
+    client_adapter_bytes: the largest adapter that a client may upload for its session; None for 64 MB, or less if
+        memory is short; 0 for none.
+    uplink: bytes a second that this machine can send, which clients use for planning; None for the measured value.
+    look_every_s: how often the peer checks whether it should move; None for every five minutes.
+    promised_bytes: the host memory that other spans of this peer may still take; `Peer.serve` fills it in.
     """
 
     model: str | Path = ""

@@ -1,1 +1,1 @@
-"""Who serves which blocks, how near, and who is next."""
+"""Which peers serve which blocks, how near they are, and which ones could replace a hop."""

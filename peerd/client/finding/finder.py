@@ -1,7 +1,7 @@
-"""Finds chains for sessions: joins what the DHT says with how peers have treated us.
+"""Finds chains for sessions: combines the directory's offers with our own experience of the peers.
 
-Knows the directory, the planner and the links' memory; opens nothing. A peer that fails leaves the
-routes of every session of this process in that instant, whatever its announcements say.
+It opens nothing. A peer that fails leaves the routes of all sessions of this process at that moment, whatever its
+announcements say.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from peerd.routing.directory.directory import CACHE_S, Directory
 from peerd.routing.directory.offer import Offer
 from peerd.routing.failures.track_record import Links
 
-# Clients that wait for a missing server look again this often, not oftener.
+# Clients that wait for a missing server look it up again at this interval.
 FRESH_S = 0.5
-# Of peers that cannot be reached, in one message.
+# How many peers that cannot be reached one message explains.
 MAX_REASONS = 3
 
 
 class SwarmFinder:
-    """Chains over one model's blocks, from the directory's latest view.
+    """Finds chains over one model's blocks in the directory's latest view.
 
-    position_bytes: what one position takes on the wire. connected: to whom a connection is open: of replacements that
-    are as good as each other one of them is taken, for nobody waits for a dial then.
+    position_bytes: the size of one position on the wire.
+    connected: the peers to which a connection is open. Of equally good replacements one of these is taken, since it
+        needs no dial.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class SwarmFinder:
         self._rules = rules or ChainRules()
         self._position_bytes = position_bytes
         self._connected = connected
-        #: When a chain was wanted last.
+        #: When a chain was last requested.
         self.used_at = float("-inf")
-        #: What the directory said last, as far as it is permitted.
+        #: The offers of the last lookup that the rules permit.
         self.table = OfferTable(())
         self._belief: dict[PeerId, float] = {}
         self._seen: list[Offer] = []
@@ -79,29 +80,30 @@ class SwarmFinder:
         requests: int = 0,
         between: Between | None = None,
     ) -> Chain:
-        """The best chain over `blocks` for steps of so many positions, or for a pass of so many `requests`.
+        """The best chain over `blocks` for steps of `positions` positions, or for a training pass of `requests`
+        requests.
 
-        between: of a part that replaces another, who stands before and after it. Raises NoChain, naming what nobody
-        serves.
+        between: for a part that replaces another, the peers before and after it. Raises NoChain, which names the blocks
+            that no peer serves.
         """
         self.used_at = trio.current_time()
         needs = ChainNeeds(tokens=tokens, positions=positions, adapter=adapter, requests=requests)
         if between is not None:
             needs = self._between(needs, between)
-            # Somebody waits in mid-answer, and a lookup may have to wait for whoever has just died or hangs.
+            # A user waits in mid-answer, and a lookup might wait for the very peer that has just died or hangs.
             with suppress(NoChain):
                 return self.plan(blocks, needs, exclude)
         try:
             return await self._plan(blocks, needs, exclude, CACHE_S)
         except NoChain:
-            # Whoever is missing may have come since we looked.
+            # A missing server may have been announced since the last lookup.
             try:
                 return await self._plan(blocks, needs, exclude, FRESH_S)
             except NoChain as error:
                 raise self._explained(error) from None
 
     def _explained(self, error: NoChain) -> NoChain:
-        """The same, with why those who say that they serve the blocks cannot be reached."""
+        """The error with the reasons why the peers that announce the missing blocks cannot be reached."""
         reasons = dict.fromkeys(
             why
             for offer in self._permitted
@@ -114,7 +116,9 @@ class SwarmFinder:
         return NoChain(f"{error}: {'; '.join(list(reasons)[:MAX_REASONS])}{more}", error.missing)
 
     async def adapter_id(self, name: str, blocks: Span) -> str:
-        """What an adapter's name means for `blocks` now. Raises NoChain, saying which adapters there are."""
+        """The id that an adapter's name has for `blocks` now. Raises NoChain, which lists the adapters that there
+        are.
+        """
         try:
             return choose_adapter(await self.offers(CACHE_S), name, blocks)
         except NoChain:
@@ -125,20 +129,21 @@ class SwarmFinder:
         return self.plan(blocks, needs, exclude)
 
     def plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId]) -> Chain:
-        """A chain by what was looked up last, with what we measured and within the rules. Raises NoChain."""
+        """A chain by the last lookup, our own measurements and the rules. Raises NoChain."""
         avoid = self.avoided() | frozenset(exclude)
         return plan_chain(self.table, blocks, needs=self.needs(blocks, needs), random=self._random, avoid=avoid)
 
     def replacement(self, span: Span, needs: ChainNeeds, exclude: Collection[PeerId], between: Between) -> Chain:
-        """What would take the place of a part of a chain, as `plan` finds it."""
+        """The best replacement for a part of a chain. Raises NoChain."""
         return self.plan(span, self._between(needs, between), exclude)
 
     def _between(self, needs: ChainNeeds, between: Between) -> ChainNeeds:
-        # A new chain goes wherever it is best, or whoever we know already would have all sessions: this does not.
+        # Prefer connected peers only for replacements: new chains that did so would all use the peers that we know
+        # already.
         return replace(needs, after=between[0], before=between[1], warm=frozenset(self._connected()))
 
     def needs(self, blocks: Span, needs: ChainNeeds) -> ChainNeeds:
-        """The same with what we know ourselves: delays, the rules and the model's width."""
+        """`needs` with our own knowledge: delays, the rules and the model's width."""
         first_by, last_by = self._rules.ends(blocks, self._block_count)
         return replace(
             needs,
@@ -149,11 +154,11 @@ class SwarmFinder:
         )
 
     def avoided(self) -> frozenset[PeerId]:
-        """Who failed us lately."""
+        """The peers that failed us lately."""
         return self._links.avoided()
 
     async def offers(self, max_age_s: float) -> list[Offer]:
-        """What is permitted of all that is offered now, as far as was looked up `max_age_s` ago."""
+        """The offers that the rules permit, from a lookup that is at most `max_age_s` old."""
         offers = await self._directory.servers(self._model, self._block_count, max_age_s=max_age_s)
         if offers is not self._seen:
             self._seen, self._permitted = offers, self._rules.permitted(offers)
@@ -163,28 +168,29 @@ class SwarmFinder:
         return self._permitted
 
     def _look_for_the_lost(self) -> None:
-        """Whoever could not be reached and is announced anew may be back."""
+        """A peer that could not be reached and has a new announcement may be back: have it asked."""
         if self._links.has_doubts:
             for offer in self._permitted:
                 self._links.announced(offer.peer_id, offer.record.seq)
 
     def _doubt(self) -> float:
-        # What a queue was some seconds ago all clients know alike: they would all go to the shortest, which is it no
-        # more then. Where each takes it for longer or shorter they share the peers, most of them the least busy; and
-        # each stays with its belief, or second choices would change all the time.
+        # All clients see the same queue lengths, some seconds old, and would all go to the shortest queue, which then
+        # is no longer the shortest. So each client multiplies a peer's queue by its own random factor: together they
+        # share the peers, and most go to the least busy. Each keeps its factors, or second choices would change all the
+        # time.
         return self._random.uniform(0.0, 2.0)
 
     def failed(self, peer: PeerId) -> None:
-        """Leave the peer out for a while, longer each time; it may have moved meanwhile."""
+        """Leave the peer out for a while, longer each time. It may also have new addresses."""
         self._links.failed(peer)
         self._directory.doubt(peer)
 
     def succeeded(self, peer: PeerId) -> None:
-        """Forget that it failed."""
+        """Forget that the peer failed."""
         self._links.succeeded(peer)
 
 
-# Between two tries at a chain, at random up to this, so that two clients do not collide for ever.
+# The pause between two attempts at a chain is random, up to this, so that two clients do not collide for ever.
 RETRY_S = 1.0
 
 
@@ -192,14 +198,14 @@ RETRY_S = 1.0
 class Patience:
     """How long a session tries to get a chain before its steps fail."""
 
-    # Who has just died may have a twin that nobody told us of yet, or one that is about to start.
+    # A peer that died may have a replacement that we have not heard of yet, or that is just starting.
     missing_s: float = 5.0
-    # Peers that are full: other sessions end.
+    # If peers are full, other sessions will end.
     busy_s: float = 120.0
 
 
 class ChainFinder(Protocol):
-    """Finds peers for blocks, and hears how they did."""
+    """Finds peers for blocks, and is told how they did."""
 
     async def find(
         self,
@@ -212,18 +218,19 @@ class ChainFinder(Protocol):
         requests: int = 0,
         between: Between | None = None,
     ) -> Chain:
-        """The best chain over `blocks` for steps of so many positions, of peers that have the adapter, by what is
-        known now. `requests`: as in ChainNeeds. `between`: of a replacement, who stands before and after it.
-        Raises NoChain."""
+        """The best chain over `blocks` for steps of `positions` positions, from peers that have the adapter.
+
+        requests: as in ChainNeeds. between: for a replacement, the peers before and after it. Raises NoChain.
+        """
 
     async def adapter_id(self, name: str, blocks: Span) -> str:
-        """What an adapter's name means for `blocks`. Raises NoChain, saying which adapters there are."""
+        """The id that an adapter's name has for `blocks`. Raises NoChain, which lists the adapters that there are."""
 
     def avoided(self) -> frozenset[PeerId]:
-        """Who is left out now, for a while."""
+        """The peers that are left out now, for a while."""
 
     def failed(self, peer: PeerId) -> None:
-        """The peer broke a promise: leave it out for a while."""
+        """Note that the peer broke a promise: leave it out for a while."""
 
     def succeeded(self, peer: PeerId) -> None:
-        """The peer keeps its promises."""
+        """Note that the peer kept its promises."""

@@ -1,8 +1,8 @@
-"""Keeps a client's view of one model's peers fresh: how far they are, and who takes over when a hop dies.
+"""Keeps a client ready: measures how far the peers of one model are, and connects to those that could replace a hop.
 
-Knows sessions and their chains, and when to look again; whom to ask is `routing.probes`' choice, and the asking the
-prober's. The difficulty is to be ready and cheap at once: a first plan must not wait for the slow, a chain's
-second choices must be connected before they are needed, and a model that nobody uses must ask nobody.
+It decides when to look; `routing/chains/probes.py` chooses the peers to measure, and the prober measures them. Being
+ready must cost little. A first plan must not wait for slow peers; a chain's second choices must be connected before
+they are needed; and for a model that is not in use no peer must be asked.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.chains.probes import worth_probing
 from peerd.routing.directory.offer import Offer
 
-# Of a chain of 8 hops, three choices each.
+# For a chain of 8 hops: three choices each.
 FIRST_PROBES = 24
-# Later rounds ask those again that count, and a few others.
+# Later rounds ask the peers that matter again, and a few others.
 MORE_PROBES = 12
-# Delays change with the routes of the internet, and servers come and go: between rounds while the model is in use.
+# The time between rounds while the model is in use. Delays change with the routes of the internet, and servers come and
+# go.
 ROUND_S = 30.0
-# A model that was used so long ago is not in use any more.
+# A model that was not used for this long counts as not in use.
 IDLE_S = 120.0
-# How soon a new chain, or one that was mended, has its second choices.
+# How soon a new or repaired chain has its second choices.
 LOOK_S = 1.0
-# How old the view of the swarm may be by which second choices are made.
+# How old the lookup may be from which second choices are made.
 MAX_AGE_S = 15.0
-# Connections to second choices that are kept open, of all sessions together.
+# How many connections to second choices are kept open, for all sessions together.
 MAX_STANDBYS = 16
-# So many chains are planned to guess who will be in the first.
+# How many chains are planned to guess which peers will be in the first one.
 PLANS = 4
-# Whoever opens a model waits so long for the first round, and plans with what is known by then.
+# Opening a model waits this long for the first round, and then plans with what is known.
 FIRST_WAIT_S = 1.0
 
 
@@ -50,15 +51,15 @@ class Watched(Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the session has ended."""
 
     @property
     def chain(self) -> tuple[ServedBy, ...]:
-        """Who serves which blocks now."""
+        """Which peers serve which blocks now."""
 
 
 class Scout:
-    """Scouts for the sessions of one model. `run` owns the work; `ready` is set once the first round has ended."""
+    """Scouts for the sessions of one model. `run` does the work; `ready` is set once the first round has ended."""
 
     def __init__(
         self,
@@ -68,16 +69,16 @@ class Scout:
         random: Random,
     ) -> None:
         self.ready = trio.Event()
-        #: Who would take over from a hop of some session's chain; a connection to each is open, or being opened.
+        #: The peers that would replace a hop of some session's chain. Each is connected, or being connected.
         self.standbys: frozenset[PeerId] = frozenset()
         self._finder = finder
         self._prober = prober
         self._blocks = blocks
         self._random = random
-        # To whom a connection stays open that nothing else may use yet.
+        # The peers whose connection is kept open although nothing else may use it yet.
         self._kept: frozenset[PeerId] = frozenset()
         self._sessions: dict[Watched, ChainNeeds] = {}
-        # Of the view of the swarm that we looked at last.
+        # The offers seen at the last look, to notice new peers.
         self._seen: OfferTable | None = None
         self._known: frozenset[PeerId] = frozenset()
 
@@ -85,7 +86,7 @@ class Scout:
         return f"<Scout of {self._blocks} sessions={len(self._sessions)} standbys={len(self.standbys)}>"
 
     def watch(self, session: Watched, *, tokens: int, adapter: AdapterNeed) -> None:
-        """Have second choices ready for the session's chain until it is closed."""
+        """Keep second choices ready for the session's chain until it is closed."""
         self._sessions[session] = ChainNeeds(tokens=tokens, adapter=adapter)
 
     async def run(self) -> None:
@@ -101,7 +102,7 @@ class Scout:
                     chains, look_at = self._chains(), now + MAX_AGE_S
                     await self._look(measure=measure_at <= now)
                 if newcomers and self.ready.is_set():
-                    # Whoever was never measured counts as far away, and would not be used before the next round.
+                    # A peer that was never measured counts as far away, and would not be used before the next round.
                     await self._prober.probe(newcomers)
                 if measure_at <= now:
                     measure_at = now + ROUND_S * self._random.uniform(0.8, 1.2)
@@ -112,20 +113,20 @@ class Scout:
             await trio.sleep(LOOK_S)
 
     async def _look(self, *, measure: bool) -> None:
-        """See who is there, and connect to the second choices; with `measure`, to others too."""
+        """Look up the offers, and connect to the second choices; with `measure`, also measure other peers."""
         await self._finder.offers(MAX_AGE_S)
         asked = await self._second_choices()
         if measure:
             asked += self._probes(MORE_PROBES if self.ready.is_set() else FIRST_PROBES)
         await self._prober.probe({offer.peer_id: offer for offer in asked}.values())
         if measure:
-            # A first session need not dial again those whom we have just talked to.
+            # The first session then need not dial the peers again that we have just measured.
             self._kept = frozenset() if self.ready.is_set() else self._likely()
         self._kept |= self.standbys
         self._prober.close_unused(self._kept)
 
     def _likely(self) -> frozenset[PeerId]:
-        """Who would be in a chain that was wanted now. Near ties are many: some of them."""
+        """The peers that a chain planned now could have. Since many are nearly equal, several chains are planned."""
         found: set[PeerId] = set()
         with suppress(NoChain):
             for _ in range(PLANS):
@@ -133,7 +134,7 @@ class Scout:
         return frozenset(sorted(found)[:MAX_STANDBYS])
 
     def _newcomers(self) -> list[Offer]:
-        """Who has come since the last look, by one of their offers; a few of them where they are many."""
+        """One offer of each peer that has come since the last look; a random few if there are many."""
         table = self._finder.table
         if table is self._seen:
             return []
@@ -155,7 +156,7 @@ class Scout:
     async def _second_choices(self) -> list[Offer]:
         found: dict[PeerId, Offer] = {}
         for session, needs in list(self._sessions.items()):
-            # Many chains of many hops: others get a turn between them.
+            # Planning for many sessions takes long, so other tasks get a turn in between.
             await trio.lowlevel.checkpoint()
             hops = session.chain
             peers = [None, *(hop.peer for hop in hops), None]

@@ -1,1 +1,1 @@
-"""One chain of hops, kept whole while hops die."""
+"""One session's chain of hops: opened, and repaired while hops die."""

@@ -1,4 +1,4 @@
-"""Bridges over links that fail between two healthy hops: the client carries what one sends to the other.
+"""Bridges links that fail between two healthy hops: the client carries results from one hop to the next.
 
 A link that fails says nothing about its ends. So the client asks the far end itself, blames no peer that answers, and
 looks again and again for a way that needs no bridge. It passes on only what can be a result of its own steps: the
@@ -24,12 +24,12 @@ from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import BadResult, LinkFailed, PeerdError, PeerFault, RemoteProtocolError
 from peerd.protocol.messages.session import Bridge, LinkDown, Routed, Step
 
-# The next hop answers us within this, or we cannot bridge its link.
+# If the downstream hop does not answer us within this, we cannot bridge the link.
 BRIDGE_ASK_S = 2.0
 
 
 class Bridges:
-    """Builds and works the bridges of one session. Timers run in `nursery`; what they find goes to `report`."""
+    """Builds and runs the bridges of one session. Timers run in `nursery`; their news goes to `report`."""
 
     def __init__(
         self, opener: ChainOpener, nursery: trio.Nursery, report: Callable[[News], None], log: StepLog, width: int
@@ -44,25 +44,25 @@ class Bridges:
         self._report = report
 
     def link_down(self, chain: LiveChain, upstream: ControlStream, message: LinkDown) -> None:
-        """A hop says that it cannot reach its next hop."""
+        """Handle a hop's message that it cannot reach its next hop."""
         route = chain.route(upstream)
         if message.epoch != route.epoch:
             return
         if route.is_bridged:
-            # We tried to end a bridge, which stands until a link does.
+            # The client tried to end a bridge. The bridge goes on until a link is up.
             chain.set_route(upstream, replace(route, is_bridge_wanted=True))
             self._look_again_later(chain, upstream)
         else:
             self._report(LinkBroken(upstream))
 
     def routed(self, chain: LiveChain, upstream: ControlStream, message: Routed) -> None:
-        """A hop says that its route stands: a link where there was a bridge, or a bridge."""
+        """Handle a hop's message that its route is up: a link that replaces a bridge, or a bridge."""
         route = chain.route(upstream)
         if message.epoch == route.epoch:
             chain.set_route(upstream, replace(route, is_bridged=route.is_bridged and route.is_bridge_wanted))
 
     def pass_on(self, chain: LiveChain, upstream: ControlStream, step: Step, body: memoryview) -> None:
-        """We are the bridge between this hop and the next."""
+        """Pass a result on if the client is the bridge between this hop and the next."""
         following = chain.after(upstream.hop.span.end)
         if not chain.route(upstream).is_bridged or following is None:
             return
@@ -95,7 +95,9 @@ class Bridges:
             decode_result(step.tensor, body, (step.positions, self._width))
 
     async def build(self, chain: LiveChain, upstream: ControlStream) -> None:
-        """Carry what a hop sends to the next ourselves; where we cannot reach that either, report it as lost."""
+        """Bridge the link behind `upstream`. If the client cannot reach the next hop either, report that hop as
+        lost.
+        """
         following = chain.after(upstream.hop.span.end)
         assert following is not None
         asked_in = chain.route(upstream).epoch
@@ -122,7 +124,7 @@ class Bridges:
         self._look_again_later(chain, upstream)
 
     def _look_again_later(self, chain: LiveChain, upstream: ControlStream) -> None:
-        """Report the bridge as idle after a while, which doubles each time."""
+        """Report the bridge as idle after a pause, which doubles each time."""
         route = chain.route(upstream)
         chain.set_route(upstream, route.with_longer_pause())
         self._nursery.start_soon(self._report_idle, upstream, route.replan_after_s)

@@ -1,6 +1,6 @@
-"""A client's control stream to one hop: opens it and reads what the hop says.
+"""A client's control stream to one hop: opens it, and reads the hop's messages.
 
-The supervisor decides what the messages mean for the session.
+`supervisor.py` decides what the messages mean for the session.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OnMessage = Callable[["ControlStream", Message, memoryview], None]
 
 
 class ControlStream:
-    """One hop of an open chain: `number` is its name in tickets, `opened` its answer to the `open` of `epoch`."""
+    """One hop of an open chain. `number` is its name in tickets; `opened` is its answer to the `open` of `epoch`."""
 
     def __init__(self, hop: Hop, number: int, epoch: int, stream: Stream, opened: Opened) -> None:
         self.hop = hop
@@ -37,7 +37,7 @@ class ControlStream:
         self.stream.send_nowait(message.to_header(), body, priority=priority)
 
     async def read(self, on_message: OnMessage, max_body: int) -> None:
-        """Hand every message to `on_message` until the stream ends. Raises PeerFault then, always."""
+        """Give every message to `on_message` until the stream ends; then always raise a PeerFault."""
         try:
             while True:
                 raw = await self.stream.receive(max_body=max_body)
@@ -46,14 +46,15 @@ class ControlStream:
             raise ConnectionLost(f"{self.hop.peer_id} ended the session") from None
 
     def close(self) -> None:
-        """End the session on this hop, at once."""
+        """End the session on this hop at once."""
         self.stream.reset("closed")
 
 
 async def open_control(connections: Connections, hop: Hop, opening: Open, margin_s: float) -> ControlStream:
-    """Ask a hop for its part of a session. Raises what it refuses with, or a PeerFault.
+    """Ask a hop to open its part of a session. Raises the error with which the hop refuses, or a PeerFault.
 
-    margin_s: beyond what the hop itself may let us wait, for dialling, the handshake, a slow link.
+    margin_s: the time for dialling, the handshake and a slow link, in addition to the time that the hop may keep us
+        waiting.
     """
     with _deadline(hop, opening.timeout_ms / 1000 + margin_s):
         stream = await connections.open_stream(

@@ -1,7 +1,7 @@
-"""The client as what it is to its first hop: the one before it, which brings it to where it should stand.
+"""Sends the session's steps to the first hop: towards it the client has the role of an upstream hop.
 
-Knows what was sent to which hop; finds and mends nothing. The difficulty is a first hop that is new: it needs all that
-was answered, and then each step once, while more are being asked for.
+When the first hop is new, it needs everything that was answered, and then each later step exactly once, although the
+caller submits more steps meanwhile.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class FirstHop:
     """Sends the steps of `log`."""
 
     def __init__(self, log: StepLog, terms: Terms) -> None:
-        # Positions that were sent again.
+        # How many positions were sent again.
         self.replayed_positions = 0
         self._log = log
         self._codec = terms.codec
         self._dtype = DTYPES[terms.dtype]
-        # The hop that has what was answered, and every step up to a number.
+        # The hop that has all answered steps, and all steps up to number `_sent`.
         self._hop: ControlStream | None = None
         self._sent = 0
 
@@ -36,7 +36,9 @@ class FirstHop:
         return f"<FirstHop {self._hop} sent={self._sent}>"
 
     def send(self, pending: Pending) -> None:
-        """Send a step to the hop that has all before it; if that is gone, its reader says so."""
+        """Send a step to the first hop, which has all steps before it. If the hop is gone, the task that reads it
+        reports that.
+        """
         assert self._hop is not None
         self._sent = pending.step.seq
         header, body = encoded(pending.step, pending.hidden, self._codec, self._dtype)
@@ -44,13 +46,13 @@ class FirstHop:
             self._hop.stream.send_nowait(header, body, priority=priority_of(pending.step.positions))
 
     def send_unsent(self) -> None:
-        """Send what was asked for while there was nobody to send it to."""
+        """Send the steps that were submitted while there was no hop to send them to."""
         for pending in list(self._log.pending.values()):
             if pending.step.seq > self._sent:
                 self.send(pending)
 
     async def bring_up(self, hop: ControlStream, epoch: int) -> None:
-        """See that `hop` has all that was asked for until now. Raises PeerFault, trio.ClosedResourceError."""
+        """Send `hop` everything that was submitted until now. Raises PeerFault or trio.ClosedResourceError."""
         if hop is self._hop:
             return
         sent = self._log.answered

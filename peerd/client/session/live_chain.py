@@ -1,7 +1,7 @@
-"""A session's chain as it stands: hops that live, in the order of their blocks, and holes where one died.
+"""A session's chain as it is now: open hops in the order of their blocks, and holes where a hop died.
 
-Knows places, numbers and epochs; opens nothing and sends nothing. The difficulty is that hops die while holes
-are being filled: so neighbouring holes are one, and what fills a hole may leave some of it open.
+These are only data: parts, numbers and epochs. Hops may die while holes are being filled. So neighbouring holes are
+merged into one, and new hops may fill only a part of a hole.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.control_stream import ControlStream
 from peerd.protocol.span import Span
 
-# A hop's number travels in a byte, and is used once (spec/session.md).
+# A hop's number is sent as one byte, and is used once (spec/session.md).
 MAX_NUMBERS = 256
-# A bridge costs two links instead of one, and the client's own line: after this long the client looks for another way,
-# and after twice as long each time, up to the second figure.
+# A bridge costs two transfers instead of one, over the client's own line. So after this long the client looks for
+# another route; each next pause is twice as long, up to MAX_REPLAN_S.
 REPLAN_S = 10.0
 MAX_REPLAN_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a hop sends its results, since `epoch`.
+    """Where a hop sends its results since `epoch`.
 
-    is_bridged: they come to the client, which passes them on, since the hop cannot reach its next hop.
-    is_bridge_wanted: the client has not tried to end that. replan_after_s: it looks for another way after so long.
+    is_bridged: to the client, which passes them on, because the hop cannot reach its next hop.
+    is_bridge_wanted: the client has not tried to end the bridge.
+    replan_after_s: after this long the client looks for another route.
     """
 
     epoch: int
@@ -35,26 +36,26 @@ class Route:
     replan_after_s: float = REPLAN_S
 
     def direct(self, epoch: int, *, is_bridged: bool = False) -> Route:
-        """A route to the next hop itself, which is to take this one's place.
+        """A route straight to the next hop, to replace this one.
 
-        is_bridged: until the link stands, what the hop sends is still for the client to carry.
+        is_bridged: whether the client carries the hop's results until the link is up.
         """
         return replace(self, epoch=epoch, is_bridged=is_bridged, is_bridge_wanted=False)
 
     def with_longer_pause(self) -> Route:
-        """The same, to be looked at again after twice as long."""
+        """This route with a pause twice as long before the client looks for another one."""
         return replace(self, replan_after_s=min(2 * self.replan_after_s, MAX_REPLAN_S))
 
 
 class LiveChain:
-    """Hops over `blocks`; at first one hole."""
+    """The hops over `blocks`. At first there is one hole."""
 
     def __init__(self, session: bytes, blocks: Span) -> None:
         self.session = session
         self.epoch = 0
         self._places: list[ControlStream | Span] = [blocks]
         self._next_number = 0
-        # Of hops whose route has changed since they were opened.
+        # The routes of hops whose route has changed since they were opened.
         self._routes: dict[ControlStream, Route] = {}
 
     def __repr__(self) -> str:
@@ -63,12 +64,12 @@ class LiveChain:
 
     @property
     def controls(self) -> list[ControlStream]:
-        """The hops that live."""
+        """The open hops, in order."""
         return [place for place in self._places if isinstance(place, ControlStream)]
 
     @property
     def holes(self) -> list[Span]:
-        """Blocks that no hop of the chain runs now."""
+        """The blocks that no hop of the chain runs now."""
         return [place for place in self._places if isinstance(place, Span)]
 
     @property
@@ -77,50 +78,50 @@ class LiveChain:
 
     @property
     def served_by(self) -> tuple[ServedBy, ...]:
-        """Who serves which blocks now, in the order of the blocks; holes are left out."""
+        """Which peers serve which blocks now, in the order of the blocks; holes are left out."""
         return tuple(ServedBy(control.hop.peer_id, control.hop.span) for control in self.controls)
 
     def __contains__(self, control: ControlStream) -> bool:
         return control in self._places
 
     def before(self, block: int) -> ControlStream | None:
-        """The hop that ends where `block` begins."""
+        """The hop that ends where `block` begins, or None."""
         return next((control for control in self.controls if control.hop.span.end == block), None)
 
     def after(self, block: int) -> ControlStream | None:
-        """The hop that begins with `block`."""
+        """The hop that begins with `block`, or None."""
         return next((control for control in self.controls if control.hop.span.start == block), None)
 
     def has_numbers(self, count: int) -> bool:
-        """Whether so many hops can still be numbered."""
+        """Whether `count` more hops can be numbered."""
         return self._next_number + count <= MAX_NUMBERS
 
     def renew(self, session: bytes) -> None:
-        """Be another session, whose numbers are all free: only while no hop lives."""
+        """Start over under a new session id, with all numbers free. Call it only when no hop is open."""
         assert not self.controls
         self.session, self._next_number = session, 0
 
     def take_numbers(self, count: int) -> list[int]:
-        """Numbers for new hops, of which there must be enough."""
+        """Take numbers for `count` new hops. Call `has_numbers` first."""
         assert self.has_numbers(count)
         first, self._next_number = self._next_number, self._next_number + count
         return list(range(first, first + count))
 
     def raise_epoch(self) -> int:
-        """The next route's number."""
+        """Increase the epoch by one, and return it as the number of a new route."""
         self.epoch += 1
         return self.epoch
 
     def route(self, control: ControlStream) -> Route:
-        """Where a hop sends its results now."""
+        """The hop's current route."""
         return self._routes.get(control) or Route(control.epoch)
 
     def set_route(self, control: ControlStream, route: Route) -> None:
-        """The hop's results go another way from now on."""
+        """Set the hop's route."""
         self._routes[control] = route
 
     def drop(self, control: ControlStream) -> None:
-        """A hop is gone: there is a hole in its place. Its session is ended, if it can still hear that."""
+        """Remove a hop, which leaves a hole in its place, and end its session if the stream still works."""
         control.close()
         self._routes.pop(control, None)
         places: list[ControlStream | Span] = []
@@ -134,9 +135,9 @@ class LiveChain:
         self._places = places
 
     def put(self, span: Span, controls: Sequence[ControlStream]) -> bool:
-        """Hops over `span`, in place of what is there: a hole or part of one, or hops, which are then ended.
+        """Put hops over `span`, in place of a hole, of a part of one, or of hops, which are then closed.
 
-        False, having changed nothing, where other hops have been put there meanwhile.
+        Returns False and changes nothing if other hops were put there meanwhile.
         """
         places: list[ControlStream | Span] = []
         replaced = []

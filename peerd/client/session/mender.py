@@ -1,8 +1,8 @@
-"""Finds and opens hops for the holes of a session's chain, and says who is not to be asked again.
+"""Finds and opens hops for the holes of a session's chain, and decides which peers not to ask again.
 
-Knows peers, blame and patience; knows no steps. The difficulty is whom to leave out: who broke a promise is left
-out by the finder, for every session; who is busy for a while that grows (`busy_peers`); who was overtaken, or cannot be
-reached by its neighbour, for a while and by this session alone, for it has done no wrong.
+There are three reasons to leave a peer out. A peer that broke a promise is reported to the finder, and all sessions
+leave it out. A busy peer is left out for a time that grows (`busy_peers.py`). A peer that was overtaken, or that its
+neighbour cannot reach, has done nothing wrong: only this session leaves it out, for AVOIDED_S.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.chain import Hop
 
-# The first pauses are shorter: who has just died may have a twin that is announced in this moment.
+# The first pauses are short: a peer that died may have a replacement that is being announced at this moment.
 FIRST_RETRY_S = 0.1
-# Dialling and the handshake beside what a hop lets us wait for room; in mid-answer somebody waits for a token.
+# The time for dialling and the handshake, in addition to the wait for memory. It is shorter in mid-answer, while a user
+# waits for a token.
 OPEN_MARGIN_S = 10.0
 MEND_MARGIN_S = 3.0
-# For so long a session goes without a peer that it overtook, or that its neighbour could not reach.
+# How long a session leaves out a peer that it overtook, or that its neighbour could not reach.
 AVOIDED_S = 30.0
 
 
 class NumbersUsedUp(Exception):
-    """The session has no numbers left for new hops: only another session has."""
+    """The session has no numbers left for new hops. Only a new session has some."""
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What a client's sessions share."""
+    """What all sessions of one model share: the finder, the opener and the random source."""
 
     finder: ChainFinder
     opener: ChainOpener
@@ -48,7 +49,7 @@ class Means:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a session is for: `blocks`, whose hidden states are `width` wide, on these terms."""
+    """What a session needs: `blocks`, whose hidden states are `width` wide, on these terms."""
 
     blocks: Span
     width: int
@@ -57,7 +58,7 @@ class Wanted:
 
 
 class ChainMender:
-    """Fills holes for one session."""
+    """Fills the holes of one session's chain."""
 
     def __init__(self, means: Means, wanted: Wanted) -> None:
         self._finder = means.finder
@@ -87,13 +88,13 @@ class ChainMender:
                     self._finder.failed(peer)
 
     async def fill(self, chain: LiveChain, hole: Span) -> list[ControlStream]:
-        """Open hops over a hole: as long as patience allows, and longer where peers are only busy.
+        """Open hops over a hole, within the limits of patience, which are longer if peers are only busy.
 
         Raises NoChain naming all that is missing, Overloaded; CallerError or BadResult where others say the same, or
         there are no others; NumbersUsedUp only where other hops live.
         """
         busy = BusyPeers(self._rng)
-        # Who refused or did not answer, and why the last of them did.
+        # The peers that refused or did not answer, and the last refusal.
         failed: set[PeerId] = set()
         refusal: HopRefused | None = None
         started = trio.current_time()
@@ -108,7 +109,7 @@ class ChainMender:
                     # Nobody is left who may do better, nor comes back in a while.
                     raise self.refusals.error from missing
                 all_busy = bool(busy.now()) and await self._is_served(chain, hole)
-                # Only now, for one that hangs may have taken all the time that there was.
+                # Checked only after a try, because a peer that hangs may have used up all the time.
                 if waited >= self._patience.missing_s and not all_busy:
                     raise await self._missing(chain, missing, refusal) from missing
                 if waited >= self._patience.busy_s:
@@ -121,7 +122,7 @@ class ChainMender:
                 self._avoided_until.clear()
                 self.lapses.clear()
             except HopRefused as refused:
-                # Whoever else there is can be asked at once.
+                # The other peers can be asked at once.
                 self._blame(refused)
                 if self.refusals.are_believed:
                     raise refused.error from refused
@@ -137,7 +138,7 @@ class ChainMender:
             pause_s = min(2 * pause_s, RETRY_S)
 
     async def overtake(self, chain: LiveChain, span: Span, slow: Iterable[PeerId]) -> list[ControlStream] | None:
-        """Open hops over blocks whose hops are slow, leaving those out; None where nobody else can be had now."""
+        """Open hops to replace slow ones, without the `slow` peers; None if no others can be had now."""
         try:
             exclude = self._avoided() | set(slow) | self.refusals.left_out() | self.lapses.left_out()
             return await self._try(chain, span, exclude, BusyPeers(self._rng), 0.0)
@@ -152,7 +153,7 @@ class ChainMender:
     ) -> list[ControlStream]:
         hops = await self._find(chain, span, exclude)
         if not chain.has_numbers(len(hops)):
-            # Every try takes some, and where everybody is full there are many.
+            # Every attempt takes some numbers, and in a full swarm there are many attempts.
             if chain.controls:
                 raise NumbersUsedUp
             chain.renew(self._opener.new_session())
@@ -162,7 +163,7 @@ class ChainMender:
         return await self._opener.open(chain, chain.raise_epoch(), hops, terms, margin_s)
 
     async def _is_served(self, chain: LiveChain, span: Span) -> bool:
-        """Whether there are hops for these blocks at all, whoever is full or has failed."""
+        """Whether any peers serve these blocks, counting busy and failed ones."""
         try:
             await self._find(chain, span, ())
         except NoChain:
@@ -190,7 +191,7 @@ class ChainMender:
             self.refusals.note(error, refused.hop.peer_id)
 
     async def _missing(self, chain: LiveChain, found: NoChain, refusal: HopRefused | None) -> PeerdError:
-        """What nobody serves in any of the chain's holes, where there are several; and why not, where we know."""
+        """The error that names the missing blocks of all holes, with the reason if it is known."""
         if refusal is not None and isinstance(refusal.error, UnsupportedFeature):
             return refusal.error
         if len(chain.holes) < 2:

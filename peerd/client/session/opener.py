@@ -1,7 +1,7 @@
-"""Opens hops of a session, all at once or none, and asks them things.
+"""Opens hops of a session, either all or none, and asks open hops for their progress.
 
-Knows tickets and what an `open` says; knows no steps. The difficulty is a half-open chain: it holds KV
-that others wait for, so the first refusal cancels the other openings and closes what was granted.
+A half-open chain holds KV memory for which other sessions wait. So the first refusal cancels the other openings and
+closes the hops that were granted.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from peerd.protocol.rows import SessionSize
 from peerd.routing.chains.adapter_choice import AdapterNeed
 from peerd.routing.chains.chain import Hop
 
-# A ticket is shown within seconds; the rest allows for clocks that differ.
+# A ticket is used within seconds; the rest allows for clocks that differ.
 TICKET_LIFETIME_S = 120
-# In mid-answer nobody waits longer for news of an address: a lookup may have to wait for whoever has just died.
+# In mid-answer a lookup of a newer address must not take longer: it may be waiting for the peer that has just died.
 RECORD_PATIENCE_S = 0.5
 
 
@@ -57,7 +57,7 @@ class Terms:
     dtype: str
     codec: str
     timeout_ms: int
-    # The id of an adapter that every hop has, or the client's own weights, which every hop is sent.
+    # The id of an adapter that every hop has; or the client's own weights, which are sent to every hop.
     adapter: str = ""
     own_adapter: Lora | None = None
 
@@ -76,7 +76,7 @@ class Terms:
 
 
 class HopRefused(Exception):
-    """One hop of a chain could not be opened; `error` says why."""
+    """One hop of a chain could not be opened; `error` is the reason."""
 
     def __init__(self, hop: Hop, error: PeerdError) -> None:
         super().__init__(f"{hop.peer_id} for blocks {hop.span}: {error}")
@@ -85,10 +85,10 @@ class HopRefused(Exception):
 
 
 class PeerRecords(Protocol):
-    """Where peers say they are: the directory."""
+    """Where peers can be dialled, by their own records: the directory."""
 
     async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:
-        """The peer's newest record; None if none is found."""
+        """The peer's newest record, or None."""
 
 
 class ChainOpener:
@@ -110,15 +110,16 @@ class ChainOpener:
 
     @property
     def connections(self) -> Connections:
-        """Over which it opens them."""
+        """The connections over which hops are opened."""
         return self._connections
 
     async def open(
         self, chain: LiveChain, epoch: int, hops: Sequence[Hop], terms: Terms, margin_s: float
     ) -> list[ControlStream]:
-        """Open hops of `chain`, all at once, whose blocks follow each other; the last goes on to who follows now.
+        """Open hops with consecutive blocks for `chain`, all at the same time. The last one pushes to the hop that
+        follows.
 
-        margin_s: what dialling may take. Raises HopRefused for the first that refuses, having closed the others.
+        margin_s: the time for dialling. If hops refuse, closes the others and raises HopRefused for the first.
         """
         numbers = chain.take_numbers(len(hops))
         after = chain.after(hops[-1].span.end)
@@ -149,7 +150,7 @@ class ChainOpener:
         return [granted[index] for index in range(len(hops))]
 
     async def _open_hop(self, hop: Hop, opening: Open, terms: Terms, margin_s: float) -> ControlStream:
-        """Open one hop, and have it ready for steps. Raises what it refuses with, or a PeerFault."""
+        """Open one hop and make it ready for steps. Raises the error with which it refuses, or a PeerFault."""
         control = await open_control(self._connections, hop, opening, margin_s)
         if OWN_ADAPTER not in opening.needs:
             return control
@@ -162,12 +163,12 @@ class ChainOpener:
         return control
 
     async def route(self, session: bytes, epoch: int, upstream: ControlStream, to: ControlStream) -> Route:
-        """What tells `upstream` to push to `to` from this epoch on."""
+        """The message that tells `upstream` to push to `to` from this epoch on."""
         next_hop = await self._next(session, upstream.hop, to.hop, to.number, epoch)
         return Route(epoch=epoch, next=next_hop)
 
     async def ask(self, chain: LiveChain, control: ControlStream) -> Progress:
-        """How far a hop is with the session. Sets no deadline. Raises a PeerFault, and what the hop says."""
+        """Ask a hop how far it is with the session. Sets no deadline. Raises a PeerFault, or the hop's own error."""
         stream = await self._connections.open_stream(control.hop.peer_id, PROGRESS_PROTOCOL, priority=Priority.CONTROL)
         async with stream:
             await stream.send(Ask(session=chain.session, hop=control.number).to_header())
@@ -186,7 +187,7 @@ class ChainOpener:
         return Owner.at(peer_id, connection.accountable_ip if connection is not None else None).share
 
     def new_session(self) -> bytes:
-        """An id for a session, which nobody can guess."""
+        """An id for a session that others cannot guess."""
         return self._random_bytes(16)
 
     def _opening(
@@ -212,8 +213,10 @@ class ChainOpener:
         )
 
     async def _next(self, session: bytes, sender: Hop, receiver: Hop, number: int, epoch: int) -> NextHop:
-        """Leave for `sender` to push this session's results to `receiver`, which knows itself as hop `number`."""
-        # Where the receiver is now: what its offer came with may have expired in a long session.
+        """Permission for `sender` to push this session's results to `receiver`, under the receiver's hop number
+        `number`.
+        """
+        # Look up the receiver's current addresses: in a long session those of its offer may have expired.
         record = receiver.offer.peer_record
         with trio.move_on_after(RECORD_PATIENCE_S):
             record = await self._directory.peer_record(receiver.peer_id) or record

@@ -1,8 +1,8 @@
-"""Watches one session's pace: asks every hop how far it is when a step is late, and reports what hangs.
+"""Watches one session's pace: when a step is late, asks every hop how far it is, and reports hops that hang.
 
-`routing.failures.suspicion` interprets the answers. The question must reach a hop under load, and must stay unanswered
-only where the hop is frozen: so it travels on a stream of its own, above all other traffic, and a hop answers it
-without its device.
+`routing/failures/suspicion.py` interprets the answers. A hop under load must still answer; only a frozen hop may stay
+silent. So the question has a stream of its own, with priority over all other traffic, and a hop answers it without
+using its device.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from peerd.protocol.messages.session import Progress
 from peerd.routing.failures.pace import FLOOR_S
 from peerd.routing.failures.suspicion import Finding, Hung, Stuck, Suspicion
 
-# A hop's answer takes a round trip, and its process a moment to come to it beside others on a machine under load.
+# An answer takes a round trip, and the time until a hop's process gets the CPU on a machine under load.
 ANSWER_S = 0.5
-# A hop that has not answered after this long breaks a promise: no hop that works is so slow to answer.
+# A hop that has not answered after this long counts as failed: no working hop is that slow to answer.
 SILENT_S = 4.0
-# A step of 128 positions on a slow machine takes a minute; longer than this no honest hop computes.
+# A step of 128 positions takes a minute on a slow machine. No honest hop computes longer than this.
 STEP_DEADLINE_S = 180.0
 
 
 class Blames(Protocol):
-    """Hears who broke a promise."""
+    """Hears which peers broke a promise: the finder."""
 
     def failed(self, peer: PeerId) -> None: ...
 
 
 class PaceWatch:
-    """The watch of one session; `run` is its task. It reads `progress` and reports; it changes nothing itself."""
+    """The watch of one session; `run` is its task. It only reads `progress`; its news goes to `report`."""
 
     def __init__(
         self, progress: StepProgress, opener: ChainOpener, finder: Blames, report: Callable[[News], None]
@@ -64,14 +64,14 @@ class PaceWatch:
                 await self._look_into()
 
     async def _look_into(self) -> None:
-        """Look at a late step again and again, until it is answered or something is to be done about it."""
+        """Examine a late step repeatedly, until it is answered or there is something to report."""
         progress, chain = self._progress, self._progress.chain
         seq, since = progress.oldest_seq, progress.working_since
         assert seq is not None
         suspicion = Suspicion(seq, since)
 
         def is_same() -> bool:
-            """Whether we still wait for that step, of the same hops."""
+            """Whether we still wait for the same step from the same hops."""
             return (
                 progress.is_working
                 and progress.oldest_seq == seq
@@ -96,7 +96,7 @@ class PaceWatch:
                 await progress.changed.park()
 
     async def _ask(self, chain: LiveChain, hops: Sequence[ControlStream]) -> list[Progress | None]:
-        """What each hop says, within a moment; None where it says nothing."""
+        """Each hop's progress, or None if the hop stays silent."""
         answers: dict[int, Progress] = {}
         done = trio.Event()
 
@@ -106,7 +106,7 @@ class PaceWatch:
                 try:
                     answers[index] = await self._opener.ask(chain, hop)
                 except (PeerdError, trio.ClosedResourceError):
-                    # Whatever ends its control stream too, its reader hears; and it is not silent.
+                    # If the control stream ended too, its reader reports that. Such a hop is not silent.
                     answers[index] = _UNKNOWN
                 if len(answers) == len(hops):
                     done.set()
@@ -121,7 +121,7 @@ class PaceWatch:
 
 
 def _news(found: Finding | None, hops: Sequence[ControlStream], seq: int, waited_s: float) -> list[News]:
-    """What is wrong with a late step `seq`, which has been waited for so long."""
+    """The news about step `seq`, which is late after `waited_s` seconds."""
     if isinstance(found, Hung):
         return [HopHangs(hops[index], seq) for index in found.hops]
     if isinstance(found, Stuck):
@@ -131,5 +131,5 @@ def _news(found: Finding | None, hops: Sequence[ControlStream], seq: int, waited
     return []
 
 
-# Of a hop that does not say: as if it had done its part.
+# Stands for the answer of a hop that cannot say: it counts as having done its part.
 _UNKNOWN = Progress(taken=2**32 - 1, done=2**32 - 1, turns=0)

@@ -1,7 +1,7 @@
-"""Says how far a session is with its steps, and since when it waits: the supervisor writes it, the pace watch reads it.
+"""How far a session is with its steps, and since when it waits. The supervisor writes it, the pace watch reads it.
 
-A step's time begins when it can be worked on: when it was sent, when the step before it was answered, or when the
-chain was mended.
+A step's time begins when the chain can work on it: when it was sent, when the step before it was answered, or when the
+chain was repaired, whichever is last.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from peerd.routing.failures.pace import Pace
 class StepProgress:
     """The progress of the steps in `log` along `chain`.
 
-    `changed` is unparked whenever steps were answered or given up, or the chain is another.
+    `changed` is unparked when steps were answered or given up, and when the chain was replaced.
     """
 
     def __init__(self, log: StepLog, chain: LiveChain) -> None:
         self.chain = chain
-        # Whether the chain is whole and its first hop has all before the next step.
+        # Whether the chain is whole and its first hop has all submitted steps.
         self.is_ready = False
         self.pace = Pace()
         self.changed = trio.lowlevel.ParkingLot()
-        # Since when the oldest step is being worked on.
+        # Since when the chain works on the oldest step.
         self.working_since = trio.current_time()
-        # Positions that new hops compute again before they come to the oldest step.
+        # Positions that new hops must compute again before they reach the oldest step.
         self.replaying = 0
         self._log = log
 
@@ -36,36 +36,36 @@ class StepProgress:
 
     @property
     def is_working(self) -> bool:
-        """Whether a chain stands and owes us answers."""
+        """Whether the chain is whole and owes us answers."""
         return self.is_ready and bool(self._log.pending)
 
     @property
     def oldest_seq(self) -> int | None:
-        """The step that the client waits for; None where none is pending."""
+        """The step that the client waits for; None if none is pending."""
         return next(iter(self._log.pending), None)
 
     @property
     def oldest_positions(self) -> int:
-        """What the chain computes before it answers the oldest pending step."""
+        """The positions that the chain must compute before it answers the oldest pending step."""
         return next(iter(self._log.pending.values())).step.positions + self.replaying
 
     @property
     def expected_s(self) -> float | None:
-        """What the oldest step should take; None where no step was timed yet."""
+        """How long the oldest step should take; None before any step was timed."""
         return self.pace.expected_s(self.oldest_positions)
 
     @property
     def late_after_s(self) -> float:
-        """The oldest step is late when it takes longer."""
+        """How long the oldest step may take before it is late."""
         return self.pace.late_after_s(self.oldest_positions)
 
     def started(self) -> None:
-        """The oldest step can be worked on from now."""
+        """Note that the chain can work on the oldest step from now on."""
         self.working_since = trio.current_time()
         self.changed.unpark_all()
 
     def answered(self, positions: int) -> None:
-        """The oldest step, of so many positions, was answered."""
+        """Note that the oldest step, of `positions` positions, was answered."""
         if positions and not self.replaying:
             self.pace.took(positions, trio.current_time() - self.working_since)
         self.replaying = 0

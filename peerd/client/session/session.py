@@ -1,7 +1,7 @@
-"""A client's session: rows of activations, one step after another, whoever serves them.
+"""A client's session: takes rows of activations, step after step, and returns the results of the remote blocks.
 
-Knows steps and rows; the chain beneath, and its mending, is the supervisor's. A long step is cut into pieces
-that the hops of a chain work on at the same time.
+The supervisor keeps the chain of hops that computes them. A long step is cut into pieces, so that the hops of a chain
+work on them at the same time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Patience", "Session"]
 class Session:
     """Runs steps along a chain over the wanted blocks. `run` owns its tasks.
 
-    `hidden` is `[positions, width]`, on the CPU; what comes back has the session's wire dtype.
+    `hidden` is `[positions, width]` on the CPU. Results have the session's wire dtype.
     """
 
     def __init__(self, means: Means, wanted: Wanted) -> None:
@@ -44,31 +44,31 @@ class Session:
 
     @property
     def chain(self) -> tuple[ServedBy, ...]:
-        """Who serves which blocks now; empty before the first step."""
+        """Which peers serve which blocks now; empty before the first step."""
         return self._supervisor.chain.served_by
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the session has ended."""
         return self._closed
 
     @property
     def failovers(self) -> int:
-        """How often hops were replaced, since there was a chain."""
+        """How often hops were replaced after the first chain was complete."""
         return self._supervisor.failovers
 
     @property
     def replayed_positions(self) -> int:
-        """Positions that were sent again to bring replacements to where their predecessors stood."""
+        """How many positions were sent again, so that replacements catch up with the hops that they replace."""
         return self._supervisor.replayed_positions
 
     @property
     def reopened(self) -> int:
-        """How often no hop of a chain could be kept, so that all of them computed the past again."""
+        """How often no hop of a chain could be kept, so that all hops had to compute the past again."""
         return self._supervisor.reopened
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the session's chain open until `close`. Steps that are under way then end with ClosedResourceError."""
+        """Keep the session's chain open until `close`. Steps that are pending then end with ClosedResourceError."""
         try:
             with self._scope:
                 await self._supervisor.run(task_status)
@@ -83,7 +83,7 @@ class Session:
         self._scope.cancel()
 
     async def open(self) -> None:
-        """Open a chain now rather than with the first step. Raises NoChain, Overloaded, CallerError."""
+        """Open a chain now instead of with the first step. Raises NoChain, Overloaded, CallerError."""
         await self.step(torch.empty((0, self._width), dtype=self._dtype), want="none")
 
     async def step(
@@ -96,12 +96,12 @@ class Session:
         ops: Sequence[Op] = (),
         want: Want = "last",
     ) -> torch.Tensor:
-        """Run new positions and return what `want` asks for, `[positions, width]`.
+        """Run new positions and return the results that `want` names, `[positions, width]`.
 
-        One `row` from `start` (default: its end), cut there if it is longer; or several, as `rows`.
-        Long ones travel in pieces on which the hops work at the same time. Raises InvalidRequest,
-        ContextTooLong, NoChain, Overloaded, trio.ClosedResourceError. Cancelled, the positions may be cached
-        or not: say `start` next time.
+        One `row` from position `start` (default: its end), where a longer row is cut; or several rows, as `rows`. A
+        long step travels in pieces, on which the hops work at the same time. Raises InvalidRequest, ContextTooLong,
+        NoChain, Overloaded, trio.ClosedResourceError. If this is cancelled, the positions may be cached or not: give
+        `start` in the next call.
         """
         parts = await self._submit_all(hidden, self._slices(hidden, row, start, rows), ops, want)
         for part in parts:
@@ -125,7 +125,7 @@ class Session:
     async def _submit_all(
         self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want
     ) -> list[Pending]:
-        """Submit in pieces: a single long row as a pipeline, anything else as it is."""
+        """Submit one long row in pieces, as a pipeline, and anything else as one step."""
         if not hidden.isfinite().all():
             raise InvalidRequest("hidden has values that are not finite")
         self.log.check(hidden, rows, ops)
@@ -150,7 +150,7 @@ class Session:
         want: Want,
         before: Sequence[Pending] = (),
     ) -> Pending:
-        """Submit a step, or the next piece of one; where those `before` it were given up, raises why."""
+        """Submit a step, or the next piece of one. If one of the pieces `before` it failed, raise that error."""
         while not self._closed and len(self.log.pending) >= self._supervisor.max_steps:
             await self._supervisor.changed.park()
         if self._closed:

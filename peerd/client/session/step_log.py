@@ -1,7 +1,7 @@
-"""What a client has sent in a session and what of it was answered: enough to start again anywhere.
+"""Records what a client has sent in a session and what was answered: enough to start again on any new hop.
 
-Knows steps and rows; knows no chain and no time. The difficulty is keeping two states apart: where every hop
-surely stands (all that was answered), and what came after, in order, which some hops have and others do not.
+It keeps two states apart: the rows after all answered steps, which every hop has; and the later steps in order, which
+some hops have and others do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peerd.protocol.rows import Fork, Op, RowSlice, SessionSize
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A step without an answer. `done` is set with either `result` or `error`."""
+    """A step without an answer. `done` is set when `result` or `error` is there."""
 
     step: Step
     hidden: torch.Tensor
@@ -44,7 +44,7 @@ class StepLog:
         # All that was sent and not given up, for a first hop that has none of it.
         self.kept = Kept(size.max_length)
         self.pending: dict[int, Pending] = {}
-        # The last step that was answered; and whether steps were given up that some hops may have run for good.
+        # The last answered step; and whether steps were given up whose effects hops cannot undo.
         self.answered = 0
         self.is_forked = False
         self._size = size
@@ -57,32 +57,32 @@ class StepLog:
 
     @property
     def asked(self) -> int:
-        """Steps that were ever asked for."""
+        """How many steps were submitted so far."""
         return self._next_seq - 1
 
     def length(self, row: int) -> int:
-        """Positions of the row once all pending steps are answered."""
+        """The positions of the row once all pending steps are answered."""
         return self._lengths.get(row, 0)
 
     @property
     def lengths(self) -> dict[int, int]:
-        """Positions of every row that has any, once all pending steps are answered."""
+        """For every row, its positions once all pending steps are answered; rows without positions are left out."""
         return dict(self._lengths)
 
     def sent(self, row: int, end: int) -> torch.Tensor:
-        """The hidden states of the row's first `end` positions as they were sent, `[end, width]`, a copy.
+        """A copy of the row's first `end` hidden states as they were sent, `[end, width]`.
 
-        Only positions whose steps were answered are there.
+        Only positions whose steps were answered are available.
         """
         return self.kept.retained.copy(row, 0, end)
 
     @property
     def positions(self) -> int:
-        """Positions of all rows together, as far as they were answered: what a new hop has to compute again."""
+        """The answered positions of all rows together: what a new hop must compute again."""
         return sum(self._answered_lengths.values())
 
     def check(self, hidden: torch.Tensor, rows: Sequence[RowSlice], ops: Sequence[Op]) -> dict[int, int]:
-        """Lengths of all rows after these. Raises InvalidRequest, ContextTooLong."""
+        """The lengths of all rows after these operations. Raises InvalidRequest or ContextTooLong."""
         positions = sum(piece.count for piece in rows)
         if hidden.shape[0] != positions or len({piece.row for piece in rows}) != len(rows):
             raise InvalidRequest(f"{hidden.shape[0]} positions given for {positions} in rows that must differ: {rows}")
@@ -94,7 +94,7 @@ class StepLog:
         return lengths
 
     def add(self, hidden: torch.Tensor, rows: Sequence[RowSlice], ops: Sequence[Op], want: Want, epoch: int) -> Pending:
-        """Note a new step. Raises what `check` raises, having changed nothing."""
+        """Add a new step to the log. Raises like `check`, and then changes nothing."""
         lengths = self.check(hidden, rows, ops)
         rolls_back = any(piece.start < self.length(piece.row) for piece in rows)
         self._lengths = lengths
@@ -106,7 +106,7 @@ class StepLog:
         return pending
 
     def answer(self, output: Output, body: memoryview, width: int) -> None:
-        """Take the answer to the oldest pending step. Raises BadResult, RemoteProtocolError."""
+        """Take the answer to the oldest pending step. Raises BadResult or RemoteProtocolError."""
         oldest = next(iter(self.pending))
         if output.seq != oldest:
             raise RemoteProtocolError(f"step {output.seq} was answered before {oldest}")
@@ -126,10 +126,10 @@ class StepLog:
         pending.done.set()
 
     def fail(self, error: Exception) -> None:
-        """Give up all pending steps: rows stand where the last answer left them.
+        """Give up all pending steps: the rows go back to their state after the last answer.
 
-        Hops that ran them are ahead of that. The next step cuts rows that only grew there; what was forked, dropped
-        or cut they cannot get back (`is_forked`, until `start_anew`).
+        Hops that ran those steps are ahead of that. If rows only grew there, the next step cuts them. If rows were
+        forked, dropped or cut there, the hops cannot go back: then `is_forked` is set until `start_anew`.
         """
         for pending in self.pending.values():
             self.is_forked = self.is_forked or bool(pending.step.ops) or pending.rolls_back
@@ -139,7 +139,7 @@ class StepLog:
         self._lengths = dict(self._answered_lengths)
 
     def start_anew(self) -> None:
-        """Hops that ran anything are gone: all start from what was answered."""
+        """Note that all hops which ran anything are closed; new ones start from the answered state."""
         self.is_forked = False
 
     def _check(self, piece: RowSlice, length: int) -> None:

@@ -1,10 +1,10 @@
-"""Keeps a chain open under a session: hears its hops, and sees to it that each of them gets what it lacks.
+"""Keeps a chain open under a session: reads its hops' messages, and gives every hop the steps that it lacks.
 
-Whatever goes wrong comes to `report` as a value (`troubles`). What it says of the chain is noted there and then, so
-that an opening under way tries again with the chain as it is now. What has to be done waits in one queue, and one task
-does it, most urgent first. `mender` chooses who takes a dead hop's place, `first_hop` brings the first one up to date.
-A hop can die between any two messages, also while the last death is being mended: so every hop takes a step's number
-once, whichever peer sends it again (spec/session.md, "When a hop dies").
+Everything that goes wrong comes to `report` as a value (`troubles.py`). Its effect on the chain is noted at once, so
+that an opening that is under way starts over with the chain as it is now. Work that follows waits in one queue, and one
+task does it, the most urgent first. `mender.py` chooses the peers that replace a dead hop; `first_hop.py` sends the
+first hop what it lacks. A hop can die between any two messages, also while another death is being repaired: so every
+hop takes a step's number only once, whichever peer sends it again (spec/session.md, "When a hop dies").
 """
 
 from __future__ import annotations
@@ -70,22 +70,22 @@ class Supervisor:
     """A chain over `wanted.blocks` for the steps in `log`. `run` owns its tasks."""
 
     def __init__(self, means: Means, wanted: Wanted, log: StepLog) -> None:
-        # Hops replaced since the chain first stood, whether dead or only slow.
+        # How many hops were replaced after the first chain was complete, because they died or were slow.
         self.failovers = 0
-        # How often hops that lived were given up, so that all of a chain had to compute the past again.
+        # How often open hops were given up, so that the whole chain had to compute the past again.
         self.reopened = 0
         self._finder = means.finder
         self._opener = means.opener
         self._wanted = wanted
         self._log = log
         self._first = FirstHop(log, wanted.terms)
-        # Positions that hops sent again.
+        # Positions that hops sent again to their next hops.
         self._replayed = 0
         self._mender = ChainMender(means, wanted)
         self.progress = StepProgress(log, self._new_chain())
-        # Whether there was a chain before, so that a hole is a loss.
+        # Whether there was a complete chain before, so that a hole is a loss.
         self._has_stood = False
-        # What is to be seen to, beside what the chain shows: an ordered set.
+        # Work that cannot be seen from the chain itself, as an ordered set.
         self._queue: dict[Queued, None] = {}
         self._faults_without_answer = 0
         self._is_woken = False
@@ -95,7 +95,7 @@ class Supervisor:
         return f"<Supervisor {self.progress} {len(self._queue)} troubles>"
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep a chain open whenever there is something to send on it, until cancelled."""
+        """Keep a chain open while there is something to send on it, until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -108,7 +108,7 @@ class Supervisor:
 
     @property
     def replayed_positions(self) -> int:
-        """Positions that were sent again to bring replacements to where their predecessors stood."""
+        """How many positions were sent again, so that replacements catch up with the hops that they replace."""
         return self._first.replayed_positions + self._replayed
 
     @property
@@ -117,22 +117,22 @@ class Supervisor:
 
     @property
     def changed(self) -> trio.lowlevel.ParkingLot:
-        """Unparked whenever steps were answered or given up, or the chain is another."""
+        """Unparked when steps were answered or given up, and when the chain was replaced."""
         return self.progress.changed
 
     @property
     def max_steps(self) -> int:
-        """Steps that may be unanswered at a time: what every hop grants."""
+        """How many steps may be unanswered at a time: the least that any hop grants."""
         granted = [control.opened.max_steps for control in self.chain.controls]
         return min(granted, default=self._wanted.terms.max_steps)
 
     @property
     def epoch(self) -> int:
-        """The route's number."""
+        """The number of the newest route."""
         return self.chain.epoch
 
     def submit(self, pending: Pending) -> None:
-        """Send a step that is in the log, now or as soon as there is a chain."""
+        """Send a step that is in the log, now or as soon as the chain is ready."""
         if len(self._log.pending) == 1:
             self.progress.started()
         if self.progress.is_ready:
@@ -140,7 +140,7 @@ class Supervisor:
         else:
             self._wake()
 
-    # What the hops say.
+    # The hops' messages.
 
     async def _read(self, control: ControlStream) -> None:
         try:
@@ -173,7 +173,7 @@ class Supervisor:
 
     def _on_output(self, control: ControlStream, output: Output, body: memoryview) -> None:
         if output.seq not in self._log.pending:
-            # Answered before, by a hop that this one replaced; or given up.
+            # Another hop answered it before this one replaced that hop; or the step was given up.
             return
         positions = self._log.pending[output.seq].step.positions
         self._log.answer(output, body, self._wanted.width)
@@ -219,10 +219,10 @@ class Supervisor:
         before = self.chain.before(control.hop.span.start)
         return [before.hop.peer_id] if before is not None else []
 
-    # What is wrong, and what that changes.
+    # What went wrong, and what follows from it.
 
     def report(self, news: News) -> None:
-        """Note that something has gone wrong: the one way in, for hops' readers, the watch and the bridges."""
+        """Note that something went wrong. The readers of the hops, the pace watch and the bridges all report here."""
         hop = None if isinstance(news, NoAnswer) else news.hop
         if hop is not None and hop not in self.chain:
             return
@@ -250,7 +250,7 @@ class Supervisor:
             self.report(HopHangs(hop, seq))
 
     def _note(self, verdict: Verdict, hop: ControlStream | None, error: PeerdError) -> None:
-        """Do at once what a verdict says."""
+        """Carry out the immediate part of a verdict."""
         if hop is not None and verdict.is_blamed:
             self._finder.failed(hop.hop.peer_id)
         if hop is not None and verdict.is_avoided:
@@ -270,7 +270,7 @@ class Supervisor:
             self._queue[Fatal(error)] = None
 
     def _start_anew(self) -> None:
-        """Give every hop up, and begin again from what was answered."""
+        """Close every hop, and begin again from the answered state."""
         self.reopened += self._has_stood and bool(self.chain.controls)
         self.chain.close()
         self._log.start_anew()
@@ -278,7 +278,9 @@ class Supervisor:
         self.progress.is_ready = False
 
     def _give_up(self, error: PeerdError) -> None:
-        """Fail what is pending. Hops that live keep their KV for what is asked next, if they still agree with us."""
+        """Fail the pending steps. Open hops keep their KV for the next step, if their state still agrees with the
+        log.
+        """
         self._log.fail(error)
         if self._log.is_forked:
             self._rest_without_chain()
@@ -296,7 +298,7 @@ class Supervisor:
     # Recovery.
 
     def _wake(self) -> None:
-        """There may be something to see to."""
+        """Wake the recovery task, which looks for work."""
         self._is_woken = True
         self._woken.unpark_all()
 
@@ -311,7 +313,7 @@ class Supervisor:
                 self._fail(error)
 
     def _fail(self, error: PeerdError) -> None:
-        """Nothing more can be done for the pending steps."""
+        """Fail the pending steps, because nothing more can be done for them."""
         self._faults_without_answer = 0
         self._mender.refusals.clear()
         self._queue = {trouble: None for trouble in self._queue if not isinstance(trouble, Fatal)}
@@ -320,7 +322,9 @@ class Supervisor:
         self._give_up(error)
 
     async def _recover(self) -> None:
-        """See to one trouble after another, most urgent first, until there is none. Raises why steps must fail."""
+        """Work on one trouble after another, the most urgent first, until there is none. Raises the error that fails
+        the steps.
+        """
         while True:
             trouble = most_urgent(self._queue, self.chain.holes, is_ready=self.progress.is_ready)
             if trouble is None:
@@ -363,20 +367,20 @@ class Supervisor:
         await self._adopt(controls)
 
     def _renumber(self) -> None:
-        """Begin another session, whose numbers are all free."""
+        """Begin a new session, with all numbers free."""
         self._start_anew()
         self._count_fault(Overloaded("this session has no numbers left for new hops"))
 
     async def _overtake(self, trouble: HopHangs) -> None:
-        """Replace a hop that hangs, unless no other can be had now: then it is asked again."""
+        """Replace a hop that hangs. If no other peer can be had now, the hop is asked again later."""
         slow = trouble.hop
         log.info("%s hangs with a step of blocks %s", slow.hop.peer_id, slow.hop.span)
         if await self._replace(slow, trouble):
-            # Where all are slow, going from one to the next would only make them slower.
+            # If all peers are slow, moving from one to the next would only make it worse: so wait longer from now on.
             self.progress.pace.doubled()
 
     async def _replan(self, trouble: BridgeIdle) -> None:
-        """End a bridge: go through another peer, or else see whether the link can be had again."""
+        """End a bridge: replace the hop that cannot be reached, or else try whether the link works again."""
         chain, upstream = self.chain, trouble.hop
         following = chain.after(upstream.hop.span.end)
         if following is None or await self._replace(following, trouble):
@@ -385,9 +389,9 @@ class Supervisor:
             await self._route(upstream, following, is_bridged=True)
 
     async def _replace(self, hop: ControlStream, why: HopHangs | BridgeIdle) -> bool:
-        """Put others in the place of a hop that lives, without blame, if `why` stands until they are open.
+        """Replace an open hop without blame, if `why` still holds when the replacement is open.
 
-        False where no other can be had.
+        Returns False if no other peer can be had.
         """
         chain, span = self.chain, hop.hop.span
         if hop not in chain:
@@ -406,7 +410,7 @@ class Supervisor:
         return True
 
     async def _adopt(self, controls: list[ControlStream]) -> None:
-        """Hear new hops, and have the hop before them push there."""
+        """Read new hops' messages, and make the hop before them push to them."""
         for control in controls:
             self._nursery.start_soon(self._read, control)
         self.failovers += self._has_stood
@@ -418,20 +422,20 @@ class Supervisor:
             await self._route(before, controls[0])
 
     async def _route(self, upstream: ControlStream, to: ControlStream, *, is_bridged: bool = False) -> None:
-        """Point a hop to its new next hop, which it brings to where that should stand.
+        """Give a hop a route to its new next hop, to which it sends what that hop lacks.
 
-        is_bridged: until the link stands, what the hop sends is still for the client to carry.
+        is_bridged: whether the client carries the hop's results until the link is up.
         """
         chain = self.chain
         route = chain.route(upstream).direct(chain.raise_epoch(), is_bridged=is_bridged)
         chain.set_route(upstream, route)
         message = await self._opener.route(chain.session, route.epoch, upstream, to)
-        # Where the stream breaks, its reader says so.
+        # If the stream breaks, the task that reads it reports that.
         with suppress(PeerFault, trio.ClosedResourceError):
             upstream.send_nowait(message, priority=Priority.CONTROL)
 
     async def _catch_up(self) -> None:
-        """Let the first hop have all that was answered, if it is new, and what came after."""
+        """Send the first hop, if it is new, everything that was answered and everything submitted after that."""
         head = self.chain.controls[0]
         try:
             await self._first.bring_up(head, self.chain.epoch)

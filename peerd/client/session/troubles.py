@@ -1,8 +1,8 @@
-"""Decides what becomes of everything that can go wrong with a session's chain.
+"""Decides what follows from everything that can go wrong with a session's chain.
 
-The hops' readers, the pace watch and the bridges report `News`. `judge` says what each piece of news changes, by one
-table. `most_urgent` says which `Trouble` the supervisor sees to next. Both are pure: they read values and return
-values. A trouble can be over before its turn comes; `still_stands` tells.
+The readers of hops, the pace watch and the bridges report `News`. `judge` looks up in one table what each piece of news
+changes. `most_urgent` chooses the `Trouble` that the supervisor works on next. Both are pure functions of values. A
+trouble may be over before its turn comes; `still_stands` tells.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peerd.client.session.live_chain import LiveChain
 from peerd.protocol.errors import CallerError, Evicted, LinkFailed, PeerdError, PeerFault, RelayLost
 from peerd.protocol.span import Span
 
-# Faults in a row without one answer, after which the session gives its steps up.
+# After this many faults in a row without an answer the session gives its steps up.
 MAX_FAULTS_WITHOUT_ANSWER = 8
 
 
@@ -60,14 +60,14 @@ class HopHangs:
 
 @dataclass(frozen=True, slots=True)
 class LinkBroken:
-    """What this hop sends does not arrive at the next hop."""
+    """The results that this hop sends do not arrive at the next hop."""
 
     hop: ControlStream
 
 
 @dataclass(frozen=True, slots=True)
 class BridgeIdle:
-    """The client has carried what this hop sends for a while: there may be a better way by now."""
+    """The client has bridged this hop's results for a while: there may be a better route by now."""
 
     hop: ControlStream
 
@@ -116,10 +116,10 @@ class Verdict:
 
 # The first row that fits the news and its error decides.
 _VERDICTS: tuple[tuple[type, type, Verdict], ...] = (
-    # The peer may be well, and another relay lead to it: it is as good as any other for its own blocks.
+    # The peer itself may be well, and reachable through another relay: for its own blocks it is as good as any other.
     (HopLost, RelayLost, Verdict(drops_hop=True)),
     (HopLost, PeerFault, Verdict(drops_hop=True, is_blamed=True)),
-    # A hop evicts a session that asks for nothing. It is opened again with the next step.
+    # A hop evicts a session that sends nothing for long. The hop is opened again with the next step.
     (HopLost, Evicted, Verdict(drops_hop=True, waits_for_work=True)),
     (HopLost, PeerdError, Verdict(drops_hop=True, is_avoided=True)),
     # One hop alone may be broken, or lie, or be fed by a liar; and the same blocks in another dtype may do better.
@@ -143,7 +143,7 @@ def judge(news: News) -> Verdict:
 
 
 def most_urgent(queued: Iterable[Queued], holes: Iterable[Span], *, is_ready: bool) -> Trouble | None:
-    """What the supervisor sees to next; None where nothing is wrong. `is_ready`: steps may be sent."""
+    """The trouble to work on next; None if nothing is wrong. `is_ready`: whether steps may be sent."""
     troubles: list[Trouble] = [*queued, *map(Hole, holes)]
     if not is_ready:
         troubles.append(Behind())
@@ -151,7 +151,7 @@ def most_urgent(queued: Iterable[Queued], holes: Iterable[Span], *, is_ready: bo
 
 
 def still_stands(trouble: HopHangs | LinkBroken | BridgeIdle, chain: LiveChain, oldest_seq: int | None) -> bool:
-    """Whether there is still something to do about it. oldest_seq: the step that the client waits for."""
+    """Whether the trouble still needs work. oldest_seq: the step that the client waits for."""
     match trouble:
         case HopHangs(_, seq):
             return seq == oldest_seq
@@ -162,5 +162,5 @@ def still_stands(trouble: HopHangs | LinkBroken | BridgeIdle, chain: LiveChain, 
 
 
 def ends_chain(error: PeerdError) -> bool:
-    """Whether hops that live are of no use after steps failed with this: they would fail the next in the same way."""
+    """Whether open hops are of no use after steps failed with this error, because they would fail the next step too."""
     return isinstance(error, CallerError | LinkFailed)

@@ -1,1 +1,1 @@
-"""Forward and backward through the blocks of a swarm."""
+"""A client's forward and backward through the blocks of a swarm."""

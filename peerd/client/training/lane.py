@@ -1,8 +1,8 @@
 """A client's lane to one hop: training passes over its blocks, several requests at a time (spec/training.md).
 
-Knows one hop; knows no chain. Requests are answered in their order, so each waits its turn to read. The
-difficulty is that a hop may refuse while we still send: so a request reads and sends at the same time, and
-one that fails, or is cancelled half-way, ends the lane for all.
+Answers come in the order of the requests, so each request waits for its turn to read. A hop may refuse while the client
+still sends, so a request reads and sends at the same time. A request that fails, or is cancelled half-way, ends the
+lane for all requests.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from peerd.protocol.messages.training import (
 from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import open_tasks
 
-# Dialling and the handshake, on a slow line; sending parameters takes as long as it takes.
+# For dialling and the handshake on a slow line. Sending the parameters has no deadline.
 OPEN_DEADLINE_S = 15.0
-# Below inference a pass may wait long for its turn. Who is silent for longer has forgotten it: pings say only
-# that the peer lives.
+# A pass has lower priority than inference, and may wait long for its turn. After a longer silence the hop must have
+# lost the request: pings only show that the peer lives.
 ANSWER_DEADLINE_S = 600.0
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ Parameters = Mapping[tuple[int, str], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LaneTerms:
-    """What a lane is for. `parameters`: tensors by (block, name), those of a hop's blocks are sent to it."""
+    """What a lane is for. `parameters`: tensors by (block, name); those of a hop's blocks are sent to it."""
 
     model: bytes
     dtype: str
@@ -67,7 +67,7 @@ class LaneTerms:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardAnswer:
-    """`kept` is the number to name in the backward, where the hop kept what helps it."""
+    """A hop's output. `kept` is the number to name in the backward if the hop kept a tape, else None."""
 
     output: torch.Tensor
     kept: int | None
@@ -75,14 +75,14 @@ class ForwardAnswer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BackwardAnswer:
-    """The input's gradient, and those of the parameters of the hop's blocks."""
+    """The gradient of the input, and those of the parameters of the hop's blocks."""
 
     grad: torch.Tensor
     gradients: dict[tuple[int, str], torch.Tensor]
 
 
 class Lane:
-    """One hop's lane. Requests raise what the hop says or does; the lane is `broken` then.
+    """One hop's lane. Requests raise the hop's errors and failures; then the lane is `broken`.
 
     `width` is that of the hidden states. Made by `open_lane`.
     """
@@ -103,11 +103,11 @@ class Lane:
         return f"<Lane {self.hop.span} to {self.hop.peer_id}{' broken' if self.broken else ''}>"
 
     def close(self) -> None:
-        """End the lane; the hop forgets whatever it kept for us."""
+        """End the lane; the hop then frees everything that it kept for us."""
         self._break(ConnectionLost("the lane was closed"))
 
     async def forward(self, rows: tuple[int, ...], hidden: torch.Tensor, *, keep: bool) -> ForwardAnswer:
-        """Run `[sum of rows, width]`. Raises what the hop refuses with, or a PeerFault."""
+        """Run `[sum of rows, width]`. Raises the error with which the hop refuses, or a PeerFault."""
         shape = (sum(rows), self._width)
 
         async def read(seq: int) -> ForwardAnswer:
@@ -119,7 +119,9 @@ class Lane:
     async def backward(
         self, rows: tuple[int, ...], hidden: torch.Tensor, kept: int | None, grad: torch.Tensor
     ) -> BackwardAnswer:
-        """The backward of rows whose input was `hidden`; of what the hop `kept`, if it did. Raises as `forward`."""
+        """The backward of rows whose input was `hidden`, from the tape `kept` if the hop has one. Raises as
+        `forward`.
+        """
 
         async def read(seq: int) -> BackwardAnswer:
             said = await self._hear(Gradients, seq)
@@ -149,7 +151,7 @@ class Lane:
             except (trio.EndOfChannel, trio.ClosedResourceError):
                 raise self._break(ConnectionLost(f"{self.hop.peer_id} ended the lane")) from None
             except BaseException:
-                # Cancelled: what the hop still says would be taken for the next answer.
+                # If cancelled, the rest of this answer would be taken for the next one.
                 self.close()
                 raise
             self._turns.popleft()
@@ -171,7 +173,7 @@ class Lane:
             if len(self._turns) == 1:
                 turn.set()
             task_status.started(self._seq)
-            # Where the hop ended the lane, what it said last tells why: whoever reads hears it.
+            # If the hop ended the lane, its last message has the reason: the task that reads gets it.
             with suppress(ConnectionLost, StreamReset, trio.ClosedResourceError):
                 await self._stream.send(request(self._seq).to_header(), priority=Priority.BULK)
                 for tensor in tensors:
@@ -203,7 +205,7 @@ class Lane:
         return gradients
 
     def _break(self, error: PeerdError) -> PeerdError:
-        """End the lane; returns what broke it first."""
+        """End the lane. Returns the error that broke it first."""
         if self.broken is None:
             self.broken = error
             self._stream.reset("closed")
@@ -213,12 +215,12 @@ class Lane:
 
 
 def own_parameters(parameters: Parameters, hop: Hop) -> Parameters:
-    """Those of the hop's blocks."""
+    """The parameters of the hop's blocks."""
     return {key: tensor for key, tensor in parameters.items() if hop.span.start <= key[0] < hop.span.end}
 
 
 async def open_lane(connections: Connections, hop: Hop, terms: LaneTerms, width: int) -> Lane:
-    """Open a lane and send it its parameters. Raises what the hop refuses with, or a PeerFault."""
+    """Open a lane and send its parameters. Raises the error with which the hop refuses, or a PeerFault."""
     stream = await _open_stream(connections, hop)
     own = own_parameters(terms.parameters, hop)
     begin = Begin(
@@ -234,7 +236,7 @@ async def open_lane(connections: Connections, hop: Hop, terms: LaneTerms, width:
     try:
         async with open_tasks() as tasks:
             tasks.start_soon(_send_parameters, stream, begin, own)
-            # Also while we send: a refusal does not wait for the last parameter.
+            # This reads while we send, because a refusal does not wait for the last parameter.
             begun = await _hear_begun(stream, hop)
     except BaseException:
         stream.reset("cancelled")
@@ -251,7 +253,7 @@ async def _open_stream(connections: Connections, hop: Hop) -> Stream:
 
 
 async def _send_parameters(stream: Stream, begin: Begin, parameters: Parameters) -> None:
-    # As in a request: whoever reads hears why the lane ended.
+    # As in a request, the task that reads gets the reason why the lane ended.
     with suppress(ConnectionLost, StreamReset, trio.ClosedResourceError):
         await stream.send(begin.to_header(), priority=Priority.BULK)
         for (block, name), tensor in parameters.items():

@@ -1,8 +1,8 @@
-"""Lanes along a chain for one client's training passes: found, opened, and replaced when they fail.
+"""The lanes along a chain for one client's training passes: finds, opens and replaces them.
 
-Knows hops, faults and patience; runs nothing itself. A client has the input of every hop, so a lane that
-fails costs the requests on it and nothing else: another peer, or several, take its blocks. The cuts between
-hops only ever get finer, so that whoever stands at one finds a lane that begins there.
+A client has the input of every hop. So a lane that fails costs only the requests on it: another peer, or several, take
+its blocks. Hops are only ever split into smaller ones, so a request at a border between hops always finds a lane that
+begins there.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from peerd.routing.chains.chain import Hop
 from peerd.trio_tools import at_once
 
 FORWARD, BACKWARD = "forward", "backward"
-# A pass asks for no KV.
+# A training pass needs no KV.
 _NO_TOKENS = 0
-# Failures in a row, without one answer between, after which there is no use in trying on.
+# After this many failures in a row without an answer, trying further is useless.
 MAX_BARREN = 8
-# Peers that must say of a request that it overflows, where there are so many: one alone may be broken, or lie.
+# How many peers must say of a request that it overflows, if there are so many: a single one may be broken, or lie.
 OVERFLOWS_BELIEVED = 2
 
 
 class PassChain:
-    """Lanes over `blocks`. `positions`: how many a request has; `requests`: how many will follow each other."""
+    """Lanes over `blocks`. `positions`: the positions of a request; `requests`: how many will follow each other."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class PassChain:
         self._hops: dict[int, Hop] = {}
         self._lanes: dict[int, Lane] = {}
         self._locks: dict[int, trio.Lock] = {}
-        # Who cannot train at all, and who is too busy or too small now.
+        # The peers that cannot train at all, and those that are too busy or too small now.
         self._unfit: set[PeerId] = set()
         self._busy: dict[PeerId, PeerdError] = {}
-        # Whose blocks gave NaN or infinity, by the way that the request went, and what they said.
+        # The peers whose blocks gave NaN or infinity, with their errors, by the direction of the request.
         self._overflowed: dict[str, dict[PeerId, BadResult]] = {FORWARD: {}, BACKWARD: {}}
         self._barren = 0
-        # Since when nothing was answered, once something failed.
+        # Since when there was no answer, counted from the first failure.
         self._troubled_since: float | None = None
 
     def __repr__(self) -> str:
@@ -87,22 +87,22 @@ class PassChain:
 
     @property
     def served_by(self) -> tuple[ServedBy, ...]:
-        """Who serves which blocks now, in the order of the blocks; empty before the first request."""
+        """Which peers serve which blocks now, in the order of the blocks; empty before the first request."""
         return tuple(ServedBy(hop.peer_id, hop.span) for _, hop in sorted(self._hops.items()))
 
     @property
     def hops(self) -> int:
-        """How many hops there are now."""
+        """The number of hops now."""
         return len(self._hops)
 
     async def open(self) -> None:
-        """Find a chain and open its lanes, all at once. Raises as `lane`."""
+        """Find a chain and open its lanes, all at the same time. Raises as `lane`."""
         await self._plan(self.blocks)
 
         await at_once([partial(self.lane, start) for start in self._hops])
 
     async def lane(self, block: int) -> Lane:
-        """The lane whose blocks begin with `block`. Raises NoChain, Overloaded, CallerError."""
+        """The lane whose blocks begin with `block`. Raises NoChain, Overloaded or CallerError."""
         async with self._locks.setdefault(block, trio.Lock()):
             while True:
                 lane = self._lanes.get(block)
@@ -115,10 +115,12 @@ class PassChain:
                     await self._replace(hop, error)
 
     async def failed(self, lane: Lane, error: PeerdError, way: str) -> None:
-        """A request on this lane failed: see that another peer takes its blocks. Raises what no peer could mend.
+        """A request on this lane failed: have another peer take its blocks. Raises the errors that no other peer could
+        avoid.
 
-        A peer that says that its blocks overflow is left out, and blamed once another has answered; where two say so,
-        or there is no other, that is the answer. `way` is FORWARD or BACKWARD: a forward proves nothing of a gradient.
+        A peer that reports overflow in its blocks is left out, and is blamed once another peer has answered. If two
+        peers report it, or there is no other peer, that error is raised. `way` is FORWARD or BACKWARD: a successful
+        forward proves nothing about a gradient.
         """
         if isinstance(error, BadResult):
             self._overflowed[way][lane.hop.peer_id] = error
@@ -126,13 +128,13 @@ class PassChain:
                 raise error
         block = lane.hop.span.start
         async with self._locks.setdefault(block, trio.Lock()):
-            # Several requests fail with one lane; and a lane that only we closed has done no wrong.
+            # One lane can fail several requests, and a lane that we closed ourselves was not at fault.
             if self._lanes.get(block) is lane:
                 del self._lanes[block]
                 await self._replace(lane.hop, error)
 
     def answered(self, lane: Lane, way: str) -> None:
-        """A request was answered."""
+        """Note that a request was answered."""
         for peer in self._overflowed[way]:
             self._finder.failed(peer)
         self._overflowed[way].clear()
@@ -147,12 +149,12 @@ class PassChain:
         self._lanes.clear()
 
     async def _replace(self, hop: Hop, error: PeerdError) -> None:
-        """Plan anew for a hop's blocks, leaving out who failed."""
+        """Plan new hops for a failed hop's blocks, without the peers that failed."""
         peer = hop.peer_id
         if self._troubled_since is None:
             self._troubled_since = trio.current_time()
         if isinstance(error, Evicted | RelayLost):
-            # We were away for too long, or a relay is; the peer will have us again.
+            # We were away for too long, or a relay was lost; the peer itself will serve us again.
             pass
         elif isinstance(error, Overloaded):
             self._busy[peer] = error
@@ -169,13 +171,13 @@ class PassChain:
         await self._plan(hop.span)
 
     def _overflows(self) -> BadResult | None:
-        """What a peer said that overflows, unless another has answered since."""
+        """A peer's error about overflow, unless another peer has answered since."""
         return next((error for said in self._overflowed.values() for error in said.values()), None)
 
     async def _plan(self, span: Span) -> None:
-        """Find hops over `span`, as long as `patience` allows.
+        """Find hops over `span`, for as long as `patience` allows.
 
-        Raises NoChain, Overloaded, UnsupportedFeature; BadResult where all peers overflow.
+        Raises NoChain, Overloaded or UnsupportedFeature; BadResult if all peers overflow.
         """
         began = trio.current_time() if self._troubled_since is None else self._troubled_since
         while True:
@@ -195,12 +197,12 @@ class PassChain:
             except NoChain as missing:
                 overflowed = self._overflows()
                 if overflowed and (not self._finder.avoided() or waited >= self._patience.missing_s):
-                    # Nobody is left who may do better, nor comes back in a while.
+                    # No other peer is left that may do better, and none will return soon.
                     raise overflowed from missing
                 busy = next(iter(self._busy.values()), None)
                 if busy is None and waited >= self._patience.missing_s:
                     raise
-                # Nobody has the memory, or had the time while we waited.
+                # No peer has enough memory, or none became free while we waited.
                 if isinstance(busy, NoRoom) or waited >= self._patience.busy_s:
                     raise (busy or missing) from missing
                 self._busy.clear()

@@ -1,4 +1,4 @@
-"""Rows of hidden states, cut into micro-batches and put together again."""
+"""Cuts rows of hidden states into micro-batches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages.training import MAX_PASS_POSITIONS, MAX_PASS_ROWS
 
-# Micro-batches for each hop of a chain: with four, hops wait a fifth of the time for each other and not a half.
+# Micro-batches for each hop of a chain. With four, hops wait for each other a fifth of the time instead of a half.
 MICRO_BATCHES_A_HOP = 4
 
 
-# A single hop waits for nobody: one micro-batch computes while another travels.
+# A single hop waits for no other: one micro-batch computes while another travels.
 MICRO_BATCHES_ALONE = 2
 
 
-# Fewer positions at once compute no faster, on any device.
+# Smaller micro-batches compute no faster, on any device.
 LEAST_POSITIONS = 256
 
 
@@ -27,7 +27,7 @@ def as_rows(
     rows: Sequence[int] | None,
     embed: Callable[[Sequence[int]], torch.Tensor],
 ) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Hidden states and the lengths of their rows, from either or from token ids. Raises InvalidRequest."""
+    """Hidden states and the lengths of their rows, from hidden states or token ids. Raises InvalidRequest."""
     if isinstance(inputs, torch.Tensor) and inputs.is_floating_point():
         if rows is None and inputs.dim() == 3:
             return inputs, (inputs.shape[1],) * inputs.shape[0]
@@ -45,7 +45,9 @@ def as_rows(
 
 
 def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Consecutive rows in groups of at most `most` positions, or one row: numbers, lengths, where they begin."""
+    """Groups of consecutive rows with at most `most` positions, or one row: their numbers, lengths, and first
+    position.
+    """
     offsets = list(accumulate(lengths, initial=0))
     groups: list[list[int]] = []
     for number, length in enumerate(lengths):
@@ -59,6 +61,6 @@ def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[
 
 
 def positions_each(positions: int, hops: int) -> int:
-    """How many positions a micro-batch should have, so that so many hops are all at work."""
+    """How many positions a micro-batch should have, so that `hops` hops are all busy."""
     count = MICRO_BATCHES_A_HOP * hops if hops > 1 else MICRO_BATCHES_ALONE
     return min(MAX_PASS_POSITIONS, max(LEAST_POSITIONS, -(-positions // count)))

@@ -1,4 +1,4 @@
-"""What a client trains beside frozen blocks, and its gradients."""
+"""The tensors that a client trains beside frozen blocks, and their gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ LoraPairs = Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gradients:
-    """What a backward returns, each shaped as what it is the gradient of, in fp32; None for what was not given."""
+    """The result of a backward in fp32: gradients with the shapes of their tensors; None for tensors that were not
+    given.
+    """
 
     hidden: torch.Tensor
     prompts: torch.Tensor | None
@@ -27,7 +29,7 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """What is trained beside the frozen blocks.
+    """The tensors that are trained beside the frozen blocks.
 
     `prompts`: `[blocks, 1 or rows, P, width]`, added to the first P positions of each row at each block's input.
     `lora`: pairs that add `scaling * (x A^T) B^T` to the outputs of linear modules.
@@ -39,11 +41,11 @@ class Trained:
 
     @property
     def has_row_prompts(self) -> bool:
-        """Whether each row has a prompt of its own."""
+        """Whether each row has its own prompt."""
         return self.prompts is not None and self.prompts.shape[1] > 1
 
     def parameters(self, blocks: Span, rows: Sequence[int]) -> dict[tuple[int, str], torch.Tensor]:
-        """As lanes send them, for these rows of the pass."""
+        """The tensors that lanes send for these rows of the pass, by (block, name)."""
         tensors: dict[tuple[int, str], torch.Tensor] = {}
         if self.prompts is not None:
             own = self.prompts[:, list(rows)] if self.has_row_prompts else self.prompts
@@ -51,12 +53,12 @@ class Trained:
                 tensors[blocks.start + index, PROMPT] = prompt
         for (block, module), (down, up) in self.lora.items():
             tensors[block, module + LORA_A] = down.detach().float()
-            # The scaling travels inside B, so that hops need not know it.
+            # The scaling is multiplied into B, so that hops need not know it.
             tensors[block, module + LORA_B] = up.detach().float() * self.scaling
         return tensors
 
     def check(self, blocks: Span, rows: Sequence[int], width: int) -> None:
-        """Raises InvalidRequest for what does not fit; what fits a block's modules, its hop knows."""
+        """Raise InvalidRequest for tensors that do not fit the pass. Each hop checks that they fit its modules."""
         if self.prompts is not None:
             shape = tuple(self.prompts.shape)
             if len(shape) != 4 or shape[0] != len(blocks) or shape[1] not in (1, len(rows)) or shape[3] != width:

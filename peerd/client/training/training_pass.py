@@ -1,8 +1,8 @@
 """A client's training pass: a forward through the swarm whose backward can follow.
 
-Knows rows, micro-batches and what belongs to whom; lanes and their failures are `pass_chain`'s. Micro-batches
-go through the hops one after the other, several at a time, so that all hops work at once. The client keeps
-every hop's input: whatever fails is computed again from there, by whoever serves those blocks then.
+`lanes.py` keeps the lanes and handles their failures. Micro-batches go through the hops one after the other, several at
+a time, so that all hops work at once. The client keeps every hop's input: what fails is computed again from there, by
+the peers that serve those blocks then.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from peerd.protocol.errors import BadResult, InvalidRequest, PeerdError
 from peerd.protocol.span import Span
 from peerd.trio_tools import at_once
 
-# How many hops a chain is taken to have before there is a plan that says it.
+# The assumed number of hops before a chain is planned.
 PLANNED_HOPS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Leg:
-    """A micro-batch's way through one hop: its input there, and what the hop kept of it."""
+    """A micro-batch's way through one hop: its input there, and the number of the tape that the hop kept."""
 
     lane: Lane
     hidden: torch.Tensor
@@ -59,7 +59,7 @@ class MicroBatch:
         return output
 
     async def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, dict[tuple[int, str], torch.Tensor]]:
-        """The gradients of the input and of the parameters, for that of the output. Raises as `forward`."""
+        """The gradients of the input and of the parameters, given the output's gradient. Raises as `forward`."""
         legs, self._legs = self._legs, []
         gradients: dict[tuple[int, str], torch.Tensor] = {}
         while legs:
@@ -68,7 +68,8 @@ class MicroBatch:
                 answer = await leg.lane.backward(self.rows, leg.hidden, leg.kept, grad)
             except PeerdError as error:
                 await self.chain.failed(leg.lane, error, BACKWARD)
-                # Others have these blocks now, in one hop or more: go there once more, and back.
+                # Other peers serve these blocks now, in one hop or more: run their forward again, and then go back
+                # through them.
                 legs.extend((await self._run(leg.span, leg.hidden, keep=True))[1])
                 continue
             self.chain.answered(leg.lane, BACKWARD)
@@ -94,10 +95,10 @@ class MicroBatch:
 
 
 class Pass:
-    """A forward that was run; made by `SwarmModel.forward`.
+    """A forward that was run; made by `ServedBlocks.forward`.
 
-    `output` is shaped as the input. `backward` may be called once. Close what gets no backward: its hops keep
-    memory for it, for five minutes at most. A context manager, too.
+    `output` has the input's shape. `backward` may be called once. Close a pass that gets no backward: its hops keep
+    memory for it, for up to five minutes. It is also a context manager.
     """
 
     def __init__(self, output: torch.Tensor, micros: Sequence[MicroBatch], blocks: Span, trained: Trained) -> None:
@@ -112,7 +113,7 @@ class Pass:
 
     @property
     def chain(self) -> tuple[ServedBy, ...]:
-        """Who serves which blocks now."""
+        """Which peers serve which blocks now."""
         return self._micros[0].chain.served_by
 
     @property
@@ -121,9 +122,9 @@ class Pass:
         return sum(chain.failovers for chain in self._chains)
 
     async def backward(self, grad_output: torch.Tensor) -> Gradients:
-        """The gradients for `grad_output`, which is shaped as `output`; the pass is closed then.
+        """The gradients, given `grad_output`, which has the shape of `output`. The pass is closed afterwards.
 
-        Raises InvalidRequest, NoChain, Overloaded; BadResult where gradients overflow.
+        Raises InvalidRequest, NoChain, Overloaded; BadResult if gradients overflow.
         """
         if self._spent:
             raise InvalidRequest("this pass was closed, or has had its backward: run a forward again")
@@ -144,7 +145,7 @@ class Pass:
         return _scaled(Gradients(hidden, self._prompts(found), self._lora(found)), exponent)
 
     def close(self) -> None:
-        """Let the hops forget the pass."""
+        """Let the hops free what they keep for the pass."""
         self._spent = True
         for chain in self._chains:
             chain.close()
@@ -184,10 +185,11 @@ class Pass:
 
 
 def _near_one(grad: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A gradient whose largest value is from a half to one, and the power of two that it was divided by.
+    """A gradient scaled by a power of two so that its largest value is between a half and one, and that power's
+    exponent.
 
-    Servers may compute in float16, which ends at 65504 and loses what is below 6e-8; gradients are linear, and powers
-    of two are exact.
+    Servers may compute in float16, which ends at 65504 and loses values below 6e-8. Gradients are linear, and powers of
+    two are exact.
     """
     largest = grad.abs().amax() if grad.numel() else torch.zeros(())
     exponent = int(torch.frexp(largest.double())[1])
@@ -195,13 +197,13 @@ def _near_one(grad: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def _times_power(values: torch.Tensor, exponent: int) -> torch.Tensor:
-    """`values` times two to the `exponent`, in two steps: one alone could be beyond what the dtype holds."""
+    """`values` times two to the `exponent`, in two steps: in one step the factor could exceed the dtype's range."""
     half = exponent // 2
     return values * 2.0**half * 2.0 ** (exponent - half)
 
 
 def _scaled(gradients: Gradients, exponent: int) -> Gradients:
-    """All gradients times a power of two. Raises BadResult where that is too large for float32."""
+    """All gradients times two to the `exponent`. Raises BadResult if one is then too large for float32."""
     scaled = Gradients(
         _times_power(gradients.hidden, exponent),
         None if gradients.prompts is None else _times_power(gradients.prompts, exponent),
@@ -224,7 +226,7 @@ class PassMaker:
         self._connections = connections
         self._model = model
         self._width = width
-        # Gradients would vanish among float16's smallest numbers.
+        # Small gradients would vanish in float16.
         self._dtype = "float32" if dtype == "float16" else dtype
         self._rng = rng
 
@@ -240,7 +242,7 @@ class PassMaker:
         keep: bool = True,
         patience: Patience | None = None,
     ) -> Pass:
-        """Run rows of these lengths, `[sum of rows, width]` or any shape of as many values, through `blocks`.
+        """Run rows of these lengths through `blocks`: `[sum of rows, width]`, or any shape with as many values.
 
         Without `keep` no backward can follow. Raises InvalidRequest, NoChain, Overloaded.
         """
@@ -279,7 +281,7 @@ class PassMaker:
         self, rows: Sequence[int], trained: Trained, new_chain: Callable[[Sequence[int]], PassChain]
     ) -> list[MicroBatch]:
         if trained.has_row_prompts:
-            # A lane has one prompt for every request: rows with their own go by lanes of their own.
+            # A lane has one prompt for all its requests, so rows with their own prompts need lanes of their own.
             parts = cut(rows, positions_each(sum(rows), 1))
             chains = [new_chain(numbers) for numbers, _, _ in parts]
             await _open_all(chains)
