@@ -1,1 +1,1 @@
-"""Serving others: sessions, training lanes, the engine's task, quotas."""
+"""Serves other peers: their sessions, their training lanes, the engine's task, and quotas."""

@@ -1,9 +1,9 @@
-"""Who gets the KV tokens that several sessions want: first come, first served, nobody hogging.
+"""Decides which sessions get KV tokens: first come, first served, and no client may hold most of the pool.
 
-Requests wait here in order; the accounting itself is the engine's, which says NoRoom. Two clients may each hold half
-a chain and wait for the other half: the bounded wait here, and the client that then closes everything and tries again
-after a random delay, resolve that (spec/session.md). What a peer may hold, and how many of its requests may wait, its
-network may not have much more of, since keys are free (`net/owners.py`).
+Requests wait here in order; the engine does the accounting and raises NoRoom. Two clients may each hold half of a chain
+and wait for the other half. This resolves itself: the wait here is bounded, and a client that fails closes everything
+and tries again after a random delay (spec/session.md). Keys cost nothing, so what one peer may hold, and how many of
+its requests may wait, is limited for its network too (`net/owners.py`).
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ import trio
 from peerd.net.owners import Owner, Tally
 from peerd.protocol.errors import NoRoom, PeerdError
 
-# The first who waits keeps those behind it waiting for so long, so that a big request is not always overtaken; but no
-# longer, or one stranger who asks for more than is free would shut everybody out. Below the 2 s that clients wait.
+# The request at the head of the queue blocks those behind it for this long, so that a big request is not always
+# overtaken. It is no longer because a stranger who asks for more than is free would block all others. It is below the 2
+# s that clients wait.
 HOLD_UP_S = 1.0
-# More who wait would not be served within anybody's patience, and each costs a stream and a task.
+# With more waiting requests, the last would not be served before its client gives up, and each costs a stream and a
+# task.
 MAX_WAITING = 256
-# Of those, one peer and one network may have so many: a client waits with one request for each chain that it opens.
+# How many of those one peer and one network may have. A client waits with one request for each chain that it opens.
 MAX_WAITING_A_PEER = 8
 MAX_WAITING_A_NETWORK = 16
-# A client waits no longer than this in a queue (`busy_peers.QUEUE_S`); whoever asks for more would only fill it.
+# A client waits no longer than this in a queue (`busy_peers.QUEUE_S`); a longer wait would only fill the queue.
 MAX_WAIT_S = 30.0
-# A pool that was full counts as full until this share of it is free: who is told of every token that comes and goes
-# learns nothing, and each announcement travels to a dozen peers.
+# A pool that was full counts as full until this share of it is free. Announcing every token that comes and goes would
+# help nobody, and each announcement travels to a dozen peers.
 ROOM_SHARE = 1 / 8
-# Weight of the newest in the mean time between two sessions that end.
+# The weight of the newest gap in the mean time between two sessions that end.
 PACE_GAIN = 0.2
-# What may be told to somebody who asks when to come again.
+# The limits of the hint when a refused client should ask again.
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 
@@ -51,17 +53,18 @@ class _Waiter:
 
 
 class Admission:
-    """Grants tokens of one pool. `attempt` callbacks commit them and raise NoRoom where there are too few.
+    """Grants tokens of one pool. `attempt` callbacks commit them, and raise NoRoom if there are too few.
 
-    is_full: somebody has waited for a second in vain, and there is hardly more room since. on_change: called when that
-    has changed. on_wanted: called when somebody has waited for a second in vain.
+    is_full: a request has waited a second in vain, and little has become free since.
+    on_change: called when `is_full` has changed.
+    on_wanted: called when a request has waited a second in vain.
     """
 
     def __init__(self, total_tokens: int, free_tokens: Callable[[], int]) -> None:
         self.is_full = False
         self.on_change: Callable[[], None] = lambda: None
         self.on_wanted: Callable[[], None] = lambda: None
-        # Mean seconds between two sessions that end, and when the last one did.
+        # The mean seconds between two sessions that end, and when the last one ended.
         self._pace_s: float | None = None
         self._released_at: float | None = None
         self._total = total_tokens
@@ -78,13 +81,13 @@ class Admission:
         timeout_s: float,
         undo: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`, and what it raises.
+        """Run `attempt` once it succeeds, in order of arrival. Raises NoRoom after `timeout_s`, and the errors of
+        `attempt`.
 
-        At once where too many wait already, or too many of the owner's: a full queue makes room for an owner that has
-        no place in it by refusing the last request of the owner with most places.
-
-        Who has waited for a second in vain may be overtaken. While others wait, an owner whose holdings would exceed
-        half of the pool is passed over. `undo` takes back what was committed for a caller that is cancelled then.
+        Raises NoRoom at once if too many requests wait, or too many of the owner's. If the queue is full and an owner
+        has few requests in it, the last request of the owner with most is refused instead. A request that has waited a
+        second in vain may be overtaken. While others wait, an owner that would hold more than half of the pool is
+        passed over. If the caller is cancelled after the grant, `undo` takes back what was committed.
         """
         timeout_s = min(timeout_s, MAX_WAIT_S)
         self._check_place(owner)
@@ -109,7 +112,7 @@ class Admission:
                 refusal = waiter.refusal or f"{tokens} KV tokens wanted, {free} free, and others wait"
                 raise NoRoom(f"{refusal} after {timeout_s:g} s of waiting", free, self.retry_after_s)
         except trio.Cancelled:
-            # Cancelled first and granted before it could run: nobody else knows of it.
+            # The caller was cancelled and then granted before it could run, so it does not know of the grant.
             if waiter.granted:
                 undo()
                 self.release(owner, tokens)
@@ -117,12 +120,12 @@ class Admission:
         finally:
             if not waiter.done.is_set():
                 self._leave(waiter)
-                # Whoever stood behind us may fit where we did not.
+                # A request behind this one may fit although this one did not.
                 self._grant_in_order()
                 self._note_room()
 
     def release(self, owner: Owner, tokens: int) -> None:
-        """Tokens of `owner` were freed: wake whoever waits for them."""
+        """Note that tokens of `owner` were freed, and grant waiting requests that fit now."""
         self._held.add(owner, -tokens)
         self._note_pace()
         self.retry()
@@ -130,18 +133,18 @@ class Admission:
 
     @property
     def wanted_tokens(self) -> int:
-        """How many tokens are missing for those who have waited for a while."""
+        """How many tokens are missing for the requests that have waited for a while."""
         since = trio.current_time() - HOLD_UP_S / 2
         return max(0, sum(waiter.tokens for waiter in self._waiters if waiter.since <= since) - self._free())
 
     @property
     def retry_after_s(self) -> float:
-        """When somebody who is refused now may find room: once all who wait have had theirs, if sessions go on ending
-        as they did lately. 0 while none has.
+        """When a client that is refused now may find room: after all waiting requests, if sessions keep ending at the
+        recent rate. 0 if no session has ended yet.
         """
         if self._pace_s is None or self._released_at is None:
             return 0.0
-        # Where none has ended for longer than usual, the usual is over.
+        # If nothing has ended for longer than the mean gap, the mean is out of date: use the time since the last end.
         pace_s = max(self._pace_s, trio.current_time() - self._released_at)
         return min(MAX_RETRY_S, max(MIN_RETRY_S, pace_s * (len(self._waiters) + 1)))
 
@@ -167,7 +170,7 @@ class Admission:
             self.on_change()
 
     def _grant_in_order(self) -> None:
-        # Each grant may make room for somebody who was passed over, so start again after it.
+        # Each grant may make it possible to grant a request that was passed over, so start again after it.
         while (waiter := self._first_that_fits()) is not None:
             self._leave(waiter)
             if waiter.error is None:
@@ -180,7 +183,7 @@ class Admission:
         self._waiting.add(waiter.owner, -1)
 
     def _check_place(self, owner: Owner) -> None:
-        """Raises NoRoom where the queue has no place for one more request of this owner."""
+        """Raise NoRoom if the queue has no place for one more request of this owner."""
         limits = {"a_peer": MAX_WAITING_A_PEER, "a_network": MAX_WAITING_A_NETWORK}
         if not self._waiting.has_room(owner, 1, **limits):
             refusal = f"{self._waiting.most(owner)} sessions of yours, or of your network, wait here already"
@@ -206,7 +209,7 @@ class Admission:
                     return None
                 continue
             except PeerdError as error:
-                # Its own fault, and nobody else's: whoever freed the tokens must not hear of it.
+                # The error concerns only this request: the session that freed the tokens must not get it.
                 waiter.error = error
             return waiter
         return None

@@ -1,8 +1,7 @@
-"""Work for a device's thread beside inference: what waits for it, and whose turn it is.
+"""Queues work for a device's thread beside inference, such as training, and decides whose turn it is.
 
-Knows owners, jobs and the share of time that jobs get; knows no tensors and no thread. A `Work` is long and
-is done in turns, so that a batch of inference never waits for all of it. Only one runs at a time, since each
-holds memory on the device while it runs; between two of them, owners take turns.
+A `Work` is long and is done in turns, so that a batch of inference waits only for one turn. Only one work runs at a
+time, because each holds memory on the device while it runs. Between two works, owners take turns.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ import trio
 
 from peerd.protocol.errors import Overloaded
 
-# While sessions keep the device busy, jobs still get this share of its time, so that training never starves.
+# Even if sessions keep the device busy, jobs get this share of its time, so that training always advances.
 SHARE = 1 / 8
-# An idle device runs turns for so long before it looks for inference again: handing over costs 0.1 ms.
+# An idle device runs turns for this long before it checks for inference again; each hand-over costs 0.1 ms.
 SLICE_S = 0.02
-# Jobs that one owner may have waiting, and all together. What they hold in memory is bounded elsewhere.
+# How many jobs one owner may have waiting, and all owners together. Their memory is limited elsewhere.
 MAX_JOBS_AN_OWNER = 32
 MAX_JOBS = 256
 
 
 class Work(Protocol):
-    """Something long for the device's thread. Its result is its own business."""
+    """A long computation for the device's thread. It keeps its own result."""
 
     def turn(self) -> bool:
-        """Do a little of it, some milliseconds, and say whether all is done. Device thread."""
+        """Do some milliseconds of it, and return whether all of it is done. Device thread."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A work and whoever waits for its end."""
+    """A work that a caller waits for."""
 
     owner: Hashable
     work: Work
@@ -44,21 +43,22 @@ class Job:
     result: outcome.Maybe[None] | None = None
 
     def end(self, result: outcome.Maybe[None]) -> None:
-        """The work is done, or failed."""
+        """Record that the work is done or failed."""
         self.result = result
         self.done.set()
 
 
 class WorkQueue:
-    """Jobs of many owners: each owner's in order, one of each owner in turn, one at a time.
+    """The jobs of many owners. Only one runs at a time; each owner's jobs run in order, and owners take turns.
 
-    `spent_on_*` tell it where the device's time went, from which it knows when jobs have had their share.
+    `spent_on_job` and `spent_on_inference` tell it how the device's time was spent, which decides when jobs had their
+    share.
     """
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[Hashable, deque[Job]] = OrderedDict()
         self._running: Job | None = None
-        # Seconds of inference that must pass before the next turn, as long as there is inference.
+        # Seconds of inference that must pass before the next turn, if there is inference.
         self._owed_s = 0.0
 
     def __repr__(self) -> str:
@@ -69,7 +69,7 @@ class WorkQueue:
         return sum(map(len, self._waiting.values()))
 
     def add(self, owner: Hashable, work: Work) -> Job:
-        """Queue a job. Raises Overloaded where too many wait."""
+        """Queue a job. Raises Overloaded if too many wait."""
         own = self._waiting.get(owner, ())
         if len(own) >= MAX_JOBS_AN_OWNER or self._count >= MAX_JOBS:
             raise Overloaded(f"{self._count} training passes wait here already, {len(own)} of them yours")
@@ -78,7 +78,7 @@ class WorkQueue:
         return job
 
     def leave(self, job: Job) -> None:
-        """The job has ended, or nobody waits for it any more: it gets no further turn."""
+        """Remove a job that has ended or for which its caller no longer waits: it gets no further turn."""
         if self._running is job:
             self._running = None
         own = self._waiting.get(job.owner)
@@ -88,7 +88,7 @@ class WorkQueue:
                 del self._waiting[job.owner]
 
     def due(self, *, inference_ready: bool) -> Job | None:
-        """The job whose turn it is now; None where inference goes first, or nothing waits."""
+        """The job whose turn it is now; None if inference goes first, or nothing waits."""
         if inference_ready and self._owed_s > 0:
             return None
         if self._running is None or self._running.done.is_set():
@@ -96,11 +96,11 @@ class WorkQueue:
         return self._running
 
     def spent_on_job(self, seconds: float) -> None:
-        """A turn took so long: inference, where there is any, now gets what is its share beside it."""
+        """Note that a turn took `seconds`: inference, if there is any, may now use its share of the time."""
         self._owed_s = seconds * (1 / SHARE - 1)
 
     def spent_on_inference(self, seconds: float) -> None:
-        """A batch took so long."""
+        """Note that a batch took `seconds`."""
         self._owed_s -= seconds
 
     def _next(self) -> Job | None:
@@ -110,13 +110,13 @@ class WorkQueue:
         job = own.popleft()
         del self._waiting[owner]
         if own:
-            # To the end of the queue of owners.
+            # The owner goes to the end of the queue of owners.
             self._waiting[owner] = own
         return job
 
 
 def run_slice(work: Work) -> outcome.Maybe[bool]:
-    """Turns for `SLICE_S` or until the work is done, at least one. Device thread."""
+    """Run at least one turn, and more until SLICE_S has passed or the work is done. Device thread."""
     until = time.perf_counter() + SLICE_S
     while True:
         said: outcome.Maybe[Any] = outcome.capture(work.turn)

@@ -1,8 +1,7 @@
-"""The way from one hop to the next: one link at a time, or the client where none can be had.
+"""Sends a session's results to the next hop: over one link at a time, or to the client as a bridge if no link works.
 
-Knows tickets only as bytes to show; knows no engine. The difficulty is the change of route in mid-flight: what
-the new next hop lacks must reach it before anything newer does, while results keep coming, and nobody else may be
-sent what it has taken already (spec/session.md, "When a hop dies").
+When the route changes in mid-flight, the new next hop must get what it lacks before anything newer, while results keep
+coming; and a hop must not be sent what it has already taken (spec/session.md, "When a hop dies").
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
 from peerd.protocol.messages.session import REPLAY_SEQ, Failure, Gap, LinkDown, Linked, NextHop, Routed, Step
 
 OpenLink = Callable[[NextHop], AbstractAsyncContextManager[tuple[Stream, Linked]]]
-"""Dials the next hop, shows the ticket, yields the link and its answer. Raises LinkFailed."""
+"""Dials the next hop, shows the ticket, and yields the link and the hop's answer. Raises LinkFailed."""
 
 
 class Downstream:
-    """Keeps a session's results and pushes them to its next hop. `report` tells the client; it must not block."""
+    """Keeps a session's results and pushes them to its next hop. `report` sends a message to the client; it must not
+    block.
+    """
 
     def __init__(
         self, codec: str, dtype: torch.dtype, kept: Kept, open_link: OpenLink, report: Callable[[Message], None]
@@ -36,14 +37,15 @@ class Downstream:
         self._dtype = dtype
         self._open_link = open_link
         self._report = report
-        # Where results go, once whoever is there has got what it lacked.
+        # The stream to which results go, once its other end has got what it lacked.
         self._link: Stream | None = None
-        # What the next hop had taken when its link began: it is sent replays only where that was nothing.
+        # The step up to which the next hop was complete when its link began. It is sent replays only if that is 0.
         self._taken = 0
-        # Results that came while it was being told what it lacked, and how many came without any next hop.
+        # Results that came while the next hop was being sent what it lacked; and how many came while there was no next
+        # hop.
         self._late: deque[Sent] | None = None
         self._without_link = 0
-        # The route in use, and one that is on its way to take its place: a bridge stands until a link does.
+        # The route in use, and a newer one that is being set up: a bridge goes on until the link is up.
         self._route = trio.CancelScope()
         self._newest = trio.CancelScope()
         self._standing = trio.Event()
@@ -53,11 +55,11 @@ class Downstream:
 
     @property
     def unsent(self) -> int:
-        """Results not yet on the wire."""
+        """How many results are not yet on the wire."""
         return self._without_link if self._link is None else self._link.unsent_messages
 
     async def wait_unsent_at_most(self, count: int) -> None:
-        """Wait until so few results are unsent. Returns early where the link goes down."""
+        """Wait until at most `count` results are unsent. Returns early if the link goes down."""
         while self._link is None:
             if self.unsent <= count:
                 return
@@ -71,20 +73,20 @@ class Downstream:
         """Keep one result, `[positions, width]`, and queue it for the next hop. Never blocks. Raises BadResult."""
         self.kept.add(step, hidden)
         if self._link is not None:
-            # Whoever follows the link reports its end.
+            # The task that follows the link reports its end.
             with suppress(PeerFault, trio.ClosedResourceError):
                 self._send_nowait(self._link, step, hidden)
             return
-        # Now, while the step can still be refused to whoever asked for it.
+        # Encoded here already, so that a result that does not fit the codec is still refused to the client.
         encoded(step, hidden, self._codec, self._dtype)
         self._without_link += step.seq != REPLAY_SEQ
         if self._late is not None:
             self._late.append((step, hidden))
 
     async def follow(self, epoch: int, next_hop: NextHop, *, asked: bool) -> None:
-        """Open the link of a route and stay until it ends or another route supersedes it.
+        """Open the link of a route, and stay until it ends or another route supersedes it.
 
-        `asked`: the client gave the route by itself, and hears once it stands.
+        `asked`: the client requested this route, and gets a message once it is up.
         """
         with self._routed(epoch) as scope:
             async with self._open_link(next_hop) as (link, linked):
@@ -93,7 +95,7 @@ class Downstream:
                 if asked:
                     self._report(Routed(epoch=epoch, replayed=replayed))
                 try:
-                    # The next hop only ever speaks to say why it ends the link.
+                    # The next hop sends only one more message, with the reason why it ends the link.
                     said = parse((await link.receive()).header, (Failure,))
                 except trio.EndOfChannel:
                     raise LinkFailed("the next hop ended the link") from None
@@ -103,36 +105,36 @@ class Downstream:
                 raise LinkFailed(f"the next hop ended the link: {said.error}")
 
     async def bridge(self, epoch: int, control: Stream, taken: int) -> None:
-        """Push to the client, who passes it on to a next hop that took steps up to `taken`."""
+        """Push results to the client, which passes them on to a next hop that took the steps up to `taken`."""
         with self._routed(epoch) as scope:
             self._take_over(scope)
             replayed = await self._use(control, taken, epoch)
             self._report(Routed(epoch=epoch, replayed=replayed))
-            # The client's own handler learns of the stream's end; another route ends the bridge.
+            # The handler of the control stream notices when it ends. A newer route cancels the bridge.
             await trio.sleep_forever()
 
     @contextmanager
     def _routed(self, epoch: int) -> Iterator[trio.CancelScope]:
-        """Be the newest route; say what becomes of it."""
+        """Cancel the previous route that is being set up, run this one, and report how it ends."""
         self._newest.cancel()
         with trio.CancelScope() as self._newest:
             try:
                 yield self._newest
             except KeptTooLittle:
                 self._report(Gap(epoch=epoch, seq=self.kept.folded, have=()))
-            # CallerError: what was kept for the replay does not fit the codec.
+            # A CallerError here means that what was kept for the replay does not fit the codec.
             except (LinkFailed, PeerFault, CallerError, trio.ClosedResourceError) as error:
                 self._report(LinkDown(epoch=epoch, message=str(error)[:500]))
 
     def _take_over(self, scope: trio.CancelScope) -> None:
-        """The newest route stands: end the one before."""
+        """End the old route: the newest one is up."""
         self._route.cancel()
         self._route = scope
         self._newest = trio.CancelScope()
         self._unlink()
 
     async def _use(self, link: Stream, taken: int, epoch: int) -> int:
-        """Send what the next hop lacks, then let results go there. Returns how many positions of it were replayed."""
+        """Send the next hop what it lacks, and then let results go there. Returns how many positions were replayed."""
         self._taken = taken
         late: deque[Sent] = deque()
         self._late = late

@@ -1,11 +1,11 @@
-"""The task that owns one device: it hands packed batches to a worker thread and results to sessions.
+"""The task that owns one device: it runs batches in a worker thread, and gives the results to sessions.
 
-Knows the engine, time and the thread; knows no streams. All of a span's tensors belong to that thread:
-everything else here runs between two batches, on Trio's side. A batch that has begun is not cut short:
-closing waits for it, which the engine's token budget bounds. The engine's errors become the wire's here.
+All tensors of a span belong to that thread; everything else here runs between two batches, in the Trio thread. A batch
+that has begun is not interrupted: closing waits for it, and the engine's token budget limits how long. Here the
+engine's errors become errors of the wire.
 
-Between two batches the thread does other things: what sessions can wait for (`run_blocking`), and, below
-inference, turns of training (`run_work`; `device_work` knows who gets which share).
+Between two batches the thread does other work: calls for which sessions can wait (`run_blocking`) and, with lower
+priority than inference, turns of training (`run_work`; `device_queue.py` decides who gets which share).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 A = TypeVar("A")
 Deliver = Callable[["torch.Tensor | PeerdError"], None]
-"""Takes a step's result, `[positions, hidden_size]` on the CPU, or the error that struck it."""
+"""Takes a step's result, `[positions, hidden_size]` on the CPU, or the error of the step."""
 
 
 class RunBatch(Protocol):
@@ -69,15 +69,15 @@ class _Tenant:
     tokens: int
     deliver: Deliver
     adapter: str
-    #: Positions whose outputs the hop may keep for the session.
+    #: How many positions' outputs the hop may keep for the session.
     kept: int
 
 
-# Of a session on its way to a next hop all outputs are kept, in the host's memory. What a server takes of that is
-# reckoned by KV tokens (`Budget.host_per_token`): three copies of a position's activations, one of them on its way.
-# A session commits a KV token a position or, with windows, less: these are what then come to an end first.
+# A hop that is not the last keeps all of a session's outputs in the host's memory. A server's host memory is computed
+# by KV tokens (`Budget.host_per_token`): three copies of a position's activations, one of which is in transit. A
+# session commits one KV token a position or, with windows, fewer; then this limit is reached first.
 KEPT_POSITIONS_A_TOKEN = 2
-# A client that asks again and again for what overflows shall not fill the log.
+# A client that causes overflows again and again must not fill the log.
 BAD_RESULT_EVERY_S = 60.0
 
 
@@ -96,17 +96,17 @@ class EngineTask:
         self.on_broken: Callable[[], None] = lambda: None
         self._containment = Containment(is_strict)
         self.busy = BusyMeter()
-        # How often the device has ended a turn: whoever waits for one sees by it that it works.
+        # How many turns the device has ended: a client that waits sees from it that the device works.
         self.turns = 0
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._free_to_keep = self._total_to_keep = KEPT_POSITIONS_A_TOKEN * engine.total_tokens
         self._limiter = trio.CapacityLimiter(1)
-        # Held while a batch is planned and run: what comes between two batches never meets a plan that is older.
+        # Held while a batch is planned and run, so that work between two batches never meets an older plan.
         self._device = trio.Lock()
         self._threaded = run_batch is None
         self._run_batch = run_batch or self._in_thread
         self._tenants: dict[Hashable, _Tenant] = {}
-        # Adapters that no new session gets, and those of them that nobody uses any more.
+        # Adapters that no new session gets, and those of them that no session uses any more.
         self._withdrawn: set[str] = set()
         self._unused: list[str] = []
         self._own_adapters = count()
@@ -127,10 +127,10 @@ class EngineTask:
                 await self._work.wait()
 
     async def run_blocking(self, work: Callable[[], T]) -> T:
-        """Run `work` on the device thread between two batches: it may touch the span's tensors.
+        """Run `work` on the device thread between two batches, where it may use the span's tensors.
 
-        Whoever waits for the device gets it in order of arrival, so batches wait for one such call at most.
-        Cancelled, it ends once `work` has.
+        Callers get the device in order of arrival, so batches wait for at most one such call. If cancelled, this
+        returns only when `work` has ended.
         """
         async with self._device:
             return await self._on_device(work)
@@ -141,14 +141,14 @@ class EngineTask:
         return work()
 
     def tokens_of(self, session: Hashable) -> int:
-        """KV tokens that the session holds; 0 where it is not open."""
+        """The KV tokens that the session holds; 0 if it is not open."""
         tenant = self._tenants.get(session)
         return tenant.tokens if tenant is not None else 0
 
     async def run_work(self, owner: Hashable, work: Work) -> None:
-        """Do a long work in turns, below inference and fairly among owners. Raises what its turns raise.
+        """Run a long work in turns, below inference and fairly among owners. Raises the errors of its turns.
 
-        Raises Overloaded where too much waits already. Cancelled, it gets no further turn.
+        Raises Overloaded if too much waits already. If cancelled, the work gets no further turn.
         """
         job = self._jobs.add(owner, work)
         self._work.set()
@@ -178,7 +178,7 @@ class EngineTask:
         return InternalError("the pass could not be computed here")
 
     async def _run_one(self) -> bool:
-        """Run a turn of a work, or plan, run and collect one batch. False where there is nothing to run."""
+        """Run a turn of a work, or plan, run and collect one batch. Returns False if there is nothing to run."""
         async with self._device:
             if self._unused:
                 await self._unload_unused()
@@ -197,7 +197,7 @@ class EngineTask:
             await self._judge(batch, output)
             for result in self.engine.collect(batch, output):
                 self._hand_over(result)
-        # Pages of sessions that closed while the batch ran are free only now.
+        # Pages of sessions that closed while the batch ran become free only now.
         self.admission.retry()
         return True
 
@@ -237,25 +237,27 @@ class EngineTask:
 
     @property
     def adapters(self) -> frozenset[str]:
-        """Those that new sessions may ask for."""
+        """The adapters that new sessions may ask for."""
         loaded = self.engine.adapters - self._withdrawn
         return frozenset(name for name in loaded if not name.startswith(PRIVATE))
 
     async def load_adapter(self, name: str, lora: Lora) -> None:
-        """Have one more adapter, between two batches. Raises AdapterError where it does not fit."""
+        """Load an adapter between two batches. Raises AdapterError if it does not fit."""
         await self.run_blocking(partial(self.engine.load_adapter, name, lora))
 
     def withdraw_adapter(self, name: str) -> None:
-        """Give it to no new session, and forget it once the last that uses it has ended. KeyError if it is unknown."""
+        """Offer the adapter to no new session, and unload it after its last session. Raises KeyError if it is
+        unknown.
+        """
         if name not in self.adapters:
             raise KeyError(name)
         self._withdrawn.add(name)
         self._forget_unused(name)
 
     async def give_adapter(self, session: Hashable, lora: Lora) -> None:
-        """Put an open session that has not begun under an adapter of its own, which ends with it.
+        """Put an open session that has not begun under its client's own adapter, which is unloaded with the session.
 
-        Raises InvalidRequest where it does not fit, Evicted where the session has ended meanwhile.
+        Raises InvalidRequest if the adapter does not fit, and Evicted if the session has ended meanwhile.
         """
         name = f"{PRIVATE}{next(self._own_adapters)}"
         try:
@@ -284,10 +286,10 @@ class EngineTask:
             self._withdrawn.discard(name)
 
     async def open(self, session: Hashable, owner: Owner, opening: Open, deliver: Deliver) -> None:
-        """Commit the KV that `opening` asks for, and memory for the outputs that a hop before another keeps.
+        """Commit the KV that `opening` asks for, and memory for outputs if there is a next hop.
 
-        Waits for room as long as `opening` allows. Raises NoRoom, ContextTooLong, InvalidRequest,
-        UnsupportedFeature (an adapter that is not there).
+        Waits for memory as long as `opening` allows. Raises NoRoom, ContextTooLong, InvalidRequest, and
+        UnsupportedFeature for an unknown adapter.
         """
         if opening.adapter and opening.adapter not in self.adapters:
             there = ", ".join(sorted(self.adapters)) or "none"
@@ -314,19 +316,19 @@ class EngineTask:
         self._tenants[session] = _Tenant(owner, tokens, deliver, opening.adapter, kept)
 
     def submit(self, session: Hashable, step: Step, hidden: torch.Tensor) -> None:
-        """Queue a step. Raises StepGapError, ContextTooLong, InvalidRequest, having changed nothing."""
+        """Queue a step. Raises StepGapError, ContextTooLong, InvalidRequest, and then changes nothing."""
         with wire_errors():
             self.engine.submit(EngineStep(session, step.seq, step.ops, step.rows, hidden))
         self._work.set()
 
     def hold(self, session: Hashable, held: bool) -> None:
-        """Whether the session is left out of batches, because its results pile up unsent."""
+        """Set whether the session is left out of batches, because too many of its results are unsent."""
         self.engine.hold(session, held)
         if not held:
             self._work.set()
 
     def close(self, session: Hashable) -> None:
-        """Free what the session holds, and let whoever waits for it in."""
+        """Free what the session holds, and admit waiting sessions that now fit."""
         tenant = self._tenants.pop(session)
         self.engine.close(session)
         self._free_to_keep += tenant.kept
@@ -352,7 +354,7 @@ class EngineTask:
 
     @contextmanager
     def noting_bad_results(self) -> Iterator[None]:
-        """Within this, what is not finite is told to the operator too."""
+        """Inside this context, a result that is not finite is also reported to the operator."""
         try:
             yield
         except NonFiniteError as error:
@@ -360,7 +362,7 @@ class EngineTask:
             raise
 
     def _note_bad_result(self, error: NonFiniteError) -> None:
-        """Tell the operator, who alone can serve the blocks in another dtype; not more often than once a minute."""
+        """Log the error for the operator, who can serve the blocks in another dtype; at most once a minute."""
         now = trio.current_time()
         if now >= self._quiet_until:
             self._quiet_until = now + BAD_RESULT_EVERY_S

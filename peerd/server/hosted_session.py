@@ -1,9 +1,8 @@
-"""One client's session as a hop sees it: steps in, results on to the next hop or back to the client.
+"""One client's session at one hop: takes steps, and sends results to the next hop or back to the client.
 
-Knows numbers, epochs and back-pressure (spec/session.md); knows no admission, no dialling and no
-model. The difficulty is that steps come twice, by another route, and that the next hop is slow, frozen, or not
-there yet. So a number is taken once, whoever brings it; and results never wait for a stream: they are queued on
-it, and a session with too many unsent is left out of the next batches.
+Here are the rules of numbers, epochs and back-pressure (spec/session.md). A step may come twice, by two routes, and the
+next hop may be slow, frozen or absent. So a step's number is taken once, whichever peer brings it. Results never wait
+for a stream: they are queued on it, and a session with too many unsent results is left out of the next batches.
 """
 
 from __future__ import annotations
@@ -56,13 +55,13 @@ from peerd.server.downstream import Downstream, OpenLink
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 
-# More unsent results than this, and the session waits: one on the wire and one behind it keep a link busy.
+# With more unsent results than this, the session waits. One on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2
-# Answers that a client leaves unread before it is taken to have left: several times what it may ask for at once.
+# A client that leaves this many answers unread is considered gone: it is several times what it may ask for at once.
 MAX_UNREAD_ANSWERS = 64
-# However deep a client's pipeline, a hop queues no more than this (`open` may ask for up to 64).
+# A hop queues no more steps than this, even for a client with a deeper pipeline (`open` may ask for up to 64).
 MAX_GRANTED_STEPS = 16
-# What else travels in a step's body never outweighs four bytes a value.
+# The rest of a step's body is smaller than its tensor at four bytes a value.
 BYTES_A_VALUE = 4
 
 
@@ -79,22 +78,23 @@ class HostedSession:
     ) -> None:
         self.opening = opening
         self.owner = owner
-        # Of the route behind us, and of the link before us: a client may change either without the other.
+        # The epochs of the route to the next hop and of the link from the upstream hop: a client may change either
+        # alone.
         self.epoch = opening.epoch
         self._link_epoch = opening.epoch
-        # The last step that came, and the last whose result went on.
+        # The last step that was taken, and the last whose result was sent on.
         self.taken = 0
         self.done = 0
         self.max_steps = min(opening.max_steps, MAX_GRANTED_STEPS)
-        # When it last asked for something, or got something.
+        # When the client last sent something, or last received something.
         self.last_used = trio.current_time()
         self.admitted = False
         self.control: Stream | None = None
-        # How often the client has come: to tell one absence from the next.
+        # How often the client has attached: this tells its absences apart.
         self.visits = 0
         self._engine = engine
         self._adapter_room = adapter_room or AdapterRoom()
-        # Its client's own adapter: how much memory is set aside for it, and whether steps must wait for it.
+        # The client's own adapter: how many bytes are set aside for it, and whether steps must wait for it.
         self._adapter_bytes = 0
         self._adapter: Literal["none", "awaited", "coming", "there"] = (
             "awaited" if OWN_ADAPTER in opening.needs else "none"
@@ -103,9 +103,9 @@ class HostedSession:
         kept = Kept(opening.max_length, max_positions=opening.size.positions)
         self._down = Downstream(opening.codec, self._dtype, kept, open_link, self._report)
         self._last = opening.next is None
-        # What the engine has.
+        # Steps submitted to the engine, oldest first.
         self._pending: deque[Step] = deque()
-        # What became of the route while the client was away.
+        # A message about the route for a client that was away.
         self._missed: Message | None = None
         self._upstream = trio.CancelScope()
         self._attended = trio.CancelScope()
@@ -121,7 +121,7 @@ class HostedSession:
 
     @property
     def tokens(self) -> int:
-        """KV tokens that it holds."""
+        """The KV tokens that the session holds."""
         return self._engine.tokens_of(self)
 
     @property
@@ -130,21 +130,22 @@ class HostedSession:
         return min(MAX_STEP_POSITIONS, 2 * self.opening.size.positions)
 
     def unused_s(self) -> float:
-        """For how long nothing has been done for it that others would have to wait for; 0 while it is in use.
+        """For how many seconds the session has made no progress for which others would have to wait; 0 while it is in
+        use.
 
-        A session whose results nobody takes away is not in use, however much it asked for.
+        A session whose results nobody reads is not in use, however many steps it has.
         """
         is_worked_on = (self._pending and not self._held) or self._adapter == "coming"
         return 0.0 if is_worked_on else trio.current_time() - self.last_used
 
     @property
     def has_begun(self) -> bool:
-        """Whether a step ever came."""
+        """Whether a step was ever taken."""
         return self.taken > 0 or (self.admitted and bool(self._engine.engine.lengths(self)))
 
     @property
     def task(self) -> EngineTask:
-        """Whose engine it uses."""
+        """The task of the engine that it uses."""
         return self._engine
 
     @property
@@ -154,7 +155,7 @@ class HostedSession:
         return positions * self._engine.engine.hidden_size * BYTES_A_VALUE
 
     async def admit(self) -> None:
-        """Commit KV, waiting for room as long as the client allows. Raises NoRoom, ContextTooLong, Draining."""
+        """Commit KV, waiting for memory as long as the client allows. Raises NoRoom, ContextTooLong, Draining."""
         with self._attended:
             await self._engine.open(self, self.owner, self.opening, self.deliver)
         if self._attended.cancelled_caught:
@@ -163,14 +164,14 @@ class HostedSession:
         self.last_used = trio.current_time()
 
     def release(self) -> None:
-        """Free the KV. What its streams still bring is refused."""
+        """Free the KV. Messages that its streams still bring are refused."""
         self.admitted = False
         self._engine.close(self)
         self._adapter_room.release(self.owner, self._adapter_bytes)
         self._adapter_bytes = 0
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Follow the route and hold the session back while results pile up, until `close`."""
+        """Follow the route, and hold the session back while results pile up, until `close`."""
         async with trio.open_nursery() as nursery:
             self._tasks = nursery
             task_status.started()
@@ -181,7 +182,7 @@ class HostedSession:
             nursery.cancel_scope.cancel()
 
     def close(self) -> None:
-        """End the session: `run` returns, links are dropped, nobody attends to the client any more."""
+        """End the session: `run` returns, its links end, and its control stream is no longer served."""
         self._closed.set()
         self._upstream.cancel()
         self._attended.cancel()
@@ -189,10 +190,12 @@ class HostedSession:
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
-    # From the client.
+    # Messages from the client.
 
     def attach(self, control: Stream) -> trio.CancelScope:
-        """Answer on this control stream from now on; the scope is cancelled when the session ends. Raises Evicted."""
+        """Answer on this control stream from now on. The returned scope is cancelled when the session ends. Raises
+        Evicted.
+        """
         if not self.admitted:
             raise Evicted("the session has ended")
         self.control = control
@@ -215,7 +218,7 @@ class HostedSession:
         self._moved.unpark_all()
 
     def bridge(self, bridge: Bridge) -> None:
-        """Push to the client, who passes it on, from now on. Raises Superseded unless the epoch is new."""
+        """Push results to the client, which passes them on, from now on. Raises Superseded unless the epoch is new."""
         self._begin_route(bridge.epoch, is_last=False)
         if self.control is not None:
             self._tasks.start_soon(self._down.bridge, bridge.epoch, self.control, bridge.taken)
@@ -235,14 +238,16 @@ class HostedSession:
         return Progress(taken=self.taken, done=self.done, turns=self._engine.turns)
 
     def accept_from_client(self, step: Step, body: memoryview) -> None:
-        """Queue a step that came on the control stream. Raises RemoteProtocolError where it floods."""
-        # After a replay, which may still be queued, come its end and all that is unanswered.
+        """Queue a step from the control stream. Raises RemoteProtocolError if the client sends too many."""
+        # After a replay, which may still be queued, come its last step and all steps without an answer.
         if len(self._pending) > 2 * self.max_steps:
             raise RemoteProtocolError(f"more than the {self.max_steps} unanswered steps that were granted")
         self.accept(step, body)
 
     async def take_adapter(self, stream: Stream, upload: Upload) -> None:
-        """Receive the client's own adapter. Raises CallerError, Overloaded, PeerFault; then it may come again."""
+        """Receive the client's own adapter. Raises CallerError, Overloaded or PeerFault; then the client may send it
+        again.
+        """
         if self._adapter != "awaited":
             raise InvalidRequest(f"this session waits for no adapter: {self._adapter}")
         self._adapter = "coming"
@@ -258,14 +263,14 @@ class HostedSession:
             if self._adapter == "coming":
                 self._adapter = "awaited"
 
-    # From either side.
+    # Messages from the client or the upstream hop.
 
     def accept(self, step: Step, body: memoryview) -> None:
-        """Queue a step for the engine, or tell the client why not. Raises RemoteProtocolError, Evicted."""
+        """Queue a step for the engine, or tell the client why it is refused. Raises RemoteProtocolError, Evicted."""
         if not self.admitted:
             raise Evicted("the session has ended")
         if REPLAY_SEQ < step.seq <= self.taken:
-            # It came before, by another route: its result went on, or will.
+            # It came before, by another route, so its result was sent on or will be.
             return
         self.last_used = trio.current_time()
         try:
@@ -281,7 +286,7 @@ class HostedSession:
             self.taken = max(self.taken, step.seq)
 
     def take_over(self, epoch: int) -> trio.CancelScope:
-        """A link with this epoch's ticket came: end the one before. Raises Superseded, Evicted."""
+        """Begin a link with this epoch's ticket, and end the one before. Raises Superseded, Evicted."""
         if not self.admitted:
             raise Evicted("the session has ended")
         if epoch < self._link_epoch:
@@ -292,25 +297,25 @@ class HostedSession:
         return self._upstream
 
     async def wait_for_room(self) -> None:
-        """Wait until fewer steps are queued than were granted: holds a link's credit back."""
+        """Wait until fewer steps are queued than were granted. Meanwhile the link gets no credit."""
         while len(self._pending) >= self.max_steps:
             await self._moved.park()
 
     def tell(self, message: Message) -> None:
-        """Queue a message for the client; nothing where it is away: on coming back it asks."""
+        """Queue a message for the client. A client that is away gets nothing, and asks when it comes back."""
         self._send_control(message, (), Priority.CONTROL)
 
     def _report(self, message: Message) -> None:
-        """Say what became of the route; to a client that is not there, as soon as it is."""
+        """Tell the client about its route; if it is away, as soon as it is back."""
         if self.control is None:
             self._missed = message
         else:
             self.tell(message)
 
-    # From the engine.
+    # Results from the engine.
 
     def deliver(self, result: torch.Tensor | PeerdError) -> None:
-        """Send a step's result where it belongs. Called by the engine task; never blocks."""
+        """Send a step's result to the next hop or the client. The engine task calls it; it never blocks."""
         step = self._pending.popleft()
         self.last_used = trio.current_time()
         try:
@@ -329,12 +334,13 @@ class HostedSession:
         try:
             if not self._last:
                 self._down.push(step, hidden)
-                # A client has no more steps unanswered than were granted: whatever is older was taken by all.
+                # A client has no more unanswered steps than were granted, so all hops have taken every step before
+                # those.
                 self._down.kept.fold(step.seq - self.max_steps)
             elif step.seq != REPLAY_SEQ:
                 self._answer(step, hidden)
         except BadResult as error:
-            # The engine's result was finite: it is the dtype asked for that cannot hold it.
+            # The engine's result was finite, so the wire dtype that the client chose cannot hold it.
             raise UnsupportedFeature(f"{error}: {self.opening.dtype} is too narrow for these activations") from None
 
     def _answer(self, step: Step, hidden: torch.Tensor) -> None:
@@ -357,7 +363,7 @@ class HostedSession:
         try:
             self.control.send_nowait(message.to_header(), body, priority=priority)
         except (PeerFault, trio.ClosedResourceError):
-            # The control stream's own handler learns of its end and decides.
+            # The control stream's own handler notices its end and decides.
             return
 
     def _decode(self, step: Step, body: memoryview) -> torch.Tensor:
@@ -387,7 +393,7 @@ class HostedSession:
         await self._down.follow(epoch, next_hop, asked=asked)
 
     async def _hold_back(self) -> None:
-        """Let a held session run again as soon as its results are on their way."""
+        """Let a held session run again as soon as its results are sent."""
         while True:
             if not self._held:
                 await self._moved.park()

@@ -1,4 +1,4 @@
-"""How much memory clients may take here for their adapters and training."""
+"""Limits the memory that clients may use on this server for their adapters and their training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from peerd.protocol.errors import (
     UnsupportedFeature,
 )
 
-# So many sessions of full size bring adapters at once.
+# There is memory for this many sessions with an adapter of full size.
 SESSIONS_AT_ONCE = 4
 
 
 class AdapterRoom:
     """The memory that one span has for its clients' own adapters.
 
-    `session_bytes`: what one session may bring; 0 refuses all. One peer, or one network, never holds more than half of
-    the whole.
-    `value_bytes`: what a value takes here, whatever it was sent as.
+    session_bytes: the most that one session may bring; 0 refuses all adapters. One peer, or one network, may hold at
+        most half of the whole.
+    value_bytes: the size of a value on the device, whatever its wire dtype.
     """
 
     def __init__(self, session_bytes: int = 0, *, value_bytes: int = 4) -> None:
@@ -35,11 +35,11 @@ class AdapterRoom:
 
     @property
     def held_bytes(self) -> int:
-        """What is reserved now."""
+        """How many bytes are reserved now."""
         return self._held.total
 
     def reserve(self, owner: Owner, values: int) -> int:
-        """Set aside what so many values take; returns the bytes. Raises UnsupportedFeature, Overloaded."""
+        """Reserve the memory for `values` values. Returns the bytes. Raises UnsupportedFeature or Overloaded."""
         wanted = values * self.value_bytes
         if wanted > self.session_bytes:
             raise UnsupportedFeature(f"the adapter takes {wanted} bytes here, a session may bring {self.session_bytes}")
@@ -51,12 +51,12 @@ class AdapterRoom:
         return wanted
 
     def release(self, owner: Owner, n_bytes: int) -> None:
-        """Give back what was reserved."""
+        """Give back reserved bytes."""
         self._held.add(owner, -n_bytes)
 
     @contextmanager
     def reserved(self, owner: Owner, values: int) -> Iterator[int]:
-        """Reserve, and give back if the block fails; else it stays reserved."""
+        """Reserve memory; give it back if the block fails, otherwise keep it reserved."""
         n_bytes = self.reserve(owner, values)
         try:
             yield n_bytes
@@ -65,12 +65,12 @@ class AdapterRoom:
             raise
 
 
-# What all lanes together may hold in parameters and requests, on the host; one peer at most half of it.
+# How much all lanes together may hold in parameters and requests, on the host; one peer at most half of it.
 HOST_BYTES = 2**30
 
 
 class HostQuota:
-    """Bytes that lanes hold, in all and by owner: a peer, or a network, has half of them at most."""
+    """The bytes that lanes hold, in total and by owner: a peer, or a network, may have half of them."""
 
     def __init__(self, total_bytes: int) -> None:
         self._total = total_bytes
@@ -78,11 +78,11 @@ class HostQuota:
 
     @property
     def held_bytes(self) -> int:
-        """What all hold."""
+        """The bytes that all lanes hold."""
         return self._held.total
 
     def take(self, owner: Owner, size_bytes: int) -> None:
-        """Reserve bytes. Raises NoRoom for more than there can ever be, Overloaded."""
+        """Reserve bytes. Raises NoRoom for more than one owner can ever have, and Overloaded."""
         if size_bytes > self._total // 2:
             raise NoRoom(f"a request of {size_bytes} bytes: training has {self._total // 2} here for one peer")
         left = min(self._total - self._held.total, self._total // 2 - self._held.most(owner))
@@ -91,5 +91,5 @@ class HostQuota:
         self._held.add(owner, size_bytes)
 
     def give(self, owner: Owner, size_bytes: int) -> None:
-        """Give back what was reserved."""
+        """Give back reserved bytes."""
         self._held.add(owner, -size_bytes)

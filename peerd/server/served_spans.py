@@ -1,4 +1,4 @@
-"""A span that this peer serves, and its engine's task while it runs."""
+"""A span that this peer serves, and the task of its engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from peerd.server.quotas import AdapterRoom
 
 @dataclass(frozen=True, slots=True)
 class ServedSpan:
-    """Blocks of one model that this peer serves, the engine that runs them, and room for clients' own adapters."""
+    """Blocks of one model that this peer serves, the engine that runs them, and the memory for clients' own
+    adapters.
+    """
 
     model: bytes
     max_length: int
@@ -26,7 +28,7 @@ class ServedSpan:
 
 
 class _Running:
-    """The engine's task of one span."""
+    """The running task of one span's engine."""
 
     def __init__(self, task: EngineTask) -> None:
         self.leaving = False
@@ -42,6 +44,6 @@ class _Running:
             self._ended.set()
 
     async def stop(self) -> None:
-        """End the task, and wait for the batch that it runs."""
+        """End the task, after the batch that it runs."""
         self._scope.cancel()
         await self._ended.wait()

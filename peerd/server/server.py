@@ -1,9 +1,9 @@
-"""Serves spans: admits sessions, hands their streams to them, and frees everything they held.
+"""Serves spans: admits sessions, gives their streams to them, and frees everything that they held.
 
-Knows admission, lingering and draining; what a session does is `hosted_session`'s business, and which one a ticket
-opens `hosted_sessions`'. The difficulty is lifetimes: a session outlives its control stream by a few seconds (a
-client's connection may come back) but nothing outlives the session. So every session is a task in the server's
-nursery, and the handlers of its streams only feed it.
+Admission, lingering and draining are here; `hosted_session.py` runs a session, and `session_table.py` finds the session
+that a ticket opens. A session outlives its control stream by some seconds, because a client's connection may come back,
+but nothing may outlive the session. So every session is a task in the server's nursery, and the handlers of its streams
+only feed it.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ from peerd.server.training import PassServer, PassSpan
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).
 LINGER_S = 15.0
-# A session that asks for nothing for this long gives its pages to others.
+# A session that sends nothing for this long gives its pages to others.
 IDLE_S = 300.0
 EVICTION_ROUND_S = 10.0
-# While others wait for room, pages are only lent: a session that has asked for nothing for this long gives them back,
-# and one that was opened and never used sooner still, since an honest client's first step follows its `open`.
+# While others wait for memory, a session that has sent nothing for this long gives its pages back. One that was opened
+# and never used gives them back sooner, because an honest client's first step follows its `open`.
 LENT_S = 15.0
 NEVER_USED_S = 5.0
 WANTED_ROUND_S = 1.0
@@ -87,7 +87,7 @@ class Server:
     def __init__(self, now: Callable[[], float], containment: Containment | None = None) -> None:
         self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
-        #: Called when a span has become full, or has room again.
+        #: Called when a span has become full, or is no longer full.
         self.on_load_changed: Callable[[], None] = lambda: None
         self._stopped = False
         self._now = now
@@ -96,7 +96,7 @@ class Server:
         # Next hops that may be dialled on a client's word.
         self._dials = Rates(DIALS_A_SECOND, DIALS_AT_ONCE, network_factor=4)
         self._running: dict[EngineTask, _Running] = {}
-        # Set when somebody has waited for KV in vain.
+        # Set when a request has waited for KV in vain.
         self._wanted = trio.Event()
         self._attached = trio.Event()
         self.passes = PassServer(self._find_passes)
@@ -113,11 +113,11 @@ class Server:
 
     @property
     def sessions(self) -> int:
-        """Sessions that hold KV here."""
+        """How many sessions hold KV here."""
         return len(self._sessions)
 
     def attach(self, connections: Connections) -> None:
-        """Dial next hops over these connections. Streams that came before have waited for it."""
+        """Dial next hops over these connections. Streams that came before have waited for this."""
         self._connections = connections
         self._attached.set()
 
@@ -132,7 +132,7 @@ class Server:
             self.draining = self._stopped = True
 
     def serve(self, served: ServedSpan) -> None:
-        """Take sessions on one more span from now on."""
+        """Accept sessions on one more span from now on."""
         served.task.admission.on_change = lambda: self.on_load_changed()
         served.task.admission.on_wanted = self._look_for_unused
         running = self._running[served.task] = _Running(served.task)
@@ -140,31 +140,31 @@ class Server:
         self.spans += (served,)
 
     def is_leaving(self, served: ServedSpan) -> bool:
-        """Whether the span takes no new sessions."""
+        """Whether the span accepts no new sessions."""
         return self.draining or self._leaves(served.task)
 
     def refuse(self, served: ServedSpan) -> None:
-        """Take no new sessions on one span, whose others go on. `resume` takes that back."""
+        """Accept no new sessions on one span; the others go on. `resume` takes that back."""
         self._running[served.task].leaving = True
 
     def resume(self, served: ServedSpan) -> None:
-        """Take sessions on the span again."""
+        """Accept sessions on the span again."""
         self._running[served.task].leaving = False
 
     async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None:
         """Wait until the sessions of a span that refuses new ones have ended, at most `timeout_s`."""
         for session in self._sessions.on(served.task):
-            # Who is away is not waited for, as on a drain.
+            # As in `drain`, absent clients are not waited for.
             if session.admitted and session.control is None:
                 session.close()
         with trio.move_on_after(timeout_s):
             await self._sessions.wait_unused(served.task)
 
     async def withdraw(self, served: ServedSpan) -> None:
-        """Serve a span no more: end its sessions and lanes, whose clients go elsewhere, and its engine's task.
+        """Stop serving a span: end its sessions and lanes, whose clients go elsewhere, and its engine's task.
 
-        Goes through with it when cancelled; it waits for no longer than a batch, or a turn of training, takes. Then
-        nothing here uses the engine, but for handlers that say goodbye, 2 s at most.
+        This is finished even if cancelled; it waits at most for one batch or one turn of training. Afterwards nothing
+        here uses the engine, except handlers that send their last messages, for at most 2 s.
         """
         self.refuse(served)
         with trio.CancelScope(shield=True):
@@ -184,7 +184,7 @@ class Server:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the others to end, at most `timeout_s`.
 
-        Who is away is not waited for: by the time it came back we would be gone.
+        Sessions of absent clients are closed at once: when such a client came back, we would be gone.
         """
         self.draining = True
         with trio.move_on_after(timeout_s):
@@ -196,7 +196,7 @@ class Server:
     # Control streams.
 
     async def _handle_control(self, stream: Stream) -> None:
-        """A client's control stream: `open` first, then steps and routes until it ends."""
+        """Serve a client's control stream: `open` first, then steps and routes until it ends."""
         await self._attached.wait()
         try:
             opening = await first_message(stream, (Open,))
@@ -209,7 +209,7 @@ class Server:
         try:
             with session.attach(stream):
                 await self._serve(stream, session)
-            # The session ended before its stream did; why was said already.
+            # The session ended before its stream did; the client was told why.
             await finish(stream)
         except ConnectionLost:
             self._linger(session, stream)
@@ -217,7 +217,7 @@ class Server:
             session.close()
             await refuse(stream, Failure.of, error)
         except (trio.EndOfChannel, trio.ClosedResourceError):
-            # The client has finished, or the session gave it up because it left its answers unread.
+            # The client has finished, or the session gave the client up because it left its answers unread.
             session.close()
         except trio.Cancelled:
             self._linger(session, stream)
@@ -245,7 +245,7 @@ class Server:
             ),
             served.adapter_room,
         )
-        # Known before it is admitted, so that a client cannot open the same session twice while it waits.
+        # It is in the table before it is admitted, so that a client cannot open the same session twice while it waits.
         self._sessions.add(key, session)
         try:
             await session.admit()
@@ -263,7 +263,7 @@ class Server:
         return session
 
     def _check(self, owner: Owner, opening: Open) -> ServedSpan:
-        """Refuse what no waiting would make possible. Raises CallerError, Draining."""
+        """Refuse an `open` that cannot succeed however long it waits. Raises CallerError, Overloaded or Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
         limits = {"a_peer": MAX_SESSIONS_A_PEER, "a_network": MAX_SESSIONS_A_NETWORK}
@@ -288,7 +288,7 @@ class Server:
     def _served(
         self, model: bytes, start: int, end: int, *, adapter: str = "", own_adapter: bool = False
     ) -> ServedSpan:
-        """The span with these blocks that can run the adapter. Raises NotServed, Draining, UnsupportedFeature."""
+        """The span that has these blocks and can run the adapter. Raises NotServed, Draining, UnsupportedFeature."""
         found = [
             served
             for served in self.spans
@@ -309,7 +309,7 @@ class Server:
         raise UnsupportedFeature(f"this peer has no adapter {adapter!r}; it has {there}")
 
     def _find_passes(self, begin: Begin) -> PassSpan:
-        """Who runs the training passes that a lane asks for. Raises CallerError, Draining."""
+        """The span that runs the training passes which a lane asks for. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
         served = self._served(begin.model, begin.start, begin.end, adapter=begin.adapter)
@@ -318,7 +318,7 @@ class Server:
         return PassSpan(served.max_length, served.task, served.task.engine.passes)
 
     async def _handle_upload(self, stream: Stream) -> None:
-        """A client's own adapter for a session of its that is open here."""
+        """Receive a client's own adapter for a session of that client which is open here."""
         try:
             with trio.fail_after(UPLOAD_DEADLINE_S):
                 upload = await first_message(stream, (Upload,))
@@ -336,7 +336,9 @@ class Server:
             return
 
     async def _handle_ask(self, stream: Stream) -> None:
-        """How far a client's session is. On a stream of its own, which no step that waits for room is before."""
+        """Answer how far a client's session is. It has its own stream, so no step that waits for memory is in front of
+        it.
+        """
         try:
             ask = await first_message(stream, (Ask,))
             session = self._sessions.admitted((stream.peer, ask.session, ask.hop))
@@ -383,7 +385,7 @@ class Server:
             self._wanted = trio.Event()
             with trio.move_on_after(WANTED_ROUND_S if self._is_room_wanted() else EVICTION_ROUND_S):
                 await self._wanted.wait()
-            # Calls of their own: a session in a variable here would hold on to its engine while we sleep.
+            # In functions of their own: a session in a variable here would keep its engine in memory while we sleep.
             self._take_back_unused()
             self._evict_idle_now()
 
@@ -394,7 +396,9 @@ class Server:
         return any(task.admission.wanted_tokens for task in self._running)
 
     def _take_back_unused(self) -> None:
-        """End sessions that hold KV for nothing, the longest unused first, until those who wait would have room."""
+        """End sessions that hold KV without using it, the longest unused first, until the waiting requests would
+        fit.
+        """
         for task in list(self._running):
             missing = task.admission.wanted_tokens
             for session in sorted(self._sessions.on(task), key=HostedSession.unused_s, reverse=True):
@@ -412,7 +416,7 @@ class Server:
                 session.close()
 
     def _linger(self, session: HostedSession, stream: Stream) -> None:
-        """The connection broke: keep the session a while, unless its client is back already."""
+        """The connection broke: keep the session for a while, unless its client has come back already."""
         if session.control is not stream or self._stopped:
             return
         session.control = None
@@ -431,7 +435,7 @@ class Server:
     # Links.
 
     async def _handle_link(self, stream: Stream) -> None:
-        """A link from an upstream hop: a ticket, then steps until it ends or another supersedes it."""
+        """Serve a link from an upstream hop: a ticket, then steps until it ends or another link supersedes it."""
         try:
             link = await first_message(stream, (Link,))
             session, epoch = await self._sessions.of_link(link, stream.peer, self._connections.peer_id)
@@ -442,7 +446,7 @@ class Server:
                     await session.wait_for_room()
                     raw = await stream.receive(session.max_body)
                     session.accept(parse(raw.header, LINK_FROM_UPSTREAM), raw.body)
-            # Superseded, or the session ended: either way this link is of no more use.
+            # The link was superseded, or the session ended: either way this link is of no more use.
             stream.reset("superseded")
         except trio.EndOfChannel:
             return

@@ -1,8 +1,8 @@
-"""The sessions that a server hosts, by owner, id and hop: who is there, and which one a ticket opens.
+"""The sessions that a server hosts, by owner, id and hop number, and which session a ticket opens.
 
-Knows sessions, tickets and who waits for a session to come or go; admits, runs and ends none. The difficulty is that
-whoever has learnt a session's id may open one of his own under it, and that a ticket may overtake the `open` of the
-session that it is for: so a ticket is held against each session of that id, and waited with for a moment.
+A peer that has learnt a session's id may open its own session with the same id, and a ticket may arrive before the
+`open` of its session. So a ticket is checked against every session with that id, and a ticket without a session waits
+for a moment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peerd.protocol.messages.tickets import Ticket, open_ticket
 from peerd.server.engine_task import EngineTask
 from peerd.server.hosted_session import HostedSession
 
-# A ticket may overtake the client's `open`, since both travel at once.
+# A ticket may arrive before the client's `open`, since both travel at the same time.
 LINK_PATIENCE_S = 10.0
 
 SessionKey = tuple[PeerId, bytes, int]
@@ -27,7 +27,7 @@ SessionKey = tuple[PeerId, bytes, int]
 
 
 class HostedSessions:
-    """A table of sessions. `now` gives unix seconds, by which tickets expire."""
+    """A table of sessions. `now` returns unix seconds, by which tickets expire."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -42,7 +42,7 @@ class HostedSessions:
         return len(self._sessions)
 
     def __iter__(self) -> Iterator[HostedSession]:
-        """Those of this moment: they may come and go meanwhile."""
+        """The sessions at this moment: they may come and go while the caller iterates."""
         return iter(list(self._sessions.values()))
 
     def get(self, key: SessionKey) -> HostedSession | None:
@@ -50,43 +50,43 @@ class HostedSessions:
         return self._sessions.get(key)
 
     def admitted(self, key: SessionKey) -> HostedSession | None:
-        """The session if it holds KV."""
+        """The session if it holds KV, else None."""
         session = self._sessions.get(key)
         return session if session is not None and session.admitted else None
 
     def tally(self) -> Tally:
-        """How many each owner has."""
+        """How many sessions each owner has."""
         tally = Tally()
         for session in self._sessions.values():
             tally.add(session.owner, 1)
         return tally
 
     def on(self, task: EngineTask) -> list[HostedSession]:
-        """Those that use an engine."""
+        """The sessions that use this engine."""
         return [session for session in self._sessions.values() if session.task is task]
 
     def add(self, key: SessionKey, session: HostedSession) -> None:
-        """It is known from now on, so that nobody opens it twice."""
+        """Add a session, so that it cannot be opened twice."""
         self._sessions[key] = session
 
     def arrived(self) -> None:
-        """A session was admitted: links may wait for it."""
+        """Wake the links that wait for a session, because one was admitted."""
         self._arrival.unpark_all()
 
     def forget(self, key: SessionKey) -> None:
-        """It has ended."""
+        """Remove a session that has ended."""
         del self._sessions[key]
         self._departure.unpark_all()
 
     async def wait_unused(self, task: EngineTask) -> None:
-        """Wait until no session uses an engine."""
+        """Wait until no session uses this engine."""
         while self.on(task):
             await self._departure.park()
 
     async def of_link(self, link: Link, sender: PeerId, receiver: PeerId) -> tuple[HostedSession, int]:
-        """The session that a ticket opens, and the link's epoch; waits for its `open` a little.
+        """The session that a ticket opens, and the link's epoch. Waits a little for the session's `open`.
 
-        sender, receiver: between whom the link was opened. Raises TicketRefused.
+        sender, receiver: the two ends of the link. Raises TicketRefused.
         """
         refusal = "no such session here"
         with trio.move_on_after(LINK_PATIENCE_S):
@@ -99,7 +99,7 @@ class HostedSessions:
         raise TicketRefused(refusal)
 
     def _of_link_now(self, link: Link, sender: PeerId, receiver: PeerId) -> tuple[HostedSession, int] | str:
-        """The session that a ticket opens and its epoch, or why there is none yet. Raises TicketRefused."""
+        """The session that a ticket opens and its epoch, or the reason why there is none yet. Raises TicketRefused."""
         refusal = ""
         for (owner, session_id, hop), session in self._sessions.items():
             if session_id != link.session or not session.admitted:
@@ -107,7 +107,7 @@ class HostedSessions:
             try:
                 ticket = open_ticket(link.ticket, owner=owner, now=self._now())
             except TicketRefused as error:
-                # Whoever has learnt a session's id may open one of his own under it: look further.
+                # This may be another peer's session with the same id: look further.
                 refusal = str(error)
                 continue
             if ticket.hop == hop and ticket.session == session_id:

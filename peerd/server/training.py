@@ -1,9 +1,8 @@
-"""Serves training passes: reads requests off lanes, has them run below inference, and answers.
+"""Serves training passes: reads requests from lanes, has them run below inference, and answers them.
 
-Knows lanes, quotas and what a peer may hold; what a pass does is `compute`'s. A lane is one stream of one client:
-whatever the client holds here (parameters, requests, tapes) lives no longer than the lane. The difficulty
-is a client that goes away in the middle: its lane is always being read, so that it is noticed at once, and
-its work is then taken off the device's queue.
+A lane is one stream of one client. Everything that the client holds here (parameters, requests, tapes) is freed with
+the lane. A client may go away in the middle. So its lane is read all the time, which shows its end at once, and its
+work is then removed from the device's queue.
 """
 
 from __future__ import annotations
@@ -58,18 +57,18 @@ from peerd.server.quotas import HOST_BYTES, HostQuota
 from peerd.server.wire_errors import wire_errors
 from peerd.trio_tools import open_tasks
 
-# A client trains through one lane a hop; a few models and spans at once are plenty.
+# A client trains through one lane a hop; this is enough for a few models and spans at once.
 MAX_LANES_A_PEER = 16
 MAX_LANES_A_NETWORK = 64
-# Each lane is a few tasks, whatever it holds.
+# Each lane costs a few tasks, whatever it holds.
 MAX_LANES = 256
-# What a parameter takes beside its values: a tensor's own fields, here and on the device, and its gradient's.
+# What a parameter takes beside its values: the objects of its tensors, on the host and the device, and of its gradient.
 PARAMETER_BYTES = 2048
-# A lane that asks for nothing for this long gives its tapes to others, as a session does its pages.
+# A lane that sends nothing for this long gives its tapes to others, as a session gives its pages.
 IDLE_S = 300.0
-# A request of 4096 positions of 8192 takes half a minute on a slow line of 50 Mbit/s.
+# A request of 4096 positions of width 8192 takes half a minute on a slow line of 50 Mbit/s.
 REQUEST_DEADLINE_S = 600.0
-# What somebody is told who found no room: passes take seconds.
+# The hint for a client that found no room: passes take seconds.
 RETRY_MS = 1000
 _BYTES_A_VALUE = 4
 _REQUESTS: tuple[type[Forward | Backward], ...] = (Forward, Backward)
@@ -77,7 +76,7 @@ _REQUESTS: tuple[type[Forward | Backward], ...] = (Forward, Backward)
 
 @dataclass(frozen=True, slots=True)
 class PassSpan:
-    """Who runs a lane's passes. `max_length`: positions that a row may have."""
+    """The engine that runs a lane's passes. `max_length`: the positions that a row may have."""
 
     max_length: int
     task: EngineTask
@@ -85,7 +84,7 @@ class PassSpan:
 
 
 Find = Callable[[Begin], PassSpan]
-"""Who serves what a lane asks for. Raises NotServed, Draining, UnsupportedFeature."""
+"""The span that a lane asks for. Raises NotServed, Draining, UnsupportedFeature."""
 
 
 class PassServer:
@@ -100,12 +99,12 @@ class PassServer:
 
     @property
     def lanes(self) -> int:
-        """Lanes that are open."""
+        """How many lanes are open."""
         return self._lanes.total
 
     @property
     def held_bytes(self) -> int:
-        """What lanes hold in parameters and requests."""
+        """The bytes that lanes hold in parameters and requests."""
         return self._quota.held_bytes
 
     async def end_lanes(self, task: EngineTask) -> None:
@@ -116,7 +115,7 @@ class PassServer:
             await self._lane_ended.park()
 
     async def handle(self, stream: Stream) -> None:
-        """One lane, from its `begin` to its end."""
+        """Serve one lane, from its `begin` to its end."""
         owner = Owner.at(stream.peer, stream.connection.accountable_ip)
         try:
             has_share = self._lanes.has_room(owner, 1, a_peer=MAX_LANES_A_PEER, a_network=MAX_LANES_A_NETWORK)
@@ -130,7 +129,7 @@ class PassServer:
             finally:
                 self._lanes.add(owner, -1)
         except (trio.EndOfChannel, trio.ClosedResourceError):
-            # The client is done with the lane.
+            # The client has finished with the lane.
             stream.reset("closed")
         except PeerFault as error:
             if isinstance(error, RemoteProtocolError | BadResult | InternalError):
@@ -160,9 +159,9 @@ class PassServer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
-    """A request that has arrived whole. `hidden` is None where a tape has it; `grad` is None in a forward.
+    """A request that has arrived completely. `hidden` is None if a tape has it; `grad` is None in a forward.
 
-    `size_bytes` is what it holds of the quota.
+    `size_bytes` is its part of the quota.
     """
 
     message: Forward | Backward
@@ -172,7 +171,7 @@ class _Request:
 
 
 class _Lane:
-    """One client's lane over one span's blocks: requests in, answers out, in order."""
+    """One client's lane over one span's blocks: it reads requests, and answers them in order."""
 
     def __init__(self, stream: Stream, owner: Owner, begin: Begin, found: PassSpan, quota: HostQuota) -> None:
         self._stream = stream
@@ -183,7 +182,7 @@ class _Lane:
         self._passes = found.passes
         self._tunables = Tunables()
         self._quota = quota
-        # Of the quota, what this lane holds.
+        # The part of the quota that this lane holds.
         self._held_bytes = 0
         self._unanswered = 0
         self._tapes: dict[int, tuple[Tape, int]] = {}
@@ -192,15 +191,15 @@ class _Lane:
 
     @property
     def task(self) -> EngineTask:
-        """Whose engine it uses."""
+        """The task of the engine that it uses."""
         return self._found.task
 
     async def run(self) -> None:
-        """Answer requests until the client ends the lane. Raises what ended it."""
+        """Answer requests until the client ends the lane. Raises the error that ended it."""
         begin = self._begin
         with wire_errors():
             self._passes.check_count(self._blocks, begin.parameters)
-        # As they came, and as leaves on the device.
+        # Twice: the received tensors and their copies on the device.
         self._hold(2 * begin.values * _BYTES_A_VALUE + begin.parameters * PARAMETER_BYTES)
         self._tunables = await self._receive_parameters()
         if not self._passes.measured:
@@ -213,7 +212,7 @@ class _Lane:
             await self._read(arrived)
 
     def drop_all(self) -> None:
-        """Give back what the lane holds."""
+        """Give back everything that the lane holds."""
         for seq in list(self._tapes):
             self._drop(seq)
         self._quota.give(self._owner, self._held_bytes)
@@ -226,14 +225,14 @@ class _Lane:
     # Reading.
 
     async def _read(self, arrived: trio.MemorySendChannel[_Request]) -> None:
-        """Read requests as long as the client sends any: also while others compute, to notice its end."""
+        """Read requests as long as the client sends them, also while others are computed, to notice the lane's end."""
         while True:
             message = parse(await self._next_header(), _REQUESTS)
             self._check(message)
             if self._unanswered >= MAX_REQUESTS:
                 raise RemoteProtocolError(f"more than {MAX_REQUESTS} requests of a lane unanswered")
             self._unanswered += 1
-            # Two tensors in and one out, at most.
+            # At most two tensors in and one out.
             size_bytes = 3 * sum(message.rows) * self._width * _BYTES_A_VALUE
             self._hold(size_bytes)
             with trio.move_on_after(REQUEST_DEADLINE_S) as deadline:
@@ -243,7 +242,7 @@ class _Lane:
             await arrived.send(request)
 
     async def _next_header(self) -> dict[str, Any]:
-        """The next message's header. Raises Evicted where none comes, and none is computed, for a long time."""
+        """The next message's header. Raises Evicted if nothing comes and nothing is computed for IDLE_S."""
         while True:
             with trio.move_on_after(IDLE_S):
                 return (await self._stream.receive()).header
@@ -251,7 +250,7 @@ class _Lane:
                 raise Evicted(f"a lane idle for {IDLE_S:g} s")
 
     async def _receive_parameters(self) -> Tunables:
-        """Deep prompts and LoRA tensors. Raises RemoteProtocolError where they are not what `begin` said."""
+        """Receive deep prompts and LoRA tensors. Raises RemoteProtocolError if they contradict `begin`."""
         tensors: dict[tuple[int, str], torch.Tensor] = {}
         left = self._begin.values
         for _ in range(self._begin.parameters):
@@ -278,7 +277,7 @@ class _Lane:
         return _Request(message, hidden, grad, size_bytes)
 
     def _check(self, message: Forward | Backward) -> None:
-        """Refuse what cannot be served before its parts come. Raises InvalidRequest, ContextTooLong."""
+        """Refuse a request that cannot be served before its tensors come. Raises InvalidRequest, ContextTooLong."""
         rows = message.rows
         if message.seq in self._tapes:
             raise RemoteProtocolError(f"two requests with the number {message.seq}")
@@ -317,7 +316,7 @@ class _Lane:
 
     @contextmanager
     def _tape_room(self, message: Forward, sizes: tuple[int, int]) -> Iterator[int]:
-        """Hold what a tape may take while its forward runs; yields how much that is."""
+        """Reserve memory for a tape while its forward runs. Yields how many bytes it may take."""
         least, most = sizes
         memory, owner = self._passes.memory, self._owner.share
         free = memory.next_tape_bytes if message.keep else 0
@@ -346,7 +345,7 @@ class _Lane:
         await self._send(work.grad)
         for (block, name), gradient in work.gradients.items():
             await self._stream.send(Parameter(block, name, tuple(gradient.shape)).to_header())
-            # What an optimizer sums up over a thousand steps is not rounded on its way.
+            # An optimizer sums gradients over thousands of steps, so they are not rounded on their way.
             await send_parts(self._stream, gradient, codec="exact", dtype=torch.float32)
 
     async def _send(self, tensor: torch.Tensor) -> None:
@@ -364,6 +363,6 @@ class _Lane:
 
 
 def _failure(error: PeerdError) -> PassFailure:
-    """The error as it travels on a lane, with when to come back."""
+    """The error as it travels on a lane, with a hint when to ask again."""
     retry_ms = max(RETRY_MS, round(1000 * error.retry_after_s)) if isinstance(error, Overloaded) else 0
     return PassFailure.of(error, retry_ms)

@@ -1,4 +1,4 @@
-"""The engine's errors as those that travel: `compute` knows no wire."""
+"""Translates the engine's errors into errors that travel, because `compute` knows no wire."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from peerd.protocol.errors import (
 
 @contextmanager
 def wire_errors() -> Iterator[None]:
-    """Turn what the engine raises in the block into PeerdErrors.
+    """Inside this context, turn the engine's errors into PeerdErrors.
 
-    StepGapError passes: it is answered with a message of its own, `gap`, and no error.
+    StepGapError passes through: it is answered with a message of its own, `gap`, instead of an error.
     """
     try:
         yield
