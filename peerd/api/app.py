@@ -1,7 +1,4 @@
-"""The local API's paths.
-
-Starlette; each endpoint reads what is asked and hands it on.
-"""
+"""The paths of the local API. Each endpoint reads its request and hands it on."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
 from peerd.protocol.errors import InvalidRequest, PeerdError
 
-# Each holds a session on every peer of a chain; beyond this the caller is told to come back.
+# Each answer holds a session on every peer of a chain; above this number callers are told to come back later.
 MAX_ANSWERING = 128
 
 

@@ -1,6 +1,6 @@
-"""Errors as OpenAI's clients expect them: a status, and a body with message, type, param and code.
+"""Errors in the form that OpenAI's clients expect: a status, and a body with message, type, param and code.
 
-Knows which of our errors is whose fault, and so which status it has.
+The status says whose fault the error is: the caller's, the swarm's, or a bug.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from starlette.responses import JSONResponse
 
 from peerd.protocol.errors import CallerError, ContextTooLong, NoChain, Overloaded, PeerdError
 
-# How long a client should wait before it asks again where no server says: a session's usual length, and the time a new
-# server takes.
+# How long a client should wait before it asks again if no server gave a hint: a session's usual length, and the time
+# that a new server takes to start.
 _OVERLOADED_RETRY_S = 2
 _NO_CHAIN_RETRY_S = 5
 
 
 class ApiError(Exception):
-    """What a request is refused with."""
+    """The error with which a request is refused."""
 
     def __init__(
         self,
@@ -45,17 +45,17 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The complete response."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
 def invalid(message: str, param: str | None = None, *, code: str | None = None) -> ApiError:
-    """The caller's mistake."""
+    """An error that is the caller's mistake."""
     return ApiError(400, message, param=param, code=code)
 
 
 def api_error(error: PeerdError) -> ApiError:
-    """What the swarm's error is to a client of the API."""
+    """The API's error for an error of the swarm."""
     if isinstance(error, ContextTooLong):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, CallerError):

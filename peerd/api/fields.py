@@ -1,6 +1,6 @@
-"""Reads the fields of a JSON request, one by one, and says which is wrong.
+"""Reads the fields of a JSON request one by one, and names the one that is wrong.
 
-Knows types and ranges; knows no endpoint. A field that is null counts as left out, as OpenAI has it.
+It checks types and ranges. A field that is null counts as left out, as in OpenAI's API.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from starlette.requests import Request
 
 from peerd.api.errors import ApiError, invalid
 
-# A prompt at the longest context that the wire knows, as text or as token ids, is some tens of megabytes; a model
-# that takes so much is not served by anybody yet.
+# A prompt at the longest context that the wire allows, as text or token ids, would have some tens of megabytes; no
+# model that takes so much is served yet.
 MAX_BODY_BYTES = 16 * 1024 * 1024
 
 
 async def read_json(request: Request) -> Fields:
-    """The body of a request. Raises ApiError where it is too large or is no JSON object."""
+    """The body of a request. Raises ApiError if it is too large or not a JSON object."""
     body = bytearray()
     async with aclosing(request.stream()) as chunks:
         async for chunk in chunks:
@@ -38,7 +38,7 @@ async def read_json(request: Request) -> Fields:
 
 
 class Fields:
-    """The fields of a request. What was asked for is ticked off, so that `refuse_others` knows what is unknown."""
+    """The fields of a request. It remembers which ones were read, so that `refuse_others` finds the unknown ones."""
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
         self._values = dict(values)
@@ -46,12 +46,12 @@ class Fields:
         self._known: set[str] = set()
 
     def take(self, name: str) -> Any:
-        """A field's value as it is; None if it is not there."""
+        """A field's value as it is; None if the field is missing."""
         self._known.add(name)
         return self._values.get(name)
 
     def names(self) -> list[str]:
-        """All fields that there are."""
+        """The names of all fields."""
         return list(self._values)
 
     def number(self, name: str, low: float, high: float = math.inf) -> float | None:
@@ -71,7 +71,7 @@ class Fields:
         return value
 
     def group(self, name: str) -> Fields | None:
-        """The fields of an object within."""
+        """The fields of an inner object."""
         value = self._checked(name, lambda value: isinstance(value, dict), "an object")
         return None if value is None else Fields(value, f"{self._path}{name}.")
 
@@ -82,23 +82,23 @@ class Fields:
         return value
 
     def ignore(self, *names: str) -> None:
-        """Fields that change nothing here."""
+        """Accept fields that change nothing here."""
         self._known.update(names)
 
     def refuse(self, names: Mapping[str, Any]) -> None:
-        """Fields that would change the answer and that we do not have, unless they say what we do anyway."""
+        """Refuse fields that would change the answer and are not supported, unless they ask for what happens anyway."""
         for name, harmless in names.items():
             value = self.take(name)
             if value is not None and value != harmless:
                 raise self.error(name, "is not supported here: leave it out", code="unsupported_parameter")
 
     def refuse_others(self) -> None:
-        """What is left is no field of OpenAI's."""
+        """Refuse all fields that were not read: OpenAI's API has no such fields."""
         for name in sorted(self._values.keys() - self._known):
             raise self.error(name, "is not a parameter that there is", code="unknown_parameter")
 
     def error(self, name: str, problem: str, *, code: str | None = None) -> ApiError:
-        """What is wrong with a field."""
+        """The error for a field with this problem."""
         path = f"{self._path}{name}"[:100]
         return invalid(f"{path} {problem}", path, code=code)
 

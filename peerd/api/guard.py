@@ -1,8 +1,8 @@
-"""Who may use the local API: a token on TCP, and no web page of somebody else's anywhere.
+"""Decides which requests may use the local API: on TCP those with the token, and none from foreign web pages.
 
-ASGI middleware; knows nothing of what the API does. The difficulty is the browser: any page that a person has
-open can send requests to a port of this machine. It cannot choose the `Host` (DNS rebinding shows there), it always
-says its `Origin`, and a JSON body needs a permission that we never give.
+It is ASGI middleware in front of the API. Browsers are the danger: any page that a user has open can send requests to a
+port of this machine. But a page cannot choose the `Host` header (which reveals DNS rebinding), the browser always sends
+the page's `Origin`, and a JSON body needs a permission that we never give.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from peerd.api.errors import ApiError
 from peerd.api.web.files import is_page_path
 
-# What any client may call us when it writes a URL for a unix socket.
+# The names that a client may use for us when it writes a URL for a unix socket.
 LOCAL_NAMES = frozenset({"localhost", "peerd"})
-# Tells whether the daemon is alive, and nothing else.
+# Only tells that the daemon is alive.
 _OPEN_PATHS = frozenset({"/healthz"})
 
 
 class Guard:
-    """Lets through requests to our own names, of our own pages or no page, and with the token if there is one."""
+    """Admits requests to our own names, from our own pages or no page, and with the token if there is one."""
 
     def __init__(self, app: ASGIApp, *, token: str | None, names: Iterable[str] = ()) -> None:
         self._app = app
@@ -63,7 +63,9 @@ class Guard:
         return None
 
     def _is_ours(self, host: str) -> bool:
-        """Names that we know, and addresses: a page that was rebound to us still says its own name."""
+        """Whether the host is a known name or an IP address: a page that uses DNS rebinding still sends its own
+        name.
+        """
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:

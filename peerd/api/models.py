@@ -1,7 +1,4 @@
-"""The models that the local API offers, by the names under which clients ask for them.
-
-Knows names and the models behind them; opens and closes nothing.
-"""
+"""The models that the local API offers, by the names under which clients request them."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """Every model that was named when the daemon started."""
+    """All models that were named when the daemon started."""
 
     def __init__(self, models: Mapping[str, SwarmModel]) -> None:
         self._models = dict(models)
@@ -38,7 +35,7 @@ class Models:
         return model
 
     def described(self, name: str) -> dict[str, Any]:
-        """One model in OpenAI's shape, and beside it what is ours. Raises ApiError."""
+        """One model in OpenAI's format, with some fields of ours. Raises ApiError."""
         facts = self.named(name).facts
         return {
             "id": name,

@@ -1,7 +1,7 @@
 """Opens the local API: sockets, guard, application, and the HTTP server that runs them.
 
-Knows lifetimes. The difficulty is the end: the HTTP library shields its writes, so a client that reads nothing
-would keep the daemon alive; its socket is closed under it instead.
+The HTTP library shields its writes from cancellation, so at the end a client that reads nothing would keep the daemon
+alive. Therefore its socket is closed while the library still writes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A client that opened a connection and asks for nothing.
+# For a client that opened a connection and sends no request.
 _IDLE_S = 60.0
 _TOKEN_BYTES = 32
 _LEAST_TOKEN = 16
@@ -54,7 +54,7 @@ _LEAST_TOKEN = 16
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to listen. `token` None: none is asked for."""
+    """Where to listen. If `token` is None, no token is needed."""
 
     socket_path: Path | None = None
     host: str | None = None
@@ -72,7 +72,7 @@ class LocalApi:
 
 @asynccontextmanager
 async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint: Endpoint) -> AsyncIterator[LocalApi]:
-    """Serve the local API until the block ends; requests that still run are then cut off. Raises InvalidRequest."""
+    """Serve the local API until the block ends, which cuts off running requests. Raises InvalidRequest."""
     async with AsyncExitStack() as stack:
         templates = await stack.enter_async_context(open_chat_templates())
         offered = Models(models)
@@ -98,7 +98,7 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
 
 
 def load_or_create_token(path: Path) -> str:
-    """The token in a file that only its owner can read; made if it is not there. Raises InvalidRequest."""
+    """The token in a file that only its owner can read; the file is created if it is missing. Raises InvalidRequest."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,7 +1,7 @@
-"""Where the local API listens: a unix socket that only its owner can reach, or a TCP port.
+"""The sockets of the local API: a unix socket that only its owner can use, or a TCP port.
 
-Knows files and sockets; knows no HTTP. The difficulty is the socket's path: one that a dead daemon left is taken
-over, one that a living daemon answers on is not, and nobody else may have prepared the folder it lies in.
+The path of a unix socket needs care: a socket that a dead daemon left is replaced, one on which a living daemon answers
+is not, and another user must not be able to prepare the folder in which it lies.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from peerd.local.socket_path import own_folder
 from peerd.protocol.errors import InvalidRequest
 
 _BACKLOG = 128
-# What Linux's socket addresses hold, without the zero at the end.
+# The longest path in Linux's socket addresses, without the zero at the end.
 _LONGEST_PATH = 107
 
 
 @contextmanager
 def listen_unix(path: Path) -> Iterator[socket.socket]:
-    """A listening socket at `path`, mode 0600, gone at the end. Raises InvalidRequest where that cannot be."""
+    """A listening socket at `path` with mode 0600, removed at the end. Raises InvalidRequest if that is impossible."""
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise InvalidRequest(
             f"{path} is longer than the {_LONGEST_PATH} bytes of a socket's path: choose another --socket"
@@ -44,7 +44,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
 
 @contextmanager
 def listen_tcp(host: str, port: int) -> Iterator[socket.socket]:
-    """A listening socket at a TCP port; port 0 is any free one. Raises InvalidRequest where that cannot be."""
+    """A listening socket at a TCP port; port 0 takes any free one. Raises InvalidRequest if that is impossible."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
@@ -58,7 +58,7 @@ def listen_tcp(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _make_own_folder(folder: Path) -> None:
-    """Anybody may write to /tmp, so what lies there under our name is ours only if it is closed to others."""
+    """Every user may write to /tmp, so a folder there with our name is ours only if others have no access to it."""
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
@@ -67,7 +67,9 @@ def _make_own_folder(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a socket's path: who has it is the one daemon there, whatever the path shows."""
+    """Hold the lock of a socket's path: the process with the lock is the only daemon there, whatever lies at the
+    path.
+    """
     lock = path.with_name(f"{path.name}.lock")
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -105,7 +107,7 @@ def _remove_stale(path: Path) -> None:
 @contextmanager
 def _bound(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        # Until it is closed to others, nobody can connect: it does not listen yet.
+        # The socket does not listen yet, so nobody can connect before the mode is changed.
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen(_BACKLOG)

@@ -1,6 +1,5 @@
-"""What a daemon says of itself: who it is, whom it knows, what it serves, and whether models are covered.
-
-Reads; changes nothing.
+"""The daemon's status: its identity, the peers that it knows, the spans that it serves, and whether models are
+covered.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from peerd.peer import Peer
     from peerd.routing.directory.offer import Offer
 
-# Whoever asks for status does not need it fresher, and the DHT is spared.
+# Status need not be fresher than this, which spares the DHT.
 _MAX_AGE_S = 2.0
 
 
 class Status:
-    """The daemon's view, made anew for each question."""
+    """The daemon's status, computed for each question."""
 
     def __init__(self, peer: Peer, models: Models) -> None:
         self._peer = peer
@@ -31,8 +30,8 @@ class Status:
         self._started = time.monotonic()
 
     async def is_ready(self) -> tuple[bool, str]:
-        """Whether each model's every block is served by somebody; if not, what is missing."""
-        # Who has just come must not be missed for what was seen a moment before.
+        """Whether every block of each model has a server; if not, which blocks are missing."""
+        # Do not report "not ready" from the 2 s cache: look again before saying so.
         gaps = await self._gaps(_MAX_AGE_S) and await self._gaps(0.0)
         return not gaps, "; ".join(gaps)
 
@@ -46,7 +45,7 @@ class Status:
         return gaps
 
     async def describe(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """The complete status as JSON."""
         peer = self._peer
         connections = peer.connections.live
         return {
@@ -122,7 +121,7 @@ def _reachability(peer: Peer) -> dict[str, Any]:
 
 
 def _relayed_by(peer: Peer) -> list[dict[str, Any]]:
-    """The relays that reach us, and where others find them."""
+    """The relays that reach us, and the addresses at which others find them."""
     if peer.reservations is None:
         return []
     return [
@@ -132,7 +131,7 @@ def _relayed_by(peer: Peer) -> list[dict[str, Any]]:
 
 
 def _relaying(peer: Peer) -> dict[str, int] | None:
-    """What we do for others; None for who is no relay."""
+    """The figures of our relay; None if we are none."""
     if peer.relay is None:
         return None
     ledger = peer.relay.ledger

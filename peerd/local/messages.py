@@ -14,9 +14,9 @@ from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.messages.session import MAX_LENGTH, MAX_ROWS, U32, Failure, Output, Step
 from peerd.protocol.messages.training import MAX_PARAMETERS
 
-# A step of 4096 positions of the widest models, as float32.
+# Enough for a step of 4096 positions of the widest models, as float32.
 MAX_BODY_BYTES = 256 * 1024 * 1024
-# Ids travel in the header, which holds 16 KiB.
+# Token ids travel in the header, which holds 16 KiB.
 MAX_TOKEN_IDS = 3000
 # Requests that a client may send before the first is answered.
 MAX_WAITING = 8
@@ -69,7 +69,7 @@ class SessionOpened(Message):
 
 @dataclass(frozen=True, slots=True)
 class Embed(Message):
-    """Client: the first block's input for these tokens, the first of them at position `start`."""
+    """Client: asks for the first block's input for these tokens, the first of them at position `start`."""
 
     TYPE: ClassVar[str] = "embed"
     seq: int = required(integer(1, U32))
@@ -79,7 +79,9 @@ class Embed(Message):
 
 @dataclass(frozen=True, slots=True)
 class Logits(Message):
-    """Client: logits of the hidden states in the body, `[n, hidden size]`, as the last block gave them."""
+    """Client: asks for the logits of the hidden states in the body, `[n, hidden size]`, which the last block
+    returned.
+    """
 
     TYPE: ClassVar[str] = "logits"
     seq: int = required(integer(1, U32))
@@ -90,8 +92,8 @@ class Logits(Message):
 class Forward(Message):
     """Client: run whole rows of these lengths through the session's blocks, without its KV.
 
-    Body: hidden states `[sum of rows, hidden size]`, then `prompts` `[blocks, 1 or rows, P, hidden size]` if there are.
-    With `keep` a `backward` may follow.
+    Body: hidden states `[sum of rows, hidden size]`, followed by `prompts` `[blocks, 1 or rows, P, hidden size]` if
+    given. With `keep` a `backward` may follow.
     """
 
     TYPE: ClassVar[str] = "forward"
@@ -104,7 +106,7 @@ class Forward(Message):
 
 @dataclass(frozen=True, slots=True)
 class Backward(Message):
-    """Client: the gradients of the forward that had the seq `of`, for the gradient of its output in the body."""
+    """Client: asks for the gradients of the forward with the seq `of`; the body is the gradient of its output."""
 
     TYPE: ClassVar[str] = "backward"
     seq: int = required(integer(1, U32))
@@ -131,7 +133,7 @@ FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, GradientsOutput
 
 
 def read_message(data: bytes) -> RawMessage:
-    """The one message of a websocket message. Raises RemoteProtocolError."""
+    """The message in a websocket message. Raises RemoteProtocolError."""
     reader = MessageReader(MAX_BODY_BYTES)
     used = reader.feed(data)
     message = reader.take()

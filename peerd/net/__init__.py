@@ -1,1 +1,1 @@
-"""One connection a peer: transport, websocket, streams, circuits, the door."""
+"""One connection for each peer: transports, websockets, streams, circuits, and limits for incoming connections."""

@@ -70,7 +70,7 @@ class Connections:
         places: Places,
     ) -> None:
         self.containment = containment
-        #: What peers may make us hold in buffers, over all connections.
+        #: How much peers may make us hold in buffers, over all connections.
         self.budget = BufferBudget(buffer_bytes)
         self.peer_id = identity.peer_id
         self.handlers = dict(handlers)
@@ -170,7 +170,7 @@ class Connections:
         return connection.open_stream(protocol, priority=priority)
 
     async def listen(self, address: Multiaddr) -> Multiaddr:
-        """Take connections there too; returns the address with its real port. Raises OSError."""
+        """Accept connections at this address too. Returns it with its real port. Raises OSError."""
         bound: Multiaddr = await self._nursery.start(self._transport.listen, address.with_peer(None), self._serve)
         self.listen_addresses += (bound,)
         return bound
@@ -256,7 +256,8 @@ class Connections:
             swarm_key=self._swarm_key,
             limits=self._limits,
             payload_bytes=MAX_PAYLOAD_BYTES if relay is None else INNER_PAYLOAD_BYTES,
-            # Connections from one network share what one owner may make us hold; a proxy's address says nothing.
+            # Connections from one network share one owner's limit on buffers. A proxy's address does not identify a
+            # peer.
             buffers=self.budget.open(host_of(channel.remote_ip if relay is None else relay.remote_ip)),
         )
         return PeerConnection(
@@ -301,7 +302,7 @@ async def open_connections(
     buffer_bytes: int = DEFAULT_TOTAL_BYTES,
     room: Places | None = None,
 ) -> AsyncIterator[Connections]:
-    """Listen, and yield what dials. At the end every connection is closed, within a second.
+    """Listen, and yield connections that can dial. At the end every connection is closed, within a second.
 
     swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us; `now` is in seconds since 1970.
     may_be_relayed: whether we reach others through relays where there is no other way.
@@ -338,9 +339,9 @@ async def open_connections(
 async def _shelter(task_status: trio.TaskStatus[tuple[trio.CancelScope, trio.Nursery]]) -> None:
     """A nursery that lives until its own scope is cancelled.
 
-    Who uses connections may be cancelled and still have a last word to say over them: that it leaves.
+    A user of connections may be cancelled and still have a last message to send over them: that it leaves.
     """
-    # Whoever is cancelled before this has started would wait for its end, and could not bring it about.
+    # If we are cancelled here, nobody would hold the scope that ends the nursery: stop before starting it.
     await trio.lowlevel.checkpoint_if_cancelled()
     with trio.CancelScope(shield=True) as scope:
         async with trio.open_nursery() as nursery:

@@ -1,9 +1,8 @@
-"""Where an exception that nobody named stops: at one connection, one handler or one task, never at the daemon.
+"""Stops unexpected exceptions at one connection, one handler or one task, so that they never end the daemon.
 
-Strangers choose what our code meets, so a bug of ours must not be a switch that they can turn. `Containment` logs such
-an exception with its stack, counts it, and remembers which peer and address it came with: a peer that causes three in
-a minute is refused for ten. Under PEERD_STRICT=1, which tests and CI set, it raises instead: a bug stays loud where
-somebody listens.
+Strangers choose the input of our code, so a bug of ours must not let them switch a peer off. `Containment` logs such an
+exception with its stack, counts it, and remembers the peer and address that caused it: a peer that causes three in a
+minute is refused for ten minutes. Under PEERD_STRICT=1, which tests and CI set, it raises the exception instead.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ from peerd.protocol.identity import PeerId
 log = logging.getLogger(__name__)
 
 STRICT_VARIABLE: Final = "PEERD_STRICT"
-# So many contained failures within so long make us refuse the peer that caused them, and its address, for a while.
+# A peer that caused this many contained failures within WINDOW_S, and its address, are refused for REFUSED_S.
 MAX_FAILURES: Final = 3
 WINDOW_S: Final = 60.0
 REFUSED_S: Final = 600.0
-# Peers and addresses to remember: keys are free, so the list is bounded, and the oldest is forgotten first.
+# How many peers and addresses are remembered. Keys cost nothing, so the list is bounded; the oldest are forgotten
+# first.
 MAX_REMEMBERED: Final = 4096
 # A task that fails starts again after this, and after twice as long each time that it fails again soon.
 FIRST_PAUSE_S: Final = 1.0
@@ -40,11 +40,13 @@ STACK_EVERY_S: Final = 10.0
 
 
 class Containment:
-    """Counts and logs failures that were contained. `is_strict`: raise them; None is as PEERD_STRICT says."""
+    """Counts and logs contained failures. `is_strict`: raise them instead; None takes PEERD_STRICT from the
+    environment.
+    """
 
     def __init__(self, is_strict: bool | None = None) -> None:
         self.is_strict = os.environ.get(STRICT_VARIABLE) == "1" if is_strict is None else is_strict
-        #: How often each kind of failure was contained, by where and what it was.
+        #: How often each kind of failure was contained, by place and exception type.
         self.counts: Counter[str] = Counter()
         self._culprits = _Culprits()
         self._logged_at: dict[str, float] = {}
@@ -53,7 +55,7 @@ class Containment:
         return f"<Containment contained={self.counts.total()}>"
 
     def around(self, what: str, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> _Around:
-        """A block that lets no exception out but cancellation and what ends the process."""
+        """A context that contains every exception except cancellation and those that end the process."""
         return _Around(self, what, peer_id, ip)
 
     async def contained(self, run: Callable[..., Awaitable[None]], *arguments: object, what: str) -> None:
@@ -78,7 +80,7 @@ class Containment:
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     def contain(self, error: Exception, what: str, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> None:
-        """Log and count a failure in `what`, and hold it against a peer and its address. Raises it if strict."""
+        """Log and count a failure in `what`, and count it against a peer and its address. Raises it if strict."""
         if self.is_strict:
             raise error
         kind = f"{what}: {type(_first_leaf(error)).__name__}"
@@ -87,7 +89,7 @@ class Containment:
         self._log(error, kind, peer_id, ip)
 
     def refuses(self, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> bool:
-        """Whether a peer, or an address, has caused so many failures lately that we want nothing to do with it."""
+        """Whether a peer or address caused so many failures lately that we refuse it."""
         return self._culprits.refused([str(peer_id or ""), host_of(ip)], trio.current_time())
 
     def _log(self, error: Exception, kind: str, peer_id: PeerId | None, ip: IpAddress | None) -> None:
@@ -121,7 +123,7 @@ class _Around:
 
 
 class _Culprits:
-    """When peers and addresses caused failures, and which are refused until when."""
+    """When peers and addresses caused failures, and until when they are refused."""
 
     def __init__(self) -> None:
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
@@ -145,7 +147,7 @@ class _Culprits:
 
 
 def split(error: BaseException) -> tuple[Exception | None, BaseException | None]:
-    """What of an exception is a failure, and what must go on: cancellation, interruption and exit."""
+    """Split an exception into failures, and what must be raised on: cancellation, interruption and exit."""
     if isinstance(error, BaseExceptionGroup):
         return error.split(Exception)
     return (error, None) if isinstance(error, Exception) else (None, error)

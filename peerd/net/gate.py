@@ -1,10 +1,10 @@
-"""How many peers may come to us, and how many strangers may stand at the door: those that have not proved who they are.
+"""Limits how many peers may be connected, and how many incoming connections may be unproven.
 
-Every connection takes a file descriptor. A process that has none left cannot read a checkpoint, write its state or
-dial, so peers get only what the process's limit (`ulimit -n`) leaves beside a reserve.
+Every connection takes a file descriptor. A process without free descriptors cannot read a checkpoint, write its state
+or dial. So peers get only what the process's limit (`ulimit -n`) leaves beside a reserve.
 
-The gate counts strangers in all and by public address; a private one may be a proxy in front of everybody, so those
-count in all only. Whoever is proven has left the door.
+A connection is unproven until its peer has proved its identity. The gate counts these in total and by public address.
+Private addresses count in the total only, because one may be a proxy in front of all peers.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from typing import Final
 
 from peerd.protocol.addresses import IpAddress, is_private_ip
 
-# Beyond so many peers nobody else may dial us: each costs a few tasks and up to 80 MiB if it tries hard.
+# With this many connections no other peer may dial us: each costs a few tasks, and up to 80 MiB under attack.
 MAX_CONNECTIONS: Final = 1024
-# Strangers at the door, who have not proved who they are.
+# Incoming connections whose peers have not proved their identity.
 MAX_UNPROVEN: Final = 64
 # For files, dials, the local API, worker threads and the event loop. A daemon that serves a model and is idle has 40.
 RESERVED: Final = 128
 MAX_UNPROVEN_AN_ADDRESS = 8
-# One host has a whole /64 of IPv6 addresses to come from.
+# One host has a whole /64 of IPv6 addresses.
 _HOST_PREFIX = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """How many peers may be connected, and how many more may be at the door."""
+    """How many peers may be connected, and how many more connections may be unproven."""
 
     settled: int
     unproven: int
 
 
 def places(limit: int) -> Places:
-    """What a process that may have `limit` descriptors can give to peers: at least one place of each kind."""
+    """How many connections a process with `limit` descriptors can have: at least one of each kind."""
     free = limit - min(RESERVED, limit // 2)
     unproven = max(1, min(MAX_UNPROVEN, free // 4))
     return Places(settled=max(1, min(MAX_CONNECTIONS, free - unproven)), unproven=unproven)
 
 
 def descriptor_limit() -> int:
-    """How many descriptors this process may have now."""
+    """This process's current limit of descriptors."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class Gate:
-    """The connections at the door. `enter` and `leave` once each."""
+    """The unproven incoming connections. Call `enter` and `leave` once for each."""
 
     def __init__(self, max_unproven: int = MAX_UNPROVEN, max_an_address: int = MAX_UNPROVEN_AN_ADDRESS) -> None:
         self._max_unproven = max_unproven
@@ -63,12 +63,12 @@ class Gate:
         return f"<Gate unproven={self._unproven}>"
 
     def has_room(self, ip: IpAddress | None) -> bool:
-        """Whether one more may come in from there."""
+        """Whether one more connection may come from this address."""
         host = host_of(ip)
         return self._unproven < self._max_unproven and not (host and self._by_host[host] >= self._max_an_address)
 
     def enter(self, ip: IpAddress | None) -> bool:
-        """Whether one more may come in from there; if so it is counted."""
+        """Whether one more connection may come from this address; if so, it is counted."""
         host = host_of(ip)
         if not self.has_room(ip):
             return False
@@ -78,11 +78,11 @@ class Gate:
         return True
 
     def leave(self, ip: IpAddress | None) -> None:
-        """One that entered is proven, or gone."""
+        """Stop counting a connection that is proven or gone."""
         self._unproven -= 1
         if host := host_of(ip):
             self._by_host[host] -= 1
-            # Or every address that ever came would stay here.
+            # Without this, every address that ever came would stay here.
             if not self._by_host[host]:
                 del self._by_host[host]
 

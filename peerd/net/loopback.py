@@ -1,4 +1,4 @@
-"""A peer's connection to itself: a server asks as a client too, or is two hops of one chain.
+"""A peer's connection to itself, in memory, for example when it is two hops of one chain.
 
 Carries messages between its two ends in memory; handlers, credit and priorities are those of any connection. The hard
 part is the handshake, which refuses our own PeerId, and rightly: so it runs between two identities made up for it. It
@@ -23,7 +23,7 @@ from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.identity import Identity, PeerId
 
-# As much as a socket holds: an end that closes must not wait for the other to read its last words.
+# As much as a socket holds: an end that closes must not wait until the other end has read its last messages.
 _PIPE_MESSAGES = 16
 
 

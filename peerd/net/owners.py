@@ -1,8 +1,8 @@
-"""Who what is counted belongs to: a PeerId, and the public network that it comes from.
+"""To whom usage is attributed: a PeerId, and the public network from which it comes.
 
-Keys are free and addresses are not, so every quota holds for a PeerId *and* for its /24 (IPv6: /48). Peers on loopback,
-in private ranges or at unknown addresses count by PeerId only: one machine may run dozens of them, and a proxy may
-stand in front of everybody. A peer that comes through a relay counts in the relay's network.
+Keys cost nothing and addresses do, so every quota holds for a PeerId and also for its /24 (IPv6: /48). Peers on
+loopback, in private ranges or at unknown addresses are counted by PeerId only: one machine may run dozens of peers, and
+a proxy may stand in front of all of them. A peer that comes through a relay counts in the relay's network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peerd.protocol.identity import PeerId
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A peer and its network; `network` is "" where it counts against none."""
+    """A peer and its network; `network` is "" if no network is counted."""
 
     peer_id: PeerId
     network: str = ""
@@ -28,7 +28,7 @@ class Owner:
 
     @property
     def share(self) -> str:
-        """Who takes turns with others: all peers of one public network are one."""
+        """The key under which owners take turns: all peers of one public network share one."""
         return self.network or self.peer_id
 
 
@@ -38,7 +38,7 @@ def network_of(ip: IpAddress | None) -> str:
 
 
 class Tally:
-    """How much each owner holds, by PeerId and by network. What is added is taken away again."""
+    """How much each owner holds, by PeerId and by network. What is added must be subtracted later."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -49,30 +49,30 @@ class Tally:
         return f"<Tally {self.total} of {len(self._by_peer)} peers>"
 
     def of_peer(self, owner: Owner) -> int:
-        """What the PeerId holds."""
+        """The amount that the PeerId holds."""
         return self._by_peer[owner.peer_id]
 
     def of_network(self, owner: Owner) -> int:
-        """What all peers of its network hold; 0 where it counts against none."""
+        """The amount that all peers of its network hold; 0 if no network is counted."""
         return self._by_network[owner.network]
 
     def most(self, owner: Owner) -> int:
-        """The greater of both: what a limit for either is compared with."""
+        """The greater of the two, for comparison with limits."""
         return max(self.of_peer(owner), self.of_network(owner))
 
     def has_room(self, owner: Owner, amount: int, *, a_peer: int, a_network: int) -> bool:
-        """Whether the owner may hold so much more."""
+        """Whether the owner may hold `amount` more."""
         return self.of_peer(owner) + amount <= a_peer and self.of_network(owner) + amount <= a_network
 
     def add(self, owner: Owner, amount: int) -> None:
-        """The owner holds so much more; less, where it is negative."""
+        """Note that the owner holds `amount` more, or less if it is negative."""
         self.total += amount
         count(self._by_peer, owner.peer_id, amount)
         count(self._by_network, owner.network, amount)
 
 
 def count(counter: Counter[str], name: str, change: int) -> None:
-    """Change a count, and forget it at 0: strangers make names up. The nameless, "", are not counted."""
+    """Change a count, and delete it at 0, because strangers can make up names. The name "" is not counted."""
     if not name:
         return
     counter[name] += change

@@ -52,11 +52,11 @@ log = logging.getLogger(__name__)
 HANDLER_GRACE_S = 0.5
 # Every settled connection has had this one.
 _HELLO_STREAMS = 1
-# The code of a GOAWAY of somebody who leaves for good.
+# The code of a GOAWAY from a peer that leaves for good.
 CLOSED = "closed"
 # The code of a GOAWAY that ends one of two connections between the same peers.
 _DUPLICATE = "duplicate"
-# The code of a GOAWAY that ends a connection which nobody uses.
+# The code of a GOAWAY that ends an unused connection.
 IDLE = "idle"
 
 
@@ -81,16 +81,16 @@ class PeerConnection:
         self.relay = relay
         """The connection to the relay that carries this one; None for a direct one."""
         self.core = core
-        """The protocol machine; for `Stream` alone."""
+        """The protocol machine. Only `Stream` uses it."""
         self.hello: Hello | None = None
         self.lost: PeerdError | None = None
-        """Why it ended; None while it lives."""
+        """The reason why the connection ended; None while it lives."""
         self.settled = False
         """Whether both sides have taken it."""
         self.is_duplicate = False
         """Whether we or the peer had a better connection."""
         self.closed_here = False
-        """Whether we ended it, in good order."""
+        """Whether we closed it in good order."""
         self.farewell = ""
         """The code with which the peer ended it; "" where it did not say."""
         self._channel = channel
@@ -114,16 +114,16 @@ class PeerConnection:
         state = f"lost ({self.lost})" if self.lost else "settled" if self.settled else "unsettled"
         return f"<PeerConnection {state} {self._channel!r} streams={len(self._streams)}>"
 
-    # For everybody.
+    # For all callers.
 
     @property
     def peer_id(self) -> PeerId:
-        """Who is at the other end."""
+        """The PeerId of the other end."""
         return self.core.peer_id
 
     @property
     def proven_peer(self) -> PeerId | None:
-        """Who is at the other end; None before it has proved it."""
+        """The PeerId of the other end; None before it has proved it."""
         try:
             return self.peer_id
         except LocalProtocolError:
@@ -131,12 +131,12 @@ class PeerConnection:
 
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
-        """Where we see the peer: the last proxy's address, if there is one. None behind a relay."""
+        """The address at which we see the peer, or that of the last proxy. None behind a relay."""
         return self._channel.remote_ip
 
     @property
     def accountable_ip(self) -> IPv4Address | IPv6Address | None:
-        """Whose share what this peer does is counted in: its own address's, or its relay's."""
+        """The address in whose quota this peer counts: its own, or its relay's."""
         return self.remote_ip if self.relay is None else self.relay.remote_ip
 
     @property
@@ -146,7 +146,7 @@ class PeerConnection:
 
     @property
     def rtt_s(self) -> float | None:
-        """The last measured round trip; None before the first."""
+        """The last measured round trip in seconds; None before the first."""
         return self.core.rtt_s
 
     @property
@@ -161,9 +161,9 @@ class PeerConnection:
         return 0.0 if since is None else trio.current_time() - since
 
     def open_stream(self, protocol: str, *, priority: Priority = Priority.CONTROL) -> Stream:
-        """Open a stream, at once: whether the peer takes it, its first message will show.
+        """Open a stream without waiting. The peer's first message shows whether it accepts the stream.
 
-        priority: of messages, in both directions, that name none. Raises ConnectionLost, Overloaded.
+        priority: for messages, in both directions, that name none. Raises ConnectionLost, Overloaded.
         """
         if self.lost is not None:
             raise self.lost_error()
@@ -172,14 +172,14 @@ class PeerConnection:
         return stream
 
     async def wait_hello(self) -> Hello:
-        """What the peer says about itself, a moment after the handshake. Raises ConnectionLost."""
+        """The peer's hello, which comes a moment after the handshake. Raises ConnectionLost."""
         await self._said_hello.wait()
         if self.hello is None:
             raise self.lost_error()
         return self.hello
 
     async def wait_lost(self) -> PeerdError:
-        """Why it ended, once it has."""
+        """Wait for the end of the connection. Returns the reason."""
         await self._ended.wait()
         assert self.lost is not None
         return self.lost
@@ -197,7 +197,7 @@ class PeerConnection:
         return rtt_s
 
     def close(self, code: str = CLOSED, reason: str = "") -> None:
-        """End it: the peer is told why, unsent messages are dropped. Nothing after its end."""
+        """End the connection. The peer is told the reason; unsent messages are dropped. Repeating it does nothing."""
         self.closed_here = self.closed_here or self.lost is None
         self.core.go_away(code, reason)
         self._lose(ConnectionLost(f"we closed the connection: {reason or code}"))
@@ -208,7 +208,7 @@ class PeerConnection:
             self.close(code, reason)
 
     def lost_error(self) -> ConnectionLost:
-        """A fresh ConnectionLost for somebody who came too late."""
+        """A new ConnectionLost for a caller that came too late."""
         kind = RelayLost if isinstance(self.lost, RelayLost) else ConnectionLost
         return kind(f"the connection to {self._name} is gone: {self.lost}")
 

@@ -1,6 +1,6 @@
-"""How often something may happen: token buckets, alone, by name, and by owner.
+"""Limits how often something may happen: token buckets, single, by name, and by owner.
 
-A bucket is paid for before it is used, so those who wait for one pass in the order in which they came, and none of them
+A bucket is paid before it is used. So callers that wait for one pass in the order in which they came, and none of them
 starves (the virtual scheduling algorithm, ITU-T I.371, annex A).
 """
 
@@ -10,12 +10,12 @@ from collections import OrderedDict
 
 from peerd.net.owners import Owner
 
-# Names whose rates are remembered; a forgotten one starts with a full burst.
+# How many names are remembered; a forgotten one starts with a full burst.
 MAX_REMEMBERED = 4096
 
 
 class TokenBucket:
-    """`rate` a second, and up to `burst` at once after a rest."""
+    """Allows `rate` a second, and up to `burst` at once after a pause."""
 
     __slots__ = ("_burst_s", "_paid_until", "_rate")
 
@@ -25,12 +25,12 @@ class TokenBucket:
         self._paid_until = now - self._burst_s
 
     def take(self, count: float, now: float) -> float:
-        """Pay for `count`. Returns for how many seconds to wait before using it."""
+        """Pay for `count`. Returns how many seconds to wait before using it."""
         self._paid_until = max(self._paid_until, now - self._burst_s) + count / self._rate
         return max(0.0, self._paid_until - now)
 
     def try_take(self, count: float, now: float) -> bool:
-        """Pay for `count` if it can be used at once."""
+        """Pay for `count` only if it may be used at once. Returns whether it may."""
         paid_until = max(self._paid_until, now - self._burst_s) + count / self._rate
         if paid_until > now:
             return False
@@ -39,21 +39,21 @@ class TokenBucket:
 
 
 class Rates:
-    """How often each owner does something: `rate` a second after a burst, for its PeerId and for its network."""
+    """How often each owner may do something: `rate` a second after a burst, for its PeerId and for its network."""
 
     def __init__(self, rate: float, burst: float, *, network_factor: float = 1.0) -> None:
         self._peers = NamedRates(rate, burst)
         self._networks = NamedRates(rate * network_factor, burst * network_factor)
 
     def may(self, owner: Owner, now: float, amount: float = 1) -> bool:
-        """Whether the owner may do it now; then it counts."""
+        """Whether the owner may do it now. If so, it is counted."""
         if owner.network and not self._networks.may(owner.network, now, amount):
             return False
         return self._peers.may(owner.peer_id, now, amount)
 
 
 class NamedRates:
-    """A rate for each of many names; of those that came longest ago nothing is remembered."""
+    """A rate for each of many names. The names that were used longest ago are forgotten."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self._rate = rate
@@ -61,7 +61,7 @@ class NamedRates:
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def may(self, name: str, now: float, amount: float = 1) -> bool:
-        """Whether it may happen under this name now; then it counts."""
+        """Whether it may happen under this name now. If so, it is counted."""
         bucket = self._buckets.get(name)
         if bucket is None:
             bucket = self._buckets[name] = TokenBucket(self._rate, self._burst, now)

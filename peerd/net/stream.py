@@ -1,8 +1,8 @@
-"""One stream to one peer, as handlers and callers use it: whole messages in, whole messages out.
+"""One stream to one peer, as handlers and callers use it: complete messages in both directions.
 
-Knows how tasks wait; what may be sent when is the protocol's business. The difficulty is cancellation:
-a send that is cancelled has queued nothing, a receive that is cancelled has lost nothing, and neither
-ever leaves the connection in the middle of a frame, since only the connection's writer touches it.
+The protocol machine decides what may be sent when; here tasks wait for it. A send that is cancelled has queued nothing,
+and a receive that is cancelled has lost nothing. Neither ever leaves the connection in the middle of a frame, because
+only the connection's writer touches it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import ConnectionLost, PeerdError, StreamReset
 from peerd.protocol.identity import PeerId
 
-# `send` waits while more than this is unsent: enough to keep the writer busy while the sender makes more.
+# `send` waits while more than this is unsent: it keeps the writer busy while the sender makes more.
 HIGH_WATER_BYTES = 256 * 1024
 
 
 class Carrier(Protocol):
-    """The connection that carries a stream, as the stream and its handler know it. `PeerConnection` is one."""
+    """The connection that carries a stream, as the stream and its handler see it. `PeerConnection` is one."""
 
     core: Connection
     lost: PeerdError | None
@@ -45,21 +45,20 @@ class Carrier(Protocol):
         """Open one more stream beside this one."""
 
     def lost_error(self) -> ConnectionLost:
-        """A fresh error that says why the connection ended."""
+        """A new error with the reason why the connection ended."""
 
     async def wait_lost(self) -> PeerdError:
-        """Why it ended, once it has."""
+        """Wait for the end of the connection. Returns the reason."""
 
     def wake(self) -> None:
-        """There may be something to send."""
+        """Wake the writer, which may have something to send."""
 
 
 class Stream:
-    """A stream to `peer`. Made by `PeerConnection.open_stream`, or handed to a handler.
+    """A stream to `peer`. Made by `PeerConnection.open_stream`, or given to a handler.
 
-    After the connection was lost, methods raise ConnectionLost; after the peer reset the stream,
-    StreamReset; after we closed it, trio.ClosedResourceError. As a context manager it is closed at the end,
-    or reset where an exception ends it.
+    After the connection was lost, methods raise ConnectionLost; after the peer reset the stream, StreamReset; after we
+    closed it, trio.ClosedResourceError. As a context manager it is closed at the end, or reset if an exception ends it.
     """
 
     def __init__(self, connection: Carrier, core: streams.Stream) -> None:
@@ -74,26 +73,26 @@ class Stream:
 
     @property
     def peer(self) -> PeerId:
-        """Who is at the other end, as the connection proved it."""
+        """The PeerId of the other end, which the connection proved."""
         return self.connection.peer_id
 
     @property
     def protocol(self) -> str:
-        """What is spoken here, such as `/peerd/dht/1`."""
+        """The stream's protocol, such as `/peerd/dht/1`."""
         return self._core.protocol
 
     @property
     def unsent_messages(self) -> int:
-        """Messages that were queued and are not wholly on the wire."""
+        """How many queued messages are not yet completely on the wire."""
         return self._core.outgoing.unsent_messages
 
     async def send(
         self, header: Mapping[str, Any], body: Sequence[Buffer] = (), *, priority: Priority | None = None
     ) -> None:
-        """Queue one message, having waited while more than 256 KiB of this stream are unsent.
+        """Queue one message, after waiting while more than 256 KiB of this stream are unsent.
 
-        body: its buffers must not change until they are sent. priority: None is the stream's own. Cancelled,
-        it has queued nothing. Raises ConnectionLost, StreamReset, trio.ClosedResourceError.
+        body: its buffers must not change until they are sent. priority: None takes the stream's own. If cancelled, it
+            has queued nothing. Raises ConnectionLost, StreamReset, trio.ClosedResourceError.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         waited = False
@@ -108,7 +107,7 @@ class Stream:
     def send_nowait(
         self, header: Mapping[str, Any], body: Sequence[Buffer] = (), *, priority: Priority | None = None
     ) -> None:
-        """Queue one message, however much waits already. Raises as `send` does."""
+        """Queue one message, however many wait already. Raises as `send` does."""
         self._raise_if_ended()
         if self._core.outgoing.finishing:
             raise trio.ClosedResourceError("this stream was finished")
@@ -128,18 +127,18 @@ class Stream:
             await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def wait_drained(self) -> None:
-        """Wait until nothing is unsent, or the stream is over; closed streams send what was queued before."""
+        """Wait until nothing is unsent or the stream has ended. A closed stream still sends what was queued before."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while self._core.outgoing.unsent_messages and self.connection.lost is None:
             await self._sent.park()
 
     async def receive(self, max_body: int = 0) -> RawMessage:
-        """The next message. Only while somebody waits here is the peer given credit for more.
+        """The next message. The peer gets credit for more only while a task waits here.
 
-        max_body: the longest body to take, in bytes; most messages have none. Cancelled, it has lost nothing. Raises
-        trio.EndOfChannel after the peer finished, RemoteProtocolError for what is no message and Overloaded where
-        too much of the peer's waits here (the stream is reset then), ConnectionLost, StreamReset,
-        trio.ClosedResourceError.
+        max_body: the longest body to accept, in bytes; most messages have none. If cancelled, it has lost nothing.
+            Raises trio.EndOfChannel after the peer finished; RemoteProtocolError if the bytes are no message, and
+            Overloaded if too much of the peer's waits here (both reset the stream); ConnectionLost, StreamReset,
+            trio.ClosedResourceError.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         waited = False
@@ -151,18 +150,18 @@ class Stream:
         return message
 
     def finish(self) -> None:
-        """Send no more, after what is queued; the peer's messages can still be received."""
+        """Send nothing after what is queued. The peer's messages can still be received."""
         self.connection.core.finish(self._core)
         self.connection.wake()
 
     def reset(self, code: str) -> None:
-        """End the stream at once, in both directions; what is unsent is dropped. Nothing after its end."""
+        """End the stream at once, in both directions, and drop what is unsent. Does nothing if it has ended."""
         self._closed = True
         self.connection.core.reset(self._core, code)
         self._wake_and_write()
 
     def close(self) -> None:
-        """Receive no more and finish, after what is queued. Repeating it changes nothing."""
+        """Receive no more, and finish after what is queued. Repeating it does nothing."""
         if not self._closed:
             self._closed = True
             self.connection.core.close(self._core)
@@ -185,16 +184,16 @@ class Stream:
             self.reset(code_of(error))
 
     def wake(self) -> None:
-        """Something about the stream has changed: let all who wait look again."""
+        """Let all waiting tasks look again, because something about the stream has changed."""
         self._readable.unpark_all()
         self._sent.unpark_all()
 
     def wake_receiver(self) -> None:
-        """Bytes, or the end, have arrived."""
+        """Wake the receiver: bytes, or the end, have arrived."""
         self._readable.unpark_all()
 
     def wake_sender(self) -> None:
-        """A message has been sent."""
+        """Wake the sender: a message has been sent."""
         self._sent.unpark_all()
 
     def _wake_and_write(self) -> None:
@@ -205,7 +204,7 @@ class Stream:
         if self._closed:
             raise trio.ClosedResourceError("this stream was closed")
         message = self.connection.core.read(self._core, max_body)
-        # Credit may have become due, or a RESET.
+        # The read may have made credit due, or a RESET.
         self.connection.wake()
         if message is None and self._core.incoming.ended:
             raise trio.EndOfChannel

@@ -1,7 +1,7 @@
-"""What carries a connection's messages: the interface that websockets, relays and tests implement.
+"""The interface of what carries a connection's messages. Websockets, relays and tests implement it.
 
-A transport moves whole messages in order and says when the way is broken. It proves nothing about who is
-at the other end (the handshake inside does) and hides nothing: an address in, bytes through.
+A transport moves whole messages in order, and reports when the way is broken. It does not prove the identity of the
+other end, and does not encrypt: the handshake inside does both.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from peerd.protocol.connection.liveness import Delivery
 
 
 class MessageChannel(Protocol):
-    """One way to one peer. At most one task sends and one receives."""
+    """One way to one peer. At most one task sends, and one receives."""
 
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
-        """Where the other side is seen at; None where that cannot be told."""
+        """The address at which the other side is seen; None if it is unknown."""
 
     async def send(self, message: bytes) -> None:
         """Send one message. Raises ConnectionLost.
 
-        Cancelling it may leave half a message sent: nothing can be sent after that.
+        If cancelled, half a message may have been sent: then nothing can be sent any more.
         """
 
     async def receive(self) -> bytes:
-        """The next message. Raises ConnectionLost when the way has ended, PeerFault for what is no message.
+        """The next message. Raises ConnectionLost when the way has ended, and PeerFault for bytes that are no message.
 
-        Cancelling it loses nothing.
+        If cancelled, nothing is lost.
         """
 
     def delivery(self) -> Delivery | None:
-        """What became of what was sent, if that can be told of the whole way to the other side."""
+        """What happened to the bytes that were sent, if that is known for the whole way to the other side."""
 
     async def aclose(self) -> None:
-        """End the way. Takes a bounded time, even when cancelled; the other side may still read what was sent."""
+        """End the way. Takes a bounded time, even if cancelled. The other side may still read what was sent."""
 
 
 class Transport(Protocol):
@@ -60,8 +60,8 @@ class Transport(Protocol):
         *,
         task_status: trio.TaskStatus[Multiaddr],
     ) -> None:
-        """Hand every channel that comes to its own `handler` task, until cancelled.
+        """Run `handler` in a task of its own for every channel that comes, until cancelled.
 
-        Started with the address it is bound to: port 0 has become a real one. Closes the channel when the
-        handler returns. Raises OSError where it cannot listen.
+        Started with the address on which it listens: port 0 has been replaced by a real one. Closes the channel when
+        the handler returns. Raises OSError if it cannot listen.
         """

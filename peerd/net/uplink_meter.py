@@ -1,25 +1,26 @@
-"""How many bytes a second a line takes, told by when its socket makes us wait.
+"""Measures how many bytes a second a line takes, from the moments when its socket makes us wait.
 
-Knows what was sent and when; knows no sockets and no clock (the time is an argument). The difficulty is the system's
-own buffer, which takes megabytes at once and says nothing of the line. But a send that had to wait has just filled
-it: between two such moments as many bytes went in at our end as the line took at the other.
+The time is an argument. The system's own buffer takes megabytes at once, which shows nothing about the line. But a send
+that had to wait has just filled the buffer: between two such moments the line took as many bytes at its other end as we
+put in at ours.
 """
 
 from __future__ import annotations
 
-# A send that takes so long had to wait, rather than for its turn among our own tasks.
+# A send that takes this long was waiting for the line, and not for its turn among our own tasks.
 WAITED_S = 0.002
-# Buffers grow while they are in use, to 4 MiB on Linux: what they took more counts for a half at most.
+# Buffers grow while they are in use, to 4 MiB on Linux. With this minimum, that growth accounts for half of the bytes
+# at most.
 MIN_BYTES = 8 * 1024 * 1024
 MIN_S = 0.25
 
 
 class UplinkMeter:
-    """Of one connection. `bytes_a_second` is what was measured last; None before anything was."""
+    """The meter of one connection. `bytes_a_second` is the last measurement; None before the first."""
 
     def __init__(self) -> None:
         self.bytes_a_second: float | None = None
-        # When the buffer was full, and what was sent since.
+        # When the buffer was full, and how much was sent since.
         self._full_at: float | None = None
         self._bytes = 0
 
@@ -27,7 +28,7 @@ class UplinkMeter:
         return f"<UplinkMeter {self.bytes_a_second or 0:.3g} B/s>"
 
     def sent(self, count: int, began: float, ended: float) -> None:
-        """So many bytes were handed to the system, which took from `began` to `ended`."""
+        """Note that `count` bytes were given to the system, in a call from `began` to `ended`."""
         self._bytes += count
         if ended - began < WAITED_S:
             return
@@ -39,5 +40,5 @@ class UplinkMeter:
         self._full_at, self._bytes = ended, 0
 
     def idle(self) -> None:
-        """There is nothing to send: the buffer runs empty."""
+        """Note that there is nothing to send: the buffer runs empty."""
         self._full_at = None

@@ -1,9 +1,8 @@
-"""Carries connections in websockets, `ws://` directly or `wss://` through a proxy that ends TLS for us.
+"""Carries connections in websockets: `ws://` directly, or `wss://` through a proxy that ends TLS for us.
 
-Trio-websocket speaks the protocol; this knows how to live with it. Each websocket has a reader task of the
-library's in a nursery of its own, so that what it raises ends that websocket alone. The difficulty is a
-stranger who hangs up in the middle of the upgrade: the library then waits for ever, so the stream beneath it is
-watched, and its end ends the waiting.
+The library trio-websocket implements the protocol. Each websocket has a reader task of the library in a nursery of its
+own, so that an exception in it ends only that websocket. If a stranger hangs up in the middle of the upgrade, the
+library waits for ever. So the stream beneath it is watched, and its end ends the wait.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, Remo
 
 log = logging.getLogger(__name__)
 
-# Names the major version before the handshake binds it, so that a mismatch can be told from a wrong key.
+# It names the major version before the handshake does, so that a version mismatch is not mistaken for a wrong key.
 SUBPROTOCOL: Final = "peerd.1"
 MAX_MESSAGE_BYTES: Final = MAX_FRAME_BYTES + TAG_BYTES
-# The library's own 4 KiB make bulk 2-5 times slower.
+# The library's own 4 KiB make bulk transfers 2 to 5 times slower.
 _RECEIVE_BYTES: Final = 64 * 1024
 # Between the library's reader and ours, which never waits for anything else.
 _QUEUE_MESSAGES: Final = 16
@@ -53,15 +52,15 @@ _OPTIONS: Final[dict[str, Any]] = {
     "max_message_size": MAX_MESSAGE_BYTES,
     "receive_buffer_size": _RECEIVE_BYTES,
 }
-# How long a close may wait for the other side to take our last words.
+# How long a close may wait for the other side to take our last messages.
 _LINGER_S: Final = 0.5
 _UPGRADE_REQUIRED = 426
 _FORBIDDEN = 403
 _TOO_BIG = 1009
-# A peer's HTTP before the websocket is open: requests and answers have a few hundred bytes.
+# The limit for a peer's HTTP before the websocket is open: requests and answers have a few hundred bytes.
 _MAX_UPGRADE_BYTES: Final = 64 * 1024
-# What trio-websocket and the libraries beneath it raise where the other side breaks a protocol, or has gone.
-# trio-websocket answers a PING while it closes, and a malformed answer as if it were the server, which raises too.
+# The exceptions of trio-websocket and the libraries beneath it if the other side breaks a protocol or has gone.
+# trio-websocket also answers a PING while it closes, and a malformed answer as if it were the server, which raises too.
 _LIBRARY_ERRORS: Final = (
     wsproto.utilities.ProtocolError,
     h11.ProtocolError,
@@ -72,7 +71,7 @@ _LIBRARY_ERRORS: Final = (
 
 
 class WebSocketTransport:
-    """Dials and listens on TCP. `ssl_context`: for `wss`, None for the system's certificates."""
+    """Dials and listens on TCP. `ssl_context`: for `wss`; None takes the system's certificates."""
 
     def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
         self._ssl_context = ssl_context
@@ -89,7 +88,7 @@ class WebSocketTransport:
         try:
             channel = WebSocketChannel(stream)
         except OSError as error:
-            # Whoever took the connection was killed in that moment.
+            # The process that accepted the connection was killed at that moment.
             await trio.aclose_forcefully(stream)
             raise ConnectFailed(_cause(error)) from error
         readers = await tasks.start(channel.host)
@@ -109,7 +108,7 @@ class WebSocketTransport:
         *,
         task_status: trio.TaskStatus[Multiaddr],
     ) -> None:
-        """Serve websockets on a TCP address until cancelled. Raises OSError. TLS is a proxy's business."""
+        """Serve websockets on a TCP address until cancelled. Raises OSError. TLS must be ended by a proxy."""
         if address.secure:
             raise OSError(f"cannot listen on {address}: let a proxy end TLS, and listen on ws behind it")
         if address.ip is None:
@@ -140,7 +139,7 @@ async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: t
     try:
         channel = WebSocketChannel(stream)
     except OSError:
-        # It was gone before we looked who it was.
+        # The other side was gone before we could read its address.
         return
     async with trio.open_nursery() as nursery:
         channel.readers = await nursery.start(channel.host)
@@ -157,7 +156,7 @@ class WebSocketChannel:
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
-        # Where a server's side upgrades; None on a client's.
+        # The nursery in which a server's side upgrades; None on a client's side.
         self.readers: trio.Nursery | None = None
         self._stream = stream
         self._websocket: WebSocketConnection | None = None
@@ -177,7 +176,7 @@ class WebSocketChannel:
     async def host(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
         """Own the nursery of the library's reader until the channel is closed.
 
-        Whatever the reader raises ends this channel and nothing else: bytes from a stranger caused it.
+        An exception in the reader ends only this channel, because a stranger's bytes caused it.
         """
         try:
             async with trio.open_nursery() as nursery:
@@ -222,19 +221,19 @@ class WebSocketChannel:
             message = await self._websocket.get_message()
         if isinstance(message, str):
             raise RemoteProtocolError("a text message on a binary protocol")
-        # The library joins what came in several parts in a bytearray.
+        # The library returns a message that came in several parts as a bytearray.
         return bytes(message)
 
     def delivery(self) -> Delivery | None:
-        # Behind TLS there is a proxy, whose system says nothing of the way on from there.
+        # Behind TLS there is a proxy, so our system does not see the rest of the way.
         return delivery_of(self._stream.socket) if isinstance(self._stream, trio.SocketStream) else None
 
     def abort(self) -> None:
-        """End it at once, with no last words."""
+        """End the channel at once, without a closing message."""
         self._closed.set()
 
     async def aclose(self) -> None:
-        """Say goodbye and let the other side read what was sent, for half a second at most."""
+        """Send a closing message and let the other side read what was sent, for at most half a second."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _LINGER_S):
             if self._websocket is not None:
                 try:
@@ -246,7 +245,7 @@ class WebSocketChannel:
         await trio.aclose_forcefully(self._stream)
 
     async def _upgrade(self) -> WebSocketConnection:
-        """Upgrade a server's side. A browser's page has no business here, whatever it claims to speak."""
+        """Upgrade a server's side. Requests from web pages are refused, whatever protocol they name."""
         if self.readers is None:
             raise ConnectionLost("the websocket is closed")
         request: WebSocketRequest | None = None
@@ -274,9 +273,10 @@ class WebSocketChannel:
 
 
 class _WatchedStream(trio.abc.Stream):
-    """A stream that says when it has ended, which trio-websocket does not tell the task that waits for the upgrade.
+    """A stream that reports its end, which trio-websocket does not tell the task that waits for the upgrade.
 
-    Until the websocket is open it gives at most _MAX_UPGRADE_BYTES: the library keeps the whole body of a refusal.
+    Until the websocket is open it passes on at most _MAX_UPGRADE_BYTES, because the library keeps the whole body of a
+    refusal.
     """
 
     def __init__(self, stream: trio.abc.Stream, on_end: Callable[[], None], is_open: Callable[[], bool]) -> None:
@@ -313,7 +313,7 @@ class _WatchedStream(trio.abc.Stream):
 
 @contextmanager
 def _as_lost() -> Iterator[None]:
-    """What the libraries raise in the block, as ConnectionLost or RemoteProtocolError."""
+    """Inside this context, turn the libraries' exceptions into ConnectionLost or RemoteProtocolError."""
     try:
         yield
     except ConnectionClosed as closed:
@@ -349,7 +349,7 @@ _FIELDS = struct.Struct("@2xBB116xQ")
 
 
 def delivery_of(socket: trio.socket.SocketType) -> Delivery | None:
-    """What became of what was sent on a TCP socket; None where the system does not say, or it is closed."""
+    """What happened to the bytes sent on a TCP socket; None if the system does not say, or the socket is closed."""
     if sys.platform != "linux":
         return None
     try:

@@ -1,7 +1,4 @@
-"""From what is asked to tokens: sizes are checked, models run, and all answers of a request come as one stream.
-
-Knows models and sampling; knows no HTTP and no shapes of JSON.
-"""
+"""Runs the model for a request: checks sizes, and returns the tokens of all answers as one stream."""
 
 from __future__ import annotations
 
@@ -22,13 +19,13 @@ from peerd.trio_tools import open_tasks
 if TYPE_CHECKING:
     from peerd.client.model import SwarmModel
 
-# Tokens that wait for a client that reads slowly: beyond that its session waits too.
+# How many tokens may wait for a client that reads slowly; then its session waits too.
 _AHEAD = 16
 
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens that went in and came out so far."""
+    """The tokens of the prompts, and of the answers so far."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -43,7 +40,7 @@ class Usage:
 
 
 class Answers:
-    """All answers to a request's prompts: `asked.rows` to each, numbered prompt by prompt."""
+    """All answers to a request's prompts: `asked.rows` answers to each prompt, numbered prompt by prompt."""
 
     def __init__(
         self,
@@ -73,7 +70,7 @@ class Answers:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[AsyncGenerator[Picked, None]]:
-        """The tokens of all answers as they come, `row` being the answer's number. Leaving ends the sessions.
+        """The tokens of all answers as they come; `row` is the answer's number. Leaving the context ends the sessions.
 
         Iterating raises PeerdError.
         """
@@ -99,7 +96,7 @@ class Answers:
                 async for picked in tokens:
                     await send.send(replace(picked, row=first + picked.row))
             except PeerdError as error:
-                # Several answers may fail of one cause, and the caller is told once.
+                # Several answers may fail for one reason; the caller is told once.
                 await send.send(error)
 
     async def _counted(self, receive: trio.MemoryReceiveChannel[Picked | PeerdError]) -> AsyncGenerator[Picked, None]:
@@ -112,7 +109,7 @@ class Answers:
 
 
 def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]:
-    """A prompt's token ids; whether the model has them shows when they are embedded. Raises ApiError."""
+    """A prompt's token ids. Whether the model has these ids shows later, when they are embedded. Raises ApiError."""
     ids = model.encode(prompt) if isinstance(prompt, str) else prompt
     if not ids:
         raise invalid("prompt is empty", "prompt")

@@ -1,6 +1,6 @@
-"""OpenAI's shapes: the JSON of answers, whole and in pieces.
+"""The JSON of answers in OpenAI's format, complete and in pieces.
 
-Knows field names; knows no models and no HTTP. A shape belongs to one request: its id and time are in every piece.
+A shape belongs to one request, because its id and time are in every piece.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from peerd.client.decoding import Picked
 
 Decode = Callable[[Sequence[int]], str]
-# What half a character decodes to.
+# What an incomplete character decodes to.
 _INCOMPLETE = "\ufffd"
 
 
 class ChatShape:
-    """/v1/chat/completions."""
+    """The answers of /v1/chat/completions."""
 
     def __init__(self, model: str, decode: Decode) -> None:
         self._model = model
@@ -27,11 +27,11 @@ class ChatShape:
         self._created = int(time.time())
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The first piece of an answer: who speaks."""
+        """The first piece of an answer, which names the role."""
         return self._chunk([self._choice(index, {"role": "assistant", "content": ""})])
 
     def piece(self, picked: Picked) -> dict[str, Any]:
-        """The piece that a token adds."""
+        """The piece for one token."""
         delta = {"content": picked.text} if picked.text or picked.finish is None else {}
         choice = self._choice(picked.row, delta)
         choice["finish_reason"] = picked.finish
@@ -40,7 +40,7 @@ class ChatShape:
         return self._chunk([choice])
 
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last piece, where it was asked for."""
+        """The last piece, if the client asked for usage."""
         return self._chunk([]) | {"usage": usage}
 
     def chain(self, chain: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class ChatShape:
         return self._chunk([]) | {"peerd": chain}
 
     def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
-        """All answers at once."""
+        """All answers in one body."""
         choices = [
             {
                 "index": index,
@@ -81,13 +81,13 @@ class ChatShape:
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._decode([token_id])
-        # Of half a character the text is lost, and so are its bytes.
+        # A token may be part of a UTF-8 character: then neither text nor bytes can be given.
         data = None if _INCOMPLETE in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": data}
 
 
 class CompletionShape:
-    """/v1/completions. `echoes`: what each answer begins with."""
+    """The answers of /v1/completions. `echoes`: the texts with which the answers begin."""
 
     def __init__(self, model: str, decode: Decode, echoes: Sequence[str]) -> None:
         self._model = model
@@ -98,17 +98,17 @@ class CompletionShape:
         self._offsets = [len(echo) for echo in echoes]
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first piece of an answer, if it echoes."""
+        """The first piece of an answer, if the prompt is echoed."""
         if not self._echoes[index]:
             return None
         return self._frame([self._choice(index, self._echoes[index], None, None)])
 
     def piece(self, picked: Picked) -> dict[str, Any]:
-        """The piece that a token adds."""
+        """The piece for one token."""
         return self._frame([self._choice(picked.row, picked.text, self._logprobs([picked]), picked.finish)])
 
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last piece, where it was asked for."""
+        """The last piece, if the client asked for usage."""
         return self._frame([]) | {"usage": usage}
 
     def chain(self, chain: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class CompletionShape:
         return self._frame([]) | {"peerd": chain}
 
     def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
-        """All answers at once."""
+        """All answers in one body."""
         choices = [
             self._choice(index, self._echoes[index] + _text(picks), self._logprobs(picks), picks[-1].finish)
             for index, picks in enumerate(answers)

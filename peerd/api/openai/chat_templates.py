@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own, so that one that loops can be killed.
+"""Renders chat templates in a separate process, so that a template that loops for ever can be killed.
 
-A template is a program that came with a model: Jinja's sandbox keeps it from files, not from running for ever.
-Knows processes and time; knows no models. The process is started when it is first needed, serves one rendering
-after the other, and is replaced when it had to be killed.
+A template is a program that came with a model. Jinja's sandbox keeps it from files, but does not limit its time. The
+process is started when it is first needed, renders one conversation after the other, and is replaced if it had to be
+killed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import trio
 from peerd.protocol.errors import InternalError, InvalidRequest
 
 RENDER_LIMIT_S = 1.0
-# Importing the template engine; a loaded machine may need a while.
+# For importing the template engine, which may take long on a loaded machine.
 _START_LIMIT_S = 60.0
 _CHUNK_BYTES = 65536
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024
@@ -36,7 +36,7 @@ class ChatTemplates:
     async def render(self, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The conversation as the model reads it, ready for its answer.
 
-        Raises InvalidRequest for a template that refuses these messages, fails, or takes longer than a second.
+        Raises InvalidRequest if the template refuses these messages, fails, or takes longer than a second.
         """
         asked = json.dumps({"template": template, "messages": messages, "variables": variables}).encode() + b"\n"
         async with self._lock:
@@ -51,7 +51,7 @@ class ChatTemplates:
                 await self.close()
                 raise InvalidRequest("the chat template took more memory than it may") from None
             except BaseException:
-                # Half an answer may lie in the pipe.
+                # Half an answer may be in the pipe.
                 await self.close()
                 raise
         if "error" in answer:
@@ -71,7 +71,7 @@ class ChatTemplates:
                 await pipe.aclose()
 
     async def _start(self) -> None:
-        """Start the process if none runs. Raises InternalError."""
+        """Start the process if none is running. Raises InternalError."""
         if self._process is not None and self._process.poll() is None:
             return
         await self.close()

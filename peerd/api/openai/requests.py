@@ -1,7 +1,6 @@
-"""What is asked of a model, read from the bodies of OpenAI's two endpoints.
+"""Reads the requests of OpenAI's two endpoints: their fields, limits and defaults.
 
-Knows the fields, their limits and defaults; knows no model. What OpenAI has and we have not is refused if it
-would change the answer, and ignored if it would not.
+A field of OpenAI's that we do not support is refused if it would change the answer, and ignored otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
 MAX_BIASES = 1024
 COMPLETION_TOKENS = 16
-# OpenAI lets a chat answer fill the context, for which we would have to reserve KV on every peer.
+# OpenAI lets a chat answer fill the context; for that we would have to reserve KV on every peer.
 CHAT_TOKENS = 2048
 _MAX_MESSAGES = 4096
 _ROLES = ("system", "developer", "user", "assistant")
@@ -39,7 +38,7 @@ _TEXT = {"type": "text"}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What both endpoints have in common. None is the model's own choice. `rows`: answers to each prompt."""
+    """The fields that both endpoints have. None stands for the model's own value. `rows`: answers to each prompt."""
 
     model: str
     max_tokens: int | None
@@ -54,7 +53,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class AskedChat:
-    """A conversation to be continued by the model."""
+    """A conversation that the model is to continue."""
 
     asked: Asked
     messages: list[dict[str, Any]]
@@ -62,7 +61,7 @@ class AskedChat:
 
 @dataclass(frozen=True, slots=True)
 class AskedCompletion:
-    """Prompts, each a text or token ids, to be continued. `echo`: the answer begins with the prompt."""
+    """Prompts to be continued, each a text or token ids. `echo`: each answer begins with its prompt."""
 
     asked: Asked
     prompts: list[str | list[int]]
@@ -70,7 +69,7 @@ class AskedCompletion:
 
 
 def read_chat(fields: Fields) -> AskedChat:
-    """A body of /v1/chat/completions. Raises ApiError."""
+    """Read a body of /v1/chat/completions. Raises ApiError."""
     messages = _messages(fields)
     limit = fields.integer("max_completion_tokens", 1)
     older_limit = fields.integer("max_tokens", 1)
@@ -98,7 +97,7 @@ def read_chat(fields: Fields) -> AskedChat:
 
 
 def read_completion(fields: Fields) -> AskedCompletion:
-    """A body of /v1/completions. Raises ApiError."""
+    """Read a body of /v1/completions. Raises ApiError."""
     prompts = _prompts(fields)
     limit = fields.integer("max_tokens", 1)
     logprobs = fields.integer("logprobs", 0, MAX_COMPLETION_LOGPROBS)
@@ -144,10 +143,10 @@ def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) ->
 
 
 def _sampling(fields: Fields) -> dict[str, Any]:
-    """Beside OpenAI's fields those that servers of open models commonly have."""
+    """OpenAI's fields, and those that servers of open models commonly add."""
     return {
         "temperature": fields.number("temperature", 0, 2),
-        # OpenAI takes 0, which leaves the likeliest token.
+        # OpenAI accepts 0, which leaves only the most likely token.
         "top_p": _positive(fields.number("top_p", 0, 1)),
         "top_k": fields.integer("top_k", 0),
         "min_p": fields.number("min_p", 0, 1),

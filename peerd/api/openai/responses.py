@@ -1,7 +1,6 @@
-"""Responses that take a while: they stop working when the client hangs up.
+"""Responses that take a while, and stop working when the client hangs up.
 
-ASGI; knows answers and their shapes. The difficulty is that an error has a status only as long as nothing was sent,
-so the first token is awaited before the first byte.
+An error can have a status only while nothing was sent. So the first token is awaited before the first byte is sent.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from peerd.trio_tools import open_tasks
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    # Proxies would otherwise collect pieces.
+    # Without this, proxies would collect pieces.
     (b"x-accel-buffering", b"no"),
 ]
 
 
 class AnswerResponse(Response):
-    """A request's answers, whole or as server-sent events."""
+    """A request's answers, in one body or as server-sent events."""
 
     def __init__(
         self,
@@ -58,12 +57,12 @@ class AnswerResponse(Response):
         async with open_tasks() as tasks:
             tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
             response = await self._respond(send)
-        # The end of a response counts as a disconnect too, and must not be cancelled by it.
+        # The end of a response counts as a disconnect too, which must not cancel the response.
         if response is not None:
             await response(scope, receive, send)
 
     async def _respond(self, send: Send) -> ASGIApp:
-        """Answer; returned is what is still to be sent."""
+        """Compute the answers. Returns the response that is still to be sent, or None if events were sent."""
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
@@ -114,7 +113,7 @@ class AnswerResponse(Response):
 
 
 async def _end(scope: Scope, receive: Receive, send: Send) -> None:
-    """The end of a stream."""
+    """Sends the end of an event stream."""
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -1,6 +1,6 @@
-"""The process that renders chat templates: one JSON line in, one out, until standard input ends.
+"""The process that renders chat templates: reads one JSON line, writes one, until standard input ends.
 
-It has Transformers' own template environment, a bound on its memory, and nothing else: no model, no torch, no key.
+It has Transformers' own template environment and a memory limit, and nothing else: no model, no torch, no keys.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import resource
 import sys
 from typing import Any
 
-# What Python and Transformers map is a small part of it; a template that builds more than that is broken or hostile.
+# Python and Transformers take a small part of it; a template that needs more is broken or hostile.
 _MEMORY_BYTES = 2 * 1024**3
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Answer requests until standard input ends."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
@@ -34,7 +34,7 @@ def main() -> None:
         except MemoryError:
             sys.exit(1)
         except Exception as error:
-            # Whatever a stranger's template raises is the template's error.
+            # An exception of a stranger's template is the template's error, not ours.
             _write({"error": f"{type(error).__name__}: {error}"[:500]})
 
 

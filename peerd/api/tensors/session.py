@@ -1,7 +1,7 @@
 """`/peerd/v1/session`: a session of tensors for a program on this machine, over a websocket.
 
-Knows the messages and the model's session; knows no HTTP. Requests are answered in their order, one at a time: a long
-step is cut into pieces for the swarm anyway. The session ends with the websocket.
+Requests are answered in order, one at a time; a long step is cut into pieces for the swarm anyway. The session ends
+with the websocket.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _NORMAL = 1000
 
 
 async def serve_session(websocket: WebSocket, models: Models) -> None:
-    """Serve one websocket until either side has enough."""
+    """Serve one websocket until either side ends it."""
     await websocket.accept()
     try:
         async with open_tasks() as tasks:
@@ -72,7 +72,7 @@ async def serve_session(websocket: WebSocket, models: Models) -> None:
 
 
 async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], scope: trio.CancelScope) -> None:
-    """Pass on what the client says, also while a step runs: so that we learn at once when it leaves."""
+    """Pass on the client's messages, also while a step runs, so that we notice at once when it leaves."""
     while True:
         said = await websocket.receive()
         if said["type"] == "websocket.disconnect":
@@ -145,7 +145,7 @@ def _span(start: int, end: int, model: SwarmModel) -> Span:
 
 
 class _Answers:
-    """Answers one websocket's requests, in their order. Forwards that wait for a backward are kept here."""
+    """Answers one websocket's requests in order, and keeps the forwards that wait for a backward."""
 
     def __init__(
         self, websocket: WebSocket, model: SwarmModel, session: Session | None, blocks: Span, adapter: _Adapter
@@ -159,7 +159,7 @@ class _Answers:
         self._passes: dict[int, Pass] = {}
 
     def close(self) -> None:
-        """Let the peers forget what waits for a backward."""
+        """Let the peers free what waits for a backward."""
         for kept in self._passes.values():
             kept.close()
 

@@ -1,8 +1,8 @@
-"""Both ends of a circuit: a way to a peer through a relay, which carries a connection like any other (spec/relay.md).
+"""Both ends of a circuit, which carries a connection to a peer through a relay (spec/relay.md).
 
-Knows how a circuit is asked for and taken, and what its end means; who may use one is `connections`' and
-`reservations`' business. The difficulty is priority: what waits in the outer stream can no more be overtaken, so
-a message is handed over only when the one before it is on its way.
+It is requested and accepted here; `connections.py` and `reach/reservations.py` decide who may use one. Messages that
+wait in the outer stream cannot be overtaken by more urgent ones, so a message is handed over only when the one before
+it has been sent.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from peerd.protocol.messages.relay import (
 )
 from peerd.protocol.messages.session import Failure
 
-# Behind what is urgent between us and the relay itself, before what is bulk.
+# After urgent messages between us and the relay itself, and before bulk.
 CIRCUIT_PRIORITY = Priority.PREFILL
 
 
 class CircuitChannel:
-    """A MessageChannel over one stream to a relay, once both ends agreed."""
+    """A MessageChannel over one stream to a relay, once both ends have agreed."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -48,11 +48,11 @@ class CircuitChannel:
 
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
-        """Nobody can tell: the relay's is not the peer's."""
+        """Unknown: the relay's address is not the peer's."""
         return None
 
     def delivery(self) -> Delivery | None:
-        """Nobody can tell: what our system knows is about the relay."""
+        """Unknown: our system sees only the way to the relay."""
         return None
 
     async def send(self, message: bytes) -> None:
@@ -74,7 +74,7 @@ class CircuitChannel:
 
 
 async def open_circuit(relay: Carrier, peer_id: PeerId) -> CircuitChannel:
-    """Ask a relay for a way to a peer, without a time-out. Raises ConnectFailed, saying why there is none."""
+    """Ask a relay for a circuit to a peer; sets no time-out. Raises ConnectFailed with the reason."""
     try:
         stream = relay.open_stream(RELAY_PROTOCOL, priority=CIRCUIT_PRIORITY)
     except PeerdError as error:
@@ -94,12 +94,12 @@ async def open_circuit(relay: Carrier, peer_id: PeerId) -> CircuitChannel:
 
 
 async def hear_caller(stream: Stream) -> PeerId:
-    """Who calls, as the relay says, on a stream that it opened. Raises RemoteProtocolError, trio.EndOfChannel."""
+    """The caller that the relay names on a stream which it opened. Raises RemoteProtocolError, trio.EndOfChannel."""
     return Incoming.from_header((await stream.receive()).header).peer
 
 
 def take_circuit(stream: Stream) -> CircuitChannel:
-    """Let the caller speak."""
+    """Accept the call: the caller may now send."""
     stream.send_nowait(Accepted().to_header(), priority=Priority.CONTROL)
     return CircuitChannel(stream)
 

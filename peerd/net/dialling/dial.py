@@ -1,8 +1,7 @@
-"""One search for a way to a peer: its addresses are tried one after the other, without waiting for each.
+"""One attempt to reach a peer: tries its addresses one after the other, without waiting for each to fail.
 
-Knows who waits for the outcome and what became of each address; how an address is tried is its caller's
-business. The difficulty is that several callers share a dial: it goes on as long as one of them waits,
-and ends for all of them as soon as there is a connection, whichever side dialled it.
+The caller's function tries one address. Several callers share a dial: it goes on as long as one of them waits, and ends
+for all of them as soon as there is a connection, whichever side dialled it.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from peerd.protocol.errors import ConnectFailed, PeerFault, WrongPeer
 if TYPE_CHECKING:
     from peerd.net.peer_connection import PeerConnection
 
-# RFC 8305 (happy eyeballs), section 5: when the next address is tried beside one that has not answered.
+# RFC 8305 (happy eyeballs), section 5: the delay before the next address is tried beside one that has not answered.
 STAGGER_S = 0.25
-# TCP alone would try for minutes: this is time for its first three attempts (RFC 6298: at 0, 1 and 3 s), and for TLS
+# TCP alone would try for minutes. This is time for its first three attempts (RFC 6298: at 0, 1 and 3 s), and for TLS
 # and the upgrade after one of them, or for a relay, which gives its peer 5 s. The handshake has its own deadline.
 ADDRESS_TIMEOUT_S = 6.0
 
 Attempt = Callable[[Multiaddr, "Dial"], Awaitable[PeerFault]]
-"""Tries one address and calls `Dial.succeed`, or returns why there is no connection."""
+"""Tries one address, and calls `Dial.succeed` or returns the reason why there is no connection."""
 
 
 class Dial:
@@ -48,11 +47,11 @@ class Dial:
 
     @property
     def over(self) -> bool:
-        """Whether it has come to an end, whichever."""
+        """Whether the dial has ended, with or without success."""
         return self._done.is_set()
 
     async def wait(self) -> None:
-        """Until there is a connection or no address is left. The last one to be cancelled here ends the dial."""
+        """Wait until there is a connection or no address is left. If the last waiter is cancelled, the dial ends."""
         self._waiting += 1
         try:
             await self._done.wait()
@@ -62,14 +61,14 @@ class Dial:
                 self.abandon()
 
     def abandon(self) -> None:
-        """Nobody wants it any more, or it is not needed: stop trying."""
+        """Stop trying, because no caller waits or there is a connection."""
         self._done.set()
         self._trying.cancel()
         for scope in self._scopes.values():
             scope.cancel()
 
     def succeed(self, connection: PeerConnection, address: Multiaddr | None = None) -> None:
-        """There is a connection: the attempt at `address` stays, the others end."""
+        """Note a connection: the attempt at `address` goes on, the others end."""
         if address is not None:
             self._scopes.pop(address, None)
         if self.connection is None:
@@ -77,7 +76,7 @@ class Dial:
             self.abandon()
 
     async def run(self, nursery: trio.Nursery, attempt: Attempt) -> None:
-        """Try all addresses; the attempts run in `nursery`, since one of them becomes a connection."""
+        """Try all addresses. The attempts run in `nursery`, because one of them becomes a connection."""
         with self._trying:
             for address in self.addresses:
                 self._one_failed = trio.Event()
@@ -97,7 +96,7 @@ class Dial:
             self._one_failed.set()
 
     def error(self, name: str) -> PeerFault:
-        """Why there is no connection: every address with its reason. WrongPeer where that was the only one."""
+        """The error with each address's reason; WrongPeer if that was the only kind of failure."""
         reasons = "; ".join(f"{address}: {failure}" for address, failure in self.failures.items())
         message = f"{name} cannot be reached: {reasons or 'no address'}"
         kinds = {type(failure) for failure in self.failures.values()}
