@@ -1,8 +1,8 @@
-"""What people see: results on standard output, logs and progress on standard error.
+"""Writes to the terminal: results on standard output, logs and progress on standard error.
 
-Knows terminals; knows no peers. The difficulty is that text may come from strangers (a hostile server
-can make a model "say" anything, and errors travel): on a terminal, control characters would be commands.
-So whatever goes to one passes through `printable`, and nothing is ever read as markup.
+Text may come from strangers (a hostile server can make a model "say" anything, and error messages travel), and control
+characters would be commands to a terminal. So everything that goes to a terminal passes through `printable`, and no
+text is ever interpreted as markup.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from rich.progress import (
 
 from peerd.compute.checkpoint.hub.settings import Transfer
 
-# Beside the text, the sizes and the speed it fits into 80 columns.
+# With the text, the sizes and the speed it fits into 80 columns.
 _BAR_CHARS = 16
-# Two of them differ by 6 random base58 digits: more than a screenful of peers ever needs.
+# Two PeerIds differ in 6 random base58 digits: enough for more peers than fit on a screen.
 _PEER_ID_TAIL = 6
 # Unicode's control characters, and halves of characters, which cannot be encoded.
 _COMMANDS = ("Cc", "Cs")
@@ -42,7 +42,7 @@ _PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 @cache
 def screen() -> Console:
-    """Standard error, as whatever stands behind it can show it; one for all, so that logs go above a spinner."""
+    """The console for standard error. There is one for all, so that logs appear above a spinner."""
     return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -52,13 +52,13 @@ def printable(text: str) -> str:
 
 
 def write(text: str) -> None:
-    """Results to standard output, at once. What a program reads from a pipe is left as it is."""
+    """Write results to standard output, at once. Text for a pipe is left as it is."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def say(text: str) -> None:
-    """A line for the person, on standard error."""
+    """Write a line for the user to standard error."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -72,12 +72,12 @@ class Working:
         self._text = display.add_task(printable(text), total=None) if display else TaskID(0)
 
     def update(self, text: str) -> None:
-        """Say that something else goes on now."""
+        """Show another text."""
         if self._display:
             self._display.update(self._text, description=printable(text))
 
     def transferred(self, transfer: Transfer) -> None:
-        """Show how far a transfer is, until it is done."""
+        """Show the progress of a transfer, until it is complete."""
         if self._display is None:
             return
         done, total = transfer.done_bytes, transfer.total_bytes
@@ -87,7 +87,7 @@ class Working:
         if done == total:
             self._display.update(self._text, visible=True)
         elif self._bar is None:
-            # What is there already counts for the bar, but not for the speed.
+            # Bytes that were here already count for the bar, but not for the speed.
             name = f"fetching {printable(transfer.name)}"
             self._bar, self._total = self._display.add_task(name, total=total, completed=done), total
             self._display.update(self._text, visible=False)
@@ -96,7 +96,7 @@ class Working:
 
 
 class _Transferring(ProgressColumn):
-    """A column that is there only while something is transferred."""
+    """A column that is shown only during a transfer."""
 
     def __init__(self, column: ProgressColumn) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _Transferring(ProgressColumn):
 
 @contextmanager
 def working(text: str) -> Iterator[Working]:
-    """Show that something goes on, on a terminal; elsewhere nothing is shown."""
+    """Show on a terminal that work goes on; show nothing elsewhere."""
     console = screen()
     if not console.is_terminal:
         yield Working(None, text)
@@ -120,14 +120,14 @@ def working(text: str) -> Iterator[Working]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, their columns under each other."""
+    """Rows of text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def short(peer_id: object) -> str:
-    """A PeerId as people can compare it: `12D3KooW..aB3xYz`."""
+    """A short form of a PeerId that people can compare: `12D3KooW..aB3xYz`."""
     text = str(peer_id)
     return f"{text[:8]}..{text[-_PEER_ID_TAIL:]}"
 

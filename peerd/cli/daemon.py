@@ -1,9 +1,8 @@
-"""The daemon: a peer that stays until it is told to stop.
+"""The daemon: runs a peer until it is told to stop.
 
-Knows options, signals and what an operator reads; what a peer does is `peer`'s business. The difficulty is
-stopping. The first signal announces that the peer leaves, refuses new sessions and lets the others end for
-a while (SIGTERM, or SIGHUP where the terminal was closed; Ctrl-C waits a second only, for somebody sits there); the
-second stops at once.
+Stopping has two stages. The first signal announces that the peer leaves, refuses new sessions and gives the others time
+to end (a minute after SIGTERM, or SIGHUP from a closed terminal; only a second after Ctrl-C, because a user waits). The
+second signal stops at once.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long sessions may go on once their peer was told to leave. Below systemd's 90 s before it kills.
+# How long sessions may go on after the signal. It is less than the 90 s after which systemd kills.
 DRAIN_S = {signal.SIGTERM: 60.0, signal.SIGHUP: 60.0, signal.SIGINT: 1.0}
 # Enough for all connections, and a local API with thousands of requests. Some systems allow a billion, for which other
-# programs reserve tables.
+# programs would reserve tables.
 WANTED_FILES = 8192
 
 
@@ -68,7 +67,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """What a daemon was asked to be. `stop_on_eof`: it lives as long as its standard input."""
+    """The configuration of a daemon. `stop_on_eof`: it stops when its standard input ends."""
 
     identity: Path
     listen: tuple[Multiaddr, ...]
@@ -82,7 +81,7 @@ class Daemon:
 
 
 async def run_daemon(daemon: Daemon) -> None:
-    """Be a peer until a signal. Raises PeerdError, CheckpointError; Interrupted if it was stopped before it served."""
+    """Run a peer until a signal. Raises PeerdError, CheckpointError; Interrupted if it was stopped before it served."""
     stopping = _Stopping()
     async with watching_the_loop(), open_tasks() as tasks:
         stopping.at_once = tasks.cancel_scope
@@ -173,7 +172,7 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process have as many files open as it may, and say so where that limits its connections.
+    """Raise the limit of open files as far as the system allows, and warn if it limits our connections.
 
     Children inherit the limit.
     """
@@ -195,7 +194,7 @@ def raise_descriptor_limit() -> None:
 
 
 class _Stopping:
-    """Turns signals and the end of standard input into one request to stop, and a second into an order."""
+    """Turns a first signal, or the end of standard input, into a request to stop, and a second one into an order."""
 
     def __init__(self) -> None:
         self.asked = trio.Event()
@@ -211,16 +210,16 @@ class _Stopping:
         with trio.open_signal_receiver(*stop_signals()) as signals:
             task_status.started()
             async for number in signals:
-                # A closed terminal may say so twice, through the shell and the system; nobody is impatient there.
+                # A closed terminal may send SIGHUP twice, from the shell and the system; that is no request to hurry.
                 if number == signal.SIGHUP and self.asked.is_set():
                     continue
                 self._stop(signal.Signals(number))
                 if self.at_once.cancel_called:
-                    # From here on a signal does what it does to any process.
+                    # From here on, signals have their default effect.
                     return
 
     async def watch_input(self) -> None:
-        """Stop when standard input ends, that is, when whoever started us has gone."""
+        """Stop when standard input ends, which means that the process which started us has gone."""
         async with trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())) as stream:
             async for _ in stream:
                 pass
@@ -234,7 +233,7 @@ class _Stopping:
 
 
 def _state_dir(identity: Path) -> Path:
-    """What a peer keeps belongs to its identity: `identity.key` has `identity.state` beside it."""
+    """The peer's files belong to its identity: beside `identity.key` is `identity.state`."""
     return identity.with_suffix(".state")
 
 

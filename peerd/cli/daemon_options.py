@@ -1,7 +1,4 @@
-"""What a daemon can be asked to be: its options, and what they mean together.
-
-Knows spellings and which options need each other; runs nothing.
-"""
+"""The options of a daemon, and which of them may be used together."""
 
 from __future__ import annotations
 
@@ -195,7 +192,7 @@ _OPTIONS = (
 
 
 def daemon_options(command: Command) -> Command:
-    """All options of a daemon; `daemon_of` reads them."""
+    """Add all options of a daemon to a command; `daemon_of` reads them."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -222,7 +219,7 @@ def daemon_of(
     quantize: str | None,
     **serving: Any,
 ) -> Daemon:
-    """What the options ask for together. Raises click.UsageError where they do not fit each other."""
+    """The configuration that the options describe. Raises click.UsageError if they contradict each other."""
     relay = relaying(serving)
     if open_page and http is None:
         http = ("127.0.0.1", 0)

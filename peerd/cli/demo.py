@@ -1,7 +1,7 @@
-"""`peerd demo`: a swarm on this machine, and an answer from it.
+"""`peerd demo`: starts a swarm on this machine and asks it a question.
 
-A bootstrap peer and the servers are processes of their own, as they would be on machines of their own; we
-are the client. Whatever can start at once does, for what takes seconds is importing torch in each process.
+The bootstrap peer and the servers are separate processes, as on separate machines; this process is the client.
+Everything that can start at the same time does, because importing torch takes seconds in each process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def demo(request: Request, servers: int, *, as_json: bool) -> None:
 
 
 def even_spans(blocks: int, count: int) -> list[Span]:
-    """`blocks` cut into `count` spans whose lengths differ by one at most. Raises InvalidRequest."""
+    """Cut `blocks` into `count` spans whose lengths differ by at most one. Raises InvalidRequest."""
     if count > blocks:
         raise InvalidRequest(f"the model has {blocks} blocks, too few for {count} servers")
     ends = [blocks * number // count for number in range(count + 1)]
@@ -58,7 +58,7 @@ def even_spans(blocks: int, count: int) -> list[Span]:
 
 
 class _Swarm:
-    """The demonstration's processes: a bootstrap peer, and one server a span."""
+    """The demonstration's processes: a bootstrap peer, and one server for each span."""
 
     bootstrap: PeerProcess
 
@@ -69,7 +69,7 @@ class _Swarm:
         self._servers: dict[Span, PeerProcess] = {}
 
     async def start(self, servers: int, task_status: trio.TaskStatus[None]) -> None:
-        """Started is when the swarm can be joined; `serving` is set when all blocks are served."""
+        """Reports that it has started when the swarm can be joined; `serving` is set when all blocks are served."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._start_bootstrap)
             spans = even_spans(await trio.to_thread.run_sync(_count_blocks, self._model), servers)
@@ -80,7 +80,7 @@ class _Swarm:
         self.serving.set()
 
     def describe(self) -> str:
-        """Who does what."""
+        """Which process serves which blocks."""
         rows = [("peer", "serves", "address")]
         for span, server in sorted(self._servers.items()):
             rows.append((short(server.peer_id), f"blocks {span}", str(server.address.with_peer(None))))

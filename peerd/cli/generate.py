@@ -1,7 +1,4 @@
-"""`peerd generate`: one answer from a swarm, streamed to standard output or reported as JSON.
-
-Knows how an answer is shown; how it comes about is `generation`'s business.
-"""
+"""`peerd generate`: one answer from a swarm, streamed to standard output or reported as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a model. `sampling` is what `SamplingParams.from_config` takes, `adapter` what sessions do."""
+    """A request to a model. `sampling` are arguments of `SamplingParams.from_config`; `adapter` is what sessions
+    take.
+    """
 
     prompt: str
     chat: bool
@@ -64,7 +63,7 @@ async def generate(
 
 
 async def answer(model: SwarmModel, request: Request, *, quiet: bool) -> Generation:
-    """Generate, streaming the text to standard output unless `quiet`. Raises PeerdError."""
+    """Generate an answer, and stream its text to standard output unless `quiet`. Raises PeerdError."""
     try:
         generation = model.generate(request.prompt, chat=request.chat, adapter=request.adapter, **request.sampling)
     except ValueError as error:
@@ -82,7 +81,7 @@ async def answer(model: SwarmModel, request: Request, *, quiet: bool) -> Generat
             async for token in tokens:
                 write(token.text)
         finally:
-            # Whatever comes next on the terminal, an error too, begins on a line of its own.
+            # The next text on the terminal, also an error, begins on a line of its own.
             write("\n")
     return generation
 

@@ -1,9 +1,9 @@
-"""The file that holds a peer's private key: made on first use, locked while in use.
+"""The file with a peer's private key: made on first use, locked while in use. And the file with a private swarm's key.
 
-Knows files, permissions and PEM; knows nothing of what an identity signs. The format is what `openssl genpkey
--algorithm ed25519` writes: PKCS #8 in PEM, unencrypted. The difficulty is two daemons with one key: both would
-announce themselves under one name, and each would take the other's connections. So the key is read, and even
-made, only under an exclusive lock on the file itself, which the system drops when the process ends, however it ends.
+The peer's key has the format of `openssl genpkey -algorithm ed25519`: PKCS #8 in PEM, unencrypted. Two daemons must
+never use one key: both would announce themselves under one name, and each would take over the other's connections. So
+the key is read, and even made, only under an exclusive lock on the file itself, which the system drops however the
+process ends.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _MAX_FILE_BYTES = 4096
 
 
 class KeyFileError(CallerError):
-    """The key file cannot be used as it is; the message names it and says what to do."""
+    """The key file cannot be used as it is. The message names it and says what to do."""
 
 
 @contextmanager
 def load_or_create_identity(path: Path) -> Iterator[Identity]:
     """The identity in `path`, locked until the block ends; a new one if the file is missing or empty.
 
-    The file gets mode 0600, a directory that has to be made 0700. Raises KeyFileError if another process uses the
-    file, if others could read it, if it holds no Ed25519 key, or if it cannot be read or written.
+    The file gets mode 0600, and a directory that must be made gets 0700. Raises KeyFileError if another process uses
+    the file, if others could read it, if it holds no Ed25519 key, or if it cannot be read or written.
     """
     try:
         file = _open(path)
@@ -60,7 +60,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
     except OSError:
-        # A key handed to us as a read-only file is as good.
+        # A key in a read-only file can be used too.
         if not os.access(path, os.R_OK):
             raise
         return open(path, "rb", buffering=0)
@@ -114,12 +114,12 @@ def _parse(path: Path, data: bytes) -> Ed25519PrivateKey:
 KEY_BYTES = 32
 _HEADER = ("/key/swarm/psk/1.0.0/", "/base16/")
 _MAX_FILE_BYTES = 1024
-# What others may do with the file: nothing.
+# The permissions that others must not have: all of them.
 _OTHERS = 0o077
 
 
 def create_swarm_key(path: Path) -> None:
-    """Write a new key, mode 0600. Raises InvalidRequest where the file is there already, or cannot be written."""
+    """Write a new key, mode 0600. Raises InvalidRequest if the file exists, or cannot be written."""
     text = "\n".join((*_HEADER, secrets.token_hex(KEY_BYTES), ""))
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -131,16 +131,16 @@ def create_swarm_key(path: Path) -> None:
         with os.fdopen(handle, "w") as file:
             file.write(text)
             file.flush()
-            # Its members get copies, perhaps at once: it must not be gone after a power cut.
+            # Members of the swarm may get copies at once, so the key must survive a power cut.
             os.fsync(file.fileno())
     except OSError as error:
-        # Half a key would be refused for ever, and not written over.
+        # An incomplete key file would be refused on every use, and never overwritten.
         path.unlink()
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_swarm_key(path: Path) -> bytes:
-    """The key in a file. Raises InvalidRequest, also where others could read it."""
+    """The key in a file. Raises InvalidRequest, also if others could read the file."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & _OTHERS:

@@ -1,7 +1,6 @@
-"""The `peerd` command: options in, exit codes out.
+"""The `peerd` command: its commands, options and exit codes.
 
-Knows what can be asked for and how to say that it is wrong; the work is done in `cli_serve`,
-`cli_generate` and `demo`, which are imported when they are needed.
+The work is done in `cli/daemon.py`, `cli/generate.py` and so on, which are imported only when they are needed.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ DEMO_PROMPT = "Explain in two sentences how bees make honey."
 
 
 class _Cli(click.Group):
-    """A group that turns the errors that peerd has names for into messages and exit codes."""
+    """A group that turns peerd's own errors into messages and exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -259,7 +258,7 @@ def new_swarm(path: Path) -> None:
 
 
 def _run_once(ctx: click.Context, work: Callable[[], Awaitable[None]], *, verbose: bool) -> None:
-    """Run a one-shot command: quiet unless it is to be verbose, ended by the first signal."""
+    """Run a one-shot command. It logs only warnings unless `verbose`, and the first signal ends it."""
     set_up_logging(logging.DEBUG if verbose else logging.WARNING)
     from peerd.cli.stopping import until_signalled
 
@@ -288,5 +287,5 @@ def main() -> NoReturn:
     except OutputFailed as error:
         say(f"Error: {error}")
         code = code or EXIT_OUTPUT
-    # All that had to end has ended. Taking torch's modules apart would be another second or two of waiting.
+    # Everything that must end has ended; unloading torch's modules would take another second or two.
     os._exit(code if isinstance(code, int) else 0)

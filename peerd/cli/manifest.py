@@ -1,4 +1,4 @@
-"""`peerd manifest`: what the blocks of a model are, for clients to pin."""
+"""`peerd manifest`: prints the digests of a model's blocks, for clients to pin."""
 
 from __future__ import annotations
 

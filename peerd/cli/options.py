@@ -1,6 +1,6 @@
-"""What options look like on the command line, and what is said where they are wrong.
+"""Options that several commands share, and what they mean.
 
-Knows spellings; imports nothing slow, so that `--help` and mistakes are answered at once.
+It imports nothing slow, so that `--help` and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # What the wire can carry (spec/tensors.md).
 DTYPES = ("float32", "float16", "bfloat16")
-# Those of compute/quantized/formats.py, which would import torch.
+# The formats of compute/quantized/formats.py, whose import would load torch.
 QUANTIZATIONS = ("none", "int8", "nf4")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """Which swarm, whom of it to use, and whether through relays."""
+    """Which swarm to join, which of its peers to use, and whether through relays."""
 
     bootstrap: tuple[Multiaddr, ...]
     swarm_key: bytes | None
@@ -38,7 +38,7 @@ class Joining:
 
 
 def joining(options: dict[str, Any]) -> Joining:
-    """Take the options of `join_options` out of a command's. Raises InvalidRequest for files that are not right."""
+    """Take the options of `join_options` out of a command's. Raises InvalidRequest for files that are not valid."""
     from peerd.cli.key_files import read_swarm_key
     from peerd.routing.chains.rules import ChainRules, Manifest
 
@@ -53,7 +53,7 @@ def joining(options: dict[str, Any]) -> Joining:
 
 
 def join_options(command: Command) -> Command:
-    """Which swarm to join, and whom of it to have in chains; `joining` reads them."""
+    """Add the options for joining a swarm and choosing the peers of chains; `joining` reads them."""
     peers: dict[str, Any] = {"type": parse_peer_id, "multiple": True, "metavar": "PEERID"}
     for option in reversed(
         (
@@ -113,7 +113,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def sampling_options(command: Command) -> Command:
-    """How tokens are chosen; what is left out the model's own generation config decides."""
+    """Add the options for sampling. For those left out, the model's own generation config decides."""
     for option in reversed(
         (
             click.option(

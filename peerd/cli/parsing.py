@@ -1,4 +1,4 @@
-"""Values of command-line options, parsed and refused with a reason."""
+"""Parses the values of command-line options, and refuses wrong ones with a reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AUTO = "auto"
 
 
 def parse_address(value: str) -> Multiaddr:
-    """A multiaddr."""
+    """Parse a multiaddr."""
     try:
         return Multiaddr.parse(value)
     except ValueError as error:
@@ -33,7 +33,7 @@ def parse_address(value: str) -> Multiaddr:
 
 
 def parse_bootstrap(value: str) -> Multiaddr:
-    """A multiaddr that names its peer: joining a swarm through whoever answers would be joining anybody's."""
+    """Parse a multiaddr with a PeerId: joining through the peer that answers could mean joining any swarm."""
     found = parse_address(value)
     if found.peer_id is None:
         raise click.BadParameter(f"{value} does not say who is there: add /p2p/ and the PeerId, as that peer prints it")
@@ -41,7 +41,7 @@ def parse_bootstrap(value: str) -> Multiaddr:
 
 
 def parse_blocks(value: str) -> Span | int | str:
-    """`A:B`, a count, or `auto`."""
+    """Parse `A:B`, a count, or `auto`."""
     if value == AUTO:
         return AUTO
     if value.isascii() and value.isdecimal() and 0 < int(value) <= MAX_BLOCKS:
@@ -53,7 +53,7 @@ def parse_blocks(value: str) -> Span | int | str:
 
 
 def parse_model(value: str) -> Path | str:
-    """A checkpoint on this machine, as far as a look at the path can tell; or a hub id, as it was written."""
+    """The path of a checkpoint on this machine, checked only by its file names; or a hub id, as it was written."""
     path = Path(value).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return path
@@ -75,7 +75,7 @@ def parse_model(value: str) -> Path | str:
 
 
 def at_revision(model: Path | str, revision: str | None) -> Path | str:
-    """The model at the revision that is given beside it."""
+    """The model at the revision that is given separately."""
     try:
         found = hub_id_of(model, revision)
     except CheckpointError as error:
@@ -84,7 +84,7 @@ def at_revision(model: Path | str, revision: str | None) -> Path | str:
 
 
 def parse_named_model(value: str) -> tuple[str | None, Path | str]:
-    """A model, and the name that it has in the local API: `NAME=MODEL`; without one, its own name."""
+    """A model and its name in the local API: `NAME=MODEL`; without a name, the model's own."""
     name, separator, path = value.partition("=")
     if separator and "/" not in name and not Path(value).exists():
         if not name:
@@ -94,7 +94,7 @@ def parse_named_model(value: str) -> tuple[str | None, Path | str]:
 
 
 def parse_host_port(value: str) -> tuple[str, int]:
-    """`HOST:PORT`, the host in brackets where it is an IPv6 address."""
+    """Parse `HOST:PORT`; an IPv6 host is in brackets."""
     host, _, port = value.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
@@ -103,7 +103,7 @@ def parse_host_port(value: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that host."""
+    """Whether only this machine can reach that host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -111,7 +111,7 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_device(value: str) -> str:
-    """A device by torch's name, `cuda:all`, or several with commas; whether they are there only torch knows."""
+    """A device by torch's name, `cuda:all`, or several with commas. Only torch can tell whether they exist."""
     for name in value.split(","):
         if re.fullmatch(r"cpu|cuda(:\d{1,3}|:all)?", name) is None:
             raise click.BadParameter(f"{name!r} is not cpu, cuda, cuda:N or cuda:all")
@@ -119,7 +119,7 @@ def parse_device(value: str) -> str:
 
 
 def parse_adapter(value: str) -> tuple[str, Path]:
-    """`NAME=DIR`."""
+    """Parse `NAME=DIR`."""
     name, equals, path = value.partition("=")
     try:
         if not equals or not path:
@@ -130,7 +130,7 @@ def parse_adapter(value: str) -> tuple[str, Path]:
 
 
 def parse_memory(value: str) -> int:
-    """An amount of memory, in bytes."""
+    """Parse an amount of memory, to bytes."""
     try:
         return parse_size(value)
     except ValueError as error:
@@ -138,12 +138,12 @@ def parse_memory(value: str) -> int:
 
 
 def parse_limit(value: str) -> int:
-    """An amount of memory that may be none: 0."""
+    """Parse an amount of memory that may be 0."""
     return 0 if value.strip() == "0" else parse_memory(value)
 
 
 def parse_peer_id(value: str) -> PeerId:
-    """A PeerId."""
+    """Parse a PeerId."""
     try:
         public_key_of(PeerId(value))
     except ValueError as error:

@@ -1,8 +1,7 @@
-"""Peers as processes of their own on this machine, for demonstrations, examples and tests.
+"""Starts and ends peers as separate processes on this machine, for demonstrations, examples and tests.
 
-Knows how to start them, when they serve and how to end them; knows nothing of what they do. The difficulty
-is leaving none behind: they are stopped in a shielded clean-up whatever ended the caller, and they hold the
-read end of a pipe from us, so that they end even where we are killed.
+No process may be left behind. They are stopped in a shielded clean-up, whatever ended the caller, and each has the read
+end of a pipe from us as its standard input, so that it ends even if we are killed.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ import trio
 
 from peerd.protocol.addresses import Multiaddr
 
-# From one signal to the next, harder one: no demonstration's session is worth more.
+# The time between one signal and the next, harder one: a demonstration's sessions need no longer.
 STOP_S = 0.5
-# Any free port of this machine alone.
+# Any free port, on this machine only.
 ANY_PORT = "/ip4/127.0.0.1/tcp/0/ws"
 _LOG_TAIL_CHARS = 2000
 _READ_BYTES = 4096
 
 
 class ProcessEnded(Exception):
-    """A peer's process ended before it served. The message holds the end of its log."""
+    """A peer's process ended before it served. The message contains the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +45,12 @@ class PeerProcess:
 
     @property
     def peer_id(self) -> str:
-        """Who it is."""
+        """The process's PeerId."""
         return str(self.address.peer_id)
 
 
 class PeerProcesses:
-    """The processes of one `open_peer_processes`. Start several at once from several tasks."""
+    """The processes of one `open_peer_processes`. Several tasks may start processes at the same time."""
 
     def __init__(self, directory: Path, threads: int) -> None:
         self._directory = directory
@@ -62,14 +61,14 @@ class PeerProcesses:
     async def start(self, *arguments: str, listen: str = ANY_PORT, under: Sequence[str] = ()) -> PeerProcess:
         """Run `peerd ARGUMENTS` on loopback until it serves. Raises ProcessEnded.
 
-        under: a command that becomes what follows it, such as `ip netns exec NAME`.
+        under: a command in front of it, such as `ip netns exec NAME`.
         """
         return await self._run(self._directory / f"peer-{next(self._numbers)}.key", listen, arguments, tuple(under))
 
     async def start_again(self, ended: PeerProcess) -> PeerProcess:
-        """Run a peer that has ended once more: the same one, in the same place. Raises ProcessEnded.
+        """Run a peer that has ended once more, with the same identity at the same address. Raises ProcessEnded.
 
-        The place is where it was reached: not for peers that announce another than they listen at.
+        The address is the one that it printed; this does not work for peers that announce another one.
         """
         return await self._run(ended.identity, str(ended.address.with_peer(None)), ended.arguments, ended.under)
 
@@ -85,7 +84,7 @@ class PeerProcesses:
                 stdout=subprocess.PIPE,
                 stderr=log_file,
                 env=self._environment,
-                # A Ctrl-C is for us to pass on, in our order.
+                # A Ctrl-C goes only to us, and we pass it on in our own order.
                 start_new_session=True,
             )
         self._running.append(process)
@@ -96,7 +95,7 @@ class PeerProcesses:
         return PeerProcess(process, Multiaddr.parse(line), log, identity, arguments, under)
 
     async def stop(self) -> None:
-        """End all: in order, then at once, then by force."""
+        """End all processes: in good order, then at once, then by force."""
         for end in (trio.Process.terminate, trio.Process.terminate, trio.Process.kill):
             for process in self._running:
                 end(process)
@@ -118,7 +117,7 @@ async def open_peer_processes(*, threads: int) -> AsyncIterator[PeerProcesses]:
 
 
 def threads_each(processes: int) -> int:
-    """How many compute threads each of `processes` gets, so that together they do not fight over the cores."""
+    """How many compute threads each of `processes` gets, so that together they do not compete for the cores."""
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 

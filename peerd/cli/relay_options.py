@@ -1,7 +1,4 @@
-"""What an operator says of relaying for others: whether this peer does, and what it gives away.
-
-Knows spellings and which options need each other; runs nothing.
-"""
+"""The options of a relay: whether this peer relays for others, and with what limits."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ from peerd.cli.parsing import parse_memory
 from peerd.protocol.messages.relay import MAX_RATE
 from peerd.reach.relay_ledger import RelayLimits
 
-# A circuit passes messages of 16 KiB whole: slower than one a second it would be of no use to anybody.
+# A circuit passes messages of 16 KiB as a whole: slower than one a second, it would be useless.
 MIN_RATE_BYTES = 16 * 1024
 _DEFAULTS = RelayLimits()
 _MIB = 2**20
 
 
 def parse_rate(value: str) -> int:
-    """Bytes a second."""
+    """Parse bytes a second."""
     found = parse_memory(value)
     if found < MIN_RATE_BYTES:
         raise click.BadParameter(f"{value} a second is too little to relay anything: say 16KiB or more")
@@ -79,16 +76,16 @@ _LIMITS = ("slots", "circuits", "bytes_a_second", "total_bytes_a_second", "circu
 
 
 def relay_options(command: Command) -> Command:
-    """What a relay gives away; `relaying` reads it."""
+    """Add the options of a relay to a command; `relaying` reads them."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def relaying(options: dict[str, Any]) -> RelayLimits | None:
-    """Take them out of a command's options: what to give away, if anything.
+    """Take a relay's options out of a command's: its limits, or None for no relay.
 
-    Raises click.UsageError where they do not fit each other.
+    Raises click.UsageError if they contradict each other.
     """
     relay = options.pop("relay")
     given = {name: value for name in _LIMITS if (value := options.pop(name)) is not None}

@@ -1,6 +1,6 @@
-"""`peerd status`: asks the daemon on this machine what it does, and shows it.
+"""`peerd status`: asks the daemon on this machine for its status, and prints it.
 
-Knows the local API's socket and one path of it. HTTP/1.0 over the socket: one question, one answer, the end.
+It uses one path of the local API, with HTTP/1.0 over the unix socket.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 
 async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
-    """Print the daemon's status. Raises InvalidRequest where none listens, Unresponsive where it does not answer."""
+    """Print the daemon's status. Raises InvalidRequest if none listens, and Unresponsive if it does not answer."""
     status = await ask_daemon(socket_path or default_socket_path())
     write((json.dumps(status, indent=2) if as_json else describe(status)) + "\n")
 
 
 def describe(status: dict[str, Any]) -> str:
-    """The status for people."""
+    """The status as text for people."""
     lines = [
         f"peer      {status['peer_id']}",
         f"version   {status['version']}, up {_duration(status['uptime_s'])}",
@@ -57,7 +57,7 @@ def describe(status: dict[str, Any]) -> str:
 
 
 async def ask_daemon(path: Path) -> dict[str, Any]:
-    """What the daemon at a socket says. Raises InvalidRequest where none listens, Unresponsive where it is silent."""
+    """The status from the daemon at a socket. Raises InvalidRequest if none listens, Unresponsive if it is silent."""
     try:
         with trio.fail_after(_DEADLINE_S):
             async with await trio.open_unix_socket(path) as stream:

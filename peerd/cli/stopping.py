@@ -1,7 +1,7 @@
-"""How one-shot commands end on SIGINT, SIGTERM and SIGHUP. The library itself leaves signals alone.
+"""How one-shot commands end on SIGINT, SIGTERM and SIGHUP. The library itself does not touch signals.
 
-The difficulty is a person who presses Ctrl-C twice: the first one starts an orderly end, and then the
-handlers of before are back, so that the second one ends the process whatever the clean-up is doing.
+A user may press Ctrl-C twice. The first one starts an orderly end. Then the previous handlers are restored, so the
+second one ends the process whatever the clean-up is doing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peerd.trio_tools import open_tasks
 
 
 class Interrupted(Exception):
-    """A signal ended the work, which has cleaned up after itself. `exit_code` is a shell's: 128 + signal."""
+    """A signal ended the work, which has cleaned up. `exit_code` is that of a shell: 128 + signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -23,15 +23,13 @@ class Interrupted(Exception):
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that end a command: with SIGHUP, which a closed terminal sends, unless we were started to outlive it
-    (`nohup`).
-    """
+    """The signals that end a command. SIGHUP, which a closed terminal sends, is one unless `nohup` started us."""
     ending = (signal.SIGINT, signal.SIGTERM)
     return ending if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*ending, signal.SIGHUP)
 
 
 async def until_signalled(work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work`, cancelled by the first signal. Raises Interrupted once it has cleaned up."""
+    """Run `work`, which the first signal cancels. Raises Interrupted once it has cleaned up."""
     received: list[int] = []
 
     async def watch(task_status: trio.TaskStatus[None]) -> None:

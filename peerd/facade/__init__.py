@@ -1,1 +1,1 @@
-"""A Transformers model whose decoder layers run on a swarm, for programs that know nothing of Trio."""
+"""A Transformers model whose decoder layers run on a swarm, for programs without Trio."""

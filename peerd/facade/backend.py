@@ -1,4 +1,4 @@
-"""What runs a model's remote blocks: a swarm behind a bridge, and the prompts that a program trains beside them."""
+"""The swarm behind a model's remote blocks, and the prompts that a program trains beside them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ AnyPass = Pass | DaemonPass
 
 
 class Prompts(nn.Module):
-    """Trained prompts: `length` positions before each row, and with `deep` values added to them in every block.
+    """Trained prompts: `length` positions before each row, and, if `deep`, values added to them in every block.
 
     prefix: `[length, width]`, as hidden states. deep: `[blocks, length, width]`, or None. Petals calls these `ptune`
-    and `deep_ptune` (arXiv 2101.00190 and 2110.07602 describe the methods).
+        and `deep_ptune` (arXiv 2101.00190 and 2110.07602 describe the methods).
     """
 
     def __init__(self, blocks: int, length: int, width: int, *, deep: bool) -> None:
@@ -42,7 +42,7 @@ class Prompts(nn.Module):
 
 
 class Backend:
-    """A model's blocks in a swarm. Counts what was asked of it: `sessions_opened`, `passes`, `steps`."""
+    """A model's blocks in a swarm. It counts its uses: `sessions_opened`, `passes`, `steps`."""
 
     def __init__(self, bridge: Bridge, blocks: AnyBlocks) -> None:
         self.bridge = bridge
@@ -59,10 +59,10 @@ class Backend:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states on the wire."""
+        """The dtype of hidden states on the wire."""
         return DTYPES[self.blocks.facts.dtype]
 
     @property
     def max_length(self) -> int:
-        """Positions that a row may have."""
+        """How many positions a row may have."""
         return self.blocks.facts.max_length

@@ -1,10 +1,10 @@
 """Decoder layers that run on servers.
 
 The decoder stays the architecture's own, with its own forward, and its layers keep their names and shapes, so that peft
-finds what it adapts. Consecutive layers that nothing looks between form a *run*: the first layer of a run sends hidden
-states through the whole run's span, and the others return what they are given. A foreign module between layers, a
-user's forward hook, or `output_hidden_states` ends a run. So slices, modules between blocks, steering and early exits
-are one rule, and a plain forward is one pass or one step.
+finds what it adapts. Consecutive layers form a *run* if nothing reads the values between them: the first layer of a run
+sends hidden states through the whole run's span, and the others return their input. A foreign module between layers, a
+user's forward hook, or `output_hidden_states` ends a run. This one rule covers slices, modules between blocks, steering
+and early exits, and a plain forward is one pass or one step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peerd.facade.cache import Place, RemoteCache
 from peerd.facade.weights import RemoteWeight, replace_weights
 from peerd.protocol.span import Span
 
-# Transformers' own hook, which records outputs and stays on layers for good once it was needed.
+# Transformers' own hook, which records outputs. Once needed, it stays on a layer for good.
 _CAPTURING_HOOK = "output_capturing_hook"
 
 
@@ -36,20 +36,20 @@ class Call:
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     cache: RemoteCache | None = None
-    #: Whether only each row's last position is wanted of the last run.
+    #: Whether only each row's last position is needed from the last run.
     last_only: bool = False
-    #: Whether it is a forward of the decoder, to which trained prompts belong, and not of a slice.
+    #: Whether this is a forward of the decoder, which has the trained prompts, and not one of a slice.
     has_prompts: bool = False
-    #: Whether blocks give back what they are given, to find out how a decoder calls them.
+    #: Whether blocks return their input, to find out how a decoder calls its layers.
     is_dry: bool = False
-    #: Runs that were begun, and how many blocks of the newest have yet to be called.
+    #: How many runs have begun, and how many blocks of the newest run are still to be called.
     begun: int = 0
     ahead: int = 0
-    #: Runs that have answered.
+    #: How many runs have answered.
     answered: int = 0
 
     def begin(self, block: int) -> Span | None:
-        """The run that begins with this block, or None inside one. Raises RuntimeError for a block out of turn."""
+        """The run that begins with this block, or None inside a run. Raises RuntimeError if another block was next."""
         if self.ahead:
             expected = self.runs[self.begun - 1].end - self.ahead
             self.ahead -= 1
@@ -68,20 +68,20 @@ class Call:
 
     @property
     def place(self) -> Place:
-        """Which run was begun last: two of one forward may have the same blocks."""
+        """The run that began last, by its number and span: two runs of one forward may have the same span."""
         return self.begun - 1, self.runs[self.begun - 1]
 
     @property
     def is_last(self) -> bool:
-        """Whether the run that was begun last is the forward's last."""
+        """Whether the run that began last is the last of the forward."""
         return self.begun == len(self.runs)
 
 
 class Runs(Protocol):
-    """What blocks ask to run a span."""
+    """Runs a span for its blocks."""
 
     def run(self, call: Call, span: Span, hidden: torch.Tensor) -> torch.Tensor:
-        """`[rows, columns, width]` through `span`."""
+        """Run `[rows, columns, width]` through `span`."""
 
 
 _local = threading.local()
@@ -107,7 +107,7 @@ def pop() -> None:
 
 @contextmanager
 def during(call: Call) -> Iterator[None]:
-    """`call` is this thread's forward in the block."""
+    """Inside this context, `call` is this thread's forward."""
     push(call)
     try:
         yield
@@ -123,7 +123,7 @@ class RemoteBlock:
     returns_tuple: bool
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`[rows, columns, width]` to the same, through the run that begins here, or unchanged."""
+        """Send `[rows, columns, width]` through the run that begins here, or return it unchanged inside a run."""
         stack = _stack()
         call = stack[-1] if stack else None
         if call is None:
@@ -134,10 +134,12 @@ class RemoteBlock:
 
 
 class RemoteBlocks(nn.ModuleList):
-    """The decoder's list of layers. It, and any slice of it, can be called: `model.model.layers[3:7](hidden)`."""
+    """The decoder's list of layers. The list and its slices can be called: `model.model.layers[3:7](hidden)`."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`[rows, columns, width]` through the list's blocks; `attention_mask` `[rows, columns]` is 1 where real."""
+        """Run `[rows, columns, width]` through the list's blocks. `attention_mask` `[rows, columns]` is 1 for real
+        positions.
+        """
         runs = plan_runs(list(self), cut_everywhere=False)
         mask = None if attention_mask is None else attention_mask.bool()
         with during(Call(tuple(runs), mask)):
@@ -148,7 +150,9 @@ class RemoteBlocks(nn.ModuleList):
 
 
 def plan_runs(layers: Sequence[nn.Module], *, cut_everywhere: bool) -> list[Span]:
-    """The spans of consecutive remote blocks among `layers` that nothing looks between."""
+    """The spans of consecutive remote blocks among `layers`, cut where something reads the values between two
+    blocks.
+    """
     runs: list[Span] = []
     joins = False
     for layer in layers:
@@ -164,7 +168,7 @@ def plan_runs(layers: Sequence[nn.Module], *, cut_everywhere: bool) -> list[Span
 
 
 def is_watched_after(layer: Any) -> bool:
-    """Whether somebody's hook reads or changes what the layer returns."""
+    """Whether a user's hook reads or changes what the layer returns."""
     return any(getattr(hook, "__name__", "") != _CAPTURING_HOOK for hook in layer._forward_hooks.values())
 
 
@@ -178,7 +182,7 @@ _CLASSES: dict[type, type] = {}
 def _remote_class(kind: type) -> type:
     if kind not in _CLASSES:
         made: Any = type(kind.__name__, (RemoteBlock, kind), {"__module__": kind.__module__})
-        # Transformers wraps the `forward` of subclasses for gradient checkpointing (until 5.18 or so, `__call__`); a
+        # Transformers wraps the `forward` of subclasses for gradient checkpointing (until 5.18 or so, `__call__`). A
         # remote block keeps nothing that checkpointing could save.
         made.forward = RemoteBlock.forward
         made.__call__ = nn.Module.__call__
@@ -198,6 +202,6 @@ def make_remote(layers: nn.ModuleList, swarm: Runs) -> RemoteBlocks:
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-    """Take the weights that are not here out of a state dict."""
+    """Remove the weights that only servers have from a state dict."""
     for name in [name for name, value in state.items() if name.startswith(prefix) and isinstance(value, RemoteWeight)]:
         del state[name]

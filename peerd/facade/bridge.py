@@ -1,4 +1,4 @@
-"""A Trio loop in a thread of its own, for programs that have none.
+"""Runs a Trio loop in a thread of its own, for programs without Trio.
 
 `call` runs an async function in the loop and blocks the caller until it has ended. The hard parts are the ends: Ctrl-C
 in the waiting thread, a process that forks, a model that is garbage-collected, and the interpreter's exit.
@@ -23,7 +23,7 @@ from peerd.trio_tools import the_only_error
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# How long an interrupted call may take to end on the other side before the interrupt goes on without it.
+# How long an interrupted call may take to end in the loop before the interrupt goes on without it.
 CANCEL_S = 2.0
 # How long `close` waits for the loop's thread.
 CLOSE_S = 5.0
@@ -34,7 +34,7 @@ class BridgeClosed(RuntimeError):
 
 
 class _Job:
-    """One call: what runs in the loop, and the lock that its caller waits for."""
+    """One call: what runs in the loop, and the lock for which its caller waits."""
 
     __slots__ = ("args", "async_fn", "done", "result", "scope")
 
@@ -49,7 +49,7 @@ class _Job:
         try:
             with self.scope:
                 result = await outcome.acapture(self.async_fn, *self.args)
-                # Trio's own, which must not leave the loop: the caller was interrupted, or the loop ends.
+                # Trio's own Cancelled must not leave the loop: the caller was interrupted, or the loop ends.
                 if isinstance(result, outcome.Error) and isinstance(result.error, trio.Cancelled):
                     raise result.error
                 self.result = result
@@ -70,8 +70,8 @@ class Bridge:
         self._thread = threading.Thread(target=self._main, args=(started,), name="peerd", daemon=True)
         self._thread.start()
         started.wait()
-        # At exit, Python runs the functions registered with `threading` before it stops new threads from starting, and
-        # those of `atexit` after. Trio's worker threads may still be needed while the loop ends, so the former is used.
+        # At exit, Python runs the functions registered with `threading` before it prevents new threads, and those of
+        # `atexit` after that. Trio may still need worker threads while the loop ends, so the former is used.
         reference = weakref.ref(self)
 
         def close_at_exit() -> None:
@@ -80,7 +80,7 @@ class Bridge:
                 bridge.close()
 
         self._at_exit = close_at_exit
-        # A private name: without it, `atexit` serves nearly as well.
+        # This is a private name; without it, `atexit` serves nearly as well.
         register: Callable[..., object] = getattr(threading, "_register_atexit", atexit.register)
         register(close_at_exit)
 
@@ -110,16 +110,17 @@ class Bridge:
         return os.getpid() == self._pid and self._thread.is_alive()
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
-        """Have `function` called in the loop, some time soon; nothing where there is no loop any more."""
+        """Have `function` called in the loop soon. Does nothing if there is no loop any more."""
         if self.usable and self._token is not None:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(function, *args)
 
     def call(self, async_fn: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run it in the loop and wait for its result; its exception comes out as it is.
+        """Run the function in the loop and wait for its result. Its exception is raised unchanged.
 
-        Interrupted by Ctrl-C, it is cancelled there, for at most CANCEL_S, before the interrupt goes on. Raises
-        BridgeClosed once the loop has ended and in forked processes, RuntimeError in the loop's own thread.
+        If Ctrl-C interrupts the caller, the function is cancelled in the loop, for at most CANCEL_S, before the
+        interrupt goes on. Raises BridgeClosed once the loop has ended and in forked processes, RuntimeError in the
+        loop's own thread.
         """
         if os.getpid() != self._pid:
             raise BridgeClosed("this model belongs to the process that this one was forked from")
@@ -152,9 +153,9 @@ class Bridge:
         self._nursery.start_soon(job.run)
 
     def hold(self, manager: AbstractAsyncContextManager[T]) -> tuple[T, Callable[[], None]]:
-        """Enter `manager` in the loop; returns its value and a function that leaves it again and waits for that.
+        """Enter `manager` in the loop. Returns its value, and a function that leaves it again and waits for that.
 
-        A manager that crashes later does not end the loop: the crash is logged, and its user hears of it at the next
+        A manager that crashes later does not end the loop: the crash is logged, and its user gets an error at the next
         call.
         """
         leave, left = trio.Event(), trio.Event()
@@ -194,13 +195,13 @@ class Bridge:
         return self.call(enter), close
 
     def stop(self) -> None:
-        """Begin to end all that runs in the loop, without waiting: a finalizer may call this."""
+        """Begin to end everything in the loop, without waiting, so that a finalizer may call this."""
         self._forget_exit()
         if self._nursery is not None:
             self.post(self._nursery.cancel_scope.cancel)
 
     def close(self) -> None:
-        """End all that runs in the loop, and wait for it."""
+        """End everything that runs in the loop, and wait for it."""
         self._forget_exit()
         if os.getpid() != self._pid or not self._thread.is_alive():
             return

@@ -1,9 +1,9 @@
 """A Transformers cache whose keys and values are on servers.
 
-Transformers counts *columns*, positions with padding, the same for all rows. A session has *rows* of their own lengths,
-without padding. The cache keeps, for each run of blocks, one session and a table: which row of the session holds the
-past of which row of the batch. Reordering, repeating and cropping change the table here; what they mean for the
-servers travels with the next step, as forks, drops and an earlier start.
+Transformers counts *columns*: positions with padding, the same for all rows. A session has *rows* with their own
+lengths, without padding. For each run of blocks the cache keeps one session and a table, which gives for each row of
+the batch the session's row with its past. Reordering, repeating and cropping change only the table; the servers get the
+effects with the next step, as forks, drops and an earlier start.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from peerd.protocol.rows import Drop, Fork
 from peerd.protocol.span import Span
 
 Place = tuple[int, Span]
-"""A run of blocks in a forward: which run it is, from 0, and its span."""
+"""A run of blocks in a forward: its number, from 0, and its span."""
 
 
 class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """What Transformers asks of one layer of a cache."""
+    """The interface that Transformers expects from one layer of a cache."""
 
     is_sliding = False
     is_compileable = False
@@ -39,7 +39,7 @@ class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._owner = weakref.ref(owner)
 
     def lazy_initialization(self, *_: Any) -> None:
-        """Transformers calls this before the first update, which never comes."""
+        """Transformers calls this before the first update; remote blocks never update it."""
 
     def update(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("keys and values of remote blocks are on their servers")
@@ -69,12 +69,12 @@ class Run:
     states: list[object]
     #: Closes the session on every server.
     close: Callable[[], object]
-    #: For each row of the batch the session's row that holds its past; several may share one until the next step.
+    #: For each row of the batch, the session's row with its past. Several may share one until the next step.
     sources: list[int] = field(default_factory=list)
 
 
 class RemoteCache(DynamicCache):
-    """Made by the model; the `DynamicCache` that a program made becomes one when it is first used."""
+    """Made by the model. An empty `DynamicCache` of the program's own becomes one when it is first used."""
 
     def __init__(self, blocks: int, *, max_length: int = 0, max_rollback: int = 0) -> None:
         self._setup(blocks, max_length, max_rollback)
@@ -85,12 +85,13 @@ class RemoteCache(DynamicCache):
         self.columns = 0
         #: Which columns are real, bool `[rows, columns]`; None: all of them.
         self.mask: torch.Tensor | None = None
-        #: The number that the caller gave each row's first real position, int64 `[rows]`; -1 before there is one.
+        #: The position id that the caller gave to each row's first real position, int64 `[rows]`; -1 before there is
+        #: one.
         self.shift: torch.Tensor | None = None
         self.rows = 0
         self.runs: dict[Place, Run] = {}
-        #: A lazy cache was not asked for: it opens no session until a caller goes on with it, and keeps each run's
-        #: input, `[rows, columns, width]`, from which a session is then filled.
+        #: A lazy cache was not requested by the caller. It opens no session until the caller uses it for a second call,
+        #: and keeps each run's input, `[rows, columns, width]`, from which a session is then filled.
         self.lazy = False
         self.inputs: dict[Place, torch.Tensor] = {}
         self.max_length, self.max_rollback = max_length, max_rollback
@@ -99,7 +100,7 @@ class RemoteCache(DynamicCache):
 
     @classmethod
     def adopt(cls, cache: Any, blocks: int, *, max_length: int = 0, max_rollback: int = 0) -> RemoteCache:
-        """Turn a program's own, empty DynamicCache into a remote one, in place. Raises TypeError, ValueError."""
+        """Turn a program's own empty DynamicCache into a remote one, in place. Raises TypeError, ValueError."""
         if isinstance(cache, cls):
             return cache
         if type(cache) is not DynamicCache:
@@ -129,7 +130,7 @@ class RemoteCache(DynamicCache):
 
     @property
     def batch_size(self) -> int:
-        """Rows of the batch; -1 before the first step."""
+        """The number of rows of the batch; -1 before the first step."""
         return self.rows or -1
 
     @property
@@ -138,13 +139,13 @@ class RemoteCache(DynamicCache):
         return self.columns > 0
 
     def lengths(self) -> list[int]:
-        """Real positions of each row."""
+        """The number of real positions of each row."""
         if self.mask is None:
             return [self.columns] * self.rows
         return [int(length) for length in self.mask.sum(1)]
 
     def note(self, mask: torch.Tensor | None, rows: int, columns: int) -> None:
-        """These columns were computed. `mask` is theirs."""
+        """Note that these new columns were computed. `mask` is theirs."""
         if mask is not None or self.mask is not None:
             old = self.mask if self.mask is not None else torch.ones(rows, self.columns, dtype=torch.bool)
             new = mask if mask is not None else torch.ones(rows, columns, dtype=torch.bool)
@@ -155,7 +156,9 @@ class RemoteCache(DynamicCache):
     # What Transformers does to caches.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest columns: `-n` takes n away; a positive number (until Transformers 5.14) is what stays."""
+        """Remove the newest columns: `-n` removes n; a positive number (until Transformers 5.14) is the number that
+        stays.
+        """
         count = int(tokens_to_remove)
         columns = min(self.columns, count) if count > 0 else max(0, self.columns + count)
         if self.mask is not None:
@@ -164,7 +167,7 @@ class RemoteCache(DynamicCache):
         self.columns = columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i goes on with the past of row `beam_idx[i]`."""
+        """Let row i continue the past of row `beam_idx[i]`."""
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -174,7 +177,7 @@ class RemoteCache(DynamicCache):
         self._select(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, one behind the other."""
+        """Repeat each row `repeats` times, one after the other."""
         self._select([row for row in range(self.rows) for _ in range(repeats)])
 
     def _select(self, indices: list[int]) -> None:
@@ -190,24 +193,25 @@ class RemoteCache(DynamicCache):
         self.rows = len(indices)
 
     def reset(self) -> None:
-        """Forget everything; the sessions end."""
+        """Forget everything, and end the sessions."""
         for run in self.runs.values():
             run.close()
         self._setup(len(self.layers), self.max_length, self.max_rollback)
 
     def activate_past_recording(self) -> None:
-        """Everything can be cropped already, as far as `max_rollback` goes."""
+        """Does nothing: everything can be cropped already, as far as `max_rollback` allows."""
 
 
 def settle(
     sources: Sequence[int], lengths: Sequence[int], held: Collection[int], max_rows: int
 ) -> tuple[list[int], list[Fork | Drop]]:
-    """A session row of its own for each row of the batch, and the operations that make it so.
+    """Assign each row of the batch a session row of its own, and the operations that achieve this.
 
-    sources: for each row of the batch the session's row that holds its past, of which `lengths` positions count.
-    held: the session's rows that hold anything. The first row of the batch that claims a session row keeps it, others
-    fork it into a free one, and rows that nobody claims are dropped. There is always room if the batch has at most
-    `max_rows` rows.
+    sources: for each row of the batch, the session's row with its past, of which `lengths` positions count.
+    held: the session's rows that hold anything.
+
+    The first row of the batch that claims a session row keeps it; other rows fork it into a free one; session rows that
+    no row claims are dropped. There are always enough if the batch has at most `max_rows` rows.
     """
     used = set(sources)
     free = (row for row in range(max_rows) if row not in used)

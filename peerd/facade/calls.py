@@ -1,6 +1,6 @@
-"""Hooks on a causal model and its decoder: they read what a forward is called with, before the decoder's own code runs.
+"""Hooks on a causal model and its decoder, which read the arguments of a forward before the decoder's own code runs.
 
-The signatures of the model's methods stay untouched, because `generate`, `Trainer` and peft inspect them.
+The signatures of the model's methods are not changed, because `generate`, `Trainer` and peft inspect them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def watch_calls(causal: Any, decoder: Any, layers: str) -> None:
 
 
 def _rename_cache(arguments: dict[str, Any], name: str) -> None:
-    """Give the cache the name that the forward knows, whichever of its names the caller used."""
+    """Rename the cache argument, whatever its name, to the one that the forward accepts."""
     for other in CACHE_NAMES:
         if other != name and other in arguments and arguments.get(name) is None:
             arguments[name] = arguments.pop(other)
 
 
 class _BeforeCausal:
-    """Notes whether only the last position's logits are wanted, and renames the cache."""
+    """Notes whether only the last position's logits are needed, and renames the cache."""
 
     def __init__(self, cache_name: str) -> None:
         self._cache_name = cache_name
@@ -64,7 +64,7 @@ class _BeforeDecoder:
         self._blocks = len(getattr(decoder, layers))
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        # `_after_decoder` pops once whatever happens here: torch calls it even if this raises.
+        # Pushed first, because torch calls `_after_decoder`, which pops once, even if this raises.
         push(None)
         given = dict(zip(self._names, args, strict=False)) | kwargs
         _rename_cache(given, self._cache_name)
@@ -102,7 +102,7 @@ class _BeforeDecoder:
         elif given.get("use_cache"):
             cache = RemoteCache(self._blocks)
         elif given.get("use_cache") is None and decoder.config.use_cache and lazily:
-            # The caller did not ask for a cache, as in training and scoring, but may go on with the one that it gets.
+            # The caller did not request a cache, as in training and scoring, but may go on with the one that it gets.
             cache = RemoteCache(self._blocks, max_rollback=ROLLBACK)
             cache.lazy = True
         else:
@@ -113,7 +113,7 @@ class _BeforeDecoder:
 
 
 def _refuse(given: dict[str, Any]) -> None:
-    """Raise ValueError for what servers do not give."""
+    """Raise ValueError for arguments that servers do not support."""
     mask = given.get("attention_mask")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         raise ValueError(

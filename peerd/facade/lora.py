@@ -1,8 +1,8 @@
 """The LoRA pairs that peft has put beside remote blocks.
 
-A pair is recognised by its shape (a module with `lora_A`, `lora_B` and `scaling` around a base layer), so that peft
-need not be installed. Everything else that adapts a remote block is refused by name: servers compute pairs and nothing
-more.
+A pair is recognised by its attributes (a module with `lora_A`, `lora_B` and `scaling` around a base layer), so that
+peft need not be installed. Every other kind of adapter on a remote block is refused by name: servers compute only
+pairs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from peerd.facade.weights import RemoteWeight
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraTensors:
-    """One layer's active pairs as one: `a` `[rank, in]`, `b` `[out, rank]` times its scale. Both carry gradients."""
+    """One layer's active pairs combined: `a` `[rank, in]`, `b` `[out, rank]` times its scale. Both carry gradients."""
 
     a: torch.Tensor
     b: torch.Tensor
     module: Any
 
     def state(self) -> object:
-        """A value that changes whenever the pair does; cheap to make."""
+        """A value that changes whenever the pair changes; cheap to compute."""
         module = self.module
         names = tuple(name for name in module.active_adapters if name in module.lora_A)
         versions = tuple(
@@ -42,7 +42,7 @@ Pairs = Mapping[BlockModule, LoraTensors]
 
 
 def lora_of(layers: Sequence[Any]) -> dict[BlockModule, LoraTensors]:
-    """The active pairs beside these remote blocks. Raises NotImplementedError for what is not a LoRA pair."""
+    """The active pairs beside these remote blocks. Raises NotImplementedError for adapters of other kinds."""
     found: dict[BlockModule, LoraTensors] = {}
     for layer in layers:
         inside: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ def lora_of(layers: Sequence[Any]) -> dict[BlockModule, LoraTensors]:
 
 
 def states(pairs: Pairs) -> list[object]:
-    """What changes when any of the pairs does."""
+    """Values that change when any of the pairs changes."""
     return [pair.state() for pair in pairs.values()]
 
 

@@ -1,8 +1,8 @@
 """`RemoteModelForCausalLM`: a Transformers model whose decoder layers run on a swarm.
 
-The object is the architecture's own class (`isinstance(model, LlamaForCausalLM)`) with its own head and forward. Only
-its list of layers and some hooks are ours, so that `generate`, `Trainer`, peft and pipelines find what they know, for
-every family that peerd serves.
+The object has the architecture's own class (`isinstance(model, LlamaForCausalLM)`), with its own head and forward. Only
+its list of layers and some hooks are ours. So `generate`, `Trainer`, peft and pipelines work as usual, for every family
+that peerd serves.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ _TRAINED_FILE = "trained.safetensors"
 
 
 class RemotePreTrainedModel:
-    """What all remote models share: a mixin of the architecture's class. `from_pretrained` makes objects of both."""
+    """The part that all remote models share: a mixin of the architecture's class. `from_pretrained` makes objects of
+    both.
+    """
 
-    #: Set on each instance: what its blocks call.
+    #: Set on each instance: runs its blocks.
     swarm: Swarm
     _closes: tuple[Callable[[], None], ...]
 
@@ -59,9 +61,9 @@ class RemotePreTrainedModel:
     ) -> Self:
         """Open a model of a swarm: a directory, a GGUF file or a hub id, of which only the head is loaded.
 
-        bootstrap: addresses of peers of the swarm. device: where the head lies. tuning_mode: `ptune` trains
-        `pre_seq_len` positions before each row, `deep_ptune` also what is added to them in every block. Other options
-        are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
+        bootstrap: addresses of peers of the swarm. device: the device of the head. tuning_mode: `ptune` trains
+            `pre_seq_len` positions before each row; `deep_ptune` also trains values that are added to them in every
+            block. Other options are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
 
         daemon: instead of a peer of the model's own, use that of the `peerd --client` on this machine, which was given
         the model; True, or the path of its socket. Many programs may share one. It knows the swarm: no `bootstrap`.
@@ -106,12 +108,12 @@ class RemotePreTrainedModel:
         raise TypeError(f"{cls.__name__} is a mixin: call from_pretrained of one of the RemoteModelFor... classes")
 
     def _connect(self, head: HeadModel, family: Family, swarm: Swarm, closes: tuple[Callable[[], None], ...]) -> None:
-        """Give the model, which has a head and no layers, its remote blocks."""
+        """Give remote blocks to the model, which has a head and no layers."""
         me: Any = self
         layers = make_remote(head.layers, swarm)
         setattr(head.decoder, family.layers, layers)
         swarm.layers = list(layers)
-        # Not as submodules, which would be named twice, nor through nn.Module's __setattr__.
+        # Set directly: as submodules they would have two names, and nn.Module's __setattr__ would register them.
         object.__setattr__(self, "swarm", swarm)
         object.__setattr__(self, "_closes", closes)
         me.requires_grad_(False)
@@ -129,7 +131,7 @@ class RemotePreTrainedModel:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Have the cache that `generate` makes become a remote one, with sessions of the length that it will need."""
+        """Make the cache of `generate` a remote one, with sessions of the length that it will need."""
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(
@@ -152,7 +154,7 @@ class RemotePreTrainedModel:
             if cache is None:
                 continue
             mode = str(kwargs.get("generation_mode", args[0] if args else "")).lower()
-            # Assisted generation takes wrong candidates back, and a caller who owns the cache may go back in it.
+            # Assisted generation takes wrong candidates back, and a caller with a cache of its own may go back in it.
             goes_back = getattr(cache, "_is_user_defined", False) or "assist" in mode or generation_config.is_assistant
             if not isinstance(cache, RemoteCache):
                 rollback = ROLLBACK if goes_back else 0
@@ -162,7 +164,7 @@ class RemotePreTrainedModel:
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Save what was trained here (prompts, a classification head), as `trained.safetensors`, and the configuration.
 
-        Raises ValueError where nothing was. LoRA weights are peft's to save: call `save_pretrained` of the PeftModel.
+        Raises ValueError if nothing was trained. peft saves LoRA weights: call `save_pretrained` of the PeftModel.
         """
         from safetensors.torch import save_file
 
@@ -182,7 +184,7 @@ class RemotePreTrainedModel:
         me.config.save_pretrained(folder)
 
     def load_trained(self, directory: str | Path) -> None:
-        """Read what `save_pretrained` saved. Raises ValueError where it belongs to another model or does not fit."""
+        """Read what `save_pretrained` saved. Raises ValueError if it belongs to another model or does not fit."""
         from safetensors import safe_open
 
         me: Any = self
@@ -223,7 +225,7 @@ class RemotePreTrainedModel:
 
 
 class RemoteModel(RemotePreTrainedModel):
-    """The model without a head on top, such as `LlamaModel`: token ids in, hidden states out."""
+    """The model without a language-model head, such as `LlamaModel`: token ids in, hidden states out."""
 
     @classmethod
     def _load_head(cls, checkpoint: Checkpoint, device: torch.device) -> HeadModel:
@@ -248,7 +250,7 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, num_labels: int = 2, **options: Any) -> Self:
-        """As for the other remote models; `num_labels` is the number of classes."""
+        """Open a model as the other remote models do; `num_labels` is the number of classes."""
         kind: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_num_labels": num_labels})
         made: Any = super(RemoteModelForSequenceClassification, kind).from_pretrained(model, **options)
         result: Self = made
@@ -281,12 +283,12 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
 
 
 class AutoModelForCausalLM:
-    """Transformers' door of the same name, onto a swarm."""
+    """Like the class of that name in Transformers, but opens a model of a swarm."""
 
     def __init__(self) -> None:
         raise TypeError("call AutoModelForCausalLM.from_pretrained(model, bootstrap=[...])")
 
     @staticmethod
     def from_pretrained(model: str | Path, **options: Any) -> RemoteModelForCausalLM:
-        """As for `RemoteModelForCausalLM.from_pretrained`."""
+        """For the options see `RemoteModelForCausalLM.from_pretrained`."""
         return RemoteModelForCausalLM.from_pretrained(model, **options)

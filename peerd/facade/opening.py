@@ -29,7 +29,7 @@ async def open_swarm(
     options: Mapping[str, Any],
     on_checkpoint: Callable[[Checkpoint], None],
 ) -> AsyncIterator[ServedBlocks]:
-    """A client of its own for one model. `options` are `open_peer`'s; `on_checkpoint` builds the head, in a thread."""
+    """A client peer for one model. `options` are `open_peer`'s; `on_checkpoint` builds the head, in a worker thread."""
     async with (
         open_peer(bootstrap=bootstrap, **options) as peer,
         peer.blocks(path, on_checkpoint, revision=revision) as blocks,

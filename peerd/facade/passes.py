@@ -1,7 +1,7 @@
 """Forward passes through remote blocks without a cache, with gradients.
 
-Transformers gives padded rows, `[rows, columns, width]`; a pass takes rows of their own lengths, packed. Its hops keep
-memory until the backward, or until the graph that could ask for one is garbage.
+Transformers gives padded rows, `[rows, columns, width]`; a pass takes packed rows with their own lengths. Its hops keep
+memory until the backward, or until the autograd graph that needs it is garbage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peerd.protocol.span import Span
 def run_pass(
     backend: Backend, call: Call, span: Span, hidden: torch.Tensor, lora: dict[BlockModule, LoraTensors]
 ) -> torch.Tensor:
-    """`hidden` `[rows, columns, width]` through `span`; columns that are padding come back as zeros."""
+    """Run `hidden` `[rows, columns, width]` through `span`; padding columns of the result are zeros."""
     rows, columns, width = hidden.shape
     mask, lengths = _segments(call, rows, columns)
     packed = hidden[mask] if mask is not None else hidden.reshape(-1, width)
@@ -45,9 +45,9 @@ def run_pass(
 
 
 def prompts_of(backend: Backend, call: Call, span: Span) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The prompts that a forward of the decoder begins with, and those of its blocks, `[blocks, 1, P, width]`.
+    """The prompts before the rows of a decoder's forward, and those of its blocks, `[blocks, 1, P, width]`.
 
-    Raises NotImplementedError where something looks between blocks: it would not see the prompts' positions.
+    Raises NotImplementedError if something reads values between blocks: it would not see the prompts' positions.
     """
     prompts = backend.prompts
     if prompts is None or not call.has_prompts:
@@ -63,7 +63,7 @@ def prompts_of(backend: Backend, call: Call, span: Span) -> tuple[torch.Tensor |
 def _segments(call: Call, rows: int, columns: int) -> tuple[torch.Tensor | None, list[int]]:
     """Which columns are real (None: all), and the lengths of the sequences in them.
 
-    Position ids that begin again at 0 in a row begin another sequence there: several were packed into one row. Raises
+    Where position ids begin again at 0 within a row, another sequence begins: several were packed into one row. Raises
     ValueError for position ids with gaps.
     """
     mask = None if call.mask is None else call.mask[:, -columns:].cpu()
@@ -104,7 +104,7 @@ def _differentiable(
 
 
 class _Held:
-    """A pass whose hops keep memory until its backward, or until this is garbage."""
+    """A pass whose hops keep memory until its backward, or until this object is garbage."""
 
     def __init__(self, bridge: Bridge, done: AnyPass) -> None:
         self._bridge, self._done = bridge, done

@@ -1,7 +1,7 @@
-"""Steps of a `RemoteCache`: its sessions are opened, filled, stepped and, where they became too small, replaced.
+"""Steps of a `RemoteCache`: opens, fills and steps its sessions, and replaces those that became too small.
 
-A step changes the cache only when all runs of a forward have answered, so that a forward that failed or was interrupted
-can simply be repeated.
+A step changes the cache only when all runs of a forward have answered, so a forward that failed or was interrupted can
+simply be repeated.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from peerd.protocol.rows import Op, RowSlice
 from peerd.protocol.span import Span
 from peerd.trio_tools import at_once
 
-# Positions of several rows up to which they travel in one step. More go row by row, so that hops work side by side.
+# Several rows with at most this many positions travel in one step. More go row by row, so that hops work in parallel.
 TOGETHER = 512
-# Positions that a session takes beyond what it needs now, where the caller did not say how long it will get.
+# How many positions more than it needs now a session gets if the caller did not say how long it will become.
 ROOM = 256
-# What a replaced session can be cut back by, at least: candidates of assisted generation are taken back that far.
+# The least rollback of a replaced session: assisted generation takes candidates back that far.
 ROLLBACK = 64
 
 Piece = tuple[RowSlice, torch.Tensor]
@@ -37,7 +37,7 @@ Piece = tuple[RowSlice, torch.Tensor]
 def run_step(
     backend: Backend, call: Call, cache: RemoteCache, span: Span, hidden: torch.Tensor, lora: Pairs
 ) -> torch.Tensor:
-    """New columns `[rows, columns, width]` through `span`; columns that are padding come back as zeros."""
+    """Run new columns `[rows, columns, width]` through `span`; padding columns of the result are zeros."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise RuntimeError("a cache has no gradients: call with use_cache=False, or under torch.no_grad()")
     if not cache.lock.acquire(blocking=False):
@@ -49,7 +49,7 @@ def run_step(
 
 
 def finish_run(call: Call, cache: RemoteCache, mask: torch.Tensor | None, rows: int, columns: int) -> None:
-    """Note that a run of the forward has answered; once all of them have, the cache has the new columns."""
+    """Note that a run of the forward has answered. Once all have, the cache has the new columns."""
     call.answered += 1
     if call.answered == len(call.runs):
         cache.note(mask, rows, columns)
@@ -62,7 +62,7 @@ def new_mask(call: Call, rows: int, columns: int) -> torch.Tensor | None:
 
 
 class _Step:
-    """One step of one run. `past` and `counts`: real positions of each row before the new columns, and in them."""
+    """One step of one run. `past` and `counts`: each row's real positions before the new columns, and in them."""
 
     def __init__(self, backend: Backend, call: Call, cache: RemoteCache, span: Span, hidden: torch.Tensor) -> None:
         self._backend, self._call, self._cache, self._span, self._hidden = backend, call, cache, span, hidden
@@ -102,11 +102,11 @@ class _Step:
         return output.to(self._hidden.device, self._hidden.dtype)
 
     def _start(self, past: int) -> int:
-        """Where a row's new positions begin in its session: behind the prompts, if it has any."""
+        """Where a row's new positions begin in its session: after the prompts, if it has any."""
         return past + self._extra if past else 0
 
     def _ready_run(self, wire: torch.Tensor, lora: Pairs) -> Run:
-        """The run's session: the one it has, or a new one; long and wide enough for this step."""
+        """The run's session, old or new, and large enough for this step."""
         cache, place = self._cache, self._call.place
         run = cache.runs.get(place)
         if run is None:
@@ -120,7 +120,7 @@ class _Step:
             if place in cache.inputs:
                 self._fill(run, cache.inputs[place].to("cpu", self._backend.dtype))
                 del cache.inputs[place]
-            # Not before: where the servers failed to fill it, the cache is as it was, and the session is garbage.
+            # Only now: if the servers failed to fill it, the cache is unchanged, and the session becomes garbage.
             cache.runs[place] = run
         elif not cache.columns:
             run.sources = _distinct(wire, self._mask)
@@ -156,7 +156,7 @@ class _Step:
         return run
 
     def _fill(self, run: Run, wire: torch.Tensor) -> None:
-        """Send a lazy cache's session the columns that its cache stands for."""
+        """Send the columns that a lazy cache stands for to its new session."""
         mask = self._cache.mask
         run.sources = _distinct(wire, mask)
         pieces: dict[int, Piece] = {}
@@ -168,14 +168,16 @@ class _Step:
         self._backend.bridge.call(_ask, run.session, list(pieces.values()), (), "none")
 
     def _make_room(self, run: Run) -> None:
-        """Replace a session that is too short, too narrow or cannot be cut so far; what was computed is sent again."""
+        """Replace a session that is too short, too narrow or cannot be cut far enough; its positions are computed
+        again.
+        """
         log = run.session.log
         starts = [self._start(past) for past in self._past]
         end = max(past + count + self._extra for past, count in zip(self._past, self._counts, strict=True))
         cut = max((log.length(row) - start for row, start in zip(run.sources, starts, strict=True)), default=0)
         fits = end <= run.max_length and self._rows <= run.max_rows and cut <= run.max_rollback
         if (fits and not run.session.closed) or end > self._backend.max_length:
-            # A context that is too long is the session's to refuse.
+            # The session itself refuses a context that is too long.
             return
         length = min(self._backend.max_length, max(end, 2 * run.max_length if end > run.max_length else run.max_length))
         copies = {row: log.sent(row, start) for row, start in zip(run.sources, starts, strict=True) if start}
@@ -185,12 +187,12 @@ class _Step:
         run.close()
         run.session, run.max_length, run.max_rows = bigger.session, length, rows
         run.max_rollback = bigger.max_rollback
-        # The finalizer of `bigger` would close the session that `run` now has.
+        # The finalizer of `bigger` would close the session that `run` has now.
         _forget(bigger)
         _close_with(run, self._backend)
 
     def _pieces(self, wire: torch.Tensor, targets: Sequence[int]) -> tuple[list[Piece], dict[int, int]]:
-        """What to send, and which piece each session row's answer is in; rows that are the same are sent once."""
+        """The pieces to send, and for each session row the piece with its answer; equal rows are sent once."""
         pieces: list[Piece] = []
         place: dict[int, int] = {}
         for index, (target, past, count) in enumerate(zip(targets, self._past, self._counts, strict=True)):
@@ -204,7 +206,7 @@ class _Step:
         return pieces, place
 
     def _spread(self, answers: Sequence[torch.Tensor], targets: Sequence[int], place: dict[int, int]) -> torch.Tensor:
-        """Answers of rows into columns, `[rows, columns, width]`."""
+        """Put the answers of rows into columns, `[rows, columns, width]`."""
         output = torch.zeros(self._rows, self._columns, self._width, dtype=self._backend.dtype)
         for index, (target, count) in enumerate(zip(targets, self._counts, strict=True)):
             if not count:
@@ -219,14 +221,16 @@ class _Step:
 
 
 def _close_with(run: Run, backend: Backend) -> None:
-    """Have the run's session closed when the run is garbage: the servers' memory comes back whatever a program does."""
+    """Close the run's session when the run is garbage, so that the servers' memory is freed whatever the program
+    does.
+    """
     finalizer = weakref.finalize(run, backend.bridge.post, run.session.close)
     finalizer.atexit = False
     run.close = finalizer
 
 
 def _forget(run: Run) -> None:
-    """Take back `_close_with`."""
+    """Undo `_close_with`."""
     finalizer = run.close
     assert isinstance(finalizer, weakref.finalize)
     finalizer.detach()

@@ -1,4 +1,4 @@
-"""What remote blocks call: a span of hidden states becomes a pass, or a step of the caller's cache."""
+"""Runs the model's remote blocks: a span of hidden states becomes a pass, or a step of the caller's cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Swarm(Backend):
     """The blocks of one model, as its decoder's layers call them."""
 
     def run(self, call: Call, span: Span, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` `[rows, columns, width]` through `span`; columns that are padding come back as zeros.
+        """Run `hidden` `[rows, columns, width]` through `span`; padding columns of the result are zeros.
 
         Raises ValueError and NotImplementedError for what servers cannot compute, and peerd's own errors.
         """
@@ -24,7 +24,7 @@ class Swarm(Backend):
             raise ValueError(f"hidden states are [rows, columns, width], not {list(hidden.shape)}")
         cache = call.cache
         run = cache.runs.get(call.place) if cache is not None else None
-        # A session has the adapter that it was opened with; walking the modules at every token would cost a
+        # A session keeps the adapter with which it was opened; finding it again at every token would cost a
         # millisecond.
         lora = run.lora if run is not None else lora_of(self.layers[span.start : span.end])
         if cache is None:

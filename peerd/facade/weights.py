@@ -1,8 +1,8 @@
-"""Weights that servers hold: parameters with a shape, a dtype and a device, and no values.
+"""Parameters whose values only servers have: they have a shape, a dtype and a device.
 
-Libraries look at a model's parameters (peft at their shapes and devices, optimizers at whether they are trained) far
-more often than they compute with them. These answer such questions and refuse the rest, so that a 70B model's blocks
-take no memory here.
+Libraries inspect a model's parameters (peft their shapes and devices, optimizers whether they are trained) far more
+often than they compute with them. These parameters can be inspected, and refuse everything else, so a 70B model's
+blocks take no memory here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAME = (
 
 
 class RemoteWeight(torch.Tensor):
-    """A tensor without storage. Copies and conversions give another one; arithmetic raises RuntimeError."""
+    """A tensor without storage. Copies and conversions return another one; arithmetic raises RuntimeError."""
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> RemoteWeight:
@@ -62,7 +62,7 @@ class RemoteWeight(torch.Tensor):
 
 
 def replace_weights(module: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Put RemoteWeights in place of all parameters and buffers of a module that was built on the meta device."""
+    """Replace all parameters and buffers of a module that was built on the meta device by RemoteWeights."""
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:

@@ -1,11 +1,10 @@
-"""An engine with arithmetic in place of a model: for tests of whatever stands around an engine.
+"""An engine with arithmetic instead of a model, for tests of the code around an engine.
 
-Each block adds to a position a number that depends on everything before it in its row, through pages
-like a real cache, so a position lost, repeated, reordered or read from another's page shows in every
-later result. All results are whole numbers below 251: exact in every dtype and exact codec, and the
-same however positions were cut into steps, batches and spans. A block with a window or chunks mixes in what
-it sees alone, every position of it. An adapter changes the numbers of the blocks that it has weights for, each
-pair of matrices in another way.
+Each block adds to a position a number that depends on everything before it in its row, which is stored in pages as in a
+real cache. So a position that is lost, repeated, reordered or read from a wrong page changes every later result. All
+results are whole numbers below 251: they are exact in every dtype and exact codec, and do not depend on how positions
+were cut into steps, batches and spans. A block with a window or chunks uses exactly the positions that it sees. An
+adapter changes the numbers of the blocks for which it has weights, each pair of matrices in another way.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from peerd.compute.kv.layout import EVERYTHING, Keep, group
 from peerd.compute.steps import Batch, BatchOutput, RowPages, Segment
 from peerd.protocol.span import Span
 
-# bfloat16 holds whole numbers up to 256.
+# bfloat16 holds whole numbers up to 256 exactly.
 _OUTPUT_MODULUS = 251
 _STATE_MODULUS = 1_000_003
-# The one linear layer of each of its blocks.
+# The name of the only linear layer in each of its blocks.
 FAKE_LAYER = "proj"
 
 
@@ -48,10 +47,10 @@ class FakeEngine(BaseEngine):
             span, hidden_size, layout, kv_tokens=kv_tokens, page_tokens=page_tokens, batch_tokens=batch_tokens
         )
         self._page_tokens = page_tokens
-        # For each adapter what it adds in which block.
+        # For each adapter, the number that it adds in each block.
         self._salts: dict[str, dict[int, int]] = {}
         self._layout = layout
-        # What blocks remember of rows, by slot: their "KV cache". Blocks of different groups share it.
+        # What blocks store of rows, by slot: their "KV cache". Blocks of different groups share it.
         self._stored = [[0] * (self._pool.pages * page_tokens) for _ in range(layout.blocks_per_page)]
 
     def run(self, batch: Batch) -> BatchOutput:
@@ -118,7 +117,7 @@ class FakeEngine(BaseEngine):
 def fake_forward(
     hidden: torch.Tensor, blocks: Span, lora: Lora | None = None, *, keeps: Mapping[int, Keep] | None = None
 ) -> torch.Tensor:
-    """What `blocks` make of one row `[positions, hidden_size]` from position 0: the reference for tests."""
+    """The output of `blocks` for one row `[positions, hidden_size]` from position 0: the reference for tests."""
     salts = _salts(lora or {})
     for block in range(blocks.start, blocks.end):
         _, hidden = _run_block(block, (keeps or {}).get(block, EVERYTHING), 0, _nothing, hidden, salts.get(block, 0))
@@ -145,14 +144,14 @@ def _nothing(position: int) -> int:
 def _run_block(
     block: int, keep: Keep, start: int, recall: Callable[[int], int], hidden: torch.Tensor, salt: int
 ) -> tuple[list[int], torch.Tensor]:
-    """One block on a row's positions from `start` on; `recall` says what it stored for one before.
+    """Run one block on a row's positions from `start` on; `recall` returns what it stored for an earlier position.
 
-    Returns what it stores for each new position: the state up to there, or where it sees only some the number that
-    the position adds.
+    Returns what it stores for each new position: the state up to there or, if it sees only some positions, the number
+    that the position adds.
     """
     if not hidden.isfinite().all():
         return [0] * len(hidden), hidden
-    # Sixty-fourths, so that a change in the input's fraction shows too.
+    # Sixty-fourths, so that a change in the fraction of the input shows too.
     numbers = (hidden.double() * 64).round().long()
     weights = torch.arange(1, hidden.shape[-1] + 1)
     mixed = [

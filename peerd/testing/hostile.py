@@ -1,8 +1,8 @@
-"""Peers that break the rules, for tests and measurements: they hold a real connection and say anything on it.
+"""Peers that break the rules, for tests and measurements: they have a real connection and send anything on it.
 
-Knows the wire well enough to get past each check and then to lie in the next: garbage never gets beyond the
-first one. Everything is drawn from a `Random` that the caller gives, so that what broke something can be
-said again. Nothing here dials: the caller brings a channel, which is to lead to a peer of his own.
+They follow the wire format far enough to pass one check and break the next: random garbage never gets past the first.
+All choices come from a `Random` of the caller's, so a failure can be reproduced. Nothing here dials: the caller brings
+a channel, which must lead to a peer of its own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Conversation = tuple[str, tuple[tuple[Header, bytes], ...]]
 """A protocol, and the messages that its opener sends on one stream."""
 
 _TTL_S = 300
-# What a type or a range check might let through, or what a program might trip over.
+# Values that a type or range check might miss, or that might break a program.
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 255, 256, 4096, 2**24, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1),
     *(0.0, -1.5, 1e308, math.nan, math.inf),
@@ -58,7 +58,7 @@ _WORDS = (bytes(4), b"\xff" * 4, b"\x7f" + b"\xff" * 3, b"\xc7\xd6\xdf\xc1")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a hostile peer knows of the one it attacks: what anybody can learn who uses it."""
+    """What a hostile peer knows of its target: facts that every user of it can learn."""
 
     peer_id: PeerId
     model: bytes
@@ -67,7 +67,9 @@ class Target:
 
 
 class HostilePeer:
-    """One authenticated connection, frame by frame. `enter` first; `hear` must run for the peer to be heard."""
+    """One authenticated connection, frame by frame. Call `enter` first. `hear` must run, or frames from the target pile
+    up.
+    """
 
     def __init__(self, identity: Identity, channel: MessageChannel) -> None:
         self._identity = identity
@@ -76,7 +78,7 @@ class HostilePeer:
         self._next_stream = 1
 
     async def enter(self, hello: bytes) -> None:
-        """Prove who we are and say `hello`, an encoded message. Raises PeerFault where we are not let in."""
+        """Prove our identity and send `hello`, an encoded message. Raises PeerFault if we are refused."""
         handshake = Handshake(self._identity, initiator=True)
         await self._channel.send(handshake.write())
         handshake.read(await self._channel.receive())
@@ -85,7 +87,7 @@ class HostilePeer:
         if self._identity.peer_id < handshake.peer_id:
             stream = await self.open(HELLO_PROTOCOL)
         else:
-            # The other side chooses, and so begins.
+            # The other side chooses, and so it begins.
             frame = await self.hear()
             while not isinstance(frame, Open):
                 frame = await self.hear()
@@ -93,13 +95,13 @@ class HostilePeer:
         await self.say(stream, hello, fin=True)
 
     async def open(self, protocol: str) -> int:
-        """A new stream's number."""
+        """Open a stream, and return its number."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
         await self.send(encode_frame(Open(stream, protocol, Priority.DECODE, INITIAL_CREDIT_BYTES)))
         return stream
 
     async def say(self, stream: int, data: bytes, *, fin: bool = False) -> None:
-        """DATA frames on a stream, whether or not there is credit for them."""
+        """Send DATA frames on a stream, whether or not there is credit for them."""
         for at in range(0, max(len(data), 1), MAX_PAYLOAD_BYTES):
             part = data[at : at + MAX_PAYLOAD_BYTES]
             ends = fin and at + MAX_PAYLOAD_BYTES >= len(data)
@@ -107,12 +109,12 @@ class HostilePeer:
                 await self.send(encode_data(stream, [part], fin=ends))
 
     async def send(self, frame: bytes) -> None:
-        """Any bytes as a frame, encrypted as they should be. Raises ConnectionLost."""
+        """Send any bytes as a correctly encrypted frame. Raises ConnectionLost."""
         assert self._ciphers is not None
         await self._channel.send(self._ciphers[0].encrypt(frame))
 
     async def hear(self) -> Frame:
-        """The next frame that we are sent. Raises ConnectionLost."""
+        """The next frame from the target. Raises ConnectionLost."""
         assert self._ciphers is not None
         return decode_frame(self._ciphers[1].decrypt(await self._channel.receive()))
 
@@ -121,19 +123,19 @@ class HostilePeer:
 
 
 def hello_message(now: float) -> Header:
-    """A hello as an honest peer says it."""
+    """A hello like that of an honest peer."""
     hello = Hello("hostile", int(now * 1e6), ("/peerd/dht/1",), ("/ip4/192.0.2.1/tcp/1/ws",), "192.0.2.2", ("serve",))
     return hello.to_header()
 
 
 def message_bytes(header: Header, body: bytes = b"") -> bytes:
-    """A message as it lies in a stream, however long its header."""
+    """A message as bytes of a stream, however long its header is."""
     packed = pack(header)
     return b"".join((len(packed).to_bytes(4, "big"), packed, len(body).to_bytes(4, "big"), body))
 
 
 def conversations(identity: Identity, target: Target, session: bytes, now: float, random: Random) -> list[Conversation]:
-    """What an honest peer might say to `target` on a stream each, in every protocol; links come after their session."""
+    """Honest messages to `target` in every protocol, one stream each; links come after their session."""
     early, late = tuple(_steps(target, random, epoch=0)), tuple(_steps(target, random, epoch=1))
     opening = OpenSession(
         session=session,
@@ -151,7 +153,7 @@ def conversations(identity: Identity, target: Target, session: bytes, now: float
     onward = Ticket(session, 2, 1, target.peer_id, identity.peer_id, int(now) + _TTL_S)
     inward = Ticket(session, 0, 1, identity.peer_id, target.peer_id, int(now) + _TTL_S)
     record = sign_record(identity, PeerRecord(1, now + _TTL_S, ("/ip4/192.0.2.1/tcp/1/ws",)))
-    # To nobody: the documentation's own network.
+    # To an address that nobody has: the network for documentation.
     next_hop = NextHop(sign_ticket(identity, onward), record.encode())
     longer = replace(opening, hop=1, next=next_hop, dtype="float16", codec="int8").to_header()
     key, here = peer_key(identity.peer_id), node_id_of(identity.peer_id)
@@ -168,7 +170,7 @@ def conversations(identity: Identity, target: Target, session: bytes, now: float
 
 
 def mutated(conversation: Conversation, random: Random) -> tuple[str, bytes]:
-    """The conversation as bytes of a stream, with one thing wrong: a field, some bytes, or the order."""
+    """The conversation as bytes of a stream, with one error: in a field, in some bytes, or in the order."""
     protocol, messages = conversation
     parts = list(messages)
     where = random.randrange(len(parts))
@@ -207,7 +209,7 @@ def mutated_header(header: Header, random: Random) -> Header:
 
 
 def mutated_bytes(data: bytes, random: Random) -> bytes:
-    """A copy with bits flipped, bytes lost, repeated or overwritten."""
+    """A copy with bits flipped, or bytes lost, repeated or overwritten."""
     copy = bytearray(data or b"\0")
     at = random.randrange(len(copy))
     match random.randrange(5):

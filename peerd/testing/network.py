@@ -1,9 +1,9 @@
 """A network in memory: hosts, delays, slow lines, NATs, partitions and crashes, for tests of whole swarms.
 
-Implements `Transport`, so that everything above it is the real thing. Under Trio's MockClock it is
-deterministic and takes no time. The difficulty is to fail as a real network does: a partition says
-nothing to anybody, a killed process's kernel answers at once, a stopped one's acknowledges what it cannot
-read, and a slow line makes the sender wait.
+It implements `Transport`, so all code above it is the real code. Under Trio's MockClock it is deterministic and takes
+no time. It fails as a real network does: a partition gives no sign to either side, the kernel of a killed process
+answers at once, the kernel of a stopped process acknowledges what the process cannot read, and a slow line makes the
+sender wait.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.errors import ConnectFailed, ConnectionLost
 
-# What a sender may have on its way: about a socket's two buffers.
+# How much a sender may have on its way: about a socket's two buffers.
 _PIPE_BYTES = 256 * 1024
 _FIRST_PORT = 49152
-# RFC 6298 as Linux has it: the first repetition, and each later one after twice the time.
+# RFC 6298 as in Linux: the time to the first retransmission; each later one waits twice as long.
 _FIRST_REPETITION_S = 0.2
 
 Handler = Callable[[MessageChannel], Awaitable[None]]
@@ -34,7 +34,7 @@ class MemoryNetwork:
     """Hosts by IP address, with `transport(host)` for each.
 
     latency_s: one way, between any two hosts that `set_latency` did not name.
-    bytes_a_second: of each direction of each channel; None is as fast as its reader.
+    bytes_a_second: for each direction of each channel; None is as fast as the reader.
     """
 
     def __init__(self, *, latency_s: float = 0.0, bytes_a_second: float | None = None) -> None:
@@ -45,7 +45,7 @@ class MemoryNetwork:
         #: Every dial that was permitted, in order: from which host to which.
         self.dialled: list[tuple[str, str]] = []
         self._latencies: dict[frozenset[str], float] = {}
-        # (from, to): what is sent that way vanishes.
+        # Pairs (from, to): messages in this direction are lost.
         self._holes: set[tuple[str, str]] = set()
         self._stopped: set[str] = set()
         self._channels: set[MemoryChannel] = set()
@@ -62,36 +62,36 @@ class MemoryNetwork:
         return MemoryTransport(self, host)
 
     def set_latency(self, one: str, other: str, seconds: float) -> None:
-        """One way, between two hosts, from the next message on."""
+        """Set the one-way latency between two hosts, from the next message on."""
         self._latencies[frozenset((one, other))] = seconds
 
     def partition(self, one: str, other: str) -> None:
-        """Let nothing through between two hosts, and tell neither."""
+        """Drop everything between two hosts, without a sign to either."""
         self.lose(one, other)
         self.lose(other, one)
 
     def lose(self, sender: str, receiver: str) -> None:
-        """Let nothing through that way; the other way stays open."""
+        """Drop everything in this direction; the other direction stays open."""
         for channel in self._channels:
             channel.delivery()
         self._holes.add((sender, receiver))
 
     def heal(self, one: str, other: str) -> None:
-        """End a partition: what was sent meanwhile arrives, as TCP would send it again."""
+        """End a partition. Messages sent meanwhile arrive, as TCP would retransmit them."""
         self._holes -= {(one, other), (other, one)}
         self._wake_all()
 
     def stop(self, host: str) -> None:
-        """The process on this host hangs: it reads and says nothing, while its system goes on acknowledging."""
+        """Make the process on this host hang: it neither reads nor writes, while its kernel goes on acknowledging."""
         self._stopped.add(host)
 
     def resume(self, host: str) -> None:
-        """A process that hung goes on."""
+        """Let a process that hung go on."""
         self._stopped.discard(host)
         self._wake_all()
 
     def give_up(self, host: str) -> None:
-        """All others end their connections to this host, which does not hear of it until it says something."""
+        """End all other hosts' connections to this host, which notices only when it sends something."""
         for channel in [c for c in self._channels if c.remote_host == host]:
             channel.break_off(f"{host} was given up")
 
@@ -100,12 +100,12 @@ class MemoryNetwork:
             channel.wake()
 
     def disconnect(self, one: str, other: str) -> None:
-        """Break all channels between two hosts; new ones can be made."""
+        """Break all channels between two hosts; new ones can be opened."""
         for channel in [c for c in self._channels if {c.host, c.remote_host} == {one, other}]:
             channel.break_off("reset by the network")
 
     def kill(self, host: str) -> None:
-        """The process on this host dies: its channels break, nothing listens there any more."""
+        """Kill the process on this host: its channels break, and its listeners end."""
         for channel in [c for c in self._channels if host in (c.host, c.remote_host)]:
             channel.break_off(f"{host} was killed")
         for key in [key for key in self._listeners if key[0] == host]:
@@ -116,27 +116,27 @@ class MemoryNetwork:
         self._nats[host] = outside
 
     def forward(self, outside: str, port: int, host: str) -> None:
-        """Let what is dialled at a NAT's port through to the same port of a host behind it."""
+        """Forward dials to a NAT's port to the same port of a host behind it."""
         self._forwards[outside, port] = (host, port)
 
     def latency(self, one: str, other: str) -> float:
-        """Seconds that a message takes one way."""
+        """The seconds that a message takes one way."""
         return self._latencies.get(frozenset((one, other)), self.latency_s)
 
     def loses(self, sender: str, receiver: str) -> bool:
-        """Whether what is sent that way vanishes."""
+        """Whether messages in this direction are lost."""
         return (sender, receiver) in self._holes
 
     def parted(self, one: str, other: str) -> bool:
-        """Whether nothing that needs an answer gets through between them."""
+        """Whether an exchange between them is impossible, because one direction is cut."""
         return self.loses(one, other) or self.loses(other, one)
 
     def is_stopped(self, host: str) -> bool:
-        """Whether the process there hangs."""
+        """Whether the process on this host hangs."""
         return host in self._stopped
 
     def bind(self, host: str, port: int, nursery: trio.Nursery, handler: Handler) -> int:
-        """Listen; returns the port. Raises OSError for one that is taken."""
+        """Listen; returns the port. Raises OSError if the port is taken."""
         if not port:
             port, self._next_port = self._next_port, self._next_port + 1
         if (host, port) in self._listeners:
@@ -150,14 +150,14 @@ class MemoryNetwork:
             del self._listeners[host, port]
 
     def swallows(self, host: str, remote_host: str, port: int) -> bool:
-        """Whether a NAT drops what is dialled there, without a word."""
+        """Whether a NAT drops dials to this address without an answer."""
         inside = self._nats.get(remote_host)
         if inside is not None and inside != self._nats.get(host):
             return True
         return remote_host in self._nats.values() and (remote_host, port) not in self._forwards
 
     def connect(self, host: str, remote_host: str, port: int) -> MemoryChannel:
-        """A channel to whoever listens there. Raises ConnectFailed."""
+        """A channel to the host that listens there. Raises ConnectFailed."""
         seen_at = self._nats.get(host, host)
         if self._nats.get(remote_host) == seen_at:
             seen_at = host
@@ -210,7 +210,7 @@ class MemoryTransport:
         return self._network.connect(self.host, remote, address.port)
 
     async def listen(self, address: Multiaddr, handler: Handler, *, task_status: trio.TaskStatus[Multiaddr]) -> None:
-        """Listen on this host, whichever of its addresses is named. Raises OSError."""
+        """Listen on this host, whichever of its addresses is given. Raises OSError."""
         async with trio.open_nursery() as nursery:
             port = self._network.bind(self.host, address.port, nursery, handler)
             try:
@@ -221,7 +221,7 @@ class MemoryTransport:
 
 
 class MemoryChannel:
-    """One end of a channel. What it receives waits here, with the time of its arrival."""
+    """One end of a channel. Received messages wait here, with the times of their arrival."""
 
     other: MemoryChannel
 
@@ -234,7 +234,7 @@ class MemoryChannel:
         self._inbox_bytes = 0
         self._moved = trio.lowlevel.ParkingLot()
         self._line_free_at = 0.0
-        # What the other side's system has not acknowledged: (sent, arrives, bytes).
+        # What the other side's kernel has not acknowledged: (sent, arrives, bytes).
         self._unacknowledged: deque[tuple[float, float, int]] = deque()
         self._acknowledged_bytes = 0
         self._broken: str | None = None
@@ -274,7 +274,7 @@ class MemoryChannel:
         return message
 
     def delivery(self) -> Delivery | None:
-        """As a system's TCP counts it."""
+        """The counts that a system's TCP would give."""
         now = trio.current_time()
         latency_s = self._network.latency(self.host, self.remote_host)
         if not self._network.parted(self.host, self.remote_host):
@@ -297,17 +297,17 @@ class MemoryChannel:
         await trio.lowlevel.checkpoint()
 
     def break_off(self, why: str) -> None:
-        """End this side at once; what waits here is lost."""
+        """End this side at once; received messages that wait here are lost."""
         self._broken = self._broken or why
         self._network.forget(self)
         self.wake()
 
     def wake(self) -> None:
-        """Look again: something about the channel has changed."""
+        """Look again, because something about the channel has changed."""
         self._moved.unpark_all()
 
     def _must_wait(self) -> bool:
-        """Whether the pipe is full, or we do not run."""
+        """Whether the pipe is full, or our process hangs."""
         if self._broken is not None or self.other._broken is not None:
             return False
         return self.other._inbox_bytes > _PIPE_BYTES or self._network.is_stopped(self.host)
@@ -319,7 +319,7 @@ class MemoryChannel:
             self._moved.unpark_all()
 
     def _next_arrival(self) -> float:
-        """When the next message may be taken. Raises ConnectionLost when none will come."""
+        """When the next message may be taken. Raises ConnectionLost if none will come."""
         self._raise_if_broken()
         if self._network.loses(self.remote_host, self.host) or self._network.is_stopped(self.host):
             return float("inf")
