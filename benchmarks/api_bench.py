@@ -1,7 +1,7 @@
-"""`make bench-api`: the local API's streams beside the same sessions through the library, on this machine, in one run.
+"""`make bench-api`: compares streams through the local API with the same sessions through the library, on this machine.
 
-One server process has all blocks of SmolLM2-135M-Instruct; the daemon is a process of its own, its client and the
-library's are this one. Rounds take turns; compare within a table.
+One server process has all blocks of SmolLM2-135M-Instruct. The daemon runs in a process of its own; its HTTP client and
+the library's client run in this process. Both ways take turns in every round, so compare figures within a table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT_TOKENS = 32
 
 
 class Race:
-    """Streams that start counting together, when each has its first token."""
+    """Measures several streams from the moment when each of them has its first token."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -46,7 +46,9 @@ class Race:
 
     @property
     def rate(self) -> float:
-        """Tokens a second in sum, from when all had begun to when all had ended."""
+        """Tokens a second of all streams together, from the last stream's first token to the first stream's last
+        token.
+        """
         return self._count * TOKENS / (max(self._ended) - min(self._began))
 
 
@@ -71,7 +73,8 @@ async def through_socket(client: httpx.AsyncClient, prompts: list[list[int]]) ->
     race = Race(len(prompts))
 
     async def one(prompt: list[int]) -> None:
-        # The library was told not to stop; here the token that would end an answer is ruled out.
+        # The library is told to go on after an end-of-answer token. The API cannot do that, so this request bans the
+        # token.
         asked = {"model": "smol", "prompt": prompt, "max_tokens": TOKENS + 1, "temperature": 0, "stream": True}
         seen = 0
         async with client.stream(

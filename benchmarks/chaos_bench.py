@@ -1,15 +1,17 @@
-"""`make chaos`: a swarm whose servers are killed and stopped while eight sessions generate without pause.
+"""`make chaos`: kills and stops servers of a swarm while eight sessions generate without pause, and checks all answers.
 
-Six real server processes of the demonstration's model on loopback, three spans with two servers each. Every ten
-seconds one of them whose twin runs is killed (half) or stopped and continued later (half); who was killed is
-started again. Every answer, greedy or sampled, is compared with local Transformers afterwards, token by token.
+The swarm is six real server processes of the demonstration's model on loopback: three spans with two servers each.
+Every ten seconds the benchmark chooses a server whose twin runs. It kills the server and starts it again later, or (in
+turn) stops it and lets it continue later. Afterwards it compares every answer, greedy or sampled, with local
+Transformers, token by token.
 
-A stall is how much longer a gap between two tokens took than 95 % of those of a calm phase before, with the same
-sessions: the gap in which a peer was killed or stopped, or the next, whichever is longer, of each session whose
-chain had that peer. Exit code 1: a wrong token, an error while every block had an owner, a server that ended by itself,
-or a block without an owner for more than 5 % of the time.
+The report shows stalls. When a peer is killed or stopped, take each session that had the peer in its chain, and the
+longer of two gaps between tokens: the one in which it happened, and the next. The stall is what this gap took beyond
+the 95th percentile of the same sessions' gaps in a calm phase before. The exit code is 1 after a wrong token, an error
+while every block had a server, a server that ended by itself, or a block without a server for more than 5 % of the
+time.
 
-All processes share this machine's cores, starting ones too: compare figures within a run.
+All processes share this machine's cores, also those that are just starting, so compare figures within a run.
 """
 
 from __future__ import annotations
@@ -38,37 +40,37 @@ from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.peer import open_peer
 
-# Who is told that nobody serves a block has waited so long for somebody who does.
+# How long a session waits for a server of a block before it reports that there is none.
 PATIENCE_S = 5.0
-# The first answers open connections and fill caches; they are not what later ones are compared with.
+# The first answers also open connections and fill caches, so later ones are not compared with them.
 WARM_UP_S = 3.0
-# For the last answers, once nobody is disturbed any more.
+# How long the last answers may take after the last disturbance.
 FINISH_S = 120.0
-# Between looks at who is in our sessions' chains.
+# The pause between two looks at the sessions' chains.
 LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much chaos. Ranges are drawn from at random."""
+    """How often, how long and how hard to disturb the swarm. Values are drawn at random from the ranges."""
 
     seconds: float = 300.0
     every_s: float = 10.0
     calm_s: float = 30.0
-    # What a supervisor waits before it starts a server again.
+    # How long a supervisor waits before it restarts a server.
     restart_after_s: tuple[float, float] = (1.0, 6.0)
-    # Shorter and longer than it takes to find out.
+    # The range reaches below and above the time in which a client notices a stopped server.
     stopped_s: tuple[float, float] = (4.0, 20.0)
     spans: int = 3
     twins: int = 2
     sessions: int = 8
-    # Answers of at most so many tokens.
+    # The most tokens an answer may have.
     max_tokens: int | None = None
     seed: int = 1
 
 
 class Chaos:
-    """The sessions, and whoever disturbs the swarm beneath them."""
+    """Runs the sessions, and disturbs the servers that they use."""
 
     def __init__(self, plan: Plan, swarm: ChaosSwarm, askers: Sequence[Asker], console: Console) -> None:
         self.run = Run()
@@ -79,7 +81,9 @@ class Chaos:
         self._random = Random(plan.seed)
 
     async def ask(self) -> None:
-        """Ask without pause, first undisturbed, then not; ends when the last answers are finished."""
+        """Let all sessions ask without pause, first in a calm phase, then with disturbances. Returns after the last
+        answers.
+        """
         run, plan, stop = self.run, self._plan, trio.Event()
         async with trio.open_nursery() as disturbing:
             async with trio.open_nursery() as asking:
@@ -157,13 +161,13 @@ class Chaos:
         self._swarm.go_on(member)
 
     async def _chained(self, member: Member) -> None:
-        """Until one of the sessions has the peer in its chain."""
+        """Wait until one of the sessions has the peer in its chain."""
         while not any(asker.now is not None and member.peer_id in asker.now.peers for asker in self._askers):
             await trio.sleep(LOOK_S)
 
 
 async def measure(plan: Plan, path: Path, console: Console) -> Run:
-    """Start a swarm of the model at `path`, disturb it, stop it, and judge its answers."""
+    """Start a swarm of the model at `path`, disturb it, stop it, and compare its answers with the reference."""
     with open_checkpoint(path) as checkpoint:
         spans = even_spans(checkpoint.block_count, plan.spans)
     console.log(f"starting {plan.spans * plan.twins} servers of {path.name}")
@@ -205,7 +209,7 @@ def main() -> None:
     with suppress(KeyboardInterrupt):
         run = trio.run(measure, plan, demo_model_path(), console)
     if run is None:
-        # All processes have been stopped on the way here.
+        # All processes have been stopped by the cancellation.
         sys.exit(130)
     text = json.dumps(as_json(run), indent=2)
     if chosen.output is not None:

@@ -1,9 +1,11 @@
-"""What one connection does between two processes on loopback: round trips, alone and beside bulk, and bulk alone.
-First a direct one, then one through a relay, a process of its own whose limits are out of the way.
+"""Measures one connection between two processes on loopback: round trips without and beside bulk, and bulk alone.
+
+It measures a direct connection first, then one through a relay, which is a process of its own with limits too high to
+matter.
 
     python benchmarks/connection_bench.py
 
-Prints two tables. The figures depend on the machine; their ratios say whether priorities work, and what a relay costs.
+Prints two tables. The figures depend on the machine. Their ratios show whether priorities work, and what a relay costs.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ BULK_MESSAGES = 64
 
 
 async def echo(stream: Stream) -> None:
-    """Answer every message with its own body, as urgently as it came."""
+    """Answer every message with its own body, at the priority of decoding."""
     while True:
         message = await stream.receive()
         stream.send_nowait(message.header, [message.body], priority=Priority.DECODE)
 
 
 async def drain(stream: Stream) -> None:
-    """Take messages and count them."""
+    """Receive messages until the last, then confirm."""
     while True:
         message = await stream.receive(BULK_BYTES)
         if message.header.get("last"):
@@ -102,7 +104,7 @@ async def serve_behind(address: Multiaddr) -> None:
 
 
 async def round_trips(connection: PeerConnection, count: int) -> list[float]:
-    """Milliseconds from `send` to the answer, of each."""
+    """Return the milliseconds of each round trip, from `send` to the answer."""
     body = bytes(SMALL_BYTES)
     times = []
     async with connection.open_stream(ECHO, priority=Priority.DECODE) as stream:
@@ -135,7 +137,7 @@ async def bulk_rate(connection: PeerConnection) -> float:
 
 
 async def beside(connection: PeerConnection, *, both_ways: bool) -> list[float]:
-    """Round trips while 4 MiB messages are sent, and if wanted received, all the time."""
+    """Measure round trips while 4 MiB messages are sent without pause, and with `both_ways` received too."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send_bulk, connection, sys.maxsize)
         if both_ways:
@@ -167,7 +169,7 @@ async def measure_all(address: Multiaddr) -> None:
 
 @contextmanager
 def another(*arguments: str) -> Iterator[Multiaddr]:
-    """This program as a process of its own; yields the address that it prints."""
+    """Run this program in a process of its own, and yield the address that it prints."""
     process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

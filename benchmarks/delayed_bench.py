@@ -1,13 +1,13 @@
-"""`make bench-delayed`: decoding over links that take time, round the chain and, for comparison, hub and spoke.
+"""`make bench-delayed`: measures decoding over slow links, once round the chain and, for comparison, hub and spoke.
 
-Real processes on loopback: a client, and one, two or three servers that hold the demonstration's model between
-them, each behind a delaying proxy, so that a round trip between any two of them takes 10 or 100 ms. In a chain every
-peer pushes to the next, so a token costs one way from the client to the first server, one to each next, and one back.
-With hub and spoke, as Petals does, the client itself carries hidden states to each server and back: here by one
-session a server.
+Real processes run on loopback: a client and one, two or three servers, which hold the demonstration's model between
+them. A delaying proxy in front of each server makes a round trip between any two of them take 10 or 100 ms. In a chain
+every server pushes to the next, so a token costs one way from the client to the first server, one way to each next
+server, and one way back. With hub and spoke, as in Petals, the client carries hidden states to each server and back;
+here it does so with one session for each server.
 
-What a token should take is what it takes without delay, in the same run, and the sum of the one-way delays, as the
-proxies measured them. Delays take turns, so that a machine that slows down slows them all.
+The expected time of a token is its time without delay in the same run, plus the sum of the one-way delays as the
+proxies measured them. The delays take turns, so that a slow moment of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from peerd.protocol.span import Span
 SERVERS = (1, 2, 3)
 RTTS_MS = (0.0, 10.0, 100.0)
 PROMPT_TOKENS = 32
-# Of each turn: the first tokens after a change of delays are not counted.
+# The first tokens of a turn, after a change of delays, are not counted.
 SETTLING_TOKENS = 2
 TOLERANCE = 0.1
-# What Petals measures beside local Transformers at 14 steps/s on such a machine, by servers and round trip.
+# Steps a second that Petals reached on a similar machine, where local Transformers made 14, by servers and round trip.
 PETALS = {(1, 10.0): 10.2, (2, 10.0): 8.8, (1, 100.0): 5.1, (2, 100.0): 3.3}
 
 TakeToken = Callable[[], Awaitable[None]]
@@ -54,7 +54,9 @@ TakeToken = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Turn:
-    """Some tokens in a row at one delay: what one took, the one-way delays that it crossed, and the bytes there."""
+    """Several tokens in a row at one delay: the time of one token, the one-way delays that it crossed, and the bytes on
+    these links.
+    """
 
     token_s: float
     links_s: tuple[float, ...]
@@ -63,9 +65,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Figure:
-    """Decoding one way at one delay, medians of turns. `links_s`: the one-way delays of a token, link by link.
+    """The medians of the turns of one way of decoding at one delay. `links_s`: the one-way delays of a token, link by
+    link.
 
-    `ratio` is to what it should have taken, in the same turn.
+    `ratio` compares the time of a token with its expected time, turn by turn.
     """
 
     way: str
@@ -79,7 +82,7 @@ class Figure:
 
     @classmethod
     def of(cls, way: str, servers: int, rtt_ms: float, turns: Sequence[Turn], still: Sequence[Turn]) -> Figure:
-        """`still` are the same turns without delay."""
+        """Summarize turns. `still` are the same turns without delay."""
         expected_s = [
             other.token_s - sum(other.links_s) + sum(turn.links_s) for turn, other in zip(turns, still, strict=True)
         ]
@@ -89,7 +92,7 @@ class Figure:
             rtt_ms,
             statistics.median(turn.token_s for turn in turns),
             tuple(statistics.median(link) for link in zip(*(turn.links_s for turn in turns), strict=True)),
-            # Announcements and measurements pass there too, now and then: they only add.
+            # Now and then announcements and measurements pass there too, so the turn with the fewest bytes is right.
             min(turn.link_bytes for turn in turns),
             statistics.median(expected_s),
             statistics.median(turn.token_s / expected for turn, expected in zip(turns, expected_s, strict=True)),
@@ -97,7 +100,7 @@ class Figure:
 
 
 class Chained:
-    """One session, whose servers push to each other."""
+    """Decodes with one session, whose servers push to each other."""
 
     name = "chain"
 
@@ -113,7 +116,7 @@ class Chained:
         return [Span(spans[0].start, spans[-1].end)]
 
     async def begin(self, prompt: list[int]) -> None:
-        """Open what it takes, and compute the prompt."""
+        """Open the session or sessions, and compute the prompt."""
         self._sessions = [
             await self._stack.enter_async_context(self._model.session(max_length=self._length, blocks=part))
             for part in self._parts
@@ -121,7 +124,7 @@ class Chained:
         await self._step(prompt)
 
     async def take(self) -> None:
-        """One more token."""
+        """Decode one more token."""
         await self._step([self._token])
 
     async def _step(self, ids: list[int]) -> None:
@@ -132,15 +135,15 @@ class Chained:
         self._token = int((await self._model.logits(hidden))[-1].argmax())
 
     def links(self, passed: Sequence[tuple[Passed, Passed]]) -> list[Passed]:
-        """The lines that a token crosses, one after the other."""
+        """Return the lines that a token crosses, in their order."""
         first, last = passed[0][0], passed[-1][1]
-        # Between two servers it is the one's proxy or the other's, by who dialled: both delay alike.
+        # A link between two servers crosses the proxy of the server that was dialled. Either proxy delays equally.
         between = [together(one[1], two[0]) for one, two in pairwise(passed)]
         return [first, *between, last]
 
 
 class HubAndSpoke(Chained):
-    """A session a server; the client carries hidden states from each to the next."""
+    """Decodes with one session for each server; the client carries hidden states from each server to the next."""
 
     name = "hub and spoke"
 
@@ -155,7 +158,7 @@ class HubAndSpoke(Chained):
 async def measure(
     path: Path, blocks: int, turns: int, tokens: int, console: Console, servers: Sequence[int] = SERVERS
 ) -> list[Figure]:
-    """All figures of one model."""
+    """Measure one model in all ways, with each number of servers and each delay."""
     figures: list[Figure] = []
     async with open_peer_processes(threads=1) as processes:
         for count in servers:
@@ -173,7 +176,7 @@ async def measure(
 
 
 def together(*lines: Passed) -> Passed:
-    """What passed several lines, taken as one."""
+    """Add up what passed several lines."""
     return Passed(*(sum(values) for values in zip(*(astuple(line) for line in lines), strict=True)))
 
 
@@ -185,7 +188,7 @@ async def measure_way(
     tokens: int,
     rtts_ms: Sequence[float] = RTTS_MS,
 ) -> list[Figure]:
-    """A figure for each delay, the first of which must be none."""
+    """Measure one way of decoding at each delay. The first delay must be 0."""
     length = PROMPT_TOKENS + (turns + 1) * len(rtts_ms) * (tokens + SETTLING_TOKENS)
     seen: dict[float, list[Turn]] = defaultdict(list)
     async with AsyncExitStack() as stack:
@@ -195,7 +198,7 @@ async def measure_way(
             for rtt_ms in rtts_ms:
                 seen[rtt_ms].append(await _turn(decoder, swarm, rtt_ms, tokens))
         await swarm.proxies.set_rtt(0)
-    # The first turn warms up.
+    # The first turn is warm-up.
     still = seen[0.0][1:]
     return [Figure.of(way.name, len(swarm.servers), rtt_ms, seen[rtt_ms][1:], still) for rtt_ms in rtts_ms]
 
@@ -217,7 +220,7 @@ async def _timed(take: TakeToken) -> float:
 
 
 def show(figures: Sequence[Figure], local_s: float, console: Console) -> None:
-    """A table for people."""
+    """Print a table."""
     table = Table(
         "servers", "round trip", "way", "one-way delays, ms", "should take", "takes", "of that", "steps/s", "Petals",
         title="SmolLM2-135M-Instruct, fp32, one thread a process; time a token, medians",
@@ -240,7 +243,7 @@ def show(figures: Sequence[Figure], local_s: float, console: Console) -> None:
 
 
 def failures(figures: Sequence[Figure]) -> list[str]:
-    """Where a token did not take what it should, round the chain; hub and spoke is there for comparison."""
+    """Return a message for each chain whose tokens took too long. Hub and spoke is only there for comparison."""
     return [
         f"{figure.way} of {figure.servers} at {figure.rtt_ms:g} ms took {figure.ratio:.2f} of what it should"
         for figure in figures
@@ -249,7 +252,7 @@ def failures(figures: Sequence[Figure]) -> list[str]:
 
 
 def as_json(figures: Sequence[Figure], local_s: float) -> dict[str, Any]:
-    """All figures; times in seconds a token."""
+    """Return all figures; times are in seconds for a token."""
     rows = [
         {
             "way": figure.way,
@@ -283,7 +286,7 @@ def main() -> None:
     with suppress(KeyboardInterrupt):
         figures = trio.run(measure, path, blocks, chosen.turns, chosen.tokens, console)
     if not figures:
-        # All processes have been stopped on the way here.
+        # All processes have been stopped by the cancellation.
         sys.exit(130)
     local_s = statistics.median(local.token_times(prompts_of(1, PROMPT_TOKENS)[0], 24)[1] for _ in range(3))
     found = json.dumps(as_json(figures, local_s), indent=2)

@@ -1,9 +1,9 @@
-"""A thousand peers under churn, in virtual time: are live servers found, how fast, and what does each peer pay?
+"""Simulates a thousand DHT peers under churn: do lookups find the live servers, how fast, and what does each peer pay?
 
     python benchmarks/dht_sim.py [--peers 1000] [--hours 1] [--churn 0.3] [--one-shard] [--json] [--output FILE]
 
-Prints a table, or JSON. Depends on the seed alone, but for the order in which Trio runs tasks that wake together; the
-machine decides only how long it takes.
+Prints a table, or JSON. Time is virtual. The result depends only on the seed, apart from the order in which Trio runs
+tasks that wake at the same moment. The machine's speed only decides how long the simulation takes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from bench_parts.dht_swarm import MODELS, ONE_SHARD, Lookup, Swarm, SwarmPlan
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value that so many are no greater than."""
+    """Return the smallest value such that this share of all values is no greater."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
 def of_lookups(lookups: list[Lookup]) -> dict[str, Any]:
-    """Figures of lookups of one kind."""
+    """Return the figures of all lookups of one kind."""
     expected = sum(one.found.expected for one in lookups)
     figures: dict[str, Any] = {
         "lookups": len(lookups),
@@ -67,7 +67,7 @@ def simulate(plan: SwarmPlan) -> dict[str, Any]:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """Format the figures as a table."""
     lines = [
         f"{figures['peers']} peers, {figures['servers']} of them serving, {figures['hours']:g} h,"
         f" {figures['replaced']} replaced; simulated in {figures['took_s']:.0f} s",

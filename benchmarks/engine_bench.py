@@ -1,10 +1,9 @@
-"""How one engine decodes: for 1 to 32 sessions, beside a long prefill, with forks. In one run on one thread.
+"""Measures how one engine decodes on one thread: 1 to 32 sessions, sessions beside a long prefill, and forks.
 
-`python benchmarks/engine_bench.py [--context 64] [--part sessions|latencies|beams]`. Prints milliseconds a
-turn and tokens a second, as multiples of one session and of what Transformers' own decoder does with a
-`DynamicCache`, one sequence at a time. Everything compared alternates and the fastest turns count, but for
-latencies, whose spread is the point. Time is the thread's own on the CPU: on a shared machine the clock on the
-wall measures the neighbours.
+Run `python benchmarks/engine_bench.py [--context 64] [--part sessions|latencies|beams]`. It prints milliseconds a turn
+and tokens a second, as multiples of one session and of Transformers' own decoder with a `DynamicCache`, one sequence at
+a time. All variants alternate, and the fastest turns count, except for latencies, where the spread matters. Time is
+this thread's CPU time, because wall-clock time on a shared machine also measures other programs.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def prefill_s(engine: Engine, inputs: torch.Tensor, context: int) -> float:
 
 
 def local_prefill_s(model: SpanModel, inputs: torch.Tensor, context: int) -> float:
-    """The same by Transformers."""
+    """Seconds that Transformers takes for a prompt of `context` positions."""
     began = clock()
     with torch.inference_mode():
         model(inputs[None, :context], torch.arange(context)[None], DynamicCache(config=model.config))
@@ -200,7 +199,7 @@ def _run_all(engine: Engine) -> None:
 
 
 def _turn(engine: Engine, session: str) -> bool:
-    """Run one batch. Returns whether it answered the session."""
+    """Run one batch. Returns whether it contained the session's result."""
     batch = engine.plan()
     assert batch is not None
     return any(result.session == session for result in engine.collect(batch, engine.run(batch)))

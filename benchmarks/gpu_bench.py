@@ -1,4 +1,4 @@
-"""What a GPU makes of our blocks: speeds beside Transformers' own layer, and beside what its memory allows.
+"""Measures the blocks on a GPU: their speed beside Transformers' own layers, and beside what its memory allows.
 
     python benchmarks/gpu_bench.py                       # all, on cuda:0: some 15 minutes
     python benchmarks/gpu_bench.py --part blocks         # a table of tokens/s a block: below 10 minutes
@@ -8,8 +8,8 @@
 Before the first run on a machine: a CUDA build of torch 2.13, which brings Triton, and `pip install -e . --group dev`.
 Where nothing can be installed, `blocks` needs no more than torch, Triton, transformers, bitsandbytes (for nf4), numpy,
 platformdirs and gguf, with the four folders laid out as `.ci/check-rooms` does it, on PYTHONPATH; `swarm` needs trio,
-trio-websocket, cryptography, msgpack and kademlia too, all small wheels; tests need pytest and trio. Then first, for
-a minute or two, whether kernels, graphs and copies work there:
+trio-websocket, cryptography, msgpack and kademlia too, all small wheels; tests need pytest and trio. Then check first,
+in a minute or two, that kernels, graphs and copies work there:
 
     pytest tests/compute/test_cuda.py tests/compute/attention/test_paged.py \\
         tests/compute/engine/test_paged_engine.py tests/compute/quantized/test_kernel.py
@@ -18,12 +18,11 @@ No checkpoint is needed: weights are random, made on the GPU. As of this line no
 and memory are worked out, not measured.
 
 Memory: `blocks` holds four blocks at a time twice (ours, Transformers') with 32 rows of KV: BLOOM in bf16 takes 20 GB
-a time, with 2 x 15 GB of KV. `swarm` holds all 70 blocks in nf4 with an fp32 scale each 64 values: 97 GB, and 17 GB of
-KV, so that one GPU of 139 GiB is enough and one of 80 is not: `--blocks` takes fewer.
+each, with 2 x 15 GB of KV. `swarm` holds all 70 blocks in nf4 with one fp32 scale for 64 values: 97 GB, and 17 GB of
+KV. A GPU with 139 GiB has room for all blocks. With 80 GiB, choose fewer by `--blocks`.
 
-Every figure is a median of turns that wait for the GPU. "Limit" is what reading the weights and the KV cache once
-takes at the speed at which this GPU copies (bytes read plus written); who computes faster than memory allows would
-have made a mistake.
+Every figure is a median of turns; each waits until the GPU is done. "Limit" is the time for reading the weights and the
+KV cache once, at the speed at which this GPU copies (bytes read plus written). A faster result would be a mistake.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ NO_GPU = 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """What to measure: models' blocks, contexts and batches."""
 
     models: tuple[str, ...]
     swarm_model: str
@@ -80,7 +79,7 @@ TINY = Sizes(
 
 
 class Clock:
-    """Times work on a device, to its end."""
+    """Times work on a device, until the device is done."""
 
     def __init__(self, device: torch.device, turns: int) -> None:
         self.device = device
@@ -91,7 +90,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def median_s(self, turn: Callable[[], object]) -> float:
-        """Seconds that a turn takes, after two that don't count."""
+        """Median seconds of a turn, after two turns that do not count."""
         for _ in range(2):
             turn()
         seconds = []
@@ -104,7 +103,7 @@ class Clock:
         return statistics.median(seconds)
 
     def bandwidth(self, size: int) -> float:
-        """Bytes a second that the device's memory moves: read and written by a copy."""
+        """Bytes a second, read and written, of a copy in the device's memory."""
         source = torch.ones(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * size / self.median_s(lambda: target.copy_(source))
@@ -115,7 +114,7 @@ class Ours:
 
     def __init__(self, model: SpanModel, sizes: Sizes, seed: int = 0) -> None:
         self._longest, self._most = max(sizes.contexts), max(sizes.batches)
-        # Whole pages a session, with room to go on.
+        # Each session gets whole pages, with room for more positions.
         each = self._longest + 32
         self.engine = Engine(model, kv_tokens=self._most * each, batch_tokens=2048)
         self.engine.warm_up()
@@ -130,7 +129,9 @@ class Ours:
         self.prefill_s = time.perf_counter() - began
 
     def turn(self, batch: int, context: int) -> None:
-        """One more position after `context` for `batch` sessions: what came later is rolled back."""
+        """Compute one more position after `context` for `batch` sessions. Positions after `context` are rolled back
+        first.
+        """
         for session in range(batch):
             self._submit(session, context - 1, self._hidden[:1])
         self._run()
@@ -146,7 +147,7 @@ class Ours:
 
 
 def transformers_turn(model: SpanModel, batch: int, context: int) -> Callable[[], object]:
-    """The same by Transformers' own decoder layers with its own cache, rows of equal length in one batch."""
+    """Return a turn of Transformers' own decoder layers with its own cache: rows of equal length in one batch."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -168,7 +169,7 @@ def transformers_turn(model: SpanModel, batch: int, context: int) -> Callable[[]
 
 
 def as_transformers_quantizes(model: SpanModel, form: str) -> None:
-    """Put bitsandbytes' own layers, with the settings that Transformers gives them, in place of linear ones."""
+    """Replace linear layers by bitsandbytes' own, with the settings that Transformers uses."""
     import bitsandbytes as bnb
 
     for name, linear in list(model.layers.named_modules()):
@@ -193,12 +194,12 @@ def as_transformers_quantizes(model: SpanModel, form: str) -> None:
 
 
 def weight_bytes(model: SpanModel) -> int:
-    """What the blocks' weights take as they are stored."""
+    """Bytes of the blocks' weights as they are stored."""
     return sum(tensor.nbytes for tensor in (*model.layers.parameters(), *model.layers.buffers()))
 
 
 def measure_model(name: str, form: str, sizes: Sizes, clock: Clock, bandwidth: float) -> list[list[str]]:
-    """Rows of the table for one model in one format."""
+    """Measure one model in one format. Returns rows of the table."""
     checkpoint = random_checkpoint(name, clock.device, sizes.dtype)
     span = Span(0, sizes.blocks)
     cells = [(batch, context) for context in sorted(sizes.contexts, reverse=True) for batch in sizes.batches]
@@ -232,7 +233,7 @@ def measure_model(name: str, form: str, sizes: Sizes, clock: Clock, bandwidth: f
 def transformers_times(
     checkpoint: Checkpoint, span: Span, form: str, clock: Clock, sizes: Sizes, cells: list[tuple[int, int]]
 ) -> dict[tuple[int, int], float]:
-    """Seconds a block by Transformers; what it cannot do here is left out, and said."""
+    """Seconds for one block by Transformers. Leaves out, and logs, what it cannot do here."""
     try:
         model = load_span(checkpoint, span, device=clock.device, dtype=sizes.dtype)
         if form != "none":
@@ -244,12 +245,12 @@ def transformers_times(
 
 
 def say(text: str) -> None:
-    """What happens, to standard error: the table goes to standard output."""
+    """Log progress to standard error; the table goes to standard output."""
     print(text, file=sys.stderr, flush=True)
 
 
 def facts(device: torch.device, bandwidth: float) -> list[str]:
-    """What the figures belong to."""
+    """Describe the machine and versions that the figures belong to."""
     packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "transformers", "bitsandbytes"))
     where = platform.processor() or platform.machine()
     if device.type == "cuda":
@@ -267,7 +268,7 @@ def _version(package: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown."""
+    """Format the rows as Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 

@@ -1,13 +1,13 @@
-"""A server under attack: does it live, does its memory stay, does an honest client keep its pace?
+"""Attacks a server: does it survive, does its memory stay, and does an honest client keep its speed?
 
 `make bench-hostile` starts a real server of the demonstration's model on loopback, decodes on it without pause, and
-after a while attacks it from a process of its own: half of the attacks come from strangers
-(garbage on TCP, halves of handshakes, garbage in websockets and in Noise, connections that hardly say anything), half
-from peers that prove who they are and then send mutations of valid messages in every protocol, and floods.
+after a while attacks it from another process. Half of the attacks come from strangers: garbage on TCP, half-finished
+handshakes, garbage in websockets and in Noise, and connections that send hardly anything. The other half come from
+peers that prove their key and then send mutated valid messages in every protocol, and floods.
 
-Server, client and attackers share this machine's cores, so the attacks have a rate (`--rate`, of each half): what fills
-a core slows everybody on it, however well the server holds. A conversation's valid steps are work that any
-client may ask for. Compare figures within a run.
+Server, client and attackers share this machine's cores. An attack that fills a core slows every process on it, however
+well the server resists; so `--rate` limits each half. The valid steps of an attack's conversation are work that any
+client may request. Compare figures within a run.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from peerd.testing.hostile import (
     mutated_header,
 )
 
-# The pool is filled once before anything is measured: memory that the server committed at its start is not growth.
+# The pool is filled once before the measurement, so that memory that the server reserved at its start is not growth.
 KV_TOKENS = 2048
 SESSION_LENGTH = 384
 PROMPT_TOKENS = 32
 QUIET_S = 15.0
-# Sessions whose connections broke linger for 15 s, unproven connections for 10 s.
+# Sessions linger for 15 s after their connections break, unproven connections for 10 s.
 SETTLE_S = 20.0
-# What one attack may take.
+# The longest that one attack may take.
 ATTACK_S = 8.0
 MAX_AT_ONCE = 48
 UPGRADE = (
@@ -77,7 +77,7 @@ UPGRADE = (
 
 @dataclass
 class Attackers:
-    """Attacks on one peer, counted by kind."""
+    """Attacks one peer, and counts the attacks by kind."""
 
     address: Multiaddr
     target: Target
@@ -85,7 +85,7 @@ class Attackers:
     sent: Counter[str] = field(default_factory=Counter)
 
     async def run(self, seconds: float, rate: float) -> None:
-        """Attack from both sides for so long, each side `rate` times a second."""
+        """Attack for `seconds`, as strangers and as known peers, each `rate` times a second."""
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_at_it, nursery, rate, self._strangers())
@@ -127,7 +127,7 @@ class Attackers:
                 try:
                     await attack()
                 except* (OSError, trio.BrokenResourceError, PeerFault):
-                    # It was thrown out, as it should be.
+                    # The server ended the connection, as it should.
                     pass
             self.sent[name] += 1
 
@@ -172,7 +172,7 @@ class Attackers:
                 await trio.sleep(0.5)
 
     async def mutated_conversations(self) -> None:
-        """Up to five conversations with one thing wrong in each, on one connection."""
+        """Hold up to five conversations on one connection, each with one thing wrong."""
         identity = Identity.generate()
         for_now = conversations(identity, self.target, self.random.randbytes(16), time.time(), self.random)
 
@@ -180,7 +180,7 @@ class Attackers:
             for _ in range(5):
                 which = self.random.randrange(len(for_now))
                 if which == len(for_now) - 1:
-                    # A link needs its session.
+                    # A link refers to its session, so open that first.
                     protocol, messages = for_now[which - 1]
                     await peer.say(await peer.open(protocol), message_bytes(*messages[0]))
                 protocol, data = mutated(for_now[which], self.random)
@@ -226,7 +226,9 @@ class Attackers:
         await self._as_peer(Identity.generate(), attack)
 
     async def claims(self) -> None:
-        """A header of 16 KiB or a body of 4 GiB, said and not sent; and a session that nobody could hold."""
+        """Announce a header of 16 KiB and a body of 4 GiB without sending them, and ask for a session too large for any
+        server.
+        """
         vast = {"max_length": 2**24, "max_rows": 256, "max_steps": 64, "timeout_ms": 600_000}
         identity = Identity.generate()
         protocol, messages = conversations(identity, self.target, bytes(16), time.time(), self.random)[-2]
@@ -247,7 +249,7 @@ class Attackers:
     async def _as_peer(
         self, identity: Identity, attack: Callable[[HostilePeer], Awaitable[None]], hello: bytes | None = None
     ) -> None:
-        """Attack over a connection that we are let in on, listening most of the time."""
+        """Attack over a connection that the server accepts, in most cases reading what it sends."""
         async with self._dialled() as channel:
             peer = HostilePeer(identity, channel)
             await peer.enter(message_bytes(hello_message(time.time())) if hello is None else hello)
@@ -280,7 +282,7 @@ async def _listen(peer: HostilePeer) -> None:
 
 
 def attack(arguments: argparse.Namespace) -> None:
-    """The attackers' process: attacks, then prints what it sent."""
+    """The attackers' process: attack, then print how many attacks of each kind were made."""
     address = Multiaddr.parse(arguments.attack)
     assert address.peer_id is not None
     start, end = map(int, arguments.blocks.split(":"))
@@ -306,7 +308,7 @@ class Decoder:
             task_status.started()
             token, position = 100, PROMPT_TOKENS
             while True:
-                # Around again where the session is full: the next position is then a rollback.
+                # Start over where the session is full: the next position is then a rollback.
                 position = PROMPT_TOKENS if position == SESSION_LENGTH else position
                 hidden = await session.step(self.model.embed([token], position), start=position)
                 token = int((await self.model.logits(hidden))[-1].argmax())
@@ -314,7 +316,7 @@ class Decoder:
                 self.times.append(trio.current_time())
 
     def rate(self, since: float, until: float) -> float:
-        """The median of the tokens that came in each whole second."""
+        """The median of the numbers of tokens in each whole second."""
         seconds = [0] * int(until - since)
         for at in self.times:
             if since <= at < since + len(seconds):
@@ -323,7 +325,7 @@ class Decoder:
 
 
 def rss_mib(pid: int) -> float:
-    """A process's resident memory; none of one that has ended."""
+    """The process's resident memory; 0 if it has ended."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -331,7 +333,7 @@ def rss_mib(pid: int) -> float:
 
 
 async def fill_pool(model: SwarmModel) -> None:
-    """Touch all of the server's KV memory once."""
+    """Use all of the server's KV memory once."""
     length = KV_TOKENS
     async with model.session(max_length=length) as session:
         await session.step(model.embed([100] * length))
@@ -357,7 +359,7 @@ async def measure(arguments: argparse.Namespace, console: Console) -> dict[str, 
 async def phases(
     arguments: argparse.Namespace, server: PeerProcess, model: SwarmModel, decoder: Decoder, console: Console
 ) -> dict[str, Any]:
-    """Quiet, attack, quiet again."""
+    """Measure a quiet phase, an attack, and a quiet phase again."""
     pid = server.process.pid
     await trio.sleep(2)
     console.log("quiet")
@@ -377,7 +379,7 @@ async def phases(
         "rss": (before_mib, attacked_mib, rss_mib(pid)),
         "rates": (
             decoder.rate(began, attacked_at),
-            # The first second or two the attackers' process only starts.
+            # In its first second or two the attackers' process only starts.
             decoder.rate(ended_at - arguments.seconds, ended_at),
             decoder.rate(trio.current_time() - SETTLE_S, trio.current_time()),
         ),

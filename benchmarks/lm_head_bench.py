@@ -1,7 +1,7 @@
-"""What the logits of 1, 8 and 64 positions cost with a half-precision vocabulary, beside torch's own product.
+"""Measures the logits of 1, 8 and 64 positions with a half-precision vocabulary, beside torch's own product.
 
-`python benchmarks/lm_head_bench.py [--vocabulary 128000] [--width 2048]`, on one thread. torch's product rounds
-its results to the weights' dtype, ours does not. Where a CPU multiplies no bf16 shows with the environment
+Run `python benchmarks/lm_head_bench.py [--vocabulary 128000] [--width 2048]`; it uses one thread. torch's product
+rounds its results to the weights' dtype, ours does not. To see a CPU that cannot multiply bf16, set the environment
 variable `ONEDNN_MAX_CPU_ISA=AVX512_CORE`. The fastest of three rounds counts.
 """
 

@@ -1,8 +1,8 @@
-"""Fifty clients and two servers with room for eight: who waits how long, and do they storm the servers?
+"""Simulates fifty clients and two servers with room for eight: how long do clients wait, and how often do they ask?
 
     python benchmarks/overload_sim.py [--clients 50] [--servers 2] [--slots 4] [--later 20] [--json] [--output FILE]
 
-Prints a table, or JSON; time is simulated (overload_swarm.py).
+Prints a table, or JSON. Time is simulated (overload_swarm.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run(plan: OverloadPlan) -> Overload:
 
 
 def figures_of(overload: Overload) -> dict[str, Any]:
-    """What came of it."""
+    """Return the figures of a finished run."""
     waits = sorted(answer.opened_s - answer.wanted_s for answer in overload.answers if answer.error is None)
     opens = sorted(overload.opens_a_minute().values())
     split = overload.split()
@@ -51,7 +51,7 @@ def figures_of(overload: Overload) -> dict[str, Any]:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """Format the figures as a table."""
     waited, opens = figures["waited_s"], figures["opens_a_client_and_minute"]
     lines = [
         f"{figures['answers']} answers, {figures['errors']} errors, in {figures['took_s']:.1f} s;"

@@ -1,11 +1,11 @@
-"""How well servers place themselves: whole swarms in simulated time, with what a daemon decides with.
+"""Simulates whole swarms of servers that choose their blocks with a daemon's own code: how well do they choose?
 
     make bench-placement                      # a quarter of an hour on one core
     python benchmarks/placement_sim.py --servers 50 200
 
-Prints, for each swarm: when the model was covered for the first time, and for which part of the time after that; what
-the swarm carried beside the most that its servers could, wherever they stood (a bound from above, so the truth is
-better); how often a server moved; and moves that took a block's last owner away, which must be none.
+Prints for each swarm: when every block had a server for the first time, and for which part of the time after that; what
+the swarm carried, as a share of the most that its servers could carry in any placement (an upper bound, so the true
+share is better); how often a server moved; and how many moves took away a block's last server, which must be none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peerd.routing.placement.flow import swarm_flow
 from peerd.routing.placement.placement import choose_move, choose_span
 
 HOURS = 2.0
-# What is sampled counts from here on: everybody has begun, and loaded.
+# Samples count from here on: by then every server has chosen and loaded its blocks.
 SETTLED_S = 1200.0
 
 SCENARIOS = {
@@ -38,13 +38,14 @@ SCENARIOS = {
     "30 % an hour leave or crash": World(0, 0, 0, churn_an_hour=0.3),
     "a quarter is struck half way": World(0, 0, 0, strike_s=0.0),
 }
-# How many blocks fit on a server in the middle, of how many: about five servers a block for 50, a hundred for 1,000.
+# For each swarm size: the model's blocks, and the median number of blocks that fit on a server. A block has about five
+# servers in a swarm of 50, and a hundred in one of 1,000.
 MODELS = {50: (32, 3.0), 200: (80, 4.0), 1000: (80, 6.0)}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a swarm. Shares are of what its servers could carry at most."""
+    """The figures of one swarm. Shares are of the most that its servers could carry."""
 
     first_covered_s: float
     covered: float
@@ -60,7 +61,7 @@ class Outcome:
 
 
 def simulate(world: World, *, hours: float = HOURS, seed: int = 1) -> Outcome:
-    """Run one swarm."""
+    """Simulate one swarm."""
     began = time.perf_counter()
     swarm = Swarm(world, seed)
     trio.run(swarm.run, hours, clock=MockClock(autojump_threshold=0))
@@ -84,7 +85,7 @@ def simulate(world: World, *, hours: float = HOURS, seed: int = 1) -> Outcome:
 
 
 def against_the_best(seed: int, *, servers: int = 5, blocks: int = 6) -> float:
-    """What a small swarm carries in the end beside the best of all placements, tried one by one."""
+    """Compare what a small swarm carries in the end with the best of all placements, which are tried one by one."""
     random = Random(seed)
     sizes = [random.randint(2, 4) for _ in range(servers)]
     speeds = [random.uniform(100, 1000) for _ in range(servers)]
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=HOURS)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    # A thousand servers that say where they go.
+    # A thousand servers would log where they move.
     logging.disable(logging.WARNING)
     shares = [against_the_best(seed) for seed in range(40)]
     print("5 servers on 6 blocks, 40 swarms, beside the best of all placements: ", end="")

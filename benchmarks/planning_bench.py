@@ -1,9 +1,9 @@
-"""How long a client plans: a chain over 128 blocks from the offers of 1000 peers.
+"""Measures how long a client takes to plan: a chain over 128 blocks from the offers of 1000 peers.
 
     python benchmarks/planning_bench.py
 
-The least of many times of this thread's own processor time, in milliseconds: cold, with the offers as they were just
-found; again, with the same offers; replacing one hop; and for a training pass of 64 requests.
+Prints the least of many times, in milliseconds of this thread's CPU time: with offers that were just found; with the
+same offers again; for replacing one hop; and for a training pass of 64 requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ REPEATS = 40
 
 
 def make_offers(shortest: int, longest: int, random: Random) -> tuple[list[Offer], dict[PeerId, float]]:
-    """Peers in a square 150 ms wide, spans of such lengths, and the delays that a client in the middle measured."""
+    """Make peers in a square 150 ms wide, with spans of various lengths, and the delays that a client in the middle
+    measured.
+    """
     identities = [Identity.from_seed(number.to_bytes(32, "big")) for number in range(PEERS)]
     places = [(random.random(), random.random()) for _ in range(PEERS)]
     spans = []
@@ -64,7 +66,7 @@ def make_offers(shortest: int, longest: int, random: Random) -> tuple[list[Offer
 
 
 def least_ms(work: Callable[[], object]) -> float:
-    """The least processor time that `work` took."""
+    """Return the least CPU time that `work` took."""
     times = []
     for _ in range(REPEATS):
         began = time.thread_time()

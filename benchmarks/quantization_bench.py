@@ -1,9 +1,9 @@
-"""`make bench-quantization`: what int8 and nf4 cost and save on SmolLM2-135M, beside plain weights, in one run.
+"""`make bench-quantization`: compares int8 and nf4 with plain weights on SmolLM2-135M, in one run.
 
-Bytes of a block, memory of a span, speed through the engine, and perplexity over `fixed_text.txt`; and the perplexity
-of each wire codec along a chain of two hops. There is one compute thread, and its own CPU time counts, the fastest of
-some turns: on a shared machine the rest is noise. The model's weights were published in 4 bits (Q4_1) and are computed
-in fp32, so that nf4 rounds what was rounded before.
+It measures the bytes of a block, the memory of a span, the engine's speed, and the perplexity over `fixed_text.txt`;
+and the perplexity of each wire codec along a chain of two hops. There is one compute thread. Its CPU time counts, and
+of several turns the fastest, because other programs on a shared machine make the rest noise. The model's weights were
+published in 4 bits (Q4_1) and are computed in fp32, so nf4 rounds weights that were rounded before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PREFILL_TOKENS = 512
 CONTEXT_TOKENS = 64
 SESSIONS = (1, 8)
 TURNS = 8
-# What travels: codec and dtype.
+# The codec and the dtype that travel.
 WIRES = (("exact", torch.float32), ("exact", torch.bfloat16), ("int8", torch.float32))
 
 
@@ -105,7 +105,7 @@ def show_wires(checkpoint: Checkpoint, console: Console) -> None:
 
 
 def speeds(engine: Engine) -> dict[str, float]:
-    """Tokens a second, once."""
+    """Measure tokens a second, once."""
     hidden = torch.randn(PREFILL_TOKENS, engine.hidden_size)
     found = {}
     for sessions in SESSIONS:
@@ -127,7 +127,9 @@ def speeds(engine: Engine) -> dict[str, float]:
 
 
 def decode_s(engine: Engine, sessions: int, hidden: torch.Tensor) -> float:
-    """Seconds for one more position of each session: always the same, so that the context stays what it is."""
+    """Seconds for one more position of each session. The position is rolled back each time, so the context keeps its
+    length.
+    """
     began = time.thread_time()
     for session in range(sessions):
         submit(engine, session, CONTEXT_TOKENS, hidden)
@@ -145,7 +147,7 @@ def run_all(engine: Engine) -> None:
 
 
 def measured_memory(quantize: str) -> int:
-    """Bytes that the whole span takes in a process of its own, beyond what is imported."""
+    """Bytes that the whole span takes in a process of its own, beyond what the imports take."""
     command = [sys.executable, __file__, "--memory-of", quantize]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -1,7 +1,7 @@
-"""`make bench`: local Transformers beside peerd with 1, 2 and 3 servers, on this machine, in one run.
+"""`make bench`: compares local Transformers with peerd with 1, 2 and 3 servers, on this machine, in one run.
 
-Every process has one compute thread; figures are medians of rounds in which all variants take turns, so that
-a machine that slows down slows them all. Absolute times vary between machines: compare within a table.
+Every process has one compute thread. Figures are medians of rounds in which all variants take turns, so that a slow
+moment of the machine affects all of them. Absolute times differ between machines, so compare within a table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SUM = "{} sessions, sum of tokens/s"
 
 @dataclass(frozen=True)
 class Variant:
-    """One column: how to run it, and the server processes behind it."""
+    """One column of the table: how to run it, and the server processes behind it."""
 
     name: str
     model: SwarmModel
@@ -57,7 +57,7 @@ class Local:
 
     @torch.inference_mode()
     def token_times(self, prompt: list[int], count: int) -> tuple[float, float]:
-        """Seconds to the first token, and for each token after it."""
+        """Return the seconds to the first token, and the seconds for each token after it."""
         started = time.perf_counter()
         name = cache_argument(self.model.forward)
         output = self.model(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
@@ -70,7 +70,7 @@ class Local:
 
 
 async def remote_times(model: SwarmModel, prompt: list[int], count: int) -> tuple[float, float]:
-    """The same through the swarm."""
+    """Return the same figures through the swarm."""
     generation = model.generate(prompt, temperature=0.0, max_new_tokens=count, eos_token_ids=())
     async for _ in generation:
         pass
@@ -79,7 +79,7 @@ async def remote_times(model: SwarmModel, prompt: list[int], count: int) -> tupl
 
 
 async def together(model: SwarmModel, prompts: list[list[int]], count: int) -> float:
-    """Tokens a second that so many sessions at once get in sum, their prefills left out."""
+    """Return the tokens a second of all sessions together, without their prefills."""
     began: list[float] = []
     ended: list[float] = []
     everybody = trio.Event()
@@ -101,7 +101,7 @@ async def together(model: SwarmModel, prompts: list[list[int]], count: int) -> f
 
 
 def prompts_of(count: int, length: int) -> list[list[int]]:
-    """Prompts that differ from their first token on."""
+    """Make prompts that differ from their first token on."""
     generator = torch.Generator().manual_seed(count * length)
     return [torch.randint(100, 40000, (length,), generator=generator).tolist() for _ in range(count)]
 
@@ -116,7 +116,7 @@ def memory_mib(pid: int) -> float:
 
 @asynccontextmanager
 async def swarm(processes: PeerProcesses, path: Path, blocks: int, servers: int) -> AsyncIterator[Variant]:
-    """A swarm of its own, and a client in this process."""
+    """Start a swarm, and a client in this process."""
     bootstrap = await processes.start()
     started: list[PeerProcess] = []
     for span in even_spans(blocks, servers):
@@ -130,7 +130,7 @@ async def swarm(processes: PeerProcesses, path: Path, blocks: int, servers: int)
 
 
 async def start_to_first_token(processes: PeerProcesses, path: Path) -> float:
-    """Seconds from a server's start to the first token it served, its client running already."""
+    """Seconds from a server's start to the first token that it served; its client was already running."""
     bootstrap = await processes.start()
     async with open_peer(bootstrap=[bootstrap.address]) as peer, peer.model(path) as model:
         started = time.perf_counter()
@@ -152,7 +152,7 @@ class Samples:
         return statistics.median(self.rows[row][column])
 
     def ratio(self, row: str, column: str, other: str) -> float:
-        """The median of the rounds' own ratios: a machine that slows down slows both sides of each."""
+        """The median of the ratios of each round: a slow moment of the machine affects both sides of a ratio."""
         pairs = zip(self.rows[row][column], self.rows[row][other], strict=True)
         return statistics.median(one / two for one, two in pairs)
 
@@ -182,7 +182,7 @@ async def measure(rounds: int, console: Console) -> Samples:
 
 
 async def alone(local: Local, variants: list[Variant], samples: Samples, tokens: int) -> None:
-    """One session at a time, everybody in turn."""
+    """Measure one session at a time; the variants take turns."""
     prompt, long = prompts_of(1, PROMPT_TOKENS)[0], prompts_of(1, PREFILL_TOKENS)[0]
     samples.note("local", DECODE, 1 / local.token_times(prompt, tokens)[1])
     for variant in variants:

@@ -1,9 +1,9 @@
-"""`make bench-training`: forward and forward + backward through 1 and 2 servers beside local Transformers, in one run.
+"""`make bench-training`: compares forward and forward + backward through 1 and 2 servers with local Transformers.
 
-Eight rows of 128 positions, a deep prompt in every block, the gradients of input and prompts asked for. Two models:
-SmolLM2-135M (30 blocks of 576) and a random Llama of 16 blocks of 1024. Each process has one compute thread, so two
-servers may be faster than the local model. Figures are medians of rounds in which all take turns: compare within a
-table.
+A pass has eight rows of 128 positions and a deep prompt in every block, and asks for the gradients of the input and the
+prompts. There are two models: SmolLM2-135M (30 blocks of 576) and a random Llama of 16 blocks of 1024. Each process has
+one compute thread, so two servers may be faster than the local model. Figures are medians of rounds in which all take
+turns, so compare within a table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 
 
 def random_llama(folder: Path) -> Path:
-    """16 blocks of 1024, as the Petals measurements had."""
+    """16 blocks of 1024, as in the measurements of Petals."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,7 +57,7 @@ def random_llama(folder: Path) -> Path:
 
 
 class Local:
-    """Transformers' own decoder, frozen, with the same prompts hung on."""
+    """Transformers' own decoder, frozen, with the same prompts attached."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -91,7 +91,7 @@ class Local:
 
 
 class Remote:
-    """The same through a swarm."""
+    """The same pass through a swarm."""
 
     def __init__(self, model: SwarmModel) -> None:
         self.model = model
@@ -111,7 +111,7 @@ async def seconds(run: Callable[[torch.Tensor, torch.Tensor], Awaitable[None]], 
 
 
 async def open_remote(stack: AsyncExitStack, processes: PeerProcesses, path: Path, blocks: int, servers: int) -> Remote:
-    """A swarm of its own for each number of servers."""
+    """Start a swarm for each number of servers."""
     bootstrap = await processes.start()
     join = ("--bootstrap", str(bootstrap.address), "--dtype", "float32", "--kv-tokens", "1024")
     for span in even_spans(blocks, servers):
@@ -138,7 +138,7 @@ async def measure(name: str, path: Path, rounds: int, console: Console) -> None:
             for column, who in columns.items():
                 for row, run in ((FORWARD, who.forward), (BOTH, who.both)):
                     took_s = await seconds(run, hidden, prompts)
-                    # The first is for warming up.
+                    # The first round is warm-up.
                     if number:
                         rates[row, column].append(ROWS * POSITIONS / took_s)
     show(name, rates, list(columns), console)

@@ -1,8 +1,8 @@
-"""What `chaos` asks of a swarm, and whether the answers are those of local Transformers.
+"""The sessions of `chaos`, and the comparison of their answers with local Transformers.
 
-Knows generations and what is promised of them (DESIGN.md, "What is promised"); knows no processes. The difficulty is
-judging afterwards and honestly: a token that rounding may choose otherwise must not be held against the swarm, nor
-must it excuse what follows. So every token is compared with what the reference says after the very same tokens.
+DESIGN.md, "What is promised", defines what an answer must be. Each token is compared with what the reference gives
+after the answer's own earlier tokens. So a token that rounding may change is not counted as wrong, and does not excuse
+the tokens after it either.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from peerd.client.model import SwarmModel
 from peerd.client.sampling import Sampler, SamplingParams, draw
 from peerd.protocol.errors import PeerdError
 
-# Where the reference's two best logits are closer than this, rounding may decide; and where a draw is so close to
-# where one token's share ends and the next one's begins.
+# If the reference's two best logits are closer than this, rounding may decide between them. The same holds for a draw
+# that is this close to the border between two tokens' shares.
 DECISIVE_MARGIN = 1e-3
 PROMPT_TOKENS = (16, 64)
 ANSWER_TOKENS = (48, 144)
@@ -31,7 +31,7 @@ ANSWER_TOKENS = (48, 144)
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one session: failovers, those of them that kept no hop, and positions sent again."""
+    """A session's failovers, the failovers that kept no hop, and the positions that were sent again."""
 
     failovers: int = 0
     reopened: int = 0
@@ -40,7 +40,7 @@ class Counts:
 
 @dataclass(eq=False)
 class Answer:
-    """One generation: `times[i]` is when `token_ids[i]` came. Sampled if its temperature is not 0."""
+    """One generation: `times[i]` is when `token_ids[i]` came. It is sampled if its temperature is not 0."""
 
     prompt: list[int]
     params: SamplingParams
@@ -50,42 +50,42 @@ class Answer:
     times: list[float] = field(default_factory=list)
     ended: float | None = None
     error: PeerdError | None = None
-    # What the session had counted when each token came.
+    # The session's counts at each token.
     counts: list[Counts] = field(default_factory=list)
 
     @property
     def peers(self) -> list[str]:
-        """Who is in its chain now."""
+        """The peers in its chain now."""
         session = self.decoding.session
         return [hop.peer for hop in session.chain] if session is not None and self.ended is None else []
 
     @property
     def held(self) -> int:
-        """Positions that every hop of its chain has cached now: all that was answered."""
+        """The positions that every hop of its chain has cached now: all but the last token."""
         return len(self.prompt) + len(self.token_ids) - 1 if self.token_ids else 0
 
     @property
     def gaps_s(self) -> list[float]:
-        """From each token to the next."""
+        """The seconds from each token to the next."""
         return [until - since for since, until in itertools.pairwise(self.times)]
 
     @property
     def total(self) -> Counts:
-        """What its session has counted by now."""
+        """What its session has counted so far."""
         session = self.decoding.session
         if session is None:
             return Counts()
         return Counts(session.failovers, session.reopened, session.replayed_positions)
 
     def come(self, token_id: int) -> None:
-        """A token came now."""
+        """Note a token that came now."""
         self.token_ids.append(token_id)
         self.times.append(trio.current_time())
         self.counts.append(self.total)
 
 
 class Asker:
-    """One session after the other, without pause: greedy and sampled in turn, prompts and lengths at random."""
+    """Asks in one session after another without pause: greedy and sampled in turn, prompts and lengths at random."""
 
     def __init__(self, model: SwarmModel, text: Sequence[int], number: int, seed: int) -> None:
         self.answers: list[Answer] = []
@@ -96,11 +96,11 @@ class Asker:
 
     @property
     def now(self) -> Answer | None:
-        """What is being answered."""
+        """The answer in progress."""
         return self.answers[-1] if self.answers and self.answers[-1].ended is None else None
 
     async def ask_until(self, stop: trio.Event, limit: int | None = None) -> None:
-        """Ask until `stop`, then finish the last answer. `limit`: answers of at most so many tokens."""
+        """Ask until `stop`, then finish the last answer. `limit`: the most tokens of an answer."""
         while not stop.is_set():
             answer = self._next(limit)
             self.answers.append(answer)
@@ -108,7 +108,7 @@ class Asker:
                 await self._run(answer)
             except PeerdError as error:
                 answer.error = error
-                # Whoever is told that it cannot work tries again, but not without a pause.
+                # After an error the asker tries again, but not without a pause.
                 await trio.sleep(1)
             finally:
                 answer.ended = trio.current_time()
@@ -118,7 +118,7 @@ class Asker:
         start = self._random.randrange(len(self._text) - count)
         prompt = list(self._text[start : start + count])
         self._sampled = not self._sampled
-        # No filters: then the one place where rounding may decide is where two tokens' shares meet.
+        # Without filters, rounding can only decide where two tokens' shares meet.
         sampling: dict[str, Any] = {"temperature": 0.8, "seed": self._random.getrandbits(32)} if self._sampled else {}
         tokens = self._random.randint(*ANSWER_TOKENS)
         params = SamplingParams(max_new_tokens=min(tokens, limit or tokens), **sampling)
@@ -139,7 +139,7 @@ class Verdict:
 
     tokens: int = 0
     sampled: int = 0
-    # Other than the reference's, where rounding may decide.
+    # Tokens that differ from the reference's where rounding may decide.
     near_ties: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -157,7 +157,7 @@ class Reference:
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
 
     def judge(self, answers: Sequence[Answer]) -> Verdict:
-        """Compare every token with what the reference says after those before it. Takes its time."""
+        """Compare every token with the reference's token after the tokens before it. Slow."""
         verdict = Verdict()
         for answer in answers:
             self._judge(answer, verdict)
@@ -191,7 +191,7 @@ class Reference:
 
 
 def _promised(params: SamplingParams, logits: torch.Tensor, position: int, token: int) -> tuple[int, bool]:
-    """The reference's token, and whether rounding alone may have made it `token`."""
+    """Return the reference's token, and whether rounding alone may explain `token`."""
     sampler = Sampler(params)
     expected = sampler.pick(logits, (), row=0, position=position)
     if params.temperature == 0:

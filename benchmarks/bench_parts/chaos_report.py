@@ -1,7 +1,4 @@
-"""What a run of `chaos` showed: stalls, replays, coverage and failures, as a table and as JSON.
-
-Knows what was noted; measures nothing itself.
-"""
+"""The results of a run of `chaos`: stalls, replays, coverage and failures, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ TARGET_P95_S = 1.5
 
 @dataclass(eq=False)
 class Struck:
-    """An answer in whose chain a disturbed peer was: `index` tokens had come, each hop held `held` positions."""
+    """An answer whose chain had a disturbed peer. `index` tokens had come, and each hop had cached `held` positions."""
 
     answer: Answer
     index: int
@@ -34,30 +31,32 @@ class Struck:
 
     @property
     def gaps(self) -> range:
-        """The gap it fell into, and the next."""
+        """The gap between tokens in which it happened, and the next."""
         first = self.index - 1
         return range(max(first, 0), min(first + 2, len(self.answer.times) - 1))
 
     @property
     def after(self) -> Counts:
-        """What the session had counted when those gaps were over."""
+        """What the session had counted at the end of those gaps."""
         counts = self.answer.counts[self.index : self.index + 2]
         return counts[-1] if counts else self.before
 
     @property
     def lost(self) -> bool:
-        """Whether the session had to replace the peer: one that stops briefly may not even be noticed."""
+        """Whether the session had to replace the peer. It may not even notice a peer that stops briefly."""
         return self.after.failovers > self.before.failovers
 
     def stall_s(self, usual_s: float) -> float | None:
-        """The excess of those gaps. None for an answer that had not begun, or that needed no more of the peer."""
+        """What the longer of those gaps took beyond `usual_s`. None for an answer that had not begun, or that needed no
+        more of the peer.
+        """
         gaps_s = [self.answer.gaps_s[gap] for gap in self.gaps]
         return max(0.0, max(gaps_s) - usual_s) if self.index and gaps_s else None
 
 
 @dataclass(eq=False)
 class Disturbance:
-    """One peer killed or stopped, and what became of it."""
+    """One peer that was killed or stopped, and the consequences."""
 
     kind: Kind
     member: str
@@ -65,33 +64,33 @@ class Disturbance:
     at_s: float
     struck: list[Struck]
     stopped_s: float | None = None
-    # From its start again until it served, and until one of our sessions had it in its chain.
+    # From the restart until the server served, and until one of the sessions had it in its chain.
     served_after_s: float | None = None
     chained_after_s: float | None = None
 
 
 @dataclass(eq=False)
 class Run:
-    """What happened."""
+    """The notes of one run."""
 
-    # When the calm began, and when it ended.
+    # When the calm phase began, and when it ended.
     calm_at: float = 0.0
     chaos_at: float = 0.0
     disturbances: list[Disturbance] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     coverage: dict[Span, float] = field(default_factory=dict)
-    # Errors while every block had an owner, and others.
+    # Errors while every block had a server, and other errors.
     errors: list[str] = field(default_factory=list)
     excused: list[str] = field(default_factory=list)
     ended_by_themselves: list[str] = field(default_factory=list)
     left_over: list[int] = field(default_factory=list)
-    # When it was time to disturb somebody, but nobody could be spared.
+    # How often a disturbance was due but no server could be spared.
     skipped: int = 0
     verdict: Verdict = field(default_factory=Verdict)
 
     @property
     def failures(self) -> list[str]:
-        """Why this run does not show what it should."""
+        """List the reasons why this run is not a success."""
         bare = [span for span, share in self.coverage.items() if share < MIN_COVERED]
         return [
             *self.errors,
@@ -103,12 +102,12 @@ class Run:
 
     @property
     def usual_s(self) -> float:
-        """95 % of the gaps between tokens are shorter while nobody is disturbed."""
+        """The 95th percentile of the gaps between tokens while nothing is disturbed."""
         return percentile(self.calm_gaps_s, 95)
 
     @property
     def calm_gaps_s(self) -> list[float]:
-        """Between tokens that both came in the calm."""
+        """Gaps between tokens that both came in the calm phase."""
         return [
             until - since
             for answer in self.answers
@@ -117,7 +116,7 @@ class Run:
         ]
 
     def first_tokens_s(self, *, calm: bool) -> list[float]:
-        """From asking to the first token, of what was asked in the calm, or later."""
+        """Times from asking to the first token, of answers of the calm phase, or of later ones."""
         return [
             answer.times[0] - answer.started
             for answer in self.answers
@@ -125,7 +124,9 @@ class Run:
         ]
 
     def stalls_s(self) -> dict[str, list[float]]:
-        """Of all sessions struck in the middle of an answer: by a kill, by a stop, or by two in the same gap."""
+        """Stalls of all sessions disturbed in the middle of an answer: by a kill, by a stop, or by two in the same
+        gap.
+        """
         times = Counter((one.answer, gap) for one in self.struck for gap in one.gaps)
         stalls: dict[str, dict[tuple[Answer, int], float]] = {"kill": {}, "stop": {}, "both": {}}
         for each in self.disturbances:
@@ -141,7 +142,9 @@ class Run:
         return [one for each in self.disturbances for one in each.struck]
 
     def elsewhere_s(self) -> list[float]:
-        """The excess of all other gaps: what starting processes and other sessions' failovers cost."""
+        """What all other gaps took beyond the usual: the cost of starting processes and of other sessions'
+        failovers.
+        """
         struck = {(one.answer, gap) for one in self.struck for gap in one.gaps}
         return [
             max(0.0, until - since - self.usual_s)
@@ -152,7 +155,7 @@ class Run:
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """The smallest value that so many per cent are not above; NaN of nothing."""
+    """The smallest value such that `per_cent` of the values are no greater; NaN without values."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else math.nan
 
@@ -170,7 +173,7 @@ def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """All figures of a run; times in seconds."""
+    """All figures of a run; times are in seconds."""
     lost = [one for one in run.struck if one.lost]
     totals = [answer.total for answer in run.answers]
     tokens = sum(len(answer.token_ids) for answer in run.answers)
@@ -223,7 +226,7 @@ def _disturbance(each: Disturbance, usual_s: float) -> dict[str, Any]:
 
 
 def show(run: Run, console: Console) -> None:
-    """A table for people."""
+    """Print a table."""
     found = as_json(run)
     table = Table("", "", title="SmolLM2-135M-Instruct, fp32, all processes on this machine")
     kinds = [each["kind"] for each in found["disturbances"]]

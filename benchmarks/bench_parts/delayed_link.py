@@ -1,14 +1,13 @@
-"""A wide-area network on one machine: a TCP proxy that delays what passes, and lets only so much pass a second.
+"""Simulates a wide-area network on one machine: a TCP proxy that delays bytes and limits their rate.
 
-Put one before each peer, which announces the proxy's address instead of its own:
+Put a proxy before each peer, and let the peer announce the proxy's address instead of its own:
 
     python benchmarks/bench_parts/delayed_link.py --listen 7001 --target 7000 --rtt-ms 100 --mbit 100
     peerd --listen /ip4/127.0.0.1/tcp/7000/ws --announce /ip4/127.0.0.1/tcp/7001/ws ...
 
-Knows bytes and time; knows nothing of what they mean. Each direction is a line: bytes leave it one after the other
-at its rate, all connections together, and each arrives a fixed delay after it left. The difficulty is that the
-delay must not limit throughput: what is under way is a queue with times of arrival, so reading goes on meanwhile,
-held back only by the line's rate and by a receiver that does not read.
+Each direction is a line that all connections share. Bytes leave the line one after another at its rate, and each
+arrives a fixed delay after it left. The delay must not limit throughput, so bytes under way wait in a queue with their
+times of arrival, and the proxy goes on reading. Only the line's rate, and a receiver that does not read, hold it back.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ import trio
 from peerd.trio_tools import open_tasks
 
 CHUNK_BYTES = 16 * 1024
-# How far ahead of the line we read: more than a timer's error, or the line would stand idle while we wake up.
+# How far ahead of the line we read. It is more than a timer's error, so the line does not stand idle while we wake up.
 READ_AHEAD_S = 0.005
-# What may wait for a receiver that does not read, beyond what is under way.
+# How many bytes may wait for a receiver that does not read, beyond those under way.
 BACKLOG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What a link is like in each of its directions: `delay_s` one way, and bits a second (None: no limit)."""
+    """A link's quality in each of its directions: `delay_s` one way, and bits a second (None: no limit)."""
 
     delay_s: float = 0.0
     bits_per_s: float | None = None
@@ -41,7 +40,9 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What has come out of a line: pieces, their bytes, and the seconds that they were on their way, all together."""
+    """What has come out of a line: the number of pieces, their bytes, and the sum of the seconds that they were under
+    way.
+    """
 
     pieces: int = 0
     bytes: int = 0
@@ -49,14 +50,14 @@ class Passed:
 
     @property
     def mean_s(self) -> float:
-        """How long a piece was on its way; NaN where there was none."""
+        """How long a piece was under way on average; NaN without pieces."""
         return self.seconds / self.pieces if self.pieces else math.nan
 
 
 class Line:
-    """One direction, shared by all connections: when what enters it now has left, and has arrived.
+    """One direction, which all connections share. It computes when bytes that enter now leave, and when they arrive.
 
-    `passed` is what has arrived by now, with the time that it really took; set it to `Passed()` to count anew.
+    `passed` counts what has arrived so far, with the time that it really took. Set it to `Passed()` to count anew.
     """
 
     def __init__(self, quality: Quality) -> None:
@@ -72,17 +73,17 @@ class Line:
         return self.free_at + self.quality.delay_s
 
     def leave(self, size: int, seconds: float) -> None:
-        """A piece of `size` bytes has arrived after `seconds`."""
+        """Count a piece of `size` bytes that has arrived after `seconds`."""
         passed = self.passed
         self.passed = Passed(passed.pieces + 1, passed.bytes + size, passed.seconds + seconds)
 
 
 class _UnderWay:
-    """What one connection has on a line. Empty bytes are its end."""
+    """The bytes of one connection on a line. Empty bytes mark its end."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
-        # When each piece entered and when it arrives.
+        # For each piece: when it entered, when it arrives, and its bytes.
         self._queue: deque[tuple[float, float, bytes]] = deque()
         self._late_bytes = 0
         self._moved = trio.lowlevel.ParkingLot()
@@ -97,7 +98,7 @@ class _UnderWay:
             await self._moved.park()
 
     async def take(self) -> bytes:
-        """The next data, once it has arrived."""
+        """Return the next data once it has arrived."""
         while not self._queue:
             await self._moved.park()
         await trio.sleep_until(self._queue[0][1])
@@ -117,7 +118,7 @@ class _UnderWay:
 
 
 async def pump(source: trio.abc.ReceiveStream, target: trio.abc.HalfCloseableStream, line: Line) -> None:
-    """Carry all that comes from `source` over the line to `target`, and then its end."""
+    """Carry all bytes from `source` over the line to `target`, and then the end of the stream."""
     under_way = _UnderWay(line)
 
     async def read() -> None:
@@ -138,7 +139,7 @@ async def pump(source: trio.abc.ReceiveStream, target: trio.abc.HalfCloseableStr
 
 
 class DelayedLink:
-    """A proxy in front of one port. `port` is where it listens; `there` leads to who is behind it, `back` away."""
+    """A proxy in front of one port. It listens on `port`. The line `there` leads to the target, `back` from it."""
 
     def __init__(self, port: int, target_port: int, quality: Quality, host: str) -> None:
         self.port = port
@@ -148,25 +149,25 @@ class DelayedLink:
         self.back = Line(quality)
 
     def set_quality(self, quality: Quality) -> None:
-        """Be another link from now on. What is under way arrives as it would have."""
+        """Change the link's quality. Bytes under way arrive as they would have."""
         self.there.quality = self.back.quality = quality
 
     async def handle(self, client: trio.SocketStream) -> None:
-        """Carry one connection until both sides have ended it, or either broke it."""
+        """Carry one connection until both sides have ended it, or one of them broke it."""
         async with client:
             try:
                 target = await trio.open_tcp_stream(self._host, self._target_port)
             except OSError:
                 return
             async with target:
-                # Small frames leave at once: the delay is ours to add.
+                # Small frames leave at once, so that the delay is only the one that we add.
                 client.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY, True)
                 try:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(pump, client, target, self.there)
                         nursery.start_soon(pump, target, client, self.back)
                 except* (trio.BrokenResourceError, trio.ClosedResourceError):
-                    # Somebody hung up in mid-sentence. Leaving closes both, which is what the other would see.
+                    # One side hung up in the middle. Closing both connections shows this to the other side.
                     pass
 
 
@@ -174,7 +175,7 @@ class DelayedLink:
 async def open_delayed_link(
     target_port: int, quality: Quality, *, port: int = 0, host: str = "127.0.0.1"
 ) -> AsyncIterator[DelayedLink]:
-    """A proxy to `host:target_port` while the body runs. Nobody need listen there yet."""
+    """Open a proxy to `host:target_port` for the block. The target need not listen yet."""
     async with open_tasks() as nursery:
         listeners = await trio.open_tcp_listeners(port, host=host)
         link = DelayedLink(listeners[0].socket.getsockname()[1], target_port, quality, host)
@@ -183,7 +184,7 @@ async def open_delayed_link(
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
+    """Find a port on which no program listens now."""
     import socket
 
     with socket.socket() as probe:

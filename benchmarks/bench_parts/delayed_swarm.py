@@ -1,9 +1,9 @@
-"""Peers as processes of their own, each behind a delaying proxy, so that a link between any two of them costs the same.
+"""Peers in processes of their own, each behind a delaying proxy, so that links between any two of them cost the same.
 
-A connection is dialled by either of two peers and shared by them, and whoever dials goes to what the other announces,
-its proxy: so every link crosses exactly one proxy, once in each direction, whoever dialled. The proxies run in a
-process of their own (this file, run as a program), for a client that computes would delay them further. Delays change
-while all run; what they really were is measured there too.
+Two peers share one connection, and either may have dialled it. A peer announces its proxy's address, so the dialler
+connects to the proxy of the peer that it dials. Every link therefore crosses exactly one proxy, once in each direction.
+The proxies run in a process of their own (this file, run as a program), because a client that computes would delay them
+further. The delays can change while the peers run. The proxies also measure the real delays.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bench_parts.delayed_link import DelayedLink, Passed, Quality, free_port, op
 from peerd.cli.processes import PeerProcess, PeerProcesses
 from peerd.protocol.span import Span
 
-# In place of a round trip: say what passed, and count anew.
 BENCHMARKS = Path(__file__).parents[1]
+# Sent instead of a round trip time: the process reports what passed, and counts anew.
 REPORT = "report"
 
 
 class Proxies:
-    """The proxies' process: one proxy in front of each port."""
+    """The proxies' process, with one proxy in front of each port."""
 
     def __init__(self, process: trio.Process) -> None:
         self.ports: list[int] = []
@@ -36,11 +36,11 @@ class Proxies:
         self._buffer = b""
 
     async def set_rtt(self, rtt_ms: float) -> None:
-        """Have a round trip over each proxy take so long from now on."""
+        """Set the round trip time over each proxy, from now on."""
         await self._ask(str(rtt_ms))
 
     async def passed(self) -> list[tuple[Passed, Passed]]:
-        """What passed each proxy since this was last asked: to who is behind it, and back."""
+        """What has passed each proxy since the last call: towards its peer, and from it."""
         return [(Passed(*there), Passed(*back)) for there, back in json.loads(await self._ask(REPORT))]
 
     async def _ask(self, line: str) -> str:
@@ -60,7 +60,7 @@ class Proxies:
 
 @asynccontextmanager
 async def open_proxies(targets: Sequence[int]) -> AsyncIterator[Proxies]:
-    """A proxy before each of these ports, without delay at first, until the body ends."""
+    """Open a proxy before each of these ports, without delay at first, for the block."""
     command = [sys.executable, "-m", "bench_parts.delayed_swarm", *map(str, targets)]
     process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=BENCHMARKS)
     try:
@@ -87,7 +87,7 @@ class DelayedSwarm:
 async def open_delayed_swarm(
     processes: PeerProcesses, model: Path, spans: Sequence[Span]
 ) -> AsyncIterator[DelayedSwarm]:
-    """A server a span, which others reach through its proxy only. Nobody else is delayed."""
+    """Open one server for each span, which others reach through its proxy only. Other peers have no proxy."""
     bootstrap = await processes.start()
     ports = [free_port() for _ in spans]
     async with open_proxies(ports) as proxies:

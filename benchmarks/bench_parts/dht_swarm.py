@@ -1,8 +1,8 @@
 """A swarm of DHT peers in virtual time, with churn: real announcers, lookups, tables and stores.
 
-Peers announce spans as a daemon does, crash, leave and are replaced; clients that are in nobody's table look them up
-from anywhere. The difficulty is to say what a lookup *should* find: whoever was announced before it began and still
-lives when it ends; and what it must not: a peer that crashed more than a record's life ago, or that said goodbye.
+Peers announce spans as a daemon does, crash, leave and are replaced. Clients, which are in no peer's table, look the
+spans up. A lookup should find each server that was announced before the lookup began and still lives when it ends. It
+must not find a peer that crashed longer ago than a record lives, or that left.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import addresses_of, servers_of
 from peerd.routing.directory.announcer import TTL_S, Announcer
 
-# As peerd/discovery/discovery.py has them.
+# The same value as in peerd/discovery/discovery.py.
 REFRESH_S = 60.0
 LEAVE_S = 5.0
-# What a table's quality is measured with.
+# How many tables are sampled to measure the tables' quality.
 SAMPLED_TABLES = 50
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """One model of the swarm: how many blocks, and which share of the servers serves it."""
+    """One model of the swarm: its number of blocks, and the share of the servers that serve it."""
 
     blocks: int
     share: float
 
 
 MODELS = (ModelPlan(80, 0.4), ModelPlan(32, 0.3), ModelPlan(126, 0.2), ModelPlan(16, 0.1))
-# Everybody under one key: 16 blocks are one shard.
+# All servers are under one key, because 16 blocks are one shard.
 ONE_SHARD = (ModelPlan(16, 1.0),)
 
 
 @dataclass(frozen=True, slots=True)
 class SwarmPlan:
-    """What to simulate. serving: share of the peers that announce a span; the others are in the DHT alone.
+    """What to simulate. serving: the share of the peers that announce a span; the others only take part in the DHT.
 
-    churn: share of the peers that is replaced in an hour, half of them by a crash. settle_s: time after everybody
-    came, before lookups, churn and counting begin.
+    churn: the share of the peers that is replaced in an hour, half of them after a crash. settle_s: the time after all
+        peers joined, before lookups, churn and counting begin.
     """
 
     peers: int = 1000
@@ -64,9 +64,10 @@ class SwarmPlan:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a client's lookup came to. of_addresses: of one server's addresses, else of a shard's servers.
+    """The result of a client's lookup. of_addresses: whether it asked for one server's addresses, not for a shard's
+    servers.
 
-    ghosts: found, though gone; forbidden: those of them that were gone for longer than a record lives, or had left.
+    ghosts: found although gone. forbidden: ghosts that were gone for longer than a record lives, or that had left.
     """
 
     of_addresses: bool
@@ -78,7 +79,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """A client's lookup, and what it took."""
+    """A client's lookup, and its cost."""
 
     found: Found
     hops: int
@@ -88,7 +89,7 @@ class Lookup:
 
 @dataclass(eq=False)
 class Member:
-    """A peer of the DHT, the span that it announces, if it does, and when it came and went."""
+    """A peer of the DHT, the span that it announces if any, and when it came and went."""
 
     node: Node
     model: int = 0
@@ -106,14 +107,14 @@ class Member:
         await trio.lowlevel.checkpoint()
 
     async def put(self, *records: SignedRecord) -> int:
-        """As the announcer's sink: notes when we could first be found."""
+        """Announce as the announcer's sink, and note when others could first find us."""
         holders = await self.node.dht.put(*records)
         if holders:
             self.visible_from_s = min(self.visible_from_s, trio.current_time())
         return holders
 
     def bodies(self) -> list[ServerRecord | PeerRecord]:
-        """What a server of this span says."""
+        """The announcement of a server of this span."""
         if self.span is None:
             return []
         server = ServerRecord(
@@ -134,7 +135,7 @@ class Member:
 
 
 class Swarm:
-    """Runs a plan. `lookups`, `lively_contacts` and the world's nodes have what came of it."""
+    """Runs a plan. `lookups`, `lively_contacts` and the world's nodes then have the results."""
 
     def __init__(self, plan: SwarmPlan) -> None:
         self.plan = plan
@@ -144,12 +145,12 @@ class Swarm:
         self.gone: dict[PeerId, Member] = {}
         self.clients: list[Node] = []
         self.lookups: list[Lookup] = []
-        # At times: the share of the contacts in tables that live.
+        # Samples of the share of the contacts in tables that live.
         self.lively_contacts: list[float] = []
         self.ended_s = 0.0
 
     async def run(self) -> None:
-        """Let everybody come, then churn and look up for the plan's hours."""
+        """Let all peers join, then churn and look up for the plan's hours."""
         plan = self.plan
         async with trio.open_nursery() as self._tasks:
             await self._fill()
@@ -166,7 +167,7 @@ class Swarm:
             self._tasks.cancel_scope.cancel()
 
     def bytes_an_hour(self, *, serving: bool | None) -> Counter[str]:
-        """By purpose, sent and received, for a peer that serves, one that only helps, or (None) a client."""
+        """Bytes by purpose, sent and received, of a peer that serves, of one that does not, or (None) of a client."""
         total: Counter[str] = Counter()
         hours = 0.0
         everybody = {**self.gone, **self.members}
@@ -180,13 +181,13 @@ class Swarm:
         return Counter({kind: round(count / hours) for kind, count in total.items()}) if hours else Counter()
 
     def table_size(self) -> float:
-        """Contacts that a peer of the DHT has, on average."""
+        """The mean number of contacts that a peer of the DHT has."""
         return sum(len(member.node.dht.contacts) for member in self.members.values()) / len(self.members)
 
     async def _fill(self) -> None:
         for number in range(self.plan.peers):
             self._add_member()
-            # The first is there before anybody asks for it.
+            # The first peer is there before others ask for it.
             await trio.sleep(self.random.expovariate(self.plan.joins_a_second) if number else 5.0)
         for _ in range(self.plan.clients):
             client = self.world.add(client=True)

@@ -1,7 +1,7 @@
-"""A made-up world around real DHT peers: delays by distance, lost answers, dials, and a count of bytes by purpose.
+"""A simulated network around real DHT peers: delays by distance, lost answers, dials, and bytes counted by purpose.
 
-Implements `DhtTransport` for any number of peers under a mock clock. The difficulty is speed, since an hour of a
-thousand peers is millions of questions: headers are measured but not decoded again, and packets arrive on a grid.
+Implements `DhtTransport` for any number of peers under a mock clock. It must be fast, because an hour of a thousand
+peers is millions of questions. So headers are measured but not decoded again, and packets arrive on a time grid.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact
 
 EPOCH = 1_800_000_000.0
-# Of a question beside headers and records, both ways together: its stream's frames, each with a tag, a websocket's
-# header and 52 bytes of TCP and IP. Counted on two daemons' connection in memory: 267 to 429.
+# A question's bytes beside headers and records, both ways together: its stream's frames, each with a tag, a websocket
+# header and 52 bytes of TCP and IP. Counted on a connection of two daemons in memory: 267 to 429.
 EXCHANGE_BYTES = 420
-# The same for a connection: 1810 for Noise, hello and the first ping; the rest is TCP's and the websocket's own.
+# The same for a connection: 1810 for Noise, the hello and the first ping; the rest is for TCP and the websocket.
 DIAL_BYTES = 3000
-# TCP, websocket and Noise: round trips before the first question.
+# TCP, websocket and Noise need these round trips before the first question.
 DIAL_ROUND_TRIPS = 3
-# A connection that carried nothing for so long is dialled again.
+# A connection that carried nothing for this long is dialled again.
 CONNECTION_IDLE_S = 120.0
-# Packets arrive on this grid: a clock that jumps from each to the next costs more than all that they cause.
+# Packets arrive on this grid. Without it the mock clock's jumps would cost more than the work that the packets cause.
 TICK_S = 0.005
 
 purpose: ContextVar[str] = ContextVar("purpose", default="join")
-"""What the present task asks for, in whose name bytes are counted."""
+"""The purpose of the present task's questions, for the count of bytes."""
 
 
 class Trace:
-    """How far a lookup reached: a peer is one hop farther than the first that named it."""
+    """How far a lookup reached: a peer is one hop farther than the first peer that named it."""
 
     def __init__(self) -> None:
         self.hops = 0
@@ -55,7 +55,7 @@ class Trace:
 
 
 trace: ContextVar[Trace | None] = ContextVar("trace", default=None)
-"""Where the present task's lookup is traced."""
+"""The trace of the present task's lookup."""
 
 
 def unix_now() -> float:
@@ -64,7 +64,7 @@ def unix_now() -> float:
 
 
 class Node:
-    """One peer: its DHT, a place in the world, and what it sent and received for which purpose."""
+    """One peer: its DHT, its place in the world, and its bytes by purpose."""
 
     def __init__(self, world: World, number: int, *, client: bool) -> None:
         self.identity = Identity.from_seed(number.to_bytes(32, "big"))
@@ -76,7 +76,7 @@ class Node:
         self.asked: Counter[str] = Counter()
         self.counted_from_s = trio.current_time()
         self.last_use: dict[PeerId, float] = {}
-        # Two regions an ocean wide, in seconds one way, and this peer's own line.
+        # Two regions, as far apart as two shores of an ocean, in seconds one way, and this peer's own line.
         self._place = (world.random.random() * 0.09, world.random.random() * 0.05)
         self._line_s = 0.002 + world.random.expovariate(1 / 0.006)
         self.dht = Dht(
@@ -102,7 +102,7 @@ class Node:
 
 
 class World:
-    """All peers there are and were, by PeerId."""
+    """All present and past peers, by PeerId."""
 
     def __init__(self, random: Random, loss: float) -> None:
         self.random = random
@@ -110,7 +110,7 @@ class World:
         self._loss = loss
 
     def add(self, *, client: bool = False) -> Node:
-        """A new peer, which knows nobody. Without addresses it is a client of the DHT."""
+        """Add a peer that knows no other. Without addresses it is a client of the DHT."""
         node = Node(self, len(self.nodes) + 1, client=client)
         self.nodes[node.peer_id] = node
         return node

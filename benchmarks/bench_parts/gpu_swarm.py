@@ -1,10 +1,11 @@
-"""A whole BLOOM-176B in nf4 on one GPU behind three peers, over links of several qualities: the papers' table.
+"""Runs a whole BLOOM-176B in nf4 on one GPU behind three peers, over links of several qualities, as in the papers'
+table.
 
-The peers are processes of their own that share the GPU; between them and the client stand delaying proxies
-(`delayed_link`). Weights are random, made block by block where they are quantized. The client sends hidden states as
-they come: embeddings and head are not measured, nor would they fit into the table. As in the papers (arXiv 2209.01188,
-table 3; 2312.08361, table 1): steps a second of one sequence at two lengths, and tokens a second of a forward of
-128 positions at batch 1 and 64. Here every hop pushes to the next, so a step crosses four links one way.
+The peers are processes of their own that share the GPU. Delaying proxies (`delayed_link`) stand between them and the
+client. Weights are random, and made block by block where they are quantized. The client sends random hidden states:
+embeddings and head are not measured, and would not fit into the table. The figures are those of the papers (arXiv
+2209.01188, table 3; 2312.08361, table 1): steps a second of one sequence at two lengths, and tokens a second of a
+forward of 128 positions at batch 1 and 64. Here every hop pushes to the next, so a step crosses four links one way.
 
 Run it by `python benchmarks/gpu_bench.py --part swarm`.
 """
@@ -53,7 +54,7 @@ FAST = Quality()
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured. `step_positions`: what travels at once of a forward."""
+    """What to measure. `step_positions`: how many positions of a forward travel in one step."""
 
     contexts: tuple[int, ...]
     steps: int
@@ -67,7 +68,7 @@ TINY = Sizes((8, 24), 2, (1, 4), 8, 2)
 
 
 def swarm_part(name: str, device: torch.device, dtype: torch.dtype, *, tiny: bool, blocks: int | None) -> list[str]:
-    """The table, as lines of Markdown."""
+    """Run all measurements, and return the table as lines of Markdown."""
     return trio.run(_measure, name, device, dtype, TINY if tiny else FULL, blocks)
 
 
@@ -91,7 +92,7 @@ async def _measure(name: str, device: torch.device, dtype: torch.dtype, sizes: S
 
 
 async def _table(model: SwarmModel, links: Sequence[DelayedLink], sizes: Sizes, blocks: Span) -> list[list[str]]:
-    """A row for each quality. Sessions stay open while the links beneath them change."""
+    """Measure a row for each quality. Sessions stay open while the links beneath them change."""
     hidden = torch.randn(max(*sizes.contexts, sizes.step_rows * sizes.forward_length), model.facts.width)
     hidden = hidden.to(DTYPES[model.facts.dtype])
     longest = max(sizes.contexts)
@@ -100,7 +101,7 @@ async def _table(model: SwarmModel, links: Sequence[DelayedLink], sizes: Sizes, 
     found: dict[int, list[str]] = {}
     async with model.session(max_length=longest + 16, max_rollback=longest, blocks=blocks) as session:
         await session.step(hidden[:longest])
-        # The longest first: a row that was cut would have to be sent again.
+        # The longest context comes first: after a shorter one, the row would have to be sent again.
         for context in sorted(sizes.contexts, reverse=True):
             found[context] = []
             for quality in qualities:
@@ -128,7 +129,7 @@ def _set(links: Sequence[DelayedLink], quality: Quality) -> None:
 
 
 async def _step_s(session: Session, hidden: torch.Tensor, context: int, steps: int) -> float:
-    """Seconds that one position more takes after `context`; what came later is rolled back."""
+    """Seconds of one more position after `context`. Positions after `context` are rolled back."""
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
@@ -138,7 +139,9 @@ async def _step_s(session: Session, hidden: torch.Tensor, context: int, steps: i
 
 
 async def _forward_s(session: Session, hidden: torch.Tensor, batch: int, sizes: Sizes) -> float:
-    """Seconds of a forward of `batch` sequences, all results back: steps of some rows each, close behind each other."""
+    """Seconds of a forward of `batch` sequences until all results are back. It is sent in steps of some rows each,
+    without waiting between them.
+    """
     length = sizes.forward_length
     began = time.perf_counter()
     async with trio.open_nursery() as nursery:
@@ -155,7 +158,7 @@ async def _forward_s(session: Session, hidden: torch.Tensor, batch: int, sizes: 
 
 @asynccontextmanager
 async def _client(peer: Peer, checkpoint: Checkpoint, dtype: torch.dtype) -> AsyncIterator[SwarmModel]:
-    """The model without its head, which random hidden states need not."""
+    """The model without its head, which random hidden states do not need."""
     facts = ModelFacts(
         name=checkpoint.name,
         digest=checkpoint.model_digest,
@@ -176,7 +179,9 @@ async def _client(peer: Peer, checkpoint: Checkpoint, dtype: torch.dtype) -> Asy
 async def _peers(
     name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, blocks: int
 ) -> AsyncIterator[tuple[list[DelayedLink], list[str]]]:
-    """The serving processes, each behind a link, all loading at once. Yields the links and a bootstrap address."""
+    """Start the serving processes, each behind a link, all loading at once. Yields the links and a bootstrap
+    address.
+    """
     kv_tokens = max(sizes.contexts) + 16 + sizes.step_rows * (sizes.forward_length + 16) + 64
     async with AsyncExitStack() as stack:
         links: list[DelayedLink] = []
@@ -201,7 +206,8 @@ async def _peers(
                 received += data
             lines[index] = received.decode().split()[-1]
 
-        # The first alone: others meet through it. It only keeps the directory until its blocks are there.
+        # The first peer is alone, and the others meet through it. It only keeps the directory until its blocks are
+        # loaded.
         spans = even_spans(blocks, PEERS)
         ports = [free_port() for _ in spans]
         for port in ports:
@@ -225,7 +231,7 @@ async def _stop(process: trio.Process) -> None:
 
 
 async def _serve(chosen: argparse.Namespace) -> None:
-    """One peer: the real one, but for where its weights come from."""
+    """Run one real peer, with random weights."""
     device, dtype = torch.device(chosen.device), DTYPES[chosen.dtype]
     checkpoint = random_checkpoint(chosen.name, device, dtype)
 
@@ -249,7 +255,7 @@ async def _serve(chosen: argparse.Namespace) -> None:
         serve=[spec],
     ) as peer:
         print(peer.addresses[0], flush=True)
-        # Whoever started us may be killed: then our standard input ends.
+        # If the process that started us is killed, our standard input ends.
         async with trio.lowlevel.FdStream(sys.stdin.fileno()) as stream:
             async for _ in stream:
                 pass

@@ -1,8 +1,8 @@
-"""More clients than two servers have room for, in virtual time: the daemon's own server, client and announcements.
+"""Simulates more clients than two servers have room for, with the daemon's own server, client and announcements.
 
-What is replaced is the network between them, the DHT (one board that everybody reads, a moment later) and the
-arithmetic of the blocks. The difficulty is to tell a storm from patience: so every `open` that reaches a server is
-noted, with who sent it and when, and every session with how long its client waited for it.
+It replaces the network between them, the DHT (one board, which all read after a moment) and the arithmetic of the
+blocks. Time is virtual. To tell whether clients ask too often, it notes the sender and time of every `open` that
+reaches a server, and how long the client of each session waited.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))
 BLOCKS = Span(0, 4)
 WIDTH = 8
-# One way, and until the board shows what was announced, or answers.
+# The delay one way, and until the board shows an announcement or answers.
 LATENCY_S = 0.02
 BOARD_S = 0.3
 STEP_S = 0.02
@@ -64,7 +64,7 @@ STEP_S = 0.02
 class OverloadPlan:
     """What to simulate. Each client asks `answers` times: a session of `steps` steps with `pause_s` between them.
 
-    slots: sessions that a server has room for. later: seconds until each further server comes.
+    slots: the sessions that a server has room for. later: seconds until each further server comes.
     """
 
     clients: int = 50
@@ -79,7 +79,7 @@ class OverloadPlan:
 
     @property
     def ideal_s(self) -> float:
-        """The least time in which the first servers could do it all, were no slot ever empty."""
+        """The least time in which the first servers could do all of the work, with no slot ever empty."""
         session_s = self.steps * (STEP_S + 2 * LATENCY_S) + (self.steps - 1) * self.pause_s
         return self.clients * self.answers * session_s / (self.servers * self.slots)
 
@@ -89,7 +89,7 @@ def unix_now() -> float:
 
 
 class Board:
-    """A DHT of one place: a real store of records, some time away."""
+    """A DHT of one place: a real store of records, reached after a delay."""
 
     def __init__(self) -> None:
         self._store = RecordStore(unix_now, StoreLimits())
@@ -121,7 +121,7 @@ class _Seq:
 
 @dataclass(eq=False)
 class Serving:
-    """A server, and what reached it: the time and sender of each `open`."""
+    """A server, and the time and sender of each `open` that reached it."""
 
     identity: Identity
     came_s: float
@@ -132,7 +132,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One session of a client: when it was wanted, opened and over, or the error that its client saw."""
+    """One session of a client: when it was wanted, opened and over, or the error that its client got."""
 
     client: PeerId
     wanted_s: float
@@ -143,7 +143,7 @@ class Answer:
 
 
 class Overload:
-    """Runs a plan. `serving` and `answers` have what came of it."""
+    """Runs a plan. `serving` and `answers` then have the results."""
 
     def __init__(self, plan: OverloadPlan) -> None:
         self.plan = plan
@@ -155,7 +155,7 @@ class Overload:
         self._next = 1
 
     async def run(self) -> None:
-        """Until every client has had its answers, or an error for each."""
+        """Run until every client has all its answers or errors."""
         async with open_tasks() as tasks:
             for _ in range(self.plan.servers):
                 await tasks.start(self._serve)
@@ -168,7 +168,7 @@ class Overload:
 
     @property
     def took_s(self) -> float:
-        """Until the last answer."""
+        """The time until the last answer."""
         return max(answer.ended_s for answer in self.answers) - min(answer.wanted_s for answer in self.answers)
 
     def opens_a_minute(self) -> dict[PeerId, int]:
@@ -252,7 +252,7 @@ class Overload:
 
     @property
     def _tokens(self) -> int:
-        # A page, which no smaller session takes.
+        # One page, the least that a session takes.
         return 16
 
     async def _ask(self) -> None:

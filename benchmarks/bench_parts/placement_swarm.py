@@ -1,9 +1,9 @@
-"""A whole swarm of servers that place themselves, in simulated time and without anything that they would compute.
+"""A whole swarm of servers that choose and change their blocks, in simulated time and without computing.
 
-What decides is what decides in a daemon: `choose_first`, `Rebalancer`, `Places` and the planner below them. What is
-made up is the world: announcements that others see a second or two later, speeds, memories, downloads, loads, sessions
-that end in their own time, crashes that nobody sees for a while. Knows who really holds what at each instant, beside
-what its servers believe: so a move that takes the last owner of a block away is caught when it happens.
+The servers decide with a daemon's own code: `choose_first`, `Rebalancer`, `Places` and the planner below them. The
+world is simulated: announcements that others see a second or two later, speeds, memories, downloads, loads, sessions of
+various lengths, and crashes that other servers do not see for a while. The simulation also has the true state, which
+the servers only believe to know, so it notices at once when a move takes a block's last server away.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from peerd.spans.slots import Places
 from peerd.testing.fake_engine import FakeEngine
 
 MODEL = bytes(32)
-# A put in a DHT of a thousand peers takes a lookup and a round trip; a get as long.
+# In a DHT of a thousand peers a put takes a lookup and a round trip, and a get takes as long.
 SEEN_AFTER_S = (0.5, 2.0)
 LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the swarm is like. Rates are of an hour, times in seconds.
+    """The properties of a swarm. Rates are for an hour, times in seconds.
 
-    size: the median number of blocks that fit; `spread` of what servers differ in, as the deviation of its logarithm.
-    join_s: within which all servers start. strike_s: when all who hold some of the first quarter of the blocks crash,
-    for good. fetch_s and load_s: of one block. session_s: how long sessions last.
+    size: the median number of blocks that fit on a server. `spread`: how much servers differ, as the standard deviation
+        of the logarithm. join_s: the time within which all servers start. strike_s: when all servers that hold some of
+        the first quarter of the blocks crash, for good. fetch_s and load_s: for one block. session_s: how long sessions
+        last.
     """
 
     servers: int
@@ -59,13 +60,15 @@ class World:
 
 @dataclass(slots=True)
 class Board:
-    """Everybody's announcements, as everybody sees them: what is put there shows a little later, and expires."""
+    """All announcements as others see them: an announcement appears a little after it is put, and expires."""
 
     random: Random
     _posts: dict[PeerId, list[_Post]] = field(default_factory=dict)
 
     def post(self, peer_id: PeerId, records: list[ServerRecord], *, refreshed: bool = True) -> float:
-        """Returns when others see it. Not refreshed, for it crashed: what it last said is seen until it expires."""
+        """Put an announcement, and return when others see it. A server that crashed does not refresh its last one,
+        which stays visible until it expires.
+        """
         now = trio.current_time()
         posts = self._posts.setdefault(peer_id, [])
         if not refreshed:
@@ -94,7 +97,7 @@ class _Post:
 
 
 class Server:
-    """One server: what `Rebalancer` and `choose_first` need of a daemon, and the world they act on."""
+    """One server: what `Rebalancer` and `choose_first` need of a daemon, and the world in which they act."""
 
     draining = False
     sessions = 1
@@ -107,7 +110,7 @@ class Server:
         self.size = max(1, min(world.blocks, round(world.size * self._random.lognormvariate(0, world.spread))))
         self.throughput = self._random.lognormvariate(6, world.spread)
         self.places = Places(self)  # type: ignore[arg-type]
-        #: What really is here, and whether it takes no more sessions.
+        #: What it really holds, and whether it accepts no more sessions.
         self.held: Span | None = None
         self.leaving = False
         self.struck = False
@@ -116,7 +119,7 @@ class Server:
         self._announced = trio.Event()
         self._changes = trio.Event()
 
-    # What a daemon's parts are to it.
+    # The interface that a daemon's parts use.
 
     @property
     def directory(self) -> Board:
@@ -186,13 +189,13 @@ class Server:
             await rebalancer.run()
 
     def end(self, *, crashed: bool) -> None:
-        """It is gone."""
+        """Remove the server from the swarm."""
         self.held = None
         self.directory.post(self.peer_id, [], refreshed=not crashed)
         self._swarm.note()
 
     async def _announce(self) -> None:
-        """As `Announcer` does, but for the renewals, which change nothing that others see."""
+        """Announce as `Announcer` does, but without the renewals, which change nothing that others see."""
         while True:
             await self._changes.wait()
             self._changes = trio.Event()
@@ -206,8 +209,9 @@ class Server:
 
 @dataclass(slots=True)
 class Sample:
-    """The swarm at one instant: what it carries of what the best placement of those who serve could at most, of those
-    who are there at all; how many blocks have no server; and how many moves there were so far.
+    """The swarm at one instant. What it carries as a share of the most that its present servers could carry in any
+    placement, and of the most that all servers could; how many blocks have no server; and how many moves there were so
+    far.
     """
 
     time_s: float
@@ -218,7 +222,7 @@ class Sample:
 
 
 class Swarm:
-    """All servers, and what became of them."""
+    """All servers, and the results."""
 
     def __init__(self, world: World, seed: int = 1) -> None:
         self.world = world
@@ -228,7 +232,8 @@ class Swarm:
         self.samples: list[Sample] = []
         self.loads = 0
         self.covered_s: float | None = None
-        #: Moves that took away the last server of a block: of one that somebody crashed on unseen, and any other.
+        #: Moves that took away a block's last server: because another had crashed and this was not visible yet, and for
+        #: other reasons.
         self.unlucky = self.careless = 0
         self._random = Random(f"{seed} churn")
         self.servers: dict[int, Server] = {}
@@ -240,7 +245,7 @@ class Swarm:
         return sum(rebalancer.moves for rebalancer in self.rebalancers)
 
     async def run(self, hours: float, *, sample_s: float = 60.0) -> None:
-        """Let it live."""
+        """Run the swarm."""
         async with trio.open_nursery() as nursery:
             for _ in range(self.world.servers):
                 nursery.start_soon(self._live, self._random.uniform(0, self.world.join_s))
@@ -251,7 +256,7 @@ class Swarm:
             nursery.cancel_scope.cancel()
 
     async def _live(self, start_s: float) -> None:
-        """One server after another: whoever leaves is replaced by a stranger within two minutes."""
+        """Run one server after another: within two minutes a new one replaces a server that leaves."""
         await trio.sleep(start_s)
         churn = self.world.churn_an_hour
         while True:
@@ -272,7 +277,7 @@ class Swarm:
             await trio.sleep(self._random.uniform(0, 120))
 
     def crashed(self, server: Server) -> None:
-        """Others see what it held for as long as its announcements last."""
+        """Note what a crashed server held, which others see until its announcements expire."""
         if server.held is not None:
             self._ghosts.append((trio.current_time() + TTL_S, server.held))
 
@@ -284,7 +289,7 @@ class Swarm:
                 server.scope.cancel()
 
     def check_stays_covered(self, goes: Server, span: Span) -> None:
-        """Count a move that uncovers a block."""
+        """Count a move that leaves a block without servers."""
         stay = [one.held for one in self.servers.values() if one is not goes and one.held and not one.leaving]
         if _covers(stay, span):
             return
@@ -295,7 +300,7 @@ class Swarm:
             self.careless += 1
 
     def note(self) -> None:
-        """Something is served, or no more."""
+        """Note that a server has begun or ended to serve."""
         if self.covered_s is None and _covers(self._held(), Span(0, self.world.blocks)):
             self.covered_s = trio.current_time()
 
@@ -318,12 +323,12 @@ class Swarm:
 
 
 def most_flow(servers: list[tuple[int, float]], block_count: int) -> float:
-    """What servers with so many blocks and so much throughput could carry at most, wherever they stood.
+    """The most that servers with so many blocks and so much throughput could carry, in any placement.
 
-    A bound from above: each gives all of its time, wherever it is needed, but no block more than passes through it.
+    It is an upper bound: each server gives all of its time wherever it is needed, but no block more than the flow.
     """
-    # The flow f with sum(min(throughput, size * f)) = block_count * f: a server that is fast for its size has time
-    # to spare. What is left to the others falls as f rises.
+    # Find the flow f with sum(min(throughput, size * f)) = block_count * f. A server that is fast for its size has time
+    # to spare. What the others can give falls as f rises.
     low, high = 0.0, sum(rate for _, rate in servers) / block_count
     if sum(size for size, _ in servers) < block_count:
         return 0.0
@@ -346,7 +351,7 @@ def _covers(spans: list[Span], wanted: Span) -> bool:
 
 
 def fake_record(size: int) -> ServerRecord:
-    """As much of a server's announcement as is known before it loads."""
+    """Make the part of a server's announcement that is known before it loads."""
     return ServerRecord(
         seq=0,
         expires=0.0,
@@ -363,7 +368,7 @@ def fake_record(size: int) -> ServerRecord:
 
 
 def fake_span(span: Span, throughput: float) -> tuple[ServedSpan, LoadedSpan]:
-    """A span that computes nothing."""
+    """Make a span that computes nothing."""
     engine: Any = FakeEngine(span, kv_tokens=16)
     family: Any = None
     served = ServedSpan(MODEL, 4096, EngineTask(engine))

@@ -1,7 +1,8 @@
-"""How well a chain of spans predicts a fixed text: perplexity, and how far its predictions are from another chain's.
+"""Measures how well a chain of spans predicts a fixed text: its perplexity, and its distance from another chain's
+predictions.
 
-`fixed_text.txt` was written for this, so that no model was trained on it. Every token is predicted from all before it
-(teacher-forced), in one pass without a cache.
+`fixed_text.txt` was written for this benchmark, so no model was trained on it. Every token is predicted from all tokens
+before it (teacher-forced), in one pass without a cache.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def log_probabilities(
     codec: str = "exact",
     wire_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Of every token at every position, `[n, vocabulary]`.
+    """The log probability of every token at every position, `[n, vocabulary]`.
 
-    With `wire_dtype` activations travel in it and in `codec`: from the client to the first hop, from hop to hop, and
-    back. The head and the hops compute in fp32.
+    With `wire_dtype`, activations travel in this dtype and in `codec`: from the client to the first hop, from hop to
+    hop, and back. The head and the hops compute in fp32.
     """
     with torch.inference_mode():
         hidden = head.embed(tokens).float()
@@ -48,7 +49,7 @@ def log_probabilities(
 
 
 def over_the_wire(hidden: torch.Tensor, codec: str, dtype: torch.dtype | None) -> torch.Tensor:
-    """What the other side decodes."""
+    """Encode and decode, as the receiver would see it."""
     if dtype is None:
         return hidden
     header, body = encode_tensor(hidden.clone(), codec=codec, dtype=dtype)
@@ -56,15 +57,15 @@ def over_the_wire(hidden: torch.Tensor, codec: str, dtype: torch.dtype | None) -
 
 
 def perplexity(predictions: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Of the tokens after the first."""
+    """The perplexity of the tokens after the first."""
     return float(F.nll_loss(predictions[:-1], tokens[1:]).exp())
 
 
 def divergence(wanted: torch.Tensor, predictions: torch.Tensor) -> float:
-    """KL divergence of the predictions from those that are wanted, in nats a token."""
+    """KL divergence of the predictions from the wanted ones, in nats a token."""
     return float(F.kl_div(predictions, wanted, log_target=True, reduction="batchmean"))
 
 
 def agreement(wanted: torch.Tensor, predictions: torch.Tensor) -> float:
-    """The share of positions at which both find the same token the likeliest."""
+    """The share of positions at which both have the same most likely token."""
     return float((wanted.argmax(-1) == predictions.argmax(-1)).float().mean())

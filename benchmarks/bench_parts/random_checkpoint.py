@@ -1,8 +1,7 @@
-"""Checkpoints that nobody downloaded: the published shapes of large models, with random weights made on demand.
+"""Checkpoints without a download: the published shapes of large models, with random weights made on demand.
 
-A tensor is made when it is read, on the device where it is going, so that a model of 350 GB is loaded block by block
-on a machine that holds none of it. The same name gives the same numbers on the same kind of device. Knows shapes;
-what loads them is the project's own code.
+A tensor is made when it is read, on the device where it is needed. So a machine can load a model of 350 GB block by
+block without ever holding it. The same name gives the same numbers on the same kind of device.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta
 
-#: By name, what the publishers' configurations say.
+#: The values of the publishers' configurations, by name.
 GEOMETRIES: Mapping[str, dict[str, Any]] = {
     "llama-3-70b": {
         "model_type": "llama",
@@ -56,7 +55,7 @@ GEOMETRIES: Mapping[str, dict[str, Any]] = {
 
 
 class RandomWeights:
-    """`peerd.compute.checkpoint.weights.Weights` of made-up numbers."""
+    """`peerd.compute.checkpoint.weights.Weights` with random numbers."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype) -> None:
         self._shapes = shapes
@@ -69,14 +68,14 @@ class RandomWeights:
         return tuple(self._shapes)
 
     def digests(self) -> Mapping[str, bytes]:
-        """There are no files."""
+        """There are no files, so there are no digests."""
         return {}
 
     def fetch(self, parameters: Iterable[str]) -> None:
-        """Nothing has to come from anywhere."""
+        """Nothing needs a download."""
 
     def on_disk(self, parameter: str) -> bool:
-        """It is there as soon as it is read."""
+        """Always true: a tensor is made when it is read."""
         return True
 
     def download_bytes(self, parameters: Iterable[str]) -> int:
@@ -85,22 +84,22 @@ class RandomWeights:
 
     @property
     def packing(self) -> str:
-        """They are plain."""
+        """The weights are plain."""
         return ""
 
     def stored_dtype(self, parameter: str) -> torch.dtype | None:
-        """What every parameter is made in."""
+        """The dtype of every parameter."""
         return self._dtype
 
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One parameter in the dtype that all are made in; only packed ones would be read in `dtype`."""
+        """Make one parameter in the dtype of all. `dtype` is for packed parameters only."""
         shape = self._shapes[parameter]
         self.bytes_read += shape.numel() * self._dtype.itemsize
         if len(shape) == 1:
             make = torch.zeros if parameter.endswith("bias") else torch.ones
             return make(shape, device=self._device, dtype=self._dtype)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(parameter.encode()))
-        # Small enough that the sum of some eighty blocks stays in range.
+        # The values are so small that the sum of some eighty blocks stays in range.
         values = torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
         return values.mul_(0.3 * shape[-1] ** -0.5)
 
@@ -112,7 +111,7 @@ class RandomWeights:
         yield StoredBytes(parameter, "random", tuple(self._shapes[parameter]), memoryview(b""))
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """There is nothing to close."""
 
 
 def random_checkpoint(name: str, device: str | torch.device, dtype: torch.dtype) -> Checkpoint:
