@@ -1,7 +1,7 @@
 """Lets `async def` tests run under Trio, on a mock clock unless they ask for the real one.
 
-A mock clock that jumps whenever all tasks wait makes time-outs instant and deterministic; a test that
-waits on worker threads or real sockets marks itself `real_time`, or the clock would jump past them.
+A mock clock that jumps whenever all tasks wait makes time-outs instant and deterministic. A test that waits for worker
+threads or real sockets must be marked `real_time`, or the clock would jump past them.
 """
 
 from __future__ import annotations

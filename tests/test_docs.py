@@ -103,7 +103,7 @@ def node_of(module: str, nodes: Sequence[str]) -> str | None:
 
 
 def imports_between(nodes: Sequence[str]) -> set[tuple[str, str]]:
-    """Who imports whom, of the picture's nodes; for type checkers too."""
+    """Which node of the picture imports which, also for type checkers."""
     found = set()
     for room in ("peerd", "protocol", "routing", "compute"):
         for path in (REPOSITORY / room).rglob("*.py"):

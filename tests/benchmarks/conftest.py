@@ -1,4 +1,4 @@
-"""What the tests of several benchmarks need."""
+"""Fixtures for the tests of several benchmarks."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ async def test_two_kills_and_a_stop_cost_no_token_of_four_sessions(
     assert run.coverage == {Span(0, 3): pytest.approx(1), Span(3, 6): pytest.approx(1)}
     assert run.verdict.tokens >= 100
     assert 0 < run.verdict.sampled < run.verdict.tokens
-    # Whoever was killed answers one more step at most.
+    # A killed server answers one more step at most.
     killed = [one for each in run.disturbances if each.kind == "kill" for one in each.struck]
     assert all(one.lost for one in killed if len(one.answer.times) >= one.index + 2)
     assert all(one.after.replayed for one in killed if one.lost and one.held)

@@ -1,4 +1,4 @@
-"""The GPU benchmark's whole way at toy sizes on the CPU: minutes on a GPU are not there to find its mistakes."""
+"""The whole GPU benchmark at toy sizes on the CPU, so that no GPU time is spent on finding its mistakes."""
 
 from __future__ import annotations
 

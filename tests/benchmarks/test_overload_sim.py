@@ -1,4 +1,6 @@
-"""Overload in virtual time: clients wait in turn, spread, and end; servers are neither stormed nor left idle."""
+"""Overload in virtual time: clients wait in turn, spread over servers, and finish; servers are neither flooded nor
+idle.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def test_a_server_that_joins_meanwhile_takes_its_share() -> None:
 
 
 def test_when_no_room_comes_a_client_hears_so_once_its_patience_ends() -> None:
-    # Two get the only slots and keep them for minutes, in use: what is not used for 15 s is lent to those who wait.
+    # Two get the only slots and keep using them for minutes; a slot that is unused for 15 s goes to a waiting client.
     overload = run(OverloadPlan(clients=8, slots=1, answers=1, steps=5, pause_s=10.0, busy_s=20.0))
     failed = [answer for answer in overload.answers if answer.error is not None]
     assert len(failed) == 6

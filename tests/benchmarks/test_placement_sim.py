@@ -19,7 +19,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_servers_that_start_in_the_same_second_share_the_model_before_anything_is_loaded() -> None:
-    # Nobody gets as far as loading.
+    # No server gets as far as loading.
     swarm = Swarm(World(servers=20, blocks=30, size=6, spread=0, join_s=1, fetch_s=1e6))
     await swarm.run(0.02)
     decided = [next(iter(server.places)).intention() for server in swarm.servers.values()]

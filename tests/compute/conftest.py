@@ -1,7 +1,7 @@
-"""Tiny models of every supported architecture, with random weights, saved as Transformers saves them.
+"""Tiny models of every supported architecture, with random weights, in the form in which Transformers saves them.
 
-Each has 8 blocks, so that cuts at 3 and at 7 meet blocks of each type; windows are shorter than the tests'
-sequences; widths of heads differ from hidden size / heads; nothing that scales is 1.
+Each has 8 blocks, so that cuts at 3 and at 7 meet blocks of each type; windows are shorter than the tests' sequences;
+widths of heads differ from hidden size / heads; no scaling factor is 1.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digests are remembered in the user's cache folder: tests have one of their own."""
+    """Digests are cached in the user's cache folder: tests have a folder of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

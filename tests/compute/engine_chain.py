@@ -1,4 +1,4 @@
-"""Engines over all blocks of a tiny model, one after the other, and what they are compared with."""
+"""Engines over all blocks of a tiny model, one after the other, and the reference to compare them with."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writes a Transformers model as llama.cpp's converter does: its metadata, its names, its order of values.
 
-Written from the converter's rules, not from the reader's: what one of the two gets wrong shows beside the model
+It follows the converter's rules and not our reader, so that an error in either shows as a difference from the model
 that was written.
 """
 

@@ -1,7 +1,7 @@
 """Writes plain matrices as publishers of quantized models store them, by hand from each format's layout.
 
-Each function takes a parameter's name and an fp32 matrix, and returns the stored tensors and the plain matrix that they
-stand for, worked out from the numbers before they are packed.
+Each function takes a parameter's name and an fp32 matrix. It returns the stored tensors and the plain matrix that they
+stand for, computed from the numbers before they are packed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What only a GPU can show: run this first on a machine that has one. Everything here is skipped without.
+"""Tests that need a GPU: run this first on a machine that has one. Without one everything here is skipped.
 
-test_paged_attention and test_paged_engine run on the GPU too where there is one, so that kernels and recorded decodes
-are compared with plain arithmetic there; here it is whether things were recorded, whether the host waits, and whether
-several engines get on with each other.
+test_paged and test_paged_engine run on the GPU too if there is one, so that kernels and recorded decodes are compared
+with plain arithmetic there. Here it is tested whether decodes were recorded, whether the host waits, and whether
+several engines can run side by side.
 """
 
 from __future__ import annotations

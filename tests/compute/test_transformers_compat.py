@@ -1,4 +1,4 @@
-"""What peerd asks of the installed Transformers, and what it says where a release answers otherwise."""
+"""How peerd uses the installed Transformers, and its errors if a release behaves differently."""
 
 from __future__ import annotations
 

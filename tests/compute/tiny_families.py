@@ -1,7 +1,7 @@
-"""For every family of the table the configuration of a tiny model: what makes it differ from the common one.
+"""For every family of the table the configuration of a tiny model, which sets what differs from the common one.
 
 Each has 8 blocks, so that cuts at 3 and 7 meet blocks of each type; windows and chunks are shorter than the tests'
-sequences; widths of heads differ from hidden size / heads where a family allows it; nothing that scales is 1.
+sequences; widths of heads differ from hidden size / heads if a family allows it; no scaling factor is 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peerd.compute.transformers_compat import before_newest_tested
 BLOCKS = 8
 WINDOW = 16
 
-#: Given to each family as far as its configuration knows them.
+#: Given to each family whose configuration has such a field.
 _COMMON: dict[str, Any] = {
     "num_hidden_layers": BLOCKS,
     "hidden_size": 32,
@@ -194,7 +194,7 @@ def tiny_config(family: Family, fields: dict[str, Any] | None = None) -> Any:
 
 def tiny_model(family: Family, fields: dict[str, Any] | None = None) -> Any:
     """The whole causal model of such a configuration, with random weights, in fp32."""
-    # Transformers' own choice (sdpa) knows neither capped scores nor sinks; its eager Falcon adds ALiBi twice.
+    # Transformers' own choice (sdpa) supports neither capped scores nor sinks; its eager Falcon adds ALiBi twice.
     attention = None if family.model_type == "falcon" else "eager"
     torch.manual_seed(7)
     model = or_skip(family.causal_type)._from_config(tiny_config(family, fields), attn_implementation=attention).eval()

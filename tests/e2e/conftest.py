@@ -27,7 +27,7 @@ DECISIVE_MARGIN = 1e-3
 
 @pytest.fixture(scope="session", autouse=True)
 def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of our own, and one compute thread: several servers share this process."""
+    """A cache folder for the tests, and one compute thread, because several servers share this process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def model_path() -> Path:
 
 @dataclass(frozen=True)
 class Answer:
-    """What Transformers' own `generate` says to a prompt, and how sure it is of each token."""
+    """The answer of Transformers' own `generate` to a prompt, with the margin of each token."""
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -77,7 +77,7 @@ class Reference:
         return list(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"])
 
     def answer(self, prompt: Sequence[int], count: int) -> Answer:
-        """`count` tokens at most, fewer where the model ends its answer."""
+        """At most `count` tokens; fewer if the model ends its answer."""
         key = (tuple(prompt), count)
         if key not in self._answers:
             ids = torch.tensor([list(prompt)])
@@ -96,13 +96,13 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """`[n, vocabulary]` of a whole row at once."""
+        """The logits of a whole row, `[n, vocabulary]`."""
         logits: torch.Tensor = self.model(torch.tensor([list(token_ids)])).logits[0]
         return logits
 
     @torch.inference_mode()
     def hidden_states(self, token_ids: Sequence[int]) -> list[torch.Tensor]:
-        """What each block takes of a whole row, `[n, width]`."""
+        """The input of each block for a whole row, `[n, width]`."""
         states = self.model(torch.tensor([list(token_ids)]), output_hidden_states=True).hidden_states
         return [state[0] for state in states]
 
@@ -113,7 +113,7 @@ def reference(model_path: Path) -> Reference:
 
 
 class LocalServer:
-    """A serving peer in this process, which can be stopped on its own."""
+    """A serving peer in this process, which can be stopped separately."""
 
     def __init__(self, peer: peerd.Peer, scope: trio.CancelScope, stopped: trio.Event) -> None:
         self.peer = peer
@@ -160,7 +160,7 @@ class LocalSwarm:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[peerd.SwarmModel]:
-        """The model, as a client of its own sees it."""
+        """The model, as a new client sees it."""
         async with peerd.open_peer(bootstrap=self.bootstrap) as peer, peer.model(self._model_path) as model:
             yield model
 
@@ -170,7 +170,7 @@ OpenLocalSwarm = Callable[[int], Any]
 
 @pytest.fixture
 def open_local_swarm(model_path: Path) -> OpenLocalSwarm:
-    """`async with open_local_swarm(3) as swarm:` all blocks, evenly spread over so many servers."""
+    """`async with open_local_swarm(3) as swarm:` all blocks, spread evenly over that many servers."""
 
     @asynccontextmanager
     async def open_swarm(servers: int) -> AsyncIterator[LocalSwarm]:
@@ -185,7 +185,7 @@ def open_local_swarm(model_path: Path) -> OpenLocalSwarm:
 
 @pytest.fixture
 def open_processes(model_path: Path) -> Callable[..., Any]:
-    """`async with open_processes("0:15", "15:30") as (bootstrap, *servers):` each a process of its own."""
+    """`async with open_processes("0:15", "15:30") as (bootstrap, *servers):` each peer is a separate process."""
 
     @asynccontextmanager
     async def open_swarm(*spans: str) -> AsyncIterator[list[Any]]:

@@ -1,4 +1,4 @@
-"""The real model under adapters, served and brought along at once, says what peft says, token for token."""
+"""The real model under served and uploaded adapters at once gives the tokens that peft gives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGETS = {"poet": ["q_proj", "v_proj"], "clerk": ["o_proj", "down_proj"]}
 def adapters(reference, tmp_path_factory) -> dict[str, Path]:
     """Two adapters of the real model, with what it answers under each kept in `reference`."""
     with warnings.catch_warnings():
-        # peft's own doings, with a Transformers that is newer than it knows.
+        # These warnings come from peft itself, with a newer Transformers than it knows.
         warnings.simplefilter("ignore")
         return make_adapters(reference, tmp_path_factory.mktemp("adapters"))
 

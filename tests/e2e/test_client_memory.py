@@ -1,4 +1,4 @@
-"""A client holds the head only: its memory says so."""
+"""A client holds only the head: its memory shows it."""
 
 from __future__ import annotations
 

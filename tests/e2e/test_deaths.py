@@ -1,4 +1,6 @@
-"""Servers that die in mid-answer cost no token; those without a twin cost the answer, by name."""
+"""Servers that die in mid-answer cost no token; if a server has no twin, the answer fails and the error names its
+blocks.
+"""
 
 from __future__ import annotations
 

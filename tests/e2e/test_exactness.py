@@ -1,4 +1,4 @@
-"""The swarm says what local Transformers says, token for token, and it is the swarm that says it."""
+"""The swarm gives the same tokens as local Transformers, and it really is the swarm that computes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A swarm of a model that is only on a hub: who fetches what, how a download is stopped, and the answer."""
+"""A swarm of a model that is only on a hub: which peer fetches what, how a download is stopped, and the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""peerd inside somebody's Trio program: what its contexts promise about results, errors and endings."""
+"""peerd inside another Trio program: what its contexts promise about results, errors and endings."""
 
 from __future__ import annotations
 

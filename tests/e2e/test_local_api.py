@@ -40,7 +40,7 @@ async def test_a_daemon_of_its_own_answers_as_transformers_does(model_path, refe
         async with trio.open_nursery() as nursery:
             nursery.start_soon(processes.start, *client)
             nursery.start_soon(processes.start, "--serve-blocks", "auto", "--model", str(model_path), *join)
-        # Whoever comes is used within 5 s of saying so.
+        # A new server is used within 5 s of its announcement.
         with trio.fail_after(5):
             while (await ask(socket, "/readyz"))[0] != 200:
                 await trio.sleep(0.2)

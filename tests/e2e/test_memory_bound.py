@@ -1,4 +1,4 @@
-"""`--memory` is a bound: a server whose KV is all in use stays below it."""
+"""`--memory` is a limit: a server whose KV is all in use stays below it."""
 
 from __future__ import annotations
 

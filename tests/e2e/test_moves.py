@@ -1,4 +1,4 @@
-"""Real servers that move: a span without a server gets one, and nobody's session is cut for it."""
+"""Real servers that move: a span without a server gets one, and no session is cut for it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def start_servers(processes: PeerProcesses, path: Path, *spans: str) -> li
 
 
 async def until(directory: Directory, digest: bytes, seen: Callable[[set[tuple[str, str, str]]], bool]) -> None:
-    """Wait until the swarm says so: who, which blocks, in which state."""
+    """Wait until the swarm's records show it: which server, which blocks, in which state."""
     while not seen(
         {(one.peer_id, str(one.record.span), one.record.state) for one in await directory.holdings(digest, 30)}
     ):
@@ -61,7 +61,7 @@ async def test_a_server_moves_to_close_a_gap_and_lets_its_session_end_first(mode
                 before = await session.step(states[0][:-2], want="all")
                 async with trio.open_nursery() as nursery:
                     for server in servers:
-                        # Whoever has the last blocks leaves.
+                        # The only server of the last blocks leaves.
                         nursery.start_soon(leave_if_it_has, "20:30", server)
                 await until(directory, digest, lambda seen: (mover.peer_id, "0:10", "draining") in seen)
                 await trio.sleep(LOOK_S)

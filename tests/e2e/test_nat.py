@@ -1,4 +1,4 @@
-"""NATs as they are: two private networks behind masquerading, public peers, and real peerd processes in all of them."""
+"""Real NATs: two private networks behind masquerading, public peers, and real peerd processes in all of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def expected(reference: Any) -> str:
 
 
 class World:
-    """The lab, and peers on its hosts; the first on `relay1` is everybody's bootstrap."""
+    """The lab, and peers on its hosts; the first on `relay1` is the bootstrap peer for all."""
 
     def __init__(self, lab: NetLab, processes: PeerProcesses) -> None:
         self.lab = lab

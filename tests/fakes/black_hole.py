@@ -1,7 +1,7 @@
 """Two peers on the loopback of a network namespace of their own, whose packets vanish from one moment on.
 
-Run as a program, as root of a new user and network namespace. Prints, as JSON, how many seconds each side
-took to lose the other and why; first for a connection in use whose process stood still for 4 s before.
+Run it as a program, as root of a new user and network namespace. It prints, as JSON, how many seconds each side took to
+lose the other and why; first for a connection in use whose process stood still for 4 s before.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A model hub on loopback: the endpoints that huggingface_hub 2.4 uses to read models, and faults on demand.
 
-Speaks what was read in huggingface_hub's source: `/api/models/REPO/revision/REV?blobs=true`, `/REPO/resolve/REV/FILE`
+It implements what huggingface_hub's source uses: `/api/models/REPO/revision/REV?blobs=true`, `/REPO/resolve/REV/FILE`
 with its metadata headers, redirects of LFS files to another origin that must not see the token, byte ranges, and the
-`X-Error-Code` of refusals. Counts the bytes that it sends, file by file.
+`X-Error-Code` of refusals. It counts the bytes that it sends, file by file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEND_BYTES = 4096
 
 @dataclass
 class Fault:
-    """What happens to one request for a file instead of an answer, or in the middle of it."""
+    """The fault of one request for a file: it replaces the answer, or ends it in the middle."""
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Repo:
 
 
 class HubServer:
-    """What the hub holds and what it was asked."""
+    """The hub's files, and the requests that it got."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = defaultdict(Repo)
@@ -55,7 +55,7 @@ class HubServer:
         self.admitted = {"hf_good"}
         #: Bytes of content that were sent, by file name.
         self.served: Counter[str] = Counter()
-        #: The file and the first byte of every answer with content. (Bytes may be sent to who has just gone.)
+        #: The file and the first byte of every answer with content. (Bytes may be sent to a client that has just gone.)
         self.answers: list[tuple[str, int]] = []
         #: `METHOD /path` of every request, and the token that came with it.
         self.requests: list[tuple[str, str | None]] = []
@@ -79,7 +79,7 @@ class HubServer:
         return commit
 
     def fail(self, name: str, *faults: Fault) -> None:
-        """The next requests for the file's content meet these, one each. `api` is the listing."""
+        """Give the next requests for the file's content these faults, one each. `api` stands for the listing."""
         self.faults[name].extend(faults)
 
     def next_fault(self, name: str) -> Fault:
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.token is not None and self.token not in self.hub.tokens:
             return self._refuse(401, message="Invalid credentials in Authorization header")
         if repo is None or (repo.private and self.token is None):
-            # As the hub does it: without a token nobody learns whether there is such a model.
+            # As the real hub: without a token a client does not learn whether such a model exists.
             return self._refuse(401 if self.token is None else 404, "RepoNotFound", "Repository not found")
         commit = repo.refs.get(revision, revision)
         if commit not in repo.commits:

@@ -1,15 +1,15 @@
 """A small internet in network namespaces: public hosts, and private networks behind real masquerading.
 
-Made by whoever is allowed to make a user namespace, no root needed; nothing of the machine's own network is touched.
-The difficulty is to leave nothing behind: all namespaces hang on one process, which ends when we close its standard
-input or die, and on the peers in them, which end by themselves when theirs is closed.
+Any user who may make a user namespace can make it, without root. It does not touch the machine's own network, and
+leaves nothing behind: only one process and the peers keep the namespaces alive. The process ends when we close its
+standard input or die, and each peer ends when its own standard input is closed.
 
     relay1 5.1.1.2 --+                      +-- NAT 6.1.1.2 -- 192.168.1.0/24: a (.2), neighbour (.3)
                      +---- the internet ----+
     relay2 5.2.2.2 --+                      +-- NAT 6.2.2.2 -- 192.168.2.0/24: b (.2)
 
-The public addresses are real ones of somebody's; what asks whether an address is public must say yes. None of it
-ever leaves the namespaces: none has a way out.
+The public addresses belong to real hosts, because the code under test must see them as public. No packet leaves the
+namespaces: they have no way out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ table ip filter {
 
 
 def missing() -> str:
-    """Why there can be no lab on this machine; "" where there can."""
+    """The reason why this machine cannot have a lab; "" if it can."""
     lacking = {package for tool, package in _TOOLS.items() if shutil.which(tool) is None}
     if lacking:
         return f"network namespaces need {' and '.join(sorted(lacking))}: apt-get install them"
@@ -56,28 +56,28 @@ def missing() -> str:
 
 
 class NetLab:
-    """The running lab: `under(host)` is what a command is put behind to run on a host."""
+    """The running lab. A command prefixed with `under(host)` runs on that host."""
 
     def __init__(self, holder: int) -> None:
         self._holder = holder
 
     def under(self, host: str) -> tuple[str, ...]:
-        """The words that run what follows them on a host."""
+        """The prefix that makes a command run on a host."""
         enter = ("nsenter", f"--target={self._holder}", "--user", "--mount", "--net", "--preserve-credentials")
         return (*enter, "ip", "netns", "exec", host)
 
     async def run(self, host: str, *command: str) -> str:
-        """What a command on a host prints. Raises subprocess.CalledProcessError."""
+        """The output of a command on a host. Raises subprocess.CalledProcessError."""
         done = await trio.run_process([*self.under(host), *command], capture_stdout=True, capture_stderr=True)
         return done.stdout.decode()
 
     async def forward(self, router: str, port: int, ip: str) -> None:
-        """Let what comes to the router's port through, to the same port of a host behind it."""
+        """Forward the router's port to the same port of a host behind it."""
         rule = f'add rule ip nat pre iifname "out" tcp dport {port} dnat to {ip}:{port}'
         await self.run(router, "nft", rule)
 
     async def can_connect(self, host: str, ip: str, port: int) -> bool:
-        """Whether plain TCP gets through."""
+        """Whether a plain TCP connection succeeds."""
         code = f"import socket; socket.create_connection(({ip!r}, {port}), timeout=1.5)"
         try:
             await self.run(host, sys.executable, "-c", code)
@@ -91,7 +91,7 @@ _UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--mount", "--kill-
 
 @asynccontextmanager
 async def open_lab() -> AsyncIterator[NetLab]:
-    """The lab, until the block ends. Raises RuntimeError where it cannot be made."""
+    """The lab, until the block ends. Raises RuntimeError if it cannot be made."""
     script = f"{_setup()}\necho ready\nexec cat > /dev/null"
     holder = await trio.lowlevel.open_process(
         [*_UNSHARE, "sh", "-ec", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -110,7 +110,7 @@ async def open_lab() -> AsyncIterator[NetLab]:
 
 
 def _setup() -> str:
-    """What makes the namespaces, links, routes and rules; run by sh, as root of its own user namespace."""
+    """The script that makes the namespaces, links, routes and rules; sh runs it as root of its own user namespace."""
     lines = ["mount -t tmpfs tmpfs /run", "mkdir /run/netns"]
     hosts = [*PUBLIC_HOSTS, *PRIVATE_HOSTS, *(host for _, inside in PRIVATE_HOSTS.values() for host in inside)]
     for name in ("internet", *hosts):
@@ -133,7 +133,7 @@ def _setup() -> str:
 
 
 def _link(at: str, end: str, end_ip: str | None, host: str, interface: str, ip: str) -> Sequence[str]:
-    """A cable from one namespace to a host, whose way out it is."""
+    """A cable from one namespace to a host, which is the host's way out."""
     return [
         f"ip link add {end} netns {at} type veth peer name {interface} netns {host}",
         *([f"ip -n {at} addr add {end_ip}/24 dev {end}"] if end_ip else []),

@@ -81,7 +81,7 @@ class Serving:
 
 @dataclass(eq=False)
 class Client:
-    """A peer that asks, with a model of its own."""
+    """A client, with a model of its own."""
 
     number: int
     connections: Connections
@@ -91,7 +91,7 @@ class Client:
     tasks: trio.Nursery
 
     async def chosen(self) -> PeerId | None:
-        """Whom a new session would use for all blocks; None for nobody."""
+        """The peers that a new session would use for all blocks; None if there is no chain."""
         try:
             chain = await self.finder.find(ALL, tokens=64, exclude=())
         except NoChain:
@@ -115,7 +115,7 @@ class Client:
 
 
 class World:
-    """Peer 1 is everybody's bootstrap peer and serves nothing."""
+    """Peer 1 is the bootstrap peer for all, and serves nothing."""
 
     def __init__(self, tasks: trio.Nursery) -> None:
         self.network = MemoryNetwork(latency_s=LATENCY_S)
@@ -138,7 +138,7 @@ class World:
     # Coming.
 
     async def serve(self, number: int, span: Span | None = ALL) -> Serving:
-        """A server of blocks, announced; with None a peer that only keeps the DHT."""
+        """Start a server of blocks, and wait until it is announced; with None a peer that only keeps the DHT."""
         self._numbers.add(number)
         server: Serving = await self._tasks.start(self._run_server, number, span)
         return server
@@ -199,12 +199,12 @@ class World:
     # Going.
 
     async def stop(self, server: Serving) -> None:
-        """It leaves in good order."""
+        """The peer leaves in good order."""
         server.scope.cancel()
         await server.ended.wait()
 
     async def crash(self, server: Serving) -> None:
-        """The process dies without a word; its system resets what was open, and refuses what comes."""
+        """The process dies without a message; its system resets open connections, and refuses new ones."""
         self.network.kill(self.host(server.number))
         self.cut_off(server.number)
         server.scope.cancel()
@@ -217,7 +217,7 @@ class World:
             self.network.partition(self.host(number), self.host(other))
 
     def join_up(self, number: int) -> None:
-        """End of that."""
+        """End a cut: messages arrive again."""
         for other in self._numbers - {number}:
             self.network.heal(self.host(number), self.host(other))
 
@@ -235,7 +235,7 @@ def _fake_span(span: Span) -> tuple[ServedSpan, LoadedSpan]:
 
 @asynccontextmanager
 async def open_world() -> AsyncIterator[World]:
-    """A bootstrap peer, and whoever the test adds."""
+    """A bootstrap peer, and the peers that the test adds."""
     async with open_tasks() as tasks:
         world = World(tasks)
         await world.serve(BOOTSTRAP, None)
@@ -244,7 +244,7 @@ async def open_world() -> AsyncIterator[World]:
 
 
 async def seconds_until(condition: Callable[[], Any], within_s: float = 120.0, every_s: float = 0.1) -> float:
-    """How long it takes until the awaited condition holds."""
+    """How many seconds pass until the awaited condition holds."""
     start = trio.current_time()
     while trio.current_time() - start <= within_s:
         if await condition():

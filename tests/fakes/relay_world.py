@@ -1,4 +1,4 @@
-"""A world of relays in a network in memory: two that everybody can dial, and peers that nobody can."""
+"""A world of relays in a network in memory: two relays that can be dialled, and peers behind NATs that cannot."""
 
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -30,12 +30,12 @@ def id_of(number):
 
 
 def address(number):
-    """Of a peer that can be dialled."""
+    """The address of a peer that can be dialled."""
     return Multiaddr("ip4", f"8.8.{number}.8", 31330, peer_id=id_of(number))
 
 
 def way(relay, peer):
-    """Of a peer that cannot, through one that can."""
+    """The address of a peer that cannot, through a relay."""
     return Multiaddr("ip4", f"8.8.{relay}.8", 31330, peer_id=id_of(peer), relay=id_of(relay))
 
 
@@ -54,7 +54,7 @@ async def sink(stream):
 
 
 class World:
-    """Relays at 1 and 2, who know each other; peers behind NATs from 10 on."""
+    """Relays at 1 and 2, which know each other; peers behind NATs from 10 on."""
 
     def __init__(self, stack, network):
         self.stack = stack
@@ -82,7 +82,7 @@ class World:
         return connections
 
     async def behind(self, number, *relays, **arguments):
-        """A peer behind a NAT that keeps reservations at whichever relays it knows."""
+        """A peer behind a NAT that keeps reservations at the relays that it knows."""
         connections = await self.start(number, **arguments)
         self.announced[number] = ()
 
@@ -96,7 +96,7 @@ class World:
         return connections, reservations
 
     def ways(self, number):
-        """To a peer behind a NAT, as it announces them."""
+        """The announced addresses of a peer behind a NAT."""
         return [replace(one, relay=one.peer_id, peer_id=id_of(number)) for one in self.announced[number]]
 
 
@@ -132,7 +132,7 @@ async def refusal(connections, relay, message):
 
 
 async def reserve(connections, relay):
-    """A reservation, by hand: its stream."""
+    """A reservation made by hand: its stream."""
     stream = await connections.open_stream(id_of(relay), RELAY_PROTOCOL, addresses=[address(relay)])
     assert isinstance(await say(stream, Reserve()), Reserved)
     return stream

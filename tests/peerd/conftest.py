@@ -104,7 +104,7 @@ class Host:
 
 @dataclass
 class Finder:
-    """Plans over whoever is announced now, as the swarm's own finder does over the DHT."""
+    """Plans over the peers that are announced now, as the swarm's own finder does with the DHT."""
 
     swarm: Swarm
     links: Links = field(default_factory=lambda: Links(trio.current_time))
@@ -154,7 +154,7 @@ class Finder:
 
 @dataclass
 class Client:
-    """A peer that only asks."""
+    """A client."""
 
     ip: str
     identity: Identity
@@ -194,7 +194,7 @@ class Client:
 
 
 class Caller:
-    """A client that says each message itself, so that it can break every rule."""
+    """A client that sends each message by hand, so that it can break every rule."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -208,7 +208,7 @@ class Caller:
         )
 
     def opening(self, host: Host, **fields: Any) -> Open:
-        """An `open` for all that the host serves, but for `fields`."""
+        """An `open` for all blocks that the host serves, with `fields` changed."""
         asked: dict[str, Any] = {
             "session": b"s" * 16,
             "hop": 0,
@@ -221,7 +221,7 @@ class Caller:
         return Open(**asked | fields)
 
     async def ask(self, stream: Stream, message: Message, body: Sequence[memoryview] = ()) -> Message:
-        """Send a message and return what comes next."""
+        """Send a message and return the next one that comes."""
         await stream.send(message.to_header(), body)
         return await self.hear(stream)
 
@@ -237,7 +237,7 @@ class Caller:
         return stream
 
     async def refused(self, host: Host, **fields: Any) -> PeerdError:
-        """Why an `open` is refused."""
+        """The error with which an `open` is refused."""
         stream = await self.stream(host)
         said = await self.ask(stream, self.opening(host, **fields))
         assert isinstance(said, Failure), said
@@ -246,7 +246,7 @@ class Caller:
         return said.error
 
     def ticket(self, sender: PeerId, host: Host, *, signer: Identity | None = None, **fields: Any) -> bytes:
-        """Leave for `sender` to push to `host`, as hop 1 of the session of `opening`."""
+        """Permission for `sender` to push to `host`, as hop 1 of the session of `opening`."""
         said: dict[str, Any] = {
             "session": b"s" * 16,
             "hop": 1,
@@ -292,7 +292,7 @@ class Swarm:
         return await self.serve_engine(engine, step_s=step_s, client_adapters=client_adapters)
 
     async def serve_engine(self, engine: BaseEngine, *, step_s: float = 0.01, client_adapters: int = 0) -> Host:
-        """A server of what this engine has, whose batches, and slices of training, take `step_s`."""
+        """A server with this engine, whose batches, and slices of training, take `step_s`."""
 
         async def run_batch(run: Callable[[Any], Any], batch: Any) -> Any:
             await trio.sleep(step_s)
@@ -329,17 +329,17 @@ class Swarm:
         return next((host.offer().peer_record for host in self.hosts if host.peer_id == peer_id), None)
 
     def kill(self, host: Host) -> None:
-        """The process dies: connections break, nobody answers."""
+        """The process dies: connections break, and nothing answers."""
         host.online = False
         self.network.kill(host.ip)
 
     def freeze(self, host: Host) -> None:
-        """The process hangs: nothing it sends or is sent arrives, and nothing breaks."""
+        """The process hangs: nothing that it sends or is sent arrives, and nothing breaks."""
         host.online = False
         self._part(host.ip)
 
     def vanish(self, client: Client) -> None:
-        """The client's machine is gone for good, its connections with it."""
+        """The client's machine is gone for good, with its connections."""
         self._part(client.ip)
         self.network.kill(client.ip)
 
@@ -352,7 +352,7 @@ class Swarm:
         return Caller(await self.client())
 
     async def client(self) -> Client:
-        """A peer that only asks."""
+        """A client."""
         client: Client = await self._tasks.start(self._run_client, *self._new())
         return client
 
@@ -380,7 +380,7 @@ def open_swarm() -> Callable[[], object]:
 
 @pytest.fixture
 def whole_forward() -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """What a model of so many blocks makes of a whole row at once: `[n, width]` to `[n, width]`."""
+    """The result of a model of so many blocks for a whole row: `[n, width]` to `[n, width]`."""
     return lambda hidden, blocks: fake_forward(hidden, Span(0, blocks))
 
 
@@ -450,7 +450,7 @@ def _byte_characters() -> dict[int, str]:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Each byte is a token, numbered as it is; an end-of-sequence token comes after them."""
+    """Each byte is a token with its own number; an end-of-sequence token comes after them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What a code from the wire becomes: what spec/errors.md lists, with its blame, and the peer's fault otherwise."""
+"""What a code from the wire becomes: the error listed in spec/errors.md, with its blame, or else the peer's fault."""
 
 import re
 from pathlib import Path

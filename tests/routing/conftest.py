@@ -72,7 +72,7 @@ class Network:
         return peer
 
     async def add_joined(self, count: int, *, client: bool = False) -> list[Peer]:
-        """That many more peers, each joined through a few of those there were before it."""
+        """Add that many peers, each joined through a few of the existing ones."""
         added = []
         for _ in range(count):
             others = [peer for peer in self.peers.values() if peer.addresses]

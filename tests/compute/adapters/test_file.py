@@ -1,4 +1,4 @@
-"""What peft wrote is read; what strangers wrote is read or refused, with a reason, and never runs anything."""
+"""Files that peft wrote are read. Files that strangers wrote are read or refused with a reason, and never run code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What peft leaves out of an adapter's file is left out, and all else is as peft computes it."""
+"""Everything that peft leaves out of an adapter's file is left out, and everything else computes what peft computes."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Reference:
 
 def make_reference(folder: Path, configs: Sequence[Mapping[str, Any]], where: Path) -> Reference:
     with warnings.catch_warnings():
-        # peft's own doings, with a Transformers that is newer than it knows.
+        # These warnings come from peft itself, with a newer Transformers than it knows.
         warnings.simplefilter("ignore")
         return _make_reference(folder, configs, where)
 

@@ -89,7 +89,7 @@ def test_rows_in_pages_and_parts_see_what_the_formula_says(kind: LayerKind, scor
     module = Block()
     owner = SpanAttention(nn.ModuleList([module]), [kind])
     pool = KVPool([kind], lay_out([kind]), 20, SIZE, device=torch.device("cpu"), dtype=torch.float32)
-    # What was never written must not matter, whatever somebody left there.
+    # Slots that were never written must not matter, whatever an earlier session left there.
     pool.keys[0].fill_(torch.nan)
     pool.values[0].fill_(torch.nan)
     rows = [random_row(seed) for seed in range(2)]

@@ -1,4 +1,4 @@
-"""Checkpoints give what a span needs and nothing else, and say clearly what is wrong with them."""
+"""Checkpoints give exactly the tensors that a span needs, and clear errors."""
 
 from __future__ import annotations
 

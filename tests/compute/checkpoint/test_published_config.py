@@ -1,4 +1,4 @@
-"""What publishers leave in odd places is found; what would compute something else than the model says is refused."""
+"""Settings that publishers leave in odd places are found; settings that would change the result are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers come from where the checkpoint is, with their chat template."""
+"""Tokenizers are loaded from the checkpoint, with their chat templates."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_gguf_files_tokenizer_is_what_transformers_makes_of_it(
 
     with open_checkpoint(write_vocabulary(tmp_path, architecture, stated)) as checkpoint:
         ours = load_tokenizer(checkpoint)
-    # Of three architectures it knows the tokenizers, but not which class of its own goes with them: a relative's.
+    # It knows the tokenizers of three architectures, but not which of its own classes they need: a relative's.
     write_vocabulary(
         tmp_path, {"gemma": "gemma2", "granite": "llama", "smollm3": "llama"}.get(architecture, architecture), stated
     )

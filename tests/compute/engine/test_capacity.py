@@ -1,4 +1,4 @@
-"""What fits is computed from the configuration and from what this process may really take."""
+"""The computed capacity is compared with the memory that this process really takes."""
 
 from __future__ import annotations
 

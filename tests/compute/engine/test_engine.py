@@ -1,4 +1,4 @@
-"""The engine around a real, tiny model: what it reports and how it fails. Numbers are test_exactness' matter."""
+"""The engine around a real, tiny model: its reports and its failures. Its numbers are tested in test_exactness."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""An engine that attends for all rows at once and decodes in fixed buffers, beside one that goes row by row.
+"""An engine that attends for all rows at once and decodes in fixed buffers, compared with one that goes row by row.
 
-Both get the same steps. Where there is a GPU the first runs there, and its decodes are recorded; without one nothing
+Both get the same steps. On a machine with a GPU the first runs there, and its decodes are recorded; without one nothing
 is recorded, but buffers, padding and page tables are the same. The second always runs on the CPU.
 """
 
@@ -62,7 +62,7 @@ class Pair:
                 model, paged=paged, **{"kv_tokens": 1024, "page_tokens": PAGE, "batch_tokens": 64} | settings
             )
             for stored in (*engine._runner._pool.keys, *engine._runner._pool.values):
-                # What nobody wrote must not matter.
+                # Slots that were never written must not matter.
                 stored.fill_(torch.nan)
             self.engines.append(engine)
         self._generator = torch.Generator().manual_seed(3)
@@ -128,7 +128,7 @@ def test_decodes_beside_prefills_equal_those_of_the_plain_engine(make_pair, fami
     for turn in range(3):
         pair.step(one("a", 5 + turn), one("b", 23 + turn), one("c", 1 + turn))
     pair.open("late")
-    # A prefill in chunks beside decodes, then everybody decodes.
+    # A prefill in chunks beside decodes, then all sessions decode.
     pair.step(one("late", 0, 40), one("a", 8), one("b", 26))
     pair.step(one("late", 40), one("a", 9), one("b", 27), one("c", 4))
     # A GPU cannot record all of them.

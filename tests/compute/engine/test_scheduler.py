@@ -1,4 +1,4 @@
-"""Sessions, batches and pages, seen through the fake engine: its results betray any wrong position."""
+"""Sessions, batches and pages, seen through the fake engine, whose results reveal every wrong position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A span that computes something else than its model is refused before anybody is told of it."""
+"""A span that computes something else than its model is refused before it is announced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block's speed is measured once for what it depends on; what is wrong with the file costs another measurement."""
+"""A block's speed is measured once for each set of conditions; a damaged file costs another measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class CountingEngine(FakeEngine):
-    """Knows how often it ran."""
+    """Counts how often it ran."""
 
     runs = 0
 

@@ -1,7 +1,7 @@
 """Every family of the table, cut into a chain of engines, computes what its whole model computes in Transformers.
 
-One tiny model a family: it is saved as Transformers saves it, opened as a checkpoint, cut at 3 and 7, and run in
-every way that an engine can. The whole model is run once.
+There is one tiny model for each family. It is saved as Transformers saves it, opened as a checkpoint, cut at 3 and 7,
+and run in every way that an engine can. The whole model is run once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models that also see or hear: their language model is opened, cut and run for text, whatever lies around it."""
+"""Models that also process images or sound: their language model is opened, cut and run for text."""
 
 from __future__ import annotations
 

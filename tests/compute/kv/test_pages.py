@@ -1,4 +1,4 @@
-"""Pages: exact accounting and rows that never see each other's writes, whatever happens in whatever order."""
+"""Pages: exact accounting, and rows that never see each other's writes, whatever the order of operations."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_forked_rows_share_pages_until_one_writes():
     assert copy.source == pages_of(source)[2]
     assert pages_of(target)[:2] == tuple(pages_of(source)[:2])
     assert stock.used_pages == 4
-    # Nobody else has the page any more, so its owner writes in place.
+    # No other row has the page any more, so its owner writes in place.
     assert source.grow(1) == []
 
 

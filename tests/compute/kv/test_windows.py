@@ -1,4 +1,4 @@
-"""Blocks that keep the end of a row: how far back a session may go, what it commits, how groups are chosen."""
+"""Blocks that keep only the end of a row: how far a session may roll back, what it commits, how groups are chosen."""
 
 from __future__ import annotations
 

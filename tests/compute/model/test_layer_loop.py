@@ -1,4 +1,4 @@
-"""A decoder's layers called by our loop give bit by bit what its own forward gives, or the loop stays away."""
+"""Our loop over a decoder's layers gives bit by bit the result of the decoder's own forward, or is not used."""
 
 from __future__ import annotations
 

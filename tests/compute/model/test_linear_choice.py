@@ -1,4 +1,4 @@
-"""Whether linear layers are packed follows what is measured, and what was measured is remembered."""
+"""Linear layers are packed if a measurement says so, and the measurement is remembered."""
 
 from __future__ import annotations
 

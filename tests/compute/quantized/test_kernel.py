@@ -1,6 +1,6 @@
-"""Kernels for few rows and quantized weights, beside the plain product with the dequantized matrix.
+"""Kernels for few rows and quantized weights, compared with the plain product with the dequantized matrix.
 
-They run on a GPU where there is one; on the CPU `test_paged_attention` starts Triton's interpreter for them.
+They run on a GPU if there is one; on the CPU `test_paged` starts Triton's interpreter for them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How much worse the real SmolLM2 predicts with quantized weights, teacher-forced.
 
-Bounds, not equality: rounding weights changes every logit. They are half as much again as what was measured, so that a
-format that rounds more than it should is noticed. Small models suffer most, and this one's weights were published in 4
-bits of another kind. `make bench-quantization` has perplexities.
+There are bounds instead of equality, because rounding weights changes every logit. They are half as much again as the
+measured values, so that a format that rounds more than it should is noticed. Small models suffer most, and this one's
+weights were published in 4 bits of another kind. `make bench-quantization` has perplexities.
 """
 
 from __future__ import annotations

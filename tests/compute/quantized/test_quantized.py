@@ -1,7 +1,7 @@
-"""Quantized blocks: as close to the plain ones as their format allows, whoever shares the batch.
+"""Quantized blocks: as close to the plain ones as their format allows, whatever other rows are in the batch.
 
-What a block computes is compared with Transformers' own block on the dequantized weights, so that every layout of
-experts is checked exactly; how far those weights are from the plain ones is bounded apart.
+A block's result is compared with Transformers' own block on the dequantized weights, so that every layout of experts is
+checked exactly; the distance of those weights from the plain ones is bounded separately.
 """
 
 from __future__ import annotations

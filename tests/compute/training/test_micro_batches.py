@@ -1,4 +1,4 @@
-"""Rows become micro-batches that fit, with little filling, and come back where they were."""
+"""Rows are cut into micro-batches that fit, with little padding, and are put back in place."""
 
 from __future__ import annotations
 

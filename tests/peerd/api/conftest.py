@@ -40,7 +40,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 
 class ByteHead:
-    """Embeds a token as its number, eight times; the likeliest next token is the first value that comes back."""
+    """Embeds a token as its number, eight times; the most likely next token is the first value that comes back."""
 
     vocab_size = END + 1
 
@@ -55,7 +55,7 @@ class ByteHead:
 
 
 class ScriptedHead(ByteHead):
-    """Each row says the given text, whatever comes back, by the position that its hidden states do not show."""
+    """Each row says the given text, whatever comes back, by its position, which the hidden states do not contain."""
 
     def __init__(self, text):
         self._script = [*text.encode(), END]
@@ -89,7 +89,7 @@ def open_byte_model(open_swarm, byte_tokenizer):
 
 
 class InProcessTemplates:
-    """Renders where the tests run; the process that does it for a daemon has tests of its own."""
+    """Renders in the test's process; the separate process of a daemon has its own tests."""
 
     async def render(self, template, messages, variables):
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -99,12 +99,12 @@ class InProcessTemplates:
 
 
 class NoStatus:
-    """Status has tests of its own, against real peers."""
+    """Status has its own tests, with real peers."""
 
 
 @dataclass
 class Answer:
-    """What came back over ASGI."""
+    """The response that came over ASGI."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -116,13 +116,13 @@ class Answer:
 
     @property
     def events(self):
-        """Server-sent events, decoded but for the last."""
+        """The server-sent events, decoded except for the last."""
         lines = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n") if line]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 class Caller:
-    """Speaks ASGI with the application, and hangs up on an event."""
+    """Speaks ASGI with the application, and hangs up when an event is set."""
 
     def __init__(self, app):
         self._app = app

@@ -1,4 +1,4 @@
-"""The local API as programs meet it: on real sockets, with the tools that their authors have."""
+"""The local API as programs use it: on real sockets, with common tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints over a swarm in memory: shapes, limits, errors, and what a closed connection ends."""
+"""OpenAI's endpoints over a swarm in memory: formats, limits, errors, and the effect of a closed connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the swarm's errors are to programs that ask over HTTP."""
+"""The HTTP errors that programs get for the swarm's errors."""
 
 from __future__ import annotations
 

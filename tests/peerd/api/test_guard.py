@@ -1,4 +1,4 @@
-"""Who is let through to the local API."""
+"""Which requests may use the local API."""
 
 from __future__ import annotations
 

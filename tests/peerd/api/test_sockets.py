@@ -1,4 +1,4 @@
-"""Who may listen where: stale sockets are taken over, live ones are not, and nobody prepares our folder for us."""
+"""Where the daemon listens: it replaces stale sockets, not live ones, and refuses a folder that another user made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a daemon says of a model's servers, made of announcements alone."""
+"""A daemon's status of a model's servers, from announcements alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a terminal shows while something goes on, and what a log keeps of it."""
+"""The terminal's display during work, and the log's record of it."""
 
 from __future__ import annotations
 

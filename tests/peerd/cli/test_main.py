@@ -1,4 +1,4 @@
-"""The command line: what it says, what it refuses and how, without a network."""
+"""The command line: its output, its refusals and its exit codes, without a network."""
 
 from __future__ import annotations
 

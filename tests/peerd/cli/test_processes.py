@@ -1,4 +1,4 @@
-"""Peers as processes: when they fail to start, and that none outlives whoever started it."""
+"""Peers as processes: failures to start, and that no process outlives the one that started it."""
 
 from __future__ import annotations
 

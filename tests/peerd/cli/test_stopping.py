@@ -1,4 +1,4 @@
-"""The first signal ends a command in order; what was there before gets the second."""
+"""The first signal ends a command in order; the previous handler gets the second."""
 
 from __future__ import annotations
 

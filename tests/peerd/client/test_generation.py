@@ -1,4 +1,4 @@
-"""Generation over an in-memory swarm: a head and a tokenizer of bytes, so that every token can be foretold."""
+"""Generation over an in-memory swarm, with a head and a tokenizer of bytes, so that every token can be predicted."""
 
 from __future__ import annotations
 

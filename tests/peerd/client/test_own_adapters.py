@@ -1,4 +1,4 @@
-"""A client's own adapter is read by the rules for served ones, however its directory is named."""
+"""A client's own adapter is read by the same rules as served ones, however its directory is named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def adaptable(tiny_llama: Path) -> frozenset[BlockModule]:
 
 @pytest.fixture
 def model(adaptable: frozenset[BlockModule]) -> ServedBlocks:
-    """Blocks that a client knows and nobody serves: what adapters do before anything is sent."""
+    """Blocks that a client knows and no peer serves: for what adapters do before anything is sent."""
     facts = ModelFacts("tiny", bytes(32), 8, 32, 64, "float32", "llama", adaptable)
     nobody: Any = SimpleNamespace(connections=None)
     return ServedBlocks(facts, nobody, nobody, nobody)

@@ -89,7 +89,7 @@ class NotingTransport:
 
 @dataclass
 class Swarm:
-    """Opens peers; the first is everybody's bootstrap. The network is 10.0.0.0/8."""
+    """Opens peers; the first is the bootstrap peer for all. The network is 10.0.0.0/8."""
 
     network: MemoryNetwork = field(default_factory=lambda: MemoryNetwork(latency_s=0.01))
     bootstrap: tuple[Multiaddr, ...] = ()
@@ -229,7 +229,7 @@ async def test_the_swarm_is_joined_as_soon_as_its_bootstrap_peer_wakes(swarm: Sw
         async with swarm.open(1, bootstrap=()) as (_, bootstrap):
             with trio.fail_after(80):
                 await until(lambda: early.dht.contacts)
-            # What was announced to nobody reaches the others now.
+            # The announcement that no other peer had got reaches the others now.
             await trio.sleep(3)
             assert len(await bootstrap.directory.servers(MODEL, 4)) == 1
 
@@ -405,7 +405,7 @@ async def test_a_malformed_question_is_answered_with_what_is_wrong(swarm: Swarm)
         error = Failure.from_header(answer.header).error
         assert isinstance(error, InvalidRequest)
         assert "key" in str(error)
-        # Nobody is dropped for that.
+        # No peer is dropped for that.
         assert identity(1).peer_id in connections.live
         assert len(discovery.dht.contacts) == 1
 

@@ -1,4 +1,4 @@
-"""Who is there: how soon clients notice that servers come, leave, crash, restart and wake."""
+"""How soon clients notice that servers come, leave, crash, restart and wake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def step() -> torch.Tensor:
 
 
 async def chooses(client: Client, *servers: Serving) -> bool:
-    """Whether the client, asked often, would use each of these and nobody else."""
+    """Whether the client, asked often, would use each of these peers and no other."""
     found = {await client.chosen() for _ in range(12)}
     return found == {server.peer_id for server in servers}
 
@@ -31,7 +31,7 @@ async def test_who_leaves_in_good_order_is_chosen_by_nobody_from_then_on() -> No
         stays, leaves = await world.serve(2), await world.serve(3)
         known, met, new = [await world.client(number) for number in (10, 11, 12)]
         await seconds_until(lambda: chooses(known, stays, leaves))
-        # One has a session with it, one only a view of the swarm, one has asked nobody.
+        # One client has a session with it, one only a view of the swarm, one has asked nothing.
         session = await met.session()
         await session.step(step())
         await seconds_until(lambda: chooses(met, stays, leaves))
@@ -39,7 +39,7 @@ async def test_who_leaves_in_good_order_is_chosen_by_nobody_from_then_on() -> No
         await world.stop(leaves)
         assert await seconds_until(lambda: chooses(met, stays), every_s=0.01) < 0.1
         assert await chooses(new, stays)
-        # Its view may be a moment old; a session that asks who has left is sent on at once.
+        # Its view may be a moment old; a session that asks a server which has left is sent on at once.
         assert await seconds_until(lambda: chooses(known, stays)) < 5
         await (await known.session()).step(step())
 
@@ -240,7 +240,7 @@ async def test_after_a_partition_both_sides_find_each_other_again() -> None:
         assert await chooses(client, near)
         assert far.peer_id not in {contact.peer_id for contact in near.discovery.dht.contacts}
         world.join_up(3)
-        # Whoever is alone looks for the others once a minute at least, and everybody announces every 20 s.
+        # A peer without connections looks for the others at least once a minute, and every peer announces every 20 s.
         assert await seconds_until(lambda: chooses(client, near, far), within_s=200) < 60 + 20 + 10
         await session.step(step())
 
@@ -273,7 +273,7 @@ async def test_a_session_whose_only_server_was_cut_off_resumes_when_it_is_back()
 
 
 async def test_a_partition_that_heals_brings_no_ghost_back() -> None:
-    """The far side holds records of somebody who died on it meanwhile, and of somebody who left the near side."""
+    """The far side holds records of a peer that died there meanwhile, and of one that left the near side."""
     async with open_world() as world:
         stays, leaves, keeps, dies = [await world.serve(number) for number in (2, 3, 4, 5)]
         client = await world.client(10)

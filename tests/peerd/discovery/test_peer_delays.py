@@ -1,4 +1,4 @@
-"""Whole peers: what a client and servers measure by themselves reaches plans and announcements."""
+"""Whole peers: the delays that clients and servers measure by themselves reach plans and announcements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a peer keeps on disk, on disks and in files of every kind."""
+"""A peer's state files, on every kind of broken disk and with every kind of content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in a swarm: chosen by name, brought by clients, and never another's, whoever dies meanwhile."""
+"""Adapters in a swarm: chosen by name or uploaded by clients, and never mixed up, whichever peers die meanwhile."""
 
 import pytest
 import torch
@@ -187,7 +187,7 @@ async def test_a_clients_own_adapter_runs_on_every_hop_and_is_gone_with_the_sess
 async def test_only_hops_whose_blocks_it_changes_are_sent_it(open_swarm):
     own = lora(1, Span(4, 5))
     async with open_swarm() as swarm:
-        # Who has no block of it need not take adapters at all.
+        # A peer that has no block of the adapter need not accept adapters at all.
         first, middle, last = (
             await serve(swarm, spans=[(0, 3)])
             + await serve(swarm, spans=[(3, 6)], client_adapters=LIMIT)
@@ -345,7 +345,7 @@ async def test_an_upload_that_breaks_a_rule_is_refused_and_leaves_nothing(open_s
             said = await say_all(caller, host, first, *messages)
             assert isinstance(said, error), (first, said)
             assert room.held_bytes == 0
-        # Somebody else's session is nobody's but theirs.
+        # A session can be given an adapter only by its own client.
         assert isinstance(await say_all(thief, host, upload(), matrix_a(), matrix_b()), InvalidRequest)
         await trio.sleep(1)
         assert host.task.engine.adapters == frozenset()

@@ -1,4 +1,4 @@
-"""Rows that are kept to be sent again: right after any forks, drops and cuts, and cheap however many forks."""
+"""Rows that are kept to be sent again: correct after any forks, drops and cuts, and cheap with many forks."""
 
 import torch
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""A swarm in this process, on loopback, for programs that do not know Trio: as a user of Transformers meets it."""
+"""A swarm in this process, on loopback, for programs without Trio: as a user of Transformers sees it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Servers:
 
 @pytest.fixture(scope="session")
 def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight blocks, random, with logits far enough apart that rounding decides no token."""
+    """Eight random blocks, with logits far enough apart that rounding decides no token."""
     torch.manual_seed(3)
     config = LlamaConfig(
         num_hidden_layers=8,
@@ -108,7 +108,7 @@ def _opened(servers: Servers, llama_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def remote(_opened: Any) -> Any:
-    """The model whose blocks are on servers, as it came from `from_pretrained`."""
+    """The model whose blocks are on servers, as `from_pretrained` returned it."""
     _opened.eval()
     return _opened
 

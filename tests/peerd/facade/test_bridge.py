@@ -1,4 +1,6 @@
-"""The loop in a thread: results, exceptions, interrupts and ends. Scripts that end in their own ways: test_scripts."""
+"""The loop in a thread: results, exceptions, interrupts and ends. For scripts that end in various ways see
+test_scripts.
+"""
 
 from __future__ import annotations
 

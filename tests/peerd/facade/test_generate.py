@@ -1,4 +1,4 @@
-"""`generate()` is Transformers' own, and gives what it gives with the whole model here."""
+"""`generate()` is Transformers' own, and gives the same result as with the whole model in this process."""
 
 from __future__ import annotations
 

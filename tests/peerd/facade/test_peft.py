@@ -1,4 +1,4 @@
-"""peft on remote blocks does what it does on local ones, or is refused by name."""
+"""peft on remote blocks does the same as on local ones, or is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of a model that is far too large for this machine take next to no memory here."""
+"""Blocks of a model that is far too large for this machine take almost no memory here."""
 
 from __future__ import annotations
 

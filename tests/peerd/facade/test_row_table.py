@@ -1,4 +1,4 @@
-"""Reordering, selecting, repeating and cropping a cache mean for its sessions what they mean for lists of tokens."""
+"""Reordering, selecting, repeating and cropping a cache have the same effect on its sessions as on lists of tokens."""
 
 from __future__ import annotations
 

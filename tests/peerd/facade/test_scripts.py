@@ -1,4 +1,4 @@
-"""Programs that know no Trio and end in their own ways: each is a script in a process of its own."""
+"""Programs without Trio that end in various ways: each is a script in a separate process."""
 
 from __future__ import annotations
 

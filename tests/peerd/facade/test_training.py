@@ -57,7 +57,7 @@ def test_the_model_is_the_architectures_own_and_its_blocks_hold_no_values(remote
 
 def test_loss_and_hidden_states_are_the_local_models(local: Any, remote: Any) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
-    # What a padding column predicts is nobody's: it is not the same locally when the padding changes either.
+    # The prediction of a padding column has no meaning: even locally it changes when the padding changes.
     labels = IDS.masked_fill(mask.cumsum(1) <= 1, -100)
     with torch.no_grad():
         found, expected = (

@@ -1,4 +1,4 @@
-"""Connections between peers on a network in memory: who is connected to whom, and how it ends."""
+"""Connections between peers on a network in memory: which peers are connected, and how connections end."""
 
 import threading
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -573,7 +573,7 @@ async def test_who_closes_says_why():
 
 
 class Meeting:
-    """One peer that has dialled `count` others, who wait for it."""
+    """One peer that has dialled `count` others, which wait for it."""
 
     def __init__(self, swarm, handlers=None):
         self.swarm, self.handlers = swarm, handlers
@@ -626,7 +626,7 @@ async def test_whoever_comes_when_all_places_are_taken_gets_that_of_somebody_idl
         for peer in peers[:2]:
             await peer.connect(own.peer_id, [_address(0)])
         stream = peers[0].live[own.peer_id].open_stream("/sink/1")
-        # Nobody was idle for long.
+        # No connection was idle for long.
         with pytest.raises(ConnectFailed):
             await peers[2].connect(own.peer_id, [_address(0)])
         await trio.sleep(SPARED_S)

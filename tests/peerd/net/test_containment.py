@@ -1,4 +1,4 @@
-"""What a stranger does to one connection ends that connection: everybody else goes on."""
+"""An exception that a stranger causes on one connection ends that connection only."""
 
 import logging
 from contextlib import asynccontextmanager, suppress
@@ -23,7 +23,7 @@ SMALL, LARGE, THIRD = sorted((Identity.from_seed(bytes([n]) * 32) for n in range
 
 
 class Bug(Exception):
-    """An exception that nobody named."""
+    """An exception that no handler names."""
 
 
 async def _echo(stream):

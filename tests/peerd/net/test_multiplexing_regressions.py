@@ -1,4 +1,4 @@
-"""The ways in which one socket for everything has failed before: each reproduced, each kept from coming back.
+"""Known ways in which one socket for everything fails: each is reproduced, and prevented from coming back.
 
 Messages cross a slow line (in memory, so that time costs nothing) or a real socket whose buffers fill.
 """

@@ -1,4 +1,4 @@
-"""Whose share what a peer does counts in: its key's and its public network's."""
+"""In whose quota a peer's usage counts: that of its key and that of its public network."""
 
 from ipaddress import ip_address
 

@@ -1,4 +1,4 @@
-"""A private swarm on real sockets: who has the key is in, and who has not learns nothing."""
+"""A private swarm on real sockets: a peer with the key can join, and one without learns nothing."""
 
 from __future__ import annotations
 

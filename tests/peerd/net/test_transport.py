@@ -1,4 +1,4 @@
-"""Transports: websockets on real sockets against well- and ill-behaved others, and the network in memory."""
+"""Transports: websockets on real sockets against well- and ill-behaved peers, and the network in memory."""
 
 import ssl
 import struct
@@ -123,7 +123,7 @@ async def test_nobody_listening_is_a_failed_dial():
 @real_time
 async def test_whoever_takes_a_connection_and_dies_in_that_moment_is_a_failed_dial(monkeypatch):
     async def connect_and_be_reset(host, port):
-        """As the kernel has it when the other process is killed before we look who it was."""
+        """The kernel's behaviour when the other process is killed before we read its address."""
         stream = await connect(host, port)
         with pytest.raises(trio.BrokenResourceError):
             await stream.receive_some()

@@ -1,4 +1,4 @@
-"""Whether others can reach us, found out by real peers on a network in memory, with NATs and people who lie."""
+"""Whether others can dial us, found out by real peers on a network in memory, with NATs and peers that lie."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HOME, NEIGHBOUR = "192.168.1.2", "192.168.1.3"
 
 @dataclass
 class NotingTransport:
-    """Notes who dials what."""
+    """Notes which peer dials which address."""
 
     transport: MemoryTransport
     dialled: list[tuple[str, str]]
@@ -68,7 +68,7 @@ class NotingTransport:
 
 @dataclass
 class World:
-    """Opens peers; those of `bootstrap` are whom everybody joins through."""
+    """Opens peers; all join through those in `bootstrap`."""
 
     stack: AsyncExitStack
     network: MemoryNetwork = field(default_factory=lambda: MemoryNetwork(latency_s=0.01))
@@ -92,7 +92,7 @@ class World:
         return await self.stack.enter_async_context(opening)
 
     async def internet(self, count: int) -> list[Peer]:
-        """Public peers, who join through the first."""
+        """Public peers, which join through the first."""
         peers = [await self.open(PUBLIC[0])]
         self.bootstrap = peers[0].addresses
         peers += [await self.open(host) for host in PUBLIC[1:count]]
@@ -134,7 +134,7 @@ async def test_a_peer_behind_a_nat_finds_out_and_is_in_nobodys_table() -> None:
         await until(reach(peer, Reach.PRIVATE), within_s=15)
         assert peer.reachability.wants_relays
         assert peer.discovery.dht.addresses == ()
-        # Its neighbours may dial it; nobody else is told anything.
+        # Its neighbours may dial it; its address is announced to no other peer.
         assert hosts(peer.addresses) == [HOME]
         await trio.sleep(200)
         for other in internet:
@@ -166,7 +166,7 @@ async def test_a_public_peer_is_reached_at_its_own_address() -> None:
         internet = await net.internet(3)
         await until(reach(internet[2], Reach.PUBLIC), within_s=15)
         assert hosts(internet[2].addresses) == [PUBLIC[2]]
-        # The first dialled nobody whom it could ask; but it was dialled.
+        # The first peer dialled no peer that it could ask; but it was dialled.
         assert internet[0].reachability.reach is Reach.PUBLIC
         assert hosts(internet[0].discovery.dht.addresses) == [PUBLIC[0]]
 
@@ -245,7 +245,7 @@ async def test_before_anybody_tried_a_peer_behind_a_nat_is_a_client() -> None:
         await trio.sleep(60)
         assert peer.reachability.reach is Reach.UNKNOWN
         assert peer.discovery.dht.addresses == ()
-        # Nobody can tell; others should reach it meanwhile.
+        # No judge can tell; relays should make it reachable meanwhile.
         assert peer.reachability.wants_relays
 
 
@@ -496,7 +496,7 @@ async def test_questions_become_seldom_while_nothing_changes() -> None:
         assert 2 <= len(tried) <= 8
 
 
-# Liars, and those who would use us.
+# Judges that lie, and peers that would misuse us.
 
 
 async def test_one_judge_among_three_who_lies_changes_nothing() -> None:
@@ -626,7 +626,7 @@ async def test_a_storm_of_askers_costs_a_few_dials_at_a_time() -> None:
 async def test_a_public_peer_dials_nobody_in_a_private_range() -> None:
     async with world() as net:
         (peer,) = await net.internet(1)
-        # As behind a proxy on the same machine, or with a leg in somebody's LAN.
+        # As behind a proxy on the same machine, or with an interface in another LAN.
         for host in ("127.0.0.1", "10.0.0.7", "192.0.2.1"):
             stranger = await net.open(host, listen=[])
             net.dialled.clear()
@@ -703,7 +703,7 @@ async def test_a_dht_client_answers_no_question_and_leaves_the_tables_for_it() -
         internet = await net.internet(2)
         peer = await net.at_home()
         await until(reach(peer, Reach.PRIVATE), within_s=15)
-        # Somebody still believes what it said before it knew.
+        # Another peer still believes an old announcement.
         stream = internet[0].connections.live[peer.peer_id].open_stream("/peerd/dht/1")
         async with stream:
             await stream.send({"type": "ping"})

@@ -1,4 +1,4 @@
-"""Circuits in a network in memory: who is reached through a relay, by whom, and how it ends."""
+"""Circuits in a network in memory: which peers are reached through a relay, by which callers, and how circuits end."""
 
 from random import Random
 
@@ -131,7 +131,7 @@ async def test_a_private_swarm_works_through_its_relay():
 
 async def test_a_private_swarm_s_key_is_proven_inside_the_circuit():
     async with open_world() as world:
-        # A relay that would take anybody does not help who lacks the key.
+        # A relay without the swarm's key does not help a caller without it.
         await world.relay(1)
         server, _ = await world.behind(10, 1)
         client, stranger = await world.start(20), await world.start(21)
@@ -144,7 +144,7 @@ async def test_a_private_swarm_s_key_is_proven_inside_the_circuit():
         assert await ask(client, 10, way(1, 10)) == b"hi"
 
 
-# Who is at the other end.
+# The PeerIds at the two ends.
 
 
 async def test_a_relay_that_answers_in_the_peer_s_place_is_found_out():
@@ -379,7 +379,7 @@ async def test_a_relay_that_dies_ends_its_connections_at_once():
         connection = await client.connect(id_of(10), [way(1, 10)])
         started = trio.current_time()
         world.network.kill("8.8.1.8")
-        # The peer is not to blame, and whoever comes too late hears so too.
+        # The peer is not to blame, and a caller that comes too late gets the same reason.
         assert isinstance(await connection.wait_lost(), RelayLost)
         with pytest.raises(RelayLost):
             connection.open_stream("/echo/1")

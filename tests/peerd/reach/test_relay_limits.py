@@ -1,4 +1,4 @@
-"""What a relay gives away, and what greedy, slow and hostile peers get of it."""
+"""A relay's limits, and their effect on greedy, slow and hostile peers."""
 
 from random import Random
 
@@ -104,7 +104,7 @@ async def test_all_circuits_together_pass_no_more_than_the_relay_s_rate():
         async with trio.open_nursery() as nursery:
             for client in clients:
                 nursery.start_soon(run, client)
-        # Four times half a MiB, there and back; and nobody much later than the others.
+        # Four times half a MiB, in both directions; and none takes much longer than the others.
         assert 3.5 < max(took_s) < 5
         assert min(took_s) > 0.7 * max(took_s)
 

@@ -1,4 +1,4 @@
-"""A swarm whose servers nobody can dial: whole peers with a real model, on a network in memory."""
+"""A swarm whose servers cannot be dialled: whole peers with a real model, on a network in memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
 
 
 class RelayedSwarm:
-    """Two relays that everybody can dial, and two servers that nobody can, of four blocks each."""
+    """Two relays that can be dialled, and two servers that cannot, of four blocks each."""
 
     def __init__(self, network: MemoryNetwork, swarm_key: bytes | None) -> None:
         self.network = network
@@ -117,7 +117,7 @@ async def test_a_model_answers_through_relays_alone_and_servers_push_to_each_oth
             assert client.connections.live[server.peer_id].relay is not None
         # The first pushed to the second itself, though neither can be dialled.
         assert first.connections.live[second.peer_id].relay is not None
-        # Nobody knows the servers as peers of the DHT.
+        # The servers are in no peer's routing table.
         for peer in (*swarm.relays, client):
             assert not {first.peer_id, second.peer_id} & {c.peer_id for c in peer.discovery.dht.contacts}
 

@@ -1,4 +1,4 @@
-"""Keeping reservations: where they are sought, how they are renewed and replaced, and what is announced of them."""
+"""How reservations are found, renewed and replaced, and what is announced of them."""
 
 from itertools import pairwise
 from random import Random
@@ -43,7 +43,7 @@ async def test_two_of_several_relays_are_held_and_announced():
         assert sum(relay.ledger.slots for relay in world.relays.values()) == WANTED_RELAYS
         assert announced[-1] == reservations.announced
         assert {one.peer_id for one in announced[-1]} == set(reservations.held)
-        # Nothing changed since, so nobody was told again.
+        # Nothing has changed since, so the observer was not called again.
         assert len(announced) == WANTED_RELAYS
 
 
@@ -119,7 +119,7 @@ async def test_a_relay_without_a_free_slot_is_asked_ever_more_seldom():
         assert 5 < len(asked_at) < 15
         assert gaps_s[-1] > 300
         assert not announced
-        # Once there is room the peer gets it, without anybody's help.
+        # Once the relay has room, the peer gets its reservation without any action.
         relay.handlers[RELAY_PROTOCOL] = world.relays[1].answer
         await trio.sleep(700)
         assert reservations.held
@@ -232,7 +232,7 @@ def where(text):
     [
         # Its public addresses, first the one that works for us.
         ("8.8.4.4", ["/ip4/9.9.9.9/tcp/1/ws", "/ip4/8.8.4.4/tcp/1/ws"], ["8.8.4.4", "9.9.9.9"]),
-        # A private one helps nobody where there is a public one.
+        # A private address is useless if there is a public one.
         ("8.8.4.4", ["/ip4/192.168.1.1/tcp/1/ws", "/ip4/8.8.4.4/tcp/1/ws"], ["8.8.4.4"]),
         ("192.168.1.1", ["/ip4/192.168.1.1/tcp/1/ws", "/dns4/relay.example.org/tcp/443/wss"], ["relay.example.org"]),
         # In a LAN, the LAN's; on one machine, its own.

@@ -1,4 +1,4 @@
-"""Who gets KV tokens, in which order, and what happens to those who give up waiting."""
+"""Which requests get KV tokens, in which order, and the effect of those that give up."""
 
 import pytest
 import trio
@@ -117,7 +117,7 @@ async def test_while_others_wait_one_owner_holds_at_most_half():
         await trio.testing.wait_all_tasks_blocked()
         pool.give("other", 50)
         await trio.testing.wait_all_tasks_blocked()
-        # The hog came first, but would hold 60 of 100 while somebody waits. Nobody waits once modest is in.
+        # The big client came first, but would hold 60 of 100 while another waits. None waits once the modest one is in.
         assert pool.order == ["hog", "other", "modest", "hog"]
 
 
@@ -139,7 +139,7 @@ async def test_what_is_granted_to_one_who_was_cancelled_meanwhile_comes_back():
         nursery.cancel_scope.cancel()
         pool.give("a", 100)
     assert pool.free == 100
-    # Nor does anybody count for more than they hold.
+    # No owner counts for more than it holds.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pool.take, "b", 100)
         await trio.testing.wait_all_tasks_blocked()
@@ -160,7 +160,7 @@ async def test_a_pool_is_full_once_somebody_has_waited_and_until_a_share_of_it_i
         await trio.sleep(HOLD_UP_S)
         assert said == [True]
         pool.give("a", 10)
-    # Nobody waits any more, but neither is there room for whoever comes now.
+    # No request waits any more, but there is no room for a newcomer either.
     assert said == [True]
     pool.give("a", 10)
     assert said == [True]

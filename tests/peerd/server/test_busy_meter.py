@@ -50,7 +50,7 @@ def test_it_tells_what_steps_that_come_at_random_really_wait() -> None:
         while ended < at:
             began, ended = next(batch)
         waits.append(max(0.0, ended - max(at, began)) if at > began else 0.0)
-    # Nobody to share with: the device takes no longer for one step than for many.
+    # There is no other load: the device takes as long for one step as for many.
     weight = 1e5 / now
     assert meter.queue_s(1e9, now) * weight == pytest.approx(sum(waits) / len(waits), rel=0.1)
 

@@ -1,4 +1,4 @@
-"""The device's task: batches in, results to whom they belong, the engine's errors as the wire's."""
+"""The device's task: it takes batches, gives results to their sessions, and translates the engine's errors."""
 
 import itertools
 import threading
@@ -318,7 +318,7 @@ async def test_memory_for_outputs_that_a_hop_keeps_is_committed_with_the_session
         await task.open("d", owner("d"), replace(long, next=None), print)
         task.close("a")
         await task.open("b", owner("b"), long, print)
-        # Who was cancelled in the moment of being granted leaves nothing behind.
+        # A caller that is cancelled in the moment of the grant leaves nothing behind.
         task.close("d")
         free = engine.free_tokens
         async with trio.open_nursery() as nursery:

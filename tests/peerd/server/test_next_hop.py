@@ -1,4 +1,4 @@
-"""Links: whose ticket opens one, whose addresses are dialled, and what an epoch ends."""
+"""Links: which tickets open them, which addresses are dialled, and what an epoch ends."""
 
 import pytest
 import torch
@@ -367,7 +367,7 @@ async def test_a_route_replays_what_the_replacement_lacks_and_says_so(open_swarm
         replacement = await client.open(twin, hop=2, epoch=1)
         routed = await client.ask(first, Route(epoch=1, next=client.next_hop(host, twin, hop=2, epoch=1)))
         assert routed == Routed(epoch=1, replayed=7)
-        # Its last steps a hop keeps as steps: whoever is last may not have answered them before it died.
+        # A hop keeps its last steps as steps, because the last hop may have died before it answered them.
         seq, result = await next_result(replacement)
         assert seq == 1
         assert torch.equal(result, fake_forward(row, Span(0, 8))[-1:])

@@ -1,4 +1,4 @@
-"""Names in a next hop's record: what they lead to decides, not what they are called."""
+"""Names in a next hop's record: the addresses to which they resolve decide, not the names."""
 
 import socket
 
@@ -66,7 +66,7 @@ async def test_a_relay_s_address_obeys_the_same_rules(open_swarm, relay):
 async def test_a_relay_s_name_that_leads_where_we_may_dial_is_dialled(open_swarm):
     async with open_swarm() as swarm:
         said = await link_through_name(swarm, None, None, relays=(f"/dns4/next.example/tcp/4000/ws/p2p/{RELAY}",))
-        # Who answers there is not that relay, which shows that it was asked.
+        # The peer that answers there is not that relay, which shows that it was dialled.
         assert isinstance(said, LinkDown)
         assert f"{swarm.hosts[1].ip}/tcp/4000/ws/p2p/{RELAY}/p2p-circuit/p2p/{swarm.hosts[1].peer_id}" in said.message
 

@@ -82,7 +82,7 @@ async def next_answer(stream):
 
 
 async def is_ended(stream):
-    """Whether the hop ends a stream that nobody says anything on any more."""
+    """Whether the hop ends a stream on which nothing more comes."""
     with trio.move_on_after(30):
         try:
             while True:
@@ -104,7 +104,7 @@ async def is_cut_short(stream, messages):
 
 
 async def serves_well(swarm, host, seed=99):
-    """Whether somebody else still gets exact answers."""
+    """Whether another client still gets exact answers."""
     client = await swarm.client()
     session = await client.session(host.span, max_length=64)
     row = tokens(6, seed)
@@ -321,7 +321,7 @@ async def test_an_idle_session_is_evicted_with_a_word_and_its_stream_ends(open_s
         assert isinstance(await next_answer(stream), Evicted)
         with pytest.raises(trio.EndOfChannel):
             await stream.receive()
-        # What comes too late is nobody's.
+        # Steps that come too late are dropped.
         assert await is_cut_short(stream, [step(tokens(1), seq, start=1) for seq in range(2, 9)])
         assert await serves_well(swarm, host)
 
@@ -713,7 +713,7 @@ async def test_answers_that_an_evicted_client_never_read_are_dropped(open_swarm)
 
 
 class NanEngine(FakeEngine):
-    """Fails on whoever begins a row with the number 13."""
+    """Fails for a session that begins a row with the number 13."""
 
     def run(self, batch):
         output = super().run(batch)

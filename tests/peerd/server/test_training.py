@@ -1,4 +1,4 @@
-"""What strangers may do on a lane: nothing that costs others their memory or their turn."""
+"""What strangers may do on a lane: nothing that costs other clients their memory or their turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator's adapters become: loaded, announced, changed while sessions run, refused where they do not fit."""
+"""An operator's adapters: loaded, announced, changed while sessions run, and refused if they do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several devices in one peer: which there are, and how they divide blocks. That they compute is tests/e2e's matter."""
+"""Several devices in one peer: which there are, and how they divide blocks. tests/e2e tests that they compute."""
 
 from __future__ import annotations
 

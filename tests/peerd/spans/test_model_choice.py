@@ -1,4 +1,4 @@
-"""Servers that choose a model of those that the swarm serves, in one process, with tiny models."""
+"""Servers that choose one of the models that the swarm serves, in one process, with tiny models."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every protocol that a peer serves, against every way of breaking off or breaking a message, at every moment.
+"""Every protocol that a peer serves, against every way of ending or breaking a message, at every moment.
 
-Tests are strict (PEERD_STRICT=1), so whatever nobody named fails here instead of ending a connection.
+Tests are strict (PEERD_STRICT=1), so an unexpected exception fails here instead of ending a connection.
 """
 
 from contextlib import asynccontextmanager

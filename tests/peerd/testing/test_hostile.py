@@ -1,4 +1,4 @@
-"""Peers that send what nobody should: nothing ends the server, disturbs an honest session or stays behind."""
+"""Peers that break the rules: nothing ends the server, disturbs an honest session or stays behind."""
 
 from collections import Counter
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""One budget for what peers make us hold: shared fairly, and given back whatever happens."""
+"""One budget for what peers make us hold: shared fairly, and always given back."""
 
 import pytest
 
@@ -12,7 +12,7 @@ TOTAL = 100 * FLOOR_BYTES
 
 
 def _fill(buffers, step=FLOOR_BYTES // 8):
-    """Take as much as there is for somebody; how much that was."""
+    """Take as much as there is for one network; returns how much that was."""
     while True:
         try:
             buffers.take(step)

@@ -88,7 +88,7 @@ class Pair:
         return True
 
     def settle(self):
-        """Let messages pass until nobody has any."""
+        """Let messages pass until neither side has any."""
         while self.move(self.one) | self.move(self.other):
             pass
 

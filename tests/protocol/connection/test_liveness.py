@@ -1,4 +1,4 @@
-"""Silence: when we ask, when we give up, and whom a slow peer or an oversleeper blames."""
+"""Silence: when we ask, when we give up, and what a slow peer or one that slept blames."""
 
 from __future__ import annotations
 

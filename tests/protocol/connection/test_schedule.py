@@ -1,4 +1,4 @@
-"""Whose turn it is: strict priority, turns within one, and slow ageing."""
+"""Which stream sends next: strict priority, turns within one, and slow ageing."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from peerd.protocol.connection.schedule import AGEING_FRAMES, Schedule
 
 
 def _turns(schedule, streams, count):
-    """Who sends, of streams that always have more."""
+    """The order in which streams send that always have more."""
     for stream_id, priority in streams.items():
         schedule.put(stream_id, priority)
     found = []

@@ -1,8 +1,8 @@
-"""What a lossy codec does to a model's answers, family by family: the figures behind the codec's choice.
+"""The effect of a lossy codec on a model's answers, family by family: the figures behind the choice of codec.
 
-Each model is cut after every block, as by a chain of one-block hops, and every hidden state that crosses a cut
-travels through the codec. The models are small and random, with outlier channels put in: those are what tells
-codecs apart in real ones. Errors are relative to the hidden states; KL is in nats a position.
+Each model is cut after every block, as by a chain of one-block hops, and every hidden state that crosses a cut travels
+through the codec. The models are small and random, with outlier channels put in, because these are what distinguishes
+codecs on real models. Errors are relative to the hidden states; KL is in nats a position.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What adapters are called and how they are sent, against spec/vectors/adapters.json."""
+"""The names of adapters and the messages that send them, against spec/vectors/adapters.json."""
 
 import json
 from pathlib import Path

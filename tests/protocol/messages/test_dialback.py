@@ -1,4 +1,4 @@
-"""Dial-back's messages as the vectors say, and who may be dialled."""
+"""The dial-back messages against the vectors, and which addresses may be dialled."""
 
 import json
 from ipaddress import ip_address

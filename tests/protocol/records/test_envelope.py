@@ -190,7 +190,7 @@ def test_an_offline_record_outlives_what_it_withdraws():
 
 
 def test_a_span_that_moved_leaves_no_ghost():
-    # The old record is still valid at shard 0; whoever sees both knows that they are one span.
+    # The old record is still valid at shard 0; a reader of both knows that they are one span.
     before = opened(replace(SERVER, span=Span(0, 16), block_roots=()))
     after = opened(replace(SERVER, span=Span(32, 48), block_roots=(), seq=8))
     assert before.slot == after.slot

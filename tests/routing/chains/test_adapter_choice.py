@@ -58,7 +58,7 @@ def test_a_clients_own_adapter_must_fit_at_each_peer_in_what_it_computes_in():
         planned([offer(1, 0, 4, client_adapters=799), half[1]], need)
     with pytest.raises(NoChain, match="4:8"):
         planned([half[0], offer(2, 4, 8, dtype="some new one", client_adapters=799)], need)
-    # Whoever has no block of it need not take any.
+    # A peer that has no block of the adapter need not accept adapters.
     assert len(planned([offer(1, 0, 2), offer(2, 2, 6, client_adapters=1600), offer(3, 6, 8)], need)) == 3
 
 

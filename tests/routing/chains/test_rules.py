@@ -1,4 +1,4 @@
-"""Whom a client will have in its chains, whatever the swarm announces."""
+"""Which peers a client allows in its chains, whatever the swarm announces."""
 
 from __future__ import annotations
 

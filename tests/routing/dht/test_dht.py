@@ -305,7 +305,7 @@ async def test_a_lookup_that_must_be_whole_fails_where_most_of_a_small_swarm_is_
     await others[0].dht.put(sign_record(others[0].identity, server_body()))
     assert len(await alone.dht.get(wanted, whole=True)) == 1
     network.kill(*others[:2])
-    # Four of six are most of them, ourselves among them; of three it is not even known who has answered before.
+    # Four of six are most of them, ourselves included; of three it is not even known how many answered before.
     assert len(await alone.dht.get(wanted, whole=True)) == 1
     network.kill(*others[2:])
     for _ in range(2):

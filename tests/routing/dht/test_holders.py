@@ -1,4 +1,4 @@
-"""Renewing a record with those who hold it: cheap, and right again soon after whatever happens to them."""
+"""Renewing a record with its holders: cheap, and correct again soon after changes among them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Reply:
 
 @dataclass
 class World:
-    """Peers that answer after a while with whom they know."""
+    """Peers that answer after a while with the peers that they know."""
 
     knows: dict[bytes, list[PeerNode]]
     delay_s: dict[bytes, float] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class World:
 
 
 def everybody_knows(random: Random) -> dict[bytes, list[PeerNode]]:
-    """Each peer knows us, those around it, and some anywhere."""
+    """Each peer knows us, its neighbours, and some others."""
     return {n.id: [OWN, *sorted(NODES[1:], key=n.distance_to)[1:16], *random.sample(NODES, 6)] for n in NODES}
 
 
@@ -76,7 +76,7 @@ async def test_a_quorum_does_not_wait_for_the_dead() -> None:
     assert trio.current_time() - started < 1.0
     answered = [node for node in NEAREST if node.id in lookup.replies]
     assert [node for node in NEAREST if node.id not in world.dead][:4] == answered[:4]
-    # Who had time enough to answer and did not is under suspicion.
+    # A peer that had enough time to answer and did not is under suspicion.
     assert {node.id for node in lookup.unanswered} <= world.dead
 
 

@@ -163,7 +163,7 @@ def test_a_storer_uses_up_its_own_share_only(clock: Clock, server_body: MakeServ
     outcomes = [store.put(KEY, signed(server_body(), identity(number)), storer=greedy) for number in range(3, 6)]
     assert outcomes == ["stored", "stored", "quota"]
     assert store.put(KEY, signed(server_body(), identity(5)), storer=modest) == "stored"
-    # Whoever has no share left may still renew what it has.
+    # A peer whose share is used up may still renew its records.
     assert store.put(KEY, signed(server_body(seq=2), identity(3)), storer=greedy) == "stored"
     clock.now += 300
     assert store.put(KEY, signed(server_body(expires=clock.now + 9)), storer=greedy) == "stored"

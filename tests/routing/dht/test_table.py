@@ -74,7 +74,7 @@ def test_a_full_range_keeps_its_old_peers_and_doubts_the_one_unheard_of_for_long
     suspect = suspects[0]
     before = len(table)
     table.remove_contact(suspect)
-    # Somebody who waited for the place has it now.
+    # The peer that waited for the place has it now.
     assert suspect not in table
     assert len(table) == before
 

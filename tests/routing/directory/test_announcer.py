@@ -71,7 +71,7 @@ class Setup:
         self.announcer = Announcer(self.identity, self.sink, self.memory, lambda: self.bodies, now)
 
     def valid_at(self, key: bytes, now: float) -> list[ServerRecord]:
-        """What somebody believes who has seen every record that was ever put under `key`."""
+        """What a reader believes that has seen every record ever stored under `key`."""
         under = [record for record in self.sink.records if key in keys_of(record.body, record.peer_id)]
         return [r.body for r in newest(under) if r.body.expires > now and isinstance(r.body, ServerRecord)]
 
@@ -252,7 +252,7 @@ async def test_a_stopped_peer_is_gone_at_once_and_a_crashed_one_within_one_lifet
     await setups[stopping.peer_id].leave()
     network.kill(stopping)
     assert await seen() == {stopping.peer_id: "offline", crashing.peer_id: "online"}
-    # Somebody kept what the stopped peer had signed, and brings it back.
+    # Another peer kept what the stopped peer had signed, and brings it back.
     for peer in others:
         replay = sign_record(stopping.identity, replace(server_body(), seq=1, expires=unix_now() + 30))
         await peer.dht.put(replay)

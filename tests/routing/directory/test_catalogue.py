@@ -1,4 +1,4 @@
-"""What models are called, and who says so."""
+"""The names of models, and which peers announce them."""
 
 from __future__ import annotations
 
@@ -68,6 +68,6 @@ def test_a_model_needs_us_most_where_a_session_gets_least(make_offer: Callable[.
 
     assert rate(("0:4", 100, 0)) == 0, "nobody serves the rest"
     assert rate(("0:4", 100, 0), ("4:8", 400, 0)) == pytest.approx(25)
-    # Whoever is waited for does less for one more.
+    # A server with a queue does less for one more session.
     assert rate(("0:4", 100, 0), ("4:8", 400, 0.99)) == pytest.approx(1)
     assert rate(("0:8", 80, 0), ("0:8", 80, 0)) == pytest.approx(20)

@@ -160,7 +160,7 @@ async def test_a_peer_that_was_not_where_its_record_says_is_looked_up_anew(
     second = await directory.peer_record(peer_id)
     assert second is not None
     assert open_record(second, now=swarm.now).body.seq == 2
-    # An older copy does not come back for it, and nobody is remembered who was never looked up.
+    # An older copy does not come back for it, and peers that were never looked up are not remembered.
     swarm.records.clear()
     directory.doubt(peer_id)
     assert await directory.peer_record(peer_id) == second
@@ -207,7 +207,7 @@ async def test_a_ghost_is_believed_for_one_lifetime_whatever_its_clock_said(
     swarm.announce(1, server_body(seq=1, expires=swarm.now + 600), peer_body(expires=swarm.now + 600))
     living = swarm.announce(2, server_body(seq=1, expires=swarm.now + 60), peer_body(expires=swarm.now + 600))
     for round_number in range(1, 16):
-        # The record of the first is held by somebody, and handed out, all the while.
+        # Another peer holds the record of the first, and hands it out all the time.
         offers = await directory.servers(MODEL, 8)
         assert len(offers) == (2 if 20 * (round_number - 1) <= TTL_S else 1)
         assert living in {offer.peer_id for offer in offers}

@@ -1,4 +1,4 @@
-"""When a step is late, and who holds it up, by numbers alone."""
+"""When a step is late, and which hop holds it up, from numbers alone."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_patience_doubles_until_something_is_answered():
     assert pace.late_after_s(1) == pytest.approx(once, rel=0.01)
 
 
-# Who holds it up.
+# Which hop holds it up.
 
 DONE, HOLDS, LACKS = Progress(7, 7, 50), Progress(7, 6, 50), Progress(6, 6, 50)
 

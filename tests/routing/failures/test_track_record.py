@@ -36,7 +36,7 @@ def test_a_failed_peer_is_avoided_in_that_instant_and_comes_back_by_itself(links
 
 def test_why_a_peer_is_avoided_is_known_as_long_as_it_is(links: Links, clock: Clock) -> None:
     links.failed(A, "no way there")
-    # Who fails again without a word does so for the same reason, as far as we know.
+    # A peer that fails again without a reason does so for the same reason, as far as we know.
     links.failed(A)
     links.failed(B)
     assert (links.why_avoided(A), links.why_avoided(B), links.why_avoided(PeerId("c"))) == ("no way there", "", "")
@@ -179,7 +179,7 @@ def test_a_new_announcement_of_somebody_who_was_gone_is_a_reason_to_ask_but_an_o
     for seq in range(10, 20):
         proving.unanswered(A)
         proving.announced(A, seq)
-        # Whoever announces without pause is not asked without pause.
+        # A peer that announces all the time is not asked all the time.
         assert proving.take_doubted() == []
         clock.now += MIN_ASKING_S
         assert proving.take_doubted() == [A]

@@ -1,4 +1,4 @@
-"""What a swarm can carry, beside a scheduler that really shares out the servers' time."""
+"""How much a swarm can carry, compared with a scheduler that really divides the servers' time."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_a_swarm_of_40_settles_stays_covered_and_does_not_thrash(make_offer: Mak
     assert statistics.mean(swarm.shares) > (0.95 if not churn_an_hour else 0.9)
     assert swarm.moves / 40 / 2 < (0.3 if not churn_an_hour else 0.8)
     if not churn_an_hour:
-        # Nobody moves any more once it has settled.
+        # No server moves any more once the swarm has settled.
         assert swarm.last_move_s < 3600
 
 
@@ -270,7 +270,7 @@ def test_of_several_that_mean_to_close_a_gap_the_first_goes_and_the_others_stay(
     swarm = [*online, *intend]
     assert choose_move(swarm, online[first], 8, said=Span(4, 8)) == Span(4, 8)
     assert choose_move(swarm, online[second], 8, said=Span(4, 8)) is None
-    # Who has not said anything yet gives way to all.
+    # A server that has not announced anything yet gives way to all others.
     assert choose_move([*online, intend[second]], online[first], 8) is None
 
 

@@ -1,4 +1,4 @@
-"""Where we are seen: how many must say so, and who counts as one."""
+"""Our observed addresses: how many witnesses must agree, and which peers count as one."""
 
 from ipaddress import ip_address
 

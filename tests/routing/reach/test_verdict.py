@@ -1,4 +1,4 @@
-"""What dial-backs show, what to announce because of it, and when to look again."""
+"""What dial-backs show, what to announce because of it, and when to check again."""
 
 from ipaddress import ip_address
 from itertools import pairwise
@@ -113,7 +113,7 @@ def test_what_is_announced(
         (["6.6.6.6", "192.168.1.2"], False),
         (["7.7.7.7"], True),
         (["7.7.7.7", "192.168.1.2"], True),
-        # Those who could tell are not connected now.
+        # The judges that could tell are not connected now.
         ([], False),
         (["192.168.1.2"], False),
         (["2a00::1"], False),

@@ -1,4 +1,4 @@
-"""Transfers: whole or not at all, never twice, by one process at a time, within what the disk allows."""
+"""Downloads: complete or not at all, never twice, by one process at a time, within the limit on disk space."""
 
 from __future__ import annotations
 
@@ -411,7 +411,7 @@ def test_what_other_programs_fetched_is_never_deleted(
 def test_a_file_that_another_program_fetched_again_is_its_own(
     hub: HubServer, settings: HubSettings, content: dict[str, bytes]
 ) -> None:
-    """Somebody emptied the cache, so what peerd remembers of it is about other files."""
+    """Another program emptied the cache, so peerd's ledger is about other files."""
     from huggingface_hub import hf_hub_download
 
     with Files(settings) as files:

@@ -1,4 +1,4 @@
-"""A checkpoint on the hub: what is fetched when, what it is, and what is said when it cannot be had."""
+"""A checkpoint on the hub: which files are fetched when, its identity, and the errors if it cannot be had."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPO = "tiny-org/tiny-llama"
 
 @pytest.fixture(autouse=True)
 def _own_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have a token and a cache: neither is used."""
+    """The user who runs the tests may have a token and a cache: neither is used."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")

@@ -1,4 +1,4 @@
-"""Models as publishers quantize them compute what Transformers computes with the numbers that they stand for."""
+"""Models in publishers' quantized formats compute what Transformers computes with the dequantized numbers."""
 
 from __future__ import annotations
 

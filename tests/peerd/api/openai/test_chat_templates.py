@@ -1,4 +1,4 @@
-"""Chat templates run in a process that can be killed. Real processes, real time."""
+"""Chat templates run in a process that can be killed. These tests use real processes and real time."""
 
 from __future__ import annotations
 

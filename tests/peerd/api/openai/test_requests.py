@@ -1,4 +1,4 @@
-"""What requests may say: OpenAI's fields, their limits, and what is refused by name."""
+"""The fields of requests: OpenAI's fields, their limits, and those that are refused by name."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ BLOCKS = Span(0, 8)
 
 @dataclass
 class Announced:
-    """The directory: whoever is online, as it announces itself."""
+    """The directory: all online peers, with their announcements."""
 
     swarm: Any
     filled: dict[PeerId, Callable[[list[ServerRecord]], list[ServerRecord]]] = field(default_factory=dict)
 
     def doubt(self, peer_id: PeerId) -> None:
-        """Nobody moves here."""
+        """No server moves here."""
 
     async def servers(self, model: bytes, block_count: int, *, max_age_s: float = 0.0) -> list[Offer]:
         await trio.lowlevel.checkpoint()
@@ -87,7 +87,7 @@ async def run_neighbours(swarm: Any, announced: Announced, tasks: trio.Nursery) 
 
 async def test_a_chain_stays_on_the_continent_of_its_client(open_swarm) -> None:
     async with open_swarm() as swarm, open_tasks() as tasks:
-        # Here and there in turn, with spans that overlap; nobody has all blocks.
+        # Alternately near and far, with spans that overlap; no server has all blocks.
         hosts = [await swarm.serve(*span) for span in [(0, 5), (0, 5), (3, 8), (3, 8), (2, 6), (1, 7)]]
         client = await swarm.client()
         places = {host.ip: number % 2 for number, host in enumerate(hosts)} | {client.ip: 0}
@@ -284,7 +284,7 @@ async def test_a_replacement_is_found_without_waiting_for_a_lookup(open_swarm) -
             found = await finder.find(first.hops[1].span, tokens=10, exclude=(lost,), between=(hosts[0].peer_id, None))
         (hop,) = found.hops
         assert hop.peer_id in {host.peer_id for host in hosts[1:]} - {lost}
-        # Where nobody is known, somebody may have come.
+        # If no offers are known, new servers may have come.
         announced.servers = looked_up  # type: ignore[method-assign]
         late = await swarm.serve(4, 8)
         (hop,) = (

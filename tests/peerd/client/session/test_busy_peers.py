@@ -1,4 +1,4 @@
-"""How a client treats full peers: it stays away ever longer, at random, and queues where that holds nothing."""
+"""How a client treats full peers: it stays away longer each time, at random, and queues if it holds nothing else."""
 
 from random import Random
 

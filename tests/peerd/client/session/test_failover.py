@@ -1,5 +1,6 @@
-"""Deaths, hangs and broken links at every place of a chain, whatever is under way: the same results, and no
-survivor computes a position twice."""
+"""Deaths, hangs and broken links at every hop of a chain, during every kind of request: the results are the same, and
+no surviving hop computes a position twice.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ async def open_chain(swarm, client, **terms):
     return hosts, session
 
 
-# What is under way when somebody dies. Each returns how many positions it asked for.
+# What is under way when a hop dies. Each function returns how many positions it submitted.
 
 ROW, BRANCH = tokens(340), tokens(20, 1)
 
@@ -150,7 +151,7 @@ async def test_whoever_dies_whatever_is_under_way_survivors_compute_nothing_twic
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(die)
                 asked += await under_way(session)
-            # Who died having done its part is missed by the next step.
+            # If the dead hop had done its part already, the next step notices its death.
             await session.step(ROW[:0])
         assert session.failovers >= 1
         assert session.reopened == 0
@@ -432,7 +433,7 @@ async def test_a_server_that_neither_its_neighbour_nor_the_client_reaches_is_rep
         assert session.chain[2].peer == twin.peer_id
 
 
-# Nobody else.
+# No other peer.
 
 
 async def test_survivors_keep_their_kv_until_somebody_serves_what_is_missing(open_swarm):

@@ -1,4 +1,4 @@
-"""Sessions over a swarm: the same results as one local model, whoever dies meanwhile."""
+"""Sessions over a swarm give the same results as one local model, whichever peers die meanwhile."""
 
 from dataclasses import replace
 from random import Random
@@ -359,7 +359,7 @@ async def test_a_full_swarm_says_so_after_the_callers_patience(open_swarm):
 @pytest.mark.parametrize("is_open", [False, True], ids=["at its opening", "when its last hop died"])
 async def test_a_long_chain_whose_last_blocks_are_full_everywhere_waits_and_blames_nobody(open_swarm, is_open):
     async def use(session):
-        # KV is lent: who asks for nothing loses it to those that wait.
+        # Unused KV is lent: a session that sends nothing loses it to those that wait.
         while True:
             await session.step(tokens(1))
             await trio.sleep(4)
@@ -577,7 +577,7 @@ async def test_blocks_that_overflow_are_named_at_once_with_what_to_do(open_swarm
         reason = r"blocks 3:7 gave NaN or infinity in float16: .* serve with --dtype bfloat16"
         with pytest.raises(BadResult, match=reason):
             await session.step(hidden)
-        # Nobody else can be waited for.
+        # There is no other peer to wait for.
         assert trio.current_time() - before < 2
         said = [record.message for record in caplog.records if "--dtype bfloat16" in record.message]
         assert len([message for message in said if message.startswith("blocks 3:7 gave")]) == min(twins, 2)

@@ -1,4 +1,4 @@
-"""What a client remembers: enough to start again anywhere, and nothing that was not answered."""
+"""What a client remembers: enough to start again on any hop, and nothing that was not answered."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def answer(log: StepLog, seq: int, rows: tuple[RowSlice, ...], *values: int) -> 
 
 
 def rows_of(sent) -> dict[int, list[float]]:
-    """What the rows hold for whoever runs these steps, one after the other."""
+    """The rows of a hop that runs these steps, one after the other."""
     rows = Retained(100)
     for step, hidden in sent:
         rows.apply(step.ops)
@@ -163,7 +163,7 @@ def test_steps_given_up_that_hops_cannot_take_back_are_remembered(ops, start, fo
     assert rows_of(steps.kept.since(0, 0)) == {0: [1, 2]}
 
 
-# What is kept for whoever has none of it, or not all.
+# What is kept for a hop that has none of it, or not all.
 
 
 def kept_steps(kept: Kept) -> dict[int, list[float]]:

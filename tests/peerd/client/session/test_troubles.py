@@ -1,4 +1,4 @@
-"""What each piece of news changes, and which trouble comes first: tables, without any I/O."""
+"""What each piece of news changes, and which trouble is most urgent: tables, without any I/O."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from peerd.routing.directory.offer import Offer
 
 
 class DeafStream:
-    """A stream whose end nobody hears."""
+    """A stream; the test does not observe its end."""
 
     def reset(self, reason: str) -> None:
         pass

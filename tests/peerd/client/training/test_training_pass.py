@@ -1,4 +1,4 @@
-"""Training through a swarm equals autograd on the whole model, whoever dies on the way."""
+"""Training through a swarm equals autograd on the whole model, whichever peers die on the way."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(
 
 
 async def replaced(swarm, serve_tiny, victims):
-    """Hosts of a chain, and a twin for each victim that nobody knows yet."""
+    """The hosts of a chain, and for each victim a twin that is not announced yet."""
     hosts = [await serve_tiny(swarm, span) for span in CUT]
     twins = [await serve_tiny(swarm, CUT[victim]) for victim in victims]
     for twin in twins:
