@@ -33,10 +33,10 @@ _NEEDLESS = frozenset(
 
 
 def import_quietly(module: str) -> ModuleType:
-    """Import a module of Transformers without DeprecationWarnings that its import causes.
+    """Import a module of Transformers without the DeprecationWarnings that its import causes.
 
-    They are about what Transformers itself uses of other packages (5.18 compiles parts of some models with
-    `torch.jit.script`): no user of peerd can change that, and where warnings are errors the model could not be used.
+    They are about how Transformers itself uses other packages (5.18 compiles parts of some models with
+    `torch.jit.script`). No user of peerd can change that, and where warnings are errors the model would be unusable.
     """
     if module in sys.modules:
         return sys.modules[module]

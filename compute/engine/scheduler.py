@@ -1,9 +1,8 @@
-"""Which positions run next: the packing of many sessions' steps into batches. Pure; no arithmetic.
+"""Decides which positions run next: packs the steps of many sessions into batches. Pure; it computes no tensors.
 
-Knows sessions, pages and a budget; never looks into a tensor. Runs on the main thread alone. The
-difficulty is that forks, drops and rollbacks change page tables under steps that wait: they happen
-only when a batch takes their step, and only as the first of its session in that batch, so that a
-page copied before the batch runs is never stale.
+Runs on the main thread only. Forks, drops and rollbacks change page tables while later steps wait. So each takes effect
+only when a batch takes its step, and only as the first step of its session in that batch. Then a page that is copied
+before the batch runs is never stale.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from peerd.protocol.span import Span
 if TYPE_CHECKING:
     import torch
 
-# Beside decodes, prefills get this part of the budget: whoever waits for a token waits for them too. On a CPU
-# 64 positions a batch cost 7 % more than 256 do (SmolLM2-135M), and end a quarter as late.
+# Beside decodes, prefills get this part of the budget, because sessions that wait for a token wait for the prefills
+# too. On a CPU 64 positions a batch cost 7 % more than 256 do (SmolLM2-135M), and end a quarter as late.
 PREFILL_SHARE = 4
 # A ready session that was left out of this many batches, as a prefill beside decodes or for its blocks, goes first.
 MAX_PASSED_OVER = 4
-# What a session may ask for at most (spec/session.md): where all blocks have windows, any length fits.
+# The longest session that a client may request (spec/session.md): if all blocks have windows, any length fits.
 LONGEST_SESSION = 1 << 24
 
 
@@ -44,7 +43,7 @@ def _like(entry: _Entry) -> tuple[Span, bool]:
 
 
 class Scheduler:
-    """The sessions of one engine. Owners have equal shares of it (`fair_shares`), whatever their sessions' number."""
+    """The sessions of one engine. Each owner gets an equal share (`fair_shares`), however many sessions it has."""
 
     def __init__(self, span: Span, hidden_size: int, layout: KVLayout, pool: PagePool, batch_tokens: int) -> None:
         self._span = span
@@ -52,11 +51,11 @@ class Scheduler:
         self._hidden_size = hidden_size
         self._pool = pool
         self._batch_tokens = batch_tokens
-        # Within an owner whose turn came longest ago is first.
+        # Among the sessions of an owner, the first is the one whose last turn was longest ago.
         self._sessions: dict[Hashable, EngineSession] = {}
         self._shares = FairShares()
         self._running: list[tuple[EngineSession, QueuedStep]] | None = None
-        #: What the blocks compute in, for errors; None where nobody said.
+        #: The dtype in which the blocks compute, for errors; None if it was not given.
         self.dtype: torch.dtype | None = None
 
     def __repr__(self) -> str:
@@ -72,7 +71,7 @@ class Scheduler:
 
     @property
     def free_length(self) -> int:
-        """The longest row that a session of one could open with now."""
+        """The longest row with which a session of one row could open now."""
         lengths = range(1, LONGEST_SESSION + 1)
         return bisect_right(lengths, self._pool.free_tokens, key=lambda length: self.tokens_wanted(SessionSize(length)))
 
@@ -134,7 +133,7 @@ class Scheduler:
         return any(session.is_ready for session in self._sessions.values())
 
     def check(self, step: EngineStep) -> dict[int, RowState]:
-        """The rows once `step` has run after all that is queued. Raises what `Engine.check` raises."""
+        """The rows after `step`, once it has run behind all queued steps. Raises what `Engine.check` raises."""
         session = self._sessions[step.session]
         wanted = (step.positions, self._hidden_size)
         if step.hidden.shape != wanted or not step.hidden.is_floating_point():
@@ -149,7 +148,7 @@ class Scheduler:
         session.queue.append(QueuedStep(step))
 
     def plan(self) -> Batch | None:
-        """The next batch, or None where no session is ready."""
+        """The next batch, or None if no session is ready."""
         if self._running is not None:
             raise RuntimeError("the last batch has not been collected")
         ready = [(name, session) for name, session in self._sessions.items() if session.is_ready]
@@ -166,7 +165,7 @@ class Scheduler:
                 left = packing.budget
                 if packing.take_from(session):
                     self._shares.charge(session.owner, left - packing.budget)
-                    # Behind its owner's others for the next turn.
+                    # Put the session behind its owner's others for the next turn.
                     self._sessions[name] = self._sessions.pop(name)
         for _, session in ready:
             session.passed_over = 0 if session.running else session.passed_over + 1
@@ -174,10 +173,13 @@ class Scheduler:
         return Batch(blocks, tuple(packing.pieces), tuple(packing.copies))
 
     def _leader(self, decodes: Sequence[_Entry], prefills: Sequence[_Entry]) -> _Entry:
-        """Who goes first, and says which blocks the batch is for: decodes, but others are not put off for ever."""
+        """Choose the session that goes first and so determines the batch's blocks: a decode, unless another session has
+        waited too long.
+        """
         first = next(self._in_order(decodes or prefills))
         overdue = [entry for entry in (*decodes, *prefills) if entry[1].passed_over >= MAX_PASSED_OVER]
-        # Who waits among its like has its share of the turns anyway.
+        # A session with the same blocks and kind as `first` gets into the batch by taking turns, so only others may go
+        # before it.
         others = [entry for entry in overdue if _like(entry) != _like(first)]
         return next(self._in_order(others), first)
 
@@ -188,7 +190,7 @@ class Scheduler:
         return self._shares.in_order(by_owner)
 
     def collect(self, output: BatchOutput) -> list[StepResult]:
-        """Take a batch's output back: results of the steps that it ended, in each session's order."""
+        """Process a batch's output. Returns the results of the steps that it ended, in each session's order."""
         if self._running is None:
             raise RuntimeError("no batch was planned")
         results: list[StepResult] = []
@@ -223,18 +225,20 @@ class Scheduler:
 
 
 class _Packing:
-    """A batch in the making."""
+    """A batch that is being put together."""
 
     def __init__(self, budget: int, beside_decodes: bool) -> None:
         self.pieces: list[Piece] = []
         self.copies: list[PageCopy] = []
         self.owners: list[tuple[EngineSession, QueuedStep]] = []
-        #: Positions that may still be added.
+        #: How many more positions may be added.
         self.budget = budget
         self._prefill_budget = max(budget // PREFILL_SHARE, 1) if beside_decodes else budget
 
     def take_from(self, session: EngineSession) -> bool:
-        """Take what the session may add to this batch and the budget allows. Returns whether anything was."""
+        """Add the session's next positions to the batch, as far as the budget allows. Returns whether any were
+        added.
+        """
         taken = False
         while session.queue:
             queued = session.queue[0]

@@ -35,9 +35,9 @@ _BROKEN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeErr
 
 
 def check_span(engine: Engine, model: SpanModel, quantize: str) -> None:
-    """Raise UnsupportedModel, in one line, if the engine over this model does not compute what the model says.
+    """Raise UnsupportedModel, with a message of one line, if the engine computes this model wrongly.
 
-    Nobody may use the engine yet, which is left as it was. Blocks the thread: milliseconds to a second.
+    Call it before the engine is in use; it leaves the engine as it was. Blocks the thread for milliseconds to a second.
     """
     counted = engine.positions_computed, engine.batches_run
     try:

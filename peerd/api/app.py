@@ -1,4 +1,4 @@
-"""The paths of the local API. Each endpoint reads its request and hands it on."""
+"""The paths of the local API. Each endpoint reads its request and passes it on."""
 
 from __future__ import annotations
 

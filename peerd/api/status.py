@@ -91,19 +91,19 @@ class Status:
         }
 
     async def _offers(self, model: SwarmModel, max_age_s: float = _MAX_AGE_S) -> list[Offer]:
-        """Of those that take sessions now: who is about to come or to leave serves nobody who asks."""
+        """The offers that accept sessions now: servers that are joining or leaving do not count."""
         offers = await offers_of(self._peer, model, max_age_s)
         return [offer for offer in offers if offer.record.state == "online"]
 
 
 async def offers_of(peer: Peer, model: SwarmModel, max_age_s: float) -> list[Offer]:
-    """The spans of a model that peers announce, in whatever state, as they were at most `max_age_s` ago."""
+    """The spans of a model that peers announce, in any state, looked up at most `max_age_s` ago."""
     directory, facts = peer.discovery.directory, model.facts
     return list(await directory.servers(facts.digest, facts.block_count, max_age_s=max_age_s))
 
 
 def coverage_of(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
-    """Runs of blocks that equally many of `offers` contain: start, end, how many."""
+    """Runs of blocks with the same number of servers: start, end, number of servers."""
     owners = [0] * model.facts.block_count
     for offer in offers:
         for block in range(offer.span.start, offer.span.end):
@@ -131,7 +131,7 @@ def _relayed_by(peer: Peer) -> list[dict[str, Any]]:
 
 
 def _relaying(peer: Peer) -> dict[str, int] | None:
-    """The figures of our relay; None if we are none."""
+    """The figures of our relay; None if this peer is not a relay."""
     if peer.relay is None:
         return None
     ledger = peer.relay.ledger

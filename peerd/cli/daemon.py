@@ -114,7 +114,9 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
 
 
 def _print_addresses(addresses: Sequence[Multiaddr]) -> None:
-    """Tell whoever started us where others reach us. A daemon that nobody reads is as good for the swarm."""
+    """Print the addresses at which others reach us, for the program that started us. If it does not read them, serve
+    anyway.
+    """
     try:
         for address in addresses:
             write(f"{address}\n")

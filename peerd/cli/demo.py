@@ -25,7 +25,7 @@ from peerd.trio_tools import open_tasks
 
 
 async def demo(request: Request, servers: int, *, as_json: bool) -> None:
-    """Start a swarm, ask it, stop it. The model is fetched first if it is not here.
+    """Start a swarm, ask it a question, and stop it. The model is downloaded first if it is not here.
 
     Raises PeerdError, CheckpointError, ProcessEnded.
     """

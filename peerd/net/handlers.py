@@ -1,7 +1,7 @@
 """Runs the handler of one stream that a peer opened, and ends the stream as the handler ended.
 
-An error that peers have a name for resets the stream with its code, and is nobody else's business. Any other exception
-is a bug of ours: the stream is reset with `internal`, and the connection is told.
+If the handler ends with an error of the protocol, only its stream is reset, with that error's code. Any other exception
+is a bug of ours: the stream is reset with `internal`, and `on_bug` is called.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ StreamHandler = Callable[[Stream], Awaitable[None]]
 # Messages that a handler leaves unsent wait this long for the peer to read them. Without a limit a peer that does not
 # read would make us keep them.
 LEFTOVER_S = 30.0
-# What a handler may end with: an error that peers have a name for, or the end of its stream.
+# What a handler may end with: an error of the protocol, or the end of its stream.
 _STREAM_ENDS = (PeerdError, trio.EndOfChannel, trio.ClosedResourceError, trio.BrokenResourceError)
 
 
 async def run_handler(handler: StreamHandler, stream: Stream, on_bug: Callable[[Exception], None]) -> None:
-    """Run a handler; its stream ends with it. `on_bug` gets an exception that peers have no name for."""
+    """Run a handler; its stream ends with it. `on_bug` gets every exception that is not an error of the protocol."""
     try:
         await handler(stream)
         await _see_off(stream)
@@ -40,7 +40,7 @@ async def run_handler(handler: StreamHandler, stream: Stream, on_bug: Callable[[
 
 
 async def _see_off(stream: Stream) -> None:
-    """Send what the handler left to be sent; what the peer does not read in time is dropped."""
+    """Send the messages that the handler left unsent. What the peer does not read in time is dropped."""
     stream.close()
     if stream.unsent_messages:
         with trio.move_on_after(LEFTOVER_S):

@@ -1,7 +1,7 @@
-"""The connections that are live now: one for each other peer, and who is told when that changes.
+"""The connections that are live now, one for each other peer, and the observers that are told of changes.
 
-It chooses between two connections to the same peer. Where both sides dialled, or one has lost a connection that the
-other still believes in, the old one has to answer before the new one is refused.
+It chooses between two connections to the same peer. If both sides dialled, or one has lost a connection that the other
+still believes in, the old connection is asked for a sign of life before the new one is refused.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from peerd.protocol.identity import PeerId
 
 log = logging.getLogger(__name__)
 
-# How long a connection that we believe in may take to show that it lives, when a second one comes.
+# How long an existing connection may take to answer when a second one comes.
 PROBE_S = 2.0
-# So many that we dialled stay, however idle: whom we ask first, and who tells us what the time and our address is.
+# This many connections that we dialled are kept even if idle: these peers are asked first, and tell us the time and our
+# address.
 MIN_DIALLED = 16
-# Where a new peer comes and there is no more room, a connection that was idle for so long makes it.
+# If a new peer comes and there is no room, a connection that was idle for this long is closed.
 SPARED_S = 10.0
-# The side that dialled closes what nobody has used for so long: each connection costs both sides 4 KiB of PINGs a
-# minute, and in a swarm of a thousand a peer meets most of the others within hours.
+# The side that dialled closes a connection that was unused for this long. Each connection costs both sides 4 KiB of
+# PINGs a minute, and in a swarm of a thousand a peer meets most of the others within hours.
 IDLE_S = 120.0
-# Between two looks whether a connection that nobody uses can be spared by now.
+# The pause between two checks whether an unused connection may be closed.
 LOOK_AGAIN_S = 15.0
 
 Observer = Callable[[PeerConnection], None]
 
 
 class LiveConnections:
-    """Settled connections by PeerId. None of them is ever lost.
+    """Settled connections by PeerId. A lost connection is never among them.
 
-    max_live: beyond so many, a new peer comes in only where another is idle.
-    on_connected, on_lost: called, without waiting, when a peer is connected and when it no longer is.
+    max_live: with this many connections, a new peer is accepted only if an idle connection can be closed for it.
+    on_connected, on_lost: called when a peer is connected and when it no longer is; they must not wait.
     """
 
     def __init__(self, containment: Containment, max_live: int) -> None:
@@ -48,7 +49,7 @@ class LiveConnections:
         self._max_live = max_live
         self._live: dict[PeerId, PeerConnection] = {}
         self._arrival = trio.lowlevel.ParkingLot()
-        # What the fastest line showed that has ended.
+        # Bytes a second of the fastest line among the connections that have ended.
         self._uplink = 0.0
 
     def __repr__(self) -> str:
@@ -56,17 +57,18 @@ class LiveConnections:
 
     @property
     def by_peer(self) -> Mapping[PeerId, PeerConnection]:
-        """Who is connected now; a view that changes."""
+        """The peers that are connected now; a live view."""
         return MappingProxyType(self._live)
 
     @property
     def uplink(self) -> float:
-        """Bytes a second that we can send, as far as lines have shown; 0 before any did. A line may be slow at its
-        other end, so the fastest tells most of ours."""
+        """How many bytes a second we can send, as far as lines have shown; 0 before any has. A line may be slow at its
+        other end, so the fastest one shows most about ours.
+        """
         return max([self._uplink, *(each.uplink.bytes_a_second or 0.0 for each in self._live.values())])
 
     async def find(self, peer_id: PeerId) -> PeerConnection | None:
-        """The live connection to a peer, after a checkpoint; None where there is none."""
+        """The live connection to a peer, or None, after a checkpoint."""
         while (connection := self._live.get(peer_id)) is not None:
             await trio.lowlevel.checkpoint()
             if connection.lost is None:
@@ -74,13 +76,13 @@ class LiveConnections:
         return None
 
     async def wait_for(self, peer_id: PeerId) -> PeerConnection:
-        """The live connection to a peer, once there is one."""
+        """Wait for a live connection to a peer, and return it."""
         while (connection := self._live.get(peer_id)) is None:
             await self._arrival.park()
         return connection
 
     async def is_better(self, connection: PeerConnection) -> bool:
-        """Whether a new connection is better than the one that we have to its peer, which may no longer answer."""
+        """Whether a new connection is better than our connection to the same peer, which may no longer answer."""
         while (old := self._live.get(connection.peer_id)) is not None:
             await trio.lowlevel.checkpoint()
             if await old.answers(PROBE_S):
@@ -89,10 +91,10 @@ class LiveConnections:
         return True
 
     def add(self, connection: PeerConnection) -> None:
-        """Both sides take this connection."""
+        """Note that both sides take this connection."""
         if (old := self._live.get(connection.peer_id)) is not None:
             old.close("replaced", "there is a newer connection")
-        # Only a peer that has proved itself makes another leave.
+        # Only for a peer that has proved its identity is another connection closed.
         elif len(self._live) >= self._max_live and (spared := self._most_idle()) is not None:
             spared.close(IDLE, "others need the room")
         connection.settle()
@@ -102,9 +104,9 @@ class LiveConnections:
         self._tell(self.on_connected, connection)
 
     def remove(self, connection: PeerConnection) -> None:
-        """The connection has ended, whether or not it was ever added."""
+        """Note that the connection has ended, whether or not it was ever added."""
         if connection.uplink.bytes_a_second is not None:
-            # Half of what is remembered goes each time: we may have moved to another network.
+            # The remembered value is halved each time, because we may have moved to a slower network.
             self._uplink = max(self._uplink / 2, connection.uplink.bytes_a_second)
         if connection.settled and self._live.get(connection.peer_id) is connection:
             del self._live[connection.peer_id]
@@ -116,7 +118,9 @@ class LiveConnections:
         return len(self._live) < self._max_live or self._most_idle() is not None
 
     async def close_when_unused(self, connection: PeerConnection) -> None:
-        """Close a connection that we dialled when nobody has used it for IDLE_S, as long as enough others stay."""
+        """Close a connection that we dialled when it was unused for IDLE_S, if enough others that we dialled are
+        left.
+        """
         while True:
             since, now = connection.unused_since, trio.current_time()
             if since is None:
@@ -131,7 +135,9 @@ class LiveConnections:
 
     @contextmanager
     def watching(self, *, connected: Observer | None = None, lost: Observer | None = None) -> Iterator[None]:
-        """Call `connected` for each peer that is connected, now or while the block runs, and `lost` for each lost."""
+        """Call `connected` for each peer that is connected, now or while the block runs, and `lost` for each that is
+        lost.
+        """
         if connected is not None:
             for connection in tuple(self._live.values()):
                 connected(connection)
@@ -147,7 +153,7 @@ class LiveConnections:
                     observers.remove(observer)
 
     def _most_idle(self) -> PeerConnection | None:
-        """The connection that can be missed most easily, where one can."""
+        """The connection that has been idle for longest, if it may be closed; else None."""
         idlest = max(self._live.values(), key=lambda connection: connection.idle_s, default=None)
         return idlest if idlest is not None and idlest.idle_s >= SPARED_S else None
 
@@ -158,5 +164,5 @@ class LiveConnections:
 
 
 def _log_level(connection: PeerConnection) -> int:
-    # Strangers that come and go at will must not fill the disk with lines.
+    # Strangers that come and go at will must not fill the disk with log lines.
     return logging.INFO if connection.dialled else logging.DEBUG

@@ -1,8 +1,7 @@
 """A peer's connection to itself, in memory, for example when it is two hops of one chain.
 
-Carries messages between its two ends in memory; handlers, credit and priorities are those of any connection. The hard
-part is the handshake, which refuses our own PeerId, and rightly: so it runs between two identities made up for it. It
-has nothing to prove here.
+Handlers, credit and priorities work as on any connection. The hard part is the handshake, which rightly refuses our own
+PeerId. So it runs between two identities made up for it; in memory there is nothing to prove.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _PIPE_MESSAGES = 16
 
 
 class LoopbackConnection(PeerConnection):
-    """One of its ends. `peer_id` is our own. The near end, on which we open streams, makes the choice."""
+    """One of the two ends. `peer_id` is our own. The near end, on which we open streams, makes the choice."""
 
     def __init__(
         self,
@@ -59,7 +58,9 @@ def loopback(
     containment: Containment,
     limits: Limits,
 ) -> tuple[PeerConnection, Callable[[], Awaitable[None]]]:
-    """The end on which we open streams, and what runs both. It can be used once it has said hello."""
+    """Make the end on which we open streams, and the function that runs both ends. The end is usable after its
+    hello.
+    """
     there, from_here = trio.open_memory_channel[bytes](_PIPE_MESSAGES)
     here, from_there = trio.open_memory_channel[bytes](_PIPE_MESSAGES)
     now = trio.current_time()
@@ -94,7 +95,7 @@ async def _take(_connection: PeerConnection) -> bool:
 
 
 def _tell_nobody(_connection: PeerConnection) -> None:
-    """Observers of connections want to know about other peers."""
+    """Do nothing: observers of connections want to know about other peers only."""
 
 
 class _Pipe:

@@ -1,4 +1,6 @@
-"""The open streams of one connection, by their number: whom the machine's events wake, and since when none is open."""
+"""The open streams of one connection, by number: it passes the machine's events to them, and notes since when none is
+open.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from peerd.protocol.connection.events import MessageSent, StreamEnded, StreamRea
 
 
 class OpenStreams:
-    """Streams that we opened or the peer did, and the handlers that run for the peer's."""
+    """The streams that either side opened, and the handlers that run for the peer's."""
 
     def __init__(self) -> None:
         self.opened = 0
-        """How many there ever were."""
+        """How many streams there ever were."""
         self.handled = 0
-        """How many have a handler that runs now."""
+        """How many streams have a handler that runs now."""
         self._open: dict[int, Stream] = {}
         self._used_at = trio.current_time()
 
@@ -32,17 +34,17 @@ class OpenStreams:
         return None if self._open or self.handled else self._used_at
 
     def touch(self) -> None:
-        """The connection is of use now."""
+        """Note that the connection was used just now."""
         self._used_at = trio.current_time()
 
     def add(self, connection: Carrier, core: streams.Stream) -> Stream:
-        """The stream whose machine is `core`."""
+        """Add the stream whose machine is `core`, and return it."""
         stream = self._open[core.id] = Stream(connection, core)
         self.opened += 1
         return stream
 
     def deliver(self, event: StreamReadable | MessageSent | StreamEnded) -> None:
-        """Wake the tasks that wait for what an event says."""
+        """Wake the tasks that wait for the event."""
         match event:
             case StreamReadable(core):
                 if (stream := self._open.get(core.id)) is not None:
@@ -56,7 +58,7 @@ class OpenStreams:
                     stream.wake()
 
     def wake_all(self) -> None:
-        """The connection has ended: let every task that waits on a stream see it."""
+        """Let every task that waits on a stream see that the connection has ended."""
         for stream in self._open.values():
             stream.wake()
 

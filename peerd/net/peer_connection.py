@@ -1,8 +1,8 @@
-"""One live connection, as everybody else uses it: streams, hello, delay, and its end with the reason.
+"""One live connection as the rest of peerd uses it: streams, hello, delay, and its end with the reason.
 
-`protocol.connection` decides what is sent and what received bytes mean; `pump` moves them. The hard part is the end:
-the task that notices it first says why, all tasks that wait on the connection are woken with that reason, handlers get
-a moment to clean up, and nothing takes longer than a second.
+`protocol.connection` decides what is sent and what received bytes mean; `pump` moves them. The hard part is the end.
+The task that notices it first gives the reason, all tasks that wait on the connection are woken with that reason,
+handlers get a moment to clean up, and nothing takes longer than a second.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from peerd.protocol.identity import PeerId
 
 log = logging.getLogger(__name__)
 
-# What handlers get to notice that their connection is gone, before they are cancelled.
+# How long handlers may clean up after the end of their connection, before they are cancelled.
 HANDLER_GRACE_S = 0.5
-# Every settled connection has had this one.
+# Every settled connection has had one stream, for the hello.
 _HELLO_STREAMS = 1
 # The code of a GOAWAY from a peer that leaves for good.
 CLOSED = "closed"
@@ -63,8 +63,9 @@ IDLE = "idle"
 class PeerConnection:
     """A connection to `peer_id`. Streams may be opened on it once it is settled. Made by `Connections`.
 
-    own: our PeerId. handlers: protocol id -> what runs for each stream of it that the peer opens; it may change.
-    on_lost: called at the moment in which the connection ends, before anything that waits on it is woken.
+    own: our PeerId. handlers: protocol id -> the function that runs for each stream of it that the peer opens; it may
+        change.
+    on_lost: called when the connection ends, before any task that waits on it is woken.
     """
 
     def __init__(
@@ -86,13 +87,13 @@ class PeerConnection:
         self.lost: PeerdError | None = None
         """The reason why the connection ended; None while it lives."""
         self.settled = False
-        """Whether both sides have taken it."""
+        """Whether both sides have taken this connection."""
         self.is_duplicate = False
         """Whether we or the peer had a better connection."""
         self.closed_here = False
-        """Whether we closed it in good order."""
+        """Whether we closed it without an error."""
         self.farewell = ""
-        """The code with which the peer ended it; "" where it did not say."""
+        """The code with which the peer ended it; "" if the peer gave none."""
         self._channel = channel
         self._own = own
         self._handlers = handlers
@@ -185,7 +186,7 @@ class PeerConnection:
         return self.lost
 
     async def answers(self, within_s: float) -> bool:
-        """Whether the peer is there: something of it arrives in time after we asked."""
+        """Ask for a sign of life. Returns whether any message of the peer arrives in time."""
         return self.lost is None and await self._pump.ask(within_s)
 
     async def measure(self) -> float:
@@ -215,15 +216,15 @@ class PeerConnection:
     # For `Stream`, `settling` and `Connections`.
 
     def wake(self) -> None:
-        """There may be something to send."""
+        """Note that there may be messages to send."""
         self._pump.wake()
 
     async def run(self, settle: Callable[[PeerConnection], Awaitable[None]]) -> None:
-        """Move bytes, from the first to the last. Returns when the connection has ended; `lost` says why.
+        """Run the connection from its first message to its last. When it returns, `lost` has the reason.
 
-        settle: runs beside it and sees to it that the connection is taken; a PeerFault of it ends the connection, and
-        the end of the connection cancels it.
-        A bug, in a handler too, ends this connection with `internal`; it is raised only under PEERD_STRICT=1.
+        settle: runs beside it until the connection is taken. If it raises a PeerFault, the connection ends; if the
+            connection ends, it is cancelled.
+        A bug, also in a handler, ends this connection with `internal`; it is raised only under PEERD_STRICT=1.
         """
         async with trio.open_nursery() as handling:
             self._handling = handling
@@ -240,11 +241,13 @@ class PeerConnection:
         return self._own < self.peer_id
 
     async def wait_proven(self) -> None:
-        """Wait until the peer has proved who it is."""
+        """Wait until the peer has proved its identity."""
         await self._proven.wait()
 
     async def wait_greeted(self) -> Stream:
-        """The stream of the peer's hello: where the choice is the peer's, it has taken this connection."""
+        """Wait for the stream of the peer's hello. Where the choice is the peer's, it has then taken this
+        connection.
+        """
         await self._greeted.wait()
         assert self._greeting is not None
         return self._greeting
@@ -336,7 +339,7 @@ class PeerConnection:
     def _adopt(self, core: streams.Stream) -> Stream:
         stream = self._streams.add(self, core)
         if len(self._streams) == 1:
-            # The machine asks for signs of life more often while somebody may wait for an answer.
+            # While a task may wait for an answer, the machine asks for signs of life more often.
             self._pump.hurry()
         return stream
 

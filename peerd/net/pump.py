@@ -1,7 +1,7 @@
 """Moves the messages of one connection between its protocol machine and its channel, and keeps the machine's time.
 
-`read` never sends and never waits for a handler, `write` is never cancelled because a request was, and `keep_time`
-calls the machine when it has something to do. Each is a task of `PeerConnection`, which owns their endings.
+`read` never sends and never waits for a handler. `write` is not cancelled when a request is. `keep_time` calls the
+machine at its deadlines. `PeerConnection` runs each of them as a task, and decides how they end.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from peerd.net.transport import MessageChannel
 from peerd.net.uplink_meter import UplinkMeter
 from peerd.protocol.connection.connection import Connection
 
-# How long our last words may take.
+# How long it may take to send the last messages.
 FAREWELL_S = 0.4
 
 
 class Pump:
-    """The moving parts of one connection. `take_events`: called after the machine may have new events."""
+    """The reading, writing and timing of one connection. `take_events` is called when the machine may have new
+    events.
+    """
 
     def __init__(self, core: Connection, channel: MessageChannel, take_events: Callable[[], None]) -> None:
         self.uplink = UplinkMeter()
@@ -34,11 +36,11 @@ class Pump:
         self._writing = trio.CancelScope(shield=True)
 
     def wake(self) -> None:
-        """There may be something to send."""
+        """Note that there may be messages to send."""
         self._idle.unpark_all()
 
     def hurry(self) -> None:
-        """The machine's deadline may be sooner than it was."""
+        """Note that the machine's deadline may be sooner than before."""
         self._hurry.unpark_all()
 
     def stop(self) -> None:
@@ -49,7 +51,7 @@ class Pump:
         self.wake()
 
     async def read(self, wait_ready: Callable[[], Awaitable[None]]) -> None:
-        """Hand messages to the machine for ever; `wait_ready` is awaited between two. Raises PeerFault."""
+        """Hand messages to the machine for ever; awaits `wait_ready` after each. Raises PeerFault."""
         while True:
             message = await self._channel.receive()
             self._core.receive(message, trio.current_time())
@@ -86,7 +88,9 @@ class Pump:
                 await self._hurry.park()
 
     async def ask(self, within_s: float) -> bool:
-        """Ask the peer for a sign of life. Whether something of it arrives in time, before the connection ends."""
+        """Ask the peer for a sign of life. Returns whether any message of it arrives in time, before the connection
+        ends.
+        """
         self._core.ask(trio.current_time())
         self.wake()
         with trio.move_on_after(within_s):

@@ -1,8 +1,8 @@
-"""Two peers agree which connection they keep, and say hello on it.
+"""Lets two peers agree on which connection they keep, and exchanges their hellos on it.
 
-Two peers may dial each other at the same moment, or one dials again because it lost a connection that the other still
-believes in. The peer with the smaller PeerId chooses. It says hello on the connection that it takes, and nothing else
-is said before; it closes the others as duplicates (spec/connection.md).
+Two peers may dial each other at the same moment, or one may dial again because it lost a connection that the other
+still believes in. So the peer with the smaller PeerId chooses. It sends its hello on the connection that it takes,
+before anything else is sent there, and closes the others as duplicates (spec/connection.md).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from peerd.net.stream import Stream
 from peerd.protocol.connection.hello import HELLO_PROTOCOL, Hello
 from peerd.protocol.errors import HandshakeFailed, RemoteProtocolError
 
-# From the proof of who the peer is until both sides know each other's hello.
+# The time from the proof of the peer's identity until both sides have each other's hello.
 SETTLE_S = 10.0
 
 
 @contextmanager
 def within_settle_time() -> Iterator[None]:
-    """Settle in the block. Raises HandshakeFailed if that takes too long."""
+    """Limit the block to SETTLE_S. Raises HandshakeFailed if it takes longer."""
     with trio.move_on_after(SETTLE_S) as scope:
         yield
     if scope.cancelled_caught:
@@ -31,20 +31,21 @@ def within_settle_time() -> Iterator[None]:
 
 
 async def agree(connection: PeerConnection, choose: Callable[[PeerConnection], Awaitable[bool]]) -> bool:
-    """Whether both sides take this connection. If not, it has ended.
+    """Agree on this connection. Returns whether both sides take it; if not, it has ended.
 
-    choose: whether we take it, asked where the choice is ours. The peer's choice arrives as its hello.
+    choose: called where the choice is ours; returns whether we take it. If the choice is the peer's, its hello is the
+        choice.
     """
     if not connection.is_our_choice:
         await connection.wait_greeted()
     elif not await choose(connection):
         connection.close_as_duplicate()
-    # It may have ended in the tick in which we chose: then no checkpoint has told us.
+    # The connection may have ended in the tick in which we chose, so that no checkpoint has raised yet.
     return connection.lost is None
 
 
 async def exchange_hellos(connection: PeerConnection, ours: Hello) -> Hello:
-    """Say hello, and return what the peer says about itself. Raises PeerFault."""
+    """Send our hello, and return what the peer says about itself. Raises PeerFault."""
     if not connection.is_our_choice:
         stream = await connection.wait_greeted()
     else:

@@ -19,12 +19,12 @@ from trio_websocket import WebSocketConnection, open_websocket_url
 #: None where no Chromium is installed; tests that need one are then skipped.
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _START_S = 60.0
-# Only a failure waits so long, also on a machine that is busy with other tests.
+# Only a failure waits this long, also on a machine that is busy with other tests.
 _WAIT_S = 60.0
 
 
 class Page:
-    """One tab, or the browser itself. `errors`: all that the page would tell a developer as an error."""
+    """One tab, or the browser itself. `errors`: everything that the page reports as an error in its console."""
 
     def __init__(self, socket: WebSocketConnection) -> None:
         self.errors: list[str] = []
@@ -33,7 +33,7 @@ class Page:
         self._number = 0
 
     async def receive(self) -> None:
-        """Take what the browser says, until cancelled."""
+        """Receive the browser's messages until cancelled."""
         while True:
             message = json.loads(await self._socket.get_message())
             if "id" in message:
@@ -44,7 +44,7 @@ class Page:
                 self.errors.append(message["params"]["entry"]["text"])
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Ask the browser. Raises RuntimeError where it refuses."""
+        """Send the browser a command. Raises RuntimeError if it refuses."""
         self._number += 1
         send, receive = trio.open_memory_channel[dict[str, Any]](1)
         self._answers[self._number] = send
@@ -61,7 +61,7 @@ class Page:
         await self.wait("document.readyState === 'complete'")
 
     async def run(self, script: str) -> Any:
-        """The value of a script, awaited where it is a promise. Raises AssertionError for an exception in it."""
+        """Return the value of a script; a promise is awaited. Raises AssertionError for an exception in it."""
         answer = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -76,11 +76,11 @@ class Page:
         raise AssertionError(f"never: {condition}; the page: {shown}; {self.errors}")
 
     async def type(self, text: str) -> None:
-        """Type a text where the focus is."""
+        """Type a text into the focused element."""
         await self.call("Input.insertText", text=text)
 
     async def press(self, key: str) -> None:
-        """Press a key that has a name: Enter, Escape, Tab."""
+        """Press a key by its name: Enter, Escape, Tab."""
         code = {"Enter": 13, "Escape": 27, "Tab": 9}[key]
         text = {"Enter": "\r"}.get(key, "")
         for kind in ("keyDown", "keyUp"):
@@ -88,7 +88,7 @@ class Page:
             await self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **extra)
 
     async def look(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Give the window a size, and the system's preference for light or dark."""
+        """Set the size of the window, and the system's preference for light or dark."""
         await self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -96,20 +96,20 @@ class Page:
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     async def screenshot(self, path: Path) -> None:
-        """What the window shows, as PNG."""
+        """Return the window's content as PNG."""
         shot = await self.call("Page.captureScreenshot", format="png")
         await trio.Path(path).write_bytes(base64.b64decode(shot["data"]))
 
 
 @contextmanager
 def run_chromium(profile: Path) -> Iterator[str]:
-    """A browser with an empty profile in `profile`; what is yielded is the address at which it is driven."""
+    """Run a browser with an empty profile in `profile`; yields the address over which it is controlled."""
     assert CHROMIUM is not None
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
     command = [CHROMIUM, *options, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            # The browser writes its port into this file once it listens.
+            # The browser writes its port into this file when it listens.
             ready = profile / "DevToolsActivePort"
             until = time.monotonic() + _START_S
             while not ready.is_file() or len(ready.read_text().splitlines()) < 2:
@@ -139,5 +139,5 @@ async def open_page(browser_url: str) -> AsyncIterator[Page]:
             try:
                 yield page
             finally:
-                # Before the websockets close, which `receive` would raise for.
+                # Stop `receive` before the websockets close, which would make it raise.
                 nursery.cancel_scope.cancel()

@@ -51,7 +51,7 @@ class Answers:
     ) -> None:
         """`on_token` is called for each token of an answer.
 
-        Raises ApiError for what cannot fit, before anything is asked of anybody.
+        Raises ApiError if a prompt does not fit, before any peer is asked.
         """
         self.usage = Usage(sum(map(len, prompts)))
         self._asked = asked

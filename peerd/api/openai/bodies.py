@@ -44,7 +44,7 @@ class ChatShape:
         return self._chunk([]) | {"usage": usage}
 
     def chain(self, chain: dict[str, Any]) -> dict[str, Any]:
-        """A piece without text that says which peers compute the answer from here on."""
+        """A piece without text that names the peers that compute the answer from here on."""
         return self._chunk([]) | {"peerd": chain}
 
     def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class CompletionShape:
         return self._frame([]) | {"usage": usage}
 
     def chain(self, chain: dict[str, Any]) -> dict[str, Any]:
-        """A piece without text that says which peers compute the answer from here on."""
+        """A piece without text that names the peers that compute the answer from here on."""
         return self._frame([]) | {"peerd": chain}
 
     def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:

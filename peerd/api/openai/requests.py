@@ -122,7 +122,7 @@ def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) ->
         if not stream:
             raise fields.error("stream_options", "needs stream: true")
         include_usage = options.boolean("include_usage")
-        # Ours: which peers answer, for people who watch (spec/local-api.md).
+        # Our own addition for people who watch the chain: the peers that compute the answer (spec/local-api.md).
         include_chain = options.boolean("include_chain")
         options.ignore("include_obfuscation")
         options.refuse_others()

@@ -1,7 +1,7 @@
-"""Serves the page's own files, and forbids the browser to load anything from elsewhere.
+"""Serves the files of the page, and forbids the browser to load anything from elsewhere.
 
-The files come with the package; there is no build step. They hold no secret, so they are served without the token:
-the page asks for it, or finds it in the fragment of the link that the daemon printed.
+The files are part of the package; there is no build step. They hold no secret, so they are served without the token:
+the page asks the user for it, or finds it in the fragment of the link that the daemon printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from peerd.api.errors import ApiError
 
-# Where the files lie, and the beginning of their paths on the server.
+# The folder of the files, and the beginning of their paths on the server.
 PREFIX = "/web/"
 _TYPES = {
     "html": "text/html; charset=utf-8",
@@ -24,8 +24,8 @@ _TYPES = {
     "svg": "image/svg+xml",
 }
 _HEADERS = {
-    # The page may load its own files and ask this daemon; inline code and styles do not run, so a model's answer
-    # that reaches the page as HTML by some mistake cannot act.
+    # The page may load its own files and ask this daemon. Inline code and styles do not run, so a model's answer that
+    # reaches the page as HTML by mistake cannot act.
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -43,7 +43,7 @@ def page_routes() -> list[BaseRoute]:
 
 
 def is_page_path(path: str) -> bool:
-    """Whether `path` is a file of the page: these are served without a token."""
+    """Whether `path` is a file of the page; these are served without a token."""
     return path in ("/", "/favicon.ico") or path.startswith(PREFIX)
 
 
@@ -68,6 +68,6 @@ def _response(name: str) -> Response:
 
 @cache
 def _files() -> dict[str, bytes]:
-    """All files by name: a name from a request is looked up here and never becomes a path."""
+    """All files by name. A name from a request is looked up here and never used as a path."""
     folder = resources.files("peerd.api.web") / "static"
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name.rpartition(".")[2] in _TYPES}

@@ -1,7 +1,7 @@
-"""The last hour as the daemon saw it: the coverage of each model, tokens answered, and since when each peer serves.
+"""The last hour as the daemon saw it: each model's coverage, the tokens answered, and since when each peer serves.
 
-A sample a minute, in memory. Announcements do not say since when a server has been there, so it is counted from when
-this daemon first saw it.
+There is a sample for each minute, in memory. Announcements do not contain since when a server serves, so the time
+counts from when this daemon first saw it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SAMPLES = 60
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One minute. `at`: unix seconds of its end; `tokens`: answered within it, all models together.
+    """One minute. `at`: unix seconds of its end; `tokens`: tokens answered within it, of all models together.
 
     `coverage`: for each model the share of its blocks that had a server, 0 to 1.
     """
@@ -40,7 +40,7 @@ class History:
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """Oldest first."""
+        """The samples, oldest first."""
         return tuple(self._samples)
 
     def count_token(self) -> None:
@@ -48,7 +48,7 @@ class History:
         self._tokens += 1
 
     def since(self, model: str, peers: Iterable[str]) -> dict[str, float]:
-        """Unix seconds since when each of `peers`, the ones that serve `model` now, has been seen without a gap."""
+        """For each of `peers`, which serve `model` now, the unix seconds since when it has been seen without a gap."""
         now = self._wall_clock()
         seen = {(model, peer): self._first_seen.get((model, peer), now) for peer in peers}
         others = {key: at for key, at in self._first_seen.items() if key[0] != model}

@@ -1,4 +1,6 @@
-"""What the page shows of the swarm: each model's servers, the coverage of its blocks, and how another machine joins."""
+"""The view of the swarm on the page: each model's servers, the coverage of its blocks, and how another machine
+joins.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ if TYPE_CHECKING:
 
 # The page asks every few seconds; several open pages share one lookup.
 _MAX_AGE_S = 2.0
-# What the page lists; the figures above the list count all of them.
+# How many peers the page lists at most; the figures above the list count all of them.
 _MOST_PEERS = 500
-# Addresses in the command with which others join: enough that one may be gone.
+# How many addresses the command for joining has: with two, one may be gone.
 _MOST_BOOTSTRAP = 2
 
 
 class SwarmView:
-    """The daemon's view of the swarm, made anew for each question."""
+    """The daemon's view of the swarm, computed for each question."""
 
     def __init__(self, peer: Peer, models: Models, history: History) -> None:
         self._peer = peer
@@ -32,7 +34,7 @@ class SwarmView:
         self._history = history
 
     async def describe(self) -> dict[str, Any]:
-        """The view as JSON (spec/local-api.md)."""
+        """Return the view as JSON (spec/local-api.md)."""
         return {
             "peer_id": str(self._peer.peer_id),
             "models": [await self._describe_model(name, model) for name, model in self._models],
@@ -90,7 +92,7 @@ class SwarmView:
         }
 
     def _join_command(self, name: str) -> str | None:
-        """The command with which another machine serves blocks of the model; None while we know no address to give."""
+        """The command with which another machine serves blocks of the model; None while we have no address to give."""
         addresses = [
             str(contact.addresses[0].with_peer(contact.peer_id))
             for contact in self._peer.discovery.contacts()
@@ -98,7 +100,7 @@ class SwarmView:
         ]
         if not addresses:
             return None
-        # A model without a hub's name is a directory, which lies elsewhere on another machine.
+        # A model without a hub's name is a directory, which has another path on another machine.
         model = name if "/" in name else f"PATH/TO/{name}"
         options = " ".join(f"--bootstrap {shlex.quote(address)}" for address in addresses[:_MOST_BOOTSTRAP])
         return f"peerd --serve-blocks auto --model {shlex.quote(model)} {options}"

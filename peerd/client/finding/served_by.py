@@ -1,4 +1,4 @@
-"""Who serves which blocks: a part of a chain, as an application sees it."""
+"""A part of a chain as an application sees it: which peer serves which blocks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Both ends of a circuit, which carries a connection to a peer through a relay (spec/relay.md).
 
-It is requested and accepted here; `connections.py` and `reach/reservations.py` decide who may use one. Messages that
-wait in the outer stream cannot be overtaken by more urgent ones, so a message is handed over only when the one before
-it has been sent.
+This file requests and accepts circuits; `dialler.py` and `reach/reservations.py` decide which peers may use one.
+Messages that wait in the outer stream cannot be overtaken by more urgent ones, so a message is handed over only when
+the one before it has been sent.
 """
 
 from __future__ import annotations

