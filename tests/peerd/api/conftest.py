@@ -18,6 +18,7 @@ from peerd.api.app import Api
 from peerd.api.models import Models
 from peerd.api.serve import Endpoint, open_local_api
 from peerd.client.model import ModelFacts, SwarmModel
+from peerd.net.containment import Containment
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
@@ -193,7 +194,7 @@ async def open_daemon_of(model, swarm, folder):
         addresses=(),
         served=(),
         server=None,
-        connections=SimpleNamespace(live={}),
+        connections=SimpleNamespace(live={}, containment=Containment()),
         discovery=SimpleNamespace(directory=_Directory(swarm), contacts=lambda: _contacts(swarm)),
         reachability=SimpleNamespace(here=Here(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
         relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
