@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 TOOLS := .venv-tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-families test-oldest test-newest check docs fix lint lock families chaos bench bench-list clean setup
+.PHONY: demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -19,13 +19,23 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # Both ends of the ranges in pyproject.toml, each in an environment of its own, which is made anew where its pins have
-# changed: what depends on other packages' releases, and the demonstration.
+# changed: what depends on other packages' releases, and the demonstration. PARTS names less.
+ENDS := tests/compute tests/peerd tests/e2e tests/test_demo.py tests/test_optional_parts.py tests/test_public_api.py
 test-oldest test-newest: test-%: $(TOOLS)/.ready
 	@mkdir -p .venv-$* && $(TOOLS)/bin/python .ci/lock.py $* > .venv-$*/pins.new
 	@cmp -s .venv-$*/pins.new .venv-$*/pins.txt || { rm -f .venv-$*/.ready && mv .venv-$*/pins.new .venv-$*/pins.txt; }
 	@$(MAKE) --no-print-directory setup VENV=.venv-$* LOCK=.venv-$*/pins.txt
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(or $(PARTS),tests/compute tests/peerd tests/e2e)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(or $(PARTS),$(ENDS))
+	@# Peers with either release meet in one swarm.
+	@$(MAKE) --no-print-directory setup
+	@rm -rf .venv-$*/models
+	$(BIN)/python -m tests.compute.releases write .venv-$*/models 2>/dev/null
+	.venv-$*/bin/python -m tests.compute.releases check .venv-$*/models
 	.venv-$*/bin/peerd demo --max-new-tokens 16
+
+# The ways in which users install peerd, each into an empty environment, and the demonstration there. Some minutes.
+test-installs:
+	PYTHON=$(PYTHON) bash .ci/installs $(WAYS)
 
 # Pins everything that set-up installs, from pyproject.toml's ranges and what the package index has today.
 lock: $(TOOLS)/.ready
