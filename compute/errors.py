@@ -90,7 +90,7 @@ class NonFiniteError(EngineError):
 
     @classmethod
     def of(cls, blocks: Span, dtype: torch.dtype | None, what: str = "") -> NonFiniteError:
-        """The error that names the blocks, what they compute in, and what to do. `what`: for what they gave it."""
+        """The error with the blocks' numbers, their dtype, and what to do. `what`: the input for which they gave it."""
         name = "" if dtype is None else str(dtype).removeprefix("torch.")
         remedy = (
             "its numbers end at 65504: serve with --dtype bfloat16"

@@ -111,8 +111,8 @@ class Batch:
 class BatchOutput:
     """For each piece its hidden states, `[count, hidden_size]` on the CPU, and whether all values are finite.
 
-    A piece that could not be computed has no hidden states; `failures` are the stacks of what was raised, as text.
-    `is_device_lost`: whether the device computes nothing more for this process.
+    A piece that could not be computed has no hidden states; `failures` are the stacks of the exceptions, as text.
+    `is_device_lost`: whether the device cannot compute for this process any more.
     """
 
     hidden: tuple[torch.Tensor | None, ...]

@@ -305,14 +305,14 @@ def _limit_dials(connections: Connections, bootstrap: Sequence[Multiaddr]) -> No
     connections.trust(bootstrap)
 
     def ours() -> Sequence[Multiaddr]:
-        # Neighbours in our own network meet there, though the swarm is on the internet.
+        # Neighbours in our own network meet there, even if the swarm is on the internet.
         return (*bootstrap, *connections.announced, *own_networks())
 
     connections.own_policy = DialPolicy(ours)
 
 
 async def _start_server(tasks: trio.Nursery, clock: SwarmClock, containment: Containment) -> Server:
-    # Serving needs torch, which whoever only keeps the DHT need not wait for.
+    # Serving needs torch, whose import would delay peers that only keep the DHT.
     from peerd.server.server import Server
 
     server = Server(clock, containment)

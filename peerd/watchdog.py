@@ -1,10 +1,12 @@
-"""Ends a daemon whose event loop hangs, and tells systemd that it does not.
+"""Ends a daemon whose event loop hangs, and tells systemd while it does not.
 
-A loop that spins or waits in a blocking call serves nobody, ignores SIGTERM and keeps its peers waiting; a process that
-ends is started again by its supervisor, and its peers look for another at once. Only a thread can see it. It counts
-its own ticks, not seconds: a process that was stopped, or slept with its machine, has not hung.
+A loop that spins or waits in a blocking call answers no request, ignores SIGTERM and keeps its peers waiting. If the
+process ends instead, its supervisor starts it again, and its peers use another at once. Only a thread can notice a
+hang. The thread counts its own ticks, not seconds, because a process that was stopped, or that slept with its machine,
+has not hung.
 
-A hang inside a call that never lets go of the interpreter is seen by systemd alone, which hears nothing from us then.
+If a call hangs without releasing the interpreter, the thread cannot run either. Then systemd notices, because it hears
+nothing from us.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import trio
 
 from peerd.trio_tools import open_tasks
 
-# A loop that has not turned for so many ticks hangs. No peer waits half as long for a sign of life.
+# A loop that has not turned for this many ticks hangs. Other peers wait less than half as long for a sign of life.
 HANG_TICKS: Final = 30
 TICK_S: Final = 1.0
 # EX_SOFTWARE of sysexits.h.
@@ -29,25 +31,27 @@ EXIT_HUNG: Final = 70
 
 
 class Pulse:
-    """Counts ticks between two beats. `beat` is the loop's, `tick` the thread's."""
+    """Counts ticks between two beats. The loop calls `beat`, the thread calls `tick`."""
 
     def __init__(self, hang_ticks: int = HANG_TICKS) -> None:
         self._hang_ticks = hang_ticks
         self._missed = 0
 
     def beat(self) -> None:
-        """The loop has turned."""
+        """Note that the loop has turned."""
         self._missed = 0
 
     def tick(self) -> bool:
-        """A tick has passed. Whether the loop hangs."""
+        """Note that a tick has passed. Returns whether the loop hangs."""
         self._missed += 1
         return self._missed > self._hang_ticks
 
 
 @asynccontextmanager
 async def watching_the_loop(*, hang_ticks: int = HANG_TICKS, tick_s: float = TICK_S) -> AsyncIterator[None]:
-    """While in the block, write all threads' stacks to standard error and exit with 70 if the loop stands still."""
+    """Inside this context, if the loop stands still, write the stacks of all threads to standard error and exit with
+    70.
+    """
     pulse, ended = Pulse(hang_ticks), threading.Event()
 
     def watch() -> None:
@@ -72,7 +76,7 @@ async def _beat(pulse: Pulse, tick_s: float) -> None:
 
 
 def _end(hung_s: float) -> None:
-    # No logging: its locks may be held by what hangs.
+    # This does not use logging, whose locks may be held by the code that hangs.
     with suppress(OSError):
         os.write(2, f"peerd: the event loop has not turned for {hung_s:g} s. Please report these stacks:\n".encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
@@ -80,7 +84,7 @@ def _end(hung_s: float) -> None:
 
 
 def tell_systemd(line: str) -> None:
-    """Send a line such as READY=1 to the systemd that started us with Type=notify. Never raises."""
+    """Send a line such as READY=1 to systemd, if it started us with Type=notify. Never raises."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path.startswith(("/", "@")):
         # A name that begins with @ is in the kernel's own namespace.

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from peerd.compute.errors import AdapterError
 from peerd.protocol.span import Span
 
-# Adapters have ranks of 4 to 256; a rank costs as much for each position of all who share a batch as for its own.
+# Adapters have ranks of 4 to 256. A rank costs as much for each position of the other sessions in a batch as for its
+# own.
 MAX_RANK = 1024
 
 BlockModule = tuple[int, str]
@@ -56,9 +57,9 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeepPrompt:
-    """What is added to the first positions of each row, where they enter a block: `values` `[positions, width]`.
+    """Values added to the first positions of each row where they enter a block: `values` `[positions, width]`.
 
-    In an adapter its key is the block's number and PROMPT, which is no layer's name.
+    In an adapter its key is the block's number and PROMPT, which is not the name of any layer.
     """
 
     values: torch.Tensor
@@ -89,7 +90,7 @@ Lora = Mapping[BlockModule, LoraPair | DeepPrompt]
 class LoraAdapter:
     """An adapter in memory, from any source: checked, on the CPU, without gradients. Raises AdapterError.
 
-    A client may give one to a session of its own; with deep prompts it can be nothing else.
+    A client may use it in its own sessions. With deep prompts it can only be used in this way.
     """
 
     weights: Lora

@@ -156,7 +156,7 @@ class SpanAdapters:
     def _prompter(self, key: BlockModule) -> Any:
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             if not isinstance(self._routing, _Routing):
-                # Only sessions have adapters with deep prompts; passes have theirs in another way.
+                # Only sessions use adapters with deep prompts. Passes get theirs in another way.
                 return None
             if args:
                 return (self._routing.prompted(key, args[0]), *args[1:]), kwargs
@@ -230,7 +230,7 @@ class _Routing:
             if isinstance(prompt, DeepPrompt) and segment.start < len(prompt.values):
                 added = prompt.values[segment.start : segment.end]
                 if flat.data_ptr() == hidden.data_ptr():
-                    # The caller's own, which it may go on with.
+                    # A copy, because the caller may go on using its own tensor.
                     flat = flat.clone()
                 flat[first : first + len(added)] += added
             first += segment.count

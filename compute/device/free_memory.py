@@ -1,4 +1,4 @@
-"""Measures how much memory this process can still take; a container's limit counts like the machine's."""
+"""Measures how much memory this process can still take. A container's limit counts like the machine's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def _available(meminfo: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where a version of control groups says what a group may have, what it has, and what of that is file cache."""
+    """The files in which a version of control groups gives a group's limit, its use, and the part of that which is file
+    cache.
+    """
 
     mount: str
     limits: tuple[str, ...]
@@ -45,12 +47,12 @@ class _Files:
 
 # Beyond memory.high the kernel slows the group down until nothing moves.
 _VERSION_2 = _Files("sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file")
-# What is unlimited there is a number that no machine has.
+# Version 1 writes a huge number if there is no limit.
 _VERSION_1 = _Files("sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _left_by_groups(root: Path) -> list[int]:
-    """What each control group around this process leaves, of either version; groups without a limit are left out."""
+    """What each control group around this process leaves, for both versions. Groups without a limit are left out."""
     try:
         own = (root / "proc/self/cgroup").read_text()
     except OSError:
@@ -66,8 +68,8 @@ def _left_by_groups(root: Path) -> list[int]:
 
 
 def _left_along(root: Path, files: _Files, path: str) -> list[int]:
-    """What a group and those around it leave. In a container the path may be the host's: then only the mount is there,
-    which is the container's own group.
+    """What a group and the groups around it leave. In a container the path may be the host's. Then only the mount
+    exists, which is the container's own group.
     """
     mount = root / files.mount
     group = mount / path.strip().lstrip("/")
@@ -85,7 +87,7 @@ def _left_by(group: Path, files: _Files) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """What a file says; None where it is not there, or says "max"."""
+    """The number in a file; None if the file is missing or contains "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -101,11 +103,11 @@ def _reclaimable(statistics: Path, name: str) -> int:
 
 
 def give_back_memory(device: str | torch.device) -> None:
-    """Return what this process holds of a device, and does not use, to it. Takes a fraction of a second."""
-    # Models hold themselves, and so do errors.
+    """Give memory of a device that this process holds and does not use back to it. Takes a fraction of a second."""
+    # Models and errors contain reference cycles.
     gc.collect()
     if torch.device(device).type == "cuda":
-        # What torch keeps for its next tensors would count as taken.
+        # Memory that torch keeps for its next tensors would count as taken.
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
     trim_heap()

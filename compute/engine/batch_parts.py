@@ -1,9 +1,9 @@
 """Runs a batch so that a failure costs only the sessions that cause it.
 
-A batch that fails is run again in halves, until the failure is in a batch of one session, which fails alone: memory
-for half of a batch is often there, and a step that the model cannot compute is found. What a failed run wrote to the
-KV cache lies beyond the ends of rows, or in rows that fail; so nothing has to be undone but copies of pages, which are
-made again until a run has succeeded.
+If a batch fails, it is run again in halves, until the failure is in a batch of one session, which fails alone. Often
+there is memory for half of a batch, and the search finds a step that the model cannot compute. A failed run writes to
+the KV cache only beyond the ends of rows, or in rows that fail. So nothing needs to be undone, but page copies are made
+again until a run has succeeded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from peerd.compute.device.failures import is_device_lost, is_out_of_memory
 from peerd.compute.steps import Batch, BatchOutput, Piece
 
-# To find one session among 256 takes 17 runs. Where more fail, something else is wrong, and time is short.
+# To find one session among 256 takes 17 runs. If more sessions fail, the cause is elsewhere, and more runs would only
+# take time.
 MAX_RUNS = 32
 
 
@@ -26,9 +27,9 @@ def run_in_parts(
     give_back: Callable[[], None],
     contains: Callable[[Exception], bool] = lambda error: True,
 ) -> BatchOutput:
-    """Run a batch whole or, where that fails, in parts; pieces that fail have no hidden states. Device thread.
+    """Run a batch whole or, if that fails, in parts. Pieces that fail have no hidden states. Device thread.
 
-    give_back: returns unused memory to the device. contains: whether a failure is to be survived; others are raised.
+    give_back: returns unused memory to the device. contains: whether to survive a failure; other failures are raised.
     """
     parts = _Parts(batch)
     waiting = [parts.sessions()]
@@ -42,7 +43,7 @@ def run_in_parts(
             if not contains(error):
                 raise
             parts.is_device_lost, full = is_device_lost(error), is_out_of_memory(error)
-            # As text: the error itself would hold on to the tensors of the run.
+            # Kept as text, because the exception would keep the run's tensors in memory.
             parts.failures.append("".join(traceback.format_exception(error)))
         else:
             if not parts.failures:
@@ -52,7 +53,7 @@ def run_in_parts(
         if full:
             give_back()
         if parts.is_device_lost or runs >= MAX_RUNS:
-            # Whatever is left fails.
+            # All remaining sessions fail.
             break
         if len(sessions) > 1:
             half = len(sessions) // 2
@@ -61,7 +62,7 @@ def run_in_parts(
 
 
 class _Parts:
-    """A batch by its sessions, whose pieces stay together and in order, and what became of each piece."""
+    """A batch cut by sessions, whose pieces stay together and in order, and the result of each piece."""
 
     def __init__(self, batch: Batch) -> None:
         self.failures: list[str] = []
@@ -81,7 +82,7 @@ class _Parts:
         return Batch(self._batch.blocks, tuple(pieces), () if self._copied else self._batch.copies)
 
     def succeed(self, sessions: Sequence[object], output: BatchOutput) -> None:
-        # Now the copies have been written to: they must not be made again.
+        # The copied pages have been written to, so they must not be copied again.
         self._copied = True
         results = zip(output.hidden, output.finite, strict=True)
         self._hidden.update(zip(self._indexes(sessions), results, strict=True))

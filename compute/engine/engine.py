@@ -178,11 +178,11 @@ class BaseEngine(ABC):
         give_back_memory("cpu")
 
     def works(self) -> bool:
-        """Whether the blocks compute a position of zeros: a device that is lost does not. Device thread."""
+        """Whether the blocks compute a position of zeros, which a lost device does not. Device thread."""
         try:
             return bool(self.forward(torch.zeros(1, 1, self.hidden_size)).isfinite().all())
         except Exception:
-            # Whatever it is, the caller has met it already.
+            # The reason does not matter: the caller has already seen the failure.
             return False
 
     @abstractmethod
@@ -232,7 +232,7 @@ class Engine(BaseEngine):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the blocks compute in."""
+        """The dtype in which the blocks compute."""
         return self._runner.dtype
 
     def give_back(self) -> None:

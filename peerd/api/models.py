@@ -23,7 +23,7 @@ class Models:
         return iter(self._models.items())
 
     def named(self, name: str) -> SwarmModel:
-        """The model of that name, or of that digest in hex. Raises ApiError for one that there is not."""
+        """The model with that name, or with that digest in hex. Raises ApiError if there is none."""
         model = self._models.get(name)
         if model is None:
             model = next((each for each in self._models.values() if each.facts.digest.hex() == name), None)

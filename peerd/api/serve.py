@@ -64,7 +64,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class LocalApi:
-    """A running API. `urls` are for people: `unix:PATH`, `http://HOST:PORT`. `token`: what TCP asks for, or None."""
+    """A running API. `urls` are for people: `unix:PATH`, `http://HOST:PORT`. `token`: the token that TCP needs, or
+    None.
+    """
 
     urls: tuple[str, ...]
     token: str | None = None

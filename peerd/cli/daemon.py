@@ -53,9 +53,9 @@ WANTED_FILES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """What the local API offers, and where. `token_file` None: TCP asks for no token.
+    """What the local API offers, and where. If `token_file` is None, TCP needs no token.
 
-    `open_page`: the person who starts the daemon wants to see its page.
+    `open_page`: whether to show the page to the user who starts the daemon.
     """
 
     models: tuple[tuple[str | None, Path | str], ...]
@@ -156,8 +156,8 @@ async def _say_where(api: LocalApi, offered: Offered) -> None:
 
 
 async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalApi:
-    """Open the local API over the models that were named. Raises CheckpointError, InvalidRequest."""
-    # It brings torch along: seconds, in which peers would think us dead.
+    """Open the local API over the named models. Raises CheckpointError, InvalidRequest."""
+    # The import loads torch, which takes seconds. In a thread, so that peers do not think us dead meanwhile.
     await trio.to_thread.run_sync(import_module, "peerd.api.serve")
     from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
 

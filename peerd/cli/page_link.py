@@ -1,4 +1,4 @@
-"""The link to the daemon's page, with the token in it, for the person who started the daemon with --open."""
+"""The link to the daemon's page, with the token in it, for the user who started the daemon with --open."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import trio
 
 
 def page_link(url: str, token: str | None) -> str:
-    """The page's address on this machine. The token goes into the fragment, which a browser sends to nobody.
+    """The page's address on this machine. The token is in the fragment, which a browser does not send.
 
-    `url`: where the API listens, which may be all of this machine's addresses; a browser needs one of them.
+    `url`: the address on which the API listens. It may stand for all addresses of this machine, of which a browser
+    needs one.
     """
     for every, one in (("//0.0.0.0:", "//127.0.0.1:"), ("//[::]:", "//[::1]:")):
         url = url.replace(every, one)
@@ -28,9 +29,10 @@ async def show_page(
     environ: Mapping[str, str] = os.environ,
     open_browser: Callable[[str], object] = webbrowser.open,
 ) -> None:
-    """Print the link, and open it where there is a desktop. Failing to do so costs nothing but the convenience.
+    """Print the link, and open it in a browser if there is a desktop. If that fails, the daemon runs on.
 
-    The link goes to standard error, and not into the log, which others may read: who has it may use the daemon.
+    The link goes to standard error and not into the log, because it gives access to the daemon and others may read the
+    log.
     """
     with suppress(OSError, ValueError):
         print(f"open {link}", file=sys.stderr, flush=True)

@@ -75,7 +75,8 @@ class Discovery:
         self.clock = clock
         self.links = Links(trio.current_time, by_proof=True)
         self._connections = connections
-        # Strangers must not aim us at our own network; but a swarm that we joined in a private range lives there.
+        # Strangers must not aim us at our own network. But if we joined a swarm in a private range, its peers live
+        # there.
         connections.strangers_policy = DialPolicy(lambda: (*self._bootstrap, *self.dht.addresses))
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
@@ -122,7 +123,9 @@ class Discovery:
         return [Contact(one.peer_id, self.may_dial(one.addresses)) for one in known]
 
     def may_dial(self, addresses: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:
-        """Of addresses that others told us, those that may be dialled: none of our own network, unless the swarm is."""
+        """The given addresses without those that may not be dialled: addresses in our own network, unless the swarm is
+        there.
+        """
         return self._connections.strangers_policy.of(addresses)
 
     def describe(self, models: Callable[[], Sequence[ModelRecord]]) -> None:
@@ -176,7 +179,7 @@ class Discovery:
                 await self._connections.containment.keep_running(self._refresh, what="refreshing contacts")
 
     def _keep(self, nursery: trio.Nursery, what: str, run: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        """Run a task as long as we live: one that fails starts again, and costs none of the others."""
+        """Run a task as long as we live. If it fails it starts again, and the other tasks go on."""
         nursery.start_soon(partial(self._connections.containment.keep_running, run, *arguments, what=what))
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What makes an architecture's own class a remote one: its type, its masks, and how its decoder calls layers."""
+"""Turns an architecture's own class into a remote one: its type, its masks, and how its decoder calls layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from peerd.facade.blocks import Call, RemoteBlocks, during
 if TYPE_CHECKING:
     from peerd.compute.families.family import Family
 
-# Remote blocks see no masks, but some decoders compute with the one that they make: they get a mask of one element.
+# Remote blocks need no masks, but some decoders compute with the mask that they make; they get one of one element.
 _NO_MASKS = "peerd_remote"
 
 _TYPES: dict[tuple[type, type], type[Any]] = {}
 
 
 def remote_type(mixin: type, kind: type) -> type[Any]:
-    """The architecture's class with remote blocks, under its own name, by which libraries know it."""
+    """The architecture's class with remote blocks. It keeps its name, by which libraries recognise it."""
     if (mixin, kind) not in _TYPES:
         body = {"__module__": kind.__module__}
         if hasattr(kind, "prepare_inputs_for_generation"):
@@ -47,7 +47,7 @@ def _named_as_peft_knows(original: Any) -> Any:
 
 
 def use_no_masks(config: Any) -> None:
-    """Have the model of this configuration make a mask of one element, for remote blocks see none."""
+    """Let the model of this configuration make masks of one element, because remote blocks need none."""
     from transformers import AttentionMaskInterface
 
     AttentionMaskInterface.register(_NO_MASKS, _one_element_mask)

@@ -18,7 +18,7 @@ from peerd.local.session import DaemonSession
 from peerd.protocol.encoding.tensors import DTYPES
 
 AnyBlocks = ServedBlocks | DaemonBlocks
-"""A model's blocks: of a peer of this process, or of a daemon's."""
+"""A model's blocks, used by a peer of this process or through a daemon."""
 AnySession = Session | DaemonSession
 AnyPass = Pass | DaemonPass
 

@@ -64,7 +64,7 @@ class Run:
     max_length: int
     max_rows: int
     max_rollback: int
-    #: The LoRA pairs that the session was opened with; their state then, and that of the prompts.
+    #: The LoRA pairs with which the session was opened; their state then, and that of the prompts.
     lora: Pairs
     states: list[object]
     #: Closes the session on every server.

@@ -65,9 +65,9 @@ def states(pairs: Pairs) -> list[object]:
 
 
 def as_adapter(pairs: Pairs, first_block: int = 0, deep: torch.Tensor | None = None) -> LoraAdapter | None:
-    """The pairs as they are now, for a session to be opened with, and deep prompts `[blocks, positions, width]`.
+    """The pairs as they are now, and deep prompts `[blocks, positions, width]`, as an adapter for opening a session.
 
-    None where there is neither.
+    None if there are neither.
     """
     weights: dict[BlockModule, LoraPair | DeepPrompt] = {
         key: LoraPair(_values(pair.a), _values(pair.b), 1.0) for key, pair in pairs.items()

@@ -49,14 +49,14 @@ async def open_daemon(
     async with AsyncExitStack() as stack:
         async with Checkpoints(options.get("hub") or HubSettings()).open(path, revision) as checkpoint:
             await fetch_head(checkpoint)
-            # Before the head is read, which takes longer than to hear that no daemon runs.
+            # Connect before reading the head, which takes longer than noticing that no daemon runs.
             blocks = await stack.enter_async_context(open_daemon_blocks(socket_path, facts_of(checkpoint)))
             await trio.to_thread.run_sync(on_checkpoint, checkpoint)
         yield blocks
 
 
 def socket_of(daemon: Literal[True] | str | Path, bootstrap: Sequence[Any], options: Mapping[str, Any]) -> Path:
-    """The path of a daemon's socket. Raises ValueError for options that are the daemon's own business."""
+    """The path of a daemon's socket. Raises ValueError for options that only the daemon can have."""
     others = sorted({name for name in options if name != "hub"} | ({"bootstrap"} if bootstrap else set()))
     if others:
         raise ValueError(f"{', '.join(others)}: with daemon= the daemon knows the swarm; give it these options instead")

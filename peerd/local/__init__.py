@@ -1,1 +1,3 @@
-"""What programs on this machine say to a daemon on its socket, and a client of it in Python (spec/local-api.md)."""
+"""The protocol between programs on this machine and a daemon on its socket, and a Python client of it
+(spec/local-api.md).
+"""

@@ -1,4 +1,4 @@
-"""The blocks of a model that a daemon on this machine uses: many programs share its one peer."""
+"""The blocks of a model through a daemon on this machine, so that many programs share its one peer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class DaemonBlocks:
-    """As `peerd.client.blocks.ServedBlocks`, through a daemon's socket. Made by `open_daemon_blocks`."""
+    """Like `peerd.client.blocks.ServedBlocks`, but through a daemon's socket. Made by `open_daemon_blocks`."""
 
     def __init__(self, path: Path, facts: ModelFacts, tasks: trio.Nursery) -> None:
         self.facts = facts
@@ -44,10 +44,10 @@ class DaemonBlocks:
         blocks: Span | None = None,
         adapter: LoraAdapter | None = None,
     ) -> DaemonSession:
-        """A session whose chain is open, and which the caller must `close`.
+        """Open a session and its chain; the caller must `close` it.
 
-        `adapter` is one of the caller's own, for this session. Raises NoChain, Overloaded, ContextTooLong,
-        InvalidRequest, ConnectionLost.
+        `adapter` is the caller's own, for this session. Raises NoChain, Overloaded, ContextTooLong, InvalidRequest,
+        ConnectionLost.
         """
         check_session_size(self.facts, max_length, max_rows)
         blocks = blocks or Span(0, self.facts.block_count)
@@ -69,7 +69,7 @@ class DaemonBlocks:
         lora_scaling: float = 1.0,
         keep: bool = True,
     ) -> DaemonPass:
-        """As `ServedBlocks.forward`, for hidden states `[sum of rows, width]`. Raises what that raises."""
+        """Like `ServedBlocks.forward`, for hidden states `[sum of rows, width]`. Raises the same errors."""
         if max(rows) > self.facts.max_length:
             raise ContextTooLong(f"a row of {max(rows)} positions, {self.facts.name} takes {self.facts.max_length}")
         blocks = blocks or Span(0, self.facts.block_count)
@@ -83,9 +83,9 @@ class DaemonBlocks:
 
 @asynccontextmanager
 async def open_daemon_blocks(path: Path, facts: ModelFacts) -> AsyncIterator[DaemonBlocks]:
-    """The blocks of the model `facts`, through the daemon whose socket is `path`, until the block ends.
+    """Open the blocks of the model `facts` through the daemon whose socket is `path`, until the block ends.
 
-    Raises InvalidRequest where no daemon listens there, or one that was not given this model.
+    Raises InvalidRequest if no daemon listens there, or if the daemon was not given this model.
     """
     async with open_channel(path) as channel:
         await channel.open(OpenSession(facts.digest.hex()), {})

@@ -1,4 +1,4 @@
-"""One websocket to a daemon on this machine: messages with their tensors, there and back."""
+"""One websocket to a daemon on this machine, for messages with tensors in both directions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peerd.protocol.messages.session import Failure
 from peerd.trio_tools import open_tasks
 
 RESOURCE = "/peerd/v1/session"
-# The daemon is on this machine: if it has not answered by then, it hangs.
+# The daemon is on this machine: if it has not answered after this time, it hangs.
 _UPGRADE_S = 30.0
 _OPTIONS: dict[str, Any] = {
     "message_queue_size": 4,
@@ -45,15 +45,17 @@ class Channel:
         self._path = path
 
     async def open(self, wanted: OpenSession, parameters: Parameters) -> None:
-        """Say what this websocket is for, with the LoRA matrices of its blocks. The daemon's answer comes next."""
+        """Send the first message of this websocket, and the LoRA matrices of its blocks. The daemon's answer comes
+        next.
+        """
         await self.send(replace(wanted, parameters=len(parameters)))
         for (block, name), matrix in parameters.items():
             await self.send(Parameter(block, name, {}), tensor=matrix)
 
     async def send(self, message: Message, **tensors: torch.Tensor) -> None:
-        """Send a message whose fields `tensors` describe what lies in its body, in this order.
+        """Send a message whose fields describe `tensors`, which form its body, in this order.
 
-        Raises InvalidRequest for more than a message holds, ConnectionLost where the daemon has gone.
+        Raises InvalidRequest for more than a message holds, ConnectionLost if the daemon has gone.
         """
         body: list[memoryview] = []
         fields: dict[str, Any] = {}
@@ -73,7 +75,7 @@ class Channel:
     async def receive(self, *kinds: type[M]) -> tuple[M, memoryview]:
         """The next message, which must be one of `kinds`, and its body.
 
-        Raises the error that the daemon says instead, and ConnectionLost where it has gone.
+        Raises the error that the daemon sends instead, and ConnectionLost if it has gone.
         """
         try:
             data = await self._websocket.get_message()
@@ -92,11 +94,11 @@ class Channel:
 
 
 def tensors_of(body: memoryview, headers: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
-    """The tensors that lie in a body one behind the other, as their headers describe them."""
+    """The tensors in a body, one after the other, as their headers describe them."""
     found = []
     for fields in headers:
         header = TensorHeader.from_fields(fields, max_elements=MAX_BODY_BYTES)
-        # A copy: what came is read-only, and a caller may write into its gradients.
+        # A copy, because the received bytes are read-only and a caller may write into its gradients.
         found.append(decode_tensor(header, body[: header.body_bytes]).clone())
         body = body[header.body_bytes :]
     return found
@@ -104,9 +106,9 @@ def tensors_of(body: memoryview, headers: Sequence[Mapping[str, Any]]) -> list[t
 
 @asynccontextmanager
 async def open_channel(path: Path) -> AsyncIterator[Channel]:
-    """A websocket to the daemon whose socket is `path`.
+    """Open a websocket to the daemon whose socket is `path`.
 
-    Raises InvalidRequest where no daemon listens, Unresponsive where it does not answer, ConnectionLost later.
+    Raises InvalidRequest if no daemon listens there, Unresponsive if it does not answer; later ConnectionLost.
     """
     try:
         stream = await trio.open_unix_socket(path)

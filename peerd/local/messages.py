@@ -1,4 +1,4 @@
-"""What is said on `/peerd/v1/session`: the wire's own messages where there is one, and a few more (spec/local-api.md).
+"""The messages on `/peerd/v1/session`: the wire's own messages where they fit, and a few more (spec/local-api.md).
 
 This file defines each message's fields and limits, for the daemon and for clients of it.
 """
@@ -25,10 +25,10 @@ _TOKEN_ID = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class OpenSession(Message):
-    """Client, first: a session over blocks `start` to `end - 1` (`end` 0: to the last) of the model of that name.
+    """Client, first: a session over blocks `start` to `end - 1` of the model `model`; `end` 0 means to the last block.
 
     model: a name that the daemon was given, or the model's digest in hex.
-    max_length: positions of a row; 0: no session, only what needs none (embeddings, logits, passes).
+    max_length: positions of a row. 0: no session, only requests that need none (embeddings, logits, passes).
     adapter: the name of one that the swarm serves. parameters: how many matrices of the client's own follow.
     """
 
@@ -47,7 +47,7 @@ class OpenSession(Message):
 class Parameter(Message):
     """A matrix of a LoRA pair beside a block's linear layer, `NAME.lora_A` or `NAME.lora_B`; or its gradient.
 
-    The client's follow `open`; the daemon's follow `gradients`. The scaling is part of B.
+    The client sends matrices after `open`, the daemon sends gradients after `gradients`. The scaling is part of B.
     """
 
     TYPE: ClassVar[str] = "parameter"
@@ -116,7 +116,7 @@ class Backward(Message):
 
 @dataclass(frozen=True, slots=True)
 class GradientsOutput(Message):
-    """Daemon: the gradient of a forward's input, and behind it that of its prompts if it had some.
+    """Daemon: the gradient of a forward's input, followed by that of its prompts if it had some.
 
     parameters: how many `parameter` messages follow, with the gradients of the matrices.
     """
@@ -133,7 +133,7 @@ FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, GradientsOutput
 
 
 def read_message(data: bytes) -> RawMessage:
-    """The message in a websocket message. Raises RemoteProtocolError."""
+    """Decode a websocket message. Raises RemoteProtocolError."""
     reader = MessageReader(MAX_BODY_BYTES)
     used = reader.feed(data)
     message = reader.take()
@@ -143,16 +143,16 @@ def read_message(data: bytes) -> RawMessage:
 
 
 def read_open(raw: RawMessage) -> OpenSession:
-    """The first message. Raises RemoteProtocolError."""
+    """Decode the first message. Raises RemoteProtocolError."""
     return parse(raw.header, (OpenSession,))
 
 
 def read_parameter(raw: RawMessage) -> Parameter:
-    """One of the matrices behind the first message. Raises RemoteProtocolError."""
+    """Decode one of the matrices after the first message. Raises RemoteProtocolError."""
     return parse(raw.header, (Parameter,))
 
 
 def message_bytes(message: Message, body: list[memoryview] | None = None) -> bytes:
-    """A message as one websocket message."""
+    """Encode a message as one websocket message."""
     parts: list[Buffer] = encode_message(message.to_header(), body or ())
     return b"".join(parts)

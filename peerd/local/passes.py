@@ -1,4 +1,4 @@
-"""A forward pass that a daemon runs, and the backward that may follow: one websocket each, which ends with it."""
+"""A forward pass that a daemon runs, and the backward that may follow. Each pass has a websocket of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FORWARD, _BACKWARD = 1, 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """What a forward runs: packed rows `[sum of rows, width]` of these lengths, and what is trained beside them."""
+    """The input of a forward: packed rows `[sum of rows, width]` of these lengths, and what is trained beside them."""
 
     hidden: torch.Tensor
     rows: tuple[int, ...]
@@ -45,11 +45,13 @@ class DaemonPass:
         return f"<DaemonPass {self._path} {self._asked.blocks} rows={self._asked.rows}>"
 
     def close(self) -> None:
-        """Let the daemon and its peers forget the pass."""
+        """End the pass, so that the daemon and its peers forget it."""
         self._left.set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run the forward, and keep its websocket open for the backward. Raises what the daemon says of the forward."""
+        """Run the forward, and keep its websocket open for the backward. Raises the daemon's errors about the
+        forward.
+        """
         try:
             async with open_channel(self._path) as channel:
                 await self._forward(channel)
@@ -58,7 +60,7 @@ class DaemonPass:
                 if self._asked.keep:
                     await self._left.wait()
         except PeerdError:
-            # What breaks the websocket later, the backward meets.
+            # If the websocket breaks later, the backward raises the error.
             if self._channel is None:
                 raise
         finally:
@@ -79,7 +81,9 @@ class DaemonPass:
         [self.output] = tensors_of(body, [said.tensor])
 
     async def backward(self, grad_output: torch.Tensor) -> Gradients:
-        """The gradients for `grad_output`, shaped as `output`; the pass is closed then. Raises as `Pass.backward`."""
+        """Return the gradients for `grad_output`, which has the shape of `output`, and close the pass. Raises as
+        `Pass.backward`.
+        """
         if self._left.is_set() or self._channel is None:
             raise InvalidRequest("this pass was closed, or has had its backward: run a forward again")
         try:

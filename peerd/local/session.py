@@ -1,7 +1,7 @@
-"""A session of a daemon, as a `peerd.client.session.Session` is one of this process.
+"""A session of the daemon, with the interface of `peerd.client.session.Session`, a session of this process.
 
-The rows' inputs are kept here too: where the session ends with the daemon, or because a call was cancelled half-way,
-its user opens another and sends them again.
+It also keeps the rows' inputs. If the session ends, with the daemon or because a call was cancelled half-way, its user
+opens another session and sends them again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from peerd.protocol.errors import InternalError, InvalidRequest, PeerdError
 from peerd.protocol.messages.session import Output, Want
 from peerd.protocol.rows import Op, RowSlice, SessionSize
 
-# Positions of one message: 128 MiB of the widest models' float32.
+# How many positions a message has: 128 MiB of the widest models' float32.
 _POSITIONS_AT_ONCE = 2048
 
 
 class DaemonSession:
-    """Runs steps in a session of the daemon's. `run` owns its websocket. `hidden` is `[positions, width]`."""
+    """Runs steps in a session of the daemon. `run` owns its websocket. `hidden` is `[positions, width]`."""
 
     def __init__(self, path: Path, wanted: OpenSession, parameters: Parameters, width: int) -> None:
         self.log = StepLog(SessionSize(wanted.max_length, wanted.max_rows, wanted.max_rollback))
@@ -44,7 +44,7 @@ class DaemonSession:
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the session has ended."""
         return self._closed
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class DaemonSession:
         self._scope.cancel()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the session open until `close`. Raises what the daemon says, until it is open."""
+        """Keep the session open until `close`. Raises the daemon's errors until it is open."""
         try:
             with self._scope:
                 async with open_channel(self._path) as channel:
@@ -82,7 +82,8 @@ class DaemonSession:
         ops: Sequence[Op] = (),
         want: Want = "last",
     ) -> torch.Tensor:
-        """As `Session.step`. A call that fails or is cancelled ends the session, for nobody knows where it stands.
+        """Run a step as `Session.step` does. A call that fails or is cancelled ends the session, because its state is
+        then unknown.
 
         Raises InvalidRequest, ContextTooLong, NoChain, Overloaded, ConnectionLost, trio.ClosedResourceError.
         """

@@ -1,4 +1,4 @@
-"""Where a daemon's socket lies unless somebody chose another place."""
+"""The default path of a daemon's socket."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def default_socket_path() -> Path:
 
 
 def own_folder() -> Path:
-    """A folder of this user's in /tmp. It need not be there, and its owner must be looked at."""
+    """The path of this user's folder in /tmp. It may not exist, and its owner must be checked."""
     return Path(f"/tmp/peerd-{os.getuid()}")

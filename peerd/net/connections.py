@@ -46,10 +46,11 @@ DEFAULT_AGENT = "peerd"
 class Connections:
     """Live connections by PeerId. Made by `open_connections`.
 
-    handlers: protocol id -> what runs for each stream of it that a peer opens. May be changed at any time.
-    announced: where others are told to dial us; roles: what they are told that we do. Both may be changed too.
-    may_be_relayed: whether we reach others through relays where there is no other way.
-    own_policy: what may be dialled for our own purposes; strangers_policy: on strangers' word. Anything to begin with.
+    handlers: protocol id -> the function that runs for each stream of it that a peer opens. May be changed at any time.
+    announced: the addresses that others are told to dial; roles: what we offer to others. Both may be changed too.
+    may_be_relayed: whether we reach others through relays if there is no other way.
+    own_policy: which addresses may be dialled for our own purposes; strangers_policy: which ones if a stranger named
+        them. At first both permit every address.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Connections:
         return self._live.watching(connected=connected, lost=lost)
 
     def trust(self, addresses: Sequence[Multiaddr]) -> None:
-        """Our operator gave us these addresses: wherever they lead, they may be dialled."""
+        """Permit these addresses, which our operator gave us, wherever they lead."""
         self._dialler.trusted = frozenset(address.with_peer(None) for address in addresses)
 
     async def connect(
@@ -143,10 +144,10 @@ class Connections:
     ) -> PeerConnection:
         """The connection to a peer: the live one, or a new one through any of `addresses`.
 
-        peer_id: None takes whoever answers (an address that names a peer still means that peer). Callers who
-        want the same peer share one dial. Sets no deadline beyond 6 s for each address. What it returns may
-        be lost again by then. policy: what may be dialled; None is `own_policy`. Raises ConnectFailed with each
-        address's reason, WrongPeer, InvalidRequest for our own PeerId.
+        peer_id: None takes the peer that answers (but an address that names a peer still means that peer). Callers who
+            want the same peer share one dial. Sets no deadline beyond 6 s for each address. The connection may be lost
+            by the time it is returned. policy: which addresses may be dialled; None means `own_policy`. Raises
+            ConnectFailed with each address's reason, WrongPeer, InvalidRequest for our own PeerId.
         """
         if peer_id is None:
             return await self._dialler.reach_anybody(addresses, policy or self.own_policy)

@@ -30,12 +30,12 @@ REFUSED_S: Final = 600.0
 # How many peers and addresses are remembered. Keys cost nothing, so the list is bounded; the oldest are forgotten
 # first.
 MAX_REMEMBERED: Final = 4096
-# A task that fails starts again after this, and after twice as long each time that it fails again soon.
+# A task that fails starts again after this pause, and after twice the pause each time that it fails again soon.
 FIRST_PAUSE_S: Final = 1.0
 MAX_PAUSE_S: Final = 300.0
-# What ran for so long before it failed has recovered: its next pause is short again.
+# A task that ran for this long before it failed has recovered: its next pause is short again.
 STEADY_S: Final = 600.0
-# One kind of failure writes its stack this seldom: a stranger who repeats it must not fill the disk.
+# One kind of failure logs its stack at most this often: a stranger that repeats it must not fill the disk.
 STACK_EVERY_S: Final = 10.0
 
 
@@ -59,12 +59,12 @@ class Containment:
         return _Around(self, what, peer_id, ip)
 
     async def contained(self, run: Callable[..., Awaitable[None]], *arguments: object, what: str) -> None:
-        """Run a task that may end, and let no failure out of it."""
+        """Run a task that may end, and contain its failure."""
         with self.around(what):
             await run(*arguments)
 
     async def keep_running(self, run: Callable[..., Awaitable[None]], *arguments: object, what: str) -> None:
-        """Run a task that a peer needs for as long as it lives: one that fails starts again, after ever longer pauses.
+        """Run a task that a peer needs as long as it lives. If it fails, it starts again after ever longer pauses.
 
         Returns when the task does. `run` must be able to start again wherever it failed.
         """

@@ -1,8 +1,8 @@
-"""Which IP addresses may be dialled on another peer's word.
+"""Decides which IP addresses may be dialled when another peer named them.
 
-A public address may always be dialled. A loopback or private one may be dialled only where we live in that very range
-ourselves, or strangers could aim us at our own machine and network. Names say nothing: the transport looks them up,
-asks the policy about each address, and connects to one that was permitted.
+A public address may always be dialled. A loopback or private address may be dialled only if we have an address in the
+same range ourselves; otherwise strangers could aim us at our own machine and network. A name alone decides nothing: the
+transport looks it up, asks the policy about each address, and connects to one that is permitted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from peerd.protocol.addresses import IpAddress, Multiaddr, is_private_ip, privat
 
 @dataclass(frozen=True, slots=True)
 class DialPolicy:
-    """Permits private addresses in the ranges of `ours`, which is asked each time; None permits every address."""
+    """Permits private addresses in the ranges of `ours`, which is called each time. With None every address is
+    permitted.
+    """
 
     ours: Callable[[], Iterable[Multiaddr]] | None = None
 
@@ -27,7 +29,9 @@ class DialPolicy:
         return known is not None and any(one.ip is not None and private_range(one.ip) == known for one in self.ours())
 
     def of(self, claimed: Iterable[Multiaddr]) -> tuple[Multiaddr, ...]:
-        """The addresses without those that are surely not permitted. Where a name leads is seen when it is dialled."""
+        """The addresses without those that are certainly not permitted. For a name this is decided when it is
+        dialled.
+        """
         return tuple(one for one in claimed if one.ip is None or self.permits(one.ip))
 
 

@@ -49,8 +49,8 @@ class Transport(Protocol):
     async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> MessageChannel:
         """Connect to an address, without a time-out. Raises ConnectFailed, VersionMismatch.
 
-        `tasks` holds what the channel needs to run, until it is closed. policy: which of the IP addresses that the
-        address stands for may be connected to.
+        `tasks` holds what the channel needs to run, until it is closed. policy: to which of the IP addresses that the
+        address stands for it may connect.
         """
 
     async def listen(

@@ -121,7 +121,7 @@ class WebSocketTransport:
             task_status.started(bound)
 
     async def _connect(self, address: Multiaddr, policy: DialPolicy) -> trio.abc.Stream:
-        # To an address that was looked at: a name that is looked up twice may lead elsewhere the second time.
+        # Connect to an IP address that the policy has seen: a second lookup of a name may give another one.
         stream = await connect_to_any(await self._names.permitted(address, policy), address.port)
         if not address.secure:
             return stream

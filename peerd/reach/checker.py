@@ -148,7 +148,7 @@ class Reachability:
                     await trio.sleep_forever()
                 nursery.start_soon(watch_sleep, self._now, self._woke)
                 if self._due == math.inf:
-                    # A check failed, and we were started again.
+                    # A check failed, and this task was started again.
                     self._look_within(SETTLE_S)
                 while True:
                     await self._wait_until_due()

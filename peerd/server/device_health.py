@@ -1,8 +1,8 @@
-"""Whether the device under a span still computes, judged by the batches that failed on it.
+"""Decides whether the device under a span still computes, from the batches that failed on it.
 
-One session can make its own batches fail, again and again, and must not take the span from the others by it. So a span
-is given up where its device is lost, where three failed batches in a row came from three different networks, or where
-it fails with nobody's steps but our own.
+A session can make its own batches fail again and again, and must not cost the other sessions the span. So a span is
+given up only if its device is lost, if three failed batches in a row came from three different networks, or if the
+device fails on the server's own test.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ STACK_EVERY_S = 10.0
 
 
 class DeviceHealth:
-    """What became of the batches of one engine."""
+    """Counts failed batches of one engine, and decides whether its device still works."""
 
     def __init__(self) -> None:
-        #: Batches of which a part failed.
+        #: How many batches failed in part or completely.
         self.failed_batches = 0
-        #: Why the device is given up; "" as long as it is not.
+        #: The reason for giving the device up; "" while it works.
         self.broken = ""
-        # Of the last batches that failed altogether, whose steps they had.
+        # The owners of the steps of each of the last batches that failed completely.
         self._in_a_row: list[frozenset[str]] = []
         self._quiet_until = -math.inf
 
@@ -38,7 +38,7 @@ class DeviceHealth:
         return f"<DeviceHealth {self.broken or 'works'} failed={self.failed_batches}>"
 
     def note(self, output: BatchOutput, owners: Collection[str]) -> bool:
-        """A batch with these owners' steps has ended. Whether the device should be tested now."""
+        """Note the end of a batch with these owners' steps. Returns whether the device should be tested now."""
         if not output.failures:
             self._in_a_row.clear()
             return False
@@ -57,7 +57,7 @@ class DeviceHealth:
         return not self.broken
 
     def tested(self, works: bool) -> None:
-        """What the test said that `note` asked for."""
+        """Note the result of the test for which `note` asked."""
         if not works:
             self.broken = f"{len(self._in_a_row)} batches failed in a row, and so did a test"
         self._in_a_row.clear()

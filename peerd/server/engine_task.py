@@ -84,14 +84,14 @@ BAD_RESULT_EVERY_S = 60.0
 class EngineTask:
     """One engine, its device thread, and the sessions that wait for its results.
 
-    `run_batch` runs the engine's blocking part; the default hands it to a worker thread. With a `run_batch`
-    nothing else needs a thread either (an engine without a device): `run_blocking` runs where it is called.
-    `is_strict`: failures that are not for want of memory are raised; None is as PEERD_STRICT says.
+    `run_batch` runs the engine's blocking part; the default hands it to a worker thread. With a `run_batch` nothing
+    else needs a thread either (an engine without a device): `run_blocking` runs where it is called. `is_strict`: raise
+    every failure except those for lack of memory; None takes PEERD_STRICT from the environment.
     """
 
     def __init__(self, engine: BaseEngine, *, run_batch: RunBatch | None = None, is_strict: bool | None = None) -> None:
         self.engine = engine
-        #: Whether the device still computes. Where it does not, `on_broken` is called: the span is to be given up.
+        #: Whether the device still computes. If it does not, `on_broken` is called, and the span must be given up.
         self.health = DeviceHealth()
         self.on_broken: Callable[[], None] = lambda: None
         self._containment = Containment(is_strict)
@@ -167,7 +167,7 @@ class EngineTask:
             raise await self._failed_work(error) from None
 
     async def _failed_work(self, error: Exception) -> PeerdError:
-        """What the caller of a work hears that the device could not do."""
+        """The error for the caller of a work that the device could not do."""
         if is_out_of_memory(error):
             async with self._device:
                 await self._on_device(self.engine.give_back)
@@ -208,7 +208,7 @@ class EngineTask:
         return not self._containment.is_strict or is_out_of_memory(error)
 
     async def _judge(self, batch: Batch, output: BatchOutput) -> None:
-        """See by a batch that has ended whether the device still computes."""
+        """Decide from a finished batch whether the device still computes."""
         was_broken = bool(self.health.broken)
         if was_broken:
             return

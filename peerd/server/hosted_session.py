@@ -126,7 +126,9 @@ class HostedSession:
 
     @property
     def max_positions(self) -> int:
-        """Positions that one of its steps may bring: twice what it can hold, so that a mistake is still told as one."""
+        """How many positions one of its steps may bring: twice what it can hold, so that a step that is slightly too
+        long is refused with the fitting error.
+        """
         return min(MAX_STEP_POSITIONS, 2 * self.opening.size.positions)
 
     def unused_s(self) -> float:
@@ -150,7 +152,9 @@ class HostedSession:
 
     @property
     def max_body(self) -> int:
-        """How many bytes a step may bring: twice what the session holds, so that one too long is told so."""
+        """How many bytes a step may bring: twice what the session holds, so that a step that is slightly too long is
+        refused with the fitting error.
+        """
         positions = min(MAX_STEP_POSITIONS, 2 * self.opening.size.positions)
         return positions * self._engine.engine.hidden_size * BYTES_A_VALUE
 

@@ -1,8 +1,8 @@
 """Dials the next hop of a session and shows it the ticket.
 
-Only addresses that the next hop itself signed are dialled, within `Connections.strangers_policy`, and only so many in a
-minute for one client: or clients could aim us at our own network, or at others. For the same reason a client hears that
-the next hop cannot be reached, and not why.
+Only addresses that the next hop itself signed are dialled, if `Connections.strangers_policy` permits them, and only a
+limited number in a minute for one client. Otherwise clients could aim us at our own network, or at others. For the same
+reason a client learns that the next hop cannot be reached, but not why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ async def open_link(
 ) -> AsyncIterator[tuple[Stream, Linked]]:
     """Yield the link to the next hop, and which steps that hop has. Raises LinkFailed.
 
-    may_dial: whether another dial may be made for this client; asked only where one is needed.
+    may_dial: called only if a dial is needed; returns whether another one may be made for this client.
     """
     try:
         with trio.fail_after(LINK_DEADLINE_S):

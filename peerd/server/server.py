@@ -73,10 +73,12 @@ EVICTION_ROUND_S = 10.0
 LENT_S = 15.0
 NEVER_USED_S = 5.0
 WANTED_ROUND_S = 1.0
-# Next hops to dial for one client; failovers of an honest one need fewer, and hops that are connected need none.
+# How often the server dials next hops for one client. Failovers of an honest client need fewer dials, and connected
+# hops need none.
 DIALS_A_SECOND = 4 / 60
 DIALS_AT_ONCE = 16
-# Sessions of one peer, and of one network, whatever their size: each costs tasks and buffers beside its tokens.
+# The limits on sessions of one peer, and of one network, whatever their size: each costs tasks and buffers beside its
+# tokens.
 MAX_SESSIONS_A_PEER = 64
 MAX_SESSIONS_A_NETWORK = 256
 
@@ -93,7 +95,7 @@ class Server:
         self._now = now
         self._containment = containment or Containment()
         self._sessions = HostedSessions(now)
-        # Next hops that may be dialled on a client's word.
+        # The limit on dials of next hops that clients name.
         self._dials = Rates(DIALS_A_SECOND, DIALS_AT_ONCE, network_factor=4)
         self._running: dict[EngineTask, _Running] = {}
         # Set when a request has waited for KV in vain.

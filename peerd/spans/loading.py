@@ -179,7 +179,7 @@ class SpanLoader:
             return await load_served(spec, checkpoint, span)
 
     async def free(self) -> None:
-        """Give back what no engine uses any more, or the next would find no room."""
+        """Free what no engine uses any more, to make room for the next one."""
         await trio.to_thread.run_sync(give_back_memory, self._spec.device)
 
     def with_adapter(self, name: str, path: str | Path) -> None:
@@ -187,7 +187,7 @@ class SpanLoader:
         self._spec = replace(self._spec, adapters=(*self._spec.adapters, (name, path)))
 
     def without_adapter(self, name: str) -> None:
-        """Load this adapter no more."""
+        """Load this adapter no longer."""
         self._spec = replace(self._spec, adapters=tuple(pair for pair in self._spec.adapters if pair[0] != name))
 
     @asynccontextmanager
@@ -202,7 +202,7 @@ class SpanLoader:
 
 
 async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tuple[ServedSpan, LoadedSpan]:
-    """Make an engine over blocks whose files are here, and its task. Raises as `load`, and MemoryError."""
+    """Make an engine over blocks whose files are on this machine, and its task. Raises as `load`, and MemoryError."""
     try:
         loaded = await trio.to_thread.run_sync(load, spec, checkpoint, span)
     except RuntimeError as error:

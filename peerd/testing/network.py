@@ -40,9 +40,9 @@ class MemoryNetwork:
     def __init__(self, *, latency_s: float = 0.0, bytes_a_second: float | None = None) -> None:
         self.latency_s = latency_s
         self.bytes_a_second = bytes_a_second
-        #: What names stand for.
+        #: The IP addresses of names.
         self.names: dict[str, str] = {}
-        #: Every dial that was permitted, in order: from which host to which.
+        #: Every permitted dial, in order: from which host to which.
         self.dialled: list[tuple[str, str]] = []
         self._latencies: dict[frozenset[str], float] = {}
         # Pairs (from, to): messages in this direction are lost.

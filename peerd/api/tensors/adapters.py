@@ -28,7 +28,7 @@ class OwnAdapter:
         self._prompts = prompts
 
     def for_session(self) -> LoraAdapter | None:
-        """What a session is opened with; None where there is nothing. Raises InvalidRequest."""
+        """The adapter with which a session is opened; None if there is nothing in it. Raises InvalidRequest."""
         weights: dict[BlockModule, LoraPair | DeepPrompt] = {
             key: LoraPair(a, b, 1.0) for key, (a, b) in self.pairs.items()
         }
@@ -40,7 +40,7 @@ class OwnAdapter:
 
 
 async def read_own_adapter(receive: trio.MemoryReceiveChannel[RawMessage], count: int) -> OwnAdapter:
-    """The matrices of the next `count` messages. Raises InvalidRequest, RemoteProtocolError."""
+    """Read the matrices from the next `count` messages. Raises InvalidRequest, RemoteProtocolError."""
     found: dict[tuple[int, str], torch.Tensor] = {}
     for _ in range(count):
         raw = await receive.receive()

@@ -1,4 +1,6 @@
-"""Tensors in what a program sends. What it gets wrong is its own mistake: all of these raise InvalidRequest."""
+"""Tensors in the messages of a program. A malformed one is the program's mistake: all functions raise
+InvalidRequest.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def header_of(fields: Mapping[str, Any]) -> TensorHeader:
 
 
 def decoded(header: TensorHeader, body: memoryview) -> torch.Tensor:
-    """The tensor that a body holds."""
+    """The tensor in a body."""
     try:
         return decode_tensor(header, body)
     except RemoteProtocolError as error:

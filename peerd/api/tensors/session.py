@@ -83,7 +83,7 @@ async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], 
             raise RemoteProtocolError("a text message where messages are binary")
         raw = read_message(data)
         if raw.header.get("type") == Parameter.TYPE:
-            # Thousands may follow the first message, which nobody answers one by one.
+            # Thousands of matrices may follow the first message; they are not answered one by one.
             await send.send(raw)
             continue
         try:
@@ -127,7 +127,7 @@ async def _open(
 
 
 class _Adapter:
-    """What acts beside the blocks: an adapter of the swarm's, by its name, or a program's own; not both."""
+    """The adapter of a websocket: either one of the swarm, by name, or the program's own."""
 
     def __init__(self, name: str, own: OwnAdapter) -> None:
         if name and own.for_session() is not None:
@@ -159,7 +159,7 @@ class _Answers:
         self._passes: dict[int, Pass] = {}
 
     def close(self) -> None:
-        """Let the peers free what waits for a backward."""
+        """Let the peers free the passes that wait for a backward."""
         for kept in self._passes.values():
             kept.close()
 

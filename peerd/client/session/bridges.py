@@ -1,8 +1,8 @@
 """Bridges links that fail between two healthy hops: the client carries results from one hop to the next.
 
-A link that fails says nothing about its ends. So the client asks the far end itself, blames no peer that answers, and
-looks again and again for a way that needs no bridge. It passes on only what can be a result of its own steps: the
-blame for anything else would fall on the next hop, which refuses it.
+A broken link does not show that a hop at either end is broken. So the client asks the downstream hop itself, blames no
+peer that answers, and tries again and again to find a route without a bridge. It passes on only what can be a result of
+its own steps, because the next hop refuses anything else, and would be blamed for that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Bridges:
     ) -> None:
         self._log = log
         self._width = width
-        # Since when each bridge stands, and the last step that it carried.
+        # When each bridge was built, and the last step that it carried.
         self._built_at: WeakKeyDictionary[ControlStream, float] = WeakKeyDictionary()
         self._carried: WeakKeyDictionary[ControlStream, int] = WeakKeyDictionary()
         self._opener = opener
@@ -72,22 +72,22 @@ class Bridges:
             self._report(HopLost(upstream, error))
             return
         self._carried[upstream] = max(step.seq, self._carried.get(upstream, 0))
-        # Where the stream breaks, its reader says so.
+        # If the stream breaks, the task that reads it reports that.
         with suppress(PeerFault, trio.ClosedResourceError):
             following.send_nowait(step, [body], priority=priority_of(step.positions))
 
     def stuck_at(self, chain: LiveChain, upstream: ControlStream, seq: int, after_s: float) -> ControlStream | None:
-        """Who stands in the way of step `seq`, which does not get from a hop to the next, though there is a bridge.
+        """The hop that keeps step `seq` from getting from `upstream` to the next hop although there is a bridge.
 
-        The hop itself, which says that it is done and gave us nothing; or the next, which we gave it. None while the
-        bridge has not stood for `after_s`.
+        It is `upstream` if that hop says it is done but gave us nothing, and the next hop if we gave the step to it.
+        None while the bridge is younger than `after_s`.
         """
         if trio.current_time() < self._built_at.get(upstream, 0.0) + after_s:
             return None
         return chain.after(upstream.hop.span.end) if self._carried.get(upstream, 0) >= seq else upstream
 
     def _check(self, step: Step, body: memoryview) -> None:
-        """Raises BadResult, RemoteProtocolError for what no hop makes of our steps."""
+        """Raise BadResult or RemoteProtocolError for a result that no honest hop makes of our steps."""
         pending = self._log.pending.get(step.seq)
         if pending is not None and (step.rows, step.ops) != (pending.step.rows, pending.step.ops):
             raise BadResult(f"for step {step.seq} it sends rows {step.rows}")

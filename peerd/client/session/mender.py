@@ -67,10 +67,10 @@ class ChainMender:
         self._terms = wanted.terms
         self._patience = wanted.patience
         self._avoided_until: dict[PeerId, float] = {}
-        #: What hops said of what is asked now: that it is wrong, or overflows. Others may do better; where there are
-        #: none, that is the answer.
+        #: Refusals of the pending steps: hops said that a step is wrong, or that its blocks overflow. Other peers may
+        #: do better; if there are none, the refusal is the answer.
         self.refusals = Refusals(tolerated=0, voice=means.opener.voice, now=trio.current_time)
-        #: What hops said of their caches, or did against what they had said. It happens to honest hops too, once.
+        #: What hops said about their caches, or did against what they had said. An honest hop may do this once.
         self.lapses = Refusals(tolerated=1, voice=means.opener.voice, now=trio.current_time)
 
     def __repr__(self) -> str:
@@ -81,7 +81,7 @@ class ChainMender:
         self._avoided_until[peer] = trio.current_time() + AVOIDED_S
 
     def answered(self, chain: LiveChain) -> None:
-        """The chain answered: whoever refused what it did is to blame, and whoever was left out for it."""
+        """Note that the chain has answered. Peers that refused what it did, or were left out for that, are blamed."""
         for kind in (self.refusals, self.lapses):
             if kind:
                 for peer in kind.settle([control.hop.peer_id for control in chain.controls]):
@@ -90,8 +90,8 @@ class ChainMender:
     async def fill(self, chain: LiveChain, hole: Span) -> list[ControlStream]:
         """Open hops over a hole, within the limits of patience, which are longer if peers are only busy.
 
-        Raises NoChain naming all that is missing, Overloaded; CallerError or BadResult where others say the same, or
-        there are no others; NumbersUsedUp only where other hops live.
+        Raises NoChain, which names all missing blocks; Overloaded; CallerError or BadResult if other peers refuse too,
+        or there are no others; NumbersUsedUp, only if other hops are open.
         """
         busy = BusyPeers(self._rng)
         # The peers that refused or did not answer, and the last refusal.
@@ -106,7 +106,7 @@ class ChainMender:
                 return await self._try(chain, hole, exclude, busy, self._patience.busy_s - waited)
             except NoChain as missing:
                 if self.refusals and (not self._finder.avoided() or waited >= self._patience.missing_s):
-                    # Nobody is left who may do better, nor comes back in a while.
+                    # No other peer is left that may do better, and none will return soon.
                     raise self.refusals.error from missing
                 all_busy = bool(busy.now()) and await self._is_served(chain, hole)
                 # Checked only after a try, because a peer that hangs may have used up all the time.
@@ -118,7 +118,7 @@ class ChainMender:
                     await busy.wait(until_s=started + self._patience.busy_s)
                     continue
                 failed.clear()
-                # Better a slow or doubtful peer than none.
+                # A slow or doubtful peer is better than none.
                 self._avoided_until.clear()
                 self.lapses.clear()
             except HopRefused as refused:
@@ -183,7 +183,9 @@ class ChainMender:
         return {peer for peer, until in self._avoided_until.items() if now < until}
 
     def _blame(self, refused: HopRefused) -> None:
-        """Who broke a promise is left out by the finder; who is busy broke none. What we did wrong others say too."""
+        """Report a peer that broke a promise to the finder; busy peers broke none. A refusal of our request is noted,
+        because other peers must confirm it.
+        """
         error = refused.error
         if isinstance(error, PeerFault | NotServed | UnsupportedFeature):
             self._finder.failed(refused.hop.peer_id)

@@ -182,7 +182,9 @@ class ChainOpener:
         return said
 
     def voice(self, peer_id: PeerId) -> str:
-        """Who counts as one with a peer: its public network, where a connection shows it, or itself alone."""
+        """The peer's public network, if its connection shows one, else the peer itself: peers with the same value count
+        as one.
+        """
         connection = self._connections.live.get(peer_id)
         return Owner.at(peer_id, connection.accountable_ip if connection is not None else None).share
 

@@ -1,10 +1,10 @@
-"""Which refusals of a session's requests to believe, and whom to do without meanwhile.
+"""Decides which refusals of a session's requests to believe, and which peers to leave out meanwhile.
 
-A hop may say that a step is wrong, that its blocks overflow, or that its cache is not what the client thinks it is. It
-may be right. It may lie. Or a hop beside it lies, and sent it something else than the client's step. So no single peer
-may make a user's request fail: a refusal is believed once no peer has a part in all of them. Until then the peer that
-has a part in most of them is left out, and it is blamed when the request is answered without it. All peers of one
-public network are one voice, for keys are free.
+A hop may say that a step is wrong, that its blocks overflow, or that its cache is not what the client thinks it is. The
+hop may be right, or it may lie. Or a hop beside it lies, and sent it something else than the client's step. No single
+peer may make a user's request fail. So a refusal is believed once no peer has a part in all refusals. Until then the
+peer that has a part in most of them is left out, and it is blamed when the request is answered without it. All peers of
+one public network count as one, because keys cost nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
 
-# An honest hop may lack part of a session now and then, so what was said this long ago counts no more.
+# An honest hop may lack part of a session now and then, so refusals older than this do not count.
 FORGOTTEN_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """What `speaker` said; `beside` are the hops that may have caused it."""
+    """One refusal by `speaker`; the hops in `beside` may have caused it."""
 
     error: PeerdError
     speaker: PeerId
@@ -37,8 +37,8 @@ class _Refusal:
 class Refusals:
     """The refusals of one session.
 
-    tolerated: how many a peer may have a part in before it is left out. voice: who counts as one with a peer.
-    now: counts seconds steadily.
+    tolerated: in how many of them a peer may have a part before it is left out. voice: maps a peer to the network or
+        peer as which it counts. now: returns seconds of a steady clock.
     """
 
     def __init__(self, *, tolerated: int, voice: Callable[[PeerId], str], now: Callable[[], float]) -> None:
@@ -55,7 +55,7 @@ class Refusals:
 
     @property
     def error(self) -> PeerdError:
-        """The last that was said; there must be one."""
+        """The last refusal; there must be one."""
         return self._said[-1].error
 
     @property
@@ -67,13 +67,15 @@ class Refusals:
         return not set.intersection(*voices)
 
     def note(self, error: PeerdError, speaker: PeerId, beside: Collection[PeerId] = ()) -> None:
-        """Note that `speaker` refuses; the hops `beside` it may be the cause."""
+        """Note that `speaker` refuses, and that the hops `beside` it may be the cause."""
         now = self._now()
         self._said = [said for said in self._said if now < said.at_s + FORGOTTEN_S]
         self._said.append(_Refusal(error, speaker, tuple(beside), now))
 
     def left_out(self) -> set[PeerId]:
-        """Whom to do without: who has a part in most of them; of several, those who spoke."""
+        """The peers to leave out: those that have a part in most refusals, and among several of them those that refused
+        themselves.
+        """
         parts = Counter(self._voice(peer) for said in self._said for peer in said.peers)
         most = max(parts.values(), default=0)
         if most <= self._tolerated:
@@ -83,14 +85,14 @@ class Refusals:
         return speakers or suspects
 
     def settle(self, serving: Collection[PeerId]) -> set[PeerId]:
-        """The request was answered by these hops: whom to blame for the refusals. They are forgotten."""
+        """Note that these hops answered the request, and forget its refusals. Returns the peers to blame for them."""
         out = self.left_out() - set(serving)
         speakers = {said.speaker for said in self._said}
         if out:
             self._said.clear()
-        # Of several who never said anything, one may have been the cause, and the others not.
+        # If none of several suspects refused itself, one may have been the cause and the others not, so none is blamed.
         return out if out <= speakers or len(out) == 1 else set()
 
     def clear(self) -> None:
-        """Forget them: the request was given up, or there is nobody else."""
+        """Forget all refusals, because the request was given up or there are no other peers."""
         self._said.clear()

@@ -165,7 +165,7 @@ class StepLog:
 
 
 def decode_result(tensor: Mapping[str, Any] | None, body: memoryview, shape: tuple[int, int]) -> torch.Tensor:
-    """What a hop sends as hidden states of this shape. Raises BadResult, RemoteProtocolError."""
+    """Decode hidden states of this shape from a hop's message. Raises BadResult, RemoteProtocolError."""
     if tensor is None:
         raise BadResult("an answer without its tensor")
     header = TensorHeader.from_fields(tensor, max_elements=shape[0] * shape[1])

@@ -190,12 +190,12 @@ class Supervisor:
                 self._refused(control, error)
             return
         if isinstance(error, Evicted) and self._log.pending:
-            # A session that asks for something is in use.
+            # A session with pending steps is in use, so the hop should not have evicted it.
             self._mender.lapses.note(error, control.hop.peer_id)
         self.report(HopLost(control, error))
 
     def _refused(self, control: ControlStream, error: PeerdError) -> None:
-        """A hop refuses what it was given. Where peers that have nothing in common say so, that is the answer."""
+        """Handle a hop's refusal of a step. If peers that have nothing in common agree, it becomes the answer."""
         refusals = self._mender.refusals
         refusals.note(error, control.hop.peer_id, self._before(control))
         self.report(HopRefuses(control, error))
@@ -208,14 +208,16 @@ class Supervisor:
                 self.report(HopRefuses(other, error))
 
     def _disagrees(self, control: ControlStream, error: PeerdError) -> None:
-        """A hop's cache is not what it should be. It may lie, or the hop before it, or the next that it speaks of."""
+        """Handle a hop's report that its cache differs. The hop may lie, or the hop before it, or the next hop of which
+        it speaks.
+        """
         after = self.chain.after(control.hop.span.end)
         beside = [*self._before(control), *([after.hop.peer_id] if after is not None else [])]
         self._mender.lapses.note(error, control.hop.peer_id, beside)
         self.report(Disagrees(control, error))
 
     def _before(self, control: ControlStream) -> list[PeerId]:
-        """The peer whose results a hop is given, but for the first hop, which we give what we have."""
+        """The peer whose results this hop gets; none for the first hop, which gets the client's input."""
         before = self.chain.before(control.hop.span.start)
         return [before.hop.peer_id] if before is not None else []
 
@@ -240,7 +242,7 @@ class Supervisor:
             self._wake()
 
     def _bridge_is_stuck(self, upstream: ControlStream) -> None:
-        """A bridge stands, and still nothing comes from its one end to the other: one of both says what is not true."""
+        """Handle a bridge that carries nothing from one end to the other: one of the two hops says something untrue."""
         seq = self.progress.oldest_seq
         if seq is None:
             return

@@ -29,7 +29,7 @@ Attempt = Callable[[Multiaddr, "Dial"], Awaitable[PeerFault]]
 
 
 class Dial:
-    """Tries `addresses`, as far as `policy` permits. `wait` from as many tasks as like; `run` in one."""
+    """Tries `addresses`, as far as `policy` permits. Any number of tasks may `wait`; one must `run`."""
 
     def __init__(self, addresses: Sequence[Multiaddr], policy: DialPolicy = ANYWHERE) -> None:
         self.addresses = tuple(addresses)

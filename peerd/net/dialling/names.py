@@ -1,7 +1,7 @@
-"""Looks names up, and connects to one of the addresses that a name or an address stands for.
+"""Looks names up, and connects to one of the IP addresses that an address or a name stands for.
 
-A resolver may take 20 s, in a thread that cannot be ended. So names that strangers gave us have a few threads of their
-own: they can keep each other waiting, and nobody else.
+A lookup may take 20 s, in a thread that cannot be ended. So names from strangers have a few threads of their own, and
+can only delay each other.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.errors import ConnectFailed
 
-# Names that are looked up at a time.
+# How many names are looked up at the same time: those of our operator, and those from strangers.
 _OWN_LOOKUPS = 4
 _STRANGERS_LOOKUPS = 4
-# Of a name's addresses so many are tried.
+# How many IP addresses of a name are tried.
 MAX_TRIED = 8
 # RFC 8305, section 5.
 STAGGER_S = 0.25
@@ -27,14 +27,14 @@ _FAMILIES = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}
 
 
 class Names:
-    """Finds out where addresses lead."""
+    """Looks up names, and applies a policy to the results."""
 
     def __init__(self) -> None:
         self._own = trio.CapacityLimiter(_OWN_LOOKUPS)
         self._strangers = trio.CapacityLimiter(_STRANGERS_LOOKUPS)
 
     async def permitted(self, address: Multiaddr, policy: DialPolicy) -> list[IpAddress]:
-        """Where the address leads, as far as the policy permits. Raises OSError, ConnectFailed."""
+        """The IP addresses of `address` that the policy permits. Raises OSError, ConnectFailed."""
         ips = [address.ip] if address.ip is not None else await self._look_up(address, policy)
         found = [ip for ip in ips if policy.permits(ip)]
         if not found:
