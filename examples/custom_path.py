@@ -1,8 +1,8 @@
-"""Paths of your own through a swarm's blocks: leave some out, repeat some, swap two, and see what it does to a text.
+"""Custom paths through a swarm's blocks: leave some out, repeat some, swap two, and see what this does to a text.
 
     python examples/custom_path.py
 
-A slice of the decoder's blocks is a module: hidden states in, hidden states out, on whichever servers have them.
+A slice of the decoder's blocks is a module: it takes and returns hidden states, on the servers that have its blocks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A swarm on this machine, which the examples run on: a bootstrap peer and two servers of SmolLM2-135M-Instruct.
+"""A swarm on this machine for the examples: a bootstrap peer and two servers of SmolLM2-135M-Instruct.
 
-A real swarm differs in one thing only: the servers run elsewhere, and somebody gave you the address of one.
+A real swarm differs in one thing only: its servers run elsewhere, and you need the address of one.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def demo_swarm(address: str | None = None) -> Iterator[tuple[Path, str]]:
 
 
 def start_peer(started: list[subprocess.Popen[str]], folder: Path, *arguments: str | Path) -> subprocess.Popen[str]:
-    """Run `peerd ARGUMENTS` in a process of its own, which ends when ours does."""
+    """Run `peerd ARGUMENTS` in a process of its own, which ends when this process does."""
     name = folder / f"peer-{len(started)}"
     command = [sys.executable, "-m", "peerd", "--stop-on-eof", "--listen", "/ip4/127.0.0.1/tcp/0/ws"]
-    # Two servers compute on this machine: each takes its part of the cores.
+    # Two servers compute on this machine, so each gets a part of its cores.
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
     with name.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(
@@ -61,7 +61,7 @@ def start_peer(started: list[subprocess.Popen[str]], folder: Path, *arguments: s
 
 
 def address_of(process: subprocess.Popen[str]) -> str:
-    """Wait until a peer serves: then it prints its address."""
+    """Return the address that a peer prints when it serves."""
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     if not address:
@@ -70,7 +70,7 @@ def address_of(process: subprocess.Popen[str]) -> str:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer out of a GGUF file, padding on the right as training wants it."""
+    """Read the tokenizer from a GGUF file; it pads on the right, as training needs it."""
     tokenizer = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name, local_files_only=True)
     tokenizer.padding_side = "right"
     return tokenizer

@@ -1,8 +1,8 @@
-"""A linear probe: which blocks' hidden states tell a question from a statement?
+"""A linear probe: from which blocks' hidden states can one tell a question from a statement?
 
     python examples/linear_probe.py
 
-The servers give back what is between any two blocks. A ridge regression on it, here, says what can be read there.
+The servers return the hidden states between any two blocks. A ridge regression in this program shows what they contain.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import peerd
 
 VERBS = ("bake bread", "sing", "swim well", "know the way", "like winter", "play chess", "speak Dutch", "drive")
 WHO = ("they", "your friends", "the two of you", "those people")
-#: No question mark, for that would be too easy.
+#: The texts have no question mark, which would make it too easy.
 TEXTS = [text for who in WHO for verb in VERBS for text in (f"do {who} {verb}", f"{who} {verb}")]
 LABELS = torch.tensor([1.0, -1.0] * (len(TEXTS) // 2))
 
 
 def mean_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """`[texts, blocks + 1, width]`: the last position of each text, at every block's border."""
+    """The hidden states of the last position of each text, at every border between blocks: `[texts, blocks + 1,
+    width]`.
+    """
     batch = tokenizer(list(texts), return_tensors="pt", padding=True)
     with torch.no_grad():
         states = model.model(**batch, output_hidden_states=True, use_cache=False).hidden_states
@@ -33,7 +35,7 @@ def mean_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tenso
 
 
 def probe(states: torch.Tensor, labels: torch.Tensor, trained: torch.Tensor) -> float:
-    """How many texts a ridge regression gets right that it was not trained on; `states` `[texts, width]`."""
+    """How many texts of a test set a ridge regression classifies correctly; `states` `[texts, width]`."""
     states = torch.nn.functional.normalize(states - states[trained].mean(0), dim=-1)
     known = states[trained]
     gram = known @ known.T + 0.1 * torch.eye(len(known))

@@ -1,10 +1,10 @@
-"""A persona: teach a swarm's model to talk like a pirate, by a LoRA adapter that stays yours, with TRL's SFTTrainer.
+"""A persona: teach a swarm's model to talk like a pirate, by a LoRA adapter of your own, with TRL's SFTTrainer.
 
     pip install trl "datasets<5"
     python examples/persona_lora.py
 
-The adapter's matrices and the optimizer lie here. Servers compute with the matrices that a step brings, give back
-their gradients, and keep nothing.
+The adapter's matrices and the optimizer stay in this program. Servers compute with the matrices that each step sends,
+return their gradients, and keep nothing.
 """
 
 from __future__ import annotations

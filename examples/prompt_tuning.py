@@ -2,8 +2,8 @@
 
     python examples/prompt_tuning.py
 
-The blocks stay as they are, on the servers. Only the vectors before each text and the head that reads the last
-position are trained, here.
+The blocks on the servers do not change. Only the vectors before each text and the head that reads the last position are
+trained, in this program.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ async def open_peer(
     """Run a peer until the block ends. Yields once everything in `serve` is served. Works in any Trio program.
 
     identity: who we are; None makes a new identity that is not saved.
-    listen: where to accept connections; without any we are a client, whom others cannot dial.
+    listen: where to accept connections; without any we are a client, which others cannot dial.
     announce: the addresses that others are told to dial, instead of `listen` (forwarded ports, proxies).
     bootstrap: addresses of peers of the swarm, each with its PeerId.
     state_dir: the folder for the routing table and the last `seq`; None for a peer that will not start again.

@@ -1,4 +1,4 @@
-"""Where Triton or bitsandbytes is missing or broken, peerd starts all the same, and names what it cannot do."""
+"""If Triton or bitsandbytes is missing or broken, peerd starts anyway, and names what it cannot do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To whom usage is attributed: a PeerId, and the public network from which it comes.
+"""Attributes usage to an owner: a PeerId, and the public network from which it comes.
 
 Keys cost nothing and addresses do, so every quota holds for a PeerId and also for its /24 (IPv6: /48). Peers on
 loopback, in private ranges or at unknown addresses are counted by PeerId only: one machine may run dozens of peers, and

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # The time between looks while there is no model that we may serve.
 LOOK_S = 15.0
-# How many models one look opens at most. Each costs the hub a few requests, whoever announced it.
+# How many models one look opens at most, because each costs the hub a few requests.
 MAX_OPENED = 8
 # How many models' servers one look looks up, those with most announcers first. Strangers can make up models.
 MAX_LOOKED_UP = 64
@@ -76,7 +76,8 @@ class ModelChoice:
         self._checkpoints = checkpoints
         # The models on this machine that a pattern names, by digest.
         self._local: dict[bytes, Path] = {}
-        # Models that cannot be served, with the reason and the time until which it holds, whoever announces them.
+        # Models that cannot be served, with the reason and the time until which it holds. It does not matter which peer
+        # announces them.
         self._refused: dict[_Claim, tuple[str, float]] = {}
         self._said = ""
 

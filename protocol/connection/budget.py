@@ -1,9 +1,9 @@
-"""What buffered bytes may cost a process: one budget, shared by the networks that they came from.
+"""Limits how many buffered bytes peers may cost this process, by one budget that all networks share.
 
-What a peer can make us hold before our own code has looked at it is taken from the budget first: bytes that wait in
-streams, messages that have begun, and answers that the peer does not read. The difficulty is fairness without a fixed
-number of owners: an owner may hold as much as it leaves free for the others. One alone gets half, two get a third each,
-and a newcomer finds as much free as each of those before it holds.
+Everything that a peer can make us hold before our own code has looked at it is first taken from the budget: bytes that
+wait in streams, messages that have begun, and answers that the peer does not read. The budget is fair without a fixed
+number of owners, because an owner may hold as much as it leaves free for the others. One alone gets half, two get a
+third each, and a newcomer finds as much free as each of the earlier owners holds.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ ALL = Span(0, BLOCKS)
 WIDTH = 8
 MAX_LENGTH = 1024
 LATENCY_S = 0.01
-# What a place says of itself until its span has come.
+# The announcement of a place whose span has not been loaded yet.
 EXPECTED = ServerRecord(
     seq=0,
     expires=0.0,

@@ -1,4 +1,4 @@
-"""A loop that hangs ends its process and says where it hung."""
+"""A loop that hangs ends its process, which logs where it hung."""
 
 from __future__ import annotations
 

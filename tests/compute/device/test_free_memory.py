@@ -1,4 +1,6 @@
-"""What this process may still take, on fake machines: with control groups of both versions, and in containers."""
+"""The memory that this process may still take, on fake machines: with control groups of both versions, and in
+containers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from peerd.compute.device.free_memory import free_memory
 
 AVAILABLE = 3_000_000 * 1024
 MIB = 2**20
-# What version 1 says of a group without a limit.
+# The limit that version 1 shows for a group without a limit.
 UNLIMITED = 9223372036854771712
 
 

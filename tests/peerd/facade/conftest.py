@@ -1,4 +1,4 @@
-"""A swarm in this process, on loopback, for programs without Trio: as a user of Transformers sees it."""
+"""A swarm in this process, on loopback, for programs without Trio, as users of Transformers see it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Servers:
         self._closes: list[Any] = []
 
     def serve(self, path: Path, *spans: tuple[int, int]) -> None:
-        """A peer for each span. They open side by side, behind the first: a peer waits for answers while it opens."""
+        """Start a peer for each span. They open in parallel behind the first, because a peer waits for answers while it
+        opens.
+        """
         waiting = list(spans)
         if not self.peers and waiting:
             self._open(path, [waiting.pop(0)])
@@ -51,12 +53,12 @@ class Servers:
         return sum(peer.server.sessions for peer in self.peers if peer.server is not None)
 
     def kill(self, index: int) -> peerd.Peer:
-        """Have a peer end at once: its connections break. Returns it."""
+        """End a peer at once, so that its connections break. Returns it."""
         self._closes.pop(index)()
         return self.peers.pop(index)
 
     def kill_one_of(self, chain: tuple[peerd.ServedBy, ...], hop: int) -> peerd.Peer:
-        """Have the peer end that serves a chain's hop. Returns it."""
+        """End the peer that serves a hop of a chain. Returns it."""
         ids = [peer.peer_id for peer in self.peers]
         return self.kill(ids.index(chain[hop].peer))
 

@@ -1,4 +1,4 @@
-"""A model over a daemon's socket is the model over a peer of its own: many programs share the daemon's one peer."""
+"""A model over a daemon's socket behaves like a model over its own peer; many programs share the daemon's one peer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAME = ("greedy, a left-padded batch", "beams of a batch, two returned", "prompt
 
 @asynccontextmanager
 async def open_daemon(path: Path, bootstrap: list[Any], socket: Path) -> AsyncIterator[peerd.Peer]:
-    """What `peerd --client --model llama=PATH --socket SOCKET` does."""
+    """Do the same as `peerd --client --model llama=PATH --socket SOCKET`."""
     async with (
         peerd.open_peer(bootstrap=bootstrap) as peer,
         peer.model(path) as model,
@@ -60,7 +60,7 @@ class Daemon:
 
 @pytest.fixture(scope="module")
 def daemon(servers: Servers, llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    # A daemon answers text as well, so its model needs a tokenizer.
+    # A daemon also answers text, so its model needs a tokenizer.
     folder = tmp_path_factory.mktemp("daemon")
     shutil.copytree(llama_path, folder / "llama")
     make_byte_tokenizer().save_pretrained(folder / "llama")
@@ -112,7 +112,7 @@ def test_lora_and_deep_prompts_have_the_gradients_of_the_local_model(
             adapted = peft.get_peft_model(model, config)
             model.prompts.requires_grad_(True)
             model.prompts.deep.data.normal_(generator=torch.Generator().manual_seed(2))
-            # B is zero at first, and so would be A's gradient.
+            # B is zero at first, so A's gradient would be zero too.
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.data.normal_(generator=torch.Generator().manual_seed(3))

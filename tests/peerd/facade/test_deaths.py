@@ -1,4 +1,4 @@
-"""Servers die beneath a Transformers program: the program gets the tokens and gradients that it would have got."""
+"""Servers die beneath a Transformers program, which still gets the same tokens and gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.real_time, pytest.mark.slow]
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79], [32, 38, 46, 26, 43, 38, 32, 79]])
 
 
-#: The first serves nothing that is used: all others join through it.
+#: The first serves nothing that is used: the others join through it.
 SPANS = [(0, 1), (0, 3), (3, 8), (0, 3), (3, 8)]
 
 
@@ -50,7 +50,7 @@ def remote(servers: Servers, llama_path: Path) -> Iterator[Any]:
 
 
 class KillAt(LogitsProcessor):  # type: ignore[misc]
-    """Has servers die between two tokens: `victims[n]` is the hop that dies before token n + 1."""
+    """Lets servers die between two tokens: `victims[n]` is the hop that dies before token n + 1."""
 
     def __init__(self, model: Any, servers: Servers, victims: dict[int, int]) -> None:
         self.session: Any = None
@@ -80,7 +80,7 @@ def test_beams_go_on_when_both_servers_of_their_chain_die(local: Any, remote: An
 
 
 def first_dies(servers: Servers, span: peerd.Span, turn: int) -> None:
-    """Of the peers that serve `span`, the one that is asked dies in the middle of its `turn`th turn of training."""
+    """Of the peers that serve `span`, let the one that is asked die in the middle of its `turn`th turn of training."""
     twins = [peer for peer in servers.peers if peer.served[0].span == span]
     died = False
 
@@ -95,7 +95,7 @@ def first_dies(servers: Servers, span: peerd.Span, turn: int) -> None:
                 await work(*args)
                 return
             died = True
-            # A peer's end is waited for, which nobody can do in the loop that it ends in.
+            # `kill` waits for the peer's end, which would block the loop in which the peer runs.
             threading.Thread(target=lambda: servers.kill(servers.peers.index(peer))).start()
             await trio.sleep_forever()
 

@@ -1,4 +1,6 @@
-"""A remote model equals the whole one, whatever its architecture: eight families here, all by `make test-families`."""
+"""A remote model gives the same results as the whole one, for eight families here, and for all by `make
+test-families`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from tests.peerd.facade.conftest import LISTEN, Servers
 pytestmark = [
     pytest.mark.real_time,
     pytest.mark.slow,
-    # Of Transformers about its own models.
+    # Warnings of Transformers about its own models.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
@@ -30,7 +32,7 @@ pytestmark = [
 #: of rotary embeddings and windows (gemma3_text), latent keys and experts (deepseek_v3), chunks (llama4_text).
 EIGHT = ("bloom", "deepseek_v3", "gemma3_text", "gpt2", "gptj", "llama4_text", "mpt", "opt")
 WANTED = sorted(FAMILIES) if os.environ.get("PEERD_ALL_FAMILIES") else EIGHT
-# Where the whole model itself gives padded rows other values than the same rows alone.
+# Models whose whole version already gives padded rows other values than the same rows without padding.
 PADDING_CHANGES_THE_WHOLE = ("llama4_text",)
 PADDED = (0, 7, 13)
 
@@ -56,7 +58,7 @@ def pair(request: pytest.FixtureRequest, servers: Servers, tmp_path_factory: pyt
     local.save_pretrained(path)
     spec = peerd.ServeSpec(path, peerd.Span(0, BLOCKS), kv_tokens=1024, throughput=1000.0, stay=True)
     server = peerd.open_peer(listen=[LISTEN], serve=[spec], bootstrap=servers.bootstrap)
-    # Both ends wait for answers while they open: side by side.
+    # Both ends wait for each other's answers while they open, so they open in parallel.
     with ThreadPoolExecutor(1) as threads:
         opening = threads.submit(servers.bridge.hold, server)
         remote: Any = peerd.RemoteModelForCausalLM.from_pretrained(path, bootstrap=servers.bootstrap)
@@ -75,7 +77,7 @@ def tokens(rows: int, columns: int) -> torch.Tensor:
 
 
 def padded(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The rows with so many columns of padding on their left."""
+    """The rows with this many columns of padding on their left."""
     mask = torch.ones_like(rows)
     for row, count in enumerate(PADDED):
         mask[row, :count] = 0
@@ -83,7 +85,7 @@ def padded(rows: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def positions(model: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Position ids that count real tokens, where the family's forward takes any."""
+    """Position ids that count real tokens, if the family's forward takes any."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return {}
     return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}

@@ -1,4 +1,4 @@
-"""Where strangers' words may lead us, by IP address and by name."""
+"""Which IP addresses and names may be dialled when a stranger names them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HIDDEN = addresses(
         (addresses("/ip4/192.168.7.1/tcp/1/ws"), {PUBLIC, LAN}),
         (addresses("/ip4/10.0.0.1/tcp/1/ws"), {PUBLIC, OTHER_LAN}),
         (addresses("/ip4/127.0.0.1/tcp/1/ws"), {PUBLIC, LOOPBACK}),
-        # To listen everywhere is to live nowhere.
+        # Listening on all interfaces does not count as being in any range.
         (addresses("/ip4/0.0.0.0/tcp/1/ws"), {PUBLIC}),
     ],
 )
@@ -66,7 +66,7 @@ def test_our_operators_addresses_may_lead_anywhere():
 
 @pytest.fixture
 def resolver(monkeypatch):
-    """Answers names as the test says: a list of IP addresses by name, each time the next."""
+    """Resolves names as the test says: a list of IP addresses for each name, the next one at each lookup."""
     answers: dict[str, list[list[str]]] = {}
 
     real = socket.getaddrinfo
@@ -96,7 +96,7 @@ async def test_a_name_is_what_it_leads_to(resolver):
 
 @asynccontextmanager
 async def listener(host="127.0.0.1"):
-    """A port at which somebody waits, and how often it was dialled."""
+    """A listening port, and how often it was dialled."""
     came: list[int] = []
     [listening] = await trio.open_tcp_listeners(0, host=host)
 
@@ -112,7 +112,7 @@ async def listener(host="127.0.0.1"):
 
 @pytest.mark.parametrize("secure", [False, True])
 async def test_what_was_checked_is_what_is_dialled(resolver, monkeypatch, secure):
-    """A name that leads elsewhere when it is looked up again."""
+    """A name leads elsewhere at its second lookup."""
     async with listener() as (port, came):
         resolver["rebinds.example"] = [["93.184.216.34"], ["127.0.0.1"]]
         name = Multiaddr("dns", "rebinds.example", port, secure=secure)
@@ -132,7 +132,7 @@ async def test_what_was_checked_is_what_is_dialled(resolver, monkeypatch, secure
 
 async def test_the_first_address_of_a_name_may_be_dead():
     async with listener() as (port, came):
-        # Nobody listens there; of the second, the first refuses.
+        # Nothing listens at the first address; the second works.
         stream = await connect_to_any([ip_address("127.0.0.9"), ip_address("127.0.0.1")], port)
         await stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
@@ -145,7 +145,7 @@ async def test_where_nobody_answers_the_first_reason_is_told():
 
 
 async def test_a_resolver_that_hangs_keeps_no_threads_from_others(monkeypatch):
-    """Names of strangers wait for each other alone."""
+    """Lookups of strangers' names only delay each other."""
     release = threading.Event()
     monkeypatch.setattr("peerd.net.dialling.names.socket.getaddrinfo", lambda *_args, **_more: release.wait(20) and [])
     names = Names()
@@ -166,7 +166,7 @@ async def test_a_resolver_that_hangs_keeps_no_threads_from_others(monkeypatch):
         release.set()
 
 
-# In a connection's hands.
+# With real connections.
 
 
 async def test_only_our_operators_addresses_lead_into_private_networks():

@@ -1,4 +1,4 @@
-// Asks the daemon: with the token where there is one, and with errors that say what happened.
+// Sends requests to the daemon, with the token if there is one, and turns failures into errors that say what happened.
 
 const TOKEN = "peerd.token";
 
@@ -46,7 +46,7 @@ async function errorOf(response) {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // Not one of our errors: its status has to do.
+    // Not one of our errors, so only its status is known.
   }
   const retry = Number(response.headers.get("retry-after"));
   return new ApiError(response.status, message, retry > 0 ? retry : null);

@@ -52,7 +52,7 @@ export class Chat {
   async loadModels() {
     const { data } = await getJson("/v1/models");
     const models = data.map((model) => model.id);
-    // Drawn anew only on a change: somebody may be typing into the settings.
+    // Redraw only after a change, because the user may be typing into the settings.
     if (models.join("\n") === this.models.join("\n")) return;
     this.models = models;
     if (!this.models.includes(this.open.model)) this.open.model = this.models[0] ?? "";

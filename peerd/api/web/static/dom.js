@@ -1,4 +1,4 @@
-// Builds elements. Text always becomes a text node, so nothing that a model or a peer says is ever read as HTML.
+// Builds elements. Text always becomes a text node, so nothing from a model or a peer is ever read as HTML.
 
 /**
  * An element. `props` named on...: listeners; class, data-*, aria-* and other attributes by name; `false` and null leave

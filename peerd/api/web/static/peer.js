@@ -1,4 +1,4 @@
-// This peer: who it is, what it serves, how others reach it, and how programs use its API.
+// This peer: its identity, what it serves, how others reach it, and how programs use its API.
 
 import { getJson } from "./api.js";
 import { copyButton, count, duration, el, fill, shortId } from "./dom.js";
@@ -17,7 +17,7 @@ export class PeerView {
 
   async refresh() {
     const status = await getJson("/peerd/v1/status");
-    // The rest is drawn anew only where it changes, so that a selection stays.
+    // Redraw the rest only where it has changed, so that a selection stays.
     const { uptime_s: uptime, ...rest } = status;
     const now = JSON.stringify(rest);
     if (now !== this.shown) {

@@ -1,4 +1,4 @@
-// The swarm: which blocks of each model have servers, who these are, the last hour, and how to join.
+// The swarm: which blocks of each model have servers, which peers these are, the last hour, and how to join.
 
 import { getJson } from "./api.js";
 import { delays, inUse } from "./chain.js";
@@ -16,7 +16,7 @@ export class Swarm {
     for (const model of swarm.models) {
       for (const server of model.servers) if (server.rtt_ms !== null) delays.set(server.peer_id, server.rtt_ms);
     }
-    // What has not changed is not drawn anew, and the focus is given back to what had it, for readers with a keyboard.
+    // Redraw only what has changed, and give the focus back to the element that had it, for keyboard users.
     const now = JSON.stringify([swarm, [...inUse]]);
     if (now === this.shown) return swarm.models;
     this.shown = now;

@@ -1,4 +1,4 @@
-"""A hop that lies in a session: it is found and avoided, the hops beside it are not, and the user gets an answer."""
+"""A hop that lies in a session is found and avoided, the hops beside it are not, and the user gets an answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROW = torch.randint(0, 251, (40, WIDTH), generator=torch.Generator().manual_seed
 
 
 class Lies:
-    """Makes all sessions of some servers lie, once `begun`."""
+    """Makes all sessions of some servers lie once `begun` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hosts = []
@@ -35,7 +35,7 @@ class Lies:
         return self.begun and any(session.task is host.task for host in self.hosts)
 
     def instead_of_work(self, say) -> None:
-        """Say something of each step, and do not take it."""
+        """Send this message for each step instead of taking it."""
         honest = HostedSession.accept
 
         def accept(session, step, body):
@@ -53,7 +53,7 @@ class Lies:
         self._patch.setattr(HostedSession, "progress", said)
 
     def in_results(self, send) -> None:
-        """What it pushes to its next hop, or to the client as a bridge, is `send(link, step, hidden)`."""
+        """Send `send(link, step, hidden)` instead of results, to the next hop or to the client as a bridge."""
         honest, honest_nowait = Downstream._send, Downstream._send_nowait
 
         def is_liars(down) -> bool:
@@ -127,7 +127,9 @@ async def swarm_with_liar(swarm, lies, at):
 
 
 async def goes_on(session, lies, client, *, within_s):
-    """The next steps are answered, and right, in time; the liar is out of the chain, and nobody else was blamed."""
+    """Check that the next steps are answered correctly and in time, that the liar is out of the chain, and that no
+    other peer was blamed.
+    """
     lies.begun = True
     before = trio.current_time()
     for position in range(10, 16):
@@ -154,7 +156,7 @@ async def test_a_server_that_refuses_what_is_right_is_replaced_and_blamed(open_s
 @pytest.mark.parametrize("at", range(2))
 @pytest.mark.parametrize("send", [send_nan, send_other_rows, send_nothing])
 async def test_a_server_that_sends_its_neighbour_rubbish_is_found(open_swarm, lies, send, at):
-    """Its honest neighbour refuses it, and is neither avoided nor blamed for that in the end."""
+    """Its honest neighbour refuses what it sends, and is in the end neither avoided nor blamed."""
     async with open_swarm() as swarm:
         _, twins, client, session = await swarm_with_liar(swarm, lies, at)
         lies.in_results(send)
@@ -185,7 +187,7 @@ async def test_false_progress_holds_a_step_up_for_seconds_only(open_swarm, lies,
 
 
 async def test_two_liars_that_refuse_behind_one_honest_server_are_believed_only_together(open_swarm, lies):
-    """Where all who have the blocks say the same, that is the answer."""
+    """If all peers that have the blocks say the same, it becomes the answer."""
     async with open_swarm() as swarm:
         _, twins, client, session = await swarm_with_liar(swarm, lies, 0)
         lies.hosts.append(twins[0])

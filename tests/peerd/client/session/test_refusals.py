@@ -1,4 +1,6 @@
-"""Whom to believe and whom to leave out, by who said what of whom."""
+"""Which refusals are believed and which peers are left out, depending on the peers that refused and their upstream
+hops.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,11 @@ def refusals(clock: Clock, *said: tuple[PeerId, list[PeerId]], tolerated: int = 
         ([(A, [])], False, {A}),
         ([(A, [B])], False, {A}),
         ([(A, []), (C, [])], True, {A, C}),
-        # B feeds both: it may be the liar.
+        # B is the upstream hop of both, so it may be the liar.
         ([(A, [B]), (C, [B])], False, {B}),
         ([(A, [B]), (C, [D])], True, {A, C}),
         ([(A, [B]), (C, [B]), (A, [D])], True, {A}),
-        # The same pair again: who spoke.
+        # The same pair again: the peer that refused is left out.
         ([(A, [B]), (A, [B])], False, {A}),
         ([(A, [B, D]), (C, [B, D])], False, {B, D}),
     ],
