@@ -301,7 +301,9 @@ async def open_peer(
 
 
 def _limit_dials(connections: Connections, bootstrap: Sequence[Multiaddr]) -> None:
-    """What we are told in records leads into no network that we do not live in."""
+    """Configure the connections so that addresses named by other peers lead only into networks in which we are
+    ourselves.
+    """
     connections.trust(bootstrap)
 
     def ours() -> Sequence[Multiaddr]:

@@ -211,9 +211,10 @@ class _Fields:
         return tuple(found)
 
     def modules(self, name: str) -> Modules | None:
-        """What a list or a pattern means; None where the file says nothing, or it must be seen in the tensors alone.
+        """The meaning of a list or a pattern; None if the file has neither, or if only the tensors show the meaning.
 
-        A pattern that could take for ever is not asked, and neither is `all-linear`, which means all that are stored.
+        A pattern whose matching could take for ever is not evaluated, and neither is `all-linear`, which means all
+        stored layers.
         """
         found = self._fields.get(name)
         if type(found) is str and found != "all-linear" and _ends_soon(found):

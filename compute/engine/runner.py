@@ -76,7 +76,7 @@ class SpanRunner:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the blocks compute in."""
+        """The dtype in which the blocks compute."""
         return self._whole.dtype
 
     def forget_places(self, batch: Batch) -> None:

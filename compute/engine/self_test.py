@@ -22,15 +22,15 @@ from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
-# A prompt, two tokens, and a prompt that follows them: by how many positions.
+# A prompt, two tokens, and a prompt that follows them, with these numbers of positions.
 _PIECES = (3, 1, 1, 3)
 _LENGTH = sum(_PIECES)
-# As small as embeddings are: what a block adds is then most of what comes out of it, and rounding hides nothing.
+# As small as embeddings are, so that most of the output comes from the block, and rounding hides nothing.
 _SCALE = 0.05
-# How far two ways to compute the same may differ, relative to what the block adds. Over all families, quantized or not,
-# the largest were 2e-6, 3e-3 and 2e-2; a cache that was not written gave 0.1 to 1e16.
+# How far two ways of computing the same may differ, relative to what the block adds. Over all families, quantized or
+# not, the largest differences were 2e-6, 3e-3 and 2e-2; a cache that was not written gave 0.1 to 1e16.
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# What code raises that is called in a way it was not written for, or on a device that it does not work on.
+# The exceptions of code that is called in a way for which it was not written, or on a device on which it does not work.
 _BROKEN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -59,7 +59,7 @@ def check_span(engine: Engine, model: SpanModel, quantize: str) -> None:
 
 
 class _Wrong(Exception):
-    """What differs, for the operator."""
+    """What differs; the message is for the operator."""
 
 
 def _line(model: SpanModel, quantize: str, what: str) -> str:
@@ -71,7 +71,7 @@ def _line(model: SpanModel, quantize: str, what: str) -> str:
 
 
 def _one_of_each_kind(model: SpanModel) -> list[int]:
-    """The first block of each kind: what it keeps, and of which modules it is made."""
+    """The first block of each kind. A kind is given by what the block keeps, and by its modules."""
     first: dict[Any, int] = {}
     for number, (layer, kind) in enumerate(zip(model.layers, model.kinds, strict=True)):
         made_of = tuple(type(module).__name__ for module in layer.modules())
@@ -80,7 +80,7 @@ def _one_of_each_kind(model: SpanModel) -> list[int]:
 
 
 def _check_blocks(engine: Engine, model: SpanModel, blocks: Span) -> None:
-    """Compare what some blocks give with the KV cache and without. Raises _Wrong."""
+    """Compare the outputs of some blocks with the KV cache and without it. Raises _Wrong."""
     random = torch.Generator().manual_seed(0)
     length = min(_LENGTH, engine.total_tokens)
     hidden = torch.randn(2, length, engine.hidden_size, generator=random) * _SCALE
@@ -94,7 +94,7 @@ def _check_blocks(engine: Engine, model: SpanModel, blocks: Span) -> None:
             got = sessions.run(hidden, pieces)
         for row, outputs in enumerate(got):
             error = _differs(torch.cat(outputs), expected[row], added[row])
-            # Where two experts suit a position almost alike, rounding may choose.
+            # Where two experts suit a position almost equally well, rounding may choose between them.
             worst = float(error.sort(descending=True).values[length // 4 if experts else 0])
             if not worst <= _BOUNDS[model.dtype]:
                 beside = f" beside {len(got) - 1} other session" if len(got) > 1 else ""
@@ -124,7 +124,7 @@ def _check_writing(engine: Engine) -> None:
 
 
 def _cut(length: int) -> tuple[int, ...]:
-    """The pieces of so many positions. A pool that is too small for all gets a position each."""
+    """Cut this many positions into pieces. If the pool is too small for all pieces, each has one position."""
     return _PIECES if length == _LENGTH else (1,) * length
 
 
@@ -146,7 +146,7 @@ class _Sessions:
 
     @contextmanager
     def opened(self, count: int) -> Iterator[_Sessions]:
-        """Open `count` sessions, or as many as there is room for, and close them in the end."""
+        """Open `count` sessions, or as many as fit, and close them at the end."""
         try:
             for _ in range(count):
                 name = object()
@@ -163,7 +163,7 @@ class _Sessions:
                 self._engine.close(name)
 
     def run(self, hidden: torch.Tensor, pieces: Sequence[int]) -> list[list[torch.Tensor]]:
-        """Run `hidden` `[sessions, positions, hidden_size]` piece by piece: for each session what came of each."""
+        """Run `hidden` `[sessions, positions, hidden_size]` piece by piece. Returns the outputs of each session."""
         outputs: list[list[torch.Tensor]] = [[] for _ in self._names]
         start = 0
         for seq, count in enumerate(pieces):

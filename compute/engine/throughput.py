@@ -21,7 +21,7 @@ from peerd.protocol.rows import RowSlice, SessionSize
 _CONTEXT_TOKENS = 64
 _WARM_UP_STEPS = 3
 _TIMED_STEPS = 12
-# Large blocks on a slow CPU: so much time is enough to know, and the operator waits for the server to start.
+# For large blocks on a slow CPU: this time is enough for a measurement, and the operator waits for the server to start.
 _ENOUGH_S = 5.0
 
 

@@ -1,4 +1,4 @@
-"""The daemon: runs a peer until it is told to stop.
+"""The daemon: runs a peer until it is stopped.
 
 Stopping has two stages. The first signal announces that the peer leaves, refuses new sessions and gives the others time
 to end (a minute after SIGTERM, or SIGHUP from a closed terminal; only a second after Ctrl-C, because a user waits). The

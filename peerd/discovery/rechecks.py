@@ -24,7 +24,7 @@ from peerd.routing.failures.track_record import Links
 PROOF_S = 3.0
 # How many handshakes run at a time. If our own network was down, all peers are in doubt at once.
 AT_ONCE = 8
-# Reasons in a GOAWAY of a peer that keeps running: it has another connection to us, or no more use for this one.
+# Reasons in a GOAWAY of a peer that keeps running: it has another connection to us, or does not use this one.
 _STAYS = frozenset(("duplicate", "replaced", "measured", IDLE))
 
 

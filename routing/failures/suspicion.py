@@ -28,7 +28,7 @@ class Hung:
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """What this hop sends does not arrive at the next hop."""
+    """The results that this hop sends do not arrive at the next hop."""
 
     upstream: int
 

@@ -205,7 +205,7 @@ class Patience:
 
 
 class ChainFinder(Protocol):
-    """Finds peers for blocks, and is told how they did."""
+    """Finds peers for blocks, and learns from callers how those peers did."""
 
     async def find(
         self,

@@ -40,7 +40,7 @@ FORWARD, BACKWARD = "forward", "backward"
 _NO_TOKENS = 0
 # After this many failures in a row without an answer, trying further is useless.
 MAX_BARREN = 8
-# How many peers must say of a request that it overflows, if there are so many: a single one may be broken, or lie.
+# How many peers must report that a request overflows, if there are so many; a single one may be broken, or lie.
 OVERFLOWS_BELIEVED = 2
 
 
