@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 TOOLS := .venv-tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
+.PHONY: audit sbom demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -40,6 +40,14 @@ test-installs:
 # Pins everything that set-up installs, from pyproject.toml's ranges and what the package index has today.
 lock: $(TOOLS)/.ready
 	$(TOOLS)/bin/python .ci/lock.py lock
+
+# Known vulnerabilities of what peerd is installed with, and a list of it for those who ask what is in a release.
+audit: $(TOOLS)/.audit
+	$(TOOLS)/bin/pip-audit --requirement requirements/run.txt --no-deps --disable-pip
+
+sbom: $(TOOLS)/.audit
+	@mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o dist/peerd.cdx.json requirements/run.txt
 
 # What a change is looked at with between two edits: lint and the tests that need no model, process or real clock, in half a minute.
 check: lint
@@ -104,6 +112,10 @@ $(STAMP): pyproject.toml Makefile $(LOCK)
 $(TOOLS)/.ready:
 	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
 	@$(TOOLS)/bin/pip install -q 'uv>=0.8'
+	@touch $@
+
+$(TOOLS)/.audit: $(TOOLS)/.ready
+	@$(TOOLS)/bin/pip install -q 'pip-audit>=2.9' 'cyclonedx-bom>=7'
 	@touch $@
 
 clean:
