@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from peerd.net.containment import Containment
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
@@ -30,16 +31,21 @@ class ServedSpan:
 class _Running:
     """The running task of one span's engine."""
 
-    def __init__(self, task: EngineTask) -> None:
+    def __init__(self, task: EngineTask, containment: Containment) -> None:
         self.leaving = False
         self._task = task
+        self._containment = containment
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
     async def run(self) -> None:
         try:
             with self._scope:
-                await self._task.run()
+                with self._containment.around("an engine's task"):
+                    await self._task.run()
+                # Its sessions wait for nothing now: whoever hosts the span withdraws it.
+                self._task.break_down("a bug ended its engine's task")
+                await trio.sleep_forever()
         finally:
             self._ended.set()
 

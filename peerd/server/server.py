@@ -137,7 +137,7 @@ class Server:
         """Accept sessions on one more span from now on."""
         served.task.admission.on_change = lambda: self.on_load_changed()
         served.task.admission.on_wanted = self._look_for_unused
-        running = self._running[served.task] = _Running(served.task)
+        running = self._running[served.task] = _Running(served.task, self._containment)
         self._nursery.start_soon(running.run)
         self.spans += (served,)
 

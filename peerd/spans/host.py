@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from peerd.spans.loading import SpanLoader
     from peerd.spans.mover import Rebalancer
     from peerd.spans.spec import ServeSpec
+    from peerd.spans.swap import Reloader, SpanSwap
 
 # How long a server waits until it is announced; then it goes on even if no peer answers.
 ANNOUNCE_WAIT_S = 2.0
@@ -69,7 +70,8 @@ class SpanHost:
         self._places = Places(server)
         self._neighbours: Neighbours | None = None
         self._names: ModelNames | None = None
-        self._rebalancers: list[Rebalancer] = []
+        # What loads spans while we serve.
+        self._movers: list[Rebalancer | Reloader] = []
         server.on_load_changed = discovery.changed
 
     def __repr__(self) -> str:
@@ -77,8 +79,8 @@ class SpanHost:
 
     async def drain(self, timeout_s: float) -> None:
         """Announce that we leave, refuse new sessions, and wait at most `timeout_s` for the others to end."""
-        for rebalancer in self._rebalancers:
-            rebalancer.stop()
+        for mover in self._movers:
+            mover.stop()
         self._server.draining = True
         self._discovery.changed()
         await self._server.drain(timeout_s)
@@ -109,14 +111,14 @@ class SpanHost:
                 digest, block_count = checkpoint.model_digest, checkpoint.block_count
                 words = words_for(checkpoint)
             moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
-            loader = SpanLoader(self._checkpoints, spec, digest, self._promised_bytes) if moves else None
-            for served, loaded in ready:
+            for (served, loaded), (own, span) in zip(ready, shares, strict=True):
                 place = reserved[0]
                 self._places.add(place, served, loaded)
                 reserved.remove(place)
-                place.loader = loader
-                if loader is not None and len(served.span) < block_count:
-                    self._start_moving(place, loader, block_count, spec.look_every_s)
+                place.loader = SpanLoader(self._checkpoints, own, digest, self._promised_bytes)
+                swap = self._start_reloading(place, place.loader)
+                if moves and len(span) < block_count:
+                    self._start_moving(place, place.loader, swap, block_count, spec.look_every_s)
             self._watch_neighbours(digest, block_count)
             self._name(words)
         finally:
@@ -165,13 +167,27 @@ class SpanHost:
 
         self._discovery.serve(records)
 
-    def _start_moving(self, place: Place, loader: SpanLoader, block_count: int, look_every_s: float | None) -> None:
+    def _start_reloading(self, place: Place, loader: SpanLoader) -> SpanSwap:
+        from peerd.spans.swap import Reloader, SpanSwap
+
+        random, containment = Random(os.urandom(16)), self._connections.containment
+        swap = SpanSwap(place, loader, self._server, self._discovery, random, containment)
+        reloader = Reloader(place, swap, self._server, random)
+        self._movers.append(reloader)
+        self._keep("loading blocks again", reloader.run)
+        return swap
+
+    def _start_moving(
+        self, place: Place, loader: SpanLoader, swap: SpanSwap, block_count: int, look_every_s: float | None
+    ) -> None:
         from peerd.spans.mover import Pace, Rebalancer
 
         random = Random(os.urandom(16))
         pace = Pace.looking_every(look_every_s)
-        rebalancer = Rebalancer(place, loader, self._server, self._discovery, self._peer_id, block_count, random, pace)
-        self._rebalancers.append(rebalancer)
+        rebalancer = Rebalancer(
+            place, loader, self._server, self._discovery, self._peer_id, block_count, random, pace, swap
+        )
+        self._movers.append(rebalancer)
         self._keep("moving blocks", rebalancer.run)
 
     def _keep(self, what: str, run: Callable[[], Awaitable[None]]) -> None:

@@ -13,28 +13,20 @@ where it was; after that, a failure makes it load its old span again.
 
 from __future__ import annotations
 
-import gc
 import logging
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Protocol
 
-import torch
 import trio
 
-from peerd.compute.errors import CheckpointError
-from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.placement.placement import choose_move
-from peerd.server.served_spans import ServedSpan
 from peerd.spans.first_choice import Announcing, announce
-from peerd.spans.loading import LoadedSpan
 from peerd.spans.slots import Place
+from peerd.spans.swap import LOAD_ERRORS, Hosting, Loading, SpanSwap
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +43,6 @@ MAX_GOALS = 3
 MAX_DRAIN_S = 600.0
 # After failed loads the time between looks grows at most by this factor.
 MAX_BACKOFF = 16
-# The retries if not even the old span can be loaded.
-FIRST_RETRY_S = 60.0
-MAX_RETRY_S = 1800.0
-# The time for handlers that still send their last messages to release the old engine: twice what they may take.
-LET_GO_S = 5.0
-LET_GO_LOOKS = 10
-
-# Failures of loading that may not occur another time or with another span.
-LOAD_ERRORS = (CheckpointError, PeerdError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,35 +66,6 @@ class Pace:
         return cls(look_s, max(MIN_HESITATION_S, MAX_HESITATION_S * min(1.0, look_s / LOOK_S)))
 
 
-class Loading(Protocol):
-    """Loads spans of the model that is moved: `SpanLoader`."""
-
-    async def on_disk(self) -> frozenset[int]: ...
-
-    async def fetch(self, span: Span) -> None: ...
-
-    async def load(self, span: Span) -> tuple[ServedSpan, LoadedSpan]: ...
-
-    async def free(self) -> None: ...
-
-
-class Hosting(Protocol):
-    """Serves sessions on spans: `Server`."""
-
-    @property
-    def sessions(self) -> int: ...
-
-    def serve(self, served: ServedSpan) -> None: ...
-
-    def refuse(self, served: ServedSpan) -> None: ...
-
-    def resume(self, served: ServedSpan) -> None: ...
-
-    async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None: ...
-
-    async def withdraw(self, served: ServedSpan) -> None: ...
-
-
 class Rebalancer:
     """Moves the span in one place. `run` it once, in a nursery; `stop` ends it."""
 
@@ -125,9 +79,11 @@ class Rebalancer:
         block_count: int,
         random: Random,
         pace: Pace | None = None,
+        swap: SpanSwap | None = None,
     ) -> None:
         assert place.served is not None
         self._place = place
+        self._swap = swap or SpanSwap(place, loader, server, discovery, random)
         self._loader = loader
         self._server = server
         self._discovery = discovery
@@ -170,9 +126,11 @@ class Rebalancer:
                 return True
             # The server still serves meanwhile: the download may take hours.
             await self._loader.fetch(goal)
-            if await self._look(goal) == goal and await self._give_up(goal):
-                return await self._settle(goal)
-            return True
+            if await self._look(goal) != goal:
+                return True
+            # Not while the span is being loaded again after its device failed.
+            async with self._swap.lock:
+                return await self._settle(goal) if await self._give_up(goal) else True
         except LOAD_ERRORS as error:
             log.warning("cannot move to other blocks: %s; still serving %s", error, self._span)
             return False
@@ -252,61 +210,12 @@ class Rebalancer:
     async def _settle(self, goal: Span) -> bool:
         """Load the new span in place of the old one. If that fails, load the old one again and return False."""
         old = self._span
-        await self._free()
-        failure = await self._load(goal)
+        await self._swap.vacate()
+        failure = await self._swap.load(goal)
         if failure is None:
             self.moves += 1
             log.info("moved from blocks %s to %s", old, goal)
             return True
         log.warning("cannot load blocks %s: %s; going back to %s", goal, failure, old)
-        await self._load_again(old)
+        await self._swap.load_again(old)
         return False
-
-    async def _free(self) -> None:
-        """Free the old engine. Only handlers that send their last messages may still use it."""
-        assert self._place.served is not None
-        engine = weakref.ref(self._place.served.task.engine)
-        self._place.vacate()
-        self._discovery.changed()
-        for _ in range(LET_GO_LOOKS):
-            if not _alive(engine):
-                break
-            await trio.sleep(LET_GO_S / LET_GO_LOOKS)
-        else:
-            log.warning("the blocks that were served are still in memory: loading others may fail")
-        await self._loader.free()
-
-    async def _load(self, span: Span) -> str | None:
-        """Load, serve and announce a span. Returns the reason if it fails, else None."""
-        self._say(span)
-        try:
-            served, loaded = await self._loader.load(span)
-            # There is no await from here on: the span is served and announced, or neither.
-            self._place.fill(served, loaded)
-        except LOAD_ERRORS as error:
-            # Kept as text: the exception itself would keep everything that was loaded in memory.
-            failure = str(error) or type(error).__name__
-        else:
-            self._server.serve(served)
-            self._discovery.changed()
-            return None
-        await self._loader.free()
-        return failure
-
-    async def _load_again(self, span: Span) -> None:
-        """Load the old span again, with as many attempts as it takes."""
-        retry_s = FIRST_RETRY_S
-        while (failure := await self._load(span)) is not None:
-            # Others must not wait for this span.
-            self._say(None)
-            log.warning("serving nothing: cannot load blocks %s either: %s; trying again", span, failure)
-            await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
-            retry_s = min(2 * retry_s, MAX_RETRY_S)
-        log.info("serving blocks %s again", span)
-
-
-def _alive(engine: Callable[[], object]) -> bool:
-    # Models contain reference cycles, so only the garbage collector frees them soon.
-    if engine() is not None:
-        gc.collect()
-    return engine() is not None

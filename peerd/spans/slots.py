@@ -41,6 +41,7 @@ class Place:
         # Whether the intended span is final. Before that it is announced in the spare slot.
         self._decided = False
         self._last = expected
+        self._broke = trio.Event()
 
     def decide(self, span: Span) -> None:
         """Make this the final span of an empty place."""
@@ -103,11 +104,27 @@ class Place:
         """Empty the place. The intended span is final now."""
         self.served = self.loaded = None
         self._decided = True
+        self._broke = trio.Event()
 
     def fill(self, served: ServedSpan, loaded: LoadedSpan) -> None:
         """Put a loaded span here. Raises InvalidRequest, and changes nothing, if its announcement would be too long."""
         check_record(self._record(served, loaded, "online"))
         self.served, self.loaded, self.intended, self._decided = served, loaded, None, False
+        served.task.on_broken = self._note_broken
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the device under what is served here computes no more."""
+        return self.served is not None and bool(self.served.task.health.broken)
+
+    async def wait_broken(self) -> None:
+        """Wait until the device under a span that is served here fails."""
+        while not self.is_broken:
+            await self._broke.wait()
+            self._broke = trio.Event()
+
+    def _note_broken(self) -> None:
+        self._broke.set()
 
     def check(self) -> None:
         """Raise InvalidRequest if the span here cannot be announced."""

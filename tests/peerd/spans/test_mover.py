@@ -23,6 +23,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, DiskFull
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.net.connections import open_connections
+from peerd.net.containment import Containment
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.protocol.records.envelope import ServerRecord
@@ -36,8 +37,9 @@ from peerd.server.served_spans import ServedSpan
 from peerd.server.server import Server
 from peerd.spans import loading as span_loader
 from peerd.spans.loading import LoadedSpan
-from peerd.spans.mover import LOAD_ERRORS, LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
+from peerd.spans.mover import LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
 from peerd.spans.slots import Place, Places
+from peerd.spans.swap import LOAD_ERRORS, STEADY_S, Reloader, SpanSwap
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks
@@ -576,3 +578,82 @@ async def test_only_a_span_that_nobody_named_on_one_device_moves(tiny_llama: Pat
             before = len(peer._spans._rebalancers)
             await peer.serve(order)
             assert len(peer._spans._rebalancers) - before == moving, order
+
+
+@dataclass
+class Reloading:
+    """A peer whose span is loaded again when its device fails."""
+
+    peer: Peer
+    reloader: Reloader
+
+    @classmethod
+    async def of(cls, swarm: Swarm, span: str) -> Reloading:
+        peer = await swarm.serve(span)
+        swap = SpanSwap(peer.place, peer.loader, peer.server, peer.discovery, Random(1), Containment(is_strict=False))
+        reloader = Reloader(peer.place, swap, peer.server, Random(1))
+        peer.tasks.start_soon(reloader.run)
+        return cls(peer, reloader)
+
+    def break_down(self) -> None:
+        [served] = self.peer.server.spans
+        served.task.break_down("its device is lost")
+
+
+async def test_a_span_whose_device_fails_is_withdrawn_and_loaded_again(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with open_swarm("0:4") as swarm:
+        own = await Reloading.of(swarm, "4:8")
+        connections = dict(own.peer.discovery._connections.live)
+        async with swarm.session():
+            own.break_down()
+            await until(lambda: own.peer.states() == {"4:8": "joining"}, 5)
+            assert own.peer.spans == []
+        await until(lambda: own.peer.states() == {"4:8": "online"}, 60)
+        assert own.peer.loader.loads == [Span(4, 8)]
+        assert "blocks 4:8 are out of service: its device is lost" in caplog.text
+        # Neither the identity nor the connections went with the span.
+        assert own.peer.discovery._connections.live.items() >= connections.items()
+        async with swarm.session() as session:
+            assert session is not None
+
+
+async def test_a_span_that_fails_again_soon_is_loaded_ever_later() -> None:
+    async with open_swarm("0:4") as swarm:
+        own = await Reloading.of(swarm, "4:8")
+        loads: list[float] = []
+        own.peer.loader.watch = lambda: loads.append(trio.current_time())
+
+        async def pause_s() -> float:
+            began, count = trio.current_time(), len(loads)
+            own.break_down()
+            await until(lambda: len(loads) > count and own.peer.states() == {"4:8": "online"}, 1000)
+            return loads[-1] - began
+
+        pauses = [await pause_s() for _ in range(3)]
+        assert pauses[0] < 10
+        assert 45 < pauses[1] < 80
+        assert 90 < pauses[2] < 160
+        await trio.sleep(STEADY_S)
+        assert await pause_s() < 10
+
+
+async def test_a_device_on_which_nothing_loads_any_more_costs_the_span_and_nothing_else() -> None:
+    async with open_swarm("0:4") as swarm:
+        own = await Reloading.of(swarm, "4:8")
+        # No error that anybody has a name for.
+        own.peer.loader.failing[Span(4, 8)] = torch.AcceleratorError("CUDA error: device-side assert triggered")
+        own.break_down()
+        await until(lambda: len(own.peer.loader.loads) >= 3, 1000)
+        await until(lambda: own.peer.states() == {}, 60)
+        own.peer.loader.failing.clear()
+        await until(lambda: own.peer.states() == {"4:8": "online"}, 1000)
+
+
+async def test_a_peer_that_leaves_loads_nothing_again() -> None:
+    async with open_swarm("0:4") as swarm:
+        own = await Reloading.of(swarm, "4:8")
+        own.reloader.stop()
+        own.break_down()
+        await trio.sleep(100)
+        assert own.peer.loader.loads == []

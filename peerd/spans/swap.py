@@ -1,0 +1,193 @@
+"""Takes what is served in a place out of service, and loads a span there: another one, or the same one again.
+
+Loading fails for many reasons that pass: no memory, no network, a device that is lost. Then nothing is announced, and
+it is tried again, ever later. `Reloader` does so where the device under a span has failed.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from random import Random
+from typing import Protocol
+
+import torch
+import trio
+
+from peerd.compute.errors import CheckpointError
+from peerd.net.containment import Containment
+from peerd.protocol.errors import PeerdError
+from peerd.protocol.span import Span
+from peerd.server.served_spans import ServedSpan
+from peerd.spans.first_choice import Announcing
+from peerd.spans.loading import LoadedSpan
+from peerd.spans.slots import Place
+
+log = logging.getLogger(__name__)
+
+# The retries if a span that was served cannot be loaded again.
+FIRST_RETRY_S = 60.0
+MAX_RETRY_S = 1800.0
+# The time for handlers that still send their last messages to release the old engine: twice what they may take.
+LET_GO_S = 5.0
+LET_GO_LOOKS = 10
+
+# Failures of loading that may not occur another time or with another span.
+LOAD_ERRORS = (CheckpointError, PeerdError, OSError, MemoryError, torch.OutOfMemoryError)
+# A span that was served for so long before its device failed is loaded again at once.
+STEADY_S = 600.0
+
+
+class Loading(Protocol):
+    """Loads spans of the model that is served: `SpanLoader`."""
+
+    async def on_disk(self) -> frozenset[int]: ...
+
+    async def fetch(self, span: Span) -> None: ...
+
+    async def load(self, span: Span) -> tuple[ServedSpan, LoadedSpan]: ...
+
+    async def free(self) -> None: ...
+
+
+class Hosting(Protocol):
+    """Serves sessions on spans: `Server`."""
+
+    @property
+    def sessions(self) -> int: ...
+
+    def serve(self, served: ServedSpan) -> None: ...
+
+    def refuse(self, served: ServedSpan) -> None: ...
+
+    def resume(self, served: ServedSpan) -> None: ...
+
+    async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None: ...
+
+    async def withdraw(self, served: ServedSpan) -> None: ...
+
+
+class SpanSwap:
+    """Empties one place and fills it. Whoever does so holds `lock`."""
+
+    def __init__(
+        self,
+        place: Place,
+        loader: Loading,
+        server: Hosting,
+        discovery: Announcing,
+        random: Random,
+        containment: Containment | None = None,
+    ) -> None:
+        self.lock = trio.Lock()
+        self._place = place
+        self._loader = loader
+        self._server = server
+        self._discovery = discovery
+        self._random = random
+        self._containment = containment or Containment()
+
+    def _say(self, goal: Span | None) -> None:
+        self._place.intended = goal
+        self._discovery.changed()
+
+    async def vacate(self) -> None:
+        """Free the old engine. Only handlers that send their last messages may still use it."""
+        assert self._place.served is not None
+        engine = weakref.ref(self._place.served.task.engine)
+        self._place.vacate()
+        self._discovery.changed()
+        for _ in range(LET_GO_LOOKS):
+            if not _alive(engine):
+                break
+            await trio.sleep(LET_GO_S / LET_GO_LOOKS)
+        else:
+            log.warning("the blocks that were served are still in memory: loading others may fail")
+        await self._loader.free()
+
+    async def load(self, span: Span) -> str | None:
+        """Load, serve and announce a span. Returns the reason if it fails, else None."""
+        self._say(span)
+        try:
+            served, loaded = await self._loader.load(span)
+            # There is no await from here on: the span is served and announced, or neither.
+            self._place.fill(served, loaded)
+        except LOAD_ERRORS as error:
+            # Kept as text: the exception itself would keep everything that was loaded in memory.
+            failure = str(error) or type(error).__name__
+        except Exception as error:
+            # A lost device says so in many ways. It must not cost us the connections and the other spans.
+            self._containment.contain(error, "loading blocks")
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            self._server.serve(served)
+            self._discovery.changed()
+            return None
+        await self._loader.free()
+        return failure
+
+    async def load_again(self, span: Span) -> None:
+        """Load the old span again, with as many attempts as it takes."""
+        retry_s = FIRST_RETRY_S
+        while (failure := await self.load(span)) is not None:
+            # Others must not wait for this span.
+            self._say(None)
+            log.warning("serving nothing: cannot load blocks %s either: %s; trying again", span, failure)
+            await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
+            retry_s = min(2 * retry_s, MAX_RETRY_S)
+        log.info("serving blocks %s again", span)
+
+
+class Reloader:
+    """Loads what is in one place again whenever its device has failed. `run` once, in a nursery; `stop` ends it."""
+
+    def __init__(self, place: Place, swap: SpanSwap, server: Hosting, random: Random) -> None:
+        self._place = place
+        self._swap = swap
+        self._server = server
+        self._random = random
+        self._scope = trio.CancelScope()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Load nothing any more."""
+        self._stopped = True
+        self._scope.cancel()
+
+    async def run(self) -> None:
+        """Load again whenever it is needed, until `stop`. May be started again where it failed."""
+        pause_s = 0.0
+        with trio.CancelScope() as self._scope:
+            while not self._stopped:
+                began = trio.current_time()
+                await self._place.wait_broken()
+                if trio.current_time() - began >= STEADY_S:
+                    pause_s = 0.0
+                async with self._swap.lock:
+                    if self._place.is_broken:
+                        await self._reload(pause_s)
+                        pause_s = min(max(2 * pause_s, FIRST_RETRY_S), MAX_RETRY_S)
+
+    async def _reload(self, pause_s: float) -> None:
+        served = self._place.served
+        assert served is not None
+        span, why = served.span, served.task.health.broken
+        log.error("blocks %s are out of service: %s; loading them again in %.0f s", span, why, pause_s)
+        await self._server.withdraw(served)
+        # Nothing may hold on to the engine while its successor is loaded.
+        del served
+        await self._swap.vacate()
+        await trio.sleep(pause_s * self._random.uniform(0.8, 1.2))
+        if await self._swap.load(span) is not None:
+            await self._swap.load_again(span)
+        else:
+            log.info("serving blocks %s again", span)
+
+
+def _alive(engine: Callable[[], object]) -> bool:
+    # Models contain reference cycles, so only the garbage collector frees them soon.
+    if engine() is not None:
+        gc.collect()
+    return engine() is not None
