@@ -22,6 +22,7 @@ import trio
 from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery, open_discovery
+from peerd.discovery.kept_clock import is_clock_kept
 from peerd.discovery.prober import Prober
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
@@ -226,7 +227,8 @@ async def open_peer(
     """
     identity = identity or Identity.generate()
     transport = transport or WebSocketTransport()
-    clock = SwarmClock(now)
+    # What the system says of its clock says nothing of another one.
+    clock = SwarmClock(now, is_clock_kept) if now is time.time else SwarmClock(now)
     async with open_tasks() as tasks:
         containment = Containment()
         server = await _start_server(tasks, clock, containment) if serve else None

@@ -1,7 +1,9 @@
 """The swarm's time: our own clock, corrected by the median of what other peers' clocks say.
 
-Records live for a minute, so a clock that is minutes wrong would make a peer invisible. But no single peer may turn
-our clock, and no group of peers may turn it far.
+Records live for a minute, so a clock that is minutes wrong makes a peer invisible. But no single peer may turn our
+clock, and no group of peers may turn it far: one network has one voice, a clock that the system keeps right is believed
+more than peers, and only many networks that agree turn a clock by more than ten minutes. Whatever is not corrected is
+said, with what to do.
 """
 
 from __future__ import annotations
@@ -20,17 +22,39 @@ MIN_PEERS = 2
 MAX_PEERS = 64
 # Identities cost nothing, so an attacker can make up many; they cannot turn our clock further than this.
 MAX_CORRECTION_S = 600.0
+# A clock that the system says it keeps right is wrong by seconds at most; more is a lie, or a broken time server.
+MAX_CORRECTION_OF_KEPT_S = 60.0
+# So many networks, of which most agree within so much, may turn a clock by more: one that was never set, or whose
+# battery is empty, is hours or years wrong. Whoever has all of these around us decides what we see anyway.
+MIN_NETWORKS_TO_SET = 5
+AGREEMENT_S = 30.0
 # Beyond this the operator should set the machine's clock. For skews up to 60 s, peers still accept our records.
 WARN_S = 30.0
 
 
-class SwarmClock:
-    """Unix seconds, corrected by the median of the offsets seen. `system` returns the machine's unix seconds."""
+def duration(seconds: float) -> str:
+    """A length of time for people: `90 s`, `20 min`, `3 h`, `5 d`."""
+    seconds = abs(seconds)
+    for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        # The clocks that people get wrong are wrong by whole hours.
+        if seconds >= (2 * unit if name == "min" else 0.99 * unit):
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
 
-    def __init__(self, system: Callable[[], float]) -> None:
+
+class SwarmClock:
+    """Unix seconds, corrected by the median of the offsets seen.
+
+    system: returns the machine's unix seconds. is_kept: whether the system says that it keeps its clock right (NTP).
+    """
+
+    def __init__(self, system: Callable[[], float], is_kept: Callable[[], bool] = lambda: False) -> None:
         self._system = system
-        self._offsets_s: dict[PeerId, float] = {}
-        self._warned = False
+        self._is_kept = is_kept
+        # By network, or by peer where it counts as none; and which of these are networks.
+        self._offsets_s: dict[str, float] = {}
+        self._networks: set[str] = set()
+        self._said = ""
         self.correction_s = 0.0
 
     def system(self) -> float:
@@ -41,16 +65,58 @@ class SwarmClock:
         """The corrected time in unix seconds."""
         return self._system() + self.correction_s
 
-    def observed(self, peer_id: PeerId, unix_s: float) -> None:
-        """Note that a peer's clock shows `unix_s` now."""
-        self._offsets_s.pop(peer_id, None)
-        self._offsets_s[peer_id] = unix_s - self._system()
+    def observed(self, peer_id: PeerId, unix_s: float, network: str = "") -> None:
+        """Note that a peer's clock shows `unix_s` now. `network`: where it is seen, "" where that is no public one."""
+        witness = network or peer_id
+        self._offsets_s.pop(witness, None)
+        self._offsets_s[witness] = unix_s - self._system()
+        if network:
+            self._networks.add(network)
         if len(self._offsets_s) > MAX_PEERS:
-            del self._offsets_s[next(iter(self._offsets_s))]
+            oldest = next(iter(self._offsets_s))
+            del self._offsets_s[oldest]
+            self._networks.discard(oldest)
+        offset_s = median([0.0, *self._offsets_s.values()])
         if len(self._offsets_s) >= MIN_PEERS:
-            offset_s = median([0.0, *self._offsets_s.values()])
-            self.correction_s = max(-MAX_CORRECTION_S, min(MAX_CORRECTION_S, offset_s))
-        if abs(self.correction_s) > WARN_S and not self._warned:
-            self._warned = True
-            direction = "behind" if self.correction_s > 0 else "ahead of"
-            log.warning("this machine's clock is %.0f s %s the swarm's", abs(self.correction_s), direction)
+            limit_s = self._limit_s()
+            self.correction_s = max(-limit_s, min(limit_s, offset_s))
+        self._warn(peer_id)
+
+    def _limit_s(self) -> float:
+        """How far the peers may turn our clock."""
+        if self._is_kept():
+            return MAX_CORRECTION_OF_KEPT_S
+        heard = [self._offsets_s[network] for network in self._networks]
+        if len(heard) < MIN_NETWORKS_TO_SET:
+            return MAX_CORRECTION_S
+        middle = median(heard)
+        agreeing = sum(abs(offset - middle) <= AGREEMENT_S for offset in heard)
+        return abs(middle) + AGREEMENT_S if agreeing >= max(MIN_NETWORKS_TO_SET, 0.8 * len(heard)) else MAX_CORRECTION_S
+
+    def _warn(self, peer_id: PeerId) -> None:
+        """Say what is wrong, and what becomes of it, whenever that is something else than before."""
+        offset_s = median(self._offsets_s.values())
+        if abs(offset_s) <= WARN_S:
+            return
+        which = f"{duration(offset_s)} {'behind' if offset_s > 0 else 'ahead of'}"
+        if len(self._offsets_s) < MIN_PEERS:
+            kind = "one"
+            said = (
+                f"this machine's clock is {which} that of {peer_id}, the only peer that says what time it is: one of"
+                " them is wrong, and each may not see what the other announces; set it (NTP)"
+            )
+        elif abs(offset_s - self.correction_s) <= WARN_S:
+            kind = "corrected"
+            said = f"this machine's clock is {which} the swarm's, which peerd makes up for: set it (NTP)"
+        elif abs(self.correction_s) <= WARN_S and len(self._offsets_s) == MIN_PEERS:
+            # Two that do not agree: our own clock is in the middle.
+            return
+        else:
+            kind = "beyond"
+            said = (
+                f"this machine's clock is {which} the swarm's, more than peerd may make up for: others do not see what"
+                " this peer announces, nor it what they do; set it (NTP)"
+            )
+        if kind != self._said:
+            self._said = kind
+            log.warning("%s", said)

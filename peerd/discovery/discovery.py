@@ -24,6 +24,7 @@ from peerd.discovery.rechecks import Proofs
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.dial_policy import DialPolicy
+from peerd.net.owners import network_of
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost
@@ -80,7 +81,7 @@ class Discovery:
         connections.strangers_policy = DialPolicy(lambda: (*self._bootstrap, *self.dht.addresses))
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
-        self.directory = Directory(self.dht, clock)
+        self.directory = Directory(self.dht, clock, self.dht.odd_times)
         self._proofs = Proofs(connections, self.links, self.directory, self.may_dial)
         self._bootstrap = tuple(bootstrap)
         self._state = state
@@ -228,7 +229,7 @@ class Discovery:
             # A stranger may dial us many times under different names, so only the clocks of peers that we dialled
             # count.
             if connection.dialled:
-                self.clock.observed(connection.peer_id, hello.time_us / 1e6)
+                self.clock.observed(connection.peer_id, hello.time_us / 1e6, network_of(connection.accountable_ip))
 
     async def _wake(self, slept_s: float) -> None:
         """After a sleep: close dead connections, forgive failures, and announce anew.

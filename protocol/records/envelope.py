@@ -156,19 +156,29 @@ def open_record(signed: SignedRecord, *, now: float, key: bytes | None = None) -
 
     Raises RemoteProtocolError saying what is wrong.
     """
-    if signed.kind not in _BODIES:
-        raise RemoteProtocolError(f"unknown kind of record {signed.kind!r}")
-    body = _body(signed.kind, signed.payload)
+    body = _known_body(signed)
     if body.expires <= now:
         raise RemoteProtocolError(f"the record expired {now - body.expires:.0f} s ago")
     if body.expires > now + MAX_TTL_S + SKEW_S:
         raise RemoteProtocolError(f"the record expires in {body.expires - now:.0f} s, more than {MAX_TTL_S:.0f}")
+    return open_untimely(signed, key=key)
+
+
+def open_untimely(signed: SignedRecord, *, key: bytes | None = None) -> VerifiedRecord:
+    """`open_record` but for the time: to say why a record does not count. Raises RemoteProtocolError."""
+    body = _known_body(signed)
     peer_id = signed.peer_id
     if key is not None and key not in keys_of(body, peer_id) and key not in split_keys_of(body, peer_id):
         raise RemoteProtocolError("the record does not belong under this key")
     if not _is_genuine(signed):
         raise RemoteProtocolError("the record's signature is wrong")
     return VerifiedRecord(peer_id, signed.kind, body, signed)
+
+
+def _known_body(signed: SignedRecord) -> Announcement:
+    if signed.kind not in _BODIES:
+        raise RemoteProtocolError(f"unknown kind of record {signed.kind!r}")
+    return _body(signed.kind, signed.payload)
 
 
 def replaces(new: VerifiedRecord, old: VerifiedRecord) -> bool:

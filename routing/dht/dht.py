@@ -29,6 +29,7 @@ from peerd.routing.dht.messages import (
     Packet,
     contact_addresses,
 )
+from peerd.routing.dht.odd_times import OddTimes
 from peerd.routing.dht.record_sets import PartialView, RecordKey, newest
 from peerd.routing.dht.rpc import DhtProtocol, DhtTransport, FindReply
 from peerd.routing.dht.store import RecordStore
@@ -80,6 +81,8 @@ class Dht:
         # True as long as no peer was ever known: then we may be the first peer of a swarm.
         self._is_first = True
         self._lookups = trio.Semaphore(MAX_LOOKUPS)
+        #: Servers whose records could not be used because of a clock.
+        self.odd_times = OddTimes()
 
     def __repr__(self) -> str:
         role = "server" if self.addresses else "client"
@@ -249,12 +252,15 @@ class Dht:
         # Most replicas answer the same bytes; check each record once.
         data = {record for reply in replies for record in reply.records}
         records = self._store.get(key)
+        refused = []
         for one in data.difference(self._store.get_encoded(key)):
             try:
                 records.append(open_record(SignedRecord.decode(one), now=self._now(), key=key))
             except RemoteProtocolError as error:
                 # Forged or just expired; the other records still count.
                 log.debug("skipped a record under %s: %s", key.hex(), error)
+                refused.append(one)
+        self.odd_times.note(refused, key, self._now())
         is_split = any(reply.split for reply in replies) or self._store.is_split(key)
         return newest(records), is_split
 

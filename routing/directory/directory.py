@@ -6,12 +6,13 @@ wherever and whenever it was seen, so that a span that moved or went offline is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import SHARD_BLOCKS, PeerRecord, ServerRecord, SignedRecord, VerifiedRecord
+from peerd.routing.dht.odd_times import OddTimes
 from peerd.routing.dht.record_sets import RecordSource, addresses_of, newest, servers_of
 from peerd.routing.directory.announcer import TTL_S
 from peerd.routing.directory.holding import Holding
@@ -64,9 +65,10 @@ class _Peer:
 class Directory:
     """Looks up the peers that serve a model. `now` gives unix seconds, corrected (spec/records.md)."""
 
-    def __init__(self, source: RecordSource, now: Callable[[], float]) -> None:
+    def __init__(self, source: RecordSource, now: Callable[[], float], odd_times: OddTimes | None = None) -> None:
         self._source = source
         self._now = now
+        self._odd_times = odd_times or OddTimes()
         self._models: dict[bytes, _Model] = {}
         self._peers: dict[PeerId, _Peer] = {}
 
@@ -116,6 +118,10 @@ class Directory:
         """The peer's announced addresses, each with its PeerId; () if they cannot be found."""
         record = await self._peer(peer_id)
         return record.body.ways_to(peer_id) if record is not None and isinstance(record.body, PeerRecord) else ()
+
+    def odd_clocks(self, model: bytes, missing: Collection[tuple[int, int]]) -> list[str]:
+        """Why servers of these blocks may be invisible though they announce themselves: a sentence each."""
+        return self._odd_times.explain(model, missing, self._now())
 
     def is_server(self, peer_id: PeerId) -> bool:
         """Whether the peer was lately found to serve something."""

@@ -110,6 +110,7 @@ class SwarmFinder:
             if any(offer.span.start < end and start < offer.span.end for start, end in error.missing)
             if (why := self._links.why_avoided(offer.peer_id))
         )
+        reasons |= dict.fromkeys(self._directory.odd_clocks(self._model, error.missing))
         if not reasons:
             return error
         more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""

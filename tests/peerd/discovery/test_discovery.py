@@ -13,6 +13,7 @@ from random import Random
 import pytest
 import trio
 
+from peerd.client.finding.finder import SwarmFinder
 from peerd.discovery.dht_streams import ANSWER_DEADLINE_S
 from peerd.discovery.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
 from peerd.discovery.prober import Prober
@@ -22,7 +23,7 @@ from peerd.net.containment import Containment
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.errors import InvalidRequest, StreamReset
+from peerd.protocol.errors import InvalidRequest, NoChain, StreamReset
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import ServerRecord
@@ -439,3 +440,17 @@ async def test_a_bootstrap_address_must_say_whom_it_leads_to(swarm: Swarm) -> No
     with pytest.raises(ValueError, match="/p2p/PEER_ID"):
         async with swarm.open(2, bootstrap=(Multiaddr.parse("/ip4/10.0.0.1/tcp/31330/ws"),)):
             pass
+
+
+@pytest.mark.parametrize(("ahead_s", "said"), [(-3600, "1 h old"), (3600, "1 h ahead")])
+async def test_a_server_with_a_wrong_clock_is_named_to_whoever_finds_nobody(
+    swarm: Swarm, ahead_s: float, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with swarm.open(1, ahead_s=ahead_s) as (_, server), swarm.open(2, client=True) as (_, client):
+        server.serve(lambda: [body()])
+        await trio.sleep(20)
+        finder = SwarmFinder(client.directory, client.links, MODEL, 4, Random(1))
+        with pytest.raises(NoChain, match=f"{identity(1).peer_id}'s records are {said}: check its clock"):
+            await finder.find(Span(0, 4), tokens=1, exclude=())
+        # And whoever can do something about it.
+        assert "is 1 h" in caplog.text
