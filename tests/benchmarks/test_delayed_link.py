@@ -183,7 +183,7 @@ async def test_a_peer_that_announces_the_proxy_is_reached_through_it():
 
 
 @pytest.mark.real_time
-async def test_whoever_hangs_up_hangs_up_on_the_other_side_too():
+async def test_hanging_up_ends_the_other_side_too():
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         ended = trio.Event()

@@ -30,7 +30,7 @@ def test_through_an_hour_of_churn_every_live_server_is_found(figures: dict[str, 
     assert figures[kind]["records_missing"] == 0
 
 
-def test_nobody_is_shown_who_left_or_crashed_longer_ago_than_a_record_lives(figures: dict[str, Any]) -> None:
+def test_lookups_find_no_peer_that_left_or_crashed_longer_ago_than_a_record_lives(figures: dict[str, Any]) -> None:
     assert figures["servers_of_a_shard"]["gone_too_long_but_shown"] == 0
 
 

@@ -22,7 +22,7 @@ def test_every_client_gets_every_answer(fifty: Overload) -> None:
     assert [answer.error for answer in fifty.answers if answer.error is not None] == []
 
 
-def test_hardly_a_slot_is_empty_while_somebody_waits(fifty: Overload) -> None:
+def test_hardly_a_slot_is_empty_while_a_client_waits(fifty: Overload) -> None:
     assert fifty.took_s < 1.4 * fifty.plan.ideal_s
 
 

@@ -79,7 +79,7 @@ async def test_ten_answers_at_once_equal_local_transformers(open_local_swarm, an
         assert [server.engine.positions_computed for server in swarm.servers] == [positions] * servers
 
 
-async def test_sampling_with_a_seed_gives_the_same_tokens_whoever_serves(open_local_swarm):
+async def test_sampling_with_a_seed_gives_the_same_tokens_on_any_servers(open_local_swarm):
     sampled = []
     for servers in (1, 2):
         async with open_local_swarm(servers) as swarm, swarm.client() as model:

@@ -132,7 +132,7 @@ async def test_the_nats_let_out_but_not_in() -> None:
     assert forwarded
 
 
-async def test_dial_backs_tell_who_is_behind_a_nat_and_who_has_a_forwarded_port(tmp_path: Path) -> None:
+async def test_dial_backs_tell_a_nat_from_a_forwarded_port(tmp_path: Path) -> None:
     async with open_world() as world:
         await world.start("relay1")
         await world.lab.forward("nat_a", PORT, NEIGHBOUR)

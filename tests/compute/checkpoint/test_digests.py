@@ -44,7 +44,7 @@ def test_a_copy_in_another_place_is_the_same_model(tiny_checkpoint: TinyCheckpoi
     assert model_digest(copied) == model_digest(tiny_checkpoint("llama"))
 
 
-def test_who_wrote_the_config_does_not_matter(tiny_checkpoint: TinyCheckpoint, copied: Path) -> None:
+def test_the_writer_of_the_config_does_not_matter(tiny_checkpoint: TinyCheckpoint, copied: Path) -> None:
     edit_config(copied, transformers_version="5.99.0", _name_or_path="somewhere", torch_dtype="float16")
     assert model_digest(copied) == model_digest(tiny_checkpoint("llama"))
 

@@ -126,7 +126,7 @@ async def test_curl_speaks_to_the_socket(open_daemon):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-async def test_who_hangs_up_frees_the_session_on_every_peer(open_daemon, stream):
+async def test_hanging_up_frees_the_session_on_every_peer(open_daemon, stream):
     async with open_daemon() as daemon:
         async with await trio.open_unix_socket(daemon.socket) as connection:
             await connection.send_all(asking({"stream": stream}))
@@ -245,7 +245,7 @@ async def test_a_mistake_costs_one_answer_and_not_the_session(open_daemon):
 @pytest.mark.parametrize(
     "data", [b"", b"\0\0\0\2\x81", b"junk" * 10, "text", message_bytes(Step(epoch=0, seq=1, rows=()))]
 )
-async def test_who_does_not_speak_the_protocol_is_told_and_shown_out(open_daemon, data):
+async def test_a_client_that_breaks_the_protocol_is_told_and_disconnected(open_daemon, data):
     async with (
         open_daemon() as daemon,
         trio.open_nursery() as nursery,
@@ -295,7 +295,7 @@ async def test_a_tensor_session_ends_with_its_websocket(open_daemon):
                 await trio.sleep(0.01)
 
 
-async def test_a_web_page_of_somebody_else_gets_no_websocket(open_daemon):
+async def test_a_web_page_of_another_origin_gets_no_websocket(open_daemon):
     evil = [(b"Origin", b"http://evil.example")]
     async with open_daemon() as daemon, await trio.open_unix_socket(daemon.socket) as stream:
         with pytest.RaisesGroup(ConnectionRejected, flatten_subgroups=True, allow_unwrapped=True):

@@ -149,7 +149,7 @@ async def test_an_echo_begins_with_the_prompt(open_api):
         ({"wrong": 1}, 400, "unknown_parameter"),
     ],
 )
-async def test_mistakes_are_told_before_anybody_is_asked(open_api, fields, status, code):
+async def test_mistakes_are_told_before_any_peer_is_asked(open_api, fields, status, code):
     async with open_api() as (caller, swarm):
         answer = await caller.post("/v1/completions", complete(**fields))
         assert all(not host.server.sessions for host in swarm.hosts)

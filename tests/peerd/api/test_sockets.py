@@ -95,7 +95,7 @@ def test_our_folder_is_made_for_us_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prepare", ["open to others", "a link"])
-def test_a_folder_that_somebody_else_prepared_is_refused(tmp_path, monkeypatch, prepare):
+def test_a_folder_that_another_user_prepared_is_refused(tmp_path, monkeypatch, prepare):
     folder = tmp_path / "peerd-1"
     if prepare == "a link":
         (tmp_path / "theirs").mkdir()

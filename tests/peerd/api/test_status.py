@@ -38,7 +38,7 @@ def status_of(*states: str, now: str = "") -> Status:
 
 
 @pytest.mark.parametrize("state", ["joining", "draining"])
-async def test_whoever_takes_no_sessions_serves_nobody(state: str) -> None:
+async def test_a_server_that_accepts_no_sessions_does_not_count(state: str) -> None:
     ready, problem = await status_of(state).is_ready()
     assert not ready
     assert problem == "nobody serves blocks 0:4 of tiny"
@@ -48,5 +48,5 @@ async def test_a_model_is_ready_once_each_block_has_a_server_that_takes_sessions
     assert await status_of("joining", "online").is_ready() == (True, "")
 
 
-async def test_whoever_has_just_come_is_not_missed_for_an_older_view() -> None:
+async def test_a_newcomer_is_not_missed_for_an_older_view() -> None:
     assert await status_of("joining", now="online").is_ready() == (True, "")

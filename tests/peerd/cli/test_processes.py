@@ -50,7 +50,7 @@ async def test_a_peer_that_was_killed_runs_again_as_the_same_peer_in_the_same_pl
     assert again.process.returncode == 0
 
 
-async def test_processes_end_even_if_whoever_started_them_is_killed() -> None:
+async def test_processes_end_even_if_the_process_that_started_them_is_killed() -> None:
     starter = await trio.lowlevel.open_process([sys.executable, "-c", STARTER], stdout=subprocess.PIPE)
     assert starter.stdout is not None
     async with starter.stdout as printed:

@@ -215,7 +215,7 @@ async def test_an_answer_is_iterated_over_once(open_model, whole_forward):
 
 
 @pytest.mark.parametrize("tokens_before", [0, 4])
-async def test_an_answer_that_nobody_could_finish_goes_on_once_somebody_can(open_model, whole_forward, tokens_before):
+async def test_an_answer_without_servers_goes_on_once_a_server_comes(open_model, whole_forward, tokens_before):
     async with open_model() as (model, swarm):
         generation = model.generate([5, 6, 7], temperature=0, max_new_tokens=10)
         tokens = aiter(generation)

@@ -150,7 +150,7 @@ async def until(condition: Callable[[], object]) -> None:
             await trio.sleep(0.1)
 
 
-async def test_a_client_finds_who_serves_and_the_ways_there(swarm: Swarm) -> None:
+async def test_a_client_finds_the_servers_and_their_addresses(swarm: Swarm) -> None:
     async with AsyncExitStack() as stack:
         for number in range(1, 6):
             _, discovery = await stack.enter_async_context(swarm.open(number))
@@ -339,7 +339,7 @@ async def test_round_trips_of_connections_are_known(swarm: Swarm) -> None:
         assert rtt_s == pytest.approx(0.02, abs=0.01)
 
 
-async def test_delays_to_whoever_may_follow_go_out_with_the_next_announcement_and_cause_none(swarm: Swarm) -> None:
+async def test_delays_to_possible_next_hops_go_out_with_the_next_announcement_and_cause_none(swarm: Swarm) -> None:
     async with (
         swarm.open(1),
         swarm.open(2) as (connections, server),
@@ -371,7 +371,7 @@ async def test_delays_to_whoever_may_follow_go_out_with_the_next_announcement_an
         nursery.cancel_scope.cancel()
 
 
-async def test_who_is_cut_off_is_forgotten_and_found_again(swarm: Swarm) -> None:
+async def test_a_peer_that_is_cut_off_is_forgotten_and_found_again(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2) as (_, two), swarm.open(3) as (_, three):
         three.serve(lambda: [body()])
         await trio.sleep(3)
@@ -385,7 +385,7 @@ async def test_who_is_cut_off_is_forgotten_and_found_again(swarm: Swarm) -> None
         assert len(await two.directory.servers(MODEL, 4)) == 1
 
 
-async def test_who_lost_all_connections_looks_for_the_others(swarm: Swarm) -> None:
+async def test_a_peer_that_lost_all_connections_looks_for_the_others(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2), swarm.open(3, client=True) as (connections, _):
         assert connections.live
         for other in ("10.0.0.1", "10.0.0.2"):
@@ -436,7 +436,7 @@ async def test_strangers_cannot_aim_us_at_our_own_machine(swarm: Swarm) -> None:
         assert {address.host for address in dialled[before:]} == {"10.0.0.3"}
 
 
-async def test_a_bootstrap_address_must_say_whom_it_leads_to(swarm: Swarm) -> None:
+async def test_a_bootstrap_address_needs_a_peer_id(swarm: Swarm) -> None:
     with pytest.raises(ValueError, match="/p2p/PEER_ID"):
         async with swarm.open(2, bootstrap=(Multiaddr.parse("/ip4/10.0.0.1/tcp/31330/ws"),)):
             pass

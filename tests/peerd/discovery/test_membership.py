@@ -26,7 +26,7 @@ async def chooses(client: Client, *servers: Serving) -> bool:
 # Leaving.
 
 
-async def test_who_leaves_in_good_order_is_chosen_by_nobody_from_then_on() -> None:
+async def test_a_server_that_leaves_in_good_order_is_never_chosen_again() -> None:
     async with open_world() as world:
         stays, leaves = await world.serve(2), await world.serve(3)
         known, met, new = [await world.client(number) for number in (10, 11, 12)]
@@ -48,7 +48,7 @@ async def test_who_leaves_in_good_order_is_chosen_by_nobody_from_then_on() -> No
 
 
 @pytest.mark.parametrize("knows_it", [True, False])
-async def test_who_crashes_is_chosen_by_nobody_after_a_minute(knows_it: bool) -> None:
+async def test_a_crashed_server_is_no_longer_chosen_after_a_minute(knows_it: bool) -> None:
     async with open_world() as world:
         stays, crashes = await world.serve(2), await world.serve(3)
         client = await world.client(10)
@@ -58,7 +58,7 @@ async def test_who_crashes_is_chosen_by_nobody_after_a_minute(knows_it: bool) ->
         assert await seconds_until(lambda: chooses(client, stays)) <= TTL_S
 
 
-async def test_whoever_is_connected_drops_a_crashed_peer_in_that_instant() -> None:
+async def test_a_connected_peer_drops_a_crashed_one_at_once() -> None:
     async with open_world() as world:
         stays, crashes = await world.serve(2), await world.serve(3)
         client = await world.client(10)

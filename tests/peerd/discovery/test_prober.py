@@ -27,7 +27,7 @@ async def test_it_measures_how_far_each_peer_is(open_swarm) -> None:
         assert trio.current_time() - began < PROBE_S
 
 
-async def test_it_closes_what_it_opened_unless_somebody_uses_it(open_swarm) -> None:
+async def test_it_closes_the_connections_that_it_opened_unless_they_are_used(open_swarm) -> None:
     async with open_swarm() as swarm:
         hosts = [await swarm.serve(0, 4) for _ in range(4)]
         caller = await swarm.caller()

@@ -400,7 +400,7 @@ async def test_a_session_that_ends_during_its_upload_leaves_nothing(open_swarm):
         assert host.server.spans[0].adapter_room.held_bytes == 0
 
 
-async def test_who_stalls_an_upload_is_given_up(open_swarm):
+async def test_a_client_that_stalls_an_upload_is_given_up(open_swarm):
     async with open_swarm() as swarm:
         (host,) = await serve(swarm, spans=[(0, 3)], client_adapters=LIMIT)
         caller = await swarm.caller()

@@ -231,7 +231,7 @@ async def test_finding_another_peer_at_the_address_is_told():
         assert len(other.live) == 1
 
 
-async def test_whoever_answers_is_taken_where_no_peer_was_named():
+async def test_any_peer_that_answers_is_taken_where_no_peer_was_named():
     async with _swarm() as swarm:
         one, other = await swarm.pair()
         connection = await one.connect(None, [_address(1)])
@@ -414,7 +414,7 @@ def _cut(network, how):
 
 @pytest.mark.parametrize("latency_s", [0.001, 0.1])
 @pytest.mark.parametrize("how", ["there", "back", "both"])
-async def test_a_black_hole_is_found_in_three_seconds_by_both_and_everybody_is_told(how, latency_s):
+async def test_both_sides_find_a_black_hole_in_three_seconds_and_tell_all_waiters(how, latency_s):
     async with _swarm(latency_s=latency_s) as swarm:
         one, other = await swarm.pair({"/echo/1": _echo, "/sink/1": _sink})
         lost = []
@@ -563,7 +563,7 @@ async def test_a_killed_peer_is_lost_at_once():
             await one.connect(other.peer_id, [_address(1)])
 
 
-async def test_who_closes_says_why():
+async def test_the_side_that_closes_gives_the_reason():
     async with _swarm() as swarm:
         one, other = await swarm.pair()
         connection = await one.connect(other.peer_id, [_address(1)])
@@ -590,7 +590,7 @@ class Meeting:
             await trio.sleep(1)
 
 
-async def test_who_dialled_closes_what_nobody_uses_but_for_some():
+async def test_the_side_that_dialled_closes_all_but_some_unused_connections():
     async with _swarm() as swarm:
         meeting = Meeting(swarm, {"/sink/1": _sink})
         await meeting.start()
@@ -608,7 +608,7 @@ async def test_who_dialled_closes_what_nobody_uses_but_for_some():
         await stream.aclose()
 
 
-async def test_who_was_dialled_closes_nothing_and_hears_why_it_was_left():
+async def test_the_side_that_was_dialled_closes_nothing_and_gets_the_reason():
     async with _swarm() as swarm:
         meeting = Meeting(swarm)
         told = []
@@ -619,7 +619,7 @@ async def test_who_was_dialled_closes_nothing_and_hears_why_it_was_left():
         assert told == [(IDLE, False)] * 4
 
 
-async def test_whoever_comes_when_all_places_are_taken_gets_that_of_somebody_idle():
+async def test_a_newcomer_gets_the_place_of_an_idle_peer_when_all_are_taken():
     async with _swarm() as swarm:
         own = await swarm.start(0, {"/sink/1": _sink}, room=Places(settled=2, unproven=2))
         peers = [await swarm.start(number, listen=[]) for number in (1, 2, 3, 4)]
@@ -669,7 +669,7 @@ async def test_cancelling_closes_everything_within_a_second():
         assert not other.live
 
 
-def test_who_is_cancelled_before_opening_is_not_held_up():
+def test_an_opening_that_is_cancelled_before_it_begins_is_not_held_up():
     """As a daemon is that is told to stop while it starts. In a thread, for no time-out gets past a shield."""
 
     async def open_cancelled() -> None:
@@ -815,7 +815,7 @@ async def test_a_closed_stream_says_that_we_closed_it():
             stream.send_nowait({})
 
 
-async def test_closing_wakes_who_waits():
+async def test_closing_wakes_waiting_tasks():
     async with _swarm() as swarm:
         one, other = await swarm.pair()
         stream = await one.open_stream(other.peer_id, "/echo/1", addresses=[_address(1)])

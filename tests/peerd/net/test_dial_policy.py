@@ -49,7 +49,7 @@ HIDDEN = addresses(
         (addresses("/ip4/0.0.0.0/tcp/1/ws"), {PUBLIC}),
     ],
 )
-def test_private_addresses_are_for_those_who_live_in_that_very_range(ours, allowed):
+def test_private_addresses_may_be_dialled_only_from_the_same_range(ours, allowed):
     assert set(DialPolicy(lambda: ours).of((LOOPBACK, LAN, OTHER_LAN, PUBLIC))) == allowed
 
 

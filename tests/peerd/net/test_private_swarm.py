@@ -25,7 +25,7 @@ async def test_peers_with_the_key_meet():
 
 
 @pytest.mark.parametrize("key", [None, OTHER], ids=["no key", "another key"])
-async def test_who_has_not_the_key_is_shown_out(key):
+async def test_a_peer_without_the_key_is_turned_away(key):
     async with open_peer(listen=[LISTEN], swarm_key=KEY) as first, open_peer(swarm_key=key) as stranger:
         with pytest.raises(PeerFault):
             await stranger.connections.connect(first.peer_id, first.connections.listen_addresses)
@@ -33,7 +33,7 @@ async def test_who_has_not_the_key_is_shown_out(key):
         assert not stranger.connections.live
 
 
-async def test_a_stranger_that_dials_anybody_does_not_learn_who_is_there():
+async def test_a_stranger_that_names_no_peer_does_not_learn_the_peer_id():
     async with open_peer(listen=[LISTEN], swarm_key=KEY) as first, open_peer() as stranger:
         with pytest.raises(PeerFault) as caught:
             await stranger.connections.connect(None, first.connections.listen_addresses)

@@ -121,7 +121,7 @@ async def test_nobody_listening_is_a_failed_dial():
 
 
 @real_time
-async def test_whoever_takes_a_connection_and_dies_in_that_moment_is_a_failed_dial(monkeypatch):
+async def test_a_listener_that_dies_while_it_accepts_is_a_failed_dial(monkeypatch):
     async def connect_and_be_reset(host, port):
         """The kernel's behaviour when the other process is killed before we read its address."""
         stream = await connect(host, port)

@@ -171,7 +171,7 @@ async def test_a_public_peer_is_reached_at_its_own_address() -> None:
         assert hosts(internet[0].discovery.dht.addresses) == [PUBLIC[0]]
 
 
-async def test_who_was_dialled_at_an_address_that_is_not_its_own_knows_nothing_by_that() -> None:
+async def test_a_dial_to_an_address_that_is_not_ours_proves_nothing() -> None:
     async with world() as net:
         net.network.forward(ROUTER, PORT, HOME)
         peer = await net.at_home()
@@ -226,7 +226,7 @@ async def test_a_client_that_listens_nowhere_asks_nobody() -> None:
         assert not [one for one in net.dialled if one[1].startswith("5.9.9.9")]
 
 
-async def test_who_listens_on_loopback_only_hears_that_nobody_can_dial_it() -> None:
+async def test_a_peer_on_loopback_only_is_told_that_nobody_can_dial_it() -> None:
     async with world() as net:
         await net.internet(2)
         peer = await net.at_home(listen=[f"/ip4/127.0.0.1/tcp/{PORT}/ws"])
@@ -236,7 +236,7 @@ async def test_who_listens_on_loopback_only_hears_that_nobody_can_dial_it() -> N
         assert peer.discovery.dht.addresses == ()
 
 
-async def test_before_anybody_tried_a_peer_behind_a_nat_is_a_client() -> None:
+async def test_before_the_first_dial_back_a_peer_behind_a_nat_is_a_client() -> None:
     async with world() as net:
         first = await net.open(PUBLIC[0])
         del first.connections.handlers[DIALBACK_PROTOCOL]
@@ -249,7 +249,7 @@ async def test_before_anybody_tried_a_peer_behind_a_nat_is_a_client() -> None:
         assert peer.reachability.wants_relays
 
 
-async def test_who_is_seen_by_proxies_only_is_a_client_and_wants_relays() -> None:
+async def test_a_peer_seen_by_proxies_only_is_a_client_and_wants_relays() -> None:
     async with world() as net:
         first = await net.open(PUBLIC[0])
         say = partial(_hello_with, first.connections._hello_to, "127.0.0.1")
@@ -470,7 +470,7 @@ async def test_a_peer_that_slept_looks_again() -> None:
         await until(reach(peer, Reach.PUBLIC), within_s=20)
 
 
-async def test_who_was_cut_off_looks_again_when_it_is_back() -> None:
+async def test_a_peer_that_was_cut_off_looks_again_when_it_is_back() -> None:
     async with world() as net:
         await net.internet(3)
         peer = await net.at_home()
@@ -499,7 +499,7 @@ async def test_questions_become_seldom_while_nothing_changes() -> None:
 # Judges that lie, and peers that would misuse us.
 
 
-async def test_one_judge_among_three_who_lies_changes_nothing() -> None:
+async def test_one_lying_judge_among_three_changes_nothing() -> None:
     async with world() as net:
         internet = await net.internet(3)
 
@@ -515,7 +515,7 @@ async def test_one_judge_among_three_who_lies_changes_nothing() -> None:
         await until(reach(peer, Reach.PRIVATE), within_s=60)
 
 
-async def test_strangers_who_dial_us_are_neither_believed_nor_asked() -> None:
+async def test_strangers_that_dial_us_are_neither_believed_nor_asked() -> None:
     async with world() as net:
         internet = await net.internet(3)
         peer = internet[2]
@@ -585,7 +585,7 @@ async def test_another_peer_at_the_askers_address_is_not_taken_for_the_asker() -
         assert answer.outcomes == ("wrong_peer",)
 
 
-async def test_an_address_is_dialled_once_a_minute_whoever_asks_from_there() -> None:
+async def test_an_address_is_dialled_once_a_minute_for_all_askers_from_there() -> None:
     async with world() as net:
         (peer,) = await net.internet(1)
         one, other = await net.at_home(listen=[]), await net.at_home(NEIGHBOUR, listen=[])

@@ -331,7 +331,7 @@ async def test_a_peer_takes_circuits_only_from_relays_where_it_reserved():
         assert (said.code, reservations.circuits) == ("not_served", 0)
 
 
-async def test_a_relay_that_calls_and_does_not_say_who_is_not_waited_for():
+async def test_a_relay_that_calls_without_naming_the_caller_is_not_waited_for():
     async with open_world() as world:
         relay = await world.relay(1)
         await world.behind(10, 1)
@@ -399,7 +399,7 @@ def test_names_are_remembered_in_a_bounded_number():
     assert len(ledger._calls._buckets) == 4096
 
 
-async def test_a_refusal_by_the_relay_is_told_to_who_dials():
+async def test_the_dialler_is_told_that_the_relay_refused():
     async with open_world() as world:
         await world.relay(1, circuits=0)
         await world.behind(10, 1)

@@ -162,7 +162,7 @@ async def test_a_relay_that_is_no_peer_s_contact_but_connected_is_asked():
         await until(lambda: reservations.held)
 
 
-async def test_whoever_is_no_relay_is_asked_for_nothing_and_a_search_meets_few_strangers():
+async def test_only_relays_are_asked_and_a_search_meets_few_strangers():
     async with open_world() as world:
         crowd = [await world.start(number, listen=[LISTEN]) for number in range(20, 50)]
         met = []

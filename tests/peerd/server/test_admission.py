@@ -81,7 +81,7 @@ async def test_waiters_are_served_in_order_and_nobody_overtakes_a_big_request():
     assert pool.order == ["a", "big", "small"]
 
 
-async def test_who_gives_up_lets_the_next_one_in():
+async def test_a_request_that_gives_up_lets_the_next_one_in():
     pool = Pool(100)
     await pool.take("a", 80)
     async with trio.open_nursery() as nursery:
@@ -128,7 +128,7 @@ async def test_a_lone_owner_may_hold_everything():
     assert pool.free == 0
 
 
-async def test_what_is_granted_to_one_who_was_cancelled_meanwhile_comes_back():
+async def test_a_grant_to_a_request_that_was_cancelled_meanwhile_comes_back():
     pool = Pool(100)
     await pool.take("a", 100)
     async with trio.open_nursery() as nursery:
@@ -146,7 +146,7 @@ async def test_what_is_granted_to_one_who_was_cancelled_meanwhile_comes_back():
     assert pool.free == 0
 
 
-async def test_a_pool_is_full_once_somebody_has_waited_and_until_a_share_of_it_is_free():
+async def test_a_pool_is_full_once_a_request_has_waited_and_until_a_share_of_it_is_free():
     pool = Pool(100)
     said: list[bool] = []
     pool.admission.on_change = lambda: said.append(pool.admission.is_full)
@@ -168,7 +168,7 @@ async def test_a_pool_is_full_once_somebody_has_waited_and_until_a_share_of_it_i
     assert said == [True, False]
 
 
-async def test_who_is_refused_hears_when_to_come_again_by_the_pace_at_which_sessions_end():
+async def test_a_refusal_says_when_to_come_again_by_the_pace_at_which_sessions_end():
     pool = Pool(100)
     await pool.take("a", 100)
     with pytest.raises(NoRoom) as caught:
@@ -201,7 +201,7 @@ async def test_a_hint_is_never_longer_than_a_minute():
     assert caught.value.retry_after_s == MAX_RETRY_S
 
 
-async def test_who_comes_when_too_many_wait_is_refused_at_once():
+async def test_a_request_is_refused_at_once_when_too_many_wait():
     pool = Pool(100)
     await pool.take("a", 100)
     async with trio.open_nursery() as nursery:
@@ -235,7 +235,7 @@ async def test_while_others_wait_one_network_holds_at_most_half():
     [(["key"] * 300, MAX_WAITING_A_PEER), ([f"{n}@net" for n in range(300)], MAX_WAITING_A_NETWORK)],
     ids=["a key", "a network"],
 )
-async def test_the_queue_has_few_places_for_one_owner_and_one_for_everybody_else(names, places):
+async def test_the_queue_has_few_places_for_one_owner_and_one_for_every_other(names, places):
     pool = Pool(100)
     await pool.take("holder", 100)
     refused = []

@@ -362,7 +362,7 @@ async def test_a_batch_that_fails_costs_the_session_that_makes_it_fail_and_no_ot
         assert task.health.failed_batches == 1
 
 
-async def test_a_bug_is_loud_where_somebody_listens():
+async def test_a_bug_is_raised_under_strict():
     with pytest.RaisesGroup(IndexError, flatten_subgroups=True):
         async with running(Failing("bad"), is_strict=True) as task:
             await task.open("bad", owner("bad"), opening(), print)

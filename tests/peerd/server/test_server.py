@@ -233,7 +233,7 @@ async def test_nobody_opens_more_sessions_than_a_peer_may_have(open_swarm):
         assert await serves_well(swarm, host)
 
 
-async def test_a_session_too_long_for_the_pool_harms_only_whoever_asked_behind_a_queue(open_swarm):
+async def test_a_session_too_long_for_the_pool_harms_only_its_own_client_behind_a_queue(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4, kv_tokens=256)
         first, second, third = [await swarm.caller() for _ in range(3)]
@@ -251,7 +251,7 @@ async def test_a_session_too_long_for_the_pool_harms_only_whoever_asked_behind_a
         assert await serves_well(swarm, host)
 
 
-async def test_who_asks_for_more_than_is_free_shuts_nobody_else_out(open_swarm):
+async def test_a_request_for_more_than_is_free_shuts_no_other_out(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4, kv_tokens=256)
         holder, *greedy = [await swarm.caller() for _ in range(4)]
@@ -344,7 +344,7 @@ async def test_waiting_for_room_is_not_being_idle(open_swarm):
         assert torch.equal(await answer(caller, waiting, tokens(1)), fake_forward(tokens(1), Span(0, 4)))
 
 
-async def test_kv_that_is_reserved_and_never_used_goes_to_those_who_wait(open_swarm):
+async def test_kv_that_is_reserved_and_never_used_goes_to_waiting_sessions(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4, kv_tokens=256)
         hoarders = [await (await swarm.caller()).open(host, max_length=128) for _ in range(2)]
@@ -359,7 +359,7 @@ async def test_kv_that_is_reserved_and_never_used_goes_to_those_who_wait(open_sw
         assert host.server.sessions == 2
 
 
-async def test_a_session_that_steps_keeps_its_kv_and_one_that_rests_gives_it_to_those_who_wait(open_swarm):
+async def test_a_session_that_steps_keeps_its_kv_and_an_idle_one_gives_it_to_waiting_sessions(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4, kv_tokens=256)
         busy, resting, honest = [await swarm.caller() for _ in range(3)]

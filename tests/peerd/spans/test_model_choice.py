@@ -232,7 +232,7 @@ def named(number: int, *announcers: str) -> NamedModel:
     return NamedModel(number.to_bytes(32, "big"), "x", f"org/{number}", "a" * 40, 4, frozenset(map(PeerId, announcers)))
 
 
-async def test_a_model_that_was_refused_stays_so_whoever_else_announces_it() -> None:
+async def test_a_refused_model_stays_refused_when_other_peers_announce_it() -> None:
     strangers = Strangers("a server")
     choice = strangers.choice()
     for newcomer in range(20):

@@ -386,7 +386,7 @@ async def test_of_several_spare_servers_one_closes_the_gap() -> None:
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
-async def test_nobody_uncovers_a_block_by_counting_on_another_who_goes_too(seed: int) -> None:
+async def test_no_server_uncovers_a_block_by_relying_on_one_that_also_moves(seed: int) -> None:
     async with open_swarm() as swarm, open_tasks() as tasks:
         # Two servers of the same blocks look at the same time, and each is drawn to another gap.
         spares = [await swarm.serve("2:4") for _ in range(2)]
@@ -446,7 +446,7 @@ async def test_where_not_even_the_old_span_loads_nothing_is_announced_until_it_d
         await until(lambda: spare.states() == {"0:4": "online"}, 4000)
 
 
-async def test_who_sees_a_part_of_the_swarm_stays(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_server_that_sees_only_a_part_of_the_swarm_stays(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     async with open_swarm("0:4", "0:4", "0:4") as swarm:
         spare = await swarm.serve("0:4", moves=True)

@@ -212,7 +212,7 @@ async def ask_everything(asker, contact):
 
 
 @pytest.mark.parametrize("said", ANSWERS, ids=lambda said: str(said.get("code", said.get("type"))))
-async def test_no_answer_harms_whoever_asked(said):
+async def test_no_answer_harms_the_asking_peer(said):
     async def answer(stream):
         await stream.send(said)
 
@@ -221,7 +221,7 @@ async def test_no_answer_harms_whoever_asked(said):
 
 
 @pytest.mark.parametrize("how", ["finish", "reset", "close", "hang up", "a body"])
-async def test_no_end_of_an_answer_harms_whoever_asked(how):
+async def test_no_end_of_an_answer_harms_the_asking_peer(how):
     async def answer(stream):
         match how:
             case "finish":

@@ -123,7 +123,7 @@ def _bodies(connection, stream, max_body=64 * MIB):
 # The handshake.
 
 
-def test_both_sides_learn_who_the_other_is(pair):
+def test_both_sides_learn_the_others_identity(pair):
     assert pair.events[pair.one][0] == HandshakeDone(LISTENER.peer_id)
     assert pair.events[pair.other][0] == HandshakeDone(DIALLER.peer_id)
     assert pair.one.peer_id == LISTENER.peer_id
@@ -135,7 +135,7 @@ def test_the_round_trip_is_measured_at_once():
     assert pair.one.rtt_s == pair.other.rtt_s == 0.25
 
 
-def test_dialling_one_peer_and_finding_another_is_told_before_we_say_who_we_are():
+def test_finding_another_peer_than_the_dialled_one_is_told_before_we_reveal_our_identity():
     pair = Pair(expected=DIALLER.peer_id)
     pair.move(pair.one)
     with pytest.raises(WrongPeer):

@@ -46,7 +46,7 @@ def test_it_asks_at_once_to_learn_the_round_trip() -> None:
 
 
 @pytest.mark.parametrize(("in_use", "asks_s"), [(False, 5), (True, 1)])
-def test_it_asks_after_some_silence_and_sooner_where_somebody_waits(in_use: bool, asks_s: float) -> None:
+def test_it_asks_after_some_silence_and_sooner_while_a_task_waits(in_use: bool, asks_s: float) -> None:
     liveness = _answered()
     assert liveness.deadline(in_use=in_use) == 100 + asks_s
     liveness.check(99.9 + asks_s, in_use=in_use)
@@ -121,7 +121,7 @@ def test_two_looks_are_needed_for_what_arrived_while_we_were_held_up() -> None:
 
 
 @pytest.mark.parametrize("in_use", [False, True])
-def test_who_overslept_asks_again_instead_of_blaming_the_peer(in_use: bool) -> None:
+def test_a_side_that_overslept_asks_again_instead_of_blaming_the_peer(in_use: bool) -> None:
     liveness = _answered()
     asked_at = liveness.deadline(in_use=in_use)
     liveness.check(asked_at, in_use=in_use)
@@ -131,7 +131,7 @@ def test_who_overslept_asks_again_instead_of_blaming_the_peer(in_use: bool) -> N
     assert lost_at == 3600 + 10 - (1 if in_use else 5)
 
 
-def test_who_overslept_and_is_answered_goes_on() -> None:
+def test_a_side_that_overslept_and_is_answered_goes_on() -> None:
     liveness = _answered()
     liveness.check(3600, in_use=True)
     token = liveness.ping(3600)

@@ -35,7 +35,7 @@ def test_bulk_beside_an_endless_stream_of_decodes_gets_a_little():
     assert 40 <= turns[3] <= 60
 
 
-def test_who_waits_keeps_its_place_when_it_gets_more_to_send():
+def test_a_waiting_stream_keeps_its_place_when_it_gets_more_to_send():
     schedule = Schedule()
     schedule.put(1, Priority.BULK)
     schedule.put(3, Priority.BULK)
@@ -52,7 +52,7 @@ def test_a_stream_that_is_ready_with_something_else_changes_its_level():
     assert len(schedule) == 1
 
 
-def test_who_was_removed_has_no_turn():
+def test_a_removed_stream_has_no_turn():
     schedule = Schedule()
     schedule.put(1, Priority.CONTROL)
     schedule.remove(1)

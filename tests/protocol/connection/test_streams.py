@@ -35,7 +35,7 @@ def _message(size):
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("step", Step)
-def test_every_step_leads_where_the_table_says_or_blames_who_took_it(state, step):
+def test_every_step_leads_where_the_table_says_or_blames_the_side_that_took_it(state, step):
     stream = _stream(state)
     after = TRANSITIONS[state].get(step)
     if after is None:
@@ -115,7 +115,7 @@ def test_nothing_is_due_before_half_a_window_was_read():
     assert incoming.outstanding == INITIAL_CREDIT_BYTES - 1009
 
 
-def test_a_long_body_is_given_credit_for_the_rest_once_somebody_reads_it():
+def test_a_long_body_gets_credit_for_the_rest_once_it_is_read():
     incoming = Incoming()
     body = 10 * INITIAL_CREDIT_BYTES
     incoming.accept(memoryview(_message(body))[:1009])

@@ -33,12 +33,12 @@ def test_messages_are_read_as_the_vectors_say(vector):
 
 
 @pytest.mark.parametrize("vector", VECTORS["may_dial"], ids=lambda vector: vector["name"])
-def test_who_asks_is_dialled_as_the_vectors_say(vector):
+def test_the_asking_peer_is_dialled_as_the_vectors_say(vector):
     ours = [Multiaddr.parse(address) for address in vector["announced"]]
     assert may_dial(ip_address(vector["ip"]), ours) is vector["dialled"]
 
 
-def test_whom_we_cannot_see_is_not_dialled():
+def test_a_peer_whose_address_we_cannot_see_is_not_dialled():
     assert not may_dial(None, [Multiaddr.parse("/ip4/5.1.1.1/tcp/1/ws")])
 
 

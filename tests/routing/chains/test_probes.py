@@ -44,7 +44,7 @@ def test_few_of_many_peers_are_asked_and_some_for_every_block(
         assert len({o.peer_id for o in chosen} & {o.peer_id for o in fastest[:16]}) >= 3
 
 
-def test_who_proved_to_be_far_makes_way_for_others(make_offer: MakeOffer, many: list[tuple[int, str, float]]) -> None:
+def test_a_peer_measured_as_far_makes_way_for_others(make_offer: MakeOffer, many: list[tuple[int, str, float]]) -> None:
     offers = offers_of(make_offer, many)
     table, rtts = OfferTable(offers), dict[PeerId, float]()
     asked: set[PeerId] = set()
@@ -55,7 +55,7 @@ def test_who_proved_to_be_far_makes_way_for_others(make_offer: MakeOffer, many: 
         rtts |= dict.fromkeys(chosen, 0.3)
 
 
-def test_who_proved_to_be_near_is_measured_again(make_offer: MakeOffer, many: list[tuple[int, str, float]]) -> None:
+def test_a_peer_measured_as_near_is_measured_again(make_offer: MakeOffer, many: list[tuple[int, str, float]]) -> None:
     table = OfferTable(offers_of(make_offer, many))
     chosen = worth_probing(table, BLOCKS, ChainNeeds(), 24, Random(1))
     needs = ChainNeeds(dict.fromkeys((offer.peer_id for offer in chosen), 0.001))

@@ -77,7 +77,7 @@ async def test_a_record_lies_with_exactly_the_nearest_peers(
     assert right >= 20 * REPLICAS - 2
 
 
-async def test_in_a_small_swarm_everybody_holds_everything(network: Network, server_body: MakeServer) -> None:
+async def test_in_a_small_swarm_every_peer_holds_every_record(network: Network, server_body: MakeServer) -> None:
     peers = await network.add_joined(5)
     client = (await network.add_joined(1, client=True))[0]
     assert await peers[2].dht.put(sign_record(peers[2].identity, server_body(span=Span(8, 24)))) == 5

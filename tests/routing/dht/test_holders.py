@@ -112,7 +112,7 @@ async def test_one_holder_that_dies_costs_no_lookup(
     assert sum(asker == announcer.peer.peer_id for asker, _, _ in network.requests) <= REPLICAS + 3
 
 
-async def test_whoever_makes_up_nearer_peers_takes_the_record_from_nobody(
+async def test_made_up_nearer_peers_take_the_record_from_no_holder(
     network: Network, server_body: MakeServer, unix_now: Callable[[], float]
 ) -> None:
     announcer = await announcing(network, server_body, unix_now)
@@ -150,7 +150,7 @@ async def test_after_a_while_the_holders_are_looked_up_anew(
     assert asked.count("find_node") > 5
 
 
-async def test_through_many_renewals_a_split_key_loses_nobody_and_shows_nobody_who_is_gone(
+async def test_through_many_renewals_a_split_key_loses_no_live_peer_and_shows_no_gone_one(
     network: Network, server_body: MakeServer, unix_now: Callable[[], float]
 ) -> None:
     # Five times as many as one key holds: a thousand servers of one shard in small.

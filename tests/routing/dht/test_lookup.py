@@ -61,7 +61,7 @@ async def test_the_nearest_are_found_and_each_is_asked_once(seed: int) -> None:
     assert world.most_at_once <= 3
 
 
-async def test_who_failed_is_neither_found_nor_asked_again() -> None:
+async def test_a_failed_peer_is_neither_found_nor_asked_again() -> None:
     world = World(everybody_knows(Random(1)), dead={node.id for node in NEAREST[:5]})
     found = await crawl(world, NODES[20:22]).find()
     assert found == NEAREST[5:13]

@@ -32,7 +32,7 @@ def test_neighbours_are_the_nearest_there_are() -> None:
         assert [found.id for found in table.find_neighbors(target)] == [wanted.id for wanted in nearest]
 
 
-def test_who_asks_is_not_told_about_itself() -> None:
+def test_the_asking_peer_is_not_told_about_itself() -> None:
     table = full_table(10)
     asking = node(3)
     found = table.find_neighbors(asking, exclude=PeerNode(Contact(asking.contact.peer_id)))
@@ -48,7 +48,7 @@ def test_near_ranges_are_known_better_than_far_ones() -> None:
     assert len(table) < 200
 
 
-def test_of_whom_nothing_was_heard_for_long_is_to_be_pinged_once() -> None:
+def test_a_contact_that_was_silent_for_long_is_pinged_once() -> None:
     now = 0.0
     table = ContactTable(node(0), 20, lambda: now)
     for number in range(1, 6):
@@ -79,7 +79,7 @@ def test_a_full_range_keeps_its_old_peers_and_doubts_the_one_unheard_of_for_long
     assert len(table) == before
 
 
-def test_who_leaves_is_doubted_no_more() -> None:
+def test_a_peer_that_leaves_is_no_longer_doubted() -> None:
     table = full_table(5)
     table.suspect(node(3))
     table.suspect(node(99))

@@ -135,7 +135,7 @@ async def test_what_is_announced_is_asked_for_each_time_and_soon_after_a_change(
     assert all(later - earlier >= MIN_PERIOD_S for earlier, later in pairwise(times))
 
 
-async def test_what_is_served_first_is_announced_at_once_and_whoever_waits_knows(
+async def test_the_first_span_is_announced_at_once_and_waiters_learn_it(
     unix_now: Callable[[], float], server_body: MakeServer
 ) -> None:
     setup = Setup(unix_now)

@@ -70,7 +70,7 @@ async def test_servers_of_all_shards_are_offered_with_the_ways_to_them(
         assert offer.peer_record.peer_id == offer.peer_id
 
 
-async def test_who_is_offline_unreachable_or_serves_other_blocks_is_not_offered(
+async def test_offline_unreachable_and_unsuitable_servers_are_not_offered(
     swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
 ) -> None:
     swarm.announce(1, server_body(state="offline"), peer_body())
@@ -186,7 +186,7 @@ async def test_offers_are_the_same_until_something_changes(
     assert len({id(offer) for offer in first} & {id(offer) for offer in second}) == 2
 
 
-async def test_who_holds_what_is_known_without_the_ways_to_them(
+async def test_the_holders_of_blocks_are_known_without_their_addresses(
     swarm: Swarm, directory: Directory, server_body: MakeServer
 ) -> None:
     expected = {

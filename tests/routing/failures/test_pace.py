@@ -62,14 +62,14 @@ def test_the_silent_are_hung_wherever_the_step_is():
     assert Suspicion(7, 0.0).look([HOLDS, None, LACKS, None], 1.0, 0.1) == Hung((1, 3))
 
 
-def test_who_has_the_step_and_ends_no_turn_is_hung():
+def test_a_hop_that_has_the_step_and_ends_no_turn_counts_as_hung():
     suspicion = Suspicion(7, 0.0)
     assert suspicion.look([DONE, HOLDS, LACKS], 1.0, 1.0) is None
     assert suspicion.look([DONE, HOLDS, LACKS], 1.4, 1.0) is None
     assert suspicion.look([DONE, HOLDS, LACKS], 1.5, 1.0) == Hung((1,))
 
 
-def test_who_ends_turns_is_busy_and_has_longer():
+def test_a_hop_that_ends_turns_is_busy_and_gets_longer():
     suspicion = Suspicion(7, 0.0)
     looks = [suspicion.look([DONE, Progress(7, 6, 50 + second), LACKS], float(second), 1.0) for second in range(1, 12)]
     assert looks[: BUSY_FACTOR - 1] == [None] * (BUSY_FACTOR - 1)
@@ -96,13 +96,13 @@ def test_what_has_not_come_to_the_first_is_on_its_way_from_us():
     assert suspicion.look([LACKS, LACKS], 0.9 + BUSY_FACTOR, 1.0) is None
 
 
-def test_who_denies_that_anything_came_is_hung_after_a_while():
+def test_a_hop_that_denies_that_anything_came_counts_as_hung_after_a_while():
     suspicion = Suspicion(7, 0.0)
     assert suspicion.look([LACKS, LACKS], 1.0, 1.0) is None
     assert suspicion.look([LACKS, LACKS], 1.0 + BUSY_FACTOR, 1.0) == Hung((0,))
 
 
-def test_who_says_that_it_answered_and_did_not_is_hung():
+def test_a_last_hop_that_claims_to_have_answered_counts_as_hung():
     suspicion = Suspicion(7, 0.0)
     assert suspicion.look([DONE, DONE], 1.0, 1.0) is None
     assert suspicion.look([DONE, DONE], 1.5, 1.0) == Hung((1,))

@@ -118,7 +118,7 @@ def test_a_failed_peer_stays_out_until_it_has_answered(proving: Links, clock: Cl
     assert not proving.is_avoided(A)
 
 
-def test_who_answers_all_the_while_waits_for_the_rest_of_its_time(proving: Links, clock: Clock) -> None:
+def test_a_peer_that_answers_all_the_while_waits_for_the_rest_of_its_time(proving: Links, clock: Clock) -> None:
     proving.failed(A)
     assert proving.take_doubted() == [A]
     assert proving.take_doubted() == []
@@ -129,7 +129,7 @@ def test_who_answers_all_the_while_waits_for_the_rest_of_its_time(proving: Links
     assert not proving.is_avoided(A)
 
 
-def test_who_could_not_be_reached_and_now_can_is_back_at_once(proving: Links, clock: Clock) -> None:
+def test_a_peer_that_can_be_reached_again_is_back_at_once(proving: Links, clock: Clock) -> None:
     for _ in range(5):
         clock.now += proving.failed(A)
         proving.take_doubted()
@@ -145,7 +145,7 @@ def test_who_could_not_be_reached_and_now_can_is_back_at_once(proving: Links, cl
     assert proving.failed(A) > 100
 
 
-def test_who_does_not_answer_is_asked_ever_more_seldom_and_at_last_no_more(proving: Links, clock: Clock) -> None:
+def test_a_peer_that_does_not_answer_is_asked_ever_more_rarely_and_at_last_never(proving: Links, clock: Clock) -> None:
     proving.doubt(A)
     delays = []
     while proving.asks_at_s < float("inf"):
@@ -157,7 +157,7 @@ def test_who_does_not_answer_is_asked_ever_more_seldom_and_at_last_no_more(provi
     assert proving.is_avoided(A)
 
 
-def test_a_new_announcement_of_somebody_who_was_gone_is_a_reason_to_ask_but_an_old_one_is_not(
+def test_a_new_announcement_of_a_gone_peer_is_a_reason_to_ask_but_an_old_one_is_not(
     proving: Links, clock: Clock
 ) -> None:
     hurried = []

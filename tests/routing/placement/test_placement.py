@@ -45,7 +45,7 @@ def test_of_spans_as_weak_as_each_other_that_which_is_here_is_taken(make_offer: 
     assert choose_span(served, 24, 8, frozenset(range(8, 24))) == Span(0, 8), "a gap counts more than a download"
 
 
-def test_who_is_still_joining_counts_and_who_leaves_does_not(make_offer: MakeOffer) -> None:
+def test_a_joining_server_counts_and_a_leaving_one_does_not(make_offer: MakeOffer) -> None:
     offers = [make_offer(0, "0:4", state="joining"), make_offer(1, "4:8", state="draining"), make_offer(2, "8:12")]
     assert choose_span(offers, 12, 4) == Span(4, 8)
 
@@ -74,12 +74,12 @@ def test_among_equal_spans_the_one_on_disk_is_taken(make_offer: MakeOffer) -> No
     assert choose_span([make_offer(0, "8:24")], 24, 8, on_disk=frozenset(range(10, 20))) == Span(0, 8)
 
 
-def test_who_is_one_of_too_many_moves_to_the_weakest_blocks(make_offer: MakeOffer) -> None:
+def test_a_server_that_is_one_of_too_many_moves_to_the_weakest_blocks(make_offer: MakeOffer) -> None:
     offers = [make_offer(number, "0:4") for number in range(3)] + [make_offer(3, "4:8")]
     assert choose_move(offers, offers[0], 8) == Span(4, 8)
 
 
-def test_a_gap_is_closed_by_whoever_can_be_spared(make_offer: MakeOffer) -> None:
+def test_a_server_that_can_be_spared_closes_a_gap(make_offer: MakeOffer) -> None:
     offers = [make_offer(0, "0:4"), make_offer(1, "0:4"), make_offer(2, "4:8")]
     assert choose_move(offers, offers[1], 12) == Span(8, 12)
 

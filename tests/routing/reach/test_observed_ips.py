@@ -28,7 +28,7 @@ def test_peers_of_one_network_are_one_witness() -> None:
     assert observed(("5.1.1.1", THERE), ("5.1.1.2", THERE), ("5.2.2.2", HERE), ("5.3.3.3", HERE)) == [HERE]
 
 
-def test_two_who_disagree_are_both_not_believed() -> None:
+def test_two_peers_that_disagree_are_both_not_believed() -> None:
     assert observed(("5.1.1.1", HERE), ("5.2.2.2", THERE)) == []
 
 
@@ -52,7 +52,7 @@ def test_what_a_proxy_sees_is_no_view_of_us() -> None:
     assert observed(("5.1.1.1", "127.0.0.1"), ("5.2.2.2", "10.0.0.3")) == []
 
 
-def test_who_is_gone_or_says_otherwise_counts_no_more() -> None:
+def test_a_peer_that_is_gone_or_says_otherwise_no_longer_counts() -> None:
     ips = ObservedIps()
     for peer, at, seen in ((PEERS[0], "5.1.1.1", HERE), (PEERS[1], "5.2.2.2", THERE)):
         ips.note(peer, ip_address(at), ip_address(seen))

@@ -41,7 +41,7 @@ def test_the_majority_of_judges_decides(answers: list[Dialled], reach: Reach) ->
     assert find(Finding(), [((PORT,), answers)]).reach is reach
 
 
-def test_judges_who_are_divided_leave_all_as_it_was() -> None:
+def test_divided_judges_change_nothing() -> None:
     divided = [((PORT,), [said("6.6.6.6", "reached"), said("6.6.6.6", "silent")])]
     assert find(PUBLIC, divided) == PUBLIC
     assert find(PRIVATE, divided) == PRIVATE

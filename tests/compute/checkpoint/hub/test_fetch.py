@@ -173,7 +173,7 @@ def test_a_damaged_part_of_an_earlier_run_is_fetched_again(
             assert files.path("a.safetensors").read_bytes() == content["a.safetensors"]
 
 
-def test_who_watches_is_told_how_far_it_is_and_can_stop_it(
+def test_a_watcher_sees_the_progress_and_can_stop_it(
     hub: HubServer, settings: HubSettings, content: dict[str, bytes]
 ) -> None:
     class Enough(Exception):
@@ -287,7 +287,7 @@ def test_two_processes_that_want_the_same_files_fetch_each_once(
 
 
 @pytest.mark.processes
-def test_who_waits_for_a_process_that_dies_goes_on_where_it_was(
+def test_a_waiter_for_a_process_that_dies_goes_on_where_that_was(
     hub: HubServer, content: dict[str, bytes], settings: HubSettings, start_fetch: StartFetch
 ) -> None:
     one, two = start_fetch("a.safetensors"), start_fetch("a.safetensors")

@@ -127,7 +127,7 @@ async def test_servers_announce_how_far_those_are_that_may_follow(open_swarm) ->
 
 
 @pytest.mark.parametrize("rule", ["blocked", "not among the allowed", "not as the manifest says"])
-async def test_whoever_the_rules_leave_out_is_never_asked(open_swarm, rule: str) -> None:
+async def test_a_peer_that_the_rules_leave_out_is_never_asked(open_swarm, rule: str) -> None:
     async with open_swarm() as swarm, open_tasks() as tasks:
         hosts = [await swarm.serve(0, 8) for _ in range(3)]
         dialled: list[PeerId] = []

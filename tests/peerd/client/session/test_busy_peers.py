@@ -69,7 +69,7 @@ async def test_waiting_ends_with_the_first_delay_and_in_time_to_find_newcomers()
     assert trio.current_time() == began + 0.5
 
 
-async def test_whoever_was_refused_queues_at_one_hop_but_never_along_a_chain():
+async def test_a_refused_client_queues_at_one_hop_but_never_along_a_chain():
     busy = BusyPeers(Random(1))
     assert busy.timeout_ms(2000, 120, alone=True) == 2000
     busy.refused(A, Overloaded("full"))

@@ -124,7 +124,7 @@ DEATHS = {
 
 @pytest.mark.parametrize("under_way", [prefill, decode, forks, rollbacks, adapted], ids=lambda case: case.__name__)
 @pytest.mark.parametrize("deaths", DEATHS)
-async def test_whoever_dies_whatever_is_under_way_survivors_compute_nothing_twice(open_swarm, deaths, under_way):
+async def test_after_any_death_survivors_compute_nothing_twice(open_swarm, deaths, under_way):
     async with open_swarm() as swarm:
         client = await swarm.client()
         own = {"own_adapter": ADAPTER} if under_way is adapted else {}
@@ -161,7 +161,7 @@ async def test_whoever_dies_whatever_is_under_way_survivors_compute_nothing_twic
 
 
 @pytest.mark.parametrize("later", [prefill, forks, rollbacks], ids=lambda case: case.__name__)
-async def test_a_second_death_finds_everybody_where_they_should_be(open_swarm, later):
+async def test_a_second_death_finds_all_hops_in_step(open_swarm, later):
     """What a replacement was brought to serves to bring the next one there."""
     async with open_swarm() as swarm:
         client = await swarm.client()
@@ -405,7 +405,7 @@ async def test_a_bridge_ends_when_another_server_has_the_blocks_behind_it(open_s
         assert client.finder.failures == []
 
 
-async def test_whoever_dies_at_either_end_of_a_bridge_is_replaced(open_swarm):
+async def test_a_hop_that_dies_at_either_end_of_a_bridge_is_replaced(open_swarm):
     async with open_swarm() as swarm:
         client = await swarm.client()
         hosts, session = await open_chain(swarm, client)
@@ -436,7 +436,7 @@ async def test_a_server_that_neither_its_neighbour_nor_the_client_reaches_is_rep
 # No other peer.
 
 
-async def test_survivors_keep_their_kv_until_somebody_serves_what_is_missing(open_swarm):
+async def test_survivors_keep_their_kv_until_the_missing_blocks_have_a_server(open_swarm):
     async with open_swarm() as swarm:
         client = await swarm.client()
         hosts, session = await open_chain(swarm, client, patience=Patience(missing_s=1))

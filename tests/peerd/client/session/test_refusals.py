@@ -67,7 +67,7 @@ def test_what_happens_once_to_the_honest_is_tolerated_once(clock):
     assert made.left_out() == {A}
 
 
-def test_whoever_refused_what_others_answer_is_to_blame_once(clock):
+def test_a_peer_that_refused_what_others_answer_is_blamed_once(clock):
     made = refusals(clock, (A, [B]))
     assert made.settle([B, C]) == {A}
     assert made.settle([B, C]) == set()
@@ -79,7 +79,7 @@ def test_of_two_that_said_nothing_neither_is_blamed(clock):
     assert refusals(clock, (A, [B]), (C, [B])).settle([A, D]) == {B}
 
 
-def test_an_answer_clears_nobody_who_was_tolerated(clock):
+def test_an_answer_does_not_clear_a_tolerated_peer(clock):
     made = refusals(clock, (A, [B]), tolerated=1)
     assert made.settle([A, B]) == set()
     made.note(NO, A, [B])

@@ -176,7 +176,7 @@ def kept_steps(kept: Kept) -> dict[int, list[float]]:
 
 
 @pytest.mark.parametrize("folded", range(5))
-def test_whoever_has_nothing_is_brought_to_where_the_sender_stands(folded):
+def test_a_receiver_that_has_nothing_gets_all_of_the_senders_rows(folded):
     kept = Kept(100)
     expected = kept_steps(kept)
     kept.fold(folded)
@@ -184,14 +184,14 @@ def test_whoever_has_nothing_is_brought_to_where_the_sender_stands(folded):
 
 
 @pytest.mark.parametrize("taken", range(1, 5))
-def test_whoever_took_some_steps_is_sent_the_others_alone(taken):
+def test_a_receiver_that_took_some_steps_gets_only_the_others(taken):
     kept = Kept(100)
     kept_steps(kept)
     kept.fold(1)
     assert [step.seq for step, _ in kept.since(taken, 9)] == list(range(taken + 1, 5))
 
 
-def test_who_lacks_steps_that_are_kept_as_rows_cannot_be_helped():
+def test_a_receiver_that_lacks_steps_kept_only_as_rows_cannot_be_helped():
     kept = Kept(100)
     kept_steps(kept)
     kept.fold(3)
