@@ -193,7 +193,9 @@ class ServedBlocks:
 
         hidden, lengths = as_rows(inputs, rows, self.embed)
         if max(lengths) > self.facts.max_length:
-            raise ContextTooLong(f"a row of {max(lengths)} positions, {self.facts.name} takes {self.facts.max_length}")
+            raise ContextTooLong(
+                f"a row of {max(lengths)} positions, {self.facts.name} takes {self.facts.max_length}: shorten it"
+            )
         if self._pass_maker is None:
             facts, means = self.facts, self._means
             self._pass_maker = PassMaker(
@@ -236,7 +238,8 @@ def check_session_size(facts: ModelFacts, max_length: int, max_rows: int) -> Non
     """Raises ContextTooLong, InvalidRequest for rows that no session over this model can have."""
     if max_length > facts.max_length:
         raise ContextTooLong(
-            f"{max_length} positions wanted (prompt and answer together), {facts.name} takes {facts.max_length}"
+            f"{max_length} positions wanted (prompt and answer together), {facts.name} takes {facts.max_length}:"
+            " shorten one of them"
         )
     if not 1 <= max_rows <= MAX_ROWS:
         raise InvalidRequest(f"{max_rows} rows wanted: a session has 1 to {MAX_ROWS}; use several sessions")

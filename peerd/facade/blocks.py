@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peerd.facade.cache import Place, RemoteCache
+from peerd.facade.inputs import check_slice_mask
 from peerd.facade.weights import RemoteWeight, replace_weights
 from peerd.protocol.span import Span
 
@@ -140,6 +141,7 @@ class RemoteBlocks(nn.ModuleList):
         """Run `[rows, columns, width]` through the list's blocks. `attention_mask` `[rows, columns]` is 1 for real
         positions.
         """
+        check_slice_mask(attention_mask, hidden_states)
         runs = plan_runs(list(self), cut_everywhere=False)
         mask = None if attention_mask is None else attention_mask.bool()
         with during(Call(tuple(runs), mask)):

@@ -9,12 +9,12 @@ import inspect
 import threading
 from typing import Any
 
-import torch
 from transformers.cache_utils import Cache
 
 from peerd.compute.transformers_compat import CACHE_NAMES, cache_argument
 from peerd.facade.blocks import Call, RemoteBlock, is_watched_after, plan_runs, pop, push
 from peerd.facade.cache import RemoteCache
+from peerd.facade.inputs import check_inputs
 from peerd.facade.steps import ROLLBACK
 
 _hints = threading.local()
@@ -68,7 +68,13 @@ class _BeforeDecoder:
         push(None)
         given = dict(zip(self._names, args, strict=False)) | kwargs
         _rename_cache(given, self._cache_name)
-        _refuse(given)
+        cache = given.get(self._cache_name)
+        check_inputs(
+            given,
+            vocabulary=len(decoder.get_input_embeddings().weight),
+            past=cache.get_seq_length() if isinstance(cache, Cache) else 0,
+            model=decoder.config._name_or_path,
+        )
         call = self._call(decoder, given)
         pop()
         push(call)
@@ -110,17 +116,6 @@ class _BeforeDecoder:
             return None
         given[self._cache_name] = cache
         return cache
-
-
-def _refuse(given: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that servers do not support."""
-    mask = given.get("attention_mask")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-        raise ValueError(
-            "remote blocks take an attention_mask of [rows, columns], 1 where a token is real: pass that one"
-        )
-    if given.get("output_attentions"):
-        raise ValueError("output_attentions: attention weights stay on the servers; leave it out")
 
 
 def _after_decoder(decoder: Any, args: Any, kwargs: Any, output: Any) -> None:

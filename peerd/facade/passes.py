@@ -29,6 +29,8 @@ def run_pass(
     """Run `hidden` `[rows, columns, width]` through `span`; padding columns of the result are zeros."""
     rows, columns, width = hidden.shape
     mask, lengths = _segments(call, rows, columns)
+    if not lengths:
+        raise ValueError("every position is masked: attention_mask is 1 where a token is real")
     packed = hidden[mask] if mask is not None else hidden.reshape(-1, width)
     prefix, deep = prompts_of(backend, call, span)
     if prefix is not None:

@@ -18,7 +18,7 @@ from peerd.facade.blocks import Call
 from peerd.facade.cache import RemoteCache, Run, settle
 from peerd.facade.lora import Pairs, as_adapter, states
 from peerd.facade.passes import prompts_of
-from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages.session import MAX_ROWS, Want
 from peerd.protocol.rows import Op, RowSlice
 from peerd.protocol.span import Span
@@ -176,8 +176,10 @@ class _Step:
         end = max(past + count + self._extra for past, count in zip(self._past, self._counts, strict=True))
         cut = max((log.length(row) - start for row, start in zip(run.sources, starts, strict=True)), default=0)
         fits = end <= run.max_length and self._rows <= run.max_rows and cut <= run.max_rollback
-        if (fits and not run.session.closed) or end > self._backend.max_length:
-            # The session itself refuses a context that is too long.
+        if end > self._backend.max_length:
+            name, most = self._backend.blocks.facts.name, self._backend.max_length
+            raise ContextTooLong(f"{end} positions with those in the cache, {name} takes {most}: begin a new cache")
+        if fits and not run.session.closed:
             return
         length = min(self._backend.max_length, max(end, 2 * run.max_length if end > run.max_length else run.max_length))
         copies = {row: log.sent(row, start) for row, start in zip(run.sources, starts, strict=True) if start}

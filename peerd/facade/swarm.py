@@ -20,8 +20,11 @@ class Swarm(Backend):
 
         Raises ValueError and NotImplementedError for what servers cannot compute, and peerd's own errors.
         """
-        if hidden.dim() != 3:
-            raise ValueError(f"hidden states are [rows, columns, width], not {list(hidden.shape)}")
+        if hidden.dim() != 3 or hidden.shape[2] != self.blocks.facts.width or not hidden.numel():
+            raise ValueError(
+                f"hidden states are [rows, columns, {self.blocks.facts.width}], at least one of each, not"
+                f" {list(hidden.shape)}"
+            )
         cache = call.cache
         run = cache.runs.get(call.place) if cache is not None else None
         # A session keeps the adapter with which it was opened; finding it again at every token would cost a

@@ -71,7 +71,9 @@ class DaemonBlocks:
     ) -> DaemonPass:
         """Like `ServedBlocks.forward`, for hidden states `[sum of rows, width]`. Raises the same errors."""
         if max(rows) > self.facts.max_length:
-            raise ContextTooLong(f"a row of {max(rows)} positions, {self.facts.name} takes {self.facts.max_length}")
+            raise ContextTooLong(
+                f"a row of {max(rows)} positions, {self.facts.name} takes {self.facts.max_length}: shorten it"
+            )
         blocks = blocks or Span(0, self.facts.block_count)
         trained = Trained(prompts, lora or {}, lora_scaling)
         trained.check(blocks, rows, self.facts.width)

@@ -104,6 +104,12 @@ class SwarmFinder:
 
     def _explained(self, error: NoChain) -> NoChain:
         """The error with the reasons why the peers that announce the missing blocks cannot be reached."""
+        if not self._seen:
+            return NoChain(
+                f"{error}: no peer that we know of serves the model {self._model.hex()[:8]}. Join its swarm (bootstrap"
+                " addresses); its peers have the very same files, revision and format",
+                error.missing,
+            )
         reasons = dict.fromkeys(
             why
             for offer in self._permitted

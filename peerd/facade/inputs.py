@@ -1,0 +1,78 @@
+"""Checks of what a forward is called with, before anything is computed: each error names the argument and the way out.
+
+An error here costs the call alone: the model, and a cache that was passed, are as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def check_inputs(given: Mapping[str, Any], *, vocabulary: int, past: int, model: str) -> None:
+    """Raise ValueError for arguments of a decoder's forward that servers cannot compute with.
+
+    past: columns of the cache that was passed. model: what the model is called, for the message.
+    """
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is not None:
+        check_ids(ids, vocabulary, model)
+    if embeds is not None and embeds.dim() != 3:
+        raise ValueError(f"inputs_embeds are [rows, columns, width], not {list(embeds.shape)}")
+    inputs = ids if ids is not None else embeds
+    if inputs is not None:
+        rows, columns = inputs.shape[:2]
+        if not rows or not columns:
+            raise ValueError(f"{rows} rows of {columns} positions: give at least one of each")
+        _check_mask(given.get("attention_mask"), rows, columns, past)
+        _check_positions(given.get("position_ids"), rows, columns)
+    if given.get("output_attentions"):
+        raise ValueError("output_attentions: attention weights stay on the servers; leave it out")
+
+
+def check_ids(ids: torch.Tensor, vocabulary: int, model: str) -> None:
+    """Raise ValueError for what are no token ids of the model. On a GPU a wrong one would end the whole process."""
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids are [rows, columns], not {list(ids.shape)}: give a single row as input_ids[None]")
+    if ids.is_floating_point() or ids.dtype is torch.bool:
+        raise ValueError(f"input_ids are whole numbers, not {ids.dtype}: did you mean inputs_embeds, or the mask?")
+    if not ids.numel():
+        return
+    least, most = (int(value) for value in torch.aminmax(ids))
+    if least < 0 or most >= vocabulary:
+        wrong = least if least < 0 else most
+        raise ValueError(
+            f"token {wrong} is none of the model's, 0 to {vocabulary - 1}: the tokenizer belongs to another model, or"
+            f" these are labels; use AutoTokenizer.from_pretrained({model!r})"
+        )
+
+
+def check_slice_mask(mask: torch.Tensor | None, hidden: torch.Tensor) -> None:
+    """Raise ValueError unless the mask of a slice of blocks is `[rows, columns]`, as its hidden states."""
+    if mask is not None and mask.shape != hidden.shape[:2]:
+        raise ValueError(f"attention_mask of {list(mask.shape)} for hidden states of {list(hidden.shape[:2])} columns")
+
+
+def _check_mask(mask: Any, rows: int, columns: int, past: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise ValueError(
+            "remote blocks take an attention_mask of [rows, columns], 1 where a token is real: pass that one"
+        )
+    if mask.shape[0] not in (1, rows) or mask.shape[1] not in (columns, past + columns):
+        wanted = f"[{rows}, {past + columns}]" + (f", of which {past} are in the cache" if past else "")
+        raise ValueError(f"an attention_mask of {list(mask.shape)}: here it is {wanted}")
+
+
+def _check_positions(positions: Any, rows: int, columns: int) -> None:
+    if positions is None:
+        return
+    if positions.dim() != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != columns:
+        raise ValueError(
+            f"position_ids of {list(positions.shape)}: here they are [{rows}, {columns}], or leave them out"
+        )
+    if positions.is_floating_point():
+        raise ValueError(f"position_ids are whole numbers, not {positions.dtype}")
