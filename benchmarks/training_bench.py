@@ -4,6 +4,7 @@ A pass has eight rows of 128 positions and a deep prompt in every block, and ask
 prompts. There are two models: SmolLM2-135M (30 blocks of 576) and a random Llama of 16 blocks of 1024. Each process has
 one compute thread, so two servers may be faster than the local model. Figures are medians of rounds in which all take
 turns, so compare within a table.
+Then what a Transformers program pays: what the facade adds to the async library, and a token's bytes on the wire.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from bench_parts.counting import CountingTransport
+from bench_parts.facade_rows import measure_facade
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import PeerProcesses, open_peer_processes
 from peerd.client.model import SwarmModel
@@ -93,8 +96,9 @@ class Local:
 class Remote:
     """The same pass through a swarm."""
 
-    def __init__(self, model: SwarmModel) -> None:
+    def __init__(self, model: SwarmModel, transport: CountingTransport) -> None:
         self.model = model
+        self.transport = transport
 
     async def forward(self, hidden: torch.Tensor, prompts: torch.Tensor) -> None:
         await self.model.forward(hidden, prompts=prompts, keep=False)
@@ -116,8 +120,9 @@ async def open_remote(stack: AsyncExitStack, processes: PeerProcesses, path: Pat
     join = ("--bootstrap", str(bootstrap.address), "--dtype", "float32", "--kv-tokens", "1024")
     for span in even_spans(blocks, servers):
         await processes.start("--serve-blocks", str(span), "--model", str(path), *join)
-    peer = await stack.enter_async_context(open_peer(bootstrap=[bootstrap.address]))
-    return Remote(await stack.enter_async_context(peer.model(path)))
+    transport = CountingTransport()
+    peer = await stack.enter_async_context(open_peer(bootstrap=[bootstrap.address], transport=transport))
+    return Remote(await stack.enter_async_context(peer.model(path)), transport)
 
 
 async def measure(name: str, path: Path, rounds: int, console: Console) -> None:
@@ -128,6 +133,7 @@ async def measure(name: str, path: Path, rounds: int, console: Console) -> None:
     hidden = 0.1 * torch.randn(ROWS, POSITIONS, width, generator=generator)
     prompts = 0.1 * torch.randn(blocks, 1, PROMPT_POSITIONS, width, generator=generator)
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)
+    carried: dict[tuple[str, str], int] = {}
     async with open_peer_processes(threads=1) as processes, AsyncExitStack() as stack:
         columns: dict[str, Local | Remote] = {"local": local}
         for count in SERVERS:
@@ -137,14 +143,24 @@ async def measure(name: str, path: Path, rounds: int, console: Console) -> None:
             console.log(f"{name}, round {number} of {rounds}")
             for column, who in columns.items():
                 for row, run in ((FORWARD, who.forward), (BOTH, who.both)):
+                    before = who.transport.carried if isinstance(who, Remote) else 0
                     took_s = await seconds(run, hidden, prompts)
+                    if isinstance(who, Remote):
+                        carried[row, column] = (who.transport.carried - before) // (ROWS * POSITIONS)
                     # The first round is warm-up.
                     if number:
                         rates[row, column].append(ROWS * POSITIONS / took_s)
-    show(name, rates, list(columns), console)
+    show(name, rates, carried, list(columns), console)
+    await measure_facade(name, path, blocks, SERVERS, rounds, console)
 
 
-def show(name: str, rates: dict[tuple[str, str], list[float]], columns: list[str], console: Console) -> None:
+def show(
+    name: str,
+    rates: dict[tuple[str, str], list[float]],
+    carried: dict[tuple[str, str], int],
+    columns: list[str],
+    console: Console,
+) -> None:
     table = Table("tokens/s", *columns, title=f"{name}, fp32, {ROWS} x {POSITIONS}, one thread a process; medians")
     for row in (FORWARD, BOTH):
         cells = [f"{statistics.median(rates[row, columns[0]]):.0f}"]
@@ -152,6 +168,8 @@ def show(name: str, rates: dict[tuple[str, str], list[float]], columns: list[str
             shares = [one / two for one, two in zip(rates[row, column], rates[row, columns[0]], strict=True)]
             cells.append(f"{statistics.median(rates[row, column]):.0f} ({statistics.median(shares):.2f} of local)")
         table.add_row(row, *cells)
+    for row in (FORWARD, BOTH):
+        table.add_row(f"{row}, client's wire bytes a token", "", *(str(carried[row, name]) for name in columns[1:]))
     console.print(table)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
     from peerd.compute.errors import AdapterError, CheckpointError
+    from peerd.facade.auto import RemoteConfig
     from peerd.facade.model import (
         AutoModelForCausalLM,
         RemoteModel,
@@ -76,6 +77,7 @@ __all__ = [
     "RemoteModelForCausalLM",
     "RemoteModelForSequenceClassification",
     "AutoModelForCausalLM",
+    "RemoteConfig",
     "Generation",
     "Token",
     "ServedBy",
@@ -115,6 +117,7 @@ _MODULE_OF = {
     "RemoteModelForCausalLM": "peerd.facade.model",
     "RemoteModelForSequenceClassification": "peerd.facade.model",
     "AutoModelForCausalLM": "peerd.facade.model",
+    "RemoteConfig": "peerd.facade.auto",
     "Generation": "peerd.client.generation",
     "Token": "peerd.client.generation",
     "ServedBy": "peerd.client.finding.served_by",

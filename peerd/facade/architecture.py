@@ -1,4 +1,4 @@
-"""Turns an architecture's own class into a remote one: its type, its masks, and how its decoder calls layers."""
+"""Turns an architecture's own class into a remote one: its type, dtype, masks, and how its decoder calls layers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peerd.facade.blocks import Call, RemoteBlocks, during
+from peerd.protocol.encoding.tensors import DTYPES
 
 if TYPE_CHECKING:
     from peerd.compute.families.family import Family
 
 # Remote blocks need no masks, but some decoders compute with the mask that they make; they get one of one element.
 _NO_MASKS = "peerd_remote"
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """`torch.bfloat16`, "bfloat16" or "torch.bfloat16"; None, and "auto", for the checkpoint's own.
+
+    Raises ValueError for others than float32, bfloat16 and float16.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype={dtype!r}: the head computes in one of {', '.join(DTYPES)}, or leave it out")
+    return found
+
 
 _TYPES: dict[tuple[type, type], type[Any]] = {}
 

@@ -20,12 +20,12 @@ from peerd.facade.steps import ROLLBACK
 _hints = threading.local()
 
 
-def watch_calls(causal: Any, decoder: Any, layers: str) -> None:
-    """Install the hooks. `layers`: the name of the decoder's list of layers."""
+def watch_calls(causal: Any, decoder: Any, *, layers: str, embeddings: str) -> None:
+    """Install the hooks. `layers`, `embeddings`: the names of the decoder's list of layers, and of its embeddings."""
     name = cache_argument(type(causal).forward)
     causal.register_forward_pre_hook(_BeforeCausal(name), with_kwargs=True)
     causal.register_forward_hook(_after_causal, always_call=True)
-    decoder.register_forward_pre_hook(_BeforeDecoder(decoder, layers), with_kwargs=True)
+    decoder.register_forward_pre_hook(_BeforeDecoder(decoder, layers, embeddings), with_kwargs=True)
     decoder.register_forward_hook(_after_decoder, with_kwargs=True, always_call=True)
 
 
@@ -57,8 +57,9 @@ def _after_causal(model: Any, args: Any, output: Any) -> None:
 class _BeforeDecoder:
     """Turns the arguments of the decoder's forward into the `Call` that its blocks see."""
 
-    def __init__(self, decoder: Any, layers: str) -> None:
+    def __init__(self, decoder: Any, layers: str, embeddings: str) -> None:
         self._layers = layers
+        self._embeddings = embeddings
         self._names = list(inspect.signature(type(decoder).forward).parameters)[1:]
         self._cache_name = cache_argument(type(decoder).forward)
         self._blocks = len(getattr(decoder, layers))
@@ -71,7 +72,7 @@ class _BeforeDecoder:
         cache = given.get(self._cache_name)
         check_inputs(
             given,
-            vocabulary=len(decoder.get_input_embeddings().weight),
+            vocabulary=len(getattr(decoder, self._embeddings).weight),
             past=cache.get_seq_length() if isinstance(cache, Cache) else 0,
             model=decoder.config._name_or_path,
         )

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from peerd.compute.model.head import HeadModel, load_head_model
-from peerd.facade.architecture import find_return_type, remote_type, use_no_masks
+from peerd.facade.architecture import dtype_named, find_return_type, remote_type, use_no_masks
 from peerd.facade.backend import Prompts
 from peerd.facade.blocks import make_remote
 from peerd.facade.bridge import Bridge
 from peerd.facade.cache import RemoteCache
 from peerd.facade.calls import watch_calls
-from peerd.facade.opening import open_daemon, open_swarm, socket_of
+from peerd.facade.opening import check_options, open_daemon, open_swarm, socket_of
 from peerd.facade.steps import ROLLBACK
 from peerd.facade.swarm import Swarm
 from peerd.protocol.addresses import Multiaddr
@@ -54,6 +54,7 @@ class RemotePreTrainedModel:
         bootstrap: Address | Sequence[Address] = (),
         revision: str | None = None,
         device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
         daemon: bool | str | Path = False,
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
@@ -61,25 +62,28 @@ class RemotePreTrainedModel:
     ) -> Self:
         """Open a model of a swarm: a directory, a GGUF file or a hub id, of which only the head is loaded.
 
-        bootstrap: addresses of peers of the swarm. device: the device of the head. tuning_mode: `ptune` trains
-            `pre_seq_len` positions before each row; `deep_ptune` also trains values that are added to them in every
-            block. Other options are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
+        bootstrap: addresses of peers of the swarm.
+        device, dtype: the device of the head, and what it computes in. dtype None, or "auto": the checkpoint's own.
+            Blocks compute in the dtype with which their servers were started.
+        tuning_mode: `ptune` trains `pre_seq_len` positions before each row; `deep_ptune` also trains values that are
+            added to them in every block.
+        daemon: use the peer of the `peerd --client` on this machine instead of one of the model's own. True, or the
+            path of its socket. The daemon was started with this model, and knows the swarm: give no `bootstrap`.
+        Other options are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
 
-        daemon: instead of a peer of the model's own, use that of the `peerd --client` on this machine, which was given
-        the model; True, or the path of its socket. Many programs may share one. It knows the swarm: no `bootstrap`.
-
-        Close the model when it is no longer needed, or use it in a `with` block; a forgotten one closes itself. Raises
-        CheckpointError, UnsupportedModel, ValueError, OSError; InvalidRequest where no such daemon runs.
+        Close the model, or use it in a `with` block; a forgotten one closes itself. Raises CheckpointError,
+        UnsupportedModel, ValueError, TypeError, OSError; InvalidRequest where no such daemon runs.
         """
         if tuning_mode is not None and tuning_mode not in TUNING_MODES:
             raise ValueError(f"tuning_mode={tuning_mode!r}: it is one of {', '.join(TUNING_MODES)}, or left out")
         if (tuning_mode is not None) != (pre_seq_len > 0):
             raise ValueError("tuning_mode and pre_seq_len belong together: give both, pre_seq_len at least 1, or none")
-        device = torch.device(device)
+        check_options(options)
+        where, precision = torch.device(device), dtype_named(dtype)
         built: list[tuple[HeadModel, Family]] = []
 
         def build(checkpoint: Checkpoint) -> None:
-            built.append((cls._load_head(checkpoint, device), checkpoint.family))
+            built.append((cls._load_head(checkpoint, where, precision), checkpoint.family))
 
         addresses = [bootstrap] if isinstance(bootstrap, str | Multiaddr) else list(bootstrap)
         opening: Any = open_swarm(model, revision, addresses, options, build)
@@ -99,12 +103,12 @@ class RemotePreTrainedModel:
         if tuning_mode is not None:
             facts = blocks.facts
             prompts = Prompts(facts.block_count, pre_seq_len, facts.width, deep=tuning_mode == "deep_ptune")
-            made.prompts = made.swarm.prompts = prompts.to(device)
+            made.prompts = made.swarm.prompts = prompts.to(where)
         result: Self = made
         return result
 
     @classmethod
-    def _load_head(cls, checkpoint: Checkpoint, device: torch.device) -> HeadModel:
+    def _load_head(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> HeadModel:
         raise TypeError(f"{cls.__name__} is a mixin: call from_pretrained of one of the RemoteModelFor... classes")
 
     def _connect(self, head: HeadModel, family: Family, swarm: Swarm, closes: tuple[Callable[[], None], ...]) -> None:
@@ -119,7 +123,7 @@ class RemotePreTrainedModel:
         me.requires_grad_(False)
         for parameter in self._trained_from_the_start():
             parameter.requires_grad_(True)
-        watch_calls(self, head.decoder, family.layers)
+        watch_calls(self, head.decoder, layers=family.layers, embeddings=family.embeddings)
         use_no_masks(me.config)
         find_return_type(head.decoder, layers, family)
 
@@ -228,18 +232,20 @@ class RemoteModel(RemotePreTrainedModel):
     """The model without a language-model head, such as `LlamaModel`: token ids in, hidden states out."""
 
     @classmethod
-    def _load_head(cls, checkpoint: Checkpoint, device: torch.device) -> HeadModel:
+    def _load_head(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> HeadModel:
         kind = remote_type(cls, checkpoint.family.decoder_type())
-        return load_head_model(checkpoint, device=device, causal_type=kind, fill_head=lambda model, decoder: None)
+        return load_head_model(
+            checkpoint, device=device, dtype=dtype, causal_type=kind, fill_head=lambda model, decoder: None
+        )
 
 
 class RemoteModelForCausalLM(RemotePreTrainedModel):
     """A causal language model: `generate`, `forward` with `labels`, gradients, peft. See `from_pretrained`."""
 
     @classmethod
-    def _load_head(cls, checkpoint: Checkpoint, device: torch.device) -> HeadModel:
+    def _load_head(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> HeadModel:
         kind = remote_type(cls, checkpoint.family.causal_type())
-        head = load_head_model(checkpoint, device=device, causal_type=kind)
+        head = load_head_model(checkpoint, device=device, dtype=dtype, causal_type=kind)
         generation: Any = checkpoint.generation_config
         head.model.generation_config = generation
         return head
@@ -259,7 +265,7 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
     _num_labels = 2
 
     @classmethod
-    def _load_head(cls, checkpoint: Checkpoint, device: torch.device) -> HeadModel:
+    def _load_head(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> HeadModel:
         from transformers import AutoModelForSequenceClassification
 
         mapping: Any = AutoModelForSequenceClassification._model_mapping
@@ -272,10 +278,10 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
         def make_score(model: Any, decoder: Any) -> None:
             width, labels = model.score.in_features, cls._num_labels
             bias = model.score.bias is not None
-            model.score = nn.Linear(width, labels, bias=bias, device=device, dtype=checkpoint.dtype)
+            model.score = nn.Linear(width, labels, bias=bias, device=device, dtype=dtype or checkpoint.dtype)
             nn.init.normal_(model.score.weight, std=getattr(config, "initializer_range", 0.02))
 
-        return load_head_model(checkpoint, device=device, causal_type=kind, fill_head=make_score)
+        return load_head_model(checkpoint, device=device, dtype=dtype, causal_type=kind, fill_head=make_score)
 
     def _trained_from_the_start(self) -> Sequence[nn.Parameter]:
         me: Any = self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.local.blocks import DaemonBlocks, open_daemon_blocks
 from peerd.local.socket_path import default_socket_path
 from peerd.peer import open_peer
+
+# Options of `open_peer` that a client has no use for.
+_OF_SERVERS = {"serve", "listen", "announce", "relay"}
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -53,6 +57,17 @@ async def open_daemon(
             blocks = await stack.enter_async_context(open_daemon_blocks(socket_path, facts_of(checkpoint)))
             await trio.to_thread.run_sync(on_checkpoint, checkpoint)
         yield blocks
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for what is no option of `open_peer`: many programs give what local models take."""
+    known = set(inspect.signature(open_peer).parameters) - _OF_SERVERS
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"{name}: no option of a remote model; leave it out. `device` and `dtype` say where its head lies and"
+                f" what it computes in; others are {', '.join(sorted(known))}"
+            )
 
 
 def socket_of(daemon: Literal[True] | str | Path, bootstrap: Sequence[Any], options: Mapping[str, Any]) -> Path:

@@ -304,3 +304,37 @@ def test_a_model_that_cannot_be_connected_leaves_no_thread_behind(
     with pytest.raises(TypeError, match="no such decoder"):
         peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap)
     assert {thread.ident for thread in threading.enumerate() if thread.name == "peerd"} == before
+
+
+def test_a_head_may_compute_in_another_dtype_than_the_checkpoint(servers: Any, llama_path: Path, local: Any) -> None:
+    with peerd.RemoteModelForCausalLM.from_pretrained(
+        llama_path, bootstrap=servers.bootstrap, dtype="bfloat16", tuning_mode="ptune", pre_seq_len=2
+    ) as model:
+        assert {each.dtype for name, each in model.named_parameters() if "prompts" not in name} == {torch.bfloat16}
+        output = model(IDS, labels=IDS, use_cache=False)
+        output.loss.backward()
+        assert output.logits.dtype is torch.bfloat16
+        assert model.prompts.prefix.grad.abs().max() > 0
+        assert model.prompts.prefix.grad.dtype is torch.float32
+    with pytest.raises(ValueError, match="dtype='int8': the head computes in one of float32"):
+        peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap, dtype="int8")
+    with pytest.raises(TypeError, match=r"device_map: no option of a remote model; leave it out. `device` and `dtype`"):
+        peerd.RemoteModelForCausalLM.from_pretrained(llama_path, device_map="auto")
+
+
+def test_auto_classes_open_a_directory_that_names_a_model_of_a_swarm(
+    servers: Any, llama_path: Path, local: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    addresses = [str(address) for address in servers.bootstrap]
+    peerd.RemoteConfig(model=llama_path, bootstrap=addresses).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).bootstrap == addresses
+    with AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32) as model:
+        assert isinstance(model, LlamaForCausalLM)
+        assert isinstance(model, peerd.RemoteModelForCausalLM)
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, local(IDS).logits, rtol=1e-3, atol=1e-3)
+    peerd.RemoteConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"names no model: write it with peerd\.RemoteConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,101 @@
+"""What the Transformers facade adds to the async library, a token, and what a token carries over the wire."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import trio
+from rich.console import Console
+from rich.table import Table
+
+import peerd
+from bench_parts.counting import CountingTransport
+from peerd.cli.demo import even_spans
+from peerd.cli.processes import open_peer_processes
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 48
+LIBRARY, FACADE = "async library", "facade"
+
+
+class Pair:
+    """One swarm's model twice: through the async library, and as a Transformers model, each over a peer of its own."""
+
+    def __init__(self, library: peerd.SwarmModel, facade: Any, carried: CountingTransport) -> None:
+        self._library, self._facade = library, facade
+        self._carried = carried
+        self._prompt = list(range(5, 5 + PROMPT_TOKENS))
+
+    async def run(self, which: str) -> tuple[float, float]:
+        """Seconds and, of the facade, bytes for NEW_TOKENS greedy tokens behind the prompt."""
+        before, began = self._carried.carried, time.perf_counter()
+        if which == LIBRARY:
+            await self._by_library()
+        else:
+            await trio.to_thread.run_sync(self._by_facade)
+        return time.perf_counter() - began, self._carried.carried - before
+
+    async def _by_library(self) -> None:
+        generation = self._library.generate(self._prompt, temperature=0, max_new_tokens=NEW_TOKENS, eos_token_ids=())
+        async for _ in generation:
+            pass
+
+    def _by_facade(self) -> None:
+        ids = torch.tensor([self._prompt])
+        options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": [], "do_sample": False}
+        self._facade.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+async def measure_facade(
+    name: str, path: Path, blocks: int, servers: tuple[int, ...], rounds: int, console: Console
+) -> None:
+    """Measure in turns, and show a table. Needs processes of its own."""
+    times: dict[tuple[int, str], list[float]] = defaultdict(list)
+    carried: dict[int, float] = {}
+    async with open_peer_processes(threads=1) as processes, AsyncExitStack() as stack:
+        pairs = {}
+        for count in servers:
+            bootstrap = await processes.start()
+            join = ("--bootstrap", str(bootstrap.address), "--dtype", "float32", "--kv-tokens", "1024")
+            for span in even_spans(blocks, count):
+                await processes.start("--serve-blocks", str(span), "--model", str(path), *join)
+            peer = await stack.enter_async_context(peerd.open_peer(bootstrap=[bootstrap.address]))
+            library = await stack.enter_async_context(peer.model(path))
+            counting = CountingTransport()
+            open_it = partial(
+                peerd.RemoteModelForCausalLM.from_pretrained, path, bootstrap=bootstrap.address, transport=counting
+            )
+            facade = await trio.to_thread.run_sync(open_it)
+            stack.callback(facade.close)
+            pairs[count] = Pair(library, facade, counting)
+        for number in range(rounds + 1):
+            console.log(f"{name}, facade, round {number} of {rounds}")
+            for count, pair in pairs.items():
+                for which in (LIBRARY, FACADE):
+                    took_s, carried_bytes = await pair.run(which)
+                    # The first is for warming up.
+                    if number:
+                        times[count, which].append(1000 * took_s / NEW_TOKENS)
+                        if which == FACADE:
+                            carried[count] = carried_bytes / NEW_TOKENS
+    _show(name, times, carried, console)
+
+
+def _show(name: str, times: dict[tuple[int, str], list[float]], carried: dict[int, float], console: Console) -> None:
+    table = Table("", *(f"{count} server{'s' if count > 1 else ''}" for count in carried))
+    table.title = f"{name}, fp32, {NEW_TOKENS} greedy tokens behind {PROMPT_TOKENS}; medians"
+    for which in (LIBRARY, FACADE):
+        table.add_row(f"{which}, ms a token", *(f"{statistics.median(times[count, which]):.1f}" for count in carried))
+    added = [
+        statistics.median(one - two for one, two in zip(times[count, FACADE], times[count, LIBRARY], strict=True))
+        for count in carried
+    ]
+    table.add_row("the facade adds, ms a token", *(f"{each:+.2f}" for each in added))
+    table.add_row("client's wire bytes a token", *(f"{carried[count]:.0f}" for count in carried))
+    console.print(table)
