@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 TOOLS := .venv-tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: audit sbom demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
+.PHONY: audit sbom fuzz demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -40,6 +40,10 @@ test-installs:
 # Pins everything that set-up installs, from pyproject.toml's ranges and what the package index has today.
 lock: $(TOOLS)/.ready
 	$(TOOLS)/bin/python .ci/lock.py lock
+
+# Broken input for everything that reads a stranger's bytes. A failure says how to repeat it; ARGS="--inputs 100000 --seed 1".
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.decoders $(ARGS)
 
 # Known vulnerabilities of what peerd is installed with, and a list of it for those who ask what is in a release.
 audit: $(TOOLS)/.audit
