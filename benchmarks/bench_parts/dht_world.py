@@ -19,6 +19,7 @@ from peerd.protocol.errors import InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import Packet
+from peerd.routing.dht.rpc import Sighting
 from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact
 
@@ -126,6 +127,14 @@ class _Transport:
     def __init__(self, world: World, own: Node) -> None:
         self._world = world
         self._own = own
+
+    def sighting(self, peer_id: PeerId) -> Sighting:
+        """Nobody lies about addresses here."""
+        return Sighting(frozenset(self._world.nodes[peer_id].addresses))
+
+    async def find(self, contact: Contact) -> None:
+        """Everybody has been found."""
+        await trio.lowlevel.checkpoint()
 
     async def request(self, contact: Contact, packet: Packet) -> Packet:
         own, target, kind = self._own, self._world.nodes[contact.peer_id], purpose.get()

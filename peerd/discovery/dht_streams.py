@@ -9,12 +9,15 @@ from __future__ import annotations
 import trio
 
 from peerd.net.connections import Connections, Stream
+from peerd.net.owners import network_of
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import MAX_RECORD_BYTES
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import DHT_PROTOCOL, MAX_RECORDS, Packet, pack_records, unpack_records
+from peerd.routing.dht.rpc import Sighting
 from peerd.routing.dht.table import Contact
 
 # A set of records, each with its length in front.
@@ -50,6 +53,21 @@ class StreamTransport:
         if answer.header.get("type") == Failure.TYPE:
             raise Failure.from_header(answer.header).error
         return Packet(answer.header, unpack_records(answer.body))
+
+    def sighting(self, peer_id: PeerId) -> Sighting:
+        """Where we found the peer, and the network that it is seen in now."""
+        sightings, connection = self._connections.sightings, self._connections.live.get(peer_id)
+        network = network_of(connection.accountable_ip) if connection is not None else ""
+        return Sighting(sightings.addresses_of(peer_id), network or sightings.network_of(peer_id))
+
+    async def find(self, contact: Contact) -> None:
+        """Look for the peer at those of its addresses where it was not found yet."""
+        connections = self._connections
+        found = connections.sightings.addresses_of(contact.peer_id)
+        async with trio.open_nursery() as nursery:
+            for address in contact.addresses:
+                if address not in found:
+                    nursery.start_soon(connections.find, contact.peer_id, address, connections.strangers_policy)
 
 
 async def answer_question(dht: Dht, stream: Stream) -> None:

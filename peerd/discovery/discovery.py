@@ -49,6 +49,7 @@ JOIN_WAIT_S = 5.0
 FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 REFRESH_S = 60.0
+REUNITE_S = 600.0
 MEASURE_S = 5.0
 # A connection that survived our sleep answers within this; a peer that gave us up resets the connection at once.
 AWAKE_S = 1.0
@@ -171,10 +172,12 @@ class Discovery:
             with self._hearing_clocks(nursery), self._noticing_when_alone():
                 self._keep(nursery, "measuring delays", self._measure)
                 self._keep(nursery, "asking doubted peers", self._proofs.run)
+                self._keep(nursery, "looking for newcomers", self.dht.meet_newcomers)
                 self._keep(nursery, "watching for sleep", watch_sleep, self.clock.system, self._wake)
                 self._keep(nursery, "joining the swarm", self._join, contacts, joined)
                 await joined.wait()
                 self._keep(nursery, "introducing ourselves", self._introduce)
+                self._keep(nursery, "looking for a lost part of the swarm", self._reunite)
                 self._keep(nursery, "coming back to the swarm", self._come_back)
                 self._keep(nursery, "announcing", self._announcer.run)
                 await self._connections.containment.keep_running(self._refresh, what="refreshing contacts")
@@ -276,6 +279,14 @@ class Discovery:
             await self._moved.wait()
             self._moved = trio.Event()
             await self.dht.introduce()
+
+    async def _reunite(self) -> None:
+        """See from time to time whether there is another part of the swarm, of which our table shows nothing."""
+        while True:
+            await trio.sleep(REUNITE_S * self._random.uniform(0.5, 1.5))
+            if await self.dht.reunite():
+                # What we serve was announced to one part alone.
+                self.changed()
 
     async def _refresh(self) -> None:
         while True:

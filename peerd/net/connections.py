@@ -18,6 +18,8 @@ from peerd.net.containment import Containment
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.dialling.circuits import CircuitChannel
 from peerd.net.dialling.dialler import Arrived, Dialler
+from peerd.net.dialling.prove import prove
+from peerd.net.dialling.sightings import Sightings
 from peerd.net.gate import Gate, Places, Visit, descriptor_limit, host_of, places
 from peerd.net.handlers import StreamHandler
 from peerd.net.live_connections import LiveConnections, Observer
@@ -26,7 +28,7 @@ from peerd.net.peer_connection import PeerConnection
 from peerd.net.settling import agree, exchange_hellos, within_settle_time
 from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel, Transport
-from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.connection.budget import DEFAULT_TOTAL_BYTES, BufferBudget
 from peerd.protocol.connection.connection import Connection, Limits
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
@@ -172,6 +174,28 @@ class Connections:
         else:
             connection = await self.connect(peer_id, addresses, policy)
         return connection.open_stream(protocol, priority=priority)
+
+    @property
+    def sightings(self) -> Sightings:
+        """Where peers were found when we dialled them."""
+        return self._dialler.sightings
+
+    async def find(self, peer_id: PeerId, address: Multiaddr, policy: DialPolicy) -> bool:
+        """Whether a peer answers at an address, which `sightings` tells from then on. Takes at most 9 s.
+
+        It makes no connection of its own, whether or not there is one.
+        """
+        sightings = self.sightings
+
+        def reached(ip: IpAddress | None) -> None:
+            sightings.found(peer_id, address, ip)
+
+        outcome: str = "failed"
+        async with open_tasks() as tasks:
+            outcome = await prove(self._transport, address, peer_id, self._swarm_key, tasks, policy, reached)
+        if outcome != "reached":
+            sightings.missed(peer_id, address)
+        return outcome == "reached"
 
     async def listen(self, address: Multiaddr) -> Multiaddr:
         """Accept connections at this address too. Returns it with its real port. Raises OSError."""

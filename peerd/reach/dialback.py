@@ -16,22 +16,20 @@ from ipaddress import IPv6Address, IPv6Network
 
 import trio
 
+from peerd.net.dialling.prove import CONNECT_S, prove
 from peerd.net.peer_connection import PeerConnection
 from peerd.net.stream import Stream
 from peerd.net.transport import Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
-from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
     InvalidRequest,
     Overloaded,
-    PeerFault,
     RemoteProtocolError,
     Unresponsive,
     UnsupportedFeature,
-    WrongPeer,
 )
-from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.dialback import (
     ANSWER_DEADLINE_S,
     DIALBACK_PROTOCOL,
@@ -46,9 +44,6 @@ from peerd.trio_tools import at_once, open_tasks
 
 log = logging.getLogger(__name__)
 
-# For TCP and the websocket, and then for the handshake. Together they are shorter than the answer's deadline.
-CONNECT_S = 5.0
-PROVE_S = 3.0
 # The least time between two dial-backs to one address.
 PAUSE_S = 60.0
 # Dial-backs at a time, and addresses to remember. More are refused, so that many askers cost no more than this.
@@ -123,43 +118,6 @@ class DialbackAnswerer:
         async with open_tasks() as tasks:
             return await prove(self._transport, address, peer_id, self._swarm_key, tasks)
         raise AssertionError("unreachable")
-
-
-async def prove(
-    transport: Transport, address: Multiaddr, peer_id: PeerId, swarm_key: bytes | None, tasks: trio.Nursery
-) -> Outcome:
-    """Find out whether `peer_id` answers at `address`: dial, and check the peer's proof of identity. Takes at most
-    9 s.
-    """
-    try:
-        with trio.fail_after(CONNECT_S):
-            channel = await transport.dial(address, tasks)
-    except trio.TooSlowError:
-        return "silent"
-    except PeerFault as error:
-        return "refused" if _was_refused(error) else "failed"
-    try:
-        with trio.fail_after(PROVE_S):
-            handshake = Handshake(Identity.generate(), initiator=True, expected=peer_id, swarm_key=swarm_key)
-            await channel.send(handshake.write())
-            handshake.read(await channel.receive())
-            return "reached"
-    except trio.TooSlowError:
-        return "silent"
-    except WrongPeer:
-        return "wrong_peer"
-    except PeerFault:
-        return "failed"
-    finally:
-        await channel.aclose()
-
-
-def _was_refused(error: BaseException) -> bool:
-    """Whether the machine at that address refused the connection because nothing listens on the port."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConnectionRefusedError):
-        cause = cause.__cause__
-    return cause is not None
 
 
 async def ask_to_be_dialled(connection: PeerConnection, ports: Sequence[int]) -> Dialled:

@@ -21,6 +21,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import SignedRecord, VerifiedRecord, keys_of, open_record, split_keys_of
 from peerd.routing.dht.holders import Holders
 from peerd.routing.dht.lookup import Crawl
+from peerd.routing.dht.lost_contacts import MAX_LOST, LostContacts
 from peerd.routing.dht.messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,
@@ -45,6 +46,9 @@ ALPHA = 5
 QUORUM = 8
 # A renewal asks one of so many nearest peers for newcomers, chosen at random, since the very nearest may lie.
 WITNESSES = 4
+# Newcomers that are looked for at a time, and the pause between two: some dials a second on others' word.
+MEETINGS = 8
+MEETING_PAUSE_S = 0.1
 # Concurrent lookups; each has a few requests under way.
 MAX_LOOKUPS = 16
 
@@ -80,6 +84,9 @@ class Dht:
         self._last_known: list[PeerNode] = []
         # True as long as no peer was ever known: then we may be the first peer of a swarm.
         self._is_first = True
+        # Peers that no longer answered: after a partition the way back leads through one of them.
+        self._lost = LostContacts()
+        self._table.on_removed = self._lost.add
         self._lookups = trio.Semaphore(MAX_LOOKUPS)
         #: Servers whose records could not be used because of a clock.
         self.odd_times = OddTimes()
@@ -103,8 +110,11 @@ class Dht:
         return [node.contact for node in self._table]
 
     def dump(self) -> str:
-        """The routing table as text: after a restart, pass `load_contacts(text)` to `bootstrap`."""
-        return dump_contacts(self.contacts)
+        """The routing table as text, and behind it whom we lost: after a restart, pass `load_contacts(text)` to
+        `bootstrap`.
+        """
+        known = self.contacts
+        return dump_contacts([*known, *self._lost.contacts][: max(len(known), MAX_LOST)])
 
     async def bootstrap(self, contacts: Iterable[Contact]) -> int:
         """Join through any of these contacts. Returns how many peers we know then; 0 means that none answered."""
@@ -143,6 +153,42 @@ class Dht:
             # Our own network failed, which is more likely than that all peers failed at once.
             await self._join()
         await self._look_up_all(self._protocol.get_refresh_ids())
+
+    async def meet_newcomers(self) -> None:
+        """Look for peers where they say they are, until cancelled: only then does anybody hear of them from us."""
+        limiter = trio.CapacityLimiter(MEETINGS)
+
+        async def meet(node: PeerNode) -> None:
+            try:
+                await self._protocol.meet(node)
+            finally:
+                limiter.release_on_behalf_of(node)
+
+        async with trio.open_nursery() as nursery:
+            while True:
+                node = await self._protocol.newcomers.take()
+                await limiter.acquire_on_behalf_of(node)
+                nursery.start_soon(meet, node)
+                await trio.sleep(MEETING_PAUSE_S)
+
+    async def reunite(self) -> bool:
+        """Ask somebody whom we lost, or a peer that we were given to join through, whom it knows.
+
+        However full our table is, it may be that of one half of a parted swarm, which nobody in it notices. Where the
+        answer names strangers, we join through them. Returns whether it did.
+        """
+        candidates = [*self._random.sample(self._seeds, min(1, len(self._seeds))), *self._lost.sample(self._random, 2)]
+        asked = [node for node in candidates if node not in self._table]
+        replies = [await self._protocol.call_find_node(node, Node(self._own.id)) for node in asked]
+        found = [node for node, reply in zip(asked, replies, strict=True) if reply is not None]
+        named = [named for reply in replies if reply is not None for named in reply.nodes]
+        strangers = [node for node in named if node.id != self._own.id and node not in self._table]
+        if not found or not strangers:
+            return False
+        log.info("found %d peers of another part of the swarm", len(strangers))
+        for place in (self._own.id, *self._protocol.get_refresh_ids(self._table.buckets)):
+            await self._look_up(Node(place), self._protocol.call_find_node, start=[*found, *strangers])
+        return True
 
     async def get(self, wanted: RecordKey, *, whole: bool = False) -> list[VerifiedRecord]:
         """The valid records of the set, the newest of each slot, from a quorum of the peers nearest to its key.
@@ -232,13 +278,16 @@ class Dht:
         ask: Callable[[PeerNode, Node], Awaitable[FindReply | None]],
         quorum: int | None = None,
         count: int = MAX_CONTACTS,
+        start: Sequence[PeerNode] = (),
     ) -> tuple[list[PeerNode], Crawl[FindReply]]:
         """The nearest peers that answered, nearest first, and the lookup with all answers."""
         async with self._lookups:
             self._table.touch(target)
-            start = self._table.find_neighbors(target) or [*self._seeds, *self._last_known]
-            self._is_first &= not start
-            crawl: Crawl[FindReply] = Crawl(self._own, target, start, ask, ksize=count, alpha=ALPHA, quorum=quorum)
+            known = self._table.find_neighbors(target) or [*self._seeds, *self._last_known]
+            self._is_first &= not known
+            crawl: Crawl[FindReply] = Crawl(
+                self._own, target, [*known, *start], ask, ksize=count, alpha=ALPHA, quorum=quorum
+            )
             nodes = await crawl.find()
         for node in crawl.unanswered:
             self._table.suspect(node)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kademlia.node import Node
 
+from peerd.routing.dht.diversity import spread
 from peerd.routing.dht.table import PeerNode
 
 # A lookup costs as much as three renewals. Without one, newcomers become known within a renewal or two.
@@ -64,4 +65,4 @@ class Holders:
 
     def _nearest(self, key: bytes, nodes: Iterable[PeerNode]) -> list[PeerNode]:
         unique = {node.id: node for node in nodes}
-        return sorted(unique.values(), key=Node(key).distance_to)[: self._count]
+        return spread(sorted(unique.values(), key=Node(key).distance_to), self._count)

@@ -16,12 +16,16 @@ import trio
 from kademlia.crawling import SpiderCrawl
 from kademlia.node import Node, NodeHeap
 
+from peerd.routing.dht.diversity import spread
 from peerd.routing.dht.table import PeerNode
 
 # Most answers take one round trip, mostly below 0.2 s. A request that takes longer no longer counts as busy.
 PATIENCE_S = 0.2
 # A new connection takes about four round trips. A lookup that has some answers waits no longer than this for the rest.
 GIVE_UP_S = 1.0
+
+
+_OWN_TABLE = "our own table"
 
 
 class Reply(Protocol):
@@ -37,7 +41,8 @@ R = TypeVar("R", bound=Reply)
 class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
     """A NodeHeap in which a peer that failed stays out, however often other peers name it.
 
-    Its heap is kept sorted, because it is read many times for each time that it grows.
+    It shows the nearest, of one network two as long as there are others. Its heap is kept sorted, because it is read
+    many times for each time that it grows.
     """
 
     heap: list[tuple[int, PeerNode]]
@@ -45,15 +50,23 @@ class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
     def __init__(self, node: Node, maxsize: int) -> None:
         super().__init__(node, maxsize)
         self._known: set[bytes] = set()
+        self._shown: list[PeerNode] | None = None
 
     def __contains__(self, node: Node) -> bool:
         # The library searches the heap, which takes most of a lookup's time, and forgets peers that failed.
         return node.id in self._known
 
     def __iter__(self) -> Iterator[PeerNode]:
-        return iter([node for _, node in self.heap[: self.maxsize]])
+        if self._shown is None:
+            self._shown = spread((node for _, node in self.heap), self.maxsize)
+        return iter(self._shown)
+
+    def changed(self) -> None:
+        """What is known of a peer has changed: its network."""
+        self._shown = None
 
     def remove(self, peers: Iterable[bytes]) -> None:
+        self._shown = None
         gone = set(peers)
         self.heap = [entry for entry in self.heap if entry[1].id not in gone]
 
@@ -61,6 +74,7 @@ class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
         for node in nodes:
             if node not in self:
                 self._known.add(node.id)
+                self._shown = None
                 insort(self.heap, (self.node.distance_to(node), node))
 
 
@@ -88,6 +102,8 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         self.nearest.push([own])
         self.nearest.remove([own.id])
         self.nearest.push(peers)
+        # Who named each peer; our own table names those that once answered us.
+        self._named_by: dict[bytes, set[str]] = {node.id: {_OWN_TABLE} for node in peers}
         self.replies: dict[bytes, R] = {}
         self._ask = ask
         self._quorum = quorum
@@ -101,8 +117,14 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
 
     @property
     def asked(self) -> int:
-        """How many peers were asked."""
-        return len(self.nearest.contacted)
+        """How many peers were asked that answered, that we knew, or that two others named who have no network in
+        common. Of whom one peer alone speaks it may have made up.
+        """
+        return sum(node_id in self.replies or self._is_credible(node_id) for node_id in self.nearest.contacted)
+
+    def _is_credible(self, node_id: bytes) -> bool:
+        named_by = self._named_by.get(node_id, set())
+        return _OWN_TABLE in named_by or len(named_by) >= 2
 
     @property
     def unanswered(self) -> list[PeerNode]:
@@ -130,7 +152,10 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
             self.nearest.remove([node.id])
         else:
             self.replies[node.id] = reply
+            for named in reply.nodes:
+                self._named_by.setdefault(named.id, set()).add(node.network or node.contact.peer_id)
             self.nearest.push(reply.nodes)
+            self.nearest.changed()
         self._answered.set()
 
     def _to_ask_now(self) -> list[PeerNode]:

@@ -1,7 +1,7 @@
 """One peer's end of the DHT: asks other peers and answers them, and learns from both which peers are alive.
 
 Implements kademlia's protocol over a transport that proves the PeerId of the other end. The table holds peers that
-answered or asked and can be dialled; a peer that fails leaves it at once, and one without addresses never enters it.
+were found at their addresses; a peer that fails leaves it at once, and one without addresses never enters it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from peerd.routing.dht.messages import (
     Store,
     Stored,
 )
+from peerd.routing.dht.newcomers import Newcomers
 from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Bucket, Contact, ContactTable, PeerNode
 
@@ -50,6 +51,20 @@ class DhtTransport(Protocol):
     """
 
     async def request(self, contact: Contact, packet: Packet) -> Packet: ...
+
+    def sighting(self, peer_id: PeerId) -> Sighting:
+        """Where the peer was found lately."""
+
+    async def find(self, contact: Contact) -> None:
+        """Look for the peer at its addresses, in a bounded time. What was found `sighting` tells. Never raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """Where a peer proved who it is when it was dialled, and the public network where it is seen; "" for none."""
+
+    addresses: frozenset[Multiaddr] = frozenset()
+    network: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,8 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         self.addresses: tuple[Multiaddr, ...] = own.contact.addresses
         self._transport = transport
         self._random = random
+        #: Who said where it is, and was not found there yet.
+        self.newcomers = Newcomers()
 
     def __getattr__(self, name: str) -> object:
         # The library turns every unknown attribute, and so every misspelling, into a remote call.
@@ -116,22 +133,38 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         except (Overloaded, CallerError, LinkFailed):
             # The peer is alive but does not answer this. It can tell us no other errors (`from_wire`).
             return None
+        # It counts in the network where it is, whatever others said.
+        node.network = self._transport.sighting(node.contact.peer_id).network
         # If the peer told us its own addresses, they are worth more than what other peers said.
         self.welcome_if_new(self.router.get(node.id) or node)
         return answer, packet.records
 
     def welcome_if_new(self, node: PeerNode) -> None:
-        """Note that the peer is alive.
+        """Note that the peer is alive. It enters the table with the addresses at which it was found; with others it
+        has to wait until somebody has looked there.
 
         The library would also send a new peer every record that it should now hold. Ours are put anew within a third
         of their short lives, so a newcomer has them soon, and no peer can make us send them in bulk.
         """
         if node.id == self.source_node.id:
             return
-        if node.contact.addresses:
-            self.router.add_contact(node)
-        else:
+        if not node.contact.addresses:
             self.router.remove_contact(node)
+            return
+        seen = self._transport.sighting(node.contact.peer_id)
+        found = tuple(address for address in node.contact.addresses if address in seen.addresses)
+        if found:
+            self.router.add_contact(PeerNode(Contact(node.contact.peer_id, found), seen.network))
+        if len(found) < len(node.contact.addresses):
+            self.newcomers.add(node)
+
+    async def meet(self, node: PeerNode) -> None:
+        """Look for a newcomer where it says it is; where it is found, it enters the table."""
+        await self._transport.find(node.contact)
+        seen = self._transport.sighting(node.contact.peer_id)
+        found = tuple(address for address in node.contact.addresses if address in seen.addresses)
+        if found:
+            self.router.add_contact(PeerNode(Contact(node.contact.peer_id, found), seen.network))
 
     def get_refresh_ids(self, buckets: Sequence[Bucket] | None = None) -> list[bytes]:
         """A random id to look up in each of the buckets; by default in those that were idle for long."""

@@ -6,9 +6,9 @@ buckets read the system's clock, and the search for neighbours is not exact.
 
 from __future__ import annotations
 
-import heapq
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,8 +16,9 @@ from functools import cached_property, lru_cache
 from kademlia.node import Node
 from kademlia.routing import KBucket, RoutingTable
 
-from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.addresses import Multiaddr, public_network
 from peerd.protocol.identity import PeerId, node_id_of, public_key_of
+from peerd.routing.dht.diversity import PEERS_A_NETWORK, spread
 
 # Kademlia paper, 2.3: a bucket in which nothing was looked up for an hour is refreshed.
 IDLE_BUCKET_S = 3600.0
@@ -38,11 +39,18 @@ class Contact:
 
 
 class PeerNode(Node):  # type: ignore[misc]  # kademlia publishes no types
-    """A contact at its position in the DHT. Raises ValueError for a malformed PeerId."""
+    """A contact at its position in the DHT. Raises ValueError for a malformed PeerId.
 
-    def __init__(self, contact: Contact) -> None:
+    network: the public network that it counts in: where it was found, or else where it is said to be; "" for none.
+    """
+
+    def __init__(self, contact: Contact, network: str | None = None) -> None:
         super().__init__(_node_id(contact.peer_id))
         self.contact = contact
+        if network is None:
+            ips = [address.ip for address in contact.addresses if address.ip is not None]
+            network = next(filter(None, map(public_network, ips)), "")
+        self.network = network
 
     @cached_property
     def address_texts(self) -> tuple[str, ...]:
@@ -77,6 +85,18 @@ class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
         lower.last_updated = upper.last_updated = self.last_updated
         return lower, upper
 
+    def make_room_for(self, node: PeerNode) -> bool:
+        """In a full bucket, put a peer in the place of one whose network has more than its share there."""
+        networks = Counter(other.network for other in self.nodes.values() if other.network)
+        network, most = max(networks.items(), key=lambda item: item[1], default=("", 0))
+        if most <= PEERS_A_NETWORK or networks[node.network] >= PEERS_A_NETWORK:
+            return False
+        newest = next(other for other in reversed(self.nodes.values()) if other.network == network)
+        del self.nodes[newest.id]
+        self.replacement_nodes.pop(node.id, None)
+        self.nodes[node.id] = node
+        return True
+
     def depth(self) -> int:
         # The prefix shared by all ids is the one shared by the least and the greatest. The library writes out all bits.
         ids = [node.long_id for node in self.nodes.values()]
@@ -96,6 +116,8 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         self._suspects: dict[bytes, PeerNode] = {}
         # When each contact was last heard of. A replacement that was just promoted has no entry.
         self._heard: dict[bytes, float] = {}
+        #: Called with each contact that is removed.
+        self.on_removed: Callable[[PeerNode], object] = lambda _node: None
         super().__init__(None, ksize, own)
 
     def flush(self) -> None:
@@ -132,7 +154,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         """
         index = self.get_bucket_for(node)
         bucket = self.buckets[index]
-        if bucket.add_node(node):
+        if bucket.add_node(node) or bucket.make_room_for(node):
             self._heard[node.id] = self._now()
             return
         # Paper, 4.2: always split the range that contains our own id, others until their depth is a multiple of 5.
@@ -145,6 +167,8 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
 
     def remove_contact(self, node: Node) -> None:
         """Forget a peer; the newest peer that waited for its place takes it."""
+        if (known := self.get(node.id)) is not None:
+            self.on_removed(known)
         super().remove_contact(node)
         self._suspects.pop(node.id, None)
         self._heard.pop(node.id, None)
@@ -175,7 +199,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         self.buckets[self.get_bucket_for(node)].touch_last_updated()
 
     def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[PeerNode]:
-        """The k contacts nearest to `node`, nearest first.
+        """The k contacts nearest to `node`, nearest first; of one network two, as long as there are others.
 
         The library walks outwards bucket by bucket, left and right in turns, which misses 14-23 % of the nearest.
         The buckets' ranges do not overlap in their distances from an id, so in that order the first buckets with k
@@ -184,11 +208,17 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         wanted = k or self.ksize
         target = node.long_id
         found: list[PeerNode] = []
+        different = 0
+        taken: Counter[str] = Counter()
         for bucket in sorted(self.buckets, key=lambda bucket: bucket.distance_to(target)):
-            if len(found) >= wanted:
+            if different >= wanted:
                 break
-            found += [other for other in bucket.nodes.values() if exclude is None or other.id != exclude.id]
-        return heapq.nsmallest(wanted, found, key=node.distance_to)
+            for other in bucket.nodes.values():
+                if exclude is None or other.id != exclude.id:
+                    found.append(other)
+                    taken[other.network] += bool(other.network)
+                    different += taken[other.network] <= PEERS_A_NETWORK
+        return spread(sorted(found, key=node.distance_to), wanted)
 
 
 def dump_contacts(contacts: Iterable[Contact]) -> str:

@@ -17,6 +17,7 @@ from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_recor
 from peerd.protocol.span import Span
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import Packet, pack_records, unpack_records
+from peerd.routing.dht.rpc import Sighting
 from peerd.routing.dht.store import RecordStore, StoreLimits
 from peerd.routing.dht.table import Contact
 from peerd.routing.directory.offer import Offer
@@ -56,12 +57,21 @@ class Network:
     peers: dict[PeerId, Peer] = field(default_factory=dict)
     dead: set[PeerId] = field(default_factory=set)
     requests: list[tuple[PeerId, PeerId, str]] = field(default_factory=list)
+    # The public networks that peers are seen in, where not private; and who was not found by whom yet.
+    networks: dict[PeerId, str] = field(default_factory=dict)
+    unseen: set[tuple[PeerId, PeerId]] = field(default_factory=set)
+    looked_for: list[tuple[PeerId, Contact]] = field(default_factory=list)
+    # Peers that only reach each other.
+    parted: set[PeerId] = field(default_factory=set)
     # Peers that answer as they like.
     liars: dict[PeerId, Callable[[Packet], Packet]] = field(default_factory=dict)
 
     def add(self, *, client: bool = False) -> Peer:
+        return self.add_as(Identity.from_seed(len(self.peers).to_bytes(32, "big")), client=client)
+
+    def add_as(self, identity: Identity, *, client: bool = False) -> Peer:
+        """A peer with this identity, which knows nobody."""
         number = len(self.peers)
-        identity = Identity.from_seed(number.to_bytes(32, "big"))
         address = Multiaddr.parse(f"/ip4/10.0.{number // 250}.{number % 250 + 1}/tcp/31330/ws")
         store = RecordStore(_unix_now, self.limits)
         transport = _Transport(self, identity.peer_id)
@@ -82,6 +92,10 @@ class Network:
             added.append(peer)
         return added
 
+    def side(self, peer_id: PeerId) -> bool:
+        """On which side of a partition a peer is."""
+        return peer_id in self.parted
+
     def kill(self, *peers: Peer) -> None:
         self.dead.update(peer.peer_id for peer in peers)
 
@@ -91,11 +105,23 @@ class _Transport:
     network: Network
     own: PeerId
 
+    def sighting(self, peer_id: PeerId) -> Sighting:
+        peer = self.network.peers.get(peer_id)
+        if peer is None or (self.own, peer_id) in self.network.unseen:
+            return Sighting()
+        return Sighting(frozenset(peer.addresses), self.network.networks.get(peer_id, ""))
+
+    async def find(self, contact: Contact) -> None:
+        self.network.looked_for.append((self.own, contact))
+        await trio.sleep(self.network.random.uniform(*self.network.latency_s))
+        self.network.unseen.discard((self.own, contact.peer_id))
+
     async def request(self, contact: Contact, packet: Packet) -> Packet:
         network = self.network
         network.requests.append((self.own, contact.peer_id, packet.header["type"]))
         await trio.sleep(network.random.uniform(*network.latency_s))
-        if contact.peer_id in network.dead or network.random.random() < network.loss:
+        lost = contact.peer_id in network.dead or network.side(self.own) != network.side(contact.peer_id)
+        if lost or network.random.random() < network.loss:
             await trio.sleep_forever()
         target = network.peers.get(contact.peer_id)
         if target is None or not set(contact.addresses) & set(target.addresses):

@@ -15,6 +15,7 @@ from peerd.net.containment import Containment
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.dialling.circuits import open_circuit
 from peerd.net.dialling.dial import ADDRESS_TIMEOUT_S, Dial
+from peerd.net.dialling.sightings import Sightings
 from peerd.net.live_connections import LiveConnections
 from peerd.net.peer_connection import PeerConnection
 from peerd.net.settling import SETTLE_S
@@ -53,6 +54,8 @@ class Dialler:
         self._containment = containment
         self._nursery = nursery
         self._may_be_relayed = may_be_relayed
+        #: Where peers were found.
+        self.sightings = Sightings()
         self.trusted: frozenset[Multiaddr] = frozenset()
         self._dials: dict[PeerId, Dial] = {}
 
@@ -114,11 +117,21 @@ class Dialler:
             return ConnectFailed(f"no answer within {ADDRESS_TIMEOUT_S:g} s")
         except PeerFault as error:
             return error
-        connection = await self._run(channel, address.peer_id, lambda arrived: dial.succeed(arrived, address))
+
+        def arrived(connection: PeerConnection) -> None:
+            self._note_found(connection, address)
+            dial.succeed(connection, address)
+
+        connection = await self._run(channel, address.peer_id, arrived)
         if connection.is_duplicate:
+            self._note_found(connection, address)
             await self._take_other(connection, dial)
         lost = connection.lost
         return lost if isinstance(lost, PeerFault) else ConnectFailed(str(lost))
+
+    def _note_found(self, connection: PeerConnection, address: Multiaddr) -> None:
+        if address.relay is None:
+            self.sightings.found(connection.peer_id, address, connection.remote_ip)
 
     async def _open_channel(self, address: Multiaddr, policy: DialPolicy) -> MessageChannel:
         """Raises PeerFault."""

@@ -1,0 +1,68 @@
+"""Finds out whether a peer answers at an address, without becoming a connection.
+
+The probe goes by a name made up for it and stops when the other side has proved who it is. So it never stands beside a
+connection that both have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
+from peerd.net.transport import Transport
+from peerd.protocol.addresses import IpAddress, Multiaddr
+from peerd.protocol.connection.noise import Handshake
+from peerd.protocol.errors import PeerFault, WrongPeer
+from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.messages.dialback import Outcome
+
+# For TCP and the websocket, and then for the handshake: together below the deadline of a dial-back's answer.
+CONNECT_S = 5.0
+PROVE_S = 3.0
+
+
+async def prove(
+    transport: Transport,
+    address: Multiaddr,
+    peer_id: PeerId,
+    swarm_key: bytes | None,
+    tasks: trio.Nursery,
+    policy: DialPolicy = ANYWHERE,
+    on_reached: Callable[[IpAddress | None], None] = lambda _ip: None,
+) -> Outcome:
+    """Whether `peer_id` answers at `address`: dial, and hear its proof. Takes at most 9 s.
+
+    on_reached: told the IP address where it answers.
+    """
+    try:
+        with trio.fail_after(CONNECT_S):
+            channel = await transport.dial(address, tasks, policy)
+    except trio.TooSlowError:
+        return "silent"
+    except PeerFault as error:
+        return "refused" if _was_refused(error) else "failed"
+    try:
+        with trio.fail_after(PROVE_S):
+            handshake = Handshake(Identity.generate(), initiator=True, expected=peer_id, swarm_key=swarm_key)
+            await channel.send(handshake.write())
+            handshake.read(await channel.receive())
+            on_reached(channel.remote_ip)
+            return "reached"
+    except trio.TooSlowError:
+        return "silent"
+    except WrongPeer:
+        return "wrong_peer"
+    except PeerFault:
+        return "failed"
+    finally:
+        await channel.aclose()
+
+
+def _was_refused(error: BaseException) -> bool:
+    """Whether the port's own machine said that nobody listens there."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConnectionRefusedError):
+        cause = cause.__cause__
+    return cause is not None
