@@ -1,9 +1,9 @@
-"""The swarm's time: our own clock, corrected by the median of what other peers' clocks say.
+"""The swarm's time: our own clock, corrected by the median of the other peers' clocks.
 
 Records live for a minute, so a clock that is minutes wrong makes a peer invisible. But no single peer may turn our
-clock, and no group of peers may turn it far: one network has one voice, a clock that the system keeps right is believed
-more than peers, and only many networks that agree turn a clock by more than ten minutes. Whatever is not corrected is
-said, with what to do.
+clock, and no group of peers may turn it far. So all peers of one network count as one; a clock that the system keeps
+right is believed more than peers; and only many networks that agree can turn a clock by more than ten minutes. If an
+error is not corrected, a warning says what to do.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ MIN_PEERS = 2
 MAX_PEERS = 64
 # Identities cost nothing, so an attacker can make up many; they cannot turn our clock further than this.
 MAX_CORRECTION_S = 600.0
-# A clock that the system says it keeps right is wrong by seconds at most; more is a lie, or a broken time server.
+# A clock that the system keeps right is wrong by seconds at most. A larger difference is a lie, or a broken time
+# server.
 MAX_CORRECTION_OF_KEPT_S = 60.0
-# So many networks, of which most agree within so much, may turn a clock by more: one that was never set, or whose
-# battery is empty, is hours or years wrong. Whoever has all of these around us decides what we see anyway.
+# This many networks, if four fifths of all agree within AGREEMENT_S, may turn a clock further: a clock that was never
+# set, or whose battery is empty, is hours or years wrong. An attacker that controls all of these networks around us
+# also controls what we see of the swarm.
 MIN_NETWORKS_TO_SET = 5
 AGREEMENT_S = 30.0
 # Beyond this the operator should set the machine's clock. For skews up to 60 s, peers still accept our records.
@@ -36,7 +38,7 @@ def duration(seconds: float) -> str:
     """A length of time for people: `90 s`, `20 min`, `3 h`, `5 d`."""
     seconds = abs(seconds)
     for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        # The clocks that people get wrong are wrong by whole hours.
+        # Clocks that people set wrongly are mostly wrong by whole hours.
         if seconds >= (2 * unit if name == "min" else 0.99 * unit):
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.0f} s"
@@ -45,13 +47,13 @@ def duration(seconds: float) -> str:
 class SwarmClock:
     """Unix seconds, corrected by the median of the offsets seen.
 
-    system: returns the machine's unix seconds. is_kept: whether the system says that it keeps its clock right (NTP).
+    system: returns the machine's unix seconds. is_kept: returns whether the system keeps its clock right (NTP).
     """
 
     def __init__(self, system: Callable[[], float], is_kept: Callable[[], bool] = lambda: False) -> None:
         self._system = system
         self._is_kept = is_kept
-        # By network, or by peer where it counts as none; and which of these are networks.
+        # The offsets by network, or by peer if its address counts as no network; and which keys are networks.
         self._offsets_s: dict[str, float] = {}
         self._networks: set[str] = set()
         self._said = ""
@@ -66,7 +68,7 @@ class SwarmClock:
         return self._system() + self.correction_s
 
     def observed(self, peer_id: PeerId, unix_s: float, network: str = "") -> None:
-        """Note that a peer's clock shows `unix_s` now. `network`: where it is seen, "" where that is no public one."""
+        """Note that a peer's clock shows `unix_s` now. `network`: the peer's public network, or "" if it has none."""
         witness = network or peer_id
         self._offsets_s.pop(witness, None)
         self._offsets_s[witness] = unix_s - self._system()
@@ -94,7 +96,7 @@ class SwarmClock:
         return abs(middle) + AGREEMENT_S if agreeing >= max(MIN_NETWORKS_TO_SET, 0.8 * len(heard)) else MAX_CORRECTION_S
 
     def _warn(self, peer_id: PeerId) -> None:
-        """Say what is wrong, and what becomes of it, whenever that is something else than before."""
+        """Warn about a wrong clock and its consequences, whenever these have changed."""
         offset_s = median(self._offsets_s.values())
         if abs(offset_s) <= WARN_S:
             return
@@ -109,7 +111,7 @@ class SwarmClock:
             kind = "corrected"
             said = f"this machine's clock is {which} the swarm's, which peerd makes up for: set it (NTP)"
         elif abs(self.correction_s) <= WARN_S and len(self._offsets_s) == MIN_PEERS:
-            # Two that do not agree: our own clock is in the middle.
+            # The two do not agree, so our own clock is in the middle.
             return
         else:
             kind = "beyond"

@@ -146,7 +146,7 @@ class Connections:
     ) -> PeerConnection:
         """The connection to a peer: the live one, or a new one through any of `addresses`.
 
-        peer_id: None takes the peer that answers (but an address that names a peer still means that peer). Callers who
+        peer_id: None takes the peer that answers (but an address that names a peer still means that peer). Callers that
             want the same peer share one dial. Sets no deadline beyond 6 s for each address. The connection may be lost
             by the time it is returned. policy: which addresses may be dialled; None means `own_policy`. Raises
             ConnectFailed with each address's reason, WrongPeer, InvalidRequest for our own PeerId.

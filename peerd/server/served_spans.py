@@ -43,7 +43,7 @@ class _Running:
             with self._scope:
                 with self._containment.around("an engine's task"):
                     await self._task.run()
-                # Its sessions wait for nothing now: whoever hosts the span withdraws it.
+                # Its sessions wait for nothing now: the host of the span withdraws it.
                 self._task.break_down("a bug ended its engine's task")
                 await trio.sleep_forever()
         finally:

@@ -1,7 +1,7 @@
-"""Takes what is served in a place out of service, and loads a span there: another one, or the same one again.
+"""Takes the span in a place out of service, and loads a span there: another one, or the same one again.
 
-Loading fails for many reasons that pass: no memory, no network, a device that is lost. Then nothing is announced, and
-it is tried again, ever later. `Reloader` does so where the device under a span has failed.
+Loading fails for many reasons that pass: no memory, no network, a lost device. Then the place announces nothing, and
+loading is tried again after ever longer pauses. `Reloader` does this if the device under a span has failed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LET_GO_LOOKS = 10
 
 # Failures of loading that may not occur another time or with another span.
 LOAD_ERRORS = (CheckpointError, PeerdError, OSError, MemoryError, torch.OutOfMemoryError)
-# A span that was served for so long before its device failed is loaded again at once.
+# If a span was served for this long before its device failed, it is loaded again at once.
 STEADY_S = 600.0
 
 
@@ -70,7 +70,7 @@ class Hosting(Protocol):
 
 
 class SpanSwap:
-    """Empties one place and fills it. Whoever does so holds `lock`."""
+    """Empties one place and fills it. Hold `lock` while calling its methods."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class SpanSwap:
             # Kept as text: the exception itself would keep everything that was loaded in memory.
             failure = str(error) or type(error).__name__
         except Exception as error:
-            # A lost device says so in many ways. It must not cost us the connections and the other spans.
+            # A lost device raises many kinds of errors. None of them may cost us the connections and the other spans.
             self._containment.contain(error, "loading blocks")
             failure = f"{type(error).__name__}: {error}"
         else:
@@ -141,7 +141,7 @@ class SpanSwap:
 
 
 class Reloader:
-    """Loads what is in one place again whenever its device has failed. `run` once, in a nursery; `stop` ends it."""
+    """Loads the span in one place again whenever its device has failed. `run` it once, in a nursery; `stop` ends it."""
 
     def __init__(self, place: Place, swap: SpanSwap, server: Hosting, random: Random) -> None:
         self._place = place
@@ -152,12 +152,12 @@ class Reloader:
         self._stopped = False
 
     def stop(self) -> None:
-        """Load nothing any more."""
+        """Load nothing from now on."""
         self._stopped = True
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Load again whenever it is needed, until `stop`. May be started again where it failed."""
+        """Load again whenever needed, until `stop`. May be started again where it failed."""
         pause_s = 0.0
         with trio.CancelScope() as self._scope:
             while not self._stopped:
@@ -176,7 +176,7 @@ class Reloader:
         span, why = served.span, served.task.health.broken
         log.error("blocks %s are out of service: %s; loading them again in %.0f s", span, why, pause_s)
         await self._server.withdraw(served)
-        # Nothing may hold on to the engine while its successor is loaded.
+        # Nothing may keep the engine in memory while its successor is loaded.
         del served
         await self._swap.vacate()
         await trio.sleep(pause_s * self._random.uniform(0.8, 1.2))

@@ -1,7 +1,7 @@
-"""Servers whose records came, genuine, but too old or from the future: a clock is wrong, theirs or ours.
+"""Remembers servers whose genuine records are too old or from the future, because their clock or ours is wrong.
 
-Such records count for nothing. But whoever finds no server because of them should hear it, or would look for the
-mistake everywhere else.
+Such records do not count. But a client that finds no server because of them should be told, or its user would look for
+the mistake everywhere else.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import ServerRecord, SignedRecord, open_untimely
 from peerd.routing.clock import duration
 
-# For how long a server's record is signed (`routing.directory.announcer`).
+# How long a server's signed record is valid (`routing.directory.announcer`).
 TTL_S = 60.0
-# A record of a peer that crashed may be found for a moment after it has ended, by clocks that differ a little.
+# The record of a crashed peer may be found for a moment after it has expired, because clocks differ a little.
 MIN_ODD_S = TTL_S + 20.0
-# What is remembered, and for how long.
+# How many peers are remembered, and for how long.
 MAX_PEERS = 64
 REMEMBERED_S = 300.0
 # Old records are cheap to collect, and each costs a check of its signature.
@@ -26,13 +26,13 @@ MAX_CHECKED_A_LOOKUP = 4
 
 
 class OddTimes:
-    """By peer: its last record with an odd time, by how much, and when it came."""
+    """For each peer the last record with an odd time: by how much it was odd, and when it came."""
 
     def __init__(self) -> None:
         self._odd: OrderedDict[PeerId, tuple[ServerRecord, float, float]] = OrderedDict()
 
     def note(self, refused: Collection[bytes], key: bytes, now: float) -> None:
-        """Look at records under `key` that a lookup refused at `now` (unix seconds)."""
+        """Note those records under `key` with odd times that a lookup refused at `now` (unix seconds)."""
         for data in list(refused)[:MAX_CHECKED_A_LOOKUP]:
             try:
                 record = open_untimely(SignedRecord.decode(data), key=key)
@@ -47,7 +47,7 @@ class OddTimes:
             self._odd.popitem(last=False)
 
     def explain(self, model: bytes, missing: Collection[tuple[int, int]], now: float) -> list[str]:
-        """Why servers of these blocks of a model may be invisible, a sentence each."""
+        """The reasons why servers of these blocks of a model may be invisible, one sentence each."""
         return [
             f"server {peer_id}'s records are {duration(age_s)} {'old' if age_s > 0 else 'ahead'}: check its clock,"
             " or this machine's"

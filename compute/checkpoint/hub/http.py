@@ -140,7 +140,7 @@ class Hub:
 
     @contextmanager
     def _errors(self, hub_id: HubId, name: str = "") -> Iterator[None]:
-        """Turn every failure of a request into Transient or into a CheckpointError that says who has to do what."""
+        """Turn every failure of a request into Transient or into a CheckpointError that says what the user must do."""
         what = f"{hub_id}: {name}" if name else str(hub_id)
         try:
             yield
