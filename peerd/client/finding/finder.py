@@ -197,10 +197,6 @@ class SwarmFinder:
         self._links.succeeded(peer)
 
 
-# The pause between two attempts at a chain is random, up to this, so that two clients do not collide for ever.
-RETRY_S = 1.0
-
-
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long a session tries to get a chain before its steps fail."""

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import trio
 
+from peerd.client.finding.voice import voice_of
 from peerd.client.session.control_stream import ControlStream, open_control
 from peerd.client.session.live_chain import LiveChain
 from peerd.compute.adapters.lora import Lora, within
 from peerd.exchange.adapter_upload import needs_of, send_adapter
 from peerd.net.connections import Connections
-from peerd.net.owners import Owner
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectionLost, PeerdError
@@ -182,11 +182,8 @@ class ChainOpener:
         return said
 
     def voice(self, peer_id: PeerId) -> str:
-        """The peer's public network, if its connection shows one, else the peer itself: peers with the same value count
-        as one.
-        """
-        connection = self._connections.live.get(peer_id)
-        return Owner.at(peer_id, connection.accountable_ip if connection is not None else None).share
+        """Who counts as one with a peer: its public network, where a connection shows it, or itself alone."""
+        return voice_of(self._connections, peer_id)
 
     def new_session(self) -> bytes:
         """An id for a session that others cannot guess."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import trio
 
+from peerd.client.finding.candidates import MAX_FAULTS_WITHOUT_ANSWER
 from peerd.client.session.bridges import Bridges
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.first_hop import FirstHop
@@ -23,7 +24,6 @@ from peerd.client.session.pace_watch import PaceWatch
 from peerd.client.session.progress import StepProgress
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.troubles import (
-    MAX_FAULTS_WITHOUT_ANSWER,
     Behind,
     BridgeIdle,
     Disagrees,
@@ -256,7 +256,7 @@ class Supervisor:
         if hop is not None and verdict.is_blamed:
             self._finder.failed(hop.hop.peer_id)
         if hop is not None and verdict.is_avoided:
-            self._mender.avoid(hop.hop.peer_id)
+            self._mender.candidates.avoid(hop.hop.peer_id, trio.current_time())
         if hop is not None and verdict.drops_hop:
             log.info("lost %s for blocks %s: %s", hop.hop.peer_id, hop.hop.span, error)
             self.chain.drop(hop)
@@ -406,7 +406,7 @@ class Supervisor:
             for other in controls:
                 other.close()
             return False
-        self._mender.avoid(hop.hop.peer_id)
+        self._mender.candidates.avoid(hop.hop.peer_id, trio.current_time())
         self.progress.is_ready = False
         await self._adopt(controls)
         return True

@@ -15,9 +15,6 @@ from peerd.client.session.live_chain import LiveChain
 from peerd.protocol.errors import CallerError, Evicted, LinkFailed, PeerdError, PeerFault, RelayLost
 from peerd.protocol.span import Span
 
-# After this many faults in a row without an answer the session gives its steps up.
-MAX_FAULTS_WITHOUT_ANSWER = 8
-
 
 @dataclass(frozen=True, slots=True)
 class HopLost:

@@ -8,40 +8,41 @@ begins there.
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from functools import partial
 
 import trio
 
-from peerd.client.finding.finder import RETRY_S, ChainFinder, Patience
+from peerd.client.finding.candidates import (
+    MAX_FAULTS_WITHOUT_ANSWER,
+    TRAINING_RULES,
+    AskAgain,
+    Candidates,
+    GiveUp,
+    Search,
+    WaitUntil,
+)
+from peerd.client.finding.finder import ChainFinder, Patience
+from peerd.client.finding.refusals import Refusals
 from peerd.client.finding.served_by import ServedBy
+from peerd.client.finding.voice import voice_of
 from peerd.client.training.lane import Lane, LaneTerms, open_lane
 from peerd.net.connections import Connections
 from peerd.protocol.errors import (
     BadResult,
-    CallerError,
-    Evicted,
     NoChain,
-    NoRoom,
-    NotServed,
     Overloaded,
     PeerdError,
-    PeerFault,
-    RelayLost,
-    UnsupportedFeature,
 )
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import AdapterNeed
-from peerd.routing.chains.chain import Hop
+from peerd.routing.chains.chain import Chain, Hop
 from peerd.trio_tools import at_once
 
 FORWARD, BACKWARD = "forward", "backward"
 # A training pass needs no KV.
 _NO_TOKENS = 0
-# After this many failures in a row without an answer, trying further is useless.
-MAX_BARREN = 8
-# How many peers must report that a request overflows, if there are so many; a single one may be broken, or lie.
-OVERFLOWS_BELIEVED = 2
 
 
 class PassChain:
@@ -66,21 +67,20 @@ class PassChain:
         self._connections = connections
         self._width = width
         self._terms = terms
-        self._patience = patience
-        self._rng = rng
+        self._candidates = Candidates(TRAINING_RULES, patience, rng)
         self._positions = positions
         self._requests = requests
         self._hops: dict[int, Hop] = {}
         self._lanes: dict[int, Lane] = {}
         self._locks: dict[int, trio.Lock] = {}
-        # The peers that cannot train at all, and those that are too busy or too small now.
-        self._unfit: set[PeerId] = set()
-        self._busy: dict[PeerId, PeerdError] = {}
-        # The peers whose blocks gave NaN or infinity, with their errors, by the direction of the request.
-        self._overflowed: dict[str, dict[PeerId, BadResult]] = {FORWARD: {}, BACKWARD: {}}
-        self._barren = 0
-        # Since when there was no answer, counted from the first failure.
-        self._troubled_since: float | None = None
+        # What peers said of requests that overflow, by the way that the request went.
+        voice = partial(voice_of, connections)
+        self._overflows = {
+            way: Refusals(tolerated=0, voice=voice, now=trio.current_time) for way in (FORWARD, BACKWARD)
+        }
+        self._faults_without_answer = 0
+        # Since something failed, until something is answered.
+        self._search: Search | None = None
 
     def __repr__(self) -> str:
         return f"<PassChain {self.blocks} {' '.join(map(str, self.served_by))}>"
@@ -98,7 +98,6 @@ class PassChain:
     async def open(self) -> None:
         """Find a chain and open its lanes, all at the same time. Raises as `lane`."""
         await self._plan(self.blocks)
-
         await at_once([partial(self.lane, start) for start in self._hops])
 
     async def lane(self, block: int) -> Lane:
@@ -123,8 +122,8 @@ class PassChain:
         forward proves nothing about a gradient.
         """
         if isinstance(error, BadResult):
-            self._overflowed[way][lane.hop.peer_id] = error
-            if len(self._overflowed[way]) >= OVERFLOWS_BELIEVED:
+            self._overflows[way].note(error, lane.hop.peer_id)
+            if self._overflows[way].are_believed:
                 raise error
         block = lane.hop.span.start
         async with self._locks.setdefault(block, trio.Lock()):
@@ -135,11 +134,11 @@ class PassChain:
 
     def answered(self, lane: Lane, way: str) -> None:
         """Note that a request was answered."""
-        for peer in self._overflowed[way]:
+        for peer in self._overflows[way].settle([hop.peer_id for hop in self._hops.values()]):
             self._finder.failed(peer)
-        self._overflowed[way].clear()
-        self._barren = 0
-        self._troubled_since = None
+        self._overflows[way].clear()
+        self._faults_without_answer = 0
+        self._search = None
         self._finder.succeeded(lane.hop.peer_id)
 
     def close(self) -> None:
@@ -150,62 +149,62 @@ class PassChain:
 
     async def _replace(self, hop: Hop, error: PeerdError) -> None:
         """Plan new hops for a failed hop's blocks, without the peers that failed."""
-        peer = hop.peer_id
-        if self._troubled_since is None:
-            self._troubled_since = trio.current_time()
-        if isinstance(error, Evicted | RelayLost):
-            # We were away for too long, or a relay was lost; the peer itself will serve us again.
-            pass
-        elif isinstance(error, Overloaded):
-            self._busy[peer] = error
-        elif isinstance(error, BadResult | UnsupportedFeature | NotServed):
-            self._unfit.add(peer)
-        elif isinstance(error, PeerFault):
-            self._finder.failed(peer)
-        elif isinstance(error, CallerError):
-            raise error
-        self._barren += 1
-        if self._barren > MAX_BARREN and not isinstance(error, Overloaded):
+        now = trio.current_time()
+        search = self._search = self._search or self._candidates.search(now)
+        match search.refused(hop.peer_id, error, hop.span, asked_at=now, now=now):
+            case GiveUp(why):
+                raise why
+            case AskAgain(is_blamed=True):
+                self._finder.failed(hop.peer_id)
+        self._faults_without_answer += 1
+        if self._faults_without_answer > MAX_FAULTS_WITHOUT_ANSWER and not isinstance(error, Overloaded):
             raise error
         self.failovers += 1
         await self._plan(hop.span)
 
-    def _overflows(self) -> BadResult | None:
-        """A peer's error about overflow, unless another peer has answered since."""
-        return next((error for said in self._overflowed.values() for error in said.values()), None)
-
     async def _plan(self, span: Span) -> None:
-        """Find hops over `span`, for as long as `patience` allows.
+        """Find hops over `span`, for as long as patience allows.
 
         Raises NoChain, Overloaded or UnsupportedFeature; BadResult if all peers overflow.
         """
-        began = trio.current_time() if self._troubled_since is None else self._troubled_since
+        search = self._search or self._candidates.search(trio.current_time())
         while True:
-            waited = trio.current_time() - began
-            avoid = self._unfit | set(self._busy)
+            asked_at = trio.current_time()
             try:
-                need = AdapterNeed(self._terms.adapter)
-                found = await self._finder.find(
-                    span,
-                    tokens=_NO_TOKENS,
-                    exclude=avoid,
-                    positions=self._positions,
-                    adapter=need,
-                    requests=self._requests,
-                )
+                found = await self._find(span, search.exclude(asked_at))
                 break
             except NoChain as missing:
-                overflowed = self._overflows()
-                if overflowed and (not self._finder.avoided() or waited >= self._patience.missing_s):
-                    # No other peer is left that may do better, and none will return soon.
-                    raise overflowed from missing
-                busy = next(iter(self._busy.values()), None)
-                if busy is None and waited >= self._patience.missing_s:
-                    raise
-                # No peer has enough memory, or none became free while we waited.
-                if isinstance(busy, NoRoom) or waited >= self._patience.busy_s:
-                    raise (busy or missing) from missing
-                self._busy.clear()
-            await trio.sleep(RETRY_S * self._rng.random())
+                all_busy = bool(search.busy.away(trio.current_time())) and await self._is_served(span)
+                match search.found_nobody(
+                    missing,
+                    span,
+                    asked_at=asked_at,
+                    now=trio.current_time(),
+                    all_busy=all_busy,
+                    may_return=bool(self._finder.avoided()),
+                    answer=next((said.error for said in self._overflows.values() if said), None),
+                ):
+                    case WaitUntil(time):
+                        await trio.sleep_until(time)
+                    case GiveUp(error):
+                        raise error from missing
         for hop in found.hops:
             self._hops[hop.span.start] = hop
+
+    async def _is_served(self, span: Span) -> bool:
+        """Whether there are hops for these blocks at all, whoever is full."""
+        try:
+            await self._find(span, self._candidates.barred)
+        except NoChain:
+            return False
+        return True
+
+    async def _find(self, span: Span, exclude: Collection[PeerId]) -> Chain:
+        return await self._finder.find(
+            span,
+            tokens=_NO_TOKENS,
+            exclude=exclude,
+            positions=self._positions,
+            adapter=AdapterNeed(self._terms.adapter),
+            requests=self._requests,
+        )

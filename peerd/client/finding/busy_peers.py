@@ -1,4 +1,4 @@
-"""Remembers which peers refused a session because they were full, and when to ask each again.
+"""Remembers which peers refused because they were full, and when to ask each again. Times are arguments.
 
 In a full swarm with many clients, servers would do little but refuse if every client asked again at once, and the
 client that asks most often would win. So a client stays away from a full peer for a random time, from a range that
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-
-import trio
 
 from peerd.protocol.errors import NoRoom, Overloaded
 from peerd.protocol.identity import PeerId
@@ -36,7 +34,7 @@ class _Busy:
 
 
 class BusyPeers:
-    """The full peers that one session met since it last had a chain. Times are Trio's."""
+    """The full peers that one search for a chain met."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -47,28 +45,29 @@ class BusyPeers:
     def __repr__(self) -> str:
         return f"<BusyPeers {len(self._peers)} peers, {self._refusals} refusals>"
 
-    def refused(self, peer_id: PeerId, error: Overloaded) -> None:
+    def refused(self, peer_id: PeerId, error: Overloaded, now: float) -> None:
         """Note that the peer is full: leave it out for a while, about as long as the peer suggests."""
         before = self._peers[peer_id].refusals if peer_id in self._peers else 0
         delay_s = self._rng.uniform(0, min(MAX_RANGE_S, FIRST_RANGE_S * 2.0**before))
         # The hint comes from a stranger: it is capped at the longest delay that we would choose ourselves.
         hinted_s = min(error.retry_after_s, MAX_RANGE_S) * self._rng.uniform(0.5, 1.0)
-        self._peers[peer_id] = _Busy(before + 1, trio.current_time() + max(delay_s, hinted_s))
+        self._peers[peer_id] = _Busy(before + 1, now + max(delay_s, hinted_s))
         self._refusals += 1
         self._last = error
 
-    def now(self) -> frozenset[PeerId]:
+    @property
+    def last(self) -> Overloaded | None:
+        """What the last of them said."""
+        return self._last
+
+    def away(self, now: float) -> frozenset[PeerId]:
         """The peers not to ask now."""
-        now = trio.current_time()
         return frozenset(peer_id for peer_id, busy in self._peers.items() if now < busy.until_s)
 
-    async def wait(self, until_s: float) -> None:
-        """Wait until one of the peers may be asked again or it is time to look for new servers, at most until
-        `until_s`.
-        """
-        now = trio.current_time()
+    def next_try(self, now: float, until_s: float) -> float:
+        """When one of the peers may be asked again or it is time to look for new servers, at most `until_s`."""
         next_s = min((busy.until_s for busy in self._peers.values() if busy.until_s > now), default=now)
-        await trio.sleep_until(min(next_s, now + NEWCOMER_S * self._rng.uniform(0.5, 1.0), until_s))
+        return min(next_s, now + NEWCOMER_S * self._rng.uniform(0.5, 1.0), until_s)
 
     def timeout_ms(self, usual_ms: int, left_s: float, *, alone: bool) -> int:
         """How long a hop may keep us waiting for memory, in ms: long, in its queue, if all were full and we hold no

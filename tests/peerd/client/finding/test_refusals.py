@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from peerd.client.session.refusals import FORGOTTEN_S, Refusals
+from peerd.client.finding.refusals import FORGOTTEN_S, Refusals
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 
