@@ -137,7 +137,7 @@ async def goes_on(session, lies, client, *, within_s):
         assert torch.equal(result, fake_forward(ROW[: position + 1], BLOCKS)[position:])
     assert trio.current_time() - before < within_s
     liars = {host.peer_id for host in lies.hosts}
-    assert liars.isdisjoint(hop["peer"] for hop in session.chain)
+    assert liars.isdisjoint(hop.peer for hop in session.chain)
     assert set(client.finder.failures) <= liars
     return bool(client.finder.failures)
 
@@ -161,7 +161,7 @@ async def test_a_server_that_sends_its_neighbour_rubbish_is_found(open_swarm, li
         _, twins, client, session = await swarm_with_liar(swarm, lies, at)
         lies.in_results(send)
         await goes_on(session, lies, client, within_s=12)
-        assert session.chain[at]["peer"] == twins[at].peer_id
+        assert session.chain[at].peer == twins[at].peer_id
 
 
 @pytest.mark.parametrize("send", [send_nan, send_other_rows, send_nothing])
@@ -173,7 +173,7 @@ async def test_what_a_liar_gives_the_client_to_carry_is_looked_at_first(open_swa
         await session.step(ROW[9:10], start=9)
         lies.in_results(send)
         await goes_on(session, lies, client, within_s=12)
-        assert hosts[1].peer_id in [hop["peer"] for hop in session.chain]
+        assert hosts[1].peer_id in [hop.peer for hop in session.chain]
 
 
 @pytest.mark.parametrize("at", range(3))
