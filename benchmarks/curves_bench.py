@@ -1,8 +1,8 @@
-"""`make bench-curves`: losses through a swarm of two servers beside local training, 50 steps each, fp32.
+"""`make bench-curves`: compares losses through a swarm of two servers with local training, 50 steps each, fp32.
 
-Shallow and deep prompts, LoRA in a loop, LoRA by Trainer. The last column says what rounding alone does: two local
-runs from starts that differ by one unit in the last place. Where that is larger than the swarm's difference, the
-optimizer amplifies rounding, and no two machines would agree.
+The methods are shallow and deep prompts, LoRA in a loop, and LoRA by Trainer. The last column shows the effect of
+rounding alone: two local runs from starts that differ by one unit in the last place. If that difference is larger than
+the swarm's, the optimizer amplifies rounding, and no two machines would agree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS, POSITIONS, SERVERS = 3, 48, 2
 
 
 def main() -> None:
-    """Run them all, and show a table."""
+    """Run all methods, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 async def measure(path: Path, arguments: Any, console: Console) -> dict[str, Curve]:
-    """The curves of the methods that are asked for, through servers in processes of their own."""
+    """The curves of the requested methods, through servers in processes of their own."""
     whole = open_local(path)
     blocks, vocabulary = whole.config.num_hidden_layers, whole.config.vocab_size
     ids = torch.randint(0, vocabulary, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def open_local(path: Path) -> Any:
 
 
 def show(found: dict[str, Curve], arguments: Any, console: Console) -> None:
-    """A table of first and last losses and of the largest differences."""
+    """Print a table of first and last losses and of the largest differences."""
     table = Table("", "first loss", "last loss", "swarm to local", "local to local + 1 ulp")
     table.title = f"{arguments.model}, {arguments.steps} steps of AdamW at {arguments.rate:g}, {SERVERS} servers"
     for name, curve in found.items():

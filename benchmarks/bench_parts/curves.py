@@ -1,7 +1,7 @@
-"""Training curves of one model, whole or remote: what is trained, how, and what its losses are.
+"""Training curves of one model, local or remote: the trained parameters, the method, and the losses.
 
-A curve through a swarm must be the local one but for rounding. How much rounding matters is shown by a pair of local
-runs whose trained parameters differ by one unit in the last place at the start.
+A curve through a swarm must equal the local one, apart from rounding. To show the effect of rounding, there is a pair
+of local runs whose trained parameters differ by one unit in the last place at the start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CAUSAL = {"task_type": "CAUSAL_LM"}
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How long, how fast and on what: token ids `[rows, columns]`, the same at each step."""
+    """The number of steps, the learning rate, and the data: token ids `[rows, columns]`, the same at each step."""
 
     ids: torch.Tensor
     steps: int = 50
@@ -31,7 +31,9 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A method's losses through the swarm, here, and here from one unit in the last place beside."""
+    """A method's losses through the swarm, locally, and locally from parameters that differ by one unit in the last
+    place.
+    """
 
     swarm: list[float]
     local: list[float]
@@ -53,12 +55,12 @@ def _apart(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 OpenRemote = Callable[..., Any]
-"""Opens a remote model, a context manager, with `from_pretrained`'s options."""
+"""Opens a remote model, as a context manager, with `from_pretrained`'s options."""
 Method = Callable[[OpenRemote, Callable[[], Any], Training], Curve]
 
 
 def prompts(mode: str) -> Method:
-    """`tuning_mode=mode` through the swarm; here the same by hooks on the whole model's layers."""
+    """`tuning_mode=mode` through the swarm, and locally the same by hooks on the whole model's layers."""
 
     def run(open_remote: OpenRemote, open_local: Callable[[], Any], training: Training) -> Curve:
         with open_remote(tuning_mode=mode, pre_seq_len=PROMPT_POSITIONS) as model:
@@ -74,7 +76,7 @@ def prompts(mode: str) -> Method:
 
 
 class Prompted:
-    """A whole model with trained prompts before each row, and with `blocks` also in so many of its blocks."""
+    """A whole model with trained prompts before each row, and with `blocks` also in that many of its blocks."""
 
     def __init__(self, model: Any, start: torch.Tensor, blocks: int) -> None:
         self.model = model
@@ -90,7 +92,7 @@ class Prompted:
     def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         embeds = self.model.get_input_embeddings()(input_ids)
         embeds = torch.cat((self.prefix.expand(len(embeds), -1, -1), embeds), 1)
-        # What the last prompt predicts is not counted: a remote model gives no logits for its prompts.
+        # The prediction of the last prompt is not counted, because a remote model gives no logits for its prompts.
         unknown = torch.full((len(labels), len(self.prefix) + 1), -100)
         with self._hooks():
             return self.model(inputs_embeds=embeds, labels=torch.cat((unknown, labels[:, 1:]), 1), use_cache=False)
@@ -114,7 +116,7 @@ class Prompted:
 
 
 def lora(open_remote: OpenRemote, open_local: Callable[[], Any], training: Training) -> Curve:
-    """peft's LoRA on queries and values, in a loop of one's own."""
+    """peft's LoRA on queries and values, in a plain training loop."""
     with open_remote() as model:
         swarm = _lora_losses(model, training)
     return Curve(swarm, _lora_losses(open_local(), training), _lora_losses(open_local(), training, nudge=True))
@@ -137,7 +139,7 @@ def _with_lora(model: Any, *, nudge: bool) -> Any:
 
 
 def trainer(open_remote: OpenRemote, open_local: Callable[[], Any], training: Training) -> Curve:
-    """The same by Transformers' Trainer: its loop, schedule and optimizer."""
+    """The same by Transformers' Trainer, with its loop, schedule and optimizer."""
     with open_remote() as model:
         swarm = _trainer_losses(model, training)
     return Curve(swarm, _trainer_losses(open_local(), training), _trainer_losses(open_local(), training, nudge=True))
@@ -187,7 +189,7 @@ def losses(model: Callable[..., Any], parameters: Sequence[nn.Parameter], traini
 
 
 def nudged(values: torch.Tensor) -> torch.Tensor:
-    """Each value moved up by one unit in the last place."""
+    """Move each value up by one unit in the last place."""
     return torch.nextafter(values, torch.full_like(values, float("inf")))
 
 

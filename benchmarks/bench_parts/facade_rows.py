@@ -1,4 +1,4 @@
-"""What the Transformers facade adds to the async library, a token, and what a token carries over the wire."""
+"""Measures the time that the Transformers facade adds to each token, and the bytes of a token on the wire."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIBRARY, FACADE = "async library", "facade"
 
 
 class Pair:
-    """One swarm's model twice: through the async library, and as a Transformers model, each over a peer of its own."""
+    """One swarm's model, through the async library and as a Transformers model, each over a peer of its own."""
 
     def __init__(self, library: peerd.SwarmModel, facade: Any, carried: CountingTransport) -> None:
         self._library, self._facade = library, facade
@@ -33,7 +33,7 @@ class Pair:
         self._prompt = list(range(5, 5 + PROMPT_TOKENS))
 
     async def run(self, which: str) -> tuple[float, float]:
-        """Seconds and, of the facade, bytes for NEW_TOKENS greedy tokens behind the prompt."""
+        """Return the seconds, and for the facade the bytes, of NEW_TOKENS greedy tokens after the prompt."""
         before, began = self._carried.carried, time.perf_counter()
         if which == LIBRARY:
             await self._by_library()
@@ -55,7 +55,7 @@ class Pair:
 async def measure_facade(
     name: str, path: Path, blocks: int, servers: tuple[int, ...], rounds: int, console: Console
 ) -> None:
-    """Measure in turns, and show a table. Needs processes of its own."""
+    """Measure both in turns, and print a table. Needs processes of its own."""
     times: dict[tuple[int, str], list[float]] = defaultdict(list)
     carried: dict[int, float] = {}
     async with open_peer_processes(threads=1) as processes, AsyncExitStack() as stack:
@@ -79,7 +79,7 @@ async def measure_facade(
             for count, pair in pairs.items():
                 for which in (LIBRARY, FACADE):
                     took_s, carried_bytes = await pair.run(which)
-                    # The first is for warming up.
+                    # The first round is warm-up.
                     if number:
                         times[count, which].append(1000 * took_s / NEW_TOKENS)
                         if which == FACADE:

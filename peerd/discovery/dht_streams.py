@@ -55,13 +55,13 @@ class StreamTransport:
         return Packet(answer.header, unpack_records(answer.body))
 
     def sighting(self, peer_id: PeerId) -> Sighting:
-        """Where we found the peer, and the network that it is seen in now."""
+        """The addresses at which we found the peer, and the network in which it is seen now."""
         sightings, connection = self._connections.sightings, self._connections.live.get(peer_id)
         network = network_of(connection.accountable_ip) if connection is not None else ""
         return Sighting(sightings.addresses_of(peer_id), network or sightings.network_of(peer_id))
 
     async def find(self, contact: Contact) -> None:
-        """Look for the peer at those of its addresses where it was not found yet."""
+        """Look for the peer at those of its addresses at which it was not found yet."""
         connections = self._connections
         found = connections.sightings.addresses_of(contact.peer_id)
         async with trio.open_nursery() as nursery:

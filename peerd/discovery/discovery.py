@@ -281,7 +281,7 @@ class Discovery:
             await self.dht.introduce()
 
     async def _reunite(self) -> None:
-        """See from time to time whether there is another part of the swarm, of which our table shows nothing."""
+        """Check now and then whether there is another part of the swarm, which our table does not contain."""
         while True:
             await trio.sleep(REUNITE_S * self._random.uniform(0.5, 1.5))
             if await self.dht.reunite():

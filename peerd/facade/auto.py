@@ -1,10 +1,10 @@
-"""Transformers' AutoConfig and AutoModelForCausalLM open a directory that says which model of which swarm it means.
+"""Lets Transformers' AutoConfig and AutoModelForCausalLM open a directory that names a model of a swarm.
 
     peerd.RemoteConfig(model="org/name", bootstrap=[ADDRESS]).save_pretrained("mine")
     transformers.AutoModelForCausalLM.from_pretrained("mine")
 
-So programs that know nothing but a model's path run on a swarm, once `peerd.RemoteConfig` has been named: that
-registers it.
+So a program that gets only a model's path can run on a swarm. It must first use the name `peerd.RemoteConfig`, which
+registers the class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peerd.facade.model import RemoteModelForCausalLM
 
 
 class RemoteConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """`config.json` of such a directory: arguments of `RemoteModelForCausalLM.from_pretrained`."""
+    """The `config.json` of such a directory: arguments of `RemoteModelForCausalLM.from_pretrained`."""
 
     model_type = "peerd"
 
@@ -39,20 +39,20 @@ class RemoteConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class _Opens:
-    """What the Auto class calls for such a configuration."""
+    """The class that AutoModelForCausalLM calls for such a configuration."""
 
     config_class = RemoteConfig
 
     @classmethod
     def from_pretrained(cls, path: str, *, config: RemoteConfig, **options: Any) -> RemoteModelForCausalLM:
-        """The remote model that `config` names; `options` are those of `RemoteModelForCausalLM.from_pretrained`.
+        """Open the remote model that `config` names; `options` are those of `RemoteModelForCausalLM.from_pretrained`.
 
-        Raises ValueError where the configuration names no model.
+        Raises ValueError if the configuration names no model.
         """
         if not config.model:
             raise ValueError(f"{path}/config.json names no model: write it with peerd.RemoteConfig(model=...)")
         named = {"bootstrap": config.bootstrap, "revision": config.revision, "daemon": config.daemon}
-        # What the Auto class adds of its own.
+        # Arguments that AutoModelForCausalLM adds.
         added = {"adapter_kwargs", "trust_remote_code"}
         wanted = {name: value for name, value in options.items() if name not in added and not name.startswith("_")}
         return RemoteModelForCausalLM.from_pretrained(config.model, **(named | wanted))

@@ -1,6 +1,6 @@
-"""Checks of what a forward is called with, before anything is computed: each error names the argument and the way out.
+"""Checks the arguments of a forward before anything is computed. Each error names the argument and the fix.
 
-An error here costs the call alone: the model, and a cache that was passed, are as before.
+An error costs only the call: the model, and a cache that was passed, do not change.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 
 
 def check_inputs(given: Mapping[str, Any], *, vocabulary: int, past: int, model: str) -> None:
-    """Raise ValueError for arguments of a decoder's forward that servers cannot compute with.
+    """Raise ValueError for arguments of a decoder's forward with which servers cannot compute.
 
-    past: columns of the cache that was passed. model: what the model is called, for the message.
+    past: the number of columns of the passed cache. model: the model's name, for the message.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if ids is not None:
@@ -33,7 +33,9 @@ def check_inputs(given: Mapping[str, Any], *, vocabulary: int, past: int, model:
 
 
 def check_ids(ids: torch.Tensor, vocabulary: int, model: str) -> None:
-    """Raise ValueError for what are no token ids of the model. On a GPU a wrong one would end the whole process."""
+    """Raise ValueError for values that are not token ids of the model. On a GPU, a wrong id would end the whole
+    process.
+    """
     if ids.dim() != 2:
         raise ValueError(f"input_ids are [rows, columns], not {list(ids.shape)}: give a single row as input_ids[None]")
     if ids.is_floating_point() or ids.dtype is torch.bool:

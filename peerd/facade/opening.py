@@ -18,7 +18,7 @@ from peerd.local.blocks import DaemonBlocks, open_daemon_blocks
 from peerd.local.socket_path import default_socket_path
 from peerd.peer import open_peer
 
-# Options of `open_peer` that a client has no use for.
+# Options of `open_peer` that do not concern clients.
 _OF_SERVERS = {"serve", "listen", "announce", "relay"}
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ async def open_daemon(
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for what is no option of `open_peer`: many programs give what local models take."""
+    """Raise TypeError for unknown options: many programs pass options of local models."""
     known = set(inspect.signature(open_peer).parameters) - _OF_SERVERS
     for name in options:
         if name not in known:

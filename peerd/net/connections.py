@@ -177,13 +177,13 @@ class Connections:
 
     @property
     def sightings(self) -> Sightings:
-        """Where peers were found when we dialled them."""
+        """The addresses at which peers were found when we dialled them."""
         return self._dialler.sightings
 
     async def find(self, peer_id: PeerId, address: Multiaddr, policy: DialPolicy) -> bool:
-        """Whether a peer answers at an address, which `sightings` tells from then on. Takes at most 9 s.
+        """Check whether a peer answers at an address, and note the result in `sightings`. Takes at most 9 s.
 
-        It makes no connection of its own, whether or not there is one.
+        It makes no connection between the two peers, whether or not there is one.
         """
         sightings = self.sightings
 

@@ -44,9 +44,10 @@ ALPHA = 5
 # How many answers a lookup of records waits for. Each record was put to the 12 nearest peers at most 20 s ago: of the 8
 # that are nearest now, a peer lacks it only if it joined since.
 QUORUM = 8
-# A renewal asks one of so many nearest peers for newcomers, chosen at random, since the very nearest may lie.
+# A renewal asks one of this many nearest peers for newcomers, chosen at random, because the very nearest may lie.
 WITNESSES = 4
-# Newcomers that are looked for at a time, and the pause between two: some dials a second on others' word.
+# How many newcomers are looked for at a time, and the pause between two. So strangers can cause only a few dials a
+# second.
 MEETINGS = 8
 MEETING_PAUSE_S = 0.1
 # Concurrent lookups; each has a few requests under way.
@@ -84,7 +85,7 @@ class Dht:
         self._last_known: list[PeerNode] = []
         # True as long as no peer was ever known: then we may be the first peer of a swarm.
         self._is_first = True
-        # Peers that no longer answered: after a partition the way back leads through one of them.
+        # Peers that no longer answered. After a partition, the other half is found through one of them.
         self._lost = LostContacts()
         self._table.on_removed = self._lost.add
         self._lookups = trio.Semaphore(MAX_LOOKUPS)
@@ -110,7 +111,7 @@ class Dht:
         return [node.contact for node in self._table]
 
     def dump(self) -> str:
-        """The routing table as text, and behind it whom we lost: after a restart, pass `load_contacts(text)` to
+        """The routing table as text, followed by the lost peers. After a restart, pass `load_contacts(text)` to
         `bootstrap`.
         """
         known = self.contacts
@@ -155,7 +156,9 @@ class Dht:
         await self._look_up_all(self._protocol.get_refresh_ids())
 
     async def meet_newcomers(self) -> None:
-        """Look for peers where they say they are, until cancelled: only then does anybody hear of them from us."""
+        """Look for newcomers at the addresses that they name, until cancelled. Only peers that were found there are
+        passed on.
+        """
         limiter = trio.CapacityLimiter(MEETINGS)
 
         async def meet(node: PeerNode) -> None:
@@ -172,10 +175,10 @@ class Dht:
                 await trio.sleep(MEETING_PAUSE_S)
 
     async def reunite(self) -> bool:
-        """Ask somebody whom we lost, or a peer that we were given to join through, whom it knows.
+        """Ask a lost peer, or a bootstrap peer, for the contacts nearest to us.
 
-        However full our table is, it may be that of one half of a parted swarm, which nobody in it notices. Where the
-        answer names strangers, we join through them. Returns whether it did.
+        Even a full table may contain only one half of a swarm that was split, which no peer of that half notices. If
+        the answer names peers that we do not know, we join through them. Returns whether it did.
         """
         candidates = [*self._random.sample(self._seeds, min(1, len(self._seeds))), *self._lost.sample(self._random, 2)]
         asked = [node for node in candidates if node not in self._table]

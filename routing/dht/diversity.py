@@ -1,7 +1,8 @@
-"""Keeps one network from being everybody that a peer knows: keys are free, addresses are not.
+"""Keeps the peers of one network from filling a peer's table, because keys cost nothing and addresses do.
 
-Whoever makes 10,000 keys in half a second stands nearer to a key than all of a thousand honest peers. So of one public
-network (IPv4 /24, IPv6 /48) two peers count, wherever peers are counted, as long as there are others to take.
+An attacker can make 10,000 keys in half a second, and one of them is nearer to a key than all of a thousand honest
+peers. So wherever peers are counted, at most two of one public network (IPv4 /24, IPv6 /48) count, as long as there are
+others.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from typing import Protocol, TypeVar
 
 
 class Placed(Protocol):
-    """A peer in a public network; "" for none."""
+    """A peer in a public network; "" if it is in none."""
 
     network: str
 
 
 P = TypeVar("P", bound=Placed)
 
-# As in libp2p's and go-ethereum's buckets.
+# The same limit as in the buckets of libp2p and go-ethereum.
 PEERS_A_NETWORK = 2
 
 
 def spread(nodes: Iterable[P], count: int) -> list[P]:
-    """The first `count` of the nodes, in their order: of each network two, and more only where others do not suffice.
+    """The first `count` of the nodes in their order: two of each network, and more only if there are not enough others.
 
-    Nodes without a public network, as in a LAN, are all different.
+    Nodes without a public network, as in a LAN, all count as different networks.
     """
     taken: Counter[str] = Counter()
     chosen: list[tuple[int, P]] = []

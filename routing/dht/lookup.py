@@ -41,8 +41,8 @@ R = TypeVar("R", bound=Reply)
 class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
     """A NodeHeap in which a peer that failed stays out, however often other peers name it.
 
-    It shows the nearest, of one network two as long as there are others. Its heap is kept sorted, because it is read
-    many times for each time that it grows.
+    It returns the nearest nodes, at most two of one network as long as there are others. Its heap is kept sorted,
+    because it is read many times for each time that it grows.
     """
 
     heap: list[tuple[int, PeerNode]]
@@ -62,7 +62,7 @@ class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
         return iter(self._shown)
 
     def changed(self) -> None:
-        """What is known of a peer has changed: its network."""
+        """Note that something about a peer has changed, such as its network."""
         self._shown = None
 
     def remove(self, peers: Iterable[bytes]) -> None:
@@ -102,7 +102,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         self.nearest.push([own])
         self.nearest.remove([own.id])
         self.nearest.push(peers)
-        # Who named each peer; our own table names those that once answered us.
+        # Which peers named each peer; our own table names those that once answered us.
         self._named_by: dict[bytes, set[str]] = {node.id: {_OWN_TABLE} for node in peers}
         self.replies: dict[bytes, R] = {}
         self._ask = ask
@@ -117,8 +117,8 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
 
     @property
     def asked(self) -> int:
-        """How many peers were asked that answered, that we knew, or that two others named who have no network in
-        common. Of whom one peer alone speaks it may have made up.
+        """How many peers were asked, counting only those that answered, that we knew, or that two peers named that have
+        no network in common. A peer named by one other peer alone may be made up.
         """
         return sum(node_id in self.replies or self._is_credible(node_id) for node_id in self.nearest.contacted)
 

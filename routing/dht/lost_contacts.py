@@ -1,7 +1,7 @@
-"""Peers that left the routing table because they did not answer: the way back after a partition.
+"""Remembers peers that left the routing table because they did not answer, to find them again after a partition.
 
-When a swarm is parted, each half forgets the other within minutes. Nobody's table shows that: only those who are
-remembered longer than they are useful can.
+When a swarm is split, each half forgets the other within minutes, and no table shows it. So some peers are remembered
+longer than the table needs them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MAX_LOST = 256
 
 
 class LostContacts:
-    """The last of them, oldest first."""
+    """The last peers that were lost, oldest first."""
 
     def __init__(self) -> None:
         self._nodes: OrderedDict[bytes, PeerNode] = OrderedDict()
@@ -25,17 +25,17 @@ class LostContacts:
 
     @property
     def contacts(self) -> list[Contact]:
-        """The lost, those lost last first."""
+        """The lost peers, the last one first."""
         return [node.contact for node in reversed(self._nodes.values())]
 
     def add(self, node: PeerNode) -> None:
-        """Remember one; the oldest makes room."""
+        """Remember a peer; if there is no room, the oldest is forgotten."""
         self._nodes.pop(node.id, None)
         self._nodes[node.id] = node
         if len(self._nodes) > MAX_LOST:
             self._nodes.popitem(last=False)
 
     def sample(self, random: Random, count: int) -> list[PeerNode]:
-        """Some of them, at random."""
+        """Some lost peers, chosen at random."""
         nodes = list(self._nodes.values())
         return random.sample(nodes, min(count, len(nodes)))

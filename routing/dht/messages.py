@@ -32,7 +32,7 @@ from peerd.routing.dht.table import Contact, PeerNode
 
 DHT_PROTOCOL = "/peerd/dht/1"
 
-# Kademlia's k, for tables and answers (paper, 2.1): so many peers that they hardly all fail within an hour.
+# Kademlia's k, for tables and answers (paper, 2.1): with this many peers, it is unlikely that all fail within an hour.
 MAX_CONTACTS = 20
 # How many peers hold a record. It is put anew every 20 s instead of every hour: even if a third of a swarm fails at
 # once, only one record in a million has no holder left.
@@ -190,7 +190,7 @@ class Packet:
 
 
 def pack_records(records: Sequence[bytes]) -> bytes:
-    """A message's body: each record behind its length in two bytes, big-endian."""
+    """A message's body: each record after its length in two bytes, big-endian."""
     return b"".join(part for record in records for part in (len(record).to_bytes(2, "big"), record))
 
 

@@ -1,7 +1,7 @@
-"""Peers that said where they can be dialled, and have not been dialled there yet.
+"""Peers that named addresses at which they have not been dialled yet.
 
-Nothing is passed on of what a stranger says of addresses: anybody's could be among them. They wait here, a few, until
-the transport has found the peer at one of them.
+What a stranger says about addresses is not passed on, because they could be other peers' addresses. A few such peers
+wait here until the transport has found them at one of their addresses.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import trio
 
 from peerd.routing.dht.table import PeerNode
 
-# More wait for nothing: they come again with their next question.
+# When more peers come, the oldest is dropped. It comes again with its next question.
 MAX_WAITING = 64
 
 
 class Newcomers:
-    """A bounded queue, one place a peer; the oldest makes room."""
+    """A bounded queue with one place for each peer; the oldest makes room."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[bytes, PeerNode] = OrderedDict()
@@ -30,7 +30,7 @@ class Newcomers:
         return len(self._waiting)
 
     def add(self, node: PeerNode) -> None:
-        """Somebody to look for; what it says now replaces what it said."""
+        """Add a peer to look for, with the addresses that it names now."""
         self._waiting.pop(node.id, None)
         self._waiting[node.id] = node
         if len(self._waiting) > MAX_WAITING:
@@ -38,7 +38,7 @@ class Newcomers:
         self._came.unpark_all()
 
     async def take(self) -> PeerNode:
-        """The next to look for, once there is one."""
+        """The next peer to look for, once there is one."""
         while not self._waiting:
             await self._came.park()
         return self._waiting.popitem(last=False)[1]

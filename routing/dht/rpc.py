@@ -53,15 +53,17 @@ class DhtTransport(Protocol):
     async def request(self, contact: Contact, packet: Packet) -> Packet: ...
 
     def sighting(self, peer_id: PeerId) -> Sighting:
-        """Where the peer was found lately."""
+        """The addresses at which the peer was found lately."""
 
     async def find(self, contact: Contact) -> None:
-        """Look for the peer at its addresses, in a bounded time. What was found `sighting` tells. Never raises."""
+        """Look for the peer at its addresses, in a bounded time; `sighting` then returns what was found. Never
+        raises.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """Where a peer proved who it is when it was dialled, and the public network where it is seen; "" for none."""
+    """The addresses at which a dialled peer proved its identity, and its public network, or ""."""
 
     addresses: frozenset[Multiaddr] = frozenset()
     network: str = ""
@@ -93,7 +95,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         self.addresses: tuple[Multiaddr, ...] = own.contact.addresses
         self._transport = transport
         self._random = random
-        #: Who said where it is, and was not found there yet.
+        #: Peers that named addresses at which they were not found yet.
         self.newcomers = Newcomers()
 
     def __getattr__(self, name: str) -> object:
@@ -133,18 +135,18 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         except (Overloaded, CallerError, LinkFailed):
             # The peer is alive but does not answer this. It can tell us no other errors (`from_wire`).
             return None
-        # It counts in the network where it is, whatever others said.
+        # The peer counts in the network where it is, whatever others said.
         node.network = self._transport.sighting(node.contact.peer_id).network
-        # If the peer told us its own addresses, they are worth more than what other peers said.
+        # The addresses that the peer itself named are worth more than those from other peers.
         self.welcome_if_new(self.router.get(node.id) or node)
         return answer, packet.records
 
     def welcome_if_new(self, node: PeerNode) -> None:
-        """Note that the peer is alive. It enters the table with the addresses at which it was found; with others it
-        has to wait until somebody has looked there.
+        """Note that the peer is alive. It enters the table with the addresses at which it was found. If there are
+        others, it waits until we have looked for it there.
 
-        The library would also send a new peer every record that it should now hold. Ours are put anew within a third
-        of their short lives, so a newcomer has them soon, and no peer can make us send them in bulk.
+        The library would also send a new peer every record that it should now hold. Ours are put anew within a third of
+        their short lives, so a newcomer has them soon, and no peer can make us send them in bulk.
         """
         if node.id == self.source_node.id:
             return
@@ -159,7 +161,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
             self.newcomers.add(node)
 
     async def meet(self, node: PeerNode) -> None:
-        """Look for a newcomer where it says it is; where it is found, it enters the table."""
+        """Look for a newcomer at the addresses that it named. If it is found, it enters the table."""
         await self._transport.find(node.contact)
         seen = self._transport.sighting(node.contact.peer_id)
         found = tuple(address for address in node.contact.addresses if address in seen.addresses)

@@ -22,7 +22,7 @@ from peerd.routing.dht.diversity import PEERS_A_NETWORK, spread
 
 # Kademlia paper, 2.3: a bucket in which nothing was looked up for an hour is refreshed.
 IDLE_BUCKET_S = 3600.0
-# A contact that was silent for so long is pinged. If a third of a swarm leaves in an hour, one in 25 contacts is then
+# A contact that was silent for this long is pinged. If a third of a swarm leaves in an hour, one in 25 contacts is then
 # dead; without pings, a quarter would be, and each costs a peer that asks it a second.
 QUIET_S = 900.0
 
@@ -41,7 +41,8 @@ class Contact:
 class PeerNode(Node):  # type: ignore[misc]  # kademlia publishes no types
     """A contact at its position in the DHT. Raises ValueError for a malformed PeerId.
 
-    network: the public network that it counts in: where it was found, or else where it is said to be; "" for none.
+    network: the public network in which it counts: where it was found, or else that of its named addresses; "" for
+        none.
     """
 
     def __init__(self, contact: Contact, network: str | None = None) -> None:
@@ -86,7 +87,7 @@ class Bucket(KBucket):  # type: ignore[misc]  # kademlia publishes no types
         return lower, upper
 
     def make_room_for(self, node: PeerNode) -> bool:
-        """In a full bucket, put a peer in the place of one whose network has more than its share there."""
+        """In a full bucket, replace a peer of a network that has more than its share there."""
         networks = Counter(other.network for other in self.nodes.values() if other.network)
         network, most = max(networks.items(), key=lambda item: item[1], default=("", 0))
         if most <= PEERS_A_NETWORK or networks[node.network] >= PEERS_A_NETWORK:
@@ -199,11 +200,11 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia publishes no
         self.buckets[self.get_bucket_for(node)].touch_last_updated()
 
     def find_neighbors(self, node: Node, k: int | None = None, exclude: Node | None = None) -> list[PeerNode]:
-        """The k contacts nearest to `node`, nearest first; of one network two, as long as there are others.
+        """The k contacts nearest to `node`, nearest first; at most two of one network, as long as there are others.
 
-        The library walks outwards bucket by bucket, left and right in turns, which misses 14-23 % of the nearest.
-        The buckets' ranges do not overlap in their distances from an id, so in that order the first buckets with k
-        contacts suffice.
+        The library walks outwards bucket by bucket, left and right in turns, which misses 14-23 % of the nearest. The
+        buckets' ranges do not overlap in their distances from an id, so in that order the first buckets with k contacts
+        suffice.
         """
         wanted = k or self.ksize
         target = node.long_id

@@ -1,9 +1,9 @@
 """Feeds every decoder of bytes from strangers with broken input: `python -m tests.fuzz.decoders --inputs 1000000`.
 
-A decoder either returns a value or raises the error that its caller knows; anything else ends a connection, or a start.
-It takes no longer than `SLOWEST_S` of computing, and what it allocates stays small. Inputs are mutations of the
-specification's vectors, one to three of them on each other, so that most pass the first checks and break a later one.
-Everything comes from one seed: a failure says which, and the input in hex.
+A decoder must either return a value or raise the error that its caller handles; anything else would end a connection,
+or a start. It may compute for at most `SLOWEST_S`, and its allocations must stay small. Inputs are mutations of the
+specification's vectors, one to three on top of each other, so that most pass the first checks and fail a later one.
+Everything depends on one seed: a failure reports the seed, and the input in hex.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from peerd.testing.hostile import hello_message, message_bytes, mutated_bytes, m
 VECTORS = Path(__file__).parents[2] / "spec/vectors"
 NOW = 1_700_000_000.0
 OWNER = Identity.from_seed(bytes([3]) * 32)
-# Of one input's computing; the largest take a millisecond. The system's noise is not counted, for threads are.
+# The limit for one input's computing; the largest take a millisecond. CPU time of the thread, so that other programs do
+# not count.
 SLOWEST_S = 0.25
-# Of everything together, since the first thousand inputs of each decoder.
+# The growth of all decoders together, since the first thousand inputs of each.
 MAX_GROWTH_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """`decode` takes bytes of a stranger, and raises nothing but `errors`. `seeds`: bytes that it understands."""
+    """`decode` takes a stranger's bytes, and raises only `errors`. `seeds`: valid inputs."""
 
     name: str
     decode: Callable[[bytes], object]
@@ -61,11 +62,11 @@ class Decoder:
 
 
 class Found(AssertionError):
-    """A decoder did what it must not do."""
+    """A decoder broke one of these rules."""
 
 
 def decoders() -> list[Decoder]:
-    """All of them, each with the specification's vectors."""
+    """All decoders, each with the specification's vectors."""
     wire = tuple(bytes.fromhex(entry["message"]) for entry in _entries("wire", "message"))
     headers = _hex("messages", "dht", "relay", "training", "adapters", "reachability", field="header")
     records = _hex("records", field="record")
@@ -111,7 +112,7 @@ def fuzz(decoder: Decoder, inputs: int, random: Random) -> int:
 
 
 def inputs_for(decoder: Decoder, count: int, random: Random) -> Iterator[bytes]:
-    """Broken inputs: of the decoder's seeds, and now and then bytes of no meaning."""
+    """Broken inputs: mutations of the decoder's seeds, and now and then random bytes."""
     for _ in range(count):
         data = random.choice(decoder.seeds) if random.random() < 0.98 else random.randbytes(random.randrange(64))
         for _ in range(random.choice([1, 1, 2, 3])):
@@ -161,7 +162,7 @@ def _messages(module: Any) -> list[type[Message]]:
 
 
 def _read_messages(data: bytes) -> None:
-    """As a stream would: cut anywhere, with bodies of at most 100 bytes."""
+    """Read messages as from a stream: cut anywhere, with bodies of at most 100 bytes."""
     reader = MessageReader(100)
     for at in range(0, len(data), 7):
         part = memoryview(data)[at : at + 7]
@@ -179,7 +180,7 @@ def _parse_as_any(kinds: list[type[Message]]) -> Callable[[bytes], object]:
         header = unpack(data)
         name = header.get("type") if isinstance(header, dict) else None
         parsed = None
-        # Some names mean one thing in one protocol and another in the next.
+        # Some names mean different things in different protocols.
         for kind in by_type.get(name, kinds[:1]) if isinstance(name, str) else kinds[:1]:
             parsed = parse(header if isinstance(header, dict) else {}, (kind,))
         return parsed
@@ -210,7 +211,7 @@ def _payloads(records: tuple[bytes, ...]) -> Iterator[bytes]:
 
 
 def _sign_and_open(payload: bytes) -> object:
-    """A genuine record of a stranger whose body says anything."""
+    """A genuine record of a stranger, with these bytes as its body."""
     errors: list[PeerdError] = []
     for kind in ("peer", "server", "model"):
         signature = OWNER.sign(_signed_bytes(kind, payload))

@@ -1,7 +1,7 @@
-"""Finds out whether a peer answers at an address, without becoming a connection.
+"""Checks whether a peer answers at an address, without making a connection to it.
 
-The probe goes by a name made up for it and stops when the other side has proved who it is. So it never stands beside a
-connection that both have.
+The probe uses a new identity and stops after the other side has proved its own. So it never competes with a connection
+between the two peers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from peerd.protocol.errors import PeerFault, WrongPeer
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.dialback import Outcome
 
-# For TCP and the websocket, and then for the handshake: together below the deadline of a dial-back's answer.
+# The time for TCP and the websocket, and then for the handshake; together less than the deadline of a dial-back's
+# answer.
 CONNECT_S = 5.0
 PROVE_S = 3.0
 
@@ -32,9 +33,9 @@ async def prove(
     policy: DialPolicy = ANYWHERE,
     on_reached: Callable[[IpAddress | None], None] = lambda _ip: None,
 ) -> Outcome:
-    """Whether `peer_id` answers at `address`: dial, and hear its proof. Takes at most 9 s.
+    """Return whether `peer_id` answers at `address`: dial, and check its proof. Takes at most 9 s.
 
-    on_reached: told the IP address where it answers.
+    on_reached: called with the IP address at which it answers.
     """
     try:
         with trio.fail_after(CONNECT_S):
@@ -61,7 +62,7 @@ async def prove(
 
 
 def _was_refused(error: BaseException) -> bool:
-    """Whether the port's own machine said that nobody listens there."""
+    """Whether the machine there refused the connection because nothing listens on the port."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConnectionRefusedError):
         cause = cause.__cause__

@@ -1,4 +1,4 @@
-"""Bad input ends in an error that names the argument and the way out, and costs nothing else."""
+"""Bad input ends in an error that names the argument and the fix, and has no other effect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ids(rows: int, columns: int) -> torch.Tensor:
 
 
 def going_on(model: Any, more: torch.Tensor, **arguments: Any) -> Any:
-    """Go on over a cache of four columns, which a bad call must leave as it was."""
+    """Go on with a cache of four columns, which a bad call must not change."""
     cache = DynamicCache()
     name = cache_argument(type(model).forward)
     model(IDS, use_cache=True, **{name: cache})
@@ -168,7 +168,7 @@ def test_the_error_names_the_way_out_and_the_model_stays_usable(case: str, remot
 
 @pytest.fixture
 def another(tmp_path: Path) -> Path:
-    """A model like the Llama of these tests, with other weights and twice as wide, which nobody serves."""
+    """A model like the Llama of these tests, with other weights and twice as wide, which no server has."""
     torch.manual_seed(5)
     config = LlamaConfig(
         num_hidden_layers=8, hidden_size=128, intermediate_size=96, num_attention_heads=4, vocab_size=260
@@ -195,7 +195,7 @@ def test_what_belongs_to_another_model_is_refused(
     with peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap) as model:
         with pytest.raises(ValueError, match=r"was trained for another model .*: load that model instead"):
             model.load_trained(tmp_path / "prompts")
-        # peft's own refusal. It leaves its layers in the model, which change nothing.
+        # This is peft's own refusal. It leaves its layers in the model, where they change nothing.
         with pytest.raises(RuntimeError, match=r"size mismatch for .*q_proj\.lora_A"):
             peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
         assert torch.equal(answer(model), expected)

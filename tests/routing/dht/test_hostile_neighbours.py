@@ -1,4 +1,4 @@
-"""Strangers with many keys and few addresses, who say of addresses what they like; and swarms that were parted."""
+"""Strangers with many keys and few addresses, which lie about addresses; and swarms that were split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def node(number: int, network: str = "") -> PeerNode:
     return PeerNode(Contact(identity(number).peer_id, (VICTIM,)), network)
 
 
-# Addresses that nobody has looked at.
+# Addresses that were not checked.
 
 
 async def test_what_a_stranger_says_of_its_addresses_is_passed_on_after_it_was_found_there(network: Network) -> None:
@@ -55,7 +55,7 @@ async def test_what_a_stranger_says_of_its_addresses_is_passed_on_after_it_was_f
 
 
 async def test_an_address_at_which_a_peer_is_not_never_travels_on(network: Network) -> None:
-    """Not even beside one at which it is: the whole swarm would knock there."""
+    """Not even together with a correct one: the whole swarm would dial it."""
     peer, _ = await network.add_joined(2)
     stranger = network.add()
     both = (*stranger.addresses, VICTIM)
@@ -110,7 +110,7 @@ def test_a_crowd_from_one_network_fills_no_bucket_and_shows_none_but_two() -> No
 
 
 async def crowded(network: Network, key: bytes, crowd: int, swarm: int = 60) -> tuple[list[Any], list[Any]]:
-    """Honest peers, each in a network of its own, and a crowd of one network that stands nearer to a key."""
+    """Honest peers, each in a network of its own, and a crowd in one network that is nearer to a key."""
     peers = await network.add_joined(swarm)
     network.networks |= {peer.peer_id: f"honest {peer.peer_id}" for peer in peers}
     target = int.from_bytes(key, "big")
@@ -175,11 +175,11 @@ async def test_a_view_is_still_partial_where_those_whom_we_knew_are_silent(netwo
         await peers[5].dht.get(servers_of(MODEL, 0), whole=True)
 
 
-# Parted swarms.
+# Split swarms.
 
 
 async def maintain(peers: list[Any], seconds: float) -> None:
-    """What a daemon does all the time: refresh each minute, look for lost parts each ten."""
+    """Do what a daemon always does: refresh each minute, and look for lost parts every ten."""
     for minute in range(int(seconds // 60)):
         async with trio.open_nursery() as nursery:
             for number, peer in enumerate(peers):
