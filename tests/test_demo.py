@@ -61,7 +61,8 @@ def daemon(directory: Path, name: str, *arguments: str) -> Iterator[Daemon]:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+    # Every warning that Python has is shown, also those that it hides from users by default.
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -71,9 +72,11 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def peerd(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    done = subprocess.run(
         [*PEERD, *arguments], capture_output=True, text=True, timeout=ANSWER_S, check=False, env=_environment()
     )
+    assert "Warning: " not in done.stderr
+    return done
 
 
 def children_of(pid: int) -> list[int]:
@@ -93,8 +96,10 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Daemon
     directory = tmp_path_factory.mktemp("swarm")
     serve = ["--model", str(demo_model_path()), *LOOPBACK, "--serve-blocks"]
     with ExitStack() as stack:
-        bootstrap = stack.enter_context(daemon(directory, "bootstrap", "--listen", "/ip4/0.0.0.0/tcp/0/ws"))
-        bootstrap.wait_until_up()
+        # The others join on loopback: a peer that was told of nobody there dials nobody there.
+        listen = [*LOOPBACK, "--listen", "/ip4/0.0.0.0/tcp/0/ws"]
+        bootstrap = stack.enter_context(daemon(directory, "bootstrap", *listen))
+        bootstrap.wait_until_up(addresses=2)
         join = ["--bootstrap", bootstrap.addresses[0]]
         first = stack.enter_context(daemon(directory, "first", *serve, "0:15", *join))
         second = stack.enter_context(daemon(directory, "second", *serve, "15:30", *join))
@@ -165,6 +170,13 @@ def test_a_server_that_is_told_to_stop_finishes_the_answer_that_it_is_part_of(
         assert "tokens/s" in streaming.stderr.read()
     assert swarm["second"].process.wait(STOP_S) == 0
     assert "blocks 15:30 computed" in swarm["second"].log
+
+
+def test_no_warning_of_python_is_in_the_logs_of_daemons(swarm: dict[str, Daemon], answer: dict[str, Any]) -> None:
+    """That commands show none is checked wherever one is run."""
+    for name, peer in swarm.items():
+        assert peer.log, f"{name} has logged nothing: the test would prove nothing"
+        assert "Warning: " not in peer.log
 
 
 def test_generate_exits_3_and_names_the_blocks_of_a_server_that_has_gone_without_a_twin(
