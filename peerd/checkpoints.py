@@ -45,7 +45,7 @@ class Checkpoints:
         def open_it() -> Checkpoint:
             from peerd.compute.checkpoint.opening import open_checkpoint
 
-            checkpoint = open_checkpoint(model, revision=revision, hub=replace(self._settings, watch=watch))
+            checkpoint = open_checkpoint(model, revision=revision, hub=hub)
             try:
                 trio.from_thread.check_cancelled()
             except BaseException:
@@ -53,9 +53,14 @@ class Checkpoints:
                 raise
             return checkpoint
 
-        watch = _until_cancelled(_logged(self._settings.watch))
+        hub = self.settings
         with await trio.to_thread.run_sync(open_it, abandon_on_cancel=True) as checkpoint:
             yield checkpoint
+
+    @property
+    def settings(self) -> HubSettings:
+        """How to fetch something else from the hub, in a worker thread: a caller that is cancelled ends it."""
+        return replace(self._settings, watch=_until_cancelled(_logged(self._settings.watch)))
 
     def _say_untested(self) -> None:
         """Warn once if the installed release of Transformers was not tested."""

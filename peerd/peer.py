@@ -162,6 +162,11 @@ class Peer:
             yield blocks
 
     @property
+    def hub(self) -> HubSettings:
+        """How adapters of a client are fetched from the hub."""
+        return self._checkpoints.settings
+
+    @property
     def prober(self) -> Prober:
         """Measures delays to other peers over our connections. Each access makes a new one."""
         return Prober(self.connections, self.discovery.links, self.discovery.may_dial)
@@ -178,7 +183,7 @@ class Peer:
         return await self._spans.serve(spec)
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
-        """Serve one more LoRA adapter, a directory that peft saved, while sessions run. Returns its id.
+        """Serve one more LoRA adapter, a directory that peft saved or a hub id, while sessions run; returns its id.
 
         Raises AdapterError if it does not fit, and InvalidRequest if no more adapters can be announced.
         """

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import peerd
+
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted(
     path
@@ -64,8 +66,23 @@ def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_on_a_page_can_be_read(page: Path) -> None:
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+        compile(block, f"{page.name}, block {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_of_peerd_in_python_on_a_page_exist(page: Path) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    code += "\n".join(code_in(page))
+    assert [name for name in set(re.findall(r"\bpeerd\.([A-Z]\w+)", code)) if name not in peerd.__all__] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
-    links = [link.split("#")[0] for link in A_LINK.findall(page.read_text()) if "://" not in link]
+    # `layers[3:7](hidden)` is code, and no link.
+    text = re.sub(r"```.*?```|`[^`\n]+`", "", page.read_text(), flags=re.DOTALL)
+    links = [link.split("#")[0] for link in A_LINK.findall(text) if "://" not in link]
     assert [link for link in links if link and not (page.parent / link).exists()] == []
 
 

@@ -67,7 +67,7 @@ _READ = frozenset(
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _REASONS: Mapping[str, str] = {
     "use_dora": "DoRA rescales whole weights",
-    "modules_to_save": "whole modules that were trained are not LoRA",
+    "modules_to_save": "whole modules that were trained are not LoRA; peft runs them, on a remote model's own head",
     "trainable_token_indices": "embeddings are the client's, not a block's",
     "target_parameters": "experts and other bare parameters are not adapted",
     "layer_replication": "the model would have other blocks",

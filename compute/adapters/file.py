@@ -19,17 +19,20 @@ from pathlib import Path
 
 from peerd.compute.adapters.config import LoraConfig, parse_config
 from peerd.compute.adapters.lora import BlockModule, LoraPair
+from peerd.compute.adapters.source import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    as_adapter_errors,
+    check_config_size,
+    open_directory,
+)
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.checkpoint.parameter_names import PREFIXES
 from peerd.compute.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
-from peerd.compute.errors import AdapterError, CheckpointError
+from peerd.compute.errors import AdapterError
 from peerd.compute.families.family import Family
 from peerd.protocol.span import MAX_BLOCKS, Span
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-# peft writes a few hundred bytes; patterns for every module of a large model take some hundred KiB.
-_MAX_CONFIG_BYTES = 4 << 20
 # peft's prefix before the model's own names.
 _PEFT_PREFIX = "base_model.model."
 _FLOATS = ("F32", "F16", "BF16")
@@ -121,7 +124,7 @@ class AdapterFile:
                 yield key, pair
 
     def _read(self, pair: _StoredPair) -> LoraPair:
-        with _as_adapter_errors():
+        with as_adapter_errors():
             a, b = self._tensors.read(pair.a.name), self._tensors.read(pair.b.name)
         for tensor, stored in ((a, pair.a), (b, pair.b)):
             if not tensor.isfinite().all():
@@ -130,38 +133,19 @@ class AdapterFile:
 
 
 @contextmanager
-def open_adapter(source: str | Path, family: Family) -> Iterator[AdapterFile]:
-    """Open an adapter in peft's format, for models of `family`. Raises AdapterError."""
-    path = _directory_of(source)
-    config = _read_config(path / CONFIG_FILE)
-    with _as_adapter_errors():
-        tensors = SafetensorsFile(path / WEIGHTS_FILE)
-    with tensors:
-        yield AdapterFile(path, config, tensors, family)
-
-
-def _directory_of(source: str | Path) -> Path:
-    """The directory with the adapter's two files. Adapters on a model hub would be fetched here."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        raise AdapterError(f"{path} is a file: an adapter is the directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if not path.is_dir():
-        raise AdapterError(f"{path} does not exist: an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if not (path / WEIGHTS_FILE).exists():
-        pickled = next((name for name in PICKLED_FILES if (path / name).exists()), None)
-        if pickled is not None:
-            raise AdapterError(
-                f"{path / pickled} is a pickle, which runs whatever code is in it: it is never opened. Save the adapter"
-                f" again with peft's save_pretrained, which writes {WEIGHTS_FILE}"
-            )
-        raise AdapterError(f"{path} has no {WEIGHTS_FILE}")
-    return path
+def open_adapter(source: str | Path, family: Family, hub: HubSettings | None = None) -> Iterator[AdapterFile]:
+    """Open an adapter in peft's format, for models of `family`: a directory, or a hub id. Raises AdapterError."""
+    with open_directory(source, hub) as path:
+        config = _read_config(path / CONFIG_FILE)
+        with as_adapter_errors():
+            tensors = SafetensorsFile(path / WEIGHTS_FILE)
+        with tensors:
+            yield AdapterFile(path, config, tensors, family)
 
 
 def _read_config(path: Path) -> LoraConfig:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path} has {path.stat().st_size} bytes, over {_MAX_CONFIG_BYTES}: it is no such file")
+        check_config_size(path.stat().st_size, path)
         fields = json.loads(path.read_bytes())
     except OSError as error:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
@@ -228,13 +212,3 @@ def _place_of(module: str, family: Family, where: Path) -> tuple[str, int, str]:
                 name = name.replace(old, new)
             return root, int(match[1]), name
     raise AdapterError(f"{where}: it adapts {module}, which is no part of a block of a {family.model_type}: not run")
-
-
-@contextmanager
-def _as_adapter_errors() -> Iterator[None]:
-    try:
-        yield
-    except AdapterError:
-        raise
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error

@@ -169,7 +169,8 @@ _OPTIONS = (
         type=parse_adapter,
         multiple=True,
         metavar="NAME=DIR",
-        help="Serve a LoRA adapter too, as peft saved it, for the sessions that ask for NAME. Repeat it for several.",
+        help="Serve a LoRA adapter too, as peft saved it, for the sessions that ask for NAME: a directory, or org/name"
+        " on the hub, whose NAME may be left out. Repeat it for several.",
     ),
     click.option(
         "--client-adapters",

@@ -135,8 +135,8 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 @click.option(
     "--adapter",
     metavar="NAME|DIR",
-    help="Under a LoRA adapter that the swarm serves; or under your own, whose directory (with a / in it) is sent to"
-    " the peers for this answer.",
+    help="Under a LoRA adapter that the swarm serves; or under your own, by its directory (with a / in it) or org/name"
+    " on the hub: it is sent to the peers for this answer.",
 )
 @sampling_options
 @json_option

@@ -118,14 +118,19 @@ def parse_device(value: str) -> str:
     return value
 
 
-def parse_adapter(value: str) -> tuple[str, Path]:
-    """Parse `NAME=DIR`."""
-    name, equals, path = value.partition("=")
+def parse_adapter(value: str) -> tuple[str, str | Path]:
+    """`NAME=SOURCE`, a directory or a hub id; or a hub id alone, whose last part is the name."""
+    name, equals, source = value.partition("=")
     try:
-        if not equals or not path:
-            raise ValueError(f"{value!r} is not NAME=DIR")
-        return check_name(name), Path(path).expanduser()
-    except ValueError as error:
+        if not equals:
+            hub_id = hub_id_of(value)
+            if hub_id is None:
+                raise ValueError(f"{value!r} is neither NAME=DIR, NAME=org/name nor org/name")
+            return check_name(hub_id.name), value
+        if not source:
+            raise ValueError(f"{value!r} has nothing after the =")
+        return check_name(name), Path(source).expanduser() if hub_id_of(source) is None else source
+    except (ValueError, CheckpointError) as error:
         raise click.BadParameter(str(error)) from None
 
 

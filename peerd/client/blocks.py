@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peerd.client.finding.scout import Scout
     from peerd.client.training.trained import LoraPairs
     from peerd.client.training.training_pass import Pass, PassMaker
+    from peerd.compute.checkpoint.hub.settings import HubSettings
 
 # A hop without free memory may keep us waiting this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
@@ -41,9 +42,7 @@ OPEN_TIMEOUT_MS = 2000
 RESUME_S = 300.0
 
 Adapter = str | Path | LoraAdapter
-"""An adapter's name in the swarm; or the client's own adapter, as a directory (a text with a slash is one) or in
-memory.
-"""
+"""An adapter's name in the swarm; or your own, in memory, or as a directory or hub id (a text with a slash in it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,10 @@ class ServedBlocks:
         opener: ChainOpener,
         tasks: trio.Nursery,
         scout: Scout | None = None,
+        hub: HubSettings | None = None,
     ) -> None:
         self.facts = facts
+        self._hub = hub
         self._means = Means(finder, opener, random.Random(os.urandom(16)))
         self._tasks = tasks
         self._scout = scout
@@ -103,9 +104,9 @@ class ServedBlocks:
     ) -> AsyncIterator[Session]:
         """A session over `blocks` (default: all), for rows of at most `max_length` positions.
 
-        `adapter` is the name of an adapter that the swarm serves (or its id, `NAME@DIGEST`), or your own: the directory
-        that peft saved, or a LoraAdapter. Your own is sent to every hop for this session only. Raises NoChain,
-        Overloaded, ContextTooLong or AdapterError before the body runs.
+        `adapter` is the name of one that the swarm serves (or its id, `NAME@DIGEST`), or your own: the directory that
+        peft saved, its hub id, or a LoraAdapter. Your own goes to every hop for this session, and ends with it.
+        Raises NoChain, Overloaded, ContextTooLong or AdapterError before the body runs.
         """
         session = await self.start_session(
             max_length=max_length,
@@ -213,14 +214,14 @@ class ServedBlocks:
         )
 
     async def read_adapter(self, path: str | Path) -> LoraAdapter:
-        """Read an adapter for this model from the directory that peft saved. Raises AdapterError."""
-        return await trio.to_thread.run_sync(_read_adapter, path, self.facts)
+        """An adapter for this model, from the directory that peft saved, or by its hub id. Raises AdapterError."""
+        return await trio.to_thread.run_sync(_read_adapter, path, self.facts, self._hub, abandon_on_cancel=True)
 
     async def _adapter_id(self, adapter: str, blocks: Span) -> str:
-        if _is_directory(adapter):
+        if _is_own(adapter):
             raise AdapterError(
-                f"{adapter} is a directory: a training pass runs under an adapter that the swarm serves; give it to"
-                " `session` or `generate`, or train it as `lora`"
+                f"{adapter} is an adapter of your own, and a training pass runs under one that the swarm serves, by its"
+                " name: give yours to `session` or `generate`, or train it as `lora`"
             )
         # The name is resolved once: a hop that is replaced in mid-answer must not get another adapter of the same name.
         return adapter if is_adapter_id(adapter) else await self._means.finder.adapter_id(adapter, blocks)
@@ -228,7 +229,7 @@ class ServedBlocks:
     async def _with_adapter(self, terms: Terms, adapter: Adapter | None, blocks: Span) -> Terms:
         if adapter is None:
             return terms
-        if isinstance(adapter, str) and not _is_directory(adapter):
+        if isinstance(adapter, str) and not _is_own(adapter):
             return replace(terms, adapter=await self._adapter_id(adapter, blocks))
         own = adapter if isinstance(adapter, LoraAdapter) else await self.read_adapter(adapter)
         return replace(terms, own_adapter=within(own.weights, blocks))
@@ -245,17 +246,17 @@ def check_session_size(facts: ModelFacts, max_length: int, max_rows: int) -> Non
         raise InvalidRequest(f"{max_rows} rows wanted: a session has 1 to {MAX_ROWS}; use several sessions")
 
 
-def _is_directory(adapter: str) -> bool:
-    """Whether a text is the path of a directory with adapter files: names contain no slash."""
+def _is_own(adapter: str) -> bool:
+    """Whether a text means an adapter's files, here or on the hub, rather than a name: no name has a slash in it."""
     return "/" in adapter or os.sep in adapter or adapter in (".", "..", "~")
 
 
-def _read_adapter(path: str | Path, facts: ModelFacts) -> LoraAdapter:
-    """Blocks the thread; run it in a worker thread."""
+def _read_adapter(path: str | Path, facts: ModelFacts, hub: HubSettings | None) -> LoraAdapter:
+    """Blocks; run it in a thread."""
     from peerd.compute.adapters.file import open_adapter
     from peerd.compute.families.lookup import family_named
 
-    with open_adapter(path, family_named(facts.model_type)) as file:
+    with open_adapter(path, family_named(facts.model_type), hub) as file:
         last = max(block for block, _ in file.modules)
         if last >= facts.block_count:
             raise AdapterError(f"{file.path}: it adapts block {last}, {facts.name} has {facts.block_count}")

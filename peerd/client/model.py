@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
     from peerd.client.sampling import SamplingParams
+    from peerd.compute.checkpoint.hub.settings import HubSettings
 
 __all__ = ["Adapter", "ModelFacts", "SwarmModel"]
 
@@ -36,8 +37,9 @@ class SwarmModel(ServedBlocks):
         opener: ChainOpener,
         tasks: trio.Nursery,
         scout: Scout | None = None,
+        hub: HubSettings | None = None,
     ) -> None:
-        super().__init__(facts, finder, opener, tasks, scout)
+        super().__init__(facts, finder, opener, tasks, scout, hub)
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self._head = head

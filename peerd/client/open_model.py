@@ -30,6 +30,7 @@ from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
+    from peerd.compute.checkpoint.hub.settings import HubSettings
     from peerd.discovery.discovery import Discovery
     from peerd.discovery.prober import Prober
     from peerd.net.connections import Connections
@@ -48,6 +49,10 @@ class Client(Protocol):
     @property
     def peer_id(self) -> PeerId:
         """The peer's own PeerId."""
+
+    @property
+    def hub(self) -> HubSettings:
+        """How our own adapters are fetched from the hub."""
 
     @property
     def prober(self) -> Prober:
@@ -71,6 +76,7 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
             route.opener,
             route.tasks,
             route.scout,
+            client.hub,
         )
 
 
@@ -78,7 +84,7 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
 async def open_blocks(client: Client, facts: ModelFacts) -> AsyncIterator[ServedBlocks]:
     """The blocks of a model of the swarm, without a head."""
     async with _open_route(client, facts) as route:
-        yield ServedBlocks(facts, route.finder, route.opener, route.tasks, route.scout)
+        yield ServedBlocks(facts, route.finder, route.opener, route.tasks, route.scout, client.hub)
 
 
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:

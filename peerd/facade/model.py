@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.model.head import HeadModel, load_head_model
 from peerd.facade.architecture import dtype_named, find_return_type, remote_type, use_no_masks
 from peerd.facade.backend import Prompts
@@ -23,6 +24,9 @@ from peerd.facade.bridge import Bridge
 from peerd.facade.cache import RemoteCache
 from peerd.facade.calls import watch_calls
 from peerd.facade.opening import check_options, open_daemon, open_swarm, socket_of
+from peerd.facade.sharing.card import Base
+from peerd.facade.sharing.saving import Sharing
+from peerd.facade.sharing.trained import Trained, read_trained
 from peerd.facade.steps import ROLLBACK
 from peerd.facade.swarm import Swarm
 from peerd.protocol.addresses import Multiaddr
@@ -34,16 +38,13 @@ if TYPE_CHECKING:
 
 Address = Multiaddr | str
 TUNING_MODES = ("ptune", "deep_ptune")
-_TRAINED_FILE = "trained.safetensors"
 
 
-class RemotePreTrainedModel:
+class RemotePreTrainedModel(Sharing):
     """The part that all remote models share: a mixin of the architecture's class. `from_pretrained` makes objects of
     both.
     """
 
-    #: Set on each instance: runs its blocks.
-    swarm: Swarm
     _closes: tuple[Callable[[], None], ...]
 
     @classmethod
@@ -58,6 +59,7 @@ class RemotePreTrainedModel:
         daemon: bool | str | Path = False,
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
+        trained: str | Path | None = None,
         **options: Any,
     ) -> Self:
         """Open a model of a swarm: a directory, a GGUF file or a hub id, of which only the head is loaded.
@@ -67,6 +69,7 @@ class RemotePreTrainedModel:
             Blocks compute in the dtype with which their servers were started.
         tuning_mode: `ptune` trains `pre_seq_len` positions before each row; `deep_ptune` also trains values that are
             added to them in every block.
+        trained: what `save_pretrained` saved, a directory or a hub id; it says tuning_mode and pre_seq_len itself.
         daemon: use the peer of the `peerd --client` on this machine instead of one of the model's own. True, or the
             path of its socket. The daemon was started with this model, and knows the swarm: give no `bootstrap`.
         Other options are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
@@ -74,16 +77,21 @@ class RemotePreTrainedModel:
         Close the model, or use it in a `with` block; a forgotten one closes itself. Raises CheckpointError,
         UnsupportedModel, ValueError, TypeError, OSError; InvalidRequest where no such daemon runs.
         """
+        hub = options.get("hub") or HubSettings()
+        given = None if trained is None else read_trained(trained, hub)
+        if given is not None and tuning_mode is None:
+            tuning_mode, pre_seq_len = given.tuning
         if tuning_mode is not None and tuning_mode not in TUNING_MODES:
             raise ValueError(f"tuning_mode={tuning_mode!r}: it is one of {', '.join(TUNING_MODES)}, or left out")
         if (tuning_mode is not None) != (pre_seq_len > 0):
             raise ValueError("tuning_mode and pre_seq_len belong together: give both, pre_seq_len at least 1, or none")
         check_options(options)
         where, precision = torch.device(device), dtype_named(dtype)
-        built: list[tuple[HeadModel, Family]] = []
+        built: list[tuple[HeadModel, Family, Base]] = []
 
         def build(checkpoint: Checkpoint) -> None:
-            built.append((cls._load_head(checkpoint, where, precision), checkpoint.family))
+            base = Base(checkpoint.name, checkpoint.model_digest.hex(), checkpoint.hub_id, checkpoint.commit)
+            built.append((cls._load_head(checkpoint, where, precision), checkpoint.family, base))
 
         addresses = [bootstrap] if isinstance(bootstrap, str | Multiaddr) else list(bootstrap)
         opening: Any = open_swarm(model, revision, addresses, options, build)
@@ -92,9 +100,11 @@ class RemotePreTrainedModel:
         bridge = Bridge()
         try:
             blocks, close = bridge.hold(opening)
-            head, family = built.pop()
+            head, family, base = built.pop()
             made: Any = head.model
             made._connect(head, family, Swarm(bridge, blocks), (close, bridge.close))
+            object.__setattr__(made, "_base", base)
+            object.__setattr__(made, "_hub", hub)
         except BaseException:
             bridge.close()
             raise
@@ -104,8 +114,17 @@ class RemotePreTrainedModel:
             facts = blocks.facts
             prompts = Prompts(facts.block_count, pre_seq_len, facts.width, deep=tuning_mode == "deep_ptune")
             made.prompts = made.swarm.prompts = prompts.to(where)
+        if given is not None:
+            made._take_or_close(given)
         result: Self = made
         return result
+
+    def _take_or_close(self, given: Trained) -> None:
+        try:
+            self._take(given)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def _load_head(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> HeadModel:
@@ -165,49 +184,6 @@ class RemotePreTrainedModel:
                 RemoteCache.adopt(cache, len(self.swarm.layers), max_length=longest, max_rollback=rollback)
             cache.max_length = max(cache.max_length, longest)
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Save what was trained here (prompts, a classification head), as `trained.safetensors`, and the configuration.
-
-        Raises ValueError if nothing was trained. peft saves LoRA weights: call `save_pretrained` of the PeftModel.
-        """
-        from safetensors.torch import save_file
-
-        me: Any = self
-        trained = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in me.named_parameters()
-            if parameter.requires_grad
-        }
-        if not trained:
-            raise ValueError("nothing was trained here: the weights of a remote model are on the servers of its swarm")
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = self.swarm.blocks.facts
-        described = {"base_model": str(me.name_or_path), "model_digest": facts.digest.hex(), "format": "pt"}
-        save_file(trained, folder / _TRAINED_FILE, metadata=described)
-        me.config.save_pretrained(folder)
-
-    def load_trained(self, directory: str | Path) -> None:
-        """Read what `save_pretrained` saved. Raises ValueError if it belongs to another model or does not fit."""
-        from safetensors import safe_open
-
-        me: Any = self
-        path = Path(directory) / _TRAINED_FILE
-        with safe_open(path, framework="pt") as file:
-            saved = (file.metadata() or {}).get("model_digest")
-            if saved != self.swarm.blocks.facts.digest.hex():
-                raise ValueError(f"{path} was trained for another model (digest {saved}): load that model instead")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        own = {name: parameter for name, parameter in me.named_parameters() if parameter.requires_grad}
-        if tensors.keys() != own.keys():
-            names = ", ".join(sorted(tensors.keys() ^ own.keys()))
-            raise ValueError(f"{path} does not fit this model, which differs in {names}: use the same tuning_mode")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                if own[name].shape != tensor.shape:
-                    raise ValueError(f"{path}: {name} is {list(tensor.shape)}, here {list(own[name].shape)}")
-                own[name].copy_(tensor)
-
     def __reduce_ex__(self, _: Any) -> Any:
         raise TypeError("a remote model is a connection to a swarm: it cannot be copied or pickled. Open another one")
 
@@ -255,11 +231,18 @@ class RemoteModelForSequenceClassification(RemotePreTrainedModel):
     """A classifier over the last real position. Its head `score`, `num_labels` wide, is new and trained here."""
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, num_labels: int = 2, **options: Any) -> Self:
-        """Open a model as the other remote models do; `num_labels` is the number of classes."""
-        kind: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_num_labels": num_labels})
-        made: Any = super(RemoteModelForSequenceClassification, kind).from_pretrained(model, **options)
-        result: Self = made
+    def from_pretrained(
+        cls, model: str | Path, *, num_labels: int | None = None, trained: str | Path | None = None, **options: Any
+    ) -> Self:
+        """As for the other remote models; `num_labels` is the number of classes: those of `trained`, or 2."""
+        if num_labels is None and trained is not None:
+            num_labels = read_trained(trained, options.get("hub")).num_labels
+        body = {"__module__": cls.__module__, "_num_labels": num_labels or 2}
+        kind: Any = type(cls.__name__, (cls,), body)
+        opened: Any = super(RemoteModelForSequenceClassification, kind).from_pretrained(
+            model, trained=trained, **options
+        )
+        result: Self = opened
         return result
 
     _num_labels = 2

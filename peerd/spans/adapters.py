@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peerd.compute.adapters.file import AdapterFile, open_adapter
 from peerd.compute.adapters.lora import Lora
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import AdapterError
 from peerd.compute.families.family import Family
@@ -23,13 +24,18 @@ class ReadAdapter:
     weights: Lora
 
 
-def read_adapter(name: str, path: str | Path, family: Family, span: Span) -> ReadAdapter:
-    """Read the part of an adapter that a span needs. Raises AdapterError."""
+def read_adapter(
+    name: str, path: str | Path, family: Family, span: Span, hub: HubSettings | None = None
+) -> ReadAdapter:
+    """Read what a span needs of an adapter: a directory's, or, fetched as `hub` says, one's on the hub. Blocks.
+
+    Raises AdapterError.
+    """
     try:
         check_name(name)
     except ValueError as error:
         raise AdapterError(str(error)) from None
-    with open_adapter(path, family) as file:
+    with open_adapter(path, family, hub) as file:
         return ReadAdapter(adapter_id(name, file.digest), file, file.read(span))
 
 

@@ -101,7 +101,7 @@ def _adapter_bytes(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None) -
     dtype = dtype_of(spec, checkpoint)
     total = AdapterRoom(client_adapter_bytes_of(spec)).total_bytes
     for _, path in spec.adapters:
-        with open_adapter(path, checkpoint.family) as file:
+        with open_adapter(path, checkpoint.family, spec.hub) as file:
             total += file.n_values(span) * dtype.itemsize
     return total
 

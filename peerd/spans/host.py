@@ -97,6 +97,7 @@ class SpanHost:
 
         if self._neighbours is None:
             self._discovery.serve(self._places.records)
+        spec = replace(spec, hub=self._checkpoints.settings)
         if spec.among:
             spec = await self._choose_model(spec)
         spec = replace(spec, promised_bytes=self._promised_bytes())
@@ -194,7 +195,7 @@ class SpanHost:
         self._tasks.start_soon(partial(self._connections.containment.keep_running, run, what=what))
 
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
-        """Serve one more LoRA adapter, a directory that peft saved, while sessions run. Returns its id.
+        """Serve one more LoRA adapter, a directory or hub id, while sessions run; returns its id.
 
         Raises AdapterError if it does not fit, and InvalidRequest if no more adapters can be announced.
         """
@@ -203,7 +204,8 @@ class SpanHost:
         place = self._places.of(served)
         assert place.loaded is not None
         engine = place.loaded.engine
-        adapter = await trio.to_thread.run_sync(read_adapter, name, path, place.loaded.family, served.span)
+        hub = self._checkpoints.settings
+        adapter = await trio.to_thread.run_sync(read_adapter, name, path, place.loaded.family, served.span, hub)
         await served.task.run_blocking(partial(load_adapter, engine, adapter))
         try:
             # The span may have moved meanwhile.

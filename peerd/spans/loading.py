@@ -110,7 +110,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     engine = Engine(model, kv_tokens=kv_tokens, batch_tokens=batch_tokens_of(spec), pass_bytes=pass_bytes)
     check_span(engine, model, quantize)
     for name, path in spec.adapters:
-        load_adapter(engine, read_adapter(name, path, checkpoint.family, span))
+        load_adapter(engine, read_adapter(name, path, checkpoint.family, span, spec.hub))
     # The engine has reordered weights, which leaves free memory in the heap.
     trim_heap()
     if spec.memory_bytes is None and engine.passes is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.quantized.formats import NONE
 from peerd.protocol.span import Span
 
@@ -22,12 +23,13 @@ class ServeSpec:
     memory_bytes: the limit for what serving takes beyond the program itself, on each device.
     throughput: announced instead of the measured one, in positions a second through one block.
     device: torch's name. Several, separated by commas, divide the blocks (`open_peer` and `Peer.serve` see to that).
-    adapters: names, each with the directory that peft saved.
+    adapters: names, each with the directory that peft saved, or its hub id.
     client_adapter_bytes: the largest adapter that a client may upload for its session; None for 64 MB, or less if
         memory is short; 0 for none.
     uplink: bytes a second that this machine can send, which clients use for planning; None for the measured value.
     look_every_s: how often the peer checks whether it should move; None for every five minutes.
     promised_bytes: the host memory that other spans of this peer may still take; `Peer.serve` fills it in.
+    hub: how adapters are fetched; `Peer.serve` fills it in.
     """
 
     model: str | Path = ""
@@ -46,3 +48,4 @@ class ServeSpec:
     among: tuple[str, ...] = ()
     uplink: int | None = None
     promised_bytes: int = 0
+    hub: HubSettings | None = None

@@ -1,4 +1,5 @@
-"""A model hub on loopback: the endpoints that huggingface_hub 2.4 uses to read models, and faults on demand.
+"""A model hub on loopback: the endpoints that huggingface_hub 2.4 uses to read models, and faults on demand. What is
+uploaded to it can be read again.
 
 It implements what huggingface_hub's source uses: `/api/models/REPO/revision/REV?blobs=true`, `/REPO/resolve/REV/FILE`
 with its metadata headers, redirects of LFS files to another origin that must not see the token, byte ranges, and the
@@ -19,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.fakes.hub_uploads import Uploads
 
 # Small enough that a test can stop in the middle of a tiny model's shard.
 SEND_BYTES = 4096
@@ -69,6 +72,10 @@ class HubServer:
     def push(self, repo: str, folder: Path, branch: str = "main") -> str:
         """Make the folder's files the branch's newest commit; returns the commit."""
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+        return self.commit(repo, files, branch)
+
+    def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Make these files the branch's newest commit; returns the commit."""
         digest = hashlib.sha1(repo.encode())
         for name, data in files.items():
             digest.update(name.encode() + hashlib.sha256(data).digest())
@@ -77,6 +84,13 @@ class HubServer:
         self.repos[repo].commits[commit] = files
         self.repos[repo].refs[branch] = commit
         return commit
+
+    def store(self, sha256: str, data: bytes) -> None:
+        """Keep a content that no commit names yet."""
+        self._blobs[sha256] = (sha256, data)
+
+    def has(self, sha256: str) -> bool:
+        return sha256 in self._blobs
 
     def fail(self, name: str, *faults: Fault) -> None:
         """Give the next requests for the file's content these faults, one each. `api` stands for the listing."""
@@ -102,7 +116,7 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubServer
     is_cdn: bool

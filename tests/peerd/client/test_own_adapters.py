@@ -73,7 +73,7 @@ async def test_a_text_with_a_slash_is_a_directory_as_a_path_is(
 
 
 async def test_a_directory_is_no_adapter_of_a_training_pass(model: ServedBlocks) -> None:
-    with pytest.raises(AdapterError, match=r"\./own is a directory: a training pass runs under"):
+    with pytest.raises(AdapterError, match=r"\./own is an adapter of your own, and a training pass runs under"):
         await model.forward(torch.zeros(1, 4, 32), adapter="./own")
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peerd
 from peerd.facade.bridge import Bridge
+from tests.fakes.hub_server import HubServer, open_hub
 
 LISTEN = "/ip4/127.0.0.1/tcp/0/ws"
 
@@ -119,6 +121,23 @@ def remote(_opened: Any) -> Any:
 def local(llama_path: Path) -> Any:
     """The same model, whole, in Transformers."""
     return LlamaForCausalLM.from_pretrained(llama_path).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def hub(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A hub that holds the Llama as `org/name`, and takes uploads, as the environment names it."""
+    with open_hub() as server, pytest.MonkeyPatch.context() as patch:
+        server.push("org/name", llama_path)
+        patch.setattr(constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        # The fake hub speaks LFS, which is what huggingface_hub speaks without its extension.
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", "hf_good")
+        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield server
 
 
 @pytest.fixture

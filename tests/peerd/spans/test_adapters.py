@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import peerd
 from peerd.cli.main import cli
+from peerd.cli.parsing import parse_adapter
 from peerd.compute.errors import AdapterError
 from peerd.protocol.messages.adapters import name_of
 from peerd.testing.network import MemoryNetwork
@@ -127,9 +129,10 @@ async def test_no_adapters_of_clients_are_taken_where_the_operator_says_so(model
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--adapter", "poet"], "'poet' is not NAME=DIR"),
+        (["--adapter", "poet"], "'poet' is neither NAME=DIR, NAME=org/name nor org/name"),
         (["--adapter", "a b=dir"], "not an adapter's name"),
-        (["--adapter", "poet="], "'poet=' is not NAME=DIR"),
+        (["--adapter", "poet="], "'poet=' has nothing after the ="),
+        (["--adapter", "org/a@b@c"], "is no revision"),
         (["--client-adapters", "some"], "a size is written such as"),
         (["--listen", LISTEN, "--adapter", "poet=dir"], "add --serve-blocks"),
     ],
@@ -138,3 +141,22 @@ def test_mistakes_in_options_are_said(arguments, reason):
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2
     assert reason in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "source"),
+    [
+        ("poet=./poet", "poet", Path("poet")),
+        ("poet=/adapters/poet", "poet", Path("/adapters/poet")),
+        ("poet=org/rhymes", "poet", "org/rhymes"),
+        ("org/rhymes", "rhymes", "org/rhymes"),
+        ("org/rhymes@v2", "rhymes", "org/rhymes@v2"),
+        ("poet=here/poet", "poet", Path("here/poet")),
+    ],
+)
+def test_an_adapter_is_a_directory_or_on_the_hub_and_what_is_here_comes_first(
+    text, name, source, tmp_path, monkeypatch
+):
+    (tmp_path / "here/poet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert parse_adapter(text) == (name, source)

@@ -1,0 +1,1 @@
+"""What was trained beside remote blocks: saved, described, put on a hub, and read again."""
