@@ -8,12 +8,13 @@ cannot be cut are listed in `families/refused.py` with the reasons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 
 from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.family import Family
-from peerd.compute.families.refused import REFUSED
+from peerd.compute.families.refused import NOT_SERVED, REFUSED
 from peerd.compute.families.rows import ROWS
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in ROWS})
@@ -26,4 +27,14 @@ def family_named(model_type: object) -> Family:
             return family
         if reason := REFUSED.get(model_type):
             raise UnsupportedModel(f"{model_type} cannot be cut into spans: {reason}")
-    raise UnsupportedModel(f"architecture {model_type!r} is not one of those supported: {', '.join(sorted(FAMILIES))}")
+        if reason := NOT_SERVED.get(model_type):
+            raise UnsupportedModel(f"{model_type} is not served: {reason}")
+    near = get_close_matches(str(model_type), FAMILIES, n=3)
+    raise UnsupportedModel(
+        f"architecture {model_type!r} is not one of those supported{_nearest(near)}; `peerd models --families` lists"
+        " them, and what is refused with the reasons"
+    )
+
+
+def _nearest(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)} are called nearly so)" if names else ""

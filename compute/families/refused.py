@@ -111,3 +111,44 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 REFUSED: Mapping[str, str] = MappingProxyType({name: reason for reason, names in _REASONS for name in names})
+
+_REMOTE_CODE = "its code comes with its files, which peerd does not run, and Transformers has none of its own"
+_THREE_PARTS = "its positions have three parts, for images and sound, and peerd gives one"
+
+NOT_SERVED: Mapping[str, str] = MappingProxyType(
+    {
+        name: reason
+        for reason, names in (
+            (
+                _REMOTE_CODE,
+                (
+                    "baichuan",
+                    "bailing_moe",
+                    "chatglm",
+                    "internlm2",
+                    "internvl_chat",
+                    "kimi_vl",
+                    "minicpm",
+                    "phi3small",
+                    "qwen",
+                    "telechat2",
+                ),
+            ),
+            (
+                _THREE_PARTS,
+                (
+                    "glm4v_moe_text",
+                    "glm4v_text",
+                    "qwen2_5_omni_text",
+                    "qwen2_5_vl_text",
+                    "qwen2_vl_text",
+                    "qwen3_omni_moe_text",
+                    "qwen3_vl_moe_text",
+                    "qwen3_vl_text",
+                ),
+            ),
+        )
+        for name in names
+    }
+)
+"""Others that people ask for: no causal language models of Transformers, or not by this name."""

@@ -238,6 +238,16 @@ def manifest(ctx: click.Context, /, model: Path | str, revision: str | None) -> 
     _run_once(ctx, partial(print_manifest, at_revision(model, revision)), verbose=False)
 
 
+@cli.command()
+@click.option("--families", is_flag=True, required=True, help="List the architectures: served, refused, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def models(families: bool, as_json: bool) -> None:
+    """Say which models peerd can serve."""
+    from peerd.cli.families import print_families
+
+    print_families(as_json=as_json)
+
+
 @cli.group()
 def keys() -> None:
     """Make keys."""

@@ -10,7 +10,7 @@ from peerd.compute.errors import UnsupportedModel
 from peerd.compute.families.family import Family
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.families.lookup import FAMILIES, family_named
-from peerd.compute.families.refused import REFUSED
+from peerd.compute.families.refused import NOT_SERVED, REFUSED
 from peerd.compute.families.survey import unknown_architectures
 from peerd.compute.transformers_compat import before_newest_tested
 
@@ -45,8 +45,20 @@ def test_only_causal_models_of_transformers_are_refused_by_name() -> None:
 
 
 def test_another_architecture_is_answered_with_what_is_supported() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'t5' is not one of those supported: .*llama"):
+    with pytest.raises(UnsupportedModel, match=r"'t5' is not one of those supported; `peerd models --families` lists"):
         family_named("t5")
+    with pytest.raises(UnsupportedModel, match=r"'mixtrall' is not .* \(mixtral.* are called nearly so\)"):
+        family_named("mixtrall")
+    with pytest.raises(UnsupportedModel, match=r"architecture None is not one of those supported"):
+        family_named(None)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SERVED))
+def test_what_people_ask_for_beside_causal_models_is_answered_with_the_reason(name: str) -> None:
+    assert name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "then it belongs to REFUSED"
+    assert name not in FAMILIES
+    with pytest.raises(UnsupportedModel, match=rf"{name} is not served: its [a-z].{{25,}}"):
+        family_named(name)
 
 
 def test_blocks_that_keep_a_running_state_are_refused_where_only_some_models_of_a_family_have_them() -> None:
