@@ -166,10 +166,6 @@ class RemotePreTrainedModel(Sharing):
                 f"{longest} positions wanted (prompt and answer together), {self.swarm.blocks.facts.name} takes"
                 f" {self.swarm.max_length}: shorten the prompt or max_new_tokens"
             )
-        if self.swarm.prompts is not None and self.swarm.prompts.deep is not None:
-            # Sessions have no deep prompts: each token is computed from the whole text, as with `use_cache=False`.
-            generation_config.use_cache = model_kwargs["use_cache"] = False
-            return
         parent: Any = super()
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         for name in ("cache", "past_key_values"):

@@ -121,7 +121,9 @@ def test_prompts_train_as_they_would_locally(mode: str, servers: Any, llama_path
         deep = nn.Parameter(torch.zeros(8, 3, 64))
         found = losses(model, [p for p in model.parameters() if p.requires_grad])
         mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+        opened = model.swarm.sessions_opened
         answers = [model.generate(IDS[:1], attention_mask=torch.ones(1, 8), max_new_tokens=6, do_sample=False)]
+        assert model.swarm.sessions_opened == opened + 1, "it keeps a cache"
         answers.append(model.generate(IDS, attention_mask=mask, max_new_tokens=4, num_beams=3, do_sample=False))
         with torch.no_grad():
             # A prompt that has changed must not go on over the KV of the one before.
