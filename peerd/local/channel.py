@@ -18,7 +18,7 @@ from peerd.local.messages import FROM_DAEMON, MAX_BODY_BYTES, OpenSession, Param
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.encoding.wire import MAX_HEADER_BYTES
-from peerd.protocol.errors import ConnectionLost, InvalidRequest, RemoteProtocolError, Unresponsive
+from peerd.protocol.errors import ConnectionLost, InvalidRequest, NoChain, RemoteProtocolError, Unresponsive
 from peerd.protocol.messages.session import Failure
 from peerd.trio_tools import open_tasks
 
@@ -83,8 +83,9 @@ class Channel:
             raise self._lost() from None
         raw = read_message(data if isinstance(data, bytes | bytearray) else b"")
         message = parse(raw.header, FROM_DAEMON)
-        if isinstance(message, Failure) and Failure not in kinds:
-            raise message.error
+        if isinstance(message, Failure):
+            # No peer says that there is no chain, so the wire's errors have no such code; a daemon does.
+            raise NoChain(message.message) if message.code == NoChain.code else message.error
         if not isinstance(message, kinds):
             raise RemoteProtocolError(f"the daemon on {self._path} said {message.TYPE!r} out of turn")
         return message, raw.body

@@ -74,10 +74,10 @@ def open_byte_model(open_swarm, byte_tokenizer):
     """`async with open_byte_model(head) as (model, swarm):` three servers and a client's model."""
 
     @asynccontextmanager
-    async def open_it(head=None):
+    async def open_it(head=None, **serving):
         async with open_swarm() as swarm:
             for start in range(0, BLOCKS, 3):
-                await swarm.serve(start, start + 3)
+                await swarm.serve(start, start + 3, **serving)
             client = await swarm.client()
             tokenizer = copy.copy(byte_tokenizer)
             tokenizer.chat_template = TEMPLATE
@@ -210,8 +210,9 @@ def open_daemon(open_byte_model, tmp_path):
     """`async with open_daemon() as daemon:` an API over the model that counts."""
 
     @asynccontextmanager
-    async def open_it(head=None):
-        async with open_byte_model(head) as (model, swarm), open_daemon_of(model, swarm, tmp_path) as daemon:
+    async def open_it(head=None, **serving):
+        opening = open_byte_model(head, **serving)
+        async with opening as (model, swarm), open_daemon_of(model, swarm, tmp_path) as daemon:
             yield daemon
 
     return open_it
