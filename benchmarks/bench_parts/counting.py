@@ -6,6 +6,7 @@ from typing import Any
 
 import trio
 
+from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.websocket import WebSocketChannel, WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 
@@ -17,8 +18,8 @@ class CountingTransport(WebSocketTransport):
         super().__init__()
         self.carried = 0
 
-    async def dial(self, address: Multiaddr, tasks: trio.Nursery) -> WebSocketChannel:
-        channel: Any = await super().dial(address, tasks)
+    async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> WebSocketChannel:
+        channel: Any = await super().dial(address, tasks, policy)
         send, receive = channel.send, channel.receive
 
         async def counted_send(message: bytes) -> None:

@@ -146,7 +146,7 @@ def trainer(open_remote: OpenRemote, open_local: Callable[[], Any], training: Tr
 
 
 def _trainer_losses(model: Any, training: Training, *, nudge: bool = False) -> list[float]:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     rows = [{"input_ids": row, "labels": row} for row in training.ids]
     with TemporaryDirectory() as folder:
@@ -163,6 +163,8 @@ def _trainer_losses(model: Any, training: Training, *, nudge: bool = False) -> l
             disable_tqdm=True,
         )
         run = Trainer(model=_with_lora(model, nudge=nudge), args=arguments, train_dataset=rows)
+        # It prints each step where there is no progress bar.
+        run.remove_callback(PrinterCallback)
         run.train()
     return [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
 
