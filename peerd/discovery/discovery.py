@@ -191,6 +191,8 @@ class Discovery:
         """Inside this context, estimate the time from the clocks of the peers that we dial."""
 
         def observer(connection: PeerConnection) -> None:
+            if connection.dialled:
+                self.links.reached(connection.peer_id, network_of(connection.accountable_ip))
             contained = self._connections.containment.contained
             nursery.start_soon(partial(contained, self._hear_clock, connection, what="hearing a clock"))
 

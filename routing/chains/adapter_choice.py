@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from peerd.protocol.errors import NoChain
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
 from peerd.routing.directory.offer import Offer
+from peerd.routing.directory.standing import StandingOf, unknown, weight_of
 
 # Bytes of a value in the dtypes in which peers compute; an unknown dtype counts as wide (4 bytes).
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2}
@@ -54,18 +56,20 @@ def value_bytes(dtype: str) -> int:
     return _VALUE_BYTES.get(dtype, 4)
 
 
-def choose_adapter(offers: Iterable[Offer], name: str, blocks: Span) -> str:
-    """The id that `name` means for `blocks`: of the ids announced for all of them, the one that most offers have.
+def choose_adapter(offers: Iterable[Offer], name: str, blocks: Span, standing: StandingOf = unknown) -> str:
+    """The id that `name` means for `blocks`: of the ids announced for all of them, that of the peers that weigh most.
 
-    If two have equally many offers, the greater id: every client must decide alike. Raises NoChain, naming the
+    If two weigh the same, the greater id: every client must decide alike. Raises NoChain, naming the
     adapters that there are.
     """
     usable = [offer for offer in offers if offer.record.state == "online"]
     spans: dict[str, list[Span]] = defaultdict(list)
+    peers: dict[str, set[PeerId]] = defaultdict(set)
     for offer in usable:
         if offer.span.start < blocks.end and blocks.start < offer.span.end:
             for adapter in offer.record.adapters:
                 spans[adapter].append(offer.span)
+                peers[adapter].add(offer.peer_id)
     found = [adapter for adapter in spans if name in (adapter, name_of(adapter))]
     if not found:
         there = ", ".join(sorted(spans)) or "none"
@@ -77,7 +81,7 @@ def choose_adapter(offers: Iterable[Offer], name: str, blocks: Span) -> str:
         runs = tuple(missing[best])
         parts = ", ".join(f"{start}:{end}" for start, end in runs)
         raise NoChain(f"no reachable peer serves blocks {parts} with the adapter {best}", runs)
-    return max(whole, key=lambda adapter: (len(spans[adapter]), adapter))
+    return max(whole, key=lambda adapter: (weight_of(peers[adapter], standing), adapter))
 
 
 def _missing(spans: Iterable[Span], blocks: Span) -> list[tuple[int, int]]:

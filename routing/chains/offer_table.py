@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.offer import Offer, agreeing
+from peerd.routing.directory.standing import StandingOf, unknown
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -20,7 +21,7 @@ Mask = NDArray[np.bool_]
 
 
 class OfferTable:
-    """One column for each offer that is online and whose block digests agree with the majority.
+    """One column for each offer that is online and whose block digests are those of the peers that weigh most.
 
     starts, ends: the span.
     block_s: seconds that a position takes through one block.
@@ -31,10 +32,15 @@ class OfferTable:
     belief: for some peers, which part of their announced queue counts; for all others, all of it.
     """
 
-    def __init__(self, offers: Iterable[Offer], belief: Mapping[PeerId, float] | None = None) -> None:
-        # Callers pass peers that failed too, and leave them out only in a plan: the majority must not depend on our
-        # failures.
-        found = agreeing([offer for offer in offers if offer.record.state == "online"])
+    def __init__(
+        self,
+        offers: Iterable[Offer],
+        belief: Mapping[PeerId, float] | None = None,
+        standing: StandingOf = unknown,
+    ) -> None:
+        # Callers pass peers that failed too, and leave them out only in a plan: what known peers agree on must not
+        # depend on our failures.
+        found = agreeing([offer for offer in offers if offer.record.state == "online"], standing)
         self.offers = tuple(found)
         records = [offer.record for offer in found]
         self.starts: Indices = np.array([record.span.start for record in records], np.intp)

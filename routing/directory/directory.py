@@ -23,6 +23,11 @@ from peerd.routing.directory.offer import Offer
 CACHE_S = 3.0
 # A server whose addresses were not found is probably new: its two records do not arrive together.
 NOT_FOUND_CACHE_S = 1.0
+# Each further time it is looked up after twice as long, up to this. Anybody can announce servers without addresses,
+# and every client would look them up again all the time.
+MAX_NOT_FOUND_CACHE_S = 120.0
+# So many of those that were not found are looked up again at a time, longest ago first. Newcomers do not wait for them.
+RETRIES_AT_ONCE = 16
 # Addresses change seldom. Clients pass the record of a hop to another hop, which must still find it valid.
 PEER_CACHE_S = 60.0
 
@@ -52,14 +57,19 @@ class _Peer:
 
     record: VerifiedRecord | None
     looked_up: float
+    # How often in a row nothing was found.
+    misses: int = 0
 
     def is_fresh(self, now: float) -> bool:
         if self.record is None:
-            return now < self.looked_up + NOT_FOUND_CACHE_S
+            pause_s = NOT_FOUND_CACHE_S * 2.0 ** min(self.misses - 1, 16)
+            return now < self.looked_up + min(pause_s, MAX_NOT_FOUND_CACHE_S)
         return now < min(self.looked_up + PEER_CACHE_S, self.record.body.expires - PEER_CACHE_S)
 
     def is_of_use(self, now: float) -> bool:
-        return self.is_fresh(now) or (self.record is not None and now < self.record.body.expires)
+        if self.record is None:
+            return now < self.looked_up + 2 * MAX_NOT_FOUND_CACHE_S
+        return self.is_fresh(now) or now < self.record.body.expires
 
 
 class Directory:
@@ -160,13 +170,22 @@ class Directory:
     async def _find_peers(self, peers: set[PeerId]) -> None:
         now = self._now()
         self._peers = {peer: known for peer, known in self._peers.items() if known.is_of_use(now)}
-        wanted = sorted(peer for peer in peers if peer not in self._peers or not self._peers[peer].is_fresh(now))
+        wanted = self._to_look_up(peers, now)
         found = await self._source.get_many([addresses_of(peer) for peer in wanted])
         for peer, records in zip(wanted, found, strict=True):
             before = self._peers.get(peer)
             # An older copy counts as if none was found.
             known = newest([*records, *([before.record] if before and before.record else [])])
-            self._peers[peer] = _Peer(known[0] if known else None, now)
+            misses = 0 if known else (before.misses if before else 0) + 1
+            self._peers[peer] = _Peer(known[0] if known else None, now, misses)
+
+    def _to_look_up(self, peers: set[PeerId], now: float) -> list[PeerId]:
+        """Whose addresses to look up now: of all whom we do not know, and of some that were not found before."""
+        due = sorted(peer for peer in peers if peer not in self._peers or not self._peers[peer].is_fresh(now))
+        missed = [peer for peer in due if peer in self._peers and self._peers[peer].misses]
+        missed.sort(key=lambda peer: self._peers[peer].looked_up)
+        later = set(missed[RETRIES_AT_ONCE:])
+        return [peer for peer in due if peer not in later]
 
 
 def _offer(record: VerifiedRecord, peer: VerifiedRecord) -> Offer | None:

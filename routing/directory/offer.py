@@ -10,6 +10,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import SHARD_BLOCKS, ServerRecord, SignedRecord, shards_of
 from peerd.protocol.span import Span
+from peerd.routing.directory.standing import StandingOf, unknown, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Offer:
         return 1 / max(self.record.throughput, 1.0)
 
 
-def agreeing(offers: Sequence[Offer]) -> list[Offer]:
-    """The offers without those whose blocks differ from what most peers have in their place.
+def agreeing(offers: Sequence[Offer], standing: StandingOf = unknown) -> list[Offer]:
+    """The offers without those whose blocks differ from what the peers that weigh most have in their place.
 
     Two offers can be compared if they hold the same blocks of a shard. This catches a corrupted or differently
     converted checkpoint, not a lie. Offers without block digests are kept.
@@ -46,8 +47,10 @@ def agreeing(offers: Sequence[Offer]) -> list[Offer]:
     for offer in offers:
         for part, root in _rooted_parts(offer.record):
             votes.setdefault(part, {}).setdefault(root, set()).add(offer.peer_id)
-    # If two have equally many peers, the greater root: every client must decide alike, or replacements would not fit.
-    chosen = {part: max(roots, key=lambda root: (len(roots[root]), root)) for part, roots in votes.items()}
+    # If two weigh the same, the greater root: every client must decide alike, or replacements would not fit.
+    chosen = {
+        part: max(roots, key=lambda root: (weight_of(roots[root], standing), root)) for part, roots in votes.items()
+    }
     return [offer for offer in offers if all(chosen[part] == root for part, root in _rooted_parts(offer.record))]
 
 

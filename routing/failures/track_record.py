@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peerd.protocol.identity import PeerId
+from peerd.routing.directory.standing import Standing, unknown
 
 # The first failure of a healthy peer is mostly a restart; a peer that keeps failing is asked a few times an hour.
 FIRST_AVOIDANCE_S = 5.0
@@ -33,6 +34,9 @@ class _Link:
     avoided_until_s: float = 0.0
     why: str = ""
     rtt_s: float | None = None
+    # The public network in which we reached it, "" for none; None: never reached.
+    network: str | None = None
+    has_served: bool = False
 
 
 @dataclass(slots=True)
@@ -91,6 +95,7 @@ class Links:
     def succeeded(self, peer_id: PeerId) -> None:
         """Note a success: the peer is as good as one that never failed."""
         link = self._touch(peer_id)
+        link.has_served = True
         link.failures = 0
         link.avoided_until_s = 0.0
         link.why = ""
@@ -118,6 +123,19 @@ class Links:
         now = self._now()
         late = frozenset(peer_id for peer_id, link in self._links.items() if now < link.avoided_until_s)
         return late | self._doubts.keys()
+
+    def reached(self, peer_id: PeerId, network: str) -> None:
+        """Note that we dialled the peer and found it, in this public network ("" for none)."""
+        self._touch(peer_id).network = network
+
+    def standing(self, peer_id: PeerId) -> Standing:
+        """What the peer's word weighs."""
+        link = self._links.get(peer_id)
+        if link is None:
+            return unknown(peer_id)
+        is_reached = link.network is not None
+        absent = not is_reached and not link.has_served and self.is_avoided(peer_id)
+        return Standing(link.network or peer_id, link.has_served, is_reached, absent)
 
     # Proof.
 

@@ -127,9 +127,9 @@ class SwarmFinder:
         are.
         """
         try:
-            return choose_adapter(await self.offers(CACHE_S), name, blocks)
+            return choose_adapter(await self.offers(CACHE_S), name, blocks, self._links.standing)
         except NoChain:
-            return choose_adapter(await self.offers(FRESH_S), name, blocks)
+            return choose_adapter(await self.offers(FRESH_S), name, blocks, self._links.standing)
 
     async def _plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId], max_age_s: float) -> Chain:
         await self.offers(max_age_s)
@@ -138,7 +138,21 @@ class SwarmFinder:
     def plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId]) -> Chain:
         """A chain by the last lookup, our own measurements and the rules. Raises NoChain."""
         avoid = self.avoided() | frozenset(exclude)
-        return plan_chain(self.table, blocks, needs=self.needs(blocks, needs), random=self._random, avoid=avoid)
+        needs = self.needs(blocks, needs)
+        try:
+            return plan_chain(self.table, blocks, needs=needs, random=self._random, avoid=avoid)
+        except NoChain:
+            # Whoever outvoted the others may turn out not to be there.
+            if not self._has_reweighed():
+                raise
+            return plan_chain(self.table, blocks, needs=needs, random=self._random, avoid=avoid)
+
+    def _has_reweighed(self) -> bool:
+        """Whether others are usable, now that we know more of those who announce contradicting blocks."""
+        table = OfferTable(self._permitted, self._belief, self._links.standing)
+        is_other = table.offers != self.table.offers
+        self.table = table
+        return is_other
 
     def replacement(self, span: Span, needs: ChainNeeds, exclude: Collection[PeerId], between: Between) -> Chain:
         """The best replacement for a part of a chain. Raises NoChain."""
@@ -170,7 +184,7 @@ class SwarmFinder:
         if offers is not self._seen:
             self._seen, self._permitted = offers, self._rules.permitted(offers)
             self._belief = {o.peer_id: self._belief.get(o.peer_id) or self._doubt() for o in self._permitted}
-            self.table = OfferTable(self._permitted, self._belief)
+            self.table = OfferTable(self._permitted, self._belief, self._links.standing)
             self._look_for_the_lost()
         return self._permitted
 
