@@ -7,6 +7,7 @@ from the configuration alone, by building the model without its weights, so no w
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -61,7 +62,11 @@ class Budget:
     kv_per_token: a position in all of their KV caches.
     host_per_token: a session's position in the host's memory, whatever the device: activations in transit, and those
         kept for the case that the next hop dies.
-    working: a batch's activations.
+    working: a batch's activations, for a session of DEFAULT_KV_TOKENS positions, or of the model's context if that is
+        less.
+    working_per_position: what each further position of the longest session adds: scores, masks and gathered KV.
+    positions_per_token: the positions that a session can have for each KV token.
+    longest: the positions that a session can have at all; None for no limit.
     process: connections, buffers, and memory that the allocator cannot give back.
     """
 
@@ -71,6 +76,16 @@ class Budget:
     host_per_token: int
     working: int
     process: int = PROCESS_BYTES
+    working_per_position: int = 0
+    positions_per_token: int = 1
+    longest: int | None = None
+
+    def working_with(self, kv_tokens: int) -> int:
+        """The bytes of a batch's activations if one session may take all of `kv_tokens` positions of KV."""
+        positions = kv_tokens * self.positions_per_token
+        if self.longest is not None:
+            positions = min(positions, self.longest)
+        return self.working + self.working_per_position * max(0, positions - DEFAULT_KV_TOKENS)
 
     def fixed(self, *, on_host: bool) -> int:
         """The bytes taken before any session has KV: of the device's memory, and of the host's if that is the
@@ -83,7 +98,7 @@ class Budget:
     def total(self, kv_tokens: int, *, on_host: bool) -> int:
         """The most bytes of the device's memory that are ever taken, with KV for `kv_tokens` positions all in use."""
         each = self.kv_per_token + (self.host_per_token if on_host else 0)
-        serving = self.fixed(on_host=on_host) + kv_tokens * each
+        serving = self.fixed(on_host=on_host) - self.working + self.working_with(kv_tokens) + kv_tokens * each
         return max(serving, self.blocks + self.loading + (self.process if on_host else 0))
 
     def kv_tokens_in(self, room: int, *, on_host: bool) -> int:
@@ -93,7 +108,9 @@ class Budget:
         if self.total(0, on_host=on_host) > room:
             return -1
         each = self.kv_per_token + (self.host_per_token if on_host else 0)
-        return (room - self.fixed(on_host=on_host)) // each
+        most = (room - self.fixed(on_host=on_host)) // each
+        # A longer session needs larger batches, so the last of these may not fit.
+        return bisect_right(range(most + 1), room, key=lambda tokens: self.total(tokens, on_host=on_host)) - 1
 
 
 def block_costs(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> tuple[BlockCost, ...]:
@@ -138,6 +155,9 @@ def span_budget(
         kv_per_token=kv,
         host_per_token=_HOST_COPIES * checkpoint.hidden_size * dtype.itemsize * _positions_a_token(checkpoint, kinds),
         working=working_bytes(checkpoint, dtype, batch_tokens, quantize, on_host=on_host),
+        working_per_position=_bytes_per_position(checkpoint, dtype, batch_tokens),
+        positions_per_token=_positions_a_token(checkpoint, kinds),
+        longest=checkpoint.max_length,
     )
 
 
@@ -160,15 +180,22 @@ def working_bytes(
     inner = max(int(getattr(config, name, None) or 0) for name in _INNER_WIDTHS) or 4 * checkpoint.hidden_size
     copies = max(int(getattr(config, name, None) or 0) for name in _EXPERTS_A_TOKEN) or 1
     values = 8 * checkpoint.hidden_size + 4 * heads * width + 4 * copies * (inner + checkpoint.hidden_size)
-    context = default_kv_tokens(checkpoint)
-    # Norms, softmax and masks are in fp32, whatever the dtype.
-    scores = 3 * heads * batch_tokens * context * torch.float32.itemsize if _keeps_scores(config) else 0
-    mask = 2 * batch_tokens * context * torch.float32.itemsize
-    gathered = 2 * context * kv_bytes_per_token(checkpoint, dtype)
+    context = default_kv_tokens(checkpoint) * _bytes_per_position(checkpoint, dtype, batch_tokens)
     dequantized = (
         2 * (RUN_VALUES_CPU if on_host else RUN_VALUES_GPU) * torch.float32.itemsize if quantize != NONE else 0
     )
-    return batch_tokens * values * torch.float32.itemsize + scores + mask + gathered + dequantized
+    return batch_tokens * values * torch.float32.itemsize + context + dequantized
+
+
+def _bytes_per_position(checkpoint: Checkpoint, dtype: torch.dtype, batch_tokens: int) -> int:
+    """What each position of a session adds to a batch of that session: scores, masks, and its gathered keys and values.
+
+    Norms, softmax and masks are in fp32, whatever the dtype.
+    """
+    heads = int(checkpoint.config.num_attention_heads)
+    scores = 3 * heads * batch_tokens * torch.float32.itemsize if _keeps_scores(checkpoint.config) else 0
+    mask = 2 * batch_tokens * torch.float32.itemsize
+    return scores + mask + 2 * kv_bytes_per_token(checkpoint, dtype)
 
 
 def fits(

@@ -86,7 +86,8 @@ def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, r
     promised = engine.total_tokens * budget.host_per_token
     if on_host:
         passes = engine.passes.memory.total_bytes if engine.passes is not None else 0
-        promised += engine.total_tokens * budget.kv_per_token + budget.working + room.total_bytes + passes
+        working = budget.working_with(engine.total_tokens)
+        promised += engine.total_tokens * budget.kv_per_token + working + room.total_bytes + passes
     return promised
 
 

@@ -10,7 +10,15 @@ import torch
 
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.engine.capacity import Budget, block_bytes, block_costs, fits, kv_bytes_per_token, span_budget
+from peerd.compute.engine.capacity import (
+    DEFAULT_KV_TOKENS,
+    Budget,
+    block_bytes,
+    block_costs,
+    fits,
+    kv_bytes_per_token,
+    span_budget,
+)
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.kv.layout import lay_out
 from peerd.compute.kv.pool import KVPool
@@ -103,6 +111,44 @@ def test_kv_fills_what_is_left_and_no_more() -> None:
     # What reading takes is given back before there is any KV, but has to be there.
     assert budget.kv_tokens_in(1849, on_host=True) < 0
     assert budget.kv_tokens_in(1800, on_host=False) == (1800 - 1260) // 10
+
+
+@pytest.mark.parametrize("longest", [None, 9000, 20_000])
+def test_a_session_that_may_become_longer_than_usual_leaves_room_for_its_batches(longest: int | None) -> None:
+    budget = Budget(
+        blocks=1000,
+        loading=800,
+        kv_per_token=10,
+        host_per_token=3,
+        working=100,
+        process=50,
+        working_per_position=7,
+        positions_per_token=2,
+        longest=longest,
+    )
+    assert budget.working_with(DEFAULT_KV_TOKENS // 2) == 100
+    assert budget.working_with(DEFAULT_KV_TOKENS // 2 + 1) == 100 + 2 * 7
+    if longest is not None:
+        assert budget.working_with(10**6) == 100 + (longest - DEFAULT_KV_TOKENS) * 7
+    for room in (2000, 60_000, 70_000, 100_000, 200_000, 300_001):
+        tokens = budget.kv_tokens_in(room, on_host=True)
+        assert budget.total(tokens, on_host=True) <= room < budget.total(tokens + 1, on_host=True)
+
+
+def test_scores_of_a_long_context_count_where_attention_keeps_them(tiny_checkpoint: TinyCheckpoint) -> None:
+    def added(name: str) -> int:
+        with open_checkpoint(tiny_checkpoint(name)) as checkpoint:
+            checkpoint.config.max_position_embeddings = 100_000
+            budget = span_budget(checkpoint, Span(0, 2), torch.float32, batch_tokens=16)
+            assert budget.longest == checkpoint.max_length
+            heads = checkpoint.config.num_attention_heads
+            kv = 2 * kv_bytes_per_token(checkpoint, torch.float32)
+            mask = 2 * 16 * 4
+            return (budget.working_per_position - kv - mask) // heads
+
+    # In fp32, with a copy for softmax and one for its result, for each of a batch's positions.
+    assert added("gpt_oss") == 3 * 16 * 4
+    assert added("llama") == 0
 
 
 def test_what_a_hop_keeps_of_long_rows_counts_where_windows_make_kv_short(tiny_checkpoint: TinyCheckpoint) -> None:
