@@ -212,7 +212,7 @@ class Overload:
                 announcer = self._announcer(serving, server, served, connections)
                 server.on_load_changed = announcer.changed
                 tasks.start_soon(announcer.run)
-                await announcer.announced()
+                await announcer.wait_announced()
                 task_status.started()
                 await trio.sleep_forever()
 

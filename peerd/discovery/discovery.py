@@ -61,8 +61,8 @@ CANCELLED_LEAVE_S = 0.5
 class Discovery:
     """A peer's view of the swarm, made by `open_discovery`.
 
-    `dht`, `directory`, `links` and `clock` may be used by every caller. It announces the spans that were given to
-    `serve`, with the addresses at which others can reach us.
+    `dht`, `directory`, `links` and `clock` may be used by every caller. It announces what `announce_from`
+    was given, with the addresses at which others can reach us.
     """
 
     def __init__(
@@ -111,13 +111,13 @@ class Discovery:
             self._moved.set()
         if tuple(addresses) != self._addresses:
             self._addresses = tuple(addresses)
-            self.changed()
+            self.announce_soon()
 
     def relayed_by(self, relays: Sequence[Multiaddr]) -> None:
         """Set the relays through which others reach us from now on: their addresses, each with the relay's PeerId."""
         if self._relays != tuple(relays):
             self._relays = tuple(relays)
-            self.changed()
+            self.announce_soon()
 
     def contacts(self) -> list[Contact]:
         """The peers that we know, bootstrap peers first, each with those of its addresses that we may dial."""
@@ -130,24 +130,20 @@ class Discovery:
         """
         return self._connections.strangers_policy.of(addresses)
 
-    def describe(self, models: Callable[[], Sequence[ModelRecord]]) -> None:
-        """Announce also what `models` returns; it is called at each announcement."""
-        self._models = models
+    def announce_from(
+        self, spans: Callable[[], Sequence[ServerRecord]], models: Callable[[], Sequence[ModelRecord]] = tuple
+    ) -> None:
+        """Announce what these return; they are called at each announcement. `seq` and `expires` are filled in."""
+        self._spans, self._models = spans, models
+        self.announce_soon()
 
-    def serve(self, spans: Callable[[], Sequence[ServerRecord]]) -> None:
-        """Announce the spans that `spans` returns; it is called at each announcement. `seq` and `expires` are filled
-        in.
-        """
-        self._spans = spans
-        self.changed()
-
-    def changed(self) -> None:
+    def announce_soon(self) -> None:
         """Announce soon, because what we serve has changed."""
-        self._announcer.changed()
+        self._announcer.announce_soon()
 
-    async def announced(self) -> None:
+    async def wait_announced(self) -> None:
         """Wait until what we serve now has been announced: a peer that looks for it from then on finds it."""
-        await self._announcer.announced()
+        await self._announcer.wait_announced()
 
     async def answer(self, stream: Stream) -> None:
         """Handle a stream of the DHT's protocol."""
@@ -247,7 +243,7 @@ class Discovery:
                 nursery.start_soon(self._ask_after_sleep, connection)
         self.links.forgive()
         await self.dht.introduce()
-        self.changed()
+        self.announce_soon()
 
     async def _ask_after_sleep(self, connection: PeerConnection) -> None:
         if not await connection.answers(AWAKE_S):
@@ -272,7 +268,7 @@ class Discovery:
             retry_s = min(2 * retry_s, MAX_RETRY_S)
         tried.set()
         # So far our announcement was stored only by ourselves.
-        self.changed()
+        self.announce_soon()
 
     async def _introduce(self) -> None:
         """Tell our neighbours in the DHT each time the addresses at which others can dial us have changed."""
@@ -288,7 +284,7 @@ class Discovery:
             await trio.sleep(REUNITE_S * self._random.uniform(0.5, 1.5))
             if await self.dht.reunite():
                 # What we serve was announced to one part alone.
-                self.changed()
+                self.announce_soon()
 
     async def _refresh(self) -> None:
         while True:

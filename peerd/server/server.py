@@ -89,8 +89,6 @@ class Server:
     def __init__(self, now: Callable[[], float], containment: Containment | None = None) -> None:
         self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
-        #: Called when a span has become full, or is no longer full.
-        self.on_load_changed: Callable[[], None] = lambda: None
         self._stopped = False
         self._now = now
         self._containment = containment or Containment()
@@ -135,7 +133,6 @@ class Server:
 
     def serve(self, served: ServedSpan) -> None:
         """Accept sessions on one more span from now on."""
-        served.task.admission.on_change = lambda: self.on_load_changed()
         served.task.admission.on_wanted = self._look_for_unused
         running = self._running[served.task] = _Running(served.task, self._containment)
         self._nursery.start_soon(running.run)

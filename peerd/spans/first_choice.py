@@ -42,9 +42,9 @@ class Announcing(Protocol):
     @property
     def directory(self) -> HoldingSource: ...
 
-    def changed(self) -> None: ...
+    def announce_soon(self) -> None: ...
 
-    async def announced(self) -> None: ...
+    async def wait_announced(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ async def choose_first(choice: Choice, place: Place, discovery: Announcing, peer
 
 async def announce(discovery: Announcing) -> None:
     """Announce a change, and wait until it is stored where others look, or for ANNOUNCE_S."""
-    discovery.changed()
+    discovery.announce_soon()
     with trio.move_on_after(ANNOUNCE_S):
-        await discovery.announced()
+        await discovery.wait_announced()
 
 
 async def _see(choice: Choice, discovery: Announcing, random: Random) -> list[Holding]:

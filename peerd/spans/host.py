@@ -19,21 +19,20 @@ import trio
 
 from peerd.checkpoints import Checkpoints, fetch_span
 from peerd.discovery.discovery import Discovery
-from peerd.discovery.prober import Prober
 from peerd.net.connections import Connections
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import name_of
 from peerd.protocol.span import Span
 from peerd.routing.chains.rules import ChainRules
-from peerd.spans.catalogue import ModelNames, words_for
-from peerd.spans.neighbours import Neighbours
+from peerd.spans.announcements import Announcements
+from peerd.spans.catalogue import words_for
 from peerd.spans.slots import Place, Places
 from peerd.trio_tools import import_in_thread
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
-    from peerd.protocol.records.envelope import ModelRecord, ServerRecord
+    from peerd.protocol.records.envelope import ModelRecord
     from peerd.server.served_spans import ServedSpan
     from peerd.server.server import Server
     from peerd.spans.loading import SpanLoader
@@ -66,13 +65,12 @@ class SpanHost:
         self._server = server
         self._checkpoints = checkpoints
         self._tasks = tasks
-        self._rules = rules or ChainRules()
-        self._places = Places(server)
-        self._neighbours: Neighbours | None = None
-        self._names: ModelNames | None = None
+        self._places = Places(server, discovery.announce_soon)
+        self._announcements = Announcements(peer_id, connections, discovery, self._places, rules or ChainRules())
+        # Whether discovery asks for the announcements, and whether tasks keep them true.
+        self._is_announcing = self._is_measuring = False
         # What loads spans while we serve.
         self._movers: list[Rebalancer | Reloader] = []
-        server.on_load_changed = discovery.changed
 
     def __repr__(self) -> str:
         return f"<SpanHost {' '.join(str(served.span) for served in self._server.spans)}>"
@@ -82,7 +80,7 @@ class SpanHost:
         for mover in self._movers:
             mover.stop()
         self._server.draining = True
-        self._discovery.changed()
+        self._discovery.announce_soon()
         await self._server.drain(timeout_s)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
@@ -95,8 +93,9 @@ class SpanHost:
         await import_in_thread("peerd.spans.loading")
         from peerd.spans.loading import SpanLoader, load_served
 
-        if self._neighbours is None:
-            self._discovery.serve(self._places.records)
+        if not self._is_announcing:
+            self._is_announcing = True
+            self._discovery.announce_from(self._announcements.spans, self._announcements.models)
         spec = replace(spec, hub=self._checkpoints.settings)
         if spec.among:
             spec = await self._choose_model(spec)
@@ -120,14 +119,13 @@ class SpanHost:
                 swap = self._start_reloading(place, place.loader)
                 if moves and len(span) < block_count:
                     self._start_moving(place, place.loader, swap, block_count, spec.look_every_s)
-            self._watch_neighbours(digest, block_count)
-            self._name(words)
+            self._announce_model(words)
         finally:
             for place in reserved:
                 self._places.release(place)
-            self._discovery.changed()
+            self._discovery.announce_soon()
         with trio.move_on_after(ANNOUNCE_WAIT_S):
-            await self._discovery.announced()
+            await self._discovery.wait_announced()
         return tuple(served for served, _ in ready)
 
     def _promised_bytes(self) -> int:
@@ -140,33 +138,12 @@ class SpanHost:
 
         return await ModelChoice(spec, self._discovery, self._checkpoints).choose()
 
-    def _name(self, words: ModelRecord) -> None:
-        """Announce the name of a model that we serve."""
-        if self._names is None:
-            random = Random(os.urandom(16))
-            self._names = ModelNames(self._discovery.dht, self._peer_id, self._discovery.changed, random)
-            self._discovery.describe(self._names.records)
-            self._keep("naming models", self._names.run)
-        self._names.add(words)
-
-    def _watch_neighbours(self, model: bytes, block_count: int) -> None:
-        """Announce what we serve, with the distance to the peers that may be the next hop."""
-        places = self._places
-        if self._neighbours is None:
-            discovery, random = self._discovery, Random(os.urandom(16))
-            prober = Prober(self._connections, discovery.links, discovery.may_dial)
-            self._neighbours = Neighbours(
-                self._peer_id, discovery.directory, discovery.links, prober, random, self._rules, places.records
-            )
-            self._keep("measuring the ways to next servers", self._neighbours.run)
-        neighbours = self._neighbours
-        neighbours.serves(model, block_count)
-
-        def records() -> list[ServerRecord]:
-            uplink = self._connections.uplink
-            return [replace(record, uplink=record.uplink or uplink) for record in neighbours.filled(places.records())]
-
-        self._discovery.serve(records)
+    def _announce_model(self, words: ModelRecord) -> None:
+        self._announcements.add_model(words)
+        if not self._is_measuring:
+            self._is_measuring = True
+            self._keep("naming models", self._announcements.keep_names)
+            self._keep("measuring the ways to next servers", self._announcements.measure)
 
     def _start_reloading(self, place: Place, loader: SpanLoader) -> SpanSwap:
         from peerd.spans.swap import Reloader, SpanSwap
@@ -215,7 +192,7 @@ class SpanHost:
             raise
         if place.loader is not None:
             place.loader.with_adapter(name, path)
-        self._discovery.changed()
+        self._discovery.announce_soon()
         return adapter.id
 
     def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
@@ -224,7 +201,7 @@ class SpanHost:
         served.task.withdraw_adapter(adapter)
         if place.loader is not None:
             place.loader.without_adapter(name_of(adapter))
-        self._discovery.changed()
+        self._discovery.announce_soon()
 
     async def _choose(
         self, spec: ServeSpec, checkpoint: Checkpoint, reserved: list[Place]
@@ -262,5 +239,5 @@ class SpanHost:
         reserved += [self._places.reserve(expected) for _ in shares[1:]]
         for place, (_, share) in zip(reserved, shares, strict=True):
             place.decide(share)
-        self._discovery.changed()
+        self._discovery.announce_soon()
         return shares

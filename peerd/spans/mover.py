@@ -174,7 +174,7 @@ class Rebalancer:
 
     def _say(self, goal: Span | None) -> None:
         self._place.intended = goal
-        self._discovery.changed()
+        self._discovery.announce_soon()
 
     async def _give_up(self, goal: Span) -> bool:
         """Stop serving the old span: first its sessions, then its blocks.
@@ -204,7 +204,7 @@ class Rebalancer:
         finally:
             if not gone:
                 self._server.resume(served)
-                self._discovery.changed()
+                self._discovery.announce_soon()
         return gone
 
     async def _settle(self, goal: Span) -> bool:

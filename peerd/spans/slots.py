@@ -8,7 +8,7 @@ goal may still change, and in the slot itself afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,16 +31,17 @@ _TIMES_BYTES = 16
 class Place:
     """One slot. `served` and `loaded` are None while it is empty; `intended` is the span that is coming, if any."""
 
-    def __init__(self, slot: int, expected: ServerRecord, loader: SpanLoader | None = None) -> None:
+    def __init__(self, slot: int, expected: ServerRecord, changed: Callable[[], None]) -> None:
         self.slot = slot
         self.served: ServedSpan | None = None
         self.loaded: LoadedSpan | None = None
         #: Loads other spans into this place; None if the operator named the span.
-        self.loader = loader
+        self.loader: SpanLoader | None = None
         self.intended: Span | None = None
         # Whether the intended span is final. Before that it is announced in the spare slot.
         self._decided = False
         self._last = expected
+        self._changed = changed
         self._broke = trio.Event()
 
     def decide(self, span: Span) -> None:
@@ -110,6 +111,7 @@ class Place:
         """Put a loaded span here. Raises InvalidRequest, and changes nothing, if its announcement would be too long."""
         check_record(self._record(served, loaded, "online"))
         self.served, self.loaded, self.intended, self._decided = served, loaded, None, False
+        served.task.admission.on_change = self._changed
         served.task.on_broken = self._note_broken
 
     @property
@@ -132,10 +134,11 @@ class Place:
 
 
 class Places:
-    """All slots of one peer."""
+    """All slots of one peer. `changed` is called when a span has become full, or is no longer full."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, changed: Callable[[], None]) -> None:
         self._server = server
+        self._changed = changed
         self._places: dict[int, Place] = {}
 
     def __iter__(self) -> Iterator[Place]:
@@ -153,7 +156,7 @@ class Places:
         slot = next((slot for slot in range(MAX_SLOTS) if slot not in self._places), None)
         if slot is None:
             raise InvalidRequest(f"a peer announces at most {MAX_SLOTS} spans")
-        self._places[slot] = Place(slot, expected)
+        self._places[slot] = Place(slot, expected, self._changed)
         return self._places[slot]
 
     def release(self, place: Place) -> None:

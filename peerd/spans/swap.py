@@ -91,14 +91,14 @@ class SpanSwap:
 
     def _say(self, goal: Span | None) -> None:
         self._place.intended = goal
-        self._discovery.changed()
+        self._discovery.announce_soon()
 
     async def vacate(self) -> None:
         """Free the old engine. Only handlers that send their last messages may still use it."""
         assert self._place.served is not None
         engine = weakref.ref(self._place.served.task.engine)
         self._place.vacate()
-        self._discovery.changed()
+        self._discovery.announce_soon()
         for _ in range(LET_GO_LOOKS):
             if not _alive(engine):
                 break
@@ -123,7 +123,7 @@ class SpanSwap:
             failure = f"{type(error).__name__}: {error}"
         else:
             self._server.serve(served)
-            self._discovery.changed()
+            self._discovery.announce_soon()
             return None
         await self._loader.free()
         return failure

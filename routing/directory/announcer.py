@@ -86,11 +86,11 @@ class Announcer:
         # Every other announced body, and when it is due again.
         self._others: dict[Announcement, float] = {}
 
-    def changed(self) -> None:
+    def announce_soon(self) -> None:
         """Announce soon: the result of `current` has changed."""
         self._changed.set()
 
-    async def announced(self) -> None:
+    async def wait_announced(self) -> None:
         """Wait until the present result of `current` was announced, or the attempt failed."""
         await self._announced.wait()
 

@@ -57,8 +57,8 @@ async def fake_rest(path: Path, bootstrap: peerd.Multiaddr) -> AsyncIterator[pee
         assert first_place.loaded is not None
         place = peer._spans._places.reserve(first_place.record("joining"))
         peer._spans._places.add(place, served, replace(first_place.loaded, engine=engine, roots=()))
-        peer.discovery.changed()
-        await peer.discovery.announced()
+        peer.discovery.announce_soon()
+        await peer.discovery.wait_announced()
         yield peer
 
 

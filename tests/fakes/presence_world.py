@@ -178,10 +178,10 @@ class World:
                 connections, discovery = await stack.enter_async_context(peer)
                 server.attach(connections)
                 if span is not None:
-                    places = Places(server)
+                    places = Places(server, discovery.announce_soon)
                     places.add(places.reserve(EXPECTED), *_fake_span(span))
-                    discovery.serve(places.records)
-                    await discovery.announced()
+                    discovery.announce_from(places.records)
+                    await discovery.wait_announced()
                 task_status.started(Serving(number, server, connections, discovery, scope, ended))
                 await trio.sleep_forever()
         ended.set()

@@ -156,7 +156,7 @@ async def test_a_client_finds_the_servers_and_their_addresses(swarm: Swarm) -> N
             _, discovery = await stack.enter_async_context(swarm.open(number))
             if number > 1:
                 spans = [body(span=Span(4 * number, 4 * number + 8))]
-                discovery.serve(lambda spans=spans: spans)
+                discovery.announce_from(lambda spans=spans: spans)
         _, client = await stack.enter_async_context(swarm.open(9, client=True))
         await trio.sleep(3)
         offers = await client.directory.servers(MODEL, 40)
@@ -172,7 +172,7 @@ async def test_a_client_finds_the_servers_and_their_addresses(swarm: Swarm) -> N
 async def test_a_peer_that_leaves_is_gone_at_once(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2) as (_, reader):
         async with swarm.open(3) as (_, server):
-            server.serve(lambda: [body()])
+            server.announce_from(lambda: [body()])
             await trio.sleep(3)
             assert len(await reader.directory.servers(MODEL, 4)) == 1
             started = trio.current_time()
@@ -188,7 +188,7 @@ async def test_a_peer_that_ends_with_an_error_still_says_goodbye(swarm: Swarm) -
 
         async def fail() -> None:
             async with swarm.open(3) as (_, server):
-                server.serve(lambda: [body()])
+                server.announce_from(lambda: [body()])
                 await trio.sleep(3)
                 raise ZeroDivisionError
 
@@ -201,7 +201,7 @@ async def test_a_peer_whose_connections_were_cancelled_with_it_ends_soon(swarm: 
     async with swarm.open(1), swarm.open(2):
         with trio.move_on_after(10) as scope:
             async with swarm.open(3) as (_, server):
-                server.serve(lambda: [body()])
+                server.announce_from(lambda: [body()])
                 await trio.sleep_forever()
         assert scope.cancelled_caught
         assert trio.current_time() < 10 + LEAVE_S + 1
@@ -210,10 +210,10 @@ async def test_a_peer_whose_connections_were_cancelled_with_it_ends_soon(swarm: 
 async def test_what_changes_is_announced_soon(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2) as (_, reader), swarm.open(3) as (_, server):
         free = 100
-        server.serve(lambda: [body(free_tokens=free)])
+        server.announce_from(lambda: [body(free_tokens=free)])
         await trio.sleep(3)
         free = 7
-        server.changed()
+        server.announce_soon()
         await trio.sleep(3)
         (offer,) = await reader.directory.servers(MODEL, 4)
         assert offer.record.free_tokens == 7
@@ -224,7 +224,7 @@ async def test_the_swarm_is_joined_as_soon_as_its_bootstrap_peer_wakes(swarm: Sw
     started = trio.current_time()
     async with swarm.open(2, bootstrap=(sleeping,)) as (_, early):
         assert trio.current_time() - started <= JOIN_WAIT_S
-        early.serve(lambda: [body()])
+        early.announce_from(lambda: [body()])
         assert early.dht.contacts == []
         await trio.sleep(100)
         async with swarm.open(1, bootstrap=()) as (_, bootstrap):
@@ -252,10 +252,10 @@ async def test_the_peers_known_before_are_asked_after_a_restart(swarm: Swarm, tm
 async def test_no_seq_is_used_twice_over_a_restart_with_a_clock_set_back(swarm: Swarm, tmp_path: Path) -> None:
     async with swarm.open(1), swarm.open(2) as (_, reader):
         async with swarm.open(3, state_dir=tmp_path) as (_, server):
-            server.serve(lambda: [body()])
+            server.announce_from(lambda: [body()])
             await trio.sleep(3)
         async with swarm.open(3, state_dir=tmp_path, ahead_s=-20) as (_, server):
-            server.serve(lambda: [body()])
+            server.announce_from(lambda: [body()])
             await trio.sleep(3)
             assert len(await reader.directory.servers(MODEL, 4)) == 1
 
@@ -278,7 +278,7 @@ async def test_a_full_disk_costs_no_announcement(swarm: Swarm, tmp_path: Path) -
         swarm.open(2) as (_, reader),
         swarm.open(3, state_dir=tmp_path, write=fail) as (_, server),
     ):
-        server.serve(lambda: [body()])
+        server.announce_from(lambda: [body()])
         await trio.sleep(2 * REFRESH_S)
         assert len(await reader.directory.servers(MODEL, 4)) == 1
 
@@ -299,7 +299,7 @@ async def test_a_task_that_fails_starts_again_and_the_others_go_on(swarm: Swarm)
         swarm.open(2) as (_, reader),
         swarm.open(3, containment=containment) as (_, server),
     ):
-        server.serve(spans)
+        server.announce_from(spans)
         await trio.sleep(1 + 2 + 1)
         assert len(await reader.directory.servers(MODEL, 4)) == 1
         assert containment.counts == {"announcing: ZeroDivisionError": 2}
@@ -314,7 +314,7 @@ async def test_a_disk_that_hangs_costs_no_announcement(swarm: Swarm, tmp_path: P
         swarm.open(2) as (_, reader),
         swarm.open(3, state_dir=tmp_path, write=hang) as (_, server),
     ):
-        server.serve(lambda: [body()])
+        server.announce_from(lambda: [body()])
         await trio.sleep(2 * REFRESH_S)
         assert len(await reader.directory.servers(MODEL, 4)) == 1
 
@@ -326,7 +326,7 @@ async def test_the_clock_follows_the_swarms(swarm: Swarm) -> None:
         _, late = await stack.enter_async_context(swarm.open(5, ahead_s=-100))
         await trio.sleep(1)
         assert abs(late.clock() - (EPOCH + trio.current_time())) < 0.1
-        late.serve(lambda: [body()])
+        late.announce_from(lambda: [body()])
         _, reader = await stack.enter_async_context(swarm.open(6))
         await trio.sleep(5)
         assert len(await reader.directory.servers(MODEL, 4)) == 1
@@ -350,8 +350,8 @@ async def test_delays_to_possible_next_hops_go_out_with_the_next_announcement_an
         own, prober = identity(2).peer_id, Prober(connections, server.links, server.may_dial)
         neighbours = Neighbours(own, server.directory, server.links, prober, Random(1), ChainRules(), lambda: [body()])
         neighbours.serves(MODEL, 8)
-        server.serve(lambda: neighbours.filled([body()]))
-        follower.serve(lambda: [body(span=Span(4, 8))])
+        server.announce_from(lambda: neighbours.filled([body()]))
+        follower.announce_from(lambda: [body(span=Span(4, 8))])
         nursery.start_soon(neighbours.run)
         records: dict[int, ServerRecord] = {}
 
@@ -373,7 +373,7 @@ async def test_delays_to_possible_next_hops_go_out_with_the_next_announcement_an
 
 async def test_a_peer_that_is_cut_off_is_forgotten_and_found_again(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2) as (_, two), swarm.open(3) as (_, three):
-        three.serve(lambda: [body()])
+        three.announce_from(lambda: [body()])
         await trio.sleep(3)
         for other in ("10.0.0.1", "10.0.0.2"):
             swarm.network.partition("10.0.0.3", other)
@@ -447,7 +447,7 @@ async def test_a_server_with_a_wrong_clock_is_named_to_whoever_finds_nobody(
     swarm: Swarm, ahead_s: float, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with swarm.open(1, ahead_s=ahead_s) as (_, server), swarm.open(2, client=True) as (_, client):
-        server.serve(lambda: [body()])
+        server.announce_from(lambda: [body()])
         await trio.sleep(20)
         finder = SwarmFinder(client.directory, client.links, MODEL, 4, Random(1))
         with pytest.raises(NoChain, match=f"{identity(1).peer_id}'s records are {said}: check its clock"):

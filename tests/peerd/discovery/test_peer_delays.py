@@ -50,7 +50,7 @@ async def test_a_client_and_servers_measure_each_other_unasked(
         with trio.fail_after(30):
             while True:
                 # Announcements are 20 s apart, unless something changes.
-                first.discovery.changed()
+                first.discovery.announce_soon()
                 await trio.sleep(0.5)
                 offers = await client.discovery.directory.servers(model.facts.digest, 8, max_age_s=0.0)
                 records = {offer.peer_id: offer.record for offer in offers}

@@ -286,7 +286,7 @@ async def test_a_private_peers_record_names_no_address_that_is_no_use() -> None:
     async with world() as net:
         internet = await net.internet(3)
         peer = await net.at_home()
-        peer.discovery.serve(lambda: [_server_record()])
+        peer.discovery.announce_from(lambda: [_server_record()])
         await until(reach(peer, Reach.PRIVATE), within_s=15)
         await trio.sleep(10)
         record = await internet[1].discovery.directory.peer_record(peer.peer_id)
@@ -383,7 +383,7 @@ async def test_another_address_makes_all_that_was_proven_void_until_it_is_proven
         await net.internet(3)
         net.network.forward(ROUTER, PORT, HOME)
         peer = await net.at_home()
-        peer.discovery.serve(lambda: [_server_record()])
+        peer.discovery.announce_from(lambda: [_server_record()])
         await until(reach(peer, Reach.PUBLIC), within_s=15)
         # The provider gives the router another address; nothing is forwarded there.
         net.network.put_behind_nat(HOME, "7.7.7.7")
@@ -399,7 +399,7 @@ async def test_what_was_proven_elsewhere_is_not_announced_while_nobody_can_tell(
         internet = await net.internet(3)
         net.network.forward(ROUTER, PORT, HOME)
         peer = await net.at_home()
-        peer.discovery.serve(lambda: [_server_record()])
+        peer.discovery.announce_from(lambda: [_server_record()])
         await until(reach(peer, Reach.PUBLIC), within_s=15)
         for other in internet:
             del other.connections.handlers[DIALBACK_PROTOCOL]
@@ -474,7 +474,7 @@ async def test_a_peer_that_was_cut_off_looks_again_when_it_is_back() -> None:
     async with world() as net:
         await net.internet(3)
         peer = await net.at_home()
-        peer.discovery.serve(lambda: [_server_record()])
+        peer.discovery.announce_from(lambda: [_server_record()])
         await until(reach(peer, Reach.PRIVATE), within_s=15)
         await trio.sleep(PAUSE_S)
         net.network.forward(ROUTER, PORT, HOME)

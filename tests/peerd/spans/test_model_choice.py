@@ -150,7 +150,7 @@ async def test_of_the_hub_only_what_a_pattern_allows_and_is_what_was_announced_i
             liar._spans._names.add(
                 replace(words, hub_id="good-org/small", revision=hub.repos["good-org/small"].refs["main"])
             )
-            await liar.discovery.announced()
+            await liar.discovery.wait_announced()
             hub.requests.clear()
             async with swarm.peer(replace(SPEC, among=("good-org/*",), blocks=2), hub=ours) as server:
                 (served,) = server.served
@@ -160,7 +160,7 @@ async def test_of_the_hub_only_what_a_pattern_allows_and_is_what_was_announced_i
             hub.requests.clear()
             # What no pattern allows is not even looked at.
             liar._spans._names.add(words)
-            await liar.discovery.announced()
+            await liar.discovery.wait_announced()
             with trio.move_on_after(3):
                 async with swarm.peer(replace(SPEC, among=("other-org/*",), blocks=2), hub=ours):
                     raise AssertionError("it served something")

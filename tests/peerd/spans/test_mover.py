@@ -196,11 +196,12 @@ class Swarm:
                 ):
                     self.bootstrap = self.bootstrap or (address.with_peer(identity.peer_id),)
                     server.attach(connections)
-                    peer = Peer(identity, server, Places(server), discovery, loader, scope, moving)
+                    places = Places(server, discovery.announce_soon)
+                    peer = Peer(identity, server, places, discovery, loader, scope, moving)
                     if span is not None:
                         peer.places.add(peer.places.reserve(EXPECTED), *fake_span(Span.parse(span)))
-                        discovery.serve(peer.places.records)
-                        await discovery.announced()
+                        discovery.announce_from(peer.places.records)
+                        await discovery.wait_announced()
                     if moves:
                         peer.start_moving(number)
                     task_status.started(peer)

@@ -109,7 +109,7 @@ async def test_new_addresses_are_said_at_once(
         nursery.start_soon(setup.announcer.run)
         await trio.sleep(5)
         setup.bodies[1] = peer_body(addresses=("/ip4/10.0.0.9/tcp/1/ws",))
-        setup.announcer.changed()
+        setup.announcer.announce_soon()
         await trio.sleep(0.1)
         nursery.cancel_scope.cancel()
     assert setup.sink.records[-1].body.addresses == ("/ip4/10.0.0.9/tcp/1/ws",)
@@ -123,11 +123,11 @@ async def test_what_is_announced_is_asked_for_each_time_and_soon_after_a_change(
         nursery.start_soon(setup.announcer.run)
         await trio.sleep(5)
         setup.bodies = [server_body(free_tokens=3)]
-        setup.announcer.changed()
+        setup.announcer.announce_soon()
         await trio.sleep(0.1)
         assert [record.body.free_tokens for record in setup.sink.records] == [10, 3]
         for _ in range(100):
-            setup.announcer.changed()
+            setup.announcer.announce_soon()
             await trio.sleep(0.1)
         nursery.cancel_scope.cancel()
     # However often something changes.
@@ -144,12 +144,12 @@ async def test_the_first_span_is_announced_at_once_and_waiters_learn_it(
         await trio.sleep(0.5)
         assert not setup.sink.puts
         setup.bodies = [server_body()]
-        setup.announcer.changed()
-        await setup.announcer.announced()
+        setup.announcer.announce_soon()
+        await setup.announcer.wait_announced()
         assert [at for at, _ in setup.sink.puts] == [0.5]
         setup.bodies = [server_body(free_tokens=1)]
-        setup.announcer.changed()
-        await setup.announcer.announced()
+        setup.announcer.announce_soon()
+        await setup.announcer.wait_announced()
         assert [at for at, _ in setup.sink.puts] == [0.5, 0.5 + MIN_PERIOD_S]
         nursery.cancel_scope.cancel()
 
