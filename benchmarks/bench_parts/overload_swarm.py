@@ -210,14 +210,12 @@ class Overload:
             ) as connections:
                 server.attach(connections)
                 announcer = self._announcer(serving, server, served, connections)
-                server.on_load_changed = announcer.changed
                 tasks.start_soon(announcer.run)
                 await announcer.wait_announced()
                 task_status.started()
                 await trio.sleep_forever()
 
     def _announcer(self, serving: Serving, server: Server, served: ServedSpan, connections: Connections) -> Announcer:
-        places = Places(server)
         engine = cast(Any, served.task.engine)
         loaded = LoadedSpan(engine, "float32", "none", ("exact",), 1000.0, (), served.adapter_room, cast(Any, None))
         expected = ServerRecord(
@@ -233,7 +231,6 @@ class Overload:
             free_tokens=0,
             max_length=self._tokens,
         )
-        places.add(places.reserve(expected), served, loaded)
 
         def bodies() -> list[Announcement]:
             records = places.records()
@@ -241,7 +238,10 @@ class Overload:
             addresses = tuple(str(address) for address in connections.listen_addresses)
             return [*records, PeerRecord(seq=0, expires=0.0, addresses=addresses)]
 
-        return Announcer(serving.identity, self.board, _Seq(), bodies, unix_now)
+        announcer = Announcer(serving.identity, self.board, _Seq(), bodies, unix_now)
+        places = Places(server, announcer.announce_soon)
+        places.add(places.reserve(expected), served, loaded)
+        return announcer
 
     def _noting(self, serving: Serving, handle: Callable[[Stream], Any]) -> Callable[[Stream], Any]:
         async def noting(stream: Stream) -> None:
