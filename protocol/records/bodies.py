@@ -39,6 +39,8 @@ from peerd.protocol.identity import (
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 DIGEST_BYTES = 32
+# A key that is full is split in 16, and a part in 16 again, up to so often: room for a million records.
+MAX_SPLITS = 3
 # A DHT key covers this many blocks, and so does one root of block digests.
 SHARD_BLOCKS = 16
 # The most shards that one record announces; a longer span takes several slots. 16 roots fill half of a record's 1 KiB.
@@ -272,9 +274,9 @@ def block_roots(span: Span, digests: Sequence[bytes]) -> tuple[bytes, ...]:
     return tuple(roots)
 
 
-def server_key(model: bytes, shard: int, nibble: int | None = None) -> bytes:
-    """The DHT key of a shard's servers; with `nibble`, of a sixteenth of them (used when the whole key is full)."""
-    return _dht_key(b"/peerd/servers/1", model + shard.to_bytes(2, "big") + _part(nibble))
+def server_key(model: bytes, shard: int, *nibbles: int) -> bytes:
+    """The DHT key of a shard's servers; with `nibbles`, of those whose node ids begin so (used when a key is full)."""
+    return _dht_key(b"/peerd/servers/1", model + shard.to_bytes(2, "big") + bytes(nibbles))
 
 
 def peer_key(peer_id: PeerId) -> bytes:
@@ -282,14 +284,14 @@ def peer_key(peer_id: PeerId) -> bytes:
     return _dht_key(b"/peerd/peers/1", encode_public_key(public_key_of(peer_id)))
 
 
-def model_key(model: bytes, nibble: int | None = None) -> bytes:
-    """The DHT key of the names of one model; with `nibble`, of the names from a sixteenth of the announcers."""
-    return _dht_key(b"/peerd/models/1", model + _part(nibble))
+def model_key(model: bytes, *nibbles: int) -> bytes:
+    """The DHT key of the names of one model; with `nibbles`, of the names from announcers whose node ids begin so."""
+    return _dht_key(b"/peerd/models/1", model + bytes(nibbles))
 
 
-def catalogue_key(nibble: int | None = None) -> bytes:
-    """The DHT key of the names of all models; with `nibble`, of the names from a sixteenth of the announcers."""
-    return _dht_key(b"/peerd/catalogue/1", _part(nibble))
+def catalogue_key(*nibbles: int) -> bytes:
+    """The DHT key of the names of all models; with `nibbles`, of the names from announcers whose node ids begin so."""
+    return _dht_key(b"/peerd/catalogue/1", bytes(nibbles))
 
 
 def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
@@ -304,24 +306,23 @@ def keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
     raise TypeError(f"unknown kind of record: {type(body).__name__}")
 
 
-def split_keys_of(body: Announcement, peer_id: PeerId) -> tuple[bytes, ...]:
-    """The keys that replace those of `keys_of` when they are full, in the same order; empty for a peer record."""
-    nibble = node_id_of(peer_id)[0] >> 4
+def split_keys_of(body: Announcement, peer_id: PeerId, depth: int = 1) -> tuple[bytes, ...]:
+    """The keys that replace those of `keys_of` when they are full, in the same order; empty for a peer record.
+
+    depth: how often the key was split, up to `MAX_SPLITS`: a part that is full is split again.
+    """
+    nibbles = [int(digit, 16) for digit in node_id_of(peer_id).hex()[:depth]]
     match body:
         case ModelRecord():
-            return model_key(body.model, nibble), catalogue_key(nibble)
+            return model_key(body.model, *nibbles), catalogue_key(*nibbles)
         case ServerRecord():
-            return tuple(server_key(body.model, shard, nibble) for shard in shards_of(body.span))
+            return tuple(server_key(body.model, shard, *nibbles) for shard in shards_of(body.span))
     return ()
 
 
 def next_seq(now: float, last: int) -> int:
     """The next `seq`: `now` (unix seconds) in microseconds, but at least `last` + 1, also after a restart."""
     return max(int(now * 1e6), last + 1)
-
-
-def _part(nibble: int | None) -> bytes:
-    return b"" if nibble is None else bytes([nibble])
 
 
 def _dht_key(domain: bytes, name: bytes) -> bytes:

@@ -14,6 +14,7 @@ from peerd.protocol.encoding.packing import pack, unpack
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId, peer_id_of, verify
 from peerd.protocol.records.bodies import (
+    MAX_SPLITS,
     SHARD_BLOCKS,
     Announcement,
     ModelRecord,
@@ -54,6 +55,7 @@ __all__ = [
     "model_key",
     "keys_of",
     "split_keys_of",
+    "MAX_SPLITS",
     "next_seq",
 ]
 
@@ -168,7 +170,7 @@ def open_untimely(signed: SignedRecord, *, key: bytes | None = None) -> Verified
     """`open_record` but for the time: to say why a record does not count. Raises RemoteProtocolError."""
     body = _known_body(signed)
     peer_id = signed.peer_id
-    if key is not None and key not in keys_of(body, peer_id) and key not in split_keys_of(body, peer_id):
+    if key is not None and not _belongs_under(key, body, peer_id):
         raise RemoteProtocolError("the record does not belong under this key")
     if not _is_genuine(signed):
         raise RemoteProtocolError("the record's signature is wrong")
@@ -179,6 +181,12 @@ def _known_body(signed: SignedRecord) -> Announcement:
     if signed.kind not in _BODIES:
         raise RemoteProtocolError(f"unknown kind of record {signed.kind!r}")
     return _body(signed.kind, signed.payload)
+
+
+def _belongs_under(key: bytes, body: Announcement, peer_id: PeerId) -> bool:
+    if key in keys_of(body, peer_id):
+        return True
+    return any(key in split_keys_of(body, peer_id, depth) for depth in range(1, MAX_SPLITS + 1))
 
 
 def replaces(new: VerifiedRecord, old: VerifiedRecord) -> bool:

@@ -18,7 +18,14 @@ from kademlia.node import Node
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records.envelope import SignedRecord, VerifiedRecord, keys_of, open_record, split_keys_of
+from peerd.protocol.records.envelope import (
+    MAX_SPLITS,
+    SignedRecord,
+    VerifiedRecord,
+    keys_of,
+    open_record,
+    split_keys_of,
+)
 from peerd.routing.dht.holders import Holders
 from peerd.routing.dht.lookup import Crawl
 from peerd.routing.dht.lost_contacts import MAX_LOST, LostContacts
@@ -202,9 +209,8 @@ class Dht:
         records, is_split = await self._get_key(wanted.key, whole)
         if is_split and wanted.parts:
 
-            async def add_part(key: bytes) -> None:
-                found, _ = await self._get_key(key, whole)
-                records.extend(found)
+            async def add_part(part: RecordKey) -> None:
+                records.extend(await self.get(part, whole=whole))
 
             async with trio.open_nursery() as nursery:
                 for part in wanted.parts:
@@ -235,25 +241,25 @@ class Dht:
         Returns how many peers hold the record, for the record and key with the fewest. Raises RemoteProtocolError
         for a record that no peer would accept.
         """
-        parts: dict[bytes, dict[bytes, bytes | None]] = defaultdict(dict)
+        parts: dict[bytes, dict[bytes, list[bytes]]] = defaultdict(dict)
         for signed in records:
             record = open_record(signed, now=self._now())
             keys = keys_of(record.body, record.peer_id)
-            split_keys = split_keys_of(record.body, record.peer_id) or (None,) * len(keys)
-            for key, part in zip(keys, split_keys, strict=True):
-                parts[key][signed.encode()] = part
+            by_depth = [split_keys_of(record.body, record.peer_id, depth) for depth in range(1, MAX_SPLITS + 1)]
+            for place, key in enumerate(keys):
+                parts[key][signed.encode()] = [part_keys[place] for part_keys in by_depth if part_keys]
         counts: list[int] = []
 
-        async def put_all(key: bytes, part_of: dict[bytes, bytes | None]) -> None:
-            data = list(part_of)
+        async def put_all(key: bytes, parts_of: dict[bytes, list[bytes]]) -> None:
+            data = list(parts_of)
             for at in range(0, len(data), MAX_STORED_AT_ONCE):
                 batch = data[at : at + MAX_STORED_AT_ONCE]
                 for one, outcomes in zip(batch, await self._put_key(key, batch), strict=True):
-                    counts.append(await self._count_replicas(one, outcomes, part_of[one]))
+                    counts.append(await self._count_replicas(one, outcomes, parts_of[one]))
 
         async with trio.open_nursery() as nursery:
-            for key, part_of in parts.items():
-                nursery.start_soon(put_all, key, part_of)
+            for key, parts_of in parts.items():
+                nursery.start_soon(put_all, key, parts_of)
         return min(counts, default=0)
 
     async def handle(self, sender: PeerId, packet: Packet, source: IPv4Address | IPv6Address | None = None) -> Packet:
@@ -313,7 +319,9 @@ class Dht:
                 log.debug("skipped a record under %s: %s", key.hex(), error)
                 refused.append(one)
         self.odd_times.note(refused, key, self._now())
-        is_split = any(reply.split for reply in replies) or self._store.is_split(key)
+        # Parts are sixteen lookups more: one peer alone does not make us do them.
+        split = sum(reply.split for reply in replies)
+        is_split = split >= min(2, len(replies)) > 0 or self._store.is_split(key)
         return newest(records), is_split
 
     def _check_whole(self, crawl: Crawl[FindReply]) -> None:
@@ -372,14 +380,17 @@ class Dht:
             put.count([self._store.put(put.key, one, storer=own) for one in put.data])
         return nodes[: REPLICAS - 1]
 
-    async def _count_replicas(self, data: bytes, outcomes: Counter[Outcome], part: bytes | None) -> int:
-        """How many peers hold the record. If some refused it as full, it is put under the key's part as well."""
+    async def _count_replicas(self, data: bytes, outcomes: Counter[Outcome], parts: list[bytes]) -> int:
+        """How many peers hold the record. If some refused it as full, it is put under the key's part as well.
+
+        parts: the keys of the parts, each of the one before it.
+        """
         replicas = outcomes["stored"] + outcomes["known"]
         if outcomes["older"]:
             log.warning("%d peers hold a newer record than the one we announce", outcomes["older"])
-        if outcomes["full"] and part is not None:
-            (at_part,) = await self._put_key(part, [data])
-            replicas = max(replicas, at_part["stored"] + at_part["known"])
+        if outcomes["full"] and parts:
+            (at_part,) = await self._put_key(parts[0], [data])
+            replicas = max(replicas, await self._count_replicas(data, at_part, parts[1:]))
         return replicas
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records.bodies import catalogue_key
+from peerd.protocol.records.bodies import MAX_SPLITS, catalogue_key
 from peerd.protocol.records.envelope import Slot, VerifiedRecord, peer_key, replaces, server_key
 
-# A full key splits by the first four bits of the announcer's node id.
+# A full key splits by the first four bits of the announcer's node id, and a full part by the next four.
 _NIBBLES = range(16)
 
 
@@ -20,10 +21,23 @@ class PartialView(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RecordKey:
-    """The DHT key of a set of records, and the keys of the parts over which it spreads once it is full."""
+    """The DHT key of a set of records, or of a part of it.
+
+    key_of: makes the key of the part whose announcers' node ids begin with these nibbles; None where it never splits.
+    """
 
     key: bytes
-    parts: tuple[bytes, ...] = ()
+    key_of: Callable[..., bytes] | None = field(default=None, compare=False)
+    nibbles: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[RecordKey, ...]:
+        """The parts over which the set spreads once it is full."""
+        key_of = self.key_of
+        if key_of is None or len(self.nibbles) >= MAX_SPLITS:
+            return ()
+        paths = [(*self.nibbles, nibble) for nibble in _NIBBLES]
+        return tuple(RecordKey(key_of(*path), key_of, path) for path in paths)
 
 
 class RecordSource(Protocol):
@@ -38,12 +52,12 @@ class RecordSource(Protocol):
 
 def servers_of(model: bytes, shard: int) -> RecordKey:
     """The key under which the servers of one shard of a model announce themselves."""
-    return RecordKey(server_key(model, shard), tuple(server_key(model, shard, nibble) for nibble in _NIBBLES))
+    return RecordKey(server_key(model, shard), partial(server_key, model, shard))
 
 
 def words_for_models() -> RecordKey:
     """The key under which servers announce the names of their models."""
-    return RecordKey(catalogue_key(), tuple(catalogue_key(nibble) for nibble in _NIBBLES))
+    return RecordKey(catalogue_key(), catalogue_key)
 
 
 def addresses_of(peer_id: PeerId) -> RecordKey:

@@ -37,6 +37,7 @@ VALID = [case for case in VECTORS["records"] if "error" not in case]
 INVALID = [case for case in VECTORS["records"] if "error" in case]
 ALICE, BOB = Identity.from_seed(b"\x01" * 32), Identity.from_seed(b"\x02" * 32)
 NOW = 1_700_000_000.0
+PARTS = [(), *((nibble,) for nibble in range(16))]
 MODEL = bytes(range(32))
 SERVER = ServerRecord(
     seq=7,
@@ -212,7 +213,7 @@ def test_shards_and_keys_follow_the_blocks():
     assert keys_of(body, ALICE.peer_id) == tuple(server_key(MODEL, shard) for shard in (0, 1, 2))
     nibble = node_id_of(ALICE.peer_id)[0] >> 4
     assert split_keys_of(body, ALICE.peer_id) == tuple(server_key(MODEL, shard, nibble) for shard in (0, 1, 2))
-    everything = {server_key(MODEL, shard, nibble) for shard in range(4) for nibble in (None, *range(16))}
+    everything = {server_key(MODEL, shard, *path) for shard in range(4) for path in PARTS}
     assert len(everything) == 4 * 17
     assert all(len(key) == 20 for key in everything)
 

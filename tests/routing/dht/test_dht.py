@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -168,6 +169,35 @@ async def test_a_full_key_loses_nobody(network: Network, server_body: MakeServer
     late = (await network.add_joined(1, client=True))[0]
     for reader in (peers[3], late):
         assert announcers(await reader.dht.get(servers_of(MODEL, 0))) == {peer.peer_id for peer in peers}
+
+
+async def test_a_part_that_is_full_splits_again(network: Network, server_body: MakeServer) -> None:
+    network.limits = StoreLimits(records_a_key=2)
+    peers = await network.add_joined(48)
+    for peer in peers:
+        assert await peer.dht.put(sign_record(peer.identity, server_body())) > 0
+    keys = Counter(len(nibbles) for nibbles in used_paths(peers))
+    assert set(keys) == {0, 1, 2}
+    client = (await network.add_joined(1, client=True))[0]
+    for reader in (peers[3], client):
+        assert announcers(await reader.dht.get(servers_of(MODEL, 0))) == {peer.peer_id for peer in peers}
+
+
+def used_paths(peers: list[Peer]) -> set[tuple[int, ...]]:
+    """The parts of the key, by their nibbles, under which records lie."""
+    paths = [(), *((one,) for one in range(16)), *((one, two) for one in range(16) for two in range(16))]
+    return {path for path in paths if any(peer.store.get(server_key(MODEL, 0, *path)) for peer in peers)}
+
+
+async def test_one_that_says_that_a_key_is_split_makes_nobody_look_up_its_parts(
+    network: Network, server_body: MakeServer
+) -> None:
+    peers = await network.add_joined(6)
+    await peers[1].dht.put(sign_record(peers[1].identity, server_body()))
+    network.liars[peers[0].peer_id] = lambda _packet: Packet(Found(split=True).to_header())
+    before = len(network.requests)
+    assert announcers(await peers[5].dht.get(servers_of(MODEL, 0))) == {peers[1].peer_id}
+    assert len(network.requests) - before <= 8
 
 
 async def test_one_peer_that_makes_up_a_hundred_others_takes_few_places(

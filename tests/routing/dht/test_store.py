@@ -21,6 +21,7 @@ from peerd.protocol.records.envelope import (
 from peerd.protocol.span import Span
 from peerd.routing.dht.store import RecordStore, StoreLimits
 
+PARTS = [(), *((nibble,) for nibble in range(16))]
 MODEL = bytes(range(32))
 KEY = server_key(MODEL, 0)
 MakeServer = Callable[..., ServerRecord]
@@ -133,7 +134,7 @@ def test_what_is_not_valid_is_refused(store: RecordStore, clock: Clock, server_b
 def test_a_record_is_taken_under_its_own_keys_and_their_parts_only(store: RecordStore, server_body: MakeServer) -> None:
     body = server_body(span=Span(8, 40))
     own = {*keys_of(body, ME.peer_id), *split_keys_of(body, ME.peer_id)}
-    every = {server_key(MODEL, shard, nibble) for shard in range(4) for nibble in (None, *range(16))}
+    every = {server_key(MODEL, shard, *path) for shard in range(4) for path in PARTS}
     for key in every:
         assert store.put(key, signed(body), storer=ME.peer_id) == ("stored" if key in own else "invalid")
     assert len(own) == len(store) == 6
