@@ -41,9 +41,13 @@ test-installs:
 lock: $(TOOLS)/.ready
 	$(TOOLS)/bin/python .ci/lock.py lock
 
-# Broken input for everything that reads a stranger's bytes. A failure says how to repeat it; ARGS="--inputs 100000 --seed 1".
+# Broken input for everything that reads a stranger's bytes, then attacks on a real peer. A failure says how to repeat it;
+# INPUTS, SECONDS and SEED say how much.
+INPUTS ?= 1000000
+SECONDS ?= 300
 fuzz: setup
-	$(BIN)/python -m tests.fuzz.decoders $(ARGS)
+	$(BIN)/python -m tests.fuzz.decoders --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.fuzz.attack --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # Known vulnerabilities of what peerd is installed with, and a list of it for those who ask what is in a release.
 audit: $(TOOLS)/.audit

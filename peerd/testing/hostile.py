@@ -94,6 +94,24 @@ class HostilePeer:
             stream = frame.stream
         await self.say(stream, hello, fin=True)
 
+    async def be_entered(self, request: bytes, hello: bytes) -> None:
+        """The same for a channel that the target has dialled; `request` is the first message that came on it."""
+        handshake = Handshake(self._identity, initiator=False)
+        handshake.read(request)
+        await self._channel.send(handshake.write())
+        handshake.read(await self._channel.receive())
+        self._ciphers = handshake.split()
+        # Streams of the side that was dialled have even numbers.
+        self._next_stream = 2
+        if self._identity.peer_id < handshake.peer_id:
+            stream = await self.open(HELLO_PROTOCOL)
+        else:
+            frame = await self.hear()
+            while not isinstance(frame, Open):
+                frame = await self.hear()
+            stream = frame.stream
+        await self.say(stream, hello, fin=True)
+
     async def open(self, protocol: str) -> int:
         """Open a stream, and return its number."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
@@ -200,7 +218,8 @@ def mutated_header(header: Header, random: Random) -> Header:
         case 2 if isinstance(place[name], list):
             place[name] = place[name] * random.choice([2, 40])
         case 3 if type(place[name]) is int:
-            place[name] += random.choice([-1, 1, 255, 2**16])
+            # MessagePack has no greater ones.
+            place[name] = min(place[name] + random.choice([-1, 1, 255, 2**16]), 2**64 - 1)
         case 4 if type(place[name]) is bytes:
             place[name] = mutated_bytes(place[name], random)
         case _:
