@@ -169,7 +169,7 @@ class Peer:
     @property
     def prober(self) -> Prober:
         """Measures delays to other peers over our connections. Each access makes a new one."""
-        return Prober(self.connections, self.discovery.links, self.discovery.may_dial)
+        return Prober(self.connections, self.discovery.track_record, self.discovery.may_dial)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
         """Serve blocks of a model from now on, where others find them: one span for each of the spec's devices.
@@ -281,7 +281,7 @@ async def open_peer(
                     discovery.reachable_at(where.addresses, where.contacts)
 
                 # No peer's blocks are nearer than our own.
-                discovery.links.measured(identity.peer_id, 0.0)
+                discovery.track_record.measured(identity.peer_id, 0.0)
                 async with open_tasks() as moving, AsyncExitStack() as stack:
                     checkpoints = Checkpoints(hub or HubSettings())
                     peer = Peer(identity, connections, discovery, reachability, server, checkpoints, moving, rules)

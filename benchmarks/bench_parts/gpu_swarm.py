@@ -168,7 +168,7 @@ async def _client(peer: Peer, checkpoint: Checkpoint, dtype: torch.dtype) -> Asy
         dtype=DTYPE_NAMES[dtype],
     )
     found = peer.discovery
-    finder = SwarmFinder(found.directory, found.links, facts.digest, facts.block_count, random.Random(1))
+    finder = SwarmFinder(found.directory, found.track_record, facts.digest, facts.block_count, random.Random(1))
     opener = ChainOpener(peer.connections, peer.identity, found.directory, found.clock, random.randbytes)
     async with open_tasks() as tasks:
         nothing: Any = None

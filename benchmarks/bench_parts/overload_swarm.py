@@ -40,7 +40,7 @@ from peerd.routing.dht.record_sets import RecordKey
 from peerd.routing.dht.store import RecordStore, StoreLimits
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 from peerd.server.engine_task import EngineTask
 from peerd.server.served_spans import ServedSpan
 from peerd.server.server import Server
@@ -264,7 +264,7 @@ class Overload:
             open_connections(identity, transport=self.network.transport(ip), handlers={}, now=unix_now) as connections,
         ):
             directory = Directory(self.board, unix_now)
-            finder = SwarmFinder(directory, Links(trio.current_time), MODEL, len(BLOCKS), rng)
+            finder = SwarmFinder(directory, TrackRecord(trio.current_time), MODEL, len(BLOCKS), rng)
             opener = ChainOpener(connections, identity, directory, unix_now, rng.randbytes)
             terms = Terms(MODEL, SessionSize(self._tokens, max_rollback=self._tokens), 4, "float32", "exact", 2000)
             for _ in range(self.plan.answers):

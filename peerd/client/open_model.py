@@ -117,7 +117,7 @@ async def _open_route(client: Client, facts: ModelFacts) -> AsyncIterator[_Route
     discovery = client.discovery
     finder = SwarmFinder(
         discovery.directory,
-        discovery.links,
+        discovery.track_record,
         facts.digest,
         facts.block_count,
         random,

@@ -38,7 +38,7 @@ from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ CANCELLED_LEAVE_S = 0.5
 class Discovery:
     """A peer's view of the swarm, made by `open_discovery`.
 
-    `dht`, `directory`, `links` and `clock` may be used by every caller. It announces what `announce_from`
+    `dht`, `directory`, `track_record` and `clock` may be used by every caller. It announces what `announce_from`
     was given, with the addresses at which others can reach us.
     """
 
@@ -75,7 +75,7 @@ class Discovery:
         clock: SwarmClock,
     ) -> None:
         self.clock = clock
-        self.links = Links(trio.current_time, by_proof=True)
+        self.track_record = TrackRecord(trio.current_time, by_proof=True)
         self._connections = connections
         # Strangers must not aim us at our own network. But if we joined a swarm in a private range, its peers live
         # there.
@@ -83,7 +83,7 @@ class Discovery:
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock, self.dht.odd_times)
-        self._proofs = Proofs(connections, self.links, self.directory, self.may_dial)
+        self._proofs = Proofs(connections, self.track_record, self.directory, self.may_dial)
         self._bootstrap = tuple(bootstrap)
         self._state = state
         self._random = random
@@ -188,7 +188,7 @@ class Discovery:
 
         def observer(connection: PeerConnection) -> None:
             if connection.dialled:
-                self.links.reached(connection.peer_id, network_of(connection.accountable_ip))
+                self.track_record.reached(connection.peer_id, network_of(connection.accountable_ip))
             contained = self._connections.containment.contained
             nursery.start_soon(partial(contained, self._hear_clock, connection, what="hearing a clock"))
 
@@ -241,7 +241,7 @@ class Discovery:
         async with trio.open_nursery() as nursery:
             for connection in self._connections.live.values():
                 nursery.start_soon(self._ask_after_sleep, connection)
-        self.links.forgive()
+        self.track_record.forgive()
         await self.dht.introduce()
         self.announce_soon()
 
@@ -254,7 +254,7 @@ class Discovery:
         while True:
             for peer_id, connection in self._connections.live.items():
                 if connection.rtt_s is not None:
-                    self.links.measured(peer_id, connection.rtt_s)
+                    self.track_record.measured(peer_id, connection.rtt_s)
             await trio.sleep(MEASURE_S)
 
     async def _join(self, contacts: list[Contact], tried: trio.Event) -> None:

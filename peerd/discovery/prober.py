@@ -17,7 +17,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost, PeerFault
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.offer import Offer
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 
 # How many handshakes run at a time; each takes a millisecond or two of our CPU.
 AT_ONCE = 8
@@ -31,18 +31,19 @@ GAIN = 0.5
 
 
 class Prober:
-    """Measures round-trip times for `links`. `dialable` returns those of a peer's announced addresses that may be
-    dialled.
+    """Measures round-trip times, and notes them in `track_record`.
+
+    dialable: returns those of a peer's announced addresses that may be dialled.
     """
 
     def __init__(
         self,
         connections: Connections,
-        links: Links,
+        track_record: TrackRecord,
         dialable: Callable[[Sequence[Multiaddr]], Sequence[Multiaddr]],
     ) -> None:
         self._connections = connections
-        self._links = links
+        self._track_record = track_record
         self._dialable = dialable
         self._opened: set[PeerId] = set()
         # A dial that took too long for a probe may still succeed later.
@@ -75,7 +76,7 @@ class Prober:
                 connection = await self._connect(offer)
                 if connection is not None:
                     rtts_s = [await connection.measure() for _ in range(SAMPLES)]
-                    self._links.measured(offer.peer_id, min(rtts_s), gain=GAIN)
+                    self._track_record.measured(offer.peer_id, min(rtts_s), gain=GAIN)
 
     async def _connect(self, offer: Offer) -> PeerConnection | None:
         peer_id = offer.peer_id
@@ -92,7 +93,7 @@ class Prober:
             return await self._connections.connect(peer_id, ways, self._connections.strangers_policy)
         except PeerFault as error:
             # An announced peer that cannot be reached: we learn it now instead of in the middle of an answer.
-            self._links.failed(peer_id, str(error))
+            self._track_record.failed(peer_id, str(error))
             return None
 
     def close_unused(self, keep: Collection[PeerId] = ()) -> None:

@@ -18,7 +18,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.directory import Directory
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 
 # The time to look up its addresses, dial, shake hands and get an answer: ten round trips of 0.3 s.
 PROOF_S = 3.0
@@ -29,19 +29,19 @@ _STAYS = frozenset(("duplicate", "replaced", "measured", IDLE))
 
 
 class Proofs:
-    """Asks the peers that `links` doubts. `may_dial` returns those of a peer's announced addresses that may be
+    """Asks the peers that `track_record` doubts. `may_dial` returns those of a peer's announced addresses that may be
     dialled.
     """
 
     def __init__(
         self,
         connections: Connections,
-        links: Links,
+        track_record: TrackRecord,
         directory: Directory,
         may_dial: Callable[[Sequence[Multiaddr]], Sequence[Multiaddr]],
     ) -> None:
         self._connections = connections
-        self._links = links
+        self._track_record = track_record
         self._directory = directory
         self._may_dial = may_dial
         self._sooner = trio.Event()
@@ -50,14 +50,14 @@ class Proofs:
     async def run(self) -> None:
         """Ask each peer when it is due, until cancelled."""
         self._connections.on_lost.append(self._on_lost)
-        self._links.on_doubt = self._hurry
+        self._track_record.on_doubt = self._hurry
         try:
             async with trio.open_nursery() as nursery:
                 while True:
                     self._sooner = trio.Event()
-                    for peer_id in self._links.take_doubted():
+                    for peer_id in self._track_record.take_doubted():
                         nursery.start_soon(self._prove, peer_id)
-                    with trio.move_on_at(self._links.asks_at_s):
+                    with trio.move_on_at(self._track_record.asks_at_s):
                         await self._sooner.wait()
         finally:
             self._connections.on_lost.remove(self._on_lost)
@@ -69,7 +69,7 @@ class Proofs:
         stays = connection.closed_here or connection.farewell in _STAYS
         # Only servers can be chosen for a session, so only servers need to prove that they are there.
         if not stays and self._directory.is_server(connection.peer_id):
-            self._links.doubt(connection.peer_id)
+            self._track_record.doubt(connection.peer_id)
 
     async def _prove(self, peer_id: PeerId) -> None:
         try:
@@ -79,9 +79,9 @@ class Proofs:
         except (PeerFault, trio.TooSlowError) as error:
             # The peer may have new addresses.
             self._directory.doubt(peer_id)
-            self._links.unanswered(peer_id, str(error) or f"no answer within {PROOF_S:g} s")
+            self._track_record.unanswered(peer_id, str(error) or f"no answer within {PROOF_S:g} s")
         else:
-            self._links.answered(peer_id)
+            self._track_record.answered(peer_id)
 
     async def _ask(self, peer_id: PeerId) -> None:
         """Ask the peer. Raises PeerFault if it does not answer."""

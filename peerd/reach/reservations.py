@@ -29,7 +29,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELAY_ROLE, TO_RESERVED, Reserve, Reserved
 from peerd.protocol.messages.session import Failure
 from peerd.routing.dht.table import Contact
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 from peerd.trio_tools import open_tasks
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,9 @@ class Reservations:
         self._random = random
         self._held: dict[PeerId, Reservation] = {}
         self._sought: set[PeerId] = set()
-        # The relays that refused or left us, and how often. A `Links` of its own, since such a relay may be good for
+        # The relays that refused or left us, and how often. A record of its own, since such a relay may be good for
         # other uses.
-        self._faults = Links(trio.current_time)
+        self._faults = TrackRecord(trio.current_time)
         self._is_wanted = trio.Event()
         self._holding: set[trio.CancelScope] = set()
 

@@ -29,10 +29,12 @@ class Announcements:
         self, own: PeerId, connections: Connections, discovery: Discovery, places: Places, rules: ChainRules
     ) -> None:
         random = Random(os.urandom(16))
-        prober = Prober(connections, discovery.links, discovery.may_dial)
+        prober = Prober(connections, discovery.track_record, discovery.may_dial)
         self._connections = connections
         self._places = places
-        self._neighbours = Neighbours(own, discovery.directory, discovery.links, prober, random, rules, places.records)
+        self._neighbours = Neighbours(
+            own, discovery.directory, discovery.track_record, prober, random, rules, places.records
+        )
         self._names = ModelNames(discovery.dht, own, discovery.announce_soon, random)
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ from peerd.routing.chains.probes import next_hops, with_rtts
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.directory.directory import Directory
 from peerd.routing.directory.offer import Offer
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 
 # The time between rounds. It varies by a fifth, so that servers that started together drift apart.
 ROUND_S = 60.0
@@ -42,7 +42,7 @@ class Neighbours:
         self,
         own: PeerId,
         directory: Directory,
-        links: Links,
+        track_record: TrackRecord,
         prober: Prober,
         random: Random,
         rules: ChainRules,
@@ -50,7 +50,7 @@ class Neighbours:
     ) -> None:
         self._own = own
         self._directory = directory
-        self._links = links
+        self._track_record = track_record
         self._prober = prober
         self._random = random
         self._rules = rules
@@ -67,7 +67,7 @@ class Neighbours:
 
     def filled(self, records: Sequence[ServerRecord]) -> list[ServerRecord]:
         """The records with the measured delays."""
-        rtts_s = self._links.rtts_s()
+        rtts_s = self._track_record.rtts_s()
         return [with_rtts(each, self._offers.get(each.model, ()), self._own, rtts_s, MAX_RTTS) for each in records]
 
     async def run(self) -> None:
@@ -83,17 +83,17 @@ class Neighbours:
             self._offers[model] = self._rules.permitted(offers)
         chosen: dict[PeerId, Offer] = {}
         for record in self._spans():
-            found = next_hops(self._offers.get(record.model, ()), self._own, record.span, self._links.rtts_s())
+            found = next_hops(self._offers.get(record.model, ()), self._own, record.span, self._track_record.rtts_s())
             others = found[BEST_PROBES:]
             strangers = self._random.sample(others, min(len(others), STRANGER_PROBES))
             chosen.update((offer.peer_id, offer) for offer in (*found[:BEST_PROBES], *strangers))
-        avoided = self._links.avoided()
+        avoided = self._track_record.avoided()
         due = [offer for peer, offer in chosen.items() if peer not in avoided and self._is_due(peer)]
         await self._prober.probe(due)
         self._prober.close_unused()
 
     def _is_due(self, peer: PeerId) -> bool:
         """Whether to measure the peer in this round."""
-        if self._links.rtt_s(peer) is None or self._prober.is_connected(peer):
+        if self._track_record.rtt_s(peer) is None or self._prober.is_connected(peer):
             return True
         return self._random.random() < 1 / AGAIN_ROUNDS

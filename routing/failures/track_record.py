@@ -29,7 +29,7 @@ MAX_PEERS = 16384
 
 
 @dataclass(slots=True)
-class _Link:
+class _Entry:
     failures: int = 0
     avoided_until_s: float = 0.0
     why: str = ""
@@ -58,7 +58,7 @@ def _nothing() -> None:
     pass
 
 
-class Links:
+class TrackRecord:
     """Our experience with other peers. `now` counts seconds steadily, from any start.
 
     by_proof: whether the caller asks the peers that `take_doubted` returns and reports the results; otherwise a peer
@@ -68,22 +68,22 @@ class Links:
     def __init__(self, now: Callable[[], float], *, by_proof: bool = False) -> None:
         self._now = now
         self._by_proof = by_proof
-        self._links: dict[PeerId, _Link] = {}
+        self._entries: dict[PeerId, _Entry] = {}
         self._doubts: dict[PeerId, _Doubt] = {}
         self.on_doubt: Callable[[], None] = _nothing
         """Called when a peer is to be asked sooner than before."""
 
     def failed(self, peer_id: PeerId, why: str = "") -> float:
         """Note a failure of the peer: avoid it from now on, twice as long each time. Returns for how many seconds."""
-        link = self._touch(peer_id)
-        link.why = why or link.why
+        entry = self._touch(peer_id)
+        entry.why = why or entry.why
         # Failures that several requests report at once count as one.
-        if self._now() >= link.avoided_until_s:
-            delay_s = min(FIRST_AVOIDANCE_S * 2.0**link.failures, MAX_AVOIDANCE_S)
-            link.failures += 1
-            link.avoided_until_s = self._now() + delay_s
+        if self._now() >= entry.avoided_until_s:
+            delay_s = min(FIRST_AVOIDANCE_S * 2.0**entry.failures, MAX_AVOIDANCE_S)
+            entry.failures += 1
+            entry.avoided_until_s = self._now() + delay_s
             self.doubt(peer_id)
-        return link.avoided_until_s - self._now()
+        return entry.avoided_until_s - self._now()
 
     def doubt(self, peer_id: PeerId) -> None:
         """Avoid the peer until it answers, without counting a failure: it may be gone."""
@@ -94,34 +94,34 @@ class Links:
 
     def succeeded(self, peer_id: PeerId) -> None:
         """Note a success: the peer is as good as one that never failed."""
-        link = self._touch(peer_id)
-        link.has_served = True
-        link.failures = 0
-        link.avoided_until_s = 0.0
-        link.why = ""
+        entry = self._touch(peer_id)
+        entry.has_served = True
+        entry.failures = 0
+        entry.avoided_until_s = 0.0
+        entry.why = ""
         self._doubts.pop(peer_id, None)
 
     def forgive(self) -> None:
         """Take back recent failures, because our own process slept. A doubted peer still has to answer."""
-        for link in self._links.values():
-            if link.avoided_until_s > self._now():
-                link.avoided_until_s = self._now()
-                link.failures -= 1
+        for entry in self._entries.values():
+            if entry.avoided_until_s > self._now():
+                entry.avoided_until_s = self._now()
+                entry.failures -= 1
 
     def is_avoided(self, peer_id: PeerId) -> bool:
         """Whether to leave the peer out of a chain now."""
-        link = self._links.get(peer_id)
-        return peer_id in self._doubts or (link is not None and self._now() < link.avoided_until_s)
+        entry = self._entries.get(peer_id)
+        return peer_id in self._doubts or (entry is not None and self._now() < entry.avoided_until_s)
 
     def why_avoided(self, peer_id: PeerId) -> str:
         """The reason of the peer's last failure; "" if there is none, or it is not avoided."""
-        link = self._links.get(peer_id)
-        return link.why if link is not None and self.is_avoided(peer_id) else ""
+        entry = self._entries.get(peer_id)
+        return entry.why if entry is not None and self.is_avoided(peer_id) else ""
 
     def avoided(self) -> frozenset[PeerId]:
         """All peers to leave out of a chain now."""
         now = self._now()
-        late = frozenset(peer_id for peer_id, link in self._links.items() if now < link.avoided_until_s)
+        late = frozenset(peer_id for peer_id, entry in self._entries.items() if now < entry.avoided_until_s)
         return late | self._doubts.keys()
 
     def reached(self, peer_id: PeerId, network: str) -> None:
@@ -130,12 +130,12 @@ class Links:
 
     def standing(self, peer_id: PeerId) -> Standing:
         """What the peer's word weighs."""
-        link = self._links.get(peer_id)
-        if link is None:
+        entry = self._entries.get(peer_id)
+        if entry is None:
             return unknown(peer_id)
-        is_reached = link.network is not None
-        absent = not is_reached and not link.has_served and self.is_avoided(peer_id)
-        return Standing(link.network or peer_id, link.has_served, is_reached, absent)
+        is_reached = entry.network is not None
+        absent = not is_reached and not entry.has_served and self.is_avoided(peer_id)
+        return Standing(entry.network or peer_id, entry.has_served, is_reached, absent)
 
     # Proof.
 
@@ -197,23 +197,23 @@ class Links:
         """
         if not 0 <= rtt_s < float("inf"):
             raise ValueError(f"a round trip takes a finite time of at least 0 s, not {rtt_s}")
-        link = self._touch(peer_id)
-        link.rtt_s = rtt_s if link.rtt_s is None else link.rtt_s + gain * (rtt_s - link.rtt_s)
+        entry = self._touch(peer_id)
+        entry.rtt_s = rtt_s if entry.rtt_s is None else entry.rtt_s + gain * (rtt_s - entry.rtt_s)
 
     def rtt_s(self, peer_id: PeerId) -> float | None:
         """The smoothed round-trip time in seconds; None if it was never measured."""
-        link = self._links.get(peer_id)
-        return None if link is None else link.rtt_s
+        entry = self._entries.get(peer_id)
+        return None if entry is None else entry.rtt_s
 
     def rtts_s(self) -> dict[PeerId, float]:
         """All measured round-trip times, in seconds."""
-        return {peer_id: link.rtt_s for peer_id, link in self._links.items() if link.rtt_s is not None}
+        return {peer_id: entry.rtt_s for peer_id, entry in self._entries.items() if entry.rtt_s is not None}
 
-    def _touch(self, peer_id: PeerId) -> _Link:
-        link = self._links.pop(peer_id, None) or _Link()
-        self._links[peer_id] = link
-        if len(self._links) > MAX_PEERS:
-            forgotten = next(iter(self._links))
-            del self._links[forgotten]
+    def _touch(self, peer_id: PeerId) -> _Entry:
+        entry = self._entries.pop(peer_id, None) or _Entry()
+        self._entries[peer_id] = entry
+        if len(self._entries) > MAX_PEERS:
+            forgotten = next(iter(self._entries))
+            del self._entries[forgotten]
             self._doubts.pop(forgotten, None)
-        return link
+        return entry

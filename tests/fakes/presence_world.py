@@ -189,10 +189,11 @@ class World:
     async def _run_client(self, number: int, task_status: trio.TaskStatus[Client]) -> None:
         async with self._peer(number, (), {}) as (connections, discovery), open_tasks() as tasks:
             rng = Random(number)
-            links, directory = discovery.links, discovery.directory
-            finder = SwarmFinder(directory, links, MODEL, BLOCKS, rng)
+            track_record, directory = discovery.track_record, discovery.directory
+            finder = SwarmFinder(directory, track_record, MODEL, BLOCKS, rng)
             opener = ChainOpener(connections, identity_of(number), directory, discovery.clock, rng.randbytes)
-            tasks.start_soon(Scout(finder, Prober(connections, links, discovery.may_dial), ALL, Random(number)).run)
+            prober = Prober(connections, track_record, discovery.may_dial)
+            tasks.start_soon(Scout(finder, prober, ALL, Random(number)).run)
             task_status.started(Client(number, connections, discovery, finder, opener, tasks))
             await trio.sleep_forever()
 

@@ -41,7 +41,7 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.directory.offer import Offer
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 from peerd.server.served_spans import ServedSpan
@@ -107,7 +107,7 @@ class Finder:
     """Plans over the peers that are announced now, as the swarm's own finder does with the DHT."""
 
     swarm: Swarm
-    links: Links = field(default_factory=lambda: Links(trio.current_time))
+    track_record: TrackRecord = field(default_factory=lambda: TrackRecord(trio.current_time))
     random: Random = field(default_factory=lambda: Random(1))
     failures: list[PeerId] = field(default_factory=list)
 
@@ -123,7 +123,7 @@ class Finder:
         between: Between | None = None,
     ) -> Chain:
         await trio.lowlevel.checkpoint()
-        avoid = self.links.avoided() | frozenset(exclude)
+        avoid = self.track_record.avoided() | frozenset(exclude)
         needs = ChainNeeds(
             tokens=tokens,
             positions=positions,
@@ -142,14 +142,14 @@ class Finder:
         return [host.offer() for host in self.swarm.hosts if host.online]
 
     def avoided(self) -> frozenset[PeerId]:
-        return self.links.avoided()
+        return self.track_record.avoided()
 
     def failed(self, peer: PeerId) -> None:
         self.failures.append(peer)
-        self.links.failed(peer)
+        self.track_record.failed(peer)
 
     def succeeded(self, peer: PeerId) -> None:
-        self.links.succeeded(peer)
+        self.track_record.succeeded(peer)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.directory.directory import CACHE_S, Directory
 from peerd.routing.directory.offer import Offer
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 
 # Clients that wait for a missing server look it up again at this interval.
 FRESH_S = 0.5
@@ -44,7 +44,7 @@ class SwarmFinder:
     def __init__(
         self,
         directory: Directory,
-        links: Links,
+        track_record: TrackRecord,
         model: bytes,
         block_count: int,
         random: Random,
@@ -54,7 +54,7 @@ class SwarmFinder:
         connected: Callable[[], Collection[PeerId]] = tuple,
     ) -> None:
         self._directory = directory
-        self._links = links
+        self._track_record = track_record
         self._model = model
         self._block_count = block_count
         self._random = random
@@ -114,7 +114,7 @@ class SwarmFinder:
             why
             for offer in self._permitted
             if any(offer.span.start < end and start < offer.span.end for start, end in error.missing)
-            if (why := self._links.why_avoided(offer.peer_id))
+            if (why := self._track_record.why_avoided(offer.peer_id))
         )
         reasons |= dict.fromkeys(self._directory.odd_clocks(self._model, error.missing))
         if not reasons:
@@ -127,9 +127,9 @@ class SwarmFinder:
         are.
         """
         try:
-            return choose_adapter(await self.offers(CACHE_S), name, blocks, self._links.standing)
+            return choose_adapter(await self.offers(CACHE_S), name, blocks, self._track_record.standing)
         except NoChain:
-            return choose_adapter(await self.offers(FRESH_S), name, blocks, self._links.standing)
+            return choose_adapter(await self.offers(FRESH_S), name, blocks, self._track_record.standing)
 
     async def _plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId], max_age_s: float) -> Chain:
         await self.offers(max_age_s)
@@ -149,7 +149,7 @@ class SwarmFinder:
 
     def _has_reweighed(self) -> bool:
         """Whether others are usable, now that we know more of those who announce contradicting blocks."""
-        table = OfferTable(self._permitted, self._belief, self._links.standing)
+        table = OfferTable(self._permitted, self._belief, self._track_record.standing)
         is_other = table.offers != self.table.offers
         self.table = table
         return is_other
@@ -168,7 +168,7 @@ class SwarmFinder:
         first_by, last_by = self._rules.ends(blocks, self._block_count)
         return replace(
             needs,
-            rtts_s=self._links.rtts_s(),
+            rtts_s=self._track_record.rtts_s(),
             position_bytes=self._position_bytes,
             first_by=first_by,
             last_by=last_by,
@@ -176,7 +176,7 @@ class SwarmFinder:
 
     def avoided(self) -> frozenset[PeerId]:
         """The peers that failed us lately."""
-        return self._links.avoided()
+        return self._track_record.avoided()
 
     async def offers(self, max_age_s: float) -> list[Offer]:
         """The offers that the rules permit, from a lookup that is at most `max_age_s` old."""
@@ -184,15 +184,15 @@ class SwarmFinder:
         if offers is not self._seen:
             self._seen, self._permitted = offers, self._rules.permitted(offers)
             self._belief = {o.peer_id: self._belief.get(o.peer_id) or self._doubt() for o in self._permitted}
-            self.table = OfferTable(self._permitted, self._belief, self._links.standing)
+            self.table = OfferTable(self._permitted, self._belief, self._track_record.standing)
             self._look_for_the_lost()
         return self._permitted
 
     def _look_for_the_lost(self) -> None:
         """A peer that could not be reached and has a new announcement may be back: have it asked."""
-        if self._links.has_doubts:
+        if self._track_record.has_doubts:
             for offer in self._permitted:
-                self._links.announced(offer.peer_id, offer.record.seq)
+                self._track_record.announced(offer.peer_id, offer.record.seq)
 
     def _doubt(self) -> float:
         # All clients see the same queue lengths, some seconds old, and would all go to the shortest queue, which then
@@ -203,12 +203,12 @@ class SwarmFinder:
 
     def failed(self, peer: PeerId) -> None:
         """Leave the peer out for a while, longer each time. It may also have new addresses."""
-        self._links.failed(peer)
+        self._track_record.failed(peer)
         self._directory.doubt(peer)
 
     def succeeded(self, peer: PeerId) -> None:
         """Forget that the peer failed."""
-        self._links.succeeded(peer)
+        self._track_record.succeeded(peer)
 
 
 @dataclass(frozen=True, slots=True)

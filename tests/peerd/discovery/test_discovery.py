@@ -334,8 +334,8 @@ async def test_the_clock_follows_the_swarms(swarm: Swarm) -> None:
 
 async def test_round_trips_of_connections_are_known(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2) as (_, discovery):
-        await until(lambda: discovery.links.rtt_s(identity(1).peer_id) is not None)
-        rtt_s = discovery.links.rtt_s(identity(1).peer_id)
+        await until(lambda: discovery.track_record.rtt_s(identity(1).peer_id) is not None)
+        rtt_s = discovery.track_record.rtt_s(identity(1).peer_id)
         assert rtt_s == pytest.approx(0.02, abs=0.01)
 
 
@@ -347,8 +347,9 @@ async def test_delays_to_possible_next_hops_go_out_with_the_next_announcement_an
         swarm.open(4, client=True) as (_, client),
         trio.open_nursery() as nursery,
     ):
-        own, prober = identity(2).peer_id, Prober(connections, server.links, server.may_dial)
-        neighbours = Neighbours(own, server.directory, server.links, prober, Random(1), ChainRules(), lambda: [body()])
+        own, record = identity(2).peer_id, server.track_record
+        prober = Prober(connections, record, server.may_dial)
+        neighbours = Neighbours(own, server.directory, record, prober, Random(1), ChainRules(), lambda: [body()])
         neighbours.serves(MODEL, 8)
         server.announce_from(lambda: neighbours.filled([body()]))
         follower.announce_from(lambda: [body(span=Span(4, 8))])
@@ -449,7 +450,7 @@ async def test_a_server_with_a_wrong_clock_is_named_to_whoever_finds_nobody(
     async with swarm.open(1, ahead_s=ahead_s) as (_, server), swarm.open(2, client=True) as (_, client):
         server.announce_from(lambda: [body()])
         await trio.sleep(20)
-        finder = SwarmFinder(client.directory, client.links, MODEL, 4, Random(1))
+        finder = SwarmFinder(client.directory, client.track_record, MODEL, 4, Random(1))
         with pytest.raises(NoChain, match=f"{identity(1).peer_id}'s records are {said}: check its clock"):
             await finder.find(Span(0, 4), tokens=1, exclude=())
         # And whoever can do something about it.

@@ -85,7 +85,7 @@ async def test_a_broken_connection_to_a_healthy_peer_costs_a_moment_and_no_blame
         await trio.sleep(1)
         world.network.disconnect(world.host(2), world.host(10))
         assert await seconds_until(lambda: chooses(client, server), every_s=0.02) < 0.3
-        assert client.discovery.links.failed(server.peer_id) == FIRST_AVOIDANCE_S
+        assert client.discovery.track_record.failed(server.peer_id) == FIRST_AVOIDANCE_S
 
 
 async def test_a_peer_that_fails_at_its_work_though_it_answers_waits_longer_each_time() -> None:
@@ -128,7 +128,7 @@ async def test_a_peer_that_restarts_is_used_again_as_soon_as_it_is_announced() -
             client.finder.failed(first.peer_id)
             await trio.sleep(21)
         client.finder.failed(first.peer_id)
-        assert client.discovery.links.failed(first.peer_id) > 30
+        assert client.discovery.track_record.failed(first.peer_id) > 30
         await client.connections.connect(first.peer_id, [world.address(2)])
         await world.crash(first)
         # It was asked after 0, 5, 15 and 35 s, and would be after 75.

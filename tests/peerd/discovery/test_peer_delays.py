@@ -41,7 +41,7 @@ async def test_a_client_and_servers_measure_each_other_unasked(
         opened(network, 3, first.addresses) as client,
         client.model(tmp_path) as model,
     ):
-        rtts_s = client.discovery.links.rtts_s()
+        rtts_s = client.discovery.track_record.rtts_s()
         for server in (first, second):
             assert 2 * LATENCY_S <= rtts_s[server.peer_id] < 1
         async with model.session(max_length=16) as session:

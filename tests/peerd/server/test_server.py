@@ -756,7 +756,7 @@ async def test_a_client_leaves_a_peer_whose_results_are_not_finite(open_swarm, w
         session = await client.session(Span(0, 9))
         row = next(row for row in (tokens(4, seed) for seed in range(2000)) if _reaches_thirteen(row))
         await swarm.serve(3, 6)
-        client.finder.links.failed(swarm.hosts[-1].peer_id)
+        client.finder.track_record.failed(swarm.hosts[-1].peer_id)
         assert torch.equal(await session.step(row, want="all"), whole_forward(row, 9))
         assert bad.peer_id in client.finder.failures
         assert bad.peer_id not in [hop.peer for hop in session.chain]

@@ -227,8 +227,8 @@ class Swarm:
             open_tasks() as tasks,
         ):
             rng = Random(number)
-            directory, links = discovery.directory, discovery.links
-            finder = SwarmFinder(directory, links, MODEL, BLOCKS, rng)
+            directory, track_record = discovery.directory, discovery.track_record
+            finder = SwarmFinder(directory, track_record, MODEL, BLOCKS, rng)
             opener = ChainOpener(connections, identity, directory, unix_now, rng.randbytes)
             terms = Terms(
                 model=MODEL,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from peerd.protocol.identity import PeerId
-from peerd.routing.failures.track_record import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, MAX_PEERS, MIN_ASKING_S, Links
+from peerd.routing.failures.track_record import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, MAX_PEERS, MIN_ASKING_S, TrackRecord
 
 A, B = PeerId("a"), PeerId("b")
 
@@ -21,94 +21,94 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def links(clock: Clock) -> Links:
-    return Links(clock)
+def record(clock: Clock) -> TrackRecord:
+    return TrackRecord(clock)
 
 
-def test_a_failed_peer_is_avoided_in_that_instant_and_comes_back_by_itself(links: Links, clock: Clock) -> None:
-    links.failed(A)
-    assert links.is_avoided(A)
-    assert links.avoided() == {A}
+def test_a_failed_peer_is_avoided_in_that_instant_and_comes_back_by_itself(record: TrackRecord, clock: Clock) -> None:
+    record.failed(A)
+    assert record.is_avoided(A)
+    assert record.avoided() == {A}
     clock.now += FIRST_AVOIDANCE_S
-    assert not links.is_avoided(A)
-    assert links.avoided() == frozenset()
+    assert not record.is_avoided(A)
+    assert record.avoided() == frozenset()
 
 
-def test_why_a_peer_is_avoided_is_known_as_long_as_it_is(links: Links, clock: Clock) -> None:
-    links.failed(A, "no way there")
+def test_why_a_peer_is_avoided_is_known_as_long_as_it_is(record: TrackRecord, clock: Clock) -> None:
+    record.failed(A, "no way there")
     # A peer that fails again without a reason does so for the same reason, as far as we know.
-    links.failed(A)
-    links.failed(B)
-    assert (links.why_avoided(A), links.why_avoided(B), links.why_avoided(PeerId("c"))) == ("no way there", "", "")
+    record.failed(A)
+    record.failed(B)
+    assert (record.why_avoided(A), record.why_avoided(B), record.why_avoided(PeerId("c"))) == ("no way there", "", "")
     clock.now += FIRST_AVOIDANCE_S
-    assert links.why_avoided(A) == ""
-    links.failed(A)
-    links.succeeded(A)
-    links.failed(A)
-    assert links.why_avoided(A) == ""
+    assert record.why_avoided(A) == ""
+    record.failed(A)
+    record.succeeded(A)
+    record.failed(A)
+    assert record.why_avoided(A) == ""
 
 
-def test_each_failure_in_a_row_is_avoided_for_twice_as_long(links: Links, clock: Clock) -> None:
+def test_each_failure_in_a_row_is_avoided_for_twice_as_long(record: TrackRecord, clock: Clock) -> None:
     delays = []
     for _ in range(10):
-        delays.append(links.failed(A))
+        delays.append(record.failed(A))
         clock.now += delays[-1]
     assert delays == [5, 10, 20, 40, 80, 160, 320, 600, 600, 600]
     assert delays[-1] == MAX_AVOIDANCE_S
 
 
-def test_requests_that_fail_together_count_once(links: Links, clock: Clock) -> None:
+def test_requests_that_fail_together_count_once(record: TrackRecord, clock: Clock) -> None:
     for _ in range(8):
-        links.failed(A)
+        record.failed(A)
     clock.now += FIRST_AVOIDANCE_S
-    assert not links.is_avoided(A)
+    assert not record.is_avoided(A)
 
 
-def test_a_success_makes_up_for_all_failures(links: Links, clock: Clock) -> None:
+def test_a_success_makes_up_for_all_failures(record: TrackRecord, clock: Clock) -> None:
     for _ in range(3):
-        clock.now += links.failed(A)
-    links.failed(A)
-    links.succeeded(A)
-    assert not links.is_avoided(A)
-    assert links.failed(A) == FIRST_AVOIDANCE_S
+        clock.now += record.failed(A)
+    record.failed(A)
+    record.succeeded(A)
+    assert not record.is_avoided(A)
+    assert record.failed(A) == FIRST_AVOIDANCE_S
 
 
-def test_round_trips_are_smoothed_for_each_peer(links: Links) -> None:
-    assert links.rtt_s(A) is None
-    links.measured(A, 0.1)
-    links.measured(A, 0.9)
-    links.measured(B, 0.0)
-    assert links.rtt_s(A) == pytest.approx(0.2)
-    assert links.rtts_s() == {A: pytest.approx(0.2), B: 0.0}
+def test_round_trips_are_smoothed_for_each_peer(record: TrackRecord) -> None:
+    assert record.rtt_s(A) is None
+    record.measured(A, 0.1)
+    record.measured(A, 0.9)
+    record.measured(B, 0.0)
+    assert record.rtt_s(A) == pytest.approx(0.2)
+    assert record.rtts_s() == {A: pytest.approx(0.2), B: 0.0}
 
 
 @pytest.mark.parametrize("rtt_s", [-0.1, float("inf"), float("nan")])
-def test_an_impossible_round_trip_is_refused(links: Links, rtt_s: float) -> None:
+def test_an_impossible_round_trip_is_refused(record: TrackRecord, rtt_s: float) -> None:
     with pytest.raises(ValueError, match="round trip"):
-        links.measured(A, rtt_s)
+        record.measured(A, rtt_s)
 
 
-def test_made_up_peers_take_bounded_memory(links: Links) -> None:
+def test_made_up_peers_take_bounded_memory(record: TrackRecord) -> None:
     for number in range(MAX_PEERS + 10):
-        links.measured(PeerId(str(number)), 0.1)
-    assert len(links.rtts_s()) == MAX_PEERS
+        record.measured(PeerId(str(number)), 0.1)
+    assert len(record.rtts_s()) == MAX_PEERS
 
 
-def test_a_sample_that_is_seldom_taken_counts_for_more(links: Links) -> None:
-    links.measured(A, 0.1, gain=0.5)
-    links.measured(A, 0.3, gain=0.5)
-    assert links.rtt_s(A) == pytest.approx(0.2)
+def test_a_sample_that_is_seldom_taken_counts_for_more(record: TrackRecord) -> None:
+    record.measured(A, 0.1, gain=0.5)
+    record.measured(A, 0.3, gain=0.5)
+    assert record.rtt_s(A) == pytest.approx(0.2)
 
 
 # By proof.
 
 
 @pytest.fixture
-def proving(clock: Clock) -> Links:
-    return Links(clock, by_proof=True)
+def proving(clock: Clock) -> TrackRecord:
+    return TrackRecord(clock, by_proof=True)
 
 
-def test_a_failed_peer_stays_out_until_it_has_answered(proving: Links, clock: Clock) -> None:
+def test_a_failed_peer_stays_out_until_it_has_answered(proving: TrackRecord, clock: Clock) -> None:
     proving.failed(A)
     clock.now += 1000
     assert proving.avoided() == {A}
@@ -118,7 +118,7 @@ def test_a_failed_peer_stays_out_until_it_has_answered(proving: Links, clock: Cl
     assert not proving.is_avoided(A)
 
 
-def test_a_peer_that_answers_all_the_while_waits_for_the_rest_of_its_time(proving: Links, clock: Clock) -> None:
+def test_a_peer_that_answers_all_the_while_waits_for_the_rest_of_its_time(proving: TrackRecord, clock: Clock) -> None:
     proving.failed(A)
     assert proving.take_doubted() == [A]
     assert proving.take_doubted() == []
@@ -129,7 +129,7 @@ def test_a_peer_that_answers_all_the_while_waits_for_the_rest_of_its_time(provin
     assert not proving.is_avoided(A)
 
 
-def test_a_peer_that_can_be_reached_again_is_back_at_once(proving: Links, clock: Clock) -> None:
+def test_a_peer_that_can_be_reached_again_is_back_at_once(proving: TrackRecord, clock: Clock) -> None:
     for _ in range(5):
         clock.now += proving.failed(A)
         proving.take_doubted()
@@ -145,7 +145,7 @@ def test_a_peer_that_can_be_reached_again_is_back_at_once(proving: Links, clock:
     assert proving.failed(A) > 100
 
 
-def test_a_peer_that_does_not_answer_is_asked_ever_more_rarely_and_at_last_never(proving: Links, clock: Clock) -> None:
+def test_a_silent_peer_is_asked_ever_more_rarely_and_at_last_never(proving: TrackRecord, clock: Clock) -> None:
     proving.doubt(A)
     delays = []
     while proving.asks_at_s < float("inf"):
@@ -158,7 +158,7 @@ def test_a_peer_that_does_not_answer_is_asked_ever_more_rarely_and_at_last_never
 
 
 def test_a_new_announcement_of_a_gone_peer_is_a_reason_to_ask_but_an_old_one_is_not(
-    proving: Links, clock: Clock
+    proving: TrackRecord, clock: Clock
 ) -> None:
     hurried = []
     proving.on_doubt = lambda: hurried.append(clock.now)
@@ -185,7 +185,7 @@ def test_a_new_announcement_of_a_gone_peer_is_a_reason_to_ask_but_an_old_one_is_
         assert proving.take_doubted() == [A]
 
 
-def test_a_broken_connection_is_no_failure(proving: Links, clock: Clock) -> None:
+def test_a_broken_connection_is_no_failure(proving: TrackRecord, clock: Clock) -> None:
     proving.doubt(A)
     assert proving.is_avoided(A)
     proving.take_doubted()
@@ -194,18 +194,18 @@ def test_a_broken_connection_is_no_failure(proving: Links, clock: Clock) -> None
     assert proving.failed(A) == FIRST_AVOIDANCE_S
 
 
-def test_where_nobody_asks_a_doubt_is_none(links: Links) -> None:
-    links.doubt(A)
-    assert not links.is_avoided(A)
+def test_where_nobody_asks_a_doubt_is_none(record: TrackRecord) -> None:
+    record.doubt(A)
+    assert not record.is_avoided(A)
 
 
-def test_doubts_of_made_up_peers_take_bounded_memory(proving: Links) -> None:
+def test_doubts_of_made_up_peers_take_bounded_memory(proving: TrackRecord) -> None:
     for number in range(MAX_PEERS + 10):
         proving.doubt(PeerId(str(number)))
     assert len(proving.avoided()) == MAX_PEERS
 
 
-def test_after_a_sleep_the_failures_since_are_forgiven_but_doubts_remain(proving: Links, clock: Clock) -> None:
+def test_after_a_sleep_the_failures_since_are_forgiven_but_doubts_remain(proving: TrackRecord, clock: Clock) -> None:
     proving.failed(A)
     proving.failed(B)
     proving.take_doubted()

@@ -11,7 +11,7 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
 from peerd.routing.directory.offer import Offer
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 
 MODEL = bytes(range(32))
 
@@ -51,10 +51,10 @@ class Announced:
 
 
 def finder_of(announced: Announced, seed: int) -> SwarmFinder:
-    links = Links(trio.current_time)
+    track_record = TrackRecord(trio.current_time)
     for each in announced.offers:
-        links.measured(each.peer_id, Random(seed).uniform(0.019, 0.021))
-    return SwarmFinder(announced, links, MODEL, 8, Random(seed))
+        track_record.measured(each.peer_id, Random(seed).uniform(0.019, 0.021))
+    return SwarmFinder(announced, track_record, MODEL, 8, Random(seed))
 
 
 async def chosen(finder: SwarmFinder) -> PeerId:

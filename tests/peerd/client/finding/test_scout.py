@@ -21,7 +21,7 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER
 from peerd.routing.chains.rules import ChainRules, Manifest
 from peerd.routing.directory.offer import Offer
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 from peerd.spans.neighbours import FIRST_ROUND_S, Neighbours
 from peerd.trio_tools import open_tasks
 
@@ -54,27 +54,27 @@ class Scouted:
     client: Any
     finder: SwarmFinder
     scout: Scout
-    links: Links
+    track_record: TrackRecord
 
 
 def scouted(client: Any, announced: Announced, rules: ChainRules | None = None) -> Scouted:
-    links = client.finder.links
+    track_record = client.finder.track_record
     finder = SwarmFinder(
-        announced, links, bytes(range(32)), 8, Random(1), rules, connected=client.connections.live.keys
+        announced, track_record, bytes(range(32)), 8, Random(1), rules, connected=client.connections.live.keys
     )
-    scout = Scout(finder, Prober(client.connections, links, lambda addresses: addresses), BLOCKS, Random(2))
+    scout = Scout(finder, Prober(client.connections, track_record, lambda addresses: addresses), BLOCKS, Random(2))
     client.finder = finder
-    return Scouted(client, finder, scout, links)
+    return Scouted(client, finder, scout, track_record)
 
 
 async def run_neighbours(swarm: Any, announced: Announced, tasks: trio.Nursery) -> None:
     for host in swarm.hosts:
-        links = Links(trio.current_time)
-        prober = Prober(host.connections, links, lambda addresses: addresses)
+        track_record = TrackRecord(trio.current_time)
+        prober = Prober(host.connections, track_record, lambda addresses: addresses)
         neighbours = Neighbours(
             host.peer_id,
             announced,
-            links,
+            track_record,
             prober,
             Random(host.ip),
             ChainRules(),
@@ -105,7 +105,7 @@ async def test_a_chain_stays_on_the_continent_of_its_client(open_swarm) -> None:
             assert {places[host.ip] for hop in chain.hops for host in hosts if host.peer_id == hop.peer_id} == {0}
             # There, 10 ms; between two hops, 10 ms at most; and back.
             assert chain.cost_s < 0.1
-        assert all(ours.links.rtt_s(host.peer_id) is not None for host in hosts)
+        assert all(ours.track_record.rtt_s(host.peer_id) is not None for host in hosts)
         tasks.cancel_scope.cancel()
 
 
@@ -149,7 +149,7 @@ async def test_a_peer_that_the_rules_leave_out_is_never_asked(open_swarm, rule: 
         ours = scouted(client, announced, rules)
         tasks.start_soon(ours.scout.run)
         await ours.scout.ready.wait()
-        assert set(ours.links.rtts_s()) == others
+        assert set(ours.track_record.rtts_s()) == others
         assert dialled == []
         tasks.cancel_scope.cancel()
 
@@ -162,7 +162,7 @@ async def test_of_many_peers_a_few_are_asked_and_no_connection_stays(open_swarm)
         ours = scouted(client, Announced(swarm))
         tasks.start_soon(ours.scout.run)
         await ours.scout.ready.wait()
-        assert len(ours.links.rtts_s()) == FIRST_PROBES
+        assert len(ours.track_record.rtts_s()) == FIRST_PROBES
         # A few that a first chain is likely to have, for a moment.
         assert len(client.connections.live) <= 2 * PLANS
         await trio.sleep(2 * ROUND_S)

@@ -15,7 +15,7 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import choose_adapter
 from peerd.routing.directory.offer import Offer, agreeing
 from peerd.routing.directory.standing import Standing
-from peerd.routing.failures.track_record import Links
+from peerd.routing.failures.track_record import TrackRecord
 
 MODEL = bytes(range(32))
 GOOD, EVIL = b"\1" * 32, b"\2" * 32
@@ -62,13 +62,13 @@ class Announced:
 
 
 @pytest.fixture
-def links() -> Links:
-    return Links(trio.current_time, by_proof=True)
+def track_record() -> TrackRecord:
+    return TrackRecord(trio.current_time, by_proof=True)
 
 
 @pytest.fixture
-def finder(links: Links) -> SwarmFinder:
-    return SwarmFinder(Announced(), links, MODEL, 8, Random(1))
+def finder(track_record: TrackRecord) -> SwarmFinder:
+    return SwarmFinder(Announced(), track_record, MODEL, 8, Random(1))
 
 
 async def first_hop(finder: SwarmFinder) -> PeerId:
@@ -76,17 +76,17 @@ async def first_hop(finder: SwarmFinder) -> PeerId:
 
 
 async def test_one_that_we_reached_outweighs_any_number_of_which_we_only_heard(
-    finder: SwarmFinder, links: Links
+    finder: SwarmFinder, track_record: TrackRecord
 ) -> None:
     assert await first_hop(finder) in MADE_UP_PEERS
-    links.reached(OFFERS[0].peer_id, "")
+    track_record.reached(OFFERS[0].peer_id, "")
     with pytest.raises(NoChain):
         # The view is as old as before; a plan that fails has another look.
         await finder.find(Span(0, 8), tokens=10, exclude=HONEST_PEERS | MADE_UP_PEERS)
     assert await first_hop(finder) in HONEST_PEERS
 
 
-async def test_those_who_are_not_there_stand_in_nobodys_way(finder: SwarmFinder, links: Links) -> None:
+async def test_those_who_are_not_there_stand_in_nobodys_way(finder: SwarmFinder, track_record: TrackRecord) -> None:
     """Each that is tried and cannot be reached has no voice any more, and the others are used in the end."""
     tried: set[PeerId] = set()
     while (peer := await first_hop(finder)) in MADE_UP_PEERS:
@@ -103,23 +103,23 @@ def test_all_peers_of_one_network_are_one_voice() -> None:
     assert {one.peer_id for one in agreeing(OFFERS, standing)} == HONEST_PEERS
 
 
-def test_who_served_us_is_believed_before_who_was_reached(links: Links) -> None:
+def test_who_served_us_is_believed_before_who_was_reached(track_record: TrackRecord) -> None:
     for peer in MADE_UP_PEERS:
-        links.reached(peer, f"net of {peer}")
-    links.succeeded(OFFERS[0].peer_id)
-    assert {one.peer_id for one in agreeing(OFFERS, links.standing)} == HONEST_PEERS
+        track_record.reached(peer, f"net of {peer}")
+    track_record.succeeded(OFFERS[0].peer_id)
+    assert {one.peer_id for one in agreeing(OFFERS, track_record.standing)} == HONEST_PEERS
 
 
-async def test_one_that_failed_after_it_was_reached_keeps_its_voice(links: Links) -> None:
+async def test_one_that_failed_after_it_was_reached_keeps_its_voice(track_record: TrackRecord) -> None:
     """Or the weights of a live session's chain would change with every death in it."""
-    links.reached(OFFERS[0].peer_id, "")
-    links.failed(OFFERS[0].peer_id)
-    assert {one.peer_id for one in agreeing(OFFERS, links.standing)} == HONEST_PEERS
+    track_record.reached(OFFERS[0].peer_id, "")
+    track_record.failed(OFFERS[0].peer_id)
+    assert {one.peer_id for one in agreeing(OFFERS, track_record.standing)} == HONEST_PEERS
 
 
-def test_squatters_do_not_decide_what_an_adapters_name_means(links: Links) -> None:
+def test_squatters_do_not_decide_what_an_adapters_name_means(track_record: TrackRecord) -> None:
     ours, theirs = "poet@" + "1" * 16, "poet@" + "f" * 16
     offers = [offer(1, GOOD, adapters=(ours,)), *(offer(number, GOOD, adapters=(theirs,)) for number in MADE_UP)]
-    assert choose_adapter(offers, ours, Span(0, 8), links.standing) == ours
-    links.reached(offers[0].peer_id, "")
-    assert choose_adapter(offers, "poet", Span(0, 8), links.standing) == ours
+    assert choose_adapter(offers, ours, Span(0, 8), track_record.standing) == ours
+    track_record.reached(offers[0].peer_id, "")
+    assert choose_adapter(offers, "poet", Span(0, 8), track_record.standing) == ours
