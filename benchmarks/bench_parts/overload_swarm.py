@@ -17,7 +17,7 @@ import torch
 import trio
 
 from peerd.client.finding.finder import Patience, SwarmFinder
-from peerd.client.session.mender import Means, Wanted
+from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.net.connections import Connections, Stream, open_connections
@@ -268,8 +268,8 @@ class Overload:
             opener = ChainOpener(connections, identity, directory, unix_now, rng.randbytes)
             terms = Terms(MODEL, SessionSize(self._tokens, max_rollback=self._tokens), 4, "float32", "exact", 2000)
             for _ in range(self.plan.answers):
-                wanted = Wanted(BLOCKS, WIDTH, terms, Patience(busy_s=self.plan.busy_s))
-                session = Session(Means(finder, opener, rng), wanted)
+                spec = SessionSpec(BLOCKS, WIDTH, terms, Patience(busy_s=self.plan.busy_s))
+                session = Session(SessionTools(finder, opener, rng), spec)
                 await tasks.start(session.run)
                 self.answers.append(await self._use(session, identity.peer_id))
                 session.close()

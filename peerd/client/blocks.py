@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.client.finding.finder import ChainFinder, Patience
-from peerd.client.session.mender import Means, Wanted
+from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import BlockModule, LoraAdapter, within
@@ -75,7 +75,7 @@ class ServedBlocks:
     ) -> None:
         self.facts = facts
         self._hub = hub
-        self._means = Means(finder, opener, random.Random(os.urandom(16)))
+        self._tools = SessionTools(finder, opener, random.Random(os.urandom(16)))
         self._tasks = tasks
         self._scout = scout
         self._pass_maker: PassMaker | None = None
@@ -146,7 +146,7 @@ class ServedBlocks:
             timeout_ms=OPEN_TIMEOUT_MS,
         )
         terms = await self._with_adapter(terms, adapter, blocks)
-        session = Session(self._means, Wanted(blocks, self.facts.width, terms, patience or Patience()))
+        session = Session(self._tools, SessionSpec(blocks, self.facts.width, terms, patience or Patience()))
         await self._tasks.start(session.run)
         if self._scout is not None:
             self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)
@@ -198,9 +198,9 @@ class ServedBlocks:
                 f"a row of {max(lengths)} positions, {self.facts.name} takes {self.facts.max_length}: shorten it"
             )
         if self._pass_maker is None:
-            facts, means = self.facts, self._means
+            facts, tools = self.facts, self._tools
             self._pass_maker = PassMaker(
-                means.finder, means.opener.connections, facts.digest, facts.width, facts.dtype, means.rng
+                tools.finder, tools.opener.connections, facts.digest, facts.width, facts.dtype, tools.rng
             )
         return await self._pass_maker.forward(
             hidden,
@@ -224,7 +224,7 @@ class ServedBlocks:
                 " name: give yours to `session` or `generate`, or train it as `lora`"
             )
         # The name is resolved once: a hop that is replaced in mid-answer must not get another adapter of the same name.
-        return adapter if is_adapter_id(adapter) else await self._means.finder.adapter_id(adapter, blocks)
+        return adapter if is_adapter_id(adapter) else await self._tools.finder.adapter_id(adapter, blocks)
 
     async def _with_adapter(self, terms: Terms, adapter: Adapter | None, blocks: Span) -> Terms:
         if adapter is None:

@@ -12,7 +12,7 @@ import trio
 
 from peerd.client.finding.finder import Patience, SwarmFinder
 from peerd.client.finding.scout import Scout
-from peerd.client.session.mender import Means, Wanted
+from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.discovery.discovery import Discovery, open_discovery
@@ -108,8 +108,8 @@ class Client:
             timeout_ms=2000,
         )
         rng = Random(self.number)
-        wanted = Wanted(ALL, WIDTH, terms, patience or Patience())
-        session = Session(Means(self.finder, self.opener, rng), wanted)
+        spec = SessionSpec(ALL, WIDTH, terms, patience or Patience())
+        session = Session(SessionTools(self.finder, self.opener, rng), spec)
         await self.tasks.start(session.run)
         return session
 

@@ -14,7 +14,7 @@ import torch
 import trio
 
 from peerd.client.finding.finder import Patience
-from peerd.client.session.mender import Means, Wanted
+from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.adapters.lora import Lora
@@ -188,7 +188,7 @@ class Client:
         )
         patience = more.pop("patience", Patience())
         assert isinstance(patience, Patience)
-        session = Session(Means(self.finder, self.opener, self.rng), Wanted(blocks, width, terms, patience))
+        session = Session(SessionTools(self.finder, self.opener, self.rng), SessionSpec(blocks, width, terms, patience))
         await self.tasks.start(session.run)
         return session
 

@@ -34,7 +34,7 @@ class NumbersUsedUp(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class SessionTools:
     """What all sessions of one model share: the finder, the opener and the random source."""
 
     finder: ChainFinder
@@ -43,7 +43,7 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SessionSpec:
     """What a session needs: `blocks`, whose hidden states are `width` wide, on these terms."""
 
     blocks: Span
@@ -55,16 +55,16 @@ class Wanted:
 class ChainMender:
     """Fills the holes of one session's chain."""
 
-    def __init__(self, means: Means, wanted: Wanted) -> None:
-        self._finder = means.finder
-        self._opener = means.opener
-        self._terms = wanted.terms
-        self.candidates = Candidates(SESSION_RULES, wanted.patience, means.rng)
+    def __init__(self, tools: SessionTools, spec: SessionSpec) -> None:
+        self._finder = tools.finder
+        self._opener = tools.opener
+        self._terms = spec.terms
+        self.candidates = Candidates(SESSION_RULES, spec.patience, tools.rng)
         #: What hops said of what is asked now: that it is wrong, or overflows. Others may do better; where there are
         #: none, that is the answer.
-        self.refusals = Refusals(tolerated=0, voice=means.opener.voice, now=trio.current_time)
+        self.refusals = Refusals(tolerated=0, voice=tools.opener.voice, now=trio.current_time)
         #: What hops said about their caches, or did against what they had said. An honest hop may do this once.
-        self.lapses = Refusals(tolerated=1, voice=means.opener.voice, now=trio.current_time)
+        self.lapses = Refusals(tolerated=1, voice=tools.opener.voice, now=trio.current_time)
 
     def __repr__(self) -> str:
         return f"<ChainMender {self.candidates!r}>"

@@ -13,7 +13,7 @@ import trio
 
 from peerd.client.finding.finder import Patience
 from peerd.client.finding.served_by import ServedBy
-from peerd.client.session.mender import Means, Wanted
+from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
@@ -30,11 +30,11 @@ class Session:
     `hidden` is `[positions, width]` on the CPU. Results have the session's wire dtype.
     """
 
-    def __init__(self, means: Means, wanted: Wanted) -> None:
-        terms = wanted.terms
+    def __init__(self, tools: SessionTools, spec: SessionSpec) -> None:
+        terms = spec.terms
         self.log = StepLog(terms.size)
-        self._supervisor = Supervisor(means, wanted, self.log)
-        self._width = wanted.width
+        self._supervisor = Supervisor(tools, spec, self.log)
+        self._width = spec.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
         self._scope = trio.CancelScope()

@@ -19,7 +19,7 @@ from peerd.client.session.bridges import Bridges
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.first_hop import FirstHop
 from peerd.client.session.live_chain import MAX_NUMBERS, LiveChain
-from peerd.client.session.mender import ChainMender, Means, NumbersUsedUp, Wanted
+from peerd.client.session.mender import ChainMender, NumbersUsedUp, SessionSpec, SessionTools
 from peerd.client.session.pace_watch import PaceWatch
 from peerd.client.session.progress import StepProgress
 from peerd.client.session.step_log import Pending, StepLog
@@ -67,21 +67,21 @@ BYTES_A_VALUE = 4
 
 
 class Supervisor:
-    """A chain over `wanted.blocks` for the steps in `log`. `run` owns its tasks."""
+    """A chain over `spec.blocks` for the steps in `log`. `run` owns its tasks."""
 
-    def __init__(self, means: Means, wanted: Wanted, log: StepLog) -> None:
+    def __init__(self, tools: SessionTools, spec: SessionSpec, log: StepLog) -> None:
         # How many hops were replaced after the first chain was complete, because they died or were slow.
         self.failovers = 0
         # How often open hops were given up, so that the whole chain had to compute the past again.
         self.reopened = 0
-        self._finder = means.finder
-        self._opener = means.opener
-        self._wanted = wanted
+        self._finder = tools.finder
+        self._opener = tools.opener
+        self._spec = spec
         self._log = log
-        self._first = FirstHop(log, wanted.terms)
+        self._first = FirstHop(log, spec.terms)
         # Positions that hops sent again to their next hops.
         self._replayed = 0
-        self._mender = ChainMender(means, wanted)
+        self._mender = ChainMender(tools, spec)
         self.progress = StepProgress(log, self._new_chain())
         # Whether there was a complete chain before, so that a hole is a loss.
         self._has_stood = False
@@ -99,7 +99,7 @@ class Supervisor:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._bridges = Bridges(self._opener, nursery, self.report, self._log, self._wanted.width)
+                self._bridges = Bridges(self._opener, nursery, self.report, self._log, self._spec.width)
                 task_status.started()
                 nursery.start_soon(PaceWatch(self.progress, self._opener, self._finder, self.report).run)
                 await self._keep_open()
@@ -124,7 +124,7 @@ class Supervisor:
     def max_steps(self) -> int:
         """How many steps may be unanswered at a time: the least that any hop grants."""
         granted = [control.opened.max_steps for control in self.chain.controls]
-        return min(granted, default=self._wanted.terms.max_steps)
+        return min(granted, default=self._spec.terms.max_steps)
 
     @property
     def epoch(self) -> int:
@@ -144,7 +144,7 @@ class Supervisor:
 
     async def _read(self, control: ControlStream) -> None:
         try:
-            await control.read(self._on_message, MAX_STEP_POSITIONS * self._wanted.width * BYTES_A_VALUE)
+            await control.read(self._on_message, MAX_STEP_POSITIONS * self._spec.width * BYTES_A_VALUE)
         except trio.ClosedResourceError:
             return
         except PeerdError as error:
@@ -176,7 +176,7 @@ class Supervisor:
             # Another hop answered it before this one replaced that hop; or the step was given up.
             return
         positions = self._log.pending[output.seq].step.positions
-        self._log.answer(output, body, self._wanted.width)
+        self._log.answer(output, body, self._spec.width)
         self._faults_without_answer = 0
         self._finder.succeeded(control.hop.peer_id)
         self._mender.answered(self.chain)
@@ -295,7 +295,7 @@ class Supervisor:
         self._is_woken = False
 
     def _new_chain(self) -> LiveChain:
-        return LiveChain(self._opener.new_session(), self._wanted.blocks)
+        return LiveChain(self._opener.new_session(), self._spec.blocks)
 
     # Recovery.
 

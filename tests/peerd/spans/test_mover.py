@@ -16,7 +16,7 @@ import trio
 
 import peerd
 from peerd.client.finding.finder import Patience, SwarmFinder
-from peerd.client.session.mender import Means, Wanted
+from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.checkpoint.opening import open_checkpoint
@@ -240,7 +240,7 @@ class Swarm:
                 adapter="",
                 own_adapter=None,
             )
-            session = Session(Means(finder, opener, rng), Wanted(Span(0, BLOCKS), WIDTH, terms, Patience()))
+            session = Session(SessionTools(finder, opener, rng), SessionSpec(Span(0, BLOCKS), WIDTH, terms, Patience()))
             await tasks.start(session.run)
             yield session
 
