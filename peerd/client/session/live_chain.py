@@ -53,24 +53,24 @@ class LiveChain:
     def __init__(self, session: bytes, blocks: Span) -> None:
         self.session = session
         self.epoch = 0
-        self._places: list[ControlStream | Span] = [blocks]
+        self._parts: list[ControlStream | Span] = [blocks]
         self._next_number = 0
         # The routes of hops whose route has changed since they were opened.
         self._routes: dict[ControlStream, Route] = {}
 
     def __repr__(self) -> str:
-        places = (f"[{place}]" if isinstance(place, Span) else str(place.hop.span) for place in self._places)
-        return f"<LiveChain epoch={self.epoch} {' '.join(places)}>"
+        parts = (f"[{part}]" if isinstance(part, Span) else str(part.hop.span) for part in self._parts)
+        return f"<LiveChain epoch={self.epoch} {' '.join(parts)}>"
 
     @property
     def controls(self) -> list[ControlStream]:
         """The open hops, in order."""
-        return [place for place in self._places if isinstance(place, ControlStream)]
+        return [part for part in self._parts if isinstance(part, ControlStream)]
 
     @property
     def holes(self) -> list[Span]:
         """The blocks that no hop of the chain runs now."""
-        return [place for place in self._places if isinstance(place, Span)]
+        return [part for part in self._parts if isinstance(part, Span)]
 
     @property
     def is_whole(self) -> bool:
@@ -82,7 +82,7 @@ class LiveChain:
         return tuple(ServedBy(control.hop.peer_id, control.hop.span) for control in self.controls)
 
     def __contains__(self, control: ControlStream) -> bool:
-        return control in self._places
+        return control in self._parts
 
     def before(self, block: int) -> ControlStream | None:
         """The hop that ends where `block` begins, or None."""
@@ -124,39 +124,39 @@ class LiveChain:
         """Remove a hop, which leaves a hole in its place, and end its session if the stream still works."""
         control.close()
         self._routes.pop(control, None)
-        places: list[ControlStream | Span] = []
-        for place in self._places:
-            now = control.hop.span if place is control else place
-            last = places[-1] if places else None
+        parts: list[ControlStream | Span] = []
+        for part in self._parts:
+            now = control.hop.span if part is control else part
+            last = parts[-1] if parts else None
             if isinstance(now, Span) and isinstance(last, Span):
-                places[-1] = Span(last.start, now.end)
+                parts[-1] = Span(last.start, now.end)
             else:
-                places.append(now)
-        self._places = places
+                parts.append(now)
+        self._parts = parts
 
     def put(self, span: Span, controls: Sequence[ControlStream]) -> bool:
         """Put hops over `span`, in place of a hole, of a part of one, or of hops, which are then closed.
 
         Returns False and changes nothing if other hops were put there meanwhile.
         """
-        places: list[ControlStream | Span] = []
+        parts: list[ControlStream | Span] = []
         replaced = []
-        for place in self._places:
-            own = place if isinstance(place, Span) else place.hop.span
+        for part in self._parts:
+            own = part if isinstance(part, Span) else part.hop.span
             if own.end <= span.start or span.end <= own.start:
-                places.append(place)
+                parts.append(part)
                 continue
-            if isinstance(place, ControlStream):
+            if isinstance(part, ControlStream):
                 if own.start < span.start or span.end < own.end:
                     return False
-                replaced.append(place)
+                replaced.append(part)
             if own.start < span.start:
-                places.append(Span(own.start, span.start))
+                parts.append(Span(own.start, span.start))
             if own.start <= span.start:
-                places.extend(controls)
+                parts.extend(controls)
             if span.end < own.end:
-                places.append(Span(span.end, own.end))
-        self._places = places
+                parts.append(Span(span.end, own.end))
+        self._parts = parts
         for control in replaced:
             control.close()
             self._routes.pop(control, None)

@@ -45,7 +45,7 @@ FORWARD, BACKWARD = "forward", "backward"
 _NO_TOKENS = 0
 
 
-class PassChain:
+class TrainingChain:
     """Lanes over `blocks`. `positions`: the positions of a request; `requests`: how many will follow each other."""
 
     def __init__(
@@ -83,7 +83,7 @@ class PassChain:
         self._search: Search | None = None
 
     def __repr__(self) -> str:
-        return f"<PassChain {self.blocks} {' '.join(map(str, self.served_by))}>"
+        return f"<TrainingChain {self.blocks} {' '.join(map(str, self.served_by))}>"
 
     @property
     def served_by(self) -> tuple[ServedBy, ...]:

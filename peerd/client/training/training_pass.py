@@ -17,7 +17,7 @@ import torch
 from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.training.lane import Lane, LaneTerms
-from peerd.client.training.lanes import BACKWARD, FORWARD, PassChain
+from peerd.client.training.lanes import BACKWARD, FORWARD, TrainingChain
 from peerd.client.training.rows import cut, positions_each
 from peerd.client.training.trained import LORA_A, LORA_B, PROMPT, Gradients, Trained
 from peerd.net.connections import Connections
@@ -45,7 +45,7 @@ class _Leg:
 class MicroBatch:
     """Some rows of a pass on their way through `chain`, and back."""
 
-    def __init__(self, chain: PassChain, numbers: Sequence[int], lengths: Sequence[int], offset: int) -> None:
+    def __init__(self, chain: TrainingChain, numbers: Sequence[int], lengths: Sequence[int], offset: int) -> None:
         self.chain = chain
         self.numbers = tuple(numbers)
         self.rows = tuple(lengths)
@@ -157,7 +157,7 @@ class Pass:
         self.close()
 
     @property
-    def _chains(self) -> list[PassChain]:
+    def _chains(self) -> list[TrainingChain]:
         return list(dict.fromkeys(micro.chain for micro in self._micros))
 
     def _prompts(self, found: Sequence[Mapping[tuple[int, str], torch.Tensor]]) -> torch.Tensor | None:
@@ -249,11 +249,11 @@ class PassMaker:
         packed = self._check(hidden, rows)
         trained.check(blocks, rows, self._width)
 
-        def new_chain(numbers: Sequence[int]) -> PassChain:
+        def new_chain(numbers: Sequence[int]) -> TrainingChain:
             terms = LaneTerms(self._model, self._dtype, codec, adapter, trained.parameters(blocks, numbers))
             total = sum(rows[number] for number in numbers)
             requests = len(cut([rows[number] for number in numbers], positions_each(total, PLANNED_HOPS)))
-            return PassChain(
+            return TrainingChain(
                 self._finder,
                 self._connections,
                 blocks,
@@ -278,7 +278,7 @@ class PassMaker:
         return done
 
     async def _micro_batches(
-        self, rows: Sequence[int], trained: Trained, new_chain: Callable[[Sequence[int]], PassChain]
+        self, rows: Sequence[int], trained: Trained, new_chain: Callable[[Sequence[int]], TrainingChain]
     ) -> list[MicroBatch]:
         if trained.has_row_prompts:
             # A lane has one prompt for all its requests, so rows with their own prompts need lanes of their own.
@@ -305,7 +305,7 @@ class PassMaker:
         return hidden.detach().reshape(-1, self._width)
 
 
-async def _open_all(chains: Sequence[PassChain]) -> None:
+async def _open_all(chains: Sequence[TrainingChain]) -> None:
     try:
         await at_once([chain.open for chain in chains])
     except BaseException:
