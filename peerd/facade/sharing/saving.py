@@ -149,10 +149,12 @@ class Sharing:
             described.inference_mode = True
             described.save_pretrained(where)
             usage = [
+                "from peft import PeftModel",
+                "",
                 "import peerd",
                 "",
                 f'model = peerd.{_class_of(self)}.from_pretrained("{self._base.called}", bootstrap=[ADDRESS])',
-                'model = peft.PeftModel.from_pretrained(model, "THIS REPOSITORY")',
+                'model = PeftModel.from_pretrained(model, "THIS REPOSITORY")',
             ]
             card = card_of(self._base, "LoRA", tensors, usage, library="peft", figures=figures)
             (where / "README.md").write_text(card)

@@ -129,7 +129,7 @@ def plain(local: Any) -> Any:
 
 @pytest.mark.parametrize("case", LORA)
 def test_lora_that_a_remote_model_saves_is_the_same_in_plain_peft(
-    case: str, open_remote: Any, hub: HubServer, plain: Any, local: Any, tmp_path: Path
+    case: str, open_remote: Any, servers: Any, hub: HubServer, plain: Any, local: Any, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
     model = open_remote()
@@ -143,7 +143,14 @@ def test_lora_that_a_remote_model_saves_is_the_same_in_plain_peft(
     torch.testing.assert_close(plain(folder), found, rtol=1e-3, atol=1e-3)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (BASE, hub.repos[BASE].refs["main"])
-    assert "library_name: peft" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft" in card
+    # What the card says works.
+    code = card.split("```python\n")[1].split("```")[0].replace("THIS REPOSITORY", str(folder))
+    names: dict[str, Any] = {"ADDRESS": servers.bootstrap[0]}
+    exec(compile(code, "README.md", "exec"), names)
+    with names["model"].base_model.model as again, torch.no_grad():
+        torch.testing.assert_close(again.eval()(input_ids=IDS).logits, found, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", LORA)
