@@ -83,7 +83,7 @@ async def relay() -> None:
         handlers={RELAY_PROTOCOL: service.answer},
         roles=[RELAY_ROLE],
     ) as connections:
-        connections.announced = connections.listen_addresses
+        connections.present_as(listen_as=connections.listen_addresses)
         print(connections.listen_addresses[0].with_peer(identity.peer_id), flush=True)
         await trio.sleep_forever()
 

@@ -1,60 +1,47 @@
 """A peer: its identity, its connections, the spans that it serves and the models that it uses, under one owner.
 
-`open_peer` connects the rooms and owns the nursery in which every task of a peer runs. The order of endings matters:
-announcements are withdrawn while connections are still open, connections close before the sessions whose streams they
-carry, and a caller's exception leaves as it came in.
+`open_peer` opens the rooms in order, each of which owns its tasks; a caller's exception comes out as it went in.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from contextlib import asynccontextmanager
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING
 
 import trio
 
 from peerd.checkpoints import Checkpoints, fetch_head
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.discovery.discovery import Discovery, open_discovery
+from peerd.discovery.discovery import Discovery
 from peerd.discovery.kept_clock import is_clock_kept
-from peerd.discovery.prober import Prober
-from peerd.net.connections import Connections, open_connections
+from peerd.discovery.prober import RttProber
+from peerd.net.connections import Connections
 from peerd.net.containment import Containment
-from peerd.net.dial_policy import DialPolicy
 from peerd.net.websocket import WebSocketTransport
+from peerd.peer_parts import PeerConfig, open_net, open_own_discovery, open_own_reach, open_server, open_spans
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
-from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
-from peerd.reach.checker import Reachability
-from peerd.reach.dialback import DialbackAnswerer
-from peerd.reach.own_addresses import dialable_forms, own_networks
-from peerd.reach.relay import Relay
-from peerd.reach.reservations import Reservations, open_reservations
+from peerd.reach.reachability import Reachability
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
-from peerd.routing.reach.verdict import Announced, Reach
 from peerd.spans.host import SpanHost
-from peerd.trio_tools import import_in_thread, open_tasks
+from peerd.trio_tools import import_in_thread
 
 if TYPE_CHECKING:
     from peerd.client.blocks import ServedBlocks
     from peerd.client.model import SwarmModel
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.net.transport import Transport
+    from peerd.reach.relay import Relay
     from peerd.reach.relay_ledger import RelayLimits
+    from peerd.reach.reservations import Reservations
     from peerd.server.served_spans import ServedSpan
     from peerd.server.server import Server
     from peerd.spans.spec import ServeSpec
-
-log = logging.getLogger(__name__)
 
 Address = Multiaddr | str
 # Every interface, any free port.
@@ -66,30 +53,23 @@ class Peer:
 
     def __init__(
         self,
-        identity: Identity,
+        config: PeerConfig,
         connections: Connections,
         discovery: Discovery,
         reachability: Reachability,
         server: Server | None,
+        spans: SpanHost | None,
         checkpoints: Checkpoints,
-        tasks: trio.Nursery,
-        rules: ChainRules | None = None,
     ) -> None:
-        self.identity = identity
+        self.identity = config.identity
         self.connections = connections
         self.discovery = discovery
         self.reachability = reachability
         self.server = server
-        #: Our relay for peers that nobody can dial, and our reservations at other relays; each is None if we have none.
-        self.relay: Relay | None = None
-        self.reservations: Reservations | None = None
         #: The rules for the peers in our chains; None allows every peer.
-        self.rules = rules
+        self.rules = config.rules
+        self._spans = spans
         self._checkpoints = checkpoints
-        self._tasks = tasks
-        self._spans: SpanHost | None = None
-        if server is not None:
-            self._spans = SpanHost(self.peer_id, connections, discovery, server, checkpoints, tasks, rules)
 
     def __repr__(self) -> str:
         return f"<Peer {self.peer_id} {' '.join(str(served.span) for served in self.served) or 'client'}>"
@@ -102,30 +82,26 @@ class Peer:
     @property
     def addresses(self) -> tuple[Multiaddr, ...]:
         """Where others can dial us, each address with our PeerId."""
-        return tuple(address.with_peer(self.peer_id) for address in self.connections.announced)
+        return tuple(address.with_peer(self.peer_id) for address in self.connections.listen_as)
 
     @property
     def served(self) -> tuple[ServedSpan, ...]:
         """The spans that we serve."""
         return self.server.spans if self.server is not None else ()
 
-    def want_relays(self) -> None:
-        """Hold reservations at relays while others cannot dial us, and give them back when they can."""
-        if self.reservations is not None:
-            self.reservations.wanted = self.reachability.wants_relays
+    @property
+    def relay(self) -> Relay | None:
+        """Our relay for peers that nobody can dial; None if we are none."""
+        return self.reachability.relay
 
-    def offer_relay(self) -> None:
-        """Announce that we are a relay, unless other peers cannot dial us."""
-        if self.relay is not None:
-            reachable = self.reachability.reach is not Reach.PRIVATE
-            self.connections.roles = (RELAY_ROLE,) if reachable else ()
-            if not reachable:
-                log.warning("nobody can dial us, so we relay for nobody")
+    @property
+    def reservations(self) -> Reservations | None:
+        """Our reservations at other relays; None for a peer that serves nothing, or that uses no relays."""
+        return self.reachability.reservations
 
     async def drain(self, timeout_s: float) -> None:
         """Announce that we leave, refuse new sessions, and wait at most `timeout_s` for the others to end."""
-        if self.relay is not None:
-            self.relay.draining = True
+        self.reachability.drain()
         if self._spans is not None:
             await self._spans.drain(timeout_s)
 
@@ -167,9 +143,9 @@ class Peer:
         return self._checkpoints.settings
 
     @property
-    def prober(self) -> Prober:
+    def prober(self) -> RttProber:
         """Measures delays to other peers over our connections. Each access makes a new one."""
-        return Prober(self.connections, self.discovery.track_record, self.discovery.may_dial)
+        return RttProber(self.connections, self.discovery.track_record, self.discovery.may_dial)
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
         """Serve blocks of a model from now on, where others find them: one span for each of the spec's devices.
@@ -230,103 +206,47 @@ async def open_peer(
 
     Raises OSError if an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
     """
-    identity = identity or Identity.generate()
-    transport = transport or WebSocketTransport()
-    # What the system says of its clock says nothing of another one.
-    clock = SwarmClock(now, is_clock_kept) if now is time.time else SwarmClock(now)
-    async with open_tasks() as tasks:
-        containment = Containment()
-        server = await _start_server(tasks, clock, containment) if serve else None
-        async with open_connections(
-            identity,
-            transport=transport,
-            listen=_parsed(listen),
-            handlers=server.handlers if server else {},
-            swarm_key=swarm_key,
-            roles=(RELAY_ROLE,) if relay else (),
-            may_be_relayed=may_be_relayed,
-            now=now,
-            containment=containment,
-        ) as connections:
-            relaying = Relay(identity.peer_id, relay) if relay else None
-            if relaying is not None:
-                connections.handlers[RELAY_PROTOCOL] = relaying.answer
-            reachability = Reachability(
-                connections,
-                lambda: _parsed(announce) or dialable_forms(connections.listen_addresses),
-                fixed=bool(announce),
-                bootstrap=_parsed(bootstrap),
-                random=Random(os.urandom(16)),
-                now=now,
-            )
-            _limit_dials(connections, _parsed(bootstrap))
-            first = reachability.announced
-            connections.announced = first.addresses
-            if connections.listen_addresses:
-                answerer = DialbackAnswerer(transport, lambda: connections.announced, swarm_key)
-                connections.handlers[DIALBACK_PROTOCOL] = answerer.answer
-            async with open_discovery(
-                connections,
-                identity,
-                _parsed(bootstrap),
-                state_dir=state_dir,
-                random=Random(os.urandom(16)),
-                clock=clock,
-                addresses=first.addresses,
-                contacts=first.contacts,
-            ) as discovery:
-
-                def announce_now(where: Announced) -> None:
-                    connections.announced = where.addresses
-                    discovery.reachable_at(where.addresses, where.contacts)
-
-                # No peer's blocks are nearer than our own.
-                discovery.track_record.measured(identity.peer_id, 0.0)
-                async with open_tasks() as moving, AsyncExitStack() as stack:
-                    checkpoints = Checkpoints(hub or HubSettings())
-                    peer = Peer(identity, connections, discovery, reachability, server, checkpoints, moving, rules)
-                    peer.relay = relaying
-                    reachability.on_changed.append(peer.offer_relay)
-                    if server and may_be_relayed:
-                        # A peer that serves nothing need not be reachable.
-                        keeping = open_reservations(
-                            connections,
-                            discovery.contacts,
-                            discovery.relayed_by,
-                            Random(os.urandom(16)),
-                            wanted=reachability.wants_relays,
-                        )
-                        peer.reservations = await stack.enter_async_context(keeping)
-                        reachability.on_changed.append(peer.want_relays)
-                    keep = connections.containment.keep_running
-                    moving.start_soon(partial(keep, reachability.run, announce_now, what="checking who can dial us"))
-                    if server:
-                        server.attach(connections)
-                    for spec in serve:
-                        await peer.serve(spec)
-                    yield peer
+    config = PeerConfig(
+        identity=identity or Identity.generate(),
+        listen=_parsed(listen),
+        announce=_parsed(announce),
+        bootstrap=_parsed(bootstrap),
+        serve=tuple(serve),
+        state_dir=state_dir,
+        swarm_key=swarm_key,
+        rules=rules,
+        hub=hub or HubSettings(),
+        relay=relay,
+        may_be_relayed=may_be_relayed,
+        transport=transport or WebSocketTransport(),
+        now=now,
+    )
+    async with open_configured(config) as peer:
+        yield peer
 
 
-def _limit_dials(connections: Connections, bootstrap: Sequence[Multiaddr]) -> None:
-    """Configure the connections so that addresses named by other peers lead only into networks in which we are
-    ourselves.
+@asynccontextmanager
+async def open_configured(config: PeerConfig) -> AsyncIterator[Peer]:
+    """Be the peer that `config` describes until the block ends; see `open_peer`.
+
+    The order is that of the endings, backwards: announcements go offline while connections still live, and connections
+    close before the sessions whose streams they carry.
     """
-    connections.trust(bootstrap)
-
-    def ours() -> Sequence[Multiaddr]:
-        # Neighbours in our own network meet there, even if the swarm is on the internet.
-        return (*bootstrap, *connections.announced, *own_networks())
-
-    connections.own_policy = DialPolicy(ours)
-
-
-async def _start_server(tasks: trio.Nursery, clock: SwarmClock, containment: Containment) -> Server:
-    # Serving needs torch, whose import would delay peers that only keep the DHT.
-    from peerd.server.server import Server
-
-    server = Server(clock, containment)
-    await tasks.start(server.run)
-    return server
+    # What the system says of its clock says nothing of another one.
+    clock = SwarmClock(config.now, is_clock_kept) if config.now is time.time else SwarmClock(config.now)
+    checkpoints = Checkpoints(config.hub)
+    containment = Containment()
+    async with (
+        open_server(config, clock, containment) as server,
+        open_net(config, server, containment) as connections,
+        open_own_reach(config, connections) as reachability,
+        open_own_discovery(config, connections, reachability, clock) as discovery,
+        open_spans(config, connections, discovery, reachability, server, checkpoints) as spans,
+    ):
+        peer = Peer(config, connections, discovery, reachability, server, spans, checkpoints)
+        for spec in config.serve:
+            await peer.serve(spec)
+        yield peer
 
 
 def _parsed(addresses: Sequence[Address]) -> tuple[Multiaddr, ...]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
@@ -57,6 +57,36 @@ def _leaves(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [leaf for part in error.exceptions for leaf in _leaves(part)]
     return [error]
+
+
+class Watched(Generic[T]):
+    """A value that changes, and that tasks follow. Whoever is late sees the last change only."""
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+        self._changed = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Watched {self._value!r}>"
+
+    @property
+    def value(self) -> T:
+        """The value now."""
+        return self._value
+
+    def set(self, value: T) -> None:
+        """Change the value; an equal one changes nothing."""
+        if value != self._value:
+            self._value = value
+            self._changed.set()
+            self._changed = trio.Event()
+
+    async def follow(self, use: Callable[[T], None]) -> None:
+        """Call `use` with the value now and after each change, until cancelled."""
+        while True:
+            changed = self._changed
+            use(self._value)
+            await changed.wait()
 
 
 async def import_in_thread(*modules: str) -> None:

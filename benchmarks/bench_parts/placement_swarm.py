@@ -125,10 +125,10 @@ class Server:
     def directory(self) -> Board:
         return self._swarm.board
 
-    def changed(self) -> None:
+    def announce_soon(self) -> None:
         self._changes.set()
 
-    async def announced(self) -> None:
+    async def wait_announced(self) -> None:
         await self._announced.wait()
 
     def is_leaving(self, served: ServedSpan) -> bool:
@@ -180,10 +180,10 @@ class Server:
             choice = Choice(MODEL, world.blocks, self.size, frozenset(self._disk))
             span = await choose_first(choice, place, self, self.peer_id, self._random)
             place.decide(span)
-            self.changed()
+            self.announce_soon()
             await self.fetch(span)
             self.places.add(place, *await self.load(span))
-            self.changed()
+            self.announce_soon()
             rebalancer = Rebalancer(place, self, self, self, self.peer_id, world.blocks, self._random)
             self._swarm.rebalancers.append(rebalancer)
             await rebalancer.run()

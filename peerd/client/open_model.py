@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.checkpoint.hub.settings import HubSettings
     from peerd.discovery.discovery import Discovery
-    from peerd.discovery.prober import Prober
+    from peerd.discovery.prober import RttProber
     from peerd.net.connections import Connections
     from peerd.protocol.identity import Identity, PeerId
     from peerd.routing.chains.rules import ChainRules
@@ -55,7 +55,7 @@ class Client(Protocol):
         """How our own adapters are fetched from the hub."""
 
     @property
-    def prober(self) -> Prober:
+    def prober(self) -> RttProber:
         """The prober, which measures the delays to other peers."""
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -20,7 +20,9 @@ from random import Random
 import trio
 
 from peerd.discovery.dht_streams import StreamTransport, answer_question
-from peerd.discovery.rechecks import Proofs
+from peerd.discovery.joining import Joining
+from peerd.discovery.own_records import Models, OwnRecords, Spans
+from peerd.discovery.rechecks import Rechecks
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.dial_policy import DialPolicy
@@ -29,8 +31,6 @@ from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.identity import Identity, PeerId
-from peerd.protocol.records.bodies import MAX_ADDRESSES, MAX_RELAYS
-from peerd.protocol.records.envelope import Announcement, ModelRecord, PeerRecord, ServerRecord
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.messages import DHT_PROTOCOL
@@ -39,15 +39,13 @@ from peerd.routing.dht.table import Contact
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.track_record import TrackRecord
-from peerd.trio_tools import open_tasks
+from peerd.routing.reach.verdict import Whereabouts
+from peerd.trio_tools import Watched, open_tasks
 
 log = logging.getLogger(__name__)
 
 # How long `open_discovery` waits to join the swarm before its caller goes on without.
 JOIN_WAIT_S = 5.0
-# The wait between attempts to join while no peer answers.
-FIRST_RETRY_S = 1.0
-MAX_RETRY_S = 60.0
 REFRESH_S = 60.0
 REUNITE_S = 600.0
 MEASURE_S = 5.0
@@ -73,6 +71,7 @@ class Discovery:
         state: StateFiles,
         random: Random,
         clock: SwarmClock,
+        where: Watched[Whereabouts],
     ) -> None:
         self.clock = clock
         self.track_record = TrackRecord(trio.current_time, by_proof=True)
@@ -83,40 +82,28 @@ class Discovery:
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock, self.dht.odd_times)
-        self._proofs = Proofs(connections, self.track_record, self.directory, self.may_dial)
+        self._rechecks = Rechecks(connections, self.track_record, self.directory, self.may_dial)
         self._bootstrap = tuple(bootstrap)
         self._state = state
         self._random = random
-        self._addresses: tuple[Multiaddr, ...] = ()
-        self._relays: tuple[Multiaddr, ...] = ()
+        self._where = where
+        self._own = OwnRecords()
+        self._joining = Joining(connections, self.dht, random)
         self._moved = trio.Event()
-        self._alone = trio.Event()
-        self._spans: Callable[[], Sequence[ServerRecord]] = tuple
-        self._models: Callable[[], Sequence[ModelRecord]] = tuple
-        self._announcer = Announcer(identity, self.dht, self._state, self._announcements, clock)
+        self._announcer = Announcer(identity, self.dht, self._state, self._own.now, clock)
+        self._move(where.value)
 
     def __repr__(self) -> str:
         return f"<Discovery of {self.dht!r}>"
 
-    def reachable_at(self, addresses: Sequence[Multiaddr], contacts: Sequence[Multiaddr] | None = None) -> None:
-        """Set where others can dial us from now on.
-
-        contacts: the addresses that every peer can dial, if not all can; the DHT's routing tables hold these. Without
-            any we are a DHT client.
-        """
-        contacts = addresses if contacts is None else contacts
-        before = self.dht.addresses
-        self.dht.addresses = contacts
-        if self.dht.addresses != before:
+    def _move(self, where: Whereabouts) -> None:
+        """Others can reach us there from now on."""
+        known = self.dht.addresses
+        self.dht.addresses = where.contacts
+        if self.dht.addresses != known:
             self._moved.set()
-        if tuple(addresses) != self._addresses:
-            self._addresses = tuple(addresses)
-            self.announce_soon()
-
-    def relayed_by(self, relays: Sequence[Multiaddr]) -> None:
-        """Set the relays through which others reach us from now on: their addresses, each with the relay's PeerId."""
-        if self._relays != tuple(relays):
-            self._relays = tuple(relays)
+        before, self._own.where = self._own.where, where
+        if (where.addresses, where.relays) != (before.addresses, before.relays):
             self.announce_soon()
 
     def contacts(self) -> list[Contact]:
@@ -130,11 +117,9 @@ class Discovery:
         """
         return self._connections.strangers_policy.of(addresses)
 
-    def announce_from(
-        self, spans: Callable[[], Sequence[ServerRecord]], models: Callable[[], Sequence[ModelRecord]] = tuple
-    ) -> None:
+    def announce_from(self, spans: Spans, models: Models = tuple) -> None:
         """Announce what these return; they are called at each announcement. `seq` and `expires` are filled in."""
-        self._spans, self._models = spans, models
+        self._own.spans, self._own.models = spans, models
         self.announce_soon()
 
     def announce_soon(self) -> None:
@@ -149,80 +134,36 @@ class Discovery:
         """Handle a stream of the DHT's protocol."""
         await answer_question(self.dht, stream)
 
-    def _announcements(self) -> list[Announcement]:
-        spans = self._spans()
-        if not spans:
-            # A peer that serves nothing need not be found in the directory.
-            return []
-        addresses = tuple(str(address.with_peer(None)) for address in self._addresses[:MAX_ADDRESSES])
-        relays = tuple(str(relay) for relay in self._relays[:MAX_RELAYS])
-        peer = PeerRecord(seq=0, expires=0.0, addresses=addresses, relays=relays).fitted()
-        return [*spans, peer, *self._models()]
-
     async def run(self, joined: trio.Event) -> None:
         """Join, then announce and keep what we know fresh, until cancelled. `joined` is set when the first attempt has
         ended.
         """
         contacts = [*_contacts_of(self._bootstrap), *self._state.load_contacts()]
         async with trio.open_nursery() as nursery:
-            with self._hearing_clocks(nursery), self._noticing_when_alone():
+
+            def note_connected(connection: PeerConnection) -> None:
+                if connection.dialled:
+                    self.track_record.reached(connection.peer_id, network_of(connection.accountable_ip))
+                contained = self._connections.containment.contained
+                nursery.start_soon(partial(contained, self._hear_clock, connection, what="hearing a clock"))
+
+            with self._connections.watching(connected=note_connected, lost=self._joining.note_lost):
+                self._keep(nursery, "following where others reach us", self._where.follow, self._move)
                 self._keep(nursery, "measuring delays", self._measure)
-                self._keep(nursery, "asking doubted peers", self._proofs.run)
+                self._keep(nursery, "asking doubted peers", self._rechecks.run)
                 self._keep(nursery, "looking for newcomers", self.dht.meet_newcomers)
                 self._keep(nursery, "watching for sleep", watch_sleep, self.clock.system, self._wake)
                 self._keep(nursery, "joining the swarm", self._join, contacts, joined)
                 await joined.wait()
                 self._keep(nursery, "introducing ourselves", self._introduce)
                 self._keep(nursery, "looking for a lost part of the swarm", self._reunite)
-                self._keep(nursery, "coming back to the swarm", self._come_back)
+                self._keep(nursery, "coming back to the swarm", self._joining.come_back)
                 self._keep(nursery, "announcing", self._announcer.run)
                 await self._connections.containment.keep_running(self._refresh, what="refreshing contacts")
 
     def _keep(self, nursery: trio.Nursery, what: str, run: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Run a task as long as we live. If it fails it starts again, and the other tasks go on."""
         nursery.start_soon(partial(self._connections.containment.keep_running, run, *arguments, what=what))
-
-    @contextmanager
-    def _hearing_clocks(self, nursery: trio.Nursery) -> Iterator[None]:
-        """Inside this context, estimate the time from the clocks of the peers that we dial."""
-
-        def observer(connection: PeerConnection) -> None:
-            if connection.dialled:
-                self.track_record.reached(connection.peer_id, network_of(connection.accountable_ip))
-            contained = self._connections.containment.contained
-            nursery.start_soon(partial(contained, self._hear_clock, connection, what="hearing a clock"))
-
-        for connection in self._connections.live.values():
-            observer(connection)
-        self._connections.on_connected.append(observer)
-        try:
-            yield
-        finally:
-            self._connections.on_connected.remove(observer)
-
-    @contextmanager
-    def _noticing_when_alone(self) -> Iterator[None]:
-        def observer(_: PeerConnection) -> None:
-            if not self._connections.live:
-                self._alone.set()
-
-        self._connections.on_lost.append(observer)
-        try:
-            yield
-        finally:
-            self._connections.on_lost.remove(observer)
-
-    async def _come_back(self) -> None:
-        """Whenever all connections are lost at once, ask known peers until one answers; no other peer looks for us."""
-        while True:
-            await self._alone.wait()
-            retry_s = FIRST_RETRY_S
-            while not self._connections.live:
-                log.debug("nobody is connected: looking for those we knew")
-                await self.dht.introduce()
-                await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
-                retry_s = min(2 * retry_s, MAX_RETRY_S)
-            self._alone = trio.Event()
 
     async def _hear_clock(self, connection: PeerConnection) -> None:
         with suppress(ConnectionLost):
@@ -258,15 +199,7 @@ class Discovery:
             await trio.sleep(MEASURE_S)
 
     async def _join(self, contacts: list[Contact], tried: trio.Event) -> None:
-        """Try to join until a peer answers, with growing pauses."""
-        retry_s = FIRST_RETRY_S
-        while contacts and not await self.dht.bootstrap(contacts):
-            if not tried.is_set():
-                log.warning("none of %d known peers answers; trying again", len(contacts))
-            tried.set()
-            await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
-            retry_s = min(2 * retry_s, MAX_RETRY_S)
-        tried.set()
+        await self._joining.join(contacts, tried)
         # So far our announcement was stored only by ourselves.
         self.announce_soon()
 
@@ -311,23 +244,22 @@ async def open_discovery(
     write: Write | None = None,
     random: Random,
     clock: SwarmClock,
-    addresses: Sequence[Multiaddr] = (),
-    contacts: Sequence[Multiaddr] | None = None,
+    where: Watched[Whereabouts] | None = None,
 ) -> AsyncIterator[Discovery]:
     """Join the swarm through `bootstrap` or the saved contacts. At the end, leave it over the same connections.
 
     Yields once a peer has answered, or after 5 s; then it goes on trying.
 
-    addresses, contacts: see `Discovery.reachable_at`.
+    where: how others can reach us, now and later; None means nowhere.
     state_dir: the folder for the routing table and the last `seq`; None for a peer that will not start again.
     write: replaces a file in `state_dir`; None does so in a worker thread.
 
     Raises ValueError for a bootstrap address without a PeerId.
     """
-    discovery = Discovery(connections, identity, bootstrap, StateFiles(state_dir, write), random, clock)
-    discovery.reachable_at(addresses, contacts)
+    where = where or Watched(Whereabouts())
+    discovery = Discovery(connections, identity, bootstrap, StateFiles(state_dir, write), random, clock, where)
     # The handler must be there before other peers hear of us.
-    connections.handlers[DHT_PROTOCOL] = discovery.answer
+    connections.handle(DHT_PROTOCOL, discovery.answer)
     try:
         async with open_tasks() as nursery:
             joined = trio.Event()

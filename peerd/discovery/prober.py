@@ -30,7 +30,7 @@ SAMPLES = 2
 GAIN = 0.5
 
 
-class Prober:
+class RttProber:
     """Measures round-trip times, and notes them in `track_record`.
 
     dialable: returns those of a peer's announced addresses that may be dialled.
@@ -50,7 +50,7 @@ class Prober:
         self._late: set[PeerId] = set()
 
     def __repr__(self) -> str:
-        return f"<Prober opened={len(self._opened)}>"
+        return f"<RttProber opened={len(self._opened)}>"
 
     @property
     def has_opened(self) -> bool:

@@ -28,7 +28,7 @@ AT_ONCE = 8
 _STAYS = frozenset(("duplicate", "replaced", "measured", IDLE))
 
 
-class Proofs:
+class Rechecks:
     """Asks the peers that `track_record` doubts. `may_dial` returns those of a peer's announced addresses that may be
     dialled.
     """

@@ -48,8 +48,8 @@ DEFAULT_AGENT = "peerd"
 class Connections:
     """Live connections by PeerId. Made by `open_connections`.
 
-    handlers: protocol id -> the function that runs for each stream of it that a peer opens. May be changed at any time.
-    announced: the addresses that others are told to dial; roles: what we offer to others. Both may be changed too.
+    handlers: protocol id -> the function that runs for each stream of it that a peer opens. `handle` adds one.
+    listen_as: the addresses that others are told to dial; roles: what we offer to others. `present_as` changes both.
     may_be_relayed: whether we reach others through relays if there is no other way.
     own_policy: which addresses may be dialled for our own purposes; strangers_policy: which ones if a stranger named
         them. At first both permit every address.
@@ -78,7 +78,7 @@ class Connections:
         self.peer_id = identity.peer_id
         self.handlers = dict(handlers)
         self.listen_addresses: tuple[Multiaddr, ...] = ()
-        self.announced: tuple[Multiaddr, ...] = ()
+        self.listen_as: tuple[Multiaddr, ...] = ()
         self.roles = tuple(roles)
         self.may_be_relayed = may_be_relayed
         self.own_policy = ANYWHERE
@@ -197,6 +197,21 @@ class Connections:
             sightings.missed(peer_id, address)
         return outcome == "reached"
 
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Run `handler` for each stream of a protocol from now on. Peers hear of it when they connect."""
+        self.handlers[protocol] = handler
+
+    def stop_handling(self, protocol: str) -> None:
+        """Refuse streams of a protocol from now on."""
+        self.handlers.pop(protocol, None)
+
+    def present_as(self, *, listen_as: Sequence[Multiaddr] | None = None, roles: Sequence[str] | None = None) -> None:
+        """Tell peers that connect from now on where to dial us, and what we offer. None leaves it as it is."""
+        if listen_as is not None:
+            self.listen_as = tuple(listen_as)
+        if roles is not None:
+            self.roles = tuple(roles)
+
     async def listen(self, address: Multiaddr) -> Multiaddr:
         """Accept connections at this address too. Returns it with its real port. Raises OSError."""
         bound: Multiaddr = await self._nursery.start(self._transport.listen, address.with_peer(None), self._serve)
@@ -303,7 +318,7 @@ class Connections:
             agent=self._agent,
             time_us=int(self._now() * 1e6),
             protocols=tuple(sorted(self.handlers))[:MAX_ITEMS],
-            addresses=tuple(map(str, self.announced))[:MAX_ITEMS],
+            addresses=tuple(map(str, self.listen_as))[:MAX_ITEMS],
             observed_ip=str(connection.remote_ip or ""),
             roles=self.roles[:MAX_ITEMS],
         )

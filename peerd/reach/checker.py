@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,19 +26,20 @@ from peerd.protocol.connection.hello import Hello
 from peerd.protocol.errors import ConnectionLost, PeerdError
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled
 from peerd.reach.dialback import ask_to_be_dialled
+from peerd.reach.explaining import explain
 from peerd.routing.reach.observed_ips import ObservedIps
 from peerd.routing.reach.verdict import (
-    Announced,
-    Finding,
     Reach,
-    announced,
-    find,
+    Verdict,
+    Whereabouts,
     is_void,
+    judge,
     more_judges,
     next_check_s,
     ports_for,
+    whereabouts,
 )
-from peerd.trio_tools import at_once
+from peerd.trio_tools import Watched, at_once
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,6 @@ SETTLE_S = 1.0
 MIN_GAP_S = 10.0
 # How many peers are asked in one round about one address, those that refuse included.
 MAX_ASKED = 6
-# From here on Linux takes ports for programs that ask for any free one (net.ipv4.ip_local_port_range).
-FIRST_CHOSEN_PORT = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,17 @@ class Here:
     why: str
 
 
-class Reachability:
-    """Whether others can dial us. `run` it; then read `reach` and `wants_relays`. `on_changed` is called when they
-    change.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Which peers can dial us, whether we need relays, and the addresses to announce."""
+
+    reach: Reach
+    wants_relays: bool
+    where: Whereabouts
+
+
+class ReachChecker:
+    """Whether others can dial us. `run` it; `found` is its last result, and changes.
 
     own: the addresses on which we listen, as other peers would write them, read anew at each check; with `fixed` they
         are the addresses that the operator wants announced, which are not checked.
@@ -81,7 +88,6 @@ class Reachability:
         random: Random,
         now: Callable[[], float],
     ) -> None:
-        self.on_changed: list[Callable[[], None]] = []
         self._connections = connections
         self._read_own = own
         self._own = tuple(own())
@@ -90,23 +96,22 @@ class Reachability:
         self._random = random
         self._now = now
         self._observed = ObservedIps()
-        self._finding = Finding(Reach.PUBLIC) if fixed else Finding()
-        self._announce: Callable[[Announced], None] = _nobody
+        self._verdict = Verdict(Reach.PUBLIC) if fixed else Verdict()
         self._told = ""
         self._due = trio.current_time() + next_check_s(Reach.UNKNOWN, 0, random)
         self._last_check = -MIN_GAP_S
         self._checks = 0
         self._unchanged = 0
         self._waiting = trio.CancelScope()
-        self._state = (self.reach, self.wants_relays)
+        self.found = Watched(self._found())
 
     def __repr__(self) -> str:
-        return f"<Reachability {self.reach.value} {self._observed!r}>"
+        return f"<ReachChecker {self.reach.value} {self._observed!r}>"
 
     @property
     def reach(self) -> Reach:
         """Which peers can dial us, as far as we know."""
-        return self._finding.reach
+        return self._verdict.reach
 
     @property
     def here(self) -> Here:
@@ -115,35 +120,36 @@ class Reachability:
             return Here(self.reach, self._observed.agreed(), "it listens nowhere")
         return Here(self.reach, self._observed.agreed(), self._explain() or "nobody that it dialled has tried yet")
 
-    @property
-    def announced(self) -> Announced:
-        """The addresses to announce now."""
+    def _found(self) -> Found:
         if self._fixed:
-            return Announced(self._own, self._own)
-        return announced(self._own, self._finding, on_internet=self._on_internet)
+            where = Whereabouts.at(self._own)
+        else:
+            where = whereabouts(self._own, self._verdict, on_internet=self._on_internet)
+        return Found(self.reach, self._wants_relays(where), where)
 
-    @property
-    def wants_relays(self) -> bool:
+    def _wants_relays(self, where: Whereabouts) -> bool:
         """Whether we need relays: others cannot dial us, or no peer has tried although we asked."""
         if self._fixed:
             return False
         if not self._connections.listen_addresses:
             return True
         untried = self.reach is Reach.UNKNOWN and self._checks > 0
-        return self.reach is Reach.PRIVATE or (untried and not self.announced.contacts)
+        return self.reach is Reach.PRIVATE or (untried and not where.contacts)
 
-    def changed(self) -> None:
+    def check_soon(self) -> None:
         """Check again soon, because our network may have changed."""
         self._unchanged = 0
         self._look_within(SETTLE_S)
 
-    async def run(self, announce: Callable[[Announced], None]) -> None:
-        """Keep checking, and call `announce` with each new result, until cancelled. A peer that listens nowhere asks
-        nobody.
-        """
-        self._announce = announce
+    async def run(self) -> None:
+        """Keep checking, so that `found` stays true, until cancelled. A peer that listens nowhere asks nobody."""
         async with trio.open_nursery() as nursery:
-            with self._hearing(nursery):
+
+            def hear(connection: PeerConnection) -> None:
+                contained = self._connections.containment.contained
+                nursery.start_soon(partial(contained, self._hear, connection, what="hearing where a peer sees us"))
+
+            with self._connections.watching(connected=hear, lost=self._forget):
                 if self._fixed or not self._connections.listen_addresses:
                     await trio.sleep_forever()
                 nursery.start_soon(watch_sleep, self._now, self._woke)
@@ -169,26 +175,10 @@ class Reachability:
 
     async def _woke(self, _slept_s: float) -> None:
         log.info("this peer slept: looking again who can dial us")
-        self.changed()
+        self.check_soon()
 
-    @contextmanager
-    def _hearing(self, nursery: trio.Nursery) -> Iterator[None]:
-        def connected(connection: PeerConnection) -> None:
-            contained = self._connections.containment.contained
-            nursery.start_soon(partial(contained, self._hear, connection, what="hearing where a peer sees us"))
-
-        def lost(connection: PeerConnection) -> None:
-            self._observed.forget(connection.peer_id)
-
-        for connection in self._connections.live.values():
-            connected(connection)
-        self._connections.on_connected.append(connected)
-        self._connections.on_lost.append(lost)
-        try:
-            yield
-        finally:
-            self._connections.on_connected.remove(connected)
-            self._connections.on_lost.remove(lost)
+    def _forget(self, connection: PeerConnection) -> None:
+        self._observed.forget(connection.peer_id)
 
     async def _hear(self, connection: PeerConnection) -> None:
         """Note where a peer sees us. Only peers that we dialled count: a stranger could dial us many times."""
@@ -214,16 +204,16 @@ class Reachability:
             return
         found = tuple(address for address in self._own if address.ip == hello.seen_at and not address.is_private)
         if found:
-            self._conclude(Finding(Reach.PUBLIC, found))
+            self._conclude(Verdict(Reach.PUBLIC, found))
 
     def _moved(self, ips: tuple[IpAddress, ...]) -> None:
         """React to a new observed address, or to the first one after a time without any."""
         self._own = tuple(self._read_own())
-        if not self._fixed and is_void(self._finding, ips):
-            self._conclude(Finding())
+        if not self._fixed and is_void(self._verdict, ips):
+            self._conclude(Verdict())
         else:
             self._tell()
-        self.changed()
+        self.check_soon()
 
     # The check itself.
 
@@ -240,33 +230,33 @@ class Reachability:
             if ports := ports_for(ip, self._connections.listen_addresses):
                 trials.append((ports, await self._ask(ip, ports)))
         if ips and not trials and all(address.is_loopback for address in self._connections.listen_addresses):
-            found = Finding(Reach.PRIVATE)
+            verdict = Verdict(Reach.PRIVATE)
         else:
-            found = find(self._finding, trials)
-            if is_void(found, self._observed.agreed()):
+            verdict = judge(self._verdict, trials)
+            if is_void(verdict, self._observed.agreed()):
                 # Our address changed after we asked.
-                found = Finding()
+                verdict = Verdict()
         heard = any(answers for _, answers in trials)
         self._checks += 1
-        self._unchanged = 0 if found.reach is not self.reach else self._unchanged + 1
-        self._conclude(found)
+        self._unchanged = 0 if verdict.reach is not self.reach else self._unchanged + 1
+        self._conclude(verdict)
         reach = self.reach if heard else Reach.UNKNOWN
         self._due = min(self._due, trio.current_time() + next_check_s(reach, self._unchanged, self._random))
 
     async def _ask(self, ip: IpAddress, ports: Sequence[int]) -> list[Dialled]:
         """The answers of two peers that see us at `ip`, or of three if the first two disagree."""
         answers: list[Dialled] = []
-        judges = iter(self._judges(ip)[:MAX_ASKED])
-        while asked := list(islice(judges, more_judges(answers))):
-            said = await at_once([partial(self._ask_one, judge, ports) for judge in asked])
-            answers += [answer for answer in said if answer is not None and answer.ip == ip]
+        askable = iter(self._judges(ip)[:MAX_ASKED])
+        while peers := list(islice(askable, more_judges(answers))):
+            results = await at_once([partial(self._ask_one, peer, ports) for peer in peers])
+            answers += [answer for answer in results if answer is not None and answer.ip == ip]
         return answers
 
-    async def _ask_one(self, judge: PeerConnection, ports: Sequence[int]) -> Dialled | None:
+    async def _ask_one(self, peer: PeerConnection, ports: Sequence[int]) -> Dialled | None:
         try:
-            return await ask_to_be_dialled(judge, ports)
+            return await ask_to_be_dialled(peer, ports)
         except PeerdError as error:
-            log.debug("%s did not dial us: %s", judge.peer_id, error)
+            log.debug("%s did not dial us: %s", peer.peer_id, error)
             return None
 
     def _judges(self, ip: IpAddress) -> list[PeerConnection]:
@@ -282,58 +272,28 @@ class Reachability:
         self._random.shuffle(judges)
         seen: dict[str, int] = {}
         rank = {}
-        for judge in judges:
-            network = (public_network(judge.remote_ip) if judge.remote_ip is not None else None) or str(judge.remote_ip)
-            rank[judge.peer_id] = seen[network] = seen.get(network, 0) + 1
-        return sorted(judges, key=lambda judge: rank[judge.peer_id])
+        for peer in judges:
+            network = (public_network(peer.remote_ip) if peer.remote_ip is not None else None) or str(peer.remote_ip)
+            rank[peer.peer_id] = seen[network] = seen.get(network, 0) + 1
+        return sorted(judges, key=lambda peer: rank[peer.peer_id])
 
     # What follows from the check.
 
-    def _conclude(self, found: Finding) -> None:
-        self._finding = found
+    def _conclude(self, verdict: Verdict) -> None:
+        self._verdict = verdict
         self._tell()
 
     def _tell(self) -> None:
-        """Announce the current result, call the observers of changes, and log once what an operator should know."""
-        self._announce(self.announced)
-        state = (self.reach, self.wants_relays)
-        if state != self._state:
-            self._state = state
-            for observer in tuple(self.on_changed):
-                observer()
-        said = self._explain()
-        if said and said != self._told:
-            self._told = said
-            quiet = all(address.is_loopback for address in self._finding.proven)
+        """Publish the current result, and log once what an operator should know."""
+        self.found.set(self._found())
+        text = self._explain()
+        if text and text != self._told:
+            self._told = text
+            quiet = all(address.is_loopback for address in self._verdict.proven)
             level = logging.WARNING if self.reach is Reach.PRIVATE else logging.DEBUG if quiet else logging.INFO
-            log.log(level, "%s", said)
+            log.log(level, "%s", text)
 
     def _explain(self) -> str:
-        finding = self._finding
         if self._fixed:
             return "announced as --announce says"
-        if finding.reach is Reach.PUBLIC:
-            return f"others can dial us at {', '.join(map(str, finding.proven))}"
-        if finding.reach is Reach.UNKNOWN:
-            return ""
-        if not finding.failed:
-            return "nobody can dial us: we listen on loopback only; say --listen /ip4/0.0.0.0/tcp/PORT/ws"
-        tried = ", ".join(f"{address} ({outcome.replace('_', ' ')})" for address, outcome in finding.failed)
-        ports = " and ".join(dict.fromkeys(str(address.port) for address, _ in finding.failed))
-        # The system chose this port, and will choose another one at the next start.
-        chosen = [address for address, _ in finding.failed if address.port >= FIRST_CHOSEN_PORT]
-        keep = f" (and keep it with --listen /ip4/0.0.0.0/tcp/{chosen[0].port}/ws)" if chosen else ""
-        return (
-            f"nobody can dial us at {tried}: forward TCP port {ports} on the router or open it in the firewall{keep},"
-            f" or say with --announce what reaches this machine; {self._other_way}"
-        )
-
-    @property
-    def _other_way(self) -> str:
-        if self._connections.may_be_relayed:
-            return "until then we can be reached through relays only"
-        return "until then we cannot be reached at all, for we may not be relayed"
-
-
-def _nobody(_announced: Announced) -> None:
-    pass
+        return explain(self._verdict, may_be_relayed=self._connections.may_be_relayed)

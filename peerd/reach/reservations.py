@@ -9,9 +9,9 @@ for a while, each time for longer.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from random import Random
@@ -28,6 +28,7 @@ from peerd.protocol.errors import InvalidRequest, NotServed, Overloaded, PeerdEr
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL, RELAY_ROLE, TO_RESERVED, Reserve, Reserved
 from peerd.protocol.messages.session import Failure
+from peerd.reach.relay_addresses import addresses_of
 from peerd.routing.dht.table import Contact
 from peerd.routing.failures.track_record import TrackRecord
 from peerd.trio_tools import open_tasks
@@ -36,11 +37,6 @@ log = logging.getLogger(__name__)
 
 # If one relay dies, clients find the other in the record that they already have.
 WANTED_RELAYS = 2
-# How many addresses of each relay are announced; a record has room for four.
-ADDRESSES_A_RELAY = 2
-# A longer address would leave no room for others in a record of 1 KiB. A contact's addresses are no longer either
-# (spec/dht.md).
-MAX_ANNOUNCED_CHARS = 128
 # The wait between searches that found no relay.
 FIRST_SEARCH_S, MAX_SEARCH_S = 2.0, 60.0
 # How many strangers from the routing table one search may connect to, to ask whether they are relays.
@@ -63,7 +59,7 @@ class Reservation:
 class Reservations:
     """Our reservations at relays. Made by `open_reservations`.
 
-    on_change: called with the new value of `announced`; it must not wait.
+    on_change: called with the new value of `relay_addresses`; it must not wait.
     """
 
     def __init__(
@@ -96,7 +92,7 @@ class Reservations:
         return MappingProxyType(self._held)
 
     @property
-    def announced(self) -> tuple[Multiaddr, ...]:
+    def relay_addresses(self) -> tuple[Multiaddr, ...]:
         """The addresses of our relays, each with the relay's PeerId; the best address of each relay comes first."""
         ranked = zip_longest(*(held.addresses for held in self._held.values()))
         return tuple(address for rank in ranked for address in rank if address is not None)
@@ -195,10 +191,10 @@ class Reservations:
             hello = await relay.wait_hello()
             if relay.peer_id not in self._held:
                 self._faults.succeeded(relay.peer_id)
-                addresses = _addresses_of(relay, hello.multiaddrs, self._known(relay.peer_id))
+                addresses = addresses_of(relay, hello.multiaddrs, self._known(relay.peer_id))
                 self._held[relay.peer_id] = Reservation(relay.peer_id, addresses, terms)
                 log.info("the relay %s reaches us: %s", relay.peer_id, ", ".join(map(str, addresses)))
-                self._on_change(self.announced)
+                self._on_change(self.relay_addresses)
             with trio.move_on_after(terms.expires_s / 2 * self._random.uniform(0.8, 1.0)):
                 # After this the relay sends only one more message, which ends the reservation.
                 said = parse((await stream.receive()).header, (Failure,))
@@ -206,7 +202,7 @@ class Reservations:
 
     def _lose(self, relay: PeerId) -> None:
         if self._held.pop(relay, None) is not None:
-            self._on_change(self.announced)
+            self._on_change(self.relay_addresses)
 
     # Finding a relay.
 
@@ -274,26 +270,6 @@ async def _reserve(stream: Stream) -> Reserved:
     return said
 
 
-def _addresses_of(
-    relay: PeerConnection, claimed: Iterable[Multiaddr], known: Iterable[Multiaddr]
-) -> tuple[Multiaddr, ...]:
-    """Where others find a relay: only its most public addresses, and first the one at which we ourselves see it."""
-    direct = [
-        replace(address, relay=None, peer_id=None)
-        for address in (*claimed, *known)
-        if address.relay is None and address.is_dialable and len(str(address)) <= MAX_ANNOUNCED_CHARS
-    ]
-    widest = min(map(_narrowness, direct), default=0)
-    usable = [address for address in direct if _narrowness(address) == widest]
-    usable.sort(key=lambda address: address.ip != relay.remote_ip)
-    return tuple(address.with_peer(relay.peer_id) for address in dict.fromkeys(usable))[:ADDRESSES_A_RELAY]
-
-
-def _narrowness(address: Multiaddr) -> int:
-    """0 for an address on the internet, 1 for one in a private network, 2 for one on this machine."""
-    return address.is_private + address.is_loopback
-
-
 @asynccontextmanager
 async def open_reservations(
     connections: Connections,
@@ -308,10 +284,10 @@ async def open_reservations(
     """
     reservations = Reservations(connections, contacts, on_change, random)
     reservations.wanted = wanted
-    connections.handlers[CIRCUIT_PROTOCOL] = reservations.answer
+    connections.handle(CIRCUIT_PROTOCOL, reservations.answer)
     try:
         async with open_tasks() as tasks:
             tasks.start_soon(reservations.run)
             yield reservations
     finally:
-        del connections.handlers[CIRCUIT_PROTOCOL]
+        connections.stop_handling(CIRCUIT_PROTOCOL)

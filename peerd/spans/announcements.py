@@ -12,7 +12,7 @@ from dataclasses import replace
 from random import Random
 
 from peerd.discovery.discovery import Discovery
-from peerd.discovery.prober import Prober
+from peerd.discovery.prober import RttProber
 from peerd.net.connections import Connections
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import ModelRecord, ServerRecord
@@ -29,7 +29,7 @@ class Announcements:
         self, own: PeerId, connections: Connections, discovery: Discovery, places: Places, rules: ChainRules
     ) -> None:
         random = Random(os.urandom(16))
-        prober = Prober(connections, discovery.track_record, discovery.may_dial)
+        prober = RttProber(connections, discovery.track_record, discovery.may_dial)
         self._connections = connections
         self._places = places
         self._neighbours = Neighbours(

@@ -12,7 +12,7 @@ from random import Random
 
 import trio
 
-from peerd.discovery.prober import Prober
+from peerd.discovery.prober import RttProber
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_RTTS
 from peerd.protocol.records.envelope import ServerRecord
@@ -43,7 +43,7 @@ class Neighbours:
         own: PeerId,
         directory: Directory,
         track_record: TrackRecord,
-        prober: Prober,
+        prober: RttProber,
         random: Random,
         rules: ChainRules,
         spans: Callable[[], Iterable[ServerRecord]],

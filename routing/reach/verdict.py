@@ -38,7 +38,7 @@ class Reach(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Verdict:
     """The result of dial-backs. `proven`: addresses at which we were reached. `failed`: addresses at which we were not,
     and how the dial ended.
     """
@@ -49,15 +49,23 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Announced:
+class Whereabouts:
     """What we tell others about ourselves.
 
     contacts: addresses for the DHT's tables; if empty, we are only a client of the DHT.
     addresses: addresses for our peer record.
+    relays: addresses of the relays that reach us, each with its relay's PeerId.
     """
 
-    contacts: tuple[Multiaddr, ...]
-    addresses: tuple[Multiaddr, ...]
+    contacts: tuple[Multiaddr, ...] = ()
+    addresses: tuple[Multiaddr, ...] = ()
+    relays: tuple[Multiaddr, ...] = ()
+
+    @classmethod
+    def at(cls, addresses: Iterable[Multiaddr]) -> Whereabouts:
+        """Of a peer that everybody can dial at `addresses`."""
+        known = tuple(addresses)
+        return cls(known, known)
 
 
 def ports_for(ip: IpAddress, listening: Iterable[Multiaddr]) -> tuple[int, ...]:
@@ -82,7 +90,7 @@ def more_judges(answers: Sequence[Dialled]) -> int:
     return int(len(answers) == JUDGES and len(found) > 1)
 
 
-def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Dialled]]]) -> Finding:
+def judge(before: Verdict, trials: Iterable[tuple[tuple[int, ...], Sequence[Dialled]]]) -> Verdict:
     """Combine the answers to one round of dial-back requests.
 
     trials: pairs of ports, and the answers of the judges that dialled them.
@@ -108,15 +116,15 @@ def find(before: Finding, trials: Iterable[tuple[tuple[int, ...], Sequence[Diall
             else:
                 divided = True
     if proven:
-        return Finding(Reach.PUBLIC, tuple(proven), tuple(failed))
+        return Verdict(Reach.PUBLIC, tuple(proven), tuple(failed))
     if divided or not failed:
         return before
-    return Finding(Reach.PRIVATE, (), tuple(failed))
+    return Verdict(Reach.PRIVATE, (), tuple(failed))
 
 
-def is_void(finding: Finding, seen_at: Sequence[IpAddress]) -> bool:
-    """Whether a finding is out of date: the address at which we were reached is not one at which we are seen now."""
-    for address in finding.proven:
+def is_void(verdict: Verdict, seen_at: Sequence[IpAddress]) -> bool:
+    """Whether a verdict is out of date: the address at which we were reached is not one at which we are seen now."""
+    for address in verdict.proven:
         ip = address.ip
         assert ip is not None
         like = [now for now in seen_at if now.version == ip.version and is_private_ip(now) == is_private_ip(ip)]
@@ -125,27 +133,27 @@ def is_void(finding: Finding, seen_at: Sequence[IpAddress]) -> bool:
     return False
 
 
-def announced(own: Sequence[Multiaddr], finding: Finding, *, on_internet: bool) -> Announced:
+def whereabouts(own: Sequence[Multiaddr], verdict: Verdict, *, on_internet: bool) -> Whereabouts:
     """What to announce.
 
     own: the addresses that we listen on.
     on_internet: whether our swarm is on the internet rather than in one local network.
     """
-    failed = {address for address, _ in finding.failed}
+    failed = {address for address, _ in verdict.failed}
     left = [address for address in own if address.with_peer(None) not in failed]
-    private = finding.reach is Reach.PRIVATE
+    private = verdict.reach is Reach.PRIVATE
     if not on_internet:
         # No NAT stands between neighbours. A peer that was too busy to answer a dial-back must not drop out for that.
-        return Announced(tuple(own), tuple(own))
+        return Whereabouts(tuple(own), tuple(own))
     # Neighbours in the same LAN reach us directly, and no other peer dials such addresses. A loopback address is no use
     # to them, but if we listen on nothing else, our swarm is on this machine.
     near = [address for address in left if address.is_private and not address.is_loopback]
     if all(address.is_loopback for address in own):
         near = list(own)
     if private:
-        return Announced((), tuple(near))
-    direct = dict.fromkeys((*finding.proven, *(address for address in left if not address.is_private)))
-    return Announced(tuple(direct), (*direct, *near))
+        return Whereabouts((), tuple(near))
+    direct = dict.fromkeys((*verdict.proven, *(address for address in left if not address.is_private)))
+    return Whereabouts(tuple(direct), (*direct, *near))
 
 
 def next_check_s(reach: Reach, unchanged: int, random: Random) -> float:

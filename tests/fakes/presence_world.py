@@ -16,7 +16,7 @@ from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.discovery.discovery import Discovery, open_discovery
-from peerd.discovery.prober import Prober
+from peerd.discovery.prober import RttProber
 from peerd.net.connections import Connections, open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import NoChain
@@ -25,6 +25,7 @@ from peerd.protocol.records.envelope import ServerRecord
 from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
+from peerd.routing.reach.verdict import Whereabouts
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 from peerd.server.served_spans import ServedSpan
@@ -33,7 +34,7 @@ from peerd.spans.loading import LoadedSpan
 from peerd.spans.slots import Places
 from peerd.testing.fake_engine import FakeEngine
 from peerd.testing.network import MemoryNetwork
-from peerd.trio_tools import open_tasks
+from peerd.trio_tools import Watched, open_tasks
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))
@@ -163,7 +164,7 @@ class World:
                 state_dir=None,
                 random=Random(number),
                 clock=SwarmClock(self.now),
-                addresses=listen,
+                where=Watched(Whereabouts.at(listen)),
             ) as discovery,
         ):
             yield connections, discovery
@@ -192,7 +193,7 @@ class World:
             track_record, directory = discovery.track_record, discovery.directory
             finder = SwarmFinder(directory, track_record, MODEL, BLOCKS, rng)
             opener = ChainOpener(connections, identity_of(number), directory, discovery.clock, rng.randbytes)
-            prober = Prober(connections, track_record, discovery.may_dial)
+            prober = RttProber(connections, track_record, discovery.may_dial)
             tasks.start_soon(Scout(finder, prober, ALL, Random(number)).run)
             task_status.started(Client(number, connections, discovery, finder, opener, tasks))
             await trio.sleep_forever()

@@ -76,7 +76,7 @@ class World:
 
     async def relay(self, number, *, swarm_key=None, **limits):
         connections = await self.start(number, listen=[LISTEN], roles=[RELAY_ROLE], swarm_key=swarm_key)
-        connections.announced = (address(number).with_peer(None),)
+        connections.present_as(listen_as=[address(number).with_peer(None)])
         relay = self.relays[number] = Relay(id_of(number), RelayLimits(**limits))
         connections.handlers[RELAY_PROTOCOL] = relay.answer
         return connections

@@ -15,7 +15,7 @@ import trio
 
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.served_by import ServedBy
-from peerd.discovery.prober import Prober
+from peerd.discovery.prober import RttProber
 from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
@@ -64,7 +64,7 @@ class Scout:
     def __init__(
         self,
         finder: SwarmFinder,
-        prober: Prober,
+        prober: RttProber,
         blocks: Span,
         random: Random,
     ) -> None:

@@ -16,7 +16,7 @@ import trio
 from peerd.client.finding.finder import SwarmFinder
 from peerd.discovery.dht_streams import ANSWER_DEADLINE_S
 from peerd.discovery.discovery import JOIN_WAIT_S, LEAVE_S, REFRESH_S, Discovery, open_discovery
-from peerd.discovery.prober import Prober
+from peerd.discovery.prober import RttProber
 from peerd.discovery.state_files import Write, write_durably
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
@@ -33,8 +33,10 @@ from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.messages import DHT_PROTOCOL, Ping
 from peerd.routing.dht.record_sets import servers_of
 from peerd.routing.directory.announcer import TTL_S
+from peerd.routing.reach.verdict import Whereabouts
 from peerd.spans.neighbours import Neighbours
 from peerd.testing.network import MemoryNetwork, MemoryTransport
+from peerd.trio_tools import Watched
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))
@@ -131,7 +133,7 @@ class Swarm:
                 write=write,
                 random=Random(number),
                 clock=SwarmClock(now),
-                addresses=connections.listen_addresses,
+                where=Watched(Whereabouts.at(connections.listen_addresses)),
             ) as discovery,
         ):
             if not self.bootstrap and not client:
@@ -348,7 +350,7 @@ async def test_delays_to_possible_next_hops_go_out_with_the_next_announcement_an
         trio.open_nursery() as nursery,
     ):
         own, record = identity(2).peer_id, server.track_record
-        prober = Prober(connections, record, server.may_dial)
+        prober = RttProber(connections, record, server.may_dial)
         neighbours = Neighbours(own, server.directory, record, prober, Random(1), ChainRules(), lambda: [body()])
         neighbours.serves(MODEL, 8)
         server.announce_from(lambda: neighbours.filled([body()]))

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 import trio
 
-from peerd.discovery.prober import PROBE_S, Prober
+from peerd.discovery.prober import PROBE_S, RttProber
 from peerd.protocol.span import Span
 from peerd.routing.failures.track_record import TrackRecord
 
 
 def prober_of(client):
     track_record = TrackRecord(trio.current_time)
-    return track_record, Prober(client.connections, track_record, lambda addresses: addresses)
+    return track_record, RttProber(client.connections, track_record, lambda addresses: addresses)
 
 
 async def test_it_measures_how_far_each_peer_is(open_swarm) -> None:
@@ -81,7 +81,7 @@ async def test_only_addresses_that_may_be_dialled_are(open_swarm) -> None:
         host = await swarm.serve(0, 4)
         client = await swarm.client()
         track_record = TrackRecord(trio.current_time)
-        await Prober(client.connections, track_record, lambda addresses: ()).probe([host.offer()])
+        await RttProber(client.connections, track_record, lambda addresses: ()).probe([host.offer()])
         assert track_record.rtts_s() == {}
         assert host.connections.live == {}
         assert host.span == Span(0, 4)
@@ -92,6 +92,6 @@ async def test_one_that_we_may_not_dial_unasked_is_not_blamed_for_it(open_swarm)
         host = await swarm.serve(0, 4)
         client = await swarm.client()
         track_record = TrackRecord(trio.current_time)
-        await Prober(client.connections, track_record, lambda _: ()).probe([host.offer()])
+        await RttProber(client.connections, track_record, lambda _: ()).probe([host.offer()])
         assert not track_record.is_avoided(host.peer_id)
         assert not client.connections.live

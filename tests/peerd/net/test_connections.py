@@ -103,7 +103,7 @@ async def test_a_stream_to_a_peer_carries_messages_both_ways(dialler, listener):
 async def test_both_sides_say_hello():
     async with _swarm() as swarm:
         one, other = await swarm.start(0, agent="test/1", now=lambda: 5.0), await swarm.start(1, roles=["serve"])
-        other.announced = (_address(1),)
+        other.present_as(listen_as=[_address(1)])
         connection = await one.connect(other.peer_id, [_address(1)])
         hello = await connection.wait_hello()
         assert (hello.roles, hello.multiaddrs, hello.observed_ip) == (("serve",), (_address(1),), "10.0.0.0")

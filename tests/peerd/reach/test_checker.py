@@ -12,6 +12,7 @@ from random import Random
 
 import pytest
 import trio
+import trio.lowlevel
 
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
@@ -25,12 +26,12 @@ from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL, Dialled, DialMe
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord
 from peerd.protocol.span import Span
-from peerd.reach.checker import SETTLE_S, Reachability
+from peerd.reach.checker import SETTLE_S, ReachChecker
 from peerd.reach.dialback import MAX_AT_ONCE, PAUSE_S, ask_to_be_dialled
 from peerd.reach.relay_ledger import RelayLimits
-from peerd.reach.reservations import open_reservations
-from peerd.routing.reach.verdict import Announced, Reach
+from peerd.routing.reach.verdict import Reach
 from peerd.testing.network import MemoryNetwork, MemoryTransport
+from peerd.trio_tools import open_tasks
 
 EPOCH = 1_800_000_000.0
 PORT = 31330
@@ -132,7 +133,7 @@ async def test_a_peer_behind_a_nat_finds_out_and_is_in_nobodys_table() -> None:
         internet = await net.internet(3)
         peer = await net.at_home()
         await until(reach(peer, Reach.PRIVATE), within_s=15)
-        assert peer.reachability.wants_relays
+        assert peer.reachability.found.value.wants_relays
         assert peer.discovery.dht.addresses == ()
         # Its neighbours may dial it; its address is announced to no other peer.
         assert hosts(peer.addresses) == [HOME]
@@ -148,7 +149,7 @@ async def test_a_peer_behind_a_forwarded_port_announces_where_it_is_seen() -> No
         net.network.forward(ROUTER, PORT, HOME)
         peer = await net.at_home()
         await until(reach(peer, Reach.PUBLIC), within_s=15)
-        assert not peer.reachability.wants_relays
+        assert not peer.reachability.found.value.wants_relays
         assert [str(address) for address in peer.discovery.dht.addresses] == [f"/ip4/{ROUTER}/tcp/{PORT}/ws"]
         assert hosts(peer.addresses) == [ROUTER, HOME]
         await until(
@@ -246,7 +247,7 @@ async def test_before_the_first_dial_back_a_peer_behind_a_nat_is_a_client() -> N
         assert peer.reachability.reach is Reach.UNKNOWN
         assert peer.discovery.dht.addresses == ()
         # No judge can tell; relays should make it reachable meanwhile.
-        assert peer.reachability.wants_relays
+        assert peer.reachability.found.value.wants_relays
 
 
 async def test_a_peer_seen_by_proxies_only_is_a_client_and_wants_relays() -> None:
@@ -259,7 +260,7 @@ async def test_a_peer_seen_by_proxies_only_is_a_client_and_wants_relays() -> Non
         await trio.sleep(60)
         assert peer.reachability.here.observed == ()
         assert peer.discovery.dht.addresses == ()
-        assert peer.reachability.wants_relays
+        assert peer.reachability.found.value.wants_relays
 
 
 async def test_that_a_swarm_is_on_the_internet_is_learnt_from_where_its_peers_are() -> None:
@@ -320,15 +321,12 @@ async def test_reservations_at_relays_are_held_until_others_can_dial_us() -> Non
         net.bootstrap = relay.addresses
         await net.open(PUBLIC[1])
         peer = await net.at_home()
-        keeping = open_reservations(
-            peer.connections, peer.discovery.contacts, peer.discovery.relayed_by, Random(1), wanted=False
-        )
-        peer.reservations = await net.stack.enter_async_context(keeping)
-        peer.reachability.on_changed.append(peer.want_relays)
+        keeping = peer.reachability.holding_reservations(peer.discovery.contacts, Random(1))
+        await net.stack.enter_async_context(keeping)
         await until(lambda: relay.peer_id in peer.reservations.held, within_s=30)
         await trio.sleep(PAUSE_S)
         net.network.forward(ROUTER, PORT, HOME)
-        peer.reachability.changed()
+        peer.reachability.check_soon()
         await until(reach(peer, Reach.PUBLIC), within_s=20)
         await trio.sleep(1)
         assert not peer.reservations.held
@@ -341,7 +339,7 @@ async def test_a_machine_that_moved_announces_the_addresses_that_it_has_now() ->
         internet = await net.internet(2)
         here = [Multiaddr("ip4", HOME, PORT)]
         peer = await net.at_home()
-        reachability = Reachability(
+        checker = ReachChecker(
             peer.connections,
             lambda: here,
             fixed=False,
@@ -349,13 +347,12 @@ async def test_a_machine_that_moved_announces_the_addresses_that_it_has_now() ->
             random=Random(1),
             now=lambda: EPOCH + trio.current_time(),
         )
-        told: list[Announced] = []
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reachability.run, told.append)
-            await until(lambda: told and told[-1].addresses == tuple(here), within_s=100)
+            nursery.start_soon(checker.run)
+            await until(lambda: checker.found.value.where.addresses == tuple(here), within_s=100)
             here[:] = [Multiaddr("ip4", "192.168.9.9", PORT)]
-            reachability.changed()
-            await until(lambda: told[-1].addresses == tuple(here), within_s=100)
+            checker.check_soon()
+            await until(lambda: checker.found.value.where.addresses == tuple(here), within_s=100)
             nursery.cancel_scope.cancel()
 
 
@@ -365,11 +362,13 @@ async def test_a_port_that_is_forwarded_later_is_noticed_and_said_once(caplog: p
         await net.internet(3)
         peer = await net.at_home()
         heard: list[Reach] = []
-        peer.reachability.on_changed.append(lambda: heard.append(peer.reachability.reach))
+        heard_by = await net.stack.enter_async_context(open_tasks())
+        heard_by.start_soon(peer.reachability.found.follow, lambda found: heard.append(found.reach))
         await until(reach(peer, Reach.PRIVATE), within_s=15)
         await trio.sleep(500)
         net.network.forward(ROUTER, PORT, HOME)
         await until(reach(peer, Reach.PUBLIC), within_s=1500)
+        await trio.lowlevel.checkpoint()
         assert heard[-2:] == [Reach.PRIVATE, Reach.PUBLIC]
     said = [record.getMessage() for record in caplog.records if HOME in record.getMessage() or ROUTER in record.message]
     assert len(said) == 2, said
@@ -433,7 +432,7 @@ async def test_news_that_come_while_others_are_asked_make_a_peer_ask_again() -> 
         asked, go_on = answer_slowly(await net.internet(3))
         peer = await net.at_home()
         await until(lambda: asked, within_s=30)
-        peer.reachability.changed()
+        peer.reachability.check_soon()
         go_on.set()
         await until(reach(peer, Reach.PRIVATE), within_s=15)
         first = asked[-1]
@@ -448,7 +447,7 @@ async def test_an_answer_about_an_address_that_was_left_meanwhile_proves_nothing
         peer = await net.at_home()
         await until(lambda: asked, within_s=30)
         for judge, host in zip(internet, PUBLIC, strict=False):
-            peer.reachability._observed.note(judge.peer_id, ip_address(host), ip_address("7.7.7.7"))
+            peer.reachability._checker._observed.note(judge.peer_id, ip_address(host), ip_address("7.7.7.7"))
         go_on.set()
         await trio.sleep(1)
         assert peer.reachability.reach is Reach.UNKNOWN
@@ -539,7 +538,7 @@ async def test_strangers_that_dial_us_are_neither_believed_nor_asked() -> None:
             assert not peer.connections.live[stranger.peer_id].dialled
         for _ in range(3):
             await trio.sleep(PAUSE_S)
-            peer.reachability.changed()
+            peer.reachability.check_soon()
         assert [str(ip) for ip in peer.reachability.here.observed] == [PUBLIC[2]]
         assert peer.reachability.reach is Reach.PUBLIC
         assert not asked

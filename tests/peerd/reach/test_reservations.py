@@ -10,8 +10,9 @@ import trio
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.reach.relay import Relay
+from peerd.reach.relay_addresses import ADDRESSES_A_RELAY, addresses_of
 from peerd.reach.relay_ledger import RelayLimits
-from peerd.reach.reservations import ADDRESSES_A_RELAY, MAX_ASKED, WANTED_RELAYS, Reservations, _addresses_of
+from peerd.reach.reservations import MAX_ASKED, WANTED_RELAYS, Reservations
 from peerd.routing.dht.table import Contact
 from tests.fakes.relay_world import LATENCY_S, LISTEN, address, ask, id_of, open_world, until
 
@@ -41,7 +42,7 @@ async def test_two_of_several_relays_are_held_and_announced():
         await trio.sleep(200)
         assert len(reservations.held) == WANTED_RELAYS
         assert sum(relay.ledger.slots for relay in world.relays.values()) == WANTED_RELAYS
-        assert announced[-1] == reservations.announced
+        assert announced[-1] == reservations.relay_addresses
         assert {one.peer_id for one in announced[-1]} == set(reservations.held)
         # Nothing has changed since, so the observer was not called again.
         assert len(announced) == WANTED_RELAYS
@@ -171,7 +172,7 @@ async def test_only_relays_are_asked_and_a_search_meets_few_strangers():
         _, reservations, _ = await start_keeping(world, 10, [contact(number) for number in range(20, 50)])
         await trio.sleep(1)
         assert 0 < len(met) <= WANTED_RELAYS * MAX_ASKED
-        crowd[0].roles = (RELAY_ROLE,)
+        crowd[0].present_as(roles=[RELAY_ROLE])
         relay = Relay(id_of(20), RelayLimits())
         crowd[0].handlers[RELAY_PROTOCOL] = relay.answer
         await until(lambda: reservations.held)
@@ -247,7 +248,7 @@ def where(text):
 )
 def test_a_relay_is_announced_as_widely_as_it_can_be_found(seen_at, claimed, expected):
     relay = SimpleNamespace(remote_ip=where(f"/ip4/{seen_at}/tcp/1/ws").ip, peer_id=id_of(1))
-    found = _addresses_of(relay, map(where, claimed), [])
+    found = addresses_of(relay, map(where, claimed), [])
     assert [one.host for one in found] == expected
     assert all(one.peer_id == id_of(1) and one.relay is None for one in found)
     assert len(found) <= ADDRESSES_A_RELAY
@@ -256,7 +257,7 @@ def test_a_relay_is_announced_as_widely_as_it_can_be_found(seen_at, claimed, exp
 async def test_a_relay_that_says_nothing_of_where_it_is_is_announced_where_it_was_found():
     async with open_world() as world:
         relay = await world.relay(1)
-        relay.announced = ()
+        relay.present_as(listen_as=())
         _, reservations, announced = await start_keeping(world, 10, [contact(1)])
         await until(lambda: reservations.held)
         assert announced == [(address(1),)]

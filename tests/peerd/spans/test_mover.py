@@ -31,6 +31,7 @@ from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.record_sets import PartialView
+from peerd.routing.reach.verdict import Whereabouts
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 from peerd.server.served_spans import ServedSpan
@@ -42,7 +43,7 @@ from peerd.spans.slots import Place, Places
 from peerd.spans.swap import LOAD_ERRORS, STEADY_S, Reloader, SpanSwap
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 from peerd.testing.network import MemoryNetwork
-from peerd.trio_tools import open_tasks
+from peerd.trio_tools import Watched, open_tasks
 
 EPOCH = 1_800_000_000.0
 MODEL = bytes(range(32))
@@ -190,7 +191,7 @@ class Swarm:
                         state_dir=None,
                         random=Random(number),
                         clock=SwarmClock(unix_now),
-                        addresses=[address],
+                        where=Watched(Whereabouts.at([address])),
                     ) as discovery,
                     open_tasks() as moving,
                 ):

@@ -91,7 +91,7 @@ async def host_of_everything(open_swarm):
         host = await swarm.serve(0, 4)
         connections, transport = host.connections, swarm.network.transport(host.ip)
         addresses = connections.listen_addresses
-        connections.announced = addresses
+        connections.present_as(listen_as=addresses)
         dht = Dht(
             host.peer_id,
             StreamTransport(connections),

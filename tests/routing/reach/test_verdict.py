@@ -8,7 +8,16 @@ import pytest
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.messages.dialback import Dialled, Outcome
-from peerd.routing.reach.verdict import Finding, Reach, announced, find, is_void, more_judges, next_check_s, ports_for
+from peerd.routing.reach.verdict import (
+    Reach,
+    Verdict,
+    is_void,
+    judge,
+    more_judges,
+    next_check_s,
+    ports_for,
+    whereabouts,
+)
 
 PORT = 31330
 
@@ -22,8 +31,8 @@ def said(ip: str, *outcomes: Outcome) -> Dialled:
 
 
 OUT, LAN, LOOP = at("6.6.6.6"), at("192.168.1.2"), at("127.0.0.1")
-PRIVATE = Finding(Reach.PRIVATE, (), ((OUT, "silent"),))
-PUBLIC = Finding(Reach.PUBLIC, (OUT,))
+PRIVATE = Verdict(Reach.PRIVATE, (), ((OUT, "silent"),))
+PUBLIC = Verdict(Reach.PUBLIC, (OUT,))
 
 
 @pytest.mark.parametrize(
@@ -38,28 +47,28 @@ PUBLIC = Finding(Reach.PUBLIC, (OUT,))
     ],
 )
 def test_the_majority_of_judges_decides(answers: list[Dialled], reach: Reach) -> None:
-    assert find(Finding(), [((PORT,), answers)]).reach is reach
+    assert judge(Verdict(), [((PORT,), answers)]).reach is reach
 
 
 def test_divided_judges_change_nothing() -> None:
     divided = [((PORT,), [said("6.6.6.6", "reached"), said("6.6.6.6", "silent")])]
-    assert find(PUBLIC, divided) == PUBLIC
-    assert find(PRIVATE, divided) == PRIVATE
+    assert judge(PUBLIC, divided) == PUBLIC
+    assert judge(PRIVATE, divided) == PRIVATE
 
 
 def test_no_answer_leaves_all_as_it_was() -> None:
-    assert find(PUBLIC, [((PORT,), [])]) == PUBLIC
+    assert judge(PUBLIC, [((PORT,), [])]) == PUBLIC
 
 
 def test_what_one_port_or_family_gives_is_enough() -> None:
-    found = find(
-        Finding(), [((PORT, 80), [said("6.6.6.6", "refused", "reached")]), ((1,), [said("2a00::1", "silent")])]
+    found = judge(
+        Verdict(), [((PORT, 80), [said("6.6.6.6", "refused", "reached")]), ((1,), [said("2a00::1", "silent")])]
     )
-    assert found == Finding(Reach.PUBLIC, (at("6.6.6.6", 80),), ((OUT, "refused"), (at("2a00::1", 1), "silent")))
+    assert found == Verdict(Reach.PUBLIC, (at("6.6.6.6", 80),), ((OUT, "refused"), (at("2a00::1", 1), "silent")))
 
 
 def test_the_internet_outranks_neighbours() -> None:
-    found = find(Finding(), [((PORT,), [said("192.168.1.2", "reached")]), ((PORT,), [said("6.6.6.6", "silent")])])
+    found = judge(Verdict(), [((PORT,), [said("192.168.1.2", "reached")]), ((PORT,), [said("6.6.6.6", "silent")])])
     assert found == PRIVATE
 
 
@@ -74,35 +83,35 @@ def test_a_third_judge_is_asked_where_two_do_not_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "finding", "on_internet", "contacts", "addresses"),
+    ("own", "verdict", "on_internet", "contacts", "addresses"),
     [
         # In a LAN, or on one machine, or alone: as it always was, even if a neighbour could not dial us just now.
-        ([LAN, LOOP], Finding(), False, [LAN, LOOP], [LAN, LOOP]),
-        ([LAN, LOOP], Finding(Reach.PUBLIC, (LAN,)), False, [LAN, LOOP], [LAN, LOOP]),
-        ([LAN, LOOP], Finding(Reach.PRIVATE, (), ((LAN, "silent"),)), False, [LAN, LOOP], [LAN, LOOP]),
+        ([LAN, LOOP], Verdict(), False, [LAN, LOOP], [LAN, LOOP]),
+        ([LAN, LOOP], Verdict(Reach.PUBLIC, (LAN,)), False, [LAN, LOOP], [LAN, LOOP]),
+        ([LAN, LOOP], Verdict(Reach.PRIVATE, (), ((LAN, "silent"),)), False, [LAN, LOOP], [LAN, LOOP]),
         # Behind a NAT.
-        ([LAN, LOOP], Finding(), True, [], [LAN]),
+        ([LAN, LOOP], Verdict(), True, [], [LAN]),
         ([LAN, LOOP], PUBLIC, True, [OUT], [OUT, LAN]),
         ([LAN, LOOP], PRIVATE, True, [], [LAN]),
         # For programs on the same machine, which joins a swarm on the internet.
-        ([LOOP], Finding(), True, [], [LOOP]),
+        ([LOOP], Verdict(), True, [], [LOOP]),
         ([LOOP], PRIVATE, True, [], [LOOP]),
         # With a public address of its own.
-        ([OUT, LAN, LOOP], Finding(), True, [OUT], [OUT, LAN]),
+        ([OUT, LAN, LOOP], Verdict(), True, [OUT], [OUT, LAN]),
         ([OUT, LOOP], PUBLIC, True, [OUT], [OUT]),
         ([OUT, LOOP], PRIVATE, True, [], []),
         # Of two families, one is let through.
-        ([OUT, at("2a00::1")], Finding(Reach.PUBLIC, (OUT,), ((at("2a00::1"), "silent"),)), True, [OUT], [OUT]),
+        ([OUT, at("2a00::1")], Verdict(Reach.PUBLIC, (OUT,), ((at("2a00::1"), "silent"),)), True, [OUT], [OUT]),
     ],
 )
 def test_what_is_announced(
     own: list[Multiaddr],
-    finding: Finding,
+    verdict: Verdict,
     on_internet: bool,
     contacts: list[Multiaddr],
     addresses: list[Multiaddr],
 ) -> None:
-    what = announced(own, finding, on_internet=on_internet)
+    what = whereabouts(own, verdict, on_internet=on_internet)
     assert (list(what.contacts), list(what.addresses)) == (contacts, addresses)
 
 

@@ -13,7 +13,7 @@ import trio
 
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.scout import FIRST_PROBES, IDLE_S, LOOK_S, MAX_AGE_S, PLANS, ROUND_S, Scout
-from peerd.discovery.prober import Prober
+from peerd.discovery.prober import RttProber
 from peerd.net.connections import PeerConnection
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import ServerRecord, block_roots
@@ -62,7 +62,7 @@ def scouted(client: Any, announced: Announced, rules: ChainRules | None = None) 
     finder = SwarmFinder(
         announced, track_record, bytes(range(32)), 8, Random(1), rules, connected=client.connections.live.keys
     )
-    scout = Scout(finder, Prober(client.connections, track_record, lambda addresses: addresses), BLOCKS, Random(2))
+    scout = Scout(finder, RttProber(client.connections, track_record, lambda addresses: addresses), BLOCKS, Random(2))
     client.finder = finder
     return Scouted(client, finder, scout, track_record)
 
@@ -70,7 +70,7 @@ def scouted(client: Any, announced: Announced, rules: ChainRules | None = None) 
 async def run_neighbours(swarm: Any, announced: Announced, tasks: trio.Nursery) -> None:
     for host in swarm.hosts:
         track_record = TrackRecord(trio.current_time)
-        prober = Prober(host.connections, track_record, lambda addresses: addresses)
+        prober = RttProber(host.connections, track_record, lambda addresses: addresses)
         neighbours = Neighbours(
             host.peer_id,
             announced,
