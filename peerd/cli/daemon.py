@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +23,13 @@ import trio
 
 from peerd.cli.console import working, write
 from peerd.cli.key_files import load_or_create_identity
-from peerd.cli.options import Joining
 from peerd.cli.page_link import page_link, show_page
 from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.net.gate import MAX_CONNECTIONS, descriptor_limit, places
-from peerd.peer import open_peer
+from peerd.peer import open_configured
+from peerd.peer_parts import PeerConfig
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.trio_tools import open_tasks
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from peerd.api.serve import LocalApi
     from peerd.client.model import SwarmModel
     from peerd.peer import Peer
-    from peerd.reach.relay_ledger import RelayLimits
     from peerd.spans.spec import ServeSpec
 
 log = logging.getLogger(__name__)
@@ -67,17 +66,16 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """The configuration of a daemon. `stop_on_eof`: it stops when its standard input ends."""
+    """The configuration of a daemon. Its identity is read from a file when it starts.
 
-    identity: Path
-    listen: tuple[Multiaddr, ...]
-    announce: tuple[Multiaddr, ...]
-    joining: Joining
-    serve: tuple[ServeSpec, ...]
-    stop_on_eof: bool
+    stop_on_eof: it stops when its standard input ends. disk_bytes: the limit of its downloads from the hub.
+    """
+
+    identity_file: Path
+    config: PeerConfig
+    stop_on_eof: bool = False
     offer: Offered | None = None
     disk_bytes: int | None = None
-    relay: RelayLimits | None = None
 
 
 async def run_daemon(daemon: Daemon) -> None:
@@ -95,7 +93,7 @@ async def run_daemon(daemon: Daemon) -> None:
 
 async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
     async with AsyncExitStack() as stack:
-        with working(_starting(daemon.serve)) as display:
+        with working(_starting(daemon.config.serve)) as display:
             peer = await _open(stack, daemon, HubSettings(daemon.disk_bytes, watch=display.transferred))
             api = await _offer(stack, peer, daemon.offer) if daemon.offer is not None else None
         stopping.serving = True
@@ -125,24 +123,13 @@ def _print_addresses(addresses: Sequence[Multiaddr]) -> None:
 
 
 async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer:
-    identity = stack.enter_context(load_or_create_identity(daemon.identity))
-    opening = open_peer(
-        identity,
-        listen=daemon.listen,
-        announce=daemon.announce,
-        bootstrap=daemon.joining.bootstrap,
-        swarm_key=daemon.joining.swarm_key,
-        rules=daemon.joining.rules,
-        serve=daemon.serve,
-        state_dir=_state_dir(daemon.identity),
-        hub=hub,
-        relay=daemon.relay,
-        may_be_relayed=daemon.joining.may_be_relayed,
-    )
+    identity = stack.enter_context(load_or_create_identity(daemon.identity_file))
+    state_dir = _state_dir(daemon.identity_file)
+    opening = open_configured(replace(daemon.config, identity=identity, state_dir=state_dir, hub=hub))
     try:
         return await stack.enter_async_context(opening)
     except OSError as error:
-        wanted = ", ".join(map(str, daemon.listen))
+        wanted = ", ".join(map(str, daemon.config.listen))
         raise InvalidRequest(f"cannot listen on {wanted}: {error.strerror}; choose another --listen") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,10 @@ import click
 import platformdirs
 
 from peerd.cli.console import working
+from peerd.cli.daemon_rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
 from peerd.cli.options import DTYPES, QUANTIZATIONS, Command, Joining, disk_option, join_options, revision_option
 from peerd.cli.parsing import (
     at_revision,
-    is_loopback,
     parse_adapter,
     parse_address,
     parse_blocks,
@@ -23,8 +24,6 @@ from peerd.cli.parsing import (
     parse_named_model,
 )
 from peerd.cli.relay_options import relay_options, relaying
-from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon, Offered
@@ -199,103 +198,82 @@ def daemon_options(command: Command) -> Command:
     return command
 
 
-def daemon_of(
-    swarm: Joining,
-    *,
-    serve_blocks: Span | int | str | None,
-    models: tuple[tuple[str | None, Path | str], ...],
-    revision: str | None,
-    disk_bytes: int | None,
-    client: bool,
-    socket_path: Path | None,
-    http: tuple[str, int] | None,
-    token_file: Path | None,
-    no_token: bool,
-    open_page: bool,
-    listen: tuple[Multiaddr, ...],
-    announce: tuple[Multiaddr, ...],
-    identity: Path | None,
-    stop_on_eof: bool,
-    devices: tuple[str, ...],
-    quantize: str | None,
-    **serving: Any,
-) -> Daemon:
-    """The configuration that the options describe. Raises click.UsageError if they contradict each other."""
-    relay = relaying(serving)
-    if open_page and http is None:
-        http = ("127.0.0.1", 0)
-    offers = client or socket_path is not None or http is not None
-    among: tuple[str, ...] = serving["among"]
-    if among and (models or serve_blocks is None or isinstance(serve_blocks, Span)):
-        raise click.UsageError("--models lets the swarm decide: say --serve-blocks auto or N with it, and no --model")
-    if serve_blocks is not None and len(models) != 1 and not among:
-        raise click.UsageError("--serve-blocks says which blocks, --model of which one model: say each once")
-    if revision and among:
-        raise click.UsageError("--revision is for --model: of --models, the swarm says which commit it serves")
-    if (revision or disk_bytes) and not (models or among):
-        raise click.UsageError("--revision and --disk are for models: add --model")
-    if revision and len(models) > 1:
-        raise click.UsageError("--revision is for one --model; with several, write each as org/name@revision")
-    models = tuple((name, at_revision(model, revision)) for name, model in models)
-    if models and serve_blocks is None and not offers:
-        raise click.UsageError("--model is for --serve-blocks, or for the local API: add --client, --socket or --http")
-    if serve_blocks is None and any([devices, quantize, *serving.values()]):
-        raise click.UsageError(
-            "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters,"
-            " --uplink, --look-every and --no-move say how to serve: add --serve-blocks"
-        )
-    if serve_blocks is None and not (offers or listen):
-        raise click.UsageError("what should this peer be? say --serve-blocks with --model, --client, or --listen")
-    if (token_file or no_token) and http is None:
-        raise click.UsageError("--token-file and --no-token are for --http HOST:PORT")
-    if no_token and http is not None and not is_loopback(http[0]):
-        raise click.UsageError(f"--no-token would open {http[0]} to the network: it is for 127.0.0.1, ::1 or localhost")
-    if announce and not (serve_blocks or listen):
-        raise click.UsageError("--announce needs --listen: who dials the address must reach this peer")
-    if relay and not (serve_blocks or listen):
-        raise click.UsageError("--relay needs --listen: those for whom it relays must reach this peer")
+def parsed(joining: Joining, given: dict[str, Any]) -> DaemonOptions:
+    """The options of a daemon, as click gives them, grouped. Raises click.UsageError where they do not fit."""
+    relay = relaying(given)
+    if given["open_page"] and given["http"] is None:
+        given["http"] = ("127.0.0.1", 0)
+    serving = ServingOptions(**_take(ServingOptions, given))
+    api = ApiOptions(**_take(ApiOptions, given))
+    options = DaemonOptions(joining=joining, relay=relay, serving=serving, api=api, **given)
+    if (message := broken_rule(options)) is not None:
+        raise click.UsageError(message)
+    return options
+
+
+def _take(group: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a group out of what was given."""
+    return {each.name: given.pop(each.name) for each in fields(group)}
+
+
+def daemon_of(joining: Joining, given: dict[str, Any]) -> Daemon:
+    """The daemon that the options ask for together. Raises click.UsageError where they do not fit each other."""
+    options = parsed(joining, given)
+    models = tuple((name, at_revision(model, options.revision)) for name, model in options.models)
     from peerd.cli.daemon import Daemon
     from peerd.peer import DEFAULT_LISTEN
+    from peerd.peer_parts import PeerConfig
 
-    specs: tuple[ServeSpec, ...] = ()
-    if serve_blocks is not None:
-        model = models[0][1] if models else ""
-        with working("starting"):
-            from peerd.compute.quantized.formats import NONE
-            from peerd.spans.devices import check_devices
-            from peerd.spans.spec import ServeSpec
-
-            device = check_devices(",".join(devices) or "cpu")
-        blocks = None if isinstance(serve_blocks, str) else serve_blocks
-        specs = (ServeSpec(model, blocks, device=device, quantize=quantize or NONE, **serving),)
-        listen = listen or (DEFAULT_LISTEN,)
+    specs = (_spec(options, models[0][1] if models else ""),) if options.serves else ()
     return Daemon(
-        identity=identity or platformdirs.user_state_path("peerd") / "identity.key",
-        listen=listen,
-        announce=announce,
-        joining=swarm,
-        serve=specs,
-        stop_on_eof=stop_on_eof,
-        disk_bytes=disk_bytes,
-        relay=relay,
-        offer=_offer(models, socket_path, http, token_file, no_token, open_page) if offers else None,
+        identity_file=options.identity or platformdirs.user_state_path("peerd") / "identity.key",
+        config=PeerConfig(
+            listen=options.listen or ((DEFAULT_LISTEN,) if options.serves else ()),
+            announce=options.announce,
+            bootstrap=joining.bootstrap,
+            swarm_key=joining.swarm_key,
+            rules=joining.rules,
+            serve=specs,
+            relay=options.relay,
+            may_be_relayed=joining.may_be_relayed,
+        ),
+        stop_on_eof=options.stop_on_eof,
+        disk_bytes=options.disk_bytes,
+        offer=_offer(options.api, models) if options.api.is_offered else None,
     )
 
 
-def _offer(
-    models: tuple[tuple[str | None, Path | str], ...],
-    socket_path: Path | None,
-    http: tuple[str, int] | None,
-    token_file: Path | None,
-    no_token: bool,
-    open_page: bool,
-) -> Offered:
+def _spec(options: DaemonOptions, model: Path | str) -> ServeSpec:
+    with working("starting"):
+        from peerd.compute.quantized.formats import NONE
+        from peerd.spans.devices import check_devices
+        from peerd.spans.spec import ServeSpec
+
+        device = check_devices(",".join(options.serving.devices) or "cpu")
+    serving = options.serving
+    return ServeSpec(
+        model,
+        None if isinstance(options.serve_blocks, str) else options.serve_blocks,
+        among=options.among,
+        dtype=serving.dtype,
+        device=device,
+        kv_tokens=serving.kv_tokens,
+        memory_bytes=serving.memory_bytes,
+        quantize=serving.quantize or NONE,
+        throughput=serving.throughput,
+        adapters=serving.adapters,
+        client_adapter_bytes=serving.client_adapter_bytes,
+        stay=serving.stay,
+        look_every_s=serving.look_every_s,
+        uplink=serving.uplink,
+    )
+
+
+def _offer(api: ApiOptions, models: tuple[tuple[str | None, Path | str], ...]) -> Offered:
     from peerd.cli.daemon import Offered
     from peerd.local.socket_path import default_socket_path
 
-    names = [name for name, _ in models if name is not None]
-    if len(set(names)) < len(names):
-        raise click.UsageError("two of --model have the same NAME")
-    if http is not None and not no_token and token_file is None:
+    token_file = api.token_file
+    if api.http is not None and not api.no_token and token_file is None:
         token_file = platformdirs.user_state_path("peerd") / "api.token"
-    return Offered(models, socket_path or default_socket_path(), http, token_file, open_page)
+    return Offered(models, api.socket_path or default_socket_path(), api.http, token_file, api.open_page)

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from peerd.cli.console import say, set_up_logging, working
 from peerd.cli.daemon_options import daemon_of, daemon_options
+from peerd.cli.help import SHORT_HELP, write_options
 from peerd.cli.options import (
     disk_option,
     join_options,
@@ -67,6 +68,10 @@ DEMO_PROMPT = "Explain in two sentences how bees make honey."
 class _Cli(click.Group):
     """A group that turns peerd's own errors into messages and exit codes."""
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -113,11 +118,11 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
             raise click.UsageError(f"{option} belongs behind {ctx.invoked_subcommand}, or to a daemon")
         return
     if not given:
-        click.echo(ctx.get_help())
+        click.echo(SHORT_HELP, nl=False)
         return
     set_up_logging(logging.DEBUG if options.pop("verbose") else logging.INFO)
     swarm = joining(options)
-    daemon = daemon_of(swarm, **options)
+    daemon = daemon_of(swarm, options)
     from peerd.cli.daemon import raise_descriptor_limit, run_daemon
 
     raise_descriptor_limit()

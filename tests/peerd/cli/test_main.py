@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from peerd.cli import daemon as cli_serve
 from peerd.cli.console import printable, short, table
 from peerd.cli.daemon import Daemon
+from peerd.cli.help import HEADINGS, SHORT_HELP
 from peerd.cli.key_files import read_swarm_key
 from peerd.cli.main import cli
 from peerd.cli.options import joining
@@ -35,11 +37,44 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_no_arguments_print_the_help() -> None:
+def test_no_arguments_print_one_screen_that_says_what_to_do_first() -> None:
     result = run()
     assert result.exit_code == 0
-    assert result.stdout == run("--help").stdout
-    assert "Usage: peerd" in result.stdout
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert "  peerd demo" in lines
+    assert "--help" in result.stdout
+
+
+def test_the_first_screen_names_only_options_and_commands_that_exist() -> None:
+    known = {option for param in cli.params for option in param.opts}
+    known |= {option for command in cli.commands.values() for param in command.params for option in param.opts}
+    commands = re.findall(r"^  peerd ([a-z]+)", SHORT_HELP, re.MULTILINE)
+    assert set(re.findall(r"--[a-z-]+", SHORT_HELP)) <= known | {"--help"}
+    assert commands
+    assert set(commands) <= set(cli.commands)
+
+
+def test_help_groups_the_options_of_a_daemon_by_role() -> None:
+    text = run("--help").stdout
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings[: len(HEADINGS) + 1] == [*(f"{heading}:" for heading in HEADINGS), "Options:"]
+    section = text.partition("Offer a local API:")[2].partition("Join a swarm:")[0]
+    assert "--client" in section
+    assert "--http" in section
+    assert "--listen" not in section
+
+
+def test_each_option_is_in_the_help_once_and_each_heading_names_options_that_exist() -> None:
+    names = [name for group in HEADINGS.values() for name in group]
+    assert len(names) == len(set(names))
+    assert set(names) <= {param.name for param in cli.params}
+    lines = run("--help").stdout.splitlines()
+    for param in cli.params:
+        assert (
+            sum(line.strip().startswith(param.opts[-1] + " ") for line in lines) == 1 or param.opts[-1] == "--verbose"
+        )
 
 
 def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
@@ -124,7 +159,7 @@ def test_what_a_daemon_is_told_reaches_what_it_serves_and_offers(model: str, mon
     result = run(*serving, "--http", "127.0.0.1:8080", "--token-file", f"{model}/token", "--socket", f"{model}/p.sock")
     assert result.exit_code == 0, result.stderr
     (daemon,) = daemons
-    (spec,) = daemon.serve
+    (spec,) = daemon.config.serve
     assert (spec.blocks, spec.stay, spec.quantize, spec.throughput) == (None, True, "int8", 500)
     assert (spec.uplink, spec.look_every_s) == (2_500_000, 60)
     offer = daemon.offer
@@ -143,7 +178,7 @@ def test_patterns_in_place_of_a_model_reach_what_a_daemon_serves(monkeypatch: py
     patterns = ("--models", "org/*", "--models", "~/models/*")
     result = run("--serve-blocks", "auto", *patterns, "--disk", "1GB")
     assert result.exit_code == 0, result.stderr
-    (spec,) = daemons[0].serve
+    (spec,) = daemons[0].config.serve
     assert (spec.model, spec.among, spec.blocks) == ("", ("org/*", "~/models/*"), None)
     assert daemons[0].disk_bytes == 10**9
 
@@ -160,13 +195,13 @@ def test_what_an_operator_gives_away_as_a_relay_reaches_the_daemon(monkeypatch: 
     for arguments in ((), ("--relay",), ("--relay", *limits, "--relay-hours", "0.5"), ("--no-relay",)):
         result = run(*listening, *arguments)
         assert result.exit_code == 0, result.stderr
-    assert [daemon.relay for daemon in daemons] == [
+    assert [daemon.config.relay for daemon in daemons] == [
         None,
         RelayLimits(),
         RelayLimits(slots=3, circuits=4, bytes_a_second=2**20, total_bytes_a_second=5 * 2**20, circuit_s=1800),
         None,
     ]
-    assert [daemon.joining.may_be_relayed for daemon in daemons] == [True, True, True, False]
+    assert [daemon.config.may_be_relayed for daemon in daemons] == [True, True, True, False]
 
 
 def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""The daemon's help: one screen for `peerd` alone, and its many options under headings by role in `peerd --help`."""
+
+from __future__ import annotations
+
+import click
+
+#: Under which heading each option stands. `Options` is for what none names.
+HEADINGS = {
+    "Serve blocks for others": (
+        "serve_blocks",
+        "models",
+        "among",
+        "revision",
+        "disk_bytes",
+        "devices",
+        "memory_bytes",
+        "kv_tokens",
+        "dtype",
+        "quantize",
+        "adapters",
+        "client_adapter_bytes",
+        "stay",
+        "look_every_s",
+        "throughput",
+        "uplink",
+    ),
+    "Offer a local API": ("client", "socket_path", "http", "token_file", "no_token", "open_page"),
+    "Join a swarm": ("bootstrap", "swarm_key", "identity"),
+    "Choose whose blocks to use": ("allowed", "blocked", "trusted", "manifests"),
+    "Be reached by others": ("listen", "announce", "no_relay"),
+    "Relay for peers behind NATs": (
+        "relay",
+        "slots",
+        "circuits",
+        "bytes_a_second",
+        "total_bytes_a_second",
+        "circuit_hours",
+    ),
+}
+REST = "Options"
+
+SHORT_HELP = """\
+peerd runs language models that are bigger than any machine you own, on a swarm.
+
+See it work, on this machine alone:
+  peerd demo
+
+Join a swarm, at ADDRESS, which any of its peers printed when it started:
+  peerd generate MODEL --prompt "Hello" --bootstrap ADDRESS    ask it once
+  peerd --client --model MODEL --bootstrap ADDRESS --open      chat in a browser
+  peerd --serve-blocks auto --model MODEL --bootstrap ADDRESS  lend it a machine
+
+Start a swarm of your own:
+  peerd --serve-blocks auto --model MODEL                      print its ADDRESS
+
+MODEL is org/name on the hub, a model's directory, or a .gguf file.
+
+  peerd status             what the daemon on this machine does
+  peerd --help             all options of a daemon, and all commands
+  peerd COMMAND --help     the options of one command
+"""
+
+
+def write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write a command's options, those of a daemon under their headings."""
+    heading_of = {name: heading for heading, names in HEADINGS.items() for name in names}
+    sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*HEADINGS, REST)}
+    order = [name for names in HEADINGS.values() for name in names]
+    ranked = sorted(command.get_params(ctx), key=lambda param: order.index(param.name) if param.name in order else -1)
+    for param in ranked:
+        if (record := param.get_help_record(ctx)) is not None:
+            sections[heading_of.get(param.name or "", REST)].append(record)
+    for heading, records in sections.items():
+        if records:
+            with formatter.section(heading):
+                formatter.write_dl(records)
