@@ -14,8 +14,8 @@ from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.chains.costs import HOP_S, NO_ROOM_S, UNKNOWN_RTT_S, ChainNeeds, select_columns
-from peerd.routing.chains.for_passes import by_client
-from peerd.routing.chains.for_steps import soonest
+from peerd.routing.chains.for_passes import fastest_for_passes
+from peerd.routing.chains.for_steps import fastest_for_steps
 from peerd.routing.chains.offer_table import OfferTable
 from peerd.routing.directory.offer import Offer
 
@@ -81,9 +81,9 @@ def plan_chain(
     columns = select_columns(table, span, needs, avoid)
     slowest_s = 0.0
     if needs.requests:
-        runs, cost_s, slowest_s = by_client(columns, len(span), needs.requests, NEAR_BEST, random)
+        runs, cost_s, slowest_s = fastest_for_passes(columns, len(span), needs.requests, NEAR_BEST, random)
     else:
-        runs, cost_s = soonest(columns, len(span), NEAR_BEST, random)
+        runs, cost_s = fastest_for_steps(columns, len(span), NEAR_BEST, random)
     hops = []
     for index, (at, start, end) in enumerate(runs):
         offer = columns.offers[at]

@@ -29,7 +29,7 @@ CHAINS = 2
 PEERS_A_BLOCK = 16
 
 
-def by_client(
+def fastest_for_passes(
     columns: Columns, blocks: int, requests: int, slack: float, random: Random
 ) -> tuple[list[Run], float, float]:
     """The runs over `blocks`, the seconds until one request is answered, and the slowest peer's seconds for each

@@ -24,7 +24,7 @@ Run = tuple[int, int, int]
 """A column, and the blocks `[start, end)` that it runs."""
 
 
-def soonest(columns: Columns, blocks: int, slack: float, random: Random) -> tuple[list[Run], float]:
+def fastest_for_steps(columns: Columns, blocks: int, slack: float, random: Random) -> tuple[list[Run], float]:
     """Runs over `blocks` that cost at most `slack` times the least cost, chosen at random, and their cost in
     seconds.
     """
