@@ -124,12 +124,15 @@ class Victim:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def slowest_turn_s(self) -> float:
-        """The longest that its loop has computed since it was asked last."""
+        """The longest that its loop has computed since it was asked last. Raises AssertionError where it has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        said = self.process.stdout.readline()
+        assert said, "the peer has ended: see its log"
+        return float(said)
 
 
 @contextlib.contextmanager
@@ -207,6 +210,11 @@ class Attacker:
         async with await self._connect() as stream:
             await stream.send_all(_UPGRADE)
             await stream.receive_some(4096)
+            if random.random() < 0.5:
+                # No handshake: the peer closes, and waits half a second for us to do so too.
+                await stream.send_all(b"\x82\x84" + bytes(4) + b"junk")
+                await trio.sleep(random.choice([0, 0.05, 0.1, 0.3]))
+                await stream.send_all(random.choice([b"\x89\x80", b"\x8a\x80", b"\x88\x80"]) + bytes(4))
             for _ in range(random.randrange(1, 8)):
                 await stream.send_all(_websocket_frame(random))
                 await trio.sleep(random.choice([0, 0, 0.05]))
@@ -417,6 +425,7 @@ async def attack(victim: Victim, seconds: float, random: Random) -> tuple[Counte
     attacker, honest = Attacker(victim, random), Honest(victim)
     # What is loaded and cached with the first attacks stays.
     await attacker.run(min(seconds / 4, 10))
+    assert victim.is_alive, "the peer has ended: see its log"
     await _wait_quiet(victim, 0)
     descriptors, resident = victim.descriptors, victim.resident_bytes
     victim.slowest_turn_s()
@@ -424,7 +433,6 @@ async def attack(victim: Victim, seconds: float, random: Random) -> tuple[Counte
         nursery.start_soon(honest.run)
         await attacker.run(seconds)
         nursery.cancel_scope.cancel()
-    assert victim.is_alive, "the peer has ended"
     slowest_s = victim.slowest_turn_s()
     assert slowest_s < MAX_LOOP_S, f"its loop computed for {slowest_s:.2f} s at a time"
     await _wait_quiet(victim, descriptors + SPARE_DESCRIPTORS)
