@@ -104,12 +104,6 @@ class SwarmFinder:
 
     def _explained(self, error: NoChain) -> NoChain:
         """The error with the reasons why the peers that announce the missing blocks cannot be reached."""
-        if not self._seen:
-            return NoChain(
-                f"{error}: no peer that we know of serves the model {self._model.hex()[:8]}. Join its swarm (bootstrap"
-                " addresses); its peers have the very same files, revision and format",
-                error.missing,
-            )
         reasons = dict.fromkeys(
             why
             for offer in self._permitted
@@ -117,6 +111,12 @@ class SwarmFinder:
             if (why := self._track_record.why_avoided(offer.peer_id))
         )
         reasons |= dict.fromkeys(self._directory.odd_clocks(self._model, error.missing))
+        if not reasons and not self._seen:
+            return NoChain(
+                f"{error}: no peer that we know of serves the model {self._model.hex()[:8]}. Join its swarm (bootstrap"
+                " addresses); its peers have the very same files, revision and format",
+                error.missing,
+            )
         if not reasons:
             return error
         more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
