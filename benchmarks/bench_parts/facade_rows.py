@@ -29,6 +29,8 @@ class Pair:
 
     def __init__(self, library: peerd.SwarmModel, facade: Any, carried: CountingTransport) -> None:
         self._library, self._facade = library, facade
+        # No answer ends early.
+        facade.generation_config.eos_token_id = None
         self._carried = carried
         self._prompt = list(range(5, 5 + PROMPT_TOKENS))
 
@@ -48,7 +50,7 @@ class Pair:
 
     def _by_facade(self) -> None:
         ids = torch.tensor([self._prompt])
-        options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": [], "do_sample": False}
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         self._facade.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 

@@ -105,7 +105,7 @@ def test_a_cache_is_not_continued_with_another_adapter(remote: Any) -> None:
         output = wrapped(input_ids=IDS, use_cache=True)
         trained(wrapped)[1].add_(1.0)
         cache = getattr(output, "cache", None) or output.past_key_values
-        with pytest.raises(ValueError, match=r"adapter has changed .* begin a new cache"):
+        with pytest.raises(ValueError, match=r"adapter or prompts have changed .* begin a new cache"):
             remote(IDS[:, :1], use_cache=True, past_key_values=cache)
 
 
