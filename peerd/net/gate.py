@@ -22,7 +22,7 @@ from peerd.protocol.addresses import IpAddress, is_private_ip
 MAX_CONNECTIONS: Final = 1024
 # Incoming connections whose peers have not proved their identity.
 MAX_UNPROVEN: Final = 64
-# For files, dials, the local API, worker threads and the event loop. A daemon that serves a model and is idle has 40.
+# For files, dials, the local API, worker threads and the event loop. A bootstrap peer that is idle has 12.
 RESERVED: Final = 128
 MAX_UNPROVEN_AN_ADDRESS = 8
 # One host has a whole /64 of IPv6 addresses.
