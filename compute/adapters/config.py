@@ -136,7 +136,7 @@ class LoraConfig:
 def parse_config(fields: Any, where: object) -> LoraConfig:
     """Check the decoded JSON. Raises AdapterError naming the field."""
     if type(fields) is not dict:
-        raise AdapterError(f"{where}: it holds no JSON object")
+        raise AdapterError(f"{where}: it is not a JSON object")
     if fields.get("peft_type") != "LORA":
         raise AdapterError(f"{where}: peft_type is {_shown(fields.get('peft_type'))}; only LORA is run")
     _refuse_what_we_do_not_run(fields, where)

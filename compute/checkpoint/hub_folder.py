@@ -130,7 +130,7 @@ class HubFolder:
         except HubUnavailable as error:
             if known is None:
                 raise
-            log.warning("%s; going on with commit %s, the last that it named", error, known.commit[:8])
+            log.warning("%s; using commit %s, from the hub's last answer", error, known.commit[:8])
             return known
         self._cache.remember(hub_id.revision, listing)
         return listing

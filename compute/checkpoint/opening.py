@@ -87,10 +87,12 @@ def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
         raise CheckpointError(f"{hub_id} holds GGUF files: download one of them and give its path")
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
         raise CheckpointError(
-            f"{hub_id} holds pickled weights only, which could run any program when they are read: they never are."
+            f"{hub_id} holds only pickled weights, which could run any program when read, so peerd never reads them."
             " Choose a revision or a model with safetensors, or convert it"
         )
-    raise CheckpointError(f"{hub_id} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is no model that can be read")
+    raise CheckpointError(
+        f"{hub_id} holds neither {SINGLE_NAME} nor {INDEX_NAME}, so it is not a model that peerd can read"
+    )
 
 
 def _open_folder(

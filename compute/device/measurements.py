@@ -84,4 +84,4 @@ def _write(path: Path, figures: dict[str, float]) -> None:
             json.dump(figures, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
     except OSError as error:
-        log.info("what was measured is not remembered: %s", error)
+        log.info("cannot save the measurement: %s", error)

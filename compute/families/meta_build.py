@@ -90,8 +90,8 @@ def check_tensor(name: str, tensor: torch.Tensor, expected: Sequence[int], where
     if tensor.dtype not in _PLAIN_NUMBERS:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{where}: tensor {name} is stored as {kind}, where plain numbers are meant: it is part of quantized"
-            " weights that the configuration does not tell of"
+            f"{where}: tensor {name} is stored as {kind}, not as plain numbers: it is part of quantized"
+            " weights that the configuration does not mention"
         )
     if tensor.shape != torch.Size(expected):
         raise CheckpointError(

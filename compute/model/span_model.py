@@ -158,7 +158,9 @@ def load_span(
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     _cut(decoder, family, span)
     if family.latent and not any(hasattr(part, "expand_kv") for part in decoder.modules()):
-        raise UnsupportedModel(f"{family.model_type} needs a newer Transformers: this one does not cache latents")
+        raise UnsupportedModel(
+            f"{family.model_type} needs a newer Transformers: the installed one does not cache latents"
+        )
     if quantize != NONE:
         # Transformers' other ways to run experts need all of them as one plain tensor.
         decoder.set_experts_implementation("eager")

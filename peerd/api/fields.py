@@ -31,7 +31,7 @@ async def read_json(request: Request) -> Fields:
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise invalid(f"the body is no JSON: {error}") from None
+        raise invalid(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise invalid("the body must be a JSON object")
     return Fields(value)
@@ -95,7 +95,7 @@ class Fields:
     def refuse_others(self) -> None:
         """Refuse all fields that were not read: OpenAI's API has no such fields."""
         for name in sorted(self._values.keys() - self._known):
-            raise self.error(name, "is not a parameter that there is", code="unknown_parameter")
+            raise self.error(name, "is not a known parameter", code="unknown_parameter")
 
     def error(self, name: str, problem: str, *, code: str | None = None) -> ApiError:
         """The error for a field with this problem."""
@@ -118,4 +118,4 @@ def _integer(value: object, low: float, high: float) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -51,7 +51,7 @@ class Guard:
             return ApiError(421, f"{host[:100]!r} is not a name of this daemon: use localhost or an IP address")
         for origin in headers.getlist("origin"):
             if urlsplit(origin).netloc.lower() != host.lower():
-                return ApiError(403, "requests of web pages of another origin are refused")
+                return ApiError(403, "requests from web pages of another origin are refused")
         is_open = path in _OPEN_PATHS or is_page_path(path)
         if self._token is not None and not is_open and not self._has_token(headers):
             challenge = {"WWW-Authenticate": "Bearer"}

@@ -32,7 +32,7 @@ def listen_unix(path: Path) -> Iterator[socket.socket]:
     if path.parent == own_folder():
         _make_own_folder(path.parent)
     if not path.parent.is_dir():
-        raise InvalidRequest(f"{path.parent} is no directory: make it, or choose another --socket")
+        raise InvalidRequest(f"{path.parent} is not a directory: create it, or choose another --socket")
     with _locked(path):
         _remove_stale(path)
         with _bound(path) as listener:
@@ -92,7 +92,7 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise InvalidRequest(f"{path} is there and is no socket: remove it, or choose another --socket")
+        raise InvalidRequest(f"{path} exists and is not a socket: remove it, or choose another --socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

@@ -41,7 +41,7 @@ class Status:
             coverage = coverage_of(model, await self._offers(model, max_age_s))
             missing = [_blocks(start, end) for start, end, owners in coverage if not owners]
             if missing:
-                gaps.append(f"nobody serves blocks {', '.join(missing)} of {name}")
+                gaps.append(f"no server for blocks {', '.join(missing)} of {name}")
         return gaps
 
     async def describe(self) -> dict[str, Any]:

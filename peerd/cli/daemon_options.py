@@ -42,15 +42,15 @@ _OPTIONS = (
         "--no-move",
         "stay",
         is_flag=True,
-        help="With --serve-blocks N or auto: keep the blocks that were chosen at the start. Otherwise the server"
-        " moves, its sessions ended first, where other blocks lack servers much more.",
+        help="With --serve-blocks N or auto: keep the first choice of blocks. Otherwise the server"
+        " ends its sessions and moves when other blocks need servers much more.",
     ),
     click.option(
         "--look-every",
         "look_every_s",
         type=click.FloatRange(min=1),
         metavar="SECONDS",
-        help="With --serve-blocks N or auto: look so often whether to move. Default: 300, give or take half of it.",
+        help="With --serve-blocks N or auto: check this often whether to move. Default: 300, varied by half.",
     ),
     click.option(
         "--model",
@@ -89,15 +89,15 @@ _OPTIONS = (
         "--http",
         type=parse_host_port,
         metavar="HOST:PORT",
-        help="Offer the local API on a TCP port too, to whoever has the token.",
+        help="Offer the local API on a TCP port too. Requests need the token.",
     ),
     click.option(
         "--token-file",
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="FILE",
-        help="Where the token of --http lies; made if it is not there. Default: in the state directory.",
+        help="The file with the token of --http; created if it is missing. Default: in the state directory.",
     ),
-    click.option("--no-token", is_flag=True, help="Ask for no token: any program on this machine may use --http."),
+    click.option("--no-token", is_flag=True, help="Need no token: any program on this machine may use --http."),
     click.option(
         "--open",
         "open_page",
@@ -124,10 +124,10 @@ _OPTIONS = (
         "--identity",
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="FILE",
-        help="The key that this peer is; made if it is not there. Each daemon needs its own. What the peer keeps across"
-        " restarts lies beside it.",
+        help="The file with this peer's key; created if it is missing. Each daemon needs its own. The files that the"
+        " peer keeps across restarts lie beside it.",
     ),
-    click.option("--dtype", type=click.Choice(DTYPES), help="What to compute in. Default: the checkpoint's."),
+    click.option("--dtype", type=click.Choice(DTYPES), help="The dtype for computing. Default: the checkpoint's."),
     click.option(
         "--device",
         "devices",
@@ -141,20 +141,20 @@ _OPTIONS = (
         "--kv-tokens",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Positions to keep KV for, of all sessions.",
+        help="How many positions' KV to keep, for all sessions together.",
     ),
     click.option(
         "--memory",
         "memory_bytes",
         type=parse_memory,
         metavar="SIZE",
-        help="What serving may take beyond the program itself, on each device, such as 6GiB. Default: what is free.",
+        help="The memory for serving, beyond the program itself, on each device, such as 6GiB. Default: what is free.",
     ),
     click.option(
         "--quantize",
         type=click.Choice(QUANTIZATIONS),
-        help="How weights are stored: int8 in half of what bfloat16 takes, nf4 in a little more than a quarter."
-        " Default: none, which is most exact.",
+        help="How weights are stored: int8 takes half as much as bfloat16, nf4 a little more than a quarter."
+        " Default: none, which is the most exact.",
     ),
     click.option(
         "--throughput",
@@ -176,15 +176,15 @@ _OPTIONS = (
         "client_adapter_bytes",
         type=parse_limit,
         metavar="SIZE",
-        help="How large an adapter clients may bring, each for its own session; 0: none. Default: 64MB, or a 64th"
+        help="How large an adapter a client may upload for its own session; 0: none. Default: 64MB, or a 64th"
         " of the memory.",
     ),
     click.option(
         "--uplink",
         type=parse_memory,
         metavar="SIZE",
-        help="Announce that this machine can send so much in a second, such as 2.5MB for 20 Mbit/s: long prompts and"
-        " training then go by faster lines where there are any. Default: what its connections show.",
+        help="Announce that this machine can send this much a second, such as 2.5MB for 20 Mbit/s. Clients then prefer"
+        " faster lines for long prompts and training. Default: what its connections show.",
     ),
     relay_options,
     click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers."),

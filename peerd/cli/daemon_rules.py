@@ -94,7 +94,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda options: options.serves and len(options.models) != 1 and not options.among,
-        "--serve-blocks says which blocks, --model of which one model: say each once",
+        "--serve-blocks says which blocks, --model of which one model: give each once",
     ),
     (
         lambda options: options.revision and options.among,
@@ -119,7 +119,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda options: not (options.accepts or options.api.is_offered),
-        "what should this peer be? say --serve-blocks with --model, --client, or --listen",
+        "nothing to do: give --serve-blocks with --model, --client, or --listen",
     ),
     (
         lambda options: (options.api.token_file or options.api.no_token) and options.api.http is None,

@@ -72,8 +72,8 @@ def _refuse_readable_by_others(path: Path, file: BinaryIO) -> None:
         raise KeyFileError(f"the key file {path} is not a regular file")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise KeyFileError(
-            f"others may read the key file {path} (mode {stat.S_IMODE(mode):04o}), and whoever has read it can be this"
-            f" peer: run 'chmod 600 {path}', or delete it if it may have been read"
+            f"others may read the key file {path} (mode {stat.S_IMODE(mode):04o}), and could pose as this"
+            f" peer: run 'chmod 600 {path}', or delete it if others may have read it"
         )
 
 
@@ -124,7 +124,9 @@ def create_swarm_key(path: Path) -> None:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        raise InvalidRequest(f"{path} is there already: a swarm's key is never written over") from None
+        raise InvalidRequest(
+            f"{path} exists already, and a swarm's key is never overwritten: choose another file"
+        ) from None
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from None
     try:
@@ -155,5 +157,5 @@ def read_swarm_key(path: Path) -> bytes:
     except ValueError:
         header, key = [], b""
     if tuple(header) != _HEADER or len(key) != KEY_BYTES:
-        raise InvalidRequest(f"{path} is no swarm key: peerd keys new-swarm FILE makes one")
+        raise InvalidRequest(f"{path} is not a swarm key: make one with peerd keys new-swarm FILE")
     return key

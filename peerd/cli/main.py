@@ -46,9 +46,9 @@ EXIT_SIGINT = 130
 
 _EXIT_CODES = """\b
 Exit codes:
-  0    done; a daemon: stopped as it was told to
+  0    done; a daemon: stopped by a signal
   2    a mistake in the command, or a model that cannot be used
-  3    nobody serves some blocks of the model; the message says which
+  3    some blocks of the model have no server; the message says which
   4    peers failed, or all of them are busy
   5    standard output is closed or full
   70   a daemon hung, and ended itself; its log has the stacks
@@ -115,7 +115,9 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     if ctx.invoked_subcommand is not None:
         if given:
             option = next(param.opts[-1] for param in cli.params if param.name == given[0])
-            raise click.UsageError(f"{option} belongs behind {ctx.invoked_subcommand}, or to a daemon")
+            raise click.UsageError(
+                f"{option} must come after {ctx.invoked_subcommand}; without a command, it is for a daemon"
+            )
         return
     if not given:
         click.echo(SHORT_HELP, nl=False)
@@ -133,14 +135,21 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 @click.argument("model", type=parse_model, metavar="MODEL")
 @revision_option
 @disk_option
-@click.option("--prompt", metavar="TEXT", help="What to continue, or to answer with --chat; - reads standard input.")
+@click.option(
+    "--prompt", metavar="TEXT", help="The text to continue, or with --chat to answer; - reads standard input."
+)
 @click.option("--prompt-file", type=click.File(encoding="utf-8"), metavar="FILE", help="Read the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Ask in the model's chat template, as a user would.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="At most this long. Default: 256.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The most tokens that the answer may have. Default: 256.",
+)
 @click.option(
     "--adapter",
     metavar="NAME|DIR",
-    help="Under a LoRA adapter that the swarm serves; or under your own, by its directory (with a / in it) or org/name"
+    help="Use a LoRA adapter that the swarm serves, by name; or your own, by its directory (with a / in it) or org/name"
     " on the hub: it is sent to the peers for this answer.",
 )
 @sampling_options
@@ -169,10 +178,10 @@ def generate(
     standard error.
     """
     if (prompt is None) == (prompt_file is None):
-        raise click.UsageError("say --prompt TEXT, --prompt - to read standard input, or --prompt-file FILE")
+        raise click.UsageError("give --prompt TEXT, --prompt - to read standard input, or --prompt-file FILE")
     swarm = joining(options)
     if not swarm.bootstrap:
-        raise click.UsageError("--bootstrap is missing: an address that a peer of the swarm printed")
+        raise click.UsageError("--bootstrap is missing: give an address that a peer of the swarm printed")
     try:
         if prompt_file is not None:
             prompt = prompt_file.read()
@@ -223,7 +232,7 @@ def demo(
 @json_option
 @click.pass_context
 def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> None:
-    """Say what the daemon on this machine does: peers, blocks, models and whether somebody serves all of them."""
+    """Show the status of the daemon on this machine: peers, blocks, and whether its models' blocks have servers."""
     from peerd.cli.status import show_status
 
     _run_once(ctx, partial(show_status, socket_path, as_json=as_json), verbose=False)
@@ -234,7 +243,7 @@ def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> No
 @revision_option
 @click.pass_context
 def manifest(ctx: click.Context, /, model: Path | str, revision: str | None) -> None:
-    """Print what the blocks of MODEL are, for --manifest: a digest of each block's weights, as JSON.
+    """Print the digests of the weights of MODEL's blocks as JSON, for --manifest.
 
     Reads all weights once. Make it where you trust the files, and pin it where you generate.
     """

@@ -75,7 +75,7 @@ def join_options(command: Command) -> Command:
             click.option(
                 "--trusted",
                 **peers,
-                help="Have the model's first and last blocks, which are nearest to the text, run by these peers only.",
+                help="Only these peers may run the model's first and last blocks, which are nearest to the text.",
             ),
             click.option(
                 "--manifest",
@@ -83,13 +83,13 @@ def join_options(command: Command) -> Command:
                 type=_FILE,
                 multiple=True,
                 metavar="FILE",
-                help="Use only peers that announce just these weights; peerd manifest MODEL makes one.",
+                help="Use only peers that announce exactly these weights; peerd manifest MODEL makes the file.",
             ),
             click.option(
                 "--no-relay",
                 is_flag=True,
-                help="Use nobody's relay: neither to reach peers behind NATs, whom nobody can dial, nor to be reached"
-                " as one.",
+                help="Use no relays: neither to reach peers behind NATs, which cannot be dialled, nor to be reached"
+                " behind a NAT.",
             ),
         )
     ):
@@ -98,15 +98,15 @@ def join_options(command: Command) -> Command:
 
 
 revision_option = click.option(
-    "--revision", metavar="REV", help="The branch, tag or commit of a model on the hub; as good as org/name@REV."
+    "--revision", metavar="REV", help="The branch, tag or commit of a model on the hub; the same as org/name@REV."
 )
 disk_option = click.option(
     "--disk",
     "disk_bytes",
     type=parse_memory,
     metavar="SIZE",
-    help="What peerd's downloads from the hub may take, all together, such as 200GB. What was used least recently is"
-    " deleted first; never what a running peer reads, nor what other programs put into the cache.",
+    help="The disk space for all of peerd's downloads from the hub, such as 200GB. The least recently used files are"
+    " deleted first; files that a running peer reads, or that other programs put into the cache, never are.",
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
@@ -120,14 +120,19 @@ def sampling_options(command: Command) -> Command:
                 "--temperature",
                 type=click.FloatRange(min=0),
                 metavar="T",
-                help="0 takes the likeliest token. Default: the model's.",
+                help="0 takes the most likely token. Default: the model's.",
             ),
-            click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="Among the K likeliest; 0: all."),
+            click.option(
+                "--top-k",
+                type=click.IntRange(min=0),
+                metavar="K",
+                help="Choose among the K most likely tokens; 0: all.",
+            ),
             click.option(
                 "--top-p",
                 type=click.FloatRange(0, 1, min_open=True),
                 metavar="P",
-                help="Among the likeliest that together have probability P.",
+                help="Choose among the most likely tokens that together have probability P.",
             ),
             click.option(
                 "--seed",

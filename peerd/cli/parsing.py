@@ -36,7 +36,7 @@ def parse_bootstrap(value: str) -> Multiaddr:
     """Parse a multiaddr with a PeerId: joining through the peer that answers could mean joining any swarm."""
     found = parse_address(value)
     if found.peer_id is None:
-        raise click.BadParameter(f"{value} does not say who is there: add /p2p/ and the PeerId, as that peer prints it")
+        raise click.BadParameter(f"{value} has no PeerId: add /p2p/PEERID, as that peer prints it")
     return found
 
 
@@ -60,9 +60,9 @@ def parse_model(value: str) -> Path | str:
     if (path / "config.json").is_file():
         return path
     if path.is_dir():
-        raise click.BadParameter(f"{value} has no config.json, so it is no model's directory")
+        raise click.BadParameter(f"{value} has no config.json, so it is not a model's directory")
     if path.exists():
-        raise click.BadParameter(f"{value} is no .gguf file, and no directory with config.json and safetensors")
+        raise click.BadParameter(f"{value} is neither a .gguf file nor a directory with config.json and safetensors")
     try:
         if parse_hub_id(value) is not None:
             return value

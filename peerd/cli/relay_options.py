@@ -21,9 +21,9 @@ def parse_rate(value: str) -> int:
     """Parse bytes a second."""
     found = parse_memory(value)
     if found < MIN_RATE_BYTES:
-        raise click.BadParameter(f"{value} a second is too little to relay anything: say 16KiB or more")
+        raise click.BadParameter(f"{value} a second is too little for a relay: give 16KiB or more")
     if found > MAX_RATE:
-        raise click.BadParameter(f"{value} a second is more than a relay can promise: say 1TiB or less")
+        raise click.BadParameter(f"{value} a second is more than a relay can promise: give 1TiB or less")
     return found
 
 
@@ -31,8 +31,8 @@ _OPTIONS = (
     click.option(
         "--relay",
         is_flag=True,
-        help="Relay for peers behind NATs, whom nobody can dial, within what the next options say. What they say to"
-        " each other stays unread. Others must be able to reach this peer.",
+        help="Relay for peers behind NATs, which cannot be dialled, within the limits of the next options. What they"
+        " send each other is encrypted for its receiver. Others must be able to reach this peer.",
     ),
     click.option(
         "--relay-slots",
@@ -69,7 +69,7 @@ _OPTIONS = (
         "circuit_hours",
         type=click.FloatRange(min=0.01, max=720),
         metavar="HOURS",
-        help=f"With --relay: how long one connection may stand. Default: {_DEFAULTS.circuit_s // 3600}.",
+        help=f"With --relay: how long one connection may last. Default: {_DEFAULTS.circuit_s // 3600}.",
     ),
 )
 _LIMITS = ("slots", "circuits", "bytes_a_second", "total_bytes_a_second", "circuit_hours")
@@ -91,7 +91,7 @@ def relaying(options: dict[str, Any]) -> RelayLimits | None:
     given = {name: value for name in _LIMITS if (value := options.pop(name)) is not None}
     if not relay:
         if given:
-            raise click.UsageError("--relay-slots and the like say how much to relay: add --relay")
+            raise click.UsageError("--relay-slots and the like limit a relay: add --relay")
         return None
     hours = given.pop("circuit_hours", None)
     if hours is not None:

@@ -49,7 +49,7 @@ def describe(status: dict[str, Any]) -> str:
     if status["serving"]:
         lines.append(f"sessions  {status['sessions']}")
     for model in status["models"]:
-        runs = ", ".join(f"{run['blocks']} by {run['servers'] or 'nobody'}" for run in model["coverage"])
+        runs = ", ".join(f"{run['blocks']} by {run['servers'] or 'no server'}" for run in model["coverage"])
         state = "complete" if model["covered"] else "incomplete"
         lines.append(f"model     {model['name']}: {state}, {model['servers']} servers ({runs})")
     rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"]), _way(peer["relay"])) for peer in status["peers"]]

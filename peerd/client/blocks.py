@@ -89,7 +89,7 @@ class ServedBlocks:
         """Turn token ids into the first block's input. Raises InvalidRequest here, because that needs a model's
         head.
         """
-        raise InvalidRequest("token ids need the model's head, which these blocks come without: give hidden states")
+        raise InvalidRequest("token ids need the model's head, which these blocks do not have: give hidden states")
 
     @asynccontextmanager
     async def session(

@@ -276,6 +276,6 @@ def _contacts_of(bootstrap: Sequence[Multiaddr]) -> list[Contact]:
     addresses: dict[PeerId, list[Multiaddr]] = defaultdict(list)
     for address in bootstrap:
         if address.peer_id is None:
-            raise ValueError(f"{address} must say whom it leads to: add /p2p/PEER_ID")
+            raise ValueError(f"{address} has no PeerId: add /p2p/PEERID")
         addresses[address.peer_id].append(address.with_peer(None))
     return [Contact(peer_id, tuple(known)) for peer_id, known in addresses.items()]

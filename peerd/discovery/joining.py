@@ -36,7 +36,7 @@ class Joining:
         retry_s = FIRST_RETRY_S
         while contacts and not await self._dht.bootstrap(contacts):
             if not tried.is_set():
-                log.warning("none of %d known peers answers; trying again", len(contacts))
+                log.warning("none of the %d known peers answers; trying again", len(contacts))
             tried.set()
             await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
             retry_s = min(2 * retry_s, MAX_RETRY_S)
@@ -53,7 +53,7 @@ class Joining:
             await self._alone.wait()
             retry_s = FIRST_RETRY_S
             while not self._connections.live:
-                log.debug("nobody is connected: looking for those we knew")
+                log.debug("all connections are lost: asking the known peers")
                 await self._dht.introduce()
                 await trio.sleep(retry_s * self._random.uniform(0.8, 1.2))
                 retry_s = min(2 * retry_s, MAX_RETRY_S)

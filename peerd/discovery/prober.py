@@ -102,6 +102,6 @@ class RttProber:
         late = self._opened - live.keys()
         for peer_id in (self._opened | self._late) - set(keep):
             if (connection := live.get(peer_id)) is not None:
-                connection.close_if_unused("measured", "nothing more was to be said")
+                connection.close_if_unused("measured", "the measurement is done")
         self._opened &= set(keep)
         self._late = late

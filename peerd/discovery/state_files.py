@@ -129,7 +129,7 @@ class StateFiles:
         if name not in self._failing:
             self._failing.add(name)
             log.warning(
-                "cannot write %s: %s; what belongs there is kept in memory, and lost if this peer stops before it"
+                "cannot write %s: %s; its content is kept in memory, and is lost if this peer stops before it"
                 " can be written",
                 self._path(name),
                 why,
@@ -147,7 +147,7 @@ class ThreadWriter:
 
     async def __call__(self, path: Path, text: str) -> None:
         if path in self._running:
-            raise OSError(errno.EBUSY, "the disk has not answered to the write before")
+            raise OSError(errno.EBUSY, "the last write to this file still hangs")
         await trio.to_thread.run_sync(self._write, path, text, abandon_on_cancel=True)
 
     def _write(self, path: Path, text: str) -> None:

@@ -91,4 +91,6 @@ def find_return_type(decoder: Any, layers: RemoteBlocks, family: Family) -> None
                 return
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             failure = error
-    raise TypeError(f"{type(decoder).__name__} calls its layers in a way that remote blocks do not know") from failure
+    raise TypeError(
+        f"{type(decoder).__name__} calls its layers in a way that remote blocks do not support"
+    ) from failure

@@ -62,8 +62,8 @@ class Call:
             self.ahead = 0 if span is None else len(span) - 1
         if block != expected:
             raise RuntimeError(
-                f"block {block} was called where {expected} was next: remote blocks run as they stand in the list;"
-                " switch off what skips layers at random (layerdrop)"
+                f"block {block} was called where {expected} was next: remote blocks run in the order of the list;"
+                " switch off layerdrop, which skips layers at random"
             )
         return span
 

@@ -123,7 +123,7 @@ class Bridge:
         loop's own thread.
         """
         if os.getpid() != self._pid:
-            raise BridgeClosed("this model belongs to the process that this one was forked from")
+            raise BridgeClosed("this model belongs to the parent process: open it again after the fork")
         if threading.current_thread() is self._thread:
             raise RuntimeError("a blocking call in the loop's own thread would wait for itself")
         if not self._thread.is_alive():
@@ -171,7 +171,7 @@ class Bridge:
             except Exception:
                 if not is_open:
                     raise
-                log.exception("what a model held open in the background has failed")
+                log.exception("a model's background task has failed")
             finally:
                 left.set()
 

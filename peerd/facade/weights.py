@@ -55,7 +55,9 @@ class RemoteWeight(torch.Tensor):
                 return cls(this.shape, dtype, device)
             if operation in (_aten.empty_like, _aten.zeros_like):
                 return torch.zeros(this.shape, dtype=dtype, device=device)
-        raise RuntimeError(f"{func}: servers of the swarm hold this weight; it cannot be computed with here")
+        raise RuntimeError(
+            f"{func}: this weight is on the servers of the swarm, so it cannot be used in computations here"
+        )
 
     def __deepcopy__(self, memo: object) -> nn.Parameter:
         return nn.Parameter(RemoteWeight(self.shape, self.dtype, self.device), requires_grad=False)

@@ -244,7 +244,7 @@ class Connections:
         relay = _relay_of(channel)
         ip = channel.remote_ip if relay is None else relay.remote_ip
         if self.containment.refuses(ip=ip) or not self._live.has_room() or not self._gate.enter(ip):
-            log.debug("turned %s away: too many connections, or too many failures that it caused", ip)
+            log.debug("refused a connection from %s: too many connections, or it caused too many failures", ip)
             return
         visit = Visit(self._gate, ip)
         try:

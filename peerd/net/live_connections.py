@@ -128,7 +128,7 @@ class LiveConnections:
             elif since + IDLE_S > now:
                 await trio.sleep_until(since + IDLE_S)
             elif sum(other.dialled for other in self._live.values()) > MIN_DIALLED:
-                connection.close(IDLE, f"nobody has used it for {IDLE_S:g} s")
+                connection.close(IDLE, f"it was not used for {IDLE_S:g} s")
                 return
             else:
                 await trio.sleep(LOOK_AGAIN_S)

@@ -320,12 +320,12 @@ class PeerConnection:
     def _take_stream(self, core: streams.Stream) -> None:
         if core.protocol == HELLO_PROTOCOL:
             if self._greeting is not None or self.is_our_choice:
-                raise RemoteProtocolError("the peer says hello twice, or out of turn")
+                raise RemoteProtocolError("the peer sent a second hello, or one out of turn")
             self._greeting = self._adopt(core)
             self._greeted.set()
             return
         if not self.settled:
-            raise RemoteProtocolError("the peer opened a stream before it said hello")
+            raise RemoteProtocolError("the peer opened a stream before its hello")
         handler = self._handlers.get(core.protocol)
         if handler is None:
             self.core.reset(core, UnsupportedFeature.code)

@@ -27,7 +27,7 @@ def within_settle_time() -> Iterator[None]:
     with trio.move_on_after(SETTLE_S) as scope:
         yield
     if scope.cancelled_caught:
-        raise HandshakeFailed(f"the peer did not say hello within {SETTLE_S:g} s")
+        raise HandshakeFailed(f"the peer sent no hello within {SETTLE_S:g} s")
 
 
 async def agree(connection: PeerConnection, choose: Callable[[PeerConnection], Awaitable[bool]]) -> bool:
@@ -58,7 +58,7 @@ async def _receive_hello(stream: Stream) -> Hello:
     try:
         message = await stream.receive()
     except trio.EndOfChannel:
-        raise RemoteProtocolError("the peer finished its hello without saying it") from None
+        raise RemoteProtocolError("the peer finished the hello stream without a hello") from None
     hello = Hello.from_header(message.header)
     stream.finish()
     return hello

@@ -255,7 +255,7 @@ class WebSocketChannel:
             raise PeerFault(f"no websocket: {self._failure or 'the other side hung up or spoke no HTTP'}")
         with _as_lost():
             if any(name.lower() == b"origin" for name, _ in request.headers):
-                await self._reject(request, _FORBIDDEN, "peers do not come from web pages")
+                await self._reject(request, _FORBIDDEN, "web pages cannot be peers")
             if SUBPROTOCOL not in request.proposed_subprotocols:
                 await self._reject(request, _UPGRADE_REQUIRED, f"this is a peer that speaks {SUBPROTOCOL}")
             websocket = await request.accept(subprotocol=SUBPROTOCOL)

@@ -118,7 +118,7 @@ class ReachChecker:
         """`reach`, our observed addresses, and the reason, for people."""
         if not self._connections.listen_addresses:
             return Here(self.reach, self._observed.agreed(), "it listens nowhere")
-        return Here(self.reach, self._observed.agreed(), self._explain() or "nobody that it dialled has tried yet")
+        return Here(self.reach, self._observed.agreed(), self._explain() or "no other peer has tried to dial it yet")
 
     def _found(self) -> Found:
         if self._fixed:
@@ -174,7 +174,7 @@ class ReachChecker:
                 await trio.sleep_forever()
 
     async def _woke(self, _slept_s: float) -> None:
-        log.info("this peer slept: looking again who can dial us")
+        log.info("this peer slept: checking again whether others can dial us")
         self.check_soon()
 
     def _forget(self, connection: PeerConnection) -> None:

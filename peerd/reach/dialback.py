@@ -109,9 +109,9 @@ class DialbackAnswerer:
             self._last.popitem(last=False)
         host = str(IPv6Network((ip, _HOST_PREFIX), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
         if host in self._last:
-            raise Overloaded(f"dialled {ip} less than {PAUSE_S:g} s ago: ask later, or somebody else")
+            raise Overloaded(f"dialled {ip} less than {PAUSE_S:g} s ago: ask later, or ask another peer")
         if self._running >= MAX_AT_ONCE or len(self._last) >= MAX_REMEMBERED:
-            raise Overloaded("dialling too many back already: ask later, or somebody else")
+            raise Overloaded("dialling too many back already: ask later, or ask another peer")
         self._last[host] = now
 
     async def _probe(self, address: Multiaddr, peer_id: PeerId) -> Outcome:

@@ -120,7 +120,7 @@ class Reachability:
         self._offers_relay = is_reachable
         self._connections.present_as(roles=(RELAY_ROLE,) if is_reachable else ())
         if not is_reachable:
-            log.warning("nobody can dial us, so we relay for nobody")
+            log.warning("nobody can dial us, so this peer does not relay for others")
 
 
 @asynccontextmanager

@@ -77,7 +77,7 @@ class RelayLedger:
             raise Overloaded(f"no slot free: this relay has {self.limits.slots}")
         share = max(1, self.limits.slots // SHARE_OF_A_NETWORK)
         if network and self._slots_by_network[network] - (before == network) >= share:
-            raise Overloaded(f"no slot free: {network} has {share}, as many as one network gets here")
+            raise Overloaded(f"no slot free: {network} has {share}, the limit for one network")
         if before is not None:
             self.release(peer)
         self._slots[peer] = network
@@ -94,11 +94,11 @@ class RelayLedger:
         if self.circuits >= limits.circuits:
             raise Overloaded(f"no circuit free: this relay has {limits.circuits}")
         if self._by_reserved[reserved] >= limits.circuits_a_peer:
-            raise Overloaded(f"{reserved} has {limits.circuits_a_peer} circuits, as many as one peer gets here")
+            raise Overloaded(f"{reserved} has {limits.circuits_a_peer} circuits, the limit for one peer")
         # A caller outside the public networks has the network "", which is never counted.
         of_all = self._by_caller_network[network] // CIRCUITS_OF_A_NETWORK
         if max(self._by_caller[caller], of_all) >= limits.circuits_a_caller:
-            raise Overloaded(f"you have {limits.circuits_a_caller} circuits or more, as many as one caller gets here")
+            raise Overloaded(f"you have {limits.circuits_a_caller} circuits or more, the limit for one caller")
         if not (self._calls.may(network or caller, now) and self._called.may(reserved, now)):
             raise Overloaded("too many calls in a short time")
         self._add(caller, network, reserved, 1)

@@ -131,10 +131,10 @@ class Reservations:
             stream.reset(Unresponsive.code)
             return
         if (refusal := self._refusal(stream, caller)) is not None:
-            log.debug("refused %s, who came through %s: %s", caller, stream.peer, refusal)
+            log.debug("refused a circuit from %s through %s: %s", caller, stream.peer, refusal)
             await stream.send(Failure.of(refusal).to_header(), priority=Priority.CONTROL)
             return
-        log.debug("%s comes through the relay %s", caller, stream.peer)
+        log.debug("accepted a circuit from %s through the relay %s", caller, stream.peer)
         self.circuits += 1
         try:
             await self._connections.take(take_circuit(stream))
@@ -147,7 +147,7 @@ class Reservations:
         if caller in (stream.peer, self._connections.peer_id):
             return InvalidRequest("a circuit comes from a third peer")
         if not self._connections.may_enter(stream.connection):
-            return Overloaded("too many connections at the door")
+            return Overloaded("too many unproven connections")
         return None
 
     # Holding one reservation.

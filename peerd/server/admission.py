@@ -194,7 +194,9 @@ class Admission:
                 raise NoRoom(f"{len(self._waiters)} sessions wait here already", self._free(), self.retry_after_s)
             last = next(waiter for waiter in reversed(self._waiters) if waiter.owner == greedy.owner)
             self._leave(last)
-            last.error = NoRoom("others wait here who have fewer requests", self._free(), self.retry_after_s)
+            last.error = NoRoom(
+                "the queue is full, and others have fewer requests in it", self._free(), self.retry_after_s
+            )
             last.done.set()
 
     def _first_that_fits(self) -> _Waiter | None:

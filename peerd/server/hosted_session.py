@@ -163,7 +163,7 @@ class HostedSession:
         with self._attended:
             await self._engine.open(self, self.owner, self.opening, self.deliver)
         if self._attended.cancelled_caught:
-            raise Draining("these blocks are about to leave")
+            raise Draining("this peer is about to stop serving these blocks")
         self.admitted = True
         self.last_used = trio.current_time()
 

@@ -168,7 +168,7 @@ class Server:
         self.refuse(served)
         with trio.CancelScope(shield=True):
             for session in self._sessions.on(served.task):
-                session.tell(Failure.of(Draining("these blocks have left")))
+                session.tell(Failure.of(Draining("this peer no longer serves these blocks")))
                 session.close()
             await self._sessions.wait_unused(served.task)
             await self.passes.end_lanes(served.task)
@@ -256,7 +256,9 @@ class Server:
             session.release()
             session.close()
             self._sessions.forget(key)
-            raise Draining("this peer is leaving" if self._stopped else "these blocks are about to leave")
+            raise Draining(
+                "this peer is leaving" if self._stopped else "this peer is about to stop serving these blocks"
+            )
         await self._nursery.start(self._host, key, session)
         self._sessions.arrived()
         return session
@@ -297,13 +299,13 @@ class Server:
             raise NotServed(f"blocks {start}:{end} of that model are not served here")
         found = [served for served in found if not self._leaves(served.task)]
         if not found:
-            raise Draining(f"blocks {start}:{end} are about to leave this peer")
+            raise Draining(f"this peer is about to stop serving blocks {start}:{end}")
         for served in found:
             takes_it = not own_adapter or served.adapter_room.session_bytes > 0
             if takes_it and (not adapter or adapter in served.task.adapters):
                 return served
         if not adapter:
-            raise UnsupportedFeature("this peer takes no adapters of its clients")
+            raise UnsupportedFeature("this peer accepts no uploaded adapters")
         there = ", ".join(sorted({name for served in found for name in served.task.adapters})) or "none"
         raise UnsupportedFeature(f"this peer has no adapter {adapter!r}; it has {there}")
 
@@ -405,13 +407,15 @@ class Server:
                 if missing <= 0 or not session.admitted or session.unused_s() < limit_s:
                     continue
                 missing -= session.tokens
-                session.tell(Failure.of(Evicted(f"nothing was asked for {limit_s:g} s, and others wait for room")))
+                session.tell(
+                    Failure.of(Evicted(f"the session was idle for {limit_s:g} s while others wait for memory"))
+                )
                 session.close()
 
     def _evict_idle_now(self) -> None:
         for session in self._sessions:
             if session.admitted and trio.current_time() - session.last_used >= IDLE_S:
-                session.tell(Failure.of(Evicted(f"nothing was asked for {IDLE_S:g} s")))
+                session.tell(Failure.of(Evicted(f"the session was idle for {IDLE_S:g} s")))
                 session.close()
 
     def _linger(self, session: HostedSession, stream: Stream) -> None:

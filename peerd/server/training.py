@@ -154,7 +154,7 @@ class PassServer:
                 lane.drop_all()
                 self._lane_ended.unpark_all()
         if scope.cancelled_caught:
-            raise Draining("these blocks have left")
+            raise Draining("this peer no longer serves these blocks")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -196,7 +196,7 @@ class SpanLoader:
             digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
             if digest != self._digest:
                 raise CheckpointError(
-                    f"{checkpoint.name} is not what it was when this peer began to serve it: start the peer again"
+                    f"{checkpoint.name} has changed since this peer began to serve it: restart the peer"
                 )
             yield checkpoint
 

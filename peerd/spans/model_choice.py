@@ -96,7 +96,11 @@ class ModelChoice:
             else:
                 if found:
                     best = min(found, key=lambda one: one.rank)
-                    log.info("of %s, %s needs us most", ", ".join(str(one.named) for one in found), best.named)
+                    log.info(
+                        "of the models %s, %s needs another server most",
+                        ", ".join(str(one.named) for one in found),
+                        best.named,
+                    )
                     return best.spec
                 self._say(self._why_none(models))
             await trio.sleep(LOOK_S)
@@ -186,6 +190,6 @@ def _check(spec: ServeSpec, named: NamedModel, checkpoint: Checkpoint) -> bool:
     InvalidRequest.
     """
     if checkpoint.model_digest != named.digest or checkpoint.block_count != named.block_count:
-        raise CheckpointError("what goes by that name is not what was announced")
+        raise CheckpointError("the files under this name are not those that were announced")
     size = spec.blocks if isinstance(spec.blocks, int) else sum(rooms(specs_by_device(spec), checkpoint))
     return len(checkpoint.blocks_on_disk) >= min(size, checkpoint.block_count)

@@ -160,7 +160,7 @@ class Rebalancer:
         try:
             holdings = await self._discovery.directory.holdings(self._model, self._block_count)
         except PartialView as error:
-            log.info("not moving anywhere: the whole swarm cannot be seen: %s", error)
+            log.info("not moving: this peer cannot see the whole swarm: %s", error)
             return None
         ours = [one for one in holdings if one.peer_id == self._peer_id]
         own = next((one for one in ours if one.record.slot == self._place.slot), None)
@@ -200,7 +200,7 @@ class Rebalancer:
                 await self._server.withdraw(served)
                 gone = True
             else:
-                log.info("staying with blocks %s: the swarm has changed meanwhile", served.span)
+                log.info("keeping blocks %s: the swarm has changed meanwhile", served.span)
         finally:
             if not gone:
                 self._server.resume(served)

@@ -104,7 +104,7 @@ class SpanSwap:
                 break
             await trio.sleep(LET_GO_S / LET_GO_LOOKS)
         else:
-            log.warning("the blocks that were served are still in memory: loading others may fail")
+            log.warning("the old blocks are still in memory: loading others may fail")
         await self._loader.free()
 
     async def load(self, span: Span) -> str | None:

@@ -73,7 +73,7 @@ def test_when_no_room_comes_a_client_hears_so_once_its_patience_ends() -> None:
     assert len(failed) == 6
     for answer in failed:
         assert type(answer.error) is NoRoom
-        assert "everybody who serves blocks 0:4 is full: asked" in str(answer.error)
+        assert "all servers of blocks 0:4 are full: asked" in str(answer.error)
         assert 20 <= answer.ended_s - answer.wanted_s < 26
     assert max(overload.opens_a_minute().values()) <= 8
 

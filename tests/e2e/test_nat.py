@@ -203,7 +203,7 @@ async def test_a_server_that_may_not_be_relayed_cannot_be_reached_and_the_client
     async with open_world() as world:
         await world.start("relay1", "--relay")
         server = await world.serve("a", "0:30", model_path, "--no-relay")
-        await wait_to_say(server, "we cannot be reached at all")
+        await wait_to_say(server, "others cannot reach us at all")
         command = world.generating("b", model_path)
         done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False, env=ENVIRONMENT)
     assert (done.returncode, done.stdout) == (EXIT_NO_CHAIN, b"")

@@ -145,7 +145,7 @@ class _Header:
         for _ in range(field_count):
             key = self._string("a metadata key")
             if key in metadata:
-                raise CheckpointError(f"{self._path}: metadata field {key} is there twice")
+                raise CheckpointError(f"{self._path}: metadata field {key} occurs twice")
             metadata[key] = self._value(self._unpack(_U32, key), key)
         return metadata, tensor_count
 
@@ -218,7 +218,7 @@ class _Header:
                     f" of {len(self._view)} bytes"
                 )
             if name in tensors:
-                raise CheckpointError(f"{self._path}: tensor {name} is there twice")
+                raise CheckpointError(f"{self._path}: tensor {name} occurs twice")
             tensors[name] = GgufTensor(name, kind, shape, data_start + offset, n_bytes)
         return tensors
 

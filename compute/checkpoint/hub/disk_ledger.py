@@ -187,7 +187,7 @@ class DiskLedger:
         except OSError as error:
             if must:
                 raise CheckpointError(
-                    f"{self._folder}: cannot be written ({error.strerror}), and --disk counts there"
+                    f"{self._folder}: cannot be written ({error.strerror}), but --disk needs it"
                 ) from error
             # Without --disk there is no limit to enforce; only the list of files that we may delete is lost.
             yield {}

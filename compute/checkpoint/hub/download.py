@@ -50,7 +50,7 @@ class Download:
         self._receive()
         if resumed and not self._is_right():
             # Another process wrote the first part, perhaps before a power cut.
-            log.warning("%s: the part that was here is damaged; fetching all of it again", self.file.name)
+            log.warning("%s: the partial file on disk is damaged; downloading the whole file", self.file.name)
             self._start_over()
             self._receive()
         if not self._is_right():

@@ -211,7 +211,7 @@ def _first_position(response: httpx2.Response, asked: int) -> int:
         return 0
     match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if match is None or int(match[1]) > asked:
-        raise Transient("the hub answered another range than it was asked for")
+        raise Transient("the hub answered with another range than requested")
     return int(match[1])
 
 

@@ -145,7 +145,7 @@ class _Said:
         value = self.fields.get(field, default)
         if not any(value is known or (type(value) is type(known) and value == known) for known in allowed):
             listed = ", ".join(str(known) for known in allowed)
-            raise self.refuse(f"{field} is {value!r}; what is read is {listed}")
+            raise self.refuse(f"{field} is {value!r}; peerd reads {listed}")
         return value
 
 

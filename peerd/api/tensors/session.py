@@ -225,7 +225,9 @@ class _Answers:
         grad = tensor_of(asked.tensor, body, self._width)
         run = self._passes.pop(asked.of, None)
         if run is None:
-            raise InvalidRequest(f"no forward {asked.of} waits for its backward: it needs keep, and has one only")
+            raise InvalidRequest(
+                f"no forward {asked.of} waits for its backward: a forward needs keep, and can have one backward only"
+            )
         found = await run.backward(grad)
         header, parts = encode_tensor(found.hidden)
         prompts = None

@@ -84,7 +84,7 @@ class BusyPeers:
         """The error for a caller whose patience is over."""
         last = self._last or Overloaded("")
         message = (
-            f"everybody who serves blocks {blocks} is full: asked {self._refusals} times in {waited_s:.0f} s;"
+            f"all servers of blocks {blocks} are full: asked {self._refusals} times in {waited_s:.0f} s;"
             f" the last answer was: {last}"
         )
         if isinstance(last, NoRoom):

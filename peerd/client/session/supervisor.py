@@ -376,7 +376,7 @@ class Supervisor:
     async def _overtake(self, trouble: HopHangs) -> None:
         """Replace a hop that hangs. If no other peer can be had now, the hop is asked again later."""
         slow = trouble.hop
-        log.info("%s hangs with a step of blocks %s", slow.hop.peer_id, slow.hop.span)
+        log.info("%s hangs in a step for blocks %s", slow.hop.peer_id, slow.hop.span)
         if await self._replace(slow, trouble):
             # If all peers are slow, moving from one to the next would only make it worse: so wait longer from now on.
             self.progress.pace.doubled()
@@ -417,7 +417,7 @@ class Supervisor:
             self._nursery.start_soon(self._read, control)
         self.failovers += self._has_stood
         if self._has_stood:
-            log.info("now in its place: %s", ", ".join(f"{each.hop.peer_id} for {each.hop.span}" for each in controls))
+            log.info("replaced by: %s", ", ".join(f"{each.hop.peer_id} for {each.hop.span}" for each in controls))
         self.progress.replaying = self._log.positions
         before = self.chain.before(controls[0].hop.span.start)
         if before is not None:

@@ -141,12 +141,14 @@ class Dialler:
         if not self._may_be_relayed:
             raise ConnectFailed("we use no relays")
         if address.peer_id is None:
-            raise ConnectFailed("it does not say whom the relay should reach")
+            raise ConnectFailed("the address does not name the peer behind the relay")
         if address.relay in (self._own, address.peer_id):
             raise ConnectFailed("the relay is one of the two ends")
         relay = await self.reach(address.relay, [replace(address, relay=None, peer_id=address.relay)], policy)
         if relay.relay is not None:
-            raise ConnectFailed("we reach the relay through a relay ourselves, and one hop is the limit")
+            raise ConnectFailed(
+                "we reach this relay only through another relay, and circuits through two relays are not possible"
+            )
         return await open_circuit(relay, address.peer_id)
 
     async def _take_other(self, refused: PeerConnection, dial: Dial) -> None:

@@ -169,7 +169,7 @@ async def test_status_is_shown_to_people_and_programs(open_daemon, capsys):
     assert status["models"][0]["coverage"] == [{"blocks": "0:9", "servers": 1}]
     said = capsys.readouterr().out
     assert "bytes: incomplete" in said
-    assert "3:6 by nobody" in said
+    assert "3:6 by no server" in said
     assert status["reachability"] == {"state": "private", "seen_at": ["6.6.6.6"], "why": "nobody can dial us"}
     assert describe(status)
     assert "reach     private, seen at 6.6.6.6: nobody can dial us" in said

@@ -41,7 +41,7 @@ def status_of(*states: str, now: str = "") -> Status:
 async def test_a_server_that_accepts_no_sessions_does_not_count(state: str) -> None:
     ready, problem = await status_of(state).is_ready()
     assert not ready
-    assert problem == "nobody serves blocks 0:4 of tiny"
+    assert problem == "no server for blocks 0:4 of tiny"
 
 
 async def test_a_model_is_ready_once_each_block_has_a_server_that_takes_sessions() -> None:

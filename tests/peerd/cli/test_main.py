@@ -81,9 +81,9 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
     text = run("--help").stdout
     assert "peerd demo" in text
     assert "peerd --serve-blocks" in text
-    assert "3    nobody serves some blocks" in text
+    assert "3    some blocks of the model have no server" in text
     for command in ("generate", "demo"):
-        assert "3    nobody serves some blocks" in run(command, "--help").stdout
+        assert "3    some blocks of the model have no server" in run(command, "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--serve-blocks", "1", "--model", "a/b@x", "--revision", "y"], "say one of them"),
         (["--serve-blocks", "1", "--model", "MODEL", "--revision", "main"], "only a model on a hub has revisions"),
         (["--serve-blocks", "1", "--model", "a/b", "--disk", "much"], "much"),
-        (["--serve-blocks", "1", "--model", "MODEL", "--model", "MODEL"], "say each once"),
+        (["--serve-blocks", "1", "--model", "MODEL", "--model", "MODEL"], "give each once"),
         (["--serve-blocks", "0:4", "--models", "org/*"], "--serve-blocks auto or N"),
         (["--serve-blocks", "auto", "--models", "org/*", "--model", "MODEL"], "no --model"),
         (["--client", "--models", "org/*"], "--serve-blocks auto or N"),
@@ -130,7 +130,7 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--listen", ADDRESS, "--relay", "--relay-rate", "2TiB"], "1TiB or less"),
         (["--serve-blocks", "auto", "--model", "MODEL", "--memory", "lots"], "lots"),
         (["--serve-blocks", "auto", "--model", "MODEL", "--dtype", "int3"], "bfloat16"),
-        (["--client", "generate", "MODEL", "--prompt", "x"], "--client belongs"),
+        (["--client", "generate", "MODEL", "--prompt", "x"], "--client must come after generate"),
         (["generate", "MODEL", "--prompt", "x"], "--bootstrap"),
         (["generate", "MODEL", "--bootstrap", ADDRESS], "--prompt-file FILE"),
         (["generate", "MODEL", "--bootstrap", ADDRESS, "--prompt", "x", "--temperature", "-1"], "x>=0"),
@@ -223,7 +223,7 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path
     text.write_text("no model")
     arguments = ["--prompt", "x", "--bootstrap", ADDRESS]
     assert "has no config.json" in run("generate", str(empty), *arguments).stderr
-    assert "is no .gguf file" in run("generate", str(text), *arguments).stderr
+    assert "is neither a .gguf file" in run("generate", str(text), *arguments).stderr
     missing = run("generate", "./some-model", *arguments)
     assert missing.exit_code == 2
     assert "called org/name on a model hub" in missing.stderr

@@ -138,7 +138,7 @@ def test_a_manager_that_fails_later_does_not_end_the_loop(bridge: Bridge, caplog
     with caplog.at_level(logging.ERROR, logger="peerd.facade.bridge"):
         bridge.post(when.set)
         close()
-    assert "held open in the background has failed" in caplog.text
+    assert "a model's background task has failed" in caplog.text
     assert bridge.call(add, 1, 1) == 2
 
 

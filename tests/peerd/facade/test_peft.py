@@ -181,7 +181,7 @@ def test_a_method_that_needs_the_weights_is_refused(method: str, remote: Any) ->
 
 def test_merging_is_refused(remote: Any) -> None:
     wrapped = adapted(remote, peft.LoraConfig(**CAUSAL, r=2, target_modules=["q_proj"]))
-    with pytest.raises(RuntimeError, match="servers of the swarm hold this weight"):
+    with pytest.raises(RuntimeError, match="this weight is on the servers of the swarm"):
         wrapped.merge_adapter()
 
 

@@ -179,7 +179,7 @@ def test_a_forked_child_is_refused_and_does_not_harm_its_parent(run: Run) -> Non
         """
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "this model belongs to the process that this one was forked from\n3\nTrue\n"
+    assert done.stdout == "this model belongs to the parent process: open it again after the fork\n3\nTrue\n"
 
 
 def test_a_forgotten_model_ends_its_thread_and_unreachable_peers_are_an_error(run: Run) -> None:

@@ -50,7 +50,7 @@ def test_the_model_is_the_architectures_own_and_its_blocks_hold_no_values(remote
     weight = remote.model.layers[2].self_attn.q_proj.weight
     assert isinstance(weight, RemoteWeight)
     assert weight.shape == (64, 64)
-    with pytest.raises(RuntimeError, match="servers of the swarm hold this weight"):
+    with pytest.raises(RuntimeError, match="this weight is on the servers of the swarm"):
         weight + 1
     assert not any(name.startswith("model.layers") for name in remote.state_dict())
 

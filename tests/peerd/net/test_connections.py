@@ -335,7 +335,7 @@ async def test_a_peer_that_opens_a_stream_before_the_hello_is_shown_out():
         rogue.core.open_stream("/echo/1", Priority.CONTROL)
         await rogue.flush()
         gone = await rogue.until(GoneAway)
-        assert (gone.code, gone.reason) == ("protocol", "the peer opened a stream before it said hello")
+        assert (gone.code, gone.reason) == ("protocol", "the peer opened a stream before its hello")
         assert not one.live
 
 

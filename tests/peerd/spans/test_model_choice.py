@@ -155,7 +155,7 @@ async def test_of_the_hub_only_what_a_pattern_allows_and_is_what_was_announced_i
             async with swarm.peer(replace(SPEC, among=("good-org/*",), blocks=2), hub=ours) as server:
                 (served,) = server.served
                 assert served.model == digest_of(models[0])
-            assert "what goes by that name is not what was announced" in caplog.text
+            assert "the files under this name are not those that were announced" in caplog.text
             assert not [request for request, _ in hub.requests if "bad-org" in request]
             hub.requests.clear()
             # What no pattern allows is not even looked at.

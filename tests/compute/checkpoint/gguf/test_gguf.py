@@ -177,7 +177,7 @@ def test_every_truncation_is_a_clear_error(opened: Callable[[bytes], GgufFile]) 
         (small_file(fields=2, extra=field(b"k", 9, struct.pack("<IQ", 9, 1))), "array of the unknown type 9"),
         (small_file(fields=2, extra=field(b"k", 99, b"")), "unknown type 99"),
         (small_file(fields=2, extra=field(b"\xff", 0, b"\0")), "not UTF-8"),
-        (small_file(fields=3, extra=field(b"k", 0, b"\0") * 2), "is there twice"),
+        (small_file(fields=3, extra=field(b"k", 0, b"\0") * 2), "occurs twice"),
         (small_file(fields=2, extra=field(b"general.alignment", 4, struct.pack("<I", 0))), "alignment is 0"),
         (small_file().replace(b"GGUF", b"FUGG"), "is not a GGUF file"),
         (small_file().replace(b"GGUF\x03", b"GGUF\x09"), "version 9"),

@@ -517,7 +517,7 @@ def test_without_a_place_for_the_ledger_only_the_budget_fails(
     with Files(settings) as files:
         files.obtain("a.safetensors")
         assert files.path("a.safetensors").read_bytes() == content["a.safetensors"]
-    with Files(bounded(settings, 2)) as files, pytest.raises(CheckpointError, match="--disk counts there"):
+    with Files(bounded(settings, 2)) as files, pytest.raises(CheckpointError, match="but --disk needs it"):
         files.obtain("b.safetensors")
 
 

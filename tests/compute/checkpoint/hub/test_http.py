@@ -200,7 +200,7 @@ def test_without_the_hub_the_last_known_commit_is_used(
         assert checkpoint.model_digest == digest
         with pytest.raises(HubUnavailable, match="503"):
             load_span(checkpoint, Span(0, 1))
-    assert "going on with commit" in caplog.text
+    assert "using commit" in caplog.text
 
 
 def test_what_other_programs_fetched_is_used(hub: HubServer, settings: HubSettings, shards: Path) -> None:
@@ -305,7 +305,7 @@ def test_an_unknown_revision_is_named(hub: HubServer, settings: HubSettings, sha
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["pytorch_model.bin"], "pickled weights only, which could run any program"),
+        (["pytorch_model.bin"], "only pickled weights, which could run any program"),
         (["model-Q4_K_M.gguf"], "download one of them and give its path"),
         (["README.md"], r"neither model\.safetensors nor"),
     ],

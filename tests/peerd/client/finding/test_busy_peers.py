@@ -82,5 +82,5 @@ def test_the_error_in_the_end_is_as_typed_as_the_last_refusal(last: Overloaded):
     assert error.retry_after_s == last.retry_after_s
     assert getattr(error, "free_tokens", None) == getattr(last, "free_tokens", None)
     assert str(error) == (
-        "everybody who serves blocks 0:4 is full: asked 2 times in 120 s; the last answer was: " + str(last)
+        "all servers of blocks 0:4 are full: asked 2 times in 120 s; the last answer was: " + str(last)
     )
