@@ -10,7 +10,7 @@ import trio.testing
 from peerd.client.finding.finder import Patience
 from peerd.routing.directory.announcer import TTL_S
 from peerd.routing.failures.track_record import FIRST_AVOIDANCE_S
-from tests.fakes.presence_world import WIDTH, Client, Serving, World, open_world, seconds_until
+from tests.fakes.presence_fixture import WIDTH, Client, Serving, World, open_world, seconds_until
 
 
 def step() -> torch.Tensor:

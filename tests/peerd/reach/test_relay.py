@@ -10,7 +10,7 @@ from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, Rela
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
 from peerd.reach.relay import LINGER_S, Relay
 from peerd.reach.relay_ledger import RelayLimits
-from tests.fakes.relay_world import (
+from tests.fakes.relay_fixture import (
     ALL_ANSWERS,
     IDENTITIES,
     KEY,

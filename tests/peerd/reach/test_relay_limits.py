@@ -21,7 +21,7 @@ from peerd.protocol.messages.relay import (
 from peerd.protocol.messages.session import Failure
 from peerd.reach.relay import MIN_CHARGED_BYTES
 from peerd.reach.relay_ledger import CALLS_A_SECOND, CALLS_BURST, RelayLedger, RelayLimits
-from tests.fakes.relay_world import ALL_ANSWERS, address, ask, id_of, open_world, reserve, say, until, way
+from tests.fakes.relay_fixture import ALL_ANSWERS, address, ask, id_of, open_world, reserve, say, until, way
 
 MIB = 2**20
 

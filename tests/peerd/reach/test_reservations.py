@@ -14,7 +14,7 @@ from peerd.reach.relay_addresses import ADDRESSES_A_RELAY, addresses_of
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import MAX_ASKED, WANTED_RELAYS, Reservations
 from peerd.routing.dht.table import Contact
-from tests.fakes.relay_world import LATENCY_S, LISTEN, address, ask, id_of, open_world, until
+from tests.fakes.relay_fixture import LATENCY_S, LISTEN, address, ask, id_of, open_world, until
 
 
 def contact(number):
