@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         RemoteModelForCausalLM,
         RemoteModelForSequenceClassification,
     )
+    from peerd.net.dial_policy import DialPolicy
     from peerd.net.transport import MessageChannel, Transport
     from peerd.peer import Peer, open_peer
     from peerd.protocol.addresses import Multiaddr
@@ -59,6 +60,7 @@ __all__ = [
     "open_peer",
     "Peer",
     "Transport",
+    "DialPolicy",
     "MessageChannel",
     "Delivery",
     "ServeSpec",
@@ -140,6 +142,7 @@ _MODULE_OF = {
     "Transfer": "peerd.compute.checkpoint.hub.settings",
     "Checkpoint": "peerd.compute.checkpoint.checkpoint",
     "Transport": "peerd.net.transport",
+    "DialPolicy": "peerd.net.dial_policy",
     "MessageChannel": "peerd.net.transport",
     "Delivery": "peerd.protocol.connection.liveness",
     "Drop": "peerd.protocol.rows",

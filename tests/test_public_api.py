@@ -18,7 +18,15 @@ import peerd
 MADE_FOR_THE_APPLICATION = {"Peer", "SwarmModel", "Session", "Generation", "Pass", "Checkpoint", "ServedBlocks"}
 # What peerd's own rooms use of one another, and no application should.
 BETWEEN_ROOMS = {
-    *("Peer.prober", "ServedSpan.adapter_room", "ServedSpan.task", "ChainRules.permitted", "Manifest.permits"),
+    *(
+        "Peer.prober",
+        "Peer.relay",
+        "Peer.reservations",
+        "ServedSpan.adapter_room",
+        "ServedSpan.task",
+        "ChainRules.permitted",
+        "Manifest.permits",
+    ),
     *(f"{facade}.swarm" for facade in peerd.__all__ if facade.startswith("RemoteModel")),
 }
 CALLABLE = (ast.FunctionDef, ast.AsyncFunctionDef)

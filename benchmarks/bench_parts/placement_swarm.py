@@ -109,7 +109,7 @@ class Server:
         world = swarm.world
         self.size = max(1, min(world.blocks, round(world.size * self._random.lognormvariate(0, world.spread))))
         self.throughput = self._random.lognormvariate(6, world.spread)
-        self.places = Places(self)  # type: ignore[arg-type]
+        self.places = Places(self, lambda: None)  # type: ignore[arg-type]
         #: What it really holds, and whether it accepts no more sessions.
         self.held: Span | None = None
         self.leaving = False

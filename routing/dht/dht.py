@@ -166,18 +166,19 @@ class Dht:
         """Look for newcomers at the addresses that they name, until cancelled. Only peers that were found there are
         passed on.
         """
-        limiter = trio.CapacityLimiter(MEETINGS)
+        # A peer may come twice at a time, so places are counted and not given to peers.
+        places = trio.Semaphore(MEETINGS)
 
         async def meet(node: PeerNode) -> None:
             try:
                 await self._protocol.meet(node)
             finally:
-                limiter.release_on_behalf_of(node)
+                places.release()
 
         async with trio.open_nursery() as nursery:
             while True:
                 node = await self._protocol.newcomers.take()
-                await limiter.acquire_on_behalf_of(node)
+                await places.acquire()
                 nursery.start_soon(meet, node)
                 await trio.sleep(MEETING_PAUSE_S)
 
@@ -295,7 +296,7 @@ class Dht:
             known = self._table.find_neighbors(target) or [*self._seeds, *self._last_known]
             self._is_first &= not known
             crawl: Crawl[FindReply] = Crawl(
-                self._own, target, [*known, *start], ask, ksize=count, alpha=ALPHA, quorum=quorum
+                self._own, target, [*known, *start], ask, ksize=count, alpha=ALPHA, quorum=quorum, lost=self._lost
             )
             nodes = await crawl.find()
         for node in crawl.unanswered:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -84,6 +84,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
     own: our own node, which other peers will name and which is not asked.
     ask: sends the request to a peer; returns None if it failed or did not answer in time.
     quorum: stop when this many of the nearest have answered; None waits for all `ksize` of them.
+    lost: the ids of peers that answered us once and do not any more. If another peer names one, it counts as asked.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         ksize: int,
         alpha: int,
         quorum: int | None = None,
+        lost: Container[bytes] = (),
     ) -> None:
         super().__init__(None, target, [], ksize, alpha)
         self.nearest = Candidates(target, ksize)
@@ -107,6 +109,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         self.replies: dict[bytes, R] = {}
         self._ask = ask
         self._quorum = quorum
+        self._lost = lost
         self._asked_at: dict[bytes, float] = {}
         self._answered = trio.Event()
 
@@ -124,7 +127,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
 
     def _is_credible(self, node_id: bytes) -> bool:
         named_by = self._named_by.get(node_id, set())
-        return _OWN_TABLE in named_by or len(named_by) >= 2
+        return _OWN_TABLE in named_by or len(named_by) >= 2 or node_id in self._lost
 
     @property
     def unanswered(self) -> list[PeerNode]:

@@ -23,6 +23,9 @@ class LostContacts:
     def __repr__(self) -> str:
         return f"<LostContacts {len(self._nodes)}>"
 
+    def __contains__(self, node_id: object) -> bool:
+        return node_id in self._nodes
+
     @property
     def contacts(self) -> list[Contact]:
         """The lost peers, the last one first."""

@@ -440,7 +440,7 @@ async def test_strangers_cannot_aim_us_at_our_own_machine(swarm: Swarm) -> None:
 
 
 async def test_a_bootstrap_address_needs_a_peer_id(swarm: Swarm) -> None:
-    with pytest.raises(ValueError, match="/p2p/PEER_ID"):
+    with pytest.raises(ValueError, match="/p2p/PEERID"):
         async with swarm.open(2, bootstrap=(Multiaddr.parse("/ip4/10.0.0.1/tcp/31330/ws"),)):
             pass
 

@@ -136,7 +136,7 @@ async def test_a_file_whose_last_write_hangs_is_not_written_again(
         nursery.start_soon(writer, tmp_path / SEQ_FILE, "1")
         await started.wait()
         nursery.cancel_scope.cancel()
-    with pytest.raises(OSError, match="write before"):
+    with pytest.raises(OSError, match="last write to this file still hangs"):
         await writer(tmp_path / SEQ_FILE, "2")
     goes_on.set()
 

@@ -193,7 +193,10 @@ def test_what_belongs_to_another_model_is_refused(
             model(IDS, use_cache=False)
         model.save_pretrained(tmp_path / "prompts")
     with peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap) as model:
-        with pytest.raises(ValueError, match=r"was trained for another model .*: load that model instead"):
+        with pytest.raises(
+            ValueError,
+            match=r"was trained for another model, .* \(digest \w+, this one has \w+\): load that model instead",
+        ):
             model.load_trained(tmp_path / "prompts")
         # This is peft's own refusal. It leaves its layers in the model, where they change nothing.
         with pytest.raises(RuntimeError, match=r"size mismatch for .*q_proj\.lora_A"):

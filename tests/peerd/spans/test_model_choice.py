@@ -144,12 +144,10 @@ async def test_of_the_hub_only_what_a_pattern_allows_and_is_what_was_announced_i
         ):
             # It needs servers most; and it is called what another model is, of whose commit the hub has other weights.
             assert liar._spans is not None
-            assert liar._spans._names is not None
-            (words,) = liar._spans._names.records()
+            names = liar._spans._announcements._names
+            (words,) = names.records()
             assert (words.hub_id, words.revision) == ("bad-org/large", hub.repos["bad-org/large"].refs["main"])
-            liar._spans._names.add(
-                replace(words, hub_id="good-org/small", revision=hub.repos["good-org/small"].refs["main"])
-            )
+            names.add(replace(words, hub_id="good-org/small", revision=hub.repos["good-org/small"].refs["main"]))
             await liar.discovery.wait_announced()
             hub.requests.clear()
             async with swarm.peer(replace(SPEC, among=("good-org/*",), blocks=2), hub=ours) as server:
@@ -159,7 +157,7 @@ async def test_of_the_hub_only_what_a_pattern_allows_and_is_what_was_announced_i
             assert not [request for request, _ in hub.requests if "bad-org" in request]
             hub.requests.clear()
             # What no pattern allows is not even looked at.
-            liar._spans._names.add(words)
+            names.add(words)
             await liar.discovery.wait_announced()
             with trio.move_on_after(3):
                 async with swarm.peer(replace(SPEC, among=("other-org/*",), blocks=2), hub=ours):
