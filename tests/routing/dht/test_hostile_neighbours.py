@@ -84,6 +84,26 @@ async def test_whoever_names_many_places_has_few_of_them_looked_at(network: Netw
     assert peer.dht.contacts == []
 
 
+async def test_a_peer_that_names_itself_again_while_it_is_looked_for_costs_nothing(network: Network) -> None:
+    peer, other = await network.add_joined(2)
+    stranger = network.add()
+    # Longer than the pause between two that are looked for.
+    network.latency_s = (1.0, 1.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer.dht.meet_newcomers)
+        again = PeerNode(Contact(stranger.peer_id, (VICTIM,)))
+        for _ in range(8):
+            # As each answer to a question of ours does, with the same object.
+            peer.dht._protocol.welcome_if_new(again)
+            await trio.sleep(0.3)
+        await trio.sleep(60)
+        await peer.dht.handle(stranger.peer_id, Packet(Ping(stranger.addresses).to_header()))
+        await trio.sleep(5)
+        nursery.cancel_scope.cancel()
+    assert stranger.peer_id in {contact.peer_id for contact in peer.dht.contacts}
+    assert other.peer_id in {contact.peer_id for contact in peer.dht.contacts}
+
+
 # Many keys, one network.
 
 
