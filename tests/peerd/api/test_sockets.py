@@ -57,7 +57,7 @@ def test_a_socket_that_a_dead_daemon_left_is_taken_over(tmp_path):
 def test_a_file_that_is_no_socket_is_never_removed(tmp_path):
     path = tmp_path / "p.sock"
     path.write_text("precious")
-    with pytest.raises(InvalidRequest, match="no socket"), listen_unix(path):
+    with pytest.raises(InvalidRequest, match="not a socket"), listen_unix(path):
         pass
     assert path.read_text() == "precious"
 
@@ -72,8 +72,8 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("missing/p.sock", "no directory"), ("p" * 120, "longer than")],
-    ids=["no directory", "too long"],
+    [("missing/p.sock", "not a directory"), ("p" * 120, "longer than")],
+    ids=["not a directory", "too long"],
 )
 def test_a_path_that_cannot_be_is_refused_with_the_reason(tmp_path, path, said):
     with pytest.raises(InvalidRequest, match=said), listen_unix(tmp_path / path):
