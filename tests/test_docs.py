@@ -98,7 +98,7 @@ def test_make_targets_that_a_page_names_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_of_peerd_that_a_page_names_exist(page: Path) -> None:
     defined = set()
-    for path in (REPOSITORY / "peerd/cli").glob("*.py"):
+    for path in (REPOSITORY / "peerd/cli").rglob("*.py"):
         defined |= set(re.findall(r"\"(--[a-z][\w-]*)", path.read_text()))
     defined |= {"--help", "--version"}
     named = set()

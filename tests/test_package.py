@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ROOMS = ("protocol", "routing", "compute")
+# Of a folder itself, without its subfolders.
+MAX_FILES = 16
 
 APPLICATION = """
 import importlib, pkgutil
@@ -51,6 +54,18 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 def test_the_wheel_holds_one_package_and_nothing_beside_it(installed: Path) -> None:
     assert sorted(path.name.split("-")[0] for path in installed.iterdir()) == ["peerd", "peerd"]
     assert (installed / "peerd/py.typed").exists()
+
+
+def test_the_wheel_holds_the_daemon_s_page(installed: Path) -> None:
+    page = "peerd/api/web/static"
+    expected = {path.name for path in (REPOSITORY / page).iterdir()}
+    assert "index.html" in expected
+    assert {path.name for path in (installed / page).iterdir()} == expected
+
+
+def test_no_folder_has_more_files_than_one_can_take_in() -> None:
+    counts = Counter(path.parent for room in ("peerd", *ROOMS) for path in modules_in(room) if path.stem != "__init__")
+    assert {folder.as_posix(): count for folder, count in counts.items() if count > MAX_FILES} == {}
 
 
 def test_the_wheel_holds_every_module_of_the_four_rooms(installed: Path) -> None:

@@ -27,7 +27,7 @@ from peerd.cli.page_link import page_link, show_page
 from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.net.gate import MAX_CONNECTIONS, descriptor_limit, places
+from peerd.net.limits.gate import MAX_CONNECTIONS, descriptor_limit, places
 from peerd.peer import open_configured
 from peerd.peer_parts import PeerConfig
 from peerd.protocol.addresses import Multiaddr

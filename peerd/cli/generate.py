@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peerd.cli.console import say, short, working, write
-from peerd.cli.options import Joining
+from peerd.cli.options.shared import Joining
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest

@@ -18,9 +18,10 @@ import trio
 from click.core import ParameterSource
 
 from peerd.cli.console import say, set_up_logging, working
-from peerd.cli.daemon_options import daemon_of, daemon_options
 from peerd.cli.help import SHORT_HELP, write_options
-from peerd.cli.options import (
+from peerd.cli.options.daemon import daemon_of, daemon_options
+from peerd.cli.options.parsing import at_revision, parse_model
+from peerd.cli.options.shared import (
     disk_option,
     join_options,
     joining,
@@ -29,7 +30,6 @@ from peerd.cli.options import (
     sampling_options,
     verbose_option,
 )
-from peerd.cli.parsing import at_revision, parse_model
 from peerd.cli.processes import ProcessEnded
 from peerd.cli.standard_files import OutputFailed, flush_standard_files, guard_standard_files
 from peerd.compute.errors import CheckpointError

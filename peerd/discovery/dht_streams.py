@@ -9,7 +9,7 @@ from __future__ import annotations
 import trio
 
 from peerd.net.connections import Connections, Stream
-from peerd.net.owners import network_of
+from peerd.net.limits.owners import network_of
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
 from peerd.protocol.identity import PeerId

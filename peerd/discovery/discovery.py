@@ -26,7 +26,7 @@ from peerd.discovery.rechecks import Rechecks
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.dial_policy import DialPolicy
-from peerd.net.owners import network_of
+from peerd.net.limits.owners import network_of
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectionLost

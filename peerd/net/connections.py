@@ -20,8 +20,8 @@ from peerd.net.dialling.circuits import CircuitChannel
 from peerd.net.dialling.dialler import Arrived, Dialler
 from peerd.net.dialling.prove import prove
 from peerd.net.dialling.sightings import Sightings
-from peerd.net.gate import Gate, Places, Visit, descriptor_limit, host_of, places
 from peerd.net.handlers import StreamHandler
+from peerd.net.limits.gate import Gate, Places, Visit, descriptor_limit, host_of, places
 from peerd.net.live_connections import LiveConnections, Observer
 from peerd.net.loopback import loopback
 from peerd.net.peer_connection import PeerConnection

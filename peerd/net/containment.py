@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from peerd.net.gate import host_of
+from peerd.net.limits.gate import host_of
 from peerd.protocol.addresses import IpAddress
 from peerd.protocol.identity import PeerId
 

@@ -13,7 +13,7 @@ import logging
 import trio
 
 from peerd.net.dialling.circuits import CIRCUIT_PRIORITY
-from peerd.net.rates import TokenBucket
+from peerd.net.limits.rates import TokenBucket
 from peerd.net.stream import Carrier, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from peerd.net.owners import count, network_of
-from peerd.net.rates import NamedRates
+from peerd.net.limits.owners import count, network_of
+from peerd.net.limits.rates import NamedRates
 from peerd.protocol.addresses import IpAddress
 from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from peerd.net.owners import Owner, Tally
+from peerd.net.limits.owners import Owner, Tally
 from peerd.protocol.errors import NoRoom, PeerdError
 
 # The request at the head of the queue blocks those behind it for this long, so that a big request is not always

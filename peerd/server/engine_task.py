@@ -30,7 +30,7 @@ from peerd.compute.engine.engine import PRIVATE, BaseEngine
 from peerd.compute.errors import AdapterError, EngineError, NonFiniteError
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
 from peerd.net.containment import Containment
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,

@@ -18,7 +18,7 @@ from peerd.exchange.adapter_upload import receive_adapter
 from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
 from peerd.protocol.encoding.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor

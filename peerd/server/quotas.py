@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peerd.net.owners import Owner, Tally
+from peerd.net.limits.owners import Owner, Tally
 from peerd.protocol.errors import (
     NoRoom,
     Overloaded,

@@ -18,9 +18,9 @@ from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import finish, refuse
 from peerd.net.connections import Connections, Stream
 from peerd.net.containment import Containment
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
+from peerd.net.limits.rates import Rates
 from peerd.net.peer_connection import CLOSED
-from peerd.net.rates import Rates
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import CODECS

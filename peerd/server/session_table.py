@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from peerd.net.owners import Tally
+from peerd.net.limits.owners import Tally
 from peerd.protocol.errors import TicketRefused
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Link

@@ -22,7 +22,7 @@ from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import refuse
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
-from peerd.net.owners import Owner, Tally
+from peerd.net.limits.owners import Owner, Tally
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import CODECS, DTYPES
 from peerd.protocol.errors import (

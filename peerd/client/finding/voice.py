@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peerd.net.connections import Connections
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 from peerd.protocol.identity import PeerId
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from peerd.net.owners import network_of
+from peerd.net.limits.owners import network_of
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.identity import PeerId
 

@@ -17,7 +17,7 @@ from peerd.cli.daemon import Daemon
 from peerd.cli.help import HEADINGS, SHORT_HELP
 from peerd.cli.key_files import read_swarm_key
 from peerd.cli.main import cli
-from peerd.cli.options import joining
+from peerd.cli.options.shared import joining
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
 from peerd.reach.relay_ledger import RelayLimits

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peerd.compute.adapters.lora import PROMPT, DeepPrompt, LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.exchange.adapter_upload import send_adapter
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import (

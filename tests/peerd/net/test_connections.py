@@ -8,7 +8,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from peerd.net.connections import open_connections
-from peerd.net.gate import Places
+from peerd.net.limits.gate import Places
 from peerd.net.live_connections import IDLE_S, MIN_DIALLED, SPARED_S
 from peerd.net.peer_connection import IDLE
 from peerd.protocol.addresses import Multiaddr

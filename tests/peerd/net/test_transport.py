@@ -17,7 +17,7 @@ from wsproto import ConnectionType, WSConnection
 from wsproto.events import BytesMessage, Ping, Pong, Request, TextMessage
 
 from peerd.net.connections import open_connections
-from peerd.net.gate import Gate
+from peerd.net.limits.gate import Gate
 from peerd.net.websocket import MAX_MESSAGE_BYTES, SUBPROTOCOL, WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch

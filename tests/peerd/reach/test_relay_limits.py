@@ -6,8 +6,8 @@ import pytest
 import trio
 
 from peerd.net.dialling.circuits import CIRCUIT_PRIORITY
-from peerd.net.gate import MAX_UNPROVEN_AN_ADDRESS
-from peerd.net.rates import TokenBucket
+from peerd.net.limits.gate import MAX_UNPROVEN_AN_ADDRESS
+from peerd.net.limits.rates import TokenBucket
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, Overloaded, StreamReset
 from peerd.protocol.messages.relay import (

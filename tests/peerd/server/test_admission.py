@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 from peerd.protocol.errors import NoRoom
 from peerd.protocol.identity import PeerId
 from peerd.server.admission import (

@@ -14,7 +14,7 @@ import trio.testing
 from peerd.compute.errors import StepGapError
 from peerd.compute.kv.layout import Keep
 from peerd.compute.steps import BatchOutput
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, NoRoom, Overloaded
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import NextHop, Open, Step

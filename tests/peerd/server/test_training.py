@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peerd.client.training.trained import Trained
 from peerd.client.training.training_pass import PassMaker
 from peerd.compute.adapters.lora import MAX_RANK
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.encoding.tensors import encode_tensor

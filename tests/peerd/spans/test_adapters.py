@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import peerd
 from peerd.cli.main import cli
-from peerd.cli.parsing import parse_adapter
+from peerd.cli.options.parsing import parse_adapter
 from peerd.compute.errors import AdapterError
 from peerd.protocol.messages.adapters import name_of
 from peerd.testing.network import MemoryNetwork

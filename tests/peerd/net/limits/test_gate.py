@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peerd.net.gate import MAX_CONNECTIONS, MAX_UNPROVEN, RESERVED, Places, places
+from peerd.net.limits.gate import MAX_CONNECTIONS, MAX_UNPROVEN, RESERVED, Places, places
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from peerd.net.owners import Owner, Tally
-from peerd.net.rates import Rates
+from peerd.net.limits.owners import Owner, Tally
+from peerd.net.limits.rates import Rates
 from peerd.protocol.identity import PeerId
 
 

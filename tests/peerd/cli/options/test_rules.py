@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from peerd.cli.daemon_rules import RULES, ApiOptions, DaemonOptions, ServingOptions, broken_rule
-from peerd.cli.options import Joining
+from peerd.cli.options.rules import RULES, ApiOptions, DaemonOptions, ServingOptions, broken_rule
+from peerd.cli.options.shared import Joining
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
 from peerd.reach.relay_ledger import RelayLimits

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerd.cli.parsing import is_loopback
+from peerd.cli.options.parsing import is_loopback
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
-    from peerd.cli.options import Joining
+    from peerd.cli.options.shared import Joining
     from peerd.reach.relay_ledger import RelayLimits
 
 

@@ -10,9 +10,7 @@ import click
 import platformdirs
 
 from peerd.cli.console import working
-from peerd.cli.daemon_rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
-from peerd.cli.options import DTYPES, QUANTIZATIONS, Command, Joining, disk_option, join_options, revision_option
-from peerd.cli.parsing import (
+from peerd.cli.options.parsing import (
     at_revision,
     parse_adapter,
     parse_address,
@@ -23,7 +21,9 @@ from peerd.cli.parsing import (
     parse_memory,
     parse_named_model,
 )
-from peerd.cli.relay_options import relay_options, relaying
+from peerd.cli.options.relay import relay_options, relaying
+from peerd.cli.options.rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
+from peerd.cli.options.shared import DTYPES, QUANTIZATIONS, Command, Joining, disk_option, join_options, revision_option
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon, Offered

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from peerd.cli.parsing import parse_bootstrap, parse_memory, parse_peer_id
+from peerd.cli.options.parsing import parse_bootstrap, parse_memory, parse_peer_id
 from peerd.protocol.addresses import Multiaddr
 
 if TYPE_CHECKING:

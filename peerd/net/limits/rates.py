@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from peerd.net.owners import Owner
+from peerd.net.limits.owners import Owner
 
 # How many names are remembered; a forgotten one starts with a full burst.
 MAX_REMEMBERED = 4096

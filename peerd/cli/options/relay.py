@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from peerd.cli.options import Command
-from peerd.cli.parsing import parse_memory
+from peerd.cli.options.parsing import parse_memory
+from peerd.cli.options.shared import Command
 from peerd.protocol.messages.relay import MAX_RATE
 from peerd.reach.relay_ledger import RelayLimits
 

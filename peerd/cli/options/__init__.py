@@ -1,0 +1,1 @@
+"""The options of the command, and the rules that hold among them."""
