@@ -38,14 +38,14 @@ class Api:
         models: Models,
         templates: ChatTemplates,
         status: Status,
-        swarm: SwarmView | None = None,
-        history: History | None = None,
+        swarm: SwarmView,
+        history: History,
     ) -> None:
         self._models = models
         self._templates = templates
         self._status = status
         self._swarm = swarm
-        self._history = history or History()
+        self._history = history
         self._slots = trio.CapacityLimiter(MAX_ANSWERING)
 
     def app(self) -> Starlette:
@@ -102,7 +102,7 @@ class Api:
         return JSONResponse(await self._status.describe() | {"answering": self._slots.borrowed_tokens})
 
     async def swarm(self, request: Request) -> Response:
-        return JSONResponse({} if self._swarm is None else await self._swarm.describe())
+        return JSONResponse(await self._swarm.describe())
 
     async def health(self, request: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 from peerd import __version__
@@ -104,10 +104,12 @@ async def offers_of(peer: Peer, model: SwarmModel, max_age_s: float) -> list[Off
 
 def coverage_of(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
     """Runs of blocks with the same number of servers: start, end, number of servers."""
-    owners = [0] * model.facts.block_count
+    # How many more servers a block has than the one before it: there may be thousands of long spans.
+    changes = [0] * (model.facts.block_count + 1)
     for offer in offers:
-        for block in range(offer.span.start, offer.span.end):
-            owners[block] += 1
+        changes[offer.span.start] += 1
+        changes[offer.span.end] -= 1
+    owners = list(accumulate(changes))[:-1]
     runs = []
     for count, blocks in groupby(range(len(owners)), key=lambda block: owners[block]):
         numbers = list(blocks)

@@ -15,7 +15,7 @@ import trio
 from peerd.client.session.step_log import StepLog
 from peerd.local.channel import Channel, Parameters, open_channel
 from peerd.local.messages import MAX_WAITING, OpenSession, SessionOpened
-from peerd.protocol.errors import InternalError, InvalidRequest, PeerdError
+from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.protocol.messages.session import Output, Want
 from peerd.protocol.rows import Op, RowSlice, SessionSize
 
@@ -87,7 +87,7 @@ class DaemonSession:
 
         Raises InvalidRequest, ContextTooLong, NoChain, Overloaded, ConnectionLost, trio.ClosedResourceError.
         """
-        slices = self._slices(hidden, row, start, rows)
+        slices = self.log.slices(hidden, row, start, rows)
         if not hidden.isfinite().all():
             raise InvalidRequest("hidden has values that are not finite")
         self.log.check(hidden, slices, ops)
@@ -99,15 +99,6 @@ class DaemonSession:
             piece = RowSlice(whole.row, whole.start + offset, len(part))
             results.append(await self._step(part, (piece,), () if offset else ops, want))
         return torch.cat(results) if want == "all" else results[-1]
-
-    def _slices(
-        self, hidden: torch.Tensor, row: int, start: int | None, rows: Sequence[RowSlice] | None
-    ) -> tuple[RowSlice, ...]:
-        if rows is not None:
-            return tuple(rows)
-        if not len(hidden):
-            return ()
-        return (RowSlice(row, self.log.length(row) if start is None else start, len(hidden)),)
 
     async def _step(
         self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want
@@ -124,6 +115,4 @@ class DaemonSession:
             except BaseException:
                 self.close()
                 raise
-        if pending.result is None:
-            raise pending.error or InternalError("a step ended without result or error")
-        return pending.result
+        return pending.outcome()

@@ -137,6 +137,11 @@ class Connections:
         """
         return self._live.watching(connected=connected, lost=lost)
 
+    @property
+    def is_private(self) -> bool:
+        """Whether only peers that have our swarm's key get in."""
+        return self._swarm_key is not None
+
     def trust(self, addresses: Sequence[Multiaddr]) -> None:
         """Permit these addresses, which our operator gave us, wherever they lead."""
         self._dialler.trusted = frozenset(address.with_peer(None) for address in addresses)

@@ -56,7 +56,8 @@ class History:
         return {peer: at for (_, peer), at in seen.items()}
 
     async def run(self, coverage: Callable[[], Awaitable[Mapping[str, float]]]) -> None:
-        """Take a sample each `SAMPLE_S`, until cancelled."""
+        """Take a sample each `SAMPLE_S`, until cancelled. `coverage` looks at the swarm, and calls `since`."""
+        await coverage()
         while True:
             before = self._tokens
             await trio.sleep(SAMPLE_S)

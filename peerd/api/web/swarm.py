@@ -45,17 +45,19 @@ class SwarmView:
         }
 
     async def coverage(self) -> Mapping[str, float]:
-        """For each model the share of its blocks that have a server now, 0 to 1."""
+        """For each model the share of its blocks that have a server now, 0 to 1. Also notes which servers there are."""
         shares = {}
         for name, model in self._models:
-            runs = coverage_of(model, await self._online(model))
+            offers = await offers_of(self._peer, model, _MAX_AGE_S)
+            self._history.since(name, {str(offer.peer_id) for offer in offers})
+            runs = coverage_of(model, _online(offers))
             covered = sum(end - start for start, end, servers in runs if servers)
             shares[name] = round(covered / model.facts.block_count, 4)
         return shares
 
     async def _describe_model(self, name: str, model: SwarmModel) -> dict[str, Any]:
         offers = await offers_of(self._peer, model, _MAX_AGE_S)
-        online = [offer for offer in offers if offer.record.state == "online"]
+        online = _online(offers)
         since = self._history.since(name, {str(offer.peer_id) for offer in offers})
         runs = coverage_of(model, online)
         return {
@@ -103,10 +105,13 @@ class SwarmView:
         # A model without a hub's name is a directory, which has another path on another machine.
         model = name if "/" in name else f"PATH/TO/{name}"
         options = " ".join(f"--bootstrap {shlex.quote(address)}" for address in addresses[:_MOST_BOOTSTRAP])
+        if self._peer.connections.is_private:
+            options += " --swarm-key PATH/TO/KEY"
         return f"peerd --serve-blocks auto --model {shlex.quote(model)} {options}"
 
-    async def _online(self, model: SwarmModel) -> list[Offer]:
-        return [offer for offer in await offers_of(self._peer, model, _MAX_AGE_S) if offer.record.state == "online"]
+
+def _online(offers: Sequence[Offer]) -> list[Offer]:
+    return [offer for offer in offers if offer.record.state == "online"]
 
 
 def _in_order(offers: Sequence[Offer]) -> list[Offer]:

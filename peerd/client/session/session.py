@@ -17,7 +17,7 @@ from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
-from peerd.protocol.errors import InternalError, InvalidRequest
+from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages.session import Want
 from peerd.protocol.rows import PREFILL_POSITIONS, Op, RowSlice
 
@@ -103,24 +103,11 @@ class Session:
         NoChain, Overloaded, trio.ClosedResourceError. If this is cancelled, the positions may be cached or not: give
         `start` in the next call.
         """
-        parts = await self._submit_all(hidden, self._slices(hidden, row, start, rows), ops, want)
+        parts = await self._submit_all(hidden, self.log.slices(hidden, row, start, rows), ops, want)
         for part in parts:
             await part.done.wait()
-        results = []
-        for part in parts:
-            if part.result is None:
-                raise part.error or InternalError("a step ended without result or error")
-            results.append(part.result)
+        results = [part.outcome() for part in parts]
         return torch.cat(results) if want == "all" and len(results) > 1 else results[-1]
-
-    def _slices(
-        self, hidden: torch.Tensor, row: int, start: int | None, rows: Sequence[RowSlice] | None
-    ) -> tuple[RowSlice, ...]:
-        if rows is not None:
-            return tuple(rows)
-        if not len(hidden):
-            return ()
-        return (RowSlice(row, self.log.length(row) if start is None else start, len(hidden)),)
 
     async def _submit_all(
         self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want

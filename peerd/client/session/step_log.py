@@ -16,7 +16,7 @@ import trio
 from peerd.exchange.replay_log import Kept
 from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
-from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
+from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages.session import Output, Step, Want
 from peerd.protocol.rows import Fork, Op, RowSlice, SessionSize
 
@@ -35,6 +35,12 @@ class Pending:
     def fail(self, error: Exception) -> None:
         self.error = error
         self.done.set()
+
+    def outcome(self) -> torch.Tensor:
+        """The answer of a step that is `done`. Raises the error with which it ended."""
+        if self.result is None:
+            raise self.error or InternalError("a step ended without result or error")
+        return self.result
 
 
 class StepLog:
@@ -59,6 +65,18 @@ class StepLog:
     def asked(self) -> int:
         """How many steps were submitted so far."""
         return self._next_seq - 1
+
+    def slices(
+        self, hidden: torch.Tensor, row: int, start: int | None, rows: Sequence[RowSlice] | None
+    ) -> tuple[RowSlice, ...]:
+        """The slices of a step over `hidden`, `[positions, width]`: `rows`, or else one `row` from `start` (None: from
+        its end). None for a step without positions.
+        """
+        if rows is not None:
+            return tuple(rows)
+        if not len(hidden):
+            return ()
+        return (RowSlice(row, self.length(row) if start is None else start, len(hidden)),)
 
     def length(self, row: int) -> int:
         """The positions of the row once all pending steps are answered."""

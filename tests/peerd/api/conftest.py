@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from peerd.api.app import Api
 from peerd.api.models import Models
 from peerd.api.serve import Endpoint, open_local_api
+from peerd.api.web.history import History
 from peerd.client.model import ModelFacts, SwarmModel
 from peerd.net.containment import Containment
 from peerd.protocol.addresses import Multiaddr
@@ -174,7 +175,7 @@ def open_api(open_byte_model):
     @asynccontextmanager
     async def open_it(head=None):
         async with open_byte_model(head) as (model, swarm):
-            api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus())
+            api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus(), NoStatus(), History())
             yield Caller(api.app()), swarm
 
     return open_it
@@ -194,7 +195,7 @@ async def open_daemon_of(model, swarm, folder):
         addresses=(),
         served=(),
         server=None,
-        connections=SimpleNamespace(live={}, containment=Containment()),
+        connections=SimpleNamespace(live={}, containment=Containment(), is_private=False),
         discovery=SimpleNamespace(directory=_Directory(swarm), contacts=lambda: _contacts(swarm)),
         reachability=SimpleNamespace(here=Here(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
         relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
