@@ -168,3 +168,21 @@ def test_the_picture_shows_every_import_between_rooms_and_no_other() -> None:
 def test_no_way_through_the_picture_leads_back() -> None:
     nodes, arrows = drawn()
     assert [node for node in nodes if node in reachable(node, arrows)] == []
+
+
+ROOMS = ("peerd", "compute", "routing", "protocol")
+
+
+def test_files_that_prose_names_exist() -> None:
+    folders = [REPOSITORY / room for room in (*ROOMS, "tests", "benchmarks", "examples")]
+    there = [f"/{path.relative_to(REPOSITORY).as_posix()}" for folder in folders for path in folder.rglob("*.py")]
+    named = {
+        (path.relative_to(REPOSITORY).as_posix(), name)
+        for room in (*ROOMS, "docs", "spec")
+        for path in (REPOSITORY / room).rglob("*.*")
+        if path.suffix in (".py", ".md")
+        for name in re.findall(r"`((?:\w+/)*\w+\.py)`", path.read_text())
+    }
+    assert named
+    missing = {(where, name) for where, name in named if not any(file.endswith(f"/{name}") for file in there)}
+    assert missing == set()
