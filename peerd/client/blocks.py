@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     import torch
 
     from peerd.client.finding.scout import Scout
+    from peerd.client.training.pass_maker import PassMaker
     from peerd.client.training.trained import LoraPairs
-    from peerd.client.training.training_pass import Pass, PassMaker
+    from peerd.client.training.training_pass import Pass
     from peerd.compute.checkpoint.hub.settings import HubSettings
 
 # A hop without free memory may keep us waiting this long before we try another chain (spec/session.md, "Opening").
@@ -186,9 +187,9 @@ class ServedBlocks:
         of each block's input. `lora` pairs act beside linear modules; `adapter` is one that the servers have. Without
         `keep` there can be no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
         """
+        from peerd.client.training.pass_maker import PassMaker
         from peerd.client.training.rows import as_rows
         from peerd.client.training.trained import Trained
-        from peerd.client.training.training_pass import PassMaker
 
         blocks = blocks or Span(0, self.facts.block_count)
 

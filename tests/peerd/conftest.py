@@ -123,7 +123,6 @@ class Finder:
         between: Between | None = None,
     ) -> Chain:
         await trio.lowlevel.checkpoint()
-        avoid = self.track_record.avoided() | frozenset(exclude)
         needs = ChainNeeds(
             tokens=tokens,
             positions=positions,
@@ -132,6 +131,10 @@ class Finder:
             after=between[0] if between else None,
             before=between[1] if between else None,
         )
+        return self.plan(blocks, needs, exclude)
+
+    def plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId]) -> Chain:
+        avoid = self.track_record.avoided() | frozenset(exclude)
         return plan_chain(self._offers(), blocks, needs=needs, random=self.random, avoid=avoid)
 
     async def adapter_id(self, name: str, blocks: Span) -> str:

@@ -240,6 +240,9 @@ class ChainFinder(Protocol):
         requests: as in ChainNeeds. between: for a replacement, the peers before and after it. Raises NoChain.
         """
 
+    def plan(self, blocks: Span, needs: ChainNeeds, exclude: Collection[PeerId]) -> Chain:
+        """A chain by what is known already, without a lookup. Raises NoChain."""
+
     async def adapter_id(self, name: str, blocks: Span) -> str:
         """The id that an adapter's name has for `blocks`. Raises NoChain, which lists the adapters that there are."""
 

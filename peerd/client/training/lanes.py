@@ -46,7 +46,10 @@ _NO_TOKENS = 0
 
 
 class TrainingChain:
-    """Lanes over `blocks`. `positions`: the positions of a request; `requests`: how many will follow each other."""
+    """Lanes over `blocks`. `positions`: the positions of a request; `requests`: how many will follow each other.
+
+    `plan` finds a chain, or `take` sets it; then `open` opens its lanes.
+    """
 
     def __init__(
         self,
@@ -68,8 +71,8 @@ class TrainingChain:
         self._width = width
         self._terms = terms
         self._candidates = Candidates(TRAINING_RULES, patience, rng)
-        self._positions = positions
-        self._requests = requests
+        self.positions = positions
+        self.requests = requests
         self._hops: dict[int, Hop] = {}
         self._lanes: dict[int, Lane] = {}
         self._locks: dict[int, trio.Lock] = {}
@@ -95,9 +98,19 @@ class TrainingChain:
         """The number of hops now."""
         return len(self._hops)
 
+    async def plan(self) -> Chain:
+        """Find a chain. Raises as `lane`."""
+        return await self._plan(self.blocks)
+
+    def take(self, chain: Chain) -> None:
+        """Have these hops serve the chain's blocks, or some of them."""
+        for hop in chain.hops:
+            self._hops[hop.span.start] = hop
+
     async def open(self) -> None:
-        """Find a chain and open its lanes, all at the same time. Raises as `lane`."""
-        await self._plan(self.blocks)
+        """Open all lanes at the same time; find a chain before if there is none yet. Raises as `lane`."""
+        if not self._hops:
+            await self.plan()
         await at_once([partial(self.lane, start) for start in self._hops])
 
     async def lane(self, block: int) -> Lane:
@@ -162,7 +175,7 @@ class TrainingChain:
         self.failovers += 1
         await self._plan(hop.span)
 
-    async def _plan(self, span: Span) -> None:
+    async def _plan(self, span: Span) -> Chain:
         """Find hops over `span`, for as long as patience allows.
 
         Raises NoChain, Overloaded or UnsupportedFeature; BadResult if all peers overflow.
@@ -188,8 +201,8 @@ class TrainingChain:
                         await trio.sleep_until(time)
                     case GiveUp(error):
                         raise error from missing
-        for hop in found.hops:
-            self._hops[hop.span.start] = hop
+        self.take(found)
+        return found
 
     async def _is_served(self, span: Span) -> bool:
         """Whether there are hops for these blocks at all, whoever is full."""
@@ -204,7 +217,7 @@ class TrainingChain:
             span,
             tokens=_NO_TOKENS,
             exclude=exclude,
-            positions=self._positions,
+            positions=self.positions,
             adapter=AdapterNeed(self._terms.adapter),
-            requests=self._requests,
+            requests=self.requests,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -44,13 +44,18 @@ def as_rows(
     return hidden, lengths
 
 
-def cut(lengths: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Groups of consecutive rows with at most `most` positions, or one row: their numbers, lengths, and first
-    position.
+Part = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Some consecutive rows of a pass: their numbers, their lengths, and the first one's first position."""
+
+
+def cut(lengths: Sequence[int], most: int, within: range | None = None) -> list[Part]:
+    """Groups of consecutive rows with at most `most` positions, or one row. `within`: the numbers of the rows that are
+    cut; None: all of them.
     """
     offsets = list(accumulate(lengths, initial=0))
     groups: list[list[int]] = []
-    for number, length in enumerate(lengths):
+    for number in range(len(lengths)) if within is None else within:
+        length = lengths[number]
         last = groups[-1] if groups else []
         taken = sum(lengths[other] for other in last)
         if last and taken + length <= most and len(last) < MAX_PASS_ROWS:
@@ -64,3 +69,16 @@ def positions_each(positions: int, hops: int) -> int:
     """How many positions a micro-batch should have, so that `hops` hops are all busy."""
     count = MICRO_BATCHES_A_HOP * hops if hops > 1 else MICRO_BATCHES_ALONE
     return min(MAX_PASS_POSITIONS, max(LEAST_POSITIONS, -(-positions // count)))
+
+
+def split(lengths: Sequence[int], shares: Sequence[int]) -> list[range]:
+    """The numbers of the rows that each of several chains gets: consecutive rows, with positions in proportion to
+    `shares`. With few rows some chains get none.
+    """
+    begins = [0]
+    ends = list(accumulate(lengths))
+    for share in accumulate(shares):
+        wanted = ends[-1] * share / sum(shares)
+        # A row goes to the chain whose share its middle falls into.
+        begins.append(sum(end - length / 2 <= wanted for end, length in zip(ends, lengths, strict=True)))
+    return [range(begin, end) for begin, end in pairwise(begins)]

@@ -7,26 +7,19 @@ the peers that serve those blocks then.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.finding.served_by import ServedBy
-from peerd.client.training.lane import Lane, LaneTerms
+from peerd.client.training.lane import Lane
 from peerd.client.training.lanes import BACKWARD, FORWARD, TrainingChain
-from peerd.client.training.rows import cut, positions_each
 from peerd.client.training.trained import LORA_A, LORA_B, PROMPT, Gradients, Trained
-from peerd.net.connections import Connections
 from peerd.protocol.errors import BadResult, InvalidRequest, PeerdError
 from peerd.protocol.span import Span
 from peerd.trio_tools import at_once
-
-# The assumed number of hops before a chain is planned.
-PLANNED_HOPS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,8 +106,13 @@ class Pass:
 
     @property
     def chain(self) -> tuple[ServedBy, ...]:
-        """Which peers serve which blocks now."""
+        """Which peers serve which blocks of the first row now."""
         return self._micros[0].chain.served_by
+
+    @property
+    def chains(self) -> tuple[tuple[ServedBy, ...], ...]:
+        """The chains over which the rows went, as `chain`: several if peers hold whole copies of a chain."""
+        return tuple(chain.served_by for chain in self._chains)
 
     @property
     def failovers(self) -> int:
@@ -214,101 +212,3 @@ def _scaled(gradients: Gradients, exponent: int) -> Gradients:
     if not all(values.isfinite().all() for values in (scaled.hidden, *prompts, *matrices)):
         raise BadResult("a gradient is larger than float32 can hold: scale the loss down")
     return scaled
-
-
-class PassMaker:
-    """Runs forwards over one model, in the name of one client."""
-
-    def __init__(
-        self, finder: ChainFinder, connections: Connections, model: bytes, width: int, dtype: str, rng: random.Random
-    ) -> None:
-        self._finder = finder
-        self._connections = connections
-        self._model = model
-        self._width = width
-        # Small gradients would vanish in float16.
-        self._dtype = "float32" if dtype == "float16" else dtype
-        self._rng = rng
-
-    async def forward(
-        self,
-        hidden: torch.Tensor,
-        rows: Sequence[int],
-        blocks: Span,
-        trained: Trained,
-        *,
-        adapter: str = "",
-        codec: str = "exact",
-        keep: bool = True,
-        patience: Patience | None = None,
-    ) -> Pass:
-        """Run rows of these lengths through `blocks`: `[sum of rows, width]`, or any shape with as many values.
-
-        Without `keep` no backward can follow. Raises InvalidRequest, NoChain, Overloaded.
-        """
-        packed = self._check(hidden, rows)
-        trained.check(blocks, rows, self._width)
-
-        def new_chain(numbers: Sequence[int]) -> TrainingChain:
-            terms = LaneTerms(self._model, self._dtype, codec, adapter, trained.parameters(blocks, numbers))
-            total = sum(rows[number] for number in numbers)
-            requests = len(cut([rows[number] for number in numbers], positions_each(total, PLANNED_HOPS)))
-            return TrainingChain(
-                self._finder,
-                self._connections,
-                blocks,
-                self._width,
-                terms,
-                patience or Patience(),
-                self._rng,
-                -(-total // requests),
-                requests,
-            )
-
-        micros = await self._micro_batches(rows, trained, new_chain)
-        done = Pass(hidden, micros, blocks, trained)
-        try:
-            outputs = await at_once([partial(micro.forward, packed[micro.part], keep=keep) for micro in micros])
-        except BaseException:
-            done.close()
-            raise
-        done.output = torch.cat(outputs).view(hidden.shape)
-        if not keep:
-            done.close()
-        return done
-
-    async def _micro_batches(
-        self, rows: Sequence[int], trained: Trained, new_chain: Callable[[Sequence[int]], TrainingChain]
-    ) -> list[MicroBatch]:
-        if trained.has_row_prompts:
-            # A lane has one prompt for all its requests, so rows with their own prompts need lanes of their own.
-            parts = cut(rows, positions_each(sum(rows), 1))
-            chains = [new_chain(numbers) for numbers, _, _ in parts]
-            await _open_all(chains)
-        else:
-            chains = [new_chain(range(len(rows)))]
-            await _open_all(chains)
-            parts = cut(rows, positions_each(sum(rows), chains[0].hops))
-            chains *= len(parts)
-        return [MicroBatch(chain, *part) for chain, part in zip(chains, parts, strict=True)]
-
-    def _check(self, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """The input as `[sum of rows, width]`. Raises InvalidRequest."""
-        if not rows or min(rows) < 1:
-            raise InvalidRequest("a pass has rows of at least one position")
-        if hidden.shape[-1] != self._width or hidden.numel() != sum(rows) * self._width:
-            raise InvalidRequest(
-                f"hidden states of shape {list(hidden.shape)} for rows of {sum(rows)} positions of {self._width}"
-            )
-        if not hidden.isfinite().all():
-            raise InvalidRequest("the hidden states have values that are not finite")
-        return hidden.detach().reshape(-1, self._width)
-
-
-async def _open_all(chains: Sequence[TrainingChain]) -> None:
-    try:
-        await at_once([chain.open for chain in chains])
-    except BaseException:
-        for chain in chains:
-            chain.close()
-        raise

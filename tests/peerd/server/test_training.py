@@ -10,8 +10,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from peerd.client.training.pass_maker import PassMaker
 from peerd.client.training.trained import Trained
-from peerd.client.training.training_pass import PassMaker
 from peerd.compute.adapters.lora import MAX_RANK
 from peerd.net.limits.owners import Owner
 from peerd.protocol.connection.frames import Priority

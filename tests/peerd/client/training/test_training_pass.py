@@ -9,8 +9,8 @@ import torch
 import trio
 
 from peerd.client.finding.finder import Patience
+from peerd.client.training.pass_maker import PassMaker
 from peerd.client.training.trained import Trained
-from peerd.client.training.training_pass import PassMaker
 from peerd.protocol.errors import BadResult, InvalidRequest, NoChain, NoRoom
 from peerd.protocol.span import Span
 
@@ -159,7 +159,32 @@ async def test_many_requests_share_the_peers_where_one_stays_with_one(open_swarm
         with await maker.forward(normal(20, WIDTH), (20,), BLOCKS, Trained()) as one:
             assert len(one.chain) == 1
         with await maker.forward(normal(320, WIDTH), (20,) * 16, BLOCKS, Trained()) as many:
-            assert len({hop.peer for hop in many.chain}) == len(many.chain) > 1
+            assert len({hop.peer for chain in many.chains for hop in chain}) == 3
+            # Whole copies stand side by side: each row travels to one peer only.
+            assert [len(chain) for chain in many.chains] == [1, 1, 1]
+
+
+async def test_rows_share_two_chains_and_gradients_are_exact_also_if_one_of_them_loses_a_hop(
+    open_swarm, serve_tiny, decoder, small_micro_batches
+):
+    async with open_swarm() as swarm:
+        # A third peer for each part, for the chain that loses one.
+        hosts = [await serve_tiny(swarm, span) for span in (*CUT, *CUT, *CUT)]
+        for spare in hosts[6:]:
+            spare.online = False
+        maker = maker_of(await swarm.client())
+        rows, inputs, grad = (20,) * 8, normal(160, WIDTH, seed=1), normal(160, WIDTH, seed=2)
+        what = trained()
+        done = await maker.forward(inputs, rows, BLOCKS, what, patience=SHORT)
+        first, second = done.chains
+        assert [hop.span for hop in first] == [hop.span for hop in second] == list(CUT)
+        assert not {hop.peer for hop in first} & {hop.peer for hop in second}
+        for spare in hosts[6:]:
+            spare.online = True
+        swarm.kill(next(host for host in hosts if host.peer_id == second[1].peer))
+        gradients = await done.backward(grad)
+        assert_same(done.output, gradients, Reference(decoder, inputs, grad, what, rows))
+        assert done.failovers == 1
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
