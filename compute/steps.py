@@ -61,19 +61,24 @@ class Segment:
 
     groups: for each group of blocks (`KVLayout`), where the row lies: from the first position that the blocks keep,
         or see from here, to the last position of this segment.
-    max_length: the length that the session declared; RoPE variants that depend on the context's length use it.
+    prompt_length: the length of the text that the session began with (`SessionSize`).
     adapter: the LoRA weights that the session asked for beside the span's own; "" for none.
     """
 
     start: int
     count: int
     groups: Sequence[RowPages]
-    max_length: int
+    prompt_length: int
     adapter: str = ""
 
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def rope_lengths(self) -> list[int]:
+        """For each new position the length by which ropes that follow a text's length turn it."""
+        return [max(self.prompt_length, position + 1) for position in range(self.start, self.end)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

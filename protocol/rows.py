@@ -20,11 +20,16 @@ class SessionSize:
     """The cache that a session asks for: `max_rows` rows of `max_length` positions.
 
     A row can be cut or forked `max_rollback` positions behind its end.
+
+    prompt_length: how long the text is that the session begins with. Rotary embeddings whose frequencies follow a
+        text's length turn the positions of that text as for its whole length, and each later position as for a text
+        that ends there. 0: every position as for a text that ends there.
     """
 
     max_length: int
     max_rows: int = 1
     max_rollback: int = 0
+    prompt_length: int = 0
 
     @property
     def positions(self) -> int:

@@ -215,10 +215,10 @@ class DecodeGraphs:
         """Run the blocks over the bucket's buffers. Reads nothing else, and asks the device for nothing."""
         model = self._model(blocks)
         view = DecodeView(self._pool, recorded.rows)
-        max_lengths = recorded.rows.max_lengths if model.follows_max_length else None
+        rope_lengths = recorded.rows.rope_lengths if model.follows_length else None
         self._attention.view = view
         try:
-            output = model.forward(recorded.hidden[None], view.positions, view, max_lengths=max_lengths)
+            output = model.forward(recorded.hidden[None], view.positions, view, rope_lengths=rope_lengths)
         finally:
             self._attention.view = None
         return output.squeeze(0)

@@ -51,9 +51,9 @@ class DecodeRows:
         filled = self._filled
         count = sum(segment.count for segment in segments)
         filled.positions[:count] = list(chain.from_iterable(range(each.start, each.end) for each in segments))
-        filled.max_lengths[:count] = list(chain.from_iterable([each.max_length] * each.count for each in segments))
+        filled.rope_lengths[:count] = list(chain.from_iterable(each.rope_lengths for each in segments))
         filled.positions[count:] = 0
-        filled.max_lengths[count:] = 1
+        filled.rope_lengths[count:] = 1
         for group in range(self._pool.layout.groups):
             table = filled.tables[group].reshape(self.rows, self.width)
             begin = 0
@@ -77,9 +77,9 @@ class DecodeRows:
         return positions.long()[None]
 
     @property
-    def max_lengths(self) -> torch.Tensor:
-        """The length that each row's session declared: a new int64 tensor `[1, rows]`."""
-        lengths: torch.Tensor = self._parts.max_lengths
+    def rope_lengths(self) -> torch.Tensor:
+        """The length by which ropes turn each row: a new int64 tensor `[1, rows]`."""
+        lengths: torch.Tensor = self._parts.rope_lengths
         return lengths.long()[None]
 
     def slots(self, group: int) -> torch.Tensor:
@@ -106,7 +106,7 @@ class _Parts:
 
     def __init__(self, buffer: Any, offsets: Sequence[int], sizes: Sequence[int], groups: int) -> None:
         parts = iter([buffer[offset : offset + size] for offset, size in zip(offsets, sizes, strict=False)])
-        self.positions, self.max_lengths, self.zeros = next(parts), next(parts), next(parts)
+        self.positions, self.rope_lengths, self.zeros = next(parts), next(parts), next(parts)
         self.slots = [next(parts) for _ in range(groups)]
         self.lengths = [next(parts) for _ in range(groups)]
         self.starts = [next(parts) for _ in range(groups)]

@@ -148,7 +148,7 @@ class SpanRunner:
     ) -> torch.Tensor:
         positions = _positions(segments, hidden.device)
         with self.adapters.applied(segments):
-            output = model.forward(hidden[None], positions, cache, max_lengths=_max_lengths(model, segments))
+            output = model.forward(hidden[None], positions, cache, rope_lengths=_rope_lengths(model, segments))
         return output.squeeze(0)
 
     def _model(self, blocks: Span) -> SpanModel:
@@ -164,11 +164,11 @@ def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tenso
     return upload(positions, device)[None]
 
 
-def _max_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor | None:
-    """For each new position its session's declared length, `[1, positions]`; None if the model does not use it."""
-    if not model.follows_max_length:
+def _rope_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor | None:
+    """For each new position the length by which ropes turn it, `[1, positions]`; None if the model does not use it."""
+    if not model.follows_length:
         return None
-    lengths = [segment.max_length for segment in segments for _ in range(segment.count)]
+    lengths = [length for segment in segments for length in segment.rope_lengths]
     return upload(lengths, model.device)[None]
 
 

@@ -270,4 +270,4 @@ class _Packing:
         row = session.row(piece.row)
         row.cut(piece.start)
         self.copies.extend(row.grow(piece.count))
-        return Segment(piece.start, piece.count, row.snapshot(), session.size.max_length, session.adapter)
+        return Segment(piece.start, piece.count, row.snapshot(), session.size.prompt_length, session.adapter)

@@ -150,8 +150,9 @@ class _Sessions:
         try:
             for _ in range(count):
                 name = object()
+                size = SessionSize(self._length, prompt_length=self._length)
                 try:
-                    self._engine.open(name, SessionSize(self._length), blocks=self._blocks, owner=name)
+                    self._engine.open(name, size, blocks=self._blocks, owner=name)
                 except NoRoomError:
                     if not self._names:
                         raise

@@ -1,9 +1,9 @@
-"""Rotary position embeddings that follow each session's declared length.
+"""Rotary position embeddings whose frequencies follow the length of a text.
 
 The rope types `dynamic` and `longrope` choose their frequencies by the length of a sequence. Transformers takes the
-longest position of the batch, so a neighbour's length, or an answer growing past a threshold, would change the
-result. We use the `max_length` that the session declared when it opened, which stays constant. If `max_length`
-equals the sequence's length, both give the same numbers.
+longest position of each forward, so a neighbour, or a prompt that is cut into pieces, would change the result. Here
+each position has a length of its own (`Segment.rope_lengths`): that of its session's prompt, or its own if it comes
+later. These are the numbers that Transformers gives to a single answer, however long that answer may become.
 
 Families lay out cos and sin differently. To reuse each family's own arithmetic, tokens are grouped by the
 frequencies that they need, and the family's module runs once for each group.
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 #: One length for all tokens, or int64 lengths that broadcast to the shape of the position ids.
-MaxLengths = int | torch.Tensor
+RopeLengths = int | torch.Tensor
+
+# `dynamic` has other frequencies for each length, thus for each token of an answer.
+_MOST_KEPT = 256
 
 _Rule = tuple[str, int]  # rope type, and the longest length that it leaves unscaled
 
@@ -40,20 +43,35 @@ def length_rules(config: PreTrainedConfig) -> Mapping[str | None, _Rule]:
     return rules
 
 
-def follow_declared_lengths(decoder: nn.Module) -> None:
-    """Replace each of the decoder's rotary embeddings that depends on the length by a DeclaredLengthRotary."""
+def follow_length(config: PreTrainedConfig) -> bool:
+    """Whether the model has ropes that depend on the length."""
+    return bool(length_rules(config))
+
+
+def changed_beyond(config: PreTrainedConfig) -> int | None:
+    """The length beyond which `longrope` turns all positions otherwise; None if the model has no such rope.
+
+    Keys that were cached before do not fit to those that come after it: a text that grows longer is computed again, as
+    Transformers' `generate` does.
+    """
+    lengths = [length for kind, length in length_rules(config).values() if kind == "longrope"]
+    return min(lengths, default=None)
+
+
+def make_ropes_follow_lengths(decoder: nn.Module) -> None:
+    """Replace each of the decoder's rotary embeddings that depends on the length by a LengthRotary."""
     for name, child in list(decoder.named_modules()):
         config: Any = getattr(child, "config", None)
         if type(child).__name__.endswith("RotaryEmbedding") and config is not None and length_rules(config):
-            decoder.set_submodule(name, DeclaredLengthRotary(child, config))
+            decoder.set_submodule(name, LengthRotary(child, config))
 
 
-class DeclaredLengthRotary(nn.Module):
-    """Replaces rotary embeddings that depend on the length. Set `max_lengths` before each forward."""
+class LengthRotary(nn.Module):
+    """Replaces rotary embeddings that depend on the length. Set `rope_lengths` before each forward."""
 
     def __init__(self, rotary: Any, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.max_lengths: MaxLengths | None = None
+        self.rope_lengths: RopeLengths | None = None
         self._rotary = rotary
         #: Some decoders find their rotary embeddings by this attribute.
         self.config = config
@@ -67,9 +85,9 @@ class DeclaredLengthRotary(nn.Module):
         """cos and sin for each position: [*position_ids.shape, width], in the dtype of `x`."""
         if layer_type not in self._rules:
             return self._rotary(x, position_ids, *self._arguments(layer_type))
-        if self.max_lengths is None:
-            raise ValueError("this model's rotary embeddings follow declared lengths: pass max_lengths")
-        lengths = torch.as_tensor(self.max_lengths, device=position_ids.device)
+        if self.rope_lengths is None:
+            raise ValueError("this model's rotary embeddings follow the length of a text: pass rope_lengths")
+        lengths = torch.as_tensor(self.rope_lengths, device=position_ids.device)
         groups = self._group(lengths, self._rules[layer_type])
         cos_sin: Any = None
         for group in self._groups(groups, self._rules[layer_type]):
@@ -97,6 +115,8 @@ class DeclaredLengthRotary(nn.Module):
     def _for_length(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None, length: int) -> Any:
         key = layer_type, length
         if key not in self._frequencies:
+            if len(self._frequencies) >= _MOST_KEPT:
+                self._frequencies.clear()
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
             compute = ROPE_INIT_FUNCTIONS[self._rules[layer_type][0]]

@@ -22,7 +22,7 @@ from peerd.compute.families.meta_build import build_on_meta, check_filled, compu
 from peerd.compute.model.input_side import take_off_input_side
 from peerd.compute.model.layer_loop import LayerLoop
 from peerd.compute.model.load_blocks import load_block
-from peerd.compute.model.rotary import DeclaredLengthRotary, MaxLengths, follow_declared_lengths
+from peerd.compute.model.rotary import LengthRotary, RopeLengths, make_ropes_follow_lengths
 from peerd.compute.quantized.formats import NONE
 from peerd.compute.transformers_compat import cache_argument
 from peerd.protocol.span import Span
@@ -59,7 +59,7 @@ class SpanModel(nn.Module):
         self.device = device
         #: The dtype in which the span computes, whatever its weights are stored as.
         self.dtype = dtype
-        self._rotaries = tuple(part for part in decoder.modules() if isinstance(part, DeclaredLengthRotary))
+        self._rotaries = tuple(part for part in decoder.modules() if isinstance(part, LengthRotary))
         self._loop = LayerLoop(decoder, self.layers)
         self._cache_argument = cache_argument(type(decoder).forward)
 
@@ -80,8 +80,8 @@ class SpanModel(nn.Module):
         return int(self.config.hidden_size)
 
     @property
-    def follows_max_length(self) -> bool:
-        """Whether `forward` needs `max_lengths`: the rotary embeddings scale with a session's declared length."""
+    def follows_length(self) -> bool:
+        """Whether `forward` needs `rope_lengths`: the rotary embeddings follow a text's length."""
         return bool(self._rotaries)
 
     def forward(
@@ -91,18 +91,18 @@ class SpanModel(nn.Module):
         cache: Any = None,
         attention_mask: Any = None,
         *,
-        max_lengths: MaxLengths | None = None,
+        rope_lengths: RopeLengths | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Run hidden states [B, T, hidden_size] at positions [B, T] (int64) through the span: [B, T, hidden_size].
 
         cache: a Transformers cache, or any object with its `update`; None keeps nothing.
-        max_lengths: the declared length of each token's session: an int, or int64 that broadcasts to [B, T]. None
-            uses each row's longest position, as Transformers does.
+        rope_lengths: the length of the text for which ropes turn each token, if they follow it: an int, or int64 that
+            broadcasts to [B, T]. None uses each row's longest position, as Transformers does.
         kwargs: passed to the attention function.
         """
         for rotary in self._rotaries:
-            rotary.max_lengths = position_ids.amax(-1, keepdim=True) + 1 if max_lengths is None else max_lengths
+            rotary.rope_lengths = position_ids.amax(-1, keepdim=True) + 1 if rope_lengths is None else rope_lengths
 
         def run_decoder() -> torch.Tensor:
             output = self.decoder(
@@ -125,7 +125,7 @@ class SpanModel(nn.Module):
     def forward_no_cache(self, hidden: torch.Tensor, max_length: int | None = None) -> torch.Tensor:
         """Run whole sequences [B, T, hidden_size] from position 0 without a cache. Gradients flow to `hidden`."""
         positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        return self.forward(hidden, positions, max_lengths=max_length)
+        return self.forward(hidden, positions, rope_lengths=max_length)
 
 
 def load_span(
@@ -173,7 +173,7 @@ def load_span(
     check_filled(decoder, checkpoint.path)
     if own:
         install_own_attention(decoder, own, device, dtype)
-    follow_declared_lengths(decoder)
+    make_ropes_follow_lengths(decoder)
     return SpanModel(decoder, family, span, kinds, device=device, dtype=dtype).eval()
 
 

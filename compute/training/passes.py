@@ -202,11 +202,11 @@ class PassRunner:
         hidden = with_prompt(hidden, leaves.prompt, micro.rows)
         positions = torch.arange(micro.longest, device=hidden.device).expand(hidden.shape[:2])
         lengths = None
-        if model.follows_max_length:
+        if model.follows_length:
             # A row's embeddings scale with its own length, not with its neighbours'.
             lengths = torch.tensor(micro.lengths, device=hidden.device)[:, None]
         with self.adapters.under(adapter), with_lora(model.layers[0], leaves):
-            return model.forward(hidden, positions, max_lengths=lengths)
+            return model.forward(hidden, positions, rope_lengths=lengths)
 
     def finite(self, values: torch.Tensor, given: PassInput, what: str) -> torch.Tensor:
         """`values` as they are. Raises NonFiniteError, which says of what they are, where one is NaN or infinite."""

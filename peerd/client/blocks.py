@@ -24,7 +24,7 @@ from peerd.compute.adapters.lora import BlockModule, LoraAdapter, within
 from peerd.compute.errors import AdapterError
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages.adapters import is_adapter_id
-from peerd.protocol.messages.session import DEFAULT_MAX_STEPS, MAX_ROWS
+from peerd.protocol.messages.session import DEFAULT_MAX_STEPS, MAX_ROWS, PROMPT_LENGTH
 from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 
@@ -58,6 +58,10 @@ class ModelFacts:
     dtype: str
     # The model's architecture, which determines the names of layers in adapters.
     model_type: str = ""
+    #: Whether rotary embeddings follow a text's length (`SessionSize.prompt_length`).
+    ropes_follow_length: bool = False
+    #: The length beyond which they turn all of a text in another way; None: later positions alone, or none.
+    ropes_change_at: int | None = None
     #: The layers that the client's own adapter may adapt, as (block, name). Empty if they were not determined.
     adaptable: frozenset[BlockModule] = frozenset()
 
@@ -99,12 +103,15 @@ class ServedBlocks:
         max_length: int,
         max_rows: int = 1,
         max_rollback: int = 0,
+        prompt_length: int = 0,
         blocks: Span | None = None,
         patience: Patience | None = None,
         adapter: Adapter | None = None,
     ) -> AsyncIterator[Session]:
         """A session over `blocks` (default: all), for rows of at most `max_length` positions.
 
+        `prompt_length`, the length of the text that comes first, matters to models whose rotary embeddings follow a
+        text's length, `dynamic` and `longrope`: see `SessionSize`.
         `adapter` is the name of one that the swarm serves (or its id, `NAME@DIGEST`), or your own: the directory that
         peft saved, its hub id, or a LoraAdapter. Your own goes to every hop for this session, and ends with it.
         Raises NoChain, Overloaded, ContextTooLong or AdapterError before the body runs.
@@ -113,6 +120,7 @@ class ServedBlocks:
             max_length=max_length,
             max_rows=max_rows,
             max_rollback=max_rollback,
+            prompt_length=prompt_length,
             blocks=blocks,
             patience=patience,
             adapter=adapter,
@@ -129,6 +137,7 @@ class ServedBlocks:
         max_length: int,
         max_rows: int = 1,
         max_rollback: int = 0,
+        prompt_length: int = 0,
         blocks: Span | None = None,
         patience: Patience | None = None,
         adapter: Adapter | None = None,
@@ -140,11 +149,12 @@ class ServedBlocks:
         check_session_size(self.facts, max_length, max_rows)
         terms = Terms(
             model=self.facts.digest,
-            size=SessionSize(max_length, max_rows, max_rollback),
+            size=SessionSize(max_length, max_rows, max_rollback, prompt_length),
             max_steps=DEFAULT_MAX_STEPS,
             dtype=self.facts.dtype,
             codec="exact",
             timeout_ms=OPEN_TIMEOUT_MS,
+            needs=(PROMPT_LENGTH,) if self.facts.ropes_follow_length else (),
         )
         terms = await self._with_adapter(terms, adapter, blocks)
         session = Session(self._tools, SessionSpec(blocks, self.facts.width, terms, patience or Patience()))

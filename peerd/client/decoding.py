@@ -62,7 +62,13 @@ class _Row:
 class TokenModel(Protocol):
     """What decoding needs of a `SwarmModel`: token ids to hidden states, sessions, hidden states to logits and text."""
 
-    async def start_session(self, *, max_length: int, max_rows: int = 1, adapter: Adapter | None = None) -> Session:
+    @property
+    def ropes_change_at(self) -> int | None:
+        """See `ModelFacts`."""
+
+    async def start_session(
+        self, *, max_length: int, max_rows: int = 1, prompt_length: int = 0, adapter: Adapter | None = None
+    ) -> Session:
         """Start a session whose chain opens with its first step."""
 
     def close_later(self, session: Session) -> None:
@@ -122,15 +128,10 @@ class Decoding:
         if self.session is None or self.session.closed:
             # A single row can begin again from its prompt and its tokens so far: see `_run`.
             self._begun = False
-            self.session = await self._model.start_session(
-                max_length=len(self._prompt) + self._sampling.max_new_tokens,
-                max_rows=len(self._rows),
-                adapter=self._adapter,
-            )
-        session = self.session
+            self.session = await self._start_session()
         waits = False
         try:
-            async with aclosing(self._run(session)) as tokens:
+            async with aclosing(self._run()) as tokens:
                 async for picked in tokens:
                     yield picked
         except (NoChain, Overloaded):
@@ -138,18 +139,34 @@ class Decoding:
             raise
         finally:
             if waits:
-                self._model.close_later(session)
+                self._model.close_later(self.session)
             else:
-                session.close()
+                self.session.close()
 
-    async def _run(self, session: Session) -> AsyncGenerator[Picked, None]:
-        if not self._begun:
-            hidden = await session.step(self._model.embed(self._prompt + self._rows[0].ids))
-            self._begun = True
-            self._logits = (await self._model.logits(hidden))[-1:].expand(len(self._rows), -1)
-            self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in self._rows[1:])
+    async def _start_session(self) -> Session:
+        return await self._model.start_session(
+            max_length=len(self._prompt) + self._sampling.max_new_tokens,
+            max_rows=len(self._rows),
+            prompt_length=self._length if self._ropes_changed else len(self._prompt),
+            adapter=self._adapter,
+        )
+
+    @property
+    def _length(self) -> int:
+        """The length of the longest row: the prompt and its tokens so far."""
+        return len(self._prompt) + max(len(row.ids) for row in self._rows)
+
+    @property
+    def _ropes_changed(self) -> bool:
+        """Whether the text is longer than what its ropes turn in the first way."""
+        change = self._model.ropes_change_at
+        return change is not None and self._length > change
+
+    async def _run(self) -> AsyncGenerator[Picked, None]:
         live = [row for row in self._rows if not row.finished]
         while True:
+            if not self._begun:
+                self._logits = await self._begin(live)
             if self._logits is not None:
                 logits, self._logits = self._logits, None
                 for row, scores in zip(live, logits, strict=True):
@@ -159,8 +176,37 @@ class Decoding:
                 live = [row for row in live if not row.finished]
                 if not live:
                     return
-            self._logits = await self._step(session, live, self._ops)
+            if self._ropes_changed and self._length - 1 == self._model.ropes_change_at:
+                await self._begin_again()
+                continue
+            self._logits = await self._step(self._open_session, live, self._ops)
             self._ops = self._dropped
+
+    @property
+    def _open_session(self) -> Session:
+        assert self.session is not None
+        return self.session
+
+    async def _begin(self, live: Sequence[_Row]) -> torch.Tensor:
+        """Compute the prompt once for all rows, or each row's text if it has tokens already.
+
+        Returns the logits of the rows in `live`.
+        """
+        forked = [] if live[0].ids else live[1:]
+        ends = []
+        for row in live[: len(live) - len(forked)]:
+            hidden = await self._open_session.step(self._model.embed(self._prompt + row.ids), row=row.number)
+            ends.append(hidden[-1:])
+        logits = await self._model.logits(torch.cat(ends))
+        self._begun = True
+        self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in forked)
+        return logits.expand(len(live), -1)
+
+    async def _begin_again(self) -> None:
+        """Continue in a session whose blocks have computed nothing yet."""
+        self._open_session.close()
+        self._begun = False
+        self.session = await self._start_session()
 
     async def _step(self, session: Session, live: Sequence[_Row], ops: Sequence[Op]) -> torch.Tensor:
         start = len(self._prompt) + len(live[0].ids) - 1

@@ -86,6 +86,11 @@ class SwarmModel(ServedBlocks):
                 raise InvalidRequest(f"logit_bias: token {token} is not one of the model's {self._head.vocab_size}")
         return params
 
+    @property
+    def ropes_change_at(self) -> int | None:
+        """The length beyond which the model's rotary embeddings change (`ModelFacts`)."""
+        return self.facts.ropes_change_at
+
     def generate(
         self, prompt: str | Sequence[int], *, chat: bool = False, adapter: Adapter | None = None, **sampling: Any
     ) -> Generation:

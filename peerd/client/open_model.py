@@ -23,6 +23,7 @@ from peerd.compute.adapters.span_adapters import linear_layers
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.model.head import Head, load_head_model
+from peerd.compute.model.rotary import changed_beyond, follow_length
 from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
@@ -97,6 +98,8 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         max_length=checkpoint.max_length or MAX_LENGTH,
         dtype=DTYPE_NAMES[checkpoint.dtype],
         model_type=checkpoint.family.model_type,
+        ropes_follow_length=follow_length(checkpoint.config),
+        ropes_change_at=changed_beyond(checkpoint.config),
     )
 
 

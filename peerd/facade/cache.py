@@ -64,6 +64,8 @@ class Run:
     max_length: int
     max_rows: int
     max_rollback: int
+    #: How long the text was with which the session began.
+    prompt_length: int
     #: The LoRA pairs with which the session was opened; their state then, and that of the prompts.
     lora: Pairs
     states: list[object]

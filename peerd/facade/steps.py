@@ -135,9 +135,9 @@ class _Step:
         length = min(self._backend.max_length, wanted + (prompts.length if prompts is not None else 0))
         length = max(columns, length)
         rollback = min(self._cache.max_rollback, length)
-        return self._start_run(length, self._rows, rollback, lora)
+        return self._start_run(length, self._rows, rollback, lora, prompt=columns)
 
-    def _start_run(self, length: int, rows: int, rollback: int, lora: Pairs) -> Run:
+    def _start_run(self, length: int, rows: int, rollback: int, lora: Pairs, *, prompt: int) -> Run:
         if rows > MAX_ROWS:
             raise InvalidRequest(f"{rows} rows at once, a session has at most {MAX_ROWS}: generate in several calls")
         backend = self._backend
@@ -146,12 +146,15 @@ class _Step:
             max_length=length,
             max_rows=rows,
             max_rollback=rollback,
+            prompt_length=prompt,
             blocks=self._span,
             adapter=as_adapter(lora, self._span.start, self._deep),
         )
         session: AnySession = backend.bridge.call(start)
         backend.sessions_opened += 1
-        run = Run(self._span, session, length, rows, rollback, lora, states(lora) + self._prompt_states, session.close)
+        run = Run(
+            self._span, session, length, rows, rollback, prompt, lora, states(lora) + self._prompt_states, session.close
+        )
         _close_with(run, backend)
         return run
 
@@ -184,7 +187,7 @@ class _Step:
         length = min(self._backend.max_length, max(end, 2 * run.max_length if end > run.max_length else run.max_length))
         copies = {row: log.sent(row, start) for row, start in zip(run.sources, starts, strict=True) if start}
         rows, rollback = max(self._rows, run.max_rows), max(run.max_rollback, cut, ROLLBACK)
-        bigger = self._start_run(length, rows, min(rollback, length), run.lora)
+        bigger = self._start_run(length, rows, min(rollback, length), run.lora, prompt=run.prompt_length)
         self._backend.bridge.call(_refill, bigger.session, copies)
         run.close()
         run.session, run.max_length, run.max_rows = bigger.session, length, rows

@@ -41,6 +41,7 @@ class DaemonBlocks:
         max_length: int,
         max_rows: int = 1,
         max_rollback: int = 0,
+        prompt_length: int = 0,
         blocks: Span | None = None,
         adapter: LoraAdapter | None = None,
     ) -> DaemonSession:
@@ -52,7 +53,13 @@ class DaemonBlocks:
         check_session_size(self.facts, max_length, max_rows)
         blocks = blocks or Span(0, self.facts.block_count)
         wanted = OpenSession(
-            self.facts.digest.hex(), max_length, max_rows, max_rollback, start=blocks.start, end=blocks.end
+            self.facts.digest.hex(),
+            max_length,
+            max_rows,
+            max_rollback,
+            prompt_length,
+            start=blocks.start,
+            end=blocks.end,
         )
         session = DaemonSession(self._path, wanted, _parameters(adapter), self.facts.width)
         await self._tasks.start(session.run)

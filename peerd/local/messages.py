@@ -29,6 +29,7 @@ class OpenSession(Message):
 
     model: a name that the daemon was given, or the model's digest in hex.
     max_length: positions of a row. 0: no session, only requests that need none (embeddings, logits, passes).
+    prompt_length: how long the text is that the session begins with (spec/session.md).
     adapter: the name of one that the swarm serves. parameters: how many matrices of the client's own follow.
     """
 
@@ -37,6 +38,7 @@ class OpenSession(Message):
     max_length: int = optional(integer(0, MAX_LENGTH), 0)
     max_rows: int = optional(integer(1, MAX_ROWS), 1)
     max_rollback: int = optional(integer(0, MAX_LENGTH), 0)
+    prompt_length: int = optional(integer(0, MAX_LENGTH), 0)
     start: int = optional(integer(0, 4095), 0)
     end: int = optional(integer(0, 4096), 0)
     adapter: str = optional(text(128), "")

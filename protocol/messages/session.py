@@ -44,7 +44,8 @@ MAX_RETRY_MS = 600_000
 # The `seq` of a step that replays positions that were sent before.
 REPLAY_SEQ = 0
 # The features of this version that a client may `need`.
-FEATURES = frozenset({"bridge", "fork", "own_adapter", "own_prompts", "route"})
+PROMPT_LENGTH = "prompt_length"
+FEATURES = frozenset({"bridge", "fork", "own_adapter", "own_prompts", PROMPT_LENGTH, "route"})
 
 Want = Literal["none", "last", "all"]
 
@@ -113,6 +114,7 @@ class Open(Message):
     max_length: int = required(integer(1, MAX_LENGTH))
     max_rows: int = optional(integer(1, MAX_ROWS), 1)
     max_rollback: int = optional(_length, 0)
+    prompt_length: int = optional(_length, 0)
     max_steps: int = optional(integer(1, 64), DEFAULT_MAX_STEPS)
     dtype: str = optional(choice("float32", "float16", "bfloat16"), "float32")
     codec: str = optional(_name, "exact")
@@ -124,7 +126,7 @@ class Open(Message):
     @property
     def size(self) -> SessionSize:
         """The cache that it asks for."""
-        return SessionSize(self.max_length, self.max_rows, self.max_rollback)
+        return SessionSize(self.max_length, self.max_rows, self.max_rollback, self.prompt_length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,10 +52,18 @@ class Chain:
         ]
         self.engines = [Engine(span, **small) for span in self.spans]
 
-    def open(self, name: str, *, max_rows: int = 1, max_length: int = LENGTH, max_rollback: int | None = None) -> None:
+    def open(
+        self,
+        name: str,
+        *,
+        max_rows: int = 1,
+        max_length: int = LENGTH,
+        max_rollback: int | None = None,
+        prompt_length: int = LENGTH,
+    ) -> None:
         back = max_length if max_rollback is None else max_rollback
         for engine in self.engines:
-            engine.open(name, SessionSize(max_length, max_rows=max_rows, max_rollback=back))
+            engine.open(name, SessionSize(max_length, max_rows, back, prompt_length))
 
     def run(self, *parts: Part, ops: Sequence[Op] = ()) -> list[torch.Tensor]:
         """Run parts, one step each, through the chain, all in the same batches; their results."""

@@ -55,7 +55,7 @@ def test_a_forward_with_a_cache_causes_no_warning(name: str, tmp_path: Path) -> 
         Engine(span, kv_tokens=64)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
-        span(torch.zeros(1, 3, span.hidden_size), torch.arange(3)[None], _Counts(), max_lengths=3)
+        span(torch.zeros(1, 3, span.hidden_size), torch.arange(3)[None], _Counts(), rope_lengths=3)
     assert [str(warning.message) for warning in caught] == []
 
 

@@ -110,6 +110,7 @@ async def _open(
                 max_length=wanted.max_length,
                 max_rows=wanted.max_rows,
                 max_rollback=wanted.max_rollback,
+                prompt_length=wanted.prompt_length,
                 blocks=blocks,
                 adapter=adapter.own.for_session() or adapter.name or None,
             )

@@ -60,6 +60,8 @@ class Terms:
     # The id of an adapter that every hop has; or the client's own weights, which are sent to every hop.
     adapter: str = ""
     own_adapter: Lora | None = None
+    # Features that every hop must have.
+    needs: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -202,12 +204,13 @@ class ChainOpener:
             max_length=terms.size.max_length,
             max_rows=terms.size.max_rows,
             max_rollback=terms.size.max_rollback,
+            prompt_length=terms.size.prompt_length,
             max_steps=terms.max_steps,
             dtype=terms.dtype,
             codec=terms.codec,
             timeout_ms=terms.timeout_ms,
             adapter=terms.adapter,
-            needs=needs_of(within(terms.own_adapter or {}, hop.span)),
+            needs=terms.needs + needs_of(within(terms.own_adapter or {}, hop.span)),
             next=next_hop,
         )
 

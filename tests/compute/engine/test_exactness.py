@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
 from peerd.compute.errors import StepGapError
 from peerd.compute.families.layer_kinds import layer_kinds
+from peerd.compute.transformers_compat import cache_argument
 from peerd.protocol.rows import Fork, RowSlice, SessionSize
 from peerd.protocol.span import Span
 from tests.compute.engine_chain import LENGTH, TOLERANCE, Chain, Part, Reference
@@ -165,15 +167,37 @@ def test_a_long_neighbour_changes_nothing_where_rope_follows_the_length(
     whole = references(name)
 
     def short(chain: Chain, *neighbours: Part) -> torch.Tensor:
-        chain.open("short", max_length=UNSCALED_LENGTH)
+        chain.open("short", prompt_length=UNSCALED_LENGTH)
         return chain.run(Part("short", 0, 0, 0, 10), *neighbours)[0]
 
     alone, beside = Chain(whole), Chain(whole)
     beside.open("long")
     result = short(beside, Part("long", 0, 1, 0, LENGTH))
     torch.testing.assert_close(result, short(alone), rtol=1e-5, atol=1e-5)
-    # The long one is scaled as in Transformers, where the sequence is as long as was declared.
+    # The long one is scaled as in Transformers, where the whole text comes at once.
     chain = Chain(whole)
     chain.open("long")
     chain.check(Part("long", 0, 0, 0, LENGTH))
     assert not torch.allclose(result, whole.outputs[0, :10], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic", "phi3_longrope"])
+@pytest.mark.parametrize("prompt", [10, 30])
+def test_ropes_follow_a_growing_answer_as_in_transformers_however_long_it_may_become(
+    references: Callable[[str], Reference], tiny_checkpoint: Callable[[str], Path], name: str, prompt: int
+):
+    whole = references(name)
+    pieces = [(0, prompt), *((position, position + 1) for position in range(prompt, LENGTH))]
+    decoder = whole.checkpoint.family.decoder_type().from_pretrained(tiny_checkpoint(name), dtype=torch.float32).eval()
+    decoder.norm = torch.nn.Identity()
+    cache = {cache_argument(decoder.forward): DynamicCache(config=decoder.config)}
+    with torch.no_grad():
+        outputs = [decoder(inputs_embeds=whole.inputs[:1, start:end], **cache) for start, end in pieces]
+    expected = torch.cat([output.last_hidden_state[0] for output in outputs])
+    for length in (LENGTH, 4 * LENGTH):
+        chain = Chain(whole)
+        chain.open("a", max_length=length, prompt_length=prompt)
+        # A hop may get the prompt in pieces.
+        results = [chain.run(Part("a", 0, 0, start, end - start))[0] for start, end in [(0, 7), (7, prompt)]]
+        results += [chain.run(Part("a", 0, 0, start, 1))[0] for start, _ in pieces[1:]]
+        torch.testing.assert_close(torch.cat(results), expected, **TOLERANCE)

@@ -134,7 +134,7 @@ def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
     for span in tiny.chain.spans:
         recorder = _Recorder()
         with torch.no_grad():
-            span(torch.zeros(1, 5, span.hidden_size), torch.arange(5)[None], recorder, max_lengths=5)
+            span(torch.zeros(1, 5, span.hidden_size), torch.arange(5)[None], recorder, rope_lengths=5)
         own = [(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in span.kinds]
         assert [recorder.shapes[layer] for layer in range(len(own))] == own
         kinds += own

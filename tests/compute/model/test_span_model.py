@@ -66,7 +66,7 @@ def test_a_span_steps_through_a_cache_as_it_runs_without(tiny_checkpoint: TinyCh
         pieces = []
         for start, end in ((0, 19), (19, 20), (20, 24)):
             positions = torch.arange(start, end)[None]
-            pieces.append(span(hidden[:, start:end], positions, cache, max_lengths=24))
+            pieces.append(span(hidden[:, start:end], positions, cache, rope_lengths=24))
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -127,12 +127,12 @@ def test_a_declared_length_equal_to_the_sequence_is_transformers_own_scaling(
 def test_a_neighbours_declared_length_changes_nothing(tiny_checkpoint: TinyCheckpoint, name: str) -> None:
     with open_checkpoint(tiny_checkpoint(name)) as checkpoint:
         span = load_span(checkpoint, Span(3, 7))
-    assert span.follows_max_length
+    assert span.follows_length
     hidden = torch.randn(3, 20, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(20).expand(3, 20)
     lengths = [20, 50, 100]
     with torch.no_grad():
-        together = span(hidden, positions, max_lengths=torch.tensor(lengths)[:, None])
+        together = span(hidden, positions, rope_lengths=torch.tensor(lengths)[:, None])
         alone = [span.forward_no_cache(row[None], length) for row, length in zip(hidden, lengths, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(alone[0], span.forward_no_cache(hidden[:1], 100), atol=1e-3)

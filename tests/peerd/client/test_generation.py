@@ -54,12 +54,12 @@ def open_model(open_swarm, byte_tokenizer):
     """`async with open_model() as (model, swarm):` three servers and a client's model, `head` as given."""
 
     @asynccontextmanager
-    async def open_it(head=None):
+    async def open_it(head=None, **more):
         async with open_swarm() as swarm:
             for start in range(0, BLOCKS, 3):
                 await swarm.serve(start, start + 3)
             client = await swarm.client()
-            facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
+            facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32", **more)
             config = GenerationConfig(eos_token_id=END)
             yield (
                 SwarmModel(
@@ -97,6 +97,26 @@ async def test_tokens_text_and_figures_of_an_answer(open_model, whole_forward):
         assert generation.time_to_first_token_s is not None
         assert generation.time_to_first_token_s < 0.5
         assert all(host.task.engine.positions_computed == 22 for host in swarm.hosts)
+
+
+async def test_an_answer_is_computed_again_once_where_its_text_grows_past_a_change_of_ropes(open_model, whole_forward):
+    async with open_model(ropes_follow_length=True, ropes_change_at=10) as (model, swarm):
+        generation = model.generate([1, 2, 3], max_new_tokens=20, eos_token_ids=())
+        assert [token.id async for token in generation] == foretold(whole_forward, [1, 2, 3], 20)
+        # 10 positions, and then the whole text.
+        assert all(host.task.engine.positions_computed == 10 + 22 for host in swarm.hosts)
+
+
+@pytest.mark.parametrize("max_new_tokens", [5, 200])
+async def test_a_session_declares_its_prompt_and_not_how_long_the_answer_may_become(
+    open_model, monkeypatch, max_new_tokens
+):
+    async with open_model(ropes_follow_length=True) as (model, _):
+        asked, start = [], model.start_session
+        monkeypatch.setattr(model, "start_session", lambda **wanted: asked.append(wanted) or start(**wanted))
+        async with aclosing(model.generate([1, 2, 3], max_new_tokens=max_new_tokens).tokens()) as tokens:
+            await anext(tokens)
+        assert [wanted["prompt_length"] for wanted in asked] == [3]
 
 
 async def test_a_death_in_mid_answer_changes_no_token(open_model, whole_forward):
