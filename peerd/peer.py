@@ -151,7 +151,7 @@ class Peer:
         """Serve blocks of a model from now on, where others find them: one span for each of the spec's devices.
 
         If the spec names one device and no span, and does not say `stay`, the span moves later to blocks where the
-        swarm needs it more; `served` shows its place. If the spec names no model, this waits until the swarm serves one
+        swarm needs it more; `served` shows where. If the spec names no model, this waits until the swarm serves one
         that the spec allows. Raises CheckpointError, InvalidRequest.
         """
         if self._spans is None:

@@ -1,6 +1,6 @@
 """A whole swarm of servers that choose and change their blocks, in simulated time and without computing.
 
-The servers decide with a daemon's own code: `choose_first`, `Rebalancer`, `Places` and the planner below them. The
+The servers decide with a daemon's own code: `choose_first`, `Rebalancer`, `Slots` and the planner below them. The
 world is simulated: announcements that others see a second or two later, speeds, memories, downloads, loads, sessions of
 various lengths, and crashes that other servers do not see for a while. The simulation also has the true state, which
 the servers only believe to know, so it notices at once when a move takes a block's last server away.
@@ -27,7 +27,7 @@ from peerd.server.served_spans import ServedSpan
 from peerd.spans.first_choice import Choice, choose_first
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.mover import Rebalancer
-from peerd.spans.slots import Places
+from peerd.spans.slots import Slots
 from peerd.testing.fake_engine import FakeEngine
 
 MODEL = bytes(32)
@@ -109,7 +109,7 @@ class Server:
         world = swarm.world
         self.size = max(1, min(world.blocks, round(world.size * self._random.lognormvariate(0, world.spread))))
         self.throughput = self._random.lognormvariate(6, world.spread)
-        self.places = Places(self, lambda: None)  # type: ignore[arg-type]
+        self.slots = Slots(self, lambda: None)  # type: ignore[arg-type]
         #: What it really holds, and whether it accepts no more sessions.
         self.held: Span | None = None
         self.leaving = False
@@ -176,15 +176,15 @@ class Server:
         world = self._swarm.world
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce)
-            place = self.places.reserve(fake_record(self.size))
+            slot = self.slots.reserve(fake_record(self.size))
             choice = Choice(MODEL, world.blocks, self.size, frozenset(self._disk))
-            span = await choose_first(choice, place, self, self.peer_id, self._random)
-            place.decide(span)
+            span = await choose_first(choice, slot, self, self.peer_id, self._random)
+            slot.decide(span)
             self.announce_soon()
             await self.fetch(span)
-            self.places.add(place, *await self.load(span))
+            self.slots.add(slot, *await self.load(span))
             self.announce_soon()
-            rebalancer = Rebalancer(place, self, self, self, self.peer_id, world.blocks, self._random)
+            rebalancer = Rebalancer(slot, self, self, self, self.peer_id, world.blocks, self._random)
             self._swarm.rebalancers.append(rebalancer)
             await rebalancer.run()
 
@@ -200,7 +200,7 @@ class Server:
             await self._changes.wait()
             self._changes = trio.Event()
             announced, self._announced = self._announced, trio.Event()
-            seen = self.directory.post(self.peer_id, self.places.records())
+            seen = self.directory.post(self.peer_id, self.slots.records())
             started = trio.current_time()
             await trio.sleep(seen - started)
             announced.set()

@@ -173,18 +173,18 @@ def _pairs(
         modules.setdefault(match["module"].removeprefix(_PEFT_PREFIX), {})[match["side"]] = stored
     if not modules:
         raise AdapterError(f"{where}: it holds no LoRA matrix")
-    places = {
-        module: place
+    split_names = {
+        module: split
         for module in modules
-        if not config.leaves_out(module, (place := _place_of(module, family, where))[1])
+        if not config.leaves_out(module, (split := _split_name(module, family, where))[1])
     }
-    if not places:
+    if not split_names:
         raise AdapterError(f"{where}: its configuration targets none of the modules that it holds matrices for")
     found = {
-        (block, name): _pair(module, modules[module], config, where) for module, (_, block, name) in places.items()
+        (block, name): _pair(module, modules[module], config, where) for module, (_, block, name) in split_names.items()
     }
-    roots = {root for root, _, _ in places.values()}
-    if len(found) < len(places) or len(roots) > 1:
+    roots = {root for root, _, _ in split_names.values()}
+    if len(found) < len(split_names) or len(roots) > 1:
         raise AdapterError(f"{where}: it adapts one module of the model under two names")
     return roots.pop(), found
 
@@ -199,7 +199,7 @@ def _pair(module: str, sides: Mapping[str, StoredTensor], config: LoraConfig, wh
     return _StoredPair(module, rank, config.scale_of(module), a, b)
 
 
-def _place_of(module: str, family: Family, where: Path) -> tuple[str, int, str]:
+def _split_name(module: str, family: Family, where: Path) -> tuple[str, int, str]:
     """Split a module's name in the whole model: the block list's name, the block's number, and the name in the
     block.
     """

@@ -20,7 +20,7 @@ from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.families.meta_build import build_on_meta
 from peerd.compute.kv.layout import PAGE_TOKENS, lay_out
 from peerd.compute.quantized.formats import FORMATS, NONE, RUN_VALUES_CPU, RUN_VALUES_GPU, Format
-from peerd.compute.quantized.modules import places
+from peerd.compute.quantized.modules import quantizables
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def fits_on_disk(checkpoint: Checkpoint, count: int) -> int:
 
 
 def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, form: Format | None) -> BlockCost:
-    found = places(layer) if form is not None else {}
+    found = quantizables(layer) if form is not None else {}
     stored_size = max(checkpoint.dtype.itemsize, dtype.itemsize)
     # Transformers' processors for GGUF make a second copy, of whole tensors.
     copies = 2 if checkpoint.is_gguf else 1
@@ -248,11 +248,11 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
     for name, tensor in layer.state_dict().items():
         source = tensor.numel() * stored_size * copies
         if form is not None and name in found:
-            place = found[name]
-            n_bytes += place.n_bytes(form)
-            if place.stacked and not checkpoint.is_gguf:
+            target = found[name]
+            n_bytes += target.n_bytes(form)
+            if target.stacked and not checkpoint.is_gguf:
                 # An expert's pieces, the expert, and the one before it.
-                source = 3 * source // place.count
+                source = 3 * source // target.count
             source += _PACKING_COPIES * RUN_VALUES_CPU * torch.float32.itemsize
         else:
             n_bytes += tensor.nbytes

@@ -111,7 +111,7 @@ class DecodeGraphs:
         Returns None if these blocks turn out not to be recordable.
         """
         count = sum(segment.count for segment in segments)
-        pages = max(len(place.pages) for segment in segments for place in segment.groups)
+        pages = max(len(row_pages.pages) for segment in segments for row_pages in segment.groups)
         recorded = self._bucket(blocks, count, pages)
         if recorded is None:
             return None

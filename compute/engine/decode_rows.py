@@ -59,11 +59,11 @@ class DecodeRows:
             begin = 0
             for segment in segments:
                 end = begin + segment.count
-                place = segment.groups[group]
-                pages = np.asarray(place.pages, dtype=np.int32)
+                row_pages = segment.groups[group]
+                pages = np.asarray(row_pages.pages, dtype=np.int32)
                 table[begin:end, : len(pages)] = pages
-                filled.starts[group][begin:end] = place.first
-                filled.slots[group][begin:end] = slots_of(place, pages, segment, self._pool.page_tokens)
+                filled.starts[group][begin:end] = row_pages.first
+                filled.slots[group][begin:end] = slots_of(row_pages, pages, segment, self._pool.page_tokens)
                 begin = end
             filled.lengths[group][:count] = filled.positions[:count] + 1 - filled.starts[group][:count]
             filled.lengths[group][count:] = 0
@@ -113,9 +113,9 @@ class _Parts:
         self.tables = [next(parts) for _ in range(groups)]
 
 
-def slots_of(place: RowPages, pages: Numbers, segment: Segment, page_tokens: int) -> Numbers:
+def slots_of(row_pages: RowPages, pages: Numbers, segment: Segment, page_tokens: int) -> Numbers:
     """The slots of a segment's new positions in one group."""
-    own = np.arange(segment.start - place.first, segment.end - place.first, dtype=np.int32)
+    own = np.arange(segment.start - row_pages.first, segment.end - row_pages.first, dtype=np.int32)
     slots: Numbers = pages[own // page_tokens] * page_tokens + own % page_tokens
     return slots
 

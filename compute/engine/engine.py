@@ -238,12 +238,12 @@ class Engine(BaseEngine):
     def give_back(self) -> None:
         give_back_memory(self._device)
 
-    def forget_places(self, batch: Batch) -> None:
-        """Mark the places of a batch's new positions in the KV cache as unwritten, before it runs. Device thread."""
-        self._runner.forget_places(batch)
+    def mark_unwritten(self, batch: Batch) -> None:
+        """Mark the slots of a batch's new positions in the KV cache as unwritten, before it runs. Device thread."""
+        self._runner.mark_unwritten(batch)
 
     def unwritten(self, batch: Batch) -> list[int]:
-        """The blocks that left some of these places as they were, once the batch has run. Device thread."""
+        """The blocks that left some of these slots as they were, once the batch has run. Device thread."""
         return self._runner.unwritten(batch)
 
     def forget_part(self, blocks: Span) -> None:

@@ -97,7 +97,7 @@ class MixedView(_View):
 
     def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
         short = [segment for segment in segments if is_short(segment)]
-        pages = max((len(place.pages) for segment in short for place in segment.groups), default=0)
+        pages = max((len(row_pages.pages) for segment in short for row_pages in segment.groups), default=0)
         rows = DecodeRows(pool, sum(segment.count for segment in short), pages)
         rows.fill(short)
         rows.device.copy_(rows.host, non_blocking=True)
@@ -105,16 +105,16 @@ class MixedView(_View):
         positions = [position for segment in segments for position in range(segment.start, segment.end)]
         super().__init__(pool, slots, rows, upload(positions, pool.device)[None])
         self._long: list[tuple[int, Segment, list[RowSlots]]] = []
-        places: list[int] = []
+        short_rows: list[int] = []
         offset = 0
         for segment in segments:
             if is_short(segment):
-                places += range(offset, offset + segment.count)
+                short_rows += range(offset, offset + segment.count)
             else:
                 lies = [pool.slots(segment, group) for group in range(pool.layout.groups)]
                 self._long.append((offset, segment, lies))
             offset += segment.count
-        self._places = upload(places, pool.device)
+        self._short_rows = upload(short_rows, pool.device)
         self._visible: dict[tuple[int | None, int | None], list[Visible]] = {}
 
     def attend(self, layer: int, kind: LayerKind, query: torch.Tensor, scores: Scores) -> torch.Tensor:
@@ -128,7 +128,7 @@ class MixedView(_View):
             1, query.shape[2], query.shape[1], values.shape[2], device=values.device, dtype=values.dtype
         )
         if self._rows.rows:
-            output[:, self._places] = self.attend_rows(layer, kind, query[:, :, self._places], scores)
+            output[:, self._short_rows] = self.attend_rows(layer, kind, query[:, :, self._short_rows], scores)
         group = self.pool.layout.group_of[layer]
         for (offset, segment, slots), visible in zip(self._long, self._seen_by_long(kind), strict=True):
             end = offset + segment.count
@@ -154,8 +154,8 @@ def can_page(model: SpanModel) -> bool:
 def _slots(pool: KVPool, segments: Sequence[Segment], group: int) -> torch.Tensor:
     """The slots in which a group's blocks keep each new position of a batch."""
     parts = [
-        slots_of(place, np.asarray(place.pages, dtype=np.int32), segment, pool.page_tokens)
+        slots_of(row_pages, np.asarray(row_pages.pages, dtype=np.int32), segment, pool.page_tokens)
         for segment in segments
-        for place in (segment.groups[group],)
+        for row_pages in (segment.groups[group],)
     ]
     return upload(torch.from_numpy(np.concatenate(parts)), pool.device)

@@ -79,31 +79,31 @@ class SpanRunner:
         """The dtype in which the blocks compute."""
         return self._whole.dtype
 
-    def forget_places(self, batch: Batch) -> None:
-        """Mark the places of a batch's new positions in the KV cache as unwritten, before it runs."""
+    def mark_unwritten(self, batch: Batch) -> None:
+        """Mark the slots of a batch's new positions in the KV cache as unwritten, before it runs."""
         for block in range(batch.blocks.start, batch.blocks.end):
-            for stored, places in self._places(batch, block):
-                stored[:, places] = _UNWRITTEN
+            for stored, slots in self._new_slots(batch, block):
+                stored[:, slots] = _UNWRITTEN
 
     def unwritten(self, batch: Batch) -> list[int]:
-        """The blocks that left some of these places as they were, once the batch has run."""
+        """The blocks that left some of these slots as they were, once the batch has run."""
         return [
             block
             for block in range(batch.blocks.start, batch.blocks.end)
             if any(
-                bool((stored[:, places] == _UNWRITTEN).all(2).any()) for stored, places in self._places(batch, block)
+                bool((stored[:, slots] == _UNWRITTEN).all(2).any()) for stored, slots in self._new_slots(batch, block)
             )
         ]
 
-    def _places(self, batch: Batch, block: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | slice]]:
+    def _new_slots(self, batch: Batch, block: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | slice]]:
         """Where one block keeps the keys and values of a batch's new positions."""
         layer = block - self._whole.span.start
         group = self._pool.layout.group_of[layer]
         for segment in (segment for piece in batch.pieces for segment in piece.segments):
             tail = self._pool.slots(segment, group).tail(segment.start)
-            places = slice(tail.start, tail.stop) if isinstance(tail, range) else tail
-            yield self._pool.keys[layer], places
-            yield self._pool.values[layer], places
+            slots = slice(tail.start, tail.stop) if isinstance(tail, range) else tail
+            yield self._pool.keys[layer], slots
+            yield self._pool.values[layer], slots
 
     def forget_part(self, blocks: Span) -> None:
         """Drop what was made to run these blocks of the span alone."""

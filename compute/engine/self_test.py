@@ -178,7 +178,7 @@ class _Sessions:
 
     def _results(self) -> Iterator[tuple[object, torch.Tensor]]:
         while (batch := self._engine.plan()) is not None:
-            self._engine.forget_places(batch)
+            self._engine.mark_unwritten(batch)
             output = self._engine.run(batch)
             unwritten = self._engine.unwritten(batch)
             results = self._engine.collect(batch, output)

@@ -73,15 +73,15 @@ class Demand:
 class KVLayout:
     """How a span's blocks share pages.
 
-    `group_of` and `place_of` give a block's group and its place within the pages of that group; blocks are numbered
-    from 0 within the span.
+    `group_of` and `page_index_of` give a block's group and its index within the pages of that group; blocks
+    are numbered from 0 within the span.
     """
 
     blocks_per_page: int
     #: The retention rules, each with the number of groups that follow it; groups are numbered in this order.
     kinds: tuple[tuple[Keep, int], ...]
     group_of: tuple[int, ...]
-    place_of: tuple[int, ...]
+    page_index_of: tuple[int, ...]
 
     @property
     def groups(self) -> int:
@@ -162,13 +162,13 @@ def group(keeps: Sequence[Keep]) -> KVLayout:
         first_group[keep] = groups
         groups += own
     seen = Counter[Keep]()
-    group_of, place_of = [], []
+    group_of, page_index_of = [], []
     for keep in keeps:
-        number, place = divmod(seen[keep], size)
+        number, page_index = divmod(seen[keep], size)
         group_of.append(first_group[keep] + number)
-        place_of.append(place)
+        page_index_of.append(page_index)
         seen[keep] += 1
-    return KVLayout(size, kinds, tuple(group_of), tuple(place_of))
+    return KVLayout(size, kinds, tuple(group_of), tuple(page_index_of))
 
 
 def _cost(counts: Counter[Keep], size: int) -> float:

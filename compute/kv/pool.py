@@ -42,12 +42,12 @@ class KVPool:
         #: The slot into which a decode's padding writes: the first of a page beyond all that rows own.
         self.scratch_slot = pages * page_tokens
         slots = (pages + 1) * page_tokens
-        first = [kinds[layout.place_of.index(place)] for place in range(layout.blocks_per_page)]
+        first = [kinds[layout.page_index_of.index(page_index)] for page_index in range(layout.blocks_per_page)]
         # On the CPU untouched memory costs nothing, so a pool may be larger than what is in use.
         self._keys = [torch.empty(kind.kv_heads, slots, kind.key_dim, device=device, dtype=dtype) for kind in first]
         self._values = [torch.empty(kind.kv_heads, slots, kind.value_dim, device=device, dtype=dtype) for kind in first]
-        self.keys = [self._keys[place] for place in layout.place_of]
-        self.values = [self._values[place] for place in layout.place_of]
+        self.keys = [self._keys[page_index] for page_index in layout.page_index_of]
+        self.values = [self._values[page_index] for page_index in layout.page_index_of]
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy whole pages. All sources are read before any target is written."""

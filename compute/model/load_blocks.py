@@ -16,7 +16,7 @@ from peerd.compute.device.free_memory import trim_heap
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.meta_build import check_tensor, fill
 from peerd.compute.quantized.formats import FORMATS, NONE, Format
-from peerd.compute.quantized.modules import Place, places, put_quantized
+from peerd.compute.quantized.modules import Quantizable, put_quantized, quantizables
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -33,9 +33,9 @@ def load_block(
     dtypes = {name: tensor.dtype for name, tensor in layer.state_dict().items()}
     if quantize != NONE:
         form = FORMATS[quantize]
-        for name, place in places(layer).items():
-            sources = _sources(checkpoint, prefix, place, dtypes.pop(name))
-            _load_quantized(layer, place, form, sources, device, checkpoint.path, prefix)
+        for name, target in quantizables(layer).items():
+            sources = _sources(checkpoint, prefix, target, dtypes.pop(name))
+            _load_quantized(layer, target, form, sources, device, checkpoint.path, prefix)
     tensors = (
         (name, tensor) for name, dtype in dtypes.items() for _, tensor in checkpoint.read([f"{prefix}{name}"], dtype)
     )
@@ -43,31 +43,31 @@ def load_block(
     trim_heap()
 
 
-def _sources(checkpoint: Checkpoint, prefix: str, place: Place, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The stored matrices of a place; each is read when the caller asks for it."""
-    if place.stacked:
-        yield from checkpoint.read_slices(f"{prefix}{place.name}", dtype)
+def _sources(checkpoint: Checkpoint, prefix: str, target: Quantizable, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The stored matrices of a parameter; each is read when the caller asks for it."""
+    if target.stacked:
+        yield from checkpoint.read_slices(f"{prefix}{target.name}", dtype)
     else:
-        yield from (tensor for _, tensor in checkpoint.read([f"{prefix}{place.name}"], dtype))
+        yield from (tensor for _, tensor in checkpoint.read([f"{prefix}{target.name}"], dtype))
 
 
 def _load_quantized(
     layer: nn.Module,
-    place: Place,
+    target: Quantizable,
     form: Format,
     sources: Iterator[torch.Tensor],
     device: torch.device,
     where: object,
     prefix: str,
 ) -> None:
-    expected = (place.columns, place.rows) if place.transposed else (place.rows, place.columns)
-    for matrix in put_quantized(layer, place, form, device):
+    expected = (target.columns, target.rows) if target.transposed else (target.rows, target.columns)
+    for matrix in put_quantized(layer, target, form, device):
         source = next(sources, None)
         if source is None:
-            raise CheckpointError(f"{where}: tensor {prefix}{place.name} has fewer than {place.count} experts")
-        check_tensor(f"{prefix}{place.name}", source, expected, where)
+            raise CheckpointError(f"{where}: tensor {prefix}{target.name} has fewer than {target.count} experts")
+        check_tensor(f"{prefix}{target.name}", source, expected, where)
         matrix.store(source)
         # Otherwise the loop would let go of this source only after reading the next.
         del source
     if next(sources, None) is not None:
-        raise CheckpointError(f"{where}: tensor {prefix}{place.name} has more than {place.count} experts")
+        raise CheckpointError(f"{where}: tensor {prefix}{target.name} has more than {target.count} experts")

@@ -32,7 +32,7 @@ _LEAST_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Quantizable:
     """A parameter that can be quantized: `count` matrices, each `[rows, columns]` of a linear layer.
 
     A `stacked` parameter has three dimensions; a `transposed` one is stored `[columns, rows]`.
@@ -94,17 +94,17 @@ class QuantizedStack(nn.Module):
     """Replaces a parameter of three dimensions, one matrix for each expert: `stack[expert]` can be used in products."""
 
     def __init__(
-        self, form: Format, values: torch.Tensor, scales: torch.Tensor, place: Place, dtype: torch.dtype
+        self, form: Format, values: torch.Tensor, scales: torch.Tensor, target: Quantizable, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.form = form
-        self.place = place
+        self.target = target
         self.dtype = dtype
         self.values: torch.Tensor = nn.Buffer(values)
         self.scales: torch.Tensor = nn.Buffer(scales)
 
     def extra_repr(self) -> str:
-        return f"{self.form.name}, {self.place.count} of [{self.place.rows}, {self.place.columns}]"
+        return f"{self.form.name}, {self.target.count} of [{self.target.rows}, {self.target.columns}]"
 
     @classmethod
     def __torch_function__(
@@ -117,20 +117,20 @@ class QuantizedStack(nn.Module):
     @property
     def shape(self) -> torch.Size:
         """The shape of the parameter that this replaces."""
-        place = self.place
-        sides = (place.columns, place.rows) if place.transposed else (place.rows, place.columns)
-        return torch.Size((place.count, *sides))
+        target = self.target
+        sides = (target.columns, target.rows) if target.transposed else (target.rows, target.columns)
+        return torch.Size((target.count, *sides))
 
     def __len__(self) -> int:
-        return self.place.count
+        return self.target.count
 
     def __iter__(self) -> Iterator[QuantizedMatrix]:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, expert: int | torch.Tensor) -> QuantizedMatrix:
         index = int(expert)
-        shape = (self.place.rows, self.place.columns)
-        transposed = self.place.transposed
+        shape = (self.target.rows, self.target.columns)
+        transposed = self.target.transposed
         return QuantizedMatrix(
             self.form, self.values[index], self.scales[index], shape, self.dtype, transposed=transposed
         )
@@ -144,60 +144,60 @@ class QuantizedStack(nn.Module):
         results = []
         for rows, matrix in zip(x, self, strict=True):
             routed = rows.detach().any(-1).nonzero().squeeze(-1)
-            result = rows.new_zeros(len(rows), self.place.rows)
+            result = rows.new_zeros(len(rows), self.target.rows)
             if len(routed):
                 result = result.index_copy(0, routed, matrix.matmul_from_left(rows[routed]))
             results.append(result)
         return torch.stack(results)
 
 
-def places(block: nn.Module) -> dict[str, Place]:
+def quantizables(block: nn.Module) -> dict[str, Quantizable]:
     """The block's parameters that can be quantized, by name; the block may be on any device, also meta.
 
     Raises UnsupportedModel if most of the block could not be quantized.
     """
-    all_places = (place for prefix, module in block.named_modules() for place in _of_module(prefix, module))
-    found = [place for place in all_places if min(place.rows, place.columns) >= _SMALLEST_SIDE]
+    all_targets = (target for prefix, module in block.named_modules() for target in _of_module(prefix, module))
+    found = [target for target in all_targets if min(target.rows, target.columns) >= _SMALLEST_SIDE]
     total = sum(parameter.numel() for parameter in block.parameters())
-    share = sum(place.count * place.rows * place.columns for place in found) / total
+    share = sum(target.count * target.rows * target.columns for target in found) / total
     if share < _LEAST_SHARE:
         raise UnsupportedModel(
             f"{type(block).__name__}: only {share:.0%} of a block can be quantized, for its layout is not known;"
             " serve it without --quantize"
         )
-    return {place.name: place for place in found}
+    return {target.name: target for target in found}
 
 
-def put_quantized(block: nn.Module, place: Place, form: Format, device: torch.device) -> list[QuantizedMatrix]:
-    """Replace the parameter at `place` by memory for its quantized form. Returns the matrices, which the caller must
+def put_quantized(block: nn.Module, target: Quantizable, form: Format, device: torch.device) -> list[QuantizedMatrix]:
+    """Replace the parameter at `target` by memory for its quantized form. Returns the matrices, which the caller must
     store.
     """
-    owner_name, _, leaf = place.name.rpartition(".")
+    owner_name, _, leaf = target.name.rpartition(".")
     owner: Any = block.get_submodule(owner_name)
     dtype = getattr(owner, leaf).dtype
-    shape = (place.rows, place.columns)
-    values, scales = empty_storage(form, shape, device, count=place.count)
-    if place.stacked:
-        stack = QuantizedStack(form, values, scales, place, dtype)
+    shape = (target.rows, target.columns)
+    values, scales = empty_storage(form, shape, device, count=target.count)
+    if target.stacked:
+        stack = QuantizedStack(form, values, scales, target, dtype)
         delattr(owner, leaf)
         setattr(owner, leaf, stack)
-        return [stack[index] for index in range(place.count)]
+        return [stack[index] for index in range(target.count)]
     linear = QuantizedLinear(
-        form, values[0], scales[0], owner.bias, in_features=place.columns, out_features=place.rows, dtype=dtype
+        form, values[0], scales[0], owner.bias, in_features=target.columns, out_features=target.rows, dtype=dtype
     )
     block.set_submodule(owner_name, linear)
-    return [QuantizedMatrix(form, linear.values, linear.scales, shape, dtype, transposed=place.transposed)]
+    return [QuantizedMatrix(form, linear.values, linear.scales, shape, dtype, transposed=target.transposed)]
 
 
-def _of_module(prefix: str, module: nn.Module) -> list[Place]:
+def _of_module(prefix: str, module: nn.Module) -> list[Quantizable]:
     kind = type(module).__name__
     if prefix.rpartition(".")[2] in _ROUTERS:
         return []
     if isinstance(module, nn.Linear) and kind in _LINEAR_TYPES:
-        return [Place(f"{prefix}.weight", 1, module.out_features, module.in_features, False, False)]
+        return [Quantizable(f"{prefix}.weight", 1, module.out_features, module.in_features, False, False)]
     if kind == "Conv1D":
         columns, rows = module.get_parameter("weight").shape
-        return [Place(f"{prefix}.weight", 1, rows, columns, False, True)]
+        return [Quantizable(f"{prefix}.weight", 1, rows, columns, False, True)]
     if not kind.endswith("Experts"):
         return []
     transposed = bool(getattr(module, "is_transposed", kind in _TRANSPOSED_TYPES))
@@ -208,7 +208,7 @@ def _of_module(prefix: str, module: nn.Module) -> list[Place]:
     ]
 
 
-def _stack(name: str, parameter: torch.Tensor, transposed: bool) -> Place:
+def _stack(name: str, parameter: torch.Tensor, transposed: bool) -> Quantizable:
     count, first, second = parameter.shape
     rows, columns = (second, first) if transposed else (first, second)
-    return Place(name, count, rows, columns, True, transposed)
+    return Quantizable(name, count, rows, columns, True, transposed)

@@ -27,7 +27,7 @@ from peerd.cli.page_link import page_link, show_page
 from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.net.limits.gate import MAX_CONNECTIONS, descriptor_limit, places
+from peerd.net.limits.gate import MAX_CONNECTIONS, connection_limits, descriptor_limit
 from peerd.peer import open_configured
 from peerd.peer_parts import PeerConfig
 from peerd.protocol.addresses import Multiaddr
@@ -173,7 +173,7 @@ def raise_descriptor_limit() -> None:
         except (OSError, ValueError) as error:
             log.warning("cannot raise the limit of open files from %d to %d: %s", soft, wanted, error)
     limit = descriptor_limit()
-    if (settled := places(limit).settled) < MAX_CONNECTIONS:
+    if (settled := connection_limits(limit).settled) < MAX_CONNECTIONS:
         log.warning(
             "this process may have %d files open, so at most %d peers can be connected: raise the hard limit"
             " (ulimit -Hn, or LimitNOFILE= in systemd)",

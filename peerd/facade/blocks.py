@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from peerd.facade.cache import Place, RemoteCache
+from peerd.facade.cache import RemoteCache, RunKey
 from peerd.facade.inputs import check_slice_mask
 from peerd.facade.weights import RemoteWeight, replace_weights
 from peerd.protocol.span import Span
@@ -68,7 +68,7 @@ class Call:
         return span
 
     @property
-    def place(self) -> Place:
+    def run_key(self) -> RunKey:
         """The run that began last, by its number and span: two runs of one forward may have the same span."""
         return self.begun - 1, self.runs[self.begun - 1]
 

@@ -22,7 +22,7 @@ from peerd.facade.lora import Pairs
 from peerd.protocol.rows import Drop, Fork
 from peerd.protocol.span import Span
 
-Place = tuple[int, Span]
+RunKey = tuple[int, Span]
 """A run of blocks in a forward: its number, from 0, and its span."""
 
 
@@ -91,11 +91,11 @@ class RemoteCache(DynamicCache):
         #: one.
         self.shift: torch.Tensor | None = None
         self.rows = 0
-        self.runs: dict[Place, Run] = {}
+        self.runs: dict[RunKey, Run] = {}
         #: A lazy cache was not requested by the caller. It opens no session until the caller uses it for a second call,
         #: and keeps each run's input, `[rows, columns, width]`, from which a session is then filled.
         self.lazy = False
-        self.inputs: dict[Place, torch.Tensor] = {}
+        self.inputs: dict[RunKey, torch.Tensor] = {}
         self.max_length, self.max_rollback = max_length, max_rollback
         self.lock = threading.Lock()
         self.layers = [_View(self)] * blocks
@@ -165,7 +165,7 @@ class RemoteCache(DynamicCache):
         columns = min(self.columns, count) if count > 0 else max(0, self.columns + count)
         if self.mask is not None:
             self.mask = self.mask[:, :columns]
-        self.inputs = {place: hidden[:, :columns] for place, hidden in self.inputs.items()}
+        self.inputs = {key: hidden[:, :columns] for key, hidden in self.inputs.items()}
         self.columns = columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -187,7 +187,7 @@ class RemoteCache(DynamicCache):
             return
         for run in self.runs.values():
             run.sources = [run.sources[index] for index in indices]
-        self.inputs = {place: hidden[indices] for place, hidden in self.inputs.items()}
+        self.inputs = {key: hidden[indices] for key, hidden in self.inputs.items()}
         if self.mask is not None:
             self.mask = self.mask[indices]
         if self.shift is not None:

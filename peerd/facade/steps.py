@@ -89,7 +89,7 @@ class _Step:
             targets, ops = settle(run.sources, [self._start(past) for past in self._past], list(held), run.max_rows)
         else:
             targets, ops = list(run.sources), []
-        pieces, place = self._pieces(wire, targets)
+        pieces, piece_of = self._pieces(wire, targets)
         is_last = self._call.last_only and self._call.is_last
         only_last = is_last or (self._columns == 1 and not self._extra)
         want: Want = "last" if only_last else "all"
@@ -97,7 +97,7 @@ class _Step:
         self._backend.steps += 1
         run.sources = targets
         self._cache.shift = shift
-        output = self._spread(answers, targets, place)
+        output = self._spread(answers, targets, piece_of)
         finish_run(self._call, self._cache, self._mask, self._rows, self._columns)
         return output.to(self._hidden.device, self._hidden.dtype)
 
@@ -107,21 +107,21 @@ class _Step:
 
     def _ready_run(self, wire: torch.Tensor, lora: Pairs) -> Run:
         """The run's session, old or new, and large enough for this step."""
-        cache, place = self._cache, self._call.place
-        run = cache.runs.get(place)
+        cache, key = self._cache, self._call.run_key
+        run = cache.runs.get(key)
         if run is None:
-            if cache.columns and place not in cache.inputs:
+            if cache.columns and key not in cache.inputs:
                 known = ", ".join(str(span) for _, span in cache.runs)
                 raise ValueError(
                     f"this cache was filled by runs of blocks {known}, not by {self._span}: begin a new cache"
                 )
             run = self._open(cache.columns + self._columns + self._extra, lora)
             run.sources = _distinct(wire, self._mask)
-            if place in cache.inputs:
-                self._fill(run, cache.inputs[place].to("cpu", self._backend.dtype))
-                del cache.inputs[place]
+            if key in cache.inputs:
+                self._fill(run, cache.inputs[key].to("cpu", self._backend.dtype))
+                del cache.inputs[key]
             # Only now: if the servers failed to fill it, the cache is unchanged, and the session becomes garbage.
-            cache.runs[place] = run
+            cache.runs[key] = run
         elif not cache.columns:
             run.sources = _distinct(wire, self._mask)
         elif run.states != states(run.lora) + self._prompt_states:
@@ -199,24 +199,26 @@ class _Step:
     def _pieces(self, wire: torch.Tensor, targets: Sequence[int]) -> tuple[list[Piece], dict[int, int]]:
         """The pieces to send, and for each session row the piece with its answer; equal rows are sent once."""
         pieces: list[Piece] = []
-        place: dict[int, int] = {}
+        piece_of: dict[int, int] = {}
         for index, (target, past, count) in enumerate(zip(targets, self._past, self._counts, strict=True)):
-            if not count or target in place:
+            if not count or target in piece_of:
                 continue
-            place[target] = len(pieces)
+            piece_of[target] = len(pieces)
             part = wire[index] if self._mask is None else wire[index][self._mask[index]]
             if self._prefix is not None and not past:
                 part = torch.cat((self._prefix, part))
             pieces.append((RowSlice(target, self._start(past), len(part)), part))
-        return pieces, place
+        return pieces, piece_of
 
-    def _spread(self, answers: Sequence[torch.Tensor], targets: Sequence[int], place: dict[int, int]) -> torch.Tensor:
+    def _spread(
+        self, answers: Sequence[torch.Tensor], targets: Sequence[int], piece_of: dict[int, int]
+    ) -> torch.Tensor:
         """Put the answers of rows into columns, `[rows, columns, width]`."""
         output = torch.zeros(self._rows, self._columns, self._width, dtype=self._backend.dtype)
         for index, (target, count) in enumerate(zip(targets, self._counts, strict=True)):
             if not count:
                 continue
-            found = answers[place[target]][-count:]
+            found = answers[piece_of[target]][-count:]
             if self._mask is None:
                 output[index, self._columns - len(found) :] = found
             else:

@@ -26,7 +26,7 @@ class Swarm(Backend):
                 f" {list(hidden.shape)}"
             )
         cache = call.cache
-        run = cache.runs.get(call.place) if cache is not None else None
+        run = cache.runs.get(call.run_key) if cache is not None else None
         # A session keeps the adapter with which it was opened; finding it again at every token would cost a
         # millisecond.
         lora = run.lora if run is not None else lora_of(self.layers[span.start : span.end])
@@ -35,7 +35,7 @@ class Swarm(Backend):
         if not (cache.lazy and not cache.columns):
             return run_step(self, call, cache, span, hidden, lora)
         output = run_pass(self, call, span, hidden, dict(lora))
-        cache.inputs[call.place] = hidden.detach()
+        cache.inputs[call.run_key] = hidden.detach()
         rows, columns, _ = hidden.shape
         finish_run(call, cache, new_mask(call, rows, columns), rows, columns)
         return output

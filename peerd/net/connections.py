@@ -21,7 +21,7 @@ from peerd.net.dialling.dialler import Arrived, Dialler
 from peerd.net.dialling.prove import prove
 from peerd.net.dialling.sightings import Sightings
 from peerd.net.handlers import StreamHandler
-from peerd.net.limits.gate import Gate, Places, Visit, descriptor_limit, host_of, places
+from peerd.net.limits.gate import ConnectionLimits, Gate, Visit, connection_limits, descriptor_limit, host_of
 from peerd.net.live_connections import LiveConnections, Observer
 from peerd.net.loopback import loopback
 from peerd.net.peer_connection import PeerConnection
@@ -70,7 +70,7 @@ class Connections:
         now: Callable[[], float],
         containment: Containment,
         buffer_bytes: int,
-        places: Places,
+        room: ConnectionLimits,
     ) -> None:
         self.containment = containment
         #: How many bytes peers may make us hold in buffers, over all connections.
@@ -90,8 +90,8 @@ class Connections:
         self._agent = agent
         self._limits = limits
         self._now = now
-        self._gate = Gate(places.unproven)
-        self._live = LiveConnections(containment, places.settled)
+        self._gate = Gate(room.unproven)
+        self._live = LiveConnections(containment, room.settled)
         self._dialler = Dialler(
             self.peer_id,
             self._live,
@@ -348,7 +348,7 @@ async def open_connections(
     now: Callable[[], float] = time.time,
     containment: Containment | None = None,
     buffer_bytes: int = DEFAULT_TOTAL_BYTES,
-    room: Places | None = None,
+    room: ConnectionLimits | None = None,
 ) -> AsyncIterator[Connections]:
     """Listen, and yield connections that can dial. At the end every connection is closed within a second.
 
@@ -374,7 +374,7 @@ async def open_connections(
             now=now,
             containment=containment or Containment(),
             buffer_bytes=buffer_bytes,
-            places=room or places(descriptor_limit()),
+            room=room or connection_limits(descriptor_limit()),
         )
         try:
             for address in listen:

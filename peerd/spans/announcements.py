@@ -19,31 +19,31 @@ from peerd.protocol.records.envelope import ModelRecord, ServerRecord
 from peerd.routing.chains.rules import ChainRules
 from peerd.spans.catalogue import ModelNames
 from peerd.spans.neighbours import Neighbours
-from peerd.spans.slots import Places
+from peerd.spans.slots import Slots
 
 
 class Announcements:
     """What one peer announces; `rules` say whose distance is worth announcing."""
 
     def __init__(
-        self, own: PeerId, connections: Connections, discovery: Discovery, places: Places, rules: ChainRules
+        self, own: PeerId, connections: Connections, discovery: Discovery, slots: Slots, rules: ChainRules
     ) -> None:
         random = Random(os.urandom(16))
         prober = RttProber(connections, discovery.track_record, discovery.may_dial)
         self._connections = connections
-        self._places = places
+        self._slots = slots
         self._neighbours = Neighbours(
-            own, discovery.directory, discovery.track_record, prober, random, rules, places.records
+            own, discovery.directory, discovery.track_record, prober, random, rules, slots.records
         )
         self._names = ModelNames(discovery.dht, own, discovery.announce_soon, random)
 
     def __repr__(self) -> str:
-        return f"<Announcements of {len(self._places)} slots, {self._names!r}>"
+        return f"<Announcements of {len(self._slots)} slots, {self._names!r}>"
 
     def spans(self) -> Sequence[ServerRecord]:
         """The spans that are served or on their way; `seq` and `expires` are the announcer's."""
         uplink = self._connections.uplink
-        filled = self._neighbours.filled(self._places.records())
+        filled = self._neighbours.filled(self._slots.records())
         return [replace(record, uplink=record.uplink or uplink) for record in filled]
 
     def models(self) -> Sequence[ModelRecord]:

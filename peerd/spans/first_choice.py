@@ -20,7 +20,7 @@ from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.directory.holding import Holding, HoldingSource
 from peerd.routing.placement.placement import Newcomer, are_choosing, choose_first_span
-from peerd.spans.slots import Place
+from peerd.spans.slots import Slot
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +57,18 @@ class Choice:
     on_disk: frozenset[int]
 
 
-async def choose_first(choice: Choice, place: Place, discovery: Announcing, peer_id: PeerId, random: Random) -> Span:
-    """Choose the span to begin with. In the end `place` intends it; the caller then decides on it and loads it.
+async def choose_first(choice: Choice, slot: Slot, discovery: Announcing, peer_id: PeerId, random: Random) -> Span:
+    """Choose the span to begin with. In the end `slot` intends it; the caller then decides on it and loads it.
 
     Waits until the whole swarm can be seen, however long that takes.
     """
-    newcomer = Newcomer(peer_id, place.slot)
+    newcomer = Newcomer(peer_id, slot.number)
     has_waited = False
     for _ in range(MAX_LOOKS):
         holdings = await _see(choice, discovery, random)
         span = choose_first_span(holdings, newcomer, choice.block_count, choice.size, choice.on_disk)
-        if span != place.intended:
-            place.intended, has_waited = span, False
+        if span != slot.intended:
+            slot.intended, has_waited = span, False
             await announce(discovery)
         elif has_waited or not are_choosing(holdings, peer_id):
             break

@@ -2,7 +2,7 @@
 
 The steps themselves are elsewhere: `loading.py`, `first_choice.py`, `mover.py`, `server/`. The swarm must know of a
 span from the moment when it is chosen until it is gone, and must not keep seeing one that failed to load. So each span
-has a place from the beginning, which is released if anything fails.
+has a slot from the beginning, which is released if anything fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.rules import ChainRules
 from peerd.spans.announcements import Announcements
 from peerd.spans.catalogue import words_for
-from peerd.spans.slots import Place, Places
+from peerd.spans.slots import Slot, Slots
 from peerd.trio_tools import import_in_thread
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class SpanHost:
         self._server = server
         self._checkpoints = checkpoints
         self._tasks = tasks
-        self._places = Places(server, discovery.announce_soon)
-        self._announcements = Announcements(peer_id, connections, discovery, self._places, rules or ChainRules())
+        self._slots = Slots(server, discovery.announce_soon)
+        self._announcements = Announcements(peer_id, connections, discovery, self._slots, rules or ChainRules())
         # Whether discovery asks for the announcements, and whether tasks keep them true.
         self._is_announcing = self._is_measuring = False
         # What loads spans while we serve.
@@ -87,7 +87,7 @@ class SpanHost:
         """Serve blocks of a model from now on, where others find them: one span for each of the spec's devices.
 
         If the spec names one device and no span, and does not say `stay`, the span moves later to blocks where the
-        swarm needs it more; `served` shows its place. If the spec names no model, this waits until the swarm serves one
+        swarm needs it more; `served` shows where. If the spec names no model, this waits until the swarm serves one
         that the spec allows. Raises CheckpointError, InvalidRequest.
         """
         await import_in_thread("peerd.spans.loading")
@@ -100,7 +100,7 @@ class SpanHost:
         if spec.among:
             spec = await self._choose_model(spec)
         spec = replace(spec, promised_bytes=self._promised_bytes())
-        reserved: list[Place] = []
+        reserved: list[Slot] = []
         ready = []
         try:
             async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
@@ -112,17 +112,17 @@ class SpanHost:
                 words = words_for(checkpoint)
             moves = not (spec.stay or isinstance(spec.blocks, Span) or "," in spec.device)
             for (served, loaded), (own, span) in zip(ready, shares, strict=True):
-                place = reserved[0]
-                self._places.add(place, served, loaded)
-                reserved.remove(place)
-                place.loader = SpanLoader(self._checkpoints, own, digest, self._promised_bytes)
-                swap = self._start_reloading(place, place.loader)
+                slot = reserved[0]
+                self._slots.add(slot, served, loaded)
+                reserved.remove(slot)
+                slot.loader = SpanLoader(self._checkpoints, own, digest, self._promised_bytes)
+                swap = self._start_reloading(slot, slot.loader)
                 if moves and len(span) < block_count:
-                    self._start_moving(place, place.loader, swap, block_count, spec.look_every_s)
+                    self._start_moving(slot, slot.loader, swap, block_count, spec.look_every_s)
             self._announce_model(words)
         finally:
-            for place in reserved:
-                self._places.release(place)
+            for slot in reserved:
+                self._slots.release(slot)
             self._discovery.announce_soon()
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self._discovery.wait_announced()
@@ -130,7 +130,7 @@ class SpanHost:
 
     def _promised_bytes(self) -> int:
         """The host memory that the served spans may still take."""
-        return sum(place.loaded.promised_bytes for place in self._places if place.loaded is not None)
+        return sum(slot.loaded.promised_bytes for slot in self._slots if slot.loaded is not None)
 
     async def _choose_model(self, spec: ServeSpec) -> ServeSpec:
         """The spec with one of the models that it allows. Waits until the swarm serves one."""
@@ -145,25 +145,25 @@ class SpanHost:
             self._keep("naming models", self._announcements.keep_names)
             self._keep("measuring the ways to next servers", self._announcements.measure)
 
-    def _start_reloading(self, place: Place, loader: SpanLoader) -> SpanSwap:
+    def _start_reloading(self, slot: Slot, loader: SpanLoader) -> SpanSwap:
         from peerd.spans.swap import Reloader, SpanSwap
 
         random, containment = Random(os.urandom(16)), self._connections.containment
-        swap = SpanSwap(place, loader, self._server, self._discovery, random, containment)
-        reloader = Reloader(place, swap, self._server, random)
+        swap = SpanSwap(slot, loader, self._server, self._discovery, random, containment)
+        reloader = Reloader(slot, swap, self._server, random)
         self._movers.append(reloader)
         self._keep("loading blocks again", reloader.run)
         return swap
 
     def _start_moving(
-        self, place: Place, loader: SpanLoader, swap: SpanSwap, block_count: int, look_every_s: float | None
+        self, slot: Slot, loader: SpanLoader, swap: SpanSwap, block_count: int, look_every_s: float | None
     ) -> None:
         from peerd.spans.mover import Pace, Rebalancer
 
         random = Random(os.urandom(16))
         pace = Pace.looking_every(look_every_s)
         rebalancer = Rebalancer(
-            place, loader, self._server, self._discovery, self._peer_id, block_count, random, pace, swap
+            slot, loader, self._server, self._discovery, self._peer_id, block_count, random, pace, swap
         )
         self._movers.append(rebalancer)
         self._keep("moving blocks", rebalancer.run)
@@ -178,38 +178,38 @@ class SpanHost:
         """
         from peerd.spans.adapters import load_adapter, read_adapter
 
-        place = self._places.of(served)
-        assert place.loaded is not None
-        engine = place.loaded.engine
+        slot = self._slots.of(served)
+        assert slot.loaded is not None
+        engine = slot.loaded.engine
         hub = self._checkpoints.settings
-        adapter = await trio.to_thread.run_sync(read_adapter, name, path, place.loaded.family, served.span, hub)
+        adapter = await trio.to_thread.run_sync(read_adapter, name, path, slot.loaded.family, served.span, hub)
         await served.task.run_blocking(partial(load_adapter, engine, adapter))
         try:
             # The span may have moved meanwhile.
-            self._places.of(served).check()
+            self._slots.of(served).check()
         except InvalidRequest:
             served.task.withdraw_adapter(adapter.id)
             raise
-        if place.loader is not None:
-            place.loader.with_adapter(name, path)
+        if slot.loader is not None:
+            slot.loader.with_adapter(name, path)
         self._discovery.announce_soon()
         return adapter.id
 
     def unload_adapter(self, served: ServedSpan, adapter: str) -> None:
         """Offer an adapter (given by its id) to no new session, and free it after its last session. Raises KeyError."""
-        place = self._places.of(served)
+        slot = self._slots.of(served)
         served.task.withdraw_adapter(adapter)
-        if place.loader is not None:
-            place.loader.without_adapter(name_of(adapter))
+        if slot.loader is not None:
+            slot.loader.without_adapter(name_of(adapter))
         self._discovery.announce_soon()
 
     async def _choose(
-        self, spec: ServeSpec, checkpoint: Checkpoint, reserved: list[Place]
+        self, spec: ServeSpec, checkpoint: Checkpoint, reserved: list[Slot]
     ) -> list[tuple[ServeSpec, Span]]:
         """Choose the span that was asked for, or the one that the swarm needs most, and divide it among the spec's
         devices.
 
-        From now on the shares are announced as intended: each has a place of its own, which is added to `reserved`.
+        From now on the shares are announced as intended: each has a slot of its own, which is added to `reserved`.
         """
         from peerd.compute.engine.capacity import fits_on_disk
         from peerd.spans.budget import how_many_blocks
@@ -222,7 +222,7 @@ class SpanHost:
         expected = expected_record(spec, checkpoint)
         specs = specs_by_device(spec)
         room = await trio.to_thread.run_sync(rooms, specs, checkpoint) if len(specs) > 1 else [1]
-        reserved.append(self._places.reserve(expected))
+        reserved.append(self._slots.reserve(expected))
         if isinstance(spec.blocks, Span):
             if spec.blocks.end > checkpoint.block_count:
                 raise InvalidRequest(f"{checkpoint.name} has blocks 0:{checkpoint.block_count}, not {spec.blocks}")
@@ -236,8 +236,8 @@ class SpanHost:
             choice = Choice(digest, checkpoint.block_count, count, here)
             span = await choose_first(choice, reserved[0], self._discovery, self._peer_id, Random(os.urandom(16)))
         shares = [(own, share) for own, share in zip(specs, share_span(span, room), strict=True) if share is not None]
-        reserved += [self._places.reserve(expected) for _ in shares[1:]]
-        for place, (_, share) in zip(reserved, shares, strict=True):
-            place.decide(share)
+        reserved += [self._slots.reserve(expected) for _ in shares[1:]]
+        for slot, (_, share) in zip(reserved, shares, strict=True):
+            slot.decide(share)
         self._discovery.announce_soon()
         return shares

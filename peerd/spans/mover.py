@@ -25,7 +25,7 @@ from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.placement.placement import choose_move
 from peerd.spans.first_choice import Announcing, announce
-from peerd.spans.slots import Place
+from peerd.spans.slots import Slot
 from peerd.spans.swap import LOAD_ERRORS, Hosting, Loading, SpanSwap
 
 log = logging.getLogger(__name__)
@@ -67,11 +67,11 @@ class Pace:
 
 
 class Rebalancer:
-    """Moves the span in one place. `run` it once, in a nursery; `stop` ends it."""
+    """Moves the span in one slot. `run` it once, in a nursery; `stop` ends it."""
 
     def __init__(
         self,
-        place: Place,
+        slot: Slot,
         loader: Loading,
         server: Hosting,
         discovery: Announcing,
@@ -81,14 +81,14 @@ class Rebalancer:
         pace: Pace | None = None,
         swap: SpanSwap | None = None,
     ) -> None:
-        assert place.served is not None
-        self._place = place
-        self._swap = swap or SpanSwap(place, loader, server, discovery, random)
+        assert slot.served is not None
+        self._slot = slot
+        self._swap = swap or SpanSwap(slot, loader, server, discovery, random)
         self._loader = loader
         self._server = server
         self._discovery = discovery
         self._peer_id = peer_id
-        self._model = place.served.model
+        self._model = slot.served.model
         self._block_count = block_count
         self._random = random
         self._pace = pace or Pace()
@@ -97,7 +97,7 @@ class Rebalancer:
         self.moves = 0
 
     def __repr__(self) -> str:
-        return f"<Rebalancer of {self._place.served} moves={self.moves}>"
+        return f"<Rebalancer of {self._slot.served} moves={self.moves}>"
 
     def stop(self) -> None:
         """Move no more. What has been given up for a move is not loaded any more."""
@@ -115,8 +115,8 @@ class Rebalancer:
 
     @property
     def _span(self) -> Span:
-        assert self._place.served is not None
-        return self._place.served.span
+        assert self._slot.served is not None
+        return self._slot.served.span
 
     async def _look_and_move(self) -> bool:
         """One round. Returns False if a move failed; then the old span is served again."""
@@ -135,7 +135,7 @@ class Rebalancer:
             log.warning("cannot move to other blocks: %s; still serving %s", error, self._span)
             return False
         finally:
-            if self._place.intended is not None:
+            if self._slot.intended is not None:
                 self._say(None)
 
     async def _agree_on_goal(self) -> Span | None:
@@ -144,7 +144,7 @@ class Rebalancer:
         for _ in range(MAX_GOALS):
             if goal is None:
                 return None
-            self._place.intended = goal
+            self._slot.intended = goal
             await announce(self._discovery)
             await trio.sleep(self._random.uniform(0, self._pace.hesitation_s))
             said, goal = goal, await self._look(goal)
@@ -163,7 +163,7 @@ class Rebalancer:
             log.info("not moving: this peer cannot see the whole swarm: %s", error)
             return None
         ours = [one for one in holdings if one.peer_id == self._peer_id]
-        own = next((one for one in ours if one.record.slot == self._place.slot), None)
+        own = next((one for one in ours if one.record.slot == self._slot.number), None)
         if own is None or own.record.span != self._span:
             return None
         choose = partial(choose_move, holdings, own, self._block_count, said=said)
@@ -173,7 +173,7 @@ class Rebalancer:
         return choose(on_disk=await self._loader.on_disk())
 
     def _say(self, goal: Span | None) -> None:
-        self._place.intended = goal
+        self._slot.intended = goal
         self._discovery.announce_soon()
 
     async def _give_up(self, goal: Span) -> bool:
@@ -181,7 +181,7 @@ class Rebalancer:
 
         Returns False, and serves as before, if the swarm needs us here after all.
         """
-        served = self._place.served
+        served = self._slot.served
         assert served is not None
         log.info(
             "moving from blocks %s to %s, where the swarm needs them more; %d open sessions get %g s to end",

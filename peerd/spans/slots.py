@@ -1,9 +1,9 @@
 """What a peer serves, slot by slot, and the records that announce it.
 
-A place is one slot of our announcements (spec/records.md): the span that is served in it, or the one that is coming.
-When a span moves, other peers that plan must hear of the new blocks before the old ones are given up, but a slot
-announces one span at a time. So an intention is announced in a spare slot while the old span is still served or the
-goal may still change, and in the slot itself afterwards.
+A slot holds the span that is served under one number of our announcements (spec/records.md), or the span that is
+coming there. When a span moves, other peers that plan must hear of the new blocks before the old ones are given up, but
+a slot announces one span at a time. So an intention is announced in a spare slot while the old span is still served or
+the goal may still change, and in the slot itself afterwards.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ if TYPE_CHECKING:
 _TIMES_BYTES = 16
 
 
-class Place:
-    """One slot. `served` and `loaded` are None while it is empty; `intended` is the span that is coming, if any."""
+class Slot:
+    """One slot, known to other peers by its `number`.
 
-    def __init__(self, slot: int, expected: ServerRecord, changed: Callable[[], None]) -> None:
-        self.slot = slot
+    `served` and `loaded` are None while it is empty; `intended` is the span that is coming, if any.
+    """
+
+    def __init__(self, number: int, expected: ServerRecord, changed: Callable[[], None]) -> None:
+        self.number = number
         self.served: ServedSpan | None = None
         self.loaded: LoadedSpan | None = None
-        #: Loads other spans into this place; None if the operator named the span.
+        #: Loads other spans into this slot; None if the operator named the span.
         self.loader: SpanLoader | None = None
         self.intended: Span | None = None
         # Whether the intended span is final. Before that it is announced in the spare slot.
@@ -45,7 +48,7 @@ class Place:
         self._broke = trio.Event()
 
     def decide(self, span: Span) -> None:
-        """Make this the final span of an empty place."""
+        """Make this the final span of an empty slot."""
         self.intended, self._decided = span, True
 
     def record(self, state: ServerState) -> ServerRecord:
@@ -72,7 +75,7 @@ class Place:
             block_roots=loaded.roots,
             adapters=tuple(sorted(served.task.adapters)),
             client_adapters=served.adapter_room.session_bytes,
-            slot=self.slot,
+            slot=self.number,
             queue_s=self._queue_s(served, loaded),
             uplink=loaded.uplink,
         )
@@ -89,7 +92,7 @@ class Place:
         """
         if self.intended is None:
             return None
-        slot = self.slot if self._decided and self.served is None else intention_slot(self.slot)
+        slot = self.number if self._decided and self.served is None else intention_slot(self.number)
         return replace(
             self._last,
             span=self.intended,
@@ -102,7 +105,7 @@ class Place:
         )
 
     def vacate(self) -> None:
-        """Empty the place. The intended span is final now."""
+        """Empty the slot. The intended span is final now."""
         self.served = self.loaded = None
         self._decided = True
         self._broke = trio.Event()
@@ -133,55 +136,55 @@ class Place:
         check_record(self.record("online"))
 
 
-class Places:
+class Slots:
     """All slots of one peer. `changed` is called when a span has become full, or is no longer full."""
 
     def __init__(self, server: Server, changed: Callable[[], None]) -> None:
         self._server = server
         self._changed = changed
-        self._places: dict[int, Place] = {}
+        self._slots: dict[int, Slot] = {}
 
-    def __iter__(self) -> Iterator[Place]:
-        return iter(self._places.values())
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._slots)
 
-    def reserve(self, expected: ServerRecord) -> Place:
+    def reserve(self, expected: ServerRecord) -> Slot:
         """Reserve a slot for a span that is still to be chosen or loaded; `expected` is what is known of its
         announcement.
 
         Raises InvalidRequest if all slots are taken.
         """
-        slot = next((slot for slot in range(MAX_SLOTS) if slot not in self._places), None)
-        if slot is None:
+        number = next((number for number in range(MAX_SLOTS) if number not in self._slots), None)
+        if number is None:
             raise InvalidRequest(f"a peer announces at most {MAX_SLOTS} spans")
-        self._places[slot] = Place(slot, expected, self._changed)
-        return self._places[slot]
+        self._slots[number] = Slot(number, expected, self._changed)
+        return self._slots[number]
 
-    def release(self, place: Place) -> None:
+    def release(self, slot: Slot) -> None:
         """Free a slot from which nothing will come."""
-        del self._places[place.slot]
+        del self._slots[slot.number]
 
-    def add(self, place: Place, served: ServedSpan, loaded: LoadedSpan) -> None:
-        """Serve a place's first span from now on. Raises InvalidRequest if it cannot be announced."""
-        place.fill(served, loaded)
+    def add(self, slot: Slot, served: ServedSpan, loaded: LoadedSpan) -> None:
+        """Serve a slot's first span from now on. Raises InvalidRequest if it cannot be announced."""
+        slot.fill(served, loaded)
         self._server.serve(served)
 
-    def of(self, served: ServedSpan) -> Place:
-        """The place of a span. Raises InvalidRequest if the span is not served any more."""
-        for place in self:
-            if place.served is served:
-                return place
+    def of(self, served: ServedSpan) -> Slot:
+        """The slot of a span. Raises InvalidRequest if the span is not served any more."""
+        for slot in self:
+            if slot.served is served:
+                return slot
         raise InvalidRequest(f"blocks {served.span} are not served here any more")
 
     def records(self) -> list[ServerRecord]:
         """The records to announce now."""
         found = []
-        for place in self:
-            if place.served is not None:
-                found.append(place.record("draining" if self._server.is_leaving(place.served) else "online"))
-            intention = place.intention()
+        for slot in self:
+            if slot.served is not None:
+                found.append(slot.record("draining" if self._server.is_leaving(slot.served) else "online"))
+            intention = slot.intention()
             if intention is not None and not self._server.draining:
                 found.append(intention)
         return found

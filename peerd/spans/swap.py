@@ -1,6 +1,6 @@
-"""Takes the span in a place out of service, and loads a span there: another one, or the same one again.
+"""Takes the span in a slot out of service, and loads a span there: another one, or the same one again.
 
-Loading fails for many reasons that pass: no memory, no network, a lost device. Then the place announces nothing, and
+Loading fails for many reasons that pass: no memory, no network, a lost device. Then the slot announces nothing, and
 loading is tried again after ever longer pauses. `Reloader` does this if the device under a span has failed.
 """
 
@@ -23,7 +23,7 @@ from peerd.protocol.span import Span
 from peerd.server.served_spans import ServedSpan
 from peerd.spans.first_choice import Announcing
 from peerd.spans.loading import LoadedSpan
-from peerd.spans.slots import Place
+from peerd.spans.slots import Slot
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ class Hosting(Protocol):
 
 
 class SpanSwap:
-    """Empties one place and fills it. Hold `lock` while calling its methods."""
+    """Empties one slot and fills it. Hold `lock` while calling its methods."""
 
     def __init__(
         self,
-        place: Place,
+        slot: Slot,
         loader: Loading,
         server: Hosting,
         discovery: Announcing,
@@ -82,7 +82,7 @@ class SpanSwap:
         containment: Containment | None = None,
     ) -> None:
         self.lock = trio.Lock()
-        self._place = place
+        self._slot = slot
         self._loader = loader
         self._server = server
         self._discovery = discovery
@@ -90,14 +90,14 @@ class SpanSwap:
         self._containment = containment or Containment()
 
     def _say(self, goal: Span | None) -> None:
-        self._place.intended = goal
+        self._slot.intended = goal
         self._discovery.announce_soon()
 
     async def vacate(self) -> None:
         """Free the old engine. Only handlers that send their last messages may still use it."""
-        assert self._place.served is not None
-        engine = weakref.ref(self._place.served.task.engine)
-        self._place.vacate()
+        assert self._slot.served is not None
+        engine = weakref.ref(self._slot.served.task.engine)
+        self._slot.vacate()
         self._discovery.announce_soon()
         for _ in range(LET_GO_LOOKS):
             if not _alive(engine):
@@ -113,7 +113,7 @@ class SpanSwap:
         try:
             served, loaded = await self._loader.load(span)
             # There is no await from here on: the span is served and announced, or neither.
-            self._place.fill(served, loaded)
+            self._slot.fill(served, loaded)
         except LOAD_ERRORS as error:
             # Kept as text: the exception itself would keep everything that was loaded in memory.
             failure = str(error) or type(error).__name__
@@ -141,10 +141,10 @@ class SpanSwap:
 
 
 class Reloader:
-    """Loads the span in one place again whenever its device has failed. `run` it once, in a nursery; `stop` ends it."""
+    """Loads the span in one slot again whenever its device has failed. `run` it once, in a nursery; `stop` ends it."""
 
-    def __init__(self, place: Place, swap: SpanSwap, server: Hosting, random: Random) -> None:
-        self._place = place
+    def __init__(self, slot: Slot, swap: SpanSwap, server: Hosting, random: Random) -> None:
+        self._slot = slot
         self._swap = swap
         self._server = server
         self._random = random
@@ -162,16 +162,16 @@ class Reloader:
         with trio.CancelScope() as self._scope:
             while not self._stopped:
                 began = trio.current_time()
-                await self._place.wait_broken()
+                await self._slot.wait_broken()
                 if trio.current_time() - began >= STEADY_S:
                     pause_s = 0.0
                 async with self._swap.lock:
-                    if self._place.is_broken:
+                    if self._slot.is_broken:
                         await self._reload(pause_s)
                         pause_s = min(max(2 * pause_s, FIRST_RETRY_S), MAX_RETRY_S)
 
     async def _reload(self, pause_s: float) -> None:
-        served = self._place.served
+        served = self._slot.served
         assert served is not None
         span, why = served.span, served.task.health.broken
         log.error("blocks %s are out of service: %s; loading them again in %.0f s", span, why, pause_s)

@@ -92,7 +92,7 @@ class FakeEngine(BaseEngine):
     def _run_segment(self, blocks: Span, segment: Segment, hidden: torch.Tensor) -> torch.Tensor:
         for block in range(blocks.start, blocks.end):
             number = block - self.span.start
-            stored = self._stored[self._layout.place_of[number]]
+            stored = self._stored[self._layout.page_index_of[number]]
             row = segment.groups[self._layout.group_of[number]]
 
             def slot(position: int, row: RowPages = row) -> int:

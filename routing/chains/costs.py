@@ -130,16 +130,16 @@ def _check_covered(starts: Indices, ends: Indices, span: Span, who: str, adapter
 
 def _columns(table: OfferTable, needs: ChainNeeds, chosen: Indices, starts: Indices, ends: Indices) -> Columns:
     # The position of each of the table's columns among the chosen ones; -1 for the others.
-    place = np.full(len(table), -1, np.intp)
-    place[chosen] = np.arange(len(chosen))
-    pairs = np.flatnonzero((place[table.near] >= 0) & (place[table.far] >= 0))
+    index = np.full(len(table), -1, np.intp)
+    index[chosen] = np.arange(len(chosen))
+    pairs = np.flatnonzero((index[table.near] >= 0) & (index[table.far] >= 0))
     rtts, unknown_rtt_s = needs.rtts_s, needs.unknown_rtt_s
     client_s: Floats = np.array([rtts.get(offer.peer_id, unknown_rtt_s) for offer in table.offers]) / 2
     warm = np.zeros(len(table), bool)
     warm[table.of(needs.warm)] = True
     uplink = table.uplink[chosen]
     position_s = np.divide(needs.position_bytes, uplink, out=np.zeros(len(chosen)), where=uplink > 0)
-    near, far, apart_s = place[table.near[pairs]], place[table.far[pairs]], table.apart_s[pairs]
+    near, far, apart_s = index[table.near[pairs]], index[table.far[pairs]], table.apart_s[pairs]
     # The last hop of a session sends the client one position; every other hop sends all positions.
     push_s = position_s * needs.positions
     is_last = needs.requests == 0 and needs.before is None

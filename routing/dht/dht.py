@@ -166,19 +166,19 @@ class Dht:
         """Look for newcomers at the addresses that they name, until cancelled. Only peers that were found there are
         passed on.
         """
-        # A peer may come twice at a time, so places are counted and not given to peers.
-        places = trio.Semaphore(MEETINGS)
+        # A peer may come twice at a time, so meetings are counted and not given to peers.
+        room = trio.Semaphore(MEETINGS)
 
         async def meet(node: PeerNode) -> None:
             try:
                 await self._protocol.meet(node)
             finally:
-                places.release()
+                room.release()
 
         async with trio.open_nursery() as nursery:
             while True:
                 node = await self._protocol.newcomers.take()
-                await places.acquire()
+                await room.acquire()
                 nursery.start_soon(meet, node)
                 await trio.sleep(MEETING_PAUSE_S)
 
@@ -197,8 +197,8 @@ class Dht:
         if not found or not strangers:
             return False
         log.info("found %d peers of another part of the swarm", len(strangers))
-        for place in (self._own.id, *self._protocol.get_refresh_ids(self._table.buckets)):
-            await self._look_up(Node(place), self._protocol.call_find_node, start=[*found, *strangers])
+        for key in (self._own.id, *self._protocol.get_refresh_ids(self._table.buckets)):
+            await self._look_up(Node(key), self._protocol.call_find_node, start=[*found, *strangers])
         return True
 
     async def get(self, wanted: RecordKey, *, whole: bool = False) -> list[VerifiedRecord]:
@@ -247,8 +247,8 @@ class Dht:
             record = open_record(signed, now=self._now())
             keys = keys_of(record.body, record.peer_id)
             by_depth = [split_keys_of(record.body, record.peer_id, depth) for depth in range(1, MAX_SPLITS + 1)]
-            for place, key in enumerate(keys):
-                parts[key][signed.encode()] = [part_keys[place] for part_keys in by_depth if part_keys]
+            for index, key in enumerate(keys):
+                parts[key][signed.encode()] = [part_keys[index] for part_keys in by_depth if part_keys]
         counts: list[int] = []
 
         async def put_all(key: bytes, parts_of: dict[bytes, list[bytes]]) -> None:
@@ -279,8 +279,8 @@ class Dht:
 
     async def _look_up_all(self, ids: Sequence[bytes]) -> None:
         async with trio.open_nursery() as nursery:
-            for place in ids:
-                nursery.start_soon(self._look_up, Node(place), self._protocol.call_find_node)
+            for key in ids:
+                nursery.start_soon(self._look_up, Node(key), self._protocol.call_find_node)
 
     async def _look_up(
         self,

@@ -32,13 +32,13 @@ def spread(nodes: Iterable[P], count: int) -> list[P]:
     taken: Counter[str] = Counter()
     chosen: list[tuple[int, P]] = []
     surplus: list[tuple[int, P]] = []
-    for place, node in enumerate(nodes):
+    for index, node in enumerate(nodes):
         if node.network:
             taken[node.network] += 1
         if taken[node.network] <= PEERS_A_NETWORK:
-            chosen.append((place, node))
+            chosen.append((index, node))
             if len(chosen) == count:
                 return [node for _, node in chosen]
         else:
-            surplus.append((place, node))
+            surplus.append((index, node))
     return [node for _, node in sorted([*chosen, *surplus[: count - len(chosen)]], key=lambda entry: entry[0])]

@@ -79,12 +79,12 @@ def choose_first_span(
     slot) than `own` come first: this function computes where each of them will go, by the rule that they use
     themselves, and ignores the others.
     """
-    others = [one for one in holdings if _place(one) != (own.peer_id, own.slot)]
+    others = [one for one in holdings if _slot_of(one) != (own.peer_id, own.slot)]
     choosing = _choosing(others)
     typical = _typical_throughput(others)
-    rates = block_rates((one for one in _as_announced(others) if _place(one) not in choosing), block_count)
-    for place, one in sorted(choosing.items()):
-        if place < (own.peer_id, own.slot):
+    rates = block_rates((one for one in _as_announced(others) if _slot_of(one) not in choosing), block_count)
+    for slot, one in sorted(choosing.items()):
+        if slot < (own.peer_id, own.slot):
             span = _weakest(rates, len(one.record.span))
             rates[span.start : span.end] += (one.record.throughput or typical) / len(span)
     return _weakest(rates, size, on_disk)
@@ -111,12 +111,12 @@ def choose_move(
     said: the span to which this server has announced to move. Several servers may have announced the same; then the
     first of them by PeerId moves and the others stay, unless one has begun.
     """
-    others = [one for one in holdings if _place(one) != _place(own)]
+    others = [one for one in holdings if _slot_of(one) != _slot_of(own)]
     goal = _choose_move(_as_announced(others), own, block_count, on_disk)
     if said is None or goal == said:
         return goal
     online = {(one.peer_id, one.record.slot) for one in others if one.record.state == "online"}
-    firm = [one for one in others if not (_is_intention(one) and one.peer_id > own.peer_id and _place(one) in online)]
+    firm = [one for one in others if not (_is_intention(one) and one.peer_id > own.peer_id and _slot_of(one) in online)]
     return said if _choose_move(_as_announced(firm), own, block_count, on_disk) == said else goal
 
 
@@ -172,16 +172,16 @@ def _is_intention(one: Holding) -> bool:
     return one.record.slot >= MAX_SLOTS and one.record.state == "joining"
 
 
-def _place(one: Holding) -> tuple[PeerId, int]:
+def _slot_of(one: Holding) -> tuple[PeerId, int]:
     """The peer and the slot of a span; for an intention, the slot that the span has or will have."""
     return one.peer_id, one.record.slot % MAX_SLOTS
 
 
 def _choosing(holdings: Sequence[Holding]) -> dict[tuple[PeerId, int], Holding]:
     """The intentions of servers without a span, by peer and slot. A server that has a span only means to move it."""
-    intentions = {_place(one): one for one in holdings if _is_intention(one)}
-    settled = {_place(one) for one in holdings if not _is_intention(one)}
-    return {place: one for place, one in intentions.items() if place not in settled}
+    intentions = {_slot_of(one): one for one in holdings if _is_intention(one)}
+    settled = {_slot_of(one) for one in holdings if not _is_intention(one)}
+    return {slot: one for slot, one in intentions.items() if slot not in settled}
 
 
 def _as_announced(holdings: Iterable[Holding]) -> list[Holding]:
@@ -190,8 +190,8 @@ def _as_announced(holdings: Iterable[Holding]) -> list[Holding]:
     Otherwise two servers of the same blocks could both announce to leave, each counting on the other to stay.
     """
     holdings = list(holdings)
-    going = {_place(one) for one in holdings if _is_intention(one)}
-    return [one for one in holdings if _is_intention(one) or _place(one) not in going]
+    going = {_slot_of(one) for one in holdings if _is_intention(one)}
+    return [one for one in holdings if _is_intention(one) or _slot_of(one) not in going]
 
 
 def _typical_throughput(holdings: Iterable[Holding]) -> float:

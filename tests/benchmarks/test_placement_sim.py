@@ -22,7 +22,7 @@ async def test_servers_that_start_in_the_same_second_share_the_model_before_anyt
     # No server gets as far as loading.
     swarm = Swarm(World(servers=20, blocks=30, size=6, spread=0, join_s=1, fetch_s=1e6))
     await swarm.run(0.02)
-    decided = [next(iter(server.places)).intention() for server in swarm.servers.values()]
+    decided = [next(iter(server.slots)).intention() for server in swarm.servers.values()]
     assert [record.slot for record in decided if record] == [0] * 20, "all have decided"
     owners = [0] * 30
     for record in decided:
@@ -38,7 +38,7 @@ async def test_a_lone_server_decides_within_seconds() -> None:
     with trio.move_on_after(10):
         await swarm.run(1)
     (server,) = swarm.servers.values()
-    (record,) = server.places.records()
+    (record,) = server.slots.records()
     assert record.slot == 0
 
 

@@ -53,10 +53,10 @@ async def fake_rest(path: Path, bootstrap: peerd.Multiaddr) -> AsyncIterator[pee
         with open_checkpoint(path) as checkpoint:
             served = ServedSpan(checkpoint.model_digest, MAX_LENGTH, EngineTask(engine))
         assert peer._spans is not None
-        (first_place,) = peer._spans._places
-        assert first_place.loaded is not None
-        place = peer._spans._places.reserve(first_place.record("joining"))
-        peer._spans._places.add(place, served, replace(first_place.loaded, engine=engine, roots=()))
+        (first_slot,) = peer._spans._slots
+        assert first_slot.loaded is not None
+        slot = peer._spans._slots.reserve(first_slot.record("joining"))
+        peer._spans._slots.add(slot, served, replace(first_slot.loaded, engine=engine, roots=()))
         peer.discovery.announce_soon()
         await peer.discovery.wait_announced()
         yield peer

@@ -31,7 +31,7 @@ from peerd.server.quotas import AdapterRoom
 from peerd.server.served_spans import ServedSpan
 from peerd.server.server import Server
 from peerd.spans.loading import LoadedSpan
-from peerd.spans.slots import Places
+from peerd.spans.slots import Slots
 from peerd.testing.fake_engine import FakeEngine
 from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import Watched, open_tasks
@@ -43,7 +43,7 @@ ALL = Span(0, BLOCKS)
 WIDTH = 8
 MAX_LENGTH = 1024
 LATENCY_S = 0.01
-# The announcement of a place whose span has not been loaded yet.
+# The announcement of a slot whose span has not been loaded yet.
 EXPECTED = ServerRecord(
     seq=0,
     expires=0.0,
@@ -179,9 +179,9 @@ class World:
                 connections, discovery = await stack.enter_async_context(peer)
                 server.attach(connections)
                 if span is not None:
-                    places = Places(server, discovery.announce_soon)
-                    places.add(places.reserve(EXPECTED), *_fake_span(span))
-                    discovery.announce_from(places.records)
+                    slots = Slots(server, discovery.announce_soon)
+                    slots.add(slots.reserve(EXPECTED), *_fake_span(span))
+                    discovery.announce_from(slots.records)
                     await discovery.wait_announced()
                 task_status.started(Serving(number, server, connections, discovery, scope, ended))
                 await trio.sleep_forever()

@@ -94,7 +94,7 @@ class Lane:
         self._stream = stream
         self._terms = terms
         self._width = width
-        self._places = trio.CapacityLimiter(begun.max_requests)
+        self._window = trio.CapacityLimiter(begun.max_requests)
         self._sending = trio.Lock()
         self._turns: deque[trio.Event] = deque()
         self._seq = 0
@@ -134,7 +134,7 @@ class Lane:
     async def _ask(
         self, request: Callable[[int], Message], tensors: Sequence[torch.Tensor], read: Callable[[int], Awaitable[T]]
     ) -> T:
-        async with self._places:
+        async with self._window:
             if self.broken is not None:
                 raise self.broken
             turn = trio.Event()

@@ -30,18 +30,18 @@ _HOST_PREFIX = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class ConnectionLimits:
     """How many peers may be connected, and how many more connections may be unproven."""
 
     settled: int
     unproven: int
 
 
-def places(limit: int) -> Places:
+def connection_limits(limit: int) -> ConnectionLimits:
     """How many connections a process with `limit` descriptors can have: at least one of each kind."""
     free = limit - min(RESERVED, limit // 2)
     unproven = max(1, min(MAX_UNPROVEN, free // 4))
-    return Places(settled=max(1, min(MAX_CONNECTIONS, free - unproven)), unproven=unproven)
+    return ConnectionLimits(settled=max(1, min(MAX_CONNECTIONS, free - unproven)), unproven=unproven)
 
 
 def descriptor_limit() -> int:

@@ -177,7 +177,7 @@ def kinds(pattern: str) -> list[LayerKind]:
 def test_blocks_are_grouped_so_that_pages_serve_all_and_little_is_wasted(pattern, groups, blocks_per_page):
     layout = lay_out(kinds(pattern))
     assert (layout.groups, layout.blocks_per_page) == (groups, blocks_per_page)
-    places = list(zip(layout.group_of, layout.place_of, strict=True))
+    places = list(zip(layout.group_of, layout.page_index_of, strict=True))
     assert len(set(places)) == len(pattern)
     assert {(keep.window, number) for keep, number in layout.kinds if number} == {
         (None if each == "f" else 512, len({layout.group_of[i] for i, other in enumerate(pattern) if other == each}))

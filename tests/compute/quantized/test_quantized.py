@@ -25,7 +25,7 @@ from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.quantized.formats import FORMATS, Format
 from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
-from peerd.compute.quantized.modules import QuantizedStack, places, put_quantized
+from peerd.compute.quantized.modules import QuantizedStack, put_quantized, quantizables
 from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from tests.compute.plain_weights import with_weights_of
@@ -200,9 +200,9 @@ def test_experts_that_get_every_token_skip_those_that_are_not_theirs(form: Forma
     hidden = torch.randn(4, 6, 32)
     hidden[torch.rand(4, 6) < 0.7] = 0
     hidden[1] = 0
-    for place in places(block).values():
-        sources = getattr(block.experts, place.name.removeprefix("experts.")).detach()
-        for matrix, source in zip(put_quantized(block, place, form, torch.device("cpu")), sources, strict=True):
+    for target in quantizables(block).values():
+        sources = getattr(block.experts, target.name.removeprefix("experts.")).detach()
+        for matrix, source in zip(put_quantized(block, target, form, torch.device("cpu")), sources, strict=True):
             matrix.store(source)
     for name, stack in block.experts.named_children():
         if isinstance(stack, QuantizedStack):
@@ -227,7 +227,7 @@ def test_95_percent_of_a_block_with_experts_is_quantized(name: str) -> None:
     )
     decoder = build_on_meta(family.decoder_type(), config, torch.bfloat16)
     layer = decoder.layers[0]
-    taken = [parameter.nbytes for key, parameter in layer.named_parameters() if key in places(layer)]
+    taken = [parameter.nbytes for key, parameter in layer.named_parameters() if key in quantizables(layer)]
     assert sum(taken) >= 0.95 * sum(parameter.nbytes for parameter in layer.parameters())
 
 
@@ -238,7 +238,7 @@ def test_a_layout_of_experts_that_is_not_known_is_refused() -> None:
     with torch.device("meta"):
         block = nn.Sequential(DbrxExpertGLU(DbrxFFNConfig(hidden_size=64, ffn_hidden_size=64)), nn.Linear(64, 64))
     with pytest.raises(UnsupportedModel, match="serve it without --quantize"):
-        places(block)
+        quantizables(block)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

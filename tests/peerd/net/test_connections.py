@@ -8,7 +8,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from peerd.net.connections import open_connections
-from peerd.net.limits.gate import Places
+from peerd.net.limits.gate import ConnectionLimits
 from peerd.net.live_connections import IDLE_S, MIN_DIALLED, SPARED_S
 from peerd.net.peer_connection import IDLE
 from peerd.protocol.addresses import Multiaddr
@@ -621,7 +621,7 @@ async def test_the_side_that_was_dialled_closes_nothing_and_gets_the_reason():
 
 async def test_a_newcomer_gets_the_place_of_an_idle_peer_when_all_are_taken():
     async with _swarm() as swarm:
-        own = await swarm.start(0, {"/sink/1": _sink}, room=Places(settled=2, unproven=2))
+        own = await swarm.start(0, {"/sink/1": _sink}, room=ConnectionLimits(settled=2, unproven=2))
         peers = [await swarm.start(number, listen=[]) for number in (1, 2, 3, 4)]
         for peer in peers[:2]:
             await peer.connect(own.peer_id, [_address(0)])

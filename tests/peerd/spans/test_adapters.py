@@ -72,19 +72,19 @@ async def test_a_peer_announces_its_adapters_and_what_it_takes_and_changes_both_
 ):
     poet = write_adapter("poet")
     async with serving(model_folder, ("poet", poet), ("bard", write_adapter("bard", alpha=3))) as peer:
-        (record,) = peer._spans._places.records()
+        (record,) = peer._spans._slots.records()
         assert [name_of(adapter) for adapter in record.adapters] == ["bard", "poet"]
         assert record.client_adapters == 2**30 // 64
         (served,) = peer.served
         clerk = await peer.load_adapter(served, "clerk", write_adapter("clerk"))
         # Other weights under the same name are told apart, and the same are the same.
         assert clerk.startswith("clerk@")
-        (record,) = peer._spans._places.records()
+        (record,) = peer._spans._slots.records()
         assert clerk in record.adapters
         with pytest.raises(AdapterError, match="there is an adapter called clerk already"):
             await peer.load_adapter(served, "clerk", poet)
         peer.unload_adapter(served, clerk)
-        (record,) = peer._spans._places.records()
+        (record,) = peer._spans._slots.records()
         assert clerk not in record.adapters
         assert len(record.to_payload()) <= 896
 
@@ -121,7 +121,7 @@ async def test_an_adapter_of_another_model_or_with_missing_blocks_is_refused_at_
 @pytest.mark.real_time
 async def test_no_adapters_of_clients_are_taken_where_the_operator_says_so(model_folder):
     async with serving(model_folder, client_adapter_bytes=0) as peer:
-        (record,) = peer._spans._places.records()
+        (record,) = peer._spans._slots.records()
         assert record.client_adapters == 0
         assert "client_adapters" not in record.to_header()
 

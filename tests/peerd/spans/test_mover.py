@@ -39,7 +39,7 @@ from peerd.server.server import Server
 from peerd.spans import loading as span_loader
 from peerd.spans.loading import LoadedSpan
 from peerd.spans.mover import LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
-from peerd.spans.slots import Place, Places
+from peerd.spans.slots import Slot, Slots
 from peerd.spans.swap import LOAD_ERRORS, STEADY_S, Reloader, SpanSwap
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 from peerd.testing.network import MemoryNetwork
@@ -128,7 +128,7 @@ def fake_span(span: Span, throughput: float = 1000.0) -> tuple[ServedSpan, Loade
 class Peer:
     identity: Identity
     server: Server
-    places: Places
+    slots: Slots
     discovery: Discovery
     loader: FakeLoader
     scope: trio.CancelScope
@@ -137,20 +137,20 @@ class Peer:
 
     def start_moving(self, seed: int) -> None:
         self.rebalancer = Rebalancer(
-            self.place, self.loader, self.server, self.discovery, self.identity.peer_id, BLOCKS, Random(seed)
+            self.slot, self.loader, self.server, self.discovery, self.identity.peer_id, BLOCKS, Random(seed)
         )
         self.tasks.start_soon(self.rebalancer.run)
 
     @property
-    def place(self) -> Place:
-        return next(iter(self.places))
+    def slot(self) -> Slot:
+        return next(iter(self.slots))
 
     @property
     def spans(self) -> list[str]:
         return [str(served.span) for served in self.server.spans]
 
     def states(self) -> dict[str, str]:
-        return {str(record.span): record.state for record in self.places.records()}
+        return {str(record.span): record.state for record in self.slots.records()}
 
 
 class Swarm:
@@ -197,11 +197,11 @@ class Swarm:
                 ):
                     self.bootstrap = self.bootstrap or (address.with_peer(identity.peer_id),)
                     server.attach(connections)
-                    places = Places(server, discovery.announce_soon)
-                    peer = Peer(identity, server, places, discovery, loader, scope, moving)
+                    slots = Slots(server, discovery.announce_soon)
+                    peer = Peer(identity, server, slots, discovery, loader, scope, moving)
                     if span is not None:
-                        peer.places.add(peer.places.reserve(EXPECTED), *fake_span(Span.parse(span)))
-                        discovery.announce_from(peer.places.records)
+                        peer.slots.add(peer.slots.reserve(EXPECTED), *fake_span(Span.parse(span)))
+                        discovery.announce_from(peer.slots.records)
                         await discovery.wait_announced()
                     if moves:
                         peer.start_moving(number)
@@ -292,8 +292,8 @@ async def test_a_spare_server_closes_a_gap() -> None:
 async def test_the_old_engine_is_gone_before_the_new_one_is_loaded() -> None:
     async with open_swarm("0:4") as swarm:
         spare = await swarm.serve("0:4", moves=True)
-        assert spare.place.served is not None
-        engine = weakref.ref(spare.place.served.task.engine)
+        assert spare.slot.served is not None
+        engine = weakref.ref(spare.slot.served.task.engine)
         seen = []
         spare.loader.watch = lambda: seen.append(engine() is None)
         await until(lambda: spare.spans == ["4:8"])
@@ -539,7 +539,7 @@ async def test_others_hear_of_a_first_span_before_it_is_loaded(
             await server.serve(replace(spec, blocks=Span(0, 1), adapters=(("none", "/nowhere"),)))
         assert [str(served.span) for served in server.served] == ["0:4", "1:3"]
         assert server._spans is not None
-        assert len(server._spans._places) == 2, "the slot is free again"
+        assert len(server._spans._slots) == 2, "the slot is free again"
     assert [{slot % 8: words for slot, words in one.items()} for one in seen] == [
         {0: "0:4 joining"},
         {0: "0:4 online", 1: "1:3 joining"},
@@ -597,8 +597,8 @@ class Reloading:
     @classmethod
     async def of(cls, swarm: Swarm, span: str) -> Reloading:
         peer = await swarm.serve(span)
-        swap = SpanSwap(peer.place, peer.loader, peer.server, peer.discovery, Random(1), Containment(is_strict=False))
-        reloader = Reloader(peer.place, swap, peer.server, Random(1))
+        swap = SpanSwap(peer.slot, peer.loader, peer.server, peer.discovery, Random(1), Containment(is_strict=False))
+        reloader = Reloader(peer.slot, swap, peer.server, Random(1))
         peer.tasks.start_soon(reloader.run)
         return cls(peer, reloader)
 
