@@ -38,7 +38,7 @@ from peerd.net.transport import MessageChannel
 from peerd.net.websocket import WebSocketTransport
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
+from peerd.protocol.connection.frames import CreditFrame, PingFrame, ResetFrame, encode_frame
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import Identity, PeerId
@@ -188,14 +188,14 @@ class Attackers:
                 await peer.say(stream, data, fin=self.random.random() < 0.3)
                 await trio.sleep(self.random.choice([0.0, 0.05, 0.5]))
                 if self.random.random() < 0.7:
-                    await peer.send(encode_frame(Reset(stream, "cancelled")))
+                    await peer.send(encode_frame(ResetFrame(stream, "cancelled")))
 
         await self._as_peer(identity, attack)
 
     async def mutated_frames(self) -> None:
         async def attack(peer: HostilePeer) -> None:
             stream = await peer.open(INFER_PROTOCOL)
-            frames = [Ping(bytes(8)), Credit(stream, 2**31 - 1), Reset(stream, "cancelled")]
+            frames = [PingFrame(bytes(8)), CreditFrame(stream, 2**31 - 1), ResetFrame(stream, "cancelled")]
             while True:
                 await peer.send(mutated_bytes(encode_frame(self.random.choice(frames)), self.random))
                 await trio.sleep(0.02)
@@ -212,7 +212,7 @@ class Attackers:
             for _ in range(400):
                 stream = await peer.open(self.random.choice([INFER_PROTOCOL, "/peerd/dht/1", "/nobody/9"]))
                 if resets:
-                    await peer.send(encode_frame(Reset(stream, "cancelled")))
+                    await peer.send(encode_frame(ResetFrame(stream, "cancelled")))
 
         await self._as_peer(Identity.generate(), attack)
 
@@ -220,8 +220,8 @@ class Attackers:
         async def attack(peer: HostilePeer) -> None:
             stream = await peer.open(INFER_PROTOCOL)
             for count in range(500):
-                await peer.send(encode_frame(Ping(count.to_bytes(8, "big"))))
-                await peer.send(encode_frame(Credit(stream, 1 + count)))
+                await peer.send(encode_frame(PingFrame(count.to_bytes(8, "big"))))
+                await peer.send(encode_frame(CreditFrame(stream, 1 + count)))
 
         await self._as_peer(Identity.generate(), attack)
 

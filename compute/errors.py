@@ -20,11 +20,11 @@ class CheckpointError(Exception):
     """
 
 
-class UnsupportedModel(CheckpointError):
+class UnsupportedModelError(CheckpointError):
     """The checkpoint is sound, but peerd does not run its architecture or storage format. The message says which."""
 
 
-class UnusablePackage(CheckpointError):
+class UnusablePackageError(CheckpointError):
     """A package that the asked-for storage format needs is missing or broken. The message says which, and what to do.
 
     Nothing is wrong with the model: in another format it can be served.
@@ -38,14 +38,14 @@ class AdapterError(CheckpointError):
     """
 
 
-class HubUnavailable(CheckpointError):
+class HubUnavailableError(CheckpointError):
     """The hub cannot be reached, fails, or may not be asked (offline mode), and the file is not on this machine.
 
     Nothing is wrong with the model: later, or with a network, it may work.
     """
 
 
-class DiskFull(CheckpointError):
+class DiskFullError(CheckpointError):
     """The download does not fit on the disk, or within the limit of `--disk`. Nothing was lost."""
 
 

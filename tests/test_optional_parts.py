@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peerd.compute.device import has_triton
-from peerd.compute.errors import UnusablePackage
+from peerd.compute.errors import UnusablePackageError
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.quantized import bitsandbytes_import
 from tests.compute.tiny_families import tiny_model
@@ -87,7 +87,7 @@ def test_blocks_are_served_without_and_only_nf4_is_refused_in_one_line(tmp_path:
 
 def test_nf4_without_bitsandbytes_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UnusablePackage, match=r"pip install .* bitsandbytes"):
+    with pytest.raises(UnusablePackageError, match=r"pip install .* bitsandbytes"):
         bitsandbytes_import.load_bitsandbytes.__wrapped__()
 
 
@@ -98,7 +98,7 @@ def test_a_bitsandbytes_that_imports_and_fails_at_its_first_use_is_refused(monke
 
     bitsandbytes_import.load_bitsandbytes()
     monkeypatch.setattr(torch.ops, "bitsandbytes", Broken())
-    with pytest.raises(UnusablePackage, match=r"does not work here: no kernel image is available\. Mend"):
+    with pytest.raises(UnusablePackageError, match=r"does not work here: no kernel image is available\. Mend"):
         bitsandbytes_import.check_bitsandbytes.__wrapped__("cpu")
 
 

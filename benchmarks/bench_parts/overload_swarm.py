@@ -45,7 +45,7 @@ from peerd.server.engine_task import EngineTask
 from peerd.server.served_spans import ServedSpan
 from peerd.server.server import Server
 from peerd.spans.loading import LoadedSpan
-from peerd.spans.slots import Places
+from peerd.spans.slots import Slots
 from peerd.testing.fake_engine import FakeEngine, fake_forward
 from peerd.testing.network import MemoryNetwork
 from peerd.trio_tools import open_tasks
@@ -233,14 +233,14 @@ class Overload:
         )
 
         def bodies() -> list[Announcement]:
-            records = places.records()
+            records = slots.records()
             serving.announced += records
             addresses = tuple(str(address) for address in connections.listen_addresses)
             return [*records, PeerRecord(seq=0, expires=0.0, addresses=addresses)]
 
         announcer = Announcer(serving.identity, self.board, _Seq(), bodies, unix_now)
-        places = Places(server, announcer.announce_soon)
-        places.add(places.reserve(expected), served, loaded)
+        slots = Slots(server, announcer.announce_soon)
+        slots.add(slots.reserve(expected), served, loaded)
         return announcer
 
     def _noting(self, serving: Serving, handle: Callable[[Stream], Any]) -> Callable[[Stream], Any]:

@@ -21,7 +21,7 @@ from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing, Transient
 from peerd.compute.checkpoint.hub.id import HubId, is_commit
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.checkpoint.safetensors_file import StoredTensor, header_length, parse_header
-from peerd.compute.errors import CheckpointError, HubUnavailable
+from peerd.compute.errors import CheckpointError, HubUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _WATCH_EVERY_S = 0.1
 
 
 class HubFolder:
-    """Implements `Folder`. Raises HubUnavailable, or CheckpointError if the revision cannot be resolved."""
+    """Implements `Folder`. Raises HubUnavailableError, or CheckpointError if the revision cannot be resolved."""
 
     def __init__(self, hub_id: HubId, settings: HubSettings) -> None:
         self._settings = settings
@@ -121,13 +121,13 @@ class HubFolder:
         if known is not None and (self._settings.is_offline or is_commit(hub_id.revision or "")):
             return known
         if self._settings.is_offline:
-            raise HubUnavailable(
+            raise HubUnavailableError(
                 f"{hub_id} is not on this machine, and offline mode is on: unset HF_HUB_OFFLINE to fetch it, or name a"
                 f" revision that is in {self._settings.folder}"
             )
         try:
             listing = self._patiently(lambda: self._hub.listing(hub_id))
-        except HubUnavailable as error:
+        except HubUnavailableError as error:
             if known is None:
                 raise
             log.warning("%s; using commit %s, from the hub's last answer", error, known.commit[:8])
@@ -140,7 +140,7 @@ class HubFolder:
         return self._cache.known_listing(commit) if commit else None
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
-        """Ask, and ask again after failures that may pass. Raises HubUnavailable."""
+        """Ask, and ask again after failures that may pass. Raises HubUnavailableError."""
         delays_s = self._settings.retry_delays_s
         for delay_s in (*delays_s, None):
             self._settings.watch(Transfer(self._cache.repo, 0, 0))
@@ -148,7 +148,7 @@ class HubFolder:
                 return ask()
             except Transient as error:
                 if delay_s is None:
-                    raise HubUnavailable(
+                    raise HubUnavailableError(
                         f"{self._hub.endpoint} cannot be asked about {self._cache.repo}: {error}; check the network and"
                         " HF_ENDPOINT, or try again later"
                     ) from error

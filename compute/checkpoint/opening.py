@@ -42,7 +42,7 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSe
 
     A model on the hub is written `org/name` or `org/name@revision`; `hub` configures the downloads. A file or folder of
     that name on this machine takes precedence. Reads only headers, and fetches only small files. Raises
-    CheckpointError, or its subclasses UnsupportedModel, HubUnavailable and DiskFull.
+    CheckpointError, or its subclasses UnsupportedModelError, HubUnavailableError and DiskFullError.
     """
     hub_id = hub_id_of(path, revision)
     if hub_id is not None:

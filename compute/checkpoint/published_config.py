@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.families.family import Family
 from peerd.compute.families.lookup import FAMILIES
 from peerd.protocol.span import MAX_BLOCKS
@@ -46,20 +46,20 @@ def text_config(published: Mapping[str, Any]) -> dict[str, Any]:
 
 def quantization_of(fields: Mapping[str, Any], where: object) -> Mapping[str, Any] | None:
     """The configuration's fields about quantized weights; None if the weights are not quantized. Raises
-    UnsupportedModel.
+    UnsupportedModelError.
     """
     for field in _QUANTIZATION_FIELDS:
         said = fields.get(field)
         if not said:
             continue
         if not isinstance(said, dict):
-            raise UnsupportedModel(f"{where}: {field} is {said!r}, not an object")
+            raise UnsupportedModelError(f"{where}: {field} is {said!r}, not an object")
         return {"quant_method": "mlx" if field == "quantization" else "an unknown way"} | said
     return None
 
 
 def make_config(family: Family, fields: Mapping[str, Any], where: object) -> PreTrainedConfig:
-    """The family's configuration, made of published fields. Raises CheckpointError or UnsupportedModel that names
+    """The family's configuration, made of published fields. Raises CheckpointError or UnsupportedModelError that names
     `where`.
     """
     from huggingface_hub.errors import StrictDataclassError
@@ -94,4 +94,4 @@ def _check_config(config: PreTrainedConfig, where: object) -> None:
             raise CheckpointError(f"{where}: {field} is {value!r}")
     sees_later = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
     if sees_later:
-        raise UnsupportedModel(f"{where}: its blocks attend to later positions")
+        raise UnsupportedModelError(f"{where}: its blocks attend to later positions")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 
 # The reference implementation's limit: no honest header is larger.
 MAX_HEADER_BYTES = 100_000_000
@@ -108,7 +108,7 @@ class SafetensorsFile:
     def _read(self, stored: StoredTensor) -> torch.Tensor:
         dtype = DTYPES.get(stored.dtype)
         if dtype is None:
-            raise UnsupportedModel(
+            raise UnsupportedModelError(
                 f"{self.path}: tensor {stored.name} is stored as {stored.dtype}, which we do not read"
             )
         return self.read_bytes(stored).view(dtype).reshape(stored.shape)

@@ -46,7 +46,7 @@ DEFAULT_KV_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCost:
+class BlockBytes:
     """The memory of one block, and the further memory while it is loaded, in bytes."""
 
     n_bytes: int
@@ -113,7 +113,7 @@ class Budget:
         return bisect_right(range(most + 1), room, key=lambda tokens: self.total(tokens, on_host=on_host)) - 1
 
 
-def block_costs(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> tuple[BlockCost, ...]:
+def block_costs(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> tuple[BlockBytes, ...]:
     """The cost of each of the model's blocks, in order, computing in `dtype` and stored as `quantize` says."""
     decoder = build_on_meta(checkpoint.family.decoder_type(), checkpoint.config, dtype)
     layers: Iterable[torch.nn.Module] = getattr(decoder, checkpoint.family.layers)
@@ -236,7 +236,7 @@ def fits_on_disk(checkpoint: Checkpoint, count: int) -> int:
     return count
 
 
-def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, form: Format | None) -> BlockCost:
+def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, form: Format | None) -> BlockBytes:
     found = quantizables(layer) if form is not None else {}
     stored_size = max(checkpoint.dtype.itemsize, dtype.itemsize)
     # Transformers' processors for GGUF make a second copy, of whole tensors.
@@ -257,7 +257,7 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
         else:
             n_bytes += tensor.nbytes
         loading = max(loading, source + unpacking)
-    return BlockCost(n_bytes, loading)
+    return BlockBytes(n_bytes, loading)
 
 
 def _positions_a_token(checkpoint: Checkpoint, kinds: Sequence[LayerKind]) -> int:

@@ -51,7 +51,7 @@ _RECORDING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class GraphShape:
     """The blocks and the shape for which a graph is made."""
 
     blocks: Span
@@ -87,7 +87,7 @@ class DecodeGraphs:
         self._attention = attention
         self._staging = staging
         self._records = pool.device.type == "cuda"
-        self._recorded: dict[Bucket, _Recorded] = {}
+        self._recorded: dict[GraphShape, _Recorded] = {}
         self._refused: set[Span] = set()
         # Graphs run one after the other, so they can share memory for activations.
         self._memory = torch.cuda.graph_pool_handle() if self._records else None
@@ -145,7 +145,7 @@ class DecodeGraphs:
     def _bucket(self, blocks: Span, count: int, pages: int) -> _Recorded | None:
         rows = next(bucket for bucket in ROW_BUCKETS if bucket >= count)
         width = next((width for width in map(self._width, LENGTH_BUCKETS) if width >= pages), pages)
-        bucket = Bucket(blocks, rows, width)
+        bucket = GraphShape(blocks, rows, width)
         recorded = self._recorded.get(bucket)
         if recorded is None:
             recorded = self._make(bucket)
@@ -158,7 +158,7 @@ class DecodeGraphs:
     def _width(self, length: int) -> int:
         return -(-length // self._pool.page_tokens)
 
-    def _make(self, bucket: Bucket) -> _Recorded | None:
+    def _make(self, bucket: GraphShape) -> _Recorded | None:
         hidden = torch.zeros(bucket.rows, self._whole.hidden_size, device=self._pool.device, dtype=self._whole.dtype)
         recorded = _Recorded(DecodeRows(self._pool, bucket.rows, bucket.width), hidden)
         # All rows are padding, so that recording disturbs no session.
@@ -170,7 +170,7 @@ class DecodeGraphs:
                     return None
         return recorded
 
-    def _record(self, bucket: Bucket, recorded: _Recorded) -> bool:
+    def _record(self, bucket: GraphShape, recorded: _Recorded) -> bool:
         """Record the bucket's graph. Returns whether that was possible."""
         device = self._pool.device
         current = _CUDA.current_stream(device)

@@ -93,9 +93,9 @@ class BaseEngine(ABC):
         adapter: one of the engine's adapters; "" for none.
 
         Blocks with windows or chunks keep the positions that they see, `max_rollback` more, and a few for steps that
-        are sent again after a failure (`kept_back`). A row can be cut or forked that far behind its greatest length.
-        Further back a step is a gap, and a fork is invalid. If all blocks keep everything, there is no such limit.
-        Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError,
+        are sent again after a failure (`rollback_room`). A row can be cut or forked that far behind its greatest
+        length. Further back a step is a gap, and a fork is invalid. If all blocks keep everything, there is no such
+        limit. Raises NoRoomError, ContextTooLongError (even an empty pool could not hold it), InvalidStepError,
         UnknownAdapterError.
         """
         self._check_adapter(adapter)

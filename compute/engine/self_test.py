@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from peerd.compute.engine.engine import Engine
-from peerd.compute.errors import EngineError, NonFiniteError, NoRoomError, UnsupportedModel
+from peerd.compute.errors import EngineError, NonFiniteError, NoRoomError, UnsupportedModelError
 from peerd.compute.model.span_model import SpanModel
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice, SessionSize
@@ -35,7 +35,7 @@ _BROKEN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeErr
 
 
 def check_span(engine: Engine, model: SpanModel, quantize: str) -> None:
-    """Raise UnsupportedModel, with a message of one line, if the engine computes this model wrongly.
+    """Raise UnsupportedModelError, with a message of one line, if the engine computes this model wrongly.
 
     Call it before the engine is in use; it leaves the engine as it was. Blocks the thread for milliseconds to a second.
     """
@@ -48,12 +48,12 @@ def check_span(engine: Engine, model: SpanModel, quantize: str) -> None:
                 engine.forget_part(blocks)
         _check_writing(engine)
     except _Wrong as wrong:
-        raise UnsupportedModel(_line(model, quantize, str(wrong))) from wrong.__cause__
+        raise UnsupportedModelError(_line(model, quantize, str(wrong))) from wrong.__cause__
     except _BROKEN as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnsupportedModel(_line(model, quantize, f"its blocks raise {reason}")) from error
+        raise UnsupportedModelError(_line(model, quantize, f"its blocks raise {reason}")) from error
     finally:
         engine.positions_computed, engine.batches_run = counted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.transformers_compat import import_quietly, older_than
 
 if TYPE_CHECKING:
@@ -78,24 +78,26 @@ class Family:
     since: str = ""
 
     def config_type(self) -> type[PreTrainedConfig]:
-        """Import the configuration class. Raises UnsupportedModel if the installed Transformers is too old for it."""
+        """Import the configuration class. Raises UnsupportedModelError if the installed Transformers is too old for
+        it.
+        """
         name = self.config_class or f"{self.prefix}Config"
         config: type[PreTrainedConfig] = self._load("configuration", name, self.config_module)
         return config
 
     def decoder_type(self) -> type[PreTrainedModel]:
-        """Import the class of the base model: embeddings, blocks and final norm. Raises UnsupportedModel."""
+        """Import the class of the base model: embeddings, blocks and final norm. Raises UnsupportedModelError."""
         decoder: type[PreTrainedModel] = self._load("modeling", self.decoder_class or f"{self.prefix}Model")
         return decoder
 
     def causal_type(self) -> type[PreTrainedModel]:
-        """Import the class of the whole language model. Raises UnsupportedModel."""
+        """Import the class of the whole language model. Raises UnsupportedModelError."""
         causal: type[PreTrainedModel] = self._load("modeling", self.causal_class or f"{self.prefix}ForCausalLM")
         return causal
 
     def _load(self, kind: str, name: str, folder: str = "") -> Any:
         if self.since and older_than(self.since):
-            raise UnsupportedModel(f"{self.model_type} needs Transformers {self.since} or newer")
+            raise UnsupportedModelError(f"{self.model_type} needs Transformers {self.since} or newer")
         folder = folder or self.module or self.model_type.replace("-", "_")
         module = f"transformers.models.{folder}.{kind}_{folder}"
         try:
@@ -103,4 +105,6 @@ class Family:
         except (ModuleNotFoundError, AttributeError) as error:
             if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
                 raise
-            raise UnsupportedModel(f"{self.model_type} needs a newer Transformers: it has no {module}.{name}") from None
+            raise UnsupportedModelError(
+                f"{self.model_type} needs a newer Transformers: it has no {module}.{name}"
+            ) from None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.lookup import family_named
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class LayerKind:
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
-    """The kind of every block of the model, in order. Raises UnsupportedModel for an unknown type of block."""
+    """The kind of every block of the model, in order. Raises UnsupportedModelError for an unknown type of block."""
     family = family_named(config.model_type)
     types = _types(config)
     rules = {
@@ -77,11 +77,11 @@ def _types(config: PreTrainedConfig) -> list[str]:
 def _refuse(config: PreTrainedConfig, types: list[str]) -> None:
     listed = ", ".join(types)
     if state := [name for name in types if name in _RUNNING_STATES]:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{config.model_type} has blocks of type {listed}: {state[0]} keeps a running state, "
             "which cannot go back to an earlier position"
         )
-    raise UnsupportedModel(f"{config.model_type} has blocks of type {listed}")
+    raise UnsupportedModelError(f"{config.model_type} has blocks of type {listed}")
 
 
 # Transformers' names of blocks that keep no keys and values.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
 
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 from peerd.compute.families.refused import NOT_SERVED, REFUSED
 from peerd.compute.families.rows import ROWS
@@ -21,16 +21,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row i
 
 
 def family_named(model_type: object) -> Family:
-    """The row for a config's `model_type`. Raises UnsupportedModel, with the reason if one is known."""
+    """The row for a config's `model_type`. Raises UnsupportedModelError, with the reason if one is known."""
     if isinstance(model_type, str):
         if family := FAMILIES.get(model_type):
             return family
         if reason := REFUSED.get(model_type):
-            raise UnsupportedModel(f"{model_type} cannot be cut into spans: {reason}")
+            raise UnsupportedModelError(f"{model_type} cannot be cut into spans: {reason}")
         if reason := NOT_SERVED.get(model_type):
-            raise UnsupportedModel(f"{model_type} is not served: {reason}")
+            raise UnsupportedModelError(f"{model_type} is not served: {reason}")
     near = get_close_matches(str(model_type), FAMILIES, n=3)
-    raise UnsupportedModel(
+    raise UnsupportedModelError(
         f"architecture {model_type!r} is not one of those supported{_nearest(near)}; `peerd models --families` lists"
         " them, and what is refused with the reasons"
     )

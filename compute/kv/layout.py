@@ -101,7 +101,7 @@ class KVLayout:
             pages = whole
             if keep.reach is not None:
                 # A query at the longest rollback needs its whole reach behind it, and one batch may be added in front.
-                positions = keep.reach + kept_back(max_rollback) + batch_tokens
+                positions = keep.reach + rollback_room(max_rollback) + batch_tokens
                 pages = min(whole, pages_for(positions - 1, page_tokens) + 1)
             demands.append(Demand(EVERYTHING if pages == whole else keep, groups, pages))
         return tuple(demands)
@@ -135,7 +135,7 @@ def pages_for(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def kept_back(max_rollback: int) -> int:
+def rollback_room(max_rollback: int) -> int:
     """How many positions from its end a row can certainly be cut."""
     return max_rollback + RESENT_POSITIONS
 

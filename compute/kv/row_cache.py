@@ -1,10 +1,10 @@
 """One row's cache in all blocks of a span, and how far back the row can still be cut.
 
 That depends on the blocks that keep only the last positions. `floor` is the length down to which a row may be cut
-anywhere. It rises with the row, to `kept_back(max_rollback)` positions behind the longest length that the row has had.
-Below the floor a row may be cut only if no block has lost anything that the next position sees; it may always be cut to
-0. Pages that blocks no longer need are given back only after a batch has ended, so that a step that failed in the batch
-can be undone.
+anywhere. It rises with the row, to `rollback_room(max_rollback)` positions behind the longest length that the row has
+had. Below the floor a row may be cut only if no block has lost anything that the next position sees; it may always be
+cut to 0. Pages that blocks no longer need are given back only after a batch has ended, so that a step that failed in
+the batch can be undone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peerd.compute.kv.layout import Demand, kept_back
+from peerd.compute.kv.layout import Demand, rollback_room
 from peerd.compute.kv.pages import PageReserve, PageTable
 from peerd.compute.steps import PageCopy, RowPages
 
@@ -30,7 +30,7 @@ class Retention:
     def __init__(self, demands: Sequence[Demand], max_rollback: int) -> None:
         self._keeps = tuple(demand.keep for demand in demands)
         self._limited = tuple(keep for keep in self._keeps if keep.reach is not None)
-        self._back = kept_back(max_rollback)
+        self._back = rollback_room(max_rollback)
 
     @property
     def keeps_everything(self) -> bool:

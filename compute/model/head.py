@@ -119,7 +119,7 @@ def load_head_model(
     causal_type: another class around the same decoder.
     fill_head: gives values to what `causal_type` has instead of the LM head; called with the model and its decoder.
 
-    The head lies on `device`, in `dtype` (the checkpoint's own if None). Raises CheckpointError, UnsupportedModel.
+    The head lies on `device`, in `dtype` (the checkpoint's own if None). Raises CheckpointError, UnsupportedModelError.
     """
     family, device = checkpoint.family, torch.device(device)
     model = build_on_meta(causal_type or family.causal_type(), checkpoint.config, dtype or checkpoint.dtype)

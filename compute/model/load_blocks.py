@@ -27,7 +27,8 @@ def load_block(
 ) -> None:
     """Read the tensors that the block needs. Others in the checkpoint, such as old buffers, are left alone.
 
-    `quantize` is `none`, `int8` or `nf4`. Raises CheckpointError, UnsupportedModel, and KeyError for another format.
+    `quantize` is `none`, `int8` or `nf4`. Raises CheckpointError, UnsupportedModelError, and KeyError for another
+    format.
     """
     prefix = f"{checkpoint.family.layers}.{block}."
     dtypes = {name: tensor.dtype for name, tensor in layer.state_dict().items()}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peerd.compute.attention.own_attention import install_own_attention, needs_own_attention
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.families.meta_build import build_on_meta, check_filled, compute_buffers
@@ -145,8 +145,8 @@ def load_span(
     quantize: `none`, `int8` or `nf4`: how linear layers and experts are stored (they compute in `dtype`).
     on_block: called with each block's number once it is read.
 
-    Raises CheckpointError for anything missing, UnsupportedModel, and IndexError for a span that the model does not
-    have.
+    Raises CheckpointError for anything missing, UnsupportedModelError, and IndexError for a span that the model does
+    not have.
     """
     if span.end > checkpoint.block_count:
         raise IndexError(f"{checkpoint.name} has {checkpoint.block_count} blocks: there is no span {span}")
@@ -158,7 +158,7 @@ def load_span(
     kinds = layer_kinds(checkpoint.config)[span.start : span.end]
     _cut(decoder, family, span)
     if family.latent and not any(hasattr(part, "expand_kv") for part in decoder.modules()):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{family.model_type} needs a newer Transformers: the installed one does not cache latents"
         )
     if quantize != NONE:

@@ -13,7 +13,7 @@ import sys
 from functools import cache
 from types import ModuleType
 
-from peerd.compute.errors import UnusablePackage
+from peerd.compute.errors import UnusablePackageError
 
 # A server loads its spans one after the other in one thread, so no other import runs while the name is hidden.
 _HIDDEN = "kernels"
@@ -22,7 +22,7 @@ _COMPLAINS = "bitsandbytes.backends.cpu.ops"
 
 @cache
 def load_bitsandbytes() -> ModuleType:
-    """The package. Raises UnusablePackage where it is not installed, or its import fails."""
+    """The package. Raises UnusablePackageError where it is not installed, or its import fails."""
     logger = logging.getLogger(_COMPLAINS)
     was_disabled, was_there = logger.disabled, sys.modules.get(_HIDDEN)
     logger.disabled = True
@@ -41,7 +41,7 @@ def load_bitsandbytes() -> ModuleType:
 
 @cache
 def check_bitsandbytes(device: str) -> None:
-    """Quantize a few values to nf4 on the device, and back. Raises UnusablePackage where that cannot be done.
+    """Quantize a few values to nf4 on the device, and back. Raises UnusablePackageError where that cannot be done.
 
     A broken bitsandbytes may be imported without a word, and fail where it is first used.
     """
@@ -59,9 +59,9 @@ def check_bitsandbytes(device: str) -> None:
         raise _unusable(RuntimeError("it returned other values than it was given"))
 
 
-def _unusable(error: Exception) -> UnusablePackage:
+def _unusable(error: Exception) -> UnusablePackageError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UnusablePackage(
+    return UnusablePackageError(
         f"nf4 needs the package bitsandbytes, which does not work here: {reason}. Mend it with "
         "`pip install --force-reinstall --no-deps bitsandbytes`, or serve with --quantize int8, which does not need it"
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.quantized.formats import Format
 from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
 
@@ -154,14 +154,14 @@ class QuantizedStack(nn.Module):
 def quantizables(block: nn.Module) -> dict[str, Quantizable]:
     """The block's parameters that can be quantized, by name; the block may be on any device, also meta.
 
-    Raises UnsupportedModel if most of the block could not be quantized.
+    Raises UnsupportedModelError if most of the block could not be quantized.
     """
     all_targets = (target for prefix, module in block.named_modules() for target in _of_module(prefix, module))
     found = [target for target in all_targets if min(target.rows, target.columns) >= _SMALLEST_SIDE]
     total = sum(parameter.numel() for parameter in block.parameters())
     share = sum(target.count * target.rows * target.columns for target in found) / total
     if share < _LEAST_SHARE:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{type(block).__name__}: only {share:.0%} of a block can be quantized, for its layout is not known;"
             " serve it without --quantize"
         )

@@ -32,14 +32,14 @@ class PassTooLargeError(EngineError):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCost:
+class GraphBytes:
     """The bytes that autograd keeps of one block, for each position and for each pair of positions of one row."""
 
     a_position: float
     a_pair: float
 
     @classmethod
-    def fitted(cls, short: tuple[int, int], long: tuple[int, int]) -> BlockCost:
+    def fitted(cls, short: tuple[int, int], long: tuple[int, int]) -> GraphBytes:
         """The cost from two measurements of (positions of one row, bytes)."""
         (one, one_bytes), (two, two_bytes) = short, long
         a_pair = max(0.0, (two_bytes / two - one_bytes / one) / (two - one))
@@ -54,7 +54,7 @@ class BlockCost:
 class SpanCost:
     """The memory for passes over some blocks. `boundary`: bytes of one position between two blocks."""
 
-    blocks: tuple[BlockCost, ...]
+    blocks: tuple[GraphBytes, ...]
     boundary: int
     largest_weight_bytes: int
 

@@ -18,7 +18,7 @@ from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import SpanModel
 from peerd.compute.training.memory import (
     PROBE_POSITIONS,
-    BlockCost,
+    GraphBytes,
     KeptBytes,
     PassMemory,
     PassTooLargeError,
@@ -69,7 +69,7 @@ class Tape:
 _GRADIENT = " as a gradient"
 
 
-class Pass:
+class TrainingWork:
     """A pass for the device's thread, which is complete when `_run` ends."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class PassRunner:
         self.adapters = adapters
         self._part = part
         self._widths: dict[int, dict[str, tuple[int, int]]] = {}
-        self._costs: dict[int, BlockCost] = {}
+        self._costs: dict[int, GraphBytes] = {}
         self._largest_weight_bytes = 0
 
     @property
@@ -109,12 +109,12 @@ class PassRunner:
 
     def measure(self) -> None:
         """Measure the memory of each block's activations. Device thread; takes milliseconds for each kind of block."""
-        known: dict[object, BlockCost] = {}
+        known: dict[object, GraphBytes] = {}
         for index, layer in enumerate(self.whole.layers):
             block = self.whole.span.start + index
             key = signature(layer), self.whole.kinds[index]
             if key not in known:
-                known[key] = BlockCost.fitted(*((count, self._probe(block, count)) for count in PROBE_POSITIONS))
+                known[key] = GraphBytes.fitted(*((count, self._probe(block, count)) for count in PROBE_POSITIONS))
             self._costs[block] = known[key]
         sizes = [tensor.nbytes for tensor in self.whole.state_dict().values()]
         self._largest_weight_bytes = max(sizes, default=0)
@@ -175,17 +175,17 @@ class PassRunner:
             self._widths[block] = linear_widths(self.whole.layers[block - self.whole.span.start])
         return self._widths[block]
 
-    def forward(self, given: PassInput, micros: list[MicroBatch], tape_bytes: int = 0) -> ForwardPass:
+    def forward(self, given: PassInput, micros: list[MicroBatch], tape_bytes: int = 0) -> ForwardWork:
         """A forward pass, which leaves a tape if `tape_bytes` suffice for one."""
-        return ForwardPass(self, given, micros, tape_bytes)
+        return ForwardWork(self, given, micros, tape_bytes)
 
-    def backward(self, given: PassInput, micros: list[MicroBatch], grad: torch.Tensor) -> BackwardPass:
+    def backward(self, given: PassInput, micros: list[MicroBatch], grad: torch.Tensor) -> BackwardWork:
         """A backward pass from the input: `grad` is the output's gradient, shaped as `given.hidden`."""
-        return BackwardPass(self, Tape(given, micros, self.leaves(given)), grad)
+        return BackwardWork(self, Tape(given, micros, self.leaves(given)), grad)
 
-    def backward_of(self, tape: Tape, grad: torch.Tensor) -> BackwardPass:
+    def backward_of(self, tape: Tape, grad: torch.Tensor) -> BackwardWork:
         """A backward pass from a forward's tape, which it uses up."""
-        return BackwardPass(self, tape, grad)
+        return BackwardWork(self, tape, grad)
 
     def leaves(self, given: PassInput) -> dict[int, BlockLeaves]:
         """The tensors of each block that get gradients."""
@@ -242,7 +242,7 @@ class PassRunner:
         given.tunables.check(layers, given.rows, self.whole.hidden_size)
 
 
-class ForwardPass(Pass):
+class ForwardWork(TrainingWork):
     """A forward. Its `output` is `[sum of rows, hidden_size]` on the CPU; `tape` is None if it left none."""
 
     def __init__(self, runner: PassRunner, given: PassInput, micros: list[MicroBatch], tape_bytes: int) -> None:
@@ -280,7 +280,7 @@ class ForwardPass(Pass):
         return hidden
 
 
-class BackwardPass(Pass):
+class BackwardWork(TrainingWork):
     """A backward. `grad` is the input's gradient, `gradients` those of the tunables in fp32, all on the CPU."""
 
     def __init__(self, runner: PassRunner, tape: Tape, grad: torch.Tensor) -> None:
@@ -365,7 +365,7 @@ def _record(
     return hidden.detach()
 
 
-def device_turns(works: Iterable[Pass]) -> None:
+def device_turns(works: Iterable[TrainingWork]) -> None:
     """Run passes to their ends in this thread, for callers without an engine task."""
     for work in works:
         while not work.turn():

@@ -17,7 +17,7 @@ from peerd.api.models import Models
 from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import ChatShape, CompletionShape
 from peerd.api.openai.chat_templates import ChatTemplates
-from peerd.api.openai.requests import Asked, read_chat, read_completion
+from peerd.api.openai.requests import CommonFields, read_chat, read_completion
 from peerd.api.openai.responses import AnswerResponse
 from peerd.api.status import Status
 from peerd.api.tensors.session import serve_session
@@ -78,25 +78,25 @@ class Api:
 
     async def complete(self, request: Request) -> Response:
         wanted = read_completion(await read_json(request))
-        model = self._models.named(wanted.asked.model)
+        model = self._models.named(wanted.common.model)
         prompts = [encode_prompt(model, prompt) for prompt in wanted.prompts]
-        answers = Answers(model, wanted.asked, prompts, self._history.count_token)
-        echoes = [model.decode(prompt) if wanted.echo else "" for prompt in prompts for _ in range(wanted.asked.rows)]
-        shape = CompletionShape(wanted.asked.model, model.decode, echoes)
-        return self._respond(answers, shape, len(echoes), wanted.asked)
+        answers = Answers(model, wanted.common, prompts, self._history.count_token)
+        echoes = [model.decode(prompt) if wanted.echo else "" for prompt in prompts for _ in range(wanted.common.rows)]
+        shape = CompletionShape(wanted.common.model, model.decode, echoes)
+        return self._respond(answers, shape, len(echoes), wanted.common)
 
     async def chat(self, request: Request) -> Response:
         wanted = read_chat(await read_json(request))
-        model = self._models.named(wanted.asked.model)
+        model = self._models.named(wanted.common.model)
         tokenizer = model.tokenizer
         if not tokenizer.chat_template:
-            raise InvalidRequest(f"{wanted.asked.model} has no chat template: use /v1/completions")
+            raise InvalidRequest(f"{wanted.common.model} has no chat template: use /v1/completions")
         variables = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         text = await self._templates.render(tokenizer.get_chat_template(), wanted.messages, variables)
         prompt = tokenizer.encode(text, add_special_tokens=False)
-        answers = Answers(model, wanted.asked, [prompt], self._history.count_token)
-        shape = ChatShape(wanted.asked.model, model.decode)
-        return self._respond(answers, shape, wanted.asked.rows, wanted.asked)
+        answers = Answers(model, wanted.common, [prompt], self._history.count_token)
+        shape = ChatShape(wanted.common.model, model.decode)
+        return self._respond(answers, shape, wanted.common.rows, wanted.common)
 
     async def status(self, request: Request) -> Response:
         return JSONResponse(await self._status.describe() | {"answering": self._slots.borrowed_tokens})
@@ -114,14 +114,16 @@ class Api:
     async def session(self, websocket: WebSocket) -> None:
         await serve_session(websocket, self._models)
 
-    def _respond(self, answers: Answers, shape: ChatShape | CompletionShape, count: int, asked: Asked) -> Response:
+    def _respond(
+        self, answers: Answers, shape: ChatShape | CompletionShape, count: int, common: CommonFields
+    ) -> Response:
         return AnswerResponse(
             answers,
             shape,
             count=count,
-            stream=asked.stream,
-            include_usage=asked.include_usage,
-            include_chain=asked.include_chain,
+            stream=common.stream,
+            include_usage=common.include_usage,
+            include_chain=common.include_chain,
             slots=self._slots,
         )
 

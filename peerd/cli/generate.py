@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peerd.cli.console import say, short, working, write
-from peerd.cli.options.shared import Joining
+from peerd.cli.options.shared import JoinOptions
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
@@ -35,7 +35,7 @@ class Request:
 
 async def generate(
     model_path: Path | str,
-    joining: Joining,
+    joining: JoinOptions,
     request: Request,
     *,
     as_json: bool,

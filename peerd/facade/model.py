@@ -26,7 +26,7 @@ from peerd.facade.calls import watch_calls
 from peerd.facade.opening import check_options, open_daemon, open_swarm, socket_of
 from peerd.facade.sharing.card import Base
 from peerd.facade.sharing.saving import Sharing
-from peerd.facade.sharing.trained import Trained, read_trained
+from peerd.facade.sharing.trained import TrainedFile, read_trained
 from peerd.facade.steps import ROLLBACK
 from peerd.facade.swarm import Swarm
 from peerd.protocol.addresses import Multiaddr
@@ -75,7 +75,7 @@ class RemotePreTrainedModel(Sharing):
         Other options are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
 
         Close the model, or use it in a `with` block; a forgotten one closes itself. Raises CheckpointError,
-        UnsupportedModel, ValueError, TypeError, OSError; InvalidRequest where no such daemon runs.
+        UnsupportedModelError, ValueError, TypeError, OSError; InvalidRequest where no such daemon runs.
         """
         hub = options.get("hub") or HubSettings()
         given = None if trained is None else read_trained(trained, hub)
@@ -119,7 +119,7 @@ class RemotePreTrainedModel(Sharing):
         result: Self = made
         return result
 
-    def _take_or_close(self, given: Trained) -> None:
+    def _take_or_close(self, given: TrainedFile) -> None:
         try:
             self._take(given)
         except BaseException:

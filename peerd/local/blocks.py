@@ -13,8 +13,8 @@ from peerd.client.blocks import ModelFacts, check_session_size
 from peerd.client.training.trained import LORA_A, LORA_B, LoraPairs, Trained
 from peerd.compute.adapters.lora import DeepPrompt, LoraAdapter
 from peerd.local.channel import Parameters, open_channel
-from peerd.local.messages import OpenSession, SessionOpened
-from peerd.local.passes import Asked, DaemonPass
+from peerd.local.messages import LocalOpen, SessionOpened
+from peerd.local.passes import DaemonPass, PassRequest
 from peerd.local.session import DaemonSession
 from peerd.protocol.errors import ContextTooLong
 from peerd.protocol.span import Span
@@ -52,7 +52,7 @@ class DaemonBlocks:
         """
         check_session_size(self.facts, max_length, max_rows)
         blocks = blocks or Span(0, self.facts.block_count)
-        wanted = OpenSession(
+        wanted = LocalOpen(
             self.facts.digest.hex(),
             max_length,
             max_rows,
@@ -84,8 +84,8 @@ class DaemonBlocks:
         blocks = blocks or Span(0, self.facts.block_count)
         trained = Trained(prompts, lora or {}, lora_scaling)
         trained.check(blocks, rows, self.facts.width)
-        wanted = OpenSession(self.facts.digest.hex(), start=blocks.start, end=blocks.end)
-        done = DaemonPass(self._path, wanted, Asked(inputs, tuple(rows), blocks, trained, keep))
+        wanted = LocalOpen(self.facts.digest.hex(), start=blocks.start, end=blocks.end)
+        done = DaemonPass(self._path, wanted, PassRequest(inputs, tuple(rows), blocks, trained, keep))
         await self._tasks.start(done.run)
         return done
 
@@ -97,7 +97,7 @@ async def open_daemon_blocks(path: Path, facts: ModelFacts) -> AsyncIterator[Dae
     Raises InvalidRequest if no daemon listens there, or if the daemon was not given this model.
     """
     async with open_channel(path) as channel:
-        await channel.open(OpenSession(facts.digest.hex()), {})
+        await channel.open(LocalOpen(facts.digest.hex()), {})
         await channel.receive(SessionOpened)
     async with open_tasks() as tasks:
         yield DaemonBlocks(path, facts, tasks)

@@ -14,7 +14,7 @@ import trio
 import wsproto.utilities
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
 
-from peerd.local.messages import FROM_DAEMON, MAX_BODY_BYTES, OpenSession, Parameter, message_bytes, read_message
+from peerd.local.messages import FROM_DAEMON, MAX_BODY_BYTES, LocalOpen, LocalParameter, message_bytes, read_message
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.encoding.wire import MAX_HEADER_BYTES
@@ -44,13 +44,13 @@ class Channel:
         self._websocket = websocket
         self._path = path
 
-    async def open(self, wanted: OpenSession, parameters: Parameters) -> None:
+    async def open(self, wanted: LocalOpen, parameters: Parameters) -> None:
         """Send the first message of this websocket, and the LoRA matrices of its blocks. The daemon's answer comes
         next.
         """
         await self.send(replace(wanted, parameters=len(parameters)))
         for (block, name), matrix in parameters.items():
-            await self.send(Parameter(block, name, {}), tensor=matrix)
+            await self.send(LocalParameter(block, name, {}), tensor=matrix)
 
     async def send(self, message: Message, **tensors: torch.Tensor) -> None:
         """Send a message whose fields describe `tensors`, which form its body, in this order.

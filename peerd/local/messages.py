@@ -24,7 +24,7 @@ _TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class OpenSession(Message):
+class LocalOpen(Message):
     """Client, first: a session over blocks `start` to `end - 1` of the model `model`; `end` 0 means to the last block.
 
     model: a name that the daemon was given, or the model's digest in hex.
@@ -46,7 +46,7 @@ class OpenSession(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter(Message):
+class LocalParameter(Message):
     """A matrix of a LoRA pair beside a block's linear layer, `NAME.lora_A` or `NAME.lora_B`; or its gradient.
 
     The client sends matrices after `open`, the daemon sends gradients after `gradients`. The scaling is part of B.
@@ -91,7 +91,7 @@ class Logits(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Forward(Message):
+class LocalForward(Message):
     """Client: run whole rows of these lengths through the session's blocks, without its KV.
 
     Body: hidden states `[sum of rows, hidden size]`, followed by `prompts` `[blocks, 1 or rows, P, hidden size]` if
@@ -107,7 +107,7 @@ class Forward(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Backward(Message):
+class LocalBackward(Message):
     """Client: asks for the gradients of the forward with the seq `of`; the body is the gradient of its output."""
 
     TYPE: ClassVar[str] = "backward"
@@ -130,8 +130,8 @@ class GradientsOutput(Message):
     parameters: int = optional(integer(0, MAX_PARAMETERS), 0)
 
 
-FROM_CLIENT: tuple[type[Message], ...] = (Step, Embed, Logits, Forward, Backward)
-FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, GradientsOutput, Parameter, Failure)
+FROM_CLIENT: tuple[type[Message], ...] = (Step, Embed, Logits, LocalForward, LocalBackward)
+FROM_DAEMON: tuple[type[Message], ...] = (SessionOpened, Output, GradientsOutput, LocalParameter, Failure)
 
 
 def read_message(data: bytes) -> RawMessage:
@@ -144,14 +144,14 @@ def read_message(data: bytes) -> RawMessage:
     return message
 
 
-def read_open(raw: RawMessage) -> OpenSession:
+def read_open(raw: RawMessage) -> LocalOpen:
     """Decode the first message. Raises RemoteProtocolError."""
-    return parse(raw.header, (OpenSession,))
+    return parse(raw.header, (LocalOpen,))
 
 
-def read_parameter(raw: RawMessage) -> Parameter:
+def read_parameter(raw: RawMessage) -> LocalParameter:
     """Decode one of the matrices after the first message. Raises RemoteProtocolError."""
-    return parse(raw.header, (Parameter,))
+    return parse(raw.header, (LocalParameter,))
 
 
 def message_bytes(message: Message, body: list[memoryview] | None = None) -> bytes:

@@ -10,7 +10,7 @@ import trio
 
 from peerd.client.training.trained import LORA_A, LORA_B, Gradients, Trained
 from peerd.local.channel import Channel, open_channel, tensors_of
-from peerd.local.messages import Backward, Forward, GradientsOutput, OpenSession, Parameter, SessionOpened
+from peerd.local.messages import GradientsOutput, LocalBackward, LocalForward, LocalOpen, LocalParameter, SessionOpened
 from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
 from peerd.protocol.messages.session import Output
 from peerd.protocol.span import Span
@@ -19,7 +19,7 @@ _FORWARD, _BACKWARD = 1, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
+class PassRequest:
     """The input of a forward: packed rows `[sum of rows, width]` of these lengths, and what is trained beside them."""
 
     hidden: torch.Tensor
@@ -34,7 +34,7 @@ class DaemonPass:
 
     output: torch.Tensor
 
-    def __init__(self, path: Path, wanted: OpenSession, asked: Asked) -> None:
+    def __init__(self, path: Path, wanted: LocalOpen, asked: PassRequest) -> None:
         self._path = path
         self._wanted = wanted
         self._asked = asked
@@ -74,7 +74,7 @@ class DaemonPass:
         tensors = {"tensor": asked.hidden}
         if asked.trained.prompts is not None:
             tensors["prompts"] = asked.trained.prompts.detach().float()
-        await channel.send(Forward(_FORWARD, asked.rows, {}, keep=asked.keep), **tensors)
+        await channel.send(LocalForward(_FORWARD, asked.rows, {}, keep=asked.keep), **tensors)
         said, body = await channel.receive(Output)
         if said.tensor is None:
             raise RemoteProtocolError("the daemon answered a forward without its tensor")
@@ -87,7 +87,7 @@ class DaemonPass:
         if self._left.is_set() or self._channel is None:
             raise InvalidRequest("this pass was closed, or has had its backward: run a forward again")
         try:
-            await self._channel.send(Backward(_BACKWARD, _FORWARD, {}), tensor=grad_output)
+            await self._channel.send(LocalBackward(_BACKWARD, _FORWARD, {}), tensor=grad_output)
             said, body = await self._channel.receive(GradientsOutput)
             headers = [said.tensor] if said.prompts is None else [said.tensor, said.prompts]
             hidden, *prompts = tensors_of(body, headers)
@@ -99,7 +99,7 @@ class DaemonPass:
     async def _lora(self, channel: Channel, count: int) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
         found: dict[tuple[int, str], torch.Tensor] = {}
         for _ in range(count):
-            said, body = await channel.receive(Parameter)
+            said, body = await channel.receive(LocalParameter)
             [found[said.block, said.name]] = tensors_of(body, [said.tensor])
         scaling = self._asked.trained.scaling
         return {

@@ -14,7 +14,7 @@ import trio
 
 from peerd.client.session.step_log import StepLog
 from peerd.local.channel import Channel, Parameters, open_channel
-from peerd.local.messages import MAX_WAITING, OpenSession, SessionOpened
+from peerd.local.messages import MAX_WAITING, LocalOpen, SessionOpened
 from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.protocol.messages.session import Output, Want
 from peerd.protocol.rows import Op, RowSlice, SessionSize
@@ -26,7 +26,7 @@ _POSITIONS_AT_ONCE = 2048
 class DaemonSession:
     """Runs steps in a session of the daemon. `run` owns its websocket. `hidden` is `[positions, width]`."""
 
-    def __init__(self, path: Path, wanted: OpenSession, parameters: Parameters, width: int) -> None:
+    def __init__(self, path: Path, wanted: LocalOpen, parameters: Parameters, width: int) -> None:
         self.log = StepLog(SessionSize(wanted.max_length, wanted.max_rows, wanted.max_rollback))
         self._path = path
         self._wanted = wanted

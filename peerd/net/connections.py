@@ -30,7 +30,7 @@ from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.connection.budget import DEFAULT_TOTAL_BYTES, BufferBudget
-from peerd.protocol.connection.connection import Connection, Limits
+from peerd.protocol.connection.connection import ConnectionMachine, Limits
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.connection.hello import MAX_ITEMS, Hello
 from peerd.protocol.errors import PeerFault
@@ -296,7 +296,7 @@ class Connections:
         self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None
     ) -> PeerConnection:
         relay = _relay_of(channel)
-        core = Connection(
+        core = ConnectionMachine(
             self._identity,
             initiator=initiator,
             now=trio.current_time(),

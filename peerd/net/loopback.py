@@ -16,7 +16,7 @@ from peerd.net.containment import Containment
 from peerd.net.handlers import StreamHandler
 from peerd.net.peer_connection import PeerConnection
 from peerd.net.settling import agree, exchange_hellos
-from peerd.protocol.connection.connection import Connection, Limits
+from peerd.protocol.connection.connection import ConnectionMachine, Limits
 from peerd.protocol.connection.hello import Hello
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.errors import ConnectionLost
@@ -31,7 +31,7 @@ class LoopbackConnection(PeerConnection):
 
     def __init__(
         self,
-        core: Connection,
+        core: ConnectionMachine,
         channel: _Pipe,
         *,
         is_near: bool,
@@ -65,7 +65,7 @@ def loopback(
     here, from_there = trio.open_memory_channel[bytes](_PIPE_MESSAGES)
     now = trio.current_time()
     asks, answers = (
-        Connection(Identity.generate(), initiator=dials, now=now, limits=limits) for dials in (True, False)
+        ConnectionMachine(Identity.generate(), initiator=dials, now=now, limits=limits) for dials in (True, False)
     )
     near = LoopbackConnection(
         asks, _Pipe(there, from_there), is_near=True, own=own, handlers={}, containment=containment

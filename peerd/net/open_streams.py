@@ -37,7 +37,7 @@ class OpenStreams:
         """Note that the connection was used just now."""
         self._used_at = trio.current_time()
 
-    def add(self, connection: Carrier, core: streams.Stream) -> Stream:
+    def add(self, connection: Carrier, core: streams.StreamMachine) -> Stream:
         """Add the stream whose machine is `core`, and return it."""
         stream = self._open[core.id] = Stream(connection, core)
         self.opened += 1

@@ -21,7 +21,7 @@ from peerd.net.pump import Pump
 from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel
 from peerd.protocol.connection import streams
-from peerd.protocol.connection.connection import Connection
+from peerd.protocol.connection.connection import ConnectionMachine
 from peerd.protocol.connection.events import (
     GoneAway,
     HandshakeDone,
@@ -70,7 +70,7 @@ class PeerConnection:
 
     def __init__(
         self,
-        core: Connection,
+        core: ConnectionMachine,
         channel: MessageChannel,
         *,
         own: PeerId,
@@ -317,7 +317,7 @@ class PeerConnection:
                     self.farewell = code
                     self._lose(ConnectionLost(f"the peer ended the connection: {reason or code}"))
 
-    def _take_stream(self, core: streams.Stream) -> None:
+    def _take_stream(self, core: streams.StreamMachine) -> None:
         if core.protocol == HELLO_PROTOCOL:
             if self._greeting is not None or self.is_our_choice:
                 raise RemoteProtocolError("the peer sent a second hello, or one out of turn")
@@ -336,7 +336,7 @@ class PeerConnection:
             on_bug = partial(self._fail, what=f"the handler of {core.protocol}")
             self._handling.start_soon(self._streams.run_handler, handler, self._adopt(core), on_bug)
 
-    def _adopt(self, core: streams.Stream) -> Stream:
+    def _adopt(self, core: streams.StreamMachine) -> Stream:
         stream = self._streams.add(self, core)
         if len(self._streams) == 1:
             # While a task may wait for an answer, the machine asks for signs of life more often.

@@ -12,7 +12,7 @@ import trio
 
 from peerd.net.transport import MessageChannel
 from peerd.net.uplink_meter import UplinkMeter
-from peerd.protocol.connection.connection import Connection
+from peerd.protocol.connection.connection import ConnectionMachine
 
 # How long it may take to send the last messages.
 FAREWELL_S = 0.4
@@ -23,7 +23,7 @@ class Pump:
     events.
     """
 
-    def __init__(self, core: Connection, channel: MessageChannel, take_events: Callable[[], None]) -> None:
+    def __init__(self, core: ConnectionMachine, channel: MessageChannel, take_events: Callable[[], None]) -> None:
         self.uplink = UplinkMeter()
         """How fast the line to the peer takes what we send."""
         self._core = core

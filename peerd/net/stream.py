@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from peerd.protocol.connection import streams
-from peerd.protocol.connection.connection import Connection
+from peerd.protocol.connection.connection import ConnectionMachine
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import ConnectionLost, PeerdError, StreamReset
@@ -28,7 +28,7 @@ HIGH_WATER_BYTES = 256 * 1024
 class Carrier(Protocol):
     """The connection that carries a stream, as the stream and its handler see it. `PeerConnection` is one."""
 
-    core: Connection
+    core: ConnectionMachine
     lost: PeerdError | None
     farewell: str
 
@@ -61,7 +61,7 @@ class Stream:
     closed it, trio.ClosedResourceError. As a context manager it is closed at the end, or reset if an exception ends it.
     """
 
-    def __init__(self, connection: Carrier, core: streams.Stream) -> None:
+    def __init__(self, connection: Carrier, core: streams.StreamMachine) -> None:
         self.connection = connection
         self._core = core
         self._closed = False

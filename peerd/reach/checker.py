@@ -52,7 +52,7 @@ MAX_ASKED = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
+class ReachReport:
     """Where we are, for status displays; `why` is a sentence for people."""
 
     reach: Reach
@@ -61,7 +61,7 @@ class Here:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ReachState:
     """Which peers can dial us, whether we need relays, and the addresses to announce."""
 
     reach: Reach
@@ -114,18 +114,20 @@ class ReachChecker:
         return self._verdict.reach
 
     @property
-    def here(self) -> Here:
+    def here(self) -> ReachReport:
         """`reach`, our observed addresses, and the reason, for people."""
         if not self._connections.listen_addresses:
-            return Here(self.reach, self._observed.agreed(), "it listens nowhere")
-        return Here(self.reach, self._observed.agreed(), self._explain() or "no other peer has tried to dial it yet")
+            return ReachReport(self.reach, self._observed.agreed(), "it listens nowhere")
+        return ReachReport(
+            self.reach, self._observed.agreed(), self._explain() or "no other peer has tried to dial it yet"
+        )
 
-    def _found(self) -> Found:
+    def _found(self) -> ReachState:
         if self._fixed:
             where = Whereabouts.at(self._own)
         else:
             where = whereabouts(self._own, self._verdict, on_internet=self._on_internet)
-        return Found(self.reach, self._wants_relays(where), where)
+        return ReachState(self.reach, self._wants_relays(where), where)
 
     def _wants_relays(self, where: Whereabouts) -> bool:
         """Whether we need relays: others cannot dial us, or no peer has tried although we asked."""

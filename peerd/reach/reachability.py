@@ -21,7 +21,7 @@ from peerd.net.transport import Transport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
-from peerd.reach.checker import Found, Here, ReachChecker
+from peerd.reach.checker import ReachChecker, ReachReport, ReachState
 from peerd.reach.dialback import DialbackAnswerer
 from peerd.reach.own_addresses import dialable_forms
 from peerd.reach.relay import Relay
@@ -58,12 +58,12 @@ class Reachability:
         return self._checker.reach
 
     @property
-    def here(self) -> Here:
+    def here(self) -> ReachReport:
         """Who can dial us, where peers see us, and why, for people."""
         return self._checker.here
 
     @property
-    def found(self) -> Watched[Found]:
+    def found(self) -> Watched[ReachState]:
         """What the checker found last."""
         return self._checker.found
 
@@ -103,7 +103,7 @@ class Reachability:
             self._reservations = reservations
             yield reservations
 
-    def _take(self, found: Found) -> None:
+    def _take(self, found: ReachState) -> None:
         self._connections.present_as(listen_as=found.where.addresses)
         self.where.set(replace(found.where, relays=self.where.value.relays))
         if self._reservations is not None:

@@ -36,7 +36,7 @@ from peerd.protocol.messages.relay import (
     TO_RELAY,
     Connect,
     Connected,
-    Incoming,
+    IncomingCall,
     Reserve,
     Reserved,
     inner_message,
@@ -184,7 +184,7 @@ async def _opened(connection: Carrier, caller: PeerId) -> Stream:
     far = connection.open_stream(CIRCUIT_PROTOCOL, priority=CIRCUIT_PRIORITY)
     try:
         with trio.fail_after(ANSWER_S):
-            await far.send(Incoming(caller).to_header(), priority=Priority.CONTROL)
+            await far.send(IncomingCall(caller).to_header(), priority=Priority.CONTROL)
             said = parse((await far.receive()).header, FROM_ACCEPTOR)
     except trio.TooSlowError:
         far.reset(Unresponsive.code)

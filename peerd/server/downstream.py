@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 import torch
 import trio
 
-from peerd.exchange.replay_log import Kept, KeptTooLittle, Sent
+from peerd.exchange.replay_log import AlreadyFolded, ReplayLog, Sent
 from peerd.exchange.step_tensors import encoded, priority_of
 from peerd.net.connections import Stream
 from peerd.protocol.encoding.schema import Message, parse
@@ -30,7 +30,7 @@ class Downstream:
     """
 
     def __init__(
-        self, codec: str, dtype: torch.dtype, kept: Kept, open_link: OpenLink, report: Callable[[Message], None]
+        self, codec: str, dtype: torch.dtype, kept: ReplayLog, open_link: OpenLink, report: Callable[[Message], None]
     ) -> None:
         self.kept = kept
         self._codec = codec
@@ -120,7 +120,7 @@ class Downstream:
         with trio.CancelScope() as self._newest:
             try:
                 yield self._newest
-            except KeptTooLittle:
+            except AlreadyFolded:
                 self._report(Gap(epoch=epoch, seq=self.kept.folded, have=()))
             # A CallerError here means that what was kept for the replay does not fit the codec.
             except (LinkFailed, PeerFault, CallerError, trio.ClosedResourceError) as error:

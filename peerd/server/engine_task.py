@@ -41,7 +41,7 @@ from peerd.protocol.errors import (
     PeerdError,
     UnsupportedFeature,
 )
-from peerd.protocol.messages.session import Open, Step
+from peerd.protocol.messages.session import OpenSession, Step
 from peerd.protocol.span import Span
 from peerd.server.admission import Admission
 from peerd.server.busy_meter import BusyMeter
@@ -76,7 +76,7 @@ class _Tenant:
 # A hop that is not the last keeps all of a session's outputs in the host's memory. A server's host memory is computed
 # by KV tokens (`Budget.host_per_token`): three copies of a position's activations, one of which is in transit. A
 # session commits one KV token a position or, with windows, fewer; then this limit is reached first.
-KEPT_POSITIONS_A_TOKEN = 2
+OUTPUTS_A_TOKEN = 2
 # A client that causes overflows again and again must not fill the log.
 BAD_RESULT_EVERY_S = 60.0
 
@@ -99,7 +99,7 @@ class EngineTask:
         # How many turns the device has ended: a client that waits sees from it that the device works.
         self.turns = 0
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
-        self._free_to_keep = self._total_to_keep = KEPT_POSITIONS_A_TOKEN * engine.total_tokens
+        self._free_to_keep = self._total_to_keep = OUTPUTS_A_TOKEN * engine.total_tokens
         self._limiter = trio.CapacityLimiter(1)
         # Held while a batch is planned and run, so that work between two batches never meets an older plan.
         self._device = trio.Lock()
@@ -285,7 +285,7 @@ class EngineTask:
             await self._on_device(partial(self.engine.unload_adapter, name))
             self._withdrawn.discard(name)
 
-    async def open(self, session: Hashable, owner: Owner, opening: Open, deliver: Deliver) -> None:
+    async def open(self, session: Hashable, owner: Owner, opening: OpenSession, deliver: Deliver) -> None:
         """Commit the KV that `opening` asks for, and memory for outputs if there is a next hop.
 
         Waits for memory as long as `opening` allows. Raises NoRoom, ContextTooLong, InvalidRequest, and

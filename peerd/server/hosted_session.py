@@ -15,7 +15,7 @@ import trio
 
 from peerd.compute.errors import StepGapError
 from peerd.exchange.adapter_upload import receive_adapter
-from peerd.exchange.replay_log import Kept
+from peerd.exchange.replay_log import ReplayLog
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
 from peerd.net.limits.owners import Owner
@@ -43,8 +43,8 @@ from peerd.protocol.messages.session import (
     Failure,
     Gap,
     NextHop,
-    Open,
     Opened,
+    OpenSession,
     Output,
     Progress,
     Route,
@@ -70,7 +70,7 @@ class HostedSession:
 
     def __init__(
         self,
-        opening: Open,
+        opening: OpenSession,
         owner: Owner,
         engine: EngineTask,
         open_link: OpenLink,
@@ -100,7 +100,7 @@ class HostedSession:
             "awaited" if OWN_ADAPTER in opening.needs else "none"
         )
         self._dtype = DTYPES[opening.dtype]
-        kept = Kept(opening.max_length, max_positions=opening.size.positions)
+        kept = ReplayLog(opening.max_length, max_positions=opening.size.positions)
         self._down = Downstream(opening.codec, self._dtype, kept, open_link, self._report)
         self._last = opening.next is None
         # Steps submitted to the engine, oldest first.

@@ -51,7 +51,7 @@ from peerd.protocol.messages.session import (
     Failure,
     Link,
     Linked,
-    Open,
+    OpenSession,
     Route,
     Step,
 )
@@ -198,7 +198,7 @@ class Server:
         """Serve a client's control stream: `open` first, then steps and routes until it ends."""
         await self._attached.wait()
         try:
-            opening = await first_message(stream, (Open,))
+            opening = await first_message(stream, (OpenSession,))
             session = await self._admit(stream, opening)
         except PeerdError as error:
             await refuse(stream, Failure.of, error)
@@ -222,7 +222,7 @@ class Server:
             self._linger(session, stream)
             raise
 
-    async def _admit(self, stream: Stream, opening: Open) -> HostedSession:
+    async def _admit(self, stream: Stream, opening: OpenSession) -> HostedSession:
         key = (stream.peer, opening.session, opening.hop)
         known = self._sessions.get(key)
         if known is not None:
@@ -263,7 +263,7 @@ class Server:
         self._sessions.arrived()
         return session
 
-    def _check(self, owner: Owner, opening: Open) -> ServedSpan:
+    def _check(self, owner: Owner, opening: OpenSession) -> ServedSpan:
         """Refuse an `open` that cannot succeed however long it waits. Raises CallerError, Overloaded or Draining."""
         if self.draining:
             raise Draining("this peer is leaving")

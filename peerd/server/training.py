@@ -46,9 +46,9 @@ from peerd.protocol.messages.training import (
     Begin,
     Begun,
     Forward,
-    Gradients,
     Parameter,
     PassFailure,
+    PassGradients,
     Result,
 )
 from peerd.protocol.span import Span
@@ -341,7 +341,7 @@ class _Lane:
         finally:
             if message.of is not None:
                 self._drop(message.of)
-        await self._stream.send(Gradients(message.seq, len(work.gradients)).to_header())
+        await self._stream.send(PassGradients(message.seq, len(work.gradients)).to_header())
         await self._send(work.grad)
         for (block, name), gradient in work.gradients.items():
             await self._stream.send(Parameter(block, name, tuple(gradient.shape)).to_header())

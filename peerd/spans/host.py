@@ -158,10 +158,10 @@ class SpanHost:
     def _start_moving(
         self, slot: Slot, loader: SpanLoader, swap: SpanSwap, block_count: int, look_every_s: float | None
     ) -> None:
-        from peerd.spans.mover import Pace, Rebalancer
+        from peerd.spans.mover import MoveTiming, Rebalancer
 
         random = Random(os.urandom(16))
-        pace = Pace.looking_every(look_every_s)
+        pace = MoveTiming.looking_every(look_every_s)
         rebalancer = Rebalancer(
             slot, loader, self._server, self._discovery, self._peer_id, block_count, random, pace, swap
         )

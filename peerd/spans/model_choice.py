@@ -20,7 +20,7 @@ import trio
 from peerd.checkpoints import Checkpoints
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.hub.id import is_commit, parse_hub_id
-from peerd.compute.errors import CheckpointError, HubUnavailable
+from peerd.compute.errors import CheckpointError, HubUnavailableError
 from peerd.discovery.discovery import Discovery
 from peerd.protocol.errors import InvalidRequest
 from peerd.routing.dht.record_sets import PartialView
@@ -137,7 +137,7 @@ class ModelChoice:
         try:
             async with self._checkpoints.open(spec.model, spec.revision) as checkpoint:
                 is_here = await trio.to_thread.run_sync(_check, spec, named, checkpoint)
-        except HubUnavailable as error:
+        except HubUnavailableError as error:
             log.info("cannot look at %s now: %s", named, error)
         except (CheckpointError, InvalidRequest) as error:
             self._refused[_claim_of(named)] = (str(error), trio.current_time() + REFUSED_S)

@@ -46,7 +46,7 @@ MAX_BACKOFF = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class MoveTiming:
     """How long a peer waits, in seconds.
 
     look_s: between looks, on average.
@@ -59,7 +59,7 @@ class Pace:
     drain_s: float = MAX_DRAIN_S
 
     @classmethod
-    def looking_every(cls, look_s: float | None) -> Pace:
+    def looking_every(cls, look_s: float | None) -> MoveTiming:
         """The usual times, with looks every `look_s` seconds if given; the hesitation is scaled down with it."""
         if look_s is None:
             return cls()
@@ -78,7 +78,7 @@ class Rebalancer:
         peer_id: PeerId,
         block_count: int,
         random: Random,
-        pace: Pace | None = None,
+        pace: MoveTiming | None = None,
         swap: SpanSwap | None = None,
     ) -> None:
         assert slot.served is not None
@@ -91,7 +91,7 @@ class Rebalancer:
         self._model = slot.served.model
         self._block_count = block_count
         self._random = random
-        self._pace = pace or Pace()
+        self._pace = pace or MoveTiming()
         self._scope = trio.CancelScope()
         self._stopped = False
         self.moves = 0

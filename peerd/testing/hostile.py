@@ -20,7 +20,7 @@ from peerd.net.transport import MessageChannel
 from peerd.protocol.connection.frames import (
     MAX_PAYLOAD_BYTES,
     Frame,
-    Open,
+    OpenFrame,
     Priority,
     decode_frame,
     encode_data,
@@ -31,8 +31,7 @@ from peerd.protocol.connection.noise import CipherState, Handshake
 from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES
 from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity, PeerId, node_id_of
-from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, Route, Step
-from peerd.protocol.messages.session import Open as OpenSession
+from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, OpenSession, Route, Step
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records.envelope import PeerRecord, peer_key, sign_record
 from peerd.protocol.rows import Drop, Fork, RowSlice
@@ -89,7 +88,7 @@ class HostilePeer:
         else:
             # The other side chooses, and so it begins.
             frame = await self.hear()
-            while not isinstance(frame, Open):
+            while not isinstance(frame, OpenFrame):
                 frame = await self.hear()
             stream = frame.stream
         await self.say(stream, hello, fin=True)
@@ -107,7 +106,7 @@ class HostilePeer:
             stream = await self.open(HELLO_PROTOCOL)
         else:
             frame = await self.hear()
-            while not isinstance(frame, Open):
+            while not isinstance(frame, OpenFrame):
                 frame = await self.hear()
             stream = frame.stream
         await self.say(stream, hello, fin=True)
@@ -115,7 +114,7 @@ class HostilePeer:
     async def open(self, protocol: str) -> int:
         """Open a stream, and return its number."""
         stream, self._next_stream = self._next_stream, self._next_stream + 2
-        await self.send(encode_frame(Open(stream, protocol, Priority.DECODE, INITIAL_CREDIT_BYTES)))
+        await self.send(encode_frame(OpenFrame(stream, protocol, Priority.DECODE, INITIAL_CREDIT_BYTES)))
         return stream
 
     async def say(self, stream: int, data: bytes, *, fin: bool = False) -> None:

@@ -26,15 +26,15 @@ from peerd.protocol.connection.events import (
 from peerd.protocol.connection.frames import (
     MAX_CREDIT,
     MAX_PAYLOAD_BYTES,
-    Credit,
-    Data,
+    CreditFrame,
+    DataFrame,
     Frame,
-    GoAway,
-    Open,
-    Ping,
-    Pong,
+    GoAwayFrame,
+    OpenFrame,
+    PingFrame,
+    PongFrame,
     Priority,
-    Reset,
+    ResetFrame,
     decode_frame,
     encode_data,
     encode_frame,
@@ -43,7 +43,7 @@ from peerd.protocol.connection.liveness import Delivery, Liveness
 from peerd.protocol.connection.noise import CipherState, Handshake
 from peerd.protocol.connection.schedule import Schedule
 from peerd.protocol.connection.stream_table import Limits, StreamTable
-from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, State, Step, Stream
+from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, State, StreamMachine, Transition
 from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import (
     HandshakeFailed,
@@ -54,7 +54,7 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.identity import Identity, PeerId
 
-__all__ = ["Connection", "Limits"]
+__all__ = ["ConnectionMachine", "Limits"]
 
 # Small frames let urgent frames go between them: 16 KiB of bulk delay a decode by 1.3 ms at 100 Mbit/s. A decode step
 # need not be interrupted, and 31 KiB still fit into a frame of a relayed connection.
@@ -73,7 +73,7 @@ _MIN_USEFUL_BYTES = 256 * 1024
 _MAX_WAITING_CONTROL = 4096
 
 
-class Connection:
+class ConnectionMachine:
     """One side of a connection, from the first byte of the handshake.
 
     identity, expected, swarm_key, random_bytes: see `Handshake`.
@@ -107,17 +107,17 @@ class Connection:
         self._handshake = Handshake(
             identity, initiator=initiator, expected=expected, swarm_key=swarm_key, random_bytes=random_bytes
         )
-        self._handshake_deadline = now + self._limits.patience.handshake_s
+        self._handshake_deadline = now + self._limits.timeouts.handshake_s
         self._ciphers: tuple[CipherState, CipherState] | None = None
         self._liveness: Liveness | None = None
         self._over = False
-        self._farewell: GoAway | None = None
+        self._farewell: GoAwayFrame | None = None
         self._events: deque[Event] = deque()
         self._buffers = buffers or BufferBudget().open()
         self._streams = StreamTable(self._limits, self._buffers, initiator=initiator, now=now)
         self._schedule = Schedule()
         self._control: deque[Frame] = deque()
-        self._pong: Pong | None = None
+        self._pong: PongFrame | None = None
         self._refunds: OrderedDict[int, int] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -168,7 +168,7 @@ class Connection:
             return
         try:
             if self._liveness is None:
-                raise HandshakeFailed(f"no handshake within {self._limits.patience.handshake_s:g} s")
+                raise HandshakeFailed(f"no handshake within {self._limits.timeouts.handshake_s:g} s")
             self._liveness.check(now, in_use=len(self._streams) > 0, delivery=delivery)
         except PeerdError as error:
             self._fail(error)
@@ -222,7 +222,7 @@ class Connection:
         if not self._over:
             self._end()
             if self._ciphers is not None:
-                self._farewell = GoAway(code, reason)
+                self._farewell = GoAwayFrame(code, reason)
 
     def release(self) -> None:
         """Nobody will read what is left: give back all that was held."""
@@ -230,7 +230,7 @@ class Connection:
 
     # Streams.
 
-    def open_stream(self, protocol: str, priority: Priority) -> Stream:
+    def open_stream(self, protocol: str, priority: Priority) -> StreamMachine:
         """Open a stream; the peer learns of it with the next message.
 
         priority: the default priority of the peer's answers. Raises Overloaded beyond 256 streams,
@@ -239,10 +239,12 @@ class Connection:
         if self._ciphers is None or self._over:
             raise LocalProtocolError("streams can be opened only on a connection that is open")
         stream = self._streams.open(protocol, priority)
-        self._control.append(Open(stream.id, protocol, priority, INITIAL_CREDIT_BYTES))
+        self._control.append(OpenFrame(stream.id, protocol, priority, INITIAL_CREDIT_BYTES))
         return stream
 
-    def send(self, stream: Stream, header: Mapping[str, Any], body: Sequence[Buffer], priority: Priority) -> None:
+    def send(
+        self, stream: StreamMachine, header: Mapping[str, Any], body: Sequence[Buffer], priority: Priority
+    ) -> None:
         """Queue one message. `body` must not change until it was sent. Raises LocalProtocolError on a finished
         stream.
         """
@@ -251,7 +253,7 @@ class Connection:
         stream.outgoing.push(header, body, priority)
         self._schedule_if_ready(stream)
 
-    def read(self, stream: Stream, max_body: int) -> RawMessage | None:
+    def read(self, stream: StreamMachine, max_body: int) -> RawMessage | None:
         """The stream's next message if all of it has arrived, else None. The peer gets credit for the consumed bytes.
 
         max_body: how many bytes of body the caller is ready to hold; as much credit may be given at once. Raises
@@ -267,13 +269,13 @@ class Connection:
             self._refund(stream)
         return message
 
-    def finish(self, stream: Stream) -> None:
+    def finish(self, stream: StreamMachine) -> None:
         """Send nothing more on the stream after what is queued. A second call changes nothing."""
         if stream.state is not State.CLOSED and not stream.outgoing.finishing:
             stream.outgoing.finishing = True
             self._schedule_if_ready(stream)
 
-    def close(self, stream: Stream) -> None:
+    def close(self, stream: StreamMachine) -> None:
         """Finish the stream and stop reading it. If the peer still sends, it gets a RESET once our queue is sent."""
         stream.closing = True
         stream.incoming.drop()
@@ -282,22 +284,22 @@ class Connection:
         else:
             self.finish(stream)
 
-    def reset(self, stream: Stream, code: str) -> None:
+    def reset(self, stream: StreamMachine, code: str) -> None:
         """End the stream at once, in both directions. Does nothing to a stream that has ended."""
         stream.incoming.drop()
         if stream.state is State.CLOSED:
             return
-        stream.step(Step.SEND_RESET)
+        stream.step(Transition.SEND_RESET)
         self._forget(stream)
         if not self._over:
-            self._control.append(Reset(stream.id, code))
+            self._control.append(ResetFrame(stream.id, code))
 
     # Inside.
 
     def _establish(self, now: float) -> None:
         if self._handshake.complete:
             self._ciphers = self._handshake.split()
-            self._liveness = Liveness(self._limits.patience, now)
+            self._liveness = Liveness(self._limits.timeouts, now)
             self._events.append(HandshakeDone(self._handshake.peer_id))
 
     def _fail(self, error: PeerdError) -> None:
@@ -315,62 +317,62 @@ class Connection:
         assert self._liveness is not None
         self._liveness.heard(now)
         match frame:
-            case Data(stream_id):
+            case DataFrame(stream_id):
                 if (stream := self._streams.known(stream_id)) is not None:
                     stream.accept(frame)
                     self._events.append(StreamReadable(stream))
                     self._forget_if_closed(stream)
-            case Credit(stream_id, amount):
+            case CreditFrame(stream_id, amount):
                 if (stream := self._streams.known(stream_id)) is not None:
-                    stream.step(Step.CREDIT)
+                    stream.step(Transition.CREDIT)
                     stream.outgoing.add_credit(amount)
                     self._schedule_if_ready(stream)
-            case Open():
+            case OpenFrame():
                 self._take_open(frame, now)
-            case Reset(stream_id, code):
+            case ResetFrame(stream_id, code):
                 if (stream := self._streams.known(stream_id)) is not None:
                     self._take_reset(stream, code)
-            case Ping(token):
+            case PingFrame(token):
                 # A newer PING replaces one that is not answered yet, so a flood of PINGs costs one answer.
-                self._pong = Pong(token)
-            case Pong():
+                self._pong = PongFrame(token)
+            case PongFrame():
                 self._liveness.pong(frame, now)
-            case GoAway(code, reason):
+            case GoAwayFrame(code, reason):
                 self._end()
                 self._events.append(GoneAway(code, reason))
 
-    def _take_open(self, frame: Open, now: float) -> None:
+    def _take_open(self, frame: OpenFrame, now: float) -> None:
         if len(self._control) >= _MAX_WAITING_CONTROL:
             raise RemoteProtocolError("the peer opens streams and does not read what becomes of them")
         stream = self._streams.accept(frame, now)
         if stream is None:
-            self._control.append(Reset(frame.stream, Overloaded.code))
+            self._control.append(ResetFrame(frame.stream, Overloaded.code))
         else:
             self._events.append(StreamOpened(stream))
 
-    def _take_reset(self, stream: Stream, code: str) -> None:
-        stream.step(Step.RESET)
+    def _take_reset(self, stream: StreamMachine, code: str) -> None:
+        stream.step(Transition.RESET)
         stream.reset_code = code
         if not stream.incoming.finished:
             stream.incoming.drop()
         self._forget(stream)
 
-    def _schedule_if_ready(self, stream: Stream) -> None:
+    def _schedule_if_ready(self, stream: StreamMachine) -> None:
         if stream.outgoing.ready:
             self._schedule.put(stream.id, stream.outgoing.priority(stream.priority))
 
-    def _forget(self, stream: Stream) -> None:
+    def _forget(self, stream: StreamMachine) -> None:
         if self._streams.forget(stream):
             stream.outgoing.drop()
             self._schedule.remove(stream.id)
             self._refunds.pop(stream.id, None)
             self._events.append(StreamEnded(stream))
 
-    def _forget_if_closed(self, stream: Stream) -> None:
+    def _forget_if_closed(self, stream: StreamMachine) -> None:
         if stream.state is State.CLOSED:
             self._forget(stream)
 
-    def _refund(self, stream: Stream) -> None:
+    def _refund(self, stream: StreamMachine) -> None:
         if stream.state is State.CLOSED:
             return
         incoming = stream.incoming
@@ -394,15 +396,15 @@ class Connection:
             pong, self._pong = self._pong, None
             return encode_frame(pong)
         if self._liveness.ping_due:
-            return encode_frame(Ping(self._liveness.ping(now)))
+            return encode_frame(PingFrame(self._liveness.ping(now)))
         if self._control:
             return encode_frame(self._control.popleft())
         if self._refunds:
-            return encode_frame(Credit(*self._refunds.popitem(last=False)))
+            return encode_frame(CreditFrame(*self._refunds.popitem(last=False)))
         stream_id = self._schedule.take()
         return None if stream_id is None else self._next_data(self._streams[stream_id])
 
-    def _next_data(self, stream: Stream) -> bytes:
+    def _next_data(self, stream: StreamMachine) -> bytes:
         outgoing = stream.outgoing
         frame_bytes = min(_FRAME_BYTES[outgoing.priority(stream.priority)], self._payload_bytes)
         pieces, fin, ended = outgoing.cut(frame_bytes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peerd.protocol.connection.streams import Stream
+from peerd.protocol.connection.streams import StreamMachine
 from peerd.protocol.identity import PeerId
 
 
@@ -22,21 +22,21 @@ class HandshakeDone:
 class StreamOpened:
     """The peer opened a stream."""
 
-    stream: Stream
+    stream: StreamMachine
 
 
 @dataclass(frozen=True, slots=True)
 class StreamReadable:
     """Bytes of a stream, or its end, arrived: `Connection.read` may return more."""
 
-    stream: Stream
+    stream: StreamMachine
 
 
 @dataclass(frozen=True, slots=True)
 class MessageSent:
     """The last byte of one of the stream's messages was sent."""
 
-    stream: Stream
+    stream: StreamMachine
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class StreamEnded:
     If the peer reset the stream, `stream.reset_code` has its code.
     """
 
-    stream: Stream
+    stream: StreamMachine
 
 
 @dataclass(frozen=True, slots=True)

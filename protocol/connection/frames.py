@@ -57,7 +57,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class OpenFrame:
     """Opens a stream. `credit`: how many bytes the receiver may send back before it is given more."""
 
     stream: int
@@ -67,7 +67,7 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class DataFrame:
     """Bytes of a stream's messages. Empty only with `fin`."""
 
     stream: int
@@ -76,7 +76,7 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
-class Credit:
+class CreditFrame:
     """The receiver has consumed bytes of the stream: the other side may send `amount` more."""
 
     stream: int
@@ -84,7 +84,7 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True)
-class Reset:
+class ResetFrame:
     """The stream ends at once, in both directions; `code` is one of spec/errors.md or of the protocol on the stream."""
 
     stream: int
@@ -92,43 +92,43 @@ class Reset:
 
 
 @dataclass(frozen=True, slots=True)
-class Ping:
+class PingFrame:
     token: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Pong:
+class PongFrame:
     token: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class GoAway:
+class GoAwayFrame:
     """The sender's last frame. `reason` is for people."""
 
     code: str
     reason: str = ""
 
 
-Frame = Open | Data | Credit | Reset | Ping | Pong | GoAway
+Frame = OpenFrame | DataFrame | CreditFrame | ResetFrame | PingFrame | PongFrame | GoAwayFrame
 
 
 def encode_frame(frame: Frame) -> bytes:
     """The frame's bytes. Raises ValueError or struct.error if our own code breaks a limit."""
     match frame:
-        case Open(stream, protocol, priority, credit):
+        case OpenFrame(stream, protocol, priority, credit):
             payload = _OPEN.pack(priority, credit) + _checked_protocol(protocol).encode()
             return _HEADER.pack(Kind.OPEN, 0, stream) + payload
-        case Data(stream, view, fin):
+        case DataFrame(stream, view, fin):
             return encode_data(stream, (view,), fin=fin)
-        case Credit(stream, amount):
+        case CreditFrame(stream, amount):
             return _HEADER.pack(Kind.CREDIT, 0, stream) + _U32.pack(amount)
-        case Reset(stream, code):
+        case ResetFrame(stream, code):
             return _HEADER.pack(Kind.RESET, 0, stream) + _checked_code(code).encode()
-        case Ping(token):
+        case PingFrame(token):
             return _HEADER.pack(Kind.PING, 0, 0) + token
-        case Pong(token):
+        case PongFrame(token):
             return _HEADER.pack(Kind.PONG, 0, 0) + token
-        case GoAway(code, reason):
+        case GoAwayFrame(code, reason):
             text = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
             coded = _checked_code(code).encode()
             return _HEADER.pack(Kind.GOAWAY, 0, 0) + bytes((len(coded),)) + coded + text
@@ -154,7 +154,7 @@ def decode_frame(data: bytes) -> Frame:
     return decode(stream, flags, memoryview(data)[HEADER_BYTES:])
 
 
-def _decode_open(stream: int, _flags: int, payload: memoryview) -> Open:
+def _decode_open(stream: int, _flags: int, payload: memoryview) -> OpenFrame:
     if len(payload) < _OPEN.size:
         raise RemoteProtocolError("OPEN is too short")
     priority, credit = _OPEN.unpack_from(payload)
@@ -166,44 +166,44 @@ def _decode_open(stream: int, _flags: int, payload: memoryview) -> Open:
         protocol = _checked_protocol(str(payload[_OPEN.size :], "ascii"))
     except ValueError:
         raise RemoteProtocolError("OPEN without a protocol id such as /peerd/dht/1") from None
-    return Open(stream, protocol, Priority(priority), credit)
+    return OpenFrame(stream, protocol, Priority(priority), credit)
 
 
-def _decode_data(stream: int, flags: int, payload: memoryview) -> Data:
+def _decode_data(stream: int, flags: int, payload: memoryview) -> DataFrame:
     if not payload and not flags:
         raise RemoteProtocolError("DATA that is empty and does not finish the stream")
-    return Data(stream, payload, flags == FIN)
+    return DataFrame(stream, payload, flags == FIN)
 
 
-def _decode_credit(stream: int, _flags: int, payload: memoryview) -> Credit:
+def _decode_credit(stream: int, _flags: int, payload: memoryview) -> CreditFrame:
     if len(payload) != _U32.size:
         raise RemoteProtocolError("CREDIT of a wrong length")
     (amount,) = _U32.unpack(payload)
     if not 0 < amount <= MAX_CREDIT:
         raise RemoteProtocolError(f"CREDIT of {amount} bytes: it gives 1 to {MAX_CREDIT}")
-    return Credit(stream, amount)
+    return CreditFrame(stream, amount)
 
 
-def _decode_reset(stream: int, _flags: int, payload: memoryview) -> Reset:
-    return Reset(stream, _decode_code(payload, "RESET"))
+def _decode_reset(stream: int, _flags: int, payload: memoryview) -> ResetFrame:
+    return ResetFrame(stream, _decode_code(payload, "RESET"))
 
 
-def _decode_ping(_stream: int, _flags: int, payload: memoryview) -> Ping:
-    return Ping(_decode_token(payload, "PING"))
+def _decode_ping(_stream: int, _flags: int, payload: memoryview) -> PingFrame:
+    return PingFrame(_decode_token(payload, "PING"))
 
 
-def _decode_pong(_stream: int, _flags: int, payload: memoryview) -> Pong:
-    return Pong(_decode_token(payload, "PONG"))
+def _decode_pong(_stream: int, _flags: int, payload: memoryview) -> PongFrame:
+    return PongFrame(_decode_token(payload, "PONG"))
 
 
-def _decode_goaway(_stream: int, _flags: int, payload: memoryview) -> GoAway:
+def _decode_goaway(_stream: int, _flags: int, payload: memoryview) -> GoAwayFrame:
     length = payload[0] if payload else 0
     code = _decode_code(payload[1 : 1 + length], "GOAWAY")
     reason = payload[1 + length :]
     if len(code) != length or len(reason) > MAX_REASON_BYTES:
         raise RemoteProtocolError("GOAWAY of a wrong length")
     try:
-        return GoAway(code, str(reason, "utf-8"))
+        return GoAwayFrame(code, str(reason, "utf-8"))
     except UnicodeDecodeError:
         raise RemoteProtocolError("GOAWAY whose reason is no text") from None
 

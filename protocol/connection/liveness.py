@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from peerd.protocol.connection.frames import Pong
+from peerd.protocol.connection.frames import PongFrame
 from peerd.protocol.errors import ConnectionLost, Unresponsive
 
 _TOKEN = struct.Struct(">Q")
@@ -28,7 +28,7 @@ _UNANSWERED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """How long a connection may be silent, in seconds.
 
     handshake_s: from the first byte until both sides are proven.
@@ -68,8 +68,8 @@ class Delivery:
 class Liveness:
     """Measures the peer's silence from `now` on. Sends a PING at once, to learn the round-trip time."""
 
-    def __init__(self, patience: Patience, now: float) -> None:
-        self._patience = patience
+    def __init__(self, timeouts: Timeouts, now: float) -> None:
+        self._timeouts = timeouts
         # Silence counts from here: bytes arrived, the far system took bytes, or our process woke.
         self._quiet_since = now
         self._token = 0
@@ -96,8 +96,8 @@ class Liveness:
             return self._looked + _LOOK_S
         asks = self._quiet_since + self._ask_after_s(in_use)
         if self._asked is None:
-            return min(asks, self._answered + self._patience.ask_again_s)
-        return min(asks, self._asked + self._patience.unread_s)
+            return min(asks, self._answered + self._timeouts.ask_again_s)
+        return min(asks, self._asked + self._timeouts.unread_s)
 
     def heard(self, now: float) -> None:
         """An authentic message arrived."""
@@ -117,7 +117,7 @@ class Liveness:
         self._token += 1
         return _TOKEN.pack(self._token)
 
-    def pong(self, frame: Pong, now: float) -> None:
+    def pong(self, frame: PongFrame, now: float) -> None:
         """Take an answer. Ignores one that we did not ask for, since it proves nothing."""
         if self._asked is not None and not self.ping_due and frame.token == _TOKEN.pack(self._token):
             self.rtt_s = now - self._left
@@ -141,7 +141,7 @@ class Liveness:
             self._asked = None if self._asked is None else now
             self._doubting = False
         taken = self._note_taken(delivery)
-        if self._asked is not None and now >= self._asked + self._patience.unread_s:
+        if self._asked is not None and now >= self._asked + self._timeouts.unread_s:
             age_s = now - self._asked
             raise Unresponsive(f"the peer talks but does not read: a PING of {age_s:.0f} s ago is unanswered")
         if self._doubting:
@@ -154,14 +154,14 @@ class Liveness:
         self.ask(now)
 
     def _judge(self, silent_s: float, in_use: bool, delivery: Delivery | None) -> None:
-        patience = self._patience
+        timeouts = self._timeouts
         if delivery is None:
-            untold_s = max(patience.untold_s, self._ask_after_s(in_use) + 8 * (self.rtt_s or 0.0))
+            untold_s = max(timeouts.untold_s, self._ask_after_s(in_use) + 8 * (self.rtt_s or 0.0))
             gone = in_use and silent_s >= untold_s
         else:
-            waited_s = self._ask_after_s(in_use) + patience.undelivered_s
+            waited_s = self._ask_after_s(in_use) + timeouts.undelivered_s
             gone = delivery.unanswered >= _UNANSWERED and silent_s >= waited_s
-        if gone or silent_s >= patience.dead_after_s:
+        if gone or silent_s >= timeouts.dead_after_s:
             what = "nothing we send arrives, and " if delivery and delivery.unanswered >= _UNANSWERED else ""
             raise ConnectionLost(f"{what}the peer has been silent for {silent_s:.1f} s")
 
@@ -173,4 +173,4 @@ class Liveness:
         return delivery.acknowledged_bytes > before
 
     def _ask_after_s(self, in_use: bool) -> float:
-        return self._patience.ask_in_use_s if in_use else self._patience.ask_after_s
+        return self._timeouts.ask_in_use_s if in_use else self._timeouts.ask_after_s

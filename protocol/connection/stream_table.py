@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from peerd.protocol.connection.budget import Buffers
-from peerd.protocol.connection.frames import MAX_STREAM_ID, Open, Priority
-from peerd.protocol.connection.liveness import Patience
-from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, Stream
+from peerd.protocol.connection.frames import MAX_STREAM_ID, OpenFrame, Priority
+from peerd.protocol.connection.liveness import Timeouts
+from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, StreamMachine
 from peerd.protocol.errors import ConnectionLost, Overloaded, RemoteProtocolError
 
 # Streams that each side may have opened at a time. Both sides count, so the limit is part of the protocol.
@@ -30,7 +30,7 @@ class Limits:
     opens_burst: int = 1024
     opens_a_second: float = 512.0
     shared_credit_bytes: int = 64 * 1024 * 1024
-    patience: Patience = field(default_factory=Patience)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 class StreamTable:
@@ -39,7 +39,7 @@ class StreamTable:
     def __init__(self, limits: Limits, buffers: Buffers, *, initiator: bool, now: float) -> None:
         self._limits = limits
         self._buffers = buffers
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[int, StreamMachine] = {}
         self._next_id = 1 if initiator else 2
         self._last_peer_id = 0
         self._allowance = float(limits.opens_burst)
@@ -48,24 +48,24 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def __iter__(self) -> Iterator[Stream]:
+    def __iter__(self) -> Iterator[StreamMachine]:
         return iter(tuple(self._streams.values()))
 
-    def __getitem__(self, stream_id: int) -> Stream:
+    def __getitem__(self, stream_id: int) -> StreamMachine:
         return self._streams[stream_id]
 
-    def open(self, protocol: str, priority: Priority) -> Stream:
+    def open(self, protocol: str, priority: Priority) -> StreamMachine:
         """Open a new stream of ours. Raises Overloaded beyond 256, ConnectionLost when all numbers are used."""
         if self._count(ours=True) >= MAX_STREAMS:
             raise Overloaded(f"{MAX_STREAMS} streams to this peer are open already")
         if self._next_id > MAX_STREAM_ID:
             raise ConnectionLost("all stream numbers of this connection are used")
-        stream = Stream(self._next_id, protocol, priority, INITIAL_CREDIT_BYTES, self._buffers)
+        stream = StreamMachine(self._next_id, protocol, priority, INITIAL_CREDIT_BYTES, self._buffers)
         self._next_id += 2
         self._streams[stream.id] = stream
         return stream
 
-    def accept(self, frame: Open, now: float) -> Stream | None:
+    def accept(self, frame: OpenFrame, now: float) -> StreamMachine | None:
         """Add a stream that the peer opened. Returns None if it has too many; the caller then sends a RESET.
 
         Raises RemoteProtocolError for a number that the peer must not use, and for opening too fast.
@@ -80,11 +80,11 @@ class StreamTable:
         self._last_peer_id = frame.stream
         if self._count(ours=False) >= MAX_STREAMS:
             return None
-        stream = Stream(frame.stream, frame.protocol, frame.priority, frame.credit, self._buffers)
+        stream = StreamMachine(frame.stream, frame.protocol, frame.priority, frame.credit, self._buffers)
         self._streams[stream.id] = stream
         return stream
 
-    def known(self, stream_id: int) -> Stream | None:
+    def known(self, stream_id: int) -> StreamMachine | None:
         """The stream, or None for one that has ended: its last frames may still be on their way.
 
         Raises RemoteProtocolError for a stream that was never opened.
@@ -96,11 +96,11 @@ class StreamTable:
                 raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
         return stream
 
-    def forget(self, stream: Stream) -> bool:
+    def forget(self, stream: StreamMachine) -> bool:
         """Remove a stream that has ended. Returns whether it was still in the table."""
         return self._streams.pop(stream.id, None) is not None
 
-    def affordable(self, stream: Stream, credit: int) -> int:
+    def affordable(self, stream: StreamMachine, credit: int) -> int:
         """How much of `credit` the stream may be given within the limit that all streams share."""
         own = INITIAL_CREDIT_BYTES - stream.incoming.outstanding
         if credit <= own:

@@ -13,7 +13,7 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from peerd.protocol.connection.budget import BufferBudget, Buffers
-from peerd.protocol.connection.frames import MAX_CREDIT, Data, Priority
+from peerd.protocol.connection.frames import MAX_CREDIT, DataFrame, Priority
 from peerd.protocol.encoding.wire import Buffer, MessageReader, RawMessage, encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 
@@ -37,7 +37,7 @@ class State(Enum):
     CLOSED = auto()
 
 
-class Step(Enum):
+class Transition(Enum):
     """An event in a stream's life on the wire, after OPEN."""
 
     SEND_DATA = auto()
@@ -51,33 +51,33 @@ class Step(Enum):
 
 # A transition that is missing here is an error of the side that made it. Frames for a stream that is CLOSED and
 # forgotten are ignored: they may have crossed our RESET (spec/connection.md).
-TRANSITIONS: Final[dict[State, dict[Step, State]]] = {
+TRANSITIONS: Final[dict[State, dict[Transition, State]]] = {
     State.OPEN: {
-        Step.SEND_DATA: State.OPEN,
-        Step.SEND_FIN: State.FINISHED,
-        Step.SEND_RESET: State.CLOSED,
-        Step.DATA: State.OPEN,
-        Step.FIN: State.PEER_FINISHED,
-        Step.CREDIT: State.OPEN,
-        Step.RESET: State.CLOSED,
+        Transition.SEND_DATA: State.OPEN,
+        Transition.SEND_FIN: State.FINISHED,
+        Transition.SEND_RESET: State.CLOSED,
+        Transition.DATA: State.OPEN,
+        Transition.FIN: State.PEER_FINISHED,
+        Transition.CREDIT: State.OPEN,
+        Transition.RESET: State.CLOSED,
     },
     State.FINISHED: {
-        Step.SEND_RESET: State.CLOSED,
-        Step.DATA: State.FINISHED,
-        Step.FIN: State.CLOSED,
-        Step.CREDIT: State.FINISHED,
-        Step.RESET: State.CLOSED,
+        Transition.SEND_RESET: State.CLOSED,
+        Transition.DATA: State.FINISHED,
+        Transition.FIN: State.CLOSED,
+        Transition.CREDIT: State.FINISHED,
+        Transition.RESET: State.CLOSED,
     },
     State.PEER_FINISHED: {
-        Step.SEND_DATA: State.PEER_FINISHED,
-        Step.SEND_FIN: State.CLOSED,
-        Step.SEND_RESET: State.CLOSED,
-        Step.CREDIT: State.PEER_FINISHED,
-        Step.RESET: State.CLOSED,
+        Transition.SEND_DATA: State.PEER_FINISHED,
+        Transition.SEND_FIN: State.CLOSED,
+        Transition.SEND_RESET: State.CLOSED,
+        Transition.CREDIT: State.PEER_FINISHED,
+        Transition.RESET: State.CLOSED,
     },
     State.CLOSED: {},
 }
-_FROM_PEER: Final = frozenset((Step.DATA, Step.FIN, Step.CREDIT, Step.RESET))
+_FROM_PEER: Final = frozenset((Transition.DATA, Transition.FIN, Transition.CREDIT, Transition.RESET))
 
 
 class _Unsent:
@@ -175,7 +175,7 @@ class Outgoing:
         self.unsent_bytes = 0
 
 
-class Incoming:
+class StreamInbox:
     """The bytes that the peer sent on a stream and that the application has not read yet.
 
     `outstanding` is the peer's credit that was not given back: what it may still send plus what waits here.
@@ -269,7 +269,7 @@ class Incoming:
         return used
 
 
-class Stream:
+class StreamMachine:
     """Both directions of one stream, and its state. Made by `Connection`."""
 
     __slots__ = ("closing", "id", "incoming", "outgoing", "priority", "protocol", "reset_code", "state")
@@ -283,7 +283,7 @@ class Stream:
         self.priority = priority
         self.state = State.OPEN
         self.outgoing = Outgoing(credit, buffers)
-        self.incoming = Incoming(buffers)
+        self.incoming = StreamInbox(buffers)
         self.closing = False
         """We read no more; the rest of our queue is still sent."""
         self.reset_code: str | None = None
@@ -295,7 +295,7 @@ class Stream:
             f" credit={self.outgoing.credit} unread={self.incoming.buffered}>"
         )
 
-    def step(self, step: Step) -> None:
+    def step(self, step: Transition) -> None:
         """Move to the next state. Raises RemoteProtocolError or LocalProtocolError if the table has no such
         transition.
         """
@@ -305,12 +305,12 @@ class Stream:
             raise RemoteProtocolError(what) if step in _FROM_PEER else LocalProtocolError(what)
         self.state = after
 
-    def accept(self, frame: Data) -> None:
+    def accept(self, frame: DataFrame) -> None:
         """Take a DATA frame. Raises RemoteProtocolError."""
         if frame.payload:
-            self.step(Step.DATA)
+            self.step(Transition.DATA)
         if frame.fin:
-            self.step(Step.FIN)
+            self.step(Transition.FIN)
         self.incoming.accept(frame.payload)
         self.incoming.finished = self.incoming.finished or frame.fin
         if self.closing:
@@ -319,6 +319,6 @@ class Stream:
     def note_sent(self, *, data: bool, fin: bool) -> None:
         """Note that a DATA frame of ours is sent."""
         if data:
-            self.step(Step.SEND_DATA)
+            self.step(Transition.SEND_DATA)
         if fin:
-            self.step(Step.SEND_FIN)
+            self.step(Transition.SEND_FIN)

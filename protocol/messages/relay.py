@@ -72,7 +72,7 @@ class Connect(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Incoming(Message):
+class IncomingCall(Message):
     """Relay to reserved peer, first on a new stream: `peer` calls. Its connection to the relay proved that PeerId."""
 
     TYPE: ClassVar[str] = "circuit"

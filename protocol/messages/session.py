@@ -101,7 +101,7 @@ def _dump_next(value: NextHop | None) -> list[bytes] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Open(Message):
+class OpenSession(Message):
     """Client to each hop: commit KV memory for `max_rows` rows of `max_length` positions in these blocks."""
 
     TYPE: ClassVar[str] = "open"
@@ -289,7 +289,7 @@ class Linked(Message):
 
 
 # The messages that each side may send on each kind of stream.
-CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (Open, Step, Route, Bridge)
+CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (OpenSession, Step, Route, Bridge)
 CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure, Step)
 PROGRESS_FROM_CLIENT: tuple[type[Message], ...] = (Ask,)
 PROGRESS_FROM_HOP: tuple[type[Message], ...] = (Progress, Failure)

@@ -131,7 +131,7 @@ class Result(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Gradients(Message):
+class PassGradients(Message):
     """Hop to client: the answer to a backward. The input's gradient follows in parts, then each parameter's
     gradient.
     """
@@ -165,4 +165,4 @@ class PassFailure(Message):
 
 # The messages that each side may send. Parts and parameters come only after a message that announced them.
 PASS_FROM_CLIENT: tuple[type[Message], ...] = (Begin, Forward, Backward, Parameter, Part)
-PASS_FROM_HOP: tuple[type[Message], ...] = (Begun, Result, Gradients, Parameter, Part, PassFailure)
+PASS_FROM_HOP: tuple[type[Message], ...] = (Begun, Result, PassGradients, Parameter, Part, PassFailure)

@@ -38,7 +38,7 @@ class Reply(Protocol):
 R = TypeVar("R", bound=Reply)
 
 
-class Candidates(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
+class Shortlist(NodeHeap):  # type: ignore[misc]  # kademlia publishes no types
     """A NodeHeap in which a peer that failed stays out, however often other peers name it.
 
     It returns the nearest nodes, at most two of one network as long as there are others. Its heap is kept sorted,
@@ -100,7 +100,7 @@ class Crawl(SpiderCrawl, Generic[R]):  # type: ignore[misc]  # kademlia publishe
         lost: Container[bytes] = (),
     ) -> None:
         super().__init__(None, target, [], ksize, alpha)
-        self.nearest = Candidates(target, ksize)
+        self.nearest = Shortlist(target, ksize)
         self.nearest.push([own])
         self.nearest.remove([own.id])
         self.nearest.push(peers)

@@ -38,7 +38,7 @@ class _Smoothed:
         return self.mean + max(_DEVIATIONS * self.deviation, self.mean)
 
 
-class Pace:
+class StepPace:
     """The pace of one session's chain."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Pace:
         self._doublings = 0
 
     def __repr__(self) -> str:
-        return f"<Pace decode={self._decode} prefill={self._prefill} doubled={self._doublings}>"
+        return f"<StepPace decode={self._decode} prefill={self._prefill} doubled={self._doublings}>"
 
     def took(self, positions: int, seconds: float) -> None:
         """Note that a step of `positions` positions was answered `seconds` after it could begin."""

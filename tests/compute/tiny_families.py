@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 from peerd.compute.transformers_compat import before_newest_tested
 
@@ -176,7 +176,7 @@ def or_skip(find: Callable[[], Any]) -> Any:
     """
     try:
         return find()
-    except UnsupportedModel as error:
+    except UnsupportedModelError as error:
         if before_newest_tested():
             pytest.skip(str(error))
         raise

@@ -10,7 +10,15 @@ from peerd.net.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.identity import Identity
-from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Accepted, Connected, Incoming, Reserve, Reserved
+from peerd.protocol.messages.relay import (
+    RELAY_PROTOCOL,
+    RELAY_ROLE,
+    Accepted,
+    Connected,
+    IncomingCall,
+    Reserve,
+    Reserved,
+)
 from peerd.protocol.messages.session import Failure
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
@@ -20,7 +28,7 @@ from peerd.testing.network import MemoryNetwork
 
 LISTEN = Multiaddr.parse("/ip4/0.0.0.0/tcp/31330/ws")
 IDENTITIES = [Identity.from_seed(bytes([n]) * 32) for n in range(1, 60)]
-ALL_ANSWERS = (Reserved, Connected, Incoming, Accepted, Failure)
+ALL_ANSWERS = (Reserved, Connected, IncomingCall, Accepted, Failure)
 LATENCY_S = 0.01
 KEY = b"k" * 32
 

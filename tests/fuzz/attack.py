@@ -32,8 +32,17 @@ from peerd.net.connections import Stream, open_connections
 from peerd.net.transport import MessageChannel
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection.frames import Credit, GoAway, Ping, Pong, Priority, Reset, encode_data, encode_frame
-from peerd.protocol.connection.frames import Open as OpenFrame
+from peerd.protocol.connection.frames import (
+    CreditFrame,
+    GoAwayFrame,
+    OpenFrame,
+    PingFrame,
+    PongFrame,
+    Priority,
+    ResetFrame,
+    encode_data,
+    encode_frame,
+)
 from peerd.protocol.connection.hello import HELLO_PROTOCOL
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
@@ -42,7 +51,7 @@ from peerd.protocol.identity import Identity
 from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL
-from peerd.protocol.messages.session import INFER_PROTOCOL, PROGRESS_PROTOCOL, Open, Output, Step
+from peerd.protocol.messages.session import INFER_PROTOCOL, PROGRESS_PROTOCOL, OpenSession, Output, Step
 from peerd.protocol.messages.training import PASS_PROTOCOL
 from peerd.protocol.rows import RowSlice
 from peerd.routing.dht.messages import DHT_PROTOCOL
@@ -254,7 +263,7 @@ class Attacker:
                 await trio.sleep(random.choice([0, 0, 0.05]))
                 await peer.say(stream, data[at:], fin=random.random() < 0.5)
                 if random.random() < 0.3:
-                    await peer.send(encode_frame(Reset(stream, "cancelled")))
+                    await peer.send(encode_frame(ResetFrame(stream, "cancelled")))
             await trio.sleep(random.choice([0, 0.2, 1]))
             nursery.cancel_scope.cancel()
 
@@ -358,15 +367,15 @@ def _frame(random: Random) -> bytes:
         case 1:
             return encode_data(stream, [random.randbytes(random.choice([1, 100, 30_000]))], fin=random.random() < 0.3)
         case 2:
-            return encode_frame(Credit(stream, random.choice([1, 65536, 2**31])))
+            return encode_frame(CreditFrame(stream, random.choice([1, 65536, 2**31])))
         case 3:
-            return encode_frame(Reset(stream, "cancelled"))
+            return encode_frame(ResetFrame(stream, "cancelled"))
         case 4:
-            return encode_frame(Ping(random.randbytes(8)))
+            return encode_frame(PingFrame(random.randbytes(8)))
         case 5:
-            return encode_frame(Pong(random.randbytes(8)))
+            return encode_frame(PongFrame(random.randbytes(8)))
         case _:
-            return encode_frame(GoAway("bye", "a reason\n\x1b[31m"))
+            return encode_frame(GoAwayFrame("bye", "a reason\n\x1b[31m"))
 
 
 class Honest:
@@ -391,7 +400,7 @@ class Honest:
 
     async def _session(self, stream: Stream) -> None:
         await stream.send(
-            Open(
+            OpenSession(
                 session=os.urandom(16),
                 hop=0,
                 epoch=0,

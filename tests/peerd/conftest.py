@@ -31,8 +31,8 @@ from peerd.protocol.messages.session import (
     LINK_FROM_DOWNSTREAM,
     Failure,
     NextHop,
-    Open,
     Opened,
+    OpenSession,
 )
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, sign_record
@@ -210,7 +210,7 @@ class Caller:
             host.peer_id, protocol, addresses=host.connections.listen_addresses, priority=Priority.DECODE
         )
 
-    def opening(self, host: Host, **fields: Any) -> Open:
+    def opening(self, host: Host, **fields: Any) -> OpenSession:
         """An `open` for all blocks that the host serves, with `fields` changed."""
         asked: dict[str, Any] = {
             "session": b"s" * 16,
@@ -221,7 +221,7 @@ class Caller:
             "end": host.span.end,
             "max_length": 256,
         }
-        return Open(**asked | fields)
+        return OpenSession(**asked | fields)
 
     async def ask(self, stream: Stream, message: Message, body: Sequence[memoryview] = ()) -> Message:
         """Send a message and return the next one that comes."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +115,13 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 
 
 def architecture_of(metadata: Mapping[str, object], where: object) -> Architecture:
-    """The row for a file with these metadata. Raises UnsupportedModel, which names the file `where` and the reason."""
+    """The row for a file with these metadata. Raises UnsupportedModelError, which names the file `where` and the
+    reason.
+    """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         if isinstance(name, str) and name in _REFUSED:
-            raise UnsupportedModel(f"{where}: GGUF architecture {name} cannot be served: {_REFUSED[name]}")
+            raise UnsupportedModelError(f"{where}: GGUF architecture {name} cannot be served: {_REFUSED[name]}")
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModel(f"{where}: GGUF architecture {name!r} is not one of those supported: {known}")
+        raise UnsupportedModelError(f"{where}: GGUF architecture {name!r} is not one of those supported: {known}")
     return _MIXTRAL if name == "llama" and metadata.get("llama.expert_count") else ARCHITECTURES[name]

@@ -18,7 +18,7 @@ from peerd.compute.checkpoint.gguf.architectures import Architecture, architectu
 from peerd.compute.checkpoint.gguf.config import config_of
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.gguf.weights import GgufWeights
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta
@@ -33,7 +33,7 @@ _REDUNDANT = re.compile(r"blk\.\d+\.(attn_rot_embd|attn\.rotary_emb)\b.*")
 
 def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file, or the first of several parts. Reads headers only. Raises CheckpointError or
-    UnsupportedModel.
+    UnsupportedModelError.
     """
     file = GgufFiles(path)
     try:
@@ -61,7 +61,7 @@ def _weights(
     placed = {stored for tensors in found.values() for stored in tensors}
     for stored in file.tensors:
         if stored.startswith("blk.") and stored not in placed and not _REDUNDANT.fullmatch(stored):
-            raise UnsupportedModel(f"{file.path}: tensor {stored} has no place in a {family.model_type}")
+            raise UnsupportedModelError(f"{file.path}: tensor {stored} has no place in a {family.model_type}")
     return GgufWeights(file, found, names, processor)
 
 
@@ -83,7 +83,7 @@ def _parameter_names(family: Family, config: PreTrainedConfig, architecture: str
 
     arch = next((key for key, value in MODEL_ARCH_NAMES.items() if value == architecture), None)
     if arch is None:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"the installed package gguf does not know the architecture {architecture}: install a newer"
         )
     known = get_tensor_name_map(arch, config.num_hidden_layers)

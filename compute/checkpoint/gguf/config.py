@@ -16,7 +16,7 @@ from peerd.compute.checkpoint.gguf.file import LongArray
 from peerd.compute.checkpoint.gguf.rope import head_width, rope_scaling
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.published_config import make_config
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.transformers_compat import gguf_tables
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def config_of(
     file: GgufFiles, architecture: Architecture, family: Family
 ) -> tuple[PreTrainedConfig, Mapping[str, Any]]:
     """The configuration, and the fields that Transformers' tensor processors read. Raises CheckpointError,
-    UnsupportedModel.
+    UnsupportedModelError.
     """
     if file.metadata.get(f"{architecture.name}.attention.causal", True) is not True:
-        raise UnsupportedModel(f"{file.path}: its blocks attend to later positions")
+        raise UnsupportedModelError(f"{file.path}: its blocks attend to later positions")
     fields = _table_fields(file, architecture)
     fields |= _facts_of_tensors(file, architecture, fields)
     scaling = rope_scaling(file, architecture.name, fields)
@@ -103,5 +103,5 @@ def _facts_of_tensors(file: GgufFiles, architecture: Architecture, fields: Mappi
         norms = 2 if "blk.0.attn_norm_2.weight" in tensors else 1
         facts |= {"new_decoder_architecture": grouped, "num_ln_in_parallel_attn": norms if grouped else None}
     if architecture.name == "minimax-m2" and file.metadata.get("minimax-m2.expert_gating_func", _SIGMOID) != _SIGMOID:
-        raise UnsupportedModel(f"{file.path}: its experts are not chosen by a sigmoid")
+        raise UnsupportedModelError(f"{file.path}: its experts are not chosen by a sigmoid")
     return facts

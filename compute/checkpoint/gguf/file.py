@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -137,7 +137,7 @@ class _Header:
             raise CheckpointError(f"{self._path}: is not a GGUF file")
         version = self._unpack(_U32, "version")
         if version not in VERSIONS:
-            raise UnsupportedModel(f"{self._path}: is GGUF version {version}; versions 2 and 3 are read")
+            raise UnsupportedModelError(f"{self._path}: is GGUF version {version}; versions 2 and 3 are read")
         tensor_count, field_count = self._unpack(_U64, "tensor count"), self._unpack(_U64, "field count")
         self._check_count(tensor_count, _MIN_TENSOR_BYTES, "tensors")
         self._check_count(field_count, _MIN_FIELD_BYTES, "metadata fields")
@@ -198,7 +198,7 @@ class _Header:
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise UnsupportedModel(f"{self._path}: tensor {name} is stored as the unknown type {number}") from None
+            raise UnsupportedModelError(f"{self._path}: tensor {name} is stored as the unknown type {number}") from None
         return name, kind, shape, self._unpack(_U64, name)
 
     def _place(self, entries: list[tuple[str, GGMLQuantizationType, tuple[int, ...], int]]) -> Mapping[str, GgufTensor]:

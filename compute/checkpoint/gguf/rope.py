@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peerd.compute.checkpoint.gguf.split import GgufFiles
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 
 # Llama 3.1 to 3.3 were published with these values and with factors of 8 and 32; llama.cpp stores the resulting
 # divisors.
@@ -25,7 +25,7 @@ _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scaling, or None if there is none. Raises CheckpointError or UnsupportedModel if it cannot be read
+    """The scaling, or None if there is none. Raises CheckpointError or UnsupportedModelError if it cannot be read
     exactly.
     """
     stated = _Stated(file, f"{architecture}.rope.scaling.")
@@ -38,7 +38,7 @@ def rope_scaling(file: GgufFiles, architecture: str, fields: Mapping[str, Any]) 
     if kind == "yarn":
         return _yarn(stated)
     if kind != "none":
-        raise UnsupportedModel(f"{file.path}: its RoPE is scaled ({kind}), which GGUF states incompletely")
+        raise UnsupportedModelError(f"{file.path}: its RoPE is scaled ({kind}), which GGUF states incompletely")
     return _llama3(file, fields) if _FACTORS in file.tensors else None
 
 
@@ -63,7 +63,7 @@ class _Stated:
 
     def number(self, value: Any, key: str) -> float:
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UnsupportedModel(f"{self.path}: its RoPE is scaled, and {self._prefix}{key} is {value!r}")
+            raise UnsupportedModelError(f"{self.path}: its RoPE is scaled, and {self._prefix}{key} is {value!r}")
         return float(value)
 
     def original_length(self) -> int:
@@ -73,7 +73,7 @@ class _Stated:
 def _yarn(stated: _Stated) -> dict[str, Any]:
     for key in ("yarn_ext_factor", "yarn_log_multiplier"):
         if stated.get(key) is not None:
-            raise UnsupportedModel(f"{stated.path}: its RoPE is scaled (yarn) with {key}, which we do not read")
+            raise UnsupportedModelError(f"{stated.path}: its RoPE is scaled (yarn) with {key}, which we do not read")
     scaling = {
         "rope_type": "yarn",
         "factor": stated.number(stated.get("factor"), "factor"),

@@ -20,7 +20,7 @@ from peerd.compute.checkpoint.digests import file_digest
 from peerd.compute.checkpoint.gguf.file import GgufTensor
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.weights import StoredBytes
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 
 # The codec makes several fp32 copies of its input. Runs of this many values stay in a core's cache, which is ten times
 # as fast as whole embeddings, and are small beside them.
@@ -135,7 +135,7 @@ class GgufWeights:
             try:
                 out[start:end] = dequantize(self._file.read_rows(tensor, first + start, first + end), tensor.kind)
             except NotImplementedError as error:
-                raise UnsupportedModel(
+                raise UnsupportedModelError(
                     f"{self._file.path}: tensor {tensor.name} is stored as {tensor.kind.name}, which we do not read"
                 ) from error
         return out.reshape(shape)

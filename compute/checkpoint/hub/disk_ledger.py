@@ -28,7 +28,7 @@ from peerd.compute.checkpoint.hub.cache import PARTIAL_SUFFIX, HubCache, forget
 from peerd.compute.checkpoint.hub.file_locks import hold, lock_if_unused, lock_to_write, share
 from peerd.compute.checkpoint.hub.http import HubFile
 from peerd.compute.device.sizes import format_size
-from peerd.compute.errors import CheckpointError, DiskFull
+from peerd.compute.errors import CheckpointError, DiskFullError
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ class DiskLedger:
     ) -> Claims:
         """Lock the files that are here for reading. Make room for the missing ones, and lock them for fetching.
 
-        `disk_bytes` limits the total size of peerd's files. Raises DiskFull or CheckpointError; then nothing is locked.
+        `disk_bytes` limits the total size of peerd's files. Raises DiskFullError or CheckpointError; then nothing is
+        locked.
         """
         claims = Claims()
         with self._open(must=disk_bytes is not None) as entries:
@@ -145,7 +146,7 @@ class DiskLedger:
         held: Sequence[HubFile],
         disk_bytes: int | None,
     ) -> None:
-        """Delete the least recently used files until `files` fit beside `held`. Raises DiskFull before it deletes
+        """Delete the least recently used files until `files` fit beside `held`. Raises DiskFullError before it deletes
         anything.
         """
         _drop_what_is_not_ours(entries)
@@ -168,7 +169,7 @@ class DiskLedger:
                         too_few -= os.fstat(fd).st_size
                         too_many -= others[path].size
             if too_few > 0 or too_many > 0:
-                raise DiskFull(_what_does_not_fit(cache, size, at_once, free, taken, disk_bytes))
+                raise DiskFullError(_what_does_not_fit(cache, size, at_once, free, taken, disk_bytes))
             for path in doomed:
                 _delete(Path(path))
                 log.info("deleted %s, used least recently: room for %s", path, cache.repo)

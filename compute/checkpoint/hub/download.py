@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing, Stream, Transient
-from peerd.compute.errors import CheckpointError, DiskFull, HubUnavailable
+from peerd.compute.errors import CheckpointError, DiskFullError, HubUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Download:
         self._hash = _new_hash(file)
 
     def run(self) -> None:
-        """Return when the file is complete. Raises Stopped, HubUnavailable, DiskFull or CheckpointError."""
+        """Return when the file is complete. Raises Stopped, HubUnavailableError, DiskFullError or CheckpointError."""
         resumed = self._take_what_is_there()
         self._receive()
         if resumed and not self._is_right():
@@ -89,7 +89,7 @@ class Download:
             except Transient as error:
                 failures = 0 if self.done > before else failures
                 if failures == len(self._delays_s):
-                    raise HubUnavailable(
+                    raise HubUnavailableError(
                         f"{self._listing.repo}: {self.file.name} cannot be fetched: {error};"
                         f" {self.done} of {self.file.size} bytes are kept: try again later"
                     ) from error
@@ -119,7 +119,7 @@ class Download:
 
     def _cannot_write(self, error: OSError) -> CheckpointError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DiskFull(
+            return DiskFullError(
                 f"{self._listing.repo}: the disk is full with {self.file.size - self.done} bytes of {self.file.name}"
                 " still to come: free some, or set HF_HOME to another disk; what arrived is kept"
             )

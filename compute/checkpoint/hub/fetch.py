@@ -17,7 +17,7 @@ from peerd.compute.checkpoint.hub.disk_ledger import Claims, DiskLedger
 from peerd.compute.checkpoint.hub.download import Download
 from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
-from peerd.compute.errors import HubUnavailable
+from peerd.compute.errors import HubUnavailableError
 
 # One connection seldom uses all of the bandwidth; many more than this only slow each other down.
 PARALLEL = 4
@@ -37,7 +37,7 @@ class Fetcher:
         """Get `files` onto this disk. Returns, by name, file descriptors; a file is not deleted until its descriptor is
         closed.
 
-        Raises HubUnavailable, DiskFull, CheckpointError, and what the watcher raises.
+        Raises HubUnavailableError, DiskFullError, CheckpointError, and what the watcher raises.
         """
         held: dict[str, int] = {}
         try:
@@ -56,7 +56,7 @@ class Fetcher:
         )
         if settings.is_offline and (missing := [file.name for file in files if file.name not in claims.held]):
             _close(claims)
-            raise HubUnavailable(
+            raise HubUnavailableError(
                 f"{listing.repo}: {missing[0]} of commit {listing.commit[:8]} is not on this machine, and offline mode"
                 " is on: unset HF_HUB_OFFLINE to fetch it"
             )

@@ -18,7 +18,7 @@ from peerd.compute.checkpoint.packed.four_bits import bnb_four_bit_rows, mxfp4_r
 from peerd.compute.checkpoint.packed.pieces import Pieces, PlainRows, plain
 from peerd.compute.checkpoint.packed.scaled import bnb_int8_rows, scaled_rows
 from peerd.compute.checkpoint.packed.words import awq_rows, gptq_rows, packed_rows
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 
 # Stored beside fp8 and int8 weights: scales by which the formats' own kernels round activations and the KV cache. We
@@ -109,23 +109,27 @@ class Packing:
 
 
 def packing_of(said: Mapping[str, Any] | None, family: Family, where: object) -> Packing | None:
-    """The packing that a configuration's `quantization_config` names. Raises UnsupportedModel that names `where`."""
+    """The packing that a configuration's `quantization_config` names. Raises UnsupportedModelError that names
+    `where`.
+    """
     if said is None:
         return None
     method = said["quant_method"]
     make = _METHODS.get(str(method))
     if make is None:
-        raise UnsupportedModel(f"{where}: its weights are quantized by {method}, which we do not read")
+        raise UnsupportedModelError(f"{where}: its weights are quantized by {method}, which we do not read")
     if family.model_type in _TURNED:
-        raise UnsupportedModel(f"{where}: quantized weights of a {family.model_type} are not read")
+        raise UnsupportedModelError(f"{where}: quantized weights of a {family.model_type} are not read")
     return make(_Said(said, f"{where}: its weights are quantized by {method}"))
 
 
 def refuse_stray_pieces(stored_names: Iterable[str], layers: str, where: object) -> None:
-    """Raise UnsupportedModel if pieces of quantized weights are among these names: their numbers would be misread."""
+    """Raise UnsupportedModelError if pieces of quantized weights are among these names: their numbers would be
+    misread.
+    """
     for name in stored_names:
         if f"{layers}." in name and (found := _PIECE.search(name)) and name.endswith(found[0]):
-            raise UnsupportedModel(
+            raise UnsupportedModelError(
                 f"{where}: {name} belongs to quantized weights, and its configuration does not say how they are to be"
                 " read"
             )
@@ -138,8 +142,8 @@ class _Said:
     fields: Mapping[str, Any]
     where: str
 
-    def refuse(self, why: str) -> UnsupportedModel:
-        return UnsupportedModel(f"{self.where}: {why}")
+    def refuse(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.where}: {why}")
 
     def one_of(self, field: str, allowed: tuple[object, ...], default: object) -> Any:
         value = self.fields.get(field, default)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from peerd.api.errors import ApiError, invalid
-from peerd.api.openai.requests import CHAT_TOKENS, Asked
+from peerd.api.openai.requests import CHAT_TOKENS, CommonFields
 from peerd.client.decoding import Decoding, Picked
 from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import InvalidRequest, PeerdError
@@ -40,12 +40,12 @@ class Usage:
 
 
 class Answers:
-    """All answers to a request's prompts: `asked.rows` answers to each prompt, numbered prompt by prompt."""
+    """All answers to a request's prompts: `common.rows` answers to each prompt, numbered prompt by prompt."""
 
     def __init__(
         self,
         model: SwarmModel,
-        asked: Asked,
+        common: CommonFields,
         prompts: Sequence[Sequence[int]],
         on_token: Callable[[], None] = lambda: None,
     ) -> None:
@@ -54,16 +54,16 @@ class Answers:
         Raises ApiError if a prompt does not fit, before any peer is asked.
         """
         self.usage = Usage(sum(map(len, prompts)))
-        self._asked = asked
+        self._common = common
         self._on_token = on_token
         self._decodings = [
             Decoding(
                 model,
                 prompt,
-                _sampling(model, asked, len(prompt)),
-                rows=asked.rows,
-                stop=asked.stop,
-                top_logprobs=asked.top_logprobs,
+                _sampling(model, common, len(prompt)),
+                rows=common.rows,
+                stop=common.stop,
+                top_logprobs=common.top_logprobs,
             )
             for prompt in prompts
         ]
@@ -78,7 +78,7 @@ class Answers:
             send, receive = trio.open_memory_channel[Picked | PeerdError](_AHEAD)
             async with send:
                 for number, decoding in enumerate(self._decodings):
-                    tasks.start_soon(self._run, decoding, number * self._asked.rows, send.clone())
+                    tasks.start_soon(self._run, decoding, number * self._common.rows, send.clone())
             async with aclosing(self._counted(receive)) as tokens:
                 yield tokens
 
@@ -116,10 +116,10 @@ def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]:
     return ids
 
 
-def _sampling(model: SwarmModel, asked: Asked, prompt_tokens: int) -> SamplingParams:
+def _sampling(model: SwarmModel, common: CommonFields, prompt_tokens: int) -> SamplingParams:
     limit = model.facts.max_length
     room = limit - prompt_tokens
-    wanted = asked.max_tokens if asked.max_tokens is not None else min(CHAT_TOKENS, room)
+    wanted = common.max_tokens if common.max_tokens is not None else min(CHAT_TOKENS, room)
     if room < 1 or wanted > room:
         raise ApiError(
             400,
@@ -129,7 +129,7 @@ def _sampling(model: SwarmModel, asked: Asked, prompt_tokens: int) -> SamplingPa
             code="context_length_exceeded",
         )
     try:
-        return model.sampling_params(max_new_tokens=wanted, **asked.sampling)
+        return model.sampling_params(max_new_tokens=wanted, **common.sampling)
     except ValueError as error:
         raise invalid(str(error)) from None
     except InvalidRequest as error:

@@ -37,7 +37,7 @@ _TEXT = {"type": "text"}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class CommonFields:
     """The fields that both endpoints have. None stands for the model's own value. `rows`: answers to each prompt."""
 
     model: str
@@ -52,23 +52,23 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class AskedChat:
+class ChatRequest:
     """A conversation that the model is to continue."""
 
-    asked: Asked
+    common: CommonFields
     messages: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class AskedCompletion:
+class CompletionRequest:
     """Prompts to be continued, each a text or token ids. `echo`: each answer begins with its prompt."""
 
-    asked: Asked
+    common: CommonFields
     prompts: list[str | list[int]]
     echo: bool
 
 
-def read_chat(fields: Fields) -> AskedChat:
+def read_chat(fields: Fields) -> ChatRequest:
     """Read a body of /v1/chat/completions. Raises ApiError."""
     messages = _messages(fields)
     limit = fields.integer("max_completion_tokens", 1)
@@ -93,10 +93,10 @@ def read_chat(fields: Fields) -> AskedChat:
         }
     )
     wanted = limit if limit is not None else older_limit
-    return AskedChat(_common(fields, wanted, (top_logprobs or 0) if logprobs else None), messages)
+    return ChatRequest(_common(fields, wanted, (top_logprobs or 0) if logprobs else None), messages)
 
 
-def read_completion(fields: Fields) -> AskedCompletion:
+def read_completion(fields: Fields) -> CompletionRequest:
     """Read a body of /v1/completions. Raises ApiError."""
     prompts = _prompts(fields)
     limit = fields.integer("max_tokens", 1)
@@ -111,10 +111,10 @@ def read_completion(fields: Fields) -> AskedCompletion:
     if len(prompts) * rows > MAX_ROWS:
         raise fields.error("n", f"asks for more than {MAX_ROWS} answers at once")
     fields.refuse({"suffix": ""})
-    return AskedCompletion(_common(fields, limit or COMPLETION_TOKENS, logprobs), prompts, echo)
+    return CompletionRequest(_common(fields, limit or COMPLETION_TOKENS, logprobs), prompts, echo)
 
 
-def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) -> Asked:
+def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) -> CommonFields:
     stream = fields.boolean("stream")
     options = fields.group("stream_options")
     include_usage = include_chain = False
@@ -126,7 +126,7 @@ def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) ->
         include_chain = options.boolean("include_chain")
         options.ignore("include_obfuscation")
         options.refuse_others()
-    asked = Asked(
+    common = CommonFields(
         model=fields.required_text("model"),
         max_tokens=max_tokens,
         rows=fields.integer("n", 1, MAX_CHOICES) or 1,
@@ -139,7 +139,7 @@ def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) ->
     )
     fields.ignore(*_WITHOUT_EFFECT)
     fields.refuse_others()
-    return asked
+    return common
 
 
 def _sampling(fields: Fields) -> dict[str, Any]:

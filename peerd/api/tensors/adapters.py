@@ -11,7 +11,7 @@ from peerd.api.tensors.bodies import decoded, header_of
 from peerd.client.training.trained import LORA_A, LORA_B, Gradients, LoraPairs
 from peerd.compute.adapters.lora import PROMPT, BlockModule, DeepPrompt, LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
-from peerd.local.messages import Parameter, message_bytes, read_parameter
+from peerd.local.messages import LocalParameter, message_bytes, read_parameter
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.encoding.wire import RawMessage
 from peerd.protocol.errors import InvalidRequest
@@ -64,4 +64,4 @@ def gradient_messages(gradients: Gradients) -> Iterator[bytes]:
     for (block, module), pair in gradients.lora.items():
         for suffix, gradient in zip((LORA_A, LORA_B), pair, strict=True):
             header, body = encode_tensor(gradient)
-            yield message_bytes(Parameter(block, module + suffix, header.to_fields()), body)
+            yield message_bytes(LocalParameter(block, module + suffix, header.to_fields()), body)

@@ -21,12 +21,12 @@ from peerd.compute.errors import AdapterError
 from peerd.local.messages import (
     FROM_CLIENT,
     MAX_WAITING,
-    Backward,
     Embed,
-    Forward,
     GradientsOutput,
+    LocalBackward,
+    LocalForward,
+    LocalParameter,
     Logits,
-    Parameter,
     SessionOpened,
     message_bytes,
     read_message,
@@ -82,7 +82,7 @@ async def _read(websocket: WebSocket, send: trio.MemorySendChannel[RawMessage], 
         if data is None:
             raise RemoteProtocolError("a text message where messages are binary")
         raw = read_message(data)
-        if raw.header.get("type") == Parameter.TYPE:
+        if raw.header.get("type") == LocalParameter.TYPE:
             # Thousands of matrices may follow the first message; they are not answered one by one.
             await send.send(raw)
             continue
@@ -166,7 +166,7 @@ class _Answers:
 
     async def answer(self, raw: RawMessage) -> None:
         asked = parse(raw.header, FROM_CLIENT)
-        assert isinstance(asked, Step | Embed | Logits | Forward | Backward)
+        assert isinstance(asked, Step | Embed | Logits | LocalForward | LocalBackward)
         try:
             answers = await self._answer(asked, raw.body)
         except PeerdError as error:
@@ -174,15 +174,17 @@ class _Answers:
         for answer in answers:
             await self._websocket.send_bytes(answer)
 
-    async def _answer(self, asked: Step | Embed | Logits | Forward | Backward, body: memoryview) -> Iterable[bytes]:
+    async def _answer(
+        self, asked: Step | Embed | Logits | LocalForward | LocalBackward, body: memoryview
+    ) -> Iterable[bytes]:
         if isinstance(asked, Embed):
             return [_output(asked.seq, (), self._model.embed(asked.token_ids, asked.start))]
         if isinstance(asked, Logits):
             hidden = tensor_of(asked.tensor, body, self._width)
             return [_output(asked.seq, (), await self._model.logits(hidden))]
-        if isinstance(asked, Forward):
+        if isinstance(asked, LocalForward):
             return [await self._forward(asked, body)]
-        if isinstance(asked, Backward):
+        if isinstance(asked, LocalBackward):
             return await self._backward(asked, body)
         return [await self._step(asked, body)]
 
@@ -197,7 +199,7 @@ class _Answers:
             return _output(step.seq, tuple(RowSlice(piece.row, piece.end - 1, 1) for piece in step.rows), result)
         return _output(step.seq, step.rows if step.want == "all" else (), result)
 
-    async def _forward(self, asked: Forward, body: memoryview) -> bytes:
+    async def _forward(self, asked: LocalForward, body: memoryview) -> bytes:
         if len(self._passes) >= MAX_PASSES:
             raise InvalidRequest(f"{MAX_PASSES} forwards wait for their backward already")
         if asked.seq in self._passes:
@@ -222,7 +224,7 @@ class _Answers:
             self._passes[asked.seq] = run
         return _output(asked.seq, (), run.output)
 
-    async def _backward(self, asked: Backward, body: memoryview) -> Iterable[bytes]:
+    async def _backward(self, asked: LocalBackward, body: memoryview) -> Iterable[bytes]:
         grad = tensor_of(asked.tensor, body, self._width)
         run = self._passes.pop(asked.of, None)
         if run is None:

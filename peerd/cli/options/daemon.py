@@ -23,7 +23,15 @@ from peerd.cli.options.parsing import (
 )
 from peerd.cli.options.relay import relay_options, relaying
 from peerd.cli.options.rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
-from peerd.cli.options.shared import DTYPES, QUANTIZATIONS, Command, Joining, disk_option, join_options, revision_option
+from peerd.cli.options.shared import (
+    DTYPES,
+    QUANTIZATIONS,
+    Command,
+    JoinOptions,
+    disk_option,
+    join_options,
+    revision_option,
+)
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon, Offered
@@ -198,7 +206,7 @@ def daemon_options(command: Command) -> Command:
     return command
 
 
-def parsed(joining: Joining, given: dict[str, Any]) -> DaemonOptions:
+def parsed(joining: JoinOptions, given: dict[str, Any]) -> DaemonOptions:
     """The options of a daemon, as click gives them, grouped. Raises click.UsageError where they do not fit."""
     relay = relaying(given)
     if given["open_page"] and given["http"] is None:
@@ -216,7 +224,7 @@ def _take(group: type, given: dict[str, Any]) -> dict[str, Any]:
     return {each.name: given.pop(each.name) for each in fields(group)}
 
 
-def daemon_of(joining: Joining, given: dict[str, Any]) -> Daemon:
+def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
     """The daemon that the options ask for together. Raises click.UsageError where they do not fit each other."""
     options = parsed(joining, given)
     models = tuple((name, at_revision(model, options.revision)) for name, model in options.models)

@@ -12,7 +12,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
-    from peerd.cli.options.shared import Joining
+    from peerd.cli.options.shared import JoinOptions
     from peerd.reach.relay_ledger import RelayLimits
 
 
@@ -54,7 +54,7 @@ class ApiOptions:
 class DaemonOptions:
     """All options of a daemon, parsed."""
 
-    joining: Joining
+    joining: JoinOptions
     serve_blocks: Span | int | str | None = None
     models: tuple[tuple[str | None, Path | str], ...] = ()
     among: tuple[str, ...] = ()

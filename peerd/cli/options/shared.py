@@ -28,7 +28,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
+class JoinOptions:
     """Which swarm to join, which of its peers to use, and whether through relays."""
 
     bootstrap: tuple[Multiaddr, ...]
@@ -37,7 +37,7 @@ class Joining:
     may_be_relayed: bool = True
 
 
-def joining(options: dict[str, Any]) -> Joining:
+def joining(options: dict[str, Any]) -> JoinOptions:
     """Take the options of `join_options` out of a command's. Raises InvalidRequest for files that are not valid."""
     from peerd.cli.key_files import read_swarm_key
     from peerd.routing.chains.rules import ChainRules, Manifest
@@ -49,7 +49,7 @@ def joining(options: dict[str, Any]) -> Joining:
         pinned = tuple(Manifest.read(path) for path in manifests)
         rules = ChainRules(allowed or None, blocked, trusted, pinned)
     key = read_swarm_key(key_file) if key_file else None
-    return Joining(options.pop("bootstrap"), key, rules, may_be_relayed=not options.pop("no_relay"))
+    return JoinOptions(options.pop("bootstrap"), key, rules, may_be_relayed=not options.pop("no_relay"))
 
 
 def join_options(command: Command) -> Command:

@@ -46,7 +46,7 @@ PLANS = 4
 FIRST_WAIT_S = 1.0
 
 
-class Watched(Protocol):
+class WatchedSession(Protocol):
     """A session whose chain is to have second choices."""
 
     @property
@@ -77,7 +77,7 @@ class Scout:
         self._random = random
         # The peers whose connection is kept open although nothing else may use it yet.
         self._kept: frozenset[PeerId] = frozenset()
-        self._sessions: dict[Watched, ChainNeeds] = {}
+        self._sessions: dict[WatchedSession, ChainNeeds] = {}
         # The offers seen at the last look, to notice new peers.
         self._seen: OfferTable | None = None
         self._known: frozenset[PeerId] = frozenset()
@@ -85,7 +85,7 @@ class Scout:
     def __repr__(self) -> str:
         return f"<Scout of {self._blocks} sessions={len(self._sessions)} standbys={len(self.standbys)}>"
 
-    def watch(self, session: Watched, *, tokens: int, adapter: AdapterNeed) -> None:
+    def watch(self, session: WatchedSession, *, tokens: int, adapter: AdapterNeed) -> None:
         """Keep second choices ready for the session's chain until it is closed."""
         self._sessions[session] = ChainNeeds(tokens=tokens, adapter=adapter)
 

@@ -14,7 +14,7 @@ from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import ConnectionLost, Unresponsive
-from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Open, Opened
+from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Opened, OpenSession
 from peerd.routing.chains.chain import Hop
 
 OnMessage = Callable[["ControlStream", Message, memoryview], None]
@@ -50,7 +50,7 @@ class ControlStream:
         self.stream.reset("closed")
 
 
-async def open_control(connections: Connections, hop: Hop, opening: Open, margin_s: float) -> ControlStream:
+async def open_control(connections: Connections, hop: Hop, opening: OpenSession, margin_s: float) -> ControlStream:
     """Ask a hop to open its part of a session. Raises the error with which the hop refuses, or a PeerFault.
 
     margin_s: the time for dialling, the handshake and a slow link, in addition to the time that the hop may keep us

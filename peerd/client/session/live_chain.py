@@ -22,7 +22,7 @@ MAX_REPLAN_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class HopRoute:
     """Where a hop sends its results since `epoch`.
 
     is_bridged: to the client, which passes them on, because the hop cannot reach its next hop.
@@ -35,14 +35,14 @@ class Route:
     is_bridge_wanted: bool = False
     replan_after_s: float = REPLAN_S
 
-    def direct(self, epoch: int, *, is_bridged: bool = False) -> Route:
+    def direct(self, epoch: int, *, is_bridged: bool = False) -> HopRoute:
         """A route straight to the next hop, to replace this one.
 
         is_bridged: whether the client carries the hop's results until the link is up.
         """
         return replace(self, epoch=epoch, is_bridged=is_bridged, is_bridge_wanted=False)
 
-    def with_longer_pause(self) -> Route:
+    def with_longer_pause(self) -> HopRoute:
         """This route with a pause twice as long before the client looks for another one."""
         return replace(self, replan_after_s=min(2 * self.replan_after_s, MAX_REPLAN_S))
 
@@ -56,7 +56,7 @@ class LiveChain:
         self._parts: list[ControlStream | Span] = [blocks]
         self._next_number = 0
         # The routes of hops whose route has changed since they were opened.
-        self._routes: dict[ControlStream, Route] = {}
+        self._routes: dict[ControlStream, HopRoute] = {}
 
     def __repr__(self) -> str:
         parts = (f"[{part}]" if isinstance(part, Span) else str(part.hop.span) for part in self._parts)
@@ -112,11 +112,11 @@ class LiveChain:
         self.epoch += 1
         return self.epoch
 
-    def route(self, control: ControlStream) -> Route:
+    def route(self, control: ControlStream) -> HopRoute:
         """The hop's current route."""
-        return self._routes.get(control) or Route(control.epoch)
+        return self._routes.get(control) or HopRoute(control.epoch)
 
-    def set_route(self, control: ControlStream, route: Route) -> None:
+    def set_route(self, control: ControlStream, route: HopRoute) -> None:
         """Set the hop's route."""
         self._routes[control] = route
 

@@ -31,7 +31,7 @@ from peerd.protocol.messages.session import (
     Ask,
     Failure,
     NextHop,
-    Open,
+    OpenSession,
     Progress,
     Route,
 )
@@ -151,7 +151,7 @@ class ChainOpener:
             raise refusals[0]
         return [granted[index] for index in range(len(hops))]
 
-    async def _open_hop(self, hop: Hop, opening: Open, terms: Terms, margin_s: float) -> ControlStream:
+    async def _open_hop(self, hop: Hop, opening: OpenSession, terms: Terms, margin_s: float) -> ControlStream:
         """Open one hop and make it ready for steps. Raises the error with which it refuses, or a PeerFault."""
         control = await open_control(self._connections, hop, opening, margin_s)
         if OWN_ADAPTER not in opening.needs:
@@ -193,8 +193,8 @@ class ChainOpener:
 
     def _opening(
         self, session: bytes, hop: Hop, terms: Terms, epoch: int, number: int, next_hop: NextHop | None
-    ) -> Open:
-        return Open(
+    ) -> OpenSession:
+        return OpenSession(
             session=session,
             hop=number,
             epoch=epoch,

@@ -32,7 +32,7 @@ SILENT_S = 4.0
 STEP_DEADLINE_S = 180.0
 
 
-class Blames(Protocol):
+class FailureListener(Protocol):
     """Hears which peers broke a promise: the finder."""
 
     def failed(self, peer: PeerId) -> None: ...
@@ -42,7 +42,7 @@ class PaceWatch:
     """The watch of one session; `run` is its task. It only reads `progress`; its news goes to `report`."""
 
     def __init__(
-        self, progress: StepProgress, opener: ChainOpener, finder: Blames, report: Callable[[News], None]
+        self, progress: StepProgress, opener: ChainOpener, finder: FailureListener, report: Callable[[News], None]
     ) -> None:
         self._progress = progress
         self._opener = opener

@@ -10,7 +10,7 @@ import trio
 
 from peerd.client.session.live_chain import LiveChain
 from peerd.client.session.step_log import StepLog
-from peerd.routing.failures.pace import Pace
+from peerd.routing.failures.pace import StepPace
 
 
 class StepProgress:
@@ -23,7 +23,7 @@ class StepProgress:
         self.chain = chain
         # Whether the chain is whole and its first hop has all submitted steps.
         self.is_ready = False
-        self.pace = Pace()
+        self.pace = StepPace()
         self.changed = trio.lowlevel.ParkingLot()
         # Since when the chain works on the oldest step.
         self.working_since = trio.current_time()

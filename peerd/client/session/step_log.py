@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import trio
 
-from peerd.exchange.replay_log import Kept
+from peerd.exchange.replay_log import ReplayLog
 from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, RemoteProtocolError
@@ -48,7 +48,7 @@ class StepLog:
 
     def __init__(self, size: SessionSize) -> None:
         # All that was sent and not given up, for a first hop that has none of it.
-        self.kept = Kept(size.max_length)
+        self.kept = ReplayLog(size.max_length)
         self.pending: dict[int, Pending] = {}
         # The last answered step; and whether steps were given up whose effects hops cannot undo.
         self.answered = 0
@@ -92,7 +92,7 @@ class StepLog:
 
         Only positions whose steps were answered are available.
         """
-        return self.kept.retained.copy(row, 0, end)
+        return self.kept.row_buffers.copy(row, 0, end)
 
     @property
     def positions(self) -> int:

@@ -26,6 +26,7 @@ from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.troubles import (
     Behind,
     BridgeIdle,
+    Consequences,
     Disagrees,
     Fatal,
     Hole,
@@ -36,9 +37,8 @@ from peerd.client.session.troubles import (
     News,
     NoAnswer,
     Queued,
-    Verdict,
+    consequences_of,
     ends_chain,
-    judge,
     most_urgent,
     still_stands,
 )
@@ -231,14 +231,14 @@ class Supervisor:
         if isinstance(news, LinkBroken) and self.chain.route(news.hop).is_bridged:
             self._bridge_is_stuck(news.hop)
             return
-        verdict = judge(news)
+        consequences = consequences_of(news)
         if isinstance(news, HopHangs | LinkBroken | BridgeIdle):
             if not still_stands(news, self.chain, self.progress.oldest_seq):
                 return
             self._queue[news] = None
         else:
-            self._note(verdict, hop, news.error)
-        if self._log.pending or not verdict.waits_for_work:
+            self._note(consequences, hop, news.error)
+        if self._log.pending or not consequences.waits_for_work:
             self._wake()
 
     def _bridge_is_stuck(self, upstream: ControlStream) -> None:
@@ -251,18 +251,18 @@ class Supervisor:
             self._mender.lapses.note(Unresponsive(f"{hop.hop.peer_id} holds step {seq} back"), hop.hop.peer_id)
             self.report(HopHangs(hop, seq))
 
-    def _note(self, verdict: Verdict, hop: ControlStream | None, error: PeerdError) -> None:
-        """Carry out the immediate part of a verdict."""
-        if hop is not None and verdict.is_blamed:
+    def _note(self, consequences: Consequences, hop: ControlStream | None, error: PeerdError) -> None:
+        """Carry out the immediate part of a consequences."""
+        if hop is not None and consequences.is_blamed:
             self._finder.failed(hop.hop.peer_id)
-        if hop is not None and verdict.is_avoided:
+        if hop is not None and consequences.is_avoided:
             self._mender.candidates.avoid(hop.hop.peer_id, trio.current_time())
-        if hop is not None and verdict.drops_hop:
+        if hop is not None and consequences.drops_hop:
             log.info("lost %s for blocks %s: %s", hop.hop.peer_id, hop.hop.span, error)
             self.chain.drop(hop)
             self.progress.is_ready = False
             self._count_fault(error)
-        if verdict.drops_all:
+        if consequences.drops_all:
             self._start_anew()
             self._count_fault(error)
 

@@ -1,8 +1,8 @@
 """Decides what follows from everything that can go wrong with a session's chain.
 
-The readers of hops, the pace watch and the bridges report `News`. `judge` looks up in one table what each piece of news
-changes. `most_urgent` chooses the `Trouble` that the supervisor works on next. Both are pure functions of values. A
-trouble may be over before its turn comes; `still_stands` tells.
+The readers of hops, the pace watch and the bridges report `News`. `consequences_of` looks up in one table what each
+piece of news changes. `most_urgent` chooses the `Trouble` that the supervisor works on next. Both are pure functions of
+values. A trouble may be over before its turn comes; `still_stands` tells.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ Trouble = Queued | Hole | Behind
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Consequences:
     """What a piece of news changes.
 
     is_blamed: the hop broke a promise, and every session leaves it out for a while. is_avoided: this session alone
@@ -112,31 +112,35 @@ class Verdict:
 
 
 # The first row that fits the news and its error decides.
-_VERDICTS: tuple[tuple[type, type, Verdict], ...] = (
+_CONSEQUENCES: tuple[tuple[type, type, Consequences], ...] = (
     # The peer itself may be well, and reachable through another relay: for its own blocks it is as good as any other.
-    (HopLost, RelayLost, Verdict(drops_hop=True)),
-    (HopLost, PeerFault, Verdict(drops_hop=True, is_blamed=True)),
+    (HopLost, RelayLost, Consequences(drops_hop=True)),
+    (HopLost, PeerFault, Consequences(drops_hop=True, is_blamed=True)),
     # A hop evicts a session that sends nothing for long. The hop is opened again with the next step.
-    (HopLost, Evicted, Verdict(drops_hop=True, waits_for_work=True)),
-    (HopLost, PeerdError, Verdict(drops_hop=True, is_avoided=True)),
+    (HopLost, Evicted, Consequences(drops_hop=True, waits_for_work=True)),
+    (HopLost, PeerdError, Consequences(drops_hop=True, is_avoided=True)),
     # One hop alone may be broken, or lie, or be fed by a liar; and the same blocks in another dtype may do better.
-    (HopRefuses, PeerdError, Verdict(drops_hop=True)),
+    (HopRefuses, PeerdError, Consequences(drops_hop=True)),
     # Only a new chain is sure to agree with the client.
-    (Disagrees, PeerdError, Verdict(drops_all=True)),
-    (NoAnswer, PeerdError, Verdict(drops_all=True)),
-    (HopHangs, object, Verdict(is_queued=True)),
-    (LinkBroken, object, Verdict(is_queued=True)),
-    (BridgeIdle, object, Verdict(is_queued=True)),
+    (Disagrees, PeerdError, Consequences(drops_all=True)),
+    (NoAnswer, PeerdError, Consequences(drops_all=True)),
+    (HopHangs, object, Consequences(is_queued=True)),
+    (LinkBroken, object, Consequences(is_queued=True)),
+    (BridgeIdle, object, Consequences(is_queued=True)),
 )
 
 # Most urgent first. Hops are only overtaken, and bridges ended, while steps can be sent.
 _URGENCY: tuple[type, ...] = (Fatal, Hole, LinkBroken, Behind, HopHangs, BridgeIdle)
 
 
-def judge(news: News) -> Verdict:
+def consequences_of(news: News) -> Consequences:
     """What the news changes."""
     error = getattr(news, "error", None)
-    return next(verdict for kind, cause, verdict in _VERDICTS if isinstance(news, kind) and isinstance(error, cause))
+    return next(
+        consequences
+        for kind, cause, consequences in _CONSEQUENCES
+        if isinstance(news, kind) and isinstance(error, cause)
+    )
 
 
 def most_urgent(queued: Iterable[Queued], holes: Iterable[Span], *, is_ready: bool) -> Trouble | None:

@@ -35,9 +35,9 @@ from peerd.protocol.messages.training import (
     Begin,
     Begun,
     Forward,
-    Gradients,
     Parameter,
     PassFailure,
+    PassGradients,
     Result,
 )
 from peerd.routing.chains.chain import Hop
@@ -50,7 +50,7 @@ OPEN_DEADLINE_S = 15.0
 ANSWER_DEADLINE_S = 600.0
 
 T = TypeVar("T")
-M = TypeVar("M", Result, Gradients)
+M = TypeVar("M", Result, PassGradients)
 Parameters = Mapping[tuple[int, str], torch.Tensor]
 
 
@@ -81,7 +81,7 @@ class BackwardAnswer:
     gradients: dict[tuple[int, str], torch.Tensor]
 
 
-class Lane:
+class TrainingLane:
     """One hop's lane. Requests raise the hop's errors and failures; then the lane is `broken`.
 
     `width` is that of the hidden states. Made by `open_lane`.
@@ -100,7 +100,7 @@ class Lane:
         self._seq = 0
 
     def __repr__(self) -> str:
-        return f"<Lane {self.hop.span} to {self.hop.peer_id}{' broken' if self.broken else ''}>"
+        return f"<TrainingLane {self.hop.span} to {self.hop.peer_id}{' broken' if self.broken else ''}>"
 
     def close(self) -> None:
         """End the lane; the hop then frees everything that it kept for us."""
@@ -124,7 +124,7 @@ class Lane:
         """
 
         async def read(seq: int) -> BackwardAnswer:
-            said = await self._hear(Gradients, seq)
+            said = await self._hear(PassGradients, seq)
             back = await receive_parts(self._stream, grad.shape)
             return BackwardAnswer(back, await self._read_gradients(said.parameters))
 
@@ -219,7 +219,7 @@ def own_parameters(parameters: Parameters, hop: Hop) -> Parameters:
     return {key: tensor for key, tensor in parameters.items() if hop.span.start <= key[0] < hop.span.end}
 
 
-async def open_lane(connections: Connections, hop: Hop, terms: LaneTerms, width: int) -> Lane:
+async def open_lane(connections: Connections, hop: Hop, terms: LaneTerms, width: int) -> TrainingLane:
     """Open a lane and send its parameters. Raises the error with which the hop refuses, or a PeerFault."""
     stream = await _open_stream(connections, hop)
     own = own_parameters(terms.parameters, hop)
@@ -241,7 +241,7 @@ async def open_lane(connections: Connections, hop: Hop, terms: LaneTerms, width:
     except BaseException:
         stream.reset("cancelled")
         raise
-    return Lane(hop, stream, terms, begun, width)
+    return TrainingLane(hop, stream, terms, begun, width)
 
 
 async def _open_stream(connections: Connections, hop: Hop) -> Stream:

@@ -26,7 +26,7 @@ from peerd.client.finding.finder import ChainFinder, Patience
 from peerd.client.finding.refusals import Refusals
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.finding.voice import voice_of
-from peerd.client.training.lane import Lane, LaneTerms, open_lane
+from peerd.client.training.lane import LaneTerms, TrainingLane, open_lane
 from peerd.net.connections import Connections
 from peerd.protocol.errors import (
     BadResult,
@@ -74,7 +74,7 @@ class TrainingChain:
         self.positions = positions
         self.requests = requests
         self._hops: dict[int, Hop] = {}
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, TrainingLane] = {}
         self._locks: dict[int, trio.Lock] = {}
         # What peers said of requests that overflow, by the way that the request went.
         voice = partial(voice_of, connections)
@@ -113,7 +113,7 @@ class TrainingChain:
             await self.plan()
         await at_once([partial(self.lane, start) for start in self._hops])
 
-    async def lane(self, block: int) -> Lane:
+    async def lane(self, block: int) -> TrainingLane:
         """The lane whose blocks begin with `block`. Raises NoChain, Overloaded or CallerError."""
         async with self._locks.setdefault(block, trio.Lock()):
             while True:
@@ -126,7 +126,7 @@ class TrainingChain:
                 except PeerdError as error:
                     await self._replace(hop, error)
 
-    async def failed(self, lane: Lane, error: PeerdError, way: str) -> None:
+    async def failed(self, lane: TrainingLane, error: PeerdError, way: str) -> None:
         """A request on this lane failed: have another peer take its blocks. Raises the errors that no other peer could
         avoid.
 
@@ -145,7 +145,7 @@ class TrainingChain:
                 del self._lanes[block]
                 await self._replace(lane.hop, error)
 
-    def answered(self, lane: Lane, way: str) -> None:
+    def answered(self, lane: TrainingLane, way: str) -> None:
         """Note that a request was answered."""
         for peer in self._overflows[way].settle([hop.peer_id for hop in self._hops.values()]):
             self._finder.failed(peer)

@@ -15,7 +15,7 @@ from peerd.client.training.lanes import TrainingChain
 from peerd.client.training.rows import Part, cut, positions_each, split
 from peerd.client.training.several_chains import plan_several
 from peerd.client.training.trained import Trained
-from peerd.client.training.training_pass import MicroBatch, Pass
+from peerd.client.training.training_pass import MicroBatchRun, Pass
 from peerd.net.connections import Connections
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
@@ -84,16 +84,16 @@ class PassMaker:
             done.close()
         return done
 
-    async def _micro_batches(self, order: _Order) -> list[MicroBatch]:
+    async def _micro_batches(self, order: _Order) -> list[MicroBatchRun]:
         rows = order.rows
         if order.trained.has_row_prompts:
             # A lane has one prompt for all its requests, so rows with their own prompts need lanes of their own.
             parts = cut(rows, positions_each(sum(rows), 1))
             chains = [self._new_chain(order, numbers) for numbers, _, _ in parts]
             await _open_all(chains)
-            return [MicroBatch(chain, *part) for chain, part in zip(chains, parts, strict=True)]
+            return [MicroBatchRun(chain, *part) for chain, part in zip(chains, parts, strict=True)]
         return [
-            MicroBatch(chain, *part)
+            MicroBatchRun(chain, *part)
             for chain, within in await self._chains(order)
             for part in _cut_for(chain, rows, within)
         ]

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from peerd.client.finding.served_by import ServedBy
-from peerd.client.training.lane import Lane
+from peerd.client.training.lane import TrainingLane
 from peerd.client.training.lanes import BACKWARD, FORWARD, TrainingChain
 from peerd.client.training.trained import LORA_A, LORA_B, PROMPT, Gradients, Trained
 from peerd.protocol.errors import BadResult, InvalidRequest, PeerdError
@@ -26,7 +26,7 @@ from peerd.trio_tools import at_once
 class _Leg:
     """A micro-batch's way through one hop: its input there, and the number of the tape that the hop kept."""
 
-    lane: Lane
+    lane: TrainingLane
     hidden: torch.Tensor
     kept: int | None
 
@@ -35,7 +35,7 @@ class _Leg:
         return self.lane.hop.span
 
 
-class MicroBatch:
+class MicroBatchRun:
     """Some rows of a pass on their way through `chain`, and back."""
 
     def __init__(self, chain: TrainingChain, numbers: Sequence[int], lengths: Sequence[int], offset: int) -> None:
@@ -94,7 +94,7 @@ class Pass:
     memory for it, for up to five minutes. It is also a context manager.
     """
 
-    def __init__(self, output: torch.Tensor, micros: Sequence[MicroBatch], blocks: Span, trained: Trained) -> None:
+    def __init__(self, output: torch.Tensor, micros: Sequence[MicroBatchRun], blocks: Span, trained: Trained) -> None:
         self.output = output
         self._micros = micros
         self._blocks = blocks

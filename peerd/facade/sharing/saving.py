@@ -17,7 +17,7 @@ import torch
 from peerd.compute.adapters.source import WEIGHTS_FILE
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.facade.sharing.card import Base, card_of
-from peerd.facade.sharing.trained import Trained, read_trained, write_trained
+from peerd.facade.sharing.trained import TrainedFile, read_trained, write_trained
 from peerd.facade.swarm import Swarm
 
 # peft's prefix before the model's own names, and the name that it gives an adapter that was given none.
@@ -83,7 +83,7 @@ class Sharing:
         """
         self._take(read_trained(source, self._hub))
 
-    def _take(self, trained: Trained) -> None:
+    def _take(self, trained: TrainedFile) -> None:
         me: Any = self
         own = {name: parameter for name, parameter in me.named_parameters() if parameter.requires_grad}
         if trained.digest != self._base.digest:

@@ -17,7 +17,7 @@ _PREFIX, _DEEP, _SCORE = "prompts.prefix", "prompts.deep", "score.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedFile:
     """What such a file holds. `where` says which it is; `digest` is that of the model it was trained for."""
 
     where: str
@@ -45,7 +45,7 @@ def write_trained(folder: Path, tensors: Mapping[str, torch.Tensor], metadata: M
     save_file(dict(tensors), folder / TRAINED_FILE, metadata={"format": "pt", **metadata})
 
 
-def read_trained(source: str | Path, hub: HubSettings | None = None) -> Trained:
+def read_trained(source: str | Path, hub: HubSettings | None = None) -> TrainedFile:
     """Read the file from a directory, or from a repository on the hub. Raises ValueError, OSError, CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
@@ -59,7 +59,7 @@ def read_trained(source: str | Path, hub: HubSettings | None = None) -> Trained:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-    return Trained(str(source), said.get("base_model", ""), said.get("model_digest", ""), tensors)
+    return TrainedFile(str(source), said.get("base_model", ""), said.get("model_digest", ""), tensors)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from peerd.protocol.messages.relay import (
     TO_CALLER,
     Accepted,
     Connect,
-    Incoming,
+    IncomingCall,
     inner_message,
 )
 from peerd.protocol.messages.session import Failure
@@ -95,7 +95,7 @@ async def open_circuit(relay: Carrier, peer_id: PeerId) -> CircuitChannel:
 
 async def hear_caller(stream: Stream) -> PeerId:
     """The caller that the relay names on a stream which it opened. Raises RemoteProtocolError, trio.EndOfChannel."""
-    return Incoming.from_header((await stream.receive()).header).peer
+    return IncomingCall.from_header((await stream.receive()).header).peer
 
 
 def take_circuit(stream: Stream) -> CircuitChannel:

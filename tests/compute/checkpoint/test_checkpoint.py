@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.safetensors_file import SafetensorsFile
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
 
@@ -188,7 +188,7 @@ def test_pickled_weights_are_never_read(copied: Path) -> None:
 )
 def test_what_cannot_run_is_refused_with_the_reason(copied: Path, changes: dict[str, Any], reason: str) -> None:
     edit_config(copied, **changes)
-    with pytest.raises(UnsupportedModel, match=reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
         open_checkpoint(copied)
 
 

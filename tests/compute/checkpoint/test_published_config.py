@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
@@ -106,7 +106,7 @@ def test_the_longest_text_follows_from_what_the_rope_was_scaled_by(
 
 def test_a_model_whose_blocks_see_later_positions_is_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """As gte-Qwen2 says it, and other models that make embeddings of texts."""
-    with pytest.raises(UnsupportedModel, match="attend to later positions"):
+    with pytest.raises(UnsupportedModelError, match="attend to later positions"):
         open_checkpoint(changed(tiny_checkpoint("qwen2"), tmp_path / "a", is_causal=False))
 
 

@@ -15,7 +15,7 @@ import torch
 
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.engine.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, Bucket
+from peerd.compute.engine.decode_graph import LENGTH_BUCKETS, ROW_BUCKETS, GraphShape
 from peerd.compute.engine.engine import Engine
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import load_span
@@ -73,7 +73,7 @@ class Pair:
         return self.engines[0]._runner._graphs
 
     @property
-    def buckets(self) -> set[Bucket]:
+    def buckets(self) -> set[GraphShape]:
         return set(self.graphs._recorded)
 
     def open(self, session: str, rows: int = 1, length: int = 64, blocks: Span = SPAN) -> None:
@@ -163,7 +163,7 @@ def test_a_batch_takes_the_smallest_bucket_and_buckets_are_made_once(make_pair):
         # Each time one position back: a bucket is not made for where rows stand.
         pair.step(*(one(name, 12) for name in names[:count]))
     width = LENGTH_BUCKETS[0] // PAGE
-    assert pair.buckets == {Bucket(SPAN, rows, width) for rows in (1, 2, 4, 16)}
+    assert pair.buckets == {GraphShape(SPAN, rows, width) for rows in (1, 2, 4, 16)}
 
 
 def test_a_row_longer_than_a_bucket_takes_the_next(make_pair, monkeypatch: pytest.MonkeyPatch):

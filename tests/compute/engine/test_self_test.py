@@ -15,7 +15,7 @@ from peerd.compute.attention.attention import BlockAttention, register_attention
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.engine.self_test import check_span
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.protocol.span import Span
@@ -82,7 +82,7 @@ def test_the_engine_is_left_as_it_was(load: LoadSpan) -> None:
 def test_attention_that_drops_its_cache_is_refused(load: LoadSpan, monkeypatch: pytest.MonkeyPatch) -> None:
     """What MPT did under Transformers 5.24: the cache came under a new name, which its attention dropped."""
     monkeypatch.setattr(own_attention, "take_cache", lambda _: None)
-    with pytest.raises(UnsupportedModel) as refusal:
+    with pytest.raises(UnsupportedModelError) as refusal:
         check(load("mpt"))
     line = str(refusal.value)
     assert "\n" not in line
@@ -93,14 +93,14 @@ def test_attention_that_drops_its_cache_is_refused(load: LoadSpan, monkeypatch: 
 
 def test_attention_that_sees_too_few_of_its_keys_is_refused(load: LoadSpan, monkeypatch: pytest.MonkeyPatch) -> None:
     blind_to_the_first_key(monkeypatch)
-    with pytest.raises(UnsupportedModel, match=r"block 1 computes something else with its KV cache"):
+    with pytest.raises(UnsupportedModelError, match=r"block 1 computes something else with its KV cache"):
         check(load("llama", torch.bfloat16))
 
 
 def test_each_kind_of_block_is_tried(load: LoadSpan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2's odd blocks see everything, its even ones slide."""
     blind_to_the_first_key(monkeypatch, sliding_only=True)
-    with pytest.raises(UnsupportedModel, match=r"block 2 computes something else"):
+    with pytest.raises(UnsupportedModelError, match=r"block 2 computes something else"):
         check(load("gemma2"))
 
 
@@ -119,7 +119,7 @@ def blind_to_the_first_key(monkeypatch: pytest.MonkeyPatch, *, sliding_only: boo
 def test_a_cache_under_a_name_that_a_release_does_not_know_is_refused(load: LoadSpan) -> None:
     span = load("llama")
     span._cache_argument = "kv_of_tomorrow"
-    with pytest.raises(UnsupportedModel, match=r"its blocks raise TypeError: .*kv_of_tomorrow"):
+    with pytest.raises(UnsupportedModelError, match=r"its blocks raise TypeError: .*kv_of_tomorrow"):
         check(span)
 
 
@@ -127,7 +127,7 @@ def test_numbers_that_half_precision_cannot_hold_are_refused_with_the_remedy(loa
     span = load("llama", torch.float16)
     with torch.no_grad():
         span.layers[3].mlp.down_proj.weight.fill_(6e4)
-    with pytest.raises(UnsupportedModel, match=r"blocks 1:7 give NaN or infinity in float16: .*--dtype bfloat16"):
+    with pytest.raises(UnsupportedModelError, match=r"blocks 1:7 give NaN or infinity in float16: .*--dtype bfloat16"):
         check(span)
 
 
@@ -135,7 +135,7 @@ def test_weights_that_are_no_numbers_are_refused(load: LoadSpan) -> None:
     span = load("llama")
     with torch.no_grad():
         span.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UnsupportedModel, match=r"blocks 1:2 give NaN or infinity in float32: its weights"):
+    with pytest.raises(UnsupportedModelError, match=r"blocks 1:2 give NaN or infinity in float32: its weights"):
         check(span)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.capacity import block_bytes, block_costs, kv_bytes_per_token
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
@@ -146,7 +146,7 @@ def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
 def test_quantized_blocks_take_what_was_counted_and_compute_what_they_hold(tiny: Tiny) -> None:
     checkpoint = tiny.whole.checkpoint
     if checkpoint.family.model_type in NOT_QUANTIZED:
-        with pytest.raises(UnsupportedModel, match="serve it without --quantize"):
+        with pytest.raises(UnsupportedModelError, match="serve it without --quantize"):
             load_span(checkpoint, Span(2, 3), quantize="nf4")
         return
     span = load_span(checkpoint, Span(2, 5), quantize="nf4", attention="eager")

@@ -6,7 +6,7 @@ import pytest
 from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.families.lookup import FAMILIES, family_named
@@ -17,7 +17,7 @@ from peerd.compute.transformers_compat import before_newest_tested
 
 @pytest.mark.parametrize("text_model", sorted(REFUSED))
 def test_a_refused_family_is_refused_with_the_reason(text_model: str) -> None:
-    with pytest.raises(UnsupportedModel, match=r"cannot be cut into spans: [a-z].{25,}"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot be cut into spans: [a-z].{25,}"):
         family_named(text_model)
 
 
@@ -29,7 +29,7 @@ def test_an_architecture_that_a_release_adds_is_listed_as_new(monkeypatch: pytes
     monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "llama_of_tomorrow", "LlamaOfTomorrow")
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "llama_of_tomorrow", NewConfig)
     assert unknown_architectures() == sorted([*known, "llama_of_tomorrow"])
-    with pytest.raises(UnsupportedModel, match="'llama_of_tomorrow' is not one of those supported"):
+    with pytest.raises(UnsupportedModelError, match="'llama_of_tomorrow' is not one of those supported"):
         family_named("llama_of_tomorrow")
 
 
@@ -45,11 +45,13 @@ def test_only_causal_models_of_transformers_are_refused_by_name() -> None:
 
 
 def test_another_architecture_is_answered_with_what_is_supported() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'t5' is not one of those supported; `peerd models --families` lists"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'t5' is not one of those supported; `peerd models --families` lists"
+    ):
         family_named("t5")
-    with pytest.raises(UnsupportedModel, match=r"'mixtrall' is not .* \(mixtral.* are called nearly so\)"):
+    with pytest.raises(UnsupportedModelError, match=r"'mixtrall' is not .* \(mixtral.* are called nearly so\)"):
         family_named("mixtrall")
-    with pytest.raises(UnsupportedModel, match=r"architecture None is not one of those supported"):
+    with pytest.raises(UnsupportedModelError, match=r"architecture None is not one of those supported"):
         family_named(None)
 
 
@@ -57,7 +59,7 @@ def test_another_architecture_is_answered_with_what_is_supported() -> None:
 def test_what_people_ask_for_beside_causal_models_is_answered_with_the_reason(name: str) -> None:
     assert name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "then it belongs to REFUSED"
     assert name not in FAMILIES
-    with pytest.raises(UnsupportedModel, match=rf"{name} is not served: its [a-z].{{25,}}"):
+    with pytest.raises(UnsupportedModelError, match=rf"{name} is not served: its [a-z].{{25,}}"):
         family_named(name)
 
 
@@ -66,14 +68,14 @@ def test_blocks_that_keep_a_running_state_are_refused_where_only_some_models_of_
 
     types = ["full_attention", "linear_attention"]
     config = GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=types)
-    with pytest.raises(UnsupportedModel, match="linear_attention keeps a running state"):
+    with pytest.raises(UnsupportedModelError, match="linear_attention keeps a running state"):
         layer_kinds(config)
 
 
 def test_a_family_that_the_installed_transformers_does_not_have_yet_is_refused() -> None:
     family = Family("llama9", "Llama9")
-    with pytest.raises(UnsupportedModel, match=r"llama9 needs a newer Transformers: it has no .*\.Llama9Config"):
+    with pytest.raises(UnsupportedModelError, match=r"llama9 needs a newer Transformers: it has no .*\.Llama9Config"):
         family.config_type()
     renamed = Family("llama", "Llama9")
-    with pytest.raises(UnsupportedModel, match=r"has no .*\.Llama9ForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match=r"has no .*\.Llama9ForCausalLM"):
         renamed.causal_type()

@@ -11,7 +11,7 @@ import torch
 
 from peerd.compute.errors import NoRoomError
 from peerd.compute.kv import layout as kv_layout
-from peerd.compute.kv.layout import EVERYTHING, Demand, Keep, kept_back
+from peerd.compute.kv.layout import EVERYTHING, Demand, Keep, rollback_room
 from peerd.compute.kv.pages import PagePool, PageStock, PageTable
 from peerd.compute.steps import EngineStep, StepResult
 from peerd.protocol.rows import Drop, Fork, RowSlice, SessionSize
@@ -152,7 +152,7 @@ class _Shadow:
     def __init__(self, size: SessionSize) -> None:
         self.max_rows = size.max_rows
         self.max_length = size.max_length
-        self.back = kept_back(size.max_rollback)
+        self.back = rollback_room(size.max_rollback)
         self.rows: dict[int, torch.Tensor] = {}
         # How long each row has ever been since it last began.
         self.longest: dict[int, int] = {}

@@ -18,7 +18,7 @@ from torch import nn
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep, RowSlice
-from peerd.compute.errors import UnsupportedModel
+from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta
 from peerd.compute.model.span_model import load_span
@@ -237,7 +237,7 @@ def test_a_layout_of_experts_that_is_not_known_is_refused() -> None:
 
     with torch.device("meta"):
         block = nn.Sequential(DbrxExpertGLU(DbrxFFNConfig(hidden_size=64, ffn_hidden_size=64)), nn.Linear(64, 64))
-    with pytest.raises(UnsupportedModel, match="serve it without --quantize"):
+    with pytest.raises(UnsupportedModelError, match="serve it without --quantize"):
         quantizables(block)
 
 

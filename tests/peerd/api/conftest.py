@@ -24,7 +24,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.relay import Reserved
-from peerd.reach.checker import Here
+from peerd.reach.checker import ReachReport
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import Reservation
@@ -197,7 +197,7 @@ async def open_daemon_of(model, swarm, folder):
         server=None,
         connections=SimpleNamespace(live={}, containment=Containment(), is_private=False),
         discovery=SimpleNamespace(directory=_Directory(swarm), contacts=lambda: _contacts(swarm)),
-        reachability=SimpleNamespace(here=Here(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
+        reachability=SimpleNamespace(here=ReachReport(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
         relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
         reservations=SimpleNamespace(held={RELAY: Reservation(RELAY, (Multiaddr("ip4", "6.6.6.7", 1),), TERMS)}),
     )

@@ -23,7 +23,7 @@ from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_str
 from peerd.api.serve import load_or_create_token
 from peerd.cli.status import describe, show_status
 from peerd.client.model import ModelFacts, SwarmModel
-from peerd.local.messages import Backward, Embed, Forward, OpenSession, message_bytes, read_message
+from peerd.local.messages import Embed, LocalBackward, LocalForward, LocalOpen, message_bytes, read_message
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.messages.session import Step
@@ -202,7 +202,7 @@ async def open_tensors(daemon, **fields):
                     rest = rest[described.body_bytes :]
             return (raw.header, *(tensors or [None]))
 
-        said, _ = await ask(OpenSession(**{"model": "bytes", "max_length": 64} | fields))
+        said, _ = await ask(LocalOpen(**{"model": "bytes", "max_length": 64} | fields))
         yield SimpleNamespace(ask=ask, said=said, websocket=websocket)
         await websocket.aclose()
 
@@ -273,12 +273,12 @@ async def test_a_program_trains_through_the_websocket_as_through_the_library(
         expected = await model.forward(hidden, rows=(5, 4), prompts=prompts)
         gradients = await expected.backward(grad)
         async with open_daemon_of_model(model, swarm) as daemon, open_tensors(daemon, max_length=1) as session:
-            forward = Forward(seq=1, rows=(5, 4), tensor={}, keep=True)
+            forward = LocalForward(seq=1, rows=(5, 4), tensor={}, keep=True)
             _, output = await session.ask(forward, hidden, prompts)
-            said, grad_hidden, grad_prompts = await session.ask(Backward(seq=2, of=1, tensor={}), grad)
+            said, grad_hidden, grad_prompts = await session.ask(LocalBackward(seq=2, of=1, tensor={}), grad)
             assert said["type"] == "gradients"
-            again, _ = await session.ask(Backward(seq=3, of=1, tensor={}), grad)
-            wrong, _ = await session.ask(Forward(seq=4, rows=(5, 5), tensor={}), hidden)
+            again, _ = await session.ask(LocalBackward(seq=3, of=1, tensor={}), grad)
+            wrong, _ = await session.ask(LocalForward(seq=4, rows=(5, 5), tensor={}), hidden)
     torch.testing.assert_close(output, expected.output)
     torch.testing.assert_close(grad_hidden, gradients.hidden)
     torch.testing.assert_close(grad_prompts, gradients.prompts)

@@ -10,7 +10,7 @@ from peerd.client.blocks import ModelFacts
 from peerd.compute.adapters.lora import PROMPT, DeepPrompt, LoraAdapter, LoraPair
 from peerd.local.blocks import open_daemon_blocks
 from peerd.local.channel import open_channel
-from peerd.local.messages import OpenSession, SessionOpened
+from peerd.local.messages import LocalOpen, SessionOpened
 from peerd.protocol.errors import (
     ConnectionLost,
     ContextTooLong,
@@ -147,13 +147,13 @@ async def test_a_daemon_that_goes_is_said_by_every_session(open_daemon):
 )
 async def test_a_websocket_that_cannot_be_opened_says_why(open_daemon, wanted, parameters, said):
     async with open_daemon() as daemon, open_channel(daemon.socket) as channel:
-        await channel.open(OpenSession(**wanted), parameters)
+        await channel.open(LocalOpen(**wanted), parameters)
         with pytest.raises((InvalidRequest, NoChain), match=said):
             await channel.receive(SessionOpened)
 
 
 async def test_what_came_out_of_turn_is_the_daemons_fault(open_daemon):
     async with open_daemon() as daemon, open_channel(daemon.socket) as channel:
-        await channel.open(OpenSession(FACTS.digest.hex()), {})
+        await channel.open(LocalOpen(FACTS.digest.hex()), {})
         with pytest.raises(RemoteProtocolError, match="said 'opened' out of turn"):
             await channel.receive(Output)

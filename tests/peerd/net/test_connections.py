@@ -12,7 +12,7 @@ from peerd.net.limits.gate import ConnectionLimits
 from peerd.net.live_connections import IDLE_S, MIN_DIALLED, SPARED_S
 from peerd.net.peer_connection import IDLE
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection.connection import Connection
+from peerd.protocol.connection.connection import ConnectionMachine
 from peerd.protocol.connection.events import GoneAway, StreamOpened
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.connection.hello import HELLO_PROTOCOL
@@ -303,7 +303,7 @@ class Rogue:
     """One number's identity, dialling another with a bare protocol machine."""
 
     def __init__(self, swarm, number=1):
-        self.core = Connection(IDENTITIES[number], initiator=True, now=trio.current_time())
+        self.core = ConnectionMachine(IDENTITIES[number], initiator=True, now=trio.current_time())
         self._transport = swarm.network.transport(f"10.0.0.{number}")
 
     async def shake(self, other=0):

@@ -10,7 +10,7 @@ import trio
 from peerd.net.connections import open_connections
 from peerd.net.containment import MAX_FAILURES, MAX_PAUSE_S, REFUSED_S, STEADY_S, WINDOW_S, Containment
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection.frames import GoAway, Ping, Pong, Reset, encode_frame
+from peerd.protocol.connection.frames import GoAwayFrame, PingFrame, PongFrame, ResetFrame, encode_frame
 from peerd.protocol.errors import ConnectionLost, PeerdError, PeerFault, StreamReset
 from peerd.protocol.identity import Identity
 from peerd.testing.hostile import HostilePeer, hello_message, message_bytes
@@ -193,7 +193,7 @@ async def test_two_connections_of_one_peer_that_end_in_the_same_tick_leave_nothi
             peers = [await _enter(network) for _ in range(2)]
             async with trio.open_nursery() as nursery:
                 for peer in peers:
-                    nursery.start_soon(peer.send, encode_frame(GoAway("closed")))
+                    nursery.start_soon(peer.send, encode_frame(GoAwayFrame("closed")))
             await trio.sleep(0.1)
             assert not host.live
             with trio.fail_after(5):
@@ -225,7 +225,7 @@ async def test_bodies_that_are_claimed_and_begun_fill_no_more_than_a_share():
             async with open_connections(THIRD, transport=network.transport(OTHER), handlers={}) as other:
                 assert await _ask(other, "/echo/1") == {"n": 1}
             await peer.aclose()
-        assert any(isinstance(frame, Reset | GoAway) and frame.code == "overloaded" for frame in heard)
+        assert any(isinstance(frame, ResetFrame | GoAwayFrame) and frame.code == "overloaded" for frame in heard)
         await trio.sleep(1)
         assert host.budget.used_bytes == 0
 
@@ -235,8 +235,8 @@ async def _hear(peer, heard):
         while True:
             frame = await peer.hear()
             heard.append(frame)
-            if isinstance(frame, Ping):
-                await peer.send(encode_frame(Pong(frame.token)))
+            if isinstance(frame, PingFrame):
+                await peer.send(encode_frame(PongFrame(frame.token)))
 
 
 async def test_a_task_that_fails_starts_again_after_ever_longer_pauses():

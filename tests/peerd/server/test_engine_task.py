@@ -17,7 +17,7 @@ from peerd.compute.steps import BatchOutput
 from peerd.net.limits.owners import Owner
 from peerd.protocol.errors import BadResult, ContextTooLong, InternalError, InvalidRequest, NoRoom, Overloaded
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages.session import NextHop, Open, Step
+from peerd.protocol.messages.session import NextHop, OpenSession, Step
 from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 from peerd.server.device_queue import MAX_JOBS_AN_OWNER
@@ -40,7 +40,7 @@ def tokens(count, seed=0):
 
 def opening(**fields):
     asked = {"session": bytes(16), "hop": 0, "epoch": 0, "model": bytes(32), "start": 2, "end": 5, "max_length": 64}
-    return Open(**asked | fields)
+    return OpenSession(**asked | fields)
 
 
 def step(start, count, seq=1, row=0):

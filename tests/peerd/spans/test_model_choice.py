@@ -16,7 +16,7 @@ import trio
 import peerd
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.errors import CheckpointError, DiskFull
+from peerd.compute.errors import CheckpointError, DiskFullError
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.catalogue import NamedModel
@@ -186,7 +186,7 @@ async def test_as_many_blocks_are_served_as_downloads_may_take(
             assert 1 <= len(served.span) < 6
             assert sum(hub.served.values()) <= everything * 2 // 3
             # What is asked for by number is asked for: it says what does not fit.
-            with pytest.raises(DiskFull):
+            with pytest.raises(DiskFullError):
                 await server.serve(replace(SPEC, model="org/large", blocks=peerd.Span(0, 6)))
 
 

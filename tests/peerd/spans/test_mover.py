@@ -20,7 +20,7 @@ from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.errors import CheckpointError, DiskFull
+from peerd.compute.errors import CheckpointError, DiskFullError
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.net.connections import open_connections
 from peerd.net.containment import Containment
@@ -411,7 +411,7 @@ async def test_a_named_span_and_the_only_server_of_a_block_stay() -> None:
 async def test_what_cannot_be_fetched_costs_no_session(caplog: pytest.LogCaptureFixture) -> None:
     async with open_swarm("0:4") as swarm:
         spare = await swarm.serve("0:4", moves=True)
-        spare.loader.unfetchable[Span(4, 8)] = DiskFull("the disk is full")
+        spare.loader.unfetchable[Span(4, 8)] = DiskFullError("the disk is full")
         await trio.sleep(2 * ROUND_S)
         assert spare.loader.loads == []
         assert spare.states() == {"0:4": "online"}

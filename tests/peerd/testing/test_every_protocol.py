@@ -13,7 +13,7 @@ import trio
 from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.net.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection.frames import Open, Priority, Reset, encode_frame
+from peerd.protocol.connection.frames import OpenFrame, Priority, ResetFrame, encode_frame
 from peerd.protocol.errors import PeerdError, PeerFault
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL
@@ -131,14 +131,14 @@ async def misbehave(peer, protocol, parts, end, credit):
     stream = await peer.open(protocol)
     if not credit:
         stream += 2
-        await peer.send(encode_frame(Open(stream, protocol, Priority.BULK, 0)))
+        await peer.send(encode_frame(OpenFrame(stream, protocol, Priority.BULK, 0)))
     for part in parts:
         await peer.say(stream, part)
         await trio.sleep(0.1 if len(parts) > 1 else 0)
     if end == "finishes":
         await peer.say(stream, b"", fin=True)
     elif end == "resets":
-        await peer.send(encode_frame(Reset(stream, "cancelled")))
+        await peer.send(encode_frame(ResetFrame(stream, "cancelled")))
     if end != "hangs up":
         await trio.sleep(2)
     await peer.aclose()

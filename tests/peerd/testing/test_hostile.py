@@ -11,7 +11,7 @@ import trio
 
 from peerd.client.finding.finder import Patience
 from peerd.discovery.dht_streams import StreamTransport, answer_question
-from peerd.protocol.connection.frames import Credit, Ping, Reset, encode_frame
+from peerd.protocol.connection.frames import CreditFrame, PingFrame, ResetFrame, encode_frame
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerdError, PeerFault
 from peerd.protocol.identity import Identity
@@ -144,7 +144,7 @@ async def test_conversations_without_a_change_are_what_an_honest_peer_says(open_
                 await trio.sleep(1)
             nursery.cancel_scope.cancel()
         # Of its own streams; it takes no link.
-        assert not [frame for frame in heard if isinstance(frame, Reset) and frame.stream % 2]
+        assert not [frame for frame in heard if isinstance(frame, ResetFrame) and frame.stream % 2]
         assert host.connections.live[identity(1).peer_id].lost is None
         # Its two sessions, and the honest one.
         assert host.server.sessions == 3
@@ -183,7 +183,7 @@ async def say_one(peer, host, number, random):
     await peer.say(stream, data, fin=random.random() < 0.3)
     await trio.sleep(random.choice([0, 0.02, 0.3]))
     if random.random() < 0.7:
-        await peer.send(encode_frame(Reset(stream, "cancelled")))
+        await peer.send(encode_frame(ResetFrame(stream, "cancelled")))
     return 1
 
 
@@ -206,7 +206,7 @@ async def test_mutated_frames_of_known_peers_harm_nobody(open_swarm, whole_forwa
                 try:
                     stream = await peer.open(protocol)
                     await peer.say(stream, data[: random.randrange(len(data) + 1)])
-                    for frame in (Ping(bytes(8)), Credit(stream, 2**31 - 1), Reset(stream, "cancelled")):
+                    for frame in (PingFrame(bytes(8)), CreditFrame(stream, 2**31 - 1), ResetFrame(stream, "cancelled")):
                         await peer.send(mutated_bytes(encode_frame(frame), random))
                     await trio.sleep(0.1)
                 except PeerFault:
@@ -281,13 +281,13 @@ async def test_floods_of_streams_pings_credit_and_resets_harm_nobody(open_swarm,
                     for count in range(300):
                         stream = await peer.open(INFER_PROTOCOL)
                         if round_ == 0:
-                            await peer.send(encode_frame(Reset(stream, "cancelled")))
+                            await peer.send(encode_frame(ResetFrame(stream, "cancelled")))
                         elif round_ == 1:
-                            await peer.send(encode_frame(Credit(stream, 2**30)))
+                            await peer.send(encode_frame(CreditFrame(stream, 2**30)))
                         elif round_ == 2:
                             # 16 KiB of header and 4 GiB of body, says its length.
                             await peer.say(stream, b"\0\0\x40\0" + bytes(1000))
-                        await peer.send(encode_frame(Ping(count.to_bytes(8, "big"))))
+                        await peer.send(encode_frame(PingFrame(count.to_bytes(8, "big"))))
                 except PeerFault:
                     pass
                 await trio.sleep(1)

@@ -4,7 +4,7 @@ import pytest
 
 from peerd.protocol.connection.budget import FLOOR_BYTES, BufferBudget
 from peerd.protocol.connection.frames import Priority
-from peerd.protocol.connection.streams import Incoming, Outgoing
+from peerd.protocol.connection.streams import Outgoing, StreamInbox
 from peerd.protocol.encoding.wire import FIRST_ALLOCATION_BYTES, encode_message
 from peerd.protocol.errors import Overloaded, RemoteProtocolError
 
@@ -79,7 +79,7 @@ def test_a_connection_that_ends_gives_everything_back_once():
 
 def _incoming(budget):
     buffers = budget.open("a")
-    return Incoming(buffers), buffers
+    return StreamInbox(buffers), buffers
 
 
 def test_what_waits_in_a_stream_is_held_until_it_is_read_or_dropped():

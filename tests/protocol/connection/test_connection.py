@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerd.protocol.connection import noise
-from peerd.protocol.connection.connection import Connection, Limits
+from peerd.protocol.connection.connection import ConnectionMachine, Limits
 from peerd.protocol.connection.events import (
     GoneAway,
     HandshakeDone,
@@ -20,14 +20,14 @@ from peerd.protocol.connection.events import (
 )
 from peerd.protocol.connection.frames import (
     MAX_FRAME_BYTES,
-    Credit,
-    Data,
-    GoAway,
-    Open,
-    Ping,
-    Pong,
+    CreditFrame,
+    DataFrame,
+    GoAwayFrame,
+    OpenFrame,
+    PingFrame,
+    PongFrame,
     Priority,
-    Reset,
+    ResetFrame,
     decode_frame,
     encode_frame,
 )
@@ -60,8 +60,10 @@ class Pair:
 
     def __init__(self, limits=None, **arguments):
         self.now = 1000.0
-        self.one = Connection(DIALLER, initiator=True, now=self.now, random_bytes=_random(), limits=limits, **arguments)
-        self.other = Connection(LISTENER, initiator=False, now=self.now, random_bytes=_random(), limits=limits)
+        self.one = ConnectionMachine(
+            DIALLER, initiator=True, now=self.now, random_bytes=_random(), limits=limits, **arguments
+        )
+        self.other = ConnectionMachine(LISTENER, initiator=False, now=self.now, random_bytes=_random(), limits=limits)
         self.events = {self.one: [], self.other: []}
         self.sent = {self.one: 0, self.other: 0}
 
@@ -148,7 +150,7 @@ def test_finding_another_peer_than_the_dialled_one_is_told_before_we_reveal_our_
 def test_another_version_fails_in_the_handshake(monkeypatch):
     pair = Pair()
     monkeypatch.setattr(noise, "PROLOGUE", b"peerd/2")
-    newer = Connection(LISTENER, initiator=False, now=pair.now, random_bytes=_random())
+    newer = ConnectionMachine(LISTENER, initiator=False, now=pair.now, random_bytes=_random())
     newer.receive(pair.one.next_message(pair.now), pair.now)
     with pytest.raises(HandshakeFailed, match="another protocol version"):
         pair.one.receive(newer.next_message(pair.now), pair.now)
@@ -272,8 +274,8 @@ def test_a_decode_waits_for_one_frame_of_bulk_at_most():
     decode = connection.open_stream("/decode/1", Priority.DECODE)
     connection.send(bulk, {}, [bytes(4 * MIB)], Priority.BULK)
     assert [rogue.read(connection.next_message(1000)) for _ in range(2)] == [
-        Open(bulk.id, "/bulk/1", Priority.BULK, INITIAL_CREDIT_BYTES),
-        Open(decode.id, "/decode/1", Priority.DECODE, INITIAL_CREDIT_BYTES),
+        OpenFrame(bulk.id, "/bulk/1", Priority.BULK, INITIAL_CREDIT_BYTES),
+        OpenFrame(decode.id, "/decode/1", Priority.DECODE, INITIAL_CREDIT_BYTES),
     ]
     frame = rogue.read(connection.next_message(1000))
     assert (frame.stream, len(frame.payload)) == (bulk.id, 16 * 1024)
@@ -298,11 +300,11 @@ def test_control_frames_go_before_all_data():
     stream = connection.open_stream("/test/1", Priority.CONTROL)
     rogue.drain(connection)
     connection.send(stream, {}, [bytes(100)], Priority.CONTROL)
-    rogue.say(connection, Ping(b"12345678"))
+    rogue.say(connection, PingFrame(b"12345678"))
     doomed = connection.open_stream("/test/1", Priority.BULK)
     connection.reset(doomed, "cancelled")
     frames = [rogue.read(connection.next_message(1000)) for _ in range(4)]
-    assert [type(frame) for frame in frames] == [Pong, Open, Reset, Data]
+    assert [type(frame) for frame in frames] == [PongFrame, OpenFrame, ResetFrame, DataFrame]
 
 
 # Credit.
@@ -502,12 +504,12 @@ class Rogue:
 
 def _rogue():
     rogue = Rogue()
-    connection = Connection(LISTENER, initiator=False, now=1000, random_bytes=_random())
+    connection = ConnectionMachine(LISTENER, initiator=False, now=1000, random_bytes=_random())
     rogue.shake(connection)
     return rogue, connection
 
 
-OPEN = Open(1, "/test/1", Priority.BULK, INITIAL_CREDIT_BYTES)
+OPEN = OpenFrame(1, "/test/1", Priority.BULK, INITIAL_CREDIT_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -517,17 +519,17 @@ OPEN = Open(1, "/test/1", Priority.BULK, INITIAL_CREDIT_BYTES)
         [bytes(MAX_FRAME_BYTES + 1)],
         [bytes([9, 0, 0, 0, 0, 1])],
         [bytes([2, 4, 0, 0, 0, 1])],
-        [Data(1, memoryview(b"x"))],
-        [Data(2, memoryview(b"x"))],
-        [Credit(7, 1)],
-        [Reset(1, "closed")],
-        [Open(2, "/test/1", Priority.BULK, 0)],
+        [DataFrame(1, memoryview(b"x"))],
+        [DataFrame(2, memoryview(b"x"))],
+        [CreditFrame(7, 1)],
+        [ResetFrame(1, "closed")],
+        [OpenFrame(2, "/test/1", Priority.BULK, 0)],
         [OPEN, OPEN],
-        [Open(3, "/test/1", Priority.BULK, 0), OPEN],
-        [OPEN, Data(1, memoryview(b"x"), fin=True), Data(1, memoryview(b"y"))],
-        [OPEN, Data(1, memoryview(b""), fin=True), Data(1, memoryview(b""), fin=True)],
-        [OPEN, *[Data(1, memoryview(bytes(32 * 1024)))] * 3],
-        [OPEN, Credit(1, 2**31 - 1)],
+        [OpenFrame(3, "/test/1", Priority.BULK, 0), OPEN],
+        [OPEN, DataFrame(1, memoryview(b"x"), fin=True), DataFrame(1, memoryview(b"y"))],
+        [OPEN, DataFrame(1, memoryview(b""), fin=True), DataFrame(1, memoryview(b""), fin=True)],
+        [OPEN, *[DataFrame(1, memoryview(bytes(32 * 1024)))] * 3],
+        [OPEN, CreditFrame(1, 2**31 - 1)],
     ],
     ids=lambda frames: re.sub(r"<memory at \w+>", "...", repr(frames))[:60],
 )
@@ -537,7 +539,7 @@ def test_the_first_frame_that_breaks_a_rule_ends_the_connection_with_a_reason(fr
     with pytest.raises(RemoteProtocolError) as caught:
         rogue.say(connection, *frames)
     assert connection.over
-    assert rogue.drain(connection) == [GoAway("protocol", str(caught.value))]
+    assert rogue.drain(connection) == [GoAwayFrame("protocol", str(caught.value))]
     rogue.say(connection, OPEN)
     assert connection.next_message(1000) is None
 
@@ -562,9 +564,9 @@ def test_one_stream_too_many_is_refused_and_the_others_live():
     rogue, connection = _rogue()
     rogue.drain(connection)
     for number in range(MAX_STREAMS + 1):
-        rogue.say(connection, Open(2 * number + 1, "/test/1", Priority.BULK, 0))
-    assert rogue.drain(connection) == [Reset(2 * MAX_STREAMS + 1, "overloaded")]
-    rogue.say(connection, Data(2 * MAX_STREAMS + 1, memoryview(b"not heard of it yet")))
+        rogue.say(connection, OpenFrame(2 * number + 1, "/test/1", Priority.BULK, 0))
+    assert rogue.drain(connection) == [ResetFrame(2 * MAX_STREAMS + 1, "overloaded")]
+    rogue.say(connection, DataFrame(2 * MAX_STREAMS + 1, memoryview(b"not heard of it yet")))
     assert not connection.over
 
 
@@ -578,9 +580,11 @@ def test_we_open_no_more_streams_than_the_peer_takes(pair):
 def test_opening_streams_too_fast_ends_the_connection():
     rogue, connection = _rogue()
     for number in range(1024):
-        rogue.say(connection, Open(2 * number + 1, "/test/1", Priority.BULK, 0), Reset(2 * number + 1, "closed"))
+        rogue.say(
+            connection, OpenFrame(2 * number + 1, "/test/1", Priority.BULK, 0), ResetFrame(2 * number + 1, "closed")
+        )
     with pytest.raises(RemoteProtocolError, match="too fast"):
-        rogue.say(connection, Open(2049, "/test/1", Priority.BULK, 0))
+        rogue.say(connection, OpenFrame(2049, "/test/1", Priority.BULK, 0))
 
 
 def test_opening_streams_at_an_honest_rate_does_not():
@@ -588,7 +592,10 @@ def test_opening_streams_at_an_honest_rate_does_not():
     for number in range(3000):
         now = 1000 + number / 500
         rogue.say(
-            connection, Open(2 * number + 1, "/test/1", Priority.BULK, 0), Reset(2 * number + 1, "closed"), now=now
+            connection,
+            OpenFrame(2 * number + 1, "/test/1", Priority.BULK, 0),
+            ResetFrame(2 * number + 1, "closed"),
+            now=now,
         )
 
 
@@ -596,13 +603,13 @@ def test_a_flood_of_pings_costs_one_answer():
     rogue, connection = _rogue()
     rogue.drain(connection)
     for number in range(100):
-        rogue.say(connection, Ping(number.to_bytes(8, "big")))
-    assert rogue.drain(connection) == [Pong((99).to_bytes(8, "big"))]
+        rogue.say(connection, PingFrame(number.to_bytes(8, "big")))
+    assert rogue.drain(connection) == [PongFrame((99).to_bytes(8, "big"))]
 
 
 @given(st.lists(st.binary(max_size=300), max_size=4))
 def test_any_bytes_instead_of_a_handshake_give_a_typed_error(messages):
-    connection = Connection(LISTENER, initiator=False, now=1000, random_bytes=_random())
+    connection = ConnectionMachine(LISTENER, initiator=False, now=1000, random_bytes=_random())
     try:
         for message in messages:
             connection.receive(message, 1000)
@@ -616,11 +623,11 @@ frames = st.one_of(
     st.binary(max_size=40),
     st.builds(lambda kind, fin, stream, rest: bytes([kind, fin, 0, 0, 0, stream]) + rest,
               st.integers(1, 7), st.integers(0, 1), st.integers(0, 5), st.binary(max_size=30)),
-    st.builds(Open, st.integers(1, 9), st.just("/test/1"), st.sampled_from(Priority), st.integers(0, 2**31 - 1)),
-    st.builds(Data, st.integers(1, 9), st.binary(min_size=1, max_size=99).map(memoryview), st.booleans()),
-    st.builds(Credit, st.integers(1, 9), st.integers(1, 2**31 - 1)),
-    st.builds(Reset, st.integers(1, 9), st.just("closed")),
-    st.builds(Ping, st.binary(min_size=8, max_size=8)),
+    st.builds(OpenFrame, st.integers(1, 9), st.just("/test/1"), st.sampled_from(Priority), st.integers(0, 2**31 - 1)),
+    st.builds(DataFrame, st.integers(1, 9), st.binary(min_size=1, max_size=99).map(memoryview), st.booleans()),
+    st.builds(CreditFrame, st.integers(1, 9), st.integers(1, 2**31 - 1)),
+    st.builds(ResetFrame, st.integers(1, 9), st.just("closed")),
+    st.builds(PingFrame, st.binary(min_size=8, max_size=8)),
 )  # fmt: skip
 
 

@@ -12,10 +12,10 @@ from peerd.protocol.connection.frames import (
     MAX_FRAME_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_REASON_BYTES,
-    Data,
-    GoAway,
+    DataFrame,
+    GoAwayFrame,
     Priority,
-    Reset,
+    ResetFrame,
     decode_frame,
     encode_data,
     encode_frame,
@@ -31,7 +31,7 @@ def _bytes(vector):
 
 
 def _fields(frame):
-    found = {"kind": type(frame).__name__.upper()}
+    found = {"kind": type(frame).__name__.removesuffix("Frame").upper()}
     for name in type(frame).__slots__:
         value = getattr(frame, name)
         found[name] = bytes(value).hex() if isinstance(value, bytes | memoryview) else value
@@ -68,18 +68,18 @@ def test_a_payload_of_32_kib_is_the_longest():
 def test_data_is_a_view_of_what_was_received():
     received = encode_data(1, [b"abc", memoryview(b"def")], fin=True)
     frame = decode_frame(received)
-    assert frame == Data(1, memoryview(b"abcdef"), True)
+    assert frame == DataFrame(1, memoryview(b"abcdef"), True)
     assert frame.payload.obj is received
 
 
 def test_a_long_reason_is_cut_between_characters():
-    said = decode_frame(encode_frame(GoAway("closed", "é" * MAX_REASON_BYTES)))
-    assert said == GoAway("closed", "é" * (MAX_REASON_BYTES // 2))
+    said = decode_frame(encode_frame(GoAwayFrame("closed", "é" * MAX_REASON_BYTES)))
+    assert said == GoAwayFrame("closed", "é" * (MAX_REASON_BYTES // 2))
 
 
 def test_our_own_codes_keep_to_the_alphabet():
     with pytest.raises(ValueError, match="no code"):
-        encode_frame(Reset(1, "Not a code"))
+        encode_frame(ResetFrame(1, "Not a code"))
 
 
 def test_the_more_urgent_priority_is_the_smaller():

@@ -6,8 +6,8 @@ from contextlib import suppress
 
 import pytest
 
-from peerd.protocol.connection.frames import Pong
-from peerd.protocol.connection.liveness import Delivery, Liveness, Patience
+from peerd.protocol.connection.frames import PongFrame
+from peerd.protocol.connection.liveness import Delivery, Liveness, Timeouts
 from peerd.protocol.errors import ConnectionLost, Unresponsive
 
 # What a system says of its TCP: everything has arrived, or nothing has since.
@@ -16,9 +16,9 @@ VANISHES = Delivery(acknowledged_bytes=1000, unanswered=3)
 
 
 def _answered(now: float = 100.0, rtt_s: float = 0.0) -> Liveness:
-    liveness = Liveness(Patience(), now - rtt_s)
+    liveness = Liveness(Timeouts(), now - rtt_s)
     liveness.heard(now)
-    liveness.pong(Pong(liveness.ping(now - rtt_s)), now)
+    liveness.pong(PongFrame(liveness.ping(now - rtt_s)), now)
     return liveness
 
 
@@ -37,11 +37,11 @@ def _lost_at(
 
 
 def test_it_asks_at_once_to_learn_the_round_trip() -> None:
-    liveness = Liveness(Patience(), 100.0)
+    liveness = Liveness(Timeouts(), 100.0)
     assert liveness.ping_due
     token = liveness.ping(100.5)
     assert liveness.rtt_s is None
-    liveness.pong(Pong(token), 100.75)
+    liveness.pong(PongFrame(token), 100.75)
     assert liveness.rtt_s == 0.25
 
 
@@ -106,7 +106,7 @@ def test_a_slow_line_full_of_what_we_send_is_no_dead_one() -> None:
         liveness.check(now, in_use=True, delivery=Delivery(taken, 0))
         if liveness.ping_due:
             token = liveness.ping(now)
-    liveness.pong(Pong(token), now)
+    liveness.pong(PongFrame(token), now)
     assert liveness.rtt_s is not None
     assert liveness.rtt_s > 20
     # Once nothing is taken any more, that is silence like any other.
@@ -136,7 +136,7 @@ def test_a_side_that_overslept_and_is_answered_goes_on() -> None:
     liveness.check(3600, in_use=True)
     token = liveness.ping(3600)
     liveness.heard(3600.1)
-    liveness.pong(Pong(token), 3600.1)
+    liveness.pong(PongFrame(token), 3600.1)
     assert liveness.deadline(in_use=True) == 3601.1
 
 
@@ -167,7 +167,7 @@ def test_the_round_trip_is_measured_again_however_much_the_peer_says() -> None:
     liveness.heard(110)
     liveness.check(110, in_use=True)
     token = liveness.ping(110)
-    liveness.pong(Pong(token), 110.5)
+    liveness.pong(PongFrame(token), 110.5)
     assert liveness.rtt_s == 0.5
 
 
@@ -188,12 +188,12 @@ def test_asking_twice_is_asking_once() -> None:
     token = liveness.ping(100)
     liveness.ask(100.1)
     assert not liveness.ping_due
-    liveness.pong(Pong(token), 100.2)
+    liveness.pong(PongFrame(token), 100.2)
     assert liveness.rtt_s == pytest.approx(0.2)
 
 
 def test_an_answer_to_another_question_proves_nothing() -> None:
-    liveness = Liveness(Patience(), 100.0)
+    liveness = Liveness(Timeouts(), 100.0)
     liveness.ping(100)
-    liveness.pong(Pong(bytes(8)), 101)
+    liveness.pong(PongFrame(bytes(8)), 101)
     assert liveness.rtt_s is None

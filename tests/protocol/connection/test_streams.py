@@ -6,25 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerd.protocol.connection.frames import MAX_CREDIT, Data, Priority
+from peerd.protocol.connection.frames import MAX_CREDIT, DataFrame, Priority
 from peerd.protocol.connection.streams import (
     INITIAL_CREDIT_BYTES,
     MAX_WINDOW_BYTES,
     TRANSITIONS,
-    Incoming,
     Outgoing,
     State,
-    Step,
-    Stream,
+    StreamInbox,
+    StreamMachine,
+    Transition,
 )
 from peerd.protocol.encoding.wire import encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 
-FROM_PEER = {Step.DATA, Step.FIN, Step.CREDIT, Step.RESET}
+FROM_PEER = {Transition.DATA, Transition.FIN, Transition.CREDIT, Transition.RESET}
 
 
 def _stream(state=State.OPEN):
-    stream = Stream(1, "/test/1", Priority.CONTROL, INITIAL_CREDIT_BYTES)
+    stream = StreamMachine(1, "/test/1", Priority.CONTROL, INITIAL_CREDIT_BYTES)
     stream.state = state
     return stream
 
@@ -34,7 +34,7 @@ def _message(size):
 
 
 @pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("step", Step)
+@pytest.mark.parametrize("step", Transition)
 def test_every_step_leads_where_the_table_says_or_blames_the_side_that_took_it(state, step):
     stream = _stream(state)
     after = TRANSITIONS[state].get(step)
@@ -50,10 +50,10 @@ def test_every_step_leads_where_the_table_says_or_blames_the_side_that_took_it(s
 def test_a_stream_that_both_sides_finished_is_closed_and_nothing_more_may_come():
     stream = _stream()
     stream.note_sent(data=True, fin=True)
-    stream.accept(Data(1, memoryview(b"x"), fin=True))
+    stream.accept(DataFrame(1, memoryview(b"x"), fin=True))
     assert stream.state is State.CLOSED
     with pytest.raises(RemoteProtocolError, match="DATA on stream 1 in state CLOSED"):
-        stream.accept(Data(1, memoryview(b"x")))
+        stream.accept(DataFrame(1, memoryview(b"x")))
 
 
 def test_data_is_cut_at_credit_and_frame_size_and_never_spans_two_messages():
@@ -91,14 +91,14 @@ def test_more_credit_than_a_stream_can_use_is_refused():
 
 
 def test_bytes_beyond_the_credit_are_refused():
-    incoming = Incoming()
+    incoming = StreamInbox()
     incoming.accept(memoryview(bytes(INITIAL_CREDIT_BYTES)))
     with pytest.raises(RemoteProtocolError, match="more than its credit"):
         incoming.accept(memoryview(b"x"))
 
 
 def test_credit_is_due_for_what_was_read_and_not_for_what_arrived():
-    incoming = Incoming()
+    incoming = StreamInbox()
     message = memoryview(_message(INITIAL_CREDIT_BYTES - 9))
     incoming.accept(message[:40_000])
     incoming.accept(message[40_000:])
@@ -108,7 +108,7 @@ def test_credit_is_due_for_what_was_read_and_not_for_what_arrived():
 
 
 def test_nothing_is_due_before_half_a_window_was_read():
-    incoming = Incoming()
+    incoming = StreamInbox()
     incoming.accept(memoryview(_message(1000)))
     incoming.read(1000)
     assert incoming.wanted_credit(MAX_CREDIT) == 0
@@ -116,7 +116,7 @@ def test_nothing_is_due_before_half_a_window_was_read():
 
 
 def test_a_long_body_gets_credit_for_the_rest_once_it_is_read():
-    incoming = Incoming()
+    incoming = StreamInbox()
     body = 10 * INITIAL_CREDIT_BYTES
     incoming.accept(memoryview(_message(body))[:1009])
     assert incoming.read(body) == (None, 1009)
@@ -124,7 +124,7 @@ def test_a_long_body_gets_credit_for_the_rest_once_it_is_read():
 
 
 def test_no_more_credit_is_given_than_the_line_can_hold():
-    incoming = Incoming()
+    incoming = StreamInbox()
     body = 10 * INITIAL_CREDIT_BYTES
     incoming.accept(memoryview(_message(body))[:1009])
     incoming.read(body)
@@ -133,14 +133,14 @@ def test_no_more_credit_is_given_than_the_line_can_hold():
 
 
 def test_a_body_longer_than_the_reader_allows_gets_none():
-    incoming = Incoming()
+    incoming = StreamInbox()
     incoming.accept(memoryview(_message(INITIAL_CREDIT_BYTES))[:1009])
     with pytest.raises(RemoteProtocolError, match="at most 1000 were expected"):
         incoming.read(1000)
 
 
 def test_a_stream_of_long_messages_keeps_a_window_for_the_next():
-    incoming = Incoming()
+    incoming = StreamInbox()
     body = 3 * INITIAL_CREDIT_BYTES
     incoming.accept(memoryview(_message(body))[:1009])
     incoming.read(body)
@@ -153,7 +153,7 @@ def test_a_stream_of_long_messages_keeps_a_window_for_the_next():
 
 
 def test_a_peer_that_has_finished_is_given_no_credit():
-    incoming = Incoming()
+    incoming = StreamInbox()
     incoming.accept(memoryview(_message(INITIAL_CREDIT_BYTES - 9)))
     incoming.finished = True
     incoming.read(INITIAL_CREDIT_BYTES)
@@ -162,7 +162,7 @@ def test_a_peer_that_has_finished_is_given_no_credit():
 
 
 def test_a_stream_must_not_end_within_a_message():
-    incoming = Incoming()
+    incoming = StreamInbox()
     incoming.accept(memoryview(_message(10))[:-1])
     incoming.finished = True
     with pytest.raises(RemoteProtocolError, match="ended within a message"):
@@ -170,7 +170,7 @@ def test_a_stream_must_not_end_within_a_message():
 
 
 def test_single_bytes_cost_about_as_much_as_they_weigh():
-    incoming = Incoming()
+    incoming = StreamInbox()
     pieces = [memoryview(bytes([n % 256])) for n in range(256)]
     tracemalloc.start()
     try:
@@ -184,7 +184,7 @@ def test_single_bytes_cost_about_as_much_as_they_weigh():
 
 @given(st.lists(st.integers(0, 2000), max_size=6), st.data())
 def test_messages_come_out_as_they_went_in_however_their_bytes_arrive(sizes, data):
-    incoming = Incoming()
+    incoming = StreamInbox()
     sent = b"".join(_message(size) for size in sizes)
     cuts = data.draw(st.lists(st.integers(0, len(sent)), max_size=30).map(sorted))
     received = []
@@ -201,7 +201,7 @@ def test_messages_come_out_as_they_went_in_however_their_bytes_arrive(sizes, dat
 
 
 def test_a_message_stays_as_it_was_while_small_pieces_are_added_behind_it():
-    incoming = Incoming()
+    incoming = StreamInbox()
     data = memoryview(_message(3) + _message(4))
     for n in range(len(data)):
         incoming.accept(data[n : n + 1])

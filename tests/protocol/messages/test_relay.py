@@ -20,14 +20,14 @@ from peerd.protocol.messages.relay import (
     Accepted,
     Connect,
     Connected,
-    Incoming,
+    IncomingCall,
     Reserve,
     Reserved,
     inner_message,
 )
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/relay.json").read_text())["vectors"]
-EVERYBODY = (Reserve, Reserved, Connect, Connected, Incoming, Accepted)
+EVERYBODY = (Reserve, Reserved, Connect, Connected, IncomingCall, Accepted)
 HEADER_BYTES = 6
 
 

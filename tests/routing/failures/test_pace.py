@@ -3,20 +3,20 @@
 import pytest
 
 from peerd.protocol.messages.session import Progress
-from peerd.routing.failures.pace import CEILING_S, FLOOR_S, UNKNOWN_S, Pace
+from peerd.routing.failures.pace import CEILING_S, FLOOR_S, UNKNOWN_S, StepPace
 from peerd.routing.failures.suspicion import BUSY_FACTOR, UNKNOWN_HOLD_S, Hung, Stuck, Suspicion
 
 
-def pace_of(*samples: tuple[int, float]) -> Pace:
-    pace = Pace()
+def pace_of(*samples: tuple[int, float]) -> StepPace:
+    pace = StepPace()
     for positions, seconds in samples:
         pace.took(positions, seconds)
     return pace
 
 
 def test_nothing_is_known_before_the_first_answer():
-    assert Pace().expected_s(1) is None
-    assert Pace().late_after_s(1) == UNKNOWN_S
+    assert StepPace().expected_s(1) is None
+    assert StepPace().late_after_s(1) == UNKNOWN_S
 
 
 def test_a_regular_pace_allows_twice_its_mean_and_an_irregular_one_four_deviations():

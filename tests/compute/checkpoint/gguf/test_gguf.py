@@ -19,7 +19,7 @@ from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES, architecture_of
 from peerd.compute.checkpoint.gguf.file import GgufFile, LongArray
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
@@ -84,7 +84,7 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused_by_name(tmp_path: P
     model = tiny_model(tiny_config("llama"))
     tensors = {**dict(stored_tensors("llama", model)), stored: np.ones((32, 32))}
     write_gguf(tmp_path / "tiny.gguf", "llama", metadata_of("llama", model.config), tensors)
-    with pytest.raises(UnsupportedModel, match=rf"tensor {re.escape(stored)} has no place in a llama"):
+    with pytest.raises(UnsupportedModelError, match=rf"tensor {re.escape(stored)} has no place in a llama"):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 
@@ -108,7 +108,7 @@ def test_an_architecture_that_cannot_be_served_is_refused_by_name(
     tmp_path: Path, architecture: str, reason: str
 ) -> None:
     write_gguf(tmp_path / "other.gguf", architecture, {}, {"token_embd.weight": np.ones((4, 4))})
-    with pytest.raises(UnsupportedModel, match=reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
         open_checkpoint(tmp_path / "other.gguf")
 
 
@@ -120,13 +120,13 @@ def test_every_architecture_that_transformers_knows_is_read_or_refused_with_a_re
     for name in {*GGUF_CONFIG_MAPPING, *GGUF_ARCHS} - {"general", "tokenizer", "mistral"}:
         written = {"gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}.get(name, name.replace("_moe", "moe"))
         if written not in ARCHITECTURES:
-            with pytest.raises(UnsupportedModel, match=f"{written} cannot be served: "):
+            with pytest.raises(UnsupportedModelError, match=f"{written} cannot be served: "):
                 architecture_of({"general.architecture": written}, "here")
 
 
 def test_a_model_that_attends_to_later_positions_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "tiny.gguf", "qwen2", tiny_model(tiny_config("qwen2")), **{"attention.causal": False})
-    with pytest.raises(UnsupportedModel, match="attend to later positions"):
+    with pytest.raises(UnsupportedModelError, match="attend to later positions"):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 

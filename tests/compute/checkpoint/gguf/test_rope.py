@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
@@ -99,7 +99,7 @@ def test_a_part_of_each_head_may_turn(tmp_path: Path) -> None:
 )
 def test_what_is_stated_by_halves_is_refused(tmp_path: Path, more: dict[str, Any], reason: str) -> None:
     write_model(tmp_path / "tiny.gguf", "llama", tiny_model(tiny_config("llama")), **more)
-    with pytest.raises(UnsupportedModel, match=reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 

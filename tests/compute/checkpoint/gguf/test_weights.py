@@ -14,7 +14,7 @@ from peerd.compute.checkpoint.gguf import weights as gguf_weights
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.gguf.weights import GgufWeights
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
 from tests.compute.gguf_writer import (
     TINY,
@@ -69,7 +69,7 @@ def test_each_kind_of_storage_is_read_in_runs_as_a_whole(
 
 def test_a_kind_of_storage_that_nobody_reads_is_refused_by_name(tmp_path: Path) -> None:
     write_bytes(tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_1)
-    with pytest.raises(UnsupportedModel, match="tensor t is stored as Q8_1"):
+    with pytest.raises(UnsupportedModelError, match="tensor t is stored as Q8_1"):
         weights_of(tmp_path / "tiny.gguf").read("t")
 
 

@@ -24,7 +24,7 @@ from peerd.compute.checkpoint.hub.fetch import Fetcher
 from peerd.compute.checkpoint.hub.http import Hub, Listing
 from peerd.compute.checkpoint.hub.id import HubId
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
-from peerd.compute.errors import CheckpointError, DiskFull, HubUnavailable
+from peerd.compute.errors import CheckpointError, DiskFullError, HubUnavailableError
 from tests.fakes.hub_server import SEND_BYTES, Fault, HubServer, open_hub
 
 REPO = "org/files"
@@ -126,7 +126,7 @@ def test_a_hub_that_fails_for_good_leaves_what_arrived_for_the_next_time(
 ) -> None:
     hub.fail("a.safetensors", Fault(cut_after=8 * SEND_BYTES), *[Fault(status=503)] * 3)
     with Files(settings) as files:
-        with pytest.raises(HubUnavailable, match=rf"503.*{8 * SEND_BYTES} of {SIZE} bytes are kept"):
+        with pytest.raises(HubUnavailableError, match=rf"503.*{8 * SEND_BYTES} of {SIZE} bytes are kept"):
             files.obtain("a.safetensors")
         assert here(settings) == set(), "half a file has no name yet"
         files.obtain("a.safetensors")
@@ -429,7 +429,7 @@ def test_half_a_file_that_nobody_fetches_any_more_makes_room(
 ) -> None:
     hub.fail("a.safetensors", Fault(cut_after=8 * SEND_BYTES), *[Fault(status=503)] * 3)
     with Files(settings) as files:
-        with pytest.raises(HubUnavailable):
+        with pytest.raises(HubUnavailableError):
             files.obtain("a.safetensors")
         partial = files.partial("a.safetensors")
     with Files(bounded(settings, 1)) as files:
@@ -445,13 +445,15 @@ def test_what_cannot_fit_is_said_before_anything_is_fetched_or_deleted(
         files.obtain("a.safetensors")
     served = hub.served.copy()
     with Files(bounded(settings, 1.5)) as files:
-        with pytest.raises(DiskFull, match=r"160 KiB have to be fetched.*--disk allows 120 KiB: raise it"):
+        with pytest.raises(DiskFullError, match=r"160 KiB have to be fetched.*--disk allows 120 KiB: raise it"):
             files.obtain("b.safetensors", "c.safetensors")
         assert here(settings) == {"a.safetensors"}
-        with pytest.raises(DiskFull, match=r"80 KiB have to be fetched beside 80 KiB that are here and needed too"):
+        with pytest.raises(
+            DiskFullError, match=r"80 KiB have to be fetched beside 80 KiB that are here and needed too"
+        ):
             files.obtain("a.safetensors", "b.safetensors")
         files.obtain("a.safetensors")
-        with pytest.raises(DiskFull, match=r"80 KiB are taken by files that running peers use.*stop one of them"):
+        with pytest.raises(DiskFullError, match=r"80 KiB are taken by files that running peers use.*stop one of them"):
             files.obtain("b.safetensors")
     assert hub.served == served
     with Files(settings) as files:
@@ -461,7 +463,7 @@ def test_what_cannot_fit_is_said_before_anything_is_fetched_or_deleted(
         files.obtain("b.safetensors")
         with (
             Files(bounded(settings, 2), "org/other") as others,
-            pytest.raises(DiskFull, match=r"are taken by files that running peers use"),
+            pytest.raises(DiskFullError, match=r"are taken by files that running peers use"),
         ):
             others.obtain("x.safetensors", "y.safetensors")
         assert here(settings) == set(NAMES), "deleting the two that nobody uses would not have been enough"
@@ -473,7 +475,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(
 ) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
-    with Files(settings) as files, pytest.raises(DiskFull, match=r"80 KiB have to be fetched.*HF_HOME.*--disk"):
+    with Files(settings) as files, pytest.raises(DiskFullError, match=r"80 KiB have to be fetched.*HF_HOME.*--disk"):
         files.obtain("a.safetensors")
     assert not hub.served
 
@@ -491,7 +493,7 @@ def test_a_disk_that_fills_up_meanwhile_keeps_what_arrived(
     with Files(settings) as files:
         with monkeypatch.context() as patched:
             patched.setattr(os, "pwrite", write_some)
-            with pytest.raises(DiskFull, match=r"the disk is full.*what arrived is kept"):
+            with pytest.raises(DiskFullError, match=r"the disk is full.*what arrived is kept"):
                 files.obtain("a.safetensors")
         before = hub.served["a.safetensors"]
         files.obtain("a.safetensors")
@@ -559,7 +561,7 @@ def test_without_locks_files_are_fetched_and_none_is_deleted(
     with Files(bounded(settings, 1)) as files:
         files.obtain("a.safetensors")
         assert files.path("a.safetensors").read_bytes() == content["a.safetensors"]
-    with Files(bounded(settings, 1)) as files, pytest.raises(DiskFull):
+    with Files(bounded(settings, 1)) as files, pytest.raises(DiskFullError):
         files.obtain("b.safetensors")
     assert here(settings) == {"a.safetensors"}
 

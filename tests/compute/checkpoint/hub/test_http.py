@@ -16,7 +16,7 @@ import torch
 
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.checkpoint.opening import open_checkpoint
-from peerd.compute.errors import CheckpointError, HubUnavailable
+from peerd.compute.errors import CheckpointError, HubUnavailableError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
@@ -198,7 +198,7 @@ def test_without_the_hub_the_last_known_commit_is_used(
     with caplog.at_level(logging.WARNING), open_checkpoint(REPO, hub=settings) as checkpoint:
         load_span(checkpoint, Span(7, 8))
         assert checkpoint.model_digest == digest
-        with pytest.raises(HubUnavailable, match="503"):
+        with pytest.raises(HubUnavailableError, match="503"):
             load_span(checkpoint, Span(0, 1))
     assert "using commit" in caplog.text
 
@@ -234,14 +234,14 @@ def test_other_programs_find_what_peerd_fetched(hub: HubServer, settings: HubSet
 
 def test_offline_what_is_not_here_is_named(hub: HubServer, settings: HubSettings, shards: Path) -> None:
     hub.push(REPO, shards)
-    with pytest.raises(HubUnavailable, match=rf"{REPO} is not on this machine.*HF_HUB_OFFLINE"):
+    with pytest.raises(HubUnavailableError, match=rf"{REPO} is not on this machine.*HF_HUB_OFFLINE"):
         open_checkpoint(REPO, hub=offline(settings))
     with open_checkpoint(REPO, hub=settings):
         pass
     (name,) = shards_of(shards, "model.layers.7.mlp.down")
     with (
         open_checkpoint(REPO, hub=offline(settings)) as checkpoint,
-        pytest.raises(HubUnavailable, match=r"\.safetensors of commit .* is not on this machine.*HF_HUB_OFFLINE"),
+        pytest.raises(HubUnavailableError, match=r"\.safetensors of commit .* is not on this machine.*HF_HUB_OFFLINE"),
     ):
         list(checkpoint.read(["layers.7.mlp.down_proj.weight"]))
     assert not hub.served[name]
@@ -353,7 +353,7 @@ def test_something_that_is_no_hub_is_said_to_be_none(hub: HubServer, settings: H
     for endpoint in (f"{hub.url}/elsewhere", "no-url", "ftp://127.0.0.1"):
         with pytest.raises(CheckpointError, match=r"HF_ENDPOINT|404"):
             open_checkpoint(REPO, hub=dataclasses.replace(settings, endpoint=endpoint))
-    with pytest.raises(HubUnavailable, match="check the network"):
+    with pytest.raises(HubUnavailableError, match="check the network"):
         open_checkpoint(REPO, hub=dataclasses.replace(settings, endpoint="http://127.0.0.1:9"))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.capacity import span_budget
-from peerd.compute.errors import CheckpointError, UnsupportedModel
+from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.span import Span
@@ -223,7 +223,7 @@ def test_what_is_not_read_is_refused_when_it_is_opened(
     copied = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "copied"))
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    with pytest.raises(UnsupportedModel, match=reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
         open_checkpoint(copied)
 
 
@@ -260,7 +260,7 @@ def test_quantized_weights_that_the_configuration_does_not_tell_of_are_refused(
 ) -> None:
     source = tiny_checkpoint("llama")
     stored, _ = quantized(source, int8_rows)
-    with pytest.raises(UnsupportedModel, match=r"weight_scale belongs to quantized weights"):
+    with pytest.raises(UnsupportedModelError, match=r"weight_scale belongs to quantized weights"):
         open_checkpoint(save(source, tmp_path / "scales", stored))
     without = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale")}
     with (

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from peerd.cli.options.rules import RULES, ApiOptions, DaemonOptions, ServingOptions, broken_rule
-from peerd.cli.options.shared import Joining
+from peerd.cli.options.shared import JoinOptions
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.span import Span
 from peerd.reach.relay_ledger import RelayLimits
 
-JOINING = Joining((), None, None)
+JOINING = JoinOptions((), None, None)
 HERE = (Multiaddr.parse("/ip4/127.0.0.1/tcp/31330/ws"),)
 ONE, TWO = (None, "org/one"), (None, "org/two")
 CLIENT = ApiOptions(client=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from peerd.client.session.step_log import StepLog
-from peerd.exchange.replay_log import Kept, KeptTooLittle
-from peerd.exchange.retained import Retained
+from peerd.exchange.replay_log import AlreadyFolded, ReplayLog
+from peerd.exchange.row_buffers import RowBuffers
 from peerd.protocol.encoding.tensors import encode_tensor
 from peerd.protocol.errors import BadResult, ContextTooLong, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages.session import Output, Step
@@ -34,7 +34,7 @@ def answer(log: StepLog, seq: int, rows: tuple[RowSlice, ...], *values: int) -> 
 
 def rows_of(sent) -> dict[int, list[float]]:
     """The rows of a hop that runs these steps, one after the other."""
-    rows = Retained(100)
+    rows = RowBuffers(100)
     for step, hidden in sent:
         rows.apply(step.ops)
         rows.add(step.rows, hidden)
@@ -42,7 +42,7 @@ def rows_of(sent) -> dict[int, list[float]]:
 
 
 def answered_rows(steps: StepLog) -> dict[int, list[float]]:
-    kept = steps.kept.retained
+    kept = steps.kept.row_buffers
     return {row: kept.copy(row, 0, length)[:, 0].tolist() for row, length in kept.lengths.items()}
 
 
@@ -166,7 +166,7 @@ def test_steps_given_up_that_hops_cannot_take_back_are_remembered(ops, start, fo
 # What is kept for a hop that has none of it, or not all.
 
 
-def kept_steps(kept: Kept) -> dict[int, list[float]]:
+def kept_steps(kept: ReplayLog) -> dict[int, list[float]]:
     """Four steps that grow, fork, cut and drop rows; returns what the rows hold after them."""
     kept.add(Step(0, 1, (RowSlice(0, 0, 3),)), positions(1, 2, 3))
     kept.add(Step(0, 2, (RowSlice(1, 2, 1),), ops=(Fork(0, 1, 2),)), positions(4))
@@ -177,7 +177,7 @@ def kept_steps(kept: Kept) -> dict[int, list[float]]:
 
 @pytest.mark.parametrize("folded", range(5))
 def test_a_receiver_that_has_nothing_gets_all_of_the_senders_rows(folded):
-    kept = Kept(100)
+    kept = ReplayLog(100)
     expected = kept_steps(kept)
     kept.fold(folded)
     assert rows_of(kept.since(0, 9)) == expected
@@ -185,22 +185,22 @@ def test_a_receiver_that_has_nothing_gets_all_of_the_senders_rows(folded):
 
 @pytest.mark.parametrize("taken", range(1, 5))
 def test_a_receiver_that_took_some_steps_gets_only_the_others(taken):
-    kept = Kept(100)
+    kept = ReplayLog(100)
     kept_steps(kept)
     kept.fold(1)
     assert [step.seq for step, _ in kept.since(taken, 9)] == list(range(taken + 1, 5))
 
 
 def test_a_receiver_that_lacks_steps_kept_only_as_rows_cannot_be_helped():
-    kept = Kept(100)
+    kept = ReplayLog(100)
     kept_steps(kept)
     kept.fold(3)
-    with pytest.raises(KeptTooLittle):
+    with pytest.raises(AlreadyFolded):
         list(kept.since(2, 9))
 
 
 def test_a_replay_is_cut_in_pieces_that_nobody_answers_and_ends_with_the_last_number_it_holds():
-    kept = Kept(400)
+    kept = ReplayLog(400)
     kept.add(Step(0, 5, (RowSlice(0, 0, 300),)), positions(*range(300)))
     kept.fold(5)
     *pieces, end = [step for step, _ in kept.since(0, epoch=3)]
@@ -213,7 +213,7 @@ def test_a_replay_is_cut_in_pieces_that_nobody_answers_and_ends_with_the_last_nu
 
 
 def test_rows_that_are_being_sent_stay_as_they_are():
-    kept = Kept(100)
+    kept = ReplayLog(100)
     kept_steps(kept)
     kept.fold(1)
     with kept.pinned():
@@ -222,11 +222,11 @@ def test_rows_that_are_being_sent_stay_as_they_are():
         kept.fold(4)
         assert rows_of([first, *sending]) == {1: [1, 2, 4], 2: [1, 5, 6, 7]}
     assert [step.seq for step, _ in kept.since(4, 9)] == []
-    assert kept.retained.lengths == {1: 3, 2: 4}
+    assert kept.row_buffers.lengths == {1: 3, 2: 4}
 
 
 def test_a_sender_keeps_no_more_than_its_bound_beside_the_rows():
-    kept = Kept(100, max_positions=10)
+    kept = ReplayLog(100, max_positions=10)
     for seq in range(1, 20):
         kept.add(Step(0, seq, (RowSlice(0, 0, 4),)), positions(seq, 2, 3, 4))
     assert kept.folded == 17

@@ -8,10 +8,11 @@ from typing import cast
 import pytest
 
 from peerd.client.session.control_stream import ControlStream
-from peerd.client.session.live_chain import MAX_REPLAN_S, REPLAN_S, LiveChain, Route
+from peerd.client.session.live_chain import MAX_REPLAN_S, REPLAN_S, HopRoute, LiveChain
 from peerd.client.session.troubles import (
     Behind,
     BridgeIdle,
+    Consequences,
     Disagrees,
     Fatal,
     Hole,
@@ -23,9 +24,8 @@ from peerd.client.session.troubles import (
     NoAnswer,
     Queued,
     Trouble,
-    Verdict,
+    consequences_of,
     ends_chain,
-    judge,
     most_urgent,
     still_stands,
 )
@@ -107,7 +107,7 @@ def chain() -> LiveChain:
     ids=lambda value: f"{type(value).__name__}-{type(getattr(value, 'error', None)).__name__}",
 )
 def test_news_change_what_the_table_says_and_nothing_else(news: News, changes: dict[str, bool]) -> None:
-    assert judge(news) == Verdict(**changes)
+    assert consequences_of(news) == Consequences(**changes)
 
 
 FATAL, HANGS, BROKEN, IDLE = Fatal(NoChain("x", ())), HopHangs(FIRST, 3), LinkBroken(FIRST), BridgeIdle(SECOND)
@@ -151,9 +151,9 @@ def test_a_hop_hangs_until_its_step_is_answered_or_given_up(oldest_seq: int | No
 
 
 @pytest.mark.parametrize(
-    ("route", "is_broken", "is_idle"), [(Route(1), True, False), (Route(2, True, True), False, True)]
+    ("route", "is_broken", "is_idle"), [(HopRoute(1), True, False), (HopRoute(2, True, True), False, True)]
 )
-def test_a_link_is_bridged_once_and_only_a_bridge_is_ended(route: Route, is_broken: bool, is_idle: bool) -> None:
+def test_a_link_is_bridged_once_and_only_a_bridge_is_ended(route: HopRoute, is_broken: bool, is_idle: bool) -> None:
     whole = chain()
     whole.set_route(FIRST, route)
     assert still_stands(LinkBroken(FIRST), whole, None) is is_broken
@@ -169,7 +169,7 @@ def test_no_link_is_broken_behind_the_last_hop_or_before_a_hole() -> None:
 
 def test_a_hop_that_is_gone_has_neither_link_nor_bridge() -> None:
     whole = chain()
-    whole.set_route(FIRST, Route(2, is_bridged=True, is_bridge_wanted=True))
+    whole.set_route(FIRST, HopRoute(2, is_bridged=True, is_bridge_wanted=True))
     whole.drop(FIRST)
     assert not still_stands(LinkBroken(FIRST), whole, None)
     assert not still_stands(BridgeIdle(FIRST), whole, None)
@@ -184,7 +184,7 @@ def test_hops_are_kept_unless_they_would_fail_the_next_step_too(error: PeerdErro
 
 
 def test_a_bridge_is_doubted_ever_more_seldom() -> None:
-    route = Route(1)
+    route = HopRoute(1)
     pauses = []
     for _ in range(7):
         pauses.append(route.replan_after_s)
@@ -193,6 +193,6 @@ def test_a_bridge_is_doubted_ever_more_seldom() -> None:
 
 
 def test_a_new_route_keeps_the_patience_of_the_old_and_may_be_carried_until_it_stands() -> None:
-    old = Route(1, is_bridged=True, is_bridge_wanted=True).with_longer_pause()
-    assert old.direct(5) == Route(5, replan_after_s=20)
-    assert old.direct(5, is_bridged=True) == Route(5, is_bridged=True, replan_after_s=20)
+    old = HopRoute(1, is_bridged=True, is_bridge_wanted=True).with_longer_pause()
+    assert old.direct(5) == HopRoute(5, replan_after_s=20)
+    assert old.direct(5, is_bridged=True) == HopRoute(5, is_bridged=True, replan_after_s=20)

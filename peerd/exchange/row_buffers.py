@@ -59,7 +59,7 @@ class _Row:
         return torch.cat(parts)
 
 
-class Retained:
+class RowBuffers:
     """The activations of a session's rows, `[length, hidden]` each.
 
     A row never takes memory for more than `max_length` positions, which is the memory that the session committed.
@@ -70,7 +70,7 @@ class Retained:
         self._rows: dict[int, _Row] = {}
 
     def __repr__(self) -> str:
-        return f"<Retained {self.lengths}>"
+        return f"<RowBuffers {self.lengths}>"
 
     @property
     def lengths(self) -> dict[int, int]:
