@@ -9,11 +9,17 @@ product; for eight, 2.5 times as much on a CPU with bf16 multiplication, and les
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+
 import torch
 from torch import nn
 
 # Slices that stay in a core's cache: 4 MiB was as fast as 1 and 2, and 16 MiB took twice as long.
 SLICE_BYTES = 4 << 20
+# A smaller matrix is multiplied sooner than threads are woken.
+_WORTH_THREADS_BYTES = 16 << 20
 
 
 class LmHead(nn.Module):
@@ -32,20 +38,59 @@ class LmHead(nn.Module):
         if weight.device.type != "cpu":
             # Other devices sum the product in fp32; only its result is rounded.
             return nn.functional.linear(hidden, weight, self.bias).float()
-        logits = _sliced(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
+        logits = _product(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
         if self.bias is not None:
             logits += self.bias.float()
         return logits.view(*hidden.shape[:-1], len(weight))
 
 
-def _sliced(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product of fp32 [n, width] and transposed half-precision [vocabulary, width]: fp32 [n, vocabulary]."""
-    vocabulary, width = weight.shape
+def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product of fp32 [n, width] and transposed half-precision [vocabulary, width]: fp32 [n, vocabulary].
+
+    Each thread has its own rows of the vocabulary. If torch divided each slice among its threads, they would wait for
+    each other hundreds of times, for seconds in all where another process uses the cores.
+    """
+    vocabulary = len(weight)
     logits = torch.empty(len(hidden), vocabulary)
+    threads = torch.get_num_threads()
+    if threads == 1 or weight.nbytes < _WORTH_THREADS_BYTES:
+        _sliced(hidden, weight, logits)
+        return logits
+    each = -(-vocabulary // threads)
+    jobs = [
+        _workers(threads).submit(_sliced, hidden, weight[start : start + each], logits[:, start : start + each])
+        for start in range(0, vocabulary, each)
+    ]
+    for job in jobs:
+        job.result()
+    return logits
+
+
+def _sliced(hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
+    """Write the product into `logits`, in slices of the vocabulary."""
+    vocabulary, width = weight.shape
     rows = max(1, SLICE_BYTES // (width * 4))
     buffer = torch.empty(min(rows, vocabulary), width)
-    for start in range(0, vocabulary, rows):
-        end = min(start + rows, vocabulary)
-        part = buffer[: end - start].copy_(weight[start:end])
-        logits[:, start:end] = hidden @ part.T
-    return logits
+    with torch.no_grad():
+        for start in range(0, vocabulary, rows):
+            end = min(start + rows, vocabulary)
+            part = buffer[: end - start].copy_(weight[start:end])
+            logits[:, start:end] = hidden @ part.T
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one thread each."""
+    started = Barrier(threads + 1)
+
+    def use_one() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="peerd-head")
+    for _ in range(threads):
+        pool.submit(use_one)
+    started.wait()
+    # The number is also what threads get that begin to use torch later.
+    torch.set_num_threads(threads)
+    return pool

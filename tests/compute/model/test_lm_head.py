@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -33,6 +34,23 @@ def test_logits_are_the_fp32_product_of_the_stored_weights(dtype: torch.dtype, b
     torch.testing.assert_close(logits.double(), exact, atol=1e-4, rtol=1e-6)
     rounded = (layer(hidden).double() - exact).abs().max()
     assert (logits.double() - exact).abs().max() < rounded / 100, "Transformers' own product rounds to 8 or 11 bits"
+
+
+def test_several_threads_give_the_same_logits_and_leave_torch_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peerd.compute.model.lm_head._WORTH_THREADS_BYTES", 0)
+    head = LmHead(linear(1003, 64, torch.bfloat16))
+    hidden = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(head(hidden))
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
 
 
 def test_fp32_weights_give_what_the_layer_itself_gives() -> None:
