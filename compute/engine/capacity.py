@@ -42,7 +42,7 @@ _UNPACKING_COPIES = 6
 _INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 _EXPERTS_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 # If the caller gives no number: what one long conversation takes.
-DEFAULT_KV_TOKENS = 8192
+LONG_SESSION_POSITIONS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,7 @@ class Budget:
     kv_per_token: a position in all of their KV caches.
     host_per_token: a session's position in the host's memory, whatever the device: activations in transit, and those
         kept for the case that the next hop dies.
-    working: a batch's activations, for a session of DEFAULT_KV_TOKENS positions, or of the model's context if that is
-        less.
+    working: a batch's activations, for a session of LONG_SESSION_POSITIONS, or of the model's context if that is less.
     working_per_position: what each further position of the longest session adds: scores, masks and gathered KV.
     positions_per_token: the positions that a session can have for each KV token.
     longest: the positions that a session can have at all; None for no limit.
@@ -85,7 +84,7 @@ class Budget:
         positions = kv_tokens * self.positions_per_token
         if self.longest is not None:
             positions = min(positions, self.longest)
-        return self.working + self.working_per_position * max(0, positions - DEFAULT_KV_TOKENS)
+        return self.working + self.working_per_position * max(0, positions - LONG_SESSION_POSITIONS)
 
     def fixed(self, *, on_host: bool) -> int:
         """The bytes taken before any session has KV: of the device's memory, and of the host's if that is the
@@ -163,7 +162,7 @@ def span_budget(
 
 def default_kv_tokens(checkpoint: Checkpoint) -> int:
     """The positions of one conversation: the model's context, or 8192 if that is less."""
-    return min(checkpoint.max_length or DEFAULT_KV_TOKENS, DEFAULT_KV_TOKENS)
+    return min(checkpoint.max_length or LONG_SESSION_POSITIONS, LONG_SESSION_POSITIONS)
 
 
 def working_bytes(
@@ -262,7 +261,7 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
 
 def _positions_a_token(checkpoint: Checkpoint, kinds: Sequence[LayerKind]) -> int:
     """How many positions a session can have for each KV token: more than one if blocks keep only a window."""
-    longest = checkpoint.max_length or DEFAULT_KV_TOKENS
+    longest = checkpoint.max_length or LONG_SESSION_POSITIONS
     return -(-longest // lay_out(kinds).tokens_wanted(max_length=longest))
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.cli.console import working, write
-from peerd.cli.key_files import load_or_create_identity
+from peerd.cli.keys.identity_file import load_or_create_identity
 from peerd.cli.page_link import page_link, show_page
 from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals

@@ -275,7 +275,7 @@ def new_swarm(path: Path) -> None:
     Give it to all peers of the swarm, as --swarm-key FILE, and to nobody else: strangers then learn neither who
     the peers are nor what they serve.
     """
-    from peerd.cli.key_files import create_swarm_key
+    from peerd.cli.keys.swarm_key import create_swarm_key
 
     create_swarm_key(path)
     say(f"{path} holds the key of a new swarm: give it to its peers, each as --swarm-key FILE")

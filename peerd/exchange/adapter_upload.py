@@ -16,7 +16,7 @@ from peerd.compute.adapters.lora import PROMPT, BlockModule, DeepPrompt, Lora, L
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
-from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
+from peerd.protocol.encoding.tensors import MAX_EXACT_VALUE_BYTES, TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import (
     ConnectionLost,
     InvalidRequest,
@@ -43,8 +43,6 @@ from peerd.trio_tools import open_tasks
 
 # Long enough for 64 MB at 2 Mbit/s. A slower client would hold pages for which others wait.
 UPLOAD_DEADLINE_S = 300.0
-# The widest value on the wire.
-_WIRE_VALUE_BYTES = 4
 
 M = TypeVar("M", MatrixA, MatrixB, Prompt)
 
@@ -107,7 +105,7 @@ class _Receiving:
         return self._blocks.start <= block < self._blocks.end and (block, name) not in self.found
 
     async def _next(self, kind: type[M]) -> tuple[M, torch.Tensor]:
-        raw = await self._stream.receive(max_body=self._left * _WIRE_VALUE_BYTES)
+        raw = await self._stream.receive(max_body=self._left * MAX_EXACT_VALUE_BYTES)
         said = parse(raw.header, (kind,))
         matrix = _matrix(said.tensor, raw.body, self._left)
         self._left -= matrix.numel()

@@ -13,12 +13,9 @@ import torch
 from peerd.net.connections import Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
-from peerd.protocol.encoding.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
+from peerd.protocol.encoding.tensors import DTYPES, MAX_ENCODED_VALUE_BYTES, TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.messages.training import PART_BYTES, Part, PassFailure
-
-# The widest value that a codec writes, scales included.
-_BYTES_A_VALUE = 5
 
 
 async def send_parts(stream: Stream, tensor: torch.Tensor, *, codec: str, dtype: torch.dtype) -> None:
@@ -43,7 +40,7 @@ async def receive_parts(stream: Stream, shape: tuple[int, ...]) -> torch.Tensor:
         count *= side
     parts: list[torch.Tensor] = []
     while count:
-        raw = await stream.receive(max_body=max(PART_BYTES, width * _BYTES_A_VALUE) + 64)
+        raw = await stream.receive(max_body=max(PART_BYTES, width * MAX_ENCODED_VALUE_BYTES) + 64)
         message = parse(raw.header, (Part, PassFailure))
         if isinstance(message, PassFailure):
             raise message.error
@@ -60,6 +57,6 @@ async def receive_parts(stream: Stream, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _cuts(count: int, width: int) -> Iterator[tuple[int, int]]:
-    each = max(1, PART_BYTES // (width * _BYTES_A_VALUE))
+    each = max(1, PART_BYTES // (width * MAX_ENCODED_VALUE_BYTES))
     for first in range(0, count, each):
         yield first, min(count, first + each)

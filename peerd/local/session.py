@@ -34,7 +34,7 @@ class DaemonSession:
         self._width = width
         self._channel: Channel | None = None
         self._sending = trio.Lock()
-        self._places = trio.CapacityLimiter(MAX_WAITING)
+        self._window = trio.CapacityLimiter(MAX_WAITING)
         self._scope = trio.CancelScope()
         self._closed = False
         self._error: Exception = trio.ClosedResourceError("the session was closed")
@@ -103,7 +103,7 @@ class DaemonSession:
     async def _step(
         self, hidden: torch.Tensor, rows: tuple[RowSlice, ...], ops: Sequence[Op], want: Want
     ) -> torch.Tensor:
-        async with self._places:
+        async with self._window:
             try:
                 async with self._sending:
                     if self._closed or self._channel is None:

@@ -21,7 +21,7 @@ from peerd.net.connections import Stream
 from peerd.net.limits.owners import Owner
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
-from peerd.protocol.encoding.tensors import DTYPES, TensorHeader, decode_tensor, encode_tensor
+from peerd.protocol.encoding.tensors import DTYPES, MAX_EXACT_VALUE_BYTES, TensorHeader, decode_tensor, encode_tensor
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -61,8 +61,6 @@ MAX_UNSENT_RESULTS = 2
 MAX_UNREAD_ANSWERS = 64
 # A hop queues no more steps than this, even for a client with a deeper pipeline (`open` may ask for up to 64).
 MAX_GRANTED_STEPS = 16
-# The rest of a step's body is smaller than its tensor at four bytes a value.
-BYTES_A_VALUE = 4
 
 
 class HostedSession:
@@ -156,7 +154,8 @@ class HostedSession:
         refused with the fitting error.
         """
         positions = min(MAX_STEP_POSITIONS, 2 * self.opening.size.positions)
-        return positions * self._engine.engine.hidden_size * BYTES_A_VALUE
+        # The rest of a step's body is smaller than its tensor.
+        return positions * self._engine.engine.hidden_size * MAX_EXACT_VALUE_BYTES
 
     async def admit(self) -> None:
         """Commit KV, waiting for memory as long as the client allows. Raises NoRoom, ContextTooLong, Draining."""

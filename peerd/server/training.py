@@ -24,7 +24,7 @@ from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
 from peerd.net.limits.owners import Owner, Tally
 from peerd.protocol.encoding.schema import parse
-from peerd.protocol.encoding.tensors import CODECS, DTYPES
+from peerd.protocol.encoding.tensors import CODECS, DTYPES, MAX_EXACT_VALUE_BYTES
 from peerd.protocol.errors import (
     BadResult,
     ContextTooLong,
@@ -70,7 +70,6 @@ IDLE_S = 300.0
 REQUEST_DEADLINE_S = 600.0
 # The hint for a client that found no room: passes take seconds.
 RETRY_MS = 1000
-_BYTES_A_VALUE = 4
 _REQUESTS: tuple[type[Forward | Backward], ...] = (Forward, Backward)
 
 
@@ -200,7 +199,7 @@ class _Lane:
         with wire_errors():
             self._passes.check_count(self._blocks, begin.parameters)
         # Twice: the received tensors and their copies on the device.
-        self._hold(2 * begin.values * _BYTES_A_VALUE + begin.parameters * PARAMETER_BYTES)
+        self._hold(2 * begin.values * MAX_EXACT_VALUE_BYTES + begin.parameters * PARAMETER_BYTES)
         self._tunables = await self._receive_parameters()
         if not self._passes.measured:
             await self._found.task.run_blocking(self._passes.measure)
@@ -233,7 +232,7 @@ class _Lane:
                 raise RemoteProtocolError(f"more than {MAX_REQUESTS} requests of a lane unanswered")
             self._unanswered += 1
             # At most two tensors in and one out.
-            size_bytes = 3 * sum(message.rows) * self._width * _BYTES_A_VALUE
+            size_bytes = 3 * sum(message.rows) * self._width * MAX_EXACT_VALUE_BYTES
             self._hold(size_bytes)
             with trio.move_on_after(REQUEST_DEADLINE_S) as deadline:
                 request = await self._receive_tensors(message, size_bytes)

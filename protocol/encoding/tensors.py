@@ -25,6 +25,10 @@ Body = bytes | bytearray | memoryview
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# The widest value of an exact tensor; and the widest that any codec writes, its scale included.
+MAX_EXACT_VALUE_BYTES = 4
+MAX_ENCODED_VALUE_BYTES = 5
+
 # Deep prompts [blocks, rows, positions, width] have the most sides of all tensors that travel.
 MAX_RANK = 4
 _MAX_SIDE = 2**31 - 1

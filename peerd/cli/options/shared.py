@@ -39,7 +39,7 @@ class JoinOptions:
 
 def joining(options: dict[str, Any]) -> JoinOptions:
     """Take the options of `join_options` out of a command's. Raises InvalidRequest for files that are not valid."""
-    from peerd.cli.key_files import read_swarm_key
+    from peerd.cli.keys.swarm_key import read_swarm_key
     from peerd.routing.chains.rules import ChainRules, Manifest
 
     key_file, manifests = options.pop("swarm_key"), options.pop("manifests")

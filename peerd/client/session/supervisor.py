@@ -44,6 +44,7 @@ from peerd.client.session.troubles import (
 )
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
+from peerd.protocol.encoding.tensors import MAX_EXACT_VALUE_BYTES
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -63,7 +64,6 @@ log = logging.getLogger(__name__)
 
 # Room for a chain of new hops: beyond it a new session begins, whose numbers are all free.
 _FEW_NUMBERS = MAX_NUMBERS // 8
-BYTES_A_VALUE = 4
 
 
 class Supervisor:
@@ -144,7 +144,7 @@ class Supervisor:
 
     async def _read(self, control: ControlStream) -> None:
         try:
-            await control.read(self._on_message, MAX_STEP_POSITIONS * self._spec.width * BYTES_A_VALUE)
+            await control.read(self._on_message, MAX_STEP_POSITIONS * self._spec.width * MAX_EXACT_VALUE_BYTES)
         except trio.ClosedResourceError:
             return
         except PeerdError as error:

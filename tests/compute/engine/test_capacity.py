@@ -11,7 +11,7 @@ import torch
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.capacity import (
-    DEFAULT_KV_TOKENS,
+    LONG_SESSION_POSITIONS,
     Budget,
     block_bytes,
     block_costs,
@@ -126,10 +126,10 @@ def test_a_session_that_may_become_longer_than_usual_leaves_room_for_its_batches
         positions_per_token=2,
         longest=longest,
     )
-    assert budget.working_with(DEFAULT_KV_TOKENS // 2) == 100
-    assert budget.working_with(DEFAULT_KV_TOKENS // 2 + 1) == 100 + 2 * 7
+    assert budget.working_with(LONG_SESSION_POSITIONS // 2) == 100
+    assert budget.working_with(LONG_SESSION_POSITIONS // 2 + 1) == 100 + 2 * 7
     if longest is not None:
-        assert budget.working_with(10**6) == 100 + (longest - DEFAULT_KV_TOKENS) * 7
+        assert budget.working_with(10**6) == 100 + (longest - LONG_SESSION_POSITIONS) * 7
     for room in (2000, 60_000, 70_000, 100_000, 200_000, 300_001):
         tokens = budget.kv_tokens_in(room, on_host=True)
         assert budget.total(tokens, on_host=True) <= room < budget.total(tokens + 1, on_host=True)

@@ -15,7 +15,7 @@ from peerd.cli import daemon as cli_serve
 from peerd.cli.console import printable, short, table
 from peerd.cli.daemon import Daemon
 from peerd.cli.help import HEADINGS, SHORT_HELP
-from peerd.cli.key_files import read_swarm_key
+from peerd.cli.keys.swarm_key import read_swarm_key
 from peerd.cli.main import cli
 from peerd.cli.options.shared import joining
 from peerd.compute.errors import CheckpointError

@@ -1,6 +1,6 @@
-"""The file with a peer's private key: made on first use, locked while in use. And the file with a private swarm's key.
+"""The file with a peer's private key: made on first use, locked while in use.
 
-The peer's key has the format of `openssl genpkey -algorithm ed25519`: PKCS #8 in PEM, unencrypted. Two daemons must
+It has the format of `openssl genpkey -algorithm ed25519`: PKCS #8 in PEM, unencrypted. Two daemons must
 never use one key: both would announce themselves under one name, and each would take over the other's connections. So
 the key is read, and even made, only under an exclusive lock on the file itself, which the system drops however the
 process ends.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from peerd.protocol.errors import CallerError, InvalidRequest
+from peerd.protocol.errors import CallerError
 from peerd.protocol.identity import Identity
 
 _MAX_FILE_BYTES = 4096
@@ -108,54 +107,4 @@ def _parse(path: Path, data: bytes) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise KeyFileError(f"the key file {path} holds no unencrypted Ed25519 key in PEM (PKCS #8)")
-    return key
-
-
-KEY_BYTES = 32
-_HEADER = ("/key/swarm/psk/1.0.0/", "/base16/")
-_MAX_FILE_BYTES = 1024
-# The permissions that others must not have: all of them.
-_OTHERS = 0o077
-
-
-def create_swarm_key(path: Path) -> None:
-    """Write a new key, mode 0600. Raises InvalidRequest if the file exists, or cannot be written."""
-    text = "\n".join((*_HEADER, secrets.token_hex(KEY_BYTES), ""))
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise InvalidRequest(
-            f"{path} exists already, and a swarm's key is never overwritten: choose another file"
-        ) from None
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            # Members of the swarm may get copies at once, so the key must survive a power cut.
-            os.fsync(file.fileno())
-    except OSError as error:
-        # An incomplete key file would be refused on every use, and never overwritten.
-        path.unlink()
-        raise InvalidRequest(f"{path} cannot be written: {error.strerror}") from None
-
-
-def read_swarm_key(path: Path) -> bytes:
-    """The key in a file. Raises InvalidRequest, also if others could read the file."""
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mode & _OTHERS:
-                raise InvalidRequest(f"{path} can be read by others: chmod 600 {path}")
-            data = file.read(_MAX_FILE_BYTES)
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
-    lines = data.decode("ascii", "replace").split()
-    try:
-        *header, digits = lines
-        key = bytes.fromhex(digits)
-    except ValueError:
-        header, key = [], b""
-    if tuple(header) != _HEADER or len(key) != KEY_BYTES:
-        raise InvalidRequest(f"{path} is not a swarm key: make one with peerd keys new-swarm FILE")
     return key

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from peerd.cli.key_files import KeyFileError, load_or_create_identity
+from peerd.cli.keys.identity_file import KeyFileError, load_or_create_identity
 from peerd.protocol.errors import CallerError
 from peerd.protocol.identity import Identity
 
@@ -93,7 +93,7 @@ def test_a_refused_second_user_does_not_free_the_key(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from peerd.cli.key_files import load_or_create_identity
+from peerd.cli.keys.identity_file import load_or_create_identity
 with load_or_create_identity(Path(sys.argv[1])) as identity:
     print(identity.peer_id, flush=True)
     sys.stdin.read()

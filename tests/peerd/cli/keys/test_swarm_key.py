@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from peerd.cli.key_files import create_swarm_key, read_swarm_key
+from peerd.cli.keys.swarm_key import create_swarm_key, read_swarm_key
 from peerd.protocol.errors import InvalidRequest
 
 

@@ -1,0 +1,1 @@
+"""Files with keys: a peer's own, and a private swarm's."""
