@@ -57,6 +57,8 @@ def _local(path: Path) -> Path:
 def _fetched(hub_id: HubId, settings: HubSettings, held: ExitStack) -> Path:
     from peerd.compute.checkpoint.hub_folder import HubFolder
 
+    if hub_id.gguf:
+        raise AdapterError(f"{hub_id}: names a GGUF file, which is no adapter")
     folder = HubFolder(hub_id, settings)
     held.callback(folder.close)
     _check_names(folder.names(), hub_id)

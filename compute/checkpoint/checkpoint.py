@@ -9,7 +9,7 @@ checkpoint is opened, not when this file is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,7 @@ class Checkpoint:
         hub_id: str = "",
         commit: str = "",
         disk_bytes: int | None = None,
+        gguf_metadata: Callable[[], bytes | None] = lambda: None,
     ) -> None:
         self.path = path
         self.family = family
@@ -54,6 +55,8 @@ class Checkpoint:
         self.commit = commit
         #: The limit for downloads of blocks, in bytes of disk; None: all that is free.
         self.disk_bytes = disk_bytes
+        #: Of a GGUF file that is not here as a whole: a file of its metadata, for its tokenizer; else None.
+        self.gguf_metadata = gguf_metadata
         self._weights = weights
         # The model digest needs the configuration as it was published: each version of Transformers parses it
         # differently.

@@ -17,7 +17,7 @@ from typing import TypeVar
 from peerd.compute.checkpoint.digests import file_digest
 from peerd.compute.checkpoint.hub.cache import HubCache
 from peerd.compute.checkpoint.hub.fetch import Fetcher
-from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing, Transient
+from peerd.compute.checkpoint.hub.http import Fetchable, Hub, HubPiece, Listing, Transient
 from peerd.compute.checkpoint.hub.id import HubId, is_commit
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.checkpoint.safetensors_file import StoredTensor, header_length, parse_header
@@ -40,6 +40,7 @@ class HubFolder:
         self._hub = Hub(settings)
         self._cache = HubCache(settings, hub_id.repo)
         self._held: dict[str, int] = {}
+        self._pieces: dict[str, HubPiece] = {}
         self._closed = False
         self._listing = self._resolve(hub_id)
         log.info("%s is commit %s", hub_id, self._listing.commit)
@@ -55,14 +56,14 @@ class HubFolder:
         return self._listing.commit
 
     def __contains__(self, name: str) -> bool:
-        return name in self._listing.files
+        return self._find(name) is not None
 
     def names(self) -> Collection[str]:
         """The names of all files of the commit, on this machine or on the hub."""
         return self._listing.files.keys()
 
     def on_disk(self, name: str) -> bool:
-        file = self._listing.files.get(name)
+        file = self._find(name)
         return (self.where / name).exists() or (file is not None and self._cache.blob(file).is_file())
 
     def download_bytes(self, name: str) -> int:
@@ -75,6 +76,16 @@ class HubFolder:
             if self._closed:
                 # The caller closed the folder while this thread was still fetching.
                 self.close()
+
+    def cut(self, name: str, start: int, end: int) -> str:
+        """The name, in this folder, of the bytes of a file from `start` up to `end`, a file of its own."""
+        piece = HubPiece(self._listing.files[name], start, end)
+        return self._pieces.setdefault(piece.name, piece).name
+
+    def room_bytes(self) -> int | None:
+        """What the limit of disk space leaves beside the pieces that are held now; None if there is no limit."""
+        limit = self._settings.disk_bytes
+        return None if limit is None else limit - sum(map(self.download_bytes, self._held.keys() & self._pieces.keys()))
 
     def path(self, name: str) -> Path:
         self.fetch([name])
@@ -96,7 +107,7 @@ class HubFolder:
         return parse_header(data[8:end], file.size, where)
 
     def sha256(self, name: str) -> bytes:
-        file = self._file(name)
+        file = self._file(name).whole
         # A file that is not in LFS is small, and the hub lists a hash of another kind for it.
         return bytes.fromhex(file.sha256) if file.sha256 else file_digest(self.path(name))
 
@@ -105,15 +116,17 @@ class HubFolder:
         while self._held:
             os.close(self._held.popitem()[1])
 
-    def _file(self, name: str) -> HubFile:
-        try:
-            return self._listing.files[name]
-        except KeyError:
-            reason = f"; offline mode is on, and it may only be missing here: {self.where}"
-            raise CheckpointError(
-                f"{self._cache.repo} has no file {name} in commit {self._listing.commit[:8]}"
-                f"{reason if self._settings.is_offline else ''}"
-            ) from None
+    def _find(self, name: str) -> Fetchable | None:
+        return self._pieces.get(name) or self._listing.files.get(name)
+
+    def _file(self, name: str) -> Fetchable:
+        if (file := self._find(name)) is not None:
+            return file
+        reason = f"; offline mode is on, and it may only be missing here: {self.where}"
+        raise CheckpointError(
+            f"{self._cache.repo} has no file {name} in commit {self._listing.commit[:8]}"
+            f"{reason if self._settings.is_offline else ''}"
+        )
 
     def _resolve(self, hub_id: HubId) -> Listing:
         """The files of the revision: from the hub, or from its last answer if the hub cannot be reached."""

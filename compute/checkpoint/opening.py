@@ -14,9 +14,11 @@ from peerd.compute.checkpoint.published_config import make_config, quantization_
 from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.lookup import family_named
+from peerd.protocol.records.bodies import MAX_HUB_ID_CHARS
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.folder import Folder
+    from peerd.compute.checkpoint.hub_folder import HubFolder
 
 
 # The small files beside the weights (configuration, tokenizer, chat template). They are fetched when the model is
@@ -40,8 +42,9 @@ _SMALL_FILES = (
 def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSettings | None = None) -> Checkpoint:
     """Open a model directory (safetensors and `config.json`), a `.gguf` file, or a model on the hub.
 
-    A model on the hub is written `org/name` or `org/name@revision`; `hub` configures the downloads. A file or folder of
-    that name on this machine takes precedence. Reads only headers, and fetches only small files. Raises
+    A model on the hub is written `org/name` or `org/name@revision`, a GGUF file there `org/name:Q4_K_M` or
+    `org/name/file.gguf`: only its tensors that are needed are fetched. `hub` configures the downloads. A file or folder
+    of that name on this machine takes precedence. Reads only headers, and fetches only small files. Raises
     CheckpointError, or its subclasses UnsupportedModelError, HubUnavailableError and DiskFullError.
     """
     hub_id = hub_id_of(path, revision)
@@ -58,7 +61,8 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSe
         return open_gguf(path)
     found = "is neither" if path.exists() else "does not exist; it must be"
     raise CheckpointError(
-        f"{path}: {found} a directory with config.json and safetensors, or a .gguf file, or called org/name on the hub"
+        f"{path}: {found} a directory with config.json and safetensors, or a .gguf file, or called org/name"
+        " (or org/name:Q4_K_M) on the hub"
     )
 
 
@@ -67,6 +71,8 @@ def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
 
     folder = HubFolder(hub_id, settings)
     try:
+        if hub_id.gguf:
+            return _open_hub_gguf(folder, hub_id)
         _refuse_without_safetensors(folder.names(), hub_id)
         small = [name for name in _SMALL_FILES if name in folder]
         folder.fetch(small)
@@ -79,12 +85,31 @@ def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:
         raise
 
 
+def _open_hub_gguf(folder: HubFolder, hub_id: HubId) -> Checkpoint:
+    from peerd.compute.checkpoint.gguf.checkpoint import open_gguf
+    from peerd.compute.checkpoint.gguf.choose import choose_gguf
+
+    name = choose_gguf(folder.names(), hub_id.gguf, hub_id)
+    whole = f"{hub_id.repo}/{name}"
+    # A longer name cannot be announced; whoever wants the model names its file.
+    named = len(whole) <= MAX_HUB_ID_CHARS
+    return open_gguf(folder.where / name, folder, hub_id=whole if named else "", commit=folder.commit if named else "")
+
+
 def _refuse_without_safetensors(names: Collection[str], hub_id: HubId) -> None:
     """Raise CheckpointError if the repository has no safetensors, and say what to do about what it has instead."""
     if INDEX_NAME in names or SINGLE_NAME in names:
         return
     if any(name.endswith(".gguf") for name in names):
-        raise CheckpointError(f"{hub_id} holds GGUF files: download one of them and give its path")
+        from peerd.compute.checkpoint.gguf.choose import gguf_kinds
+
+        kinds = gguf_kinds(names)
+        there = f" (there is {', '.join(kinds)})" if kinds else ""
+        example = f"{hub_id.repo}:{kinds[0] if kinds else 'Q4_K_M'}"
+        raise CheckpointError(
+            f"{hub_id} holds GGUF files: name one by how it is quantized, such as {example}{there}, or by its path, as"
+            f" {hub_id.repo}/FILE.gguf"
+        )
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
         raise CheckpointError(
             f"{hub_id} holds only pickled weights, which could run any program when read, so peerd never reads them."

@@ -9,6 +9,10 @@ must be found here.
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peerd.compute.checkpoint.turn_ends import KNOWN_ENDS, turn_ends
@@ -24,11 +28,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer, with `chat_template` if the model is made for chat. Raises CheckpointError if there is none."""
     path = checkpoint.path
     try:
+        tokenizer: PreTrainedTokenizerBase
         if checkpoint.is_gguf:
-            from transformers import PreTrainedTokenizerFast
+            with _gguf_path(checkpoint) as file:
+                from transformers import PreTrainedTokenizerFast
 
-            load: Any = PreTrainedTokenizerFast.from_pretrained
-            tokenizer: PreTrainedTokenizerBase = load(str(path.parent), gguf_file=path.name, local_files_only=True)
+                load: Any = PreTrainedTokenizerFast.from_pretrained
+                tokenizer = load(str(file.parent), gguf_file=file.name, local_files_only=True)
         else:
             from transformers import AutoTokenizer
 
@@ -42,6 +48,19 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             raise
         raise CheckpointError(f"{path}: has no tokenizer that can be loaded: {error}") from error
     return tokenizer
+
+
+@contextmanager
+def _gguf_path(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A GGUF file with the checkpoint's metadata, until the block ends."""
+    metadata = checkpoint.gguf_metadata()
+    if metadata is None:
+        yield checkpoint.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "metadata.gguf")
+        path.write_bytes(metadata)
+        yield path
 
 
 def generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

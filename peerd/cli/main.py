@@ -173,9 +173,9 @@ def generate(
 ) -> None:
     """Generate text with MODEL, whose blocks a swarm runs.
 
-    MODEL is a directory with config.json and safetensors, a .gguf file, or org/name on the model hub; only its
-    embeddings and its head are fetched and read here. The text goes to standard output as it comes; all else to
-    standard error.
+    MODEL is a directory with config.json and safetensors, a .gguf file, or org/name on the model hub (a GGUF file there
+    is org/name:Q4_K_M or org/name/file.gguf); only its embeddings and its head are fetched and read here. The text goes
+    to standard output as it comes; all else to standard error.
     """
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give --prompt TEXT, --prompt - to read standard input, or --prompt-file FILE")

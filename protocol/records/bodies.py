@@ -39,6 +39,8 @@ from peerd.protocol.identity import (
 from peerd.protocol.span import MAX_BLOCKS, Span
 
 DIGEST_BYTES = 32
+#: `org/name`, and perhaps the path of a GGUF file in that repository.
+MAX_HUB_ID_CHARS = 128
 # A key that is full is split in 16, and a part in 16 again, up to so often: room for a million records.
 MAX_SPLITS = 3
 # A DHT key covers this many blocks, and so does one root of block digests.
@@ -249,7 +251,7 @@ class ModelRecord(Announcement):
 
     model: bytes = required(_digest)
     name: str = required(_label(96))
-    hub_id: str = required(_label(128, min_chars=0))
+    hub_id: str = required(_label(MAX_HUB_ID_CHARS, min_chars=0))
     revision: str = required(_label(64, min_chars=0))
     block_count: int = required(integer(1, MAX_BLOCKS))
 

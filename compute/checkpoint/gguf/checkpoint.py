@@ -27,15 +27,17 @@ from peerd.compute.transformers_compat import gguf_reader
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from peerd.compute.checkpoint.hub_folder import HubFolder
+
 # llama.cpp computes these frequencies itself; old files still store them, one copy a block.
 _REDUNDANT = re.compile(r"blk\.\d+\.(attn_rot_embd|attn\.rotary_emb)\b.*")
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file, or the first of several parts. Reads headers only. Raises CheckpointError or
-    UnsupportedModelError.
+def open_gguf(path: Path, folder: HubFolder | None = None, *, hub_id: str = "", commit: str = "") -> Checkpoint:
+    """Open a GGUF file, or the first of several parts: one of this machine, or one of a hub's `folder`, which the
+    checkpoint then owns. Reads headers only. Raises CheckpointError or UnsupportedModelError.
     """
-    file = GgufFiles(path)
+    file = GgufFiles(path, folder)
     try:
         architecture = architecture_of(file.metadata, path)
         family = family_named(architecture.model_type)
@@ -45,7 +47,18 @@ def open_gguf(path: Path) -> Checkpoint:
         file.close()
         raise
     # No published configuration goes into the model digest: the weights file itself holds the configuration.
-    return Checkpoint(path, family, config, weights, name=file.name, published_config={})
+    return Checkpoint(
+        path,
+        family,
+        config,
+        weights,
+        name=file.name,
+        published_config={},
+        hub_id=hub_id,
+        commit=commit,
+        disk_bytes=None if folder is None else folder.room_bytes(),
+        gguf_metadata=file.metadata_alone,
+    )
 
 
 def _weights(

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peerd.compute.checkpoint.gguf.architectures import Architecture
-from peerd.compute.checkpoint.gguf.file import LongArray
+from peerd.compute.checkpoint.gguf.header import LongArray
 from peerd.compute.checkpoint.gguf.rope import head_width, rope_scaling
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.published_config import make_config

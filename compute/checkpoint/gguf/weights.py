@@ -16,8 +16,7 @@ import torch
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from peerd.compute.checkpoint.digests import file_digest
-from peerd.compute.checkpoint.gguf.file import GgufTensor
+from peerd.compute.checkpoint.gguf.header import GgufTensor
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
@@ -47,16 +46,16 @@ class GgufWeights:
         return tuple(self._sources)
 
     def digests(self) -> Mapping[str, bytes]:
-        return {path.name: file_digest(path) for path in self._file.paths}
+        return self._file.digests()
 
     def fetch(self, parameters: Iterable[str]) -> None:
-        pass
+        self._file.fetch(self._stored_names(parameters))
 
     def download_bytes(self, parameters: Iterable[str]) -> int:
-        return 0
+        return self._file.download_bytes(self._stored_names(parameters))
 
     def on_disk(self, parameter: str) -> bool:
-        return True
+        return self._file.on_disk(self._stored_names([parameter]))
 
     @property
     def bytes_read(self) -> int:
@@ -96,6 +95,9 @@ class GgufWeights:
 
     def close(self) -> None:
         self._file.close()
+
+    def _stored_names(self, parameters: Iterable[str]) -> list[str]:
+        return [name for parameter in parameters for name in self._sources.get(parameter, ())]
 
     def _tensors(self, parameter: str) -> list[GgufTensor]:
         names = self._sources.get(parameter, (parameter,))

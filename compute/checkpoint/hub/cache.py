@@ -18,7 +18,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from peerd.compute.checkpoint.hub.http import HubFile, Listing
+from peerd.compute.checkpoint.hub.http import Fetchable, HubFile, Listing
 from peerd.compute.checkpoint.hub.id import is_commit
 from peerd.compute.checkpoint.hub.settings import HubSettings
 
@@ -39,15 +39,15 @@ class HubCache:
         """The folder with the commit's files by name."""
         return self.folder / "snapshots" / commit
 
-    def blob(self, file: HubFile) -> Path:
+    def blob(self, file: Fetchable) -> Path:
         """The path of the file's content, whether it is here yet or not."""
         return self.folder / "blobs" / file.blob
 
-    def partial(self, file: HubFile) -> Path:
+    def partial(self, file: Fetchable) -> Path:
         """The path of the file's content while it is incomplete."""
         return self.folder / "blobs" / f"{file.blob}{PARTIAL_SUFFIX}"
 
-    def link(self, commit: str, file: HubFile) -> None:
+    def link(self, commit: str, file: Fetchable) -> None:
         """Give the file's content its name in the commit's snapshot."""
         pointer, blob = self.snapshot(commit) / file.name, self.blob(file)
         pointer.parent.mkdir(parents=True, exist_ok=True)

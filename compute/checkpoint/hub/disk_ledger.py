@@ -26,7 +26,7 @@ from pathlib import Path
 
 from peerd.compute.checkpoint.hub.cache import PARTIAL_SUFFIX, HubCache, forget
 from peerd.compute.checkpoint.hub.file_locks import hold, lock_if_unused, lock_to_write, share
-from peerd.compute.checkpoint.hub.http import HubFile
+from peerd.compute.checkpoint.hub.http import Fetchable
 from peerd.compute.device.sizes import format_size
 from peerd.compute.errors import CheckpointError, DiskFullError
 
@@ -71,7 +71,7 @@ class DiskLedger:
         self._now = now
 
     def claim(
-        self, cache: HubCache, commit: str, files: Sequence[HubFile], *, disk_bytes: int | None, offline: bool = False
+        self, cache: HubCache, commit: str, files: Sequence[Fetchable], *, disk_bytes: int | None, offline: bool = False
     ) -> Claims:
         """Lock the files that are here for reading. Make room for the missing ones, and lock them for fetching.
 
@@ -98,7 +98,7 @@ class DiskLedger:
                 raise
         return claims
 
-    def publish(self, cache: HubCache, commit: str, file: HubFile, fd: int) -> None:
+    def publish(self, cache: HubCache, commit: str, file: Fetchable, fd: int) -> None:
         """Give a completely fetched file its final name, and hold it for reading from now on."""
         with self._open() as entries:
             try:
@@ -119,7 +119,7 @@ class DiskLedger:
             return {Path(path): entry for path, entry in entries.items()}
 
     def _claim_one(
-        self, entries: dict[str, Entry], claims: Claims, cache: HubCache, commit: str, file: HubFile, offline: bool
+        self, entries: dict[str, Entry], claims: Claims, cache: HubCache, commit: str, file: Fetchable, offline: bool
     ) -> None:
         pointer, blob = cache.snapshot(commit) / file.name, cache.blob(file)
         try:
@@ -142,8 +142,8 @@ class DiskLedger:
         self,
         entries: dict[str, Entry],
         cache: HubCache,
-        files: Sequence[HubFile],
-        held: Sequence[HubFile],
+        files: Sequence[Fetchable],
+        held: Sequence[Fetchable],
         disk_bytes: int | None,
     ) -> None:
         """Delete the least recently used files until `files` fit beside `held`. Raises DiskFullError before it deletes
@@ -261,7 +261,7 @@ def _is_the_one(blob: Path, entry: Entry) -> bool:
     return status.st_ino == entry.inode and entry.mtime_ns in (0, status.st_mtime_ns)
 
 
-def _partial_of(cache: HubCache, files: Sequence[HubFile], name: str) -> Path:
+def _partial_of(cache: HubCache, files: Sequence[Fetchable], name: str) -> Path:
     return cache.partial(next(file for file in files if file.name == name))
 
 

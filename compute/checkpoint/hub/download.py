@@ -1,7 +1,8 @@
 """Downloads one file from the hub, and resumes if a part of it is already on disk.
 
 Bytes that arrived are not fetched again, even after a broken connection or a killed process. A file is complete if it
-has the hash that the hub lists; a file with another hash is deleted. A download runs in a thread of its own; `stop`
+has the hash that the hub lists; a file with another hash is deleted. A piece of a file has no such hash: what an
+earlier run left of it cannot be checked, and is fetched again. A download runs in a thread of its own; `stop`
 ends it at the next piece of data, or at the next timeout if none comes.
 """
 
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing, Stream, Transient
+from peerd.compute.checkpoint.hub.http import Fetchable, Hub, HubPiece, Listing, Stream, Transient
 from peerd.compute.errors import CheckpointError, DiskFullError, HubUnavailableError
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Download:
     """
 
     def __init__(
-        self, hub: Hub, listing: Listing, file: HubFile, fd: int, stop: threading.Event, delays_s: Sequence[float]
+        self, hub: Hub, listing: Listing, file: Fetchable, fd: int, stop: threading.Event, delays_s: Sequence[float]
     ) -> None:
         self.file = file
         self.done = 0
@@ -67,7 +68,7 @@ class Download:
     def _take_what_is_there(self) -> bool:
         """Hash what an earlier run left. Returns whether there was anything."""
         there = os.fstat(self._fd).st_size
-        if there > self.file.size:
+        if there > self.file.size or isinstance(self.file, HubPiece):
             self._start_over()
             return False
         while self.done < there:
@@ -126,7 +127,7 @@ class Download:
         return CheckpointError(f"{self._listing.repo}: {self.file.name} cannot be written: {error.strerror}")
 
     def _is_right(self) -> bool:
-        return bool(self._hash.hexdigest() == self.file.blob)
+        return isinstance(self.file, HubPiece) or bool(self._hash.hexdigest() == self.file.blob)
 
     def _start_over(self) -> None:
         os.ftruncate(self._fd, 0)
@@ -138,9 +139,11 @@ class Download:
             raise Stopped
 
 
-def _new_hash(file: HubFile) -> Any:
+def _new_hash(file: Fetchable) -> Any:
     """The kind of hash that the hub lists: sha256 for LFS files, git's own for the others."""
-    return hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    if isinstance(file, HubPiece) or file.sha256:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
 
 
 def _write_all(fd: int, data: memoryview, position: int) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from peerd.compute.checkpoint.hub.cache import HubCache
 from peerd.compute.checkpoint.hub.disk_ledger import Claims, DiskLedger
 from peerd.compute.checkpoint.hub.download import Download
-from peerd.compute.checkpoint.hub.http import Hub, HubFile, Listing
+from peerd.compute.checkpoint.hub.http import Fetchable, Hub, Listing
 from peerd.compute.checkpoint.hub.settings import HubSettings, Transfer
 from peerd.compute.errors import HubUnavailableError
 
@@ -33,7 +33,7 @@ class Fetcher:
         self._settings = settings
         self._ledger = DiskLedger(settings.own_folder)
 
-    def obtain(self, listing: Listing, files: Sequence[HubFile]) -> dict[str, int]:
+    def obtain(self, listing: Listing, files: Sequence[Fetchable]) -> dict[str, int]:
         """Get `files` onto this disk. Returns, by name, file descriptors; a file is not deleted until its descriptor is
         closed.
 
@@ -49,7 +49,7 @@ class Fetcher:
             raise
         return held
 
-    def _obtain_some(self, listing: Listing, files: Sequence[HubFile]) -> dict[str, int]:
+    def _obtain_some(self, listing: Listing, files: Sequence[Fetchable]) -> dict[str, int]:
         settings = self._settings
         claims = self._ledger.claim(
             self._cache, listing.commit, files, disk_bytes=settings.disk_bytes, offline=settings.is_offline
@@ -66,7 +66,7 @@ class Fetcher:
             self._watch_others(listing, [file for file in files if file.name in claims.elsewhere], claims)
         return claims.held
 
-    def _fetch(self, listing: Listing, files: Sequence[HubFile], claims: Claims) -> None:
+    def _fetch(self, listing: Listing, files: Sequence[Fetchable], claims: Claims) -> None:
         stop = threading.Event()
         downloads = [
             Download(self._hub, listing, file, claims.mine[file.name], stop, self._settings.retry_delays_s)
@@ -89,7 +89,7 @@ class Fetcher:
         claims.held |= claims.mine
         claims.mine.clear()
 
-    def _watch_others(self, listing: Listing, files: Sequence[HubFile], claims: Claims) -> None:
+    def _watch_others(self, listing: Listing, files: Sequence[Fetchable], claims: Claims) -> None:
         """While another process fetches these files: report its progress to the watcher, wait a moment and return."""
         done = 0
         for file in files:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_HASH = re.compile(r"[0-9a-f]{40}")
-# Only files at the root of the repository are read; beside it are other formats and examples. The pattern is strict
-# because these names become file names on this disk.
-_NAME = re.compile(r"[\w][\w.+ -]{0,199}", re.ASCII)
+# Only files at the root of the repository are read, and GGUF files one folder below, where publishers put those that
+# have several parts; beside them are other formats and examples. The pattern is strict because these names become file
+# names on this disk.
+_NAME = re.compile(r"\w[\w.+ -]{0,199}|\w[\w.+ -]{0,199}/\w[\w.+ -]{0,199}\.gguf", re.ASCII)
 # Statuses that may pass by themselves: timeouts and too many requests. Every 5xx status may, too.
 _TRANSIENT_STATUS = (408, 425, 429)
 # We never wait longer than this, even if the hub asks for more.
@@ -66,6 +67,44 @@ class HubFile:
     def blob(self) -> str:
         """The name of the file's content in the cache, which is also the hub's entity tag."""
         return self.sha256 or self.git_hash
+
+    @property
+    def whole(self) -> HubFile:
+        """The file that the hub lists: this one."""
+        return self
+
+    @property
+    def start(self) -> int:
+        """The position in that file at which this one begins."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class HubPiece:
+    """The bytes of a file from `start` up to `end`, fetched and kept as a file of its own. The hub lists no hash."""
+
+    whole: HubFile
+    start: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """The piece's name on this disk."""
+        return f"{self.whole.name.replace('/', '--')}.{self.start}-{self.end}"
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return self.end - self.start
+
+    @property
+    def blob(self) -> str:
+        """The name of its content in the cache."""
+        return f"{self.whole.blob}.{self.start}-{self.end}"
+
+
+#: What is fetched and kept as one file.
+Fetchable: TypeAlias = HubFile | HubPiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +147,31 @@ class Hub:
         return Listing(hub_id.repo, str(info.sha), {file.name: file for file in files})
 
     @contextmanager
-    def stream(self, listing: Listing, file: HubFile, start: int, end: int | None = None) -> Iterator[Stream]:
+    def stream(self, listing: Listing, file: Fetchable, start: int, end: int | None = None) -> Iterator[Stream]:
         """The file's bytes from `start` up to `end`. Raises Transient or CheckpointError, also while the bytes are
         read.
         """
-        url = hf_hub_url(listing.repo, file.name, revision=listing.commit, endpoint=self._endpoint)
+        if isinstance(file, HubPiece):
+            end = file.size if end is None else end
+        first, last = file.start + start, None if end is None else file.start + end
+        url = hf_hub_url(listing.repo, file.whole.name, revision=listing.commit, endpoint=self._endpoint)
         headers = build_hf_headers(token=self._token, library_name="peerd", library_version=version("peerd"))
         # If the answer were compressed, sizes and positions would not be the file's.
         headers["Accept-Encoding"] = "identity"
-        if start or end is not None:
-            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        if first or last is not None:
+            headers["Range"] = f"bytes={first}-{'' if last is None else last - 1}"
         with (
             self._errors(HubId(listing.repo, listing.commit), file.name),
             get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
         ):
             hf_raise_for_status(response)
             # A hub that ignores the range sends the file from its start.
-            yield Stream(_first_position(response, start), response.iter_raw())
+            position = _first_position(response, first) - file.start
+            if position < 0:
+                raise Transient("the hub ignored the range that was requested, and a whole file is too large to skip")
+            yield Stream(position, response.iter_raw())
 
-    def read_range(self, listing: Listing, file: HubFile, start: int, end: int) -> bytes:
+    def read_range(self, listing: Listing, file: Fetchable, start: int, end: int) -> bytes:
         """The bytes of a file from `start` up to `end`. Raises Transient or CheckpointError."""
         data = bytearray()
         with self.stream(listing, file, start, end) as stream:

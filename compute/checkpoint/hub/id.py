@@ -1,5 +1,7 @@
 """Parses the name of a model on a hub: `org/name`, and after an @ a revision (a branch, a tag or a commit).
 
+A GGUF file of a repository is named by its path, `org/name/file.gguf`, or by how it is quantized, `org/name:Q4_K_M`.
+
 It imports nothing slow, because the command line calls it before anything else.
 """
 
@@ -16,18 +18,27 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _MAX_REPO_CHARS = 96
 # Branches, tags, commits and pull requests (`refs/pr/3`).
 _REVISION = re.compile(r"[\w][\w./+-]{0,249}", re.ASCII)
+# A GGUF file, or a way of quantizing that is part of the names of such files.
+_GGUF = re.compile(r":(?P<kind>\w[\w.-]{0,63})|/(?P<file>(?:\w[\w.+ -]{0,199}/)?\w[\w.+ -]{0,199}\.gguf)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A repository on the hub and a revision; None stands for the hub's default, `main`."""
+    """A repository on the hub and a revision; None stands for the hub's default, `main`.
+
+    gguf: one of its GGUF files, by its path or by a part of its name, such as `Q4_K_M`; empty for the repository's
+        safetensors.
+    """
 
     repo: str
     revision: str | None = None
+    gguf: str = ""
 
     def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+        sign = "/" if self.gguf.endswith(".gguf") else ":" if self.gguf else ""
+        model = f"{self.repo}{sign}{self.gguf}"
+        return model if self.revision is None else f"{model}@{self.revision}"
 
     @property
     def name(self) -> str:
@@ -40,7 +51,8 @@ def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
 
     Raises CheckpointError if the revision is malformed, or if `text` and `revision` name two different ones.
     """
-    repo, at, said = text.partition("@")
+    model, at, said = text.partition("@")
+    repo, gguf = _split_gguf(model)
     well_formed = _REPO.fullmatch(repo) and len(repo) <= _MAX_REPO_CHARS
     if not well_formed or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git", ".gguf", ".safetensors")):
         return None
@@ -49,7 +61,14 @@ def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
     wanted = said if at else revision
     if wanted is not None and (not _REVISION.fullmatch(wanted) or ".." in wanted or wanted.endswith("/")):
         raise CheckpointError(f"{wanted!r} is no revision of {repo}: give a branch, a tag or a commit")
-    return HubId(repo, wanted)
+    return HubId(repo, wanted, gguf)
+
+
+def _split_gguf(model: str) -> tuple[str, str]:
+    """The repository, and what is said about a GGUF file of it, or an empty text."""
+    match = _REPO.match(model)
+    rest = _GGUF.fullmatch(model, match.end()) if match else None
+    return (model, "") if match is None or rest is None else (match[0], rest["kind"] or rest["file"])
 
 
 def hub_id_of(model: str | Path, revision: str | None = None) -> HubId | None:

@@ -66,7 +66,8 @@ _OPTIONS = (
         type=parse_named_model,
         multiple=True,
         metavar="[NAME=]MODEL",
-        help="A model's directory, a .gguf file, or org/name[@revision] on the hub: the one to serve, or one that"
+        help="A model's directory, a .gguf file, or org/name[@revision] on the hub (org/name:Q4_K_M or"
+        " org/name/file.gguf for a GGUF file there): the one to serve, or one that"
         " the local API offers as NAME. Repeat it for several.",
     ),
     click.option(

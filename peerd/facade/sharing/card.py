@@ -47,7 +47,9 @@ def card_of(
     } | {name: _cell(value) for name, value in figures.items()}
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items() if text)
     # A hub takes only its own models as base models.
-    head = [f"base_model: {json.dumps(base.hub_id)}"] if base.hub_id else []
+    # The hub knows repositories; a GGUF file's path may follow.
+    repo = "/".join(base.hub_id.split("/")[:2])
+    head = [f"base_model: {json.dumps(repo)}"] if repo else []
     head += [f"library_name: {library}", f"tags: {json.dumps(['peerd', kind.lower()])}"]
     code = "\n".join(usage)
     return f"""---

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.gguf.architectures import ARCHITECTURES, architecture_of
-from peerd.compute.checkpoint.gguf.file import GgufFile, LongArray
+from peerd.compute.checkpoint.gguf.file import GgufFile
+from peerd.compute.checkpoint.gguf.header import LongArray
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
 from peerd.compute.model.head import load_head
