@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request to a model. `sampling` are arguments of `SamplingParams.from_config`; `adapter` is what sessions
-    take.
+    """A request to a model. `sampling` are arguments of `SamplingParams.from_config`; `adapter` and `speculate` are
+    what `SwarmModel.generate` takes.
     """
 
     prompt: str
     chat: bool
     sampling: Mapping[str, float | int | None]
     adapter: str | Path | None = None
+    speculate: bool = True
 
 
 async def generate(
@@ -65,7 +66,13 @@ async def generate(
 async def answer(model: SwarmModel, request: Request, *, quiet: bool) -> Generation:
     """Generate an answer, and stream its text to standard output unless `quiet`. Raises PeerdError."""
     try:
-        generation = model.generate(request.prompt, chat=request.chat, adapter=request.adapter, **request.sampling)
+        generation = model.generate(
+            request.prompt,
+            chat=request.chat,
+            adapter=request.adapter,
+            speculate=request.speculate,
+            **request.sampling,
+        )
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     async with aclosing(generation.tokens()) as tokens:
@@ -97,6 +104,8 @@ def report(generation: Generation) -> str:
             "time_to_first_token_s": generation.time_to_first_token_s,
             "chain": [_served_by(hop) for hop in generation.chain],
             "failovers": generation.failovers,
+            "drafted": generation.drafted,
+            "accepted": generation.accepted,
         },
         ensure_ascii=False,
     )
@@ -113,6 +122,8 @@ def figures(generation: Generation) -> str:
         parts.append(f"{generation.tokens_per_second:.1f} tokens/s")
     if generation.time_to_first_token_s is not None:
         parts.append(f"first after {generation.time_to_first_token_s:.2f} s")
+    if generation.drafted:
+        parts.append(f"{generation.accepted} of {generation.drafted} guesses right")
     if generation.failovers:
         parts.append(f"{generation.failovers} failover{'s' if generation.failovers > 1 else ''}")
     chain = " -> ".join(f"{short(hop.peer)} {hop.span}" for hop in generation.chain)

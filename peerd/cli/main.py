@@ -28,6 +28,7 @@ from peerd.cli.options.shared import (
     json_option,
     revision_option,
     sampling_options,
+    speculate_option,
     verbose_option,
 )
 from peerd.cli.processes import ProcessEnded
@@ -153,6 +154,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     " on the hub: it is sent to the peers for this answer.",
 )
 @sampling_options
+@speculate_option
 @json_option
 @join_options
 @verbose_option
@@ -167,6 +169,7 @@ def generate(
     prompt_file: TextIO | None,
     chat: bool,
     adapter: str | None,
+    speculate: bool,
     as_json: bool,
     verbose: bool,
     **options: Any,
@@ -192,7 +195,7 @@ def generate(
     from peerd.cli.generate import Request
     from peerd.cli.generate import generate as run_generate
 
-    request = Request(prompt or "", chat, options, adapter)
+    request = Request(prompt or "", chat, options, adapter, speculate)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     _run_once(ctx, work, verbose=verbose)
 

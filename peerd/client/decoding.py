@@ -1,20 +1,22 @@
 """The loop from logits to tokens, for one prompt and any number of answers to it.
 
 The answers are rows of one session: the prompt is computed once and shared, and each step carries the next token of
-every row that is not finished. The loop can continue after an error. A step that failed had no effect, so the next
-action is kept until it has succeeded.
+every row that is not finished, and guesses after it where that pays (`speculation`). The loop can continue after an
+error. A step that failed had no effect, so the next action is kept until it has succeeded.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+import trio
 
 from peerd.client.sampling import Sampler, SamplingParams
+from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
 from peerd.client.text_stream import StopFilter, TextStream
 from peerd.protocol.errors import NoChain, Overloaded
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
@@ -59,6 +61,15 @@ class _Row:
     finished: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess."""
+
+    row: _Row
+    draft: tuple[int, ...]
+    logits: torch.Tensor
+
+
 class TokenModel(Protocol):
     """What decoding needs of a `SwarmModel`: token ids to hidden states, sessions, hidden states to logits and text."""
 
@@ -67,7 +78,13 @@ class TokenModel(Protocol):
         """See `ModelFacts`."""
 
     async def start_session(
-        self, *, max_length: int, max_rows: int = 1, prompt_length: int = 0, adapter: Adapter | None = None
+        self,
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        prompt_length: int = 0,
+        adapter: Adapter | None = None,
     ) -> Session:
         """Start a session whose chain opens with its first step."""
 
@@ -88,7 +105,8 @@ class Decoding:
     """Answers to `prompt` while they are generated: iterate over `tokens`. `session` is set once that has begun.
 
     `stop` texts end a row, and are left out of its text. `top_logprobs` asks for logprobs with that many alternatives.
-    `adapter` is what `SwarmModel.session` takes. `resumable` needs a single row: after NoChain or Overloaded the caller
+    `adapter` is what `SwarmModel.session` takes. With `speculation`, steps carry guesses too; the tokens are the same.
+    `resumable` needs a single row: after NoChain or Overloaded the caller
     may call `tokens` again. It continues with the same session if that still exists, which is kept for a while, and
     otherwise with a new one.
     """
@@ -104,6 +122,7 @@ class Decoding:
         stop: Sequence[str] = (),
         top_logprobs: int | None = None,
         adapter: Adapter | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.session: Session | None = None
         self._model = model
@@ -113,12 +132,20 @@ class Decoding:
         self._top_logprobs = top_logprobs
         self._adapter = adapter
         self._resumable = resumable
-        # The row operations of the next step, and the logits of the last one that no token was drawn from yet.
+        # The row operations of the next step, and the answers of the last one from which no token was drawn yet.
         self._ops: tuple[Op, ...] = ()
-        self._logits: torch.Tensor | None = None
+        self._answers: list[_Answer] = []
         self._dropped: tuple[Op, ...] = ()
+        # How long the last step took. None for the prompt's, which says nothing about decoding.
+        self._step_s: float | None = None
         self._begun = False
         self._rows = [_Row(number, TextStream(model.decode), StopFilter(stop)) for number in range(rows)]
+        self._speculator = None if speculation is None else speculation.answer(rows)
+
+    @property
+    def speculator(self) -> Speculator | None:
+        """What guesses tokens for this answer, with its figures. None where speculation is off."""
+        return self._speculator
 
     async def tokens(self) -> AsyncGenerator[Picked, None]:
         """The tokens of all rows, as they come. Row 0 draws the tokens that a single answer would draw.
@@ -130,10 +157,12 @@ class Decoding:
             self._begun = False
             self.session = await self._start_session()
         waits = False
+        decoding = nullcontext() if self._speculator is None else self._speculator.decoding()
         try:
-            async with aclosing(self._run()) as tokens:
-                async for picked in tokens:
-                    yield picked
+            with decoding:
+                async with aclosing(self._run()) as tokens:
+                    async for picked in tokens:
+                        yield picked
         except (NoChain, Overloaded):
             waits = self._resumable
             raise
@@ -147,6 +176,7 @@ class Decoding:
         return await self._model.start_session(
             max_length=len(self._prompt) + self._sampling.max_new_tokens,
             max_rows=len(self._rows),
+            max_rollback=0 if self._speculator is None else MOST_DRAFTED,
             prompt_length=self._length if self._ropes_changed else len(self._prompt),
             adapter=self._adapter,
         )
@@ -163,44 +193,47 @@ class Decoding:
         return change is not None and self._length > change
 
     async def _run(self) -> AsyncGenerator[Picked, None]:
-        live = [row for row in self._rows if not row.finished]
         while True:
+            live = [row for row in self._rows if not row.finished]
+            if not live:
+                return
             if not self._begun:
-                self._logits = await self._begin(live)
-            if self._logits is not None:
-                logits, self._logits = self._logits, None
-                for row, scores in zip(live, logits, strict=True):
-                    yield self._pick(row, scores)
+                self._answers = await self._begin(live)
+            answers, self._answers = self._answers, []
+            gained = 0
+            for answer in answers:
+                for picked in self._accepted(answer):
+                    gained += 1
+                    yield picked
+            if answers:
+                self._note(answers, gained)
                 # Only with the next step: row 0 may end before the other rows have forked from it.
-                self._dropped = tuple(Drop(row.number) for row in live if row.finished)
-                live = [row for row in live if not row.finished]
-                if not live:
-                    return
+                self._dropped = tuple(Drop(answer.row.number) for answer in answers if answer.row.finished)
+                continue
             if self._ropes_changed and self._length - 1 == self._model.ropes_change_at:
                 await self._begin_again()
                 continue
-            self._logits = await self._step(self._open_session, live, self._ops)
-            self._ops = self._dropped
+            self._answers = await self._step(live)
+            self._ops, self._dropped = self._dropped, ()
 
     @property
     def _open_session(self) -> Session:
         assert self.session is not None
         return self.session
 
-    async def _begin(self, live: Sequence[_Row]) -> torch.Tensor:
-        """Compute the prompt once for all rows, or each row's text if it has tokens already.
-
-        Returns the logits of the rows in `live`.
-        """
+    async def _begin(self, live: Sequence[_Row]) -> list[_Answer]:
+        """Compute the prompt once for all rows, or each row's text if it has tokens already."""
         forked = [] if live[0].ids else live[1:]
         ends = []
         for row in live[: len(live) - len(forked)]:
             hidden = await self._open_session.step(self._model.embed(self._prompt + row.ids), row=row.number)
             ends.append(hidden[-1:])
-        logits = await self._model.logits(torch.cat(ends))
+        logits = (await self._model.logits(torch.cat(ends))).expand(len(live), -1)
         self._begun = True
+        self._step_s = None
+        self._dropped = ()
         self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in forked)
-        return logits.expand(len(live), -1)
+        return [_Answer(row, (), scores[None]) for row, scores in zip(live, logits, strict=True)]
 
     async def _begin_again(self) -> None:
         """Continue in a session whose blocks have computed nothing yet."""
@@ -208,11 +241,47 @@ class Decoding:
         self._begun = False
         self.session = await self._start_session()
 
-    async def _step(self, session: Session, live: Sequence[_Row], ops: Sequence[Op]) -> torch.Tensor:
-        start = len(self._prompt) + len(live[0].ids) - 1
-        hidden = torch.cat([self._model.embed(row.ids[-1:], start) for row in live])
-        rows = [RowSlice(row.number, start, 1) for row in live]
-        return await self._model.logits(await session.step(hidden, rows=rows, ops=ops))
+    async def _step(self, live: Sequence[_Row]) -> list[_Answer]:
+        """Run one step: the last token of each live row, and the guesses after it."""
+        began = trio.current_time()
+        drafts = await self._drafts(live)
+        inputs, rows = [], []
+        for row, draft in zip(live, drafts, strict=True):
+            start = len(self._prompt) + len(row.ids) - 1
+            inputs.append(self._model.embed((row.ids[-1], *draft), start))
+            rows.append(RowSlice(row.number, start, 1 + len(draft)))
+        hidden = await self._open_session.step(torch.cat(inputs), rows=rows, ops=self._ops, want="all")
+        logits = await self._model.logits(hidden)
+        self._step_s = trio.current_time() - began
+        parts = logits.split([piece.count for piece in rows])
+        return [_Answer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
+
+    async def _drafts(self, live: Sequence[_Row]) -> Sequence[tuple[int, ...]]:
+        if self._speculator is None:
+            return [()] * len(live)
+        return await self._speculator.drafts([(row.number, self._prompt + row.ids, self._room(row)) for row in live])
+
+    def _room(self, row: _Row) -> int:
+        """How many guesses a row's next step may carry. It gains a token more than it has right guesses."""
+        room = self._sampling.max_new_tokens - len(row.ids) - 1
+        change = self._model.ropes_change_at
+        if change is None or self._ropes_changed:
+            return room
+        # Rows must reach the change together; and positions beyond it are computed with the other ropes.
+        return min(room, change - self._length) if len(self._rows) == 1 else 0
+
+    def _accepted(self, answer: _Answer) -> Iterator[Picked]:
+        """Draw a token after each position, up to the first that is not what was guessed."""
+        for scores, guess in zip(answer.logits, (*answer.draft, None), strict=True):
+            picked = self._pick(answer.row, scores)
+            yield picked
+            if answer.row.finished or picked.id != guess:
+                return
+
+    def _note(self, answers: Sequence[_Answer], gained: int) -> None:
+        if self._speculator is not None and self._step_s is not None:
+            drafted = sum(len(answer.draft) for answer in answers)
+            self._speculator.note(len(answers), drafted, gained, self._step_s)
 
     def _pick(self, row: _Row, logits: torch.Tensor) -> Picked:
         context = self._prompt + row.ids
@@ -220,6 +289,8 @@ class Decoding:
             logits, context, row=row.number, position=len(context), prompt_length=len(self._prompt)
         )
         row.ids.append(token_id)
+        if self._speculator is not None:
+            self._speculator.came(row.number, token_id, len(context))
         ends = token_id in self._sampling.eos_token_ids
         final = ends or len(row.ids) == self._sampling.max_new_tokens
         text = row.stops.add(row.text.add(token_id, final=final), final=final)

@@ -12,6 +12,7 @@ import trio
 from peerd.client.decoding import Decoding, TokenModel
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.sampling import SamplingParams
+from peerd.client.speculation.speculation import Speculation
 from peerd.protocol.errors import NoChain, Overloaded
 
 if TYPE_CHECKING:
@@ -37,7 +38,12 @@ class Generation:
     """
 
     def __init__(
-        self, model: TokenModel, prompt: Sequence[int], sampling: SamplingParams, adapter: Adapter | None = None
+        self,
+        model: TokenModel,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        adapter: Adapter | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.prompt = list(prompt)
         self.token_ids: list[int] = []
@@ -47,7 +53,9 @@ class Generation:
         self.started: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
-        self._decoding = Decoding(model, self.prompt, sampling, adapter=adapter, resumable=True)
+        self._decoding = Decoding(
+            model, self.prompt, sampling, adapter=adapter, resumable=True, speculation=speculation
+        )
         # Whether it may be iterated over: it was not, or it stopped before its end.
         self._waits = True
 
@@ -60,6 +68,16 @@ class Generation:
         if self.started is None or self.first_token is None:
             return None
         return self.first_token - self.started
+
+    @property
+    def drafted(self) -> int:
+        """How many guessed tokens were sent along with steps."""
+        return 0 if self._decoding.speculator is None else self._decoding.speculator.drafted
+
+    @property
+    def accepted(self) -> int:
+        """How many of those guesses were right: tokens that needed no step of their own."""
+        return 0 if self._decoding.speculator is None else self._decoding.speculator.accepted
 
     @property
     def tokens_per_second(self) -> float | None:

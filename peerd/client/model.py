@@ -11,6 +11,7 @@ from peerd.client.blocks import Adapter, ModelFacts, ServedBlocks
 from peerd.client.finding.finder import ChainFinder
 from peerd.client.head_task import HeadTask
 from peerd.client.session.opener import ChainOpener
+from peerd.client.speculation.speculation import Speculation
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class SwarmModel(ServedBlocks):
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self._head = head
+        #: What the answers of this model share to guess tokens ahead; None if they never do.
+        self.speculation: Speculation | None = Speculation()
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Turn token ids into the first block's input, `[n, width]`, for the positions from `start` on.
@@ -92,17 +95,25 @@ class SwarmModel(ServedBlocks):
         return self.facts.ropes_change_at
 
     def generate(
-        self, prompt: str | Sequence[int], *, chat: bool = False, adapter: Adapter | None = None, **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        chat: bool = False,
+        adapter: Adapter | None = None,
+        speculate: bool = True,
+        **sampling: Any,
     ) -> Generation:
         """Generate an answer: `async for token in model.generate("Once", max_new_tokens=20): ...`.
 
-        `adapter` is what `session` takes. `sampling` takes the fields of `SamplingParams`; those left out come from the
-        model's own generation config. This raises InvalidRequest or ValueError; iterating raises NoChain, Overloaded
-        and AdapterError.
+        `adapter` is what `session` takes. Unless `speculate` is False, steps also carry guesses of the next tokens
+        where that is faster; the tokens are the same. `sampling` takes the fields of `SamplingParams`; those left out
+        come from the model's own generation config. This raises InvalidRequest or ValueError; iterating raises NoChain,
+        Overloaded and AdapterError.
         """
         from peerd.client.generation import Generation
 
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InvalidRequest("the prompt is empty")
-        return Generation(self, ids, self.sampling_params(**sampling), adapter)
+        speculation = self.speculation if speculate else None
+        return Generation(self, ids, self.sampling_params(**sampling), adapter, speculation)

@@ -64,6 +64,7 @@ class Answers:
                 rows=common.rows,
                 stop=common.stop,
                 top_logprobs=common.top_logprobs,
+                speculation=model.speculation,
             )
             for prompt in prompts
         ]

@@ -109,6 +109,12 @@ disk_option = click.option(
     " deleted first; files that a running peer reads, or that other programs put into the cache, never are.",
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
+speculate_option = click.option(
+    "--speculate/--no-speculate",
+    default=True,
+    help="Guess tokens ahead where that is faster, and have the servers check them. The answer is the same."
+    " Default: on.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 
 

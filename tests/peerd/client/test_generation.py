@@ -61,12 +61,13 @@ def open_model(open_swarm, byte_tokenizer):
             client = await swarm.client()
             facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32", **more)
             config = GenerationConfig(eos_token_id=END)
-            yield (
-                SwarmModel(
-                    facts, head or ByteHead(), byte_tokenizer, config, client.finder, client.opener, client.tasks
-                ),
-                swarm,
+            model = SwarmModel(
+                facts, head or ByteHead(), byte_tokenizer, config, client.finder, client.opener, client.tasks
             )
+            if isinstance(head, ScriptedHead):
+                # It counts calls, not positions.
+                model.speculation = None
+            yield model, swarm
 
     return open_it
 

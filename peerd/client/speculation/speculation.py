@@ -1,0 +1,89 @@
+"""Speculative decoding for the answers of one model: what is guessed, what is sent, and what is learnt from it.
+
+A step carries the last token of a row and some guesses after it. The blocks compute all positions in one traversal of
+the chain. The token that the sampler draws after each position shows whether the next guess was right. The first wrong
+guess and all after it are cut off by the start of the next step (Leviathan et al., arXiv 2211.17192, with draws that
+depend on seed, row and position only). So the tokens are those of plain decoding, whatever is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from peerd.client.speculation.acceptance import Acceptance, Watch
+from peerd.client.speculation.controller import Controller
+from peerd.client.speculation.drafts import Draft, Drafter
+from peerd.client.speculation.ngram import NgramDrafter
+from peerd.client.speculation.step_times import MOST_DRAFTED, StepTimes
+
+__all__ = ["MOST_DRAFTED", "Speculation", "Speculator"]
+
+
+class Speculation:
+    """What the answers of one model share: measured times, and how often guesses were right."""
+
+    def __init__(self, drafter: Callable[[], Drafter] = NgramDrafter) -> None:
+        """`drafter` makes one for each row of an answer."""
+        self.drafter = drafter
+        self.times = StepTimes()
+        self.acceptance = Acceptance()
+        self.rows_now = 0
+
+    def answer(self, rows: int) -> Speculator:
+        """A speculator for one answer of so many rows."""
+        return Speculator(self, rows)
+
+
+class Speculator:
+    """Guesses for the rows of one answer.
+
+    drafted, accepted: how many guesses were sent, and how many of them were right.
+    """
+
+    def __init__(self, shared: Speculation, rows: int) -> None:
+        self.drafted = 0
+        self.accepted = 0
+        self._shared = shared
+        self._rows = rows
+        self._controller = Controller(shared.times, lambda: shared.rows_now - self._rows)
+        self._acceptance = Acceptance(shared.acceptance)
+        self._drafters = [shared.drafter() for _ in range(rows)]
+        self._watches = [Watch(self._acceptance) for _ in range(rows)]
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """While this answer is decoded, others of the same model count its rows."""
+        self._shared.rows_now += self._rows
+        try:
+            yield
+        finally:
+            self._shared.rows_now -= self._rows
+
+    async def drafts(self, texts: Sequence[tuple[int, Sequence[int], int]]) -> list[tuple[int, ...]]:
+        """The guesses to send for each of `texts`: a row, all its tokens, and how many guesses it has room for."""
+        drafts = [await self._draft(row, text, room) for row, text, room in texts]
+        chosen = self._controller.choose([self._acceptance.likely(draft) for draft in drafts])
+        for (row, text, _), draft, count in zip(texts, drafts, chosen, strict=True):
+            # Free guesses are followed whether they are sent or not.
+            watched = draft if self._drafters[row].is_free else Draft(draft.tokens[:count], draft.grade)
+            self._watches[row].proposed(watched, len(text))
+        return [draft.tokens[:count] for draft, count in zip(drafts, chosen, strict=True)]
+
+    def came(self, row: int, token: int, position: int) -> None:
+        """Note a token that was drawn."""
+        self._watches[row].came(token, position)
+
+    def note(self, rows: int, drafted: int, gained: int, seconds: float) -> None:
+        """A step of so many rows, with so many guesses, took `seconds` and gained so many tokens."""
+        self.drafted += drafted
+        self.accepted += gained - rows if drafted else 0
+        self._controller.note(rows, drafted, gained, seconds)
+
+    async def _draft(self, row: int, text: Sequence[int], room: int) -> Draft:
+        drafter = self._drafters[row]
+        count = min(room, MOST_DRAFTED)
+        if not drafter.is_free:
+            expected = Draft((0,) * min(count, self._controller.limit))
+            count = self._controller.choose([self._acceptance.likely(expected)])[0]
+        return await drafter.propose(text, count) if count > 0 else Draft()
