@@ -99,7 +99,7 @@ def test_make_targets_that_a_page_names_exist(page: Path) -> None:
 def test_options_of_peerd_that_a_page_names_exist(page: Path) -> None:
     defined = set()
     for path in (REPOSITORY / "peerd/cli").rglob("*.py"):
-        defined |= set(re.findall(r"\"(--[a-z][\w-]*)", path.read_text()))
+        defined |= set(re.findall(r"[\"/](--[a-z][\w-]*)", path.read_text()))
     defined |= {"--help", "--version"}
     named = set()
     for line in page.read_text().splitlines():

@@ -92,14 +92,14 @@ def test_what_is_wrong_in_a_completion_is_named(fields, param):
 def test_fields_that_change_nothing_are_ignored_and_null_is_left_out():
     asked = chat(
         user="u", store=True, metadata={}, tools=None, temperature=None, response_format={"type": "text"}
-    ).asked
+    ).common
     assert asked.sampling["temperature"] is None
 
 
 def test_the_newer_name_of_the_limit_wins():
-    assert chat(max_tokens=5, max_completion_tokens=7).asked.max_tokens == 7
-    assert chat(max_tokens=5).asked.max_tokens == 5
-    assert completion().asked.max_tokens == 16
+    assert chat(max_tokens=5, max_completion_tokens=7).common.max_tokens == 7
+    assert chat(max_tokens=5).common.max_tokens == 5
+    assert completion().common.max_tokens == 16
 
 
 def test_text_parts_and_developer_messages_are_plain_text_to_the_template():
