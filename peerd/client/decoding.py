@@ -253,7 +253,7 @@ class Decoding:
         hidden = await self._open_session.step(torch.cat(inputs), rows=rows, ops=self._ops, want="all")
         logits = await self._model.logits(hidden)
         self._step_s = trio.current_time() - began
-        parts = logits.split([piece.count for piece in rows])
+        parts = torch.split(logits, [piece.count for piece in rows])
         return [_Answer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
 
     async def _drafts(self, live: Sequence[_Row]) -> Sequence[tuple[int, ...]]:

@@ -209,5 +209,7 @@ async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tu
         if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
             raise
         raise MemoryError(f"blocks {span} do not fit into the memory that is free: {error}") from None
+    # Loading cannot be interrupted. If this was cancelled meanwhile, the server may have ended, which is to serve it.
+    await trio.lowlevel.checkpoint_if_cancelled()
     max_length = checkpoint.max_length or MAX_LENGTH
     return ServedSpan(checkpoint.model_digest, max_length, EngineTask(loaded.engine), loaded.adapter_room), loaded
