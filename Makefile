@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 TOOLS := .venv-tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: audit sbom fuzz demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
+.PHONY: audit sbom fuzz dead-code demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -66,11 +66,15 @@ fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lint: setup
+lint: setup dead-code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python sh .ci/check-rooms
 	@if $(BIN)/python -c 'import material' 2>/dev/null; then PYTHON=$(BIN)/python sh .ci/build-docs; else echo "left out: the docs site (no mkdocs-material in $(VENV))"; fi
+
+# What no line of ours uses, and `.ci/not_dead.py` does not excuse.
+dead-code: setup
+	$(BIN)/python -m vulture
 
 # The site in .cache/site, strictly: a link that leads nowhere is an error.
 docs: setup

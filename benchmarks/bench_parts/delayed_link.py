@@ -85,7 +85,6 @@ class _UnderWay:
         self._line = line
         # For each piece: when it entered, when it arrives, and its bytes.
         self._queue: deque[tuple[float, float, bytes]] = deque()
-        self._late_bytes = 0
         self._moved = trio.lowlevel.ParkingLot()
 
     async def put(self, data: bytes) -> None:

@@ -8,7 +8,7 @@ between blocks, so no torch mode may stay on across a `yield`, and inference ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -363,10 +363,3 @@ def _record(
         yield
     tape.entries.append(entries)
     return hidden.detach()
-
-
-def device_turns(works: Iterable[TrainingWork]) -> None:
-    """Run passes to their ends in this thread, for callers without an engine task."""
-    for work in works:
-        while not work.turn():
-            pass

@@ -50,18 +50,6 @@ def block_rates(holdings: Iterable[Holding], block_count: int) -> Floats:
     return rates
 
 
-def choose_span(
-    holdings: Iterable[Holding], block_count: int, size: int, on_disk: frozenset[int] = frozenset()
-) -> Span:
-    """The span of `size` blocks (all, if there are fewer) for a newcomer; `holdings` must not include its own.
-
-    Of all such spans, the one whose weakest block is the weakest; if that is equal, the next weakest decides, then
-    how many of its blocks are `on_disk` already, and at last the lower start. Raises ValueError unless `size` is
-    positive.
-    """
-    return _weakest(block_rates(_as_announced(holdings), block_count), size, on_disk)
-
-
 @dataclass(frozen=True, slots=True)
 class Newcomer:
     """A server that chooses its first span: its PeerId, and the slot for the span."""
@@ -73,7 +61,10 @@ class Newcomer:
 def choose_first_span(
     holdings: Sequence[Holding], own: Newcomer, block_count: int, size: int, on_disk: frozenset[int] = frozenset()
 ) -> Span:
-    """`choose_span` for a newcomer while other newcomers choose too: all choose as if they did so one after another.
+    """The span of `size` blocks (all, if there are fewer) for a newcomer, which chooses as if newcomers did so in turn.
+
+    Of all such spans, the one whose weakest block is the weakest; if that is equal, the next weakest decides, then how
+    many of its blocks are `on_disk` already, and at last the lower start. Raises ValueError unless `size` is positive.
 
     `holdings` is the whole swarm. Among servers that have only announced an intention, those with a smaller (PeerId,
     slot) than `own` come first: this function computes where each of them will go, by the rule that they use

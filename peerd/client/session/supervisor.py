@@ -252,7 +252,7 @@ class Supervisor:
             self.report(HopHangs(hop, seq))
 
     def _note(self, consequences: Consequences, hop: ControlStream | None, error: PeerdError) -> None:
-        """Carry out the immediate part of a consequences."""
+        """Carry out what follows at once."""
         if hop is not None and consequences.is_blamed:
             self._finder.failed(hop.hop.peer_id)
         if hop is not None and consequences.is_avoided:

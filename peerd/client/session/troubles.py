@@ -107,7 +107,6 @@ class Consequences:
     is_avoided: bool = False
     drops_hop: bool = False
     drops_all: bool = False
-    is_queued: bool = False
     waits_for_work: bool = False
 
 
@@ -124,9 +123,10 @@ _CONSEQUENCES: tuple[tuple[type, type, Consequences], ...] = (
     # Only a new chain is sure to agree with the client.
     (Disagrees, PeerdError, Consequences(drops_all=True)),
     (NoAnswer, PeerdError, Consequences(drops_all=True)),
-    (HopHangs, object, Consequences(is_queued=True)),
-    (LinkBroken, object, Consequences(is_queued=True)),
-    (BridgeIdle, object, Consequences(is_queued=True)),
+    # These wait in the supervisor's queue.
+    (HopHangs, object, Consequences()),
+    (LinkBroken, object, Consequences()),
+    (BridgeIdle, object, Consequences()),
 )
 
 # Most urgent first. Hops are only overtaken, and bridges ended, while steps can be sent.

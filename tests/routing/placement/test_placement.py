@@ -3,11 +3,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
 
+from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span
 from peerd.routing.directory.offer import Offer
 from peerd.routing.placement.flow import swarm_flow
@@ -17,10 +18,15 @@ from peerd.routing.placement.placement import (
     block_rates,
     choose_first_span,
     choose_move,
-    choose_span,
 )
 
 MakeOffer = Callable[..., Offer]
+NEWCOMER = Newcomer(Identity.from_seed(bytes(32)).peer_id, 0)
+
+
+def choose_span(offers: Sequence[Offer], block_count: int, size: int, on_disk: frozenset[int] = frozenset()) -> Span:
+    """The choice of a newcomer that announces nothing yet."""
+    return choose_first_span(offers, NEWCOMER, block_count, size, on_disk)
 
 
 def test_the_first_server_starts_at_the_first_block() -> None:

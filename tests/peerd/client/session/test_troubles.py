@@ -100,9 +100,9 @@ def chain() -> LiveChain:
         (Disagrees(FIRST, Evicted("x")), {"drops_all": True}),
         (NoAnswer(Overloaded("x")), {"drops_all": True}),
         # These wait for their turn.
-        (HopHangs(FIRST, 3), {"is_queued": True}),
-        (LinkBroken(FIRST), {"is_queued": True}),
-        (BridgeIdle(FIRST), {"is_queued": True}),
+        (HopHangs(FIRST, 3), {}),
+        (LinkBroken(FIRST), {}),
+        (BridgeIdle(FIRST), {}),
     ],
     ids=lambda value: f"{type(value).__name__}-{type(getattr(value, 'error', None)).__name__}",
 )
