@@ -28,8 +28,9 @@ from peerd.protocol.identity import Identity, PeerId
 from peerd.reach.reachability import Reachability
 from peerd.routing.chains.rules import ChainRules
 from peerd.routing.clock import SwarmClock
+from peerd.routing.reach.verdict import Whereabouts
 from peerd.spans.host import SpanHost
-from peerd.trio_tools import import_in_thread
+from peerd.trio_tools import Watched, import_in_thread
 
 if TYPE_CHECKING:
     from peerd.client.blocks import ServedBlocks
@@ -236,10 +237,12 @@ async def open_configured(config: PeerConfig) -> AsyncIterator[Peer]:
     clock = SwarmClock(config.now, is_clock_kept) if config.now is time.time else SwarmClock(config.now)
     checkpoints = Checkpoints(config.hub)
     containment = Containment()
+    # How others reach us, which also says into which networks we may dial.
+    where = Watched(Whereabouts())
     async with (
         open_server(config, clock, containment) as server,
-        open_net(config, server, containment) as connections,
-        open_own_reach(config, connections) as reachability,
+        open_net(config, server, containment, where) as connections,
+        open_own_reach(config, connections, where) as reachability,
         open_own_discovery(config, connections, reachability, clock) as discovery,
         open_spans(config, connections, discovery, reachability, server, checkpoints) as spans,
     ):

@@ -16,15 +16,16 @@ from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
-from peerd.net.dial_policy import DialPolicy
+from peerd.net.dial_policy import DialPolicy, DialRules
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.reach.own_addresses import own_networks
 from peerd.reach.reachability import Reachability, open_reach
 from peerd.routing.clock import SwarmClock
+from peerd.routing.reach.verdict import Whereabouts
 from peerd.spans.host import SpanHost
-from peerd.trio_tools import open_tasks
+from peerd.trio_tools import Watched, open_tasks
 
 if TYPE_CHECKING:
     from peerd.net.transport import Transport
@@ -68,7 +69,9 @@ async def open_server(config: PeerConfig, clock: SwarmClock, containment: Contai
 
 
 @asynccontextmanager
-async def open_net(config: PeerConfig, server: Server | None, containment: Containment) -> AsyncIterator[Connections]:
+async def open_net(
+    config: PeerConfig, server: Server | None, containment: Containment, where: Watched[Whereabouts]
+) -> AsyncIterator[Connections]:
     opening = open_connections(
         config.identity,
         transport=config.transport,
@@ -76,26 +79,32 @@ async def open_net(config: PeerConfig, server: Server | None, containment: Conta
         handlers=server.handlers if server is not None else {},
         swarm_key=config.swarm_key,
         may_be_relayed=config.may_be_relayed,
+        dial_rules=_dial_rules(config.bootstrap, where),
         now=config.now,
         containment=containment,
     )
     async with opening as connections:
-        _limit_dials(connections, config.bootstrap)
         yield connections
 
 
-def _limit_dials(connections: Connections, bootstrap: Sequence[Multiaddr]) -> None:
+def _dial_rules(bootstrap: Sequence[Multiaddr], where: Watched[Whereabouts]) -> DialRules:
     """What we are told in records leads into no network that we do not live in."""
-    connections.trust(bootstrap)
 
     def ours() -> Sequence[Multiaddr]:
         # Neighbours in our own network meet there, though the swarm is on the internet.
-        return (*bootstrap, *connections.listen_as, *own_networks())
+        return (*bootstrap, *where.value.addresses, *own_networks())
 
-    connections.own_policy = DialPolicy(ours)
+    def swarms() -> Sequence[Multiaddr]:
+        # Strangers must not aim us at our own network. But if we joined a swarm in a private range, its peers live
+        # there.
+        return (*bootstrap, *where.value.contacts)
+
+    return DialRules(DialPolicy(ours), DialPolicy(swarms), tuple(bootstrap))
 
 
-def open_own_reach(config: PeerConfig, connections: Connections) -> AbstractAsyncContextManager[Reachability]:
+def open_own_reach(
+    config: PeerConfig, connections: Connections, where: Watched[Whereabouts]
+) -> AbstractAsyncContextManager[Reachability]:
     return open_reach(
         connections,
         config.transport,
@@ -104,6 +113,7 @@ def open_own_reach(config: PeerConfig, connections: Connections) -> AbstractAsyn
         relay=config.relay,
         swarm_key=config.swarm_key,
         now=config.now,
+        where=where,
     )
 
 

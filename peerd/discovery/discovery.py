@@ -25,7 +25,6 @@ from peerd.discovery.own_records import Models, OwnRecords, Spans
 from peerd.discovery.rechecks import Rechecks
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
-from peerd.net.dial_policy import DialPolicy
 from peerd.net.limits.owners import network_of
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
@@ -76,9 +75,6 @@ class Discovery:
         self.clock = clock
         self.track_record = TrackRecord(trio.current_time, by_proof=True)
         self._connections = connections
-        # Strangers must not aim us at our own network. But if we joined a swarm in a private range, its peers live
-        # there.
-        connections.strangers_policy = DialPolicy(lambda: (*self._bootstrap, *self.dht.addresses))
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock, self.dht.odd_times)

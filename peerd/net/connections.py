@@ -15,7 +15,7 @@ from functools import partial
 import trio
 
 from peerd.net.containment import Containment
-from peerd.net.dial_policy import ANYWHERE, DialPolicy
+from peerd.net.dial_policy import DialPolicy, DialRules
 from peerd.net.dialling.circuits import CircuitChannel
 from peerd.net.dialling.dialler import Arrived, Dialler
 from peerd.net.dialling.prove import prove
@@ -52,7 +52,7 @@ class Connections:
     listen_as: the addresses that others are told to dial; roles: what we offer to others. `present_as` changes both.
     may_be_relayed: whether we reach others through relays if there is no other way.
     own_policy: which addresses may be dialled for our own purposes; strangers_policy: which ones if a stranger named
-        them. At first both permit every address.
+        them.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Connections:
         agent: str,
         roles: Sequence[str],
         may_be_relayed: bool,
+        dial_rules: DialRules,
         limits: Limits,
         now: Callable[[], float],
         containment: Containment,
@@ -81,8 +82,8 @@ class Connections:
         self.listen_as: tuple[Multiaddr, ...] = ()
         self.roles = tuple(roles)
         self.may_be_relayed = may_be_relayed
-        self.own_policy = ANYWHERE
-        self.strangers_policy = ANYWHERE
+        self.own_policy = dial_rules.own
+        self.strangers_policy = dial_rules.strangers
         self._identity = identity
         self._transport = transport
         self._nursery = nursery
@@ -100,6 +101,7 @@ class Connections:
             containment,
             nursery,
             may_be_relayed=may_be_relayed,
+            trusted=dial_rules.trusted,
         )
         self._loopback: PeerConnection | None = None
 
@@ -141,10 +143,6 @@ class Connections:
     def is_private(self) -> bool:
         """Whether only peers that have our swarm's key get in."""
         return self._swarm_key is not None
-
-    def trust(self, addresses: Sequence[Multiaddr]) -> None:
-        """Permit these addresses, which our operator gave us, wherever they lead."""
-        self._dialler.trusted = frozenset(address.with_peer(None) for address in addresses)
 
     async def connect(
         self, peer_id: PeerId | None, addresses: Sequence[Multiaddr], policy: DialPolicy | None = None
@@ -344,6 +342,7 @@ async def open_connections(
     agent: str = DEFAULT_AGENT,
     roles: Sequence[str] = (),
     may_be_relayed: bool = True,
+    dial_rules: DialRules | None = None,
     limits: Limits | None = None,
     now: Callable[[], float] = time.time,
     containment: Containment | None = None,
@@ -354,6 +353,7 @@ async def open_connections(
 
     swarm_key: the private swarm's 32 bytes. agent, roles, now: what our hellos say; `now` is in seconds since 1970.
     may_be_relayed: whether we reach others through relays if there is no other way.
+    dial_rules: which addresses may be dialled; None means all.
     containment: handles bugs, also those in handlers; None makes one for these connections.
     buffer_bytes: how many bytes peers may make us hold in buffers, over all connections.
     room: how many peers may dial us; None means as many as the process's limit of descriptors allows.
@@ -370,6 +370,7 @@ async def open_connections(
             agent=agent,
             roles=roles,
             may_be_relayed=may_be_relayed,
+            dial_rules=dial_rules or DialRules(),
             limits=limits or Limits(),
             now=now,
             containment=containment or Containment(),

@@ -37,3 +37,16 @@ class DialPolicy:
 
 # For addresses that our own operator gave us.
 ANYWHERE = DialPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class DialRules:
+    """What one peer's connections may dial.
+
+    own: which addresses for our own purposes. strangers: which ones if a stranger named them. trusted: addresses that
+    our operator gave us, wherever they lead; their PeerIds do not matter.
+    """
+
+    own: DialPolicy = ANYWHERE
+    strangers: DialPolicy = ANYWHERE
+    trusted: tuple[Multiaddr, ...] = ()

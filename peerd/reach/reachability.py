@@ -40,9 +40,12 @@ class Reachability:
     relay: what we do for peers that nobody can dial; None where we relay for nobody.
     """
 
-    def __init__(self, connections: Connections, checker: ReachChecker, relay: Relay | None) -> None:
+    def __init__(
+        self, connections: Connections, checker: ReachChecker, relay: Relay | None, where: Watched[Whereabouts]
+    ) -> None:
         self.relay = relay
-        self.where: Watched[Whereabouts] = Watched(checker.found.value.where)
+        self.where = where
+        where.set(checker.found.value.where)
         self._connections = connections
         self._checker = checker
         self._reservations: Reservations | None = None
@@ -133,11 +136,13 @@ async def open_reach(
     relay: RelayLimits | None = None,
     swarm_key: bytes | None = None,
     now: Callable[[], float],
+    where: Watched[Whereabouts] | None = None,
 ) -> AsyncIterator[Reachability]:
     """Find out how others reach us, and answer peers that ask the same of us or want us as a relay.
 
     announce: what an operator wants announced instead of what we listen on. bootstrap: the peers that we join through.
     relay: what to give away as a relay; None: nothing. now: unix seconds, whose jumps betray that we slept.
+    where: is kept true from now on; None makes one.
     """
     checker = ReachChecker(
         connections,
@@ -147,7 +152,9 @@ async def open_reach(
         random=Random(os.urandom(16)),
         now=now,
     )
-    reachability = Reachability(connections, checker, Relay(connections.peer_id, relay) if relay else None)
+    reachability = Reachability(
+        connections, checker, Relay(connections.peer_id, relay) if relay else None, where or Watched(Whereabouts())
+    )
     if reachability.relay is not None:
         connections.present_as(roles=(RELAY_ROLE,))
         connections.handle(RELAY_PROTOCOL, reachability.relay.answer)

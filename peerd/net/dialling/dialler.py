@@ -33,7 +33,7 @@ class Dialler:
     """Searches for connections to peers. Attempts run in `nursery`, because one of them becomes the connection.
 
     may_be_relayed: whether ways through relays are tried.
-    trusted: addresses that our operator gave us, without PeerIds: wherever they lead, they may be dialled.
+    trusted: addresses that our operator gave us: wherever they lead, they may be dialled.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Dialler:
         nursery: trio.Nursery,
         *,
         may_be_relayed: bool,
+        trusted: Sequence[Multiaddr] = (),
     ) -> None:
         self._own = own
         self._live = live
@@ -54,9 +55,9 @@ class Dialler:
         self._containment = containment
         self._nursery = nursery
         self._may_be_relayed = may_be_relayed
+        self._trusted = frozenset(address.with_peer(None) for address in trusted)
         #: Where peers were found.
         self.sightings = Sightings()
-        self.trusted: frozenset[Multiaddr] = frozenset()
         self._dials: dict[PeerId, Dial] = {}
 
     def __len__(self) -> int:
@@ -136,7 +137,7 @@ class Dialler:
     async def _open_channel(self, address: Multiaddr, policy: DialPolicy) -> MessageChannel:
         """Raises PeerFault."""
         if address.relay is None:
-            is_trusted = address.with_peer(None) in self.trusted
+            is_trusted = address.with_peer(None) in self._trusted
             return await self._transport.dial(address, self._nursery, ANYWHERE if is_trusted else policy)
         if not self._may_be_relayed:
             raise ConnectFailed("we use no relays")

@@ -20,7 +20,7 @@ from peerd.discovery.prober import RttProber
 from peerd.discovery.state_files import Write, write_durably
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
-from peerd.net.dial_policy import ANYWHERE, DialPolicy
+from peerd.net.dial_policy import ANYWHERE, DialPolicy, DialRules
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest, NoChain, StreamReset
@@ -116,24 +116,29 @@ class Swarm:
         host = f"10.0.0.{number}"
         listen = () if client else (Multiaddr.parse(f"/ip4/{host}/tcp/31330/ws"),)
         who = identity(number)
+        joined = self.bootstrap if bootstrap is None else bootstrap
+        where = Watched(Whereabouts.at(listen))
+        # As a daemon sets it.
+        strangers = DialPolicy(lambda: (*joined, *where.value.contacts))
         async with (
             open_connections(
                 who,
                 transport=NotingTransport(self.network.transport(host), self.dialled),
                 listen=listen,
                 handlers={},
+                dial_rules=DialRules(strangers=strangers),
                 now=now,
                 containment=containment,
             ) as connections,
             open_discovery(
                 connections,
                 who,
-                self.bootstrap if bootstrap is None else bootstrap,
+                joined,
                 state_dir=state_dir,
                 write=write,
                 random=Random(number),
                 clock=SwarmClock(now),
-                where=Watched(Whereabouts.at(connections.listen_addresses)),
+                where=where,
             ) as discovery,
         ):
             if not self.bootstrap and not client:

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from peerd.net.connections import open_connections
-from peerd.net.dial_policy import ANYWHERE, DialPolicy
+from peerd.net.dial_policy import ANYWHERE, DialPolicy, DialRules
 from peerd.net.dialling.names import Names, connect_to_any
 from peerd.net.websocket import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
@@ -177,12 +177,18 @@ async def test_only_our_operators_addresses_lead_into_private_networks():
     name = Multiaddr("dns", "lan.example", 4000)
     async with (
         open_connections(there, transport=network.transport("10.0.0.2"), listen=[lan], handlers={}),
-        open_connections(here, transport=network.transport("93.184.216.34"), handlers={}) as connections,
+        open_connections(
+            here, transport=network.transport("93.184.216.34"), handlers={}, dial_rules=DialRules(STRANGERS, STRANGERS)
+        ) as connections,
+        open_connections(
+            Identity.generate(),
+            transport=network.transport("93.184.216.35"),
+            handlers={},
+            dial_rules=DialRules(STRANGERS, STRANGERS, (lan,)),
+        ) as trusting,
     ):
-        connections.own_policy = connections.strangers_policy = STRANGERS
         for address in (lan, name):
             with pytest.raises(ConnectFailed, match="private network"):
                 await connections.connect(there.peer_id, [address])
         assert not network.dialled
-        connections.trust([lan])
-        assert await connections.connect(there.peer_id, [lan])
+        assert await trusting.connect(there.peer_id, [lan])
