@@ -28,7 +28,7 @@ from peerd.protocol.connection.frames import (
 )
 from peerd.protocol.connection.hello import HELLO_PROTOCOL, Hello
 from peerd.protocol.connection.noise import CipherState, Handshake
-from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES
+from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES
 from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity, PeerId, node_id_of
 from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, OpenSession, Route, Step

@@ -42,8 +42,9 @@ from peerd.protocol.connection.frames import (
 from peerd.protocol.connection.liveness import Delivery, Liveness
 from peerd.protocol.connection.noise import CipherState, Handshake
 from peerd.protocol.connection.schedule import Schedule
+from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES
 from peerd.protocol.connection.stream_table import Limits, StreamTable
-from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, State, StreamMachine, Transition
+from peerd.protocol.connection.streams import State, StreamMachine, Transition
 from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import (
     HandshakeFailed,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from peerd.protocol.connection.budget import Buffers
 from peerd.protocol.connection.frames import MAX_STREAM_ID, OpenFrame, Priority
 from peerd.protocol.connection.liveness import Timeouts
-from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES, StreamMachine
+from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES
+from peerd.protocol.connection.streams import StreamMachine
 from peerd.protocol.errors import ConnectionLost, Overloaded, RemoteProtocolError
 
 # Streams that each side may have opened at a time. Both sides count, so the limit is part of the protocol.

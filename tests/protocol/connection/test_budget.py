@@ -4,7 +4,7 @@ import pytest
 
 from peerd.protocol.connection.budget import FLOOR_BYTES, BufferBudget
 from peerd.protocol.connection.frames import Priority
-from peerd.protocol.connection.streams import Outgoing, StreamInbox
+from peerd.protocol.connection.stream_queues import StreamInbox, StreamOutbox
 from peerd.protocol.encoding.wire import FIRST_ALLOCATION_BYTES, encode_message
 from peerd.protocol.errors import Overloaded, RemoteProtocolError
 
@@ -150,7 +150,7 @@ def test_no_more_is_accepted_than_the_budget_allows():
 
 def test_an_answer_that_is_not_read_is_held():
     buffers = BufferBudget(TOTAL).open("a")
-    outgoing = Outgoing(100, buffers)
+    outgoing = StreamOutbox(100, buffers)
     outgoing.push({}, [bytes(1000)], Priority.CONTROL)
     total = buffers.held_bytes
     assert total > 1000

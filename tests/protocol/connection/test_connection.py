@@ -32,8 +32,8 @@ from peerd.protocol.connection.frames import (
     encode_frame,
 )
 from peerd.protocol.connection.noise import Handshake
+from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES
 from peerd.protocol.connection.stream_table import MAX_STREAMS
-from peerd.protocol.connection.streams import INITIAL_CREDIT_BYTES
 from peerd.protocol.errors import (
     ConnectionLost,
     HandshakeFailed,

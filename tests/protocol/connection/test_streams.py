@@ -7,16 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerd.protocol.connection.frames import MAX_CREDIT, DataFrame, Priority
-from peerd.protocol.connection.streams import (
-    INITIAL_CREDIT_BYTES,
-    MAX_WINDOW_BYTES,
-    TRANSITIONS,
-    Outgoing,
-    State,
-    StreamInbox,
-    StreamMachine,
-    Transition,
-)
+from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES, MAX_WINDOW_BYTES, StreamInbox, StreamOutbox
+from peerd.protocol.connection.streams import TRANSITIONS, State, StreamMachine, Transition
 from peerd.protocol.encoding.wire import encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 
@@ -57,7 +49,7 @@ def test_a_stream_that_both_sides_finished_is_closed_and_nothing_more_may_come()
 
 
 def test_data_is_cut_at_credit_and_frame_size_and_never_spans_two_messages():
-    outgoing = Outgoing(credit=30)
+    outgoing = StreamOutbox(credit=30)
     outgoing.push({}, [bytes(11)], Priority.BULK)
     outgoing.push({}, [bytes(11)], Priority.DECODE)
     sizes = []
@@ -72,12 +64,12 @@ def test_data_is_cut_at_credit_and_frame_size_and_never_spans_two_messages():
 
 
 def test_the_end_travels_with_the_last_bytes_or_alone_and_once():
-    outgoing = Outgoing(credit=100)
+    outgoing = StreamOutbox(credit=100)
     outgoing.push({}, (), Priority.BULK)
     outgoing.finishing = True
     assert outgoing.cut(50)[1:] == (True, True)
     assert not outgoing.ready
-    empty = Outgoing(credit=0)
+    empty = StreamOutbox(credit=0)
     empty.finishing = True
     assert empty.ready
     assert empty.cut(50) == ([], True, False)
@@ -85,7 +77,7 @@ def test_the_end_travels_with_the_last_bytes_or_alone_and_once():
 
 
 def test_more_credit_than_a_stream_can_use_is_refused():
-    outgoing = Outgoing(credit=MAX_CREDIT)
+    outgoing = StreamOutbox(credit=MAX_CREDIT)
     with pytest.raises(RemoteProtocolError, match="credit"):
         outgoing.add_credit(1)
 
