@@ -7,7 +7,7 @@ every record is checked here again, the answers of several peers are united, and
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from random import Random
@@ -26,19 +26,18 @@ from peerd.protocol.records.envelope import (
     open_record,
     split_keys_of,
 )
-from peerd.routing.dht.holders import Holders
 from peerd.routing.dht.lookup import Crawl
 from peerd.routing.dht.lost_contacts import MAX_LOST, LostContacts
 from peerd.routing.dht.messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,
-    REPLICAS,
-    Outcome,
     Packet,
     contact_addresses,
 )
+from peerd.routing.dht.newcomers import meet_each
 from peerd.routing.dht.odd_times import OddTimes
 from peerd.routing.dht.record_sets import PartialView, RecordKey, newest
+from peerd.routing.dht.replication import Replication
 from peerd.routing.dht.rpc import DhtProtocol, DhtTransport, FindReply
 from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact, PeerNode, dump_contacts
@@ -51,12 +50,6 @@ ALPHA = 5
 # How many answers a lookup of records waits for. Each record was put to the 12 nearest peers at most 20 s ago: of the 8
 # that are nearest now, a peer lacks it only if it joined since.
 QUORUM = 8
-# A renewal asks one of this many nearest peers for newcomers, chosen at random, because the very nearest may lie.
-WITNESSES = 4
-# How many newcomers are looked for at a time, and the pause between two. So strangers can cause only a few dials a
-# second.
-MEETINGS = 8
-MEETING_PAUSE_S = 0.1
 # Concurrent lookups; each has a few requests under way.
 MAX_LOOKUPS = 16
 
@@ -85,7 +78,7 @@ class Dht:
         self._protocol = DhtProtocol(self._own, store, transport, random)
         self._table = self._protocol.router
         self._random = random
-        self._holders = Holders(REPLICAS, trio.current_time)
+        self._replication = Replication(self._own, store, self._protocol, self._nearest, random)
         # The peers to start from if the table is empty: the argument of `bootstrap`, and the peers that we knew a while
         # ago.
         self._seeds: list[PeerNode] = []
@@ -166,21 +159,7 @@ class Dht:
         """Look for newcomers at the addresses that they name, until cancelled. Only peers that were found there are
         passed on.
         """
-        # A peer may come twice at a time, so meetings are counted and not given to peers.
-        room = trio.Semaphore(MEETINGS)
-
-        async def meet(node: PeerNode) -> None:
-            try:
-                await self._protocol.meet(node)
-            finally:
-                room.release()
-
-        async with trio.open_nursery() as nursery:
-            while True:
-                node = await self._protocol.newcomers.take()
-                await room.acquire()
-                nursery.start_soon(meet, node)
-                await trio.sleep(MEETING_PAUSE_S)
+        await meet_each(self._protocol.newcomers, self._protocol.meet)
 
     async def reunite(self) -> bool:
         """Ask a lost peer, or a bootstrap peer, for the contacts nearest to us.
@@ -255,8 +234,8 @@ class Dht:
             data = list(parts_of)
             for at in range(0, len(data), MAX_STORED_AT_ONCE):
                 batch = data[at : at + MAX_STORED_AT_ONCE]
-                for one, outcomes in zip(batch, await self._put_key(key, batch), strict=True):
-                    counts.append(await self._count_replicas(one, outcomes, parts_of[one]))
+                for one, outcomes in zip(batch, await self._replication.put(key, batch), strict=True):
+                    counts.append(await self._replication.count_replicas(one, outcomes, parts_of[one]))
 
         async with trio.open_nursery() as nursery:
             for key, parts_of in parts.items():
@@ -281,6 +260,10 @@ class Dht:
         async with trio.open_nursery() as nursery:
             for key in ids:
                 nursery.start_soon(self._look_up, Node(key), self._protocol.call_find_node)
+
+    async def _nearest(self, target: Node, count: int) -> list[PeerNode]:
+        nodes, _ = await self._look_up(target, self._protocol.call_find_node, count=count)
+        return nodes
 
     async def _look_up(
         self,
@@ -332,85 +315,3 @@ class Dht:
         lost = crawl.asked == 0 and not self._is_first
         if lost or answered < min(QUORUM, asked // 2 + 1):
             raise PartialView(f"{len(crawl.replies)} of {crawl.asked} peers answered")
-
-    async def _put_key(self, key: bytes, data: list[bytes]) -> list[Counter[Outcome]]:
-        """The outcomes of each record at the peers that should hold `key`, which may include ourselves."""
-        put = _Put(key, data)
-        known = self._holders.of(key)
-        if known:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._put_to, put, self._without_own_share(put, known))
-                nursery.start_soon(self._put_to_newcomers, put, known)
-            self._holders.renewed(key, put.took)
-        if not self._holders.of(key):
-            nodes, _ = await self._look_up(Node(key), self._protocol.call_find_node, count=REPLICAS)
-            await self._put_to(put, self._without_own_share(put, nodes))
-            self._holders.looked_up(key, put.took)
-        return put.outcomes
-
-    async def _put_to(self, put: _Put, nodes: Iterable[PeerNode]) -> None:
-        async def put_to(node: PeerNode) -> None:
-            put.answered(node, await self._protocol.call_store(node, put.key, put.data))
-
-        async with trio.open_nursery() as nursery:
-            for node in nodes:
-                if node.id not in put.asked:
-                    put.asked.add(node.id)
-                    nursery.start_soon(put_to, node)
-
-    async def _put_to_newcomers(self, put: _Put, known: list[PeerNode]) -> None:
-        """Put the records to peers that should hold the key by now as well, as far as we or one of the holders know
-        them.
-        """
-        target = Node(put.key)
-        reply = await self._protocol.call_find_node(self._random.choice(known[:WITNESSES]), target)
-        heard_of = [*self._table.find_neighbors(target, REPLICAS), *(reply.nodes if reply is not None else ())]
-        others = [node for node in heard_of if node.id != self._own.id]
-        await self._put_to(put, self._holders.newcomers(put.key, others))
-
-    def _without_own_share(self, put: _Put, nodes: list[PeerNode]) -> list[PeerNode]:
-        """The nearest other peers that should hold the key. If we should hold it too, the records are stored here
-        first.
-        """
-        is_near = len(nodes) < REPLICAS or self._own.distance_to(Node(put.key)) < nodes[-1].distance_to(Node(put.key))
-        if not self.addresses or not is_near:
-            return nodes
-        if self._own.id not in put.asked:
-            put.asked.add(self._own.id)
-            own = self._own.contact.peer_id
-            put.count([self._store.put(put.key, one, storer=own) for one in put.data])
-        return nodes[: REPLICAS - 1]
-
-    async def _count_replicas(self, data: bytes, outcomes: Counter[Outcome], parts: list[bytes]) -> int:
-        """How many peers hold the record. If some refused it as full, it is put under the key's part as well.
-
-        parts: the keys of the parts, each of the one before it.
-        """
-        replicas = outcomes["stored"] + outcomes["known"]
-        if outcomes["older"]:
-            log.warning("%d peers hold a newer record than the one we announce", outcomes["older"])
-        if outcomes["full"] and parts:
-            (at_part,) = await self._put_key(parts[0], [data])
-            replicas = max(replicas, await self._count_replicas(data, at_part, parts[1:]))
-        return replicas
-
-
-class _Put:
-    """Records on their way to the holders of one key: which peers were asked, which accepted, and each outcome."""
-
-    def __init__(self, key: bytes, data: list[bytes]) -> None:
-        self.key = key
-        self.data = data
-        self.outcomes: list[Counter[Outcome]] = [Counter() for _ in data]
-        self.asked: set[bytes] = set()
-        self.took: list[PeerNode] = []
-
-    def answered(self, node: PeerNode, outcomes: Sequence[Outcome]) -> None:
-        """Note a peer's outcomes, one for each record; empty if it did not answer."""
-        if outcomes:
-            self.took.append(node)
-            self.count(outcomes)
-
-    def count(self, outcomes: Iterable[Outcome]) -> None:
-        for counter, outcome in zip(self.outcomes, outcomes, strict=True):
-            counter[outcome] += 1

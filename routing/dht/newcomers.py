@@ -7,6 +7,7 @@ wait here until the transport has found them at one of their addresses.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -14,6 +15,10 @@ from peerd.routing.dht.table import PeerNode
 
 # When more peers come, the oldest is dropped. It comes again with its next question.
 MAX_WAITING = 64
+# How many newcomers are looked for at a time, and the pause between two. So strangers can cause only a few dials a
+# second.
+MEETINGS = 8
+MEETING_PAUSE_S = 0.1
 
 
 class Newcomers:
@@ -42,3 +47,22 @@ class Newcomers:
         while not self._waiting:
             await self._came.park()
         return self._waiting.popitem(last=False)[1]
+
+
+async def meet_each(newcomers: Newcomers, meet: Callable[[PeerNode], Awaitable[object]]) -> None:
+    """Look for newcomers at the addresses that they name, a few at a time, until cancelled."""
+    # A peer may come twice at a time, so meetings are counted and not given to peers.
+    room = trio.Semaphore(MEETINGS)
+
+    async def meet_one(node: PeerNode) -> None:
+        try:
+            await meet(node)
+        finally:
+            room.release()
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            node = await newcomers.take()
+            await room.acquire()
+            nursery.start_soon(meet_one, node)
+            await trio.sleep(MEETING_PAUSE_S)
