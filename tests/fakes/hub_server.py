@@ -130,10 +130,6 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    @property
-    def token(self) -> str | None:
-        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((f"{self.command} {path}", self.token))
@@ -153,13 +149,16 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         """The commit, or None after a refusal."""
         repo = self.hub.repos.get(name)
         if self.token is not None and self.token not in self.hub.tokens:
-            return self._refuse(401, message="Invalid credentials in Authorization header")
+            self._refuse(401, message="Invalid credentials in Authorization header")
+            return None
         if repo is None or (repo.private and self.token is None):
             # As the real hub: without a token a client does not learn whether such a model exists.
-            return self._refuse(401 if self.token is None else 404, "RepoNotFound", "Repository not found")
+            self._refuse(401 if self.token is None else 404, "RepoNotFound", "Repository not found")
+            return None
         commit = repo.refs.get(revision, revision)
         if commit not in repo.commits:
-            return self._refuse(404, "RevisionNotFound", "Invalid rev id: " + revision)
+            self._refuse(404, "RevisionNotFound", "Invalid rev id: " + revision)
+            return None
         return commit
 
     def _listing(self, name: str, revision: str) -> None:

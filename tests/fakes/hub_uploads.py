@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,9 +25,13 @@ class Uploads:
     path: str
     headers: Any
     rfile: Any
-    token: str | None
-    _send: Any
-    _refuse: Any
+    _send: Callable[..., None]
+    _refuse: Callable[..., None]
+
+    @property
+    def token(self) -> str | None:
+        """The token that the client sent."""
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
 
     def do_POST(self) -> None:
         path = self.path.partition("?")[0]

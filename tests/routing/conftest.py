@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import pytest
 import trio
@@ -153,8 +154,8 @@ def network() -> Network:
 def server_body() -> Callable[..., ServerRecord]:
     """Makes server records; every field has a default."""
 
-    def make(**fields: object) -> ServerRecord:
-        defaults: dict[str, object] = {
+    def make(**fields: Any) -> ServerRecord:
+        defaults: dict[str, Any] = {
             "seq": 1,
             "expires": EPOCH + 300,
             "model": MODEL,
@@ -176,8 +177,8 @@ def server_body() -> Callable[..., ServerRecord]:
 def peer_body() -> Callable[..., PeerRecord]:
     """Makes peer records; every field has a default."""
 
-    def make(**fields: object) -> PeerRecord:
-        return PeerRecord(**{"seq": 1, "expires": EPOCH + 300, "addresses": ("/ip4/10.0.0.1/tcp/1/ws",), **fields})
+    def make(**fields: Any) -> PeerRecord:
+        return PeerRecord(**dict[str, Any](seq=1, expires=EPOCH + 300, addresses=("/ip4/10.0.0.1/tcp/1/ws",)) | fields)
 
     return make
 

@@ -330,7 +330,7 @@ async def test_a_record_under_a_foreign_key_is_refused_on_both_ways(network: Net
 async def test_a_lookup_that_must_be_whole_fails_where_most_of_a_small_swarm_is_silent(
     network: Network, server_body: MakeServer
 ) -> None:
-    alone, *others = [network.add(), *await network.add_joined(5)]
+    alone, others = network.add(), await network.add_joined(5)
     wanted = servers_of(MODEL, 0)
     await others[0].dht.put(sign_record(others[0].identity, server_body()))
     assert len(await alone.dht.get(wanted, whole=True)) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+from kademlia.node import Node
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity, PeerId, node_id_of
@@ -15,7 +16,7 @@ from peerd.routing.dht.diversity import spread
 from peerd.routing.dht.messages import FindNode, Found, Packet, Ping
 from peerd.routing.dht.newcomers import MAX_WAITING
 from peerd.routing.dht.record_sets import PartialView, servers_of
-from peerd.routing.dht.table import Contact, ContactTable, Node, PeerNode, load_contacts
+from peerd.routing.dht.table import Contact, ContactTable, PeerNode, load_contacts
 
 Network = Any
 MakeServer = Callable[..., ServerRecord]
@@ -139,7 +140,7 @@ async def crowded(network: Network, key: bytes, crowd: int, swarm: int = 60) -> 
         return int.from_bytes(node_id_of(peer_id), "big") ^ target
 
     nearest = sorted(peers, key=lambda peer: distance(peer.peer_id))
-    evil = []
+    evil: list[Any] = []
     seed = 0
     while len(evil) < crowd:
         seed += 1

@@ -5,10 +5,11 @@ from random import Random
 
 import pytest
 import trio
+from kademlia.node import Node
 
 from peerd.protocol.identity import Identity
 from peerd.routing.dht.lookup import GIVE_UP_S, PATIENCE_S, Crawl
-from peerd.routing.dht.table import Contact, Node, PeerNode
+from peerd.routing.dht.table import Contact, PeerNode
 
 NODES = [PeerNode(Contact(Identity.from_seed(number.to_bytes(32, "big")).peer_id)) for number in range(60)]
 OWN = NODES[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kademlia.node import Node
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.encoding.packing import pack, unpack
@@ -24,7 +25,7 @@ from peerd.routing.dht.messages import (
     pack_records,
     unpack_records,
 )
-from peerd.routing.dht.table import Contact, Node, PeerNode
+from peerd.routing.dht.table import Contact, PeerNode
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/dht.json").read_text())
 MESSAGES = VECTORS["messages"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 
 import pytest
@@ -69,13 +70,13 @@ def test_a_key_holds_one_record_of_each_slot(store: RecordStore, server_body: Ma
 
 
 def test_a_newer_record_replaces_and_all_others_change_nothing(store: RecordStore, server_body: MakeServer) -> None:
-    put = {"storer": ME.peer_id}
-    assert store.put(KEY, signed(server_body(seq=5)), **put) == "stored"
-    assert store.put(KEY, signed(server_body(seq=5)), **put) == "known"
+    put = partial(store.put, KEY, storer=ME.peer_id)
+    assert put(signed(server_body(seq=5))) == "stored"
+    assert put(signed(server_body(seq=5))) == "known"
     newest = signed(server_body(seq=6))
-    assert store.put(KEY, newest, **put) == "stored"
-    assert store.put(KEY, signed(server_body(seq=5)), **put) == "older"
-    assert store.put(KEY, signed(server_body(seq=6, free_tokens=1)), **put) == "older"
+    assert put(newest) == "stored"
+    assert put(signed(server_body(seq=5))) == "older"
+    assert put(signed(server_body(seq=6, free_tokens=1))) == "older"
     assert store.get_encoded(KEY) == (newest,)
     assert store.used_bytes == len(newest)
 

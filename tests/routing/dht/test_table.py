@@ -4,10 +4,11 @@ import json
 from random import Random
 
 import pytest
+from kademlia.node import Node
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
-from peerd.routing.dht.table import QUIET_S, Contact, ContactTable, Node, PeerNode, dump_contacts, load_contacts
+from peerd.routing.dht.table import QUIET_S, Contact, ContactTable, PeerNode, dump_contacts, load_contacts
 
 ADDRESS = Multiaddr.parse("/ip4/10.0.0.1/tcp/31330/ws")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
-from peerd.protocol.identity import Identity
+from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import ModelRecord, VerifiedRecord, open_record, sign_record
 from peerd.routing.dht.record_sets import RecordKey, words_for_models
 from peerd.routing.directory.catalogue import ANNOUNCERS, least_rate, named_models, should_announce
@@ -21,7 +22,7 @@ class Source:
         self.epoch = epoch
         self.records: list[VerifiedRecord] = []
 
-    def say(self, number: int, model: bytes, name: str, commit: str = "c" * 40, blocks: int = 8) -> str:
+    def say(self, number: int, model: bytes, name: str, commit: str = "c" * 40, blocks: int = 8) -> PeerId:
         identity = Identity.from_seed(number.to_bytes(32, "big"))
         words = ModelRecord(1, self.epoch + 300, model, name, f"org/{name}", commit, blocks)
         self.records.append(open_record(sign_record(identity, words), now=self.epoch, key=words_for_models().key))
@@ -58,7 +59,7 @@ async def test_sixteen_of_all_that_serve_a_model_say_so_and_all_agree_who(epoch:
     assert should_announce([], OTHER, next(iter(peers)))
 
 
-def test_a_model_needs_us_most_where_a_session_gets_least(make_offer: Callable[..., object]) -> None:
+def test_a_model_needs_us_most_where_a_session_gets_least(make_offer: Callable[..., Any]) -> None:
     def rate(*spans: tuple[str, float, float]) -> float:
         offers = [
             make_offer(number, span, throughput=speed, queue_s=queue_s)

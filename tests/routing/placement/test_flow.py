@@ -17,7 +17,7 @@ BLOCKS = 9
 def carries(servers, block_count, flow):
     """Whether the servers carry `flow`: block by block, each served first by those whose spans end first."""
     waiting = sorted(servers, key=lambda server: server[0].start)
-    open_servers = []
+    open_servers: list[list[float]] = []
     for block in range(block_count):
         while waiting and waiting[0][0].start <= block:
             span, capacity = waiting.pop(0)
