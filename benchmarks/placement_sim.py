@@ -26,7 +26,7 @@ from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span
 from peerd.routing.directory.holding import Holding
 from peerd.routing.placement.flow import swarm_flow
-from peerd.routing.placement.placement import choose_move, choose_span
+from peerd.routing.placement.placement import Newcomer, choose_first_span, choose_move
 
 HOURS = 2.0
 # Samples count from here on: by then every server has chosen and loaded its blocks.
@@ -91,13 +91,14 @@ def against_the_best(seed: int, *, servers: int = 5, blocks: int = 6) -> float:
     speeds = [random.uniform(100, 1000) for _ in range(servers)]
     holdings: list[Holding] = []
     for number in range(servers):
-        span = choose_span(holdings, blocks, sizes[number])
+        own = Identity.from_seed(number.to_bytes(32, "big")).peer_id
+        span = choose_first_span(holdings, Newcomer(own, 0), blocks, sizes[number])
         record = replace(fake_record(1), span=span, state="online", throughput=speeds[number])
-        holdings.append(Holding(Identity.from_seed(number.to_bytes(32, "big")).peer_id, record))
+        holdings.append(Holding(own, record))
     for _ in range(20):
-        for number, own in enumerate(holdings):
-            if (better := choose_move(holdings, own, blocks)) is not None:
-                holdings[number] = Holding(own.peer_id, replace(own.record, span=better))
+        for number, one in enumerate(holdings):
+            if (better := choose_move(holdings, one, blocks)) is not None:
+                holdings[number] = Holding(one.peer_id, replace(one.record, span=better))
     places = itertools.product(*(range(blocks - size + 1) for size in sizes))
     best = max(
         swarm_flow([(Span(at, at + size), speed) for at, size, speed in zip(place, sizes, speeds, strict=True)], blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import load_span
 from peerd.compute.training.memory import KeptBytes, PassMemory, PassTooLargeError
-from peerd.compute.training.passes import PassInput, PassRunner, TrainingWork
+from peerd.compute.training.passes import PassInput, PassRunner
 from peerd.compute.training.tunables import Tunables, linear_widths
 from peerd.protocol.span import Span
+from tests.compute.device_turns import device_turns
 
 FAMILIES = ("llama", "gemma2", "bloom", "mixtral", "gpt_oss")
 CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
@@ -114,13 +115,6 @@ def passes_of(whole: Whole, span: Span, room: int = ROOM) -> PassRunner:
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def device_turns(works: Iterable[TrainingWork]) -> None:
-    """Run works to their ends in this thread, without an engine task."""
-    for work in works:
-        while not work.turn():
-            pass
 
 
 def tunables_of(whole: Whole, blocks: Span, prompts: int) -> Tunables:
