@@ -228,6 +228,17 @@ class ServedBlocks:
         """An adapter for this model, from the directory that peft saved, or by its hub id. Raises AdapterError."""
         return await trio.to_thread.run_sync(_read_adapter, path, self.facts, self._hub, abandon_on_cancel=True)
 
+    async def save_adapter(self, adapter: LoraAdapter, path: str | Path, *, base: str = "") -> None:
+        """Write an adapter of your own in peft's format, which `read_adapter`, servers and peft read.
+
+        base: the model's hub id or path, for those who read it; the default is the model's name. Raises AdapterError.
+        """
+        from peerd.compute.adapters.writing import write_adapter
+        from peerd.compute.families.lookup import family_named
+
+        family = family_named(self.facts.model_type)
+        await trio.to_thread.run_sync(write_adapter, Path(path), adapter, family, base or self.facts.name)
+
     async def _adapter_id(self, adapter: str, blocks: Span) -> str:
         if _is_own(adapter):
             raise AdapterError(
