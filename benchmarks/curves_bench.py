@@ -25,7 +25,7 @@ from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 from peerd.compute.checkpoint.demo_model import demo_model_path
 
-ROWS, POSITIONS, SERVERS = 3, 48, 2
+SERVERS = 2
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--positions", type=int, default=48)
     parser.add_argument(
         "--model", choices=("llama", "smollm2"), default="llama", help="a small random Llama, or SmolLM2"
     )
@@ -49,7 +51,9 @@ async def measure(path: Path, arguments: Any, console: Console) -> dict[str, Cur
     """The curves of the requested methods, through servers in processes of their own."""
     whole = open_local(path)
     blocks, vocabulary = whole.config.num_hidden_layers, whole.config.vocab_size
-    ids = torch.randint(0, vocabulary, (ROWS, POSITIONS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, vocabulary, (arguments.rows, arguments.positions), generator=torch.Generator().manual_seed(0)
+    )
     training = Training(ids, arguments.steps, arguments.rate)
     found = {}
     async with AsyncExitStack() as stack:
@@ -79,7 +83,10 @@ def open_local(path: Path) -> Any:
 def show(found: dict[str, Curve], arguments: Any, console: Console) -> None:
     """Print a table of first and last losses and of the largest differences."""
     table = Table("", "first loss", "last loss", "swarm to local", "local to local + 1 ulp")
-    table.title = f"{arguments.model}, {arguments.steps} steps of AdamW at {arguments.rate:g}, {SERVERS} servers"
+    table.title = (
+        f"{arguments.model}, {arguments.steps} steps of AdamW at {arguments.rate:g},"
+        f" {arguments.rows} rows of {arguments.positions}, {SERVERS} servers"
+    )
     for name, curve in found.items():
         numbers = (f"{curve.local[0]:.4f}", f"{curve.local[-1]:.4f}", f"{curve.apart:.1e}", f"{curve.rounding:.1e}")
         table.add_row(name, *numbers)
