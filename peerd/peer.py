@@ -69,8 +69,9 @@ class Peer:
         self.server = server
         #: The rules for the peers in our chains; None allows every peer.
         self.rules = config.rules
+        #: Opens models' checkpoints, from this machine or the hub.
+        self.checkpoints = checkpoints
         self._spans = spans
-        self._checkpoints = checkpoints
 
     def __repr__(self) -> str:
         return f"<Peer {self.peer_id} {' '.join(str(served.span) for served in self.served) or 'client'}>"
@@ -116,7 +117,7 @@ class Peer:
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
         from peerd.client.open_model import open_model
 
-        async with self._checkpoints.open(path, revision) as checkpoint, open_model(self, checkpoint) as model:
+        async with self.checkpoints.open(path, revision) as checkpoint, open_model(self, checkpoint) as model:
             yield model
 
     @asynccontextmanager
@@ -131,7 +132,7 @@ class Peer:
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
         from peerd.client.open_model import facts_of, open_blocks
 
-        async with self._checkpoints.open(path, revision) as checkpoint:
+        async with self.checkpoints.open(path, revision) as checkpoint:
             await fetch_head(checkpoint)
             await trio.to_thread.run_sync(on_checkpoint, checkpoint)
             facts = facts_of(checkpoint)
@@ -141,7 +142,7 @@ class Peer:
     @property
     def hub(self) -> HubSettings:
         """How adapters of a client are fetched from the hub."""
-        return self._checkpoints.settings
+        return self.checkpoints.settings
 
     @property
     def prober(self) -> RttProber:

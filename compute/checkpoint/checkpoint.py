@@ -79,6 +79,11 @@ class Checkpoint:
         self._weights.close()
 
     @property
+    def weights(self) -> Weights:
+        """The files that hold its tensors, for a checkpoint that is made from this one."""
+        return self._weights
+
+    @property
     def block_count(self) -> int:
         """How many blocks the model has."""
         return int(self.config.num_hidden_layers)

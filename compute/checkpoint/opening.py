@@ -11,6 +11,7 @@ from peerd.compute.checkpoint.hub.id import HubId, hub_id_of
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.checkpoint.packed.packing import packing_of
 from peerd.compute.checkpoint.published_config import make_config, quantization_of, text_config
+from peerd.compute.checkpoint.trained import DESCRIPTION, Description, TrainedCheckpoint
 from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.lookup import family_named
@@ -51,6 +52,8 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSe
     if hub_id is not None:
         return _open_hub(hub_id, hub or HubSettings())
     path = Path(path).expanduser()
+    if (path / DESCRIPTION).is_file():
+        return _open_trained(path, hub)
     if path.is_dir():
         from peerd.compute.checkpoint.folder import LocalFolder
 
@@ -64,6 +67,19 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, hub: HubSe
         f"{path}: {found} a directory with config.json and safetensors, or a .gguf file, or called org/name"
         " (or org/name:Q4_K_M) on the hub"
     )
+
+
+def _open_trained(folder: Path, hub: HubSettings | None) -> TrainedCheckpoint:
+    """Open a trained model's folder, and its base."""
+    description = Description.read(folder / DESCRIPTION)
+    base = open_checkpoint(description.base, hub=hub)
+    try:
+        if base.model_digest != description.base_digest:
+            raise CheckpointError(f"{folder}: was trained from other weights than those at {description.base}")
+        return TrainedCheckpoint(base, description, folder)
+    except BaseException:
+        base.close()
+        raise
 
 
 def _open_hub(hub_id: HubId, settings: HubSettings) -> Checkpoint:

@@ -6,7 +6,6 @@ A batch becomes one ragged forward `[1, positions, hidden_size]`. A model whose 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,7 +18,7 @@ from peerd.compute.engine.paged_views import MixedView, can_page
 from peerd.compute.kv.layout import KVLayout
 from peerd.compute.kv.pool import KVPool
 from peerd.compute.model.linear_choice import pack_linears
-from peerd.compute.model.span_model import SpanModel, slice_lists
+from peerd.compute.model.span_model import SpanModel, part_of
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span
 
@@ -154,7 +153,7 @@ class SpanRunner:
     def _model(self, blocks: Span) -> SpanModel:
         model = self._models.get(blocks)
         if model is None:
-            model = self._models[blocks] = _part_of(self._whole, blocks)
+            model = self._models[blocks] = part_of(self._whole, blocks)
         return model
 
 
@@ -170,15 +169,3 @@ def _rope_lengths(model: SpanModel, segments: Sequence[Segment]) -> torch.Tensor
         return None
     lengths = [length for segment in segments for length in segment.rope_lengths]
     return upload(lengths, model.device)[None]
-
-
-def _part_of(model: SpanModel, blocks: Span) -> SpanModel:
-    """The model of some of a span's blocks, sharing the weights. Layers keep their numbers, which the pool uses."""
-    part = Span(blocks.start - model.span.start, blocks.end - model.span.start)
-    decoder = copy.copy(model.decoder)
-    decoder._modules = dict(decoder._modules)
-    decoder.config = copy.deepcopy(model.config)
-    slice_lists(decoder.config, len(model.span), part)
-    setattr(decoder, model.family.layers, model.layers[part.start : part.end])
-    kinds = model.kinds[part.start : part.end]
-    return SpanModel(decoder, model.family, blocks, kinds, device=model.device, dtype=model.dtype).eval()

@@ -90,6 +90,22 @@ class Head:
                 result[start : start + POSITIONS_AT_ONCE] = output.logits[:, 0]
         return result
 
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The mean cross-entropy of predicting `targets`, int64 [n], from the last block's output [n, hidden size], and
+        its gradient, fp32 [n, hidden size], on the CPU.
+        """
+        weight, total = self.embedding_weight, 0.0
+        grads = []
+        for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+            part = hidden[start : start + POSITIONS_AT_ONCE].to(weight.device, torch.float32).requires_grad_()
+            own = targets[start : start + POSITIONS_AT_ONCE].to(weight.device)
+            with torch.enable_grad():
+                output = self.model(inputs_embeds=part[:, None].to(weight.dtype), use_cache=False)
+                loss = nn.functional.cross_entropy(output.logits[:, 0].float(), own, reduction="sum") / len(hidden)
+            grads.append(torch.autograd.grad(loss, part)[0].cpu())
+            total += float(loss.detach())
+        return total, torch.cat(grads)
+
 
 @dataclass(frozen=True, slots=True)
 class HeadModel:

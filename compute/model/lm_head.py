@@ -9,9 +9,11 @@ product; for eight, 2.5 times as much on a CPU with bf16 multiplication, and les
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,10 +40,28 @@ class LmHead(nn.Module):
         if weight.device.type != "cpu":
             # Other devices sum the product in fp32; only its result is rounded.
             return nn.functional.linear(hidden, weight, self.bias).float()
-        logits = _product(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
+        product: Any = _Product.apply
+        logits = product(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
         if self.bias is not None:
             logits += self.bias.float()
         return logits.view(*hidden.shape[:-1], len(weight))
+
+
+class _Product(torch.autograd.Function):
+    """`_product`, whose first argument has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _product(hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        hidden = torch.zeros(len(grad), weight.shape[1])
+        for part, own in _slices(weight):
+            hidden += grad[:, own] @ part
+        return hidden, None
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -68,14 +88,9 @@ def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _sliced(hidden: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor) -> None:
     """Write the product into `logits`, in slices of the vocabulary."""
-    vocabulary, width = weight.shape
-    rows = max(1, SLICE_BYTES // (width * 4))
-    buffer = torch.empty(min(rows, vocabulary), width)
     with torch.no_grad():
-        for start in range(0, vocabulary, rows):
-            end = min(start + rows, vocabulary)
-            part = buffer[: end - start].copy_(weight[start:end])
-            logits[:, start:end] = hidden @ part.T
+        for part, own in _slices(weight):
+            logits[:, own] = hidden @ part.T
 
 
 @cache
@@ -94,3 +109,13 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     # The number is also what threads get that begin to use torch later.
     torch.set_num_threads(threads)
     return pool
+
+
+def _slices(weight: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice]]:
+    """The matrix in fp32, slice by slice in one buffer, each with the rows that it has."""
+    vocabulary, width = weight.shape
+    rows = max(1, SLICE_BYTES // (width * 4))
+    buffer = torch.empty(min(rows, vocabulary), width)
+    for start in range(0, vocabulary, rows):
+        end = min(start + rows, vocabulary)
+        yield buffer[: end - start].copy_(weight[start:end]), slice(start, end)

@@ -8,6 +8,7 @@ treatment of embeddings moves to the head.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -201,3 +202,15 @@ def slice_lists(config: PreTrainedConfig, block_count: int, span: Span) -> None:
         if isinstance(value, (list, tuple)) and len(value) == block_count:
             setattr(config, name, value[span.start : span.end])
     config.num_hidden_layers = len(span)
+
+
+def part_of(model: SpanModel, blocks: Span) -> SpanModel:
+    """The model of some of a span's blocks, sharing the weights. Layers keep their numbers, which caches use."""
+    part = Span(blocks.start - model.span.start, blocks.end - model.span.start)
+    decoder = copy.copy(model.decoder)
+    decoder._modules = dict(decoder._modules)
+    decoder.config = copy.deepcopy(model.config)
+    slice_lists(decoder.config, len(model.span), part)
+    setattr(decoder, model.family.layers, model.layers[part.start : part.end])
+    kinds = model.kinds[part.start : part.end]
+    return SpanModel(decoder, model.family, blocks, kinds, device=model.device, dtype=model.dtype).eval()

@@ -214,6 +214,10 @@ class PassRunner:
             raise NonFiniteError.of(given.blocks, self.whole.dtype, what)
         return values
 
+    def home(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Bring the gradient of a trained tensor to where its values are kept: the CPU, from where it is sent."""
+        return gradient.cpu()
+
     def on_device(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.to(self.whole.device, self.whole.dtype)
 
@@ -312,7 +316,9 @@ class BackwardWork(TrainingWork):
                 grad = self._back(block, micro, entries.pop(), grad, sums)
                 yield
             micro.scatter(runner.finite(grad.cpu(), tape.given, _GRADIENT), result)
-        self.gradients = {name: runner.finite(total.cpu(), tape.given, _GRADIENT) for name, total in sums.items()}
+        self.gradients = {
+            name: runner.finite(runner.home(total), tape.given, _GRADIENT) for name, total in sums.items()
+        }
         self.grad = result
 
     def _spare_bytes(self, micro: MicroBatch) -> int:

@@ -124,8 +124,9 @@ def _print_addresses(addresses: Sequence[Multiaddr]) -> None:
 
 async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer:
     identity = stack.enter_context(load_or_create_identity(daemon.identity_file))
-    state_dir = _state_dir(daemon.identity_file)
-    opening = open_configured(replace(daemon.config, identity=identity, state_dir=state_dir, hub=hub))
+    opening = open_configured(
+        replace(daemon.config, identity=identity, state_dir=state_dir(daemon.identity_file), hub=hub)
+    )
     try:
         return await stack.enter_async_context(opening)
     except OSError as error:
@@ -221,7 +222,7 @@ class _Stopping:
         self.asked.set()
 
 
-def _state_dir(identity: Path) -> Path:
+def state_dir(identity: Path) -> Path:
     """The peer's files belong to its identity: beside `identity.key` is `identity.state`."""
     return identity.with_suffix(".state")
 

@@ -31,6 +31,7 @@ from peerd.cli.options.shared import (
     speculate_option,
     verbose_option,
 )
+from peerd.cli.options.train_span import train_span_options
 from peerd.cli.processes import ProcessEnded
 from peerd.cli.standard_files import OutputFailed, flush_standard_files, guard_standard_files
 from peerd.compute.errors import CheckpointError
@@ -198,6 +199,36 @@ def generate(
     request = Request(prompt or "", chat, options, adapter, speculate)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     _run_once(ctx, work, verbose=verbose)
+
+
+@cli.command("train-span", epilog=_EXIT_CODES)
+@click.argument("model", type=parse_model, metavar="MODEL")
+@revision_option
+@train_span_options
+@join_options
+@verbose_option
+@click.pass_context
+def train_span(
+    ctx: click.Context, /, model: Path | str, revision: str | None, text_file: TextIO, verbose: bool, **options: Any
+) -> None:
+    """Train whole blocks of MODEL on the servers that hold them.
+
+    A server allows that only to clients that its operator has named with --trainable, and trains a copy: what it
+    serves to others stays as it is. Run the command again to go on from the last snapshot.
+    """
+    swarm = joining(options)
+    if not swarm.bootstrap:
+        raise click.UsageError("--bootstrap is missing: give an address that a peer of the swarm printed")
+    try:
+        text = text_file.read()
+    except (OSError, UnicodeError) as error:
+        raise click.UsageError(f"cannot read the text: {error}") from error
+    with working("starting"):
+        from peerd.cli.train_span import TrainRequest
+        from peerd.cli.train_span import train_span as run_training
+
+    request = TrainRequest(text=text, **options)
+    _run_once(ctx, partial(run_training, at_revision(model, revision), swarm, request), verbose=verbose)
 
 
 @cli.command(epilog=_EXIT_CODES)

@@ -60,6 +60,10 @@ class HeadTask:
         assert request.logits is not None
         return request.logits
 
+    async def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The mean loss of predicting `targets`, `[n]`, from `[n, width]`, and its gradient; see `Head.loss`."""
+        return await trio.to_thread.run_sync(self._head.loss, hidden, targets, limiter=self._limiter)
+
     async def run(self) -> None:
         """Answer requests until cancelled."""
         while True:

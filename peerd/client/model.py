@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from peerd.client.blocks import Adapter, ModelFacts, ServedBlocks
-from peerd.client.finding.finder import ChainFinder
+from peerd.client.finding.finder import FRESH_S, ChainFinder, Patience
 from peerd.client.head_task import HeadTask
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
-from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.errors import InvalidRequest, NotServed
+from peerd.routing.directory.directory import CACHE_S
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
     from peerd.client.sampling import SamplingParams
+    from peerd.client.training.span_lane import SpanLane
     from peerd.compute.checkpoint.hub.settings import HubSettings
+    from peerd.protocol.identity import PeerId
+    from peerd.protocol.messages.span_training import SpanBegin
 
 __all__ = ["Adapter", "ModelFacts", "SwarmModel"]
 
@@ -58,6 +62,41 @@ class SwarmModel(ServedBlocks):
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
         return await self._head.logits(hidden)
+
+    async def loss(self, hidden: torch.Tensor, texts: Sequence[Sequence[int]]) -> tuple[float, torch.Tensor]:
+        """The mean loss of predicting each text's tokens from the second on, and its gradient.
+
+        `hidden` is the last block's output for the packed texts, `[sum of their lengths, width]`, and so is the
+        gradient.
+        """
+        import torch
+
+        whole = torch.zeros(hidden.shape)
+        predicting = torch.ones(len(hidden), dtype=torch.bool)
+        predicting[torch.tensor([len(text) for text in texts]).cumsum(0) - 1] = False
+        targets = torch.tensor([token for text in texts for token in text[1:]])
+        loss, whole[predicting] = await self._head.loss(hidden[predicting], targets)
+        return loss, whole
+
+    async def open_span(self, begin: SpanBegin, peer: PeerId | None = None) -> SpanLane:
+        """Open a copy of a span for training, on `peer` or on the first peer that allows it. Raises NotServed, and the
+        error with which the peers refuse.
+        """
+        from peerd.client.training.span_lane import open_span_lane
+
+        give_up_at = trio.current_time() + Patience().missing_s
+        max_age_s = CACHE_S
+        while True:
+            offers = await self._tools.finder.offers(max_age_s)
+            wanted = [offer for offer in offers if peer in (None, offer.peer_id)]
+            try:
+                return await open_span_lane(self._tools.opener.connections, wanted, begin, self.facts.width)
+            except NotServed:
+                if trio.current_time() >= give_up_at:
+                    raise
+                # A server that has just started may be announced meanwhile.
+                max_age_s = FRESH_S
+                await trio.sleep(FRESH_S)
 
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
         """Turn text into token ids; with `chat`, as a user's turn in the model's chat template. Raises

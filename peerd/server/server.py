@@ -55,12 +55,14 @@ from peerd.protocol.messages.session import (
     Route,
     Step,
 )
+from peerd.protocol.messages.span_training import SPAN_PROTOCOL
 from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
 from peerd.server.engine_task import EngineTask
 from peerd.server.hosted_session import HostedSession
 from peerd.server.next_hop import open_link
 from peerd.server.served_spans import ServedSpan, _Running
 from peerd.server.session_table import HostedSessions, SessionKey
+from peerd.server.span_training import SpanTrainings
 from peerd.server.training import PassServer, PassSpan
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).
@@ -100,10 +102,12 @@ class Server:
         self._wanted = trio.Event()
         self._attached = trio.Event()
         self.passes = PassServer(self._find_passes)
+        self.trainings = SpanTrainings()
         self.handlers = {
             INFER_PROTOCOL: self._handle_control,
             LINK_PROTOCOL: self._handle_link,
             PASS_PROTOCOL: self.passes.handle,
+            SPAN_PROTOCOL: self.trainings.handle,
             ADAPTER_PROTOCOL: self._handle_upload,
             PROGRESS_PROTOCOL: self._handle_ask,
         }
@@ -172,6 +176,7 @@ class Server:
                 session.close()
             await self._sessions.wait_unused(served.task)
             await self.passes.end_lanes(served.task)
+            await self.trainings.end(served.task)
             await self._running[served.task].stop()
         del self._running[served.task]
         self.spans = tuple(other for other in self.spans if other is not served)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from peerd.spans.mover import Rebalancer
     from peerd.spans.spec import ServeSpec
     from peerd.spans.swap import Reloader, SpanSwap
+    from peerd.spans.trainable import TrainableSpans
 
 # How long a server waits until it is announced; then it goes on even if no peer answers.
 ANNOUNCE_WAIT_S = 2.0
@@ -71,6 +72,9 @@ class SpanHost:
         self._is_announcing = self._is_measuring = False
         # What loads spans while we serve.
         self._movers: list[Rebalancer | Reloader] = []
+        self._reloaders: dict[Slot, Reloader] = {}
+        # What opens copies of our spans for training; None while nobody may train.
+        self._copies: TrainableSpans | None = None
 
     def __repr__(self) -> str:
         return f"<SpanHost {' '.join(str(served.span) for served in self._server.spans)}>"
@@ -120,6 +124,8 @@ class SpanHost:
                 if moves and len(span) < block_count:
                     self._start_moving(slot, slot.loader, swap, block_count, spec.look_every_s)
             self._announce_model(words)
+            if spec.trainable is not None:
+                self._let_train()
         finally:
             for slot in reserved:
                 self._slots.release(slot)
@@ -127,6 +133,21 @@ class SpanHost:
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await self._discovery.wait_announced()
         return tuple(served for served, _ in ready)
+
+    async def withdraw(self, served: ServedSpan) -> None:
+        """Stop serving a span of `serve`, which does not move. Raises InvalidRequest if it is not served any more."""
+        slot = self._slots.of(served)
+        self._reloaders.pop(slot).stop()
+        await self._server.withdraw(served)
+        self._slots.release(slot)
+        self._discovery.announce_soon()
+
+    def _let_train(self) -> None:
+        from peerd.spans.trainable import TrainableSpans
+
+        if self._copies is None:
+            self._copies = TrainableSpans(self._slots, self.serve, self.withdraw)
+            self._server.trainings.attach(self._copies.open)
 
     def _promised_bytes(self) -> int:
         """The host memory that the served spans may still take."""
@@ -152,6 +173,7 @@ class SpanHost:
         swap = SpanSwap(slot, loader, self._server, self._discovery, random, containment)
         reloader = Reloader(slot, swap, self._server, random)
         self._movers.append(reloader)
+        self._reloaders[slot] = reloader
         self._keep("loading blocks again", reloader.run)
         return swap
 

@@ -159,21 +159,26 @@ class SpanLoader:
         self._digest = digest
         self.promised_bytes_of = promised_bytes
 
+    @property
+    def spec(self) -> ServeSpec:
+        """The operator's wishes, as they are now."""
+        return self._spec
+
     async def on_disk(self) -> frozenset[int]:
         """The blocks that need no download. Raises CheckpointError."""
-        async with self._open() as checkpoint:
+        async with self.open() as checkpoint:
             return await trio.to_thread.run_sync(lambda: checkpoint.blocks_on_disk)
 
     async def fetch(self, span: Span) -> None:
         """Download the span's files to this machine. Raises CheckpointError."""
-        async with self._open() as checkpoint:
+        async with self.open() as checkpoint:
             await fetch_span(checkpoint, span)
 
     async def load(self, span: Span) -> tuple[ServedSpan, LoadedSpan]:
         """Load an engine over the span. Raises CheckpointError, InvalidRequest, OSError, MemoryError,
         torch.OutOfMemoryError.
         """
-        async with self._open() as checkpoint:
+        async with self.open() as checkpoint:
             await fetch_span(checkpoint, span)
             spec = replace(self._spec, promised_bytes=self.promised_bytes_of())
             return await load_served(spec, checkpoint, span)
@@ -191,7 +196,8 @@ class SpanLoader:
         self._spec = replace(self._spec, adapters=tuple(pair for pair in self._spec.adapters if pair[0] != name))
 
     @asynccontextmanager
-    async def _open(self) -> AsyncIterator[Checkpoint]:
+    async def open(self) -> AsyncIterator[Checkpoint]:
+        """The model's checkpoint. Raises CheckpointError if it is no longer the one that is served."""
         async with self._checkpoints.open(self._spec.model, self._spec.revision) as checkpoint:
             digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
             if digest != self._digest:

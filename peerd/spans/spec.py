@@ -7,7 +7,22 @@ from pathlib import Path
 
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.quantized.formats import NONE
+from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """Who may train a copy of our blocks, and how far.
+
+    peers: the clients. folder: where their snapshots are kept. max_rate: the greatest learning rate. max_steps: how
+    many steps a copy may be away from the published weights.
+    """
+
+    peers: frozenset[PeerId]
+    folder: Path
+    max_rate: float = 1e-3
+    max_steps: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +44,7 @@ class ServeSpec:
     uplink: bytes a second that this machine can send, which clients use for planning; None for the measured value.
     look_every_s: how often the peer checks whether it should move; None for every five minutes.
     promised_bytes: the host memory that other spans of this peer may still take; `Peer.serve` fills it in.
+    trainable: who may train a copy of the blocks; None: nobody.
     hub: how adapters are fetched; `Peer.serve` fills it in.
     """
 
@@ -48,4 +64,5 @@ class ServeSpec:
     among: tuple[str, ...] = ()
     uplink: int | None = None
     promised_bytes: int = 0
+    trainable: Trainable | None = None
     hub: HubSettings | None = None

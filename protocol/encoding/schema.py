@@ -28,6 +28,15 @@ def integer(low: int, high: int) -> Rule:
     return rule
 
 
+def number(low: float, high: float) -> Rule:
+    def rule(value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"a number from {low} to {high}")
+        return float(value)
+
+    return rule
+
+
 def text(max_length: int) -> Rule:
     def rule(value: Any) -> str:
         if type(value) is not str or len(value) > max_length:

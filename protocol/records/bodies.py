@@ -23,6 +23,7 @@ from peerd.protocol.encoding.schema import (
     group,
     integer,
     many,
+    number,
     optional,
     required,
 )
@@ -70,15 +71,6 @@ def intention_slot(slot: int) -> int:
 ServerState = Literal["joining", "online", "draining", "offline"]
 
 
-def _number(low: float, high: float) -> Rule:
-    def rule(value: Any) -> float:
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise ValueError(f"a number from {low} to {high}")
-        return float(value)
-
-    return rule
-
-
 def _label(max_chars: int, *, min_chars: int = 1) -> Rule:
     """Text that people will see, so it may hold no control characters."""
 
@@ -114,7 +106,7 @@ class Announcement(Message):
     """The fields of every body. `seq` grows with each record of a slot; `expires` is in unix seconds."""
 
     seq: int = required(integer(0, 2**63 - 1))
-    expires: float = required(_number(0, 2**53))
+    expires: float = required(number(0, 2**53))
 
     def to_payload(self) -> bytes:
         """The bytes that are signed. The envelope names the kind, so the payload leaves it out."""
@@ -208,16 +200,16 @@ class ServerRecord(Announcement):
     dtype: str = required(_label(16))
     quantization: str = required(_label(16))
     codecs: tuple[str, ...] = required(_codecs)
-    throughput: float = required(_number(0, 1e12))
+    throughput: float = required(number(0, 1e12))
     free_tokens: int = required(integer(0, 2**40))
     max_length: int = required(integer(0, 2**32 - 1))
     adapters: tuple[str, ...] = optional(_adapters, ())
-    rtts: tuple[tuple[PeerId, float], ...] = optional(many(group(_peer, _number(0, 3600)), MAX_RTTS), (), _dump_rtts)
+    rtts: tuple[tuple[PeerId, float], ...] = optional(many(group(_peer, number(0, 3600)), MAX_RTTS), (), _dump_rtts)
     block_roots: tuple[bytes, ...] = optional(many(_digest, MAX_SHARDS), ())
     slot: int = optional(integer(0, 2 * MAX_SLOTS - 1), 0)
     client_adapters: int = optional(integer(0, 2**40), 0)
-    queue_s: float = optional(_number(0, 3600), 0.0)
-    uplink: float = optional(_number(0, 1e12), 0.0)
+    queue_s: float = optional(number(0, 3600), 0.0)
+    uplink: float = optional(number(0, 1e12), 0.0)
 
     def __post_init__(self) -> None:
         shards = len(shards_of(self.span))

@@ -144,6 +144,10 @@ class Finder:
     def _offers(self) -> list[Offer]:
         return [host.offer() for host in self.swarm.hosts if host.online]
 
+    async def offers(self, max_age_s: float) -> list[Offer]:
+        await trio.lowlevel.checkpoint()
+        return self._offers()
+
     def avoided(self) -> frozenset[PeerId]:
         return self.track_record.avoided()
 

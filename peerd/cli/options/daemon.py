@@ -20,6 +20,7 @@ from peerd.cli.options.parsing import (
     parse_limit,
     parse_memory,
     parse_named_model,
+    parse_peer_id,
 )
 from peerd.cli.options.relay import relay_options, relaying
 from peerd.cli.options.rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
@@ -35,8 +36,9 @@ from peerd.cli.options.shared import (
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon, Offered
-    from peerd.spans.spec import ServeSpec
+    from peerd.spans.spec import ServeSpec, Trainable
 
+DEFAULT_IDENTITY = platformdirs.user_state_path("peerd") / "identity.key"
 
 _OPTIONS = (
     click.option(
@@ -195,6 +197,26 @@ _OPTIONS = (
         help="Announce that this machine can send this much a second, such as 2.5MB for 20 Mbit/s. Clients then prefer"
         " faster lines for long prompts and training. Default: what its connections show.",
     ),
+    click.option(
+        "--trainable",
+        type=parse_peer_id,
+        multiple=True,
+        metavar="PEERID",
+        help="Let this client train a copy of the blocks (peerd train-span). What others are served stays as it is."
+        " Repeat it for several.",
+    ),
+    click.option(
+        "--trainable-rate",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="RATE",
+        help="The greatest learning rate of such clients. Default: 0.001.",
+    ),
+    click.option(
+        "--trainable-steps",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="How many steps a copy may be away from the published weights. Default: 10000.",
+    ),
     relay_options,
     click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers."),
 )
@@ -235,7 +257,7 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
 
     specs = (_spec(options, models[0][1] if models else ""),) if options.serves else ()
     return Daemon(
-        identity_file=options.identity or platformdirs.user_state_path("peerd") / "identity.key",
+        identity_file=options.identity or DEFAULT_IDENTITY,
         config=PeerConfig(
             listen=options.listen or ((DEFAULT_LISTEN,) if options.serves else ()),
             announce=options.announce,
@@ -275,6 +297,21 @@ def _spec(options: DaemonOptions, model: Path | str) -> ServeSpec:
         stay=serving.stay,
         look_every_s=serving.look_every_s,
         uplink=serving.uplink,
+        trainable=_trainable(options),
+    )
+
+
+def _trainable(options: DaemonOptions) -> Trainable | None:
+    serving = options.serving
+    if not serving.trainable:
+        return None
+    from peerd.cli.daemon import state_dir
+    from peerd.spans.spec import Trainable
+
+    limits: dict[str, Any] = {"max_rate": serving.trainable_rate, "max_steps": serving.trainable_steps}
+    folder = state_dir(options.identity or DEFAULT_IDENTITY) / "trained"
+    return Trainable(
+        frozenset(serving.trainable), folder, **{name: each for name, each in limits.items() if each is not None}
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from peerd.cli.options.parsing import is_loopback
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class ServingOptions:
     stay: bool = False
     look_every_s: float | None = None
     uplink: int | None = None
+    trainable: tuple[PeerId, ...] = ()
+    trainable_rate: float | None = None
+    trainable_steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +119,18 @@ RULES: tuple[Rule, ...] = (
     (
         lambda options: not options.serves and options.serving != ServingOptions(),
         "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters,"
-        " --uplink, --look-every and --no-move say how to serve: add --serve-blocks",
+        " --uplink, --trainable, --look-every and --no-move say how to serve: add --serve-blocks",
+    ),
+    (
+        lambda options: options.serving.trainable and not (options.names_a_span or options.serving.stay),
+        "--trainable is for blocks that stay: name them, --serve-blocks A:B, or add --no-move",
+    ),
+    (
+        lambda options: (
+            not options.serving.trainable
+            and (options.serving.trainable_rate is not None or options.serving.trainable_steps is not None)
+        ),
+        "--trainable-rate and --trainable-steps limit those whom --trainable names: add it",
     ),
     (
         lambda options: not (options.accepts or options.api.is_offered),

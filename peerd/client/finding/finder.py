@@ -246,6 +246,9 @@ class ChainFinder(Protocol):
     async def adapter_id(self, name: str, blocks: Span) -> str:
         """The id that an adapter's name has for `blocks`. Raises NoChain, which lists the adapters that there are."""
 
+    async def offers(self, max_age_s: float) -> list[Offer]:
+        """What permitted peers announce, from a lookup that is at most `max_age_s` old."""
+
     def avoided(self) -> frozenset[PeerId]:
         """The peers that are left out now, for a while."""
 

@@ -37,6 +37,7 @@ def adapter_for(family: str, model: Any) -> LoraAdapter:
 
 @pytest.mark.parametrize("family", MODULES)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft_and_peerd_read_what_was_written(family: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model(FAMILIES[family])

@@ -20,10 +20,14 @@ from peerd.cli.main import cli
 from peerd.cli.options.shared import joining
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import ConnectionLost, ContextTooLong, LinkFailed, NoChain, NoRoom, PeerdError
+from peerd.protocol.identity import Identity
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.routing.chains.rules import Manifest
+from peerd.spans.spec import Trainable
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
+
+PEER = ADDRESS.rpartition("/")[2]
 
 
 def run(*arguments: str) -> Result:
@@ -110,6 +114,11 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["--client", "--models", "org/*"], "--serve-blocks auto or N"),
         (["--serve-blocks", "auto", "--models", "org/*", "--revision", "main"], "which commit it serves"),
         (["--client", "--look-every", "60"], "add --serve-blocks"),
+        (["--serve-blocks", "auto", "--model", "MODEL", "--trainable", PEER], "or add --no-move"),
+        (["--serve-blocks", "0:4", "--model", "MODEL", "--trainable-rate", "0.1"], "whom --trainable names"),
+        (["--client", "--trainable", PEER], "add --serve-blocks"),
+        (["train-span", "MODEL", "--blocks", "0:1", "--text", "MODEL/config.json", "--output", "x"], "--bootstrap"),
+        (["train-span", "MODEL", "--blocks", "4"], "4"),
         (["--client", "--model", "=MODEL"], "has no name"),
         (["--client", "--model", "a=MODEL", "--model", "a=MODEL"], "the same NAME"),
         (["--client", "--http", "8080"], "HOST:PORT"),
@@ -155,13 +164,16 @@ def test_what_a_daemon_is_told_reaches_what_it_serves_and_offers(model: str, mon
 
     monkeypatch.setattr(cli_serve, "run_daemon", be)
     serving = ("--serve-blocks", "auto", "--no-move", "--quantize", "int8", "--throughput", "500", "--model", model)
-    serving += ("--uplink", "2.5MB", "--look-every", "60")
+    client = str(Identity.generate().peer_id)
+    serving += ("--uplink", "2.5MB", "--look-every", "60", "--trainable", client, "--trainable-steps", "500")
+    serving += ("--identity", f"{model}/own.key")
     result = run(*serving, "--http", "127.0.0.1:8080", "--token-file", f"{model}/token", "--socket", f"{model}/p.sock")
     assert result.exit_code == 0, result.stderr
     (daemon,) = daemons
     (spec,) = daemon.config.serve
     assert (spec.blocks, spec.stay, spec.quantize, spec.throughput) == (None, True, "int8", 500)
     assert (spec.uplink, spec.look_every_s) == (2_500_000, 60)
+    assert spec.trainable == Trainable(frozenset({client}), Path(model) / "own.state/trained", max_steps=500)
     offer = daemon.offer
     assert offer is not None
     assert (offer.http, offer.token_file) == (("127.0.0.1", 8080), Path(model) / "token")
