@@ -82,6 +82,11 @@ class StreamReset(PeerFault):
         super().__init__(message)
         self.reason = reason
 
+    @property
+    def refusal(self) -> PeerdError:
+        """The error for a caller whose question was never answered: Overloaded if the peer had no room for it."""
+        return Overloaded(str(self)) if self.reason == Overloaded.code else self
+
 
 class BadResult(PeerFault):
     """The peer answered with values that cannot be right: wrong shape, non-finite."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from peerd import __version__
 
 if TYPE_CHECKING:
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from peerd.peer import Peer
     from peerd.routing.directory.offer import Offer
 
+# How many scores, and how many avoided peers, a status lists: the worst.
+MAX_LISTED = 64
+# How much it tells of a reason, which may be a stranger's words.
+MAX_WHY = 200
 # Status need not be fresher than this, which spares the DHT.
 _MAX_AGE_S = 2.0
 
@@ -64,6 +70,8 @@ class Status:
                 }
                 for peer_id, connection in sorted(connections.items(), key=lambda item: str(item[0]))
             ],
+            "refused": _refused(peer),
+            "avoided": _avoided(peer),
             "serving": [
                 {
                     "model": served.model.hex(),
@@ -120,6 +128,32 @@ def coverage_of(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, i
 def _reachability(peer: Peer) -> dict[str, Any]:
     here = peer.reachability.here
     return {"state": here.reach.value, "seen_at": [str(ip) for ip in here.observed], "why": here.why}
+
+
+def _refused(peer: Peer) -> list[dict[str, Any]]:
+    """What peers and addresses did wrong lately, and for how long we refuse them."""
+    return [
+        {
+            "name": score.name,
+            "score": round(score.points, 1),
+            "banned_s": round(score.banned_s, 1),
+            "reasons": score.reasons,
+        }
+        for score in peer.connections.containment.scores.listed(trio.current_time())[:MAX_LISTED]
+    ]
+
+
+def _avoided(peer: Peer) -> list[dict[str, Any]]:
+    """The servers that we leave out of our own chains."""
+    return [
+        {
+            "peer_id": str(one.peer_id),
+            "for_s": round(one.for_s, 1),
+            "failures": one.failures,
+            "why": one.why[:MAX_WHY],
+        }
+        for one in peer.discovery.track_record.avoidance()[:MAX_LISTED]
+    ]
 
 
 def _relayed_by(peer: Peer) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from peerd.cli.console import short, table, write
+from peerd.cli.console import printable, short, table, write
 from peerd.local.socket_path import default_socket_path
 from peerd.protocol.errors import InvalidRequest, Unresponsive
 
@@ -52,6 +52,8 @@ def describe(status: dict[str, Any]) -> str:
         runs = ", ".join(f"{run['blocks']} by {run['servers'] or 'no server'}" for run in model["coverage"])
         state = "complete" if model["covered"] else "incomplete"
         lines.append(f"model     {model['name']}: {state}, {model['servers']} servers ({runs})")
+    lines += [f"refused   {_refused(score)}" for score in status["refused"]]
+    lines += [f"avoided   {short(one['peer_id'])} {_avoided(one)}" for one in status["avoided"]]
     rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"]), _way(peer["relay"])) for peer in status["peers"]]
     return "\n".join(lines) + f"\n\n{len(rows)} peers connected" + (f"\n{table(rows)}" if rows else "")
 
@@ -82,6 +84,20 @@ def _reach(reachability: dict[str, Any]) -> str:
     seen_at = ", ".join(reachability["seen_at"])
     words = [reachability["state"], f", seen at {seen_at}" if seen_at else ""]
     return "".join(words) + (f": {reachability['why']}" if reachability["why"] else "")
+
+
+def _refused(score: dict[str, Any]) -> str:
+    """What a peer or an address did wrong lately."""
+    name = short(score["name"]) if score["name"].startswith("12D3") else score["name"]
+    ban = f"for {_duration(score['banned_s'])}" if score["banned_s"] else "not yet"
+    reasons = ", ".join(f"{reason} ({count}x)" for reason, count in score["reasons"].items())
+    return printable(f"{name} {ban}, score {score['score']:.0f} of 100: {reasons}")
+
+
+def _avoided(one: dict[str, Any]) -> str:
+    """For how long we use a peer for nothing, and why."""
+    until = f"for {_duration(one['for_s'])}" if one["for_s"] else "until it answers"
+    return printable(" ".join(f"{until}: {one['why']}".split()) if one["why"] else until)
 
 
 def _rtt(milliseconds: float | None) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import trio
 
+from peerd.discovery.question_rates import QuestionRates
 from peerd.net.connections import Connections, Stream
-from peerd.net.limits.owners import network_of
+from peerd.net.limits.owners import Owner, network_of
 from peerd.protocol.connection.frames import Priority
-from peerd.protocol.errors import InvalidRequest, RemoteProtocolError, UnsupportedFeature
+from peerd.protocol.errors import InvalidRequest, Overloaded, RemoteProtocolError, StreamReset, UnsupportedFeature
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Failure
 from peerd.protocol.records.envelope import MAX_RECORD_BYTES
@@ -50,6 +51,8 @@ class StreamTransport:
                 answer = await stream.receive(max_body=MAX_BODY_BYTES)
             except trio.EndOfChannel:
                 raise RemoteProtocolError(f"{contact.peer_id} finished without an answer") from None
+            except StreamReset as reset:
+                raise reset.refusal from None
         if answer.header.get("type") == Failure.TYPE:
             raise Failure.from_header(answer.header).error
         return Packet(answer.header, unpack_records(answer.body))
@@ -70,8 +73,10 @@ class StreamTransport:
                     nursery.start_soon(connections.find, contact.peer_id, address, connections.strangers_policy)
 
 
-async def answer_question(dht: Dht, stream: Stream) -> None:
+async def answer_question(dht: Dht, rates: QuestionRates, stream: Stream) -> None:
     """Answer the question that opens a stream of the DHT's protocol, and end the stream.
+
+    A peer that asks too often is refused with `overloaded`, before its question is read.
 
     A DHT client resets the stream instead. A peer that asks one has an old entry of it in its routing table; the
     refusal makes it drop that entry.
@@ -79,13 +84,19 @@ async def answer_question(dht: Dht, stream: Stream) -> None:
     if not dht.addresses:
         stream.reset(UnsupportedFeature.code)
         return
+    owner = Owner.at(stream.peer, stream.connection.accountable_ip)
+    if not rates.may_ask(owner, trio.current_time()):
+        stream.reset(Overloaded.code)
+        return
     with trio.move_on_after(ANSWER_DEADLINE_S):
         async with stream:
             question = await stream.receive(max_body=MAX_BODY_BYTES)
             packet = Packet(question.header, unpack_records(question.body))
             try:
+                if not rates.may_store(owner, len(packet.records), trio.current_time()):
+                    raise Overloaded("you, or your network, store too many records")
                 answer = await dht.handle(stream.peer, packet, stream.connection.accountable_ip)
-            except InvalidRequest as error:
+            except (InvalidRequest, Overloaded) as error:
                 answer = Packet(Failure.of(error).to_header())
             await _send(stream, answer)
             stream.finish()

@@ -22,6 +22,7 @@ import trio
 from peerd.discovery.dht_streams import StreamTransport, answer_question
 from peerd.discovery.joining import Joining
 from peerd.discovery.own_records import Models, OwnRecords, Spans
+from peerd.discovery.question_rates import QuestionRates
 from peerd.discovery.rechecks import Rechecks
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
@@ -84,6 +85,7 @@ class Discovery:
         self._random = random
         self._where = where
         self._own = OwnRecords()
+        self._question_rates = QuestionRates()
         self._joining = Joining(connections, self.dht, random)
         self._moved = trio.Event()
         self._announcer = Announcer(identity, self.dht, self._state, self._own.now, clock)
@@ -128,7 +130,7 @@ class Discovery:
 
     async def answer(self, stream: Stream) -> None:
         """Handle a stream of the DHT's protocol."""
-        await answer_question(self.dht, stream)
+        await answer_question(self.dht, self._question_rates, stream)
 
     async def run(self, joined: trio.Event) -> None:
         """Join, then announce and keep what we know fresh, until cancelled. `joined` is set when the first attempt has

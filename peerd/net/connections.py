@@ -21,6 +21,7 @@ from peerd.net.dialling.dialler import Arrived, Dialler
 from peerd.net.dialling.prove import prove
 from peerd.net.dialling.sightings import Sightings
 from peerd.net.handlers import StreamHandler
+from peerd.net.limits.entry_rates import EntryRates
 from peerd.net.limits.gate import ConnectionLimits, Gate, Visit, connection_limits, descriptor_limit, host_of
 from peerd.net.live_connections import LiveConnections, Observer
 from peerd.net.loopback import loopback
@@ -33,7 +34,7 @@ from peerd.protocol.connection.budget import DEFAULT_TOTAL_BYTES, BufferBudget
 from peerd.protocol.connection.connection import ConnectionMachine, Limits
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.connection.hello import MAX_ITEMS, Hello
-from peerd.protocol.errors import PeerFault
+from peerd.protocol.errors import Overloaded, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.relay import INNER_PAYLOAD_BYTES
 from peerd.trio_tools import open_tasks
@@ -92,6 +93,7 @@ class Connections:
         self._limits = limits
         self._now = now
         self._gate = Gate(room.unproven)
+        self._rates = EntryRates()
         self._live = LiveConnections(containment, room.settled)
         self._dialler = Dialler(
             self.peer_id,
@@ -246,15 +248,27 @@ class Connections:
     async def _serve(self, channel: MessageChannel) -> None:
         relay = _relay_of(channel)
         ip = channel.remote_ip if relay is None else relay.remote_ip
-        if self.containment.refuses(ip=ip) or not self._live.has_room() or not self._gate.enter(ip):
-            log.debug("refused a connection from %s: too many connections, or it caused too many failures", ip)
+        visit = self._enter(ip)
+        if visit is None:
+            log.debug("refused a connection from %s: too many or too often, or the address is banned", ip)
             return
-        visit = Visit(self._gate, ip)
-        try:
-            with self.containment.around("a connection", ip=ip):
-                await self._connection(channel, initiator=False).run(partial(self._welcome, visit))
-        finally:
+        with trio.CancelScope() as scope:
+            visit.on_replaced = scope.cancel
+            try:
+                with self.containment.around("a connection", ip=ip):
+                    await self._connection(channel, initiator=False).run(partial(self._welcome, visit))
+            finally:
+                visit.leave()
+
+    def _enter(self, ip: IpAddress | None) -> Visit | None:
+        """A place for one more unproven peer; None if there is none for this address now."""
+        may_come = not self.containment.refuses(ip=ip) and self._live.has_room()
+        # An attempt that is refused here has cost us nothing, so only the others are counted.
+        visit = self._gate.enter(ip) if may_come and self._gate.has_room(ip) else None
+        if visit is not None and not self._rates.may_shake_hands(ip, trio.current_time()):
             visit.leave()
+            return None
+        return visit
 
     # From the proof of the peer's identity to the end.
 
@@ -271,13 +285,16 @@ class Connections:
     async def _welcome(self, visit: Visit, connection: PeerConnection) -> None:
         await self._wait_proven(connection)
         visit.leave()
-        await self._settle(connection)
+        if not self._rates.may_settle(connection.peer_id, trio.current_time()):
+            raise Overloaded("you dial again too often")
+        with self._live.arriving(connection):
+            await self._settle(connection)
 
     async def _wait_proven(self, connection: PeerConnection) -> None:
         """Wait for the proof of the peer's identity. Raises PeerFault for a peer with which we want no connection."""
         await connection.wait_proven()
         if self.containment.refuses(connection.peer_id, connection.accountable_ip):
-            raise PeerFault("the peer caused failures of ours lately")
+            raise PeerFault("the peer did too much wrong lately")
 
     async def _settle(self, connection: PeerConnection, arrived: Arrived | None = None) -> None:
         """Agree with the peer on this connection and exchange hellos, or end it. Raises PeerFault."""
@@ -312,6 +329,7 @@ class Connections:
             own=self.peer_id,
             handlers=self.handlers,
             containment=self.containment,
+            rates=self._rates,
             on_lost=self._live.remove,
             relay=relay,
         )

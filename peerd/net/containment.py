@@ -1,35 +1,29 @@
 """Stops unexpected exceptions at one connection, one handler or one task, so that they never end the daemon.
 
 Strangers choose the input of our code, so a bug of ours must not let them switch a peer off. `Containment` logs such an
-exception with its stack, counts it, and remembers the peer and address that caused it: a peer that causes three in a
-minute is refused for ten minutes. Under PEERD_STRICT=1, which tests and CI set, it raises the exception instead.
+exception with its stack, counts it, and adds it to the scores of the peer and address that caused it: a peer that
+causes three in a minute is refused for ten minutes. Under PEERD_STRICT=1, which tests and CI set, it raises the
+exception instead.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Final
 
 import trio
 
-from peerd.net.limits.gate import host_of
+from peerd.net.limits.scores import BUG, Scores
 from peerd.protocol.addresses import IpAddress
 from peerd.protocol.identity import PeerId
 
 log = logging.getLogger(__name__)
 
 STRICT_VARIABLE: Final = "PEERD_STRICT"
-# A peer that caused this many contained failures within WINDOW_S, and its address, are refused for REFUSED_S.
-MAX_FAILURES: Final = 3
-WINDOW_S: Final = 60.0
-REFUSED_S: Final = 600.0
-# How many peers and addresses are remembered. Keys cost nothing, so the list is bounded; the oldest are forgotten
-# first.
-MAX_REMEMBERED: Final = 4096
 # A task that fails starts again after this pause, and after twice the pause each time that it fails again soon.
 FIRST_PAUSE_S: Final = 1.0
 MAX_PAUSE_S: Final = 300.0
@@ -48,7 +42,8 @@ class Containment:
         self.is_strict = os.environ.get(STRICT_VARIABLE) == "1" if is_strict is None else is_strict
         #: How often each kind of failure was contained, by place and exception type.
         self.counts: Counter[str] = Counter()
-        self._culprits = _Culprits()
+        #: What peers and addresses did wrong lately.
+        self.scores = Scores()
         self._logged_at: dict[str, float] = {}
 
     def __repr__(self) -> str:
@@ -85,12 +80,12 @@ class Containment:
             raise error
         kind = f"{what}: {type(_first_leaf(error)).__name__}"
         self.counts[kind] += 1
-        self._culprits.note([str(peer_id or ""), host_of(ip)], trio.current_time())
+        self.scores.note(f"a bug of ours in {what}", BUG, peer_id, ip, trio.current_time())
         self._log(error, kind, peer_id, ip)
 
     def refuses(self, peer_id: PeerId | None = None, ip: IpAddress | None = None) -> bool:
-        """Whether a peer or address caused so many failures lately that we refuse it."""
-        return self._culprits.refused([str(peer_id or ""), host_of(ip)], trio.current_time())
+        """Whether a peer or address did so much wrong lately that we refuse it."""
+        return self.scores.is_banned(peer_id, ip, trio.current_time())
 
     def _log(self, error: Exception, kind: str, peer_id: PeerId | None, ip: IpAddress | None) -> None:
         now = trio.current_time()
@@ -120,30 +115,6 @@ class _Around:
         if rest is not None:
             raise rest from None
         return True
-
-
-class _Culprits:
-    """When peers and addresses caused failures, and until when they are refused."""
-
-    def __init__(self) -> None:
-        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
-        self._refused_until: OrderedDict[str, float] = OrderedDict()
-
-    def note(self, names: list[str], now: float) -> None:
-        for name in filter(None, names):
-            times = self._failures.setdefault(name, deque(maxlen=MAX_FAILURES))
-            self._failures.move_to_end(name)
-            times.append(now)
-            if len(times) == MAX_FAILURES and times[0] > now - WINDOW_S:
-                self._refused_until[name] = now + REFUSED_S
-                self._refused_until.move_to_end(name)
-                log.warning("refusing %s for %g minutes: it causes failures", name, REFUSED_S / 60)
-        for remembered in (self._failures, self._refused_until):
-            while len(remembered) > MAX_REMEMBERED:
-                remembered.popitem(last=False)
-
-    def refused(self, names: list[str], now: float) -> bool:
-        return any(self._refused_until.get(name, now) > now for name in names)
 
 
 def split(error: BaseException) -> tuple[Exception | None, BaseException | None]:

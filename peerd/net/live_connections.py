@@ -14,7 +14,9 @@ from types import MappingProxyType
 import trio
 
 from peerd.net.containment import Containment
+from peerd.net.limits.owners import network_of
 from peerd.net.peer_connection import IDLE, PeerConnection
+from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ PROBE_S = 2.0
 MIN_DIALLED = 16
 # If a new peer comes and there is no room, a connection that was idle for this long is closed.
 SPARED_S = 10.0
+# Keys cost nothing: without a share, one network could take all places. An office or a data centre needs fewer.
+SHARE_OF_A_NETWORK = 4
 # The side that dialled closes a connection that was unused for this long. Each connection costs both sides 4 KiB of
 # PINGs a minute, and in a swarm of a thousand a peer meets most of the others within hours.
 IDLE_S = 120.0
@@ -38,7 +42,8 @@ Observer = Callable[[PeerConnection], None]
 class LiveConnections:
     """Settled connections by PeerId. A lost connection is never among them.
 
-    max_live: with this many connections, a new peer is accepted only if an idle connection can be closed for it.
+    max_live: with this many connections, a new peer is accepted only if an idle connection can be closed for it. The
+        peers of one public network that dialled us have at most a quarter of these places.
     on_connected, on_lost: called when a peer is connected and when it no longer is; they must not wait.
     """
 
@@ -48,6 +53,8 @@ class LiveConnections:
         self._containment = containment
         self._max_live = max_live
         self._live: dict[PeerId, PeerConnection] = {}
+        # Connections of peers that dialled us and have proved their identity, but are not among the live ones yet.
+        self._arriving: set[PeerConnection] = set()
         self._arrival = trio.lowlevel.ParkingLot()
         # Bytes a second of the fastest line among the connections that have ended.
         self._uplink = 0.0
@@ -90,13 +97,24 @@ class LiveConnections:
             old.close("replaced", "there is a newer connection")
         return True
 
+    @contextmanager
+    def arriving(self, connection: PeerConnection) -> Iterator[None]:
+        """Count a connection that a peer dialled while it settles. Raises Overloaded if its network has its share."""
+        self._check_share(connection)
+        self._arriving.add(connection)
+        try:
+            yield
+        finally:
+            self._arriving.discard(connection)
+
     def add(self, connection: PeerConnection) -> None:
-        """Note that both sides take this connection."""
+        """Note that both sides take this connection. Raises Overloaded if the peer dialled and there is no room."""
         if (old := self._live.get(connection.peer_id)) is not None:
             old.close("replaced", "there is a newer connection")
         # Only for a peer that has proved its identity is another connection closed.
-        elif len(self._live) >= self._max_live and (spared := self._most_idle()) is not None:
-            spared.close(IDLE, "others need the room")
+        else:
+            self._make_room(connection)
+        self._arriving.discard(connection)
         connection.settle()
         self._live[connection.peer_id] = connection
         self._arrival.unpark_all()
@@ -115,7 +133,7 @@ class LiveConnections:
 
     def has_room(self) -> bool:
         """Whether one more peer may dial us."""
-        return len(self._live) < self._max_live or self._most_idle() is not None
+        return len(self._live) + len(self._arriving) < self._max_live or _most_idle(self._live.values()) is not None
 
     async def close_when_unused(self, connection: PeerConnection) -> None:
         """Close a connection that we dialled when it was unused for IDLE_S, if enough others that we dialled are
@@ -152,10 +170,30 @@ class LiveConnections:
                 if observer is not None:
                     observers.remove(observer)
 
-    def _most_idle(self) -> PeerConnection | None:
-        """The connection that has been idle for longest, if it may be closed; else None."""
-        idlest = max(self._live.values(), key=lambda connection: connection.idle_s, default=None)
-        return idlest if idlest is not None and idlest.idle_s >= SPARED_S else None
+    def _make_room(self, connection: PeerConnection) -> None:
+        if len(self._live) < self._max_live:
+            return
+        if (spared := _most_idle(self._live.values())) is not None:
+            spared.close(IDLE, "others need the room")
+        elif not connection.dialled:
+            raise Overloaded(f"{self._max_live} peers are connected here, and all are busy")
+
+    def _check_share(self, connection: PeerConnection) -> None:
+        """Close an idle connection of a network that has its share of the places for one more of that network."""
+        network = network_of(connection.accountable_ip)
+        share = max(1, self._max_live // SHARE_OF_A_NETWORK)
+        if not network or connection.peer_id in self._live:
+            return
+        others = [
+            other
+            for other in (*self._live.values(), *self._arriving)
+            if not other.dialled and network_of(other.accountable_ip) == network
+        ]
+        if len(others) < share:
+            return
+        if (spared := _most_idle(others)) is None:
+            raise Overloaded(f"{share} peers of {network} are connected here, the limit for one network")
+        spared.close(IDLE, "others of its network need the room")
 
     def _tell(self, observers: Iterable[Observer], connection: PeerConnection) -> None:
         for observer in tuple(observers):
@@ -166,3 +204,9 @@ class LiveConnections:
 def _log_level(connection: PeerConnection) -> int:
     # Strangers that come and go at will must not fill the disk with log lines.
     return logging.INFO if connection.dialled else logging.DEBUG
+
+
+def _most_idle(connections: Iterable[PeerConnection]) -> PeerConnection | None:
+    """The connection that has been idle for longest, if it may be closed; else None."""
+    idlest = max(connections, key=lambda connection: connection.idle_s, default=None)
+    return idlest if idlest is not None and idlest.idle_s >= SPARED_S else None

@@ -14,6 +14,7 @@ import trio
 
 from peerd.net.containment import Containment
 from peerd.net.handlers import StreamHandler
+from peerd.net.limits.entry_rates import EntryRates
 from peerd.net.peer_connection import PeerConnection
 from peerd.net.settling import agree, exchange_hellos
 from peerd.protocol.connection.connection import ConnectionMachine, Limits
@@ -39,7 +40,15 @@ class LoopbackConnection(PeerConnection):
         handlers: Mapping[str, StreamHandler],
         containment: Containment,
     ) -> None:
-        super().__init__(core, channel, own=own, handlers=handlers, containment=containment, on_lost=_tell_nobody)
+        super().__init__(
+            core,
+            channel,
+            own=own,
+            handlers=handlers,
+            containment=containment,
+            rates=EntryRates(),
+            on_lost=_tell_nobody,
+        )
         self._is_near = is_near
 
     @property

@@ -16,6 +16,9 @@ import trio
 
 from peerd.net.containment import Containment
 from peerd.net.handlers import StreamHandler
+from peerd.net.limits.entry_rates import MAX_REFUSED_OPENS, EntryRates
+from peerd.net.limits.owners import Owner
+from peerd.net.limits.scores import FLOOD, MALFORMED
 from peerd.net.open_streams import OpenStreams
 from peerd.net.pump import Pump
 from peerd.net.stream import Carrier, Stream
@@ -76,6 +79,7 @@ class PeerConnection:
         own: PeerId,
         handlers: Mapping[str, StreamHandler],
         containment: Containment,
+        rates: EntryRates,
         on_lost: Callable[[PeerConnection], None],
         relay: Carrier | None = None,
     ) -> None:
@@ -98,6 +102,8 @@ class PeerConnection:
         self._own = own
         self._handlers = handlers
         self._containment = containment
+        self._rates = rates
+        self._refused_opens = 0
         self._on_lost = on_lost
         self._streams = OpenStreams()
         self._pump = Pump(core, channel, self._take_events)
@@ -287,6 +293,8 @@ class PeerConnection:
         try:
             await task()
         except (PeerFault, Overloaded) as error:
+            if isinstance(error, RemoteProtocolError):
+                self._score("malformed messages", MALFORMED)
             self._lose(error)
         except Exception as error:
             self._fail(error, "a connection")
@@ -327,7 +335,9 @@ class PeerConnection:
         if not self.settled:
             raise RemoteProtocolError("the peer opened a stream before its hello")
         handler = self._handlers.get(core.protocol)
-        if handler is None:
+        if not self._rates.may_open(self._owner, trio.current_time()):
+            self._refuse_open(core)
+        elif handler is None:
             self.core.reset(core, UnsupportedFeature.code)
         elif self._streams.handled >= MAX_STREAMS:
             self.core.reset(core, Overloaded.code)
@@ -335,6 +345,25 @@ class PeerConnection:
             self._streams.handled += 1
             on_bug = partial(self._fail, what=f"the handler of {core.protocol}")
             self._handling.start_soon(self._streams.run_handler, handler, self._adopt(core), on_bug)
+
+    def _refuse_open(self, core: streams.StreamMachine) -> None:
+        """Refuse a stream of a peer that opens too many; raises Overloaded if it goes on and on."""
+        self.core.reset(core, Overloaded.code)
+        self._refused_opens += 1
+        if self._refused_opens > MAX_REFUSED_OPENS:
+            self._score("too many streams", FLOOD)
+            raise Overloaded("you, or your network, open streams too fast")
+
+    @property
+    def _owner(self) -> Owner:
+        return Owner.at(self.peer_id, self.accountable_ip)
+
+    def _score(self, reason: str, points: float) -> None:
+        """Score the peer for what it did. What an unproven peer says that we dialled proves nothing of its address:
+        strangers can make us dial any address.
+        """
+        ip = None if self.dialled and self.proven_peer is None else self.accountable_ip
+        self._containment.scores.note(reason, points, self.proven_peer, ip, trio.current_time())
 
     def _adopt(self, core: streams.StreamMachine) -> Stream:
         stream = self._streams.add(self, core)

@@ -54,6 +54,19 @@ class _Doubt:
     announced_seq: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Avoidance:
+    """A peer that we leave out of our chains, for status displays.
+
+    for_s: seconds until it is used again; 0 if it only has to answer first. failures: in a row.
+    """
+
+    peer_id: PeerId
+    for_s: float
+    failures: int
+    why: str
+
+
 def _nothing() -> None:
     pass
 
@@ -117,6 +130,15 @@ class TrackRecord:
         """The reason of the peer's last failure; "" if there is none, or it is not avoided."""
         entry = self._entries.get(peer_id)
         return entry.why if entry is not None and self.is_avoided(peer_id) else ""
+
+    def avoidance(self) -> list[Avoidance]:
+        """The peers that are avoided now, with the reasons, those that are avoided for longest first."""
+        found = [self._avoidance_of(peer_id) for peer_id in self.avoided()]
+        return sorted(found, key=lambda one: (one.for_s, one.failures), reverse=True)
+
+    def _avoidance_of(self, peer_id: PeerId) -> Avoidance:
+        entry = self._entries.get(peer_id) or _Entry()
+        return Avoidance(peer_id, max(0.0, entry.avoided_until_s - self._now()), entry.failures, entry.why)
 
     def avoided(self) -> frozenset[PeerId]:
         """All peers to leave out of a chain now."""

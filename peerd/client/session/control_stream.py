@@ -13,7 +13,7 @@ import trio
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
-from peerd.protocol.errors import ConnectionLost, Unresponsive
+from peerd.protocol.errors import ConnectionLost, StreamReset, Unresponsive
 from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Opened, OpenSession
 from peerd.routing.chains.chain import Hop
 
@@ -68,6 +68,8 @@ async def open_control(connections: Connections, hop: Hop, opening: OpenSession,
             assert isinstance(said, Opened)
         except trio.EndOfChannel:
             raise ConnectionLost(f"{hop.peer_id} ended the stream") from None
+        except StreamReset as reset:
+            raise reset.refusal from None
         except BaseException:
             stream.reset("cancelled")
             raise

@@ -275,5 +275,5 @@ async def _hear_begun(stream: Stream, hop: Hop) -> Begun:
     except StreamReset as reset:
         if reset.reason == UnsupportedFeature.code:
             raise UnsupportedFeature(f"{hop.peer_id} does not train") from None
-        raise
+        raise reset.refusal from None
     raise Unresponsive(f"{hop.peer_id} did not begin within {ANSWER_DEADLINE_S:g} s")

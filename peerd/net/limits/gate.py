@@ -3,8 +3,8 @@
 Every connection takes a file descriptor. A process without free descriptors cannot read a checkpoint, write its state
 or dial. So peers get only what the process's limit (`ulimit -n`) leaves beside a reserve.
 
-A connection is unproven until its peer has proved its identity. The gate counts these in total and by public address.
-Private addresses count in the total only, because one may be a proxy in front of all peers.
+A connection is unproven until its peer has proved its identity. The gate counts these in total, by public address and
+by public network. Private addresses count in the total only, because one may be a proxy in front of all peers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from typing import Final
 
+from peerd.net.limits.owners import network_of
 from peerd.protocol.addresses import IpAddress, is_private_ip
 
 # With this many connections no other peer may dial us: each costs a few tasks, and up to 80 MiB under attack.
@@ -25,6 +27,8 @@ MAX_UNPROVEN: Final = 64
 # For files, dials, the local API, worker threads and the event loop. A bootstrap peer that is idle has 12.
 RESERVED: Final = 128
 MAX_UNPROVEN_AN_ADDRESS = 8
+# A rented machine often has 256 networks of the size /64: of a /24 or an IPv6 /48, a quarter of all places.
+MAX_UNPROVEN_A_NETWORK = 16
 # One host has a whole /64 of IPv6 addresses.
 _HOST_PREFIX = 64
 
@@ -51,55 +55,86 @@ def descriptor_limit() -> int:
 
 
 class Gate:
-    """The unproven incoming connections. Call `enter` and `leave` once for each."""
+    """The unproven incoming connections. `enter` lets one in; its visit must `leave`.
 
-    def __init__(self, max_unproven: int = MAX_UNPROVEN, max_an_address: int = MAX_UNPROVEN_AN_ADDRESS) -> None:
+    If all places are taken, a newcomer from a network that has fewer of them replaces the oldest visit from the network
+    that has most. An honest peer proves itself within some round trips, so the oldest one is hardly ever honest.
+    """
+
+    def __init__(
+        self,
+        max_unproven: int = MAX_UNPROVEN,
+        max_an_address: int = MAX_UNPROVEN_AN_ADDRESS,
+        max_a_network: int = MAX_UNPROVEN_A_NETWORK,
+    ) -> None:
         self._max_unproven = max_unproven
         self._max_an_address = max_an_address
-        self._unproven = 0
+        self._max_a_network = max_a_network
+        # Oldest first.
+        self._visits: dict[Visit, None] = {}
         self._by_host: Counter[str] = Counter()
+        self._by_network: Counter[str] = Counter()
 
     def __repr__(self) -> str:
-        return f"<Gate unproven={self._unproven}>"
+        return f"<Gate unproven={len(self._visits)}>"
 
     def has_room(self, ip: IpAddress | None) -> bool:
         """Whether one more connection may come from this address."""
-        host = host_of(ip)
-        return self._unproven < self._max_unproven and not (host and self._by_host[host] >= self._max_an_address)
-
-    def enter(self, ip: IpAddress | None) -> bool:
-        """Whether one more connection may come from this address; if so, it is counted."""
-        host = host_of(ip)
-        if not self.has_room(ip):
+        host, network = host_of(ip), network_of(ip)
+        if host and self._by_host[host] >= self._max_an_address:
             return False
-        self._unproven += 1
-        if host:
-            self._by_host[host] += 1
-        return True
+        if network and self._by_network[network] >= self._max_a_network:
+            return False
+        return len(self._visits) < self._max_unproven or self._replaceable(network) is not None
 
-    def leave(self, ip: IpAddress | None) -> None:
-        """Stop counting a connection that is proven or gone."""
-        self._unproven -= 1
-        if host := host_of(ip):
-            self._by_host[host] -= 1
-            # Without this, every address that ever came would stay here.
-            if not self._by_host[host]:
-                del self._by_host[host]
+    def enter(self, ip: IpAddress | None) -> Visit | None:
+        """Count one more connection from this address; None if there is no room for it."""
+        if not self.has_room(ip):
+            return None
+        if len(self._visits) >= self._max_unproven and (oldest := self._replaceable(network_of(ip))) is not None:
+            oldest.leave()
+            oldest.on_replaced()
+        visit = Visit(self, host_of(ip), network_of(ip))
+        self._visits[visit] = None
+        self._count(visit, 1)
+        return visit
+
+    def forget(self, visit: Visit) -> None:
+        """Stop counting a visit, if it is still counted."""
+        if visit in self._visits:
+            del self._visits[visit]
+            self._count(visit, -1)
+
+    def _replaceable(self, network: str) -> Visit | None:
+        """The visit that a newcomer from this network replaces; None if no network has two places more than it has."""
+        crowded, places = max(self._by_network.items(), key=lambda item: item[1], default=("", 0))
+        if places < self._by_network[network] + 2:
+            return None
+        return next(visit for visit in self._visits if visit.network == crowded)
+
+    def _count(self, visit: Visit, change: int) -> None:
+        # At 0 a name is deleted: otherwise every address that ever came would stay here.
+        for counter, name in ((self._by_host, visit.host), (self._by_network, visit.network)):
+            counter[name] += change
+            if not counter[name]:
+                del counter[name]
 
 
 class Visit:
-    """One connection that has entered: `leave` when it is proven or gone. Repeating it changes nothing."""
+    """One connection that has entered: `leave` when it is proven or gone. Repeating it changes nothing.
 
-    def __init__(self, gate: Gate, ip: IpAddress | None) -> None:
+    on_replaced: called when the visit has lost its place to another one.
+    """
+
+    def __init__(self, gate: Gate, host: str, network: str) -> None:
+        self.host = host
+        self.network = network
+        self.on_replaced: Callable[[], None] = lambda: None
         self._gate = gate
-        self._ip = ip
-        self._has_left = False
 
     def leave(self) -> None:
         """Make room for another."""
-        if not self._has_left:
-            self._has_left = True
-            self._gate.leave(self._ip)
+        self._gate.forget(self)
 
 
 def host_of(ip: IpAddress | None) -> str:

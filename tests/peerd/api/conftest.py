@@ -29,6 +29,7 @@ from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import Reservation
 from peerd.routing.dht.table import Contact
+from peerd.routing.failures.track_record import TrackRecord
 from peerd.routing.reach.verdict import Reach
 
 WIDTH = 8
@@ -199,7 +200,11 @@ async def open_daemon_of(model, swarm, folder):
         served=(),
         server=None,
         connections=SimpleNamespace(live={}, containment=Containment(), is_private=False),
-        discovery=SimpleNamespace(directory=_Directory(swarm), contacts=lambda: _contacts(swarm)),
+        discovery=SimpleNamespace(
+            directory=_Directory(swarm),
+            contacts=lambda: _contacts(swarm),
+            track_record=TrackRecord(trio.current_time),
+        ),
         reachability=SimpleNamespace(here=ReachReport(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
         relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
         reservations=SimpleNamespace(held={RELAY: Reservation(RELAY, (Multiaddr("ip4", "6.6.6.7", 1),), TERMS)}),

@@ -6,9 +6,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trio
 
-from peerd.api.status import Status
+from peerd.api.status import Status, _avoided, _refused
+from peerd.cli.status import _avoided as said_avoided
+from peerd.cli.status import _refused as said_refused
+from peerd.net.containment import Containment
+from peerd.net.limits.scores import BANNED_S, BUG, MALFORMED
+from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.span import Span
+from peerd.routing.failures.track_record import TrackRecord
 
 
 class Announced:
@@ -50,3 +57,33 @@ async def test_a_model_is_ready_once_each_block_has_a_server_that_takes_sessions
 
 async def test_a_newcomer_is_not_missed_for_an_older_view() -> None:
     assert await status_of("joining", now="online").is_ready() == (True, "")
+
+
+async def test_status_names_who_is_refused_and_who_is_avoided() -> None:
+    culprit, server = Identity.from_seed(b"1" * 32).peer_id, Identity.from_seed(b"2" * 32).peer_id
+    containment, track_record = Containment(), TrackRecord(trio.current_time)
+    peer = cast(
+        Any,
+        SimpleNamespace(
+            connections=SimpleNamespace(containment=containment), discovery=SimpleNamespace(track_record=track_record)
+        ),
+    )
+    assert _refused(peer) == _avoided(peer) == []
+    for _ in range(3):
+        containment.scores.note("a bug", BUG, culprit, None, trio.current_time())
+    containment.scores.note("malformed messages", MALFORMED, PeerId("another"), None, trio.current_time())
+    track_record.failed(server, "no answer\nafter 5 s")
+    await trio.sleep(6)
+    assert _refused(peer) == [
+        {"name": culprit, "score": 145.0, "banned_s": BANNED_S - 6, "reasons": {"a bug": 3}},
+        {"name": "another", "score": 5.0, "banned_s": 0.0, "reasons": {"malformed messages": 1}},
+    ]
+    assert said_refused(_refused(peer)[0]).endswith("for 0:09:54, score 145 of 100: a bug (3x)")
+    assert said_refused(_refused(peer)[1]) == "another not yet, score 5 of 100: malformed messages (1x)"
+    track_record.failed(server, "no answer\nafter 5 s")
+    (one,) = _avoided(peer)
+    assert one == {"peer_id": server, "for_s": 10.0, "failures": 2, "why": "no answer\nafter 5 s"}
+    # A stranger's words stay on one line.
+    assert said_avoided(one) == "for 0:00:10: no answer after 5 s"
+    await trio.sleep(BANNED_S)
+    assert _refused(peer) == _avoided(peer) == []

@@ -8,7 +8,8 @@ import pytest
 import trio
 
 from peerd.net.connections import open_connections
-from peerd.net.containment import MAX_FAILURES, MAX_PAUSE_S, REFUSED_S, STEADY_S, WINDOW_S, Containment
+from peerd.net.containment import MAX_PAUSE_S, STEADY_S, Containment
+from peerd.net.limits.scores import BANNED_S, BUG, FALLS_A_SECOND
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import GoAwayFrame, PingFrame, PongFrame, ResetFrame, encode_frame
 from peerd.protocol.errors import ConnectionLost, PeerdError, PeerFault, StreamReset
@@ -17,6 +18,8 @@ from peerd.testing.hostile import HostilePeer, hello_message, message_bytes
 from peerd.testing.network import MemoryNetwork
 
 PORT = 31330
+# So many failures within a minute are too many; one a minute is not.
+MAX_FAILURES = 3
 HOST, CALLER, OTHER = "8.8.8.1", "8.8.8.2", "8.8.8.3"
 # By PeerId: the first one decides between two connections of the second.
 SMALL, LARGE, THIRD = sorted((Identity.from_seed(bytes([n]) * 32) for n in range(1, 4)), key=lambda one: one.peer_id)
@@ -163,7 +166,7 @@ async def test_a_peer_that_causes_failures_again_and_again_is_refused_for_ten_mi
             with pytest.raises(PeerdError):
                 await _ask(moved, "/echo/1")
             assert await _ask(other, "/echo/1") == {"n": 1}
-        await trio.sleep(REFUSED_S)
+        await trio.sleep(BANNED_S)
         assert await _ask(caller, "/echo/1") == {"n": 1}
 
 
@@ -172,7 +175,7 @@ async def test_failures_now_and_then_are_no_reason_to_refuse():
         for _ in range(2 * MAX_FAILURES):
             with pytest.raises(PeerFault):
                 await _ask(caller, "/bug/1")
-            await trio.sleep(WINDOW_S / (MAX_FAILURES - 1))
+            await trio.sleep(BUG / FALLS_A_SECOND)
         assert await _ask(caller, "/echo/1") == {"n": 1}
 
 

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from peerd.discovery.dht_streams import StreamTransport, answer_question
+from peerd.discovery.question_rates import QuestionRates
 from peerd.net.connections import open_connections
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import OpenFrame, Priority, ResetFrame, encode_frame
@@ -101,7 +102,7 @@ async def host_of_everything(open_swarm):
             addresses=addresses,
         )
         connections.handlers |= {
-            DHT_PROTOCOL: partial(answer_question, dht),
+            DHT_PROTOCOL: partial(answer_question, dht, QuestionRates()),
             DIALBACK_PROTOCOL: DialbackAnswerer(transport, lambda: addresses).answer,
             RELAY_PROTOCOL: Relay(host.peer_id, RelayLimits()).answer,
             CIRCUIT_PROTOCOL: Reservations(connections, lambda: (), lambda _: None, Random(1)).answer,

@@ -11,6 +11,7 @@ import trio
 
 from peerd.client.finding.finder import Patience
 from peerd.discovery.dht_streams import StreamTransport, answer_question
+from peerd.discovery.question_rates import QuestionRates
 from peerd.protocol.connection.frames import CreditFrame, PingFrame, ResetFrame, encode_frame
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerdError, PeerFault
@@ -55,7 +56,7 @@ async def attacked(open_swarm, whole_forward):
             random=Random(1),
             addresses=host.connections.listen_addresses,
         )
-        host.connections.handlers[DHT_PROTOCOL] = partial(answer_question, dht)
+        host.connections.handlers[DHT_PROTOCOL] = partial(answer_question, dht, QuestionRates())
         client = await swarm.client()
         session = await client.session(BLOCKS, max_length=1024, patience=Patience(missing_s=0))
         row = tokens(1024)
