@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,18 @@ async def test_the_command_trains_saves_and_goes_on_where_it_was(
         await train_span(path, swarm, request(4, publish=True))
         assert len(front.served) == 2
         assert front.served[1].model == again.model_digest
+        # The description opens as a Transformers model too.
+        opening = partial(
+            peerd.RemoteModelForCausalLM.from_pretrained, tmp_path / "mine", bootstrap=list(front.addresses)
+        )
+        facade: Any = await trio.to_thread.run_sync(opening)
+        try:
+            ids = torch.tensor([TEXTS[0]])
+            with torch.no_grad():
+                found = (await trio.to_thread.run_sync(facade, ids)).logits
+                assert not torch.allclose(found, Local(path).model(ids).logits, atol=1e-4)
+        finally:
+            await trio.to_thread.run_sync(facade.close)
     said = capsys.readouterr().err
     assert [line.split()[1] for line in said.splitlines() if line.startswith("step ")] == ["1", "2", "3", "3", "4"]
     assert first.blocks.keys() == again.blocks.keys() == {0, 1}
