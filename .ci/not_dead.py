@@ -50,6 +50,7 @@ trace
 # For applications.
 _.from_seed
 _.load_trained
+_.save_adapter
 
 # For tests and benchmarks: what they start, break, look at and compare with.
 FakeEngine
@@ -73,8 +74,11 @@ _.used_pages
 before_newest_tested
 load_head
 swarm_flow
+whole_pass
 
 # Tables of the specification: which messages each side may send.
 PASS_FROM_CLIENT
 PASS_FROM_HOP
 PROGRESS_FROM_CLIENT
+SPAN_FROM_CLIENT
+SPAN_FROM_PEER

@@ -60,7 +60,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 class Watched(Generic[T]):
-    """A value that changes, and that tasks follow. Whoever is late sees the last change only."""
+    """A value that changes, and that tasks follow. A task that is late sees the last change only."""
 
     def __init__(self, value: T) -> None:
         self._value = value

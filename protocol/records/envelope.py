@@ -37,7 +37,7 @@ __all__ = [
     "SKEW_S",
     "SignedRecord",
     "VerifiedRecord",
-    "Slot",
+    "RecordSubject",
     "sign_record",
     "open_record",
     "replaces",
@@ -72,8 +72,8 @@ _CACHED_RECORDS = 2048
 _BODIES: dict[str, type[Announcement]] = {cls.TYPE: cls for cls in (PeerRecord, ServerRecord, ModelRecord)}
 
 
-class Slot(NamedTuple):
-    """The subject of a record. Among all records with one slot, wherever they were found, only the newest counts."""
+class RecordSubject(NamedTuple):
+    """What a record is about. Among all records with one subject, wherever they were found, only the newest counts."""
 
     peer_id: PeerId
     kind: str
@@ -130,7 +130,7 @@ class VerifiedRecord:
     signed: SignedRecord
 
     @property
-    def slot(self) -> Slot:
+    def slot(self) -> RecordSubject:
         """The subject of the record: the peer itself, one of its numbered spans, or a model."""
         match self.body:
             case ServerRecord():
@@ -139,7 +139,7 @@ class VerifiedRecord:
                 name = self.body.model
             case _:
                 name = b""
-        return Slot(self.peer_id, self.kind, name)
+        return RecordSubject(self.peer_id, self.kind, name)
 
 
 def sign_record(identity: Identity, body: Announcement) -> SignedRecord:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_SPLITS, catalogue_key
-from peerd.protocol.records.envelope import Slot, VerifiedRecord, peer_key, replaces, server_key
+from peerd.protocol.records.envelope import RecordSubject, VerifiedRecord, peer_key, replaces, server_key
 
 # A full key splits by the first four bits of the announcer's node id, and a full part by the next four.
 _NIBBLES = range(16)
@@ -67,7 +67,7 @@ def addresses_of(peer_id: PeerId) -> RecordKey:
 
 def newest(records: Iterable[VerifiedRecord]) -> list[VerifiedRecord]:
     """For each slot the record that replaces the others, in order of first appearance."""
-    best: dict[Slot, VerifiedRecord] = {}
+    best: dict[RecordSubject, VerifiedRecord] = {}
     for record in records:
         old = best.get(record.slot)
         if old is None or replaces(record, old):

@@ -19,7 +19,7 @@ from peerd.protocol.addresses import public_network
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.bodies import MAX_SLOTS
-from peerd.protocol.records.envelope import SignedRecord, Slot, VerifiedRecord, open_record, replaces
+from peerd.protocol.records.envelope import RecordSubject, SignedRecord, VerifiedRecord, open_record, replaces
 from peerd.routing.dht.messages import MAX_RECORDS, Outcome
 
 Name = TypeVar("Name", bound=str)
@@ -57,7 +57,7 @@ class _Entry:
 class _Set:
     """The records under one key, and how many of them each storer and each network has."""
 
-    entries: dict[Slot, _Entry] = field(default_factory=dict)
+    entries: dict[RecordSubject, _Entry] = field(default_factory=dict)
     encoded: set[bytes] = field(default_factory=set)
     of_storer: Counter[PeerId] = field(default_factory=Counter)
     of_network: Counter[str] = field(default_factory=Counter)
