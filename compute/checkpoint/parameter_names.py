@@ -74,7 +74,8 @@ def recipes(stored_names: Iterable[str], family: Family, where: object) -> dict[
 
 def _prefix(stored_names: tuple[str, ...], family: Family, where: object) -> str:
     for prefix in (*family.stored_under, *PREFIXES):
-        if any(name.startswith(f"{prefix}{family.layers}.") for name in stored_names):
+        starts = (f"{prefix}{family.layers}.", f"{prefix}{family.stored_layers or family.layers}.")
+        if any(name.startswith(starts) for name in stored_names):
             return prefix
     raise CheckpointError(f"{where}: holds no {family.model_type} blocks: no tensor is called {family.layers}.N")
 

@@ -29,6 +29,9 @@ _LENGTHENING = ("yarn", "dynamic", "linear")
 def text_config(published: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of a configuration that also describes, say, a vision tower."""
     text = published.get("text_config")
+    if not isinstance(text, dict) and f"{published.get('model_type')}_text" in FAMILIES:
+        # The first Qwen-VL models have the fields of both parts side by side.
+        return {**published, "model_type": f"{published['model_type']}_text"}
     if published.get("model_type") in FAMILIES or not isinstance(text, dict):
         return dict(published)
     # The LM head belongs to the whole model, so the outer field decides; `head.py` also checks which tensors are
@@ -72,6 +75,9 @@ def make_config(family: Family, fields: Mapping[str, Any], where: object) -> Pre
         config: PreTrainedConfig = kind.from_dict(kind._decode_special_floats(plain))
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: is no valid {family.model_type} configuration: {error}") from error
+    if not hasattr(config, "tie_word_embeddings"):
+        # Some text models leave it to the model around them, whose field `text_config` has copied.
+        config.tie_word_embeddings = False
     _check_config(config, where)
     return config
 

@@ -73,6 +73,10 @@ class Family:
     causal_class: str = ""
     #: Transformers' folder of the configuration, if it is not the model's.
     config_module: str = ""
+    #: Whether Transformers has this decoder only inside a model that also sees: peerd gives it an LM head.
+    sees: bool = False
+    #: The name that checkpoints give the list of blocks, if it is not the decoder's.
+    stored_layers: str = ""
     #: The first release of Transformers that computes the model as it was published, where earlier ones have the
     #: architecture and compute something else.
     since: str = ""
@@ -91,7 +95,11 @@ class Family:
         return decoder
 
     def causal_type(self) -> type[PreTrainedModel]:
-        """Import the class of the whole language model. Raises UnsupportedModelError."""
+        """The class of the whole language model, without what sees or hears. Raises UnsupportedModelError."""
+        if self.sees:
+            from peerd.compute.families.text_head import with_lm_head
+
+            return with_lm_head(self.decoder_type())
         causal: type[PreTrainedModel] = self._load("modeling", self.causal_class or f"{self.prefix}ForCausalLM")
         return causal
 

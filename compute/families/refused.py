@@ -33,6 +33,7 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "bailing_hybrid",
             "kimi_linear",
+            "lara_mini",
             "minimax",
             "olmo_hybrid",
             "qwen3_5",
@@ -57,7 +58,8 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (_STREAMS, ("deepseek_v4", "hy_v4", "qwen4_exp", "qwen4_exp_text")),
     ("each of its blocks attends twice, with a KV cache for each", ("longcat_flash",)),
-    ("it runs its blocks over each token several times", ("hrm_text",)),
+    ("it runs its blocks over each token several times", ("dory", "hrm_text", "inkling2_loop_text")),
+    ("its queries, keys and values are stored in one tensor, which peerd does not take apart", ("sarvam_moe",)),
     ("its blocks work on patches of bytes, which smaller models make and take apart", ("blt",)),
     ("some of its blocks attend to an image", ("mllama",)),
     ("its blocks take an image before the text, and let both see all of the image", ("git",)),
@@ -113,7 +115,8 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 REFUSED: Mapping[str, str] = MappingProxyType({name: reason for reason, names in _REASONS for name in names})
 
 _REMOTE_CODE = "its code comes with its files, which peerd does not run, and Transformers has none of its own"
-_THREE_PARTS = "its positions have three parts, for images and sound, and peerd gives one"
+_UNTRIED = "its blocks have not been tried with peerd yet, although Transformers has them"
+_THINKER = "its language model lies inside a thinker, beside parts that speak, which peerd does not take apart"
 
 NOT_SERVED: Mapping[str, str] = MappingProxyType(
     {
@@ -134,17 +137,27 @@ NOT_SERVED: Mapping[str, str] = MappingProxyType(
                     "telechat2",
                 ),
             ),
+            (_THINKER, ("qwen2_5_omni", "qwen3_omni_moe")),
             (
-                _THREE_PARTS,
+                _UNTRIED,
                 (
-                    "glm4v_moe_text",
-                    "glm4v_text",
-                    "qwen2_5_omni_text",
-                    "qwen2_5_vl_text",
-                    "qwen2_vl_text",
-                    "qwen3_omni_moe_text",
-                    "qwen3_vl_moe_text",
-                    "qwen3_vl_text",
+                    "diffusion_gemma",
+                    "ernie4_5_vl_moe_text",
+                    "glm5_next",
+                    "glm5_next_text",
+                    "granite_docling",
+                    "hunyuan_vl",
+                    "hunyuan_vl_text",
+                    "hy_v4_vl",
+                    "hy_v4_vl_text",
+                    "mistral_large4",
+                    "mistral_large4_text",
+                    "molmo2",
+                    "molmo2_text",
+                    "muse_glimmer",
+                    "muse_spark",
+                    "nemotron_h_omni",
+                    "step3p5",
                 ),
             ),
         )

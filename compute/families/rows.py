@@ -28,12 +28,55 @@ _GRANITE_NAMES = (
     ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
 )
 
+
+def _sees(model_type: str, prefix: str, module: str, fused: tuple[Fused, ...] = ()) -> Family:
+    """The text model of one that also sees. Its positions have three parts, which are the same for text."""
+    return Family(
+        model_type,
+        prefix,
+        module=module,
+        config_class=f"{prefix}TextConfig",
+        decoder_class=f"{prefix}TextModel",
+        fused=fused,
+        sees=True,
+    )
+
+
+_EXAONE_NAMES = (
+    ("h.", "layers."),
+    ("attn.attention.", "self_attn."),
+    ("self_attn.out_proj.", "self_attn.o_proj."),
+    ("ln_1.", "input_layernorm."),
+    ("ln_2.", "post_attention_layernorm."),
+    ("mlp.c_fc_0.", "mlp.gate_proj."),
+    ("mlp.c_fc_1.", "mlp.up_proj."),
+    ("mlp.c_proj.", "mlp.down_proj."),
+    ("wte.", "embed_tokens."),
+    ("ln_f.", "norm."),
+)
+
 ROWS = (
     # Llama's shape: a row says only where the classes are.
     Family("llama", "Llama"),
     Family("internlm3", "Llama", module="llama", config_module="internlm3", config_class="InternLM3Config"),
     Family("iquestcoder", "Llama", module="llama", config_module="iquestcoder", config_class="IQuestCoderConfig"),
+    Family(
+        "exaone",
+        "Llama",
+        module="llama",
+        config_module="exaone",
+        config_class="ExaoneConfig",
+        stored_layers="h",
+        renamed=_EXAONE_NAMES,
+    ),
+    _sees("qwen2_vl_text", "Qwen2VL", "qwen2_vl"),
+    _sees("qwen2_5_vl_text", "Qwen2_5_VL", "qwen2_5_vl"),
+    _sees("qwen3_vl_text", "Qwen3VL", "qwen3_vl"),
+    _sees("qwen3_vl_moe_text", "Qwen3VLMoe", "qwen3_vl_moe"),
+    _sees("glm4v_text", "Glm4v", "glm4v"),
+    _sees("glm4v_moe_text", "Glm4vMoe", "glm4v_moe", _EXPERTS),
     Family("apertus", "Apertus"),
+    Family("apertus1p5_text", "Apertus1p5Text", module="apertus1p5"),
     Family("arcee", "Arcee"),
     Family("bitnet", "BitNet"),
     Family("cohere", "Cohere"),
@@ -191,6 +234,16 @@ ROWS = (
     Family("deepseek_v3", "DeepseekV3", fused=_EXPERTS, latent=True),
     Family("glm4_moe_lite", "Glm4MoeLite", fused=_EXPERTS, latent=True),
     Family("minicpm3", "MiniCPM3", latent=True),
+    Family("mistral4", "Mistral4", fused=_EXPERTS, latent=True),
+    Family(
+        "sarvam_mla",
+        "DeepseekV3",
+        module="deepseek_v3",
+        config_module="sarvam_mla",
+        config_class="SarvamMLAConfig",
+        fused=_EXPERTS,
+        latent=True,
+    ),
     Family("youtu", "Youtu", latent=True),
     # The head adds positions to the embeddings.
     Family(

@@ -76,7 +76,7 @@ def _one_element_mask(*_: Any, **__: Any) -> torch.Tensor:
 def find_return_type(decoder: Any, layers: RemoteBlocks, family: Family) -> None:
     """Find out whether the decoder's loop expects tuples of its layers, by a run with layers that do nothing.
 
-    Five families of 94 do, and a release may change that, so they are asked instead of listed. Raises TypeError.
+    Five families of 104 do, and a release may change that, so they are asked instead of listed. Raises TypeError.
     """
     ids = torch.zeros(2, 3, dtype=torch.long, device=getattr(decoder, family.embeddings).weight.device)
     failure: Exception | None = None

@@ -65,6 +65,8 @@ _LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
 }
+_AXIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 3, 3]}}
+_NARROW = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1]}}
 _FEW_DENSE = {"mlp_layer_types": ["dense", "dense"] + ["sparse"] * 6}
 
 #: What a family has beside the common fields; None takes a common one away. Those not here have nothing.
@@ -91,6 +93,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
     "gemma3_text": {"query_pre_attn_scalar": 12, "layer_types": _MIXED, "rope_parameters": _BY_TYPE},
     "glm4_moe": {"first_k_dense_replace": 1, "use_qk_norm": True},
+    "glm4v_text": _NARROW,
+    # Only half of each head is turned.
+    "glm4v_moe_text": {
+        "first_k_dense_replace": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 0],
+        },
+    },
     "glm4_moe_lite": {**_LATENT, **_FEW_DENSE, "rope_parameters": None},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": WINDOW},
@@ -115,6 +128,21 @@ _OWN: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": _MIXED, "rope_parameters": _BY_TYPE},
     "mimo_v2_flash": {"layer_types": _MIXED, "v_head_dim": 12, "rope_parameters": None},
     "minicpm3": _LATENT,
+    "mistral4": {
+        **_LATENT,
+        "first_k_dense_replace": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     # Its queries grow after so few positions that the tests get there.
     "ministral3": {
         "rope_parameters": {
@@ -134,6 +162,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 4},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 4, "mlp_only_layers": [1, 5]},
+    "qwen2_vl_text": {"use_sliding_window": True, "max_window_layers": 4, **_NARROW},
+    "qwen2_5_vl_text": {"use_sliding_window": True, "max_window_layers": 4, **_NARROW},
+    "qwen3_vl_text": _AXIAL,
+    "qwen3_vl_moe_text": {**_AXIAL, "mlp_only_layers": [1, 5]},
+    "sarvam_mla": {**_LATENT, "first_k_dense_replace": 1},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 5},
     "qwen3_moe": {"mlp_only_layers": [1, 5]},
     "smollm3": {"use_sliding_window": True, "no_rope_layer_interval": 3, "layer_types": _MIXED},

@@ -54,11 +54,62 @@ def _llava(text: Any) -> Any:
     return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
 
 
+_SEES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 8, "image_size": 16}
+
+
+def _qwen2_5_vl(text: Any) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {**_SEES, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision))
+
+
+def _qwen2_vl(text: Any) -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text.to_dict(), vision_config=vision))
+
+
+def _qwen3_vl(text: Any) -> Any:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {**_SEES, "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text.to_dict(), vision_config=vision))
+
+
+def _qwen3_vl_moe(text: Any) -> Any:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    vision = {**_SEES, "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text.to_dict(), vision_config=vision))
+
+
+def _glm4v(text: Any) -> Any:
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+    vision = {**_SEES, "out_hidden_size": 32}
+    return Glm4vForConditionalGeneration(Glm4vConfig(text_config=text.to_dict(), vision_config=vision))
+
+
+def _glm4v_moe(text: Any) -> Any:
+    from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+
+    vision = {**_SEES, "out_hidden_size": 32}
+    return Glm4vMoeForConditionalGeneration(Glm4vMoeConfig(text_config=text.to_dict(), vision_config=vision))
+
+
 _WRAPPERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "gemma3": ("gemma3_text", _gemma3),
     "llama4": ("llama4_text", _llama4),
     "mistral3": ("mistral", _mistral3),
     "llava of a qwen2": ("qwen2", _llava),
+    "qwen2_vl": ("qwen2_vl_text", _qwen2_vl),
+    "qwen2_5_vl": ("qwen2_5_vl_text", _qwen2_5_vl),
+    "qwen3_vl": ("qwen3_vl_text", _qwen3_vl),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", _qwen3_vl_moe),
+    "glm4v": ("glm4v_text", _glm4v),
+    "glm4v_moe": ("glm4v_moe_text", _glm4v_moe),
 }
 
 
