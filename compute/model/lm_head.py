@@ -41,7 +41,7 @@ class LmHead(nn.Module):
             # Other devices sum the product in fp32; only its result is rounded.
             return nn.functional.linear(hidden, weight, self.bias).float()
         product: Any = _Product.apply
-        logits = product(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
+        logits: torch.Tensor = product(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
         if self.bias is not None:
             logits += self.bias.float()
         return logits.view(*hidden.shape[:-1], len(weight))

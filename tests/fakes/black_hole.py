@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -25,7 +26,7 @@ async def sink(_stream: Stream) -> None:
     await trio.sleep_forever()
 
 
-def one(seed: int, *listen: Multiaddr) -> object:
+def one(seed: int, *listen: Multiaddr) -> AbstractAsyncContextManager[Connections]:
     return open_connections(
         Identity.from_seed(bytes([seed]) * 32),
         transport=WebSocketTransport(),

@@ -45,8 +45,8 @@ class Pair:
             self.move(sender)
         pings = self.one.next_message(self.now), self.other.next_message(self.now)
         self.now += rtt_s
-        self.other.receive(pings[0], self.now)
-        self.one.receive(pings[1], self.now)
+        self.other.receive(pings[0] or b"", self.now)
+        self.one.receive(pings[1] or b"", self.now)
         self.settle()
 
     def move(self, sender):

@@ -51,9 +51,9 @@ def test_another_version_fails_in_the_handshake(monkeypatch):
     pair = Pair()
     monkeypatch.setattr(noise, "PROLOGUE", b"peerd/2")
     newer = ConnectionMachine(LISTENER, initiator=False, now=pair.now, random_bytes=seeded_random())
-    newer.receive(pair.one.next_message(pair.now), pair.now)
+    newer.receive(pair.one.next_message(pair.now) or b"", pair.now)
     with pytest.raises(HandshakeFailed, match="another protocol version"):
-        pair.one.receive(newer.next_message(pair.now), pair.now)
+        pair.one.receive(newer.next_message(pair.now) or b"", pair.now)
 
 
 def test_a_silent_peer_has_ten_seconds_for_the_handshake():

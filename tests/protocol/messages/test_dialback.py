@@ -57,6 +57,7 @@ def test_any_fields_make_a_message_or_are_refused(kind, ports, ip, outcomes):
         message = parse(header, (DialMe, Dialled))
     except RemoteProtocolError:
         return
+    assert isinstance(message, DialMe | Dialled)
     assert message == type(message).from_header(message.to_header())
     assert len(message.ports if isinstance(message, DialMe) else message.outcomes) <= MAX_PORTS
 

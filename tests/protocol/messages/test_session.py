@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,10 +12,11 @@ from peerd.protocol.encoding.packing import unpack
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
 from peerd.protocol.messages import session as messages
-from peerd.protocol.messages.session import Fork, Step
+from peerd.protocol.messages.session import Step
+from peerd.protocol.rows import Fork
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/messages.json").read_text())["vectors"]
-EVERYBODY = (
+EVERYBODY: tuple[Any, ...] = (
     *messages.CONTROL_FROM_CLIENT,
     *messages.CONTROL_FROM_HOP,
     messages.Link,

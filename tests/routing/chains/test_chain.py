@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def hops_of(chain: Chain) -> list[tuple[PeerId, str]]:
     return [(hop.peer_id, str(hop.span)) for hop in chain.hops]
 
 
-def plan(offers: list[Offer], blocks: str, seed: int = 0, avoid: tuple[PeerId, ...] = (), **needs: object) -> Chain:
+def plan(offers: list[Offer], blocks: str, seed: int = 0, avoid: tuple[PeerId, ...] = (), **needs: Any) -> Chain:
     return plan_chain(offers, Span.parse(blocks), needs=ChainNeeds(**needs), random=Random(seed), avoid=avoid)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_the_last_of_some_passes_is_answered_soon(make_offer: MakeOffer, seed: i
 
 def test_many_passes_share_their_blocks_among_peers_where_one_would_rather_stay(make_offer: MakeOffer) -> None:
     offers = [make_offer(number, "0:8", throughput=100) for number in range(4)]
-    needs = {"rtts_s": {offer.peer_id: 0.2 for offer in offers}, "positions": 10}
+    needs: dict[str, Any] = {"rtts_s": {offer.peer_id: 0.2 for offer in offers}, "positions": 10}
     one = plan_chain(offers, Span(0, 8), needs=ChainNeeds(**needs, requests=1), random=Random(1))
     many = plan_chain(offers, Span(0, 8), needs=ChainNeeds(**needs, requests=10**6), random=Random(1))
     assert [len(hop.span) for hop in one.hops] == [8]

@@ -40,7 +40,7 @@ async def test_a_model_is_called_what_most_say_it_is(epoch: float) -> None:
     peers = {source.say(number, bytes(32), "llama") for number in range(2, 5)}
     peers |= {source.say(5, bytes(32), "a-lie"), source.say(6, bytes(32), "llama", commit="d" * 40)}
     llama, other = await named_models(source)
-    assert (llama.hub_id, llama.commit, llama.block_count, llama.announcers) == ("org/llama", "c" * 40, 8, peers)
+    assert (llama.hub_id, llama.commit, llama.block_count, set(llama.announcers)) == ("org/llama", "c" * 40, 8, peers)
     assert (str(other), len(other.announcers)) == ("org/other", 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peerd.protocol.identity import Identity
+from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.span import Span
 from peerd.routing.directory.holding import Holding
 from peerd.routing.directory.offer import Offer
@@ -272,7 +272,7 @@ def test_newcomers_that_see_each_other_go_where_they_would_one_after_another(mak
 def test_a_newcomer_that_has_decided_is_not_placed_anew(make_holding: MakeHolding) -> None:
     first, second = in_order(make_holding, 2)
     decided = make_holding(first, "8:12", state="joining", slot=0, throughput=0)
-    assert not are_choosing([decided], "another")
+    assert not are_choosing([decided], PeerId("another"))
     own = Newcomer(make_holding(second, "0:4").peer_id, 0)
     assert choose_first_span([decided], own, 12, 4) == Span(0, 4)
 
@@ -280,7 +280,7 @@ def test_a_newcomer_that_has_decided_is_not_placed_anew(make_holding: MakeHoldin
 def test_a_server_that_means_to_move_is_no_newcomer(make_holding: MakeHolding) -> None:
     first, second = in_order(make_holding, 2)
     moving = [make_holding(first, "0:4"), make_holding(first, "8:12", state="joining", slot=8)]
-    assert not are_choosing(moving, "another")
+    assert not are_choosing(moving, PeerId("another"))
     own = Newcomer(make_holding(second, "0:4").peer_id, 0)
     assert choose_first_span(moving, own, 12, 4) == Span(0, 4), "where it leaves"
 
