@@ -1,12 +1,7 @@
-"""Opens the local API: sockets, guard, application, and the HTTP server that runs them.
-
-The HTTP library shields its writes from cancellation, so at the end a client that reads nothing would keep the daemon
-alive. Therefore its socket is closed while the library still writes.
-"""
+"""Opens the local API: sockets, guard, application, and the HTTP server that runs them."""
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
@@ -15,26 +10,21 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
-from hypercorn.config import Config
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState
-from hypercorn.utils import wrap_app
 
 from peerd.api.app import Api
 from peerd.api.guard import Guard
+from peerd.api.http.listener import HttpListener
 from peerd.api.models import Models
 from peerd.api.openai.chat_templates import open_chat_templates
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
 from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
-from peerd.local.messages import MAX_BODY_BYTES
 from peerd.net.containment import Containment
-from peerd.protocol.encoding.wire import MAX_HEADER_BYTES
+from peerd.net.limits.gate import descriptor_limit, local_connections
 from peerd.protocol.errors import InvalidRequest
 from peerd.trio_tools import open_tasks
 
@@ -44,10 +34,6 @@ if TYPE_CHECKING:
     from peerd.client.model import SwarmModel
     from peerd.peer import Peer
 
-log = logging.getLogger(__name__)
-
-# For a client that opened a connection and sends no request.
-_IDLE_S = 60.0
 _TOKEN_BYTES = 32
 _LEAST_TOKEN = 16
 
@@ -126,37 +112,7 @@ def load_or_create_token(path: Path) -> str:
 async def _serve(
     app: ASGIApp, listener: socket.socket, containment: Containment, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    config = _config()
-    wrapped: Any = wrap_app(app, config.wsgi_max_body_size, "asgi")  # type: ignore[arg-type]
-    context = WorkerContext(None)
-    streams: set[trio.SocketStream] = set()
-
-    async def handle(stream: trio.SocketStream) -> None:
-        streams.add(stream)
-        try:
-            with containment.around("the local API"):
-                await TCPServer(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
-        finally:
-            streams.discard(stream)
-
     listener.setblocking(False)
-    accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
-    async with trio.open_nursery() as handlers:
-        await handlers.start(partial(trio.serve_listeners, handle, [accepting], handler_nursery=handlers))
+    async with trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup())) as accepting:
         task_status.started()
-        try:
-            await trio.sleep_forever()
-        finally:
-            for stream in streams:
-                stream.socket.close()
-
-
-def _config() -> Config:
-    config = Config()
-    config.errorlog = logging.getLogger("peerd.api.http")
-    config.accesslog = None
-    config.include_server_header = False
-    config.include_date_header = False
-    config.keep_alive_timeout = _IDLE_S
-    config.websocket_max_message_size = MAX_BODY_BYTES + MAX_HEADER_BYTES + 8
-    return config
+        await HttpListener(app, containment, local_connections(descriptor_limit())).serve(accepting)

@@ -22,6 +22,8 @@ from peerd.protocol.addresses import IpAddress, is_private_ip
 
 # With this many connections no other peer may dial us: each costs a few tasks, and up to 80 MiB under attack.
 MAX_CONNECTIONS: Final = 1024
+# Connections to a socket of the local API, which answers 128 requests at a time.
+MAX_LOCAL: Final = 512
 # Incoming connections whose peers have not proved their identity.
 MAX_UNPROVEN: Final = 64
 # For files, dials, the local API, worker threads and the event loop. A bootstrap peer that is idle has 12.
@@ -46,6 +48,12 @@ def connection_limits(limit: int) -> ConnectionLimits:
     free = limit - min(RESERVED, limit // 2)
     unproven = max(1, min(MAX_UNPROVEN, free // 4))
     return ConnectionLimits(settled=max(1, min(MAX_CONNECTIONS, free - unproven)), unproven=unproven)
+
+
+def local_connections(limit: int) -> int:
+    """How many connections each of the local API's two sockets can have: half of the reserve is for files and dials."""
+    reserved, peers = min(RESERVED, limit // 2), connection_limits(limit)
+    return max(1, min(MAX_LOCAL, (limit - peers.settled - peers.unproven - reserved // 2) // 2))
 
 
 def descriptor_limit() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 from contextlib import asynccontextmanager
@@ -144,6 +145,21 @@ async def test_an_answer_ends_the_connection_of_a_client_that_asked_for_that(ope
         with trio.fail_after(5):
             answer = b"".join([bytes(chunk) async for chunk in connection])
     assert b" 200 " in answer
+
+
+async def test_connections_that_programs_close_leave_no_descriptor(open_daemon):
+    def sockets_open():
+        found = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        return sum(path.is_socket() for path in found)
+
+    async with open_daemon() as daemon:
+        before = sockets_open()
+        for _ in range(30):
+            async with await trio.open_unix_socket(daemon.socket):
+                pass
+        with trio.fail_after(5):
+            while sockets_open() > before:
+                await trio.sleep(0.01)
 
 
 async def test_a_client_that_reads_nothing_does_not_keep_the_daemon_alive(open_daemon):
