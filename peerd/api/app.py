@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import trio
 from starlette.applications import Starlette
@@ -12,7 +13,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from peerd.api.errors import ApiError, api_error
-from peerd.api.fields import read_json
+from peerd.api.fields import Fields, body_limit, parse_json, read_body
 from peerd.api.models import Models
 from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import ChatShape, CompletionShape
@@ -28,6 +29,10 @@ from peerd.protocol.errors import InvalidRequest, PeerdError
 
 # Each answer holds a session on every peer of a chain; above this number callers are told to come back later.
 MAX_ANSWERING = 128
+# A body of this size may hold so many token ids that checking them takes longer than other requests should wait.
+_LARGE_BODY_BYTES = 65536
+
+T = TypeVar("T")
 
 
 class Api:
@@ -77,23 +82,27 @@ class Api:
         return JSONResponse(self._models.described(request.path_params["name"]))
 
     async def complete(self, request: Request) -> Response:
-        wanted = read_completion(await read_json(request))
+        wanted = await self._read(request, read_completion)
         model = self._models.named(wanted.common.model)
-        prompts = [encode_prompt(model, prompt) for prompt in wanted.prompts]
+        prompts = [await encode_prompt(model, prompt) for prompt in wanted.prompts]
         answers = Answers(model, wanted.common, prompts, self._history.count_token)
-        echoes = [model.decode(prompt) if wanted.echo else "" for prompt in prompts for _ in range(wanted.common.rows)]
+        echoes = [
+            await model.in_thread(model.decode, prompt) if wanted.echo else ""
+            for prompt in prompts
+            for _ in range(wanted.common.rows)
+        ]
         shape = CompletionShape(wanted.common.model, model.decode, echoes)
         return self._respond(answers, shape, len(echoes), wanted.common)
 
     async def chat(self, request: Request) -> Response:
-        wanted = read_chat(await read_json(request))
+        wanted = await self._read(request, read_chat)
         model = self._models.named(wanted.common.model)
         tokenizer = model.tokenizer
         if not tokenizer.chat_template:
             raise InvalidRequest(f"{wanted.common.model} has no chat template: use /v1/completions")
         variables = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         text = await self._templates.render(tokenizer.get_chat_template(), wanted.messages, variables)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = await model.tokenize(text, add_special_tokens=False)
         answers = Answers(model, wanted.common, [prompt], self._history.count_token)
         shape = ChatShape(wanted.common.model, model.decode)
         return self._respond(answers, shape, wanted.common.rows, wanted.common)
@@ -113,6 +122,13 @@ class Api:
 
     async def session(self, websocket: WebSocket) -> None:
         await serve_session(websocket, self._models)
+
+    async def _read(self, request: Request, read: Callable[[Fields], T]) -> T:
+        """The request that `read` finds in the body's fields. Raises ApiError."""
+        body = await read_body(request, body_limit(model.facts.max_length for _, model in self._models))
+        if len(body) < _LARGE_BODY_BYTES:
+            return read(parse_json(body))
+        return await trio.to_thread.run_sync(lambda: read(parse_json(body)))
 
     def _respond(
         self, answers: Answers, shape: ChatShape | CompletionShape, count: int, common: CommonFields

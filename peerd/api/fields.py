@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -15,19 +15,33 @@ from starlette.requests import Request
 
 from peerd.api.errors import ApiError, invalid
 
-# A prompt at the longest context that the wire allows, as text or token ids, would have some tens of megabytes; no
-# model that takes so much is served yet.
-MAX_BODY_BYTES = 16 * 1024 * 1024
+# A body may have this many bytes for each position of the longest context: a token has four or five, and is several
+# times as long where a program escapes every letter as \\uXXXX.
+_BYTES_A_POSITION = 64
+# But at least this many, for lists of prompts; and at most this many, for the event loop waits while JSON is parsed.
+_LEAST_BODY_BYTES = 2 * 1024 * 1024
+_MOST_BODY_BYTES = 8 * 1024 * 1024
 
 
-async def read_json(request: Request) -> Fields:
-    """The body of a request. Raises ApiError if it is too large or not a JSON object."""
+def body_limit(contexts: Iterable[int]) -> int:
+    """How many bytes a request may have, by the contexts of the models that are offered."""
+    wanted = _BYTES_A_POSITION * max(contexts, default=0)
+    return min(max(wanted, _LEAST_BODY_BYTES), _MOST_BODY_BYTES)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body of a request. Raises ApiError if it has more than `limit` bytes."""
     body = bytearray()
     async with aclosing(request.stream()) as chunks:
         async for chunk in chunks:
             body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+            if len(body) > limit:
+                raise ApiError(413, f"the body has more than {limit} bytes, the most that the models here can use")
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> Fields:
+    """The fields of a body. Raises ApiError if it is not a JSON object."""
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

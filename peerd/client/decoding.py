@@ -7,10 +7,10 @@ error. A step that failed had no effect, so the next action is kept until it has
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 import trio
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peerd.client.session.session import Session
 
 Finish = Literal["stop", "length"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,9 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+_Choice = tuple[int, TokenLogprobs | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,9 @@ class TokenModel(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn token ids into text."""
+
+    async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call a function that computes for long in a worker thread."""
 
 
 class Decoding:
@@ -199,10 +206,12 @@ class Decoding:
                 return
             if not self._begun:
                 self._answers = await self._begin(live)
+            # Over a large vocabulary this takes tens of milliseconds for each token.
+            choices = await self._model.in_thread(self._choose, self._answers) if self._answers else []
             answers, self._answers = self._answers, []
             gained = 0
-            for answer in answers:
-                for picked in self._accepted(answer):
+            for answer, chosen in zip(answers, choices, strict=True):
+                for picked in self._accepted(answer, chosen):
                     gained += 1
                     yield picked
             if answers:
@@ -226,7 +235,8 @@ class Decoding:
         forked = [] if live[0].ids else live[1:]
         ends = []
         for row in live[: len(live) - len(forked)]:
-            hidden = await self._open_session.step(self._model.embed(self._prompt + row.ids), row=row.number)
+            embedded = await self._model.in_thread(self._model.embed, self._prompt + row.ids)
+            hidden = await self._open_session.step(embedded, row=row.number)
             ends.append(hidden[-1:])
         logits = (await self._model.logits(torch.cat(ends))).expand(len(live), -1)
         self._begun = True
@@ -270,12 +280,11 @@ class Decoding:
         # Rows must reach the change together; and positions beyond it are computed with the other ropes.
         return min(room, change - self._length) if len(self._rows) == 1 else 0
 
-    def _accepted(self, answer: _Answer) -> Iterator[Picked]:
-        """Draw a token after each position, up to the first that is not what was guessed."""
-        for scores, guess in zip(answer.logits, (*answer.draft, None), strict=True):
-            picked = self._pick(answer.row, scores)
-            yield picked
-            if answer.row.finished or picked.id != guess:
+    def _accepted(self, answer: _Answer, chosen: Sequence[_Choice]) -> Iterator[Picked]:
+        """Take the chosen tokens, up to the one that ends the row."""
+        for token_id, logprobs in chosen:
+            yield self._pick(answer.row, token_id, logprobs)
+            if answer.row.finished:
                 return
 
     def _note(self, answers: Sequence[_Answer], gained: int) -> None:
@@ -283,21 +292,34 @@ class Decoding:
             drafted = sum(len(answer.draft) for answer in answers)
             self._speculator.note(len(answers), drafted, gained, self._step_s)
 
-    def _pick(self, row: _Row, logits: torch.Tensor) -> Picked:
-        context = self._prompt + row.ids
-        token_id = self._sampler.pick(
-            logits, context, row=row.number, position=len(context), prompt_length=len(self._prompt)
-        )
+    def _choose(self, answers: Sequence[_Answer]) -> list[list[_Choice]]:
+        """The next tokens of each row. Changes nothing, and runs in a worker thread."""
+        return [list(self._choices(answer)) for answer in answers]
+
+    def _choices(self, answer: _Answer) -> Iterator[_Choice]:
+        """Draw a token after each position, up to the first that is not what was guessed."""
+        context = self._prompt + answer.row.ids
+        for scores, guess in zip(answer.logits, (*answer.draft, None), strict=True):
+            token_id = self._sampler.pick(
+                scores, context, row=answer.row.number, position=len(context), prompt_length=len(self._prompt)
+            )
+            yield token_id, self._logprobs(scores, token_id)
+            if token_id != guess:
+                return
+            context = [*context, token_id]
+
+    def _pick(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Picked:
+        position = len(self._prompt) + len(row.ids)
         row.ids.append(token_id)
         if self._speculator is not None:
-            self._speculator.came(row.number, token_id, len(context))
+            self._speculator.came(row.number, token_id, position)
         ends = token_id in self._sampling.eos_token_ids
         final = ends or len(row.ids) == self._sampling.max_new_tokens
         text = row.stops.add(row.text.add(token_id, final=final), final=final)
         ends = ends or row.stops.stopped
         row.finished = final or ends
         finish: Finish | None = ("stop" if ends else "length") if row.finished else None
-        return Picked(row.number, token_id, len(context), text, self._logprobs(logits, token_id), finish)
+        return Picked(row.number, token_id, position, text, logprobs, finish)
 
     def _logprobs(self, logits: torch.Tensor, token_id: int) -> TokenLogprobs | None:
         if self._top_logprobs is None:

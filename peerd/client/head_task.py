@@ -6,14 +6,17 @@ for one. The head runs in a worker thread, so that a large vocabulary does not b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import trio
 
 from peerd.compute.model.head import Head
 from peerd.protocol.errors import InvalidRequest
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +66,12 @@ class HeadTask:
     async def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The mean loss of predicting `targets`, `[n]`, from `[n, width]`, and its gradient; see `Head.loss`."""
         return await trio.to_thread.run_sync(self._head.loss, hidden, targets, limiter=self._limiter)
+
+    async def in_thread(
+        self, function: Callable[..., T], *arguments: object, limiter: trio.CapacityLimiter | None = None
+    ) -> T:
+        """Call a function that computes for long in a worker thread. If the call is cancelled, nobody waits for it."""
+        return await trio.to_thread.run_sync(function, *arguments, limiter=limiter, abandon_on_cancel=True)
 
     async def run(self) -> None:
         """Answer requests until cancelled."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -12,7 +13,7 @@ from peerd.client.finding.finder import FRESH_S, ChainFinder, Patience
 from peerd.client.head_task import HeadTask
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
-from peerd.protocol.errors import InvalidRequest, NotServed
+from peerd.protocol.errors import ContextTooLong, InvalidRequest, NotServed
 from peerd.routing.directory.directory import CACHE_S
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from peerd.protocol.messages.span_training import SpanBegin
 
 __all__ = ["Adapter", "ModelFacts", "SwarmModel"]
+
+T = TypeVar("T")
+
+# Texts that are tokenized at the same time. Each takes a core, and a megabyte takes seconds.
+_TOKENIZED_AT_ONCE = 2
+# A token of some vocabulary may stand for more characters than its own text has.
+_LEAST_LONGEST_TOKEN = 16
 
 
 class SwarmModel(ServedBlocks):
@@ -50,6 +58,37 @@ class SwarmModel(ServedBlocks):
         self._head = head
         #: What the answers of this model share to guess tokens ahead; None if they never do.
         self.speculation: Speculation | None = Speculation()
+        self._tokenizing = trio.CapacityLimiter(_TOKENIZED_AT_ONCE)
+
+    async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call a function that computes for long in a worker thread, so that the event loop goes on."""
+        return await self._head.in_thread(function, *arguments)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into token ids, in a worker thread.
+
+        Raises ContextTooLong, without tokenizing it, for a text that is longer than the model's longest token in all
+        its positions.
+        """
+        if len(text) > self.facts.max_length * _LEAST_LONGEST_TOKEN:
+            await self._head.in_thread(self._check_length, text)
+
+        def encode() -> list[int]:
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+        return await self._head.in_thread(encode, limiter=self._tokenizing)
+
+    def _check_length(self, text: str) -> None:
+        most = self.facts.max_length * self._longest_token
+        if len(text) > most:
+            raise ContextTooLong(
+                f"the text has {len(text)} characters; {self.facts.name} takes {self.facts.max_length} tokens of at"
+                f" most {self._longest_token} characters: shorten it"
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(_LEAST_LONGEST_TOKEN, *map(len, self.tokenizer.get_vocab()))
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Turn token ids into the first block's input, `[n, width]`, for the positions from `start` on.

@@ -109,9 +109,12 @@ class Answers:
             yield picked
 
 
-def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]:
-    """A prompt's token ids. Whether the model has these ids shows later, when they are embedded. Raises ApiError."""
-    ids = model.encode(prompt) if isinstance(prompt, str) else prompt
+async def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]:
+    """A prompt's token ids. Whether the model has these ids shows later, when they are embedded.
+
+    Raises ApiError, ContextTooLong.
+    """
+    ids = await model.tokenize(prompt) if isinstance(prompt, str) else prompt
     if not ids:
         raise invalid("prompt is empty", "prompt")
     return ids

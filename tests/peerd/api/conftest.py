@@ -56,6 +56,10 @@ class ByteHead:
         await trio.lowlevel.checkpoint()
         return 5 * torch.nn.functional.one_hot(hidden[:, 0].long(), END + 1).float()
 
+    async def in_thread(self, function, *arguments, limiter=None):
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
 
 class ScriptedHead(ByteHead):
     """Each row says the given text, whatever comes back, by its position, which the hidden states do not contain."""

@@ -160,7 +160,7 @@ async def test_mistakes_are_told_before_any_peer_is_asked(open_api, fields, stat
 
 
 async def test_a_body_beyond_the_limit_is_refused_before_it_is_read_as_json(open_api, monkeypatch):
-    monkeypatch.setattr(fields_module, "MAX_BODY_BYTES", 100)
+    monkeypatch.setattr(fields_module, "_MOST_BODY_BYTES", 100)
     async with open_api() as (caller, _):
         answer = await caller.post("/v1/completions", complete(prompt="x" * 200))
     assert answer.status == 413

@@ -30,6 +30,10 @@ class ByteHead:
         await trio.lowlevel.checkpoint()
         return torch.nn.functional.one_hot(hidden[:, 0].long(), END + 1).float()
 
+    async def in_thread(self, function, *arguments, limiter=None):
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
 
 class PositionHead(ByteHead):
     """Embeds a token by its position too, as models with a table of positions do."""
