@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 import trio
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from peerd.api.errors import ApiError, api_error
 from peerd.api.fields import Fields, body_limit, parse_json, read_body
+from peerd.api.http.catch_all import answer_bug, answer_nobody
 from peerd.api.models import Models
 from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import ChatShape, CompletionShape
@@ -70,6 +71,8 @@ class Api:
         errors: dict[Any, Any] = {
             ApiError: _refuse,
             PeerdError: _refuse_peerd,
+            ClientDisconnect: answer_nobody,
+            Exception: answer_bug,
             404: _not_found,
             405: _wrong_method,
         }

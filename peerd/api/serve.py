@@ -16,6 +16,7 @@ import trio
 
 from peerd.api.app import Api
 from peerd.api.guard import Guard
+from peerd.api.http.catch_all import CatchAll
 from peerd.api.http.listener import HttpListener
 from peerd.api.models import Models
 from peerd.api.openai.chat_templates import open_chat_templates
@@ -66,9 +67,9 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
         offered = Models(models)
         history = History()
         swarm = SwarmView(peer, offered, history)
-        app = Api(offered, templates, Status(peer, offered), swarm, history).app()
-        tasks = await stack.enter_async_context(open_tasks())
         containment = peer.connections.containment
+        app = CatchAll(Api(offered, templates, Status(peer, offered), swarm, history).app(), containment)
+        tasks = await stack.enter_async_context(open_tasks())
         keep = partial(containment.keep_running, what="the history of coverage")
         tasks.start_soon(keep, history.run, swarm.coverage)
         urls = []

@@ -149,5 +149,9 @@ def set_up_logging(level: int, *, libraries: int = logging.WARNING) -> None:
 
 
 class _Printable(logging.Formatter):
+    """Writes a record so that no text of a stranger's in it is a command to the terminal, or looks like a record of its
+    own: only its first line begins at the margin.
+    """
+
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(super().format(record)).replace("\n", "\n    ")

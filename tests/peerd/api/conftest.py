@@ -137,9 +137,16 @@ class Caller:
     def __init__(self, app):
         self._app = app
 
-    async def post(self, path, value, *, hang_up=None):
-        hang_up, answer = trio.Event() if hang_up is None else hang_up, Answer()
-        request = [{"type": "http.request", "body": json.dumps(value).encode(), "more_body": False}]
+    async def post(self, path, value, *, hang_up=None, answer=None):
+        hang_up = trio.Event() if hang_up is None else hang_up
+        return await self.post_bytes(path, json.dumps(value).encode(), hang_up=hang_up, answer=answer)
+
+    async def post_bytes(self, path, body, *, is_whole=True, hang_up=None, answer=None):
+        answer = answer or Answer()
+        if hang_up is None:
+            hang_up = trio.Event()
+            hang_up.set()
+        request = [{"type": "http.request", "body": body, "more_body": not is_whole}]
 
         async def receive():
             if request:

@@ -13,6 +13,8 @@ from peerd.api import fields as fields_module
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import fake_forward
 
+from .conftest import Answer
+
 BLOCKS = 9
 WIDTH = 8
 MODEL_NAME = "bytes"
@@ -157,6 +159,71 @@ async def test_mistakes_are_told_before_any_peer_is_asked(open_api, fields, stat
     assert answer.status == status
     assert answer.json["error"]["code"] == code
     assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "a\ud83d"}, "prompt"),
+        ({"prompt": ["fine \U0001f600", "\udc00"]}, "prompt[1]"),
+        ({"stop": ["\ud800"]}, "stop[0]"),
+        ({"metadata": {"a": {"b": "\ud800"}}}, "metadata.a.b"),
+        ({"\ud800\n2026-11-30 09:00:00,000 INFO peerd: \x1b[31mforged": 1}, None),
+        ({"metadata": {"\ud800": 1}}, "metadata"),
+    ],
+    ids=["prompt", "in a list", "stop", "inside", "name", "name inside"],
+)
+async def test_half_of_a_surrogate_pair_is_refused_by_name(open_api, caplog, fields, param):
+    async with open_api() as (caller, _):
+        answer = await caller.post("/v1/completions", complete(**fields))
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)
+    assert "half a character" in answer.json["error"]["message"]
+    assert not caplog.records
+
+
+async def test_whole_characters_outside_the_basic_plane_are_no_halves(open_api):
+    async with open_api() as (caller, _):
+        answer = await caller.post("/v1/completions", complete(prompt="\U0001f600"))
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"model": \xff}', "not UTF-8, from byte 10 on"),
+        (b'{"seed": 1' + 5000 * b"0" + b"}", "a number in it has thousands of digits"),
+        (b'{"seed": NaN}', "NaN is not a JSON number"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "the body is not JSON"),
+        (b"[]", "must be a JSON object"),
+    ],
+    ids=["not UTF-8", "long number", "NaN", "deep", "half", "list"],
+)
+async def test_a_body_that_is_no_json_is_refused_in_plain_words(open_api, body, said):
+    async with open_api() as (caller, _):
+        answer = await caller.post_bytes("/v1/completions", body)
+    assert answer.status == 400
+    assert said in answer.json["error"]["message"]
+    assert len(answer.body) < 500
+
+
+async def test_a_bug_of_ours_is_a_500_in_openai_s_shape(open_api, monkeypatch):
+    def fail(*arguments, **fields):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(app_module, "read_completion", fail)
+    async with open_api() as (caller, _):
+        answer = Answer()
+        with pytest.raises(ZeroDivisionError):
+            await caller.post("/v1/completions", complete(), answer=answer)
+    assert (answer.status, answer.json["error"]["code"]) == (500, "internal_error")
+
+
+async def test_a_client_that_hangs_up_while_it_uploads_is_no_error(open_api, caplog):
+    async with open_api() as (caller, _):
+        answer = await caller.post_bytes("/v1/completions", b'{"model": "by', is_whole=False)
+    assert answer.status == 0
+    assert not caplog.records
 
 
 async def test_a_body_beyond_the_limit_is_refused_before_it_is_read_as_json(open_api, monkeypatch):
