@@ -5,7 +5,7 @@ covered.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -99,15 +99,21 @@ class Status:
         }
 
     async def _offers(self, model: SwarmModel, max_age_s: float = _MAX_AGE_S) -> list[Offer]:
-        """The offers that accept sessions now: servers that are joining or leaving do not count."""
-        offers = await offers_of(self._peer, model, max_age_s)
-        return [offer for offer in offers if offer.record.state == "online"]
+        return usable(await offers_of(self._peer, model, max_age_s), model)
 
 
 async def offers_of(peer: Peer, model: SwarmModel, max_age_s: float) -> list[Offer]:
     """The spans of a model that peers announce, in any state, looked up at most `max_age_s` ago."""
     directory, facts = peer.discovery.directory, model.facts
     return list(await directory.servers(facts.digest, facts.block_count, max_age_s=max_age_s))
+
+
+def usable(offers: Iterable[Offer], model: SwarmModel) -> list[Offer]:
+    """The offers that accept sessions now: not those of servers that are joining or leaving, nor of those that we have
+    found to be gone, whose announcements last for another minute.
+    """
+    gone = model.unreachable()
+    return [offer for offer in offers if offer.record.state == "online" and offer.peer_id not in gone]
 
 
 def coverage_of(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:

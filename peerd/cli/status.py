@@ -13,16 +13,27 @@ import trio
 
 from peerd.cli.console import printable, short, table, write
 from peerd.local.socket_path import default_socket_path
-from peerd.protocol.errors import InvalidRequest, Unresponsive
+from peerd.protocol.errors import InvalidRequest, NoChain, Unresponsive
 
 _DEADLINE_S = 10.0
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 
 async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
-    """Print the daemon's status. Raises InvalidRequest if none listens, and Unresponsive if it does not answer."""
+    """Print the daemon's status.
+
+    Raises InvalidRequest if none listens, and Unresponsive if it does not answer; NoChain, after printing, if blocks of
+    its models have no server.
+    """
     status = await ask_daemon(socket_path or default_socket_path())
     write((json.dumps(status, indent=2) if as_json else describe(status)) + "\n")
+    missing = [
+        f"{', '.join(run['blocks'] for run in model['coverage'] if not run['servers'])} of {model['name']}"
+        for model in status["models"]
+        if not model["covered"]
+    ]
+    if missing:
+        raise NoChain(f"no server for blocks {'; '.join(missing)}")
 
 
 def describe(status: dict[str, Any]) -> str:
@@ -51,11 +62,11 @@ def describe(status: dict[str, Any]) -> str:
     for model in status["models"]:
         runs = ", ".join(f"{run['blocks']} by {run['servers'] or 'no server'}" for run in model["coverage"])
         state = "complete" if model["covered"] else "incomplete"
-        lines.append(f"model     {model['name']}: {state}, {model['servers']} servers ({runs})")
+        lines.append(f"model     {model['name']}: {state}, {_count(model['servers'], 'server')} ({runs})")
     lines += [f"refused   {_refused(score)}" for score in status["refused"]]
     lines += [f"avoided   {short(one['peer_id'])} {_avoided(one)}" for one in status["avoided"]]
     rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"]), _way(peer["relay"])) for peer in status["peers"]]
-    return "\n".join(lines) + f"\n\n{len(rows)} peers connected" + (f"\n{table(rows)}" if rows else "")
+    return "\n".join(lines) + f"\n\n{_count(len(rows), 'peer')} connected" + (f"\n{table(rows)}" if rows else "")
 
 
 async def ask_daemon(path: Path) -> dict[str, Any]:
@@ -70,7 +81,11 @@ async def ask_daemon(path: Path) -> dict[str, Any]:
                     if len(answer) > _MAX_ANSWER_BYTES:
                         break
     except (OSError, trio.BrokenResourceError) as error:
-        raise InvalidRequest(f"no peerd listens on {path}: start one with peerd --client ({error})") from None
+        if isinstance(error, PermissionError):
+            raise InvalidRequest(f"{path} belongs to another user, as whom its daemon runs") from None
+        raise InvalidRequest(
+            f"no peerd listens on {path}: start one with peerd --client, or wait until it has joined its swarm"
+        ) from None
     except trio.TooSlowError:
         raise Unresponsive(f"the daemon on {path} did not answer within {_DEADLINE_S:g} s") from None
     head, _, body = bytes(answer).partition(b"\r\n\r\n")
@@ -78,6 +93,10 @@ async def ask_daemon(path: Path) -> dict[str, Any]:
         raise Unresponsive(f"the daemon on {path} answered {head[:100]!r}")
     status: dict[str, Any] = json.loads(body)
     return status
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _reach(reachability: dict[str, Any]) -> str:

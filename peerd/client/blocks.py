@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from peerd.client.training.trained import LoraPairs
     from peerd.client.training.training_pass import Pass
     from peerd.compute.checkpoint.hub.settings import HubSettings
+    from peerd.protocol.identity import PeerId
 
 # A hop without free memory may keep us waiting this long before we try another chain (spec/session.md, "Opening").
 OPEN_TIMEOUT_MS = 2000
@@ -89,6 +90,10 @@ class ServedBlocks:
         return (
             f"<{type(self).__name__} {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
         )
+
+    def unreachable(self) -> frozenset[PeerId]:
+        """The peers that this process has found to be gone or failing, which no session is given now."""
+        return self._tools.finder.avoided()
 
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Turn token ids into the first block's input. Raises InvalidRequest here, because that needs a model's

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peerd.api.status import coverage_of, offers_of
+from peerd.api.status import coverage_of, offers_of, usable
 from peerd.api.web.history import History
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ class SwarmView:
         for name, model in self._models:
             offers = await offers_of(self._peer, model, _MAX_AGE_S)
             self._history.since(name, {str(offer.peer_id) for offer in offers})
-            runs = coverage_of(model, _online(offers))
+            runs = coverage_of(model, usable(offers, model))
             covered = sum(end - start for start, end, servers in runs if servers)
             shares[name] = round(covered / model.facts.block_count, 4)
         return shares
 
     async def _describe_model(self, name: str, model: SwarmModel) -> dict[str, Any]:
         offers = await offers_of(self._peer, model, _MAX_AGE_S)
-        online = _online(offers)
+        online = usable(offers, model)
         since = self._history.since(name, {str(offer.peer_id) for offer in offers})
         runs = coverage_of(model, online)
         return {
@@ -108,10 +108,6 @@ class SwarmView:
         if self._peer.connections.is_private:
             options += " --swarm-key PATH/TO/KEY"
         return f"peerd --serve-blocks auto --model {shlex.quote(model)} {options}"
-
-
-def _online(offers: Sequence[Offer]) -> list[Offer]:
-    return [offer for offer in offers if offer.record.state == "online"]
 
 
 def _in_order(offers: Sequence[Offer]) -> list[Offer]:

@@ -26,7 +26,7 @@ from peerd.cli.status import describe, show_status
 from peerd.client.model import ModelFacts, SwarmModel
 from peerd.local.messages import Embed, LocalBackward, LocalForward, LocalOpen, message_bytes, read_message
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor
-from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.errors import InvalidRequest, NoChain
 from peerd.protocol.messages.session import Step
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
@@ -180,7 +180,8 @@ async def test_status_is_shown_to_people_and_programs(open_daemon, capsys):
         status = json.loads(capsys.readouterr().out)
         daemon.swarm.hosts[1].online = False
         await trio.lowlevel.checkpoint()
-        await show_status(daemon.socket, as_json=False)
+        with pytest.raises(NoChain, match="no server for blocks 3:6 of bytes"):
+            await show_status(daemon.socket, as_json=False)
     assert status["models"][0]["covered"] is True
     assert status["models"][0]["coverage"] == [{"blocks": "0:9", "servers": 1}]
     said = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -36,11 +37,11 @@ class Announced:
         return self._offers
 
 
-def status_of(*states: str, now: str = "") -> Status:
+def status_of(*states: str, now: str = "", gone: Collection[str] = ()) -> Status:
     announced = Announced(*states)
     announced.now = {"peer 0": now} if now else {}
     peer = SimpleNamespace(discovery=SimpleNamespace(directory=announced))
-    model = SimpleNamespace(facts=SimpleNamespace(digest=b"", block_count=4))
+    model = SimpleNamespace(facts=SimpleNamespace(digest=b"", block_count=4), unreachable=lambda: frozenset(gone))
     return Status(cast(Any, peer), cast(Any, [("tiny", model)]))
 
 
@@ -53,6 +54,13 @@ async def test_a_server_that_accepts_no_sessions_does_not_count(state: str) -> N
 
 async def test_a_model_is_ready_once_each_block_has_a_server_that_takes_sessions() -> None:
     assert await status_of("joining", "online").is_ready() == (True, "")
+
+
+async def test_a_server_that_we_found_gone_does_not_count_though_it_is_announced() -> None:
+    status = status_of("online", "online", gone={"peer 0"})
+    assert await status.is_ready() == (True, "")
+    status = status_of("online", "online", gone={"peer 0", "peer 1"})
+    assert await status.is_ready() == (False, "no server for blocks 0:4 of tiny")
 
 
 async def test_a_newcomer_is_not_missed_for_an_older_view() -> None:

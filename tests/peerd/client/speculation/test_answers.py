@@ -38,6 +38,10 @@ class SoftHead:
     def embed(self, token_ids, start=0):
         return self._in[torch.tensor(list(token_ids), dtype=torch.long)]
 
+    async def in_thread(self, function, *arguments, limiter=None):
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
     async def logits(self, hidden):
         await trio.lowlevel.checkpoint()
         return torch.nn.functional.layer_norm(hidden.float(), (WIDTH,)) @ self._out
