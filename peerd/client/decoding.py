@@ -23,6 +23,7 @@ from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
 if TYPE_CHECKING:
     from peerd.client.blocks import Adapter
+    from peerd.client.finding.finder import Patience
     from peerd.client.session.session import Session
 
 Finish = Literal["stop", "length"]
@@ -89,6 +90,7 @@ class TokenModel(Protocol):
         max_rollback: int = 0,
         prompt_length: int = 0,
         adapter: Adapter | None = None,
+        patience: Patience | None = None,
     ) -> Session:
         """Start a session whose chain opens with its first step."""
 
@@ -112,8 +114,8 @@ class Decoding:
     """Answers to `prompt` while they are generated: iterate over `tokens`. `session` is set once that has begun.
 
     `stop` texts end a row, and are left out of its text. `top_logprobs` asks for logprobs with that many alternatives.
-    `adapter` is what `SwarmModel.session` takes. With `speculation`, steps carry guesses too; the tokens are the same.
-    `resumable` needs a single row: after NoChain or Overloaded the caller
+    `adapter` and `patience` are what `SwarmModel.session` takes. With `speculation`, steps carry guesses too; the
+    tokens are the same. `resumable` needs a single row: after NoChain or Overloaded the caller
     may call `tokens` again. It continues with the same session if that still exists, which is kept for a while, and
     otherwise with a new one.
     """
@@ -130,6 +132,7 @@ class Decoding:
         top_logprobs: int | None = None,
         adapter: Adapter | None = None,
         speculation: Speculation | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.session: Session | None = None
         self._model = model
@@ -138,6 +141,7 @@ class Decoding:
         self._sampler = Sampler(sampling)
         self._top_logprobs = top_logprobs
         self._adapter = adapter
+        self._patience = patience
         self._resumable = resumable
         # The row operations of the next step, and the answers of the last one from which no token was drawn yet.
         self._ops: tuple[Op, ...] = ()
@@ -186,6 +190,7 @@ class Decoding:
             max_rollback=0 if self._speculator is None else MOST_DRAFTED,
             prompt_length=self._length if self._ropes_changed else len(self._prompt),
             adapter=self._adapter,
+            patience=self._patience,
         )
 
     @property

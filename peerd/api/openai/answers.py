@@ -12,6 +12,7 @@ import trio
 from peerd.api.errors import ApiError, invalid
 from peerd.api.openai.requests import CHAT_TOKENS, CommonFields
 from peerd.client.decoding import Decoding, Picked
+from peerd.client.finding.finder import Patience
 from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.trio_tools import open_tasks
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # How many tokens may wait for a client that reads slowly; then its session waits too.
 _AHEAD = 16
+# A program that asks waits for this long until the peers have room for its answer, without a sign of life. Then it is
+# told when to ask again, within ten seconds in all; a hop may be asked just before this is over.
+_PATIENCE = Patience(first_busy_s=6.0)
 
 
 @dataclass(slots=True)
@@ -65,6 +69,7 @@ class Answers:
                 stop=common.stop,
                 top_logprobs=common.top_logprobs,
                 speculation=model.speculation,
+                patience=_PATIENCE,
             )
             for prompt in prompts
         ]

@@ -143,9 +143,10 @@ class Candidates:
     def __repr__(self) -> str:
         return f"<Candidates barred={len(self._barred)} avoided={len(self._avoided_until)}>"
 
-    def search(self, now: float) -> Search:
-        """Begin to look for peers."""
-        return Search(self, now)
+    def search(self, now: float, *, is_first: bool = False) -> Search:
+        """Begin to look for peers. `is_first`: for a session that has computed nothing yet."""
+        first_s = self.patience.first_busy_s if is_first else None
+        return Search(self, now, self.patience.busy_s if first_s is None else first_s)
 
     def avoid(self, peer: PeerId, now: float) -> None:
         """Leave a peer out for a while, without blame."""
@@ -172,8 +173,9 @@ class Candidates:
 class Search:
     """The search for peers to one hole of a chain, from the time at which it was missed."""
 
-    def __init__(self, candidates: Candidates, now: float) -> None:
+    def __init__(self, candidates: Candidates, now: float, busy_s: float) -> None:
         self.busy = BusyPeers(candidates.rng)
+        self._busy_s = busy_s
         self._candidates = candidates
         self._began = now
         self._set_aside: set[PeerId] = set()
@@ -189,7 +191,7 @@ class Search:
 
     def left_s(self, now: float) -> float:
         """How long it may still wait for peers that are full."""
-        return self._candidates.patience.busy_s - (now - self._began)
+        return self._busy_s - (now - self._began)
 
     def refused(
         self, peer: PeerId, error: PeerdError, blocks: Span, *, asked_at: float, now: float
@@ -238,7 +240,7 @@ class Search:
         if self.left_s(asked_at) <= 0:
             return GiveUp(self.busy.error(blocks, waited_s))
         if all_busy and not self._set_aside and not mine.avoided(now):
-            return WaitUntil(self.busy.next_try(now, self._began + mine.patience.busy_s), is_last_resort=False)
+            return WaitUntil(self.busy.next_try(now, self._began + self._busy_s), is_last_resort=False)
         self._set_aside.clear()
         mine.forgive()
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, RETRY_S)

@@ -219,6 +219,8 @@ class Patience:
     missing_s: float = 5.0
     # If peers are full, other sessions will end.
     busy_s: float = 120.0
+    # The same for a session that has computed nothing yet, so that giving up loses nothing; None: `busy_s`.
+    first_busy_s: float | None = None
 
 
 class ChainFinder(Protocol):

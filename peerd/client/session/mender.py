@@ -60,6 +60,7 @@ class ChainMender:
         self._opener = tools.opener
         self._terms = spec.terms
         self.candidates = Candidates(SESSION_RULES, spec.patience, tools.rng)
+        self._has_answered = False
         #: What hops said of what is asked now: that it is wrong, or overflows. Others may do better; where there are
         #: none, that is the answer.
         self.refusals = Refusals(tolerated=0, voice=tools.opener.voice, now=trio.current_time)
@@ -71,6 +72,7 @@ class ChainMender:
 
     def answered(self, chain: LiveChain) -> None:
         """Note that the chain has answered. Peers that refused what it did, or were left out for that, are blamed."""
+        self._has_answered = True
         for kind in (self.refusals, self.lapses):
             if kind:
                 for peer in kind.settle([control.hop.peer_id for control in chain.controls]):
@@ -82,7 +84,7 @@ class ChainMender:
         Raises NoChain, which names all missing blocks; Overloaded; CallerError or BadResult if other peers refuse too,
         or there are no others; NumbersUsedUp, only if other hops are open.
         """
-        search = self.candidates.search(trio.current_time())
+        search = self.candidates.search(trio.current_time(), is_first=not self._has_answered)
         # Why the last peer that is not just full refused.
         refusal: HopRefused | None = None
         while True:
