@@ -16,6 +16,7 @@ from peerd.api.errors import ApiError, api_error
 from peerd.api.fields import Fields, body_limit, parse_json, read_body
 from peerd.api.http.catch_all import answer_bug, answer_nobody
 from peerd.api.models import Models
+from peerd.api.openai.answering import Answering
 from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import ChatShape, CompletionShape
 from peerd.api.openai.chat_templates import ChatTemplates
@@ -28,8 +29,6 @@ from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
 from peerd.protocol.errors import InvalidRequest, PeerdError
 
-# Each answer holds a session on every peer of a chain; above this number callers are told to come back later.
-MAX_ANSWERING = 128
 # A body of this size may hold so many token ids that checking them takes longer than other requests should wait.
 _LARGE_BODY_BYTES = 65536
 
@@ -46,13 +45,14 @@ class Api:
         status: Status,
         swarm: SwarmView,
         history: History,
+        answering: Answering,
     ) -> None:
         self._models = models
         self._templates = templates
         self._status = status
         self._swarm = swarm
         self._history = history
-        self._slots = trio.CapacityLimiter(MAX_ANSWERING)
+        self._answering = answering
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -111,7 +111,7 @@ class Api:
         return self._respond(answers, shape, wanted.common.rows, wanted.common)
 
     async def status(self, request: Request) -> Response:
-        return JSONResponse(await self._status.describe() | {"answering": self._slots.borrowed_tokens})
+        return JSONResponse(await self._status.describe() | {"answering": self._answering.count})
 
     async def swarm(self, request: Request) -> Response:
         return JSONResponse(await self._swarm.describe())
@@ -143,7 +143,7 @@ class Api:
             stream=common.stream,
             include_usage=common.include_usage,
             include_chain=common.include_chain,
-            slots=self._slots,
+            answering=self._answering,
         )
 
 

@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
+import trio
 from starlette.requests import Request
 
 from peerd.api.errors import ApiError, invalid
 
 # A body may have this many bytes for each position of the longest context: a token has four or five, and is several
-# times as long where a program escapes every letter as \\uXXXX.
+# times as long where a program escapes every letter as \uXXXX.
 _BYTES_A_POSITION = 64
 # But at least this many, for lists of prompts; and at most this many, for the event loop waits while JSON is parsed.
 _LEAST_BODY_BYTES = 2 * 1024 * 1024
 _MOST_BODY_BYTES = 8 * 1024 * 1024
+# A whole body has this long to come.
+_BODY_S = 60.0
 
 
 def body_limit(contexts: Iterable[int]) -> int:
@@ -31,13 +34,16 @@ def body_limit(contexts: Iterable[int]) -> int:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a request. Raises ApiError if it has more than `limit` bytes."""
+    """The body of a request. Raises ApiError if it has more than `limit` bytes, or does not come."""
     body = bytearray()
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > limit:
-                raise ApiError(413, f"the body has more than {limit} bytes, the most that the models here can use")
+    with trio.move_on_after(_BODY_S) as patience:
+        async with aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > limit:
+                    raise ApiError(413, f"the body has more than {limit} bytes, the most that the models here can use")
+    if patience.cancelled_caught:
+        raise ApiError(408, f"the body did not come within {_BODY_S:g} s", headers={"Connection": "close"})
     return bytes(body)
 
 

@@ -19,6 +19,7 @@ from peerd.api.guard import Guard
 from peerd.api.http.catch_all import CatchAll
 from peerd.api.http.listener import HttpListener
 from peerd.api.models import Models
+from peerd.api.openai.answering import Answering
 from peerd.api.openai.chat_templates import open_chat_templates
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
@@ -52,11 +53,12 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class LocalApi:
     """A running API. `urls` are for people: `unix:PATH`, `http://HOST:PORT`. `token`: the token that TCP needs, or
-    None.
+    None. `answering`: the answers that it gives, to be drained before it is closed.
     """
 
     urls: tuple[str, ...]
-    token: str | None = None
+    token: str | None
+    answering: Answering
 
 
 @asynccontextmanager
@@ -68,7 +70,9 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
         history = History()
         swarm = SwarmView(peer, offered, history)
         containment = peer.connections.containment
-        app = CatchAll(Api(offered, templates, Status(peer, offered), swarm, history).app(), containment)
+        answering = Answering()
+        api = Api(offered, templates, Status(peer, offered), swarm, history, answering)
+        app = CatchAll(api.app(), containment)
         tasks = await stack.enter_async_context(open_tasks())
         keep = partial(containment.keep_running, what="the history of coverage")
         tasks.start_soon(keep, history.run, swarm.coverage)
@@ -83,7 +87,7 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
             await tasks.start(_serve, guard, listener, containment)
             host, port = listener.getsockname()[:2]
             urls.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        yield LocalApi(tuple(urls), endpoint.token)
+        yield LocalApi(tuple(urls), endpoint.token, answering)
 
 
 def load_or_create_token(path: Path) -> str:

@@ -1,8 +1,8 @@
 """The daemon: runs a peer until it is stopped.
 
-Stopping has two stages. The first signal announces that the peer leaves, refuses new sessions and gives the others time
-to end (a minute after SIGTERM, or SIGHUP from a closed terminal; only a second after Ctrl-C, because a user waits). The
-second signal stops at once.
+Stopping has two stages. The first signal announces that the peer leaves, refuses new sessions and answers, and gives
+the others time to end (a minute after SIGTERM, or SIGHUP from a closed terminal; only a second after Ctrl-C, because a
+user waits). The second signal stops at once.
 """
 
 from __future__ import annotations
@@ -105,8 +105,12 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
         try:
             await stopping.asked.wait()
             tell_systemd("STOPPING=1")
-            log.info("leaving%s", f"; open sessions get {stopping.drain_s:g} s to end" if peer.served else "")
-            await peer.drain(stopping.drain_s)
+            has_work = peer.served or (api is not None and api.answering.count)
+            log.info("leaving%s", f"; what is under way gets {stopping.drain_s:g} s to end" if has_work else "")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(peer.drain, stopping.drain_s)
+                if api is not None:
+                    nursery.start_soon(api.answering.drain, stopping.drain_s)
         finally:
             _log_positions(peer)
 

@@ -115,9 +115,8 @@ class Decoding:
 
     `stop` texts end a row, and are left out of its text. `top_logprobs` asks for logprobs with that many alternatives.
     `adapter` and `patience` are what `SwarmModel.session` takes. With `speculation`, steps carry guesses too; the
-    tokens are the same. `resumable` needs a single row: after NoChain or Overloaded the caller
-    may call `tokens` again. It continues with the same session if that still exists, which is kept for a while, and
-    otherwise with a new one.
+    tokens are the same. `resumable` needs a single row: after NoChain or Overloaded the caller may call `tokens` again.
+    It continues with the same session if that still exists, which is kept for a while, and otherwise with a new one.
     """
 
     def __init__(

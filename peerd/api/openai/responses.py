@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import trio
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from peerd.api.errors import ApiError, api_error
+from peerd.api.openai.answering import Answering
 from peerd.api.openai.answers import Answers
 from peerd.api.openai.bodies import Shape
 from peerd.client.decoding import Picked
@@ -40,7 +42,7 @@ class AnswerResponse(Response):
         stream: bool,
         include_usage: bool,
         include_chain: bool = False,
-        slots: trio.CapacityLimiter,
+        answering: Answering,
     ) -> None:
         super().__init__()
         self._answers = answers
@@ -50,9 +52,16 @@ class AnswerResponse(Response):
         self._include_usage = include_usage
         self._include_chain = include_chain
         self._chain: dict[str, Any] | None = None
-        self._slots = slots
+        self._answering = answering
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._answering.place():
+                await self._answer(scope, receive, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: ASGIApp | None = None
         async with open_tasks() as tasks:
             tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
@@ -64,13 +73,7 @@ class AnswerResponse(Response):
     async def _respond(self, send: Send) -> ASGIApp:
         """Compute the answers. Returns the response that is still to be sent, or None if events were sent."""
         try:
-            self._slots.acquire_nowait()
-        except trio.WouldBlock:
-            retry = {"Retry-After": "2"}
-            busy = f"{self._slots.total_tokens:g} requests are being answered already"
-            return ApiError(429, busy, code="overloaded", kind="rate_limit_error", headers=retry).response()
-        try:
-            async with self._answers.open() as tokens:
+            async with self._answers.open() as picked, aclosing(self._answering.pieces(picked)) as tokens:
                 if self._stream:
                     first = await anext(tokens)
                     await self._send_events(send, first, tokens)
@@ -78,8 +81,8 @@ class AnswerResponse(Response):
                 return JSONResponse(await self._collect(tokens))
         except PeerdError as error:
             return api_error(error).response()
-        finally:
-            self._slots.release()
+        except ApiError as error:
+            return error.response()
 
     async def _collect(self, tokens: AsyncGenerator[Picked, None]) -> dict[str, Any]:
         answers: list[list[Picked]] = [[] for _ in range(self._count)]
@@ -94,8 +97,9 @@ class AnswerResponse(Response):
         try:
             async for picked in tokens:
                 await _send_data(send, *self._chain_news(), self._shape.piece(picked))
-        except PeerdError as error:
-            await _send_data(send, api_error(error).body)
+        except (PeerdError, ApiError) as error:
+            said = api_error(error) if isinstance(error, PeerdError) else error
+            await _send_data(send, said.body)
         else:
             if self._include_usage:
                 await _send_data(send, self._shape.usage(self._answers.usage.to_json()))

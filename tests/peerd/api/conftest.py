@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from peerd.api.app import Api
 from peerd.api.models import Models
+from peerd.api.openai.answering import Answering
 from peerd.api.serve import Endpoint, open_local_api
 from peerd.api.web.history import History
 from peerd.client.model import ModelFacts, SwarmModel
@@ -188,9 +189,10 @@ def open_api(open_byte_model):
     """`async with open_api(head) as (caller, swarm):` the application over one model called `bytes`."""
 
     @asynccontextmanager
-    async def open_it(head=None):
+    async def open_it(head=None, answering=None):
         async with open_byte_model(head) as (model, swarm):
-            api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus(), NoStatus(), History())
+            answering = answering or Answering()
+            api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus(), NoStatus(), History(), answering)
             yield Caller(api.app()), swarm
 
     return open_it

@@ -10,6 +10,7 @@ import trio
 
 from peerd.api import app as app_module
 from peerd.api import fields as fields_module
+from peerd.api.openai.answering import Answering
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import fake_forward
 
@@ -226,6 +227,15 @@ async def test_a_client_that_hangs_up_while_it_uploads_is_no_error(open_api, cap
     assert not caplog.records
 
 
+async def test_a_body_that_never_comes_is_waited_for_for_a_minute(open_api):
+    async with open_api() as (caller, _):
+        began = trio.current_time()
+        answer = await caller.post_bytes("/v1/completions", b'{"model": "by', is_whole=False, hang_up=trio.Event())
+        assert trio.current_time() - began == pytest.approx(60)
+    assert answer.status == 408
+    assert answer.headers["connection"] == "close"
+
+
 async def test_a_body_beyond_the_limit_is_refused_before_it_is_read_as_json(open_api, monkeypatch):
     monkeypatch.setattr(fields_module, "_MOST_BODY_BYTES", 100)
     async with open_api() as (caller, _):
@@ -254,11 +264,10 @@ async def test_peers_without_room_are_a_429_within_ten_seconds(open_api, stream)
     assert int(answer.headers["retry-after"]) > 0
 
 
-async def test_more_requests_than_the_daemon_answers_get_a_429(open_api, monkeypatch):
-    monkeypatch.setattr(app_module, "MAX_ANSWERING", 1)
+async def test_more_requests_than_the_daemon_answers_get_a_429(open_api):
     answers = []
 
-    async with open_api() as (caller, _):
+    async with open_api(answering=Answering(1)) as (caller, _):
 
         async def ask():
             answers.append(await caller.post("/v1/completions", complete()))
@@ -298,6 +307,45 @@ async def test_an_error_in_mid_stream_is_an_event_and_no_done(open_api):
     assert answer.status == 200
     assert "error" in answer.events[-1]
     assert "[DONE]" not in answer.events
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_daemon_that_stops_finishes_its_answers_and_refuses_others(open_api, stream):
+    answering, answers = Answering(), []
+    async with open_api(answering=answering) as (caller, _), trio.open_nursery() as nursery:
+
+        async def ask():
+            answers.append(await caller.post("/v1/completions", complete(max_tokens=100, stream=stream)))
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.3)
+        nursery.start_soon(answering.drain, 60)
+        await trio.sleep(0.1)
+        refused = await caller.post("/v1/completions", complete())
+    assert (refused.status, refused.json["error"]["code"]) == (503, "stopping")
+    assert int(refused.headers["retry-after"]) > 0
+    [answer] = answers
+    assert answer.events[-1] == "[DONE]" if stream else answer.json["usage"]["completion_tokens"] == 100
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_an_answer_that_takes_too_long_for_a_stopping_daemon_ends_with_an_error(open_api, stream):
+    answering, answers = Answering(), []
+    async with open_api(answering=answering) as (caller, swarm), trio.open_nursery() as nursery:
+
+        async def ask():
+            answers.append(await caller.post("/v1/completions", complete(max_tokens=900, stream=stream)))
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.3)
+        began = trio.current_time()
+        await answering.drain(2)
+        assert trio.current_time() - began == pytest.approx(2, abs=0.1)
+        await trio.sleep(1)
+        assert all(not host.server.sessions for host in swarm.hosts)
+    [answer] = answers
+    error = (answer.events[-1] if stream else answer.json)["error"]
+    assert (answer.status, error["code"]) == (200 if stream else 503, "stopping")
 
 
 async def test_models_are_listed_with_what_a_client_must_know(open_api):

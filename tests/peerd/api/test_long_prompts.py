@@ -12,6 +12,7 @@ import trio.testing
 from peerd.api.app import Api
 from peerd.api.fields import body_limit
 from peerd.api.models import Models
+from peerd.api.openai.answering import Answering
 from peerd.api.openai.chat_templates import MOST_OF_A_TEMPLATE, RENDER_LIMIT_S, ChatTemplates
 from peerd.api.web.history import History
 from peerd.client.sampling import Sampler
@@ -36,7 +37,7 @@ def open_api_with_model(open_byte_model):
     @asynccontextmanager
     async def open_it(head=None):
         async with open_byte_model(head) as (model, _):
-            api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus(), NoStatus(), History())
+            api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus(), NoStatus(), History(), Answering())
             yield Caller(api.app()), model
 
     return open_it
