@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from peerd.api.errors import ApiError, api_error
+from peerd.api.errors import ApiError, api_error, invalid
 from peerd.api.fields import Fields, body_limit, parse_json, read_body
 from peerd.api.http.catch_all import answer_bug, answer_nobody
 from peerd.api.models import Models
@@ -104,7 +104,18 @@ class Api:
         if not tokenizer.chat_template:
             raise InvalidRequest(f"{wanted.common.model} has no chat template: use /v1/completions")
         variables = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-        text = await self._templates.render(tokenizer.get_chat_template(), wanted.messages, variables)
+        template, options = tokenizer.get_chat_template(), wanted.template
+        if options.effort is not None:
+            if "reasoning_effort" not in template:
+                raise invalid(f"{wanted.common.model} has no reasoning_effort: leave it out", "reasoning_effort")
+            variables["reasoning_effort"] = options.effort
+        text = await self._templates.render(
+            template,
+            wanted.messages,
+            variables | options.variables,
+            opens_answer=options.opens_answer,
+            continues_last=options.continues_last,
+        )
         prompt = await model.tokenize(text, add_special_tokens=False)
         answers = Answers(model, wanted.common, [prompt], self._history.count_token)
         shape = ChatShape(wanted.common.model, model.decode)
@@ -143,6 +154,7 @@ class Api:
             stream=common.stream,
             include_usage=common.include_usage,
             include_chain=common.include_chain,
+            continuous_usage=common.continuous_usage,
             answering=self._answering,
         )
 

@@ -156,7 +156,7 @@ class Fields:
         """Refuse fields that would change the answer and are not supported, unless they ask for what happens anyway."""
         for name, harmless in names.items():
             value = self.take(name)
-            if value is not None and value != harmless:
+            if value is not None and not (value == harmless and isinstance(value, bool) == isinstance(harmless, bool)):
                 raise self.error(name, "is not supported here: leave it out", code="unsupported_parameter")
 
     def refuse_others(self) -> None:

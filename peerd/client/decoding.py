@@ -319,7 +319,10 @@ class Decoding:
             self._speculator.came(row.number, token_id, position)
         ends = token_id in self._sampling.eos_token_ids
         final = ends or len(row.ids) == self._sampling.max_new_tokens
-        text = row.stops.add(row.text.add(token_id, final=final), final=final)
+        # The token that ends an answer is no part of its text, even if it is an ordinary one.
+        text = row.text.rest() if ends else row.text.add(token_id, final=final)
+        if len(row.ids) > self._sampling.min_new_tokens:
+            text = row.stops.add(text, final=final)
         ends = ends or row.stops.stopped
         row.finished = final or ends
         finish: Finish | None = ("stop" if ends else "length") if row.finished else None

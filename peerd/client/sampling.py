@@ -43,7 +43,8 @@ class SamplingParams:
     `temperature` 0 takes the most likely token; then `top_k`, `top_p`, `min_p` and `seed` have no effect. `top_k` 0,
     `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off. `frequency_penalty` is subtracted from a logit for each
     time that the answer already contains the token, `presence_penalty` once if it contains it at all; `logit_bias`
-    (pairs of token id and number) is added. Generation ends with a token of `eos_token_ids`, or after `max_new_tokens`.
+    (pairs of token id and number) is added. Generation ends with a token of `eos_token_ids`, of which none is chosen
+    before `min_new_tokens`, or after `max_new_tokens`.
     """
 
     temperature: float = 0.0
@@ -56,6 +57,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,6 +75,8 @@ class SamplingParams:
         _check("seed", self.seed, seed_fits, f"a whole number of {_SEED_BITS} bits and a sign")
         limit = self.max_new_tokens
         _check("max_new_tokens", limit, _is_integer(limit) and limit >= 1, "a whole number, 1 or more")
+        least = self.min_new_tokens
+        _check("min_new_tokens", least, _is_integer(least) and 0 <= least <= limit, "from 0 to max_new_tokens")
         eos_fit = all(_is_integer(token) and token >= 0 for token in self.eos_token_ids)
         _check("eos_token_ids", self.eos_token_ids, eos_fit, "token ids")
 
@@ -91,6 +95,7 @@ class SamplingParams:
         logit_bias: Sequence[tuple[int, float]] | None = None,
         seed: int | None = None,
         max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ) -> SamplingParams:
         """The caller's choices. For each that is None, the model's own, or else the default of Transformers'
@@ -111,6 +116,7 @@ class SamplingParams:
             logit_bias=tuple(logit_bias or ()),
             seed=secrets.randbits(_SEED_BITS) if seed is None else seed,
             max_new_tokens=_first(max_new_tokens, config.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
+            min_new_tokens=_first(min_new_tokens, 0),
             eos_token_ids=_token_ids(config.eos_token_id) if eos_token_ids is None else tuple(eos_token_ids),
         )
 
@@ -158,7 +164,8 @@ class Sampler:
 
     def _adjusted(self, logits: torch.Tensor, answer: Sequence[int] | torch.Tensor) -> torch.Tensor:
         params = self.params
-        if not (params.frequency_penalty or params.presence_penalty or params.logit_bias):
+        is_short = len(answer) < params.min_new_tokens
+        if not (params.frequency_penalty or params.presence_penalty or params.logit_bias or is_short):
             return logits
         logits = logits.float().clone()
         for token, count in Counter(torch.as_tensor(answer).tolist()).items():
@@ -166,6 +173,8 @@ class Sampler:
         for token, bias in params.logit_bias:
             if token < len(logits):
                 logits[token] += bias
+        if is_short:
+            logits[[token for token in params.eos_token_ids if token < len(logits)]] = -math.inf
         return logits
 
     def scores(self, logits: torch.Tensor, context: Sequence[int] | torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,11 @@ class TextStream:
         self._given = len(self._ids)
         return piece
 
+    def rest(self) -> str:
+        """The text that waited for more tokens, when none come."""
+        known = self._decode(self._ids[self._context : self._given])
+        return self._decode(self._ids[self._context :])[len(known) :]
+
 
 class StopFilter:
     """Passes text on up to the first of some `stops`, and leaves out the stop itself."""

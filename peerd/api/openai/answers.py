@@ -138,7 +138,9 @@ def _sampling(model: SwarmModel, common: CommonFields, prompt_tokens: int) -> Sa
             code="context_length_exceeded",
         )
     try:
-        return model.sampling_params(max_new_tokens=wanted, **common.sampling)
+        own = () if common.ignore_eos else model.sampling_params().eos_token_ids
+        ends = (*own, *common.stop_token_ids)
+        return model.sampling_params(max_new_tokens=wanted, eos_token_ids=ends, **common.sampling)
     except ValueError as error:
         raise invalid(str(error)) from None
     except InvalidRequest as error:

@@ -42,12 +42,28 @@ class ChatTemplates:
     def __repr__(self) -> str:
         return f"<ChatTemplates renderers={len(self._renderers)} free={len(self._free)} templates={len(self._lanes)}>"
 
-    async def render(self, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    async def render(
+        self,
+        template: str,
+        messages: list[dict[str, Any]],
+        variables: dict[str, Any],
+        *,
+        opens_answer: bool = True,
+        continues_last: bool = False,
+    ) -> str:
         """The conversation as the model reads it, ready for its answer.
 
+        opens_answer: whether an answer is begun; continues_last: the last message is left open, to be continued.
         Raises InvalidRequest if the template refuses these messages, fails, or takes longer than a second.
         """
-        asked = json.dumps({"template": template, "messages": messages, "variables": variables}).encode() + b"\n"
+        fields = {
+            "template": template,
+            "messages": messages,
+            "variables": variables,
+            "opens_answer": opens_answer,
+            "continues_last": continues_last,
+        }
+        asked = json.dumps(fields).encode() + b"\n"
         lane = self._lanes.setdefault(template, _Lane())
         lane.users += 1
         try:

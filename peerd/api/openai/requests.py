@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peerd.api.fields import Fields
+from peerd.api.openai.sampling_fields import MAX_TOKENS, read_sampling
 from peerd.protocol.messages.session import MAX_ROWS
 
 # OpenAI's own limits.
@@ -17,23 +18,54 @@ MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
-MAX_BIASES = 1024
 COMPLETION_TOKENS = 16
 # OpenAI lets a chat answer fill the context; for that we would have to reserve KV on every peer.
 CHAT_TOKENS = 2048
 _MAX_MESSAGES = 4096
 _ROLES = ("system", "developer", "user", "assistant")
 
+# Fields that change no token of an answer. `prediction` only makes OpenAI's servers faster.
 _WITHOUT_EFFECT = (
+    "cache_prompt",
     "metadata",
     "parallel_tool_calls",
+    "prediction",
+    "priority",
     "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "request_id",
     "safety_identifier",
     "service_tier",
     "store",
     "user",
 )
-_TEXT = {"type": "text"}
+# Fields of OpenAI's and of vLLM's that we do not have, each with the value that asks for what happens anyway.
+_UNSUPPORTED = {
+    "include_stop_str_in_output": False,
+    "length_penalty": 1,
+    "moderation": None,
+    "return_tokens_as_token_ids": False,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "structured_outputs": None,
+    "truncate_prompt_tokens": None,
+    "use_beam_search": False,
+}
+_UNSUPPORTED_IN_CHATS = {
+    "add_special_tokens": False,
+    "audio": None,
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "verbosity": "medium",
+    "web_search_options": None,
+}
+_UNSUPPORTED_IN_COMPLETIONS = {"add_special_tokens": True, "response_format": {"type": "text"}, "suffix": ""}
+# What the renderer of templates is told by other fields.
+_RENDERER_S = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "conversations", "messages", "tools"}
+)
+MAX_STOP_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +79,21 @@ class CommonFields:
     stream: bool
     include_usage: bool
     include_chain: bool
+    continuous_usage: bool
     top_logprobs: int | None
     sampling: dict[str, Any]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How the chat template is rendered. `variables`: what the template may read. `effort`: of reasoning, if asked."""
+
+    variables: dict[str, Any]
+    effort: str | None = None
+    opens_answer: bool = True
+    continues_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +102,7 @@ class ChatRequest:
 
     common: CommonFields
     messages: list[dict[str, Any]]
+    template: TemplateOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,35 +117,24 @@ class CompletionRequest:
 def read_chat(fields: Fields) -> ChatRequest:
     """Read a body of /v1/chat/completions. Raises ApiError."""
     messages = _messages(fields)
-    limit = fields.integer("max_completion_tokens", 1)
-    older_limit = fields.integer("max_tokens", 1)
+    limit = fields.integer("max_completion_tokens", 1, MAX_TOKENS)
+    older_limit = fields.integer("max_tokens", 1, MAX_TOKENS)
     top_logprobs = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     logprobs = fields.boolean("logprobs")
     if top_logprobs is not None and not logprobs:
         raise fields.error("top_logprobs", "needs logprobs: true")
-    fields.refuse(
-        {
-            "audio": None,
-            "function_call": "none",
-            "functions": [],
-            "modalities": ["text"],
-            "prediction": None,
-            "reasoning_effort": None,
-            "response_format": _TEXT,
-            "tool_choice": "none",
-            "tools": [],
-            "verbosity": None,
-            "web_search_options": None,
-        }
-    )
+    _refuse_calls(fields, "tools", "tool_choice")
+    _refuse_calls(fields, "functions", "function_call")
+    fields.refuse(_UNSUPPORTED_IN_CHATS)
+    template = _template_options(fields)
     wanted = limit if limit is not None else older_limit
-    return ChatRequest(_common(fields, wanted, (top_logprobs or 0) if logprobs else None), messages)
+    return ChatRequest(_common(fields, wanted, (top_logprobs or 0) if logprobs else None), messages, template)
 
 
 def read_completion(fields: Fields) -> CompletionRequest:
     """Read a body of /v1/completions. Raises ApiError."""
     prompts = _prompts(fields)
-    limit = fields.integer("max_tokens", 1)
+    limit = fields.integer("max_tokens", 1, MAX_TOKENS)
     logprobs = fields.integer("logprobs", 0, MAX_COMPLETION_LOGPROBS)
     echo = fields.boolean("echo")
     rows = fields.integer("n", 1, MAX_CHOICES) or 1
@@ -110,20 +145,22 @@ def read_completion(fields: Fields) -> CompletionRequest:
         raise fields.error("echo", "is not supported together with logprobs")
     if len(prompts) * rows > MAX_ROWS:
         raise fields.error("n", f"asks for more than {MAX_ROWS} answers at once")
-    fields.refuse({"suffix": ""})
+    fields.refuse(_UNSUPPORTED_IN_COMPLETIONS)
     return CompletionRequest(_common(fields, limit or COMPLETION_TOKENS, logprobs), prompts, echo)
 
 
 def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) -> CommonFields:
     stream = fields.boolean("stream")
     options = fields.group("stream_options")
-    include_usage = include_chain = False
+    include_usage = include_chain = continuous_usage = False
     if options is not None:
         if not stream:
             raise fields.error("stream_options", "needs stream: true")
         include_usage = options.boolean("include_usage")
         # Our own addition for people who watch the chain: the peers that compute the answer (spec/local-api.md).
         include_chain = options.boolean("include_chain")
+        # vLLM's addition: each piece has the usage so far.
+        continuous_usage = options.boolean("continuous_usage_stats")
         options.ignore("include_obfuscation")
         options.refuse_others()
     common = CommonFields(
@@ -134,46 +171,16 @@ def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) ->
         stream=stream,
         include_usage=include_usage,
         include_chain=include_chain,
+        continuous_usage=continuous_usage and include_usage,
         top_logprobs=top_logprobs,
-        sampling=_sampling(fields),
+        sampling=read_sampling(fields),
+        stop_token_ids=_stop_tokens(fields),
+        ignore_eos=fields.boolean("ignore_eos"),
     )
+    fields.refuse(_UNSUPPORTED)
     fields.ignore(*_WITHOUT_EFFECT)
     fields.refuse_others()
     return common
-
-
-def _sampling(fields: Fields) -> dict[str, Any]:
-    """OpenAI's fields, and those that servers of open models commonly add."""
-    return {
-        "temperature": fields.number("temperature", 0, 2),
-        # OpenAI accepts 0, which leaves only the most likely token.
-        "top_p": _positive(fields.number("top_p", 0, 1)),
-        "top_k": fields.integer("top_k", 0),
-        "min_p": fields.number("min_p", 0, 1),
-        "repetition_penalty": _positive(fields.number("repetition_penalty", 0, 100)),
-        "seed": fields.integer("seed", -(2**63) + 1, 2**63 - 1),
-        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "presence_penalty": fields.number("presence_penalty", -2, 2),
-        "logit_bias": _biases(fields),
-    }
-
-
-def _positive(value: float | None) -> float | None:
-    return None if value is None else max(value, 1e-9)
-
-
-def _biases(fields: Fields) -> list[tuple[int, float]]:
-    group = fields.group("logit_bias")
-    if group is None:
-        return []
-    biases = []
-    for name in group.names():
-        if not (name.isascii() and name.isdecimal() and len(name) < 10):
-            raise group.error(name, "is no token id")
-        biases.append((int(name), group.number(name, -100, 100) or 0.0))
-    if len(biases) > MAX_BIASES:
-        raise fields.error("logit_bias", f"has more than {MAX_BIASES} tokens")
-    return biases
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
@@ -183,6 +190,44 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if not fits:
         raise fields.error("stop", f"must be a string or up to {MAX_STOPS} strings, none of them empty")
     return tuple(stops)
+
+
+def _stop_tokens(fields: Fields) -> tuple[int, ...]:
+    value = fields.take("stop_token_ids") or []
+    if value and not (_is_token_ids(value) and len(value) <= MAX_STOP_TOKENS):
+        raise fields.error("stop_token_ids", f"must be up to {MAX_STOP_TOKENS} token ids", code="invalid_value")
+    return tuple(value)
+
+
+def _refuse_calls(fields: Fields, tools: str, choice: str) -> None:
+    """Tools are not supported; offered ones that must not be called, and a choice among none, change nothing."""
+    offered, chosen = fields.take(tools), fields.take(choice)
+    if offered and chosen != "none":
+        raise fields.error(
+            tools, f'are not supported here: leave them out, or send {choice}: "none"', code="unsupported_parameter"
+        )
+    if chosen not in (None, "none", "auto"):
+        raise fields.error(choice, f"needs {tools}, which are not supported here", code="unsupported_parameter")
+
+
+def _template_options(fields: Fields) -> TemplateOptions:
+    group = fields.group("chat_template_kwargs")
+    variables = {name: group.take(name) for name in group.names()} if group is not None else {}
+    if group is not None and (reserved := sorted(_RENDERER_S & variables.keys())):
+        raise group.error(reserved[0], "is not for the template: it has a field of its own")
+    fields.refuse({"chat_template": None})
+    effort = fields.text("reasoning_effort")
+    if effort == "none":
+        # What the templates of models that reason unless told otherwise commonly ask for.
+        variables, effort = {"enable_thinking": False} | variables, None
+    continues = fields.boolean("continue_final_message")
+    # As in vLLM, a client that continues a message must not ask for the beginning of another.
+    opens = fields.boolean("add_generation_prompt")
+    if fields.take("add_generation_prompt") is None:
+        opens = not continues
+    if continues and opens:
+        raise fields.error("continue_final_message", "excludes add_generation_prompt: send that as false")
+    return TemplateOptions(variables, effort, opens, continues)
 
 
 def _prompts(fields: Fields) -> list[str | list[int]]:
@@ -198,7 +243,7 @@ def _is_token_ids(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+        and all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in value)
     )
 
 

@@ -42,6 +42,7 @@ class AnswerResponse(Response):
         stream: bool,
         include_usage: bool,
         include_chain: bool = False,
+        continuous_usage: bool = False,
         answering: Answering,
     ) -> None:
         super().__init__()
@@ -51,6 +52,7 @@ class AnswerResponse(Response):
         self._stream = stream
         self._include_usage = include_usage
         self._include_chain = include_chain
+        self._continuous_usage = continuous_usage
         self._chain: dict[str, Any] | None = None
         self._answering = answering
 
@@ -93,10 +95,10 @@ class AnswerResponse(Response):
     async def _send_events(self, send: Send, first: Picked, tokens: AsyncGenerator[Picked, None]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         opening = [piece for index in range(self._count) if (piece := self._shape.opening(index))]
-        await _send_data(send, *opening, *self._chain_news(), self._shape.piece(first))
+        await _send_data(send, *map(self._counted, [*opening, *self._chain_news(), self._shape.piece(first)]))
         try:
             async for picked in tokens:
-                await _send_data(send, *self._chain_news(), self._shape.piece(picked))
+                await _send_data(send, *map(self._counted, [*self._chain_news(), self._shape.piece(picked)]))
         except (PeerdError, ApiError) as error:
             said = api_error(error) if isinstance(error, PeerdError) else error
             await _send_data(send, said.body)
@@ -104,6 +106,12 @@ class AnswerResponse(Response):
             if self._include_usage:
                 await _send_data(send, self._shape.usage(self._answers.usage.to_json()))
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+
+    def _counted(self, piece: dict[str, Any]) -> dict[str, Any]:
+        """A piece with its field `usage`: null, as OpenAI has it, or what vLLM's clients ask for, the usage so far."""
+        if not self._include_usage:
+            return piece
+        return piece | {"usage": self._answers.usage.to_json() if self._continuous_usage else None}
 
     def _chain_news(self) -> list[dict[str, Any]]:
         """The chain, where it was asked for and has changed since it was last said."""

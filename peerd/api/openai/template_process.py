@@ -27,7 +27,8 @@ def main() -> None:
             rendered, _ = render(
                 conversations=[asked["messages"]],
                 chat_template=asked["template"],
-                add_generation_prompt=True,
+                add_generation_prompt=asked["opens_answer"],
+                continue_final_message=asked["continues_last"],
                 **asked["variables"],
             )
             _write({"text": rendered[0]})

@@ -40,7 +40,10 @@ END = 256
 TOKEN = "t" * 32
 RELAY = PeerId("the-relay")
 TERMS = Reserved(expires_s=60, circuits=1, bytes_a_second=1, circuit_s=60)
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{{ '/no_think' if enable_thinking is false }}{{ '<assistant>' if add_generation_prompt }}"
+)
 
 
 class ByteHead:
@@ -102,10 +105,16 @@ def open_byte_model(open_swarm, byte_tokenizer):
 class InProcessTemplates:
     """Renders in the test's process; the separate process of a daemon has its own tests."""
 
-    async def render(self, template, messages, variables):
+    async def render(self, template, messages, variables, *, opens_answer=True, continues_last=False):
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
+        rendered, _ = render_jinja_template(
+            [messages],
+            chat_template=template,
+            add_generation_prompt=opens_answer,
+            continue_final_message=continues_last,
+            **variables,
+        )
         return rendered[0]
 
 

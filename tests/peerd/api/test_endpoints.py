@@ -122,6 +122,57 @@ async def test_an_answer_that_ends_by_itself_says_so(open_api, scripted_head):
     assert answer.json["usage"]["completion_tokens"] == len("good day") + 1
 
 
+async def test_an_answer_goes_on_after_its_end_if_the_client_says_so(open_api, scripted_head):
+    async with open_api(scripted_head("good day")) as (caller, _):
+        answer = await caller.post("/v1/completions", complete(max_tokens=20, ignore_eos=True))
+    assert answer.json["choices"][0]["finish_reason"] == "length"
+    assert answer.json["usage"]["completion_tokens"] == 20
+
+
+async def test_an_answer_has_at_least_so_many_tokens(open_api, scripted_head):
+    async with open_api(scripted_head("ab")) as (caller, _):
+        answer = await caller.post("/v1/completions", complete(max_tokens=20, min_tokens=7, stop="b"))
+    assert answer.json["usage"]["completion_tokens"] == 8
+    assert answer.json["choices"][0]["finish_reason"] == "stop"
+    assert answer.json["choices"][0]["text"].startswith("ab")
+
+
+async def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(open_api, scripted_head):
+    async with open_api(scripted_head("one two")) as (caller, _):
+        answer = await caller.post("/v1/completions", complete(max_tokens=20, stop_token_ids=[ord("t")]))
+    (choice,) = answer.json["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
+
+
+async def test_a_last_message_is_continued(open_api):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
+    async with open_api() as (caller, _):
+        answer = await caller.post("/v1/chat/completions", chat(messages=messages, continue_final_message=True))
+        same = await caller.post("/v1/completions", complete(prompt="<user>Hi<assistant>Hel"))
+    assert answer.json["choices"][0]["message"]["content"] == same.json["choices"][0]["text"]
+
+
+async def test_a_reasoning_effort_is_for_models_whose_template_has_one(open_api):
+    async with open_api() as (caller, _):
+        none = await caller.post("/v1/chat/completions", chat(reasoning_effort="none"))
+        high = await caller.post("/v1/chat/completions", chat(reasoning_effort="high"))
+    assert none.json["usage"]["prompt_tokens"] == len("<user>Hi/no_think<assistant>")
+    assert (high.status, high.json["error"]["param"]) == (400, "reasoning_effort")
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["at the end", "so far"])
+async def test_pieces_have_a_field_for_usage_if_usage_is_asked_for(open_api, continuous):
+    options = {"include_usage": True, "continuous_usage_stats": continuous}
+    async with open_api() as (caller, _):
+        answer = await caller.post("/v1/completions", complete(stream=True, stream_options=options))
+        plain = await caller.post("/v1/completions", complete(stream=True))
+    *pieces, last, _ = answer.events
+    counts = [piece["usage"] and piece["usage"]["completion_tokens"] for piece in pieces]
+    assert counts == ([1, 2, 3, 4, 5] if continuous else [None] * 5)
+    assert last["usage"]["completion_tokens"] == 5
+    assert all("usage" not in piece for piece in plain.events[:-1])
+
+
 async def test_penalties_count_what_was_said_and_not_what_was_asked(open_api, scripted_head):
     asked = complete(prompt="aaaa", max_tokens=4, logit_bias={"98": 3})
     async with open_api(scripted_head("aaaa")) as (caller, _):

@@ -54,6 +54,19 @@ def completion(**fields):
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"moderation": {"model": "m"}}, "moderation"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_tokens": 10**4000}, "max_tokens"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"temprature": 1}, "temprature"),
     ],
@@ -80,6 +93,8 @@ def test_what_is_wrong_in_a_chat_is_named(fields, param):
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 6}, "logprobs"),
         ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": [10**4000]}, "prompt"),
+        ({"add_special_tokens": False}, "add_special_tokens"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -94,6 +109,40 @@ def test_fields_that_change_nothing_are_ignored_and_null_is_left_out():
         user="u", store=True, metadata={}, tools=None, temperature=None, response_format={"type": "text"}
     ).common
     assert asked.sampling["temperature"] is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning_effort": "none"},
+        {"verbosity": "medium"},
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "implicit"}, "prompt_cache_key": "k"},
+        {"prediction": {"type": "content", "content": "x"}},
+        {"skip_special_tokens": True, "length_penalty": 1.0, "use_beam_search": False, "priority": 3},
+        {"add_generation_prompt": True, "continue_final_message": False},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_asks_for_what_happens_anyway_is_accepted(fields):
+    assert chat(**fields).common.max_tokens is None
+
+
+def test_fields_of_vllm_s_are_read():
+    asked = chat(ignore_eos=True, stop_token_ids=[5, 7], min_tokens=3)
+    assert (asked.common.ignore_eos, asked.common.stop_token_ids) == (True, (5, 7))
+    assert asked.common.sampling["min_new_tokens"] == 3
+    assert asked.template.opens_answer
+    continued = chat(continue_final_message=True).template
+    assert (continued.opens_answer, continued.continues_last) == (False, True)
+
+
+def test_no_reasoning_is_told_to_the_template_unless_the_client_says_otherwise():
+    assert chat(reasoning_effort="none").template.variables == {"enable_thinking": False}
+    both = chat(reasoning_effort="none", chat_template_kwargs={"enable_thinking": True, "x": 1})
+    assert both.template.variables == {"enable_thinking": True, "x": 1}
 
 
 def test_the_newer_name_of_the_limit_wins():
