@@ -94,7 +94,7 @@ class Api:
             for prompt in prompts
             for _ in range(wanted.common.rows)
         ]
-        shape = CompletionShape(wanted.common.model, model.decode, echoes)
+        shape = CompletionShape(wanted.common.model, model.token_bytes, echoes)
         return self._respond(answers, shape, len(echoes), wanted.common)
 
     async def chat(self, request: Request) -> Response:
@@ -118,7 +118,7 @@ class Api:
         )
         prompt = await model.tokenize(text, add_special_tokens=False)
         answers = Answers(model, wanted.common, [prompt], self._history.count_token)
-        shape = ChatShape(wanted.common.model, model.decode)
+        shape = ChatShape(wanted.common.model, model.token_bytes)
         return self._respond(answers, shape, wanted.common.rows, wanted.common)
 
     async def status(self, request: Request) -> Response:

@@ -13,6 +13,7 @@ from peerd.client.finding.finder import FRESH_S, ChainFinder, Patience
 from peerd.client.head_task import HeadTask
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
+from peerd.client.token_bytes import TokenBytes
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NotServed
 from peerd.routing.directory.directory import CACHE_S
 
@@ -58,6 +59,7 @@ class SwarmModel(ServedBlocks):
         self._head = head
         #: What the answers of this model share to guess tokens ahead; None if they never do.
         self.speculation: Speculation | None = Speculation()
+        self._token_bytes = TokenBytes(tokenizer)
         self._tokenizing = trio.CapacityLimiter(_TOKENIZED_AT_ONCE)
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
@@ -154,6 +156,10 @@ class SwarmModel(ServedBlocks):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn token ids into text, without special tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character."""
+        return self._token_bytes.of(token_id)
 
     def sampling_params(self, **asked: Any) -> SamplingParams:
         """`SamplingParams` with these values; the model's own values replace those left out. Raises ValueError,

@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from peerd.client.decoding import Picked
+from peerd.client.token_bytes import shown
 
-Decode = Callable[[Sequence[int]], str]
-# What an incomplete character decodes to.
-_INCOMPLETE = "\ufffd"
+BytesOf = Callable[[int], bytes]
+"""The bytes of a token, which may be a part of a character."""
 
 
 class ChatShape:
     """The answers of /v1/chat/completions."""
 
-    def __init__(self, model: str, decode: Decode) -> None:
+    def __init__(self, model: str, bytes_of: BytesOf) -> None:
         self._model = model
-        self._decode = decode
+        self._bytes_of = bytes_of
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -80,18 +80,16 @@ class ChatShape:
         return self._token(picked.id, picked.logprobs.logprob) | {"top_logprobs": top}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._decode([token_id])
-        # A token may be part of a UTF-8 character: then neither text nor bytes can be given.
-        data = None if _INCOMPLETE in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": data}
+        data = self._bytes_of(token_id)
+        return {"token": shown(data), "logprob": logprob, "bytes": list(data)}
 
 
 class CompletionShape:
     """The answers of /v1/completions. `echoes`: the texts with which the answers begin."""
 
-    def __init__(self, model: str, decode: Decode, echoes: Sequence[str]) -> None:
+    def __init__(self, model: str, bytes_of: BytesOf, echoes: Sequence[str]) -> None:
         self._model = model
-        self._decode = decode
+        self._bytes_of = bytes_of
         self._echoes = echoes
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -138,15 +136,20 @@ class CompletionShape:
     def _logprobs(self, picks: Sequence[Picked]) -> dict[str, Any] | None:
         if picks[0].logprobs is None:
             return None
-        shown: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for picked in picks:
             assert picked.logprobs is not None
-            shown["tokens"].append(self._decode([picked.id]))
-            shown["token_logprobs"].append(picked.logprobs.logprob)
-            shown["top_logprobs"].append({self._decode([token]): value for token, value in picked.logprobs.top})
-            shown["text_offset"].append(self._offsets[picked.row])
+            # As in OpenAI's API, the chosen token is among the likeliest ones even if it is none of them.
+            top = dict(picked.logprobs.top) | {picked.id: picked.logprobs.logprob}
+            lists["tokens"].append(self._shown(picked.id))
+            lists["token_logprobs"].append(picked.logprobs.logprob)
+            lists["top_logprobs"].append({self._shown(token): value for token, value in top.items()})
+            lists["text_offset"].append(self._offsets[picked.row])
             self._offsets[picked.row] += len(picked.text)
-        return shown
+        return lists
+
+    def _shown(self, token_id: int) -> str:
+        return shown(self._bytes_of(token_id))
 
 
 Shape = ChatShape | CompletionShape

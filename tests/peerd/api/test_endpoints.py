@@ -173,6 +173,30 @@ async def test_pieces_have_a_field_for_usage_if_usage_is_asked_for(open_api, con
     assert all("usage" not in piece for piece in plain.events[:-1])
 
 
+async def test_parts_of_characters_keep_their_bytes_among_the_logprobs(open_api, scripted_head):
+    text = "\u65e5!"
+    async with open_api(scripted_head(text)) as (caller, _):
+        answer = await caller.post("/v1/chat/completions", chat(logprobs=True, top_logprobs=2, max_tokens=4))
+    async with open_api(scripted_head(text)) as (caller, _):
+        plain = await caller.post("/v1/completions", complete(logprobs=2, max_tokens=4))
+    shown = [entry["token"] for entry in answer.json["choices"][0]["logprobs"]["content"]]
+    assert shown == ["bytes:\\xe6", "bytes:\\x97", "bytes:\\xa5", "!"]
+    assert plain.json["choices"][0]["logprobs"]["tokens"] == shown
+    data = [entry["bytes"] for entry in answer.json["choices"][0]["logprobs"]["content"]]
+    assert bytes(byte for part in data for byte in part).decode() == text
+
+
+@pytest.mark.parametrize("count", [0, 3])
+async def test_the_chosen_token_is_among_the_logprobs_even_if_it_is_unlikely(open_api, scripted_head, count):
+    asked = complete(logprobs=count, max_tokens=1, logit_bias={"65": 100})
+    async with open_api(scripted_head("z")) as (caller, _):
+        answer = await caller.post("/v1/completions", asked)
+    logprobs = answer.json["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["A"]
+    assert len(logprobs["top_logprobs"][0]) == count + 1
+    assert logprobs["top_logprobs"][0]["A"] == logprobs["token_logprobs"][0]
+
+
 async def test_penalties_count_what_was_said_and_not_what_was_asked(open_api, scripted_head):
     asked = complete(prompt="aaaa", max_tokens=4, logit_bias={"98": 3})
     async with open_api(scripted_head("aaaa")) as (caller, _):
