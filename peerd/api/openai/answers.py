@@ -18,6 +18,8 @@ from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from peerd.client.model import SwarmModel
 
 # How many tokens may wait for a client that reads slowly; then its session waits too.
@@ -125,6 +127,16 @@ async def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]
     return ids
 
 
+def _defaults(config: GenerationConfig) -> dict[str, float]:
+    """OpenAI's defaults for what the model's own generation config does not say: Transformers' are others."""
+    defaults: dict[str, float] = {}
+    if config.do_sample is None:
+        defaults["temperature"] = 1.0 if config.temperature is None else config.temperature
+    if config.top_k is None:
+        defaults["top_k"] = 0
+    return defaults
+
+
 def _sampling(model: SwarmModel, common: CommonFields, prompt_tokens: int) -> SamplingParams:
     limit = model.facts.max_length
     room = limit - prompt_tokens
@@ -140,7 +152,9 @@ def _sampling(model: SwarmModel, common: CommonFields, prompt_tokens: int) -> Sa
     try:
         own = () if common.ignore_eos else model.sampling_params().eos_token_ids
         ends = (*own, *common.stop_token_ids)
-        return model.sampling_params(max_new_tokens=wanted, eos_token_ids=ends, **common.sampling)
+        sampling = {name: value for name, value in common.sampling.items() if value is not None}
+        sampling = _defaults(model.generation_config) | sampling
+        return model.sampling_params(max_new_tokens=wanted, eos_token_ids=ends, **sampling)
     except ValueError as error:
         raise invalid(str(error)) from None
     except InvalidRequest as error:

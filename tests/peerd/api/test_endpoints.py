@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import trio
+from transformers import GenerationConfig
 
 from peerd.api import app as app_module
 from peerd.api import fields as fields_module
@@ -195,6 +196,15 @@ async def test_the_chosen_token_is_among_the_logprobs_even_if_it_is_unlikely(ope
     assert logprobs["tokens"] == ["A"]
     assert len(logprobs["top_logprobs"][0]) == count + 1
     assert logprobs["top_logprobs"][0]["A"] == logprobs["token_logprobs"][0]
+
+
+async def test_a_model_that_says_nothing_of_sampling_answers_differently_each_time(open_api):
+    async with open_api(generation_config=GenerationConfig(eos_token_id=256)) as (caller, _):
+        silent = await caller.post("/v1/completions", complete(n=4, max_tokens=12))
+    async with open_api(generation_config=GenerationConfig(eos_token_id=256, do_sample=False)) as (caller, _):
+        greedy = await caller.post("/v1/completions", complete(n=4, max_tokens=12))
+    assert len({choice["text"] for choice in silent.json["choices"]}) > 1
+    assert len({choice["text"] for choice in greedy.json["choices"]}) == 1
 
 
 async def test_penalties_count_what_was_said_and_not_what_was_asked(open_api, scripted_head):
