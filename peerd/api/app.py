@@ -174,4 +174,5 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
-    return ApiError(405, f"{request.method} is not for {request.url.path[:200]}").response()
+    allowed = getattr(error, "headers", None) or {}
+    return ApiError(405, f"{request.method} is not for {request.url.path[:200]}", headers=allowed).response()

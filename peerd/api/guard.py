@@ -8,12 +8,15 @@ the page's `Origin`, and a JSON body needs a permission that we never give.
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
-from collections.abc import Iterable
-from urllib.parse import urlsplit
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peerd.api.errors import ApiError
 from peerd.api.web.files import is_page_path
@@ -24,20 +27,49 @@ LOCAL_NAMES = frozenset({"localhost", "peerd"})
 _OPEN_PATHS = frozenset({"/healthz"})
 
 
+# A name or IPv4 address, or an IPv6 address in brackets; and a port.
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+# What a page of an allowed origin may send, and read of an answer.
+_ALLOWED_HEADERS = "Authorization, Content-Type"
+_EXPOSED_HEADERS = "Retry-After"
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Who may use the API. If `token` is None, no token is needed; `token_file` is where it lies.
+
+    names: of this daemon, beside `localhost` and `peerd`. origins: of pages that may use it, such as
+        `http://localhost:3000`, beside its own.
+    """
+
+    token: str | None = None
+    token_file: Path | None = None
+    names: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+
 class Guard:
     """Admits requests to our own names, from our own pages or no page, and with the token if there is one."""
 
-    def __init__(self, app: ASGIApp, *, token: str | None, names: Iterable[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
-        self._token = token
-        self._names = LOCAL_NAMES | {name.lower() for name in names}
+        self._admission = admission
+        self._token = admission.token
+        self._names = LOCAL_NAMES | {name.lower() for name in admission.names}
+        self._origins = {origin.lower() for origin in admission.origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(Headers(scope=scope), scope["path"], scope["type"], scope.get("method", ""))
-        if refusal is None:
+        headers = Headers(scope=scope)
+        origin = headers.get("origin", "").lower()
+        if origin in self._origins:
+            send = _allowing(send, headers["origin"])
+        refusal = self._refusal(headers, scope)
+        if refusal is None and scope.get("method") == "OPTIONS" and origin in self._origins:
+            await _preflight(send)
+        elif refusal is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await refusal.response()(scope, receive, send)
@@ -45,19 +77,25 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": str(refusal)[:120]})
 
-    def _refusal(self, headers: Headers, path: str, kind: str, method: str) -> ApiError | None:
-        host = headers.get("host", "")
+    def _refusal(self, headers: Headers, scope: Scope) -> ApiError | None:
+        host, path, kind, method = headers.get("host", ""), scope["path"], scope["type"], scope.get("method", "")
         if len(headers.getlist("host")) > 1 or not self._is_ours(host):
-            return ApiError(421, f"{host[:100]!r} is not a name of this daemon: use localhost or an IP address")
+            return ApiError(
+                421,
+                f"{host[:100]!r} is not a name of this daemon: use localhost or an IP address, or start it with"
+                " --allow-host NAME",
+            )
         for origin in headers.getlist("origin"):
-            if urlsplit(origin).netloc.lower() != host.lower():
-                return ApiError(403, "requests from web pages of another origin are refused")
-        is_open = path in _OPEN_PATHS or is_page_path(path)
+            if origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower(), *self._origins):
+                return ApiError(
+                    403,
+                    "requests from web pages of another origin are refused; the daemon's --allow-origin ORIGIN admits"
+                    " one",
+                )
+        is_open = path in _OPEN_PATHS or is_page_path(path) or method == "OPTIONS"
         if self._token is not None and not is_open and not self._has_token(headers):
             challenge = {"WWW-Authenticate": "Bearer"}
-            return ApiError(
-                401, "a token is needed: Authorization: Bearer TOKEN", code="invalid_api_key", headers=challenge
-            )
+            return ApiError(401, self._wanted_token(headers, scope), code="invalid_api_key", headers=challenge)
         if kind == "http" and method == "POST" and not _is_json(headers.get("content-type", "")):
             return ApiError(415, "the body must be JSON: Content-Type: application/json")
         return None
@@ -66,10 +104,10 @@ class Guard:
         """Whether the host is a known name or an IP address: a page that uses DNS rebinding still sends its own
         name.
         """
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
+        found = _HOST.fullmatch(host)
+        if found is None:
             return False
+        name = found["name"].lower().removeprefix("[").removesuffix("]")
         if name in self._names:
             return True
         try:
@@ -78,10 +116,52 @@ class Guard:
             return False
         return True
 
+    def _wanted_token(self, headers: Headers, scope: Scope) -> str:
+        """Says what is wrong with the token. Only callers on this machine are told where it lies."""
+        problem = "the token is wrong" if headers.get("authorization") else "a token is needed"
+        place = self._admission.token_file
+        where = f", with the token in {place}" if place is not None and _is_local(scope) else ""
+        return f"{problem}: send Authorization: Bearer TOKEN{where}"
+
     def _has_token(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         assert self._token is not None
         return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), self._token.encode())
+
+
+def _is_local(scope: Mapping[str, Any]) -> bool:
+    client = scope.get("client")
+    try:
+        return client is not None and ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _allowing(send: Send, origin: str) -> Send:
+    """Let the browser give the answer to a page of that origin."""
+    allowing = [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-expose-headers", _EXPOSED_HEADERS.encode()),
+        (b"vary", b"Origin"),
+    ]
+
+    async def send_allowing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *allowing]}
+        await send(message)
+
+    return send_allowing
+
+
+async def _preflight(send: Send) -> None:
+    """Answer a browser that asks what a page of an allowed origin may send."""
+    headers = {
+        b"access-control-allow-methods": b"GET, POST",
+        b"access-control-allow-headers": _ALLOWED_HEADERS.encode(),
+        b"access-control-max-age": b"600",
+    }
+    await send({"type": "http.response.start", "status": 204, "headers": list(headers.items())})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _is_json(content_type: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.api.app import Api
-from peerd.api.guard import Guard
+from peerd.api.guard import Admission, Guard
 from peerd.api.http.catch_all import CatchAll
 from peerd.api.http.listener import HttpListener
 from peerd.api.models import Models
@@ -42,12 +42,18 @@ _LEAST_TOKEN = 16
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to listen. If `token` is None, no token is needed."""
+    """Where to listen. If `token` is None, no token is needed; `token_file` is where it lies, for messages.
+
+    names, origins: hosts by which the port may be called, and origins of pages that may use it, beside its own.
+    """
 
     socket_path: Path | None = None
     host: str | None = None
     port: int = 0
     token: str | None = None
+    token_file: Path | None = None
+    names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +85,13 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
         urls = []
         if endpoint.socket_path is not None:
             listener = stack.enter_context(listen_unix(endpoint.socket_path))
-            await tasks.start(_serve, Guard(app, token=None), listener, containment)
+            await tasks.start(_serve, Guard(app, Admission()), listener, containment)
             urls.append(f"unix:{endpoint.socket_path}")
         if endpoint.host is not None:
             listener = stack.enter_context(listen_tcp(endpoint.host, endpoint.port))
-            guard = Guard(app, token=endpoint.token, names=[endpoint.host, socket.gethostname()])
-            await tasks.start(_serve, guard, listener, containment)
+            names = {endpoint.host, socket.gethostname(), *endpoint.names}
+            admission = Admission(endpoint.token, endpoint.token_file, frozenset(names), frozenset(endpoint.origins))
+            await tasks.start(_serve, Guard(app, admission), listener, containment)
             host, port = listener.getsockname()[:2]
             urls.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         yield LocalApi(tuple(urls), endpoint.token, answering)

@@ -54,7 +54,7 @@ WANTED_FILES = 8192
 class Offered:
     """What the local API offers, and where. If `token_file` is None, TCP needs no token.
 
-    `open_page`: whether to show the page to the user who starts the daemon.
+    `open_page`: whether to show the page to the user who starts the daemon. `names`, `origins`: as in `Endpoint`.
     """
 
     models: tuple[tuple[str | None, Path | str], ...]
@@ -62,6 +62,8 @@ class Offered:
     http: tuple[str, int] | None
     token_file: Path | None
     open_page: bool = False
+    names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
         models[name] = model
     token = load_or_create_token(offered.token_file) if offered.token_file and offered.http else None
     host, port = offered.http or (None, 0)
-    endpoint = Endpoint(offered.socket_path, host, port, token)
+    endpoint = Endpoint(offered.socket_path, host, port, token, offered.token_file, offered.names, offered.origins)
     return await stack.enter_async_context(open_local_api(peer, models, endpoint))
 
 

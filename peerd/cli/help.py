@@ -27,7 +27,7 @@ HEADINGS = {
         "trainable_rate",
         "trainable_steps",
     ),
-    "Offer a local API": ("client", "socket_path", "http", "token_file", "no_token", "open_page"),
+    "Offer a local API": ("client", "socket_path", "http", "token_file", "no_token", "names", "origins", "open_page"),
     "Join a swarm": ("bootstrap", "swarm_key", "identity"),
     "Choose whose blocks to use": ("allowed", "blocked", "trusted", "manifests"),
     "Be reached by others": ("listen", "announce", "no_relay"),

@@ -157,6 +157,11 @@ class SwarmModel(ServedBlocks):
         """Turn token ids into text, without special tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return self._head.vocab_size
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, which may be a part of a character."""
         return self._token_bytes.of(token_id)
@@ -169,8 +174,8 @@ class SwarmModel(ServedBlocks):
 
         params = SamplingParams.from_config(self.generation_config, **asked)
         for token, _ in params.logit_bias:
-            if token >= self._head.vocab_size:
-                raise InvalidRequest(f"logit_bias: token {token} is not one of the model's {self._head.vocab_size}")
+            if token >= self.vocab_size:
+                raise InvalidRequest(f"logit_bias: token {token} is not one of the model's {self.vocab_size}")
         return params
 
     @property

@@ -341,7 +341,11 @@ def _remote_ip(stream: trio.abc.Stream) -> IPv4Address | IPv6Address | None:
 
 
 def _cause(error: Exception) -> str:
-    return str(error.__cause__ or error)
+    """Why a connection could not be made, in the system's words. Of several addresses, for the first."""
+    cause: BaseException = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
 
 
 # tcpi_retransmits and tcpi_probes, counted since the last acknowledgement; tcpi_bytes_acked (Linux 4.1).

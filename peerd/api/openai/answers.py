@@ -117,13 +117,14 @@ class Answers:
 
 
 async def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]:
-    """A prompt's token ids. Whether the model has these ids shows later, when they are embedded.
-
-    Raises ApiError, ContextTooLong.
-    """
+    """A prompt's token ids. Raises ApiError, ContextTooLong."""
     ids = await model.tokenize(prompt) if isinstance(prompt, str) else prompt
     if not ids:
         raise invalid("prompt is empty", "prompt")
+    if max(ids) >= model.vocab_size:
+        raise invalid(
+            f"prompt: token {max(ids)} is not one of the model's {model.vocab_size}", "prompt", code="invalid_value"
+        )
     return ids
 
 

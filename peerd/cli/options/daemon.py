@@ -10,13 +10,13 @@ import click
 import platformdirs
 
 from peerd.cli.console import working
+from peerd.cli.options.api import api_options, offered
 from peerd.cli.options.parsing import (
     at_revision,
     parse_adapter,
     parse_address,
     parse_blocks,
     parse_device,
-    parse_host_port,
     parse_limit,
     parse_memory,
     parse_named_model,
@@ -35,7 +35,7 @@ from peerd.cli.options.shared import (
 )
 
 if TYPE_CHECKING:
-    from peerd.cli.daemon import Daemon, Offered
+    from peerd.cli.daemon import Daemon
     from peerd.spans.spec import ServeSpec, Trainable
 
 DEFAULT_IDENTITY = platformdirs.user_state_path("peerd") / "identity.key"
@@ -83,39 +83,7 @@ _OPTIONS = (
     ),
     revision_option,
     disk_option,
-    click.option(
-        "--client",
-        is_flag=True,
-        help="Stay in the swarm for the programs on this machine, which ask through the local API.",
-    ),
-    click.option(
-        "--socket",
-        "socket_path",
-        type=click.Path(path_type=Path),
-        metavar="PATH",
-        help="Offer the local API on this unix socket. Default with --client: $XDG_RUNTIME_DIR/peerd.sock, else"
-        " /tmp/peerd-UID/peerd.sock.",
-    ),
-    click.option(
-        "--http",
-        type=parse_host_port,
-        metavar="HOST:PORT",
-        help="Offer the local API on a TCP port too. Requests need the token.",
-    ),
-    click.option(
-        "--token-file",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help="The file with the token of --http; created if it is missing. Default: in the state directory.",
-    ),
-    click.option("--no-token", is_flag=True, help="Need no token: any program on this machine may use --http."),
-    click.option(
-        "--open",
-        "open_page",
-        is_flag=True,
-        help="Print the link to this daemon's page, a chat and a view of the swarm, and open it in a browser. Without"
-        " --http, at a free port of 127.0.0.1.",
-    ),
+    api_options,
     join_options,
     click.option(
         "--listen",
@@ -270,7 +238,7 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
         ),
         stop_on_eof=options.stop_on_eof,
         disk_bytes=options.disk_bytes,
-        offer=_offer(options.api, models) if options.api.is_offered else None,
+        offer=offered(options.api, models) if options.api.is_offered else None,
     )
 
 
@@ -313,13 +281,3 @@ def _trainable(options: DaemonOptions) -> Trainable | None:
     return Trainable(
         frozenset(serving.trainable), folder, **{name: each for name, each in limits.items() if each is not None}
     )
-
-
-def _offer(api: ApiOptions, models: tuple[tuple[str | None, Path | str], ...]) -> Offered:
-    from peerd.cli.daemon import Offered
-    from peerd.local.socket_path import default_socket_path
-
-    token_file = api.token_file
-    if api.http is not None and not api.no_token and token_file is None:
-        token_file = platformdirs.user_state_path("peerd") / "api.token"
-    return Offered(models, api.socket_path or default_socket_path(), api.http, token_file, api.open_page)

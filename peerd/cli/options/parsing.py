@@ -102,6 +102,20 @@ def parse_host_port(value: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def parse_host_name(value: str) -> str:
+    """Parse the name of a host, without a port."""
+    if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", value) is None:
+        raise click.BadParameter(f"{value!r} is not the name of a host, such as host.docker.internal")
+    return value
+
+
+def parse_origin(value: str) -> str:
+    """Parse a page's origin: a scheme, a host and maybe a port, as browsers send it."""
+    if re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", value) is None:
+        raise click.BadParameter(f"{value!r} is not an origin, such as http://localhost:3000, without a path")
+    return value
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach that host."""
     try:

@@ -47,6 +47,8 @@ class ApiOptions:
     token_file: Path | None = None
     no_token: bool = False
     open_page: bool = False
+    names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
     @property
     def is_offered(self) -> bool:
@@ -137,8 +139,11 @@ RULES: tuple[Rule, ...] = (
         "nothing to do: give --serve-blocks with --model, --client, or --listen",
     ),
     (
-        lambda options: (options.api.token_file or options.api.no_token) and options.api.http is None,
-        "--token-file and --no-token are for --http HOST:PORT: add it",
+        lambda options: (
+            (options.api.token_file or options.api.no_token or options.api.names or options.api.origins)
+            and options.api.http is None
+        ),
+        "--token-file, --no-token, --allow-host and --allow-origin are for --http HOST:PORT: add it",
     ),
     (
         lambda options: options.api.no_token and options.api.http and not is_loopback(options.api.http[0]),

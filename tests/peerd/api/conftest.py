@@ -185,6 +185,7 @@ class Caller:
         async def send(message):
             if message["type"] == "http.response.start":
                 answer.status = message["status"]
+                answer.headers = {name.decode(): value.decode() for name, value in message["headers"]}
             else:
                 answer.body += message["body"]
 

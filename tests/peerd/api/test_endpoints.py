@@ -231,7 +231,7 @@ async def test_an_echo_begins_with_the_prompt(open_api):
         ({"model": "other"}, 404, "model_not_found"),
         ({"prompt": "x" * 1020, "max_tokens": 5}, 400, "context_length_exceeded"),
         ({"prompt": [1] * 2000}, 400, "context_length_exceeded"),
-        ({"prompt": [1, 999]}, 400, "invalid"),
+        ({"prompt": [1, 999]}, 400, "invalid_value"),
         ({"prompt": ""}, 400, None),
         ({"temperature": "hot"}, 400, "invalid_value"),
         ({"wrong": 1}, 400, "unknown_parameter"),
@@ -449,6 +449,7 @@ async def test_what_is_not_there_is_said_in_openai_s_shape(open_api, path):
     async with open_api() as (caller, _):
         answer = await caller.get(path)
     assert answer.status in (404, 405)
+    assert (answer.status == 405) == (answer.headers.get("allow") == "POST")
     assert "message" in answer.json["error"]
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 from starlette.responses import PlainTextResponse
 
-from peerd.api.guard import Guard
+from peerd.api.guard import Admission, Guard
 
 TOKEN = "t" * 40
 
 
 async def status_of(guard, path="/v1/models", method="GET", **headers):
     """The status a request gets, 200 where it is let through."""
+    return (await answer_of(guard, path, method, **headers))[0]["status"]
+
+
+async def answer_of(guard, path="/v1/models", method="GET", client=("127.0.0.1", 1), **headers):
+    """The messages of the answer."""
     said = []
 
     async def send(message):
@@ -21,13 +26,14 @@ async def status_of(guard, path="/v1/models", method="GET", **headers):
         return {"type": "http.request", "body": b"", "more_body": False}
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": raw, "query_string": b""}
+    scope = {"type": "http", "method": method, "path": path, "headers": raw, "query_string": b"", "client": client}
     await guard(scope, receive, send)
-    return said[0]["status"]
+    return said
 
 
-def guard(token=None, names=()):
-    return Guard(PlainTextResponse("in"), token=token, names=names)
+def guard(token=None, names=(), origins=(), token_file=None):
+    admission = Admission(token, token_file, frozenset(names), frozenset(origins))
+    return Guard(PlainTextResponse("in"), admission)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,21 @@ async def test_our_own_names_and_plain_addresses_are_let_in(host):
     assert await status_of(guard(), host=host) == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1.evil.example:80", "[::1"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "",
+        "127.0.0.1.evil.example:80",
+        "[::1",
+        "evil.com@localhost",
+        "localhost#.evil.com",
+        "localhost/evil.com",
+        "localhost:evil.com",
+        "localhost:8080 ",
+    ],
+)
 async def test_a_page_that_was_rebound_to_us_still_says_its_own_name_and_is_refused(host):
     assert await status_of(guard(), host=host) == 421
 
@@ -95,3 +115,34 @@ async def test_a_websocket_of_a_foreign_page_is_closed_before_it_opens():
     headers = [(b"host", b"localhost"), (b"origin", b"http://evil.example")]
     await guard()({"type": "websocket", "path": "/peerd/v1/session", "headers": headers}, receive, send)
     assert [message["type"] for message in said] == ["websocket.close"]
+
+
+async def test_pages_of_an_origin_that_the_operator_allows_may_ask_and_read():
+    allowing = guard(TOKEN, origins=["http://localhost:3000"])
+    asked = {"host": "localhost:8080", "origin": "http://localhost:3000"}
+    preflight, _ = await answer_of(allowing, method="OPTIONS", **asked)
+    headers = dict(preflight["headers"])
+    assert preflight["status"] == 204
+    assert headers[b"access-control-allow-origin"] == b"http://localhost:3000"
+    assert b"Authorization" in headers[b"access-control-allow-headers"]
+    answer = (await answer_of(allowing, authorization=f"Bearer {TOKEN}", **asked))[0]
+    assert answer["status"] == 200
+    assert dict(answer["headers"])[b"access-control-allow-origin"] == b"http://localhost:3000"
+    assert await status_of(allowing, **asked) == 401
+    assert await status_of(allowing, host="localhost:8080", origin="http://localhost:3001") == 403
+
+
+async def test_no_page_is_allowed_unless_the_operator_says_so():
+    [start, _] = await answer_of(guard(), host="localhost:8080", origin="http://localhost:8080")
+    assert not any(name.startswith(b"access-control") for name, _ in start["headers"])
+
+
+async def test_who_lacks_the_token_is_told_where_it_lies_if_they_are_on_this_machine(tmp_path):
+    strict = guard(TOKEN, token_file=tmp_path / "api.token")
+    _, missing = await answer_of(strict, host="localhost")
+    _, wrong = await answer_of(strict, host="localhost", authorization="Bearer x")
+    _, remote = await answer_of(strict, client=("192.0.2.1", 1), host="localhost")
+    assert b"a token is needed" in missing["body"]
+    assert b"the token is wrong" in wrong["body"]
+    assert str(tmp_path).encode() in missing["body"]
+    assert str(tmp_path).encode() not in remote["body"]
