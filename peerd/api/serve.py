@@ -18,6 +18,7 @@ from peerd.api.app import Api
 from peerd.api.guard import Admission, Guard
 from peerd.api.http.catch_all import CatchAll
 from peerd.api.http.listener import HttpListener
+from peerd.api.http.request_log import RequestLog
 from peerd.api.models import Models
 from peerd.api.openai.answering import Answering
 from peerd.api.openai.chat_templates import open_chat_templates
@@ -85,13 +86,13 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
         urls = []
         if endpoint.socket_path is not None:
             listener = stack.enter_context(listen_unix(endpoint.socket_path))
-            await tasks.start(_serve, Guard(app, Admission()), listener, containment)
+            await tasks.start(_serve, RequestLog(Guard(app, Admission())), listener, containment)
             urls.append(f"unix:{endpoint.socket_path}")
         if endpoint.host is not None:
             listener = stack.enter_context(listen_tcp(endpoint.host, endpoint.port))
             names = {endpoint.host, socket.gethostname(), *endpoint.names}
             admission = Admission(endpoint.token, endpoint.token_file, frozenset(names), frozenset(endpoint.origins))
-            await tasks.start(_serve, Guard(app, admission), listener, containment)
+            await tasks.start(_serve, RequestLog(Guard(app, admission)), listener, containment)
             host, port = listener.getsockname()[:2]
             urls.append(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         yield LocalApi(tuple(urls), endpoint.token, answering)

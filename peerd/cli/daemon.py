@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -101,6 +102,7 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
         stopping.serving = True
         if api is not None and daemon.offer is not None:
             await _say_where(api, daemon.offer)
+        _say_what_is_missing(daemon, peer)
         _print_addresses(peer.addresses)
         log.info("%s is up%s", peer.peer_id, _roles(peer))
         tell_systemd("READY=1")
@@ -143,10 +145,30 @@ async def _open(stack: AsyncExitStack, daemon: Daemon, hub: HubSettings) -> Peer
 async def _say_where(api: LocalApi, offered: Offered) -> None:
     for url in api.urls:
         needs = f", with the token in {offered.token_file}" if url.startswith("http") and offered.token_file else ""
-        log.info("local API at %s%s", url, needs)
+        log.info("local API at %s%s; try: %s", url, needs, _curl(url, offered))
     if offered.open_page:
         http = next(url for url in api.urls if url.startswith("http"))
         await show_page(page_link(http, api.token))
+
+
+def _curl(url: str, offered: Offered) -> str:
+    """A command that asks the API for its models."""
+    if not url.startswith("http"):
+        return f"curl --unix-socket {shlex.quote(str(offered.socket_path))} http://localhost/v1/models"
+    token = offered.token_file
+    needs = f'-H "Authorization: Bearer $(cat {shlex.quote(str(token))})" ' if token is not None else ""
+    return f"curl {needs}{url}/v1/models"
+
+
+def _say_what_is_missing(daemon: Daemon, peer: Peer) -> None:
+    """Warn of what makes a daemon useless, though it runs: a newcomer would wait for it."""
+    if daemon.offer is not None and not daemon.offer.models:
+        log.warning("the local API has no model to offer: add --model MODEL")
+    if not daemon.config.bootstrap and not daemon.config.listen and not peer.discovery.contacts():
+        log.warning(
+            "this peer knows no other, and no other can reach it: give --bootstrap ADDRESS, which a peer of the swarm"
+            " printed, or set PEERD_BOOTSTRAP"
+        )
 
 
 async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalApi:

@@ -138,7 +138,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 @revision_option
 @disk_option
 @click.option(
-    "--prompt", metavar="TEXT", help="The text to continue, or with --chat to answer; - reads standard input."
+    "--prompt", metavar="TEXT", help="The text to continue, or with --chat to answer. Default, and -: standard input."
 )
 @click.option("--prompt-file", type=click.File(encoding="utf-8"), metavar="FILE", help="Read the prompt from a file.")
 @click.option("--chat", is_flag=True, help="Ask in the model's chat template, as a user would.")
@@ -181,22 +181,26 @@ def generate(
     is org/name:Q4_K_M or org/name/file.gguf); only its embeddings and its head are fetched and read here. The text goes
     to standard output as it comes; all else to standard error.
     """
-    if (prompt is None) == (prompt_file is None):
-        raise click.UsageError("give --prompt TEXT, --prompt - to read standard input, or --prompt-file FILE")
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other: give one of them")
     swarm = joining(options)
     if not swarm.bootstrap:
-        raise click.UsageError("--bootstrap is missing: give an address that a peer of the swarm printed")
+        raise click.UsageError(
+            "--bootstrap is missing: give an address that a peer of the swarm printed, or set PEERD_BOOTSTRAP"
+        )
     try:
         if prompt_file is not None:
             prompt = prompt_file.read()
-        elif prompt == "-":
+        elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
             prompt = sys.stdin.read()
     except (OSError, UnicodeError) as error:
         raise click.UsageError(f"cannot read the prompt: {error}") from error
+    if not prompt:
+        raise click.UsageError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or text on standard input")
     from peerd.cli.generate import Request
     from peerd.cli.generate import generate as run_generate
 
-    request = Request(prompt or "", chat, options, adapter, speculate)
+    request = Request(prompt, chat, options, adapter, speculate)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     _run_once(ctx, work, verbose=verbose)
 

@@ -62,7 +62,9 @@ def join_options(command: Command) -> Command:
                 type=parse_bootstrap,
                 multiple=True,
                 metavar="MULTIADDR",
-                help="A peer of the swarm to join: an address that it printed. Repeat it for several.",
+                envvar="PEERD_BOOTSTRAP",
+                help="A peer of the swarm to join: an address that it printed. Repeat it for several. Default: the"
+                " addresses in PEERD_BOOTSTRAP, with spaces between them.",
             ),
             click.option(
                 "--swarm-key",

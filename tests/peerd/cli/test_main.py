@@ -149,6 +149,7 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["generate", "MODEL", "--bootstrap", ADDRESS, "--prompt", "x", "--top-p", "0"], "0<x<=1"),
         (["generate", "MODEL", "--bootstrap", ADDRESS, "--prompt", "x", "--max-new-tokens", "0"], "x>=1"),
         (["demo", "--servers", "0"], "x>=1"),
+        (["generate", "MODEL", "--prompt", "x", "--prompt-file", "MODEL/config.json"], "exclude each other"),
         (["serve"], "No such command"),
     ],
 )
