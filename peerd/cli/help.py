@@ -56,7 +56,8 @@ Join a swarm, at ADDRESS, which any of its peers printed when it started:
 Start a swarm of your own:
   peerd --serve-blocks auto --model MODEL                      print its ADDRESS
 
-MODEL is org/name on the hub (a GGUF file there is org/name:Q4_K_M), a model's directory, or a .gguf file.
+MODEL is org/name on the hub (a GGUF file there is org/name:Q4_K_M), a model's
+directory, or a .gguf file.
 
   peerd status             what the daemon on this machine does
   peerd --help             all options of a daemon, and all commands
