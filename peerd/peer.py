@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.checkpoints import Checkpoints, fetch_head
+from peerd.client.audits.policy import AuditPolicy
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery
 from peerd.discovery.kept_clock import is_clock_kept
@@ -71,6 +72,8 @@ class Peer:
         self.rules = config.rules
         #: Opens models' checkpoints, from this machine or the hub.
         self.checkpoints = checkpoints
+        #: How many of our answers are audited.
+        self.audit = config.audit
         self._spans = spans
 
     def __repr__(self) -> str:
@@ -187,6 +190,7 @@ async def open_peer(
     state_dir: Path | None = None,
     swarm_key: bytes | None = None,
     rules: ChainRules | None = None,
+    audit: float | None = None,
     hub: HubSettings | None = None,
     relay: RelayLimits | None = None,
     may_be_relayed: bool = True,
@@ -202,6 +206,8 @@ async def open_peer(
     state_dir: the folder for the routing table and the last `seq`; None for a peer that will not start again.
     swarm_key: 32 bytes that all peers of a private swarm share.
     rules: which peers may be in our chains.
+    audit: with which probability an answer is computed again by other servers, to find servers that compute something
+        else; 0 for never. None takes 1/50, and 0 in a private swarm. An audit shows the answer to those servers.
     relay: the limits of our relay for peers that nobody can dial; None for no relay.
     may_be_relayed: whether we may use relays, to be reached if nobody can dial us, and to reach such peers.
     hub: how models with a hub id are downloaded; None takes huggingface_hub's environment variables.
@@ -217,6 +223,7 @@ async def open_peer(
         state_dir=state_dir,
         swarm_key=swarm_key,
         rules=rules,
+        audit=AuditPolicy.of(audit, is_private=swarm_key is not None),
         hub=hub or HubSettings(),
         relay=relay,
         may_be_relayed=may_be_relayed,

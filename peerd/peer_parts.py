@@ -12,6 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from peerd.checkpoints import Checkpoints
+from peerd.client.audits.policy import AuditPolicy
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery, open_discovery
 from peerd.net.connections import Connections, open_connections
@@ -47,6 +48,7 @@ class PeerConfig:
     state_dir: Path | None = None
     swarm_key: bytes | None = None
     rules: ChainRules | None = None
+    audit: AuditPolicy = field(default_factory=AuditPolicy)
     hub: HubSettings = field(default_factory=HubSettings)
     relay: RelayLimits | None = None
     may_be_relayed: bool = True

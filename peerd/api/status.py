@@ -83,6 +83,15 @@ class Status:
                 for served in peer.served
             ],
             "sessions": peer.server.sessions if peer.server is not None else 0,
+            "convicted": [
+                {
+                    "peer_id": str(one.peer_id),
+                    "ends_in_s": round(one.until - peer.discovery.clock(), 1),
+                    "count": one.count,
+                    "why": one.why,
+                }
+                for one in peer.discovery.track_record.convictions.standing()
+            ],
             "models": [await self._describe_model(name, model) for name, model in self._models],
         }
 
@@ -95,6 +104,7 @@ class Status:
             "block_count": model.facts.block_count,
             "servers": len({offer.peer_id for offer in offers}),
             "covered": all(owners for _, _, owners in coverage),
+            "audits": _audits(model),
             "coverage": [{"blocks": _blocks(start, end), "servers": owners} for start, end, owners in coverage],
         }
 
@@ -183,6 +193,19 @@ def _relaying(peer: Peer) -> dict[str, int] | None:
         "circuits": ledger.circuits,
         "max_circuits": ledger.limits.circuits,
         "passed_bytes": peer.relay.passed_bytes,
+    }
+
+
+def _audits(model: SwarmModel) -> dict[str, Any] | None:
+    """How the audits of the model's answers ended, by reason; None if none are made."""
+    auditor = model.auditor
+    if auditor is None:
+        return None
+    return {
+        "probability": auditor.probability,
+        "counts": dict(auditor.counts),
+        "computed_positions": auditor.prefills.computed,
+        "received_bytes": auditor.prefills.received_bytes,
     }
 
 

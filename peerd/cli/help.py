@@ -29,7 +29,7 @@ HEADINGS = {
     ),
     "Offer a local API": ("client", "socket_path", "http", "token_file", "no_token", "names", "origins", "open_page"),
     "Join a swarm": ("bootstrap", "swarm_key", "identity"),
-    "Choose whose blocks to use": ("allowed", "blocked", "trusted", "manifests"),
+    "Choose whose blocks to use": ("allowed", "blocked", "trusted", "manifests", "audit", "audit_limits"),
     "Be reached by others": ("listen", "announce", "no_relay"),
     "Relay for peers behind NATs": (
         "relay",

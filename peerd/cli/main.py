@@ -290,6 +290,21 @@ def manifest(ctx: click.Context, /, model: Path | str, revision: str | None) -> 
     _run_once(ctx, partial(print_manifest, at_revision(model, revision)), verbose=False)
 
 
+@cli.command(epilog=_EXIT_CODES)
+@click.argument("model", type=parse_model, metavar="MODEL")
+@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TEXT")
+@revision_option
+@click.pass_context
+def calibrate(ctx: click.Context, /, model: Path | str, text: Path, revision: str | None) -> None:
+    """Print how far apart honest servers of MODEL are, as JSON, for --audit-limits.
+
+    Runs TEXT, a file of some 600 tokens, through all blocks in every dtype and quantization, on the CPU.
+    """
+    from peerd.cli.calibrate import print_thresholds
+
+    _run_once(ctx, partial(print_thresholds, at_revision(model, revision), text), verbose=False)
+
+
 @cli.command()
 @click.option("--families", is_flag=True, required=True, help="List the architectures: served, refused, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

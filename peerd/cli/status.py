@@ -63,8 +63,11 @@ def describe(status: dict[str, Any]) -> str:
         runs = ", ".join(f"{run['blocks']} by {run['servers'] or 'no server'}" for run in model["coverage"])
         state = "complete" if model["covered"] else "incomplete"
         lines.append(f"model     {model['name']}: {state}, {_count(model['servers'], 'server')} ({runs})")
+        if (audits := model["audits"]) is not None:
+            lines.append(f"audits    {_audits(audits)}")
     lines += [f"refused   {_refused(score)}" for score in status["refused"]]
     lines += [f"avoided   {short(one['peer_id'])} {_avoided(one)}" for one in status["avoided"]]
+    lines += [f"convicted {short(one['peer_id'])} {_convicted(one)}" for one in status["convicted"]]
     rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"]), _way(peer["relay"])) for peer in status["peers"]]
     return "\n".join(lines) + f"\n\n{_count(len(rows), 'peer')} connected" + (f"\n{table(rows)}" if rows else "")
 
@@ -117,6 +120,16 @@ def _avoided(one: dict[str, Any]) -> str:
     """For how long we use a peer for nothing, and why."""
     until = f"for {_duration(one['for_s'])}" if one["for_s"] else "until it answers"
     return printable(" ".join(f"{until}: {one['why']}".split()) if one["why"] else until)
+
+
+def _convicted(one: dict[str, Any]) -> str:
+    """For how long we avoid a peer that computed something else than others, and what the audit found."""
+    return printable(f"for {_duration(one['ends_in_s'])}, {one['count']}x: {one['why']}")
+
+
+def _audits(audits: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(audits["counts"].items()))
+    return f"1 answer in {1 / audits['probability']:g}" + (f": {counts}" if counts else ", none so far")
 
 
 def _rtt(milliseconds: float | None) -> str:

@@ -31,6 +31,7 @@ from peerd.protocol.span import Span
 if TYPE_CHECKING:
     import torch
 
+    from peerd.client.audits.auditor import Auditor
     from peerd.client.finding.scout import Scout
     from peerd.client.training.pass_maker import PassMaker
     from peerd.client.training.trained import LoraPairs
@@ -78,8 +79,11 @@ class ServedBlocks:
         tasks: trio.Nursery,
         scout: Scout | None = None,
         hub: HubSettings | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self.facts = facts
+        #: Audits some of the answers; None: no answer is audited.
+        self.auditor = auditor
         self._hub = hub
         self._tools = SessionTools(finder, opener, random.Random(os.urandom(16)))
         self._tasks = tasks
@@ -164,6 +168,8 @@ class ServedBlocks:
         terms = await self._with_adapter(terms, adapter, blocks)
         session = Session(self._tools, SessionSpec(blocks, self.facts.width, terms, patience or Patience()))
         await self._tasks.start(session.run)
+        if self.auditor is not None:
+            self.auditor.watch(session, blocks, terms)
         if self._scout is not None:
             self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)
         return session

@@ -20,6 +20,7 @@ from peerd.routing.directory.directory import CACHE_S
 if TYPE_CHECKING:
     import torch
 
+    from peerd.client.audits.auditor import Auditor
     from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
     from peerd.client.sampling import SamplingParams
@@ -52,8 +53,9 @@ class SwarmModel(ServedBlocks):
         tasks: trio.Nursery,
         scout: Scout | None = None,
         hub: HubSettings | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
-        super().__init__(facts, finder, opener, tasks, scout, hub)
+        super().__init__(facts, finder, opener, tasks, scout, hub, auditor)
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self._head = head

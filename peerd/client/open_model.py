@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 from peerd.checkpoints import fetch_head
+from peerd.client.audits.auditor import Auditor
 from peerd.client.blocks import ModelFacts, ServedBlocks
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.scout import FIRST_WAIT_S, Scout
@@ -30,6 +31,7 @@ from peerd.protocol.span import Span
 from peerd.trio_tools import open_tasks
 
 if TYPE_CHECKING:
+    from peerd.client.audits.policy import AuditPolicy
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.compute.checkpoint.hub.settings import HubSettings
     from peerd.discovery.discovery import Discovery
@@ -46,6 +48,7 @@ class Client(Protocol):
     connections: Connections
     discovery: Discovery
     rules: ChainRules | None
+    audit: AuditPolicy
 
     @property
     def peer_id(self) -> PeerId:
@@ -78,6 +81,7 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
             route.tasks,
             route.scout,
             client.hub,
+            route.auditor,
         )
 
 
@@ -85,7 +89,7 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
 async def open_blocks(client: Client, facts: ModelFacts) -> AsyncIterator[ServedBlocks]:
     """The blocks of a model of the swarm, without a head."""
     async with _open_route(client, facts) as route:
-        yield ServedBlocks(facts, route.finder, route.opener, route.tasks, route.scout, client.hub)
+        yield ServedBlocks(facts, route.finder, route.opener, route.tasks, route.scout, client.hub, route.auditor)
 
 
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:
@@ -111,6 +115,7 @@ class _Route:
     opener: ChainOpener
     tasks: trio.Nursery
     scout: Scout
+    auditor: Auditor | None
 
 
 @asynccontextmanager
@@ -129,13 +134,22 @@ async def _open_route(client: Client, facts: ModelFacts) -> AsyncIterator[_Route
         connected=lambda: (client.peer_id, *client.connections.live),
     )
     opener = ChainOpener(client.connections, client.identity, discovery.directory, discovery.clock, os.urandom)
+    auditor = _auditor_of(client, facts, finder, opener, random) if client.audit.probability else None
     async with open_tasks() as tasks:
         scout = Scout(finder, client.prober, Span(0, facts.block_count), random)
         keep = client.connections.containment.keep_running
         tasks.start_soon(partial(keep, scout.run, what="measuring servers"))
+        if auditor is not None:
+            tasks.start_soon(partial(keep, auditor.run, what="auditing answers"))
         with trio.move_on_after(FIRST_WAIT_S):
             await scout.ready.wait()
-        yield _Route(finder, opener, tasks, scout)
+        yield _Route(finder, opener, tasks, scout, auditor)
+
+
+def _auditor_of(client: Client, facts: ModelFacts, finder: SwarmFinder, opener: ChainOpener, random: Random) -> Auditor:
+    discovery = client.discovery
+    standing = discovery.track_record.standing
+    return Auditor(client.audit, finder, opener, standing, discovery.convict, random, facts.width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
+from peerd.routing.failures.convictions import Convictions
 from peerd.routing.failures.track_record import TrackRecord
 from peerd.routing.reach.verdict import Whereabouts
 from peerd.trio_tools import Watched, open_tasks
@@ -74,7 +75,9 @@ class Discovery:
         where: Watched[Whereabouts],
     ) -> None:
         self.clock = clock
-        self.track_record = TrackRecord(trio.current_time, by_proof=True)
+        convictions = Convictions(clock)
+        state.load_convictions(convictions)
+        self.track_record = TrackRecord(trio.current_time, by_proof=True, convictions=convictions)
         self._connections = connections
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
@@ -127,6 +130,12 @@ class Discovery:
     async def wait_announced(self) -> None:
         """Wait until what we serve now has been announced: a peer that looks for it from then on finds it."""
         await self._announcer.wait_announced()
+
+    async def convict(self, peer_id: PeerId, why: str) -> None:
+        """Avoid a peer for a day, because it computed something else than others, and remember that across restarts."""
+        log.warning("%s is avoided for a day: %s", peer_id, why)
+        self.track_record.convictions.convict(peer_id, why)
+        await self._state.save_convictions(self.track_record.convictions)
 
     async def answer(self, stream: Stream) -> None:
         """Handle a stream of the DHT's protocol."""

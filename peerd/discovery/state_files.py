@@ -1,4 +1,4 @@
-"""The files in which a peer saves its sequence number and its contacts.
+"""The files in which a peer saves its sequence number, its contacts, and the peers that it convicted of lying.
 
 A peer works without them. A disk that is full, read-only or broken, or a damaged file, costs a warning and a slower
 start. What could not be written stays in memory and is written with the next save.
@@ -19,11 +19,13 @@ import trio
 
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.table import Contact, load_contacts
+from peerd.routing.failures.convictions import Convictions
 
 log = logging.getLogger(__name__)
 
 SEQ_FILE: Final = "seq"
 CONTACTS_FILE: Final = "contacts.json"
+CONVICTIONS_FILE: Final = "convictions.json"
 # A disk that takes longer is hanging (a network file system, a dying card). Announcements must not wait for it: they
 # would expire.
 WRITE_S: Final = 5.0
@@ -37,7 +39,8 @@ Write = Callable[[Path, str], Awaitable[None]]
 
 
 class StateFiles:
-    """The state that survives a restart, in a directory: the routing table and the last `seq`. None saves nothing.
+    """The state that survives a restart, in a directory: the routing table, the last `seq` and the convictions. None
+    saves nothing.
 
     No method raises. `write` replaces a file; the default does so in a worker thread.
     """
@@ -83,6 +86,19 @@ class StateFiles:
         # If the table is empty, the contacts saved before are more useful.
         if dht.contacts:
             await self._save(CONTACTS_FILE, dht.dump())
+
+    def load_convictions(self, convictions: Convictions) -> None:
+        """Add the convictions that were saved; none if the file is missing or damaged."""
+        text = self._read(CONVICTIONS_FILE)
+        try:
+            if text:
+                convictions.load(text)
+        except (ValueError, RecursionError) as error:
+            log.warning("cannot use %s: %s", self._path(CONVICTIONS_FILE), error)
+
+    async def save_convictions(self, convictions: Convictions) -> None:
+        """Save the convictions. Waits at most 5 s for the disk."""
+        await self._save(CONVICTIONS_FILE, convictions.to_json())
 
     def _path(self, name: str) -> Path:
         assert self._directory is not None

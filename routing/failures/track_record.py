@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from peerd.protocol.identity import PeerId
 from peerd.routing.directory.standing import Standing, unknown
+from peerd.routing.failures.convictions import Convictions
 
 # The first failure of a healthy peer is mostly a restart; a peer that keeps failing is asked a few times an hour.
 FIRST_AVOIDANCE_S = 5.0
@@ -76,9 +77,13 @@ class TrackRecord:
 
     by_proof: whether the caller asks the peers that `take_doubted` returns and reports the results; otherwise a peer
     returns when its time is over.
+    convictions: the peers that computed something else than others, which nothing that is noted here excuses.
     """
 
-    def __init__(self, now: Callable[[], float], *, by_proof: bool = False) -> None:
+    def __init__(
+        self, now: Callable[[], float], *, by_proof: bool = False, convictions: Convictions | None = None
+    ) -> None:
+        self.convictions = convictions or Convictions(now)
         self._now = now
         self._by_proof = by_proof
         self._entries: dict[PeerId, _Entry] = {}
@@ -124,10 +129,13 @@ class TrackRecord:
     def is_avoided(self, peer_id: PeerId) -> bool:
         """Whether to leave the peer out of a chain now."""
         entry = self._entries.get(peer_id)
-        return peer_id in self._doubts or (entry is not None and self._now() < entry.avoided_until_s)
+        is_late = entry is not None and self._now() < entry.avoided_until_s
+        return peer_id in self._doubts or is_late or self.convictions.get(peer_id) is not None
 
     def why_avoided(self, peer_id: PeerId) -> str:
         """The reason of the peer's last failure; "" if there is none, or it is not avoided."""
+        if (conviction := self.convictions.get(peer_id)) is not None:
+            return f"{peer_id} is avoided for a day: {conviction.why}"
         entry = self._entries.get(peer_id)
         return entry.why if entry is not None and self.is_avoided(peer_id) else ""
 
@@ -144,7 +152,7 @@ class TrackRecord:
         """All peers to leave out of a chain now."""
         now = self._now()
         late = frozenset(peer_id for peer_id, entry in self._entries.items() if now < entry.avoided_until_s)
-        return late | self._doubts.keys()
+        return late | self._doubts.keys() | self.convictions.peers()
 
     def reached(self, peer_id: PeerId, network: str) -> None:
         """Note that we dialled the peer and found it, in this public network ("" for none)."""

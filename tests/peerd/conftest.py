@@ -74,6 +74,8 @@ class Host:
     task: EngineTask
     connections: Connections
     online: bool = True
+    dtype: str = "float32"
+    quantization: str = "none"
 
     @property
     def peer_id(self) -> PeerId:
@@ -89,8 +91,8 @@ class Host:
             model=MODEL,
             span=self.span,
             state="online",
-            dtype="float32",
-            quantization="none",
+            dtype=self.dtype,
+            quantization=self.quantization,
             codecs=("exact",),
             throughput=1000.0,
             free_tokens=self.task.engine.free_length,
@@ -271,7 +273,9 @@ class Caller:
 
 
 class Swarm:
-    """Hosts and clients on one in-memory network, 5 ms apart."""
+    """Hosts and clients on one in-memory network, 5 ms apart; `ips` is the form of their addresses."""
+
+    ips = "10.0.0.{}"
 
     def __init__(self, tasks: trio.Nursery) -> None:
         self.network = MemoryNetwork(latency_s=0.005)
@@ -281,7 +285,7 @@ class Swarm:
 
     def _new(self) -> tuple[str, Identity]:
         number, self._next = self._next, self._next + 1
-        return f"10.0.0.{number}", Identity.from_seed(number.to_bytes(32, "big"))
+        return self.ips.format(number), Identity.from_seed(number.to_bytes(32, "big"))
 
     async def serve(
         self,
@@ -352,7 +356,7 @@ class Swarm:
 
     def _part(self, ip: str) -> None:
         for number in range(1, self._next):
-            self.network.partition(ip, f"10.0.0.{number}")
+            self.network.partition(ip, self.ips.format(number))
 
     async def caller(self) -> Caller:
         """A client that may break the rules."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from peerd.cli.options.parsing import (
     parse_memory,
     parse_named_model,
     parse_peer_id,
+    parse_probability,
 )
 from peerd.cli.options.relay import relay_options, relaying
 from peerd.cli.options.rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
@@ -33,9 +34,11 @@ from peerd.cli.options.shared import (
     join_options,
     revision_option,
 )
+from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon
+    from peerd.compute.audits.thresholds import Thresholds
     from peerd.spans.spec import ServeSpec, Trainable
 
 DEFAULT_IDENTITY = platformdirs.user_state_path("peerd") / "identity.key"
@@ -85,6 +88,20 @@ _OPTIONS = (
     disk_option,
     api_options,
     join_options,
+    click.option(
+        "--audit",
+        type=parse_probability,
+        metavar="off|P",
+        help="Of the answers that programs on this machine get, have other servers compute a share of P again, to find"
+        " servers that compute something else; those servers then see the answer too. Default: 1/50, and off with"
+        " --swarm-key.",
+    ),
+    click.option(
+        "--audit-limits",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="How far apart honest servers may be, as peerd calibrate MODEL printed it. Default: peerd's own table.",
+    ),
     click.option(
         "--listen",
         type=parse_address,
@@ -220,10 +237,14 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
     options = parsed(joining, given)
     models = tuple((name, at_revision(model, options.revision)) for name, model in options.models)
     from peerd.cli.daemon import Daemon
+    from peerd.client.audits.policy import AuditPolicy
     from peerd.peer import DEFAULT_LISTEN
     from peerd.peer_parts import PeerConfig
 
     specs = (_spec(options, models[0][1] if models else ""),) if options.serves else ()
+    audit = AuditPolicy.of(options.audit, is_private=joining.swarm_key is not None)
+    if options.audit_limits is not None:
+        audit = replace(audit, thresholds=_read_thresholds(options.audit_limits))
     return Daemon(
         identity_file=options.identity or DEFAULT_IDENTITY,
         config=PeerConfig(
@@ -232,6 +253,7 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
             bootstrap=joining.bootstrap,
             swarm_key=joining.swarm_key,
             rules=joining.rules,
+            audit=audit,
             serve=specs,
             relay=options.relay,
             may_be_relayed=joining.may_be_relayed,
@@ -240,6 +262,16 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
         disk_bytes=options.disk_bytes,
         offer=offered(options.api, models) if options.api.is_offered else None,
     )
+
+
+def _read_thresholds(path: Path) -> Thresholds:
+    """Raises InvalidRequest for a file that `peerd calibrate` did not make."""
+    from peerd.compute.audits.thresholds import Thresholds
+
+    try:
+        return Thresholds.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} cannot be used for --audit-limits, peerd calibrate makes it: {error}") from None
 
 
 def _spec(options: DaemonOptions, model: Path | str) -> ServeSpec:

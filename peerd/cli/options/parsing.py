@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 AUTO = "auto"
+OFF = "off"
 
 
 def parse_address(value: str) -> Multiaddr:
@@ -50,6 +51,20 @@ def parse_blocks(value: str) -> Span | int | str:
         return Span.parse(value)
     except ValueError as error:
         raise click.BadParameter(f"{error}; or say how many, such as 8, or auto") from None
+
+
+def parse_probability(value: str) -> float:
+    """Parse `off`, or a probability such as 0.02 or 1/50."""
+    if value == OFF:
+        return 0.0
+    over, _, under = value.partition("/")
+    try:
+        found = float(over) / float(under or 1)
+    except (ValueError, ZeroDivisionError):
+        found = -1.0
+    if not 0 < found <= 1:
+        raise click.BadParameter(f"{value!r} is not off, nor a probability such as 0.02 or 1/50")
+    return found
 
 
 def parse_model(value: str) -> Path | str:

@@ -72,6 +72,8 @@ class DaemonOptions:
     announce: tuple[Multiaddr, ...] = ()
     identity: Path | None = None
     relay: RelayLimits | None = None
+    audit: float | None = None
+    audit_limits: Path | None = None
     stop_on_eof: bool = False
 
     @property
@@ -137,6 +139,10 @@ RULES: tuple[Rule, ...] = (
     (
         lambda options: not (options.accepts or options.api.is_offered),
         "nothing to do: give --serve-blocks with --model, --client, or --listen",
+    ),
+    (
+        lambda options: (options.audit is not None or options.audit_limits) and not options.api.is_offered,
+        "--audit and --audit-limits are for the answers that programs on this machine get: add --client",
     ),
     (
         lambda options: (

@@ -6,7 +6,7 @@ work on them at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import trio
@@ -37,6 +37,8 @@ class Session:
         self._width = spec.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
+        #: Called once when the session has ended; its chain and log are as they were last.
+        self.on_end: Callable[[], None] = lambda: None
         self._scope = trio.CancelScope()
 
     def __repr__(self) -> str:
@@ -76,6 +78,7 @@ class Session:
             self._closed = True
             self.log.fail(trio.ClosedResourceError("the session was closed"))
             self._supervisor.changed.unpark_all()
+            self.on_end()
 
     def close(self) -> None:
         """End the session on every hop."""

@@ -6,7 +6,7 @@ some hops have and others do not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,8 @@ class StepLog:
         # The last answered step; and whether steps were given up whose effects hops cannot undo.
         self.answered = 0
         self.is_forked = False
+        #: Called with each step and its result when the step was answered.
+        self.on_answer: Callable[[Step, torch.Tensor], None] = lambda step, result: None
         self._size = size
         self._lengths: dict[int, int] = {}
         self._answered_lengths: dict[int, int] = {}
@@ -141,6 +143,7 @@ class StepLog:
         self._apply(self._answered_lengths, pending.step.ops)
         self._answered_lengths.update({piece.row: piece.end for piece in pending.step.rows})
         self.kept.fold(oldest)
+        self.on_answer(pending.step, pending.result)
         pending.done.set()
 
     def fail(self, error: Exception) -> None:

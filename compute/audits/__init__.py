@@ -1,0 +1,1 @@
+"""Compares what different servers computed of the same blocks, and measures how far honest ones lie apart."""

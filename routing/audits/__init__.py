@@ -1,0 +1,1 @@
+"""Decides which of several servers computed something else, from comparisons between them."""
