@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import trio
 
-from peerd.discovery.state_files import CONTACTS_FILE, SEQ_FILE, WRITE_S, StateFiles, ThreadWriter, write_durably
+from peerd.discovery.state_files import (
+    CONTACTS_FILE,
+    CONVICTIONS_FILE,
+    SEQ_FILE,
+    WRITE_S,
+    StateFiles,
+    ThreadWriter,
+    write_durably,
+)
+from peerd.protocol.identity import Identity
+from peerd.routing.failures.convictions import Convictions
+from peerd.routing.failures.track_record import TrackRecord
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -47,6 +58,21 @@ def test_a_file_with_foreign_bytes_counts_as_none(tmp_path: Path, data: bytes) -
     (tmp_path / SEQ_FILE).write_bytes(data if data != b"17" else b"[17]")
     assert StateFiles(tmp_path).load_contacts() == []
     assert StateFiles(tmp_path).load() == 0
+    (tmp_path / CONVICTIONS_FILE).write_bytes(data)
+    convictions = Convictions(lambda: 0.0)
+    StateFiles(tmp_path).load_convictions(convictions)
+    assert convictions.standing() == []
+
+
+@pytest.mark.real_time
+async def test_convicted_peers_are_avoided_after_a_restart(tmp_path: Path) -> None:
+    liar = Identity.from_seed(bytes(32)).peer_id
+    before = Convictions(lambda: 0.0)
+    before.convict(liar, "it lied")
+    await StateFiles(tmp_path).save_convictions(before)
+    after = Convictions(lambda: 3600.0)
+    StateFiles(tmp_path).load_convictions(after)
+    assert TrackRecord(trio.current_time, convictions=after).avoided() == {liar}
 
 
 def test_a_file_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
