@@ -23,6 +23,7 @@ from peerd.compute.checkpoint.hub.id import is_commit, parse_hub_id
 from peerd.compute.errors import CheckpointError, HubUnavailableError
 from peerd.discovery.discovery import Discovery
 from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.records.envelope import SHARD_BLOCKS
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.directory.catalogue import NamedModel, least_rate, named_models
 from peerd.routing.directory.holding import Holding
@@ -37,11 +38,18 @@ LOOK_S = 15.0
 MAX_OPENED = 8
 # How many models' servers one look looks up, those with most announcers first. Strangers can make up models.
 MAX_LOOKED_UP = 64
+# How many DHT keys one look looks up at most. A model of 4096 blocks has 256 keys, and strangers can make up models: so
+# those with few keys come first. 64 models of 128 blocks have 512 keys.
+MAX_KEYS = 512
+# A model without servers is looked up again after LOOK_S, and after twice the pause each time, up to this.
+MAX_PAUSE_S = 600.0
 # How long a model that could not be served is not tried again. Its announcement may have been a mistake.
 REFUSED_S = 600.0
 # A model that is on this disk is preferred unless another one is needed this many times more: it can serve while the
 # other would still be downloading.
 ON_DISK_FACTOR = 1.5
+# How many of those are remembered; the others are looked up as often as any.
+MAX_EMPTY = 1024
 # How many models a message names.
 _MAX_NAMED = 8
 
@@ -79,6 +87,8 @@ class ModelChoice:
         # Models that cannot be served, with the reason and the time until which it holds. It does not matter which peer
         # announces them.
         self._refused: dict[_Claim, tuple[str, float]] = {}
+        # Models that had no servers: how often in a row, and when to look again.
+        self._empty: dict[_Claim, tuple[int, float]] = {}
         self._said = ""
 
     async def choose(self) -> ServeSpec:
@@ -118,12 +128,15 @@ class ModelChoice:
         now = trio.current_time()
         self._refused = {claim: refusal for claim, refusal in self._refused.items() if now < refusal[1]}
         allowed = ((spec, named) for named in models if (spec := self._spec_of(named)) and not self._why_refused(named))
+        due = [one for one in islice(allowed, MAX_LOOKED_UP) if not self._is_empty(one[1], now)]
         found: list[_Candidate] = []
-        opened = 0
-        for spec, named in islice(allowed, MAX_LOOKED_UP):
-            if opened == MAX_OPENED:
+        opened = keys = 0
+        for spec, named in sorted(due, key=lambda one: _keys_of(one[1])):
+            keys += _keys_of(named)
+            if opened == MAX_OPENED or keys > MAX_KEYS:
                 break
             holdings = await self._discovery.directory.holdings(named.digest, named.block_count)
+            self._note_servers(named, bool(holdings), now)
             if not holdings:
                 continue
             opened += 1
@@ -131,6 +144,18 @@ class ModelChoice:
             if candidate is not None:
                 found.append(candidate)
         return found
+
+    def _is_empty(self, named: NamedModel, now: float) -> bool:
+        return now < self._empty.get(_claim_of(named), (0, 0.0))[1]
+
+    def _note_servers(self, named: NamedModel, has_servers: bool, now: float) -> None:
+        misses, _ = self._empty.pop(_claim_of(named), (0, 0.0))
+        if not has_servers:
+            pause_s = min(LOOK_S * 2.0 ** min(misses, 16), MAX_PAUSE_S)
+            self._empty[_claim_of(named)] = (misses + 1, now + pause_s)
+        # Strangers can make up any number of names.
+        while len(self._empty) > MAX_EMPTY:
+            del self._empty[next(iter(self._empty))]
 
     async def _open(self, spec: ServeSpec, named: NamedModel, holdings: Sequence[Holding]) -> _Candidate | None:
         """Open the model's small files: do they match the announcement, and does a block fit here?"""
@@ -177,6 +202,11 @@ class ModelChoice:
 
 def _claim_of(named: NamedModel) -> _Claim:
     return named.digest, named.hub_id, named.commit, named.block_count
+
+
+def _keys_of(named: NamedModel) -> int:
+    """How many DHT keys the model's servers have."""
+    return (named.block_count - 1) // SHARD_BLOCKS + 1
 
 
 def local_models(pattern: str) -> list[Path]:
