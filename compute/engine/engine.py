@@ -85,11 +85,13 @@ class BaseEngine(ABC):
         *,
         blocks: Span | None = None,
         owner: Hashable = None,
+        weight: float = 1.0,
         adapter: str = "",
     ) -> None:
         """Commit KV for a session of this size; `blocks` (default all) are those that it uses.
 
-        owner: the client; batches are fair among owners.
+        owner: the client; batches are fair among owners. weight: how many times the share of an owner of weight 1 it
+            gets.
         adapter: one of the engine's adapters; "" for none.
 
         Blocks with windows or chunks keep the positions that they see, `max_rollback` more, and a few for steps that
@@ -99,7 +101,7 @@ class BaseEngine(ABC):
         UnknownAdapterError.
         """
         self._check_adapter(adapter)
-        self._scheduler.open(session, size, blocks=blocks or self.span, owner=owner, adapter=adapter)
+        self._scheduler.open(session, size, blocks=blocks or self.span, owner=owner, weight=weight, adapter=adapter)
 
     def close(self, session: Hashable) -> None:
         """Forget the session and its queued steps. Pages that a running batch uses are freed when it is collected."""

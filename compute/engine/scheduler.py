@@ -43,7 +43,7 @@ def _like(entry: _Entry) -> tuple[Span, bool]:
 
 
 class Scheduler:
-    """The sessions of one engine. Each owner gets an equal share (`fair_shares`), however many sessions it has."""
+    """The sessions of one engine. Each owner gets its share (`fair_shares`), however many sessions it has."""
 
     def __init__(self, span: Span, hidden_size: int, layout: KVLayout, pool: PagePool, batch_tokens: int) -> None:
         self._span = span
@@ -85,6 +85,7 @@ class Scheduler:
         *,
         blocks: Span,
         owner: Hashable = None,
+        weight: float = 1.0,
         adapter: str = "",
     ) -> None:
         if name in self._sessions:
@@ -101,14 +102,14 @@ class Scheduler:
             )
         reserve = self._pool.reserve(size.max_rows, demands)
         retention = Retention(demands, size.max_rollback)
-        self._sessions[name] = EngineSession(blocks, size, reserve, retention, owner, adapter)
+        self._sessions[name] = EngineSession(blocks, size, reserve, retention, owner, weight, adapter)
 
     def close(self, name: Hashable) -> None:
         session = self._sessions.pop(name)
         session.closed = True
         session.queue.clear()
         if all(other.owner != session.owner for other in self._sessions.values()):
-            self._shares.forget(session.owner)
+            self._shares.leave(session.owner)
         # The device thread may be writing to its pages: `collect` frees them.
         if not session.running:
             session.reserve.close()
@@ -164,7 +165,7 @@ class Scheduler:
             if session.blocks == blocks and not session.running:
                 left = packing.budget
                 if packing.take_from(session):
-                    self._shares.charge(session.owner, left - packing.budget)
+                    self._shares.charge(session.owner, left - packing.budget, session.weight)
                     # Put the session behind its owner's others for the next turn.
                     self._sessions[name] = self._sessions.pop(name)
         for _, session in ready:

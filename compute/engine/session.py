@@ -61,6 +61,7 @@ class EngineSession:
     reserve: PageReserve
     retention: Retention
     owner: Hashable = None
+    weight: float = 1.0
     adapter: str = ""
     rows: dict[int, RowCache] = field(default_factory=dict)
     queued: dict[int, RowState] = field(default_factory=dict)

@@ -38,6 +38,7 @@ from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact
 from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
+from peerd.routing.failures.contributions import Contributions
 from peerd.routing.failures.convictions import Convictions
 from peerd.routing.failures.track_record import TrackRecord
 from peerd.routing.reach.verdict import Whereabouts
@@ -78,6 +79,10 @@ class Discovery:
         convictions = Convictions(clock)
         state.load_convictions(convictions)
         self.track_record = TrackRecord(trio.current_time, by_proof=True, convictions=convictions)
+        #: What peers gave us, for which our server gives them more.
+        self.contributions = Contributions(clock.system)
+        state.load_contributions(self.contributions)
+        self.track_record.on_served = self.contributions.served_us
         self._connections = connections
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
@@ -151,6 +156,7 @@ class Discovery:
             def note_connected(connection: PeerConnection) -> None:
                 if connection.dialled:
                     self.track_record.reached(connection.peer_id, network_of(connection.accountable_ip))
+                    self._note_serving(connection)
                 contained = self._connections.containment.contained
                 nursery.start_soon(partial(contained, self._hear_clock, connection, what="hearing a clock"))
 
@@ -201,9 +207,15 @@ class Discovery:
         """Record the round-trip times that the connections' own pings measured."""
         while True:
             for peer_id, connection in self._connections.live.items():
+                self._note_serving(connection)
                 if connection.rtt_s is not None:
                     self.track_record.measured(peer_id, connection.rtt_s)
             await trio.sleep(MEASURE_S)
+
+    def _note_serving(self, connection: PeerConnection) -> None:
+        peer_id = connection.peer_id
+        if self.directory.is_server(peer_id) and self.track_record.standing(peer_id).is_reached:
+            self.contributions.seen_serving(peer_id)
 
     async def _join(self, contacts: list[Contact], tried: trio.Event) -> None:
         await self._joining.join(contacts, tried)
@@ -231,6 +243,7 @@ class Discovery:
             await trio.sleep(REFRESH_S)
             await self.dht.refresh()
             await self._state.save_contacts(self.dht)
+            await self._state.save_contributions(self.contributions)
 
     async def leave(self) -> None:
         """Take back what we announced, and save our contacts for the next start. Takes at most 10 s."""
@@ -239,6 +252,7 @@ class Discovery:
             await self._announcer.leave()
         with trio.move_on_after(CANCELLED_LEAVE_S if cancelled else LEAVE_S, shield=True):
             await self._state.save_contacts(self.dht)
+            await self._state.save_contributions(self.contributions)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""The files in which a peer saves its sequence number, its contacts, and the peers that it convicted of lying.
+"""The files in which a peer saves its sequence number, its contacts, whom it convicted of lying, and what peers gave it.
 
 A peer works without them. A disk that is full, read-only or broken, or a damaged file, costs a warning and a slower
 start. What could not be written stays in memory and is written with the next save.
@@ -19,6 +19,7 @@ import trio
 
 from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.table import Contact, load_contacts
+from peerd.routing.failures.contributions import Contributions
 from peerd.routing.failures.convictions import Convictions
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 SEQ_FILE: Final = "seq"
 CONTACTS_FILE: Final = "contacts.json"
 CONVICTIONS_FILE: Final = "convictions.json"
+CONTRIBUTIONS_FILE: Final = "contributions.json"
 # A disk that takes longer is hanging (a network file system, a dying card). Announcements must not wait for it: they
 # would expire.
 WRITE_S: Final = 5.0
@@ -39,8 +41,8 @@ Write = Callable[[Path, str], Awaitable[None]]
 
 
 class StateFiles:
-    """The state that survives a restart, in a directory: the routing table, the last `seq` and the convictions. None
-    saves nothing.
+    """The state that survives a restart, in a directory: the routing table, the last `seq`, the convictions, and what peers
+    gave us. None saves nothing.
 
     No method raises. `write` replaces a file; the default does so in a worker thread.
     """
@@ -99,6 +101,19 @@ class StateFiles:
     async def save_convictions(self, convictions: Convictions) -> None:
         """Save the convictions. Waits at most 5 s for the disk."""
         await self._save(CONVICTIONS_FILE, convictions.to_json())
+
+    def load_contributions(self, contributions: Contributions) -> None:
+        """Take back what peers gave us before the last stop, as far as it was saved."""
+        text = self._read(CONTRIBUTIONS_FILE)
+        try:
+            if text:
+                contributions.load(text)
+        except ValueError as error:
+            log.warning("cannot use %s: %s", self._path(CONTRIBUTIONS_FILE), error)
+
+    async def save_contributions(self, contributions: Contributions) -> None:
+        """Save what peers gave us. Waits at most 5 s for the disk."""
+        await self._save(CONTRIBUTIONS_FILE, contributions.dump())
 
     def _path(self, name: str) -> Path:
         assert self._directory is not None

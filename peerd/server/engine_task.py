@@ -304,7 +304,14 @@ class EngineTask:
                 message = f"{kept} positions of outputs to keep wanted, there is memory for {self._free_to_keep}"
                 raise NoRoom(message, self.engine.free_tokens)
             with wire_errors():
-                self.engine.open(session, size, blocks=blocks, owner=owner.share, adapter=opening.adapter)
+                self.engine.open(
+                    session,
+                    size,
+                    blocks=blocks,
+                    owner=owner.share,
+                    weight=owner.weight,
+                    adapter=opening.adapter,
+                )
             self._free_to_keep -= kept
 
         def undo() -> None:

@@ -37,6 +37,7 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
 from peerd.protocol.messages.session import (
     CONTROL_FROM_CLIENT,
@@ -91,6 +92,8 @@ class Server:
     def __init__(self, now: Callable[[], float], containment: Containment | None = None) -> None:
         self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
+        #: How much of our devices a client gets, for what it gave us; 1 for a stranger.
+        self.weight_of: Callable[[PeerId], float] = lambda _peer_id: 1.0
         self._stopped = False
         self._now = now
         self._containment = containment or Containment()
@@ -234,7 +237,7 @@ class Server:
             if known.control is not None or not known.admitted:
                 raise RemoteProtocolError("this session is open already")
             return known
-        owner = Owner.at(stream.peer, stream.connection.accountable_ip)
+        owner = Owner.at(stream.peer, stream.connection.accountable_ip, self.weight_of(stream.peer))
         served = self._check(owner, opening)
         session = HostedSession(
             opening,

@@ -88,6 +88,8 @@ class TrackRecord:
         self._by_proof = by_proof
         self._entries: dict[PeerId, _Entry] = {}
         self._doubts: dict[PeerId, _Doubt] = {}
+        self.on_served: Callable[[PeerId], None] = lambda _peer_id: None
+        """Called when a peer has answered a session of ours."""
         self.on_doubt: Callable[[], None] = _nothing
         """Called when a peer is to be asked sooner than before."""
 
@@ -114,6 +116,7 @@ class TrackRecord:
         """Note a success: the peer is as good as one that never failed."""
         entry = self._touch(peer_id)
         entry.has_served = True
+        self.on_served(peer_id)
         entry.failures = 0
         entry.avoided_until_s = 0.0
         entry.why = ""

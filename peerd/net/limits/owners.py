@@ -8,7 +8,7 @@ a proxy may stand in front of all of them. A peer that comes through a relay cou
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peerd.protocol.addresses import IpAddress, public_network
 from peerd.protocol.identity import PeerId
@@ -16,20 +16,24 @@ from peerd.protocol.identity import PeerId
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A peer and its network; `network` is "" if no network is counted."""
+    """A peer and its network; `network` is "" if no network is counted.
+
+    weight: how much of a device it gets, for what it gave us; 1 for a stranger.
+    """
 
     peer_id: PeerId
     network: str = ""
+    weight: float = field(default=1.0, compare=False)
 
     @classmethod
-    def at(cls, peer_id: PeerId, ip: IpAddress | None) -> Owner:
+    def at(cls, peer_id: PeerId, ip: IpAddress | None, weight: float = 1.0) -> Owner:
         """The owner of what a peer does that we see at `ip`."""
-        return cls(peer_id, network_of(ip))
+        return cls(peer_id, network_of(ip), weight)
 
     @property
     def share(self) -> str:
-        """The key under which owners take turns: all peers of one public network share one."""
-        return self.network or self.peer_id
+        """The key under which owners take turns: all strangers of one public network share one."""
+        return self.peer_id if self.weight > 1 else self.network or self.peer_id
 
 
 def network_of(ip: IpAddress | None) -> str:

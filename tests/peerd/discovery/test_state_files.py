@@ -13,6 +13,7 @@ import trio
 
 from peerd.discovery.state_files import (
     CONTACTS_FILE,
+    CONTRIBUTIONS_FILE,
     CONVICTIONS_FILE,
     SEQ_FILE,
     WRITE_S,
@@ -20,7 +21,8 @@ from peerd.discovery.state_files import (
     ThreadWriter,
     write_durably,
 )
-from peerd.protocol.identity import Identity
+from peerd.protocol.identity import Identity, PeerId
+from peerd.routing.failures.contributions import Contributions
 from peerd.routing.failures.convictions import Convictions
 from peerd.routing.failures.track_record import TrackRecord
 
@@ -200,3 +202,22 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", rename)
     write_durably(tmp_path / SEQ_FILE, "1")
     assert happened == ["file", "rename", "folder"]
+
+
+async def test_what_peers_gave_us_survives_a_restart_but_not_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = Contributions(trio.current_time)
+    given.served_us(PeerId("a"))
+    disk = FakeDisk()
+    await StateFiles(tmp_path, disk.write).save_contributions(given)
+    assert disk.written == [(CONTRIBUTIONS_FILE, given.dump())]
+    (tmp_path / CONTRIBUTIONS_FILE).write_text(given.dump())
+    again = Contributions(trio.current_time)
+    StateFiles(tmp_path).load_contributions(again)
+    assert again.weight(PeerId("a")) == given.weight(PeerId("a")) > 1
+    (tmp_path / CONTRIBUTIONS_FILE).write_bytes(b"[[\xff")
+    again = Contributions(trio.current_time)
+    StateFiles(tmp_path).load_contributions(again)
+    assert again.weight(PeerId("a")) == 1
+    assert f"cannot use {tmp_path / CONTRIBUTIONS_FILE}" in caplog.text

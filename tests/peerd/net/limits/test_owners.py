@@ -55,3 +55,12 @@ def test_new_keys_bring_a_network_no_more_turns():
     assert [rates.may(at("x", "127.0.0.1"), 0) for _ in range(6)] == [True] * 4 + [False] * 2
     # A network that had enough does not use up its keys' own.
     assert rates.may(at("11", "9.9.9.9"), 0)
+
+
+def test_a_peer_that_gave_us_something_shares_with_no_stranger():
+    ip = ip_address("8.8.8.8")
+    stranger, giver = Owner.at(PeerId("a"), ip), Owner.at(PeerId("b"), ip, weight=8.0)
+    assert stranger.share == Owner.at(PeerId("c"), ip).share
+    assert giver.share not in (stranger.share, Owner.at(PeerId("d"), ip, weight=8.0).share)
+    # What it may hold does not change with its weight.
+    assert giver == Owner.at(PeerId("b"), ip)
