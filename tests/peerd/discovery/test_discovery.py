@@ -190,6 +190,35 @@ async def test_a_peer_that_leaves_is_gone_at_once(swarm: Swarm) -> None:
         assert record.body.state == "offline"
 
 
+async def test_what_peers_gave_is_remembered_over_a_restart(swarm: Swarm, tmp_path: Path) -> None:
+    async with swarm.open(1):
+        async with swarm.open(2, state_dir=tmp_path, write=write_at_once) as (_, discovery):
+            assert discovery.contributions.weight(identity(7).peer_id) == 1
+            # What a client notes when a session was answered.
+            discovery.track_record.succeeded(identity(7).peer_id)
+            given = discovery.contributions.weight(identity(7).peer_id)
+            assert given > 1
+        async with swarm.open(2, state_dir=tmp_path, write=write_at_once) as (_, discovery):
+            assert discovery.contributions.weight(identity(7).peer_id) == pytest.approx(given, rel=0.01)
+
+
+async def test_a_server_that_is_reached_for_long_is_seen_to_serve(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerd.routing.failures.contributions.SERVED_FOR_S", 60.0)
+    async with swarm.open(1), swarm.open(2) as (_, server), swarm.open(3) as (connections, reader):
+        server.announce_from(lambda: [body()])
+        who = identity(2).peer_id
+        await trio.sleep(3)
+        await connections.connect(who, (await reader.directory.servers(MODEL, 4))[0].addresses)
+        await trio.sleep(50)
+        assert reader.contributions.weight(who) == 1
+        await reader.directory.servers(MODEL, 4)
+        await trio.sleep(20)
+        assert reader.contributions.weight(who) > 1
+        assert reader.contributions.weight(identity(1).peer_id) == 1
+
+
 async def test_a_peer_that_ends_with_an_error_still_says_goodbye(swarm: Swarm) -> None:
     async with swarm.open(1), swarm.open(2) as (_, reader):
 
