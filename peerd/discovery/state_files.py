@@ -1,4 +1,4 @@
-"""The files in which a peer saves its sequence number, its contacts, whom it convicted of lying, and what peers gave it.
+"""The files in which a peer saves its sequence number, its contacts, whom it convicted, and what peers gave it.
 
 A peer works without them. A disk that is full, read-only or broken, or a damaged file, costs a warning and a slower
 start. What could not be written stays in memory and is written with the next save.
@@ -41,8 +41,8 @@ Write = Callable[[Path, str], Awaitable[None]]
 
 
 class StateFiles:
-    """The state that survives a restart, in a directory: the routing table, the last `seq`, the convictions, and what peers
-    gave us. None saves nothing.
+    """The state that survives a restart, in a directory: the routing table, the last `seq`, the convictions, and what
+    peers gave us. None saves nothing.
 
     No method raises. `write` replaces a file; the default does so in a worker thread.
     """
