@@ -7,7 +7,7 @@ error. A step that failed had no effect, so the next action is kept until it has
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
@@ -117,6 +117,7 @@ class Decoding:
     `adapter` and `patience` are what `SwarmModel.session` takes. With `speculation`, steps carry guesses too; the
     tokens are the same. `resumable` needs a single row: after NoChain or Overloaded the caller may call `tokens` again.
     It continues with the same session if that still exists, which is kept for a while, and otherwise with a new one.
+    `hidden_ends`: tokens among those that end an answer whose text is left out, though it may be ordinary.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Decoding:
         adapter: Adapter | None = None,
         speculation: Speculation | None = None,
         patience: Patience | None = None,
+        hidden_ends: Collection[int] = (),
     ) -> None:
         self.session: Session | None = None
         self._model = model
@@ -141,6 +143,7 @@ class Decoding:
         self._top_logprobs = top_logprobs
         self._adapter = adapter
         self._patience = patience
+        self._hidden_ends = frozenset(hidden_ends)
         self._resumable = resumable
         # The row operations of the next step, and the answers of the last one from which no token was drawn yet.
         self._ops: tuple[Op, ...] = ()
@@ -319,8 +322,8 @@ class Decoding:
             self._speculator.came(row.number, token_id, position)
         ends = token_id in self._sampling.eos_token_ids
         final = ends or len(row.ids) == self._sampling.max_new_tokens
-        # The token that ends an answer is no part of its text, even if it is an ordinary one.
-        text = row.text.rest() if ends else row.text.add(token_id, final=final)
+        is_hidden = token_id in self._hidden_ends
+        text = row.text.rest() if is_hidden else row.text.add(token_id, final=final)
         if len(row.ids) > self._sampling.min_new_tokens:
             text = row.stops.add(text, final=final)
         ends = ends or row.stops.stopped

@@ -72,6 +72,7 @@ class Answers:
                 top_logprobs=common.top_logprobs,
                 speculation=model.speculation,
                 patience=_PATIENCE,
+                hidden_ends=common.stop_token_ids,
             )
             for prompt in prompts
         ]
