@@ -6,6 +6,7 @@ it, and the names that these have in a causal model.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,6 @@ def with_lm_head(decoder_type: type[PreTrainedModel]) -> type[PreTrainedModel]:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
-        # `generate` reads the names of these arguments.
         def forward(
             self,
             input_ids: Any = None,
@@ -55,8 +55,16 @@ def with_lm_head(decoder_type: type[PreTrainedModel]) -> type[PreTrainedModel]:
             )
             logits = self.lm_head(decoded.last_hidden_state)
             loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-            return outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+            return outputs.CausalLMOutputWithPast(
+                loss=loss,
+                logits=logits,
+                hidden_states=getattr(decoded, "hidden_states", None),
+                attentions=getattr(decoded, "attentions", None),
+            )
 
+    # `generate` reads the names of the arguments; that of the KV cache depends on the release of Transformers.
+    forward: Any = TextForCausalLM.forward
+    forward.__signature__ = inspect.signature(decoder_type.forward)
     TextForCausalLM.__name__ = decoder_type.__name__.replace("Model", "ForCausalLM")
     made: type[PreTrainedModel] = TextForCausalLM
     return made
