@@ -131,6 +131,13 @@ class Server:
     async def wait_announced(self) -> None:
         await self._announced.wait()
 
+    async def reaches(self, peer_id: PeerId) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    def is_absent(self, peer_id: PeerId) -> bool:
+        return False
+
     def is_leaving(self, served: ServedSpan) -> bool:
         return self.leaving
 

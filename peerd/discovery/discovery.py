@@ -29,7 +29,7 @@ from peerd.net.connections import Connections, PeerConnection, Stream
 from peerd.net.limits.owners import network_of
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.errors import ConnectionLost
+from peerd.protocol.errors import ConnectionLost, InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.dht import Dht
@@ -53,6 +53,8 @@ REUNITE_S = 600.0
 MEASURE_S = 5.0
 # A connection that survived our sleep answers within this; a peer that gave us up resets the connection at once.
 AWAKE_S = 1.0
+# The time to look up a peer's addresses, dial it and hear from it.
+REACH_S = 5.0
 # The time for taking back our announcements when we leave.
 LEAVE_S = 5.0
 CANCELLED_LEAVE_S = 0.5
@@ -122,6 +124,18 @@ class Discovery:
         there.
         """
         return self._connections.strangers_policy.of(addresses)
+
+    async def reaches(self, peer_id: PeerId) -> bool:
+        """Whether the peer answers us now, connected or dialled at its announced addresses. Takes at most 5 s."""
+        with trio.move_on_after(REACH_S), suppress(PeerFault, InvalidRequest):
+            ways = self.may_dial(await self.directory.ways_to(peer_id))
+            connection = await self._connections.connect(peer_id, ways, self._connections.strangers_policy)
+            return await connection.answers(REACH_S)
+        return False
+
+    def is_absent(self, peer_id: PeerId) -> bool:
+        """Whether we tried to reach the peer lately and never found it."""
+        return self.track_record.standing(peer_id).is_absent
 
     def announce_from(self, spans: Spans, models: Models = tuple) -> None:
         """Announce what these return; they are called at each announcement. `seq` and `expires` are filled in."""

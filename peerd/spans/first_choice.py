@@ -20,6 +20,7 @@ from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.directory.holding import Holding, HoldingSource
 from peerd.routing.placement.placement import Newcomer, are_choosing, choose_first_span
+from peerd.spans.covered import Reaching, present
 from peerd.spans.slots import Slot
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
 
-class Announcing(Protocol):
-    """Announces what we serve, and shows what others serve: `Discovery`."""
+class Announcing(Reaching, Protocol):
+    """Announces what we serve, and shows what others serve and whether we reach them: `Discovery`."""
 
     @property
     def directory(self) -> HoldingSource: ...
@@ -90,7 +91,7 @@ async def _see(choice: Choice, discovery: Announcing, random: Random) -> list[Ho
     retry_s = FIRST_RETRY_S
     while True:
         try:
-            return await discovery.directory.holdings(choice.model, choice.block_count)
+            return present(await discovery.directory.holdings(choice.model, choice.block_count), discovery)
         except PartialView as error:
             if retry_s == FIRST_RETRY_S:
                 log.warning("waiting to see the whole swarm before choosing which blocks to serve: %s", error)

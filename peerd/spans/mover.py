@@ -24,6 +24,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import PartialView
 from peerd.routing.placement.placement import choose_move
+from peerd.spans.covered import is_left_covered, present
 from peerd.spans.first_choice import Announcing, announce
 from peerd.spans.slots import Slot
 from peerd.spans.swap import LOAD_ERRORS, Hosting, Loading, SpanSwap
@@ -155,13 +156,15 @@ class Rebalancer:
     async def _look(self, said: Span | None = None) -> Span | None:
         """The span where the swarm needs us now, after we announced `said`. None to stay.
 
-        None also if we cannot see the whole swarm, or not our own announcement in it.
+        None also if we cannot see the whole swarm, or not our own announcement in it, or if we do not reach another
+        server for each of our blocks.
         """
         try:
-            holdings = await self._discovery.directory.holdings(self._model, self._block_count)
+            announced = await self._discovery.directory.holdings(self._model, self._block_count)
         except PartialView as error:
             log.info("not moving: this peer cannot see the whole swarm: %s", error)
             return None
+        holdings = present(announced, self._discovery)
         ours = [one for one in holdings if one.peer_id == self._peer_id]
         own = next((one for one in ours if one.record.slot == self._slot.number), None)
         if own is None or own.record.span != self._span:
@@ -170,7 +173,11 @@ class Rebalancer:
         # First assume that all is on disk: to know what really is takes requests to the hub.
         if choose(on_disk=frozenset(range(self._block_count))) is None:
             return None
-        return choose(on_disk=await self._loader.on_disk())
+        goal = choose(on_disk=await self._loader.on_disk())
+        if goal is None or await is_left_covered(holdings, self._peer_id, self._span, self._discovery, self._random):
+            return goal
+        log.info("not moving: this peer does not reach another server for each of the blocks %s", self._span)
+        return None
 
     def _say(self, goal: Span | None) -> None:
         self._slot.intended = goal

@@ -73,7 +73,7 @@ def choose_first_span(
     others = [one for one in holdings if _slot_of(one) != (own.peer_id, own.slot)]
     choosing = _choosing(others)
     typical = _typical_throughput(others)
-    rates = block_rates((one for one in _as_announced(others) if _slot_of(one) not in choosing), block_count)
+    rates = block_rates((one for one in as_announced(others) if _slot_of(one) not in choosing), block_count)
     for slot, one in sorted(choosing.items()):
         if slot < (own.peer_id, own.slot):
             span = _weakest(rates, len(one.record.span))
@@ -103,12 +103,12 @@ def choose_move(
     first of them by PeerId moves and the others stay, unless one has begun.
     """
     others = [one for one in holdings if _slot_of(one) != _slot_of(own)]
-    goal = _choose_move(_as_announced(others), own, block_count, on_disk)
+    goal = _choose_move(as_announced(others), own, block_count, on_disk)
     if said is None or goal == said:
         return goal
     online = {(one.peer_id, one.record.slot) for one in others if one.record.state == "online"}
     firm = [one for one in others if not (_is_intention(one) and one.peer_id > own.peer_id and _slot_of(one) in online)]
-    return said if _choose_move(_as_announced(firm), own, block_count, on_disk) == said else goal
+    return said if _choose_move(as_announced(firm), own, block_count, on_disk) == said else goal
 
 
 def _choose_move(others: Sequence[Holding], own: Holding, block_count: int, on_disk: frozenset[int]) -> Span | None:
@@ -175,7 +175,7 @@ def _choosing(holdings: Sequence[Holding]) -> dict[tuple[PeerId, int], Holding]:
     return {slot: one for slot, one in intentions.items() if slot not in settled}
 
 
-def _as_announced(holdings: Iterable[Holding]) -> list[Holding]:
+def as_announced(holdings: Iterable[Holding]) -> list[Holding]:
     """The swarm as it will be after all announced moves.
 
     Otherwise two servers of the same blocks could both announce to leave, each counting on the other to stay.

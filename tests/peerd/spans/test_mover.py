@@ -27,6 +27,21 @@ async def test_a_spare_server_closes_a_gap() -> None:
             assert torch.equal(await session.step(row, want="all"), fake_forward(row, Span(0, 8)))
 
 
+async def test_a_server_does_not_leave_its_blocks_to_one_that_it_cannot_reach() -> None:
+    """Anybody can announce a server that is not there: then its blocks would have none."""
+    async with open_swarm() as swarm:
+        server = await swarm.serve("0:4", moves=True)
+        ghost = await swarm.serve("0:4")
+        here, there = (str(peer.discovery.dht.addresses[0].host) for peer in (server, ghost))
+        swarm.network.partition(here, there)
+        await trio.sleep(4 * ROUND_S)
+        offers = await server.discovery.directory.servers(MODEL, BLOCKS, max_age_s=0.0)
+        assert {offer.peer_id for offer in offers} >= {ghost.identity.peer_id}, "it is announced all the same"
+        assert server.spans == ["0:4"]
+        swarm.network.heal(here, there)
+        await until(lambda: server.spans == ["4:8"])
+
+
 async def test_the_old_engine_is_gone_before_the_new_one_is_loaded() -> None:
     async with open_swarm("0:4") as swarm:
         spare = await swarm.serve("0:4", moves=True)
