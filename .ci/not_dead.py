@@ -7,7 +7,9 @@ A name that is in no list, and that no line of ours uses, is dead: delete it, to
 _.__class__
 _.__dir__
 _.__getattr__
+_.__signature__
 _._attn_implementation
+_._check_protocol
 _._is_hf_initialized
 _.accesslog
 _.activate_past_recording
@@ -52,6 +54,9 @@ _.from_seed
 _.load_trained
 _.save_adapter
 
+# Commands: click finds them.
+calibrate
+
 # For tests and benchmarks: what they start, break, look at and compare with.
 FakeEngine
 HostilePeer
@@ -65,6 +70,7 @@ _.heal
 _.put_behind_nat
 _.set_latency
 _.start_again
+_.wait_done
 _.wait_lost
 _.bytes_per_token
 _.handshake_hash

@@ -99,7 +99,9 @@ class Family:
         if self.sees:
             from peerd.compute.families.text_head import with_lm_head
 
-            return with_lm_head(self.decoder_type())
+            # A cached function takes what is hashable, and the class says no more than `Any` of that.
+            decoder: Any = self.decoder_type()
+            return with_lm_head(decoder)
         causal: type[PreTrainedModel] = self._load("modeling", self.causal_class or f"{self.prefix}ForCausalLM")
         return causal
 

@@ -23,6 +23,7 @@ from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed
 from peerd.routing.chains.chain import Between, Chain, ChainNeeds, Hop
+from peerd.routing.directory.offer import Offer
 from peerd.trio_tools import open_tasks
 
 # A server that does not answer within this is left alone; a prefill of a long row over a slow line takes that long.
@@ -119,6 +120,10 @@ class _OneChain:
 
     async def adapter_id(self, name: str, blocks: Span) -> str:
         raise NoChain(f"adapter {name} was resolved before", ((blocks.start, blocks.end),))
+
+    async def offers(self, max_age_s: float) -> list[Offer]:
+        await trio.lowlevel.checkpoint()
+        return []
 
     def avoided(self) -> frozenset[PeerId]:
         return frozenset()

@@ -9,6 +9,7 @@ import pytest
 from peerd.cli.options.rules import RULES, ApiOptions, DaemonOptions, ServingOptions, broken_rule
 from peerd.cli.options.shared import JoinOptions
 from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span
 from peerd.reach.relay_ledger import RelayLimits
 
@@ -16,6 +17,7 @@ JOINING = JoinOptions((), None, None)
 HERE = (Multiaddr.parse("/ip4/127.0.0.1/tcp/31330/ws"),)
 ONE, TWO = (None, "org/one"), (None, "org/two")
 CLIENT = ApiOptions(client=True)
+SOMEBODY = Identity.from_seed(bytes(32)).peer_id
 HTTP = ("127.0.0.1", 8080)
 
 # In the order of RULES, each with how its message begins: the options break it and no rule before it.
@@ -32,6 +34,9 @@ BROKEN = [
     ({"models": (ONE,), "listen": HERE}, "--model is for"),
     ({"api": CLIENT, "serving": ServingOptions(stay=True)}, "--dtype"),
     ({"listen": HERE, "serving": ServingOptions(client_adapter_bytes=0)}, "--dtype"),
+    ({"serve_blocks": "auto", "models": (ONE,), "serving": ServingOptions(trainable=(SOMEBODY,))}, "--trainable is"),
+    ({"serve_blocks": "auto", "models": (ONE,), "serving": ServingOptions(trainable_rate=0.1)}, "--trainable-rate"),
+    ({"serve_blocks": "auto", "models": (ONE,), "serving": ServingOptions(trainable_steps=9)}, "--trainable-rate"),
     ({}, "nothing to do"),
     ({"announce": HERE}, "nothing to do"),
     ({"listen": HERE, "audit": 0.5}, "--audit and"),
@@ -54,6 +59,11 @@ WHOLE = [
     {"api": CLIENT, "models": (ONE, TWO, ("a", "org/one"), ("b", "org/one")), "disk_bytes": 1},
     {"serve_blocks": Span(0, 4), "models": (ONE,), "announce": HERE, "relay": RelayLimits()},
     {"serve_blocks": "auto", "models": (ONE,), "revision": "main", "serving": ServingOptions(stay=True)},
+    {
+        "serve_blocks": Span(0, 4),
+        "models": (ONE,),
+        "serving": ServingOptions(trainable=(SOMEBODY,), trainable_rate=0.1),
+    },
     {"serve_blocks": 4, "among": ("org/*",), "disk_bytes": 1, "serving": ServingOptions(devices=("cpu",))},
 ]
 
