@@ -57,8 +57,12 @@ _LINGER_S: Final = 0.5
 _UPGRADE_REQUIRED = 426
 _FORBIDDEN = 403
 _TOO_BIG = 1009
-# The limit for a peer's HTTP before the websocket is open: requests and answers have a few hundred bytes.
+# The limit for a peer's HTTP before the websocket is open, and then for what comes before its first message is whole:
+# each has a few hundred bytes.
 _MAX_UPGRADE_BYTES: Final = 64 * 1024
+# The limit for what comes between two whole messages. The library's queue, its buffer and one message that has begun
+# take 0.6 MiB. A message may come in any number of empty parts, each of which costs the library as much as a full one.
+_MAX_BETWEEN_BYTES: Final = 1024 * 1024
 # The exceptions of trio-websocket and the libraries beneath it if the other side breaks a protocol or has gone.
 # trio-websocket also answers a PING while it closes, and a malformed answer as if it were the server, which raises too.
 _LIBRARY_ERRORS: Final = (
@@ -163,7 +167,8 @@ class WebSocketChannel:
         self._opening = trio.CancelScope()
         self._closed = trio.Event()
         self._failure: BaseException | None = None
-        self._is_open = False
+        # Whether the websocket is open, plus how many messages were received since.
+        self._progress = 0
         self._remote_ip = _remote_ip(stream)
 
     def __repr__(self) -> str:
@@ -204,7 +209,7 @@ class WebSocketChannel:
             raise ConnectionLost(f"refused with HTTP status {status}")
         if self._websocket is None:
             raise ConnectionLost(f"no websocket: {self._failure or 'the other side hung up before it was one'}")
-        self._is_open = True
+        self._progress = 1
         if self._websocket.subprotocol != SUBPROTOCOL:
             raise VersionMismatch(f"the other side chose {self._websocket.subprotocol!r}, not {SUBPROTOCOL!r}")
 
@@ -219,6 +224,7 @@ class WebSocketChannel:
             self._websocket = await self._upgrade()
         with _as_lost():
             message = await self._websocket.get_message()
+        self._progress += 1
         if isinstance(message, str):
             raise RemoteProtocolError("a text message on a binary protocol")
         # The library returns a message that came in several parts as a bytearray.
@@ -259,7 +265,7 @@ class WebSocketChannel:
             if SUBPROTOCOL not in request.proposed_subprotocols:
                 await self._reject(request, _UPGRADE_REQUIRED, f"this is a peer that speaks {SUBPROTOCOL}")
             websocket = await request.accept(subprotocol=SUBPROTOCOL)
-        self._is_open = True
+        self._progress = 1
         return websocket
 
     @staticmethod
@@ -269,21 +275,22 @@ class WebSocketChannel:
         raise PeerFault(f"refused a websocket: {reason}")
 
     def _watched(self) -> Any:
-        return _WatchedStream(self._stream, self._opening.cancel, lambda: self._is_open)
+        return _WatchedStream(self._stream, self._opening.cancel, lambda: self._progress)
 
 
 class _WatchedStream(trio.abc.Stream):
     """A stream that reports its end, which trio-websocket does not tell the task that waits for the upgrade.
 
-    Until the websocket is open it passes on at most _MAX_UPGRADE_BYTES, because the library keeps the whole body of a
-    refusal.
+    It ends where too many bytes come without progress: `progress` grows when the websocket opens and with each message.
+    The library would keep the whole body of a refusal, and read empty parts of one message for ever.
     """
 
-    def __init__(self, stream: trio.abc.Stream, on_end: Callable[[], None], is_open: Callable[[], bool]) -> None:
+    def __init__(self, stream: trio.abc.Stream, on_end: Callable[[], None], progress: Callable[[], int]) -> None:
         self._stream = stream
         self._on_end = on_end
-        self._is_open = is_open
-        self._upgrade_bytes = 0
+        self._progress = progress
+        self._last_progress = 0
+        self._bytes = 0
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
@@ -297,11 +304,13 @@ class _WatchedStream(trio.abc.Stream):
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._on_end()
             raise
-        if not self._is_open():
-            self._upgrade_bytes += len(data)
-            if self._upgrade_bytes > _MAX_UPGRADE_BYTES:
-                self._on_end()
-                return b""
+        progress = self._progress()
+        if progress != self._last_progress:
+            self._last_progress, self._bytes = progress, 0
+        self._bytes += len(data)
+        if self._bytes > (_MAX_UPGRADE_BYTES if progress <= 1 else _MAX_BETWEEN_BYTES):
+            self._on_end()
+            return b""
         if not data:
             self._on_end()
         return data
