@@ -84,7 +84,8 @@ class Rules:
     waits_for_room: bool
 
 
-# A peer that refuses what it announced broke a promise, too. What one peer says of our request, others must say too.
+# A peer that refuses what it announced broke a promise, too. What one peer says of our request, one of another network
+# must say too.
 SESSION_RULES = Rules(
     blamed=frozenset({Fault.UNFIT, Fault.BROKEN_PROMISE}),
     set_aside=frozenset({Fault.ABSENCE, Fault.UNFIT, Fault.BROKEN_PROMISE, Fault.OURS}),
@@ -96,9 +97,9 @@ SESSION_RULES = Rules(
 # idle lane opens another at once.
 TRAINING_RULES = Rules(
     blamed=frozenset({Fault.BROKEN_PROMISE}),
-    set_aside=frozenset(),
+    set_aside=frozenset({Fault.OURS}),
     barred=frozenset({Fault.UNFIT}),
-    believed=frozenset({Fault.OURS}),
+    believed=frozenset(),
     waits_for_room=False,
 )
 

@@ -77,10 +77,9 @@ class TrainingChain:
         self._lanes: dict[int, TrainingLane] = {}
         self._locks: dict[int, trio.Lock] = {}
         # What peers said of requests that overflow, by the way that the request went.
-        voice = partial(voice_of, connections)
-        self._overflows = {
-            way: Refusals(tolerated=0, voice=voice, now=trio.current_time) for way in (FORWARD, BACKWARD)
-        }
+        self._overflows = {way: self._refusals() for way in (FORWARD, BACKWARD)}
+        # What peers said against our requests, by the first block of their hop.
+        self._objections: dict[int, Refusals] = {}
         self._faults_without_answer = 0
         # Since something failed, until something is answered.
         self._search: Search | None = None
@@ -130,9 +129,9 @@ class TrainingChain:
         """A request on this lane failed: have another peer take its blocks. Raises the errors that no other peer could
         avoid.
 
-        A peer that reports overflow in its blocks is left out, and is blamed once another peer has answered. If two
-        peers report it, or there is no other peer, that error is raised. `way` is FORWARD or BACKWARD: a successful
-        forward proves nothing about a gradient.
+        A peer that reports overflow in its blocks, or says that the request is wrong, is left out, and is blamed once
+        another peer has answered. If peers of two networks say so, or there is no other peer, that error is raised.
+        `way` is FORWARD or BACKWARD: a successful forward proves nothing about a gradient.
         """
         if isinstance(error, BadResult):
             self._overflows[way].note(error, lane.hop.peer_id)
@@ -150,6 +149,9 @@ class TrainingChain:
         for peer in self._overflows[way].settle([hop.peer_id for hop in self._hops.values()]):
             self._finder.failed(peer)
         self._overflows[way].clear()
+        if (objections := self._objections.pop(lane.hop.span.start, None)) is not None:
+            for peer in objections.settle([lane.hop.peer_id]):
+                self._finder.failed(peer)
         self._faults_without_answer = 0
         self._search = None
         self._finder.succeeded(lane.hop.peer_id)
@@ -169,6 +171,11 @@ class TrainingChain:
                 raise why
             case AskAgain(is_blamed=True):
                 self._finder.failed(hop.peer_id)
+            case AskAgain(is_doubted=True):
+                said = self._objections.setdefault(hop.span.start, self._refusals())
+                said.note(error, hop.peer_id)
+                if said.are_believed:
+                    raise error
         self._faults_without_answer += 1
         if self._faults_without_answer > MAX_FAULTS_WITHOUT_ANSWER and not isinstance(error, Overloaded):
             raise error
@@ -178,7 +185,7 @@ class TrainingChain:
     async def _plan(self, span: Span) -> Chain:
         """Find hops over `span`, for as long as patience allows.
 
-        Raises NoChain, Overloaded or UnsupportedFeature; BadResult if all peers overflow.
+        Raises NoChain, Overloaded or UnsupportedFeature; what the peers said of the request if no other is left.
         """
         search = self._search or self._candidates.search(trio.current_time())
         while True:
@@ -195,7 +202,9 @@ class TrainingChain:
                     now=trio.current_time(),
                     all_busy=all_busy,
                     may_return=bool(self._finder.avoided()),
-                    answer=next((said.error for said in self._overflows.values() if said), None),
+                    answer=next(
+                        (said.error for said in (*self._overflows.values(), *self._objections.values()) if said), None
+                    ),
                 ):
                     case WaitUntil(time):
                         await trio.sleep_until(time)
@@ -203,6 +212,13 @@ class TrainingChain:
                         raise error from missing
         self.take(found)
         return found
+
+    def _said_against_us(self) -> PeerdError | None:
+        """What a peer last said of our request, if no other peer has answered since."""
+        return next((said.error for said in (*self._overflows.values(), *self._objections.values()) if said), None)
+
+    def _refusals(self) -> Refusals:
+        return Refusals(tolerated=0, voice=partial(voice_of, self._connections), now=trio.current_time)
 
     async def _is_served(self, span: Span) -> bool:
         """Whether there are hops for these blocks at all, whoever is full."""

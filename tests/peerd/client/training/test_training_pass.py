@@ -11,7 +11,9 @@ import trio
 from peerd.client.finding.finder import Patience
 from peerd.client.training.pass_maker import PassMaker
 from peerd.client.training.trained import Trained
+from peerd.exchange.refusals import refuse
 from peerd.protocol.errors import BadResult, InvalidRequest, NoChain, NoRoom
+from peerd.protocol.messages.training import PASS_PROTOCOL, PassFailure
 from peerd.protocol.span import Span
 
 MODEL = bytes(range(32))
@@ -479,6 +481,38 @@ async def test_what_does_not_fit_is_the_callers_fault(open_swarm, serve_tiny, ro
         with pytest.raises(InvalidRequest):
             await maker_of(client).forward(INPUT, rows, BLOCKS, what)
         assert client.finder.failures == []
+
+
+async def _object(stream):
+    """Refuse a lane as if the client's request were wrong."""
+    await stream.receive()
+    await refuse(stream, PassFailure.of, InvalidRequest("no such parameter"))
+
+
+async def test_what_one_network_says_against_a_pass_is_not_believed(open_swarm, serve_tiny, decoder):
+    async with open_swarm() as swarm:
+        liars = [await serve_tiny(swarm, BLOCKS) for _ in range(2)]
+        for liar in liars:
+            liar.connections.handlers[PASS_PROTOCOL] = _object
+        client = await swarm.client()
+        # Two peers of different networks are believed: what they say of the request may well be true.
+        with pytest.raises(InvalidRequest, match="no such parameter"):
+            await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained())
+        swarm.kill(liars[1])
+        honest = await serve_tiny(swarm, BLOCKS)
+        refused = False
+        for _ in range(8):
+            done = await maker_of(client).forward(INPUT, ROWS, BLOCKS, Trained())
+            assert done.chain[0].peer == str(honest.peer_id)
+            gradients = await done.backward(GRAD)
+            assert_same(done.output, gradients, Reference(decoder, INPUT, GRAD, Trained()))
+            refused |= done.failovers > 0
+            if refused:
+                break
+        # Chains are chosen at random: once the liar was asked, it was found out.
+        assert refused
+        assert client.finder.failures.count(liars[0].peer_id) == 1
+        assert honest.peer_id not in client.finder.failures
 
 
 @pytest.mark.parametrize("twins", [1, 2])
