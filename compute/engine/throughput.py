@@ -26,22 +26,29 @@ _ENOUGH_S = 5.0
 
 
 def measured_throughput(
-    engine: BaseEngine, model: bytes, dtype: torch.dtype, quantize: str, device: torch.device
+    engine: BaseEngine,
+    model: bytes,
+    dtype: torch.dtype,
+    quantize: str,
+    device: torch.device,
+    max_length: int | None = None,
 ) -> float:
     """Positions a second through one block at batch size 1, from the cache or measured now.
 
-    The engine must not be in use. `model` is the model's digest. A measurement blocks the thread for seconds.
+    The engine must not be in use. `model` is the model's digest, and `max_length` the most positions that it takes, if
+    it has a limit. A measurement blocks the thread for seconds.
     """
     parts = (model.hex(), str(dtype), quantize, device_name(device), f"{torch.get_num_threads()} threads")
     key = " | ".join((*parts, version("peerd")))
-    return remembered("throughput", key, lambda: measure_throughput(engine))
+    return remembered("throughput", key, lambda: measure_throughput(engine, max_length))
 
 
-def measure_throughput(engine: BaseEngine) -> float:
+def measure_throughput(engine: BaseEngine, max_length: int | None = None) -> float:
     """Positions a second through one block when a single session decodes. The engine is left as it was."""
     counted = engine.positions_computed, engine.batches_run
-    steps = _Steps(engine)
-    context = max(0, min(_CONTEXT_TOKENS, engine.total_tokens - 1))
+    length = min(_CONTEXT_TOKENS + 1, engine.total_tokens, max_length or engine.total_tokens)
+    steps = _Steps(engine, length)
+    context = max(0, length - 1)
     try:
         if context and not steps.run(0, context):
             # Random activations may overflow a narrow dtype; here only the time counts.
@@ -70,12 +77,11 @@ def _timed(steps: _Steps, context: int) -> Iterator[float]:
 class _Steps:
     """A session for the measurement, run step by step."""
 
-    def __init__(self, engine: BaseEngine) -> None:
+    def __init__(self, engine: BaseEngine, length: int) -> None:
         self._engine = engine
         self._name = object()
         self._seq = 0
         self._random = torch.Generator().manual_seed(0)
-        length = min(_CONTEXT_TOKENS + 1, engine.total_tokens)
         engine.open(self._name, SessionSize(length, max_rollback=1))
 
     def run(self, start: int, count: int) -> bool:

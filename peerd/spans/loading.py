@@ -119,7 +119,9 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         engine.passes.memory = PassMemory(max(pass_bytes, spare_bytes))
     engine.warm_up()
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
-    throughput = spec.throughput or measured_throughput(engine, checkpoint.model_digest, dtype, quantize, model.device)
+    throughput = spec.throughput or measured_throughput(
+        engine, checkpoint.model_digest, dtype, quantize, model.device, checkpoint.max_length
+    )
     log.info(
         "blocks %s of %s: %s%s, KV for %d positions, %.0f positions a second through a block%s",
         span,

@@ -104,3 +104,12 @@ def test_the_rate_is_a_blocks_share_of_a_decode_step(engine: CountingEngine, mon
 
 def test_a_pool_of_a_single_page_can_be_measured() -> None:
     assert measure_throughput(CountingEngine(Span(0, 1), kv_tokens=16)) > 0
+
+
+def test_no_more_positions_are_measured_than_the_model_takes(engine: CountingEngine) -> None:
+    """GPT-J looks positions up in a table, which ends there."""
+    ends = []
+    submit = engine.submit
+    engine.submit = lambda step: (ends.extend(piece.end for piece in step.rows), submit(step))[1]  # type: ignore[method-assign]
+    measure_throughput(engine, max_length=32)
+    assert max(ends) == 32
