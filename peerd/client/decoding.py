@@ -7,17 +7,19 @@ error. A step that failed had no effect, so the next action is kept until it has
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import trio
 
+from peerd.client.picked import Finish, Picked, TokenLogprobs
 from peerd.client.sampling import Sampler, SamplingParams
 from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
 from peerd.client.text_stream import StopFilter, TextStream
+from peerd.client.token_model import TokenModel
 from peerd.protocol.errors import NoChain, Overloaded
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
@@ -26,35 +28,7 @@ if TYPE_CHECKING:
     from peerd.client.finding.finder import Patience
     from peerd.client.session.session import Session
 
-Finish = Literal["stop", "length"]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """The log-probability of a token by the model itself (before temperature and filters), and its most likely
-    tokens.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
 _Choice = tuple[int, TokenLogprobs | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """One token of one row. `text` is the text that it completes; `finish` is set on the row's last token, with the
-    reason.
-    """
-
-    row: int
-    id: int
-    position: int
-    text: str
-    logprobs: TokenLogprobs | None
-    finish: Finish | None
 
 
 @dataclass(slots=True, eq=False)
@@ -73,41 +47,6 @@ class _Answer:
     row: _Row
     draft: tuple[int, ...]
     logits: torch.Tensor
-
-
-class TokenModel(Protocol):
-    """What decoding needs of a `SwarmModel`: token ids to hidden states, sessions, hidden states to logits and text."""
-
-    @property
-    def ropes_change_at(self) -> int | None:
-        """See `ModelFacts`."""
-
-    async def start_session(
-        self,
-        *,
-        max_length: int,
-        max_rows: int = 1,
-        max_rollback: int = 0,
-        prompt_length: int = 0,
-        adapter: Adapter | None = None,
-        patience: Patience | None = None,
-    ) -> Session:
-        """Start a session whose chain opens with its first step."""
-
-    def close_later(self, session: Session) -> None:
-        """Close the session later, unless it is used again before."""
-
-    def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
-        """Turn token ids into the first block's input, `[n, width]`."""
-
-    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Turn token ids into text."""
-
-    async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
-        """Call a function that computes for long in a worker thread."""
 
 
 class Decoding:

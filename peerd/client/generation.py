@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.client.decoding import Decoding, TokenModel
+from peerd.client.decoding import Decoding
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.sampling import SamplingParams
 from peerd.client.speculation.speculation import Speculation
+from peerd.client.token_model import TokenModel
 from peerd.protocol.errors import NoChain, Overloaded
 
 if TYPE_CHECKING:

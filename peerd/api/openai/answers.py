@@ -11,8 +11,9 @@ import trio
 
 from peerd.api.errors import ApiError, invalid
 from peerd.api.openai.requests import CHAT_TOKENS, CommonFields
-from peerd.client.decoding import Decoding, Picked
+from peerd.client.decoding import Decoding
 from peerd.client.finding.finder import Patience
+from peerd.client.picked import Picked
 from peerd.client.sampling import SamplingParams
 from peerd.protocol.errors import InvalidRequest, PeerdError
 from peerd.trio_tools import open_tasks

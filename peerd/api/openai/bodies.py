@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peerd.client.decoding import Picked
+from peerd.client.picked import Picked
 from peerd.client.token_bytes import shown
 
 BytesOf = Callable[[int], bytes]

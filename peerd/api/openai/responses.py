@@ -18,7 +18,7 @@ from peerd.api.errors import ApiError, api_error
 from peerd.api.openai.answering import Answering
 from peerd.api.openai.answers import Answers
 from peerd.api.openai.bodies import Shape
-from peerd.client.decoding import Picked
+from peerd.client.picked import Picked
 from peerd.protocol.errors import PeerdError
 from peerd.trio_tools import open_tasks
 

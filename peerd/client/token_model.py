@@ -1,0 +1,50 @@
+"""What decoding needs of a model, so that it does not depend on the model that starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from peerd.client.blocks import Adapter
+    from peerd.client.finding.finder import Patience
+    from peerd.client.session.session import Session
+
+T = TypeVar("T")
+
+
+class TokenModel(Protocol):
+    """What decoding needs of a `SwarmModel`: token ids to hidden states, sessions, hidden states to logits and text."""
+
+    @property
+    def ropes_change_at(self) -> int | None:
+        """See `ModelFacts`."""
+
+    async def start_session(
+        self,
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        prompt_length: int = 0,
+        adapter: Adapter | None = None,
+        patience: Patience | None = None,
+    ) -> Session:
+        """Start a session whose chain opens with its first step."""
+
+    def close_later(self, session: Session) -> None:
+        """Close the session later, unless it is used again before."""
+
+    def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
+        """Turn token ids into the first block's input, `[n, width]`."""
+
+    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Turn token ids into text."""
+
+    async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call a function that computes for long in a worker thread."""
