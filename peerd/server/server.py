@@ -63,8 +63,9 @@ from peerd.server.hosted_session import HostedSession
 from peerd.server.next_hop import open_link
 from peerd.server.served_spans import ServedSpan, _Running
 from peerd.server.session_table import HostedSessions, SessionKey
-from peerd.server.span_training import SpanTrainings
-from peerd.server.training import PassServer, PassSpan
+from peerd.server.training.lane import PassSpan
+from peerd.server.training.lanes import PassServer
+from peerd.server.training.span_training import SpanTrainings
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).
 LINGER_S = 15.0

@@ -33,7 +33,8 @@ from peerd.protocol.messages.training import (
 )
 from peerd.protocol.span import Span
 from peerd.server.quotas import HOST_BYTES, HostQuota
-from peerd.server.training import MAX_LANES_A_PEER, PARAMETER_BYTES
+from peerd.server.training.lane import PARAMETER_BYTES
+from peerd.server.training.lanes import MAX_LANES_A_PEER
 
 MODEL = bytes(range(32))
 BLOCKS = Span(0, 3)
@@ -238,7 +239,7 @@ async def test_one_peer_has_a_bounded_number_of_lanes_and_others_have_theirs(ope
 
 
 async def test_one_peer_holds_at_most_half_of_the_host_memory(open_swarm, serve_tiny, monkeypatch):
-    monkeypatch.setattr("peerd.server.training.HOST_BYTES", 2 * 3 * 10 * WIDTH * 4)
+    monkeypatch.setattr("peerd.server.training.lanes.HOST_BYTES", 2 * 3 * 10 * WIDTH * 4)
     async with open_swarm() as swarm:
         host = await serve_tiny(swarm, BLOCKS, step_s=5.0)
         greedy, modest = await swarm.caller(), await swarm.caller()

@@ -1,14 +1,14 @@
-"""Serves training passes: reads requests from lanes, has them run below inference, and answers them.
+"""One lane of training passes: reads a client's requests, has them run below inference, and answers them in order.
 
-A lane is one stream of one client. Everything that the client holds here (parameters, requests, tapes) is freed with
-the lane. A client may go away in the middle. So its lane is read all the time, which shows its end at once, and its
-work is then removed from the device's queue.
+Everything that the client holds here (parameters, requests, tapes) is freed with the lane. A client may go away in the
+middle. So its lane is read all the time, which shows its end at once, and its work is then removed from the device's
+queue.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,58 +18,35 @@ import trio
 
 from peerd.compute.training.passes import PassInput, PassRunner, Tape
 from peerd.compute.training.tunables import Tunables
-from peerd.exchange.first_message import first_message
-from peerd.exchange.refusals import refuse
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Stream
-from peerd.net.limits.owners import Owner, Tally
+from peerd.net.limits.owners import Owner
 from peerd.protocol.encoding.schema import parse
-from peerd.protocol.encoding.tensors import CODECS, DTYPES, MAX_EXACT_VALUE_BYTES
-from peerd.protocol.errors import (
-    BadResult,
-    ContextTooLong,
-    Draining,
-    Evicted,
-    InternalError,
-    InvalidRequest,
-    Overloaded,
-    PeerdError,
-    PeerFault,
-    RemoteProtocolError,
-    UnsupportedFeature,
-)
+from peerd.protocol.encoding.tensors import DTYPES, MAX_EXACT_VALUE_BYTES
+from peerd.protocol.errors import ContextTooLong, Evicted, InvalidRequest, RemoteProtocolError
 from peerd.protocol.messages.training import (
     MAX_PASS_POSITIONS,
     MAX_REQUESTS,
-    PASS_FEATURES,
     Backward,
     Begin,
     Begun,
     Forward,
     Parameter,
-    PassFailure,
     PassGradients,
     Result,
 )
 from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
-from peerd.server.quotas import HOST_BYTES, HostQuota
+from peerd.server.quotas import HostQuota
 from peerd.server.wire_errors import wire_errors
 from peerd.trio_tools import open_tasks
 
-# A client trains through one lane a hop; this is enough for a few models and spans at once.
-MAX_LANES_A_PEER = 16
-MAX_LANES_A_NETWORK = 64
-# Each lane costs a few tasks, whatever it holds.
-MAX_LANES = 256
 # What a parameter takes beside its values: the objects of its tensors, on the host and the device, and of its gradient.
 PARAMETER_BYTES = 2048
 # A lane that sends nothing for this long gives its tapes to others, as a session gives its pages.
 IDLE_S = 300.0
 # A request of 4096 positions of width 8192 takes half a minute on a slow line of 50 Mbit/s.
 REQUEST_DEADLINE_S = 600.0
-# The hint for a client that found no room: passes take seconds.
-RETRY_MS = 1000
 _REQUESTS: tuple[type[Forward | Backward], ...] = (Forward, Backward)
 
 
@@ -80,80 +57,6 @@ class PassSpan:
     max_length: int
     task: EngineTask
     passes: PassRunner
-
-
-Find = Callable[[Begin], PassSpan]
-"""The span that a lane asks for. Raises NotServed, Draining, UnsupportedFeature."""
-
-
-class PassServer:
-    """Answers lanes: `handle` goes to the connections."""
-
-    def __init__(self, find: Find) -> None:
-        self._find = find
-        self._quota = HostQuota(HOST_BYTES)
-        self._lanes = Tally()
-        self._running: dict[_Lane, trio.CancelScope] = {}
-        self._lane_ended = trio.lowlevel.ParkingLot()
-
-    @property
-    def lanes(self) -> int:
-        """How many lanes are open."""
-        return self._lanes.total
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes that lanes hold in parameters and requests."""
-        return self._quota.held_bytes
-
-    async def end_lanes(self, task: EngineTask) -> None:
-        """End the lanes over a span that leaves; their clients find other peers. Waits for the turn that is running."""
-        while scopes := [scope for lane, scope in self._running.items() if lane.task is task]:
-            for scope in scopes:
-                scope.cancel()
-            await self._lane_ended.park()
-
-    async def handle(self, stream: Stream) -> None:
-        """Serve one lane, from its `begin` to its end."""
-        owner = Owner.at(stream.peer, stream.connection.accountable_ip)
-        try:
-            has_share = self._lanes.has_room(owner, 1, a_peer=MAX_LANES_A_PEER, a_network=MAX_LANES_A_NETWORK)
-            if not has_share or self._lanes.total >= MAX_LANES:
-                raise Overloaded(
-                    f"{self._lanes.of_peer(owner)} lanes of yours and {self._lanes.total} of all are open here already"
-                )
-            self._lanes.add(owner, 1)
-            try:
-                await self._serve(stream, owner)
-            finally:
-                self._lanes.add(owner, -1)
-        except (trio.EndOfChannel, trio.ClosedResourceError):
-            # The client has finished with the lane.
-            stream.reset("closed")
-        except PeerFault as error:
-            if isinstance(error, RemoteProtocolError | BadResult | InternalError):
-                await refuse(stream, _failure, error)
-        except PeerdError as error:
-            await refuse(stream, _failure, error)
-
-    async def _serve(self, stream: Stream, owner: Owner) -> None:
-        begin = await first_message(stream, (Begin,))
-        found = self._find(begin)
-        if missing := sorted(set(begin.needs) - PASS_FEATURES):
-            raise UnsupportedFeature(f"this peer lacks {', '.join(missing)} in training")
-        if begin.codec not in CODECS:
-            raise UnsupportedFeature(f"codec {begin.codec!r} is not one of {', '.join(sorted(CODECS))}")
-        lane = _Lane(stream, owner, begin, found, self._quota)
-        with trio.CancelScope() as scope:
-            self._running[lane] = scope
-            try:
-                await lane.run()
-            finally:
-                del self._running[lane]
-                lane.drop_all()
-                self._lane_ended.unpark_all()
-        if scope.cancelled_caught:
-            raise Draining("this peer no longer serves these blocks")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +72,7 @@ class _Request:
     size_bytes: int
 
 
-class _Lane:
+class Lane:
     """One client's lane over one span's blocks: it reads requests, and answers them in order."""
 
     def __init__(self, stream: Stream, owner: Owner, begin: Begin, found: PassSpan, quota: HostQuota) -> None:
@@ -359,9 +262,3 @@ class _Lane:
     def _drop(self, seq: int) -> None:
         _, size_bytes = self._tapes.pop(seq)
         self._passes.memory.take(self._owner.share, -size_bytes)
-
-
-def _failure(error: PeerdError) -> PassFailure:
-    """The error as it travels on a lane, with a hint when to ask again."""
-    retry_ms = max(RETRY_MS, round(1000 * error.retry_after_s)) if isinstance(error, Overloaded) else 0
-    return PassFailure.of(error, retry_ms)

@@ -55,7 +55,7 @@ from peerd.protocol.messages.span_training import (
 from peerd.protocol.messages.training import MAX_PASS_POSITIONS, Backward, Forward, PassGradients, Result
 from peerd.server.device_queue import Work
 from peerd.server.engine_task import EngineTask
-from peerd.server.training import IDLE_S, REQUEST_DEADLINE_S
+from peerd.server.training.lane import IDLE_S, REQUEST_DEADLINE_S
 from peerd.server.wire_errors import wire_errors
 
 # How many forwards may wait for their backwards.

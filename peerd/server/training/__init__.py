@@ -1,0 +1,1 @@
+"""Trains for other peers: passes through our blocks, and copies of them that clients change."""
