@@ -1,9 +1,9 @@
 """Serves spans: admits sessions, gives their streams to them, and frees everything that they held.
 
-Admission, lingering and draining are here; `hosted_session.py` runs a session, and `session_table.py` finds the session
-that a ticket opens. A session outlives its control stream by some seconds, because a client's connection may come back,
-but nothing may outlive the session. So every session is a task in the server's nursery, and the handlers of its streams
-only feed it.
+Admission, lingering and draining are here; `hosted_session.py` runs a session, `session_streams.py` feeds it from the
+streams beside its control stream, and `evictions.py` ends it when it holds KV without using it. A session outlives its
+control stream by some seconds, because a client's connection may come back, but nothing may outlive the session. So
+every session is a task in the server's nursery, and the handlers of its streams only feed it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import partial
 
 import trio
 
-from peerd.exchange.adapter_upload import UPLOAD_DEADLINE_S
 from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import finish, refuse
 from peerd.net.connections import Connections, Stream
@@ -21,47 +20,37 @@ from peerd.net.containment import Containment
 from peerd.net.limits.owners import Owner
 from peerd.net.limits.rates import Rates
 from peerd.net.peer_connection import CLOSED
-from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
-from peerd.protocol.encoding.tensors import CODECS
 from peerd.protocol.errors import (
     ConnectionLost,
-    ContextTooLong,
     Draining,
-    Evicted,
     InternalError,
-    InvalidRequest,
-    NotServed,
     Overloaded,
     PeerdError,
     RemoteProtocolError,
     UnsupportedFeature,
 )
 from peerd.protocol.identity import PeerId
-from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL, OWN_ADAPTER, Loaded, Upload
+from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL
 from peerd.protocol.messages.session import (
     CONTROL_FROM_CLIENT,
-    FEATURES,
     INFER_PROTOCOL,
-    LINK_FROM_UPSTREAM,
     LINK_PROTOCOL,
     PROGRESS_PROTOCOL,
     REPLAY_SEQ,
-    Ask,
     Bridge,
     Failure,
-    Link,
-    Linked,
     OpenSession,
     Route,
     Step,
 )
 from peerd.protocol.messages.span_training import SPAN_PROTOCOL
 from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
-from peerd.server.engine_task import EngineTask
+from peerd.server.evictions import Evictions
 from peerd.server.hosted_session import HostedSession
 from peerd.server.next_hop import open_link
-from peerd.server.served_spans import ServedSpan, _Running
+from peerd.server.served_spans import ServedSpan, ServedSpans
+from peerd.server.session_streams import SessionStreams
 from peerd.server.session_table import HostedSessions, SessionKey
 from peerd.server.training.lane import PassSpan
 from peerd.server.training.lanes import PassServer
@@ -69,14 +58,6 @@ from peerd.server.training.span_training import SpanTrainings
 
 # A client whose connection broke may come back to its session for this long (spec/session.md).
 LINGER_S = 15.0
-# A session that sends nothing for this long gives its pages to others.
-IDLE_S = 300.0
-EVICTION_ROUND_S = 10.0
-# While others wait for memory, a session that has sent nothing for this long gives its pages back. One that was opened
-# and never used gives them back sooner, because an honest client's first step follows its `open`.
-LENT_S = 15.0
-NEVER_USED_S = 5.0
-WANTED_ROUND_S = 1.0
 # How often the server dials next hops for one client. Failovers of an honest client need fewer dials, and connected
 # hops need none.
 DIALS_A_SECOND = 4 / 60
@@ -91,33 +72,37 @@ class Server:
     """Serves spans to sessions. `run` owns engines and sessions; `handlers` go to the connections."""
 
     def __init__(self, now: Callable[[], float], containment: Containment | None = None) -> None:
-        self.spans: tuple[ServedSpan, ...] = ()
         self.draining = False
         #: How much of our devices a client gets, for what it gave us; 1 for a stranger.
         self.weight_of: Callable[[PeerId], float] = lambda _peer_id: 1.0
         self._stopped = False
         self._now = now
         self._containment = containment or Containment()
+        self._spans = ServedSpans(self._containment)
         self._sessions = HostedSessions(now)
+        self._evictions = Evictions(self._sessions, self._spans)
         # The limit on dials of next hops that clients name.
         self._dials = Rates(DIALS_A_SECOND, DIALS_AT_ONCE, network_factor=4)
-        self._running: dict[EngineTask, _Running] = {}
-        # Set when a request has waited for KV in vain.
-        self._wanted = trio.Event()
         self._attached = trio.Event()
         self.passes = PassServer(self._find_passes)
         self.trainings = SpanTrainings()
+        streams = SessionStreams(self._sessions, lambda: self._connections.peer_id)
         self.handlers = {
             INFER_PROTOCOL: self._handle_control,
-            LINK_PROTOCOL: self._handle_link,
+            LINK_PROTOCOL: streams.handle_link,
             PASS_PROTOCOL: self.passes.handle,
             SPAN_PROTOCOL: self.trainings.handle,
-            ADAPTER_PROTOCOL: self._handle_upload,
-            PROGRESS_PROTOCOL: self._handle_ask,
+            ADAPTER_PROTOCOL: streams.handle_upload,
+            PROGRESS_PROTOCOL: streams.handle_ask,
         }
 
     def __repr__(self) -> str:
         return f"<Server {' '.join(str(served.span) for served in self.spans)} sessions={len(self._sessions)}>"
+
+    @property
+    def spans(self) -> tuple[ServedSpan, ...]:
+        """The spans that are served here, also those that accept no new sessions."""
+        return self._spans.all
 
     @property
     def sessions(self) -> int:
@@ -135,28 +120,26 @@ class Server:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                await self._containment.keep_running(self._evict_idle, what="taking back unused KV")
+                await self._containment.keep_running(self._evictions.run, what="taking back unused KV")
         finally:
             self.draining = self._stopped = True
 
     def serve(self, served: ServedSpan) -> None:
         """Accept sessions on one more span from now on."""
-        served.task.admission.on_wanted = self._look_for_unused
-        running = self._running[served.task] = _Running(served.task, self._containment)
-        self._nursery.start_soon(running.run)
-        self.spans += (served,)
+        served.task.admission.on_wanted = self._evictions.look
+        self._spans.start(served, self._nursery)
 
     def is_leaving(self, served: ServedSpan) -> bool:
         """Whether the span accepts no new sessions."""
-        return self.draining or self._leaves(served.task)
+        return self.draining or self._spans.is_leaving(served.task)
 
     def refuse(self, served: ServedSpan) -> None:
         """Accept no new sessions on one span; the others go on. `resume` takes that back."""
-        self._running[served.task].leaving = True
+        self._spans.refuse(served)
 
     def resume(self, served: ServedSpan) -> None:
         """Accept sessions on the span again."""
-        self._running[served.task].leaving = False
+        self._spans.resume(served)
 
     async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None:
         """Wait until the sessions of a span that refuses new ones have ended, at most `timeout_s`."""
@@ -181,13 +164,7 @@ class Server:
             await self._sessions.wait_unused(served.task)
             await self.passes.end_lanes(served.task)
             await self.trainings.end(served.task)
-            await self._running[served.task].stop()
-        del self._running[served.task]
-        self.spans = tuple(other for other in self.spans if other is not served)
-
-    def _leaves(self, task: EngineTask) -> bool:
-        running = self._running.get(task)
-        return running is None or running.leaving
+            await self._spans.stop(served)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the others to end, at most `timeout_s`.
@@ -261,7 +238,7 @@ class Server:
             self._sessions.forget(key)
             session.close()
             raise
-        if self._stopped or self._leaves(served.task):
+        if self._stopped or self._spans.is_leaving(served.task):
             session.release()
             session.close()
             self._sessions.forget(key)
@@ -281,85 +258,16 @@ class Server:
             raise Overloaded(
                 f"{MAX_SESSIONS_A_PEER} sessions of yours, or {MAX_SESSIONS_A_NETWORK} of your network, are open here"
             )
-        missing = sorted(set(opening.needs) - FEATURES)
-        if missing:
-            raise UnsupportedFeature(f"this peer lacks {', '.join(missing)}")
-        if opening.codec not in CODECS:
-            raise UnsupportedFeature(f"codec {opening.codec!r} is not one of {', '.join(sorted(CODECS))}")
-        if opening.adapter and OWN_ADAPTER in opening.needs:
-            raise InvalidRequest("a session has an adapter of this peer or its client's own, not both")
-        own = OWN_ADAPTER in opening.needs
-        served = self._served(opening.model, opening.start, opening.end, adapter=opening.adapter, own_adapter=own)
-        if opening.max_length > served.max_length:
-            # Some models look positions up in a table: beyond its end there is nothing to compute.
-            raise ContextTooLong(f"{opening.max_length} positions: this model takes {served.max_length}")
-        return served
-
-    def _served(
-        self, model: bytes, start: int, end: int, *, adapter: str = "", own_adapter: bool = False
-    ) -> ServedSpan:
-        """The span that has these blocks and can run the adapter. Raises NotServed, Draining, UnsupportedFeature."""
-        found = [
-            served
-            for served in self.spans
-            if served.model == model and served.span.start <= start < end <= served.span.end
-        ]
-        if not found:
-            raise NotServed(f"blocks {start}:{end} of that model are not served here")
-        found = [served for served in found if not self._leaves(served.task)]
-        if not found:
-            raise Draining(f"this peer is about to stop serving blocks {start}:{end}")
-        for served in found:
-            takes_it = not own_adapter or served.adapter_room.session_bytes > 0
-            if takes_it and (not adapter or adapter in served.task.adapters):
-                return served
-        if not adapter:
-            raise UnsupportedFeature("this peer accepts no uploaded adapters")
-        there = ", ".join(sorted({name for served in found for name in served.task.adapters})) or "none"
-        raise UnsupportedFeature(f"this peer has no adapter {adapter!r}; it has {there}")
+        return self._spans.for_session(opening)
 
     def _find_passes(self, begin: Begin) -> PassSpan:
         """The span that runs the training passes which a lane asks for. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
-        served = self._served(begin.model, begin.start, begin.end, adapter=begin.adapter)
+        served = self._spans.find(begin.model, begin.start, begin.end, adapter=begin.adapter)
         if served.task.engine.passes is None:
             raise UnsupportedFeature("this peer does not train")
         return PassSpan(served.max_length, served.task, served.task.engine.passes)
-
-    async def _handle_upload(self, stream: Stream) -> None:
-        """Receive a client's own adapter for a session of that client which is open here."""
-        try:
-            with trio.fail_after(UPLOAD_DEADLINE_S):
-                upload = await first_message(stream, (Upload,))
-                session = self._sessions.admitted((stream.peer, upload.session, upload.hop))
-                if session is None:
-                    raise InvalidRequest("no such session of yours is open here")
-                await session.take_adapter(stream, upload)
-            await stream.send(Loaded().to_header())
-            await finish(stream)
-        except trio.TooSlowError:
-            await refuse(stream, Failure.of, Overloaded(f"the adapter did not come within {UPLOAD_DEADLINE_S:g} s"))
-        except PeerdError as error:
-            await refuse(stream, Failure.of, error)
-        except trio.EndOfChannel:
-            return
-
-    async def _handle_ask(self, stream: Stream) -> None:
-        """Answer how far a client's session is. It has its own stream, so no step that waits for memory is in front of
-        it.
-        """
-        try:
-            ask = await first_message(stream, (Ask,))
-            session = self._sessions.admitted((stream.peer, ask.session, ask.hop))
-            if session is None:
-                raise Evicted("no such session of yours is open here")
-            stream.send_nowait(session.progress.to_header(), priority=Priority.CONTROL)
-            await finish(stream)
-        except PeerdError as error:
-            await refuse(stream, Failure.of, error)
-        except trio.EndOfChannel:
-            return
 
     async def _serve(self, stream: Stream, session: HostedSession) -> None:
         while True:
@@ -390,49 +298,12 @@ class Server:
             session.release()
             self._sessions.forget(key)
 
-    async def _evict_idle(self) -> None:
-        while True:
-            self._wanted = trio.Event()
-            with trio.move_on_after(WANTED_ROUND_S if self._is_room_wanted() else EVICTION_ROUND_S):
-                await self._wanted.wait()
-            # In functions of their own: a session in a variable here would keep its engine in memory while we sleep.
-            self._take_back_unused()
-            self._evict_idle_now()
-
-    def _look_for_unused(self) -> None:
-        self._wanted.set()
-
-    def _is_room_wanted(self) -> bool:
-        return any(task.admission.wanted_tokens for task in self._running)
-
-    def _take_back_unused(self) -> None:
-        """End sessions that hold KV without using it, the longest unused first, until the waiting requests would
-        fit.
-        """
-        for task in list(self._running):
-            missing = task.admission.wanted_tokens
-            for session in sorted(self._sessions.on(task), key=HostedSession.unused_s, reverse=True):
-                limit_s = LENT_S if session.has_begun else NEVER_USED_S
-                if missing <= 0 or not session.admitted or session.unused_s() < limit_s:
-                    continue
-                missing -= session.tokens
-                session.tell(
-                    Failure.of(Evicted(f"the session was idle for {limit_s:g} s while others wait for memory"))
-                )
-                session.close()
-
-    def _evict_idle_now(self) -> None:
-        for session in self._sessions:
-            if session.admitted and trio.current_time() - session.last_used >= IDLE_S:
-                session.tell(Failure.of(Evicted(f"the session was idle for {IDLE_S:g} s")))
-                session.close()
-
     def _linger(self, session: HostedSession, stream: Stream) -> None:
         """The connection broke: keep the session for a while, unless its client has come back already."""
         if session.control is not stream or self._stopped:
             return
         session.control = None
-        if self.draining or self._leaves(session.task) or stream.connection.farewell == CLOSED:
+        if self.draining or self._spans.is_leaving(session.task) or stream.connection.farewell == CLOSED:
             session.close()
         else:
             contained = partial(self._containment.contained, what="a session whose client is away")
@@ -443,24 +314,3 @@ class Server:
             await session.wait_closed()
         if session.visits == visits:
             session.close()
-
-    # Links.
-
-    async def _handle_link(self, stream: Stream) -> None:
-        """Serve a link from an upstream hop: a ticket, then steps until it ends or another link supersedes it."""
-        try:
-            link = await first_message(stream, (Link,))
-            session, epoch = await self._sessions.of_link(link, stream.peer, self._connections.peer_id)
-            superseded = session.take_over(epoch)
-            with superseded:
-                await stream.send(Linked(taken=session.taken).to_header())
-                while True:
-                    await session.wait_for_room()
-                    raw = await stream.receive(session.max_body)
-                    session.accept(parse(raw.header, LINK_FROM_UPSTREAM), raw.body)
-            # The link was superseded, or the session ended: either way this link is of no more use.
-            stream.reset("superseded")
-        except trio.EndOfChannel:
-            return
-        except PeerdError as error:
-            await refuse(stream, Failure.of, error)

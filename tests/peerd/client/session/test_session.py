@@ -551,7 +551,7 @@ async def test_a_twin_that_does_not_serve_yet_costs_no_step_after_one_that_hangs
         swarm.freeze(hung)
         hung.online = True
         # Its announcement outlived its restart.
-        starting.server.spans = tuple(replace(served, model=bytes(32)) for served in starting.server.spans)
+        starting.server._spans.all = tuple(replace(served, model=bytes(32)) for served in starting.server.spans)
         swarm.kill(hosts[1])
         assert torch.equal(await session.step(row[5:], want="all"), whole_forward(row, 9)[5:])
 
