@@ -57,7 +57,7 @@ class Evictions:
                 if missing <= 0 or not session.admitted or session.unused_s() < limit_s:
                     continue
                 missing -= session.tokens
-                session.tell(
+                session.client.tell(
                     Failure.of(Evicted(f"the session was idle for {limit_s:g} s while others wait for memory"))
                 )
                 session.close()
@@ -65,5 +65,5 @@ class Evictions:
     def _end_idle(self) -> None:
         for session in self._sessions:
             if session.admitted and trio.current_time() - session.last_used >= IDLE_S:
-                session.tell(Failure.of(Evicted(f"the session was idle for {IDLE_S:g} s")))
+                session.client.tell(Failure.of(Evicted(f"the session was idle for {IDLE_S:g} s")))
                 session.close()

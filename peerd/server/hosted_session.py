@@ -16,12 +16,9 @@ import trio
 from peerd.compute.errors import StepGapError
 from peerd.exchange.adapter_upload import receive_adapter
 from peerd.exchange.replay_log import ReplayLog
-from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
 from peerd.net.connections import Stream
 from peerd.net.limits.owners import Owner
-from peerd.protocol.connection.frames import Priority
-from peerd.protocol.encoding.schema import Message
-from peerd.protocol.encoding.tensors import DTYPES, MAX_EXACT_VALUE_BYTES, TensorHeader, decode_tensor, encode_tensor
+from peerd.protocol.encoding.tensors import DTYPES, MAX_EXACT_VALUE_BYTES, TensorHeader, decode_tensor
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -29,7 +26,6 @@ from peerd.protocol.errors import (
     Evicted,
     InvalidRequest,
     PeerdError,
-    PeerFault,
     RemoteProtocolError,
     Superseded,
     UnsupportedFeature,
@@ -45,20 +41,18 @@ from peerd.protocol.messages.session import (
     NextHop,
     Opened,
     OpenSession,
-    Output,
     Progress,
     Route,
     Step,
 )
 from peerd.protocol.span import Span
+from peerd.server.answering import Answering
 from peerd.server.downstream import Downstream, OpenLink
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 
 # With more unsent results than this, the session waits. One on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2
-# A client that leaves this many answers unread is considered gone: it is several times what it may ask for at once.
-MAX_UNREAD_ANSWERS = 64
 # A hop queues no more steps than this, even for a client with a deeper pipeline (`open` may ask for up to 64).
 MAX_GRANTED_STEPS = 16
 
@@ -87,9 +81,7 @@ class HostedSession:
         # When the client last sent something, or last received something.
         self.last_used = trio.current_time()
         self.admitted = False
-        self.control: Stream | None = None
-        # How often the client has attached: this tells its absences apart.
-        self.visits = 0
+        self.client = Answering(opening, self.close)
         self._engine = engine
         self._adapter_room = adapter_room or AdapterRoom()
         # The client's own adapter: how many bytes are set aside for it, and whether steps must wait for it.
@@ -99,12 +91,10 @@ class HostedSession:
         )
         self._dtype = DTYPES[opening.dtype]
         kept = ReplayLog(opening.max_length, max_positions=opening.size.positions)
-        self._down = Downstream(opening.codec, self._dtype, kept, open_link, self._report)
+        self._down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report)
         self._last = opening.next is None
         # Steps submitted to the engine, oldest first.
         self._pending: deque[Step] = deque()
-        # A message about the route for a client that was away.
-        self._missed: Message | None = None
         self._upstream = trio.CancelScope()
         self._attended = trio.CancelScope()
         self._held = False
@@ -201,14 +191,9 @@ class HostedSession:
         """
         if not self.admitted:
             raise Evicted("the session has ended")
-        self.control = control
-        self.visits += 1
         self._attended = trio.CancelScope()
         have = tuple(sorted(self._engine.engine.lengths(self).items()))
-        self.tell(Opened(epoch=self.epoch, max_steps=self.max_steps, have=have))
-        if self._missed is not None:
-            self.tell(self._missed)
-            self._missed = None
+        self.client.attach(control, Opened(epoch=self.epoch, max_steps=self.max_steps, have=have))
         if self._closed.is_set():
             self._attended.cancel()
         return self._attended
@@ -223,8 +208,9 @@ class HostedSession:
     def bridge(self, bridge: Bridge) -> None:
         """Push results to the client, which passes them on, from now on. Raises Superseded unless the epoch is new."""
         self._begin_route(bridge.epoch, is_last=False)
-        if self.control is not None:
-            self._tasks.start_soon(self._down.bridge, bridge.epoch, self.control, bridge.taken)
+        control = self.client.control
+        if control is not None:
+            self._tasks.start_soon(self._down.bridge, bridge.epoch, control, bridge.taken)
         self._moved.unpark_all()
 
     def _begin_route(self, epoch: int, *, is_last: bool) -> None:
@@ -281,9 +267,9 @@ class HostedSession:
                 raise InvalidRequest("a step came before the adapter that this session needs")
             self._engine.submit(self, step, self._decode(step, body))
         except StepGapError as gap:
-            self.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
+            self.client.tell(Gap(epoch=step.epoch, seq=step.seq, have=tuple(sorted(gap.have.items()))))
         except CallerError as error:
-            self.tell(Failure.of(error, step.seq))
+            self.client.tell(Failure.of(error, step.seq))
         else:
             self._pending.append(step)
             self.taken = max(self.taken, step.seq)
@@ -304,17 +290,6 @@ class HostedSession:
         while len(self._pending) >= self.max_steps:
             await self._moved.park()
 
-    def tell(self, message: Message) -> None:
-        """Queue a message for the client. A client that is away gets nothing, and asks when it comes back."""
-        self._send_control(message, (), Priority.CONTROL)
-
-    def _report(self, message: Message) -> None:
-        """Tell the client about its route; if it is away, as soon as it is back."""
-        if self.control is None:
-            self._missed = message
-        else:
-            self.tell(message)
-
     # Results from the engine.
 
     def deliver(self, result: torch.Tensor | PeerdError) -> None:
@@ -326,7 +301,7 @@ class HostedSession:
                 raise result
             self._pass_on(step, result)
         except PeerdError as error:
-            self.tell(Failure.of(error, step.seq))
+            self.client.tell(Failure.of(error, step.seq))
         self.done = max(self.done, step.seq)
         if self._unsent > MAX_UNSENT_RESULTS:
             self._held = True
@@ -341,33 +316,10 @@ class HostedSession:
                 # those.
                 self._down.kept.fold(step.seq - self.max_steps)
             elif step.seq != REPLAY_SEQ:
-                self._answer(step, hidden)
+                self.client.answer(step, hidden)
         except BadResult as error:
             # The engine's result was finite, so the wire dtype that the client chose cannot hold it.
             raise UnsupportedFeature(f"{error}: {self.opening.dtype} is too narrow for these activations") from None
-
-    def _answer(self, step: Step, hidden: torch.Tensor) -> None:
-        rows = wanted_rows(step)
-        if not rows:
-            self._send_control(Output(epoch=step.epoch, seq=step.seq), (), priority_of(0))
-            return
-        wanted = wanted_part(step, hidden)
-        header, body = encode_tensor(wanted, codec=self.opening.codec, dtype=self._dtype)
-        output = Output(epoch=step.epoch, seq=step.seq, rows=rows, tensor=header.to_fields())
-        self._send_control(output, body, priority_of(len(wanted)))
-
-    def _send_control(self, message: Message, body: tuple[()] | list[memoryview], priority: Priority) -> None:
-        if self.control is None:
-            return
-        if self.control.unsent_messages >= MAX_UNREAD_ANSWERS:
-            self.close()
-            self.control.reset(RemoteProtocolError.code)
-            return
-        try:
-            self.control.send_nowait(message.to_header(), body, priority=priority)
-        except (PeerFault, trio.ClosedResourceError):
-            # The control stream's own handler notices its end and decides.
-            return
 
     def _decode(self, step: Step, body: memoryview) -> torch.Tensor:
         missing = set(step.needs) - FEATURES
@@ -388,9 +340,7 @@ class HostedSession:
 
     @property
     def _unsent(self) -> int:
-        if not self._last:
-            return self._down.unsent
-        return self.control.unsent_messages if self.control is not None else 0
+        return self.client.unsent if self._last else self._down.unsent
 
     async def _follow(self, epoch: int, next_hop: NextHop, asked: bool) -> None:
         await self._down.follow(epoch, next_hop, asked=asked)
@@ -403,14 +353,7 @@ class HostedSession:
                 continue
             if not self._last:
                 await self._down.wait_unsent_at_most(MAX_UNSENT_RESULTS)
-            elif self.control is not None:
-                await self._wait_control_sent(self.control)
+            else:
+                await self.client.wait_unsent_at_most(MAX_UNSENT_RESULTS)
             self._held = False
             self._engine.hold(self, False)
-
-    @staticmethod
-    async def _wait_control_sent(control: Stream) -> None:
-        try:
-            await control.wait_unsent_below(MAX_UNSENT_RESULTS + 1)
-        except (PeerFault, trio.ClosedResourceError):
-            return

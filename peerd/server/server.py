@@ -145,7 +145,7 @@ class Server:
         """Wait until the sessions of a span that refuses new ones have ended, at most `timeout_s`."""
         for session in self._sessions.on(served.task):
             # As in `drain`, absent clients are not waited for.
-            if session.admitted and session.control is None:
+            if session.admitted and session.client.control is None:
                 session.close()
         with trio.move_on_after(timeout_s):
             await self._sessions.wait_unused(served.task)
@@ -159,7 +159,7 @@ class Server:
         self.refuse(served)
         with trio.CancelScope(shield=True):
             for session in self._sessions.on(served.task):
-                session.tell(Failure.of(Draining("this peer no longer serves these blocks")))
+                session.client.tell(Failure.of(Draining("this peer no longer serves these blocks")))
                 session.close()
             await self._sessions.wait_unused(served.task)
             await self.passes.end_lanes(served.task)
@@ -174,7 +174,7 @@ class Server:
         self.draining = True
         with trio.move_on_after(timeout_s):
             for session in self._sessions:
-                if session.control is None:
+                if session.client.control is None:
                     session.close()
                 await session.wait_closed()
 
@@ -212,7 +212,7 @@ class Server:
         key = (stream.peer, opening.session, opening.hop)
         known = self._sessions.get(key)
         if known is not None:
-            if known.control is not None or not known.admitted:
+            if known.client.control is not None or not known.admitted:
                 raise RemoteProtocolError("this session is open already")
             return known
         owner = Owner.at(stream.peer, stream.connection.accountable_ip, self.weight_of(stream.peer))
@@ -292,7 +292,7 @@ class Server:
             with self._containment.around("a session", session.owner.peer_id):
                 await session.run(task_status)
                 return
-            session.tell(Failure.of(InternalError("a bug ended the session")))
+            session.client.tell(Failure.of(InternalError("a bug ended the session")))
         finally:
             session.close()
             session.release()
@@ -300,17 +300,17 @@ class Server:
 
     def _linger(self, session: HostedSession, stream: Stream) -> None:
         """The connection broke: keep the session for a while, unless its client has come back already."""
-        if session.control is not stream or self._stopped:
+        if session.client.control is not stream or self._stopped:
             return
-        session.control = None
+        session.client.detach()
         if self.draining or self._spans.is_leaving(session.task) or stream.connection.farewell == CLOSED:
             session.close()
         else:
             contained = partial(self._containment.contained, what="a session whose client is away")
-            self._nursery.start_soon(contained, self._close_unless_back, session, session.visits)
+            self._nursery.start_soon(contained, self._close_unless_back, session, session.client.visits)
 
     async def _close_unless_back(self, session: HostedSession, visits: int) -> None:
         with trio.move_on_after(LINGER_S):
             await session.wait_closed()
-        if session.visits == visits:
+        if session.client.visits == visits:
             session.close()

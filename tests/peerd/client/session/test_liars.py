@@ -40,7 +40,7 @@ class Lies:
 
         def accept(session, step, body):
             if self._tells(session):
-                session.tell(say(session, step))
+                session.client.tell(say(session, step))
             else:
                 honest(session, step, body)
 
