@@ -1,6 +1,6 @@
 """A client's control stream to one hop: opens it, and reads the hop's messages.
 
-`supervisor.py` decides what the messages mean for the session.
+`hop_messages.py` decides what the messages mean for the session.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ class StepProgress:
         self.working_since = trio.current_time()
         # Positions that new hops must compute again before they reach the oldest step.
         self.replaying = 0
+        # Positions that hops say that they sent again to their next hops.
+        self.replayed_by_hops = 0
         self._log = log
 
     def __repr__(self) -> str:

@@ -1,10 +1,11 @@
-"""Keeps a chain open under a session: reads its hops' messages, and gives every hop the steps that it lacks.
+"""Keeps a chain open under a session: repairs it, and gives every hop the steps that it lacks.
 
 Everything that goes wrong comes to `report` as a value (`troubles.py`). Its effect on the chain is noted at once, so
 that an opening that is under way starts over with the chain as it is now. Work that follows waits in one queue, and one
-task does it, the most urgent first. `mender.py` chooses the peers that replace a dead hop; `first_hop.py` sends the
-first hop what it lacks. A hop can die between any two messages, also while another death is being repaired: so every
-hop takes a step's number only once, whichever peer sends it again (spec/session.md, "When a hop dies").
+task does it, the most urgent first. `hop_messages.py` reads what hops say; `mender.py` chooses the peers that replace
+a dead hop; `first_hop.py` sends the first hop what it lacks. A hop can die between any two messages, also while another
+death is being repaired: so every hop takes a step's number only once, whichever peer sends it again (spec/session.md,
+"When a hop dies").
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from peerd.client.finding.candidates import MAX_FAULTS_WITHOUT_ANSWER
 from peerd.client.session.bridges import Bridges
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.first_hop import FirstHop
+from peerd.client.session.hop_messages import HopMessages
 from peerd.client.session.live_chain import MAX_NUMBERS, LiveChain
 from peerd.client.session.mender import ChainMender, NumbersUsedUp, SessionSpec, SessionTools
 from peerd.client.session.pace_watch import PaceWatch
@@ -27,12 +29,10 @@ from peerd.client.session.troubles import (
     Behind,
     BridgeIdle,
     Consequences,
-    Disagrees,
     Fatal,
     Hole,
     HopHangs,
     HopLost,
-    HopRefuses,
     LinkBroken,
     News,
     NoAnswer,
@@ -43,21 +43,7 @@ from peerd.client.session.troubles import (
     still_stands,
 )
 from peerd.protocol.connection.frames import Priority
-from peerd.protocol.encoding.schema import Message
-from peerd.protocol.encoding.tensors import MAX_EXACT_VALUE_BYTES
-from peerd.protocol.errors import (
-    BadResult,
-    CallerError,
-    ConnectionLost,
-    Evicted,
-    Overloaded,
-    PeerdError,
-    PeerFault,
-    RemoteProtocolError,
-    Unresponsive,
-)
-from peerd.protocol.identity import PeerId
-from peerd.protocol.messages.session import MAX_STEP_POSITIONS, Failure, Gap, LinkDown, Output, Routed, Step
+from peerd.protocol.errors import ConnectionLost, Overloaded, PeerdError, PeerFault, Unresponsive
 from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)
@@ -79,8 +65,6 @@ class Supervisor:
         self._spec = spec
         self._log = log
         self._first = FirstHop(log, spec.terms)
-        # Positions that hops sent again to their next hops.
-        self._replayed = 0
         self._mender = ChainMender(tools, spec)
         self.progress = StepProgress(log, self._new_chain())
         # Whether there was a complete chain before, so that a hole is a loss.
@@ -100,6 +84,9 @@ class Supervisor:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._bridges = Bridges(self._opener, nursery, self.report, self._log, self._spec.width)
+                self._messages = HopMessages(
+                    self.progress, self._log, self._spec.width, self._mender, self._bridges, self.report, self._answered
+                )
                 task_status.started()
                 nursery.start_soon(PaceWatch(self.progress, self._opener, self._finder, self.report).run)
                 await self._keep_open()
@@ -109,7 +96,7 @@ class Supervisor:
     @property
     def replayed_positions(self) -> int:
         """How many positions were sent again, so that replacements catch up with the hops that they replace."""
-        return self._first.replayed_positions + self._replayed
+        return self._first.replayed_positions + self.progress.replayed_by_hops
 
     @property
     def chain(self) -> LiveChain:
@@ -140,91 +127,20 @@ class Supervisor:
         else:
             self._wake()
 
-    # The hops' messages.
-
-    async def _read(self, control: ControlStream) -> None:
-        try:
-            await control.read(self._on_message, MAX_STEP_POSITIONS * self._spec.width * MAX_EXACT_VALUE_BYTES)
-        except trio.ClosedResourceError:
-            return
-        except PeerdError as error:
-            self.report(HopLost(control, error))
-
-    def _on_message(self, control: ControlStream, message: Message, body: memoryview) -> None:
-        chain = self.chain
-        if control not in chain:
-            return
-        match message:
-            case Output():
-                self._on_output(control, message, body)
-            case Failure():
-                self._on_failure(control, message)
-            case Routed():
-                self._replayed += message.replayed
-                self._bridges.routed(chain, control, message)
-            case LinkDown():
-                self._bridges.link_down(chain, control, message)
-            case Step():
-                self._bridges.pass_on(chain, control, message, body)
-            case Gap():
-                self._disagrees(control, Evicted(f"{control.hop.peer_id} has only {message.have}"))
-            case _:
-                raise RemoteProtocolError(f"{message.TYPE} in the middle of a session")
-
-    def _on_output(self, control: ControlStream, output: Output, body: memoryview) -> None:
-        if output.seq not in self._log.pending:
-            # Another hop answered it before this one replaced that hop; or the step was given up.
-            return
-        positions = self._log.pending[output.seq].step.positions
-        self._log.answer(output, body, self._spec.width)
+    def _answered(self, control: ControlStream) -> None:
+        """Note that a hop has answered a pending step."""
         self._faults_without_answer = 0
         self._finder.succeeded(control.hop.peer_id)
         self._mender.answered(self.chain)
-        self.progress.answered(positions)
-
-    def _on_failure(self, control: ControlStream, failure: Failure) -> None:
-        error = failure.error
-        is_of_step = failure.seq is not None
-        if isinstance(error, CallerError) or (is_of_step and isinstance(error, BadResult)):
-            if not is_of_step or failure.seq in self._log.pending:
-                self._refused(control, error)
-            return
-        if isinstance(error, Evicted) and self._log.pending:
-            # A session with pending steps is in use, so the hop should not have evicted it.
-            self._mender.lapses.note(error, control.hop.peer_id)
-        self.report(HopLost(control, error))
-
-    def _refused(self, control: ControlStream, error: PeerdError) -> None:
-        """Handle a hop's refusal of a step. If peers that have nothing in common agree, it becomes the answer."""
-        refusals = self._mender.refusals
-        refusals.note(error, control.hop.peer_id, self._before(control))
-        self.report(HopRefuses(control, error))
-        if refusals.are_believed:
-            self._queue[Fatal(error)] = None
-            self._wake()
-            return
-        for other in self.chain.controls:
-            if other.hop.peer_id in refusals.left_out():
-                self.report(HopRefuses(other, error))
-
-    def _disagrees(self, control: ControlStream, error: PeerdError) -> None:
-        """Handle a hop's report that its cache differs. The hop may lie, or the hop before it, or the next hop of which
-        it speaks.
-        """
-        after = self.chain.after(control.hop.span.end)
-        beside = [*self._before(control), *([after.hop.peer_id] if after is not None else [])]
-        self._mender.lapses.note(error, control.hop.peer_id, beside)
-        self.report(Disagrees(control, error))
-
-    def _before(self, control: ControlStream) -> list[PeerId]:
-        """The peer whose results this hop gets; none for the first hop, which gets the client's input."""
-        before = self.chain.before(control.hop.span.start)
-        return [before.hop.peer_id] if before is not None else []
 
     # What went wrong, and what follows from it.
 
-    def report(self, news: News) -> None:
-        """Note that something went wrong. The readers of the hops, the pace watch and the bridges all report here."""
+    def report(self, news: News | Fatal) -> None:
+        """Note that something went wrong. The hops' messages, the pace watch and the bridges all report here."""
+        if isinstance(news, Fatal):
+            self._queue[news] = None
+            self._wake()
+            return
         hop = None if isinstance(news, NoAnswer) else news.hop
         if hop is not None and hop not in self.chain:
             return
@@ -414,7 +330,7 @@ class Supervisor:
     async def _adopt(self, controls: list[ControlStream]) -> None:
         """Read new hops' messages, and make the hop before them push to them."""
         for control in controls:
-            self._nursery.start_soon(self._read, control)
+            self._nursery.start_soon(self._messages.read, control)
         self.failovers += self._has_stood
         if self._has_stood:
             log.info("replaced by: %s", ", ".join(f"{each.hop.peer_id} for {each.hop.span}" for each in controls))

@@ -1,6 +1,6 @@
 """Decides what follows from everything that can go wrong with a session's chain.
 
-The readers of hops, the pace watch and the bridges report `News`. `consequences_of` looks up in one table what each
+The hops' messages, the pace watch and the bridges report `News`. `consequences_of` looks up in one table what each
 piece of news changes. `most_urgent` chooses the `Trouble` that the supervisor works on next. Both are pure functions of
 values. A trouble may be over before its turn comes; `still_stands` tells.
 """

@@ -417,7 +417,7 @@ async def test_a_refused_fork_ends_the_chain_and_the_next_step_opens_another(ope
                 if is_mending:
                     supervisor.report(HopLost(hops[1], ConnectionLost("x")))
                     await trio.sleep(0.001)
-                supervisor._on_failure(hops[0], Failure.of(InvalidRequest("no"), seq=2))
+                supervisor._messages._on_failure(hops[0], Failure.of(InvalidRequest("no"), seq=2))
 
             nursery.start_soon(refuse)
             with pytest.raises(InvalidRequest, match="no"):
