@@ -9,37 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 import platformdirs
 
-from peerd.cli.console import working
 from peerd.cli.options.api import api_options, offered
-from peerd.cli.options.parsing import (
-    at_revision,
-    parse_adapter,
-    parse_address,
-    parse_blocks,
-    parse_device,
-    parse_limit,
-    parse_memory,
-    parse_named_model,
-    parse_peer_id,
-    parse_probability,
-)
+from peerd.cli.options.parsing import at_revision, parse_address, parse_blocks, parse_named_model, parse_probability
 from peerd.cli.options.relay import relay_options, relaying
 from peerd.cli.options.rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
-from peerd.cli.options.shared import (
-    DTYPES,
-    QUANTIZATIONS,
-    Command,
-    JoinOptions,
-    disk_option,
-    join_options,
-    revision_option,
-)
+from peerd.cli.options.serving import serving_options, spec_of
+from peerd.cli.options.shared import Command, JoinOptions, disk_option, join_options, revision_option
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon
     from peerd.compute.audits.thresholds import Thresholds
-    from peerd.spans.spec import ServeSpec, Trainable
 
 DEFAULT_IDENTITY = platformdirs.user_state_path("peerd") / "identity.key"
 
@@ -123,85 +103,7 @@ _OPTIONS = (
         help="The file with this peer's key; created if it is missing. Each daemon needs its own. The files that the"
         " peer keeps across restarts lie beside it.",
     ),
-    click.option("--dtype", type=click.Choice(DTYPES), help="The dtype for computing. Default: the checkpoint's."),
-    click.option(
-        "--device",
-        "devices",
-        type=parse_device,
-        multiple=True,
-        metavar="DEVICE",
-        help="cpu, cuda (the first GPU), cuda:N, or cuda:all. Repeat it for several: each runs a part of the"
-        " blocks, as its memory allows. Default: cpu.",
-    ),
-    click.option(
-        "--kv-tokens",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="How many positions' KV to keep, for all sessions together.",
-    ),
-    click.option(
-        "--memory",
-        "memory_bytes",
-        type=parse_memory,
-        metavar="SIZE",
-        help="The memory for serving, beyond the program itself, on each device, such as 6GiB. Default: what is free.",
-    ),
-    click.option(
-        "--quantize",
-        type=click.Choice(QUANTIZATIONS),
-        help="How weights are stored: int8 takes half as much as bfloat16, nf4 a little more than a quarter."
-        " Default: none, which is the most exact.",
-    ),
-    click.option(
-        "--throughput",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="RATE",
-        help="Announce this speed, in positions a second through one block, instead of measuring it once.",
-    ),
-    click.option(
-        "--adapter",
-        "adapters",
-        type=parse_adapter,
-        multiple=True,
-        metavar="NAME=DIR",
-        help="Serve a LoRA adapter too, as peft saved it, for the sessions that ask for NAME: a directory, or org/name"
-        " on the hub, whose NAME may be left out. Repeat it for several.",
-    ),
-    click.option(
-        "--client-adapters",
-        "client_adapter_bytes",
-        type=parse_limit,
-        metavar="SIZE",
-        help="How large an adapter a client may upload for its own session; 0: none. Default: 64MB, or a 64th"
-        " of the memory.",
-    ),
-    click.option(
-        "--uplink",
-        type=parse_memory,
-        metavar="SIZE",
-        help="Announce that this machine can send this much a second, such as 2.5MB for 20 Mbit/s. Clients then prefer"
-        " faster lines for long prompts and training. Default: what its connections show.",
-    ),
-    click.option(
-        "--trainable",
-        type=parse_peer_id,
-        multiple=True,
-        metavar="PEERID",
-        help="Let this client train a copy of the blocks (peerd train-span). What others are served stays as it is."
-        " Repeat it for several.",
-    ),
-    click.option(
-        "--trainable-rate",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="RATE",
-        help="The greatest learning rate of such clients. Default: 0.001.",
-    ),
-    click.option(
-        "--trainable-steps",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="How many steps a copy may be away from the published weights. Default: 10000.",
-    ),
+    serving_options,
     relay_options,
     click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers."),
 )
@@ -241,12 +143,13 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
     from peerd.peer import DEFAULT_LISTEN
     from peerd.peer_parts import PeerConfig
 
-    specs = (_spec(options, models[0][1] if models else ""),) if options.serves else ()
+    identity_file = options.identity or DEFAULT_IDENTITY
+    specs = (spec_of(options, models[0][1] if models else "", identity_file),) if options.serves else ()
     audit = AuditPolicy.of(options.audit, is_private=joining.swarm_key is not None)
     if options.audit_limits is not None:
         audit = replace(audit, thresholds=_read_thresholds(options.audit_limits))
     return Daemon(
-        identity_file=options.identity or DEFAULT_IDENTITY,
+        identity_file=identity_file,
         config=PeerConfig(
             listen=options.listen or ((DEFAULT_LISTEN,) if options.serves else ()),
             announce=options.announce,
@@ -272,44 +175,3 @@ def _read_thresholds(path: Path) -> Thresholds:
         return Thresholds.from_json(path.read_text())
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{path} cannot be used for --audit-limits, peerd calibrate makes it: {error}") from None
-
-
-def _spec(options: DaemonOptions, model: Path | str) -> ServeSpec:
-    with working("starting"):
-        from peerd.compute.quantized.formats import NONE
-        from peerd.spans.devices import check_devices
-        from peerd.spans.spec import ServeSpec
-
-        device = check_devices(",".join(options.serving.devices) or "cpu")
-    serving = options.serving
-    return ServeSpec(
-        model,
-        None if isinstance(options.serve_blocks, str) else options.serve_blocks,
-        among=options.among,
-        dtype=serving.dtype,
-        device=device,
-        kv_tokens=serving.kv_tokens,
-        memory_bytes=serving.memory_bytes,
-        quantize=serving.quantize or NONE,
-        throughput=serving.throughput,
-        adapters=serving.adapters,
-        client_adapter_bytes=serving.client_adapter_bytes,
-        stay=serving.stay,
-        look_every_s=serving.look_every_s,
-        uplink=serving.uplink,
-        trainable=_trainable(options),
-    )
-
-
-def _trainable(options: DaemonOptions) -> Trainable | None:
-    serving = options.serving
-    if not serving.trainable:
-        return None
-    from peerd.cli.daemon import state_dir
-    from peerd.spans.spec import Trainable
-
-    limits: dict[str, Any] = {"max_rate": serving.trainable_rate, "max_steps": serving.trainable_steps}
-    folder = state_dir(options.identity or DEFAULT_IDENTITY) / "trained"
-    return Trainable(
-        frozenset(serving.trainable), folder, **{name: each for name, each in limits.items() if each is not None}
-    )
