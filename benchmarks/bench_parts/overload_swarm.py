@@ -31,9 +31,9 @@ from peerd.protocol.records.envelope import (
     ServerRecord,
     SignedRecord,
     VerifiedRecord,
-    keys_of,
     open_record,
 )
+from peerd.protocol.records.keys import keys_of
 from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import RecordKey

@@ -33,7 +33,8 @@ from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity, PeerId, node_id_of
 from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, Link, NextHop, OpenSession, Route, Step
 from peerd.protocol.messages.tickets import Ticket, sign_ticket
-from peerd.protocol.records.envelope import PeerRecord, peer_key, sign_record
+from peerd.protocol.records.envelope import PeerRecord, sign_record
+from peerd.protocol.records.keys import peer_key
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.routing.dht.messages import DHT_PROTOCOL, FindNode, FindValue, Ping, Store, pack_records

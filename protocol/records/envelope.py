@@ -14,7 +14,6 @@ from peerd.protocol.encoding.packing import pack, unpack
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId, peer_id_of, verify
 from peerd.protocol.records.bodies import (
-    MAX_SPLITS,
     SHARD_BLOCKS,
     Announcement,
     ModelRecord,
@@ -22,14 +21,10 @@ from peerd.protocol.records.bodies import (
     ServerRecord,
     ServerState,
     block_roots,
-    keys_of,
-    model_key,
     next_seq,
-    peer_key,
-    server_key,
     shards_of,
-    split_keys_of,
 )
+from peerd.protocol.records.keys import MAX_SPLITS, keys_of, split_keys_of
 
 __all__ = [
     "MAX_RECORD_BYTES",
@@ -41,7 +36,7 @@ __all__ = [
     "sign_record",
     "open_record",
     "replaces",
-    # The bodies and their keys, from bodies.py.
+    # The bodies, from bodies.py.
     "Announcement",
     "PeerRecord",
     "ServerRecord",
@@ -50,12 +45,6 @@ __all__ = [
     "SHARD_BLOCKS",
     "shards_of",
     "block_roots",
-    "server_key",
-    "peer_key",
-    "model_key",
-    "keys_of",
-    "split_keys_of",
-    "MAX_SPLITS",
     "next_seq",
 ]
 

@@ -18,14 +18,8 @@ from kademlia.node import Node
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records.envelope import (
-    MAX_SPLITS,
-    SignedRecord,
-    VerifiedRecord,
-    keys_of,
-    open_record,
-    split_keys_of,
-)
+from peerd.protocol.records.envelope import SignedRecord, VerifiedRecord, open_record
+from peerd.protocol.records.keys import MAX_SPLITS, keys_of, split_keys_of
 from peerd.routing.dht.lookup import Crawl
 from peerd.routing.dht.lost_contacts import MAX_LOST, LostContacts
 from peerd.routing.dht.messages import (

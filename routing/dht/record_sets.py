@@ -8,8 +8,8 @@ from functools import partial
 from typing import Protocol
 
 from peerd.protocol.identity import PeerId
-from peerd.protocol.records.bodies import MAX_SPLITS, catalogue_key
-from peerd.protocol.records.envelope import RecordSubject, VerifiedRecord, peer_key, replaces, server_key
+from peerd.protocol.records.envelope import RecordSubject, VerifiedRecord, replaces
+from peerd.protocol.records.keys import MAX_SPLITS, catalogue_key, peer_key, server_key
 
 # A full key splits by the first four bits of the announcer's node id, and a full part by the next four.
 _NIBBLES = range(16)

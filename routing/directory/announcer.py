@@ -15,15 +15,8 @@ from typing import Protocol
 import trio
 
 from peerd.protocol.identity import Identity
-from peerd.protocol.records.envelope import (
-    MAX_TTL_S,
-    Announcement,
-    ServerRecord,
-    SignedRecord,
-    keys_of,
-    next_seq,
-    sign_record,
-)
+from peerd.protocol.records.envelope import MAX_TTL_S, Announcement, ServerRecord, SignedRecord, next_seq, sign_record
+from peerd.protocol.records.keys import keys_of
 
 log = logging.getLogger(__name__)
 

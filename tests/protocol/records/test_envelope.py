@@ -19,17 +19,13 @@ from peerd.protocol.records.envelope import (
     ServerRecord,
     SignedRecord,
     block_roots,
-    keys_of,
-    model_key,
     next_seq,
     open_record,
-    peer_key,
     replaces,
-    server_key,
     shards_of,
     sign_record,
-    split_keys_of,
 )
+from peerd.protocol.records.keys import keys_of, model_key, peer_key, server_key, split_keys_of
 from peerd.protocol.span import Span
 
 VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/records.json").read_text())

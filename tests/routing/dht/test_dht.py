@@ -11,7 +11,8 @@ import trio
 
 from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
 from peerd.protocol.identity import Identity, node_id_of
-from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, peer_key, server_key, sign_record
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, sign_record
+from peerd.protocol.records.keys import peer_key, server_key
 from peerd.protocol.span import Span
 from peerd.routing.dht.messages import REPLICAS, Found, Packet
 from peerd.routing.dht.record_sets import PartialView, addresses_of, servers_of

@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from peerd.protocol.identity import Identity, node_id_of
-from peerd.protocol.records.envelope import ServerRecord, server_key, sign_record
+from peerd.protocol.records.envelope import ServerRecord, sign_record
+from peerd.protocol.records.keys import server_key
 from peerd.routing.dht.holders import LOOKUP_S
 from peerd.routing.dht.messages import REPLICAS, Found, Packet
 from peerd.routing.dht.record_sets import servers_of

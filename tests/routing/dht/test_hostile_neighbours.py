@@ -11,7 +11,8 @@ from kademlia.node import Node
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity, PeerId, node_id_of
-from peerd.protocol.records.envelope import ServerRecord, server_key, sign_record
+from peerd.protocol.records.envelope import ServerRecord, sign_record
+from peerd.protocol.records.keys import server_key
 from peerd.routing.dht.diversity import spread
 from peerd.routing.dht.messages import FindNode, Found, Packet, Ping
 from peerd.routing.dht.newcomers import MAX_WAITING

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from peerd.protocol.identity import Identity
-from peerd.protocol.records.bodies import server_key
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
+from peerd.protocol.records.keys import server_key
 from peerd.protocol.span import Span
 from peerd.routing.dht.odd_times import MAX_CHECKED_A_LOOKUP, REMEMBERED_S, OddTimes
 

@@ -9,16 +9,8 @@ import pytest
 
 from peerd.protocol.encoding.packing import pack
 from peerd.protocol.identity import Identity
-from peerd.protocol.records.envelope import (
-    MAX_TTL_S,
-    SKEW_S,
-    Announcement,
-    ServerRecord,
-    keys_of,
-    server_key,
-    sign_record,
-    split_keys_of,
-)
+from peerd.protocol.records.envelope import MAX_TTL_S, SKEW_S, Announcement, ServerRecord, sign_record
+from peerd.protocol.records.keys import keys_of, server_key, split_keys_of
 from peerd.protocol.span import Span
 from peerd.routing.dht.store import RecordStore, StoreLimits
 

@@ -15,10 +15,10 @@ from peerd.protocol.records.envelope import (
     ServerRecord,
     SignedRecord,
     VerifiedRecord,
-    keys_of,
     open_record,
     sign_record,
 )
+from peerd.protocol.records.keys import keys_of
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import addresses_of, newest, servers_of
 from peerd.routing.directory.announcer import FEW_HOLDERS, MIN_PERIOD_S, OTHERS_PERIOD_S, RETRY_S, TTL_S, Announcer

@@ -11,10 +11,10 @@ from peerd.protocol.records.envelope import (
     PeerRecord,
     ServerRecord,
     VerifiedRecord,
-    keys_of,
     open_record,
     sign_record,
 )
+from peerd.protocol.records.keys import keys_of
 from peerd.protocol.span import Span
 from peerd.routing.dht.record_sets import RecordKey
 from peerd.routing.directory.announcer import TTL_S

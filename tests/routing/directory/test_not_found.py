@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import trio
 
 from peerd.protocol.identity import Identity
-from peerd.protocol.records.envelope import PeerRecord, ServerRecord, VerifiedRecord, open_record, peer_key, sign_record
+from peerd.protocol.records.envelope import PeerRecord, ServerRecord, VerifiedRecord, open_record, sign_record
+from peerd.protocol.records.keys import peer_key
 from peerd.routing.dht.record_sets import RecordKey, servers_of
 from peerd.routing.directory.directory import Directory
 
