@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -12,22 +13,25 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from peerd.api.errors import ApiError, api_error, invalid
+from peerd.api.errors import ApiError, api_error
 from peerd.api.fields import Fields, body_limit, parse_json, read_body
 from peerd.api.http.catch_all import answer_bug, answer_nobody
 from peerd.api.models import Models
 from peerd.api.openai.answering import Answering
 from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import ChatShape, CompletionShape
+from peerd.api.openai.chat_prompts import chat_prompt
 from peerd.api.openai.chat_templates import ChatTemplates
 from peerd.api.openai.requests import CommonFields, read_chat, read_completion
 from peerd.api.openai.responses import AnswerResponse
+from peerd.api.openai.tool_bodies import ToolChatShape
 from peerd.api.status import Status
 from peerd.api.tensors.session import serve_session
 from peerd.api.web.files import page_routes
 from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
-from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.client.shown_tokens import decoder_showing
+from peerd.protocol.errors import PeerdError
 
 # A body of this size may hold so many token ids that checking them takes longer than other requests should wait.
 _LARGE_BODY_BYTES = 65536
@@ -100,26 +104,16 @@ class Api:
     async def chat(self, request: Request) -> Response:
         wanted = await self._read(request, read_chat)
         model = self._models.named(wanted.common.model)
-        tokenizer = model.tokenizer
-        if not tokenizer.chat_template:
-            raise InvalidRequest(f"{wanted.common.model} has no chat template: use /v1/completions")
-        variables = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-        template, options = tokenizer.get_chat_template(), wanted.template
-        if options.effort is not None:
-            if "reasoning_effort" not in template:
-                raise invalid(f"{wanted.common.model} has no reasoning_effort: leave it out", "reasoning_effort")
-            variables["reasoning_effort"] = options.effort
-        text = await self._templates.render(
-            template,
-            wanted.messages,
-            variables | options.variables,
-            opens_answer=options.opens_answer,
-            continues_last=options.continues_last,
-        )
-        prompt = await model.tokenize(text, add_special_tokens=False)
-        answers = Answers(model, wanted.common, [prompt], self._history.count_token)
-        shape = ChatShape(wanted.common.model, model.token_bytes)
-        return self._respond(answers, shape, wanted.common.rows, wanted.common)
+        rendered = await chat_prompt(model, wanted, self._templates)
+        prompt = await model.tokenize(rendered.text, add_special_tokens=False)
+        name, rows = wanted.common.model, wanted.common.rows
+        shape, decode = ChatShape(name, model.token_bytes), None
+        if wanted.tools is not None and rendered.form is not None:
+            make_reader = partial(rendered.form.reader, wanted.tools.schemas)
+            shape = ToolChatShape(name, model.token_bytes, make_reader, rows, parallel=wanted.tools.parallel)
+            decode = decoder_showing(model.tokenizer, rendered.form.marks)
+        answers = Answers(model, wanted.common, [prompt], self._history.count_token, decode)
+        return self._respond(answers, shape, rows, wanted.common)
 
     async def status(self, request: Request) -> Response:
         return JSONResponse(await self._status.describe() | {"answering": self._answering.count})

@@ -7,7 +7,7 @@ error. A step that failed had no effect, so the next action is kept until it has
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -56,7 +56,8 @@ class Decoding:
     `adapter` and `patience` are what `SwarmModel.session` takes. With `speculation`, steps carry guesses too; the
     tokens are the same. `resumable` needs a single row: after NoChain or Overloaded the caller may call `tokens` again.
     It continues with the same session if that still exists, which is kept for a while, and otherwise with a new one.
-    `hidden_ends`: tokens among those that end an answer whose text is left out, though it may be ordinary.
+    `hidden_ends`: tokens among those that end an answer whose text is left out, though it may be ordinary. `decode`
+    turns ids into text in place of the model's own way.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Decoding:
         speculation: Speculation | None = None,
         patience: Patience | None = None,
         hidden_ends: Collection[int] = (),
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         self.session: Session | None = None
         self._model = model
@@ -91,7 +93,7 @@ class Decoding:
         # How long the last step took. None for the prompt's, which says nothing about decoding.
         self._step_s: float | None = None
         self._begun = False
-        self._rows = [_Row(number, TextStream(model.decode), StopFilter(stop)) for number in range(rows)]
+        self._rows = [_Row(number, TextStream(decode or model.decode), StopFilter(stop)) for number in range(rows)]
         self._speculator = None if speculation is None else speculation.answer(rows)
 
     @property

@@ -55,8 +55,9 @@ class Answers:
         common: CommonFields,
         prompts: Sequence[Sequence[int]],
         on_token: Callable[[], None] = lambda: None,
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
-        """`on_token` is called for each token of an answer.
+        """`on_token` is called for each token of an answer. `decode` turns ids into text in place of the model's way.
 
         Raises ApiError if a prompt does not fit, before any peer is asked.
         """
@@ -74,6 +75,7 @@ class Answers:
                 speculation=model.speculation,
                 patience=_PATIENCE,
                 hidden_ends=common.stop_token_ids,
+                decode=decode,
             )
             for prompt in prompts
         ]

@@ -5,12 +5,13 @@ A field of OpenAI's that we do not support is refused if it would change the ans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peerd.api.fields import Fields
+from peerd.api.openai.messages import read_messages
 from peerd.api.openai.sampling_fields import MAX_TOKENS, read_sampling
+from peerd.api.openai.tool_fields import ToolFields, read_tools, refuse_functions
 from peerd.protocol.messages.session import MAX_ROWS
 
 # OpenAI's own limits.
@@ -21,8 +22,6 @@ MAX_COMPLETION_LOGPROBS = 5
 COMPLETION_TOKENS = 16
 # OpenAI lets a chat answer fill the context; for that we would have to reserve KV on every peer.
 CHAT_TOKENS = 2048
-_MAX_MESSAGES = 4096
-_ROLES = ("system", "developer", "user", "assistant")
 
 # Fields that change no token of an answer. `prediction` only makes OpenAI's servers faster.
 _WITHOUT_EFFECT = (
@@ -98,11 +97,12 @@ class TemplateOptions:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation that the model is to continue."""
+    """A conversation that the model is to continue. `tools`: what it may call; None if it may call nothing."""
 
     common: CommonFields
     messages: list[dict[str, Any]]
     template: TemplateOptions
+    tools: ToolFields | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +116,20 @@ class CompletionRequest:
 
 def read_chat(fields: Fields) -> ChatRequest:
     """Read a body of /v1/chat/completions. Raises ApiError."""
-    messages = _messages(fields)
+    messages = read_messages(fields)
     limit = fields.integer("max_completion_tokens", 1, MAX_TOKENS)
     older_limit = fields.integer("max_tokens", 1, MAX_TOKENS)
     top_logprobs = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     logprobs = fields.boolean("logprobs")
     if top_logprobs is not None and not logprobs:
         raise fields.error("top_logprobs", "needs logprobs: true")
-    _refuse_calls(fields, "tools", "tool_choice")
-    _refuse_calls(fields, "functions", "function_call")
+    tools = read_tools(fields)
+    refuse_functions(fields)
     fields.refuse(_UNSUPPORTED_IN_CHATS)
     template = _template_options(fields)
     wanted = limit if limit is not None else older_limit
-    return ChatRequest(_common(fields, wanted, (top_logprobs or 0) if logprobs else None), messages, template)
+    common = _common(fields, wanted, (top_logprobs or 0) if logprobs else None)
+    return ChatRequest(common, messages, template, tools)
 
 
 def read_completion(fields: Fields) -> CompletionRequest:
@@ -199,17 +200,6 @@ def _stop_tokens(fields: Fields) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _refuse_calls(fields: Fields, tools: str, choice: str) -> None:
-    """Tools are not supported; offered ones that must not be called, and a choice among none, change nothing."""
-    offered, chosen = fields.take(tools), fields.take(choice)
-    if offered and chosen != "none":
-        raise fields.error(
-            tools, f'are not supported here: leave them out, or send {choice}: "none"', code="unsupported_parameter"
-        )
-    if chosen not in (None, "none", "auto"):
-        raise fields.error(choice, f"needs {tools}, which are not supported here", code="unsupported_parameter")
-
-
 def _template_options(fields: Fields) -> TemplateOptions:
     group = fields.group("chat_template_kwargs")
     variables = {name: group.take(name) for name in group.names()} if group is not None else {}
@@ -245,38 +235,3 @@ def _is_token_ids(value: object) -> bool:
         and bool(value)
         and all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in value)
     )
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    value = fields.take("messages")
-    if not isinstance(value, list) or not 0 < len(value) <= _MAX_MESSAGES:
-        raise fields.error("messages", f"must be a list of 1 to {_MAX_MESSAGES} messages")
-    return [_message(fields, number, message) for number, message in enumerate(value)]
-
-
-def _message(fields: Fields, number: int, value: object) -> dict[str, Any]:
-    path = f"messages[{number}]"
-    if not isinstance(value, dict):
-        raise fields.error(path, "must be an object")
-    role = value.get("role")
-    if role not in _ROLES:
-        raise fields.error(f"{path}.role", f"must be one of {', '.join(_ROLES)}")
-    if value.get("tool_calls") or value.get("function_call"):
-        raise fields.error(path, "has tool calls, which are not supported here")
-    message = {"role": "system" if role == "developer" else role, "content": _content(fields, path, value)}
-    if isinstance(value.get("name"), str):
-        message["name"] = value["name"]
-    return message
-
-
-def _content(fields: Fields, path: str, value: dict[str, Any]) -> str:
-    content = value.get("content")
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and all(_is_text_part(part) for part in content):
-        return "".join(part["text"] for part in content)
-    raise fields.error(f"{path}.content", "must be a string, or parts of type text: this API takes text only")
-
-
-def _is_text_part(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

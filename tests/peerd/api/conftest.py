@@ -84,13 +84,13 @@ def open_byte_model(open_swarm, byte_tokenizer):
     """`async with open_byte_model(head) as (model, swarm):` three servers and a client's model."""
 
     @asynccontextmanager
-    async def open_it(head=None, generation_config=None, **serving):
+    async def open_it(head=None, generation_config=None, chat_template=TEMPLATE, **serving):
         async with open_swarm() as swarm:
             for start in range(0, BLOCKS, 3):
                 await swarm.serve(start, start + 3, **serving)
             client = await swarm.client()
             tokenizer = copy.copy(byte_tokenizer)
-            tokenizer.chat_template = TEMPLATE
+            tokenizer.chat_template = chat_template
             facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
             config = generation_config or GenerationConfig(eos_token_id=END, do_sample=False)
             model = SwarmModel(facts, head or ByteHead(), tokenizer, config, client.finder, client.opener, client.tasks)
@@ -199,8 +199,8 @@ def open_api(open_byte_model):
     """`async with open_api(head) as (caller, swarm):` the application over one model called `bytes`."""
 
     @asynccontextmanager
-    async def open_it(head=None, answering=None, generation_config=None):
-        async with open_byte_model(head, generation_config) as (model, swarm):
+    async def open_it(head=None, answering=None, generation_config=None, **how):
+        async with open_byte_model(head, generation_config, **how) as (model, swarm):
             answering = answering or Answering()
             api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus(), NoStatus(), History(), answering)
             yield Caller(api.app()), swarm

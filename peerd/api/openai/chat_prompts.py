@@ -1,0 +1,110 @@
+"""Makes the prompt of a chat: its messages and tools in the model's chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peerd.api.errors import invalid
+from peerd.api.openai.chat_templates import ChatTemplates
+from peerd.api.openai.requests import ChatRequest
+from peerd.api.openai.tool_calls.forms import Form, form_of
+from peerd.protocol.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from peerd.client.model import SwarmModel
+
+_PROBE = [{"role": "user", "content": "Hi"}]
+_SHORT_ID_LENGTH = 9
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """The prompt. `form`: how the model writes calls of the tools that it was offered; None if it was offered none."""
+
+    text: str
+    form: Form | None
+
+
+async def chat_prompt(model: SwarmModel, wanted: ChatRequest, templates: ChatTemplates) -> ChatPrompt:
+    """The conversation as the model reads it. Raises ApiError, InvalidRequest."""
+    name, options = wanted.common.model, wanted.template
+    if not model.tokenizer.chat_template:
+        raise InvalidRequest(f"{name} has no chat template: use /v1/completions")
+    tools = None if wanted.tools is None else wanted.tools.tools
+    # Some models have a template of their own for tools.
+    template = model.tokenizer.get_chat_template(tools=tools)
+    variables = _variables(model, wanted, template)
+    form = form_of(template)
+    if tools is not None:
+        await _check_tools(name, templates, template, variables, tools)
+        if form is None:
+            raise _refused(f"{name} writes calls in a form that is not known here: leave tools out", "tools")
+        variables["tools"] = tools
+    if "tool_calls" not in template and any("tool_calls" in message for message in wanted.messages):
+        raise _refused(f"{name}'s chat template does not use tool_calls: leave such messages out", "messages")
+    text = await templates.render(
+        template,
+        [_for_template(message, form) for message in wanted.messages],
+        variables,
+        opens_answer=options.opens_answer,
+        continues_last=options.continues_last,
+    )
+    return ChatPrompt(text, None if tools is None else form)
+
+
+def _variables(model: SwarmModel, wanted: ChatRequest, template: str) -> dict[str, Any]:
+    """What the template may read besides messages and tools. Raises ApiError."""
+    variables = {key: value for key, value in model.tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    effort = wanted.template.effort
+    if effort is not None:
+        if "reasoning_effort" not in template:
+            raise invalid(f"{wanted.common.model} has no reasoning_effort: leave it out", "reasoning_effort")
+        variables["reasoning_effort"] = effort
+    return variables | wanted.template.variables
+
+
+async def _check_tools(
+    name: str, templates: ChatTemplates, template: str, variables: dict[str, Any], tools: list[dict[str, Any]]
+) -> None:
+    """Refuse tools that the model would never see, because its template does not use them."""
+    with_tools = await templates.render(template, _PROBE, variables | {"tools": tools})
+    if with_tools == await templates.render(template, _PROBE, variables):
+        raise _refused(f"{name}'s chat template does not use tools: leave them out", "tools")
+
+
+def _refused(problem: str, param: str) -> Exception:
+    return invalid(problem, param, code="unsupported_parameter")
+
+
+def _for_template(message: dict[str, Any], form: Form | None) -> dict[str, Any]:
+    """A message as templates of this form take it."""
+    message = dict(message)
+    if "tool_call_id" in message:
+        message["tool_call_id"] = _template_id(message["tool_call_id"], form)
+    if "tool_calls" not in message:
+        return message
+    reads_text = form is not None and form.reads_text
+    message["content"] = message["content"] or (None if reads_text else "")
+    message["tool_calls"] = [
+        {
+            "id": _template_id(call["id"], form),
+            "type": "function",
+            "function": call["function"] if reads_text else _with_values(call["function"]),
+        }
+        for call in message["tool_calls"]
+    ]
+    return message
+
+
+def _with_values(function: dict[str, str]) -> dict[str, Any]:
+    return {"name": function["name"], "arguments": json.loads(function["arguments"])}
+
+
+def _template_id(call_id: str, form: Form | None) -> str:
+    """A call's id; where the template takes short ones only, one that is always the same for this call."""
+    if form is None or not form.short_ids:
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:_SHORT_ID_LENGTH]

@@ -1,0 +1,93 @@
+"""Chats in chat templates that use tools, each in the way of its form."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+from peerd.api.errors import ApiError
+from peerd.api.fields import Fields
+from peerd.api.openai.chat_prompts import chat_prompt
+from peerd.api.openai.requests import read_chat
+
+from ..conftest import InProcessTemplates
+
+TOOL = {"type": "function", "function": {"name": "weather"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+MESSAGES = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "Rain."},
+]
+HERMES = (
+    "{% if tools %}[{{ tools[0].function.name }}]{% endif %}{% for m in messages %}<{{ m.role }}"
+    "{{ ' ' + m.name if m.role == 'tool' }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function.arguments.city }}</tool_call>{% endfor %}{% endfor %}"
+)
+DEEPSEEK = (
+    "{{ tools }}{% for m in messages %}{% if m.content is none %}"
+    "<\uff5ctool\u2581calls\u2581begin\uff5c>{{ m.tool_calls[0].function.arguments + '!' }}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{{ tools }}{% for m in messages %}{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.id }}{% endfor %}"
+    "{% if m.tool_call_id %}={{ m.tool_call_id }}{% endif %}{% endfor %}"
+)
+UNKNOWN = "{{ tools }}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+WITHOUT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture
+def render(byte_tokenizer):
+    async def render(template, messages=MESSAGES, **fields):
+        tokenizer = copy.copy(byte_tokenizer)
+        tokenizer.chat_template = template
+        wanted = read_chat(Fields({"model": "m", "messages": messages} | fields))
+        return await chat_prompt(SimpleNamespace(tokenizer=tokenizer), wanted, InProcessTemplates())
+
+    return render
+
+
+async def test_tools_calls_and_their_answers_go_through_the_template(render):
+    prompt = await render(HERMES, tools=[TOOL])
+    assert prompt.text == "[weather]<user>Rome?<assistant><tool_call>Rome</tool_call><tool weather>Rain."
+    assert prompt.form.name == "hermes"
+
+
+async def test_without_tools_past_calls_are_still_shown(render):
+    prompt = await render(HERMES, tools=[TOOL], tool_choice="none")
+    assert prompt.text == "<user>Rome?<assistant><tool_call>Rome</tool_call><tool weather>Rain."
+    assert prompt.form is None
+
+
+async def test_deepseek_s_templates_take_arguments_as_text_and_no_content(render):
+    assert '{"city": "Rome"}!' in (await render(DEEPSEEK, tools=[TOOL])).text
+
+
+async def test_mistral_s_templates_take_ids_of_nine_letters_and_digits(render):
+    prompt = await render(MISTRAL, tools=[TOOL])
+    called, answered = prompt.text.split("[TOOL_CALLS]")[1].split("=")
+    assert called == answered
+    assert len(called) == 9
+    assert called.isalnum()
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "said"),
+    [
+        (WITHOUT, {"tools": [TOOL], "messages": MESSAGES[:1]}, "m's chat template does not use tools"),
+        (UNKNOWN, {"tools": [TOOL]}, "m writes calls in a form that is not known"),
+        (WITHOUT, {}, "m's chat template does not use tool_calls"),
+    ],
+    ids=["no tools", "unknown form", "no calls"],
+)
+async def test_what_a_template_cannot_do_is_refused_with_the_model_s_name(render, template, fields, said):
+    with pytest.raises(ApiError, match=said) as caught:
+        await render(template, **fields)
+    assert (caught.value.status, caught.value.code) == (400, "unsupported_parameter")
+
+
+async def test_a_model_s_own_template_for_tools_is_taken(render):
+    prompt = await render({"default": WITHOUT, "tool_use": HERMES}, tools=[TOOL])
+    assert prompt.text.startswith("[weather]")
