@@ -1,32 +1,30 @@
 """All connections of a peer: at most one for each other peer, dialled by either side.
 
-Joins the parts: `dialling` searches for connections, `gate` limits unproven connections, `settling` agrees with a peer
-on one connection, and `live_connections` holds those that both sides have taken.
+Joins the parts: `dialling` searches for connections, `connection_runs` runs each from its first byte to its end, and
+`live_connections` holds those that both sides have taken.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from functools import partial
 
 import trio
 
+from peerd.net.connection_runs import ConnectionRuns, relay_of
 from peerd.net.containment import Containment
 from peerd.net.dial_policy import DialPolicy, DialRules
 from peerd.net.dialling.circuits import CircuitChannel
-from peerd.net.dialling.dialler import Arrived, Dialler
+from peerd.net.dialling.dialler import Dialler
 from peerd.net.dialling.prove import prove
 from peerd.net.dialling.sightings import Sightings
 from peerd.net.handlers import StreamHandler
 from peerd.net.limits.entry_rates import EntryRates
-from peerd.net.limits.gate import ConnectionLimits, Gate, Visit, connection_limits, descriptor_limit, host_of
+from peerd.net.limits.gate import ConnectionLimits, Gate, connection_limits, descriptor_limit, host_of
 from peerd.net.live_connections import LiveConnections, Observer
 from peerd.net.loopback import loopback
 from peerd.net.peer_connection import PeerConnection
-from peerd.net.settling import agree, exchange_hellos, within_settle_time
 from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
@@ -34,14 +32,11 @@ from peerd.protocol.connection.budget import DEFAULT_TOTAL_BYTES, BufferBudget
 from peerd.protocol.connection.connection import ConnectionMachine, Limits
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.connection.hello import MAX_ITEMS, Hello
-from peerd.protocol.errors import Overloaded, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.relay import INNER_PAYLOAD_BYTES
 from peerd.trio_tools import open_tasks
 
 __all__ = ["Connections", "PeerConnection", "Stream", "StreamHandler", "open_connections"]
-
-log = logging.getLogger(__name__)
 
 DEFAULT_AGENT = "peerd"
 
@@ -92,14 +87,22 @@ class Connections:
         self._agent = agent
         self._limits = limits
         self._now = now
-        self._gate = Gate(room.unproven)
         self._rates = EntryRates()
         self._live = LiveConnections(containment, room.settled)
+        self._runs = ConnectionRuns(
+            self._connection,
+            self._hello_to,
+            self._live,
+            Gate(room.unproven),
+            self._rates,
+            containment,
+            lambda connection: self._dialler.note_connected(connection),
+        )
         self._dialler = Dialler(
             self.peer_id,
             self._live,
             transport,
-            self._run_dialled,
+            self._runs.run_dialled,
             containment,
             nursery,
             may_be_relayed=may_be_relayed,
@@ -109,7 +112,7 @@ class Connections:
 
     def __repr__(self) -> str:
         live, dials = len(self.live), len(self._dialler)
-        return f"<Connections of {self.peer_id} live={live} dials={dials} {self._gate!r}>"
+        return f"<Connections of {self.peer_id} live={live} dials={dials} {self._runs!r}>"
 
     @property
     def live(self) -> Mapping[PeerId, PeerConnection]:
@@ -219,7 +222,7 @@ class Connections:
 
     async def listen(self, address: Multiaddr) -> Multiaddr:
         """Accept connections at this address too. Returns it with its real port. Raises OSError."""
-        bound: Multiaddr = await self._nursery.start(self._transport.listen, address.with_peer(None), self._serve)
+        bound: Multiaddr = await self._nursery.start(self._transport.listen, address.with_peer(None), self._runs.serve)
         self.listen_addresses += (bound,)
         return bound
 
@@ -239,78 +242,16 @@ class Connections:
 
     def may_enter(self, relay: Carrier) -> bool:
         """Whether one more unproven peer may come through a relay."""
-        return self._live.has_room() and self._gate.has_room(relay.remote_ip)
+        return self._runs.has_room(relay.remote_ip)
 
     async def take(self, channel: CircuitChannel) -> None:
         """Serve the connection of a caller that came through a relay, until it ends."""
-        await self._serve(channel)
-
-    async def _serve(self, channel: MessageChannel) -> None:
-        relay = _relay_of(channel)
-        ip = channel.remote_ip if relay is None else relay.remote_ip
-        visit = self._enter(ip)
-        if visit is None:
-            log.debug("refused a connection from %s: too many or too often, or the address is banned", ip)
-            return
-        with trio.CancelScope() as scope:
-            visit.on_replaced = scope.cancel
-            try:
-                with self.containment.around("a connection", ip=ip):
-                    await self._connection(channel, initiator=False).run(partial(self._welcome, visit))
-            finally:
-                visit.leave()
-
-    def _enter(self, ip: IpAddress | None) -> Visit | None:
-        """A place for one more unproven peer; None if there is none for this address now."""
-        may_come = not self.containment.refuses(ip=ip) and self._live.has_room()
-        # An attempt that is refused here has cost us nothing, so only the others are counted.
-        visit = self._gate.enter(ip) if may_come and self._gate.has_room(ip) else None
-        if visit is not None and not self._rates.may_shake_hands(ip, trio.current_time()):
-            visit.leave()
-            return None
-        return visit
-
-    # From the proof of the peer's identity to the end.
-
-    async def _run_dialled(self, channel: MessageChannel, expected: PeerId | None, arrived: Arrived) -> PeerConnection:
-        connection = self._connection(channel, initiator=True, expected=expected)
-        await connection.run(partial(self._settle_dialled, arrived))
-        return connection
-
-    async def _settle_dialled(self, arrived: Arrived, connection: PeerConnection) -> None:
-        await self._wait_proven(connection)
-        await self._settle(connection, arrived)
-        await self._live.close_when_unused(connection)
-
-    async def _welcome(self, visit: Visit, connection: PeerConnection) -> None:
-        await self._wait_proven(connection)
-        visit.leave()
-        if not self._rates.may_settle(connection.peer_id, trio.current_time()):
-            raise Overloaded("you dial again too often")
-        with self._live.arriving(connection):
-            await self._settle(connection)
-
-    async def _wait_proven(self, connection: PeerConnection) -> None:
-        """Wait for the proof of the peer's identity. Raises PeerFault for a peer with which we want no connection."""
-        await connection.wait_proven()
-        if self.containment.refuses(connection.peer_id, connection.accountable_ip):
-            raise PeerFault("the peer did too much wrong lately")
-
-    async def _settle(self, connection: PeerConnection, arrived: Arrived | None = None) -> None:
-        """Agree with the peer on this connection and exchange hellos, or end it. Raises PeerFault."""
-        with within_settle_time():
-            if not await agree(connection, self._live.is_better):
-                return
-            if arrived is not None:
-                arrived(connection)
-            self._live.add(connection)
-            self._dialler.note_connected(connection)
-            connection.introduce(await exchange_hellos(connection, self._hello_to(connection)))
+        await self._runs.serve(channel)
 
     def _connection(
         self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None
     ) -> PeerConnection:
-        relay = _relay_of(channel)
+        relay = relay_of(channel)
         core = ConnectionMachine(
             self._identity,
             initiator=initiator,
@@ -343,10 +284,6 @@ class Connections:
             observed_ip=str(connection.remote_ip or ""),
             roles=self.roles[:MAX_ITEMS],
         )
-
-
-def _relay_of(channel: MessageChannel) -> Carrier | None:
-    return channel.relay if isinstance(channel, CircuitChannel) else None
 
 
 @asynccontextmanager
