@@ -76,15 +76,15 @@ async def test_simultaneous_dials_settle_on_one_connection_and_no_stream_is_lost
         one, other = await swarm.pair()
         answers = []
 
-        async def ask(connections, number, delay_s):
+        async def ask_often(connections, number, delay_s):
             await trio.sleep(delay_s)
             for _ in range(20):
                 answers.append(await ask(connections, number))
 
         for first, second in ((0, offset_s), (offset_s, 0)):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(ask, one, 1, first)
-                nursery.start_soon(ask, other, 0, second)
+                nursery.start_soon(ask_often, one, 1, first)
+                nursery.start_soon(ask_often, other, 0, second)
             await trio.sleep(3)
             assert len(one.live) == len(other.live) == 1
             # Two ends of one channel: the other connection is gone on both sides.
