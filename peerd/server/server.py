@@ -1,9 +1,9 @@
 """Serves spans: admits sessions, gives their streams to them, and frees everything that they held.
 
-Admission, lingering and draining are here; `hosted_session.py` runs a session, `session_streams.py` feeds it from the
-streams beside its control stream, and `evictions.py` ends it when it holds KV without using it. A session outlives its
-control stream by some seconds, because a client's connection may come back, but nothing may outlive the session. So
-every session is a task in the server's nursery, and the handlers of its streams only feed it.
+Admission, lingering and draining are here. In `sessions`, `hosted_session.py` runs a session, `session_streams.py`
+feeds it from the streams beside its control stream, and `evictions.py` ends it when it holds KV without using it. A
+session outlives its control stream by some seconds, because a client's connection may come back, but nothing may
+outlive the session. So every session is a task in the server's nursery, and the handlers of its streams only feed it.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.messages.span_training import SPAN_PROTOCOL
 from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
-from peerd.server.evictions import Evictions
-from peerd.server.hosted_session import HostedSession
-from peerd.server.next_hop import open_link
 from peerd.server.served_spans import ServedSpan, ServedSpans
-from peerd.server.session_streams import SessionStreams
-from peerd.server.session_table import HostedSessions, SessionKey
+from peerd.server.sessions.evictions import Evictions
+from peerd.server.sessions.hosted_session import HostedSession
+from peerd.server.sessions.next_hop import open_link
+from peerd.server.sessions.session_streams import SessionStreams
+from peerd.server.sessions.session_table import HostedSessions, SessionKey
 from peerd.server.training.lane import PassSpan
 from peerd.server.training.lanes import PassServer
 from peerd.server.training.span_training import SpanTrainings

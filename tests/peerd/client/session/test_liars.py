@@ -14,8 +14,8 @@ from peerd.protocol.errors import BadResult, ContextTooLong, Evicted, InvalidReq
 from peerd.protocol.messages.session import Failure, Gap, LinkDown, Progress
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
-from peerd.server.downstream import Downstream
-from peerd.server.hosted_session import HostedSession
+from peerd.server.sessions.downstream import Downstream
+from peerd.server.sessions.hosted_session import HostedSession
 from peerd.testing.fake_engine import fake_forward
 
 WIDTH = 8

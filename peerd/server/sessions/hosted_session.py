@@ -46,10 +46,10 @@ from peerd.protocol.messages.session import (
     Step,
 )
 from peerd.protocol.span import Span
-from peerd.server.answering import Answering
-from peerd.server.downstream import Downstream, OpenLink
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
+from peerd.server.sessions.answering import Answering
+from peerd.server.sessions.downstream import Downstream, OpenLink
 
 # With more unsent results than this, the session waits. One on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2

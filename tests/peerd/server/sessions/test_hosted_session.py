@@ -24,7 +24,7 @@ from peerd.protocol.messages.session import (
 )
 from peerd.protocol.rows import Drop, Fork, RowSlice
 from peerd.protocol.span import Span
-from peerd.server.evictions import IDLE_S
+from peerd.server.sessions.evictions import IDLE_S
 from peerd.testing.fake_engine import fake_forward
 from tests.fakes.rude_clients import WIDTH, answer, is_cut_short, is_ended, next_answer, send, serves_well, step, tokens
 

@@ -19,7 +19,7 @@ from peerd.protocol.errors import Evicted, InvalidRequest, Overloaded, PeerdErro
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import Loaded, Upload
 from peerd.protocol.messages.session import LINK_FROM_UPSTREAM, Ask, Failure, Link, Linked
-from peerd.server.session_table import HostedSessions
+from peerd.server.sessions.session_table import HostedSessions
 
 
 class SessionStreams:

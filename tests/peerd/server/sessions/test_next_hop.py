@@ -26,7 +26,7 @@ from peerd.protocol.records.envelope import ModelRecord, PeerRecord, sign_record
 from peerd.protocol.rows import RowSlice
 from peerd.protocol.span import Span
 from peerd.server.server import DIALS_AT_ONCE
-from peerd.server.session_table import LINK_PATIENCE_S
+from peerd.server.sessions.session_table import LINK_PATIENCE_S
 from peerd.testing.fake_engine import fake_forward
 
 WIDTH = 8

@@ -6,9 +6,9 @@ import trio
 
 from peerd.protocol.errors import Evicted
 from peerd.protocol.messages.session import Failure
-from peerd.server.hosted_session import HostedSession
 from peerd.server.served_spans import ServedSpans
-from peerd.server.session_table import HostedSessions
+from peerd.server.sessions.hosted_session import HostedSession
+from peerd.server.sessions.session_table import HostedSessions
 
 # A session that sends nothing for this long gives its pages to others.
 IDLE_S = 300.0

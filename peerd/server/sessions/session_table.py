@@ -17,7 +17,7 @@ from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Link
 from peerd.protocol.messages.tickets import Ticket, open_ticket
 from peerd.server.engine_task import EngineTask
-from peerd.server.hosted_session import HostedSession
+from peerd.server.sessions.hosted_session import HostedSession
 
 # A ticket may arrive before the client's `open`, since both travel at the same time.
 LINK_PATIENCE_S = 10.0

@@ -13,8 +13,8 @@ from peerd.protocol.messages.session import (
     Opened,
 )
 from peerd.protocol.span import Span
-from peerd.server.evictions import IDLE_S, LENT_S, NEVER_USED_S
 from peerd.server.server import LINGER_S
+from peerd.server.sessions.evictions import IDLE_S, LENT_S, NEVER_USED_S
 from peerd.testing.fake_engine import fake_forward
 from tests.fakes.rude_clients import answer, is_cut_short, next_answer, send, serves_well, step, tokens
 
