@@ -8,13 +8,12 @@ for a stream: they are queued on it, and a session with too many unsent results 
 from __future__ import annotations
 
 from collections import deque
-from typing import Literal
+from functools import partial
 
 import torch
 import trio
 
 from peerd.compute.errors import StepGapError
-from peerd.exchange.adapter_upload import receive_adapter
 from peerd.exchange.replay_log import ReplayLog
 from peerd.net.connections import Stream
 from peerd.net.limits.owners import Owner
@@ -30,7 +29,7 @@ from peerd.protocol.errors import (
     Superseded,
     UnsupportedFeature,
 )
-from peerd.protocol.messages.adapters import OWN_ADAPTER, Upload
+from peerd.protocol.messages.adapters import Upload
 from peerd.protocol.messages.session import (
     FEATURES,
     MAX_STEP_POSITIONS,
@@ -45,11 +44,11 @@ from peerd.protocol.messages.session import (
     Route,
     Step,
 )
-from peerd.protocol.span import Span
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 from peerd.server.sessions.answering import Answering
 from peerd.server.sessions.downstream import Downstream, OpenLink
+from peerd.server.sessions.own_adapter import OwnAdapter
 
 # With more unsent results than this, the session waits. One on the wire and one behind it keep a link busy.
 MAX_UNSENT_RESULTS = 2
@@ -83,12 +82,7 @@ class HostedSession:
         self.admitted = False
         self.client = Answering(opening, self.close)
         self._engine = engine
-        self._adapter_room = adapter_room or AdapterRoom()
-        # The client's own adapter: how many bytes are set aside for it, and whether steps must wait for it.
-        self._adapter_bytes = 0
-        self._adapter: Literal["none", "awaited", "coming", "there"] = (
-            "awaited" if OWN_ADAPTER in opening.needs else "none"
-        )
+        self._adapter = OwnAdapter(opening, owner, adapter_room or AdapterRoom())
         self._dtype = DTYPES[opening.dtype]
         kept = ReplayLog(opening.max_length, max_positions=opening.size.positions)
         self._down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report)
@@ -125,7 +119,7 @@ class HostedSession:
 
         A session whose results nobody reads is not in use, however many steps it has.
         """
-        is_worked_on = (self._pending and not self._held) or self._adapter == "coming"
+        is_worked_on = (self._pending and not self._held) or self._adapter.is_coming
         return 0.0 if is_worked_on else trio.current_time() - self.last_used
 
     @property
@@ -160,8 +154,7 @@ class HostedSession:
         """Free the KV. Messages that its streams still bring are refused."""
         self.admitted = False
         self._engine.close(self)
-        self._adapter_room.release(self.owner, self._adapter_bytes)
-        self._adapter_bytes = 0
+        self._adapter.release()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the route, and hold the session back while results pile up, until `close`."""
@@ -237,20 +230,11 @@ class HostedSession:
         """Receive the client's own adapter. Raises CallerError, Overloaded or PeerFault; then the client may send it
         again.
         """
-        if self._adapter != "awaited":
-            raise InvalidRequest(f"this session waits for no adapter: {self._adapter}")
-        self._adapter = "coming"
+        self._adapter.check_awaited()
         try:
-            with self._adapter_room.reserved(self.owner, upload.values) as n_bytes:
-                blocks = Span(self.opening.start, self.opening.end)
-                lora = await receive_adapter(stream, upload, blocks)
-                await self._engine.give_adapter(self, lora)
-                self._adapter_bytes = n_bytes
-                self._adapter = "there"
+            await self._adapter.take(stream, upload, partial(self._engine.give_adapter, self))
         finally:
             self.last_used = trio.current_time()
-            if self._adapter == "coming":
-                self._adapter = "awaited"
 
     # Messages from the client or the upstream hop.
 
@@ -263,7 +247,7 @@ class HostedSession:
             return
         self.last_used = trio.current_time()
         try:
-            if self._adapter in ("awaited", "coming"):
+            if self._adapter.is_missing:
                 raise InvalidRequest("a step came before the adapter that this session needs")
             self._engine.submit(self, step, self._decode(step, body))
         except StepGapError as gap:
