@@ -11,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import click
 import trio
@@ -36,9 +36,6 @@ from peerd.cli.processes import ProcessEnded
 from peerd.cli.standard_files import OutputFailed, flush_standard_files, guard_standard_files
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault
-
-if TYPE_CHECKING:
-    pass
 
 EXIT_USAGE = 2
 EXIT_NO_CHAIN = 3
