@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +40,19 @@ async def chat_prompt(model: SwarmModel, wanted: ChatRequest, templates: ChatTem
     variables = _variables(model, wanted, template)
     form = form_of(template)
     if tools is not None:
-        await _check_tools(name, templates, template, variables, tools)
+        offer = _offer(template, tools)
+        await _check_tools(name, templates, template, variables, offer)
         if form is None:
             raise _refused(f"{name} writes calls in a form that is not known here: leave tools out", "tools")
-        variables["tools"] = tools
-    if "tool_calls" not in template and any("tool_calls" in message for message in wanted.messages):
-        raise _refused(f"{name}'s chat template does not use tool_calls: leave such messages out", "messages")
+        variables |= offer
+    messages = [_for_template(message, form) for message in wanted.messages]
+    if "tool_calls" not in template and any("tool_calls" in message for message in messages):
+        if form is None or form.write is None:
+            raise _refused(f"{name}'s chat template does not use tool_calls: leave such messages out", "messages")
+        messages = [_written(message, form.write) for message in messages]
     text = await templates.render(
         template,
-        [_for_template(message, form) for message in wanted.messages],
+        messages,
         variables,
         opens_answer=options.opens_answer,
         continues_last=options.continues_last,
@@ -67,12 +72,28 @@ def _variables(model: SwarmModel, wanted: ChatRequest, template: str) -> dict[st
 
 
 async def _check_tools(
-    name: str, templates: ChatTemplates, template: str, variables: dict[str, Any], tools: list[dict[str, Any]]
+    name: str, templates: ChatTemplates, template: str, variables: dict[str, Any], offer: dict[str, Any]
 ) -> None:
     """Refuse tools that the model would never see, because its template does not use them."""
-    with_tools = await templates.render(template, _PROBE, variables | {"tools": tools})
+    with_tools = await templates.render(template, _PROBE, variables | offer)
     if with_tools == await templates.render(template, _PROBE, variables):
         raise _refused(f"{name}'s chat template does not use tools: leave them out", "tools")
+
+
+def _offer(template: str, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """The variables with which a template is given tools."""
+    if "xml_tools" in template:
+        # SmolLM3's name for them, without what OpenAI's API puts around a function.
+        return {"tools": tools, "xml_tools": [tool["function"] for tool in tools]}
+    return {"tools": tools}
+
+
+def _written(message: dict[str, Any], write: Callable[[str], str]) -> dict[str, Any]:
+    """A message with its calls in its text."""
+    calls = message.get("tool_calls", [])
+    texts = [write(json.dumps(call["function"], ensure_ascii=False)) for call in calls]
+    content = "\n".join([message["content"], *texts] if message["content"] else texts)
+    return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
 
 
 def _refused(problem: str, param: str) -> Exception:

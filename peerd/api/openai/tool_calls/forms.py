@@ -26,7 +26,8 @@ _DEEPSEEK_MARKS = tuple(f"<\uff5ctool\u2581{name}\uff5c>" for name in _DEEPSEEK)
 class Form:
     """A form of calls. `signs`: what only templates of this form contain, all of it. `marks`: tokens that must be shown
     in the text though they may be special ones. `reads_text`: its templates take arguments as JSON text, and an answer
-    without text as null. `short_ids`: its templates take ids of nine letters and digits only.
+    without text as null. `short_ids`: its templates take ids of nine letters and digits only. `write`: writes a call
+    (JSON of its name and arguments) as the model does, for templates that show tools but no past calls.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Form:
     reader: Callable[[Schemas], Reader]
     reads_text: bool = False
     short_ids: bool = False
+    write: Callable[[str], str] | None = None
 
 
 def _marked(start: str, end: str, parse: Parse, bare: bool = False) -> Callable[[Schemas], Reader]:
@@ -64,7 +66,9 @@ FORMS = (
     Form("glm", ("<tool_call>", "<arg_key>"), _TAGS + _GLM_TAGS, _marked(*_TAGS, parse_glm)),
     Form("xml", ("<tool_call>", "<function="), _TAGS, _marked(*_TAGS, parse_xml)),
     # Also SmolLM3 and many others.
-    Form("hermes", ("<tool_call>",), _TAGS, _marked(*_TAGS, parse_hermes)),
+    Form(
+        "hermes", ("<tool_call>",), _TAGS, _marked(*_TAGS, parse_hermes), write="<tool_call>\n{}\n</tool_call>".format
+    ),
     Form("llama", ("<|python_tag|>",), ("<|python_tag|>",), _LLAMA_READER),
     Form("llama", ('"name": function name, "parameters"',), ("<|python_tag|>",), _LLAMA_READER),
 )

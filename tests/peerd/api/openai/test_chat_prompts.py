@@ -34,6 +34,10 @@ MISTRAL = (
     "{{ tools }}{% for m in messages %}{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.id }}{% endfor %}"
     "{% if m.tool_call_id %}={{ m.tool_call_id }}{% endif %}{% endfor %}"
 )
+XML_TOOLS = (
+    "{% for tool in xml_tools or [] %}[{{ tool.name }}]<tool_call>{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
 UNKNOWN = "{{ tools }}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
 WITHOUT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -59,6 +63,14 @@ async def test_without_tools_past_calls_are_still_shown(render):
     prompt = await render(HERMES, tools=[TOOL], tool_choice="none")
     assert prompt.text == "<user>Rome?<assistant><tool_call>Rome</tool_call><tool weather>Rain."
     assert prompt.form is None
+
+
+async def test_smollm3_s_template_takes_xml_tools_and_past_calls_as_text(render):
+    said = [MESSAGES[0], MESSAGES[1] | {"content": "I look."}, MESSAGES[2]]
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    begin, end = "[weather]<tool_call><user>Rome?<assistant>", "<tool>Rain."
+    assert (await render(XML_TOOLS, tools=[TOOL])).text == begin + call + end
+    assert (await render(XML_TOOLS, said, tools=[TOOL])).text == f"{begin}I look.\n{call}{end}"
 
 
 async def test_deepseek_s_templates_take_arguments_as_text_and_no_content(render):
