@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from peerd.reach.relay_ledger import RelayLimits
     from peerd.routing.chains.rules import ChainRules, Manifest
     from peerd.server.served_spans import ServedSpan
-    from peerd.spans.spec import ServeSpec
+    from peerd.spans.spec import ServeSpec, Trainable
 
     __version__: str
 
@@ -64,6 +64,7 @@ __all__ = [
     "MessageChannel",
     "Delivery",
     "ServeSpec",
+    "Trainable",
     "ServedSpan",
     "RelayLimits",
     "HubSettings",
@@ -114,6 +115,7 @@ _MODULE_OF = {
     "open_peer": "peerd.peer",
     "Peer": "peerd.peer",
     "ServeSpec": "peerd.spans.spec",
+    "Trainable": "peerd.spans.spec",
     "SwarmModel": "peerd.client.model",
     "RemoteModel": "peerd.facade.model",
     "RemoteModelForCausalLM": "peerd.facade.model",

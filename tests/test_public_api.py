@@ -24,6 +24,8 @@ BETWEEN_ROOMS = {
         "Peer.reservations",
         "ServedSpan.adapter_room",
         "ServedSpan.task",
+        "Checkpoint.weights",
+        "SwarmModel.open_span",
         "ChainRules.permitted",
         "Manifest.permits",
     ),
@@ -72,7 +74,7 @@ def types_in(module: str, annotation: ast.expr | None) -> Iterator[str]:
             where, statement = definition(module, node.id)
             if isinstance(statement, ast.ClassDef) or (statement is not None and node.id in peerd.__all__):
                 yield f"{where}.{node.id}"
-            elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            elif isinstance(statement, (ast.Assign, ast.AnnAssign)) and not isinstance(statement.value, ast.Call):
                 yield from types_in(where, statement.value)
 
 

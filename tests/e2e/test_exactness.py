@@ -64,7 +64,7 @@ async def test_ten_answers_at_once_equal_local_transformers(open_local_swarm, an
     async with open_local_swarm(servers) as swarm, swarm.client() as model:
         prompts = [*((text, True) for text in CHAT), *((text, False) for text in (*PLAIN, long_prompt()))]
         generations = [
-            model.generate(text, chat=chat, temperature=0, max_new_tokens=len(answer.token_ids))
+            model.generate(text, chat=chat, temperature=0, max_new_tokens=len(answer.token_ids), speculate=False)
             for (text, chat), answer in zip(prompts, answers, strict=True)
         ]
         await run_all(generations)

@@ -55,7 +55,7 @@ async def test_a_daemon_of_its_own_answers_as_transformers_does(model_path, refe
         shown = await trio.run_process(
             [sys.executable, "-m", "peerd", "status", "--socket", str(socket)], capture_stdout=True
         )
-        assert b"smol: complete, 1 servers (0:30 by 1)" in shown.stdout
+        assert b"smol: complete, 1 server (0:30 by 1)" in shown.stdout
         second = await trio.run_process(
             [sys.executable, "-m", "peerd", *client, "--identity", str(tmp_path / "key")],
             check=False,

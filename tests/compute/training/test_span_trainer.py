@@ -16,10 +16,10 @@ from peerd.compute.errors import CheckpointError, InvalidStepError, NonFiniteErr
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.model.span_model import load_span
 from peerd.compute.training.memory import PassMemory
-from peerd.compute.training.passes import device_turns
 from peerd.compute.training.snapshots import KEPT, Snapshots
 from peerd.compute.training.span_trainer import Optimizer, SpanTrainer, whole_pass
 from peerd.protocol.span import Span
+from tests.compute.device_turns import device_turns
 from tests.compute.tiny_families import tiny_model
 
 SPAN = Span(2, 5)

@@ -35,7 +35,7 @@ def adaptable(tiny_llama: Path) -> frozenset[BlockModule]:
 @pytest.fixture
 def model(adaptable: frozenset[BlockModule]) -> ServedBlocks:
     """Blocks that a client knows and no peer serves: for what adapters do before anything is sent."""
-    facts = ModelFacts("tiny", bytes(32), 8, 32, 64, "float32", "llama", adaptable)
+    facts = ModelFacts("tiny", bytes(32), 8, 32, 64, "float32", "llama", adaptable=adaptable)
     nobody: Any = SimpleNamespace(connections=None)
     return ServedBlocks(facts, nobody, nobody, nobody)
 

@@ -27,7 +27,7 @@ class World:
     def __init__(self, rows: int) -> None:
         self.cache = RemoteCache(8)
         nothing: Any = None
-        self.run = Run(SPAN, nothing, 100, MAX_ROWS, 100, {}, [], lambda: None, sources=list(range(rows)))
+        self.run = Run(SPAN, nothing, 100, MAX_ROWS, 100, 0, {}, [], lambda: None, sources=list(range(rows)))
         self.cache.runs[0, SPAN] = self.run
         self.batch: list[list[int]] = [[] for _ in range(rows)]
         self.session: dict[int, list[int]] = {}

@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.real_time, pytest.mark.processes, pytest.mark.slow]
 
 LIMIT_S = 100
 PREAMBLE = """
-import gc, os, sys, threading, time
+import gc, os, signal, sys, threading, time
+# Shells start what runs in the background with this signal ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch
 torch.set_num_threads(1)
 import peerd
@@ -46,22 +48,21 @@ def run(servers: object, llama_path: Path) -> Run:
 
     def run_it(code: str, *, interrupt: bool = False) -> subprocess.CompletedProcess[str]:
         """Run the script; with `interrupt`, send it SIGINT once it has printed `ready`."""
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", PREAMBLE + textwrap.dedent(code), str(llama_path), address],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        )
-        try:
-            if interrupt:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "ready\n"
-                process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=LIMIT_S)
-        finally:
-            process.kill()
-            process.wait()
+        ) as process:
+            try:
+                if interrupt:
+                    assert process.stdout is not None
+                    assert process.stdout.readline() == "ready\n"
+                    process.send_signal(signal.SIGINT)
+                output, errors = process.communicate(timeout=LIMIT_S)
+            finally:
+                process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     return run_it

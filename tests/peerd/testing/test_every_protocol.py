@@ -21,6 +21,7 @@ from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
 from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL
 from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, PROGRESS_PROTOCOL
+from peerd.protocol.messages.span_training import SPAN_PROTOCOL
 from peerd.protocol.messages.training import PASS_PROTOCOL
 from peerd.reach.dialback import DialbackAnswerer, ask_to_be_dialled
 from peerd.reach.relay import Relay
@@ -58,6 +59,7 @@ FIRST = {
     ),
     LINK_PROTOCOL: ({"type": "link", "session": SESSION, "ticket": bytes(158)},),
     PASS_PROTOCOL: ({"type": "begin", "model": MODEL, "start": 0, "end": 4},),
+    SPAN_PROTOCOL: ({"type": "begin", "model": MODEL, "start": 0, "end": 4},),
     ADAPTER_PROTOCOL: ({"type": "upload", "session": SESSION, "hop": 0, "pairs": 1, "values": 10},),
     PROGRESS_PROTOCOL: ({"type": "ask", "session": SESSION, "hop": 0},),
 }

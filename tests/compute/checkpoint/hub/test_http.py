@@ -306,7 +306,7 @@ def test_an_unknown_revision_is_named(hub: HubServer, settings: HubSettings, sha
     ("files", "message"),
     [
         (["pytorch_model.bin"], "only pickled weights, which could run any program"),
-        (["model-Q4_K_M.gguf"], "download one of them and give its path"),
+        (["model-Q4_K_M.gguf"], "holds GGUF files: name one by how it is quantized, such as"),
         (["README.md"], r"neither model\.safetensors nor"),
     ],
 )

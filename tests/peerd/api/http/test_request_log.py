@@ -46,12 +46,12 @@ async def hang_up(scope, receive, send):
     ids=["refused", "answered", "hung up"],
 )
 async def test_a_request_is_a_line_without_its_text(caplog, app, said):
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, RequestLog.__module__):
         await RequestLog(app)(SCOPE, nothing, unheard)
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
 async def test_nothing_is_logged_unless_debugging_is_on(caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, RequestLog.__module__):
         await RequestLog(refuse)(SCOPE, nothing, unheard)
     assert not caplog.records
