@@ -202,9 +202,7 @@ class TrainingChain:
                     now=trio.current_time(),
                     all_busy=all_busy,
                     may_return=bool(self._finder.avoided()),
-                    answer=next(
-                        (said.error for said in (*self._overflows.values(), *self._objections.values()) if said), None
-                    ),
+                    answer=self._said_against_us(),
                 ):
                     case WaitUntil(time):
                         await trio.sleep_until(time)
