@@ -79,16 +79,13 @@ class Figure:
 class Foresight:
     """Guesses from a known answer, each right with a set probability."""
 
-    is_free = True
-
     def __init__(self, answer: Sequence[int], prompt: int, right: float) -> None:
         self._answer = answer
         self._prompt = prompt
         self._right = right
         self._random = random.Random(3)
 
-    async def propose(self, text: Sequence[int], count: int) -> Draft:
-        await trio.lowlevel.checkpoint()
+    def propose(self, text: Sequence[int], count: int) -> Draft:
         ahead = self._answer[len(text) - self._prompt :][:count]
         # A wrong guess is a token that the answer does not have there.
         return Draft(tuple(token if self._random.random() < self._right else token ^ 1 for token in ahead))

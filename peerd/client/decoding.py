@@ -202,7 +202,7 @@ class Decoding:
     async def _step(self, live: Sequence[_Row]) -> list[_Answer]:
         """Run one step: the last token of each live row, and the guesses after it."""
         began = trio.current_time()
-        drafts = await self._drafts(live)
+        drafts = self._drafts(live)
         inputs, rows = [], []
         for row, draft in zip(live, drafts, strict=True):
             start = len(self._prompt) + len(row.ids) - 1
@@ -214,10 +214,10 @@ class Decoding:
         parts = torch.split(logits, [piece.count for piece in rows])
         return [_Answer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
 
-    async def _drafts(self, live: Sequence[_Row]) -> Sequence[tuple[int, ...]]:
+    def _drafts(self, live: Sequence[_Row]) -> Sequence[tuple[int, ...]]:
         if self._speculator is None:
             return [()] * len(live)
-        return await self._speculator.drafts([(row.number, self._prompt + row.ids, self._room(row)) for row in live])
+        return self._speculator.drafts([(row.number, self._prompt + row.ids, self._room(row)) for row in live])
 
     def _room(self, row: _Row) -> int:
         """How many guesses a row's next step may carry. It gains a token more than it has right guesses."""
@@ -254,7 +254,7 @@ class Decoding:
             yield token_id, self._logprobs(scores, token_id)
             if token_id != guess:
                 return
-            context = [*context, token_id]
+            context.append(token_id)
 
     def _pick(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Picked:
         position = len(self._prompt) + len(row.ids)

@@ -25,11 +25,9 @@ class Draft:
 class Drafter(Protocol):
     """Guesses how one text goes on. It is asked about a text that grows, and keeps what it needs of it.
 
-    is_free: whether guesses cost next to nothing. Those are made before every step, also where none will be sent, to
-        learn whether they would be right.
+    It is asked before every step, also where no guess will be sent, to learn whether its guesses would be right; so a
+    guess must cost next to nothing.
     """
 
-    is_free: bool
-
-    async def propose(self, text: Sequence[int], count: int) -> Draft:
+    def propose(self, text: Sequence[int], count: int) -> Draft:
         """At most `count` tokens that may follow `text`, all tokens so far. Fewer, or none, if it has no idea."""

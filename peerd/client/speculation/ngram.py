@@ -23,14 +23,12 @@ _PLACES = 16
 class NgramDrafter:
     """Finds the longest end of a text that occurred in it before. A `Drafter`; grades are lengths of matches."""
 
-    is_free = True
-
     def __init__(self) -> None:
         # For each pair of tokens, where in the text it ended (the index after it), oldest first.
         self._ends: dict[tuple[int, ...], deque[int]] = defaultdict(lambda: deque(maxlen=_PLACES))
         self._indexed = SHORTEST_MATCH - 1
 
-    async def propose(self, text: Sequence[int], count: int) -> Draft:
+    def propose(self, text: Sequence[int], count: int) -> Draft:
         """What followed the latest of the longest matches. A match near the end of the text goes on periodically."""
         self._index(text)
         place, length = self._longest(text)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from peerd.client.speculation.acceptance import Acceptance, Watch
 from peerd.client.speculation.controller import Controller
-from peerd.client.speculation.drafts import Draft, Drafter
+from peerd.client.speculation.drafts import Drafter
 from peerd.client.speculation.ngram import NgramDrafter
 from peerd.client.speculation.step_times import MOST_DRAFTED, StepTimes
 
@@ -60,14 +60,13 @@ class Speculator:
         finally:
             self._shared.rows_now -= self._rows
 
-    async def drafts(self, texts: Sequence[tuple[int, Sequence[int], int]]) -> list[tuple[int, ...]]:
+    def drafts(self, texts: Sequence[tuple[int, Sequence[int], int]]) -> list[tuple[int, ...]]:
         """The guesses to send for each of `texts`: a row, all its tokens, and how many guesses it has room for."""
-        drafts = [await self._draft(row, text, room) for row, text, room in texts]
+        drafts = [self._drafters[row].propose(text, max(0, min(room, MOST_DRAFTED))) for row, text, room in texts]
+        # Guesses are followed whether they are sent or not.
+        for (row, text, _), draft in zip(texts, drafts, strict=True):
+            self._watches[row].proposed(draft, len(text))
         chosen = self._controller.choose([self._acceptance.likely(draft) for draft in drafts])
-        for (row, text, _), draft, count in zip(texts, drafts, chosen, strict=True):
-            # Free guesses are followed whether they are sent or not.
-            watched = draft if self._drafters[row].is_free else Draft(draft.tokens[:count], draft.grade)
-            self._watches[row].proposed(watched, len(text))
         return [draft.tokens[:count] for draft, count in zip(drafts, chosen, strict=True)]
 
     def came(self, row: int, token: int, position: int) -> None:
@@ -79,11 +78,3 @@ class Speculator:
         self.drafted += drafted
         self.accepted += gained - rows if drafted else 0
         self._controller.note(rows, drafted, gained, seconds)
-
-    async def _draft(self, row: int, text: Sequence[int], room: int) -> Draft:
-        drafter = self._drafters[row]
-        count = min(room, MOST_DRAFTED)
-        if not drafter.is_free:
-            expected = Draft((0,) * min(count, self._controller.limit))
-            count = self._controller.choose([self._acceptance.likely(expected)])[0]
-        return await drafter.propose(text, count) if count > 0 else Draft()

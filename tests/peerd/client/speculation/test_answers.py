@@ -50,15 +50,12 @@ class SoftHead:
 class Foresight:
     """Guesses from known answers, row by row, and errs with a probability: any way of being right and wrong occurs."""
 
-    is_free = True
-
     def __init__(self, answer, right):
         self._answer = answer
         self._right = right
         self._random = random.Random(7)
 
-    async def propose(self, text, count):
-        await trio.lowlevel.checkpoint()
+    def propose(self, text, count):
         ahead = self._answer[len(text) - len(PROMPT) :][: min(count, self._random.randrange(MOST_DRAFTED + 1))]
         return Draft(
             tuple(token if self._random.random() < self._right else self._random.randrange(256) for token in ahead)

@@ -6,45 +6,45 @@ from peerd.client.speculation.drafts import Draft
 from peerd.client.speculation.ngram import LONGEST_MATCH, NgramDrafter
 
 
-async def propose(text, count=4):
-    return await NgramDrafter().propose(text, count)
+def propose(text, count=4):
+    return NgramDrafter().propose(text, count)
 
 
 @pytest.mark.parametrize("text", [[], [1], [1, 2], [1, 2, 3, 4], [1, 1]])
-async def test_a_text_that_repeats_nothing_gives_no_guess(text):
-    assert await propose(text) == Draft()
+def test_a_text_that_repeats_nothing_gives_no_guess(text):
+    assert propose(text) == Draft()
 
 
-async def test_what_followed_the_same_tokens_is_guessed():
-    assert await propose([1, 2, 3, 4, 5, 6, 9, 1, 2]) == Draft((3, 4, 5, 6), 2)
+def test_what_followed_the_same_tokens_is_guessed():
+    assert propose([1, 2, 3, 4, 5, 6, 9, 1, 2]) == Draft((3, 4, 5, 6), 2)
 
 
-async def test_the_longest_match_wins_over_a_later_one():
-    assert await propose([7, 1, 2, 3, 50, 0, 1, 2, 3, 60, 7, 1, 2, 3], 1) == Draft((50,), 4)
+def test_the_longest_match_wins_over_a_later_one():
+    assert propose([7, 1, 2, 3, 50, 0, 1, 2, 3, 60, 7, 1, 2, 3], 1) == Draft((50,), 4)
 
 
-async def test_of_equal_matches_the_latest_wins():
-    assert await propose([5, 1, 2, 50, 6, 1, 2, 60, 7, 1, 2], 1) == Draft((60,), 2)
+def test_of_equal_matches_the_latest_wins():
+    assert propose([5, 1, 2, 50, 6, 1, 2, 60, 7, 1, 2], 1) == Draft((60,), 2)
 
 
-async def test_a_loop_goes_on_as_a_loop():
-    assert (await propose([0, 8, 9, 8, 9], 5)).tokens == (8, 9, 8, 9, 8)
-    assert (await propose([3, 3, 3], 3)).tokens == (3, 3, 3)
+def test_a_loop_goes_on_as_a_loop():
+    assert (propose([0, 8, 9, 8, 9], 5)).tokens == (8, 9, 8, 9, 8)
+    assert (propose([3, 3, 3], 3)).tokens == (3, 3, 3)
 
 
-async def test_no_more_guesses_than_asked_for():
-    assert len(await propose([1, 2, 3, 1, 2], 0)) == 0
-    assert len(await propose([1, 2, 3, 1, 2], 31)) == 31
+def test_no_more_guesses_than_asked_for():
+    assert len(propose([1, 2, 3, 1, 2], 0)) == 0
+    assert len(propose([1, 2, 3, 1, 2], 31)) == 31
 
 
-async def test_long_matches_are_graded_alike():
+def test_long_matches_are_graded_alike():
     text = list(range(100)) * 2
-    assert (await propose(text)).grade == LONGEST_MATCH
+    assert (propose(text)).grade == LONGEST_MATCH
 
 
-async def test_a_text_that_grows_is_read_once():
+def test_a_text_that_grows_is_read_once():
     drafter = NgramDrafter()
     text = [1, 2, 3, 4]
     for token in (1, 2, 3, 4, 1, 2):
         text.append(token)
-        assert await drafter.propose(text, 3) == await NgramDrafter().propose(text, 3)
+        assert drafter.propose(text, 3) == NgramDrafter().propose(text, 3)
