@@ -74,27 +74,25 @@ class ConnectionRuns:
         """Serve a peer that has dialled us, directly or through a relay, until the connection ends."""
         relay = relay_of(channel)
         ip = channel.remote_ip if relay is None else relay.remote_ip
-        visit = self._enter(ip)
+        visit = None if self._containment.refuses(ip=channel.remote_ip) else self._enter(ip)
         if visit is None:
             log.debug("refused a connection from %s: too many or too often, or the address is banned", ip)
             return
         with trio.CancelScope() as scope:
             visit.on_replaced = scope.cancel
             try:
-                with self._containment.around("a connection", ip=ip):
+                with self._containment.around("a connection", ip=channel.remote_ip):
                     await self._make(channel, initiator=False).run(partial(self._welcome, visit))
             finally:
                 visit.leave()
 
     def _enter(self, ip: IpAddress | None) -> Visit | None:
         """A place for one more unproven peer; None if there is none for this address now."""
-        may_come = not self._containment.refuses(ip=ip) and self._live.has_room()
-        # An attempt that is refused here has cost us nothing, so only the others are counted.
-        visit = self._gate.enter(ip) if may_come and self._gate.has_room(ip) else None
-        if visit is not None and not self._rates.may_shake_hands(ip, trio.current_time()):
-            visit.leave()
+        # An attempt that is refused for want of room has cost us nothing, so only the others count for the rate. The
+        # gate comes last, for whom it lets in may replace another one.
+        if not (self._live.has_room() and self._gate.has_room(ip)):
             return None
-        return visit
+        return self._gate.enter(ip) if self._rates.may_shake_hands(ip, trio.current_time()) else None
 
     async def run_dialled(self, channel: MessageChannel, expected: PeerId | None, arrived: Arrived) -> PeerConnection:
         """Run a connection that we dialled to its end. `arrived` is called when both sides have taken it."""
@@ -118,7 +116,7 @@ class ConnectionRuns:
     async def _wait_proven(self, connection: PeerConnection) -> None:
         """Wait for the proof of the peer's identity. Raises PeerFault for a peer with which we want no connection."""
         await connection.wait_proven()
-        if self._containment.refuses(connection.peer_id, connection.accountable_ip):
+        if self._containment.refuses(connection.peer_id, connection.remote_ip):
             raise PeerFault("the peer did too much wrong lately")
 
     async def _settle(self, connection: PeerConnection, arrived: Arrived | None = None) -> None:

@@ -14,7 +14,6 @@ from types import MappingProxyType
 import trio
 
 from peerd.net.containment import Containment
-from peerd.net.limits.owners import network_of
 from peerd.net.peer_connection import IDLE, PeerConnection
 from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId
@@ -180,14 +179,12 @@ class LiveConnections:
 
     def _check_share(self, connection: PeerConnection) -> None:
         """Close an idle connection of a network that has its share of the places for one more of that network."""
-        network = network_of(connection.accountable_ip)
+        network = connection.network
         share = max(1, self._max_live // SHARE_OF_A_NETWORK)
         if not network or connection.peer_id in self._live:
             return
         others = [
-            other
-            for other in (*self._live.values(), *self._arriving)
-            if not other.dialled and network_of(other.accountable_ip) == network
+            other for other in (*self._live.values(), *self._arriving) if not other.dialled and other.network == network
         ]
         if len(others) < share:
             return

@@ -16,8 +16,8 @@ import trio
 
 from peerd.net.containment import Containment
 from peerd.net.handlers import StreamHandler
-from peerd.net.limits.entry_rates import MAX_REFUSED_OPENS, EntryRates
-from peerd.net.limits.owners import Owner
+from peerd.net.limits.entry_rates import EntryRates, RefusedOpens
+from peerd.net.limits.owners import Owner, network_of
 from peerd.net.limits.scores import FLOOD, MALFORMED
 from peerd.net.open_streams import OpenStreams
 from peerd.net.pump import Pump
@@ -103,7 +103,9 @@ class PeerConnection:
         self._handlers = handlers
         self._containment = containment
         self._rates = rates
-        self._refused_opens = 0
+        self._refused_opens = RefusedOpens(trio.current_time())
+        # Formatting an address takes longer than all else that a limit does.
+        self._network: str | None = None
         self._on_lost = on_lost
         self._streams = OpenStreams()
         self._pump = Pump(core, channel, self._take_events)
@@ -301,7 +303,7 @@ class PeerConnection:
 
     def _fail(self, error: Exception, what: str) -> None:
         """End the connection because of a bug of ours."""
-        self._containment.contain(error, what, self.proven_peer, self.accountable_ip)
+        self._containment.contain(error, what, self.proven_peer, self.remote_ip)
         self._lose(InternalError(f"a bug of ours in {what}"))
 
     async def _wait_settled_if_greeted(self) -> None:
@@ -335,7 +337,9 @@ class PeerConnection:
         if not self.settled:
             raise RemoteProtocolError("the peer opened a stream before its hello")
         handler = self._handlers.get(core.protocol)
-        if not self._rates.may_open(self._owner, trio.current_time()):
+        now = trio.current_time()
+        self._refused_opens.opened(now)
+        if not self._rates.may_open(self._owner, now):
             self._refuse_open(core)
         elif handler is None:
             self.core.reset(core, UnsupportedFeature.code)
@@ -349,20 +353,28 @@ class PeerConnection:
     def _refuse_open(self, core: streams.StreamMachine) -> None:
         """Refuse a stream of a peer that opens too many; raises Overloaded if it goes on and on."""
         self.core.reset(core, Overloaded.code)
-        self._refused_opens += 1
-        if self._refused_opens > MAX_REFUSED_OPENS:
+        if self._refused_opens.refused():
             self._score("too many streams", FLOOD)
             raise Overloaded("you, or your network, open streams too fast")
 
     @property
+    def network(self) -> str:
+        """The public network in whose quota this peer counts; "" if none is counted."""
+        if self._network is None:
+            self._network = network_of(self.accountable_ip)
+        return self._network
+
+    @property
     def _owner(self) -> Owner:
-        return Owner.at(self.peer_id, self.accountable_ip)
+        return Owner(self.peer_id, self.network)
 
     def _score(self, reason: str, points: float) -> None:
-        """Score the peer for what it did. What an unproven peer says that we dialled proves nothing of its address:
-        strangers can make us dial any address.
+        """Score the peer for what it did.
+
+        What an unproven peer says that we dialled proves nothing of its address: strangers can make us dial any
+        address. And a relay is not to blame for what it carries: it cannot read it.
         """
-        ip = None if self.dialled and self.proven_peer is None else self.accountable_ip
+        ip = None if self.dialled and self.proven_peer is None else self.remote_ip
         self._containment.scores.note(reason, points, self.proven_peer, ip, trio.current_time())
 
     def _adopt(self, core: streams.StreamMachine) -> Stream:

@@ -15,12 +15,12 @@ from typing import Final
 from peerd.protocol.identity import PeerId
 
 # A stranger weighs 1. A peer that serves blocks weighs 3 more, and one that served sessions of ours lately up to 4
-# more. The network that a stranger shares with others, or a new key, changes nothing about that.
+# more. A weight makes what the peer computes count less in its network's turn; it gives the network no second turn.
 STRANGER: Final = 1.0
 FOR_SERVING: Final = 3.0
 FOR_SERVING_US: Final = 4.0
-# Blocks count that we saw a peer serve for an hour, at least once an hour. Announcing oneself is cheap, but to be found
-# for an hour an attacker has to keep a process for each key.
+# Blocks count that we saw a peer serve for an hour, at least once an hour. That is cheap to pretend: one process can
+# have many keys. So the weights of one network are not added up (`Owner.share`).
 SERVED_FOR_S: Final = 3600.0
 SEEN_WITHIN_S: Final = 3600.0
 # Minutes in which a peer served us count, not answers: one long session has thousands. Eight minutes are a full credit.
@@ -100,7 +100,7 @@ class Contributions:
                 given = self._touch(PeerId(name))
                 # A clock that was ahead must not keep a credit for ever.
                 given.credit, given.credited_s = float(credit), min(float(credited_s), self._now())
-        except (TypeError, RecursionError) as error:
+        except (TypeError, OverflowError, RecursionError) as error:
             raise ValueError(str(error)) from None
 
     def _touch(self, peer_id: PeerId) -> _Given:

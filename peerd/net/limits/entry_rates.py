@@ -32,8 +32,11 @@ SETTLED_AT_ONCE: Final = 32
 # more than one connection: a quarter of one processor. Its 64 peers could still look up eight keys a second each.
 OPENS_A_SECOND: Final = 512.0
 OPENS_AT_ONCE: Final = 1024
-# A connection on which so many streams were refused is closed, for refusing costs work too.
+# Refusing costs work too, so a connection on which so many streams were refused is closed. They are forgotten after a
+# second with no more streams than an honest peer opens at most (115, see `question_rates`): its neighbours may use up
+# the rate of its network.
 MAX_REFUSED_OPENS: Final = 256
+HONEST_OPENS_A_SECOND: Final = 128
 
 
 class EntryRates:
@@ -59,3 +62,25 @@ class EntryRates:
     def may_open(self, owner: Owner, now: float) -> bool:
         """For a stream that the peer opens."""
         return self._opens.may(owner, now)
+
+
+class RefusedOpens:
+    """Counts the streams of one connection that were refused, to tell a flood from a peer with flooding neighbours."""
+
+    def __init__(self, now: float) -> None:
+        self._since = now
+        self._opened = 0
+        self._refused = 0
+
+    def opened(self, now: float) -> None:
+        """Note a stream that the peer opens, before it is refused or not."""
+        if now - self._since >= 1:
+            if self._opened <= HONEST_OPENS_A_SECOND:
+                self._refused = 0
+            self._since, self._opened = now, 0
+        self._opened += 1
+
+    def refused(self) -> bool:
+        """Note that it was refused. Returns whether that was one too many."""
+        self._refused += 1
+        return self._refused > MAX_REFUSED_OPENS

@@ -32,8 +32,11 @@ class Owner:
 
     @property
     def share(self) -> str:
-        """The key under which owners take turns: all strangers of one public network share one."""
-        return self.peer_id if self.weight > 1 else self.network or self.peer_id
+        """The key under which owners take turns: all peers of one public network share one, whatever they weigh.
+
+        Keys cost nothing, so a network must not get more turns by having more keys that weigh something.
+        """
+        return self.network or self.peer_id
 
 
 def network_of(ip: IpAddress | None) -> str:

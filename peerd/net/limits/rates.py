@@ -47,9 +47,10 @@ class Rates:
 
     def may(self, owner: Owner, now: float, amount: float = 1) -> bool:
         """Whether the owner may do it now. If so, it is counted."""
-        if owner.network and not self._networks.may(owner.network, now, amount):
+        # The peer first: one that is beyond its own rate must not use up its network's.
+        if not self._peers.may(owner.peer_id, now, amount):
             return False
-        return self._peers.may(owner.peer_id, now, amount)
+        return not owner.network or self._networks.may(owner.network, now, amount)
 
 
 class NamedRates:

@@ -1,10 +1,12 @@
 """Circuits in a network in memory: which peers are reached through a relay, by which callers, and how circuits end."""
 
+from ipaddress import ip_address
 from random import Random
 
 import pytest
 import trio
 
+from peerd.net.limits.scores import MALFORMED
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RelayLost, StreamReset, WrongPeer
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE, Connect, Reserve, Reserved, inner_message
@@ -446,3 +448,18 @@ async def test_a_circuit_lives_no_longer_than_the_operator_said():
         assert trio.current_time() - started == pytest.approx(100, abs=1)
         assert world.relays[1].ledger.circuits == 0
         assert await ask(client, 10, way(1, 10)) == b"hi"
+
+
+async def test_a_relay_is_not_blamed_for_what_it_carries():
+    """It cannot read that. If it were, a stranger could make a peer refuse its own relays."""
+    async with open_world() as world:
+        relay = await world.relay(1)
+        server, _ = await world.behind(10, 1)
+        stranger, honest = await world.start(20), await world.start(21)
+        assert await ask(stranger, 10, way(1, 10)) == b"hi"
+        for _ in range(12):
+            server.live[id_of(20)]._score("malformed messages", MALFORMED)
+        scores = server.containment.scores
+        assert {score.name for score in scores.listed(trio.current_time())} == {str(id_of(20))}
+        assert not server.containment.refuses(relay.peer_id, ip_address("8.8.1.8"))
+        assert await ask(honest, 10, way(1, 10)) == b"hi"

@@ -78,7 +78,13 @@ def test_credits_outlive_a_restart() -> None:
     assert after.dump() == "[]\n"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '[["a", 2, 3]]', '[["a", "x", 3]]', "[[1, 0.5, 3]]", "[" * 100_000])
+HUGE = f'[["a", 1, {"9" * 400}]]'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", '[["a", 2, 3]]', '[["a", "x", 3]]', "[[1, 0.5, 3]]", HUGE, "[" * 100_000],
+)
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the text comes from a damaged file
         Contributions(Clock()).load(text)

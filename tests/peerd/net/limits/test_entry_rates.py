@@ -222,3 +222,31 @@ async def test_what_answers_where_we_were_sent_is_not_held_against_the_address()
                     await host.connect(honest.peer_id, [elsewhere])
             nursery.cancel_scope.cancel()
         assert not host.containment.scores.listed(trio.current_time())
+
+
+async def test_a_peer_whose_neighbours_use_up_the_rate_of_its_network_is_refused_but_not_put_out():
+    async with _host() as (network, host):
+        key = Identity.generate()
+        honest = await _enter(network, "7.7.7.1", key)
+        heard = []
+        async with trio.open_nursery() as nursery:
+            for number in range(2, 5):
+                nursery.start_soon(_flood, await _enter(network, f"7.7.7.{number}"), 2000, [])
+
+            async def go_on():
+                with suppress(ConnectionLost):
+                    while True:
+                        heard.append(await honest.hear())
+                        if isinstance(heard[-1], PingFrame):
+                            await honest.send(encode_frame(PongFrame(heard[-1].token)))
+
+            nursery.start_soon(go_on)
+            # As fast as peerd itself asks at most, and for longer than it takes to count up to the limit.
+            for _ in range(10 * 115):
+                stream, honest._next_stream = honest._next_stream, honest._next_stream + 2
+                await honest.send(encode_frame(OpenFrame(stream, "/none/1", Priority.BULK, 1024)))
+                await trio.sleep(1 / 115)
+            assert not any(isinstance(one, GoAwayFrame) for one in heard)
+            nursery.cancel_scope.cancel()
+        assert any(isinstance(one, ResetFrame) and one.code == "overloaded" for one in heard)
+        assert str(key.peer_id) not in {score.name for score in host.containment.scores.listed(trio.current_time())}

@@ -57,10 +57,10 @@ def test_new_keys_bring_a_network_no_more_turns():
     assert rates.may(at("11", "9.9.9.9"), 0)
 
 
-def test_a_peer_that_gave_us_something_shares_with_no_stranger():
+def test_keys_that_weigh_more_give_their_network_no_more_turns():
     ip = ip_address("8.8.8.8")
     stranger, giver = Owner.at(PeerId("a"), ip), Owner.at(PeerId("b"), ip, weight=8.0)
-    assert stranger.share == Owner.at(PeerId("c"), ip).share
-    assert giver.share not in (stranger.share, Owner.at(PeerId("d"), ip, weight=8.0).share)
+    assert stranger.share == giver.share == Owner.at(PeerId("d"), ip, weight=8.0).share
+    assert giver.share != Owner.at(PeerId("b"), ip_address("9.8.8.8"), weight=8.0).share
     # What it may hold does not change with its weight.
     assert giver == Owner.at(PeerId("b"), ip)
