@@ -5,9 +5,7 @@ It checks types and ranges. A field that is null counts as left out, as in OpenA
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -16,6 +14,7 @@ import trio
 from starlette.requests import Request
 
 from peerd.api.errors import ApiError, invalid
+from peerd.api.strict_json import BadJson, decode_json
 
 # A body may have this many bytes for each position of the longest context: a token has four or five, and is several
 # times as long where a program escapes every letter as \uXXXX.
@@ -50,58 +49,14 @@ async def read_body(request: Request, limit: int) -> bytes:
 def parse_json(body: bytes) -> Fields:
     """The fields of a body. Raises ApiError if it is not a JSON object."""
     try:
-        text = body.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = decode_json(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8, from byte {error.start} on") from None
-    except json.JSONDecodeError as error:
-        raise invalid(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise invalid("the body is not JSON that can be read: it is nested too deeply") from None
-    except _NotJson as error:
-        raise invalid(f"the body is not JSON: {error}") from None
-    except ValueError:
-        # Python refuses to convert them, since that takes long.
-        raise invalid("the body is not JSON that can be read: a number in it has thousands of digits") from None
+    except BadJson as error:
+        raise invalid(f"{error.subject or 'the body'} {error}", error.path or None) from None
     if not isinstance(value, dict):
         raise invalid("the body must be a JSON object")
-    if _SURROGATE.search(text):
-        _refuse_half_characters(value)
     return Fields(value)
-
-
-# How JSON escapes a surrogate: two of them make a character, one alone is half of one.
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class _NotJson(ValueError):
-    pass
-
-
-def _refuse_half_characters(value: dict[str, Any]) -> None:
-    """Refuse strings with half a surrogate pair, which cannot be encoded: JavaScript makes them when it cuts a string
-    inside an emoji. Raises ApiError, which names the field.
-    """
-    waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting:
-        path, each = waiting.pop()
-        if isinstance(each, str) and not _is_encodable(each):
-            raise invalid(f"{path} has half a character (an unpaired surrogate): cut strings between characters", path)
-        if isinstance(each, list):
-            waiting += [(f"{path}[{number}]", item) for number, item in enumerate(each)]
-        if isinstance(each, dict):
-            if not all(map(_is_encodable, each)):
-                name = f"a name in {path}" if path else "the name of a field"
-                raise invalid(f"{name} has half a character (an unpaired surrogate)", path or None)
-            waiting += [(f"{path}.{name}" if path else name, item) for name, item in each.items()]
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class Fields:
@@ -182,7 +137,3 @@ def _number(value: object, low: float, high: float) -> bool:
 
 def _integer(value: object, low: float, high: float) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _refuse_constant(name: str) -> None:
-    raise _NotJson(f"{name} is not a JSON number")

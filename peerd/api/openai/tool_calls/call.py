@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from peerd.api.strict_json import BadJson, decode_json
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -51,10 +53,10 @@ def made(name: str, arguments: object) -> Call | None:
 
 
 def loaded(text: str) -> object:
-    """The value that a JSON text stands for. None if it is not JSON."""
+    """The value that a JSON text stands for. None if it is not JSON that can be written and encoded again."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return decode_json(text)
+    except BadJson:
         return None
 
 

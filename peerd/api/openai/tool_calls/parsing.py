@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from peerd.api.openai.tool_calls.call import Call, Schemas, call_of, loaded, made
+from peerd.api.strict_json import BadJson, decode_first, decode_json
 
-_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"\s*")
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*(?=\{)")
 _DEEPSEEK = re.compile(
@@ -36,8 +35,8 @@ def parse_llama(body: str, schemas: Schemas) -> Sequence[Call] | None:
     calls, rest = [], body.strip()
     while rest:
         try:
-            value, end = _DECODER.raw_decode(rest)
-        except (ValueError, RecursionError):
+            value, end = decode_first(rest)
+        except BadJson:
             return None
         has_parameters = isinstance(value, dict) and "parameters" in value
         calls.append(call_of(value, "parameters" if has_parameters else "arguments"))
@@ -121,6 +120,6 @@ def _value(text: str, schema: object) -> object:
     if isinstance(schema, dict) and schema.get("type") == "string":
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return decode_json(text)
+    except BadJson:
         return text
