@@ -113,15 +113,14 @@ def _for_template(message: dict[str, Any], form: Form | None) -> dict[str, Any]:
         {
             "id": _template_id(call["id"], form),
             "type": "function",
-            "function": call["function"] if reads_text else _with_values(call["function"]),
+            "function": {
+                "name": call["function"]["name"],
+                "arguments": call["function"]["arguments" if reads_text else "values"],
+            },
         }
         for call in message["tool_calls"]
     ]
     return message
-
-
-def _with_values(function: dict[str, str]) -> dict[str, Any]:
-    return {"name": function["name"], "arguments": json.loads(function["arguments"])}
 
 
 def _template_id(call_id: str, form: Form | None) -> str:

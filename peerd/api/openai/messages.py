@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from peerd.api.fields import Fields
+from peerd.api.strict_json import BadJson, decode_json
 
 _MAX_MESSAGES = 4096
 _MAX_CALLS = 128
@@ -14,8 +14,9 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    """The messages, each with `role` and `content`, an assistant's perhaps with `tool_calls` whose arguments are JSON
-    text, and a tool's with `tool_call_id` and `name`. `content` is None only beside tool calls. Raises ApiError.
+    """The messages, each with `role` and `content`, an assistant's perhaps with `tool_calls` (their functions have
+    `arguments`, a JSON text, and `values`, which it stands for), and a tool's with `tool_call_id` and `name`. `content`
+    is None only beside tool calls. Raises ApiError.
     """
     value = fields.take("messages")
     if not isinstance(value, list) or not 0 < len(value) <= _MAX_MESSAGES:
@@ -76,19 +77,24 @@ def _call(fields: Fields, path: str, value: object) -> dict[str, Any]:
         raise fields.error(f"{path}.function", "must be an object, in a call of type function")
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise fields.error(f"{path}.function.name", "must be a string, and not empty")
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str) or not _is_json_object(arguments):
-        raise fields.error(f"{path}.function.arguments", "must be a string that is a JSON object")
-    # Some programs send an empty text for a call without arguments.
-    written = {"name": function["name"], "arguments": arguments.strip() or "{}"}
+    text, values = _arguments(fields, f"{path}.function.arguments", function.get("arguments"))
+    written = {"name": function["name"], "arguments": text, "values": values}
     return {"id": value["id"], "type": "function", "function": written}
 
 
-def _is_json_object(text: str) -> bool:
+def _arguments(fields: Fields, path: str, text: object) -> tuple[str, dict[str, Any]]:
+    """A call's arguments as they were written, and what that stands for."""
+    if not isinstance(text, str):
+        raise fields.error(path, "must be a string that is a JSON object")
+    # Some programs send an empty text for a call without arguments.
+    text = text.strip() or "{}"
     try:
-        return not text.strip() or isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
+        values = decode_json(text)
+    except BadJson as error:
+        raise fields.error(path, f"must be a string that is a JSON object: it {error}") from None
+    if not isinstance(values, dict):
+        raise fields.error(path, "must be a string that is a JSON object")
+    return text, values
 
 
 def _content(fields: Fields, path: str, value: dict[str, Any]) -> str:

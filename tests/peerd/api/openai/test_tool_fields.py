@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from peerd.api.errors import ApiError
@@ -83,6 +85,10 @@ def with_function(**fields):
         (with_function(arguments="[1]"), "messages[1].tool_calls[0].function.arguments"),
         (with_function(arguments='{"city'), "messages[1].tool_calls[0].function.arguments"),
         (with_function(arguments="[" * 100_000), "messages[1].tool_calls[0].function.arguments"),
+        (with_function(arguments='{"city": "\\ud83d"}'), "messages[1].tool_calls[0].function.arguments"),
+        (with_function(arguments='{"\\ud83d": 1}'), "messages[1].tool_calls[0].function.arguments"),
+        (with_function(arguments='{"city": NaN}'), "messages[1].tool_calls[0].function.arguments"),
+        (with_function(arguments='{"city": 1e999}'), "messages[1].tool_calls[0].function.arguments"),
         ([USER, ASSISTANT, {"role": "tool", "content": ""}], "messages[2].tool_call_id"),
         ([USER, ASSISTANT, ANSWER | {"tool_call_id": "call_2"}], "messages[2].tool_call_id"),
         ([ANSWER, USER, ASSISTANT], "messages[0].tool_call_id"),
@@ -119,7 +125,8 @@ def test_no_tools_are_offered_where_none_may_be_called(fields):
 
 def test_a_tool_s_answer_has_the_name_of_what_was_called():
     messages = chat([USER, ASSISTANT, ANSWER]).messages
-    assert messages[1] == ASSISTANT
+    read = CALL["function"] | {"values": json.loads(CALL["function"]["arguments"])}
+    assert messages[1] == ASSISTANT | {"tool_calls": [CALL | {"function": read}]}
     assert messages[2] == ANSWER | {"name": "weather"}
 
 
