@@ -22,8 +22,8 @@ def main() -> None:
     render: Any = render_jinja_template
     _write({"ready": True})
     for line in sys.stdin:
-        asked = json.loads(line)
         try:
+            asked = json.loads(line)
             rendered, _ = render(
                 conversations=[asked["messages"]],
                 chat_template=asked["template"],

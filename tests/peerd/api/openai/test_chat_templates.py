@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from peerd.api.openai.chat_templates import RENDER_LIMIT_S, open_chat_templates
+from peerd.api.openai.chat_templates import RENDER_LIMIT_S, TemplateProcess, open_chat_templates
 from peerd.protocol.errors import InvalidRequest
 
 pytestmark = pytest.mark.real_time
@@ -55,3 +55,12 @@ async def test_cancelling_a_rendering_leaves_no_half_answer_for_the_next():
             await templates.render(slow, MESSAGES, {})
         assert scope.cancelled_caught
         assert await templates.render(PLAIN, MESSAGES, {"bos": "^"}) == "^<user>Hi>"
+
+
+async def test_a_line_that_cannot_be_read_does_not_end_the_process():
+    process = TemplateProcess()
+    try:
+        answer = await process.render(b"[" * 100_000 + b"\n")
+    finally:
+        await process.close()
+    assert "RecursionError" in answer["error"]
