@@ -31,6 +31,8 @@ _OPEN_PATHS = frozenset({"/healthz"})
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 # What a page of an allowed origin may send, and read of an answer.
 _ALLOWED_HEADERS = "Authorization, Content-Type"
+# OpenAI's client sends more than a dozen of its own (X-Stainless-*).
+_ASKED_HEADERS = re.compile(r"[A-Za-z0-9-]{1,64}( ?, ?[A-Za-z0-9-]{1,64}){0,63}")
 _EXPOSED_HEADERS = "Retry-After"
 
 
@@ -68,7 +70,7 @@ class Guard:
             send = _allowing(send, headers["origin"])
         refusal = self._refusal(headers, scope)
         if refusal is None and scope.get("method") == "OPTIONS" and origin in self._origins:
-            await _preflight(send)
+            await _preflight(send, headers)
         elif refusal is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -153,11 +155,13 @@ def _allowing(send: Send, origin: str) -> Send:
     return send_allowing
 
 
-async def _preflight(send: Send) -> None:
-    """Answer a browser that asks what a page of an allowed origin may send."""
+async def _preflight(send: Send, asked: Headers) -> None:
+    """Answer a browser that asks what a page of an allowed origin may send: whatever headers its program sets."""
+    wanted = asked.get("access-control-request-headers", "")
+    allowed = wanted if _ASKED_HEADERS.fullmatch(wanted) else _ALLOWED_HEADERS
     headers = {
         b"access-control-allow-methods": b"GET, POST",
-        b"access-control-allow-headers": _ALLOWED_HEADERS.encode(),
+        b"access-control-allow-headers": allowed.encode("latin-1"),
         b"access-control-max-age": b"600",
     }
     await send({"type": "http.response.start", "status": 204, "headers": list(headers.items())})

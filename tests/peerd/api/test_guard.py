@@ -132,6 +132,24 @@ async def test_pages_of_an_origin_that_the_operator_allows_may_ask_and_read():
     assert await status_of(allowing, host="localhost:8080", origin="http://localhost:3001") == 403
 
 
+@pytest.mark.parametrize(
+    ("wanted", "allowed"),
+    [
+        ("authorization,content-type,x-stainless-os", "authorization,content-type,x-stainless-os"),
+        ("x-stainless-os, x-stainless-arch", "x-stainless-os, x-stainless-arch"),
+        ("x\r\nset-cookie: a", "Authorization, Content-Type"),
+        (",".join(["x-a"] * 65), "Authorization, Content-Type"),
+    ],
+    ids=["OpenAI's", "spaces", "no names", "too many"],
+)
+async def test_pages_of_an_allowed_origin_may_send_the_headers_that_they_ask_for(wanted, allowed):
+    allowing = guard(TOKEN, origins=["http://localhost:3000"])
+    asked = {"host": "localhost:8080", "access_control_request_headers": wanted}
+    [preflight, _] = await answer_of(allowing, method="OPTIONS", origin="http://localhost:3000", **asked)
+    assert dict(preflight["headers"])[b"access-control-allow-headers"] == allowed.encode()
+    assert await status_of(allowing, method="OPTIONS", origin="http://localhost:3001", **asked) == 403
+
+
 async def test_no_page_is_allowed_unless_the_operator_says_so():
     [start, _] = await answer_of(guard(), host="localhost:8080", origin="http://localhost:8080")
     assert not any(name.startswith(b"access-control") for name, _ in start["headers"])
