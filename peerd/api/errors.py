@@ -9,8 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import JSONResponse
-
 from peerd.protocol.errors import CallerError, ContextTooLong, NoChain, Overloaded, PeerdError
 
 # How long a client should wait before it asks again if no server gave a hint: a session's usual length, and the time
@@ -43,10 +41,6 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error as JSON."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        """The complete response."""
-        return JSONResponse(self.body, self.status, headers=self.headers)
 
 
 def invalid(message: str, param: str | None = None, *, code: str | None = None) -> ApiError:

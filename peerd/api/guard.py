@@ -18,6 +18,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from peerd.api.error_shapes import error_response
 from peerd.api.errors import ApiError
 from peerd.api.web.files import is_page_path
 
@@ -74,7 +75,7 @@ class Guard:
         elif refusal is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await refusal.response()(scope, receive, send)
+            await error_response(refusal, scope["path"])(scope, receive, send)
         else:
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": str(refusal)[:120]})
@@ -120,15 +121,20 @@ class Guard:
 
     def _wanted_token(self, headers: Headers, scope: Scope) -> str:
         """Says what is wrong with the token. Only callers on this machine are told where it lies."""
-        problem = "the token is wrong" if headers.get("authorization") else "a token is needed"
+        problem = (
+            "the token is wrong" if headers.get("authorization") or headers.get("x-api-key") else "a token is needed"
+        )
         place = self._admission.token_file
         where = f", with the token in {place}" if place is not None and _is_local(scope) else ""
         return f"{problem}: send Authorization: Bearer TOKEN{where}"
 
     def _has_token(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
         assert self._token is not None
-        return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), self._token.encode())
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), self._token.encode()):
+            return True
+        # How Anthropic's clients send it.
+        return secrets.compare_digest(headers.get("x-api-key", "").strip().encode(), self._token.encode())
 
 
 def _is_local(scope: Mapping[str, Any]) -> bool:
@@ -160,7 +166,7 @@ async def _preflight(send: Send, asked: Headers) -> None:
     wanted = asked.get("access-control-request-headers", "")
     allowed = wanted if _ASKED_HEADERS.fullmatch(wanted) else _ALLOWED_HEADERS
     headers = {
-        b"access-control-allow-methods": b"GET, POST",
+        b"access-control-allow-methods": b"GET, POST, DELETE",
         b"access-control-allow-headers": allowed.encode("latin-1"),
         b"access-control-max-age": b"600",
     }

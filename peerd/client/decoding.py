@@ -267,10 +267,10 @@ class Decoding:
         text = row.text.rest() if is_hidden else row.text.add(token_id, final=final)
         if len(row.ids) > self._sampling.min_new_tokens:
             text = row.stops.add(text, final=final)
-        ends = ends or row.stops.stopped
+        ends = ends or row.stops.met is not None
         row.finished = final or ends
         finish: Finish | None = ("stop" if ends else "length") if row.finished else None
-        return Picked(row.number, token_id, position, text, logprobs, finish)
+        return Picked(row.number, token_id, position, text, logprobs, finish, row.stops.met)
 
     def _logprobs(self, logits: torch.Tensor, token_id: int) -> TokenLogprobs | None:
         if self._top_logprobs is None:

@@ -21,7 +21,7 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True)
 class Picked:
     """One token of one row. `text` is the text that it completes; `finish` is set on the row's last token, with the
-    reason.
+    reason, and `stop` is the stop text that ended it, if one did.
     """
 
     row: int
@@ -30,3 +30,4 @@ class Picked:
     text: str
     logprobs: TokenLogprobs | None
     finish: Finish | None
+    stop: str | None = None

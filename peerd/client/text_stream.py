@@ -51,18 +51,19 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.stopped = False
+        #: The stop that was met; None if none was.
+        self.met: str | None = None
 
     def add(self, piece: str, *, final: bool = False) -> str:
-        """The part of the text so far that certainly comes before any stop. `stopped` tells whether a stop was met."""
-        if self.stopped:
+        """The part of the text so far that certainly comes before any stop. `met` says whether one was met."""
+        if self.met is not None:
             return ""
         text = self._held + piece
-        met = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if met:
-            self.stopped = True
+        places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            place, self.met = min(places)
             self._held = ""
-            return text[: min(met)]
+            return text[:place]
         keep = 0 if final else self._possible_beginning(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,7 +1,7 @@
 """The outermost layer of the API's application: what no endpoint foresaw ends one request, and is logged once.
 
 A client that hangs up while it sends its request is no error of anybody's, so nothing is logged. An exception that we
-did not expect is a bug of ours: the client gets OpenAI's error body, and the log the stack.
+did not expect is a bug of ours: the client gets an error body, and the log the stack.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from peerd.api.error_shapes import error_response
 from peerd.api.errors import ApiError
 from peerd.net.containment import Containment
 
@@ -29,7 +30,8 @@ class CatchAll:
 async def answer_bug(request: Request, error: Exception) -> Response:
     """What a client is told when an endpoint fails with an exception that we did not expect."""
     message = "a bug of this daemon ended the request; its log has the details, please report it"
-    return ApiError(500, message, code="internal_error", kind="server_error").response()
+    bug = ApiError(500, message, code="internal_error", kind="server_error")
+    return error_response(bug, request.url.path)
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from starlette.responses import PlainTextResponse
 
@@ -97,6 +99,28 @@ async def test_without_the_token_nothing_is_answered(given):
 
 async def test_the_token_opens():
     assert await status_of(guard(TOKEN), host="localhost", authorization=f"Bearer {TOKEN}") == 200
+
+
+async def test_the_token_opens_as_anthropic_s_clients_send_it():
+    assert await status_of(guard(TOKEN), host="localhost", x_api_key=TOKEN) == 200
+    assert await status_of(guard(TOKEN), host="localhost", x_api_key="wrong") == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"type": "error", "error": {"type": "authentication_error"}}),
+        ("/v1/messages/count_tokens", {"type": "error", "error": {"type": "authentication_error"}}),
+        ("/api/chat", {}),
+    ],
+)
+async def test_who_lacks_the_token_is_told_so_in_the_form_of_the_api_that_was_asked(path, body):
+    start, said = await answer_of(guard(TOKEN), path, host="localhost")
+    found = json.loads(said["body"])
+    assert start["status"] == 401
+    message = found["error"].pop("message") if body else found.pop("error")
+    assert "a token is needed" in message
+    assert found == body
 
 
 async def test_whether_the_daemon_lives_may_be_asked_without_a_token():

@@ -19,14 +19,14 @@ def passed(stops, pieces):
     out = []
     for number, piece in enumerate(pieces):
         out.append(stop_filter.add(piece, final=number == len(pieces) - 1))
-        if stop_filter.stopped:
+        if stop_filter.met is not None:
             break
-    return out, stop_filter.stopped
+    return out, stop_filter.met
 
 
 @given(STOPS, PIECES)
 def test_what_comes_out_is_the_text_before_the_first_stop(stops, pieces):
-    out, stopped = passed(stops, pieces)
+    out, stopped_by = passed(stops, pieces)
     seen, met = "", None
     for piece in pieces:
         seen += piece
@@ -34,7 +34,8 @@ def test_what_comes_out_is_the_text_before_the_first_stop(stops, pieces):
         if places:
             met = min(places)
             break
-    assert stopped == (met is not None)
+    assert (stopped_by is None) == (met is None)
+    assert stopped_by is None or seen.startswith(stopped_by, met)
     assert "".join(out) == (seen if met is None else seen[:met])
 
 
@@ -46,7 +47,7 @@ def test_nothing_is_held_back_that_cannot_become_a_stop(stops, pieces):
     for piece in pieces:
         text += piece
         given_out += stop_filter.add(piece)
-        if stop_filter.stopped:
+        if stop_filter.met is not None:
             return
         held = text[len(given_out) :]
         assert not held or any(stop.startswith(held) for stop in stops)

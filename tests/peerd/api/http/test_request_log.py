@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from peerd.api.error_shapes import error_response
 from peerd.api.errors import invalid
 from peerd.api.http.request_log import RequestLog
 
@@ -22,9 +23,8 @@ async def unheard(message):
 
 
 async def refuse(scope, receive, send):
-    await invalid("temprature is not a known parameter: SECRET", "temprature", code="unknown_parameter").response()(
-        scope, receive, send
-    )
+    error = invalid("temprature is not a known parameter: SECRET", "temprature", code="unknown_parameter")
+    await error_response(error, scope["path"])(scope, receive, send)
 
 
 async def answer(scope, receive, send):
