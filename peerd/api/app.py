@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from peerd.api.anthropic.endpoints import MessagesApi
 from peerd.api.chats import Chats
 from peerd.api.error_shapes import error_response
 from peerd.api.errors import ApiError, api_error
@@ -58,6 +59,7 @@ class Api:
             Route("/healthz", self.health),
             Route("/readyz", self.readiness),
             WebSocketRoute("/peerd/v1/session", self.session),
+            *MessagesApi(self._chats).routes(),
             *page_routes(),
         ]
         errors: dict[Any, Any] = {

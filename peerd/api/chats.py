@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 from starlette.requests import Request
@@ -26,6 +26,7 @@ from peerd.api.openai.requests import ChatRequest
 from peerd.api.openai.responses import AnswerResponse, Writer
 from peerd.api.openai.tool_bodies import ToolChatShape
 from peerd.api.web.history import History
+from peerd.client.picked import Picked
 from peerd.client.shown_tokens import decoder_showing
 
 if TYPE_CHECKING:
@@ -38,11 +39,36 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a token adds to an answer. `calls` and `finish` are as in OpenAI's chats; `stop` is the text that ended it,
+    if one did.
+    """
+
+    text: str
+    reasoning: str
+    calls: tuple[dict[str, Any], ...]
+    finish: str | None
+    stop: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Chat:
     """A chat that can be answered now. `shape` makes OpenAI's JSON of its tokens: text, calls and the answer's end."""
 
     answers: Answers
     shape: ChatShape
+
+    def part(self, picked: Picked) -> Part:
+        """What this token adds to its answer. Each token must be given once, in order."""
+        [choice] = self.shape.piece(picked)["choices"]
+        delta = choice["delta"]
+        return Part(
+            delta.get("content") or "",
+            delta.get("reasoning_content") or "",
+            tuple(delta.get("tool_calls", ())),
+            choice["finish_reason"],
+            picked.stop,
+        )
 
 
 class Chats:

@@ -72,6 +72,11 @@ class Fields:
         self._known.add(name)
         return self._values.get(name)
 
+    @property
+    def path(self) -> str:
+        """Where in the request this object lies; empty for the request itself."""
+        return self._path.removesuffix(".")
+
     def names(self) -> list[str]:
         """The names of all fields."""
         return list(self._values)
@@ -96,6 +101,16 @@ class Fields:
         """The fields of an inner object."""
         value = self._checked(name, lambda value: isinstance(value, dict), "an object")
         return None if value is None else Fields(value, f"{self._path}{name}.")
+
+    def objects(self, name: str, most: int) -> list[Fields]:
+        """The fields of each object in a list. An empty list if it is left out."""
+        value = self.take(name)
+        if value is not None and not (isinstance(value, list) and len(value) <= most):
+            raise self.error(name, f"must be a list of at most {most} objects", code="invalid_value")
+        for number, one in enumerate(value or []):
+            if not isinstance(one, dict):
+                raise self.error(f"{name}[{number}]", "must be an object", code="invalid_value")
+        return [Fields(one, f"{self._path}{name}[{number}].") for number, one in enumerate(value or [])]
 
     def required_text(self, name: str) -> str:
         value = self.text(name)
