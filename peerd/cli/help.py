@@ -60,6 +60,7 @@ MODEL is org/name on the hub (a GGUF file there is org/name:Q4_K_M), a model's
 directory, or a .gguf file.
 
   peerd status             what the daemon on this machine does
+  peerd doctor             what is wrong on this machine, and how to mend it
   peerd --help             all options of a daemon, and all commands
   peerd COMMAND --help     the options of one command
 """

@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
-import trio
 from click.core import ParameterSource
 
+from peerd.cli.commands.doctor import doctor
+from peerd.cli.commands.running import EXIT_CODES, run, run_once
 from peerd.cli.console import say, set_up_logging, working
 from peerd.cli.help import SHORT_HELP, write_options
 from peerd.cli.options.daemon import daemon_of, daemon_options
@@ -43,16 +43,6 @@ EXIT_PEERS = 4
 EXIT_OUTPUT = 5
 EXIT_SIGINT = 130
 
-_EXIT_CODES = """\b
-Exit codes:
-  0    done; a daemon: stopped by a signal
-  2    a mistake in the command, or a model that cannot be used
-  3    some blocks of the model have no server; the message says which
-  4    peers failed, or all of them are busy
-  5    standard output is closed or full
-  70   a daemon hung, and ended itself; its log has the stacks
-  130  interrupted by Ctrl-C (143: by SIGTERM; 129: the terminal was closed)
-"""
 _EXAMPLES = """\b
 Examples:
   peerd demo                                          a swarm on this machine
@@ -92,7 +82,7 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
 @click.group(
     cls=_Cli,
     invoke_without_command=True,
-    epilog=f"{_EXAMPLES}\n{_EXIT_CODES}",
+    epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @daemon_options
@@ -127,10 +117,10 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     from peerd.cli.daemon import raise_descriptor_limit, run_daemon
 
     raise_descriptor_limit()
-    _run(ctx, partial(run_daemon, daemon))
+    run(ctx, partial(run_daemon, daemon))
 
 
-@cli.command(epilog=_EXIT_CODES)
+@cli.command(epilog=EXIT_CODES)
 @click.argument("model", type=parse_model, metavar="MODEL")
 @revision_option
 @disk_option
@@ -199,10 +189,10 @@ def generate(
 
     request = Request(prompt, chat, options, adapter, speculate)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
-    _run_once(ctx, work, verbose=verbose)
+    run_once(ctx, work, verbose=verbose)
 
 
-@cli.command("train-span", epilog=_EXIT_CODES)
+@cli.command("train-span", epilog=EXIT_CODES)
 @click.argument("model", type=parse_model, metavar="MODEL")
 @revision_option
 @train_span_options
@@ -229,10 +219,10 @@ def train_span(
         from peerd.cli.train_span import train_span as run_training
 
     request = TrainRequest(text=text, **options)
-    _run_once(ctx, partial(run_training, at_revision(model, revision), swarm, request), verbose=verbose)
+    run_once(ctx, partial(run_training, at_revision(model, revision), swarm, request), verbose=verbose)
 
 
-@cli.command(epilog=_EXIT_CODES)
+@cli.command(epilog=EXIT_CODES)
 @click.option("--prompt", default=DEMO_PROMPT, show_default=True, metavar="TEXT", help="What to ask the model.")
 @click.option("--servers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="How many.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=96, show_default=True, metavar="N")
@@ -253,10 +243,10 @@ def demo(
         from peerd.cli.generate import Request
 
     request = Request(prompt, True, {"max_new_tokens": max_new_tokens, **sampling})
-    _run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
+    run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
-@cli.command(epilog=_EXIT_CODES)
+@cli.command(epilog=EXIT_CODES)
 @click.option(
     "--socket",
     "socket_path",
@@ -270,10 +260,10 @@ def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> No
     """Show the status of the daemon on this machine: peers, blocks, and whether its models' blocks have servers."""
     from peerd.cli.status import show_status
 
-    _run_once(ctx, partial(show_status, socket_path, as_json=as_json), verbose=False)
+    run_once(ctx, partial(show_status, socket_path, as_json=as_json), verbose=False)
 
 
-@cli.command(epilog=_EXIT_CODES)
+@cli.command(epilog=EXIT_CODES)
 @click.argument("model", type=parse_model, metavar="MODEL")
 @revision_option
 @click.pass_context
@@ -284,10 +274,10 @@ def manifest(ctx: click.Context, /, model: Path | str, revision: str | None) -> 
     """
     from peerd.cli.manifest import print_manifest
 
-    _run_once(ctx, partial(print_manifest, at_revision(model, revision)), verbose=False)
+    run_once(ctx, partial(print_manifest, at_revision(model, revision)), verbose=False)
 
 
-@cli.command(epilog=_EXIT_CODES)
+@cli.command(epilog=EXIT_CODES)
 @click.argument("model", type=parse_model, metavar="MODEL")
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TEXT")
 @revision_option
@@ -299,7 +289,7 @@ def calibrate(ctx: click.Context, /, model: Path | str, text: Path, revision: st
     """
     from peerd.cli.calibrate import print_thresholds
 
-    _run_once(ctx, partial(print_thresholds, at_revision(model, revision), text), verbose=False)
+    run_once(ctx, partial(print_thresholds, at_revision(model, revision), text), verbose=False)
 
 
 @cli.command()
@@ -331,21 +321,7 @@ def new_swarm(path: Path) -> None:
     say(f"{path} holds the key of a new swarm: give it to its peers, each as --swarm-key FILE")
 
 
-def _run_once(ctx: click.Context, work: Callable[[], Awaitable[None]], *, verbose: bool) -> None:
-    """Run a one-shot command. It logs only warnings unless `verbose`, and the first signal ends it."""
-    set_up_logging(logging.DEBUG if verbose else logging.WARNING)
-    from peerd.cli.stopping import until_signalled
-
-    _run(ctx, partial(until_signalled, work))
-
-
-def _run(ctx: click.Context, work: Callable[[], Awaitable[None]]) -> None:
-    from peerd.cli.stopping import Interrupted
-
-    try:
-        trio.run(work)
-    except Interrupted as interrupted:
-        ctx.exit(interrupted.exit_code)
+cli.add_command(doctor)
 
 
 def main() -> NoReturn:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from peerd.protocol.errors import CallerError
-from peerd.protocol.identity import Identity
+from peerd.protocol.identity import Identity, PeerId
 
 _MAX_FILE_BYTES = 4096
 
@@ -52,6 +52,11 @@ def load_or_create_identity(path: Path) -> Iterator[Identity]:
         except OSError as error:
             raise KeyFileError(f"cannot use the key file {path}: {error.strerror}") from error
         yield Identity(_parse(path, data))
+
+
+def peer_id_in(path: Path, data: bytes) -> PeerId:
+    """Whose key a key file with this content holds. Raises KeyFileError, which names `path`."""
+    return Identity(_parse(path, data)).peer_id
 
 
 def _open(path: Path) -> BinaryIO:

@@ -26,6 +26,27 @@ DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "nf4")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
+bootstrap_option = click.option(
+    "--bootstrap",
+    type=parse_bootstrap,
+    multiple=True,
+    metavar="MULTIADDR",
+    envvar="PEERD_BOOTSTRAP",
+    help="A peer of the swarm to join: an address that it printed. Repeat it for several. Default: the"
+    " addresses in PEERD_BOOTSTRAP, with spaces between them.",
+)
+swarm_key_option = click.option(
+    "--swarm-key",
+    type=_FILE,
+    metavar="FILE",
+    help="The key of a private swarm, which all its peers share; peerd keys new-swarm makes one.",
+)
+no_relay_option = click.option(
+    "--no-relay",
+    is_flag=True,
+    help="Use no relays: neither to reach peers behind NATs, which cannot be dialled, nor to be reached behind a NAT.",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class JoinOptions:
@@ -57,21 +78,8 @@ def join_options(command: Command) -> Command:
     peers: dict[str, Any] = {"type": parse_peer_id, "multiple": True, "metavar": "PEERID"}
     for option in reversed(
         (
-            click.option(
-                "--bootstrap",
-                type=parse_bootstrap,
-                multiple=True,
-                metavar="MULTIADDR",
-                envvar="PEERD_BOOTSTRAP",
-                help="A peer of the swarm to join: an address that it printed. Repeat it for several. Default: the"
-                " addresses in PEERD_BOOTSTRAP, with spaces between them.",
-            ),
-            click.option(
-                "--swarm-key",
-                type=_FILE,
-                metavar="FILE",
-                help="The key of a private swarm, which all its peers share; peerd keys new-swarm makes one.",
-            ),
+            bootstrap_option,
+            swarm_key_option,
             click.option("--allow", "allowed", **peers, help="Use only these peers' blocks. Repeat it for several."),
             click.option("--block", "blocked", **peers, help="Never use this peer's blocks."),
             click.option(
@@ -87,12 +95,7 @@ def join_options(command: Command) -> Command:
                 metavar="FILE",
                 help="Use only peers that announce exactly these weights; peerd manifest MODEL makes the file.",
             ),
-            click.option(
-                "--no-relay",
-                is_flag=True,
-                help="Use no relays: neither to reach peers behind NATs, which cannot be dialled, nor to be reached"
-                " behind a NAT.",
-            ),
+            no_relay_option,
         )
     ):
         command = option(command)

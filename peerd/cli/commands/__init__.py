@@ -1,0 +1,1 @@
+"""The commands beside the daemon: their options, and how they are run."""
