@@ -114,6 +114,8 @@ class Auditor:
         else:
             inputs = session.log.sent(ROW, length)
             positions = tuple(transcript.positions)
+            if len(self._waiting) == MAX_WAITING:
+                self.counts["too many waiting"] += 1
             self._waiting.append(Case(blocks, terms, inputs, positions, transcript.results, session.chain))
             self._came.set()
             return

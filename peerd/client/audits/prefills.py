@@ -57,8 +57,9 @@ class Prefills:
         """The outputs for the positions from `first` on, `[length - first, width]`. Raises Unfinished."""
         peers = frozenset(hop.peer_id for hop in hops)
         blocks = Span(hops[0].span.start, hops[-1].span.end)
-        # The same length as in the session: the ropes of some models depend on it.
-        terms = replace(terms, size=SessionSize(terms.size.max_length))
+        # The same lengths as in the session: the ropes of some models depend on them.
+        size = SessionSize(terms.size.max_length, prompt_length=terms.size.prompt_length)
+        terms = replace(terms, size=size)
         tools = SessionTools(_OneChain(hops), self._opener, self._rng)
         result: torch.Tensor | None = None
         try:

@@ -28,6 +28,10 @@ _POSITION_COST = 0.01
 _FIRST_DRAFTED = 4
 # After so many drafted steps in a row, one without measures again what plain decoding costs.
 _PLAIN_EVERY = 64
+# After so many plain steps, one guess is sent although measured times speak against it, where it is at least this
+# likely: the chain may have been loaded when they were measured.
+_RETRY_EVERY = 32
+_LIKELY = 0.5
 # A new measurement of a plain step weighs this much. The first few weigh equally.
 _WEIGHT = 0.2
 # A step that takes more than this many times the usual was disturbed (a peer died); it counts as this many.
@@ -46,6 +50,7 @@ class Controller:
         self._plain_s = 0.0
         self._plain_steps = 0
         self._since_plain = 0
+        self._since_drafted = 0
         self._most_drafted = 0
         self._elapsed_s = 0.0
         self._saved_s = 0.0
@@ -77,10 +82,16 @@ class Controller:
             rate = tokens / (self._times.ratio(count) + _POSITION_COST * count)
             if rate > best:
                 best, best_count = rate, count
+        if not best_count and self._may_retry(ranked):
+            self._times.doubt()
+            best_count = 1
         chosen = [0] * len(chances)
         for _, row in ranked[:best_count]:
             chosen[row] += 1
         return chosen
+
+    def _may_retry(self, ranked: Sequence[tuple[float, int]]) -> bool:
+        return self._since_drafted >= _RETRY_EVERY and self.limit > 0 and bool(ranked) and -ranked[0][0] >= _LIKELY
 
     def note(self, rows: int, drafted: int, gained: int, seconds: float) -> None:
         """A step of so many rows, with so many drafted positions, took `seconds` and gained so many tokens."""
@@ -89,6 +100,7 @@ class Controller:
             self._elapsed_s += seconds
             return
         self._since_plain += 1
+        self._since_drafted = 0
         self._most_drafted = max(self._most_drafted, drafted)
         if not self._plain_s:
             return
@@ -101,6 +113,7 @@ class Controller:
 
     def _note_plain(self, seconds: float) -> None:
         self._since_plain = 0
+        self._since_drafted += 1
         self._plain_steps += 1
         if self._plain_steps > 1:
             seconds = min(seconds, _MOST_DISTURBED * self._plain_s)

@@ -41,6 +41,14 @@ class StepTimes:
         """A step with so many drafted positions took `ratio` times as long as one without."""
         self._means[bisect_left(_CLASSES, min(drafted, MOST_DRAFTED))].note(drafted, ratio)
 
+    def doubt(self) -> None:
+        """Forget what was measured long ago. Only the smallest size still counts, as much as one measurement."""
+        is_smallest = True
+        for mean in self._means:
+            if mean.count:
+                mean.count = int(is_smallest)
+                is_smallest = False
+
     @property
     def known(self) -> int:
         """The largest number of drafted positions that was measured; 0 if none was."""

@@ -110,6 +110,23 @@ def test_one_step_that_hangs_does_not_end_drafting():
     assert seconds < plain() / 3 + 5.0
 
 
+@pytest.mark.parametrize("chance", [0.9, 0.98])
+def test_one_slow_first_drafted_step_does_not_end_drafting(chance):
+    """A server that warms up takes three times as long for the very first step with a guess."""
+    slow = iter([True])
+    seconds = decode(lambda _: chance, lambda drafted: PLAIN_S * (3 if drafted and next(slow, False) else 1))
+    assert seconds < plain() / 2
+
+
+def test_a_load_that_has_gone_is_noticed():
+    """Every size was measured while the chain was full: a guess seemed to cost three steps. Now it costs nothing."""
+    times = StepTimes()
+    for size in (1, 2, 4, 8, 16):
+        for _ in range(20):
+            times.note(size, 1 + 3.0 * size)
+    assert decode(lambda _: 0.95, cost_of(0.0), times=times) < plain() / 2
+
+
 def test_neighbours_wait_for_our_drafts_so_their_tokens_count():
     """Two guesses of three are right and each costs a third of a step: good for one, bad for sixteen."""
     alone = decode(lambda _: 0.67, cost_of(0.33))
