@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,11 +33,19 @@ _Choice = tuple[int, TokenLogprobs | None]
 
 @dataclass(slots=True, eq=False)
 class _Row:
+    """`context` is the prompt and the row's tokens so far."""
+
     number: int
     text: TextStream
     stops: StopFilter
-    ids: list[int] = field(default_factory=list)
+    context: list[int]
+    prompt_length: int
     finished: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many tokens the row has."""
+        return len(self.context) - self.prompt_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,10 @@ class Decoding:
         # How long the last step took. None for the prompt's, which says nothing about decoding.
         self._step_s: float | None = None
         self._begun = False
-        self._rows = [_Row(number, TextStream(decode or model.decode), StopFilter(stop)) for number in range(rows)]
+        self._rows = [
+            _Row(number, TextStream(decode or model.decode), StopFilter(stop), list(prompt), len(prompt))
+            for number in range(rows)
+        ]
         self._speculator = None if speculation is None else speculation.answer(rows)
 
     @property
@@ -139,7 +150,7 @@ class Decoding:
     @property
     def _length(self) -> int:
         """The length of the longest row: the prompt and its tokens so far."""
-        return len(self._prompt) + max(len(row.ids) for row in self._rows)
+        return max(len(row.context) for row in self._rows)
 
     @property
     def _ropes_changed(self) -> bool:
@@ -180,10 +191,10 @@ class Decoding:
 
     async def _begin(self, live: Sequence[_Row]) -> list[_Answer]:
         """Compute the prompt once for all rows, or each row's text if it has tokens already."""
-        forked = [] if live[0].ids else live[1:]
+        forked = [] if live[0].count else live[1:]
         ends = []
         for row in live[: len(live) - len(forked)]:
-            embedded = await self._model.in_thread(self._model.embed, self._prompt + row.ids)
+            embedded = await self._model.in_thread(self._model.embed, row.context)
             hidden = await self._open_session.step(embedded, row=row.number)
             ends.append(hidden[-1:])
         logits = (await self._model.logits(torch.cat(ends))).expand(len(live), -1)
@@ -205,8 +216,8 @@ class Decoding:
         drafts = self._drafts(live)
         inputs, rows = [], []
         for row, draft in zip(live, drafts, strict=True):
-            start = len(self._prompt) + len(row.ids) - 1
-            inputs.append(self._model.embed((row.ids[-1], *draft), start))
+            start = len(row.context) - 1
+            inputs.append(self._model.embed((row.context[-1], *draft), start))
             rows.append(RowSlice(row.number, start, 1 + len(draft)))
         hidden = await self._open_session.step(torch.cat(inputs), rows=rows, ops=self._ops, want="all")
         logits = await self._model.logits(hidden)
@@ -217,11 +228,11 @@ class Decoding:
     def _drafts(self, live: Sequence[_Row]) -> Sequence[tuple[int, ...]]:
         if self._speculator is None:
             return [()] * len(live)
-        return self._speculator.drafts([(row.number, self._prompt + row.ids, self._room(row)) for row in live])
+        return self._speculator.drafts([(row.number, row.context, self._room(row)) for row in live])
 
     def _room(self, row: _Row) -> int:
         """How many guesses a row's next step may carry. It gains a token more than it has right guesses."""
-        room = self._sampling.max_new_tokens - len(row.ids) - 1
+        room = self._sampling.max_new_tokens - row.count - 1
         change = self._model.ropes_change_at
         if change is None or self._ropes_changed:
             return room
@@ -246,7 +257,8 @@ class Decoding:
 
     def _choices(self, answer: _Answer) -> Iterator[_Choice]:
         """Draw a token after each position, up to the first that is not what was guessed."""
-        context = self._prompt + answer.row.ids
+        # A copy: a thread that was abandoned goes on while the caller continues.
+        context = list(answer.row.context)
         for scores, guess in zip(answer.logits, (*answer.draft, None), strict=True):
             token_id = self._sampler.pick(
                 scores, context, row=answer.row.number, position=len(context), prompt_length=len(self._prompt)
@@ -257,18 +269,20 @@ class Decoding:
             context.append(token_id)
 
     def _pick(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Picked:
-        position = len(self._prompt) + len(row.ids)
-        row.ids.append(token_id)
+        position = len(row.context)
+        row.context.append(token_id)
         if self._speculator is not None:
             self._speculator.came(row.number, token_id, position)
         ends = token_id in self._sampling.eos_token_ids
-        final = ends or len(row.ids) == self._sampling.max_new_tokens
+        final = ends or row.count == self._sampling.max_new_tokens
         is_hidden = token_id in self._hidden_ends
         text = row.text.rest() if is_hidden else row.text.add(token_id, final=final)
-        if len(row.ids) > self._sampling.min_new_tokens:
+        if row.count > self._sampling.min_new_tokens:
             text = row.stops.add(text, final=final)
         ends = ends or row.stops.met is not None
         row.finished = final or ends
+        if row.finished and self._speculator is not None:
+            self._speculator.ended()
         finish: Finish | None = ("stop" if ends else "length") if row.finished else None
         return Picked(row.number, token_id, position, text, logprobs, finish, row.stops.met)
 

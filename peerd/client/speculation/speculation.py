@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from peerd.client.speculation.acceptance import Acceptance, Watch
 from peerd.client.speculation.controller import Controller
@@ -19,9 +20,15 @@ from peerd.client.speculation.step_times import MOST_DRAFTED, StepTimes
 
 __all__ = ["MOST_DRAFTED", "Speculation", "Speculator"]
 
+#: Answers with more rows are not guessed: their steps have enough positions, and each row costs a drafter.
+MOST_ROWS: Final = 8
+
 
 class Speculation:
-    """What the answers of one model share: measured times, and how often guesses were right."""
+    """What the answers of one model in this process share: measured times, and how often guesses were right.
+
+    rows_now: how many rows are decoded now. The sessions of other processes are not known here.
+    """
 
     def __init__(self, drafter: Callable[[], Drafter] = NgramDrafter) -> None:
         """`drafter` makes one for each row of an answer."""
@@ -30,9 +37,9 @@ class Speculation:
         self.acceptance = Acceptance()
         self.rows_now = 0
 
-    def answer(self, rows: int) -> Speculator:
-        """A speculator for one answer of so many rows."""
-        return Speculator(self, rows)
+    def answer(self, rows: int) -> Speculator | None:
+        """A speculator for one answer of so many rows. None if they are too many to gain by guesses."""
+        return Speculator(self, rows) if rows <= MOST_ROWS else None
 
 
 class Speculator:
@@ -53,12 +60,17 @@ class Speculator:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """While this answer is decoded, others of the same model count its rows."""
+        """While this answer is decoded, others of the same model count its rows that have not ended."""
         self._shared.rows_now += self._rows
         try:
             yield
         finally:
             self._shared.rows_now -= self._rows
+
+    def ended(self) -> None:
+        """Note that a row has ended, while others go on."""
+        self._rows -= 1
+        self._shared.rows_now -= 1
 
     def drafts(self, texts: Sequence[tuple[int, Sequence[int], int]]) -> list[tuple[int, ...]]:
         """The guesses to send for each of `texts`: a row, all its tokens, and how many guesses it has room for."""

@@ -134,6 +134,22 @@ async def test_honest_servers_of_different_numerics_agree(open_tribunal, answers
         assert tribunal.auditor.counts == {"chosen": 1, "agreed": 1}
 
 
+async def test_audits_compute_with_the_length_of_the_prompt_that_the_answer_had(open_tribunal):
+    """The ropes of some models depend on it, so others would compute something else."""
+    async with open_tribunal() as tribunal:
+        await tribunal.serve_all()
+        await tribunal.answer()
+        checkers = await tribunal.serve_all()
+        opened = []
+        for host in checkers:
+            engine = host.task.engine
+            open_as_before = engine.open
+            engine.open = lambda *args, before=open_as_before, **options: (opened.append(args), before(*args, **options))[1]
+        await tribunal.audit()
+        sizes = [argument for args in opened for argument in args if isinstance(argument, SessionSize)]
+        assert [size.prompt_length for size in sizes] == [10] * len(SPANS)
+
+
 async def test_servers_of_one_network_do_not_check_one_another(open_tribunal):
     async with open_tribunal("8.8.4.{}") as tribunal:
         await tribunal.serve_all()

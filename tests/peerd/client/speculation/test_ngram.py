@@ -1,5 +1,7 @@
 """The drafter that looks into the text itself."""
 
+import tracemalloc
+
 import pytest
 
 from peerd.client.speculation.drafts import Draft
@@ -40,6 +42,23 @@ def test_no_more_guesses_than_asked_for():
 def test_long_matches_are_graded_alike():
     text = list(range(100)) * 2
     assert (propose(text)).grade == LONGEST_MATCH
+
+
+def test_a_pair_that_occurs_everywhere_is_found_in_its_last_places_only():
+    often = [1, 2, 9] * 1000
+    assert propose([1, 2, 7, *often, 1, 2], 2) == Draft((9, 1), LONGEST_MATCH)
+    # The longer match is further back than the places that are compared.
+    assert propose([5, 1, 2, 7, *[0, 1, 2, 8] * 20, 5, 1, 2], 1) == Draft((8,), 2)
+
+
+def test_a_long_text_takes_little_memory():
+    text = [number * 7919 % 50_000 for number in range(40_000)]
+    tracemalloc.start()
+    drafter = NgramDrafter()
+    drafter.propose(text, 4)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 160 * len(text)
 
 
 def test_a_text_that_grows_is_read_once():
