@@ -141,13 +141,18 @@ async def test_audits_compute_with_the_length_of_the_prompt_that_the_answer_had(
         await tribunal.answer()
         checkers = await tribunal.serve_all()
         opened = []
+
+        def noting(open_it):
+            def open_and_note(*arguments, **options):
+                opened.extend(argument for argument in arguments if isinstance(argument, SessionSize))
+                return open_it(*arguments, **options)
+
+            return open_and_note
+
         for host in checkers:
-            engine = host.task.engine
-            open_as_before = engine.open
-            engine.open = lambda *args, before=open_as_before, **options: (opened.append(args), before(*args, **options))[1]
+            host.task.engine.open = noting(host.task.engine.open)
         await tribunal.audit()
-        sizes = [argument for args in opened for argument in args if isinstance(argument, SessionSize)]
-        assert [size.prompt_length for size in sizes] == [10] * len(SPANS)
+        assert [size.prompt_length for size in opened] == [10] * len(SPANS)
 
 
 async def test_servers_of_one_network_do_not_check_one_another(open_tribunal):
