@@ -104,10 +104,15 @@ def base_of(checkpoint: Checkpoint) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file that is on the disk when this returns."""
+    """Write a safetensors file that is on the disk when this returns. Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        # This is how the library says what the system said.
+        raise OSError(str(error)) from None
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

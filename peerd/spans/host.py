@@ -134,12 +134,16 @@ class SpanHost:
             await self._discovery.wait_announced()
         return tuple(served for served, _ in ready)
 
-    async def withdraw(self, served: ServedSpan) -> None:
-        """Stop serving a span of `serve`, which does not move. Raises InvalidRequest if it is not served any more."""
-        slot = self._slots.of(served)
-        self._reloaders.pop(slot).stop()
-        await self._server.withdraw(served)
-        self._slots.release(slot)
+    async def withdraw(self, slot: Slot) -> None:
+        """Stop serving the span in a slot, which does not move, and free the slot. It may be loading again now."""
+        reloader = self._reloaders.pop(slot)
+        reloader.stop()
+        # A load that cannot be interrupted still fills the slot.
+        async with reloader.swap.lock:
+            if slot.served is not None:
+                await self._server.withdraw(slot.served)
+            self._movers.remove(reloader)
+            self._slots.release(slot)
         self._discovery.announce_soon()
 
     def _let_train(self) -> None:

@@ -144,8 +144,8 @@ class Reloader:
     """Loads the span in one slot again whenever its device has failed. `run` it once, in a nursery; `stop` ends it."""
 
     def __init__(self, slot: Slot, swap: SpanSwap, server: Hosting, random: Random) -> None:
+        self.swap = swap
         self._slot = slot
-        self._swap = swap
         self._server = server
         self._random = random
         self._scope = trio.CancelScope()
@@ -165,7 +165,7 @@ class Reloader:
                 await self._slot.wait_broken()
                 if trio.current_time() - began >= STEADY_S:
                     pause_s = 0.0
-                async with self._swap.lock:
+                async with self.swap.lock:
                     if self._slot.is_broken:
                         await self._reload(pause_s)
                         pause_s = min(max(2 * pause_s, FIRST_RETRY_S), MAX_RETRY_S)
@@ -178,10 +178,10 @@ class Reloader:
         await self._server.withdraw(served)
         # Nothing may keep the engine in memory while its successor is loaded.
         del served
-        await self._swap.vacate()
+        await self.swap.vacate()
         await trio.sleep(pause_s * self._random.uniform(0.8, 1.2))
-        if await self._swap.load(span) is not None:
-            await self._swap.load_again(span)
+        if await self.swap.load(span) is not None:
+            await self.swap.load_again(span)
         else:
             log.info("serving blocks %s again", span)
 

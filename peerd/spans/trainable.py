@@ -12,8 +12,9 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import trio
@@ -46,12 +47,13 @@ from peerd.spans.spec import ServeSpec, Trainable
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
     from peerd.server.engine_task import EngineTask
-    from peerd.server.served_spans import ServedSpan
 
 log = logging.getLogger(__name__)
 
-Serve = Callable[[ServeSpec], Awaitable[tuple["ServedSpan", ...]]]
-Withdraw = Callable[["ServedSpan"], Awaitable[None]]
+T = TypeVar("T")
+
+Serve = Callable[[ServeSpec], Awaitable[object]]
+Withdraw = Callable[[Slot], Awaitable[None]]
 
 
 class TrainableSpans:
@@ -62,8 +64,6 @@ class TrainableSpans:
         self._serve = serve
         self._withdraw = withdraw
         self._busy: set[Slot] = set()
-        # By the folder of the copy.
-        self._published: dict[Path, ServedSpan] = {}
 
     @asynccontextmanager
     async def open(self, peer: PeerId, begin: SpanBegin) -> AsyncIterator[OpenCopy]:
@@ -75,19 +75,22 @@ class TrainableSpans:
             raise Overloaded("a copy of these blocks is being trained now")
         self._busy.add(slot)
         try:
+            served = slot.served
             assert slot.loader is not None
-            assert slot.served is not None
+            assert served is not None
             folder = trainable.folder / peer / f"{begin.model.hex()[:16]}-{span.start}-{span.end}"
             spec = slot.loader.spec
             async with slot.loader.open() as checkpoint:
                 snapshots = Snapshots(folder)
                 load = _Loading(spec, checkpoint, span, begin, snapshots)
                 trainer = await trio.to_thread.run_sync(load.run)
+                if slot.served is not served:
+                    raise Draining("these blocks left while the copy was loaded")
                 yield OpenCopy(
                     trainer,
-                    slot.served.span,
-                    slot.served.task,
-                    slot.served.max_length,
+                    served.span,
+                    served.task,
+                    served.max_length,
                     trainable,
                     folder,
                     snapshots,
@@ -125,21 +128,32 @@ class TrainableSpans:
         """Serve a copy's newest snapshot as a part of the described model, instead of what was published of it."""
         digest = description.model_digest
         folder = copy.folder / f"published-{digest.hex()[:16]}"
-        served = self._published.get(copy.folder)
-        if served is not None and served.model == digest:
+        before = self._published(copy.folder)
+        if any(slot.served is not None and slot.served.model == digest for slot in before):
             return digest
-        await trio.to_thread.run_sync(_lay_out, folder, description, copy.newest)
+        await _writing("trained blocks", _lay_out, folder, description, copy.newest)
         span = _around(copy.trainer.model.span, copy.served, description)
         spec = replace(copy.spec, model=folder, revision=None, blocks=span, stay=True, adapters=(), trainable=None)
-        (new,) = await self._serve(spec)
-        log.info("serving blocks %s that were trained in %d steps, as %s", span, copy.trainer.step, folder)
-        if served is not None:
-            await self._withdraw(served)
-        self._published[copy.folder] = new
-        for old in copy.folder.glob("published-*"):
-            if old != folder:
-                await trio.to_thread.run_sync(shutil.rmtree, old)
+        try:
+            await self._serve(spec)
+            log.info("serving blocks %s that were trained in %d steps, as %s", span, copy.trainer.step, folder)
+        finally:
+            # Also if the client has gone meanwhile: two would be announced for ever.
+            if any(slot not in before for slot in self._published(copy.folder)):
+                with trio.CancelScope(shield=True):
+                    await self._replace(before, folder)
         return digest
+
+    def _published(self, folder: Path) -> list[Slot]:
+        """The slots with what was published of the copy in this folder. They may be loading again now."""
+        return [slot for slot in self._slots if slot.loader is not None and _is_in(slot.loader.spec.model, folder)]
+
+    async def _replace(self, before: list[Slot], folder: Path) -> None:
+        for slot in before:
+            await self._withdraw(slot)
+        for old in folder.parent.glob("published-*"):
+            if old != folder:
+                await trio.to_thread.run_sync(partial(shutil.rmtree, old, ignore_errors=True))
 
 
 @dataclass(slots=True, eq=False)
@@ -177,10 +191,7 @@ class OpenCopy:
     async def save(self) -> tuple[bytes, ...]:
         """Write a snapshot. Raises NonFiniteError, NoRoom."""
         with trio.CancelScope(shield=True):
-            try:
-                self.newest, self.digests = await trio.to_thread.run_sync(self.snapshots.write, self.trainer)
-            except OSError as error:
-                raise NoRoom(f"the snapshot cannot be written: {error.strerror}") from None
+            self.newest, self.digests = await _writing("the snapshot", self.snapshots.write, self.trainer)
         return tuple(self.digests.values())
 
     async def publish(self, blocks: Mapping[int, bytes]) -> bytes:
@@ -231,6 +242,18 @@ class _Loading:
             there = ", ".join(str(each.step) for each in self.snapshots.all()) or "none"
             raise InvalidRequest(f"there is no snapshot of step {step} here; there is {there}, and 0 for none of them")
         return found
+
+
+async def _writing(what: str, write: Callable[..., T], *arguments: object) -> T:
+    """Write files in a worker thread. Raises NoRoom where the disk does not take them: that is nobody's mistake."""
+    try:
+        return await trio.to_thread.run_sync(write, *arguments)
+    except OSError as error:
+        raise NoRoom(f"{what} cannot be written here: {error.strerror or error}") from None
+
+
+def _is_in(model: str | Path, folder: Path) -> bool:
+    return isinstance(model, Path) and model.parent == folder
 
 
 def _around(trained: Span, served: Span, description: Description) -> Span:

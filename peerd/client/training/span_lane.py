@@ -15,6 +15,7 @@ import torch
 import trio
 
 from peerd.client.training.lane import ANSWER_DEADLINE_S, OPEN_DEADLINE_S
+from peerd.client.training.rows import cut
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
@@ -55,13 +56,20 @@ M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SpanForward:
-    """A forward through the copy. The backward names it."""
+class _ForwardPart:
+    """The rows of one request. `kept`: the request whose input the peer has kept for the backward."""
 
-    output: torch.Tensor
     rows: tuple[int, ...]
     hidden: torch.Tensor
     kept: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpanForward:
+    """A forward through the copy, of which each part was a request. The backward names them."""
+
+    output: torch.Tensor
+    parts: tuple[_ForwardPart, ...]
 
 
 class SpanLane:
@@ -86,17 +94,24 @@ class SpanLane:
         return f"<SpanLane {self.span} on {self.peer} step={self.step}>"
 
     async def forward(self, rows: Sequence[int], hidden: torch.Tensor, *, keep: bool = True) -> SpanForward:
-        """Run packed rows, `[sum of rows, width]`."""
-        rows = tuple(rows)
-        async with self._asking(Forward(self._next(), rows, keep), hidden) as seq:
-            said = await self._hear(Result, seq)
-            output = await receive_parts(self._stream, (sum(rows), self._width))
-        return SpanForward(output, rows, hidden, seq if said.kept else None)
+        """Run packed rows, `[sum of rows, width]`, in as many requests as the peer's limit of positions needs."""
+        outputs, parts = [], []
+        for _, lengths, first in cut(rows, self.begun.max_positions):
+            part = hidden[first : first + sum(lengths)]
+            async with self._asking(Forward(self._next(), lengths, keep), part) as seq:
+                said = await self._hear(Result, seq)
+                outputs.append(await receive_parts(self._stream, (sum(lengths), self._width)))
+            parts.append(_ForwardPart(lengths, part, seq if said.kept else None))
+        return SpanForward(torch.cat(outputs), tuple(parts))
 
     async def backward(self, done: SpanForward, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the forward's input. The peer adds those of its weights to what it has."""
-        tensors = (done.hidden, grad) if done.kept is None else (grad,)
-        async with self._asking(Backward(self._next(), done.rows, done.kept), *tensors) as seq:
+        grads = torch.split(grad, [len(part.hidden) for part in done.parts])
+        return torch.cat([await self._back(part, each) for part, each in zip(done.parts, grads, strict=True)])
+
+    async def _back(self, part: _ForwardPart, grad: torch.Tensor) -> torch.Tensor:
+        tensors = (part.hidden, grad) if part.kept is None else (grad,)
+        async with self._asking(Backward(self._next(), part.rows, part.kept), *tensors) as seq:
             await self._hear(PassGradients, seq)
             return await receive_parts(self._stream, tuple(grad.shape))
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 
 from peerd.client.training.span_lane import SpanForward, SpanLane
-from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.protocol.errors import ContextTooLong, InvalidRequest, PeerdError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.span_training import SpanBegin
 from peerd.protocol.span import Span
@@ -36,6 +36,9 @@ class Facts(Protocol):
 
     @property
     def block_count(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
 
 
 class Model(Protocol):
@@ -91,6 +94,8 @@ class SpanTraining:
         rows = tuple(len(text) for text in texts)
         if min(rows, default=0) < 2:
             raise InvalidRequest("a text to train on has two tokens at least")
+        if max(rows) > (limit := self._model.facts.max_length):
+            raise ContextTooLong(f"a text of {max(rows)} tokens: the model takes {limit}; cut it")
         hidden = torch.cat([self._model.embed(text) for text in texts])
         done: list[Pass | SpanForward] = []
         try:

@@ -31,6 +31,7 @@ from peerd.protocol.errors import (
     InternalError,
     InvalidRequest,
     NoRoom,
+    Overloaded,
     PeerdError,
     PeerFault,
     RemoteProtocolError,
@@ -225,7 +226,7 @@ class _Training:
                     case Publish():
                         model = await self.copy.publish(_digests_of(message))
                         await self.stream.send(Published(message.seq, model).to_header())
-        except (BadResult, InvalidRequest, NoRoom) as error:
+        except (BadResult, InvalidRequest, NoRoom, Overloaded) as error:
             await self.stream.send(SpanFailure.of(error, message.seq).to_header())
         except CheckpointError as error:
             await self.stream.send(SpanFailure.of(InvalidRequest(str(error)), message.seq).to_header())
@@ -240,8 +241,7 @@ class _Training:
         await self._run(work)
         if work.tape is not None:
             self._drop(message.seq)
-            passes.memory.take(self.owner.share, work.tape.size_bytes)
-            self.tapes[message.seq] = work.tape
+            self._keep(message.seq, work.tape)
         await self.stream.send(Result(message.seq, kept=work.tape is not None).to_header())
         await self._send(work.output)
 
@@ -256,7 +256,13 @@ class _Training:
             given = PassInput(self.trainer.model.span, message.rows, hidden)
             tape = Tape(given, passes.plan(given), passes.leaves(given))
         work = self.trainer.backward(tape, grad)
-        await self._run(work)
+        try:
+            await self._run(work)
+        except Overloaded:
+            if message.of is not None:
+                # It was never begun, so the client may ask again.
+                self._keep(message.of, tape)
+            raise
         await self.stream.send(PassGradients(message.seq).to_header())
         await self._send(work.grad)
 
@@ -282,6 +288,10 @@ class _Training:
 
     async def _send(self, tensor: torch.Tensor) -> None:
         await send_parts(self.stream, tensor, codec="exact", dtype=torch.float32)
+
+    def _keep(self, seq: int, tape: Tape) -> None:
+        self.trainer.passes.memory.take(self.owner.share, tape.size_bytes)
+        self.tapes[seq] = tape
 
     def _take_tape(self, seq: int) -> Tape:
         tape = self.tapes.pop(seq)

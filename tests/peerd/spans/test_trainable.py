@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import resource
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,19 @@ from peerd.cli.train_span import TrainRequest, train_span
 from peerd.client.training.span_training import SpanTraining, open_span_training
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.checkpoint.trained import Description, base_of
-from peerd.protocol.errors import BadResult, InvalidRequest, NotServed, Overloaded, UnsupportedFeature
+from peerd.protocol.errors import (
+    BadResult,
+    ContextTooLong,
+    Draining,
+    InvalidRequest,
+    NoRoom,
+    NotServed,
+    Overloaded,
+    UnsupportedFeature,
+)
 from peerd.protocol.identity import Identity
 from peerd.spans.spec import Trainable
+from peerd.spans.trainable import TrainableSpans
 
 pytestmark = [pytest.mark.real_time, pytest.mark.slow]
 
@@ -176,6 +188,23 @@ async def test_trained_blocks_equal_local_training_and_are_another_model(path: P
         assert digest not in {served.model for served in (*front.served, *back.served)}
 
 
+async def test_more_positions_than_a_request_may_have_go_in_several(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerd.server.training.span_training.MAX_PASS_POSITIONS", 7)
+    expected = Local(path).train(3)
+    async with (
+        serving(path, tmp_path / "all", peerd.Span(0, 4), FRONT) as server,
+        peerd.open_peer(OURS, bootstrap=server.addresses) as ours,
+        training(ours, path, [peerd.Span(0, 3)]) as opened,
+    ):
+        assert await steps(opened, 3) == pytest.approx(expected, abs=1e-4)
+        with pytest.raises(ContextTooLong, match="a text of 3000 tokens: the model takes 2048"):
+            await opened.accumulate([[1] * 3000])
+        # Nothing was sent, so the training goes on.
+        await steps(opened, 1)
+
+
 async def test_a_server_that_dies_costs_only_the_steps_since_the_last_snapshot(path: Path, tmp_path: Path) -> None:
     expected = Local(path).train(4)
     front, back = peerd.Span(0, 2), peerd.Span(2, 4)
@@ -246,6 +275,98 @@ async def test_only_those_whom_the_operator_names_may_train(path: Path, tmp_path
             # All that went wrong has ended nothing.
             assert await steps(opened, 1)
             assert opened.step == 1
+
+
+async def test_a_full_disk_costs_a_snapshot_and_not_the_training(path: Path, tmp_path: Path) -> None:
+    async with (
+        serving(path, tmp_path / "all", peerd.Span(0, 4), FRONT) as server,
+        peerd.open_peer(OURS, bootstrap=server.addresses) as ours,
+        training(ours, path, TRAINED[:1]) as opened,
+    ):
+        await steps(opened, 1)
+        with files_of_at_most(4096), pytest.raises(NoRoom, match=r"the snapshot cannot be written here: .*large"):
+            await opened.save()
+        blocks = await opened.save()
+        with files_of_at_most(16), pytest.raises(NoRoom, match="trained blocks cannot be written here: File too large"):
+            await opened.publish(blocks)
+        await opened.publish(blocks)
+        assert len(server.served) == 2
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse to write more into any file, as where the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("ends", ["served", "cancelled", "refused"])
+async def test_what_was_published_before_goes_when_the_new_is_served_however_that_ends(
+    path: Path, tmp_path: Path, ends: str
+) -> None:
+    def slot(model: Path, digest: bytes) -> Any:
+        loader = SimpleNamespace(spec=peerd.ServeSpec(model, stay=True))
+        return SimpleNamespace(loader=loader, served=SimpleNamespace(model=digest))
+
+    other, old = slot(tmp_path / "other" / "published-1", bytes(32)), slot(tmp_path / "copy" / "published-1", bytes(32))
+    slots, withdrawn = [other, old], []
+
+    async def serve(spec: peerd.ServeSpec) -> None:
+        if ends != "refused":
+            slots.append(slot(Path(spec.model), description.model_digest))
+        if ends == "cancelled":
+            scope.cancel()
+        await trio.lowlevel.checkpoint()
+        if ends == "refused":
+            raise NoRoom("no")
+
+    async def withdraw(slot: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        withdrawn.append(slot)
+
+    with open_checkpoint(path) as base:
+        description = Description(base_of(base), base.model_digest, {0: bytes(32)})
+    model = SimpleNamespace(span=peerd.Span(2, 3))
+    copy: Any = SimpleNamespace(
+        folder=tmp_path / "copy",
+        newest=None,
+        served=peerd.Span(0, 4),
+        spec=peerd.ServeSpec(path, stay=True),
+        trainer=SimpleNamespace(model=model, step=1),
+    )
+    spans: Any = TrainableSpans(slots, serve, withdraw)  # type: ignore[arg-type]
+    with trio.CancelScope() as scope, suppress(NoRoom):
+        await spans.publish(copy, description)
+    assert withdrawn == ([] if ends == "refused" else [old])
+
+
+async def test_no_copy_opens_beside_a_span_that_left_while_it_was_loaded(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peerd.spans import trainable
+
+    async with (
+        serving(path, tmp_path / "all", peerd.Span(0, 4), FRONT) as server,
+        peerd.open_peer(OURS, bootstrap=server.addresses) as ours,
+    ):
+        host = server._spans
+        assert host is not None
+        (slot,) = host._slots
+
+        def load_while_it_leaves(load: Any) -> Any:
+            trio.from_thread.run(host.withdraw, slot)
+            slot.vacate()
+            return run(load)
+
+        run = trainable._Loading.run
+        monkeypatch.setattr(trainable._Loading, "run", load_while_it_leaves)
+        with pytest.raises((Draining, NotServed), match="left while the copy was loaded"):
+            async with training(ours, path, TRAINED[:1]):
+                pass
 
 
 async def test_the_command_trains_saves_and_goes_on_where_it_was(
