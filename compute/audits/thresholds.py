@@ -14,6 +14,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from peerd.protocol.span import MAX_BLOCKS, Span
+
 # Its errors were not measured, and are smaller: it has three more bits.
 _AT_MOST = {"float16": "bfloat16"}
 
@@ -50,14 +52,27 @@ class Thresholds:
     part: Mapping[frozenset[str], float]
     made: Mapping[str, Any]
 
-    def limit(self, pairs: Iterable[Pair], *, is_whole: bool) -> float | None:
+    def limit(self, pairs: Iterable[Pair], *, is_whole: bool, blocks: int = 0) -> float | None:
         """The distance that two honest chains do not exceed, if in some blocks these pairs of servers met.
 
         The worst pair decides, as if it had computed all blocks. None if a pair was not measured.
+
+        blocks: how many blocks the chains have. Where these are more than those that were measured, the limit grows
+            in proportion: rounding errors do not grow faster.
         """
         limits = self.whole if is_whole else self.part
         found = [_lookup(limits, pair) for pair in pairs]
-        return max((each for each in found if each is not None), default=None) if None not in found else None
+        if None in found:
+            return None
+        worst = max((each for each in found if each is not None), default=None)
+        return None if worst is None else worst * max(1.0, blocks / self._measured(is_whole))
+
+    def _measured(self, is_whole: bool) -> int:
+        """How many blocks the table was measured over; without a word of it, any number."""
+        spans = [Span.parse(str(each)) for each in self.made.get("spans", ())]
+        if not spans:
+            return MAX_BLOCKS
+        return max(span.end for span in spans) if is_whole else max(map(len, spans))
 
     def to_json(self) -> str:
         """The table as the text of a file."""
@@ -78,7 +93,9 @@ class Thresholds:
                 {frozenset(pair.split()): float(limit) for pair, limit in fields[name].items()}
                 for name in ("whole", "part")
             )
-            return cls(whole, part, fields["made"])
+            table = cls(whole, part, fields["made"])
+            table._measured(True)
+            return table
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a table of thresholds: {error!r}") from None
 

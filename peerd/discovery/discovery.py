@@ -137,6 +137,10 @@ class Discovery:
         """Whether we tried to reach the peer lately and never found it."""
         return self.track_record.standing(peer_id).is_absent
 
+    def is_reached(self, peer_id: PeerId) -> bool:
+        """Whether we reached the peer before."""
+        return self.track_record.standing(peer_id).is_reached
+
     def announce_from(self, spans: Spans, models: Models = tuple) -> None:
         """Announce what these return; they are called at each announcement. `seq` and `expires` are filled in."""
         self._own.spans, self._own.models = spans, models

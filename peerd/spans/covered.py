@@ -32,6 +32,9 @@ class Reaching(Protocol):
     def is_absent(self, peer_id: PeerId) -> bool:
         """Whether we tried to reach the peer lately and never found it."""
 
+    def is_reached(self, peer_id: PeerId) -> bool:
+        """Whether we reached the peer before."""
+
 
 def present(holdings: Iterable[Holding], reaching: Reaching) -> list[Holding]:
     """The holdings without those of peers that we looked for in vain."""
@@ -58,12 +61,22 @@ async def is_left_covered(
                 reached.add(peer_id)
 
     async with trio.open_nursery() as nursery:
-        for peer_id in sorted(peers, key=reaching.is_absent)[:MAX_DIALLED]:
+        for peer_id in _to_dial(peers, reaching):
             nursery.start_soon(reach, peer_id)
     held = {
         block for one in others if one.peer_id in reached for block in range(one.record.span.start, one.record.span.end)
     }
     return held.issuperset(range(span.start, span.end))
+
+
+def _to_dial(peers: Sequence[PeerId], reaching: Reaching) -> list[PeerId]:
+    """At most MAX_DIALLED of `peers`. If there are more, half are such that we reached before: strangers may have
+    made up all others.
+    """
+    known = [peer_id for peer_id in peers if reaching.is_reached(peer_id)]
+    new = sorted(set(peers).difference(known), key=lambda peer_id: (reaching.is_absent(peer_id), peers.index(peer_id)))
+    of_new = min(len(new), max(MAX_DIALLED // 2, MAX_DIALLED - len(known)))
+    return known[: MAX_DIALLED - of_new] + new[:of_new]
 
 
 def _overlap(one: Span, other: Span) -> bool:

@@ -128,7 +128,8 @@ class ModelChoice:
         now = trio.current_time()
         self._refused = {claim: refusal for claim, refusal in self._refused.items() if now < refusal[1]}
         allowed = ((spec, named) for named in models if (spec := self._spec_of(named)) and not self._why_refused(named))
-        due = [one for one in islice(allowed, MAX_LOOKED_UP) if not self._is_empty(one[1], now)]
+        # Names without servers must not keep others from being looked up, for strangers can make up any number of them.
+        due = list(islice((one for one in allowed if not self._is_empty(one[1], now)), MAX_LOOKED_UP))
         found: list[_Candidate] = []
         opened = keys = 0
         for spec, named in sorted(due, key=lambda one: _keys_of(one[1])):

@@ -155,7 +155,8 @@ class Audit:
 
     def _limit(self, one: Sequence[Hop], other: Sequence[Hop]) -> float | None:
         is_whole = len(one) > 1 or one[0].span == self._case.blocks
-        return self._tools.thresholds.limit(pairs_of(one, other), is_whole=is_whole)
+        blocks = sum(len(hop.span) for hop in one)
+        return self._tools.thresholds.limit(pairs_of(one, other), is_whole=is_whole, blocks=blocks)
 
     def _chain_of_others(self, blocks: Span, than: Iterable[PeerId], like: Sequence[Hop]) -> tuple[Hop, ...] | None:
         case, in_use = self._case, self._tools.in_use()

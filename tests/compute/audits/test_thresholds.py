@@ -46,11 +46,30 @@ def test_a_device_has_its_own_row_or_that_of_all_devices() -> None:
     assert measured.limit([(gpu, FULL)], is_whole=True) == 0.07
 
 
+def test_limits_grow_with_blocks_beyond_those_that_were_measured() -> None:
+    table = Thresholds(TABLE.whole, TABLE.part, {"spans": ["0:4", "4:12"]})
+    limits = [table.limit([(FULL, FULL)], is_whole=True, blocks=blocks) for blocks in (0, 3, 12, 24, 120)]
+    assert limits == pytest.approx([0.001, 0.001, 0.001, 0.002, 0.01])
+    assert table.limit([(FULL, FULL)], is_whole=False, blocks=16) == pytest.approx(0.004)
+    assert TABLE.limit([(FULL, FULL)], is_whole=True, blocks=200) == 0.001
+
+
 def test_a_table_reads_what_it_wrote() -> None:
     assert Thresholds.from_json(TABLE.to_json()) == TABLE
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"peerd_thresholds": 2}', '{"peerd_thresholds": 1, "whole": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"peerd_thresholds": 2}',
+        '{"peerd_thresholds": 1, "whole": 3}',
+        '{"peerd_thresholds": 1, "whole": {}, "part": {}, "made": 5}',
+        '{"peerd_thresholds": 1, "whole": {}, "part": {}, "made": {"spans": ["4:3"]}}',
+    ],
+)
 def test_other_files_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Thresholds.from_json(text)

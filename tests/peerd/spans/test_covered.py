@@ -37,8 +37,8 @@ def holding(peer: str, span: str, *, slot: int = 0, state: str = "online") -> Ho
 class World:
     """Who is there, and who was looked for in vain."""
 
-    def __init__(self, there: str, absent: str = "") -> None:
-        self.there, self.absent = set(there.split()), set(absent.split())
+    def __init__(self, there: str, absent: str = "", reached: str = "") -> None:
+        self.there, self.absent, self.reached = set(there.split()), set(absent.split()), set(reached.split())
         self.dialled: list[str] = []
 
     async def reaches(self, peer_id: PeerId) -> bool:
@@ -48,6 +48,9 @@ class World:
 
     def is_absent(self, peer_id: PeerId) -> bool:
         return peer_id in self.absent
+
+    def is_reached(self, peer_id: PeerId) -> bool:
+        return peer_id in self.reached
 
 
 async def covered(world: World, *holdings: Holding) -> bool:
@@ -88,3 +91,24 @@ async def test_a_thousand_servers_that_are_not_there_cost_a_few_dials() -> None:
 def test_servers_that_were_looked_for_in_vain_count_nowhere() -> None:
     found = [holding("a", "0:4"), holding("ghost", "4:8")]
     assert present(found, World("a", "ghost")) == found[:1]
+
+
+async def test_servers_that_we_reached_before_are_dialled_among_any_number_of_made_up_ones():
+    fakes = [holding(f"fake{number}", "0:4") for number in range(1000)]
+    world = World("real", reached="real")
+    assert await covered(world, *fakes, holding("real", "0:4"))
+    assert len(world.dialled) == MAX_DIALLED
+
+
+async def test_half_of_those_who_are_dialled_are_new_to_us():
+    known = [f"known{number}" for number in range(100)]
+    new = [f"new{number}" for number in range(100)]
+    world = World("", reached=" ".join(known))
+    assert not await covered(world, *(holding(peer, "0:4") for peer in [*known, *new]))
+    assert sorted(peer in known for peer in world.dialled) == [False] * 16 + [True] * 16
+
+
+async def test_where_few_are_known_the_others_are_dialled():
+    world = World("", reached="a")
+    assert not await covered(world, holding("a", "0:4"), *(holding(f"new{number}", "0:4") for number in range(40)))
+    assert len(set(world.dialled)) == MAX_DIALLED

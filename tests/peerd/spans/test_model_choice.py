@@ -244,6 +244,15 @@ async def test_models_that_strangers_make_up_cost_few_lookups() -> None:
     assert len(strangers.looked_up) == MAX_LOOKED_UP
 
 
+async def test_names_without_servers_do_not_hide_those_behind_them() -> None:
+    strangers = Strangers()
+    choice = strangers.choice()
+    made_up, real = [named(number, "one") for number in range(MAX_LOOKED_UP)], named(1000, "one")
+    for _ in range(2):
+        await choice._candidates([*made_up, real])
+    assert real.digest in strangers.looked_up
+
+
 async def test_huge_models_that_strangers_make_up_do_not_keep_a_server_from_a_real_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
