@@ -22,6 +22,7 @@ from peerd.api.openai.bodies import CompletionShape, Shape
 from peerd.api.openai.chat_templates import ChatTemplates
 from peerd.api.openai.event_writer import EventWriter
 from peerd.api.openai.requests import CommonFields, read_chat, read_completion
+from peerd.api.responses.endpoints import ResponsesApi
 from peerd.api.status import Status
 from peerd.api.tensors.session import serve_session
 from peerd.api.web.files import page_routes
@@ -60,6 +61,7 @@ class Api:
             Route("/readyz", self.readiness),
             WebSocketRoute("/peerd/v1/session", self.session),
             *MessagesApi(self._chats).routes(),
+            *ResponsesApi(self._chats).routes(),
             *page_routes(),
         ]
         errors: dict[Any, Any] = {

@@ -177,6 +177,9 @@ class Caller:
         return answer
 
     async def get(self, path):
+        return await self.request("GET", path)
+
+    async def request(self, method, path):
         answer = Answer()
 
         async def receive():
@@ -189,7 +192,7 @@ class Caller:
             else:
                 answer.body += message["body"]
 
-        scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "scheme": "http"}
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "scheme": "http"}
         await self._app(scope | {"server": ("localhost", 80), "root_path": ""}, receive, send)
         return answer
 

@@ -1,0 +1,1 @@
+"""OpenAI's newer API, /v1/responses: its items in the words of chats, and chats' answers as items."""
