@@ -16,6 +16,7 @@ from peerd.api.error_shapes import error_response
 from peerd.api.errors import ApiError, api_error
 from peerd.api.http.catch_all import answer_bug, answer_nobody
 from peerd.api.models import Models
+from peerd.api.ollama.endpoints import OllamaApi
 from peerd.api.openai.answering import Answering
 from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import CompletionShape, Shape
@@ -62,6 +63,7 @@ class Api:
             WebSocketRoute("/peerd/v1/session", self.session),
             *MessagesApi(self._chats).routes(),
             *ResponsesApi(self._chats).routes(),
+            *OllamaApi(self._chats).routes(),
             *page_routes(),
         ]
         errors: dict[Any, Any] = {

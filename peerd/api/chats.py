@@ -18,11 +18,11 @@ from starlette.responses import Response
 from peerd.api.fields import Fields, body_limit, parse_json, read_body
 from peerd.api.models import Models
 from peerd.api.openai.answering import Answering
-from peerd.api.openai.answers import Answers
+from peerd.api.openai.answers import Answers, encode_prompt
 from peerd.api.openai.bodies import ChatShape
 from peerd.api.openai.chat_prompts import ChatPrompt, chat_prompt
 from peerd.api.openai.chat_templates import ChatTemplates
-from peerd.api.openai.requests import ChatRequest
+from peerd.api.openai.requests import ChatRequest, CompletionRequest
 from peerd.api.openai.responses import AnswerResponse, Writer
 from peerd.api.openai.tool_bodies import ToolChatShape
 from peerd.api.web.history import History
@@ -108,6 +108,13 @@ class Chats:
             shape = ToolChatShape(name, model.token_bytes, make_reader, rows, parallel=wanted.tools.parallel)
             decode = decoder_showing(model.tokenizer, rendered.form.marks)
         return Chat(Answers(model, wanted.common, [prompt], self.history.count_token, decode), shape)
+
+    async def open_text(self, wanted: CompletionRequest) -> Chat:
+        """As `open`, for one text that is continued without a template."""
+        model, common = self.models.named(wanted.common.model), wanted.common
+        prompt = await encode_prompt(model, wanted.prompts[0])
+        answers = Answers(model, common, [prompt], self.history.count_token)
+        return Chat(answers, ChatShape(common.model, model.token_bytes))
 
     def respond(self, answers: Answers, writer: Writer, *, count: int, stream: bool) -> Response:
         """The response with these answers."""

@@ -24,7 +24,8 @@ class Models:
 
     def named(self, name: str) -> SwarmModel:
         """The model with that name, or with that digest in hex. Raises ApiError if there is none."""
-        model = self._models.get(name)
+        # Ollama's clients add `:latest`.
+        model = self._models.get(name) or self._models.get(name.removesuffix(":latest"))
         if model is None:
             model = next((each for each in self._models.values() if each.facts.digest.hex() == name), None)
         if model is None:

@@ -1,18 +1,20 @@
 """A dialect's request in the words of /v1/chat/completions, so that all checks exist once.
 
 The reader of a dialect checks only what OpenAI's fields cannot say, and puts the rest into the body as it came. What
-`read_chat` then refuses is named as the client wrote it: the translation remembers where each field came from.
+the readers of OpenAI's requests then refuse is named as the client wrote it: the translation remembers where each field
+came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from peerd.api.errors import ApiError
 from peerd.api.fields import Fields
-from peerd.api.openai.requests import ChatRequest, read_chat
+
+T = TypeVar("T")
 
 
 class Translation:
@@ -20,7 +22,7 @@ class Translation:
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
-        self._body: dict[str, Any] = {"messages": self.messages}
+        self._body: dict[str, Any] = {}
         self._origins: dict[str, str] = {}
 
     def put(self, name: str, value: Any, origin: str | None = None) -> None:
@@ -47,10 +49,11 @@ class Translation:
         """What lies at `path` in the body is at `own` in the client's."""
         self._origins[path] = own
 
-    def read(self) -> ChatRequest:
-        """The request. Raises ApiError."""
+    def read(self, read: Callable[[Fields], T]) -> T:
+        """What `read` makes of the body. Raises ApiError."""
+        messages = {"messages": self.messages} if self.messages else {}
         with self.naming():
-            return read_chat(Fields(self._body))
+            return read(Fields(self._body | messages))
 
     @contextmanager
     def naming(self) -> Iterator[None]:

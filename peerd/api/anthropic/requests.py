@@ -7,7 +7,7 @@ from typing import Any
 
 from peerd.api.anthropic.messages import add_messages, joined_text
 from peerd.api.fields import Fields
-from peerd.api.openai.requests import ChatRequest
+from peerd.api.openai.requests import ChatRequest, read_chat
 from peerd.api.openai.tool_fields import MAX_TOOLS
 from peerd.api.translation import Translation
 
@@ -64,7 +64,7 @@ def _read(fields: Fields) -> MessagesRequest:
     fields.refuse(_UNSUPPORTED)
     fields.ignore(*_WITHOUT_EFFECT)
     fields.refuse_others()
-    return MessagesRequest(translation.read(), translation)
+    return MessagesRequest(translation.read(read_chat), translation)
 
 
 def _put_tools(fields: Fields, translation: Translation) -> None:

@@ -62,6 +62,8 @@ class Answers:
         Raises ApiError if a prompt does not fit, before any peer is asked.
         """
         self.usage = Usage(sum(map(len, prompts)))
+        #: When the first token came, by Trio's clock; None before it.
+        self.first_token_at: float | None = None
         self._common = common
         self._on_token = on_token
         self._decodings = [
@@ -115,6 +117,8 @@ class Answers:
         async for picked in receive:
             if isinstance(picked, PeerdError):
                 raise picked
+            if self.first_token_at is None:
+                self.first_token_at = trio.current_time()
             self.usage.completion_tokens += 1
             self._on_token()
             yield picked

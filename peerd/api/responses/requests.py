@@ -8,7 +8,7 @@ from typing import Any
 
 from peerd.api.errors import invalid
 from peerd.api.fields import Fields
-from peerd.api.openai.requests import ChatRequest
+from peerd.api.openai.requests import ChatRequest, read_chat
 from peerd.api.openai.tool_fields import MAX_TOOLS
 from peerd.api.responses.items import add_input
 from peerd.api.responses.store import Stored, memory_of
@@ -90,7 +90,7 @@ def read_responses_request(fields: Fields, stored: Callable[[str], Stored | None
     fields.refuse_others()
     size = memory_of([fields.take(name) for name in fields.names()]) if store else 0
     return ResponsesRequest(
-        translation.read(),
+        translation.read(read_chat),
         translation,
         tuple(translation.messages[first:]),
         _shown(fields, store),
