@@ -75,8 +75,10 @@ async def _check_tools(
     name: str, templates: ChatTemplates, template: str, variables: dict[str, Any], offer: dict[str, Any]
 ) -> None:
     """Refuse tools that the model would never see, because its template does not use them."""
-    with_tools = await templates.render(template, _PROBE, variables | offer)
-    if with_tools == await templates.render(template, _PROBE, variables):
+    if template not in templates.uses_tools:
+        with_tools = await templates.render(template, _PROBE, variables | offer)
+        templates.uses_tools[template] = with_tools != await templates.render(template, _PROBE, variables)
+    if not templates.uses_tools[template]:
         raise _refused(f"{name}'s chat template does not use tools: leave them out", "tools")
 
 

@@ -32,6 +32,8 @@ class ChatTemplates:
     """Renders conversations. Made by `open_chat_templates`."""
 
     def __init__(self, make_renderer: Callable[[], Renderer]) -> None:
+        #: Whether a template uses tools, for those of which it is known. They are those of our models, so they are few.
+        self.uses_tools: dict[str, bool] = {}
         self._make_renderer = make_renderer
         self._places = trio.Semaphore(MOST_PROCESSES)
         # The templates in use or waited for, each with the places that it may have.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -16,10 +15,6 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId, public_key_of
 from peerd.protocol.messages.adapters import check_name
 from peerd.protocol.span import MAX_BLOCKS, Span
-
-if TYPE_CHECKING:
-    pass
-
 
 AUTO = "auto"
 OFF = "off"

@@ -103,11 +103,16 @@ def open_byte_model(open_swarm, byte_tokenizer):
 
 
 class InProcessTemplates:
-    """Renders in the test's process; the separate process of a daemon has its own tests."""
+    """Renders in the test's process; the separate process of a daemon has its own tests. `rendered`: how often."""
+
+    def __init__(self):
+        self.uses_tools = {}
+        self.rendered = 0
 
     async def render(self, template, messages, variables, *, opens_answer=True, continues_last=False):
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        self.rendered += 1
         rendered, _ = render_jinja_template(
             [messages],
             chat_template=template,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from peerd.api.openai.tool_calls.call import Call, Schemas, call_of, loaded, made
-from peerd.api.strict_json import BadJson, decode_first, decode_json
+from peerd.api.openai.tool_calls.typed_values import typed
+from peerd.api.strict_json import BadJson, decode_first
 
 _SPACE = re.compile(r"\s*")
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*(?=\{)")
-_DEEPSEEK = re.compile(
-    "<\uff5ctool\u2581call\u2581begin\uff5c>(.*?)<\uff5ctool\u2581sep\uff5c>(.*?)<\uff5ctool\u2581call\u2581end\uff5c>",
-    re.DOTALL,
-)
+_DEEPSEEK_MARKS = tuple(f"<\uff5ctool\u2581{name}\uff5c>" for name in ("call\u2581begin", "sep", "call\u2581end"))
+_NAME = re.compile(r"[^\s<>{}]+")
 _FENCED = re.compile(r"([^\n]+)\n```json\n(.*?)\n?```\s*", re.DOTALL)
 _GLM_NAME = re.compile(r"\s*([^\s<]+)\s*")
-_GLM_PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+_GLM_MARKS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 _XML_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>\s*", re.DOTALL)
 _XML_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
 
@@ -59,21 +57,43 @@ def parse_mistral(body: str, schemas: Schemas) -> Sequence[Call] | None:
 
 def parse_deepseek(body: str, schemas: Schemas) -> Sequence[Call] | None:
     """`NAME<sep>{...}`, or, in older models, `function<sep>NAME` and the arguments in a fence; each in its marks."""
-    calls = []
-    for before, after in _DEEPSEEK.findall(body):
-        fenced = _FENCED.fullmatch(after)
-        name, arguments = (fenced[1], fenced[2]) if fenced else (before, after)
-        calls.append(made(name.strip(), loaded(arguments)) if name.strip() else None)
+    begin, separator, end = _DEEPSEEK_MARKS
+    calls: list[Call | None] = []
+    at = _end_of_space(body)
+    while at < len(body):
+        name, at = _between(body, at, begin, separator)
+        arguments, at = _between(body, at, "", end)
+        if name is None or arguments is None:
+            return None
+        if name.strip() == "function" and "function" not in schemas:
+            # Only in the older form does this word stand where the name is in the newer one.
+            fenced = _FENCED.fullmatch(arguments)
+            name, arguments = (fenced[1], fenced[2]) if fenced else ("", "")
+        calls.append(made(name.strip(), loaded(arguments)) if _NAME.fullmatch(name.strip()) else None)
+        at = _end_of_space(body, at)
     return _all(calls)
 
 
 def parse_glm(body: str, schemas: Schemas) -> Sequence[Call] | None:
-    """`NAME`, and then each argument as `<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>`."""
-    name = _GLM_NAME.match(body)
-    if name is None:
+    """`NAME`, and then each argument as `<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>`. A word without arguments
+    is a call only of a tool that was offered.
+    """
+    begun = _GLM_NAME.match(body)
+    if begun is None:
         return None
-    pairs = _pairs(_GLM_PAIR, body[name.end() :])
-    return None if pairs is None else _all([made(name[1], _typed(pairs, schemas.get(name[1], {})))])
+    name, at = begun[1], begun.end()
+    pairs: dict[str, str] = {}
+    key_begin, key_end, value_begin, value_end = _GLM_MARKS
+    while at < len(body):
+        key, at = _between(body, at, key_begin, key_end)
+        value, at = _between(body, _end_of_space(body, max(at, 0)), value_begin, value_end)
+        if key is None or value is None:
+            return None
+        pairs[key.strip()] = value
+        at = _end_of_space(body, at)
+    if not pairs and name not in schemas:
+        return None
+    return _all([made(name, typed(pairs, schemas.get(name, {})))])
 
 
 def parse_xml(body: str, schemas: Schemas) -> Sequence[Call] | None:
@@ -82,7 +102,7 @@ def parse_xml(body: str, schemas: Schemas) -> Sequence[Call] | None:
     if function is None:
         return None
     pairs = _pairs(_XML_PARAMETER, function[2])
-    return None if pairs is None else _all([made(function[1], _typed(pairs, schemas.get(function[1], {})))])
+    return None if pairs is None else _all([made(function[1], typed(pairs, schemas.get(function[1], {})))])
 
 
 def _all(calls: Sequence[Call | None]) -> Sequence[Call] | None:
@@ -104,22 +124,17 @@ def _pairs(pattern: re.Pattern[str], text: str) -> dict[str, str] | None:
     return pairs
 
 
-def _end_of_space(text: str) -> int:
-    space = _SPACE.match(text)
-    return space.end() if space else 0
+def _between(text: str, at: int, begin: str, end: str) -> tuple[str | None, int]:
+    """The text from `begin`, which must be there at this place, to the next `end`; and the place behind that. None, and
+    the place -1, if there is no such text.
+    """
+    if at < 0 or not text.startswith(begin, at):
+        return None, -1
+    start = at + len(begin)
+    stop = text.find(end, start)
+    return (None, -1) if stop < 0 else (text[start:stop], stop + len(end))
 
 
-def _typed(pairs: dict[str, str], schema: Any) -> dict[str, object]:
-    """Values that are written without quotes: a text where the schema says so or where they are not JSON."""
-    properties = schema.get("properties")
-    known = properties if isinstance(properties, dict) else {}
-    return {key: _value(text, known.get(key)) for key, text in pairs.items()}
-
-
-def _value(text: str, schema: object) -> object:
-    if isinstance(schema, dict) and schema.get("type") == "string":
-        return text
-    try:
-        return decode_json(text)
-    except BadJson:
-        return text
+def _end_of_space(text: str, at: int = 0) -> int:
+    space = _SPACE.match(text, at)
+    return space.end() if space else at

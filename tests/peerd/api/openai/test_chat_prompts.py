@@ -53,6 +53,15 @@ def render(byte_tokenizer):
     return render
 
 
+async def test_whether_a_template_uses_tools_is_asked_once(byte_tokenizer):
+    tokenizer, templates = copy.copy(byte_tokenizer), InProcessTemplates()
+    tokenizer.chat_template = HERMES
+    wanted = read_chat(Fields({"model": "m", "messages": MESSAGES, "tools": [TOOL]}))
+    for rendered in (3, 4, 5):
+        await chat_prompt(SimpleNamespace(tokenizer=tokenizer), wanted, templates)
+        assert templates.rendered == rendered
+
+
 async def test_tools_calls_and_their_answers_go_through_the_template(render):
     prompt = await render(HERMES, tools=[TOOL])
     assert prompt.text == "[weather]<user>Rome?<assistant><tool_call>Rome</tool_call><tool weather>Rain."

@@ -101,6 +101,16 @@ PLAIN = [
     ("mistral", "[TOOL_CALLS]nothing"),
     ("mistral", '[TOOL_CALLS][{"name": 3}]'),
     ("deepseek", f"{ds('calls begin')}x{ds('calls end')}"),
+    ("deepseek", f"{ds('calls begin')}So: {NEW_DS}{ds('calls end')}"),
+    ("deepseek", f"{ds('calls begin')}{NEW_DS}and more{ds('calls end')}"),
+    ("deepseek", f"{ds('calls begin')}{NEW_DS.replace('weather', 'I look')}{ds('calls end')}"),
+    # The older form without its fence: no tool is called "function".
+    (
+        "deepseek",
+        f"{ds('calls begin')}{ds('call begin')}function{ds('sep')}{CITY_TEXT}{ds('call end')}{ds('calls end')}",
+    ),
+    ("glm", "<tool_call>hello</tool_call>"),
+    ("glm", "<tool_call>weather<arg_key>city</arg_key>oops<arg_value>x</arg_value></tool_call>"),
     ("harmony", "A text without a header"),
 ]
 
@@ -134,6 +144,76 @@ def test_an_answer_reads_alike_however_it_is_cut(data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(said)), max_size=8)))
     pieces = [said[start:end] for start, end in zip([0, *cuts], [*cuts, len(said)], strict=True)]
     assert read(form, pieces) == read(form, [said])
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("deepseek", ds("calls begin") + ds("call begin") * 100_000),
+        ("deepseek", ds("calls begin") + (ds("call begin") + "x" + ds("sep")) * 50_000),
+        ("glm", "<tool_call>f" + "<arg_key>k" + "</arg_key><arg_value>" * 100_000 + "</tool_call>"),
+        ("xml", "<tool_call><function=f>" + "<parameter=k>" * 100_000 + "</tool_call>"),
+        ("xml", "<tool_call><function=f>" + "</function>x" * 100_000 + "</tool_call>"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_an_answer_that_repeats_a_mark_is_read_in_time_proportional_to_its_length(form, said):
+    """In quadratic time each of these takes minutes."""
+    assert read(form, [said]) == (said, [])
+
+
+TYPES = {
+    "text": {"type": "string"},
+    "maybe": {"type": ["string", "null"]},
+    "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+    "one": {"oneOf": [{"type": "number"}, {"type": "null"}]},
+    "zip": {"enum": ["01234", "12"]},
+    "level": {"enum": [1, 2, "3"]},
+    "named": {"$ref": "#/$defs/Named"},
+    "all": {"allOf": [{"$ref": "#/$defs/Named"}]},
+    "circle": {"$ref": "#/$defs/Circle"},
+    "list": {"type": "array"},
+    "whole": {"type": "integer"},
+    "free": {},
+}
+DEFINITIONS = {"Named": {"enum": ["7", "8"]}, "Circle": {"$ref": "#/$defs/Circle"}}
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("text", "12", "12"),
+        ("text", "true", "true"),
+        ("text", '"quoted"', '"quoted"'),
+        ("maybe", "12", "12"),
+        ("maybe", "null", None),
+        ("either", "12", 12),
+        ("either", "1.5", "1.5"),
+        ("one", "1.5", 1.5),
+        ("zip", "12", "12"),
+        ("level", "2", 2),
+        ("level", "3", "3"),
+        ("level", "4", "4"),
+        ("named", "7", "7"),
+        ("all", "8", "8"),
+        ("circle", "7", 7),
+        ("list", "[1, 2]", [1, 2]),
+        ("list", "a, b", "a, b"),
+        ("whole", "3.0", 3.0),
+        ("free", "12", 12),
+        ("free", '"12"', "12"),
+        ("unknown", "12", 12),
+    ],
+)
+@pytest.mark.parametrize("form", ["glm", "xml"])
+def test_a_value_without_quotes_has_a_type_that_the_schema_allows(form, key, written, value):
+    body = {
+        "glm": f"<tool_call>f<arg_key>{key}</arg_key><arg_value>{written}</arg_value></tool_call>",
+        "xml": f"<tool_call><function=f><parameter={key}>{written}</parameter></function></tool_call>",
+    }[form]
+    schema = {"type": "object", "properties": TYPES, "$defs": DEFINITIONS}
+    [call] = BY_NAME[form].reader({"f": schema}).add(body, final=True)
+    assert json.loads(call.arguments) == {key: value}
 
 
 def test_text_comes_as_soon_as_it_cannot_be_a_call():
