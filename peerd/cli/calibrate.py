@@ -26,7 +26,7 @@ LENGTH = 96
 
 
 async def print_thresholds(model: Path | str, text: Path) -> None:
-    """Print the table for a checkpoint. Raises CheckpointError; InvalidRequest if the text is too short."""
+    """Print the table for a checkpoint. Raises CheckpointError; InvalidRequest if the text is too short, or no text."""
     with working("reading the model") as display:
         made = await trio.to_thread.run_sync(_calibrate, model, text, display)
     write(made)
@@ -60,7 +60,7 @@ def embedded(checkpoint: Checkpoint, texts: list[Path], rows: int, length: int) 
     from peerd.compute.checkpoint.tokenizer import load_tokenizer
     from peerd.compute.model.head import load_head
 
-    words = "".join(text.read_text() for text in texts)
+    words = "".join(_read(text) for text in texts)
     ids = load_tokenizer(checkpoint).encode(words)
     if len(ids) < rows * length:
         raise InvalidRequest(f"{texts[0]} has {len(ids)} tokens; calibration needs {rows * length}: give a longer text")
@@ -69,6 +69,13 @@ def embedded(checkpoint: Checkpoint, texts: list[Path], rows: int, length: int) 
     parts = [torch.tensor(ids[row * length : (row + 1) * length]) for row in range(rows)]
     hidden = torch.stack([head.embed(part, positions).float() for part in parts])
     return hidden, hashlib.sha256(words.encode()).hexdigest()
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise InvalidRequest(f"{text} cannot be read as UTF-8 text: {error}") from None
 
 
 def thirds(blocks: int) -> list[Span]:

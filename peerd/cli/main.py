@@ -209,7 +209,9 @@ def train_span(
     """
     swarm = joining(options)
     if not swarm.bootstrap:
-        raise click.UsageError("--bootstrap is missing: give an address that a peer of the swarm printed")
+        raise click.UsageError(
+            "--bootstrap is missing: give an address that a peer of the swarm printed, or set PEERD_BOOTSTRAP"
+        )
     try:
         text = text_file.read()
     except (OSError, UnicodeError) as error:

@@ -67,7 +67,8 @@ async def train_span(model_path: Path | str, joining: JoinOptions, request: Trai
             )
             checkpoint = await stack.enter_async_context(peer.checkpoints.open(model_path))
             model = await stack.enter_async_context(peer.model(model_path))
-        pieces = cut_text(model, request.text, request.length)
+        with working("cutting the text into tokens"):
+            pieces = await model.in_thread(cut_text, model, request.text, request.length)
         with working("opening copies of the blocks"):
             opening = open_span_training(
                 model,
