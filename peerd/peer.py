@@ -19,6 +19,7 @@ from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery
 from peerd.discovery.kept_clock import is_clock_kept
 from peerd.discovery.prober import RttProber
+from peerd.meters import Meters
 from peerd.net.connections import Connections
 from peerd.net.containment import Containment
 from peerd.net.websocket import WebSocketTransport
@@ -244,12 +245,12 @@ async def open_configured(config: PeerConfig) -> AsyncIterator[Peer]:
     # What the system says of its clock says nothing of another one.
     clock = SwarmClock(config.now, is_clock_kept) if config.now is time.time else SwarmClock(config.now)
     checkpoints = Checkpoints(config.hub)
-    containment = Containment()
+    containment, meters = Containment(), Meters()
     # How others reach us, which also says into which networks we may dial.
     where = Watched(Whereabouts())
     async with (
-        open_server(config, clock, containment) as server,
-        open_net(config, server, containment, where) as connections,
+        open_server(config, clock, containment, meters) as server,
+        open_net(config, server, containment, where, meters) as connections,
         open_own_reach(config, connections, where) as reachability,
         open_own_discovery(config, connections, reachability, clock) as discovery,
         open_spans(config, connections, discovery, reachability, server, checkpoints) as spans,

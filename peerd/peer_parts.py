@@ -15,6 +15,7 @@ from peerd.checkpoints import Checkpoints
 from peerd.client.audits.policy import AuditPolicy
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery, open_discovery
+from peerd.meters import Meters
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
 from peerd.net.dial_policy import DialPolicy, DialRules
@@ -57,14 +58,16 @@ class PeerConfig:
 
 
 @asynccontextmanager
-async def open_server(config: PeerConfig, clock: SwarmClock, containment: Containment) -> AsyncIterator[Server | None]:
+async def open_server(
+    config: PeerConfig, clock: SwarmClock, containment: Containment, meters: Meters
+) -> AsyncIterator[Server | None]:
     if not config.serve:
         yield None
         return
     # Serving needs torch, for which a peer that only keeps the DHT need not wait.
     from peerd.server.server import Server
 
-    server = Server(clock, containment)
+    server = Server(clock, containment, meters)
     async with open_tasks() as tasks:
         await tasks.start(server.run)
         yield server
@@ -72,7 +75,11 @@ async def open_server(config: PeerConfig, clock: SwarmClock, containment: Contai
 
 @asynccontextmanager
 async def open_net(
-    config: PeerConfig, server: Server | None, containment: Containment, where: Watched[Whereabouts]
+    config: PeerConfig,
+    server: Server | None,
+    containment: Containment,
+    where: Watched[Whereabouts],
+    meters: Meters,
 ) -> AsyncIterator[Connections]:
     opening = open_connections(
         config.identity,
@@ -84,6 +91,7 @@ async def open_net(
         dial_rules=_dial_rules(config.bootstrap, where),
         now=config.now,
         containment=containment,
+        meters=meters,
     )
     async with opening as connections:
         yield connections

@@ -49,8 +49,8 @@ class Api:
         self._swarm = swarm
         self._chats = Chats(models, templates, history, answering)
 
-    def app(self) -> Starlette:
-        """The ASGI application."""
+    def app(self, *more: BaseRoute) -> Starlette:
+        """The ASGI application, with `more` paths beside its own."""
         routes: list[BaseRoute] = [
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.show_model),
@@ -64,6 +64,7 @@ class Api:
             *MessagesApi(self._chats).routes(),
             *ResponsesApi(self._chats).routes(),
             *OllamaApi(self._chats).routes(),
+            *more,
             *page_routes(),
         ]
         errors: dict[Any, Any] = {

@@ -19,6 +19,8 @@ from peerd.api.guard import Admission, Guard
 from peerd.api.http.catch_all import CatchAll
 from peerd.api.http.listener import HttpListener
 from peerd.api.http.request_log import RequestLog
+from peerd.api.metrics.collector import Figures
+from peerd.api.metrics.endpoint import MetricsEndpoint
 from peerd.api.models import Models
 from peerd.api.openai.answering import Answering
 from peerd.api.openai.chat_templates import open_chat_templates
@@ -79,7 +81,8 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
         containment = peer.connections.containment
         answering = Answering()
         api = Api(offered, templates, Status(peer, offered), swarm, history, answering)
-        app = CatchAll(api.app(), containment)
+        figures = MetricsEndpoint(Figures(peer, offered, history, answering))
+        app = CatchAll(api.app(*figures.routes()), containment)
         tasks = await stack.enter_async_context(open_tasks())
         keep = partial(containment.keep_running, what="the history of coverage")
         tasks.start_soon(keep, history.run, swarm.coverage)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from peerd.client.training.trained import LoraPairs
     from peerd.client.training.training_pass import Pass
     from peerd.compute.checkpoint.hub.settings import HubSettings
+    from peerd.meters import Meters
     from peerd.protocol.identity import PeerId
 
 # A hop without free memory may keep us waiting this long before we try another chain (spec/session.md, "Opening").
@@ -94,6 +95,11 @@ class ServedBlocks:
         return (
             f"<{type(self).__name__} {self.facts.name} {self.facts.digest.hex()[:8]} blocks={self.facts.block_count}>"
         )
+
+    @property
+    def meters(self) -> Meters:
+        """What the peer counts and times, of which these blocks' answers are a part."""
+        return self._tools.opener.connections.meters
 
     def unreachable(self) -> frozenset[PeerId]:
         """The peers that this process has found to be gone or failing, which no session is given now."""

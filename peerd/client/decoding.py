@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import trio
 
+from peerd.client.answer_meter import AnswerMeter
 from peerd.client.picked import Finish, Picked, TokenLogprobs
 from peerd.client.sampling import Sampler, SamplingParams
 from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
@@ -106,6 +107,7 @@ class Decoding:
             for number in range(rows)
         ]
         self._speculator = None if speculation is None else speculation.answer(rows)
+        self._meter = AnswerMeter(model.meters, self._speculator)
 
     @property
     def speculator(self) -> Speculator | None:
@@ -117,25 +119,26 @@ class Decoding:
 
         Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
         """
-        if self.session is None or self.session.closed:
-            # A single row can begin again from its prompt and its tokens so far: see `_run`.
-            self._begun = False
-            self.session = await self._start_session()
         waits = False
         decoding = nullcontext() if self._speculator is None else self._speculator.decoding()
-        try:
-            with decoding:
-                async with aclosing(self._run()) as tokens:
-                    async for picked in tokens:
-                        yield picked
-        except (NoChain, Overloaded):
-            waits = self._resumable
-            raise
-        finally:
-            if waits:
-                self._model.close_later(self.session)
-            else:
-                self.session.close()
+        with self._meter.running():
+            if self.session is None or self.session.closed:
+                # A single row can begin again from its prompt and its tokens so far: see `_run`.
+                self._begun = False
+                self.session = await self._start_session()
+            try:
+                with decoding:
+                    async with aclosing(self._run()) as tokens:
+                        async for picked in tokens:
+                            yield picked
+            except (NoChain, Overloaded):
+                waits = self._resumable
+                raise
+            finally:
+                if waits:
+                    self._model.close_later(self.session)
+                else:
+                    self.session.close()
 
     async def _start_session(self) -> Session:
         return await self._model.start_session(
@@ -271,6 +274,7 @@ class Decoding:
     def _pick(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Picked:
         position = len(row.context)
         row.context.append(token_id)
+        self._meter.token(row.number)
         if self._speculator is not None:
             self._speculator.came(row.number, token_id, position)
         ends = token_id in self._sampling.eos_token_ids

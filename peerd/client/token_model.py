@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from peerd.client.blocks import Adapter
     from peerd.client.finding.finder import Patience
     from peerd.client.session.session import Session
+    from peerd.meters import Meters
 
 T = TypeVar("T")
 
@@ -21,6 +22,10 @@ class TokenModel(Protocol):
     @property
     def ropes_change_at(self) -> int | None:
         """See `ModelFacts`."""
+
+    @property
+    def meters(self) -> Meters:
+        """What the peer counts and times."""
 
     async def start_session(
         self,

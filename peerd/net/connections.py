@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 
 import trio
 
+from peerd.meters import Meters
 from peerd.net.connection_runs import ConnectionRuns, relay_of
 from peerd.net.containment import Containment
 from peerd.net.dial_policy import DialPolicy, DialRules
@@ -68,8 +69,11 @@ class Connections:
         containment: Containment,
         buffer_bytes: int,
         room: ConnectionLimits,
+        meters: Meters,
     ) -> None:
         self.containment = containment
+        #: What this peer counts and times.
+        self.meters = meters
         #: How many bytes peers may make us hold in buffers, over all connections.
         self.budget = BufferBudget(buffer_bytes)
         self.peer_id = identity.peer_id
@@ -303,6 +307,7 @@ async def open_connections(
     containment: Containment | None = None,
     buffer_bytes: int = DEFAULT_TOTAL_BYTES,
     room: ConnectionLimits | None = None,
+    meters: Meters | None = None,
 ) -> AsyncIterator[Connections]:
     """Listen, and yield connections that can dial. At the end every connection is closed within a second.
 
@@ -312,6 +317,7 @@ async def open_connections(
     containment: handles bugs, also those in handlers; None makes one for these connections.
     buffer_bytes: how many bytes peers may make us hold in buffers, over all connections.
     room: how many peers may dial us; None means as many as the process's limit of descriptors allows.
+    meters: what this peer counts and times; None makes one for these connections.
     Raises OSError for an address on which we cannot listen.
     """
     async with open_tasks() as tasks:
@@ -331,6 +337,7 @@ async def open_connections(
             containment=containment or Containment(),
             buffer_bytes=buffer_bytes,
             room=room or connection_limits(descriptor_limit()),
+            meters=meters or Meters(),
         )
         try:
             for address in listen:

@@ -29,6 +29,7 @@ from peerd.compute.engine.batch_parts import run_in_parts
 from peerd.compute.engine.engine import PRIVATE, BaseEngine
 from peerd.compute.errors import AdapterError, EngineError, NonFiniteError
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
+from peerd.meters import Meters
 from peerd.net.containment import Containment
 from peerd.net.limits.owners import Owner
 from peerd.protocol.errors import (
@@ -47,6 +48,7 @@ from peerd.server.admission import Admission
 from peerd.server.busy_meter import BusyMeter
 from peerd.server.device_health import DeviceHealth
 from peerd.server.device_queue import Job, Work, WorkQueue, run_slice
+from peerd.server.step_meter import StepMeter
 from peerd.server.wire_errors import wire_errors
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,8 @@ class EngineTask:
         self.on_broken: Callable[[], None] = lambda: None
         self._containment = Containment(is_strict)
         self.busy = BusyMeter()
+        #: Measures steps and batches; the server that serves this span replaces it by one for its own figures.
+        self.meter = StepMeter(Meters())
         # How many turns the device has ended: a client that waits sees from it that the device works.
         self.turns = 0
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
@@ -192,8 +196,10 @@ class EngineTask:
                 return False
             began = trio.current_time()
             output = await self._run_batch(self._run_in_parts, batch)
-            self._jobs.spent_on_inference(trio.current_time() - began)
-            self.busy.ran(began, trio.current_time())
+            ended = trio.current_time()
+            self._jobs.spent_on_inference(ended - began)
+            self.busy.ran(began, ended)
+            self.meter.ran(batch, began, ended)
             await self._judge(batch, output)
             for result in self.engine.collect(batch, output):
                 self._hand_over(result)
@@ -326,6 +332,7 @@ class EngineTask:
         """Queue a step. Raises StepGapError, ContextTooLong, InvalidRequest, and then changes nothing."""
         with wire_errors():
             self.engine.submit(EngineStep(session, step.seq, step.ops, step.rows, hidden))
+        self.meter.queued(session, step.seq)
         self._work.set()
 
     def hold(self, session: Hashable, held: bool) -> None:
@@ -337,12 +344,14 @@ class EngineTask:
     def close(self, session: Hashable) -> None:
         """Free what the session holds, and admit waiting sessions that now fit."""
         tenant = self._tenants.pop(session)
+        self.meter.left(session)
         self.engine.close(session)
         self._free_to_keep += tenant.kept
         self.admission.release(tenant.owner, tenant.tokens)
         self._forget_unused(tenant.adapter)
 
     def _hand_over(self, result: StepResult) -> None:
+        self.meter.ended(result)
         tenant = self._tenants.get(result.session)
         if tenant is None:
             return

@@ -15,6 +15,7 @@ import trio
 
 from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import finish, refuse
+from peerd.meters import Meters
 from peerd.net.connections import Connections, Stream
 from peerd.net.containment import Containment
 from peerd.net.limits.owners import Owner
@@ -52,6 +53,7 @@ from peerd.server.sessions.hosted_session import HostedSession
 from peerd.server.sessions.next_hop import open_link
 from peerd.server.sessions.session_streams import SessionStreams
 from peerd.server.sessions.session_table import HostedSessions, SessionKey
+from peerd.server.step_meter import StepMeter
 from peerd.server.training.lane import PassSpan
 from peerd.server.training.lanes import PassServer
 from peerd.server.training.span_training import SpanTrainings
@@ -71,13 +73,16 @@ MAX_SESSIONS_A_NETWORK = 256
 class Server:
     """Serves spans to sessions. `run` owns engines and sessions; `handlers` go to the connections."""
 
-    def __init__(self, now: Callable[[], float], containment: Containment | None = None) -> None:
+    def __init__(
+        self, now: Callable[[], float], containment: Containment | None = None, meters: Meters | None = None
+    ) -> None:
         self.draining = False
         #: How much of our devices a client gets, for what it gave us; 1 for a stranger.
         self.weight_of: Callable[[PeerId], float] = lambda _peer_id: 1.0
         self._stopped = False
         self._now = now
         self._containment = containment or Containment()
+        self._meters = meters or Meters()
         self._spans = ServedSpans(self._containment)
         self._sessions = HostedSessions(now)
         self._evictions = Evictions(self._sessions, self._spans)
@@ -127,6 +132,7 @@ class Server:
     def serve(self, served: ServedSpan) -> None:
         """Accept sessions on one more span from now on."""
         served.task.admission.on_wanted = self._evictions.look
+        served.task.meter = StepMeter(self._meters)
         self._spans.start(served, self._nursery)
 
     def is_leaving(self, served: ServedSpan) -> bool:

@@ -14,6 +14,7 @@ from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.opener import Terms
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.exchange.step_tensors import encoded, priority_of
+from peerd.meters import Meters
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.messages.session import REPLAY_SEQ
@@ -22,10 +23,11 @@ from peerd.protocol.messages.session import REPLAY_SEQ
 class FirstHop:
     """Sends the steps of `log`."""
 
-    def __init__(self, log: StepLog, terms: Terms) -> None:
+    def __init__(self, log: StepLog, terms: Terms, meters: Meters) -> None:
         # How many positions were sent again.
         self.replayed_positions = 0
         self._log = log
+        self._meters = meters
         self._codec = terms.codec
         self._dtype = DTYPES[terms.dtype]
         # The hop that has all answered steps, and all steps up to number `_sent`.
@@ -42,6 +44,7 @@ class FirstHop:
         assert self._hop is not None
         self._sent = pending.step.seq
         header, body = encoded(pending.step, pending.hidden, self._codec, self._dtype)
+        self._meters.sent(self._codec, body)
         with suppress(PeerFault, trio.ClosedResourceError):
             self._hop.stream.send_nowait(header, body, priority=priority_of(pending.step.positions))
 
@@ -59,6 +62,7 @@ class FirstHop:
         with self._log.kept.pinned():
             for step, hidden in self._log.kept.since(0, epoch):
                 header, body = encoded(step, hidden, self._codec, self._dtype)
+                self._meters.sent(self._codec, body)
                 await hop.stream.send(header, body, priority=priority_of(step.positions))
                 if step.seq == REPLAY_SEQ:
                     self.replayed_positions += step.positions

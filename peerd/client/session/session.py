@@ -33,6 +33,7 @@ class Session:
     def __init__(self, tools: SessionTools, spec: SessionSpec) -> None:
         terms = spec.terms
         self.log = StepLog(terms.size)
+        self.log.on_received = tools.opener.connections.meters.received
         self._supervisor = Supervisor(tools, spec, self.log)
         self._width = spec.width
         self._dtype = DTYPES[terms.dtype]

@@ -55,6 +55,8 @@ class StepLog:
         self.is_forked = False
         #: Called with each step and its result when the step was answered.
         self.on_answer: Callable[[Step, torch.Tensor], None] = lambda step, result: None
+        #: Called with each message's codec and body that was decoded.
+        self.on_received: Callable[[str, memoryview], None] = lambda codec, body: None
         self._size = size
         self._lengths: dict[int, int] = {}
         self._answered_lengths: dict[int, int] = {}
@@ -136,6 +138,8 @@ class StepLog:
             raise BadResult(f"asked for {rows}, answered {output.rows}")
         if rows:
             pending.result = decode_result(output.tensor, body, (sum(piece.count for piece in rows), width))
+            assert output.tensor is not None
+            self.on_received(str(output.tensor["codec"]), body)
         else:
             pending.result = pending.hidden[:0]
         del self.pending[oldest]

@@ -64,7 +64,7 @@ class Supervisor:
         self._opener = tools.opener
         self._spec = spec
         self._log = log
-        self._first = FirstHop(log, spec.terms)
+        self._first = FirstHop(log, spec.terms, tools.opener.connections.meters)
         self._mender = ChainMender(tools, spec)
         self.progress = StepProgress(log, self._new_chain())
         # Whether there was a complete chain before, so that a hole is a loss.
@@ -331,6 +331,7 @@ class Supervisor:
         """Read new hops' messages, and make the hop before them push to them."""
         for control in controls:
             self._nursery.start_soon(self._messages.read, control)
+        self._measure(controls)
         self.failovers += self._has_stood
         if self._has_stood:
             log.info("replaced by: %s", ", ".join(f"{each.hop.peer_id} for {each.hop.span}" for each in controls))
@@ -338,6 +339,15 @@ class Supervisor:
         before = self.chain.before(controls[0].hop.span.start)
         if before is not None:
             await self._route(before, controls[0])
+
+    def _measure(self, controls: list[ControlStream]) -> None:
+        """Note the delays to new hops, and whether they replace others."""
+        connections = self._opener.connections
+        for control in controls:
+            connection = connections.live.get(control.hop.peer_id)
+            if connection is not None and connection.rtt_s is not None:
+                connections.meters.hop_delay_s.observe(connection.rtt_s)
+        connections.meters.failovers += self._has_stood
 
     async def _route(self, upstream: ControlStream, to: ControlStream, *, is_bridged: bool = False) -> None:
         """Give a hop a route to its new next hop, to which it sends what that hop lacks.

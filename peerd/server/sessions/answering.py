@@ -12,6 +12,7 @@ import torch
 import trio
 
 from peerd.exchange.step_tensors import priority_of, wanted_part, wanted_rows
+from peerd.meters import Meters
 from peerd.net.connections import Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message
@@ -26,7 +27,7 @@ MAX_UNREAD_ANSWERS = 64
 class Answering:
     """The way back to the client of one session. `give_up` is called if the client leaves its answers unread."""
 
-    def __init__(self, opening: OpenSession, give_up: Callable[[], None]) -> None:
+    def __init__(self, opening: OpenSession, give_up: Callable[[], None], meters: Meters) -> None:
         #: The stream on which the client listens; None while it is away.
         self.control: Stream | None = None
         #: How often the client has attached: this tells its absences apart.
@@ -34,6 +35,7 @@ class Answering:
         self._codec = opening.codec
         self._dtype = DTYPES[opening.dtype]
         self._give_up = give_up
+        self._meters = meters
         # A message about the route for a client that was away.
         self._missed: Message | None = None
 
@@ -86,6 +88,7 @@ class Answering:
             return
         wanted = wanted_part(step, hidden)
         header, body = encode_tensor(wanted, codec=self._codec, dtype=self._dtype)
+        self._meters.sent(self._codec, body)
         output = Output(epoch=step.epoch, seq=step.seq, rows=rows, tensor=header.to_fields())
         self._send(output, body, priority_of(len(wanted)))
 

@@ -15,6 +15,7 @@ import trio
 
 from peerd.exchange.replay_log import AlreadyFolded, ReplayLog, Sent
 from peerd.exchange.step_tensors import encoded, priority_of
+from peerd.meters import Meters
 from peerd.net.connections import Stream
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import CallerError, LinkFailed, PeerFault
@@ -30,13 +31,20 @@ class Downstream:
     """
 
     def __init__(
-        self, codec: str, dtype: torch.dtype, kept: ReplayLog, open_link: OpenLink, report: Callable[[Message], None]
+        self,
+        codec: str,
+        dtype: torch.dtype,
+        kept: ReplayLog,
+        open_link: OpenLink,
+        report: Callable[[Message], None],
+        meters: Meters,
     ) -> None:
         self.kept = kept
         self._codec = codec
         self._dtype = dtype
         self._open_link = open_link
         self._report = report
+        self._meters = meters
         # The stream to which results go, once its other end has got what it lacked.
         self._link: Stream | None = None
         # The step up to which the next hop was complete when its link began. It is sent replays only if that is 0.
@@ -157,11 +165,13 @@ class Downstream:
     async def _send(self, link: Stream, step: Step, hidden: torch.Tensor) -> None:
         if self._is_lacking(step):
             header, body = encoded(step, hidden, self._codec, self._dtype)
+            self._meters.sent(self._codec, body)
             await link.send(header, body, priority=priority_of(step.positions))
 
     def _send_nowait(self, link: Stream, step: Step, hidden: torch.Tensor) -> None:
         if self._is_lacking(step):
             header, body = encoded(step, hidden, self._codec, self._dtype)
+            self._meters.sent(self._codec, body)
             link.send_nowait(header, body, priority=priority_of(step.positions))
 
     def _is_lacking(self, step: Step) -> bool:

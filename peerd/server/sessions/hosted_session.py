@@ -80,12 +80,12 @@ class HostedSession:
         # When the client last sent something, or last received something.
         self.last_used = trio.current_time()
         self.admitted = False
-        self.client = Answering(opening, self.close)
+        self.client = Answering(opening, self.close, engine.meter.meters)
         self._engine = engine
         self._adapter = OwnAdapter(opening, owner, adapter_room or AdapterRoom())
         self._dtype = DTYPES[opening.dtype]
         kept = ReplayLog(opening.max_length, max_positions=opening.size.positions)
-        self._down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report)
+        self._down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report, engine.meter.meters)
         self._last = opening.next is None
         # Steps submitted to the engine, oldest first.
         self._pending: deque[Step] = deque()
@@ -320,6 +320,7 @@ class HostedSession:
         header = TensorHeader.from_fields(step.tensor, max_elements=step.positions * width)
         if header.shape != (step.positions, width):
             raise InvalidRequest(f"activations of shape {header.shape}, not {(step.positions, width)}")
+        self._engine.meter.meters.received(header.codec, body)
         return decode_tensor(header, body)
 
     @property

@@ -20,6 +20,7 @@ from peerd.api.openai.answering import Answering
 from peerd.api.serve import Endpoint, open_local_api
 from peerd.api.web.history import History
 from peerd.client.model import ModelFacts, SwarmModel
+from peerd.meters import Meters
 from peerd.net.containment import Containment
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
@@ -230,13 +231,15 @@ async def open_daemon_of(model, swarm, folder):
         addresses=(),
         served=(),
         server=None,
-        connections=SimpleNamespace(live={}, containment=Containment(), is_private=False),
+        connections=SimpleNamespace(live={}, containment=Containment(), is_private=False, meters=Meters()),
         discovery=SimpleNamespace(
             directory=_Directory(swarm),
             contacts=lambda: _contacts(swarm),
             track_record=TrackRecord(trio.current_time),
         ),
-        reachability=SimpleNamespace(here=ReachReport(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")),
+        reachability=SimpleNamespace(
+            reach=Reach.PRIVATE, here=ReachReport(Reach.PRIVATE, (ip_address("6.6.6.6"),), "nobody can dial us")
+        ),
         relay=Relay(PeerId("us"), RelayLimits(slots=5, circuits=7)),
         reservations=SimpleNamespace(held={RELAY: Reservation(RELAY, (Multiaddr("ip4", "6.6.6.7", 1),), TERMS)}),
     )

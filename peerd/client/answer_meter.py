@@ -1,0 +1,68 @@
+"""Times the tokens of one answer, as its caller takes them, and counts how answers end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from peerd.meters import Meters
+from peerd.protocol.errors import CallerError, NoChain, Overloaded, PeerdError
+
+if TYPE_CHECKING:
+    from peerd.client.speculation.speculation import Speculator
+
+
+class AnswerMeter:
+    """Of one decoding, with any number of rows."""
+
+    def __init__(self, meters: Meters, speculator: Speculator | None) -> None:
+        self._meters = meters
+        self._speculator = speculator
+        self._counted = (0, 0)
+        self._began = 0.0
+        # When each row's last token came.
+        self._last: dict[int, float] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While the tokens come. It may run again if the answer goes on after an error."""
+        self._began, end = trio.current_time(), "abandoned"
+        self._last.clear()
+        try:
+            yield
+            end = "complete"
+        except PeerdError as error:
+            end = _end_of(error)
+            raise
+        finally:
+            self._meters.answers[end] += 1
+            self._count_guesses()
+
+    def token(self, row: int) -> None:
+        """Note one token of a row."""
+        now, meters = trio.current_time(), self._meters
+        meters.tokens += 1
+        if not self._last:
+            meters.first_token_s.observe(now - self._began)
+        elif row in self._last:
+            meters.between_tokens_s.observe(now - self._last[row])
+        self._last[row] = now
+
+    def _count_guesses(self) -> None:
+        if self._speculator is not None:
+            drafted, accepted = self._counted
+            self._counted = self._speculator.drafted, self._speculator.accepted
+            self._meters.drafted += self._counted[0] - drafted
+            self._meters.accepted += self._counted[1] - accepted
+
+
+def _end_of(error: PeerdError) -> str:
+    """How an answer ended that an error ended, in a few words that are always the same."""
+    if isinstance(error, NoChain):
+        return "no_chain"
+    if isinstance(error, Overloaded):
+        return "overloaded"
+    return "refused" if isinstance(error, CallerError) else "failed"
