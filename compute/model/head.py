@@ -39,6 +39,7 @@ class Head:
         self._embeddings: Any = getattr(decoder, family.embeddings)
         # `logits` runs the model on the last block's output, to which the input side must not be applied.
         self._input_side = take_off_input_side(decoder, family)
+        self._decoder: Any = decoder
         setattr(model, family.lm_head, LmHead(getattr(model, family.lm_head)))
 
     @property
@@ -89,6 +90,19 @@ class Head:
                 output = self.model(inputs_embeds=part[:, None], use_cache=False)
                 result[start : start + POSITIONS_AT_ONCE] = output.logits[:, 0]
         return result
+
+    def last_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the whole decoder gives out, fp32 [n, width], on the CPU, for the last block's output [n, hidden size].
+
+        That is after the final norm: Transformers' `last_hidden_state`.
+        """
+        weight, parts = self.embedding_weight, []
+        with torch.no_grad():
+            for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+                part = hidden[start : start + POSITIONS_AT_ONCE].to(device=weight.device, dtype=weight.dtype)
+                output = self._decoder(inputs_embeds=part[:, None], use_cache=False)
+                parts.append(output.last_hidden_state[:, 0].float().cpu())
+        return torch.cat(parts)
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The mean cross-entropy of predicting `targets`, int64 [n], from the last block's output [n, hidden size], and

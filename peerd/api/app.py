@@ -12,6 +12,7 @@ from starlette.websockets import WebSocket
 
 from peerd.api.anthropic.endpoints import MessagesApi
 from peerd.api.chats import Chats
+from peerd.api.embeddings.endpoints import EmbeddingsApi
 from peerd.api.error_shapes import error_response
 from peerd.api.errors import ApiError, api_error
 from peerd.api.http.catch_all import answer_bug, answer_nobody
@@ -26,6 +27,7 @@ from peerd.api.openai.requests import CommonFields, read_chat, read_completion
 from peerd.api.responses.endpoints import ResponsesApi
 from peerd.api.status import Status
 from peerd.api.tensors.session import serve_session
+from peerd.api.tokens import TokensApi
 from peerd.api.web.files import page_routes
 from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
@@ -64,6 +66,8 @@ class Api:
             *MessagesApi(self._chats).routes(),
             *ResponsesApi(self._chats).routes(),
             *OllamaApi(self._chats).routes(),
+            *EmbeddingsApi(self._chats).routes(),
+            *TokensApi(self._chats).routes(),
             *more,
             *page_routes(),
         ]
@@ -102,7 +106,7 @@ class Api:
         return self._respond(chat.answers, chat.shape, wanted.common.rows, wanted.common)
 
     async def status(self, request: Request) -> Response:
-        return JSONResponse(await self._status.describe() | {"answering": self._chats.answering})
+        return JSONResponse(await self._status.describe() | {"answering": self._chats.answering.count})
 
     async def swarm(self, request: Request) -> Response:
         return JSONResponse(await self._swarm.describe())

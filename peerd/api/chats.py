@@ -77,13 +77,8 @@ class Chats:
     def __init__(self, models: Models, templates: ChatTemplates, history: History, answering: Answering) -> None:
         self.models = models
         self.history = history
+        self.answering = answering
         self._templates = templates
-        self._answering = answering
-
-    @property
-    def answering(self) -> int:
-        """How many answers are given now."""
-        return self._answering.count
 
     async def read(self, request: Request, read: Callable[[Fields], T]) -> T:
         """The request that `read` finds in the body's fields. Raises ApiError."""
@@ -118,7 +113,7 @@ class Chats:
 
     def respond(self, answers: Answers, writer: Writer, *, count: int, stream: bool) -> Response:
         """The response with these answers."""
-        return AnswerResponse(answers, writer, count=count, stream=stream, answering=self._answering)
+        return AnswerResponse(answers, writer, count=count, stream=stream, answering=self.answering)
 
     async def _prompt(self, model: SwarmModel, wanted: ChatRequest) -> tuple[ChatPrompt, list[int]]:
         rendered = await chat_prompt(model, wanted, self._templates)

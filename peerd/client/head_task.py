@@ -63,6 +63,10 @@ class HeadTask:
         assert request.logits is not None
         return request.logits
 
+    async def last_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turn the last block's output, `[n, width]`, into the decoder's; see `Head.last_hidden`."""
+        return await trio.to_thread.run_sync(self._head.last_hidden, hidden, limiter=self._limiter)
+
     async def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The mean loss of predicting `targets`, `[n]`, from `[n, width]`, and its gradient; see `Head.loss`."""
         return await trio.to_thread.run_sync(self._head.loss, hidden, targets, limiter=self._limiter)

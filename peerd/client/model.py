@@ -106,6 +106,12 @@ class SwarmModel(ServedBlocks):
         """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
         return await self._head.logits(hidden)
 
+    async def last_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turn the last block's output, `[n, width]`, into float32 after the final norm, as Transformers'
+        `last_hidden_state`.
+        """
+        return await self._head.last_hidden(hidden)
+
     async def loss(self, hidden: torch.Tensor, texts: Sequence[Sequence[int]]) -> tuple[float, torch.Tensor]:
         """The mean loss of predicting each text's tokens from the second on, and its gradient.
 

@@ -64,7 +64,7 @@ def _details(model: SwarmModel) -> dict[str, Any]:
 
 
 def _capabilities(model: SwarmModel) -> list[str]:
-    capabilities = ["completion"]
+    capabilities = ["completion", "embedding"]
     if not model.tokenizer.chat_template:
         return capabilities
     template = model.tokenizer.get_chat_template(tools=[])

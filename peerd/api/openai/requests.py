@@ -195,7 +195,7 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 def _stop_tokens(fields: Fields) -> tuple[int, ...]:
     value = fields.take("stop_token_ids") or []
-    if value and not (_is_token_ids(value) and len(value) <= MAX_STOP_TOKENS):
+    if value and not (is_token_ids(value) and len(value) <= MAX_STOP_TOKENS):
         raise fields.error("stop_token_ids", f"must be up to {MAX_STOP_TOKENS} token ids", code="invalid_value")
     return tuple(value)
 
@@ -222,14 +222,15 @@ def _template_options(fields: Fields) -> TemplateOptions:
 
 def _prompts(fields: Fields) -> list[str | list[int]]:
     value = fields.take("prompt")
-    if isinstance(value, str) or _is_token_ids(value):
+    if isinstance(value, str) or is_token_ids(value):
         return [value]
-    if isinstance(value, list) and value and all(isinstance(one, str) or _is_token_ids(one) for one in value):
+    if isinstance(value, list) and value and all(isinstance(one, str) or is_token_ids(one) for one in value):
         return value
     raise fields.error("prompt", "must be a string, token ids, or a list of such; none of them empty")
 
 
-def _is_token_ids(value: object) -> bool:
+def is_token_ids(value: object) -> bool:
+    """Whether a value is a list of numbers that could be token ids, and not empty."""
     return (
         isinstance(value, list)
         and bool(value)

@@ -6,7 +6,7 @@ nothing was sent. So the first token is awaited before the first byte is sent.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -46,15 +46,11 @@ class Writer(Protocol):
         """All answers in one body."""
 
 
-class AnswerResponse(Response):
-    """A request's answers, in one body or as a stream. `count`: of answers."""
+class _LongResponse(Response):
+    """Takes a place among the answers, and is computed until the client hangs up."""
 
-    def __init__(self, answers: Answers, writer: Writer, *, count: int, stream: bool, answering: Answering) -> None:
+    def __init__(self, answering: Answering) -> None:
         super().__init__()
-        self._answers = answers
-        self._writer = writer
-        self._count = count
-        self._stream = stream
         self._answering = answering
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,18 +70,50 @@ class AnswerResponse(Response):
             await response(scope, receive, send)
 
     async def _respond(self, path: str, send: Send) -> ASGIApp:
-        """Compute the answers. Returns the response that is still to be sent."""
         try:
-            async with self._answers.open() as picked, aclosing(self._answering.pieces(picked)) as tokens:
-                if self._stream:
-                    first = await anext(tokens)
-                    await self._send_stream(send, first, tokens)
-                    return _end
-                return JSONResponse(await self._collect(tokens))
+            return await self._compute(send)
         except PeerdError as error:
             return error_response(api_error(error), path)
         except ApiError as error:
             return error_response(error, path)
+
+    async def _compute(self, send: Send) -> ASGIApp:
+        """Compute the answer. Returns the response that is still to be sent. Raises PeerdError, ApiError."""
+        raise NotImplementedError
+
+
+class ComputedResponse(_LongResponse):
+    """A response that `compute` makes, and that comes at once."""
+
+    def __init__(self, compute: Callable[[], Awaitable[Response]], answering: Answering) -> None:
+        super().__init__(answering)
+        self._make = compute
+
+    async def _compute(self, send: Send) -> ASGIApp:
+        async with aclosing(self._only()) as only, aclosing(self._answering.pieces(only)) as responses:
+            return await anext(responses)
+
+    async def _only(self) -> AsyncGenerator[Response, None]:
+        yield await self._make()
+
+
+class AnswerResponse(_LongResponse):
+    """A request's answers, in one body or as a stream. `count`: of answers."""
+
+    def __init__(self, answers: Answers, writer: Writer, *, count: int, stream: bool, answering: Answering) -> None:
+        super().__init__(answering)
+        self._answers = answers
+        self._writer = writer
+        self._count = count
+        self._stream = stream
+
+    async def _compute(self, send: Send) -> ASGIApp:
+        async with self._answers.open() as picked, aclosing(self._answering.pieces(picked)) as tokens:
+            if self._stream:
+                first = await anext(tokens)
+                await self._send_stream(send, first, tokens)
+                return _end
+            return JSONResponse(await self._collect(tokens))
 
     async def _collect(self, tokens: AsyncGenerator[Picked, None]) -> dict[str, Any]:
         answers: list[list[Picked]] = [[] for _ in range(self._count)]

@@ -30,7 +30,9 @@ def shortened(family: Family, fields: dict[str, Any]) -> Any:
 
 
 def run_whole(model: Any, family: Family) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What enters its block, what leaves it, and the logits."""
+    """What enters its block, what leaves it, and the logits. The decoder's output is kept as `decoder.given`."""
+    decoder = model.base_model.get_submodule(family.decoder_at)
+    decoder.register_forward_hook(lambda decoder, _, output: setattr(decoder, "given", output.last_hidden_state[0]))
     block = getattr(model.base_model.get_submodule(family.decoder_at), family.layers)[0]
     seen: list[torch.Tensor] = []
     block.register_forward_pre_hook(
@@ -55,6 +57,8 @@ def test_a_head_may_be_tied_or_not_and_half_precision_whatever_its_family_does(t
         head, half = load_head(checkpoint), load_head(checkpoint, dtype=torch.bfloat16)
     torch.testing.assert_close(head.embed(TOKENS), entering, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(head.logits(leaving), logits, rtol=1e-5, atol=1e-5)
+    given = model.base_model.get_submodule(family.decoder_at).given
+    torch.testing.assert_close(head.last_hidden(leaving), given, rtol=1e-5, atol=1e-5)
     assert (getattr(head.model, family.lm_head).weight is head.embedding_weight) == tied
     assert half.embed(TOKENS).dtype == torch.bfloat16
     near = half.logits(leaving)

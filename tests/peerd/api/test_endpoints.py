@@ -444,7 +444,7 @@ async def test_models_are_listed_with_what_a_client_must_know(open_api):
     assert missing.status == 404
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1/embeddings", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/nothing", "/v1/audio/speech", "/v1/completions"])
 async def test_what_is_not_there_is_said_in_openai_s_shape(open_api, path):
     async with open_api() as (caller, _):
         answer = await caller.get(path)

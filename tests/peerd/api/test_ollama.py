@@ -242,9 +242,9 @@ async def test_a_model_says_what_it_can(open_api):
         able = (await caller.post("/api/show", {"model": "bytes:latest"})).json
     async with open_api(chat_template=None) as (caller, _):
         plain = (await caller.post("/api/show", {"name": "bytes"})).json
-    assert able["capabilities"] == ["completion", "tools", "thinking"]
+    assert able["capabilities"] == ["completion", "embedding", "tools", "thinking"]
     assert able["template"] == TEMPLATE
-    assert plain["capabilities"] == ["completion"]
+    assert plain["capabilities"] == ["completion", "embedding"]
 
 
 @pytest.mark.real_time

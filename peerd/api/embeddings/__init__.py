@@ -1,0 +1,1 @@
+"""Embeddings of texts: the mean of a model's last hidden states."""
