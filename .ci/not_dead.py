@@ -3,7 +3,7 @@
 A name that is in no list, and that no line of ours uses, is dead: delete it, together with its tests.
 """
 
-# Methods and attributes that Transformers, torch, kademlia, click, hypercorn or Python look up.
+# Methods and attributes that Transformers, torch, kademlia, click, hypercorn, llguidance or Python look up.
 _.__class__
 _.__dir__
 _.__getattr__
@@ -17,6 +17,7 @@ _.base_model_name_or_path
 _.batch_repeat_interleave
 _.batch_select_indices
 _.batch_size
+_.bos_token_id
 _.crop
 _.embed_scale
 _.errorlog
@@ -31,6 +32,7 @@ _.is_compileable
 _.is_croppable
 _.is_initialized
 _.is_sliding
+_.is_tokenizer_wrapper
 _.keep_alive_timeout
 _.layer_class_to_replicate
 _.lazy_initialization
@@ -40,6 +42,7 @@ _.offloading
 _.query_pre_attn_scalar
 _.reorder_cache
 _.same_home_as
+_.special_token_ids
 _.supports_early_init
 _.websocket_max_message_size
 # Arguments that such callers give by name.
@@ -51,6 +54,7 @@ trace
 
 # For applications.
 _.from_seed
+_.lark
 _.load_trained
 _.save_adapter
 

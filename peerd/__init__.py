@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peerd.client.finding.finder import Patience
     from peerd.client.finding.served_by import ServedBy
     from peerd.client.generation import Generation, Token
+    from peerd.client.grammars.grammar import Grammar
     from peerd.client.model import SwarmModel
     from peerd.client.sampling import SamplingParams
     from peerd.client.session.session import Session
@@ -76,6 +77,7 @@ __all__ = [
     "Manifest",
     "Patience",
     "SamplingParams",
+    "Grammar",
     "RemoteModel",
     "RemoteModelForCausalLM",
     "RemoteModelForSequenceClassification",
@@ -137,6 +139,7 @@ _MODULE_OF = {
     "LoraPair": "peerd.compute.adapters.lora",
     "DeepPrompt": "peerd.compute.adapters.lora",
     "SamplingParams": "peerd.client.sampling",
+    "Grammar": "peerd.client.grammars.grammar",
     "Patience": "peerd.client.finding.finder",
     "ServedBlocks": "peerd.client.blocks",
     "Pass": "peerd.client.training.training_pass",

@@ -19,7 +19,7 @@ from peerd.api.http.catch_all import answer_bug, answer_nobody
 from peerd.api.models import Models
 from peerd.api.ollama.endpoints import OllamaApi
 from peerd.api.openai.answering import Answering
-from peerd.api.openai.answers import Answers, encode_prompt
+from peerd.api.openai.answers import Answers, compiled_grammar, encode_prompt
 from peerd.api.openai.bodies import CompletionShape, Shape
 from peerd.api.openai.chat_templates import ChatTemplates
 from peerd.api.openai.event_writer import EventWriter
@@ -91,7 +91,8 @@ class Api:
         wanted = await self._chats.read(request, read_completion)
         model = self._models.named(wanted.common.model)
         prompts = [await encode_prompt(model, prompt) for prompt in wanted.prompts]
-        answers = Answers(model, wanted.common, prompts, self._chats.history.count_token)
+        grammar = await compiled_grammar(model, wanted.common)
+        answers = Answers(model, wanted.common, prompts, self._chats.history.count_token, grammar=grammar)
         echoes = [
             await model.in_thread(model.decode, prompt) if wanted.echo else ""
             for prompt in prompts

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from peerd.api.fields import Fields, body_limit, parse_json, read_body
 from peerd.api.models import Models
 from peerd.api.openai.answering import Answering
-from peerd.api.openai.answers import Answers, encode_prompt
+from peerd.api.openai.answers import Answers, compiled_grammar, encode_prompt
 from peerd.api.openai.bodies import ChatShape
 from peerd.api.openai.chat_prompts import ChatPrompt, chat_prompt
 from peerd.api.openai.chat_templates import ChatTemplates
@@ -102,13 +102,15 @@ class Chats:
             make_reader = partial(rendered.form.reader, wanted.tools.schemas)
             shape = ToolChatShape(name, model.token_bytes, make_reader, rows, parallel=wanted.tools.parallel)
             decode = decoder_showing(model.tokenizer, rendered.form.marks)
-        return Chat(Answers(model, wanted.common, [prompt], self.history.count_token, decode), shape)
+        grammar = await compiled_grammar(model, wanted.common)
+        return Chat(Answers(model, wanted.common, [prompt], self.history.count_token, decode, grammar), shape)
 
     async def open_text(self, wanted: CompletionRequest) -> Chat:
         """As `open`, for one text that is continued without a template."""
         model, common = self.models.named(wanted.common.model), wanted.common
         prompt = await encode_prompt(model, wanted.prompts[0])
-        answers = Answers(model, common, [prompt], self.history.count_token)
+        grammar = await compiled_grammar(model, common)
+        answers = Answers(model, common, [prompt], self.history.count_token, grammar=grammar)
         return Chat(answers, ChatShape(common.model, model.token_bytes))
 
     def respond(self, answers: Answers, writer: Writer, *, count: int, stream: bool) -> Response:

@@ -134,9 +134,13 @@ class Fields:
         for name in sorted(self._values.keys() - self._known):
             raise self.error(name, "is not a known parameter", code="unknown_parameter")
 
+    def path_of(self, name: str) -> str:
+        """A field's name with those of the objects around it, as errors say it."""
+        return f"{self._path}{name}"[:100]
+
     def error(self, name: str, problem: str, *, code: str | None = None) -> ApiError:
         """The error for a field with this problem."""
-        path = f"{self._path}{name}"[:100]
+        path = self.path_of(name)
         return invalid(f"{path} {problem}", path, code=code)
 
     def _checked(self, name: str, check: Callable[..., bool], wanted: str, *limits: float) -> Any:

@@ -16,8 +16,9 @@ import torch
 import trio
 
 from peerd.client.answer_meter import AnswerMeter
-from peerd.client.picked import Finish, Picked, TokenLogprobs
-from peerd.client.sampling import Sampler, SamplingParams
+from peerd.client.choosing import Choice, Chooser
+from peerd.client.picked import Finish, Picked
+from peerd.client.sampling import SamplingParams
 from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
 from peerd.client.text_stream import StopFilter, TextStream
 from peerd.client.token_model import TokenModel
@@ -27,9 +28,9 @@ from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 if TYPE_CHECKING:
     from peerd.client.blocks import Adapter
     from peerd.client.finding.finder import Patience
+    from peerd.client.grammars.constraint import RowConstraint
+    from peerd.client.grammars.vocabulary import CompiledGrammar
     from peerd.client.session.session import Session
-
-_Choice = tuple[int, TokenLogprobs | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +42,7 @@ class _Row:
     stops: StopFilter
     context: list[int]
     prompt_length: int
+    constraint: RowConstraint | None = None
     finished: bool = False
 
     @property
@@ -66,7 +68,8 @@ class Decoding:
     tokens are the same. `resumable` needs a single row: after NoChain or Overloaded the caller may call `tokens` again.
     It continues with the same session if that still exists, which is kept for a while, and otherwise with a new one.
     `hidden_ends`: tokens among those that end an answer whose text is left out, though it may be ordinary. `decode`
-    turns ids into text in place of the model's own way.
+    turns ids into text in place of the model's own way. `grammar` is the sampling's grammar, where the caller has
+    compiled it already.
     """
 
     def __init__(
@@ -84,17 +87,18 @@ class Decoding:
         patience: Patience | None = None,
         hidden_ends: Collection[int] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         self.session: Session | None = None
         self._model = model
         self._prompt = list(prompt)
         self._sampling = sampling
-        self._sampler = Sampler(sampling)
-        self._top_logprobs = top_logprobs
+        self._chooser = Chooser(len(prompt), sampling, top_logprobs)
         self._adapter = adapter
         self._patience = patience
         self._hidden_ends = frozenset(hidden_ends)
         self._resumable = resumable
+        self._grammar = grammar
         # The row operations of the next step, and the answers of the last one from which no token was drawn yet.
         self._ops: tuple[Op, ...] = ()
         self._answers: list[_Answer] = []
@@ -122,6 +126,7 @@ class Decoding:
         waits = False
         decoding = nullcontext() if self._speculator is None else self._speculator.decoding()
         with self._meter.running():
+            await self._constrain()
             if self.session is None or self.session.closed:
                 # A single row can begin again from its prompt and its tokens so far: see `_run`.
                 self._begun = False
@@ -139,6 +144,14 @@ class Decoding:
                     self._model.close_later(self.session)
                 else:
                     self.session.close()
+
+    async def _constrain(self) -> None:
+        """Give each row its grammar, if the answer has one."""
+        if self._sampling.grammar is None or self._rows[0].constraint is not None:
+            return
+        grammar = self._grammar or await self._model.compiled(self._sampling.grammar)
+        for row in self._rows:
+            row.constraint = grammar.row(self._sampling.eos_token_ids)
 
     async def _start_session(self) -> Session:
         return await self._model.start_session(
@@ -242,10 +255,10 @@ class Decoding:
         # Rows must reach the change together; and positions beyond it are computed with the other ropes.
         return min(room, change - self._length) if len(self._rows) == 1 else 0
 
-    def _accepted(self, answer: _Answer, chosen: Sequence[_Choice]) -> Iterator[Picked]:
+    def _accepted(self, answer: _Answer, chosen: Sequence[Choice]) -> Iterator[Picked]:
         """Take the chosen tokens, up to the one that ends the row."""
-        for token_id, logprobs in chosen:
-            yield self._pick(answer.row, token_id, logprobs)
+        for choice in chosen:
+            yield self._pick(answer.row, choice)
             if answer.row.finished:
                 return
 
@@ -254,30 +267,24 @@ class Decoding:
             drafted = sum(len(answer.draft) for answer in answers)
             self._speculator.note(len(answers), drafted, gained, self._step_s)
 
-    def _choose(self, answers: Sequence[_Answer]) -> list[list[_Choice]]:
-        """The next tokens of each row. Changes nothing, and runs in a worker thread."""
-        return [list(self._choices(answer)) for answer in answers]
-
-    def _choices(self, answer: _Answer) -> Iterator[_Choice]:
-        """Draw a token after each position, up to the first that is not what was guessed."""
-        # A copy: a thread that was abandoned goes on while the caller continues.
-        context = list(answer.row.context)
-        for scores, guess in zip(answer.logits, (*answer.draft, None), strict=True):
-            token_id = self._sampler.pick(
-                scores, context, row=answer.row.number, position=len(context), prompt_length=len(self._prompt)
+    def _choose(self, answers: Sequence[_Answer]) -> list[list[Choice]]:
+        """The next tokens of each row. Runs in a worker thread."""
+        return [
+            list(
+                self._chooser.choices(
+                    each.logits, each.row.context, each.draft, row=each.row.number, constraint=each.row.constraint
+                )
             )
-            yield token_id, self._logprobs(scores, token_id)
-            if token_id != guess:
-                return
-            context.append(token_id)
+            for each in answers
+        ]
 
-    def _pick(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Picked:
+    def _pick(self, row: _Row, choice: Choice) -> Picked:
+        token_id, ends = choice.token_id, choice.ends
         position = len(row.context)
         row.context.append(token_id)
         self._meter.token(row.number)
         if self._speculator is not None:
             self._speculator.came(row.number, token_id, position)
-        ends = token_id in self._sampling.eos_token_ids
         final = ends or row.count == self._sampling.max_new_tokens
         is_hidden = token_id in self._hidden_ends
         text = row.text.rest() if is_hidden else row.text.add(token_id, final=final)
@@ -288,11 +295,4 @@ class Decoding:
         if row.finished and self._speculator is not None:
             self._speculator.ended()
         finish: Finish | None = ("stop" if ends else "length") if row.finished else None
-        return Picked(row.number, token_id, position, text, logprobs, finish, row.stops.met)
-
-    def _logprobs(self, logits: torch.Tensor, token_id: int) -> TokenLogprobs | None:
-        if self._top_logprobs is None:
-            return None
-        scores = logits.float().log_softmax(-1)
-        values, ids = scores.topk(min(self._top_logprobs, len(scores)))
-        return TokenLogprobs(float(scores[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        return Picked(row.number, token_id, position, text, choice.logprobs, finish, row.stops.met)

@@ -13,7 +13,7 @@ from peerd.client.finding.finder import FRESH_S, ChainFinder, Patience
 from peerd.client.head_task import HeadTask
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
-from peerd.client.token_bytes import TokenBytes
+from peerd.client.token_bytes import TokenBytes, special_ids
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NotServed
 from peerd.routing.directory.directory import CACHE_S
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from peerd.client.audits.auditor import Auditor
     from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
+    from peerd.client.grammars.grammar import Grammar
+    from peerd.client.grammars.vocabulary import CompiledGrammar, Vocabulary
     from peerd.client.sampling import SamplingParams
     from peerd.client.training.span_lane import SpanLane
     from peerd.compute.checkpoint.hub.settings import HubSettings
@@ -63,6 +65,8 @@ class SwarmModel(ServedBlocks):
         self.speculation: Speculation | None = Speculation()
         self._token_bytes = TokenBytes(tokenizer)
         self._tokenizing = trio.CapacityLimiter(_TOKENIZED_AT_ONCE)
+        self._vocabulary: Vocabulary | None = None
+        self._compiling = trio.CapacityLimiter(1)
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that computes for long in a worker thread, so that the event loop goes on."""
@@ -173,6 +177,24 @@ class SwarmModel(ServedBlocks):
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, which may be a part of a character."""
         return self._token_bytes.of(token_id)
+
+    async def compiled(self, grammar: Grammar) -> CompiledGrammar:
+        """A grammar over the model's tokens, compiled in a worker thread, one at a time.
+
+        The model's first one takes a second longer. Raises InvalidRequest, which says what is wrong with the grammar.
+        """
+        return await self._head.in_thread(self._compile, grammar, limiter=self._compiling)
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        if self._vocabulary is None:
+            from peerd.client.grammars.vocabulary import Vocabulary
+
+            def encode(text: str) -> list[int]:
+                return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+            tokens = self._token_bytes.all(self.vocab_size)
+            self._vocabulary = Vocabulary(tokens, special_ids(self.tokenizer), encode)
+        return self._vocabulary.compile(grammar)
 
     def sampling_params(self, **asked: Any) -> SamplingParams:
         """`SamplingParams` with these values; the model's own values replace those left out. Raises ValueError,

@@ -26,6 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from peerd.client.grammars.grammar import Grammar
 from peerd.protocol.errors import BadResult
 
 # Long enough for an answer, and short enough not to reserve a server's KV pool for a model that never stops.
@@ -44,7 +45,8 @@ class SamplingParams:
     `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off. `frequency_penalty` is subtracted from a logit for each
     time that the answer already contains the token, `presence_penalty` once if it contains it at all; `logit_bias`
     (pairs of token id and number) is added. Generation ends with a token of `eos_token_ids`, of which none is chosen
-    before `min_new_tokens`, or after `max_new_tokens`.
+    before `min_new_tokens`, or after `max_new_tokens`. With a `grammar` only tokens are chosen that it allows, it may
+    end where the grammar may, and it ends where nothing else may follow.
     """
 
     temperature: float = 0.0
@@ -59,6 +61,7 @@ class SamplingParams:
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, _is_number(self.temperature) and self.temperature >= 0, "0 or more")
@@ -97,6 +100,7 @@ class SamplingParams:
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """The caller's choices. For each that is None, the model's own, or else the default of Transformers'
         `generate`.
@@ -118,6 +122,7 @@ class SamplingParams:
             max_new_tokens=_first(max_new_tokens, config.max_new_tokens, DEFAULT_MAX_NEW_TOKENS),
             min_new_tokens=_first(min_new_tokens, 0),
             eos_token_ids=_token_ids(config.eos_token_id) if eos_token_ids is None else tuple(eos_token_ids),
+            grammar=grammar,
         )
 
 
@@ -140,14 +145,15 @@ class Sampler:
         row: int,
         position: int,
         prompt_length: int | None = None,
+        allowed: torch.Tensor | None = None,
     ) -> int:
         """The token for `position` of `row`, given `logits` `[vocabulary]` and the `context`: all tokens before it.
 
-        The first `prompt_length` of them (default: all) were given, the rest were picked. Raises BadResult if the
-        logits are not finite.
+        The first `prompt_length` of them (default: all) were given, the rest were picked. `allowed`, a bool for each
+        token, excludes others. Raises BadResult if the logits are not finite.
         """
         answer = context[len(context) if prompt_length is None else prompt_length :]
-        scores = self.scores(self._adjusted(logits, answer), context)
+        scores = self.scores(self._adjusted(logits, answer, allowed), context)
         if self.params.temperature == 0:
             token = int(scores.argmax())
             # NaN and infinity win argmax; -inf wins it only if there is nothing else.
@@ -162,10 +168,13 @@ class Sampler:
         place = min(draw(self.params.seed, row, position) * total, math.nextafter(total, 0.0))
         return int(torch.searchsorted(cumulative, place, right=True))
 
-    def _adjusted(self, logits: torch.Tensor, answer: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def _adjusted(
+        self, logits: torch.Tensor, answer: Sequence[int] | torch.Tensor, allowed: torch.Tensor | None
+    ) -> torch.Tensor:
         params = self.params
         is_short = len(answer) < params.min_new_tokens
-        if not (params.frequency_penalty or params.presence_penalty or params.logit_bias or is_short):
+        changed = params.frequency_penalty or params.presence_penalty or params.logit_bias or is_short
+        if not changed and allowed is None:
             return logits
         logits = logits.float().clone()
         for token, count in Counter(torch.as_tensor(answer).tolist()).items():
@@ -173,8 +182,12 @@ class Sampler:
         for token, bias in params.logit_bias:
             if token < len(logits):
                 logits[token] += bias
-        if is_short:
-            logits[[token for token in params.eos_token_ids if token < len(logits)]] = -math.inf
+        if allowed is not None:
+            logits[~allowed] = -math.inf
+        ends = [token for token in params.eos_token_ids if token < len(logits)]
+        # A grammar may allow nothing but the end.
+        if is_short and (allowed is None or not _only(ends, allowed)):
+            logits[ends] = -math.inf
         return logits
 
     def scores(self, logits: torch.Tensor, context: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -182,6 +195,10 @@ class Sampler:
         ids = torch.as_tensor(context if self._reads_context else (), dtype=torch.long)
         processed: torch.Tensor = self._processors(ids[None], logits.float()[None])  # type: ignore[arg-type]
         return processed[0]
+
+
+def _only(tokens: Sequence[int], allowed: torch.Tensor) -> bool:
+    return int(allowed.sum()) == int(allowed[list(tokens)].sum())
 
 
 def draw(seed: int, row: int, position: int) -> float:

@@ -8,7 +8,7 @@ of an alphabet of 256; others have a token `<0xE6>` for each byte, and write a s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any
 
@@ -24,11 +24,19 @@ class TokenBytes:
 
     def of(self, token_id: int) -> bytes:
         """What the token adds to a text. A special token has the bytes of its name."""
+        return self._bytes(token_id, self._tokenizer.all_special_tokens)
+
+    def all(self, count: int) -> list[bytes]:
+        """What each of the first `count` tokens adds to a text."""
+        special = frozenset(self._tokenizer.all_special_tokens)
+        return [self._bytes(token_id, special) for token_id in range(count)]
+
+    def _bytes(self, token_id: int, special: Collection[str]) -> bytes:
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(token, str):
             # Some models have more outputs than tokens.
             return b""
-        if token in self._tokenizer.all_special_tokens:
+        if token in special:
             return token.encode()
         if self._alphabet and all(character in self._alphabet for character in token):
             return bytes(self._alphabet[character] for character in token)
@@ -49,6 +57,12 @@ class TokenBytes:
             return {}
         alphabet: Callable[[], dict[int, str]] = bytes_to_unicode
         return {character: byte for byte, character in alphabet().items()}
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The tokens that no text contains: they begin, end and divide texts."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | set(tokenizer.all_special_ids)
 
 
 def shown(data: bytes) -> str:

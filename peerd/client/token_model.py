@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from peerd.client.blocks import Adapter
     from peerd.client.finding.finder import Patience
+    from peerd.client.grammars.grammar import Grammar
+    from peerd.client.grammars.vocabulary import CompiledGrammar
     from peerd.client.session.session import Session
     from peerd.meters import Meters
 
@@ -50,6 +52,9 @@ class TokenModel(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn token ids into text."""
+
+    async def compiled(self, grammar: Grammar) -> CompiledGrammar:
+        """Prepare a grammar for an answer. Raises InvalidRequest."""
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that computes for long in a worker thread."""

@@ -82,10 +82,11 @@ def _put_format(fields: Fields, translation: Translation) -> None:
     if form == "json":
         wanted: dict[str, Any] = {"type": "json_object"}
     elif isinstance(form, dict):
-        wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": form, "strict": True}}
+        wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": form}}
     else:
         raise fields.error("format", "must be json, or a JSON schema", code="invalid_value")
     translation.put("response_format", wanted, "format")
+    translation.rename("response_format.json_schema.schema", "format")
 
 
 def _put_thinking(fields: Fields, translation: Translation) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from peerd.api.errors import ApiError, invalid
+from peerd.api.openai.grammar_fields import refused
 from peerd.api.openai.requests import CHAT_TOKENS, CommonFields
 from peerd.client.decoding import Decoding
 from peerd.client.finding.finder import Patience
@@ -21,6 +22,7 @@ from peerd.trio_tools import open_tasks
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from peerd.client.grammars.vocabulary import CompiledGrammar
     from peerd.client.model import SwarmModel
 
 # How many tokens may wait for a client that reads slowly; then its session waits too.
@@ -56,8 +58,10 @@ class Answers:
         prompts: Sequence[Sequence[int]],
         on_token: Callable[[], None] = lambda: None,
         decode: Callable[[Sequence[int]], str] | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         """`on_token` is called for each token of an answer. `decode` turns ids into text in place of the model's way.
+        `grammar` is the request's.
 
         Raises ApiError if a prompt does not fit, before any peer is asked.
         """
@@ -78,6 +82,7 @@ class Answers:
                 patience=_PATIENCE,
                 hidden_ends=common.stop_token_ids,
                 decode=decode,
+                grammar=grammar,
             )
             for prompt in prompts
         ]
@@ -136,6 +141,16 @@ async def encode_prompt(model: SwarmModel, prompt: str | list[int]) -> list[int]
     return ids
 
 
+async def compiled_grammar(model: SwarmModel, common: CommonFields) -> CompiledGrammar | None:
+    """The grammar that the request asks for. Raises ApiError."""
+    if common.grammar is None:
+        return None
+    try:
+        return await model.compiled(common.grammar.grammar)
+    except InvalidRequest as error:
+        raise refused(common.grammar, str(error)) from None
+
+
 def _defaults(config: GenerationConfig) -> dict[str, float]:
     """OpenAI's defaults for what the model's own generation config does not say: Transformers' are others."""
     defaults: dict[str, float] = {}
@@ -163,7 +178,8 @@ def _sampling(model: SwarmModel, common: CommonFields, prompt_tokens: int) -> Sa
         ends = (*own, *common.stop_token_ids)
         sampling = {name: value for name, value in common.sampling.items() if value is not None}
         sampling = _defaults(model.generation_config) | sampling
-        return model.sampling_params(max_new_tokens=wanted, eos_token_ids=ends, **sampling)
+        grammar = None if common.grammar is None else common.grammar.grammar
+        return model.sampling_params(max_new_tokens=wanted, eos_token_ids=ends, grammar=grammar, **sampling)
     except ValueError as error:
         raise invalid(str(error)) from None
     except InvalidRequest as error:

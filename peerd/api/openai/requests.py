@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peerd.api.fields import Fields
+from peerd.api.openai.grammar_fields import AskedGrammar, read_grammar
 from peerd.api.openai.messages import read_messages
 from peerd.api.openai.sampling_fields import MAX_TOKENS, read_sampling
 from peerd.api.openai.tool_fields import ToolFields, read_tools, refuse_functions
@@ -47,7 +48,6 @@ _UNSUPPORTED = {
     "return_tokens_as_token_ids": False,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
-    "structured_outputs": None,
     "truncate_prompt_tokens": None,
     "use_beam_search": False,
 }
@@ -55,11 +55,10 @@ _UNSUPPORTED_IN_CHATS = {
     "add_special_tokens": False,
     "audio": None,
     "modalities": ["text"],
-    "response_format": {"type": "text"},
     "verbosity": "medium",
     "web_search_options": None,
 }
-_UNSUPPORTED_IN_COMPLETIONS = {"add_special_tokens": True, "response_format": {"type": "text"}, "suffix": ""}
+_UNSUPPORTED_IN_COMPLETIONS = {"add_special_tokens": True, "suffix": ""}
 # What the renderer of templates is told by other fields.
 _RENDERER_S = frozenset(
     {"add_generation_prompt", "chat_template", "continue_final_message", "conversations", "messages", "tools"}
@@ -83,6 +82,7 @@ class CommonFields:
     sampling: dict[str, Any]
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    grammar: AskedGrammar | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,9 @@ def read_chat(fields: Fields) -> ChatRequest:
     template = _template_options(fields)
     wanted = limit if limit is not None else older_limit
     common = _common(fields, wanted, (top_logprobs or 0) if logprobs else None)
+    if tools is not None and common.grammar is not None:
+        problem = f"are excluded by {common.grammar.param}: send it in a request without them"
+        raise fields.error("tools", problem, code="unsupported_parameter")
     return ChatRequest(common, messages, template, tools)
 
 
@@ -177,6 +180,7 @@ def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) ->
         sampling=read_sampling(fields),
         stop_token_ids=_stop_tokens(fields),
         ignore_eos=fields.boolean("ignore_eos"),
+        grammar=read_grammar(fields),
     )
     fields.refuse(_UNSUPPORTED)
     fields.ignore(*_WITHOUT_EFFECT)

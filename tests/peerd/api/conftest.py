@@ -84,6 +84,28 @@ class ScriptedHead(ByteHead):
         return 5 * torch.nn.functional.one_hot(torch.tensor([token] * len(hidden)), END + 1).float()
 
 
+class SoftHead(ByteHead):
+    """Finds letters and quotes likely and spaces unlikely, each text differently: an answer may be anything."""
+
+    def embed(self, token_ids, start=0):
+        positions = torch.arange(start, start + len(token_ids))[:, None]
+        return super().embed(token_ids) * 1000 + positions
+
+    async def logits(self, hidden):
+        await trio.lowlevel.checkpoint()
+        scores = torch.stack(
+            [torch.randn(END + 1, generator=torch.Generator().manual_seed(int(row[0]))) for row in hidden]
+        )
+        scores[:, [9, 10, 13, 32]] -= 9
+        return scores
+
+
+@pytest.fixture
+def soft_head():
+    """A head under which an answer may be anything."""
+    return SoftHead()
+
+
 @pytest.fixture
 def open_byte_model(open_swarm, byte_tokenizer):
     """`async with open_byte_model(head) as (model, swarm):` three servers and a client's model."""

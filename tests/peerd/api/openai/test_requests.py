@@ -6,9 +6,12 @@ import pytest
 
 from peerd.api.errors import ApiError
 from peerd.api.fields import Fields
+from peerd.api.openai.grammar_fields import AskedGrammar
 from peerd.api.openai.requests import read_chat, read_completion
+from peerd.client.grammars.grammar import Grammar
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+SCHEMA = {"type": "object", "properties": {"b": {}, "a": {}}}
 
 
 def chat(**fields):
@@ -63,7 +66,24 @@ def completion(**fields):
         ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"max_tokens": 10**4000}, "max_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": []}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "regex", "regex": ""}}, "response_format.regex"),
+        ({"response_format": {"type": "grammar", "grammar": "x" * 140_000}}, "response_format.grammar"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.regex"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
         ({"temprature": 1}, "temprature"),
     ],
     ids=lambda value: str(value)[:40],
@@ -139,6 +159,49 @@ def test_no_reasoning_is_told_to_the_template_unless_the_client_says_otherwise()
     assert chat(reasoning_effort="none").template.variables == {"enable_thinking": False}
     both = chat(reasoning_effort="none", chat_template_kwargs={"enable_thinking": True, "x": 1})
     assert both.template.variables == {"enable_thinking": True, "x": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, Grammar.json_object(), "response_format.type"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+                }
+            },
+            Grammar.json_schema(SCHEMA),
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+            Grammar.json_schema(SCHEMA, strict=False),
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "regex", "regex": "a+"}}, Grammar.regex("a+"), "response_format.regex"),
+        ({"response_format": {"type": "grammar", "grammar": "r"}}, Grammar.ebnf("r"), "response_format.grammar"),
+        (
+            {"structured_outputs": {"json": SCHEMA}},
+            Grammar.json_schema(SCHEMA, strict=False),
+            "structured_outputs.json",
+        ),
+        ({"structured_outputs": {"json_object": True}}, Grammar.json_object(), "structured_outputs.json_object"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Grammar.choice(["a", "b"]), "structured_outputs.choice"),
+        ({"guided_grammar": "r"}, Grammar.ebnf("r"), "guided_grammar"),
+        ({"guided_json": SCHEMA}, Grammar.json_schema(SCHEMA, strict=False), "guided_json"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+@pytest.mark.parametrize("read", [chat, completion])
+def test_the_form_of_an_answer_is_read_from_openai_s_field_and_from_vllm_s(read, fields, grammar, param):
+    assert read(**fields).common.grammar == AskedGrammar(grammar, param)
+
+
+def test_without_a_form_an_answer_is_any_text():
+    assert chat().common.grammar is None
+    assert chat(response_format={"type": "text"}, structured_outputs={}).common.grammar is None
 
 
 def test_the_newer_name_of_the_limit_wins():

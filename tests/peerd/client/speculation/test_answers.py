@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from contextlib import aclosing, asynccontextmanager
 
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 
 from peerd.client.blocks import ModelFacts
 from peerd.client.decoding import Decoding
+from peerd.client.grammars.grammar import Grammar
 from peerd.client.model import SwarmModel
 from peerd.client.speculation.controller import Controller
 from peerd.client.speculation.drafts import Draft
@@ -115,6 +117,14 @@ def foresight(answers, right):
     return Speculation(lambda: Foresight(next(rows), right))
 
 
+PERSON = Grammar.json_schema(
+    {
+        "type": "object",
+        "properties": {"age": {"type": "integer"}, "from": {"enum": ["Rome", "Oslo"]}},
+        "required": ["age", "from"],
+        "additionalProperties": False,
+    }
+)
 CASES = {
     "greedy": {},
     "sampled": {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 11},
@@ -122,6 +132,9 @@ CASES = {
     "bias": {"temperature": 1.0, "logit_bias": [(65, 4.0), (66, -9.0)], "seed": 5},
     "rows": {"temperature": 1.0, "rows": 3, "seed": 8},
     "logprobs": {"temperature": 1.0, "top_logprobs": 4, "seed": 9},
+    "grammar": {"temperature": 1.0, "grammar": Grammar.regex("([A-Z][a-z]{1,4}[ .])*"), "seed": 6},
+    "rows in a grammar": {"temperature": 1.2, "rows": 3, "grammar": Grammar.regex("([A-Z][a-z]{1,4}[ .])*"), "seed": 2},
+    "json": {"temperature": 1.0, "grammar": PERSON, "eos_token_ids": [END], "seed": 3, "max_new_tokens": 60},
     "one token": {"max_new_tokens": 1},
     "two tokens": {"max_new_tokens": 2},
 }
@@ -151,6 +164,19 @@ async def test_the_tokens_are_those_of_plain_decoding(open_model, all_are_sent, 
         assert all(host.server.sessions == 0 for host in swarm.hosts)
 
 
+@pytest.mark.parametrize("right", [0.5, 1.0])
+async def test_answers_in_a_grammar_keep_to_it_whatever_is_guessed(open_model, all_are_sent, right):
+    async with open_model() as (model, _):
+        sampling = {"temperature": 1.5, "grammar": PERSON, "eos_token_ids": [END], "rows": 4, "max_new_tokens": 200}
+        plain = await answer(model, None, **sampling)
+        for rows in (plain, await answer(model, foresight(ids(plain), right), **sampling)):
+            for row in rows:
+                value = json.loads("".join(token.text for token in row))
+                assert isinstance(value["age"], int)
+                assert value["from"] in ("Rome", "Oslo")
+                assert [token.finish for token in row] == [None] * (len(row) - 1) + ["stop"]
+
+
 async def test_stops_end_a_row_in_mid_draft(open_model, all_are_sent):
     async with open_model() as (model, _):
         plain = await answer(model, None, temperature=1.0, seed=2)
@@ -176,11 +202,12 @@ async def test_rows_that_end_at_different_times_disturb_nobody(open_model, all_a
         assert ids(guessed) == ids(plain)
 
 
+@pytest.mark.parametrize("grammar", [None, CASES["grammar"]["grammar"]], ids=["free", "in a grammar"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("at", [5, 17, 31])
-async def test_a_death_in_mid_window_changes_no_token(open_model, all_are_sent, at, rows):
+async def test_a_death_in_mid_window_changes_no_token(open_model, all_are_sent, at, rows, grammar):
     async with open_model() as (model, swarm):
-        sampling = {"temperature": 1.0, "rows": rows, "seed": 4}
+        sampling = {"temperature": 1.0, "rows": rows, "seed": 4, "grammar": grammar}
         plain = await answer(model, None, **sampling)
         await swarm.serve(3, 6)
 
