@@ -1,4 +1,4 @@
-"""Writes to the terminal: results on standard output, logs and progress on standard error.
+"""Writes to the terminal: results on standard output, progress on standard error.
 
 Text may come from strangers (a hostile server can make a model "say" anything, and error messages travel), and control
 characters would be commands to a terminal. So everything that goes to a terminal passes through `printable`, and no
@@ -7,7 +7,6 @@ text is ever interpreted as markup.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from functools import cache
 from unicodedata import category
 
 from rich.console import Console, RenderableType
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -37,7 +35,6 @@ _BAR_CHARS = 16
 _PEER_ID_TAIL = 6
 # Unicode's control characters, and halves of characters, which cannot be encoded.
 _COMMANDS = ("Cc", "Cs")
-_PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 @cache
@@ -130,28 +127,3 @@ def short(peer_id: object) -> str:
     """A short form of a PeerId that people can compare: `12D3KooW..aB3xYz`."""
     text = str(peer_id)
     return f"{text[:8]}..{text[-_PEER_ID_TAIL:]}"
-
-
-def set_up_logging(level: int, *, libraries: int = logging.WARNING) -> None:
-    """Log our own messages from `level` and other libraries' from `libraries`, on standard error."""
-    console = screen()
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(
-            console=console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S", markup=False
-        )
-        handler.setFormatter(_Printable("%(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Printable(_PLAIN_FORMAT))
-    logging.basicConfig(level=libraries, handlers=[handler], force=True)
-    logging.getLogger("peerd").setLevel(level)
-
-
-class _Printable(logging.Formatter):
-    """Writes a record so that no text of a stranger's in it is a command to the terminal, or looks like a record of its
-    own: only its first line begins at the margin.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record)).replace("\n", "\n    ")

@@ -16,8 +16,11 @@ import click
 from click.core import ParameterSource
 
 from peerd.cli.commands.doctor import doctor
+from peerd.cli.commands.keys import keys
+from peerd.cli.commands.models import calibrate, manifest, models
 from peerd.cli.commands.running import EXIT_CODES, run, run_once
-from peerd.cli.console import say, set_up_logging, working
+from peerd.cli.commands.watching import peers, status
+from peerd.cli.console import say, working
 from peerd.cli.help import SHORT_HELP, write_options
 from peerd.cli.options.daemon import daemon_of, daemon_options
 from peerd.cli.options.parsing import at_revision, parse_model
@@ -26,6 +29,7 @@ from peerd.cli.options.shared import (
     join_options,
     joining,
     json_option,
+    log_format_option,
     revision_option,
     sampling_options,
     speculate_option,
@@ -34,6 +38,7 @@ from peerd.cli.options.shared import (
 from peerd.cli.options.train_span import train_span_options
 from peerd.cli.processes import ProcessEnded
 from peerd.cli.standard_files import OutputFailed, flush_standard_files, guard_standard_files
+from peerd.cli.watching.logs import set_up_logging
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault
 
@@ -87,6 +92,7 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
 )
 @daemon_options
 @verbose_option
+@log_format_option
 @click.version_option(package_name="peerd")
 @click.pass_context
 def cli(ctx: click.Context, /, **options: Any) -> None:
@@ -111,7 +117,8 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     if not given:
         click.echo(SHORT_HELP, nl=False)
         return
-    set_up_logging(logging.DEBUG if options.pop("verbose") else logging.INFO)
+    level = logging.DEBUG if options.pop("verbose") else logging.INFO
+    set_up_logging(level, log_format=options.pop("log_format"))
     swarm = joining(options)
     daemon = daemon_of(swarm, options)
     from peerd.cli.daemon import raise_descriptor_limit, run_daemon
@@ -248,82 +255,8 @@ def demo(
     run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
-@cli.command(epilog=EXIT_CODES)
-@click.option(
-    "--socket",
-    "socket_path",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="The socket of the daemon. Default: where peerd --client opens it.",
-)
-@json_option
-@click.pass_context
-def status(ctx: click.Context, /, socket_path: Path | None, as_json: bool) -> None:
-    """Show the status of the daemon on this machine: peers, blocks, and whether its models' blocks have servers."""
-    from peerd.cli.status import show_status
-
-    run_once(ctx, partial(show_status, socket_path, as_json=as_json), verbose=False)
-
-
-@cli.command(epilog=EXIT_CODES)
-@click.argument("model", type=parse_model, metavar="MODEL")
-@revision_option
-@click.pass_context
-def manifest(ctx: click.Context, /, model: Path | str, revision: str | None) -> None:
-    """Print the digests of the weights of MODEL's blocks as JSON, for --manifest.
-
-    Reads all weights once. Make it where you trust the files, and pin it where you generate.
-    """
-    from peerd.cli.manifest import print_manifest
-
-    run_once(ctx, partial(print_manifest, at_revision(model, revision)), verbose=False)
-
-
-@cli.command(epilog=EXIT_CODES)
-@click.argument("model", type=parse_model, metavar="MODEL")
-@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TEXT")
-@revision_option
-@click.pass_context
-def calibrate(ctx: click.Context, /, model: Path | str, text: Path, revision: str | None) -> None:
-    """Print how far apart honest servers of MODEL are, as JSON, for --audit-limits.
-
-    Runs TEXT, a file of some 600 tokens, through all blocks in every dtype and quantization, on the CPU.
-    """
-    from peerd.cli.calibrate import print_thresholds
-
-    run_once(ctx, partial(print_thresholds, at_revision(model, revision), text), verbose=False)
-
-
-@cli.command()
-@click.option("--families", is_flag=True, required=True, help="List the architectures: served, refused, and why.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def models(families: bool, as_json: bool) -> None:
-    """Say which models peerd can serve."""
-    from peerd.cli.families import print_families
-
-    print_families(as_json=as_json)
-
-
-@cli.group()
-def keys() -> None:
-    """Make keys."""
-
-
-@keys.command("new-swarm")
-@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE")
-def new_swarm(path: Path) -> None:
-    """Write the key of a new private swarm to FILE.
-
-    Give it to all peers of the swarm, as --swarm-key FILE, and to nobody else: strangers then learn neither who
-    the peers are nor what they serve.
-    """
-    from peerd.cli.keys.swarm_key import create_swarm_key
-
-    create_swarm_key(path)
-    say(f"{path} holds the key of a new swarm: give it to its peers, each as --swarm-key FILE")
-
-
-cli.add_command(doctor)
+for command in (calibrate, doctor, keys, manifest, models, peers, status):
+    cli.add_command(command)
 
 
 def main() -> NoReturn:

@@ -16,7 +16,7 @@ import trio
 
 from peerd.cli.main import EXIT_NO_CHAIN
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
-from peerd.cli.status import ask_daemon
+from peerd.cli.watching.status import ask_daemon
 from tests.fakes.netlab import NAT_A, NAT_B, NEIGHBOUR, PUBLIC_HOSTS, RELAY1, RELAY2, A, B, NetLab, missing, open_lab
 
 pytestmark = [pytest.mark.real_time, pytest.mark.processes]

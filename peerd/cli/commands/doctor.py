@@ -11,7 +11,7 @@ from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.console import working
 from peerd.cli.options.daemon import DEFAULT_IDENTITY
 from peerd.cli.options.parsing import parse_address
-from peerd.cli.options.shared import bootstrap_option, no_relay_option, swarm_key_option, verbose_option
+from peerd.cli.options.shared import bootstrap_option, no_relay_option, socket_option, swarm_key_option, verbose_option
 from peerd.local.socket_path import default_socket_path
 from peerd.protocol.addresses import Multiaddr
 
@@ -33,13 +33,7 @@ from peerd.protocol.addresses import Multiaddr
     metavar="FILE",
     help="The daemon's key. Default: where a daemon keeps it.",
 )
-@click.option(
-    "--socket",
-    "socket_path",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="The socket of the daemon. Default: where peerd --client opens it.",
-)
+@socket_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @verbose_option
 @click.pass_context

@@ -9,7 +9,7 @@ from functools import partial
 import click
 import trio
 
-from peerd.cli.console import set_up_logging
+from peerd.cli.watching.logs import set_up_logging
 
 EXIT_CODES = """\b
 Exit codes:

@@ -8,7 +8,7 @@ from typing import Any
 import trio
 
 from peerd.cli.doctor.facts import DaemonFact
-from peerd.cli.status import ask_daemon
+from peerd.cli.watching.asking import ask_daemon
 from peerd.protocol.errors import InvalidRequest, Unresponsive
 
 
@@ -17,12 +17,12 @@ async def look_at_daemon(socket_path: Path) -> DaemonFact:
     if not await trio.Path(socket_path).exists():
         return DaemonFact(socket_path)
     try:
-        status = await ask_daemon(socket_path)
+        status = await ask_daemon(socket_path, "/peerd/v1/status")
         return _read(socket_path, status)
     except InvalidRequest as error:
         # The socket of a daemon that was killed lies there until the next one starts.
         return DaemonFact(socket_path, problem=str(error) if "another user" in str(error) else "")
-    except (Unresponsive, ValueError, KeyError, TypeError) as error:
+    except (Unresponsive, KeyError, TypeError) as error:
         return DaemonFact(socket_path, problem=f"the daemon on {socket_path} does not answer as one: {error}")
 
 

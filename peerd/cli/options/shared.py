@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from peerd.cli.options.parsing import parse_bootstrap, parse_memory, parse_peer_id
+from peerd.cli.watching.logs import LOG_FORMATS
 from peerd.protocol.addresses import Multiaddr
 
 if TYPE_CHECKING:
@@ -102,6 +103,13 @@ def join_options(command: Command) -> Command:
     return command
 
 
+socket_option = click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The socket of the daemon. Default: where peerd --client opens it.",
+)
 revision_option = click.option(
     "--revision", metavar="REV", help="The branch, tag or commit of a model on the hub; the same as org/name@REV."
 )
@@ -114,6 +122,13 @@ disk_option = click.option(
     " deleted first; files that a running peer reads, or that other programs put into the cache, never are.",
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="text",
+    show_default=True,
+    help="How the log is written: lines for people, or a JSON object a line (time, level, logger, message, exception).",
+)
 speculate_option = click.option(
     "--speculate/--no-speculate",
     default=True,

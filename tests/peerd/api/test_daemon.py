@@ -22,7 +22,7 @@ import trio.lowlevel
 from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
 
 from peerd.api.serve import load_or_create_token
-from peerd.cli.status import describe, show_status
+from peerd.cli.watching.status import describe, show_status
 from peerd.client.model import ModelFacts, SwarmModel
 from peerd.local.messages import Embed, LocalBackward, LocalForward, LocalOpen, message_bytes, read_message
 from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor, encode_tensor

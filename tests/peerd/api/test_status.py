@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from peerd.api.status import Status, _avoided, _refused
-from peerd.cli.status import _avoided as said_avoided
-from peerd.cli.status import _refused as said_refused
+from peerd.cli.watching.status import _avoided as said_avoided
+from peerd.cli.watching.status import _refused as said_refused
 from peerd.net.containment import Containment
 from peerd.net.limits.scores import BANNED_S, BUG, MALFORMED
 from peerd.protocol.identity import Identity, PeerId

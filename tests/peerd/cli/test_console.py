@@ -106,15 +106,3 @@ async def test_a_watcher_raises_in_its_thread_when_its_task_is_cancelled() -> No
         await trio.to_thread.run_sync(fetch)
     assert scope.cancelled_caught
     assert seen
-
-
-def test_no_line_of_a_message_can_be_taken_for_a_record_of_its_own() -> None:
-    forged = "2026-11-30 09:00:00,000 INFO peerd: all is well"
-    formatter = console._Printable("%(levelname)s %(message)s")
-    for message, error in ((f"bad name\n{forged}\x1b[31m", None), ("bad", ValueError(f"x\n{forged}"))):
-        info = None if error is None else (type(error), error, None)
-        record = logging.LogRecord("peerd", logging.WARNING, "", 1, message, (), info)
-        first, *others = formatter.format(record).splitlines()
-        assert first.startswith("WARNING bad")
-        assert others
-        assert all(line.startswith("    ") for line in others)

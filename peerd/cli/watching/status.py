@@ -1,7 +1,4 @@
-"""`peerd status`: asks the daemon on this machine for its status, and prints it.
-
-It uses one path of the local API, with HTTP/1.0 over the unix socket.
-"""
+"""`peerd status`: asks the daemon on this machine for its status, and prints it."""
 
 from __future__ import annotations
 
@@ -9,14 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import trio
-
 from peerd.cli.console import printable, short, table, write
+from peerd.cli.watching.asking import ask_daemon
 from peerd.local.socket_path import default_socket_path
-from peerd.protocol.errors import InvalidRequest, NoChain, Unresponsive
-
-_DEADLINE_S = 10.0
-_MAX_ANSWER_BYTES = 16 * 1024 * 1024
+from peerd.protocol.errors import NoChain
 
 
 async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
@@ -25,7 +18,7 @@ async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
     Raises InvalidRequest if none listens, and Unresponsive if it does not answer; NoChain, after printing, if blocks of
     its models have no server.
     """
-    status = await ask_daemon(socket_path or default_socket_path())
+    status = await ask_daemon(socket_path or default_socket_path(), "/peerd/v1/status")
     write((json.dumps(status, indent=2) if as_json else describe(status)) + "\n")
     missing = [
         f"{', '.join(run['blocks'] for run in model['coverage'] if not run['servers'])} of {model['name']}"
@@ -40,7 +33,7 @@ def describe(status: dict[str, Any]) -> str:
     """The status as text for people."""
     lines = [
         f"peer      {status['peer_id']}",
-        f"version   {status['version']}, up {_duration(status['uptime_s'])}",
+        f"version   {status['version']}, up {duration(status['uptime_s'])}",
         *(f"address   {address}" for address in status["addresses"]),
         f"reach     {_reach(status['reachability'])}",
     ]
@@ -72,32 +65,6 @@ def describe(status: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{_count(len(rows), 'peer')} connected" + (f"\n{table(rows)}" if rows else "")
 
 
-async def ask_daemon(path: Path) -> dict[str, Any]:
-    """The status from the daemon at a socket. Raises InvalidRequest if none listens, Unresponsive if it is silent."""
-    try:
-        with trio.fail_after(_DEADLINE_S):
-            async with await trio.open_unix_socket(path) as stream:
-                await stream.send_all(b"GET /peerd/v1/status HTTP/1.0\r\nHost: localhost\r\n\r\n")
-                answer = bytearray()
-                async for chunk in stream:
-                    answer += chunk
-                    if len(answer) > _MAX_ANSWER_BYTES:
-                        break
-    except (OSError, trio.BrokenResourceError) as error:
-        if isinstance(error, PermissionError):
-            raise InvalidRequest(f"{path} belongs to another user, as whom its daemon runs") from None
-        raise InvalidRequest(
-            f"no peerd listens on {path}: start one with peerd --client, or wait until it has joined its swarm"
-        ) from None
-    except trio.TooSlowError:
-        raise Unresponsive(f"the daemon on {path} did not answer within {_DEADLINE_S:g} s") from None
-    head, _, body = bytes(answer).partition(b"\r\n\r\n")
-    if b" 200 " not in head.partition(b"\r\n")[0] + b" ":
-        raise Unresponsive(f"the daemon on {path} answered {head[:100]!r}")
-    status: dict[str, Any] = json.loads(body)
-    return status
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
@@ -111,20 +78,20 @@ def _reach(reachability: dict[str, Any]) -> str:
 def _refused(score: dict[str, Any]) -> str:
     """What a peer or an address did wrong lately."""
     name = short(score["name"]) if score["name"].startswith("12D3") else score["name"]
-    ban = f"for {_duration(score['banned_s'])}" if score["banned_s"] else "not yet"
+    ban = f"for {duration(score['banned_s'])}" if score["banned_s"] else "not yet"
     reasons = ", ".join(f"{reason} ({count}x)" for reason, count in score["reasons"].items())
     return printable(f"{name} {ban}, score {score['score']:.0f} of 100: {reasons}")
 
 
 def _avoided(one: dict[str, Any]) -> str:
     """For how long we use a peer for nothing, and why."""
-    until = f"for {_duration(one['for_s'])}" if one["for_s"] else "until it answers"
+    until = f"for {duration(one['for_s'])}" if one["for_s"] else "until it answers"
     return printable(" ".join(f"{until}: {one['why']}".split()) if one["why"] else until)
 
 
 def _convicted(one: dict[str, Any]) -> str:
     """For how long we avoid a peer that computed something else than others, and what the audit found."""
-    return printable(f"for {_duration(one['ends_in_s'])}, {one['count']}x: {one['why']}")
+    return printable(f"for {duration(one['ends_in_s'])}, {one['count']}x: {one['why']}")
 
 
 def _audits(audits: dict[str, Any]) -> str:
@@ -140,7 +107,7 @@ def _way(relay: str | None) -> str:
     return "" if relay is None else f"through {short(relay)}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

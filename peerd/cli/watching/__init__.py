@@ -1,0 +1,1 @@
+"""What a running daemon says of itself: its log, its status, its swarm."""
