@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peerd.client.audits.auditor import Auditor
     from peerd.client.finding.scout import Scout
     from peerd.client.generation import Generation
+    from peerd.client.grammars.checking import GrammarCheck
     from peerd.client.grammars.grammar import Grammar
     from peerd.client.grammars.vocabulary import CompiledGrammar, Vocabulary
     from peerd.client.sampling import SamplingParams
@@ -56,7 +57,9 @@ class SwarmModel(ServedBlocks):
         scout: Scout | None = None,
         hub: HubSettings | None = None,
         auditor: Auditor | None = None,
+        grammar_check: GrammarCheck | None = None,
     ) -> None:
+        """`grammar_check`: where grammars are compiled first, in case that they never end; None for trusted ones."""
         super().__init__(facts, finder, opener, tasks, scout, hub, auditor)
         self.tokenizer = tokenizer
         self.generation_config = generation_config
@@ -67,6 +70,7 @@ class SwarmModel(ServedBlocks):
         self._tokenizing = trio.CapacityLimiter(_TOKENIZED_AT_ONCE)
         self._vocabulary: Vocabulary | None = None
         self._compiling = trio.CapacityLimiter(1)
+        self._grammar_check = grammar_check
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that computes for long in a worker thread, so that the event loop goes on."""
@@ -183,6 +187,8 @@ class SwarmModel(ServedBlocks):
 
         The model's first one takes a second longer. Raises InvalidRequest, which says what is wrong with the grammar.
         """
+        if self._grammar_check is not None:
+            await self._grammar_check.check(grammar)
         return await self._head.in_thread(self._compile, grammar, limiter=self._compiling)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:

@@ -17,6 +17,7 @@ from peerd.client.audits.auditor import Auditor
 from peerd.client.blocks import ModelFacts, ServedBlocks
 from peerd.client.finding.finder import SwarmFinder
 from peerd.client.finding.scout import FIRST_WAIT_S, Scout
+from peerd.client.grammars.checking import open_grammar_check
 from peerd.client.head_task import HeadTask
 from peerd.client.model import SwarmModel
 from peerd.client.session.opener import ChainOpener
@@ -68,7 +69,7 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
     """A model of the swarm, its head and tokenizer read from `checkpoint`. Raises CheckpointError."""
     await fetch_head(checkpoint)
     side = await trio.to_thread.run_sync(_read_client_side, checkpoint)
-    async with _open_route(client, side.facts) as route, open_tasks() as tasks:
+    async with _open_route(client, side.facts) as route, open_grammar_check() as check, open_tasks() as tasks:
         task = HeadTask(side.head)
         tasks.start_soon(task.run)
         yield SwarmModel(
@@ -82,6 +83,7 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
             route.scout,
             client.hub,
             route.auditor,
+            check,
         )
 
 

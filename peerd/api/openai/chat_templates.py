@@ -8,21 +8,16 @@ killed. One template never has all of them: if it loops, those of other models a
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import trio
 
-from peerd.protocol.errors import InternalError, InvalidRequest
+from peerd.line_process import LineProcess
+from peerd.protocol.errors import InvalidRequest
 
 RENDER_LIMIT_S = 1.0
-# For importing the template engine, which may take long on a loaded machine.
-_START_LIMIT_S = 60.0
-_CHUNK_BYTES = 65536
-_MAX_ANSWER_BYTES = 64 * 1024 * 1024
 # Each process takes 50 MB.
 MOST_PROCESSES = 4
 MOST_OF_A_TEMPLATE = 2
@@ -113,87 +108,15 @@ class Renderer(Protocol):
         """Free what it holds; `render` takes it again."""
 
 
-class TemplateProcess:
+class TemplateProcess(LineProcess):
     """A process that renders, started when it is needed and killed when a template does not end."""
 
     def __init__(self) -> None:
-        self._process: trio.Process | None = None
-        self._rest = b""
-
-    def __repr__(self) -> str:
-        return f"<TemplateProcess {self._process}>"
+        super().__init__("peerd.api.openai.template_process", "the chat template", RENDER_LIMIT_S)
 
     async def render(self, asked: bytes) -> dict[str, Any]:
         """The answer to a line of JSON. Raises InvalidRequest, InternalError."""
-        await self._start()
-        try:
-            with trio.fail_after(RENDER_LIMIT_S):
-                return await self._ask(asked)
-        except trio.TooSlowError:
-            await self.close()
-            raise InvalidRequest(f"the chat template did not end within {RENDER_LIMIT_S:g} s") from None
-        except (trio.BrokenResourceError, trio.EndOfChannel):
-            await self.close()
-            raise InvalidRequest("the chat template took more memory than it may") from None
-        except BaseException:
-            # Half an answer may be in the pipe.
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        """Kill the process, if there is one."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with trio.CancelScope(shield=True):
-            process.kill()
-            await process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                await pipe.aclose()
-
-    async def _start(self) -> None:
-        """Start the process if none is running. Raises InternalError."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        await self.close()
-        self._rest = b""
-        self._process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "peerd.api.openai.template_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            with trio.fail_after(_START_LIMIT_S):
-                await self._read_line()
-        except BaseException as error:
-            await self.close()
-            if isinstance(error, trio.EndOfChannel | trio.TooSlowError):
-                raise InternalError("the process that renders chat templates did not start") from error
-            raise
-
-    async def _ask(self, asked: bytes) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        await self._process.stdin.send_all(asked)
-        answer: dict[str, Any] = json.loads(await self._read_line())
-        return answer
-
-    async def _read_line(self) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        parts = [self._rest]
-        size = len(self._rest)
-        while b"\n" not in parts[-1]:
-            chunk = await self._process.stdout.receive_some(_CHUNK_BYTES)
-            size += len(chunk)
-            if not chunk or size > _MAX_ANSWER_BYTES:
-                raise trio.EndOfChannel
-            parts.append(bytes(chunk))
-        line, _, self._rest = b"".join(parts).partition(b"\n")
-        return line
+        return await self.ask(asked)
 
 
 @asynccontextmanager

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from llguidance import LLMatcher
 
+from peerd.client.grammars.tokens import NO_TOKENS
 from peerd.protocol.errors import InvalidRequest
 
-# Why a text that a grammar forces cannot be said.
-NO_TOKENS = "the model has no tokens for a text in it"
 _MOST_ERROR_CHARACTERS = 300
 
 

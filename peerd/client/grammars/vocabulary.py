@@ -1,8 +1,7 @@
 """A model's tokens as grammars see them, and the compilation of grammars over them, by llguidance.
 
-Grammars come from programs, and a small one may describe something huge. Every bound is here: on the size of the
-automaton, and on the work for it before the first token and for each token. A grammar that reaches one is refused, or
-ends its answer with an error; it is computed in a worker thread and lets the event loop run meanwhile.
+Grammars come from programs, and a small one may describe something huge. One that reaches a bound (`limits.py`) is
+refused, or ends its answer with an error; it is computed in a worker thread and lets the event loop run meanwhile.
 """
 
 from __future__ import annotations
@@ -10,20 +9,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Sequence
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
-from peerd.client.grammars.constraint import NO_TOKENS, RowConstraint, problem_of, shortened
+from peerd.client.grammars.constraint import RowConstraint, problem_of, shortened
 from peerd.client.grammars.grammar import Grammar
+from peerd.client.grammars.limits import parser_limits
+from peerd.client.grammars.tokens import Tokens
 from peerd.protocol.errors import InvalidRequest
-
-# The library's defaults let a grammar of a few bytes compute for seconds, and take hundreds of megabytes. Tests measure
-# what these let through: compilation takes less than a second, a token less than a tenth of one.
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=250_000,
-    step_max_items=20_000,
-    max_lexer_states=20_000,
-    verbose_errors=False,
-)
 
 
 class Vocabulary:
@@ -40,7 +32,7 @@ class Vocabulary:
         self.size = len(tokens)
         # The library keeps what it is given, and what refers back to it would never be freed.
         this = weakref.ref(self)
-        wrapped = _Tokens(tokens, special, encode, lambda text: _greedy(this(), text))
+        wrapped = Tokens(tokens, special, encode, lambda text: _greedy(this(), text))
         self._tokenizer = LLTokenizer(wrapped)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
@@ -56,7 +48,7 @@ class Vocabulary:
             definition = grammar.definition()
         except ValueError as error:
             raise InvalidRequest(shortened(str(error))) from None
-        matcher = LLMatcher(self._tokenizer, definition, log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(self._tokenizer, definition, log_level=0, limits=parser_limits())
         if not matcher.is_error():
             # Some limits are only reached by the first mask.
             matcher.compute_bitmask()
@@ -75,40 +67,6 @@ class CompiledGrammar:
     def row(self, ends: Collection[int]) -> RowConstraint:
         """What one answer may say, from its beginning. `ends`: the tokens that may end it."""
         return RowConstraint(self._matcher.deep_copy(), self._vocabulary.size, ends)
-
-
-class _Tokens:
-    """The tokens in the library's form, with a token behind them that stands for the end of any answer."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(
-        self,
-        tokens: Sequence[bytes],
-        special: Collection[int],
-        encode: Callable[[str], Sequence[int]],
-        greedy: Callable[[str], list[int]],
-    ) -> None:
-        self.eos_token_id = len(tokens)
-        self.tokens = [*tokens, b"<end of the answer>"]
-        self.special_token_ids = [token for token in special if token < len(tokens)] + [self.eos_token_id]
-        self._encode = encode
-        self._greedy = greedy
-
-    def __call__(self, text: str) -> list[int]:
-        """The tokens of a text that the grammar forces."""
-        ids = list(self._encode(text))
-        # Some tokenizers add a space before a text.
-        if not self._say(ids, text):
-            ids = self._greedy(text)
-        if not self._say(ids, text):
-            # The library turns it into the matcher's error.
-            raise ValueError(NO_TOKENS)
-        return ids
-
-    def _say(self, ids: Sequence[int], text: str) -> bool:
-        return b"".join(self.tokens[token] for token in ids) == text.encode()
 
 
 def _greedy(vocabulary: Vocabulary | None, text: str) -> list[int]:

@@ -111,7 +111,7 @@ def open_byte_model(open_swarm, byte_tokenizer):
     """`async with open_byte_model(head) as (model, swarm):` three servers and a client's model."""
 
     @asynccontextmanager
-    async def open_it(head=None, generation_config=None, chat_template=TEMPLATE, **serving):
+    async def open_it(head=None, generation_config=None, chat_template=TEMPLATE, grammar_check=None, **serving):
         async with open_swarm() as swarm:
             for start in range(0, BLOCKS, 3):
                 await swarm.serve(start, start + 3, **serving)
@@ -120,7 +120,8 @@ def open_byte_model(open_swarm, byte_tokenizer):
             tokenizer.chat_template = chat_template
             facts = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32")
             config = generation_config or GenerationConfig(eos_token_id=END, do_sample=False)
-            model = SwarmModel(facts, head or ByteHead(), tokenizer, config, client.finder, client.opener, client.tasks)
+            ways = client.finder, client.opener, client.tasks
+            model = SwarmModel(facts, head or ByteHead(), tokenizer, config, *ways, grammar_check=grammar_check)
             if isinstance(head, ScriptedHead):
                 # It counts calls, not positions.
                 model.speculation = None

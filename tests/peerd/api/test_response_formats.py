@@ -10,6 +10,8 @@ import pytest
 import trio
 from pydantic import BaseModel, Field
 
+from peerd.protocol.errors import InvalidRequest
+
 from .test_daemon import openai_client
 
 MESSAGES = [{"role": "user", "content": "Who?"}]
@@ -173,6 +175,21 @@ async def test_their_errors_name_the_field_as_the_client_wrote_it(ask):
     answer = await ask({"model": "bytes", "messages": MESSAGES, "format": {"type": "x"}}, path="/api/chat")
     assert answer.status == 400
     assert answer.json["error"] == "format cannot be used: Invalid type: x"
+
+
+class Refusal:
+    """In place of the process that would be killed."""
+
+    async def check(self, grammar):
+        await trio.lowlevel.checkpoint()
+        raise InvalidRequest("compiling it did not end within 2 s")
+
+
+async def test_a_form_that_takes_too_long_to_compile_is_a_400(open_api):
+    async with open_api(grammar_check=Refusal()) as (caller, _):
+        answer = await caller.post("/v1/chat/completions", chat(response_format=JSON_SCHEMA))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "response_format.json_schema.schema")
+    assert answer.json["error"]["message"].endswith("cannot be used: compiling it did not end within 2 s")
 
 
 @pytest.mark.parametrize("stream", [False, True])
