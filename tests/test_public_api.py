@@ -24,6 +24,8 @@ BETWEEN_ROOMS = {
         "Peer.reservations",
         "ServedSpan.adapter_room",
         "ServedSpan.task",
+        "Checkpoint.grid",
+        "Checkpoint.read_codes",
         "Checkpoint.weights",
         "SwarmModel.open_span",
         "ChainRules.permitted",

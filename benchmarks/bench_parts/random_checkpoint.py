@@ -18,6 +18,7 @@ from peerd.compute.checkpoint.published_config import make_config
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.families.lookup import family_named
 from peerd.compute.families.meta_build import build_on_meta
+from peerd.compute.quantized.groups import CodeRows
 
 #: The values of the publishers' configurations, by name.
 GEOMETRIES: Mapping[str, dict[str, Any]] = {
@@ -105,6 +106,12 @@ class RandomWeights:
 
     def read_slices(self, parameter: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
         yield from self.read(parameter)
+
+    def grid(self, parameter: str) -> None:
+        """The weights are plain."""
+
+    def read_codes(self, parameter: str) -> Iterator[CodeRows]:
+        raise ValueError(f"{parameter} has no grid")
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         """Nothing is stored, so a digest covers names and shapes."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig
 
+    from peerd.compute.quantized.groups import CodeRows, Grid
+
 
 class Checkpoint:
     """An open checkpoint of one language model. Use it as a context manager, or `close` it."""
@@ -178,6 +180,17 @@ class Checkpoint:
         A GGUF file's parameter is first read whole. Raises CheckpointError.
         """
         return self._weights.read_slices(name, dtype)
+
+    def grid(self, name: str) -> Grid | None:
+        """The grid of integers in which a parameter can be kept as it is stored; None if there is none."""
+        return self._weights.grid(name)
+
+    def read_codes(self, name: str) -> Iterator[CodeRows]:
+        """Read a parameter that has a grid undequantized: one matrix, or one for each expert.
+
+        Raises CheckpointError.
+        """
+        return self._weights.read_codes(name)
 
     def fetch_span(self, span: Span) -> None:
         """Download the files that hold these blocks, and keep them on this machine until the checkpoint is closed.

@@ -20,6 +20,7 @@ from peerd.compute.checkpoint.safetensors_file import DTYPES, SafetensorsFile, S
 from peerd.compute.checkpoint.weights import INDEX_NAME, SINGLE_NAME, StoredBytes
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
+from peerd.compute.quantized.groups import CodeRows, Grid
 
 
 class SafetensorsWeights:
@@ -88,6 +89,12 @@ class SafetensorsWeights:
             if any(piece.ndim != 2 or piece.shape[1:] != pieces[0].shape[1:] for piece in pieces):
                 raise CheckpointError(f"{self.directory}: tensor {recipe.names[first]} does not fit its neighbours")
             yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def grid(self, parameter: str) -> Grid | None:
+        return None
+
+    def read_codes(self, parameter: str) -> Iterator[CodeRows]:
+        raise ValueError(f"{parameter} has no grid")
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         for name in self._stored_names(parameter):

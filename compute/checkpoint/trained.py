@@ -23,6 +23,7 @@ from peerd.compute.checkpoint.digests import tensors_digest
 from peerd.compute.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from peerd.compute.checkpoint.weights import StoredBytes, Weights
 from peerd.compute.errors import CheckpointError
+from peerd.compute.quantized.groups import CodeRows, Grid
 
 DESCRIPTION, BLOCKS = "peerd-trained.json", "blocks.safetensors"
 
@@ -185,6 +186,12 @@ class _TrainedWeights:
         if self._is_trained(parameter):
             return self._own(parameter).read_slices(parameter)
         return self._base.read_slices(parameter, dtype)
+
+    def grid(self, parameter: str) -> Grid | None:
+        return None if self._is_trained(parameter) else self._base.grid(parameter)
+
+    def read_codes(self, parameter: str) -> Iterator[CodeRows]:
+        return self._base.read_codes(parameter)
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         if self._is_trained(parameter):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from peerd.compute.quantized.groups import CodeRows, Grid
+
 # Publishers' names for weights files: one file, or an index that lists shards.
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -81,6 +83,16 @@ class Weights(Protocol):
         """Read a parameter of three dimensions, one matrix of its first dimension after the other. For dtypes see
         `read`.
         """
+        ...
+
+    def grid(self, parameter: str) -> Grid | None:
+        """The grid of integers on which a parameter is stored, or which is near to how it is stored; None if it is
+        stored as plain numbers, or in a way that we only dequantize.
+        """
+        ...
+
+    def read_codes(self, parameter: str) -> Iterator[CodeRows]:
+        """The matrix of a parameter that has a grid, or each expert's, undequantized."""
         ...
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:

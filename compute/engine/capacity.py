@@ -19,8 +19,8 @@ from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.families.meta_build import build_on_meta
 from peerd.compute.kv.layout import PAGE_TOKENS, lay_out
-from peerd.compute.quantized.formats import FORMATS, NONE, RUN_VALUES_CPU, RUN_VALUES_GPU, Format
-from peerd.compute.quantized.modules import quantizables
+from peerd.compute.model.stored_as import forms_of
+from peerd.compute.quantized.formats import NONE, PACKED, RUN_VALUES_CPU, RUN_VALUES_GPU
 from peerd.protocol.span import Span
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def block_costs(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE
     """The cost of each of the model's blocks, in order, computing in `dtype` and stored as `quantize` says."""
     decoder = build_on_meta(checkpoint.family.decoder_type(), checkpoint.config, dtype)
     layers: Iterable[torch.nn.Module] = getattr(decoder, checkpoint.family.layers)
-    return tuple(_cost(checkpoint, layer, dtype, FORMATS.get(quantize)) for layer in layers)
+    return tuple(_cost(checkpoint, block, layer, dtype, quantize) for block, layer in enumerate(layers))
 
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE) -> int:
@@ -235,8 +235,8 @@ def fits_on_disk(checkpoint: Checkpoint, count: int) -> int:
     return count
 
 
-def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, form: Format | None) -> BlockBytes:
-    found = quantizables(layer) if form is not None else {}
+def _cost(checkpoint: Checkpoint, block: int, layer: torch.nn.Module, dtype: torch.dtype, quantize: str) -> BlockBytes:
+    found = forms_of(layer, checkpoint, f"{checkpoint.family.layers}.{block}.", quantize)
     stored_size = max(checkpoint.dtype.itemsize, dtype.itemsize)
     # Transformers' processors for GGUF make a second copy, of whole tensors.
     copies = 2 if checkpoint.is_gguf else 1
@@ -246,10 +246,13 @@ def _cost(checkpoint: Checkpoint, layer: torch.nn.Module, dtype: torch.dtype, fo
     n_bytes, loading = 0, 0
     for name, tensor in layer.state_dict().items():
         source = tensor.numel() * stored_size * copies
-        if form is not None and name in found:
-            target = found[name]
+        if name in found:
+            target, form = found[name]
             n_bytes += target.n_bytes(form)
-            if target.stacked and not checkpoint.is_gguf:
+            if quantize == PACKED:
+                # Rows are read a run at a time.
+                source = 0
+            elif target.stacked and not checkpoint.is_gguf:
                 # An expert's pieces, the expert, and the one before it.
                 source = 3 * source // target.count
             source += _PACKING_COPIES * RUN_VALUES_CPU * torch.float32.itemsize

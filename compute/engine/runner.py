@@ -19,6 +19,7 @@ from peerd.compute.kv.layout import KVLayout
 from peerd.compute.kv.pool import KVPool
 from peerd.compute.model.linear_choice import pack_linears
 from peerd.compute.model.span_model import SpanModel, part_of
+from peerd.compute.quantized.product_choice import choose_products
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span
 
@@ -34,6 +35,7 @@ class SpanRunner:
     ) -> None:
         """`paged`: whether attention handles all rows at once, and decodes use fixed buffers; None: on a GPU only."""
         pack_linears(model)
+        choose_products(model)
         self._models = {model.span: model}
         self._whole = model
         self._pool = KVPool(model.kinds, layout, pages, page_tokens, device=model.device, dtype=model.dtype)

@@ -18,6 +18,7 @@ import torch
 from peerd.compute.engine.engine import Engine
 from peerd.compute.errors import EngineError, NonFiniteError, NoRoomError, UnsupportedModelError
 from peerd.compute.model.span_model import SpanModel
+from peerd.compute.quantized.formats import PACKED
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
@@ -28,7 +29,8 @@ _LENGTH = sum(_PIECES)
 # As small as embeddings are, so that most of the output comes from the block, and rounding hides nothing.
 _SCALE = 0.05
 # How far two ways of computing the same may differ, relative to what the block adds. Over all families, quantized or
-# not, the largest differences were 2e-6, 3e-3 and 2e-2; a cache that was not written gave 0.1 to 1e16.
+# not, the largest differences were 2e-6, 3e-3 and 2e-2; a cache that was not written gave 0.1 to 1e16. Packed weights
+# are multiplied in bfloat16 whatever the dtype.
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # The exceptions of code that is called in a way for which it was not written, or on a device on which it does not work.
 _BROKEN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -40,10 +42,11 @@ def check_span(engine: Engine, model: SpanModel, quantize: str) -> None:
     Call it before the engine is in use; it leaves the engine as it was. Blocks the thread for milliseconds to a second.
     """
     counted = engine.positions_computed, engine.batches_run
+    bound = _BOUNDS[torch.bfloat16 if quantize == PACKED else model.dtype]
     try:
         for block in _one_of_each_kind(model):
             blocks = Span(block, block + 1)
-            _check_blocks(engine, model, blocks)
+            _check_blocks(engine, model, blocks, bound)
             if blocks != engine.span:
                 engine.forget_part(blocks)
         _check_writing(engine)
@@ -79,7 +82,7 @@ def _one_of_each_kind(model: SpanModel) -> list[int]:
     return sorted(first.values())
 
 
-def _check_blocks(engine: Engine, model: SpanModel, blocks: Span) -> None:
+def _check_blocks(engine: Engine, model: SpanModel, blocks: Span, bound: float) -> None:
     """Compare the outputs of some blocks with the KV cache and without it. Raises _Wrong."""
     random = torch.Generator().manual_seed(0)
     length = min(_LENGTH, engine.total_tokens)
@@ -96,11 +99,11 @@ def _check_blocks(engine: Engine, model: SpanModel, blocks: Span) -> None:
             error = _differs(torch.cat(outputs), expected[row], added[row])
             # Where two experts suit a position almost equally well, rounding may choose between them.
             worst = float(error.sort(descending=True).values[length // 4 if experts else 0])
-            if not worst <= _BOUNDS[model.dtype]:
+            if not worst <= bound:
                 beside = f" beside {len(got) - 1} other session" if len(got) > 1 else ""
                 raise _Wrong(
                     f"block {blocks.start} computes something else with its KV cache than without ({how}{beside}: "
-                    f"relative error {worst:.2g}, rounding makes at most {_BOUNDS[model.dtype]:g})"
+                    f"relative error {worst:.2g}, rounding makes at most {bound:g})"
                 )
 
 

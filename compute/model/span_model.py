@@ -143,7 +143,7 @@ def load_span(
 
     attention: `eager`, `sdpa`, a name registered with `AttentionInterface`, or None for the best that Transformers
         has; a family without that interface uses its own.
-    quantize: `none`, `int8` or `nf4`: how linear layers and experts are stored (they compute in `dtype`).
+    quantize: `none`, `packed`, `int8` or `nf4`: how linear layers and experts are stored (they compute in `dtype`).
     on_block: called with each block's number once it is read.
 
     Raises CheckpointError for anything missing, UnsupportedModelError, and IndexError for a span that the model does

@@ -26,6 +26,8 @@ from peerd.compute.device.has_triton import has_kernel
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 
 NONE = "none"
+#: As the checkpoint stores them: integers in groups stay what they are (groups.py), and all else stays plain.
+PACKED = "packed"
 # A run that stays in a core's cache is read back for the product at once, so decoding costs no more than with plain
 # weights (4096 x 4096, fp32, one core: 4 ms a row; plain 3 to 7 ms; the whole matrix at once 33 ms).
 RUN_VALUES_CPU = 1 << 19
@@ -33,15 +35,35 @@ RUN_VALUES_CPU = 1 << 19
 RUN_VALUES_GPU = 1 << 26
 
 
-class Format(ABC):
+class Storage(ABC):
     """One way to store matrices. Values and scales are flat tensors."""
 
     name: ClassVar[str]
     values_dtype: ClassVar[torch.dtype]
+    scales_dtype: ClassVar[torch.dtype] = torch.float32
 
     @abstractmethod
     def ends(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many entries of values and of scales the first `rows` rows take."""
+        """How many entries of values and of scales a matrix takes."""
+
+    def n_bytes(self, rows: int, columns: int) -> int:
+        """How many bytes a matrix takes."""
+        values, scales = self.ends(rows, columns)
+        return values * self.values_dtype.itemsize + scales * self.scales_dtype.itemsize
+
+    def empty(
+        self, shape: tuple[int, int], device: torch.device, *, count: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for the values and scales of `count` matrices, `[count, entries]` each."""
+        values, scales = self.ends(*shape)
+        return (
+            torch.empty(count, values, dtype=self.values_dtype, device=device),
+            torch.empty(count, scales, dtype=self.scales_dtype, device=device),
+        )
+
+
+class Format(Storage):
+    """A way to store matrices in which a run of rows is a run of values and a run of scales."""
 
     @abstractmethod
     def step(self, columns: int) -> int:
@@ -68,11 +90,6 @@ class Format(ABC):
         rows.
         """
         return None
-
-    def n_bytes(self, rows: int, columns: int) -> int:
-        """How many bytes a matrix takes."""
-        values, scales = self.ends(rows, columns)
-        return values * self.values_dtype.itemsize + scales * torch.float32.itemsize
 
     def runs(self, rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
         """The runs of rows, as (start, end), in which a matrix is processed."""
@@ -216,4 +233,4 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 FORMATS: Mapping[str, Format] = MappingProxyType({form.name: form for form in (Int8(), Nf4())})
 #: The values that `--quantize` takes.
-QUANTIZATIONS = (NONE, *FORMATS)
+QUANTIZATIONS = (NONE, *FORMATS, PACKED)

@@ -7,6 +7,7 @@ dequantized.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,32 +17,17 @@ import torch.nn.functional as F
 from peerd.compute.quantized.formats import Format
 
 
-class QuantizedMatrix:
-    """A matrix `[rows, columns]` of a linear layer `x @ matrix.T`, as values and scales of a format.
+class StoredMatrix(ABC):
+    """A matrix `[rows, columns]` of a linear layer `x @ matrix.T`, stored in some format.
 
     With `transposed` the model computes `x @ matrix`, as Transformers' experts of some families do. It is then stored
     transposed, so that a stored row always makes one output. `dtype` is the dtype of what `dequantize` returns.
     """
 
-    def __init__(
-        self,
-        form: Format,
-        values: torch.Tensor,
-        scales: torch.Tensor,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        *,
-        transposed: bool = False,
-    ) -> None:
-        self.form = form
-        self.values = values
-        self.scales = scales
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, *, transposed: bool) -> None:
         self.rows, self.columns = shape
         self.dtype = dtype
         self.transposed = transposed
-
-    def __repr__(self) -> str:
-        return f"<QuantizedMatrix {self.form.name} [{self.rows}, {self.columns}] on {self.values.device}>"
 
     @classmethod
     def __torch_function__(
@@ -53,20 +39,21 @@ class QuantizedMatrix:
             return args[1].matmul_from_left(args[0])
         return NotImplemented
 
+    @abstractmethod
     def store(self, weight: torch.Tensor) -> None:
         """Store the values of `weight`, which has the shape that the model sees, on any device and in any dtype."""
-        weight = weight.t() if self.transposed else weight
-        device = self.values.device
-        for start, end in self.form.runs(self.rows, self.columns, device):
-            values, scales = self._stored(start, end)
-            self.form.pack(weight[start:end].to(device, torch.float32).contiguous(), values, scales)
 
+    @abstractmethod
     def dequantize(self) -> torch.Tensor:
         """The whole matrix, in the shape that the model sees."""
-        whole = torch.empty(self.rows, self.columns, dtype=self.dtype, device=self.values.device)
-        for start, end in self.form.runs(self.rows, self.columns, whole.device):
-            whole[start:end] = self._unpack(start, end, self.dtype)
-        return whole.t() if self.transposed else whole
+
+    @abstractmethod
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`product` without autograd."""
+
+    @abstractmethod
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the input of `multiply`, from the gradient of its result."""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply `x`, `[..., columns]`, to `[..., rows]`, also for a transposed matrix. Differentiable in `x`."""
@@ -74,7 +61,7 @@ class QuantizedMatrix:
             apply: Any = _Product.apply
             result: torch.Tensor = apply(x, self)
             return result
-        return self._product(x)
+        return self.multiply(x)
 
     def matmul_from_left(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ matrix`. Raises TypeError unless the matrix is transposed."""
@@ -82,7 +69,42 @@ class QuantizedMatrix:
             raise TypeError("this matrix is meant for F.linear: x @ matrix would sum over its outputs")
         return self.product(x)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
+
+class QuantizedMatrix(StoredMatrix):
+    """A matrix as values and scales of a format whose runs of rows can be packed and unpacked."""
+
+    def __init__(
+        self,
+        form: Format,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__(shape, dtype, transposed=transposed)
+        self.form = form
+        self.values = values
+        self.scales = scales
+
+    def __repr__(self) -> str:
+        return f"<QuantizedMatrix {self.form.name} [{self.rows}, {self.columns}] on {self.values.device}>"
+
+    def store(self, weight: torch.Tensor) -> None:
+        weight = weight.t() if self.transposed else weight
+        device = self.values.device
+        for start, end in self.form.runs(self.rows, self.columns, device):
+            values, scales = self._stored(start, end)
+            self.form.pack(weight[start:end].to(device, torch.float32).contiguous(), values, scales)
+
+    def dequantize(self) -> torch.Tensor:
+        whole = torch.empty(self.rows, self.columns, dtype=self.dtype, device=self.values.device)
+        for start, end in self.form.runs(self.rows, self.columns, whole.device):
+            whole[start:end] = self._unpack(start, end, self.dtype)
+        return whole.t() if self.transposed else whole
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.columns)
         few = self.form.product_of_few(flat, self.values, self.scales, self.rows)
         if few is not None:
@@ -96,8 +118,7 @@ class QuantizedMatrix:
                 result[:, start:end] = self.form.linear(flat, *self._stored(start, end), end - start)
         return result.view(*x.shape[:-1], self.rows)
 
-    def _product_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the input of `_product`, from the gradient of its result."""
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         flat = gradient.reshape(-1, self.rows)
         # This adds up over runs, so it is in fp32 whatever the dtype.
         total = flat.new_zeros(len(flat), self.columns, dtype=torch.float32)
@@ -117,17 +138,17 @@ class _Product(torch.autograd.Function):
     """Keeps a reference to the quantized matrix; autograd by itself would keep everything that was dequantized."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, matrix: QuantizedMatrix) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, matrix: StoredMatrix) -> torch.Tensor:
         ctx.matrix = matrix
-        return matrix._product(x)
+        return matrix.multiply(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        matrix: QuantizedMatrix = ctx.matrix
-        return matrix._product_back(gradient), None
+        matrix: StoredMatrix = ctx.matrix
+        return matrix.multiply_back(gradient), None
 
 
-def _linear(input: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _linear(input: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Implements `F.linear`."""
     if weight.transposed:
         raise TypeError("this matrix is meant for x @ matrix: F.linear would sum over its outputs")
@@ -136,14 +157,3 @@ def _linear(input: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | N
 
 
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-
-
-def empty_storage(
-    form: Format, shape: tuple[int, int], device: torch.device, *, count: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for the values and scales of `count` matrices, `[count, entries]` each."""
-    values, scales = form.ends(*shape)
-    return (
-        torch.empty(count, values, dtype=form.values_dtype, device=device),
-        torch.empty(count, scales, dtype=torch.float32, device=device),
-    )

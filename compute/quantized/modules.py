@@ -17,7 +17,9 @@ from torch import nn
 
 from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.quantized.formats import Format
-from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
+from peerd.compute.quantized.group_matrix import GroupMatrix
+from peerd.compute.quantized.groups import GroupForm
+from peerd.compute.quantized.matrix import QuantizedMatrix, StoredMatrix
 
 # Modules that decide to which experts tokens go, or with what weight.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -29,6 +31,8 @@ _TRANSPOSED_TYPES = ("Llama4TextExperts",)
 _SMALLEST_SIDE = 8
 # If less than this share of a block can be quantized, we do not know its layout.
 _LEAST_SHARE = 0.9
+
+AnyForm = Format | GroupForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Quantizable:
     stacked: bool
     transposed: bool
 
-    def n_bytes(self, form: Format) -> int:
+    def n_bytes(self, form: AnyForm) -> int:
         """How many bytes it takes when quantized."""
         return self.count * form.n_bytes(self.rows, self.columns)
 
@@ -55,7 +59,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
-        form: Format,
+        form: AnyForm,
         values: torch.Tensor,
         scales: torch.Tensor,
         bias: torch.Tensor | None,
@@ -68,10 +72,11 @@ class QuantizedLinear(nn.Module):
         self.form = form
         self.in_features = in_features
         self.out_features = out_features
-        self.dtype = dtype
         self.values: torch.Tensor = nn.Buffer(values)
         self.scales: torch.Tensor = nn.Buffer(scales)
         self.bias = bias
+        #: The matrix whose memory `values` and `scales` are.
+        self.matrix = matrix_of(form, self.values, self.scales, (out_features, in_features), dtype)
 
     def extra_repr(self) -> str:
         return f"{self.form.name}, in_features={self.in_features}, out_features={self.out_features}"
@@ -80,10 +85,6 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """The weight as the product sees it, `[out_features, in_features]`, dequantized at this moment."""
         return self.matrix.dequantize()
-
-    @property
-    def matrix(self) -> QuantizedMatrix:
-        return QuantizedMatrix(self.form, self.values, self.scales, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result = self.matrix.product(x)
@@ -94,14 +95,18 @@ class QuantizedStack(nn.Module):
     """Replaces a parameter of three dimensions, one matrix for each expert: `stack[expert]` can be used in products."""
 
     def __init__(
-        self, form: Format, values: torch.Tensor, scales: torch.Tensor, target: Quantizable, dtype: torch.dtype
+        self, form: AnyForm, values: torch.Tensor, scales: torch.Tensor, target: Quantizable, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.form = form
         self.target = target
-        self.dtype = dtype
         self.values: torch.Tensor = nn.Buffer(values)
         self.scales: torch.Tensor = nn.Buffer(scales)
+        #: Each expert's matrix.
+        self.matrices = tuple(
+            matrix_of(form, *own, (target.rows, target.columns), dtype, transposed=target.transposed)
+            for own in zip(self.values, self.scales, strict=True)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.form.name}, {self.target.count} of [{self.target.rows}, {self.target.columns}]"
@@ -124,16 +129,11 @@ class QuantizedStack(nn.Module):
     def __len__(self) -> int:
         return self.target.count
 
-    def __iter__(self) -> Iterator[QuantizedMatrix]:
-        return (self[index] for index in range(len(self)))
+    def __iter__(self) -> Iterator[StoredMatrix]:
+        return iter(self.matrices)
 
-    def __getitem__(self, expert: int | torch.Tensor) -> QuantizedMatrix:
-        index = int(expert)
-        shape = (self.target.rows, self.target.columns)
-        transposed = self.target.transposed
-        return QuantizedMatrix(
-            self.form, self.values[index], self.scales[index], shape, self.dtype, transposed=transposed
-        )
+    def __getitem__(self, expert: int | torch.Tensor) -> StoredMatrix:
+        return self.matrices[int(expert)]
 
     def bmm_from_left(self, x: torch.Tensor) -> torch.Tensor:
         """`torch.bmm(x, stack)`: `[experts, n, in]` to `[experts, n, out]`.
@@ -151,24 +151,53 @@ class QuantizedStack(nn.Module):
         return torch.stack(results)
 
 
+def matrix_of(
+    form: AnyForm,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+) -> StoredMatrix:
+    """The matrix whose values and scales lie here."""
+    if isinstance(form, GroupForm):
+        return GroupMatrix(form, values, scales, shape, dtype, transposed=transposed)
+    return QuantizedMatrix(form, values, scales, shape, dtype, transposed=transposed)
+
+
+def matrices_in(module: nn.Module) -> Iterator[StoredMatrix]:
+    """The matrices of all quantized parts of a module."""
+    for part in module.modules():
+        if isinstance(part, QuantizedLinear):
+            yield part.matrix
+        elif isinstance(part, QuantizedStack):
+            yield from part.matrices
+
+
 def quantizables(block: nn.Module) -> dict[str, Quantizable]:
     """The block's parameters that can be quantized, by name; the block may be on any device, also meta.
 
     Raises UnsupportedModelError if most of the block could not be quantized.
     """
-    all_targets = (target for prefix, module in block.named_modules() for target in _of_module(prefix, module))
-    found = [target for target in all_targets if min(target.rows, target.columns) >= _SMALLEST_SIDE]
+    found = matrices_of(block)
     total = sum(parameter.numel() for parameter in block.parameters())
-    share = sum(target.count * target.rows * target.columns for target in found) / total
+    share = sum(target.count * target.rows * target.columns for target in found.values()) / total
     if share < _LEAST_SHARE:
         raise UnsupportedModelError(
             f"{type(block).__name__}: only {share:.0%} of a block can be quantized, for its layout is not known;"
             " serve it without --quantize"
         )
-    return {target.name: target for target in found}
+    return found
 
 
-def put_quantized(block: nn.Module, target: Quantizable, form: Format, device: torch.device) -> list[QuantizedMatrix]:
+def matrices_of(block: nn.Module) -> dict[str, Quantizable]:
+    """The block's parameters that we know how to replace, by name, however little of the block they are."""
+    all_targets = (target for prefix, module in block.named_modules() for target in _of_module(prefix, module))
+    return {target.name: target for target in all_targets if min(target.rows, target.columns) >= _SMALLEST_SIDE}
+
+
+def put_quantized(block: nn.Module, target: Quantizable, form: AnyForm, device: torch.device) -> list[StoredMatrix]:
     """Replace the parameter at `target` by memory for its quantized form. Returns the matrices, which the caller must
     store.
     """
@@ -176,17 +205,17 @@ def put_quantized(block: nn.Module, target: Quantizable, form: Format, device: t
     owner: Any = block.get_submodule(owner_name)
     dtype = getattr(owner, leaf).dtype
     shape = (target.rows, target.columns)
-    values, scales = empty_storage(form, shape, device, count=target.count)
+    values, scales = form.empty(shape, device, count=target.count)
     if target.stacked:
         stack = QuantizedStack(form, values, scales, target, dtype)
         delattr(owner, leaf)
         setattr(owner, leaf, stack)
-        return [stack[index] for index in range(target.count)]
+        return list(stack)
     linear = QuantizedLinear(
         form, values[0], scales[0], owner.bias, in_features=target.columns, out_features=target.rows, dtype=dtype
     )
     block.set_submodule(owner_name, linear)
-    return [QuantizedMatrix(form, linear.values, linear.scales, shape, dtype, transposed=target.transposed)]
+    return [matrix_of(form, linear.values, linear.scales, shape, dtype, transposed=target.transposed)]
 
 
 def _of_module(prefix: str, module: nn.Module) -> list[Quantizable]:

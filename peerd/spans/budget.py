@@ -19,8 +19,9 @@ from peerd.compute.engine.capacity import (
 )
 from peerd.compute.engine.engine import PASS_BYTES, Engine
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
+from peerd.compute.model.stored_as import has_grids
 from peerd.compute.quantized.bitsandbytes_import import check_bitsandbytes
-from peerd.compute.quantized.formats import NONE, QUANTIZATIONS
+from peerd.compute.quantized.formats import NONE, PACKED, QUANTIZATIONS
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
@@ -65,7 +66,7 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         dtype=dtype,
         batch_tokens=batch_tokens_of(spec),
         kv_tokens=spec.kv_tokens or 0,
-        quantize=quantization_of(spec),
+        quantize=quantization_of(spec, checkpoint),
         on_host=_on_host(spec),
     )
     if count < 1:
@@ -75,7 +76,7 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
             f"to serve one block of {checkpoint.name} with KV for {tokens} positions takes"
             f" {format_size(budget.total(tokens, on_host=_on_host(spec)))}"
             f" (the block itself {format_size(block_bytes(checkpoint, dtype, spec.quantize))}),"
-            f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec)}"
+            f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec, checkpoint)}"
         )
     return fits_on_disk(checkpoint, count)
 
@@ -115,12 +116,23 @@ def dtype_of(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[spec.dtype]
 
 
-def quantization_of(spec: ServeSpec) -> str:
+def quantization_of(spec: ServeSpec, checkpoint: Checkpoint) -> str:
+    """How weights are stored. Raises InvalidRequest if the operator's wish cannot be met."""
     if spec.quantize not in QUANTIZATIONS:
         raise InvalidRequest(f"quantization {spec.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
     if spec.quantize == "nf4":
         # Checked before memory is measured, because importing the package takes a good deal of it.
         check_bitsandbytes(spec.device)
+    if spec.quantize == PACKED:
+        if not _on_host(spec):
+            raise InvalidRequest(
+                f"packed weights are computed on the CPU only: on {spec.device} serve with --quantize int8 or nf4"
+            )
+        if not has_grids(checkpoint):
+            raise InvalidRequest(
+                f"{checkpoint.name} is not stored as integers in groups, as quantized GGUF files are, so there is"
+                " nothing to keep packed: serve it with --quantize none or int8"
+            )
     return spec.quantize
 
 
@@ -155,7 +167,12 @@ def pass_bytes_of(spec: ServeSpec) -> int:
 def memory_budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
     dtype = dtype_of(spec, checkpoint)
     return span_budget(
-        checkpoint, span, dtype, quantization_of(spec), batch_tokens=batch_tokens_of(spec), on_host=_on_host(spec)
+        checkpoint,
+        span,
+        dtype,
+        quantization_of(spec, checkpoint),
+        batch_tokens=batch_tokens_of(spec),
+        on_host=_on_host(spec),
     )
 
 
@@ -172,7 +189,7 @@ def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
         raise InvalidRequest(
             f"blocks {span} with KV for {wanted} positions take"
             f" {format_size(budget.total(wanted, on_host=on_host))} ({format_size(budget.blocks)} the blocks),"
-            f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec)}"
+            f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec, checkpoint)}"
         )
     if spec.kv_tokens is not None:
         return spec.kv_tokens
@@ -182,11 +199,12 @@ def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
     return min(DEFAULT_KV_TOKENS, fit)
 
 
-def _remedy(spec: ServeSpec) -> str:
+def _remedy(spec: ServeSpec, checkpoint: Checkpoint) -> str:
     """What an operator can do about too little memory."""
+    packable = _on_host(spec) and has_grids(checkpoint)
     ways = ["serve fewer blocks", "raise --memory" if spec.memory_bytes else "free some memory"]
     if spec.kv_tokens:
         ways.append("lower --kv-tokens")
     if spec.quantize == NONE:
-        ways.append("serve with --quantize int8 or nf4")
+        ways.append(f"serve with --quantize {'packed' if packable else 'int8 or nf4'}")
     return ", ".join(ways[:-1]) + f" or {ways[-1]}"

@@ -26,7 +26,8 @@ from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
 from peerd.compute.model.span_model import load_span
-from peerd.compute.quantized.formats import NONE
+from peerd.compute.model.stored_as import packing_notes
+from peerd.compute.quantized.formats import NONE, PACKED
 from peerd.compute.training.memory import PassMemory
 from peerd.protocol.encoding.tensors import CODECS, DTYPE_NAMES
 from peerd.protocol.messages.session import MAX_LENGTH
@@ -82,7 +83,7 @@ def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
         span=Span(0, 1),
         state="joining",
         dtype=DTYPE_NAMES[dtype_of(spec, checkpoint)],
-        quantization=quantization_of(spec),
+        quantization=quantization_of(spec, checkpoint),
         codecs=tuple(sorted(CODECS)),
         throughput=spec.throughput or 0.0,
         free_tokens=0,
@@ -92,7 +93,7 @@ def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
 
 def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     """Read the span's blocks, make its engine and measure its speed. Raises CheckpointError, InvalidRequest."""
-    dtype, quantize = dtype_of(spec, checkpoint), quantization_of(spec)
+    dtype, quantize = dtype_of(spec, checkpoint), quantization_of(spec, checkpoint)
     # Computed before anything is read, so that a span that does not fit is refused early.
     kv_tokens, pass_bytes = kv_tokens_of(spec, checkpoint, span), pass_bytes_of(spec)
     if checkpoint.packing:
@@ -107,6 +108,8 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     model = load_span(
         checkpoint, span, device=spec.device, dtype=dtype, attention=register_attention(), quantize=quantize
     )
+    for note in packing_notes(checkpoint, span.start, model.layers, quantize):
+        log.info("blocks %s of %s: %s", span, checkpoint.name, note)
     engine = Engine(model, kv_tokens=kv_tokens, batch_tokens=batch_tokens_of(spec), pass_bytes=pass_bytes)
     check_span(engine, model, quantize)
     for name, path in spec.adapters:
@@ -127,7 +130,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         span,
         checkpoint.name,
         DTYPE_NAMES[dtype],
-        "" if quantize == NONE else f", weights in {quantize}",
+        "" if quantize == NONE else f", weights {'packed as published' if quantize == PACKED else f'in {quantize}'}",
         engine.total_tokens,
         throughput,
         ", as --throughput says" if spec.throughput else "",

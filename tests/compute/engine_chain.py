@@ -44,11 +44,14 @@ class Part:
 class Chain:
     """Engines over the model's blocks, one after the other."""
 
-    def __init__(self, whole: Reference, spans: Sequence[Span] = CUT, **settings: int) -> None:
+    def __init__(
+        self, whole: Reference, spans: Sequence[Span] = CUT, *, quantize: str = "none", **settings: int
+    ) -> None:
         self.whole = whole
         small = {"kv_tokens": 512, "page_tokens": 4, "batch_tokens": 64} | settings
         self.spans = [
-            load_span(whole.checkpoint, span, dtype=torch.float32, attention=register_attention()) for span in spans
+            load_span(whole.checkpoint, span, dtype=torch.float32, attention=register_attention(), quantize=quantize)
+            for span in spans
         ]
         self.engines = [Engine(span, **small) for span in self.spans]
 

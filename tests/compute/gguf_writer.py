@@ -304,8 +304,9 @@ def write_gguf(
     metadata: Mapping[str, int | float | str | list[Any]],
     tensors: Mapping[str, Any],
     kind: gguf.GGMLQuantizationType | None = None,
+    kind_of: Callable[[str], gguf.GGMLQuantizationType | None] | None = None,
 ) -> None:
-    """Write a file, matrices as `kind` where their rows allow it, all else in F32."""
+    """Write a file, matrices as `kind`, or as `kind_of` says by name, where their rows allow it, all else in F32."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         full_key = key if key.startswith(("split", "tokenizer", "general")) else f"{architecture}.{key}"
@@ -323,6 +324,7 @@ def write_gguf(
             writer.add_uint32(full_key, value)
     for name, values in tensors.items():
         values = np.ascontiguousarray(values, dtype=np.float32)
+        kind = kind_of(name) if kind_of is not None else kind
         if kind is not None and values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:

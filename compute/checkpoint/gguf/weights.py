@@ -8,7 +8,7 @@ Tensors are dequantized to fp32 in runs of rows, so that memory never holds two 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ import torch
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from peerd.compute.checkpoint.gguf.code_rows import GgufCodeRows, RowOrder, grid_of, row_order
+from peerd.compute.checkpoint.gguf.grids import GROUP
 from peerd.compute.checkpoint.gguf.header import GgufTensor
 from peerd.compute.checkpoint.gguf.split import GgufFiles
 from peerd.compute.checkpoint.weights import StoredBytes
 from peerd.compute.errors import CheckpointError, UnsupportedModelError
+from peerd.compute.quantized.groups import CodeRows, Grid
 
 # The codec makes several fp32 copies of its input. Runs of this many values stay in a core's cache, which is ten times
 # as fast as whole embeddings, and are small beside them.
@@ -88,6 +91,23 @@ class GgufWeights:
         for expert in range(tensors[0].shape[0]):
             yield self._processed(parameter, tensors, expert)[0]
 
+    def grid(self, parameter: str) -> Grid | None:
+        if parameter not in self._sources:
+            return None
+        tensors = self._tensors(parameter)
+        order = self._row_order(parameter, tensors)
+        return None if order is None else grid_of(tensors, order)
+
+    def read_codes(self, parameter: str) -> Iterator[CodeRows]:
+        tensors = self._tensors(parameter)
+        order = self._row_order(parameter, tensors)
+        grid = None if order is None else grid_of(tensors, order)
+        if order is None or grid is None:
+            raise ValueError(f"{parameter} has no grid")
+        experts = range(tensors[0].shape[0]) if self._are_experts(tensors) else (None,)
+        for expert in experts:
+            yield GgufCodeRows(self._file, tuple(tensors), order, grid.bits, expert)
+
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         for tensor in self._tensors(parameter):
             data = self._file.read_rows(tensor, 0, math.prod(tensor.shape[:-1]))
@@ -105,12 +125,28 @@ class GgufWeights:
             raise CheckpointError(f"{self._file.path}: tensor {missing[0]} is missing")
         return [self._file.tensors[name] for name in names]
 
+    def _row_order(self, parameter: str, tensors: list[GgufTensor]) -> RowOrder | None:
+        """How the processor orders a parameter's rows; None if they cannot be read undequantized."""
+        shapes = {len(tensor.shape) for tensor in tensors}
+        widths = {tensor.shape[-1] for tensor in tensors}
+        if len(shapes) > 1 or shapes.pop() not in (2, 3) or len(widths) > 1 or widths.pop() % GROUP:
+            return None
+        return row_order(
+            tensors, lambda values: self._process(parameter, tensors, lambda tensor: values[tensors.index(tensor)])
+        )
+
     def _processed(self, parameter: str, tensors: list[GgufTensor], expert: int | None = None) -> torch.Tensor:
         """The processor's result for a parameter's tensors, or for one expert's part of each: [1, rows, columns]."""
+        return self._process(parameter, tensors, lambda tensor: self._dequantized(tensor, expert))
+
+    def _process(
+        self, parameter: str, tensors: list[GgufTensor], values_of: Callable[[GgufTensor], NDArray[np.float32]]
+    ) -> torch.Tensor:
+        """The processor's result for these values of a parameter's tensors."""
         # The experts' gate and up are two stored tensors of one parameter: the processor collects both in here.
         gathered: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for tensor in tensors:
-            values = self._dequantized(tensor, expert)
+            values = values_of(tensor)
             try:
                 processed = self._processor.process(
                     weights=values, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters=gathered

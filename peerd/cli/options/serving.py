@@ -43,6 +43,7 @@ _OPTIONS = (
         "--quantize",
         type=click.Choice(QUANTIZATIONS),
         help="How weights are stored: int8 takes half as much as bfloat16, nf4 a little more than a quarter."
+        " packed keeps a quantized GGUF file's weights as they are, on a CPU: the least memory, and the fastest."
         " Default: none, which is the most exact.",
     ),
     click.option(

@@ -24,7 +24,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # What the wire can carry (spec/tensors.md).
 DTYPES = ("float32", "float16", "bfloat16")
 # The formats of compute/quantized/formats.py, whose import would load torch.
-QUANTIZATIONS = ("none", "int8", "nf4")
+QUANTIZATIONS = ("none", "int8", "nf4", "packed")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 bootstrap_option = click.option(

@@ -23,7 +23,7 @@ from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.kv.layout import lay_out
 from peerd.compute.kv.pool import KVPool
 from peerd.compute.model.span_model import load_span
-from peerd.compute.quantized.formats import QUANTIZATIONS
+from peerd.compute.quantized.formats import FORMATS, NONE
 from peerd.protocol.span import Span
 
 TinyCheckpoint = Callable[[str], Path]
@@ -36,7 +36,7 @@ def llama(tiny_checkpoint: TinyCheckpoint) -> Checkpoint:
 
 
 # `test_families.py` has all families.
-@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("quantize", [NONE, *FORMATS])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
 def test_a_block_takes_to_the_byte_what_was_predicted(
     tiny_checkpoint: TinyCheckpoint, name: str, quantize: str
@@ -168,6 +168,6 @@ def test_without_a_wish_there_is_room_for_one_conversation(llama: Checkpoint) ->
 
 def test_quantized_more_blocks_fit(tiny_checkpoint: TinyCheckpoint) -> None:
     with open_checkpoint(tiny_checkpoint("llama")) as checkpoint:
-        plain, int8, nf4 = (block_bytes(checkpoint, torch.bfloat16, name) for name in QUANTIZATIONS)
+        plain, int8, nf4 = (block_bytes(checkpoint, torch.bfloat16, name) for name in (NONE, *FORMATS))
     assert plain > 1.7 * int8
     assert int8 > 1.6 * nf4

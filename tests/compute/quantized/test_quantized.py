@@ -24,7 +24,7 @@ from peerd.compute.families.meta_build import build_on_meta
 from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.bitsandbytes_import import load_bitsandbytes
 from peerd.compute.quantized.formats import FORMATS, Format
-from peerd.compute.quantized.matrix import QuantizedMatrix, empty_storage
+from peerd.compute.quantized.matrix import QuantizedMatrix
 from peerd.compute.quantized.modules import QuantizedStack, put_quantized, quantizables
 from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
@@ -45,7 +45,7 @@ def form(request: pytest.FixtureRequest) -> Format:
 
 def stored(form: Format, weight: torch.Tensor, *, transposed: bool = False) -> QuantizedMatrix:
     shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
-    values, scales = empty_storage(form, shape, torch.device("cpu"))
+    values, scales = form.empty(shape, torch.device("cpu"))
     matrix = QuantizedMatrix(form, values[0], scales[0], shape, weight.dtype, transposed=transposed)
     matrix.store(weight)
     return matrix
