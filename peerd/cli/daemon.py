@@ -56,6 +56,7 @@ class Offered:
     """What the local API offers, and where. If `token_file` is None, TCP needs no token.
 
     `open_page`: whether to show the page to the user who starts the daemon. `names`, `origins`: as in `Endpoint`.
+    `keep_positions`: how many positions the sessions of ended answers may hold, for each model.
     """
 
     models: tuple[tuple[str | None, Path | str], ...]
@@ -65,6 +66,7 @@ class Offered:
     open_page: bool = False
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    keep_positions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,8 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
         model = await stack.enter_async_context(peer.model(path))
         if (name := name or model.facts.name) in models:
             raise InvalidRequest(f"two models are called {name}: name one of them, --model NAME={path}")
+        if offered.keep_positions:
+            model.keep_sessions(offered.keep_positions)
         models[name] = model
     token = load_or_create_token(offered.token_file) if offered.token_file and offered.http else None
     host, port = offered.http or (None, 0)

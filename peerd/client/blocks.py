@@ -63,6 +63,8 @@ class ModelFacts:
     model_type: str = ""
     #: Whether rotary embeddings follow a text's length (`SessionSize.prompt_length`).
     ropes_follow_length: bool = False
+    #: Whether some blocks forget positions that they see no longer, so that rows cannot be cut anywhere.
+    has_windows: bool = True
     #: The length beyond which they turn all of a text in another way; None: later positions alone, or none.
     ropes_change_at: int | None = None
     #: The layers that the client's own adapter may adapt, as (block, name). Empty if they were not determined.
@@ -174,11 +176,16 @@ class ServedBlocks:
         terms = await self._with_adapter(terms, adapter, blocks)
         session = Session(self._tools, SessionSpec(blocks, self.facts.width, terms, patience or Patience()))
         await self._tasks.start(session.run)
+        self._watch(session)
+        return session
+
+    def _watch(self, session: Session) -> None:
+        """Have those told of it who take part in what a session is used for from now on."""
+        blocks, terms = session.spec.blocks, session.spec.terms
         if self.auditor is not None:
             self.auditor.watch(session, blocks, terms)
         if self._scout is not None:
             self._scout.watch(session, tokens=terms.tokens, adapter=terms.adapter_need)
-        return session
 
     def close_later(self, session: Session) -> None:
         """Close an interrupted session after RESUME_S, unless its user resumes it before."""

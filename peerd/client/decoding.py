@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,47 +16,21 @@ import trio
 
 from peerd.client.answer_meter import AnswerMeter
 from peerd.client.choosing import Choice, Chooser
+from peerd.client.decoding_rows import Row, RowAnswer
 from peerd.client.picked import Finish, Picked
 from peerd.client.sampling import SamplingParams
 from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
 from peerd.client.text_stream import StopFilter, TextStream
 from peerd.client.token_model import TokenModel
-from peerd.protocol.errors import NoChain, Overloaded
+from peerd.protocol.errors import NoChain, Overloaded, PeerdError
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
 if TYPE_CHECKING:
     from peerd.client.blocks import Adapter
     from peerd.client.finding.finder import Patience
-    from peerd.client.grammars.constraint import RowConstraint
     from peerd.client.grammars.vocabulary import CompiledGrammar
+    from peerd.client.session.kept_sessions import AnswerSession
     from peerd.client.session.session import Session
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """`context` is the prompt and the row's tokens so far."""
-
-    number: int
-    text: TextStream
-    stops: StopFilter
-    context: list[int]
-    prompt_length: int
-    constraint: RowConstraint | None = None
-    finished: bool = False
-
-    @property
-    def count(self) -> int:
-        """How many tokens the row has."""
-        return len(self.context) - self.prompt_length
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess."""
-
-    row: _Row
-    draft: tuple[int, ...]
-    logits: torch.Tensor
 
 
 class Decoding:
@@ -89,7 +62,9 @@ class Decoding:
         decode: Callable[[Sequence[int]], str] | None = None,
         grammar: CompiledGrammar | None = None,
     ) -> None:
-        self.session: Session | None = None
+        #: How many of the prompt's positions had been computed for an earlier answer.
+        self.cached = 0
+        self._held: AnswerSession | None = None
         self._model = model
         self._prompt = list(prompt)
         self._sampling = sampling
@@ -101,13 +76,13 @@ class Decoding:
         self._grammar = grammar
         # The row operations of the next step, and the answers of the last one from which no token was drawn yet.
         self._ops: tuple[Op, ...] = ()
-        self._answers: list[_Answer] = []
+        self._answers: list[RowAnswer] = []
         self._dropped: tuple[Op, ...] = ()
         # How long the last step took. None for the prompt's, which says nothing about decoding.
         self._step_s: float | None = None
         self._begun = False
         self._rows = [
-            _Row(number, TextStream(decode or model.decode), StopFilter(stop), list(prompt), len(prompt))
+            Row(number, TextStream(decode or model.decode), StopFilter(stop), list(prompt), len(prompt))
             for number in range(rows)
         ]
         self._speculator = None if speculation is None else speculation.answer(rows)
@@ -123,14 +98,14 @@ class Decoding:
 
         Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
         """
-        waits = False
+        waits = failed = False
         decoding = nullcontext() if self._speculator is None else self._speculator.decoding()
         with self._meter.running():
             await self._constrain()
             if self.session is None or self.session.closed:
                 # A single row can begin again from its prompt and its tokens so far: see `_run`.
                 self._begun = False
-                self.session = await self._start_session()
+                await self._start_session()
             try:
                 with decoding:
                     async with aclosing(self._run()) as tokens:
@@ -139,11 +114,11 @@ class Decoding:
             except (NoChain, Overloaded):
                 waits = self._resumable
                 raise
+            except PeerdError:
+                failed = True
+                raise
             finally:
-                if waits:
-                    self._model.close_later(self.session)
-                else:
-                    self.session.close()
+                self._end_session(waits=waits, failed=failed)
 
     async def _constrain(self) -> None:
         """Give each row its grammar, if the answer has one."""
@@ -153,8 +128,21 @@ class Decoding:
         for row in self._rows:
             row.constraint = grammar.row(self._sampling.eos_token_ids)
 
-    async def _start_session(self) -> Session:
-        return await self._model.start_session(
+    @property
+    def session(self) -> Session | None:
+        """The session that computes the answer, or did last; None before it has begun."""
+        return None if self._held is None else self._held.session
+
+    def _end_session(self, *, waits: bool, failed: bool) -> None:
+        if waits:
+            self._model.close_later(self._open_session)
+        elif self._held is not None:
+            # The last token was drawn, and never sent.
+            self._model.end_answer(self._held, () if failed or not self._begun else self._rows[0].context[:-1])
+
+    async def _start_session(self) -> None:
+        self._held = await self._model.start_answer(
+            self._rows[0].context,
             max_length=len(self._prompt) + self._sampling.max_new_tokens,
             max_rows=len(self._rows),
             max_rollback=0 if self._speculator is None else MOST_DRAFTED,
@@ -162,6 +150,8 @@ class Decoding:
             adapter=self._adapter,
             patience=self._patience,
         )
+        if not self._rows[0].count:
+            self.cached = self._held.computed
 
     @property
     def _length(self) -> int:
@@ -202,31 +192,33 @@ class Decoding:
 
     @property
     def _open_session(self) -> Session:
-        assert self.session is not None
-        return self.session
+        assert self._held is not None
+        return self._held.session
 
-    async def _begin(self, live: Sequence[_Row]) -> list[_Answer]:
+    async def _begin(self, live: Sequence[Row]) -> list[RowAnswer]:
         """Compute the prompt once for all rows, or each row's text if it has tokens already."""
         forked = [] if live[0].count else live[1:]
         ends = []
         for row in live[: len(live) - len(forked)]:
-            embedded = await self._model.in_thread(self._model.embed, row.context)
-            hidden = await self._open_session.step(embedded, row=row.number)
+            # A kept session has only one row.
+            start = self._held.computed if self._held is not None else 0
+            embedded = await self._model.in_thread(self._model.embed, row.context[start:], start)
+            hidden = await self._open_session.step(embedded, row=row.number, start=start)
             ends.append(hidden[-1:])
         logits = (await self._model.logits(torch.cat(ends))).expand(len(live), -1)
         self._begun = True
         self._step_s = None
         self._dropped = ()
         self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in forked)
-        return [_Answer(row, (), scores[None]) for row, scores in zip(live, logits, strict=True)]
+        return [RowAnswer(row, (), scores[None]) for row, scores in zip(live, logits, strict=True)]
 
     async def _begin_again(self) -> None:
         """Continue in a session whose blocks have computed nothing yet."""
         self._open_session.close()
         self._begun = False
-        self.session = await self._start_session()
+        await self._start_session()
 
-    async def _step(self, live: Sequence[_Row]) -> list[_Answer]:
+    async def _step(self, live: Sequence[Row]) -> list[RowAnswer]:
         """Run one step: the last token of each live row, and the guesses after it."""
         began = trio.current_time()
         drafts = self._drafts(live)
@@ -239,14 +231,14 @@ class Decoding:
         logits = await self._model.logits(hidden)
         self._step_s = trio.current_time() - began
         parts = torch.split(logits, [piece.count for piece in rows])
-        return [_Answer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
+        return [RowAnswer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
 
-    def _drafts(self, live: Sequence[_Row]) -> Sequence[tuple[int, ...]]:
+    def _drafts(self, live: Sequence[Row]) -> Sequence[tuple[int, ...]]:
         if self._speculator is None:
             return [()] * len(live)
         return self._speculator.drafts([(row.number, row.context, self._room(row)) for row in live])
 
-    def _room(self, row: _Row) -> int:
+    def _room(self, row: Row) -> int:
         """How many guesses a row's next step may carry. It gains a token more than it has right guesses."""
         room = self._sampling.max_new_tokens - row.count - 1
         change = self._model.ropes_change_at
@@ -255,19 +247,19 @@ class Decoding:
         # Rows must reach the change together; and positions beyond it are computed with the other ropes.
         return min(room, change - self._length) if len(self._rows) == 1 else 0
 
-    def _accepted(self, answer: _Answer, chosen: Sequence[Choice]) -> Iterator[Picked]:
+    def _accepted(self, answer: RowAnswer, chosen: Sequence[Choice]) -> Iterator[Picked]:
         """Take the chosen tokens, up to the one that ends the row."""
         for choice in chosen:
             yield self._pick(answer.row, choice)
             if answer.row.finished:
                 return
 
-    def _note(self, answers: Sequence[_Answer], gained: int) -> None:
+    def _note(self, answers: Sequence[RowAnswer], gained: int) -> None:
         if self._speculator is not None and self._step_s is not None:
             drafted = sum(len(answer.draft) for answer in answers)
             self._speculator.note(len(answers), drafted, gained, self._step_s)
 
-    def _choose(self, answers: Sequence[_Answer]) -> list[list[Choice]]:
+    def _choose(self, answers: Sequence[RowAnswer]) -> list[list[Choice]]:
         """The next tokens of each row. Runs in a worker thread."""
         return [
             list(
@@ -278,7 +270,7 @@ class Decoding:
             for each in answers
         ]
 
-    def _pick(self, row: _Row, choice: Choice) -> Picked:
+    def _pick(self, row: Row, choice: Choice) -> Picked:
         token_id, ends = choice.token_id, choice.ends
         position = len(row.context)
         row.context.append(token_id)

@@ -11,6 +11,7 @@ import trio
 from peerd.client.blocks import Adapter, ModelFacts, ServedBlocks
 from peerd.client.finding.finder import FRESH_S, ChainFinder, Patience
 from peerd.client.head_task import HeadTask
+from peerd.client.session.kept_sessions import AnswerSession, KeptSessions, Shape, roomy_length
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
 from peerd.client.token_bytes import TokenBytes, special_ids
@@ -66,11 +67,61 @@ class SwarmModel(ServedBlocks):
         self._head = head
         #: What the answers of this model share to guess tokens ahead; None if they never do.
         self.speculation: Speculation | None = Speculation()
+        #: Sessions of answers that have ended, for prompts that begin as they do; None if sessions end with answers.
+        self.kept: KeptSessions | None = None
         self._token_bytes = TokenBytes(tokenizer)
         self._tokenizing = trio.CapacityLimiter(_TOKENIZED_AT_ONCE)
         self._vocabulary: Vocabulary | None = None
         self._compiling = trio.CapacityLimiter(1)
         self._grammar_check = grammar_check
+
+    def keep_sessions(self, positions: int) -> None:
+        """Keep the sessions of answers from now on, of at most so many positions in all (KV on each server)."""
+        self.kept = KeptSessions(positions, self._tasks)
+
+    async def start_answer(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_length: int,
+        max_rows: int = 1,
+        max_rollback: int = 0,
+        prompt_length: int = 0,
+        adapter: Adapter | None = None,
+        patience: Patience | None = None,
+    ) -> AnswerSession:
+        """A session for an answer to `prompt`: a kept one that has its beginning, or a new one. For the other arguments
+        see `session`. The caller gives it to `end_answer`.
+        """
+        kept, name = self.kept, adapter or ""
+        if kept is None or max_rows > 1 or self.facts.ropes_follow_length or not isinstance(name, str) or "/" in name:
+            kept = None
+        needed = Shape(max_length, max_rollback, str(name))
+        if kept is not None and (taken := kept.take(prompt, needed)) is not None:
+            self._watch(taken.session)
+            return taken
+        if kept is not None:
+            offers = await self._tools.finder.offers(CACHE_S)
+            max_length = roomy_length(max_length, min(self.facts.max_length, kept.budget), offers)
+            if not self.facts.has_windows:
+                # It costs nothing there, and chats are edited anywhere.
+                max_rollback = max_length
+        session = await self.start_session(
+            max_length=max_length,
+            max_rows=max_rows,
+            max_rollback=max_rollback,
+            prompt_length=prompt_length,
+            adapter=adapter,
+            patience=patience,
+        )
+        return AnswerSession(session, 0, None if kept is None else Shape(max_length, max_rollback, needed.adapter))
+
+    def end_answer(self, answer: AnswerSession, ids: Sequence[int]) -> None:
+        """Keep the session of an answer if it can serve another one, or close it. `ids`: what its row has computed."""
+        if self.kept is None or answer.shape is None or not ids:
+            answer.session.close()
+        else:
+            self.kept.keep(answer.session, ids, answer.shape)
 
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that computes for long in a worker thread, so that the event loop goes on."""

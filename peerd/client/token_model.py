@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peerd.client.finding.finder import Patience
     from peerd.client.grammars.grammar import Grammar
     from peerd.client.grammars.vocabulary import CompiledGrammar
+    from peerd.client.session.kept_sessions import AnswerSession
     from peerd.client.session.session import Session
     from peerd.meters import Meters
 
@@ -29,8 +30,9 @@ class TokenModel(Protocol):
     def meters(self) -> Meters:
         """What the peer counts and times."""
 
-    async def start_session(
+    async def start_answer(
         self,
+        prompt: Sequence[int],
         *,
         max_length: int,
         max_rows: int = 1,
@@ -38,8 +40,11 @@ class TokenModel(Protocol):
         prompt_length: int = 0,
         adapter: Adapter | None = None,
         patience: Patience | None = None,
-    ) -> Session:
-        """Start a session whose chain opens with its first step."""
+    ) -> AnswerSession:
+        """A session for an answer: one that has the beginning of the prompt, or a new one."""
+
+    def end_answer(self, answer: AnswerSession, ids: Sequence[int]) -> None:
+        """Keep the session for another answer, or close it. `ids`: what its row has computed; none if it failed."""
 
     def close_later(self, session: Session) -> None:
         """Close the session later, unless it is used again before."""

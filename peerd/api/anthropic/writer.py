@@ -71,7 +71,13 @@ class MessageWriter:
 
     def _usage(self) -> dict[str, int]:
         usage = self._chat.answers.usage
-        return {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens}
+        # Anthropic counts what was cached apart from the rest of the prompt.
+        return {
+            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+            "cache_read_input_tokens": usage.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": usage.completion_tokens,
+        }
 
     def _events(self, part: Part) -> list[dict[str, Any]]:
         """Take in a part of the answer. Returns what a stream says of it."""

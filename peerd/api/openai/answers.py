@@ -34,17 +34,19 @@ _PATIENCE = Patience(first_busy_s=6.0)
 
 @dataclass(slots=True)
 class Usage:
-    """The tokens of the prompts, and of the answers so far."""
+    """The tokens of the prompts, and of the answers so far. `cached_tokens` of the prompts had been computed before."""
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -124,6 +126,7 @@ class Answers:
                 raise picked
             if self.first_token_at is None:
                 self.first_token_at = trio.current_time()
+            self.usage.cached_tokens = sum(decoding.cached for decoding in self._decodings)
             self.usage.completion_tokens += 1
             self._on_token()
             yield picked

@@ -60,6 +60,16 @@ _OPTIONS = (
         " it for several.",
     ),
     click.option(
+        "--keep-sessions",
+        "keep_positions",
+        type=click.IntRange(min=0),
+        default=16384,
+        show_default=True,
+        metavar="TOKENS",
+        help="Keep the servers' KV of answers, of so many tokens in all, for five minutes: a chat's next turn then"
+        " computes only what is new. 0: keep none.",
+    ),
+    click.option(
         "--open",
         "open_page",
         is_flag=True,
@@ -85,4 +95,4 @@ def offered(api: ApiOptions, models: tuple[tuple[str | None, Path | str], ...]) 
     if api.http is not None and not api.no_token and token_file is None:
         token_file = platformdirs.user_state_path("peerd") / "api.token"
     socket_path = api.socket_path or default_socket_path()
-    return Offered(models, socket_path, api.http, token_file, api.open_page, api.names, api.origins)
+    return Offered(models, socket_path, api.http, token_file, api.open_page, api.names, api.origins, api.keep_positions)

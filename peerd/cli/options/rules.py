@@ -49,6 +49,7 @@ class ApiOptions:
     open_page: bool = False
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    keep_positions: int = 0
 
     @property
     def is_offered(self) -> bool:

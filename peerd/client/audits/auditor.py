@@ -82,8 +82,11 @@ class Auditor:
         return f"<Auditor of 1 in {1 / self.probability if self.probability else 0:g}: {dict(self.counts)}>"
 
     def watch(self, session: Session, blocks: Span, terms: Terms) -> None:
-        """Note a session of the user's that begins, and decide whether its answer will be audited."""
+        """Note a session of the user's that begins, or goes on after a rest, and decide whether its answer will be
+        audited.
+        """
         self._sessions.add(session)
+        losses = session.failovers + session.reopened
         transcript: Transcript | None = None
         if self._rng.random() < self.probability:
             self.counts["chosen"] += 1
@@ -92,7 +95,13 @@ class Auditor:
 
         def ended() -> None:
             self._sessions.discard(session)
-            if transcript is not None:
+            if transcript is None:
+                return
+            session.log.on_answer = lambda step, result: None
+            if session.failovers + session.reopened > losses or not _covers(session.chain, blocks):
+                # Part of the answer is another server's, which may be gone by now.
+                self.counts["servers changed"] += 1
+            else:
                 self._take(session, transcript, blocks, terms)
 
         session.on_end = ended
@@ -103,9 +112,6 @@ class Auditor:
         width = transcript.results.shape[1] if transcript else 0
         if len(transcript) < MIN_POSITIONS:
             why = "too short"
-        elif session.failovers or session.reopened or not _covers(session.chain, blocks):
-            # Part of the answer is another server's, which may be gone by now.
-            why = "servers changed"
         elif terms.own_adapter is not None:
             # Other servers must not get the user's own weights.
             why = "own adapter"

@@ -32,13 +32,14 @@ class Session:
 
     def __init__(self, tools: SessionTools, spec: SessionSpec) -> None:
         terms = spec.terms
+        self.spec = spec
         self.log = StepLog(terms.size)
         self.log.on_received = tools.opener.connections.meters.received
         self._supervisor = Supervisor(tools, spec, self.log)
         self._width = spec.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
-        #: Called once when the session has ended; its chain and log are as they were last.
+        #: Called once when the session has ended or rests; its chain and log are as they were last.
         self.on_end: Callable[[], None] = lambda: None
         self._scope = trio.CancelScope()
 
@@ -79,7 +80,12 @@ class Session:
             self._closed = True
             self.log.fail(trio.ClosedResourceError("the session was closed"))
             self._supervisor.changed.unpark_all()
-            self.on_end()
+            self.rest()
+
+    def rest(self) -> None:
+        """Say that what the session was opened for is done. It may go on for something else."""
+        on_end, self.on_end = self.on_end, lambda: None
+        on_end()
 
     def close(self) -> None:
         """End the session on every hop."""

@@ -235,8 +235,10 @@ def open_api(open_byte_model):
     """`async with open_api(head) as (caller, swarm):` the application over one model called `bytes`."""
 
     @asynccontextmanager
-    async def open_it(head=None, answering=None, generation_config=None, **how):
+    async def open_it(head=None, answering=None, generation_config=None, kept_positions=0, **how):
         async with open_byte_model(head, generation_config, **how) as (model, swarm):
+            if kept_positions:
+                model.keep_sessions(kept_positions)
             answering = answering or Answering()
             api = Api(Models({"bytes": model}), InProcessTemplates(), NoStatus(), NoStatus(), History(), answering)
             yield Caller(api.app()), swarm

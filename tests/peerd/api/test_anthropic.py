@@ -105,7 +105,12 @@ async def test_an_answer_is_a_message(answer_of, stream):
     assert (message["type"], message["role"], message["model"]) == ("message", "assistant", "bytes")
     assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
     prompt = "<system>Short.<user>Hi<assistant>"
-    assert message["usage"] == {"input_tokens": len(prompt), "output_tokens": len("good day") + 1}
+    assert message["usage"] == {
+        "input_tokens": len(prompt),
+        "cache_read_input_tokens": 0,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": len("good day") + 1,
+    }
     assert message["id"].startswith("msg_")
 
 

@@ -47,7 +47,12 @@ async def test_a_completion_is_what_the_model_says(open_api):
     assert choice["finish_reason"] == "length"
     assert len(choice["logprobs"]["tokens"]) == 5
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * 5
-    assert answer.json["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert answer.json["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 5,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer.json["object"] == "text_completion"
 
 

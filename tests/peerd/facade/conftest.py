@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,6 +54,16 @@ class Servers:
     @property
     def sessions(self) -> int:
         return sum(peer.server.sessions for peer in self.peers if peer.server is not None)
+
+    def check_answers(self) -> None:
+        """Fail unless the servers' loop turns, and their port takes connections."""
+
+        async def connect() -> None:
+            with trio.fail_after(10):
+                stream = await trio.open_tcp_stream(str(self.bootstrap[0].host), self.bootstrap[0].port)
+                await stream.aclose()
+
+        self.bridge.call(connect)
 
     def kill(self, index: int) -> peerd.Peer:
         """End a peer at once, so that its connections break. Returns it."""

@@ -45,6 +45,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def run(servers: object, llama_path: Path) -> Run:
     address = str(servers.bootstrap[0])  # type: ignore[attr-defined]
+    # A run once found that no script was answered: then the reason is to be sought here.
+    servers.check_answers()  # type: ignore[attr-defined]
 
     def run_it(code: str, *, interrupt: bool = False) -> subprocess.CompletedProcess[str]:
         """Run the script; with `interrupt`, send it SIGINT once it has printed `ready`."""

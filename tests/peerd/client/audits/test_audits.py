@@ -13,7 +13,7 @@ import trio.testing
 from peerd.client.audits.policy import AuditPolicy
 from peerd.client.session.opener import Terms
 from peerd.protocol.rows import SessionSize
-from tests.peerd.client.audits.conftest import FULL, HALF, INT8, LENGTH, NF4, SPANS, Lie, run_text
+from tests.peerd.client.audits.conftest import FULL, HALF, INT8, LENGTH, NF4, SPANS, Lie, run_text, texts
 from tests.peerd.conftest import MODEL
 
 
@@ -153,6 +153,26 @@ async def test_audits_compute_with_the_length_of_the_prompt_that_the_answer_had(
             host.task.engine.open = noting(host.task.engine.open)
         await tribunal.audit()
         assert [size.prompt_length for size in opened] == [10] * len(SPANS)
+
+
+async def test_each_answer_of_a_session_that_rests_is_audited_by_itself(open_tribunal):
+    async with open_tribunal() as tribunal:
+        await tribunal.serve_all()
+        session = await tribunal.open(max_rollback=128)
+        await run_text(session, 5)
+        session.rest()
+        await tribunal.serve_all()
+        await tribunal.audit()
+        assert tribunal.auditor.counts == {"chosen": 1, "agreed": 1}
+        terms = session.spec.terms
+        tribunal.auditor.watch(session, session.spec.blocks, terms)
+        # It goes on from the middle of what it had.
+        (row,) = texts(1, 6)
+        await session.step(row[12:], start=12, want="all")
+        session.close()
+        await trio.testing.wait_all_tasks_blocked()
+        await tribunal.audit()
+        assert tribunal.auditor.counts == {"chosen": 2, "agreed": 2}
 
 
 async def test_servers_of_one_network_do_not_check_one_another(open_tribunal):

@@ -1,0 +1,40 @@
+"""The rows of an answer while it is decoded, and what a step says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peerd.client.text_stream import StopFilter, TextStream
+
+if TYPE_CHECKING:
+    import torch
+
+    from peerd.client.grammars.constraint import RowConstraint
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """`context` is the prompt and the row's tokens so far."""
+
+    number: int
+    text: TextStream
+    stops: StopFilter
+    context: list[int]
+    prompt_length: int
+    constraint: RowConstraint | None = None
+    finished: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many tokens the row has."""
+        return len(self.context) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswer:
+    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess."""
+
+    row: Row
+    draft: tuple[int, ...]
+    logits: torch.Tensor

@@ -1,0 +1,154 @@
+"""Keeps the sessions of answers that have ended, for prompts that begin with what they computed.
+
+A chat's next prompt begins with its last one and the answer to it. The servers then have its KV already, and only what
+is new must be computed. A kept session holds memory on each of its servers, so all of them together are bounded, and
+each for a time only. Servers take the KV of idle sessions back when others need it; then the session computes its past
+again, as after any loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from peerd.client.session.session import Session
+    from peerd.routing.directory.offer import Offer
+
+#: A session that nobody used for this long is closed: servers keep an idle one as long.
+KEPT_S: Final = 300.0
+#: A session is not used again for fewer positions than this: a new one can choose better servers.
+LEAST_SHARED: Final = 32
+#: The least that is asked for beyond an answer's own length: a turn or two.
+SPARE: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What must be the same for a session to serve another answer.
+
+    max_length: how many positions its row may have: as many as the answer needs, or more. adapter: its name in the
+        swarm; "" for none.
+    """
+
+    max_length: int
+    max_rollback: int
+    adapter: str = ""
+
+    def serves(self, needed: Shape) -> bool:
+        """Whether a session of this shape serves an answer that needs another one."""
+        return (
+            self.max_length >= needed.max_length
+            and self.max_rollback >= needed.max_rollback
+            and self.adapter == needed.adapter
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AnswerSession:
+    """A session for one answer. `computed`: how many of the prompt's positions it has already. `shape`: None if it
+    cannot be kept.
+    """
+
+    session: Session
+    computed: int
+    shape: Shape | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """A session whose only row holds `ids`, all of which were computed."""
+
+    session: Session
+    ids: Sequence[int]
+    shape: Shape
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """How many of the prompt's first positions need not be computed again. The last one always is, for its
+        result.
+        """
+        pairs = zip(self.ids, prompt[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def saves(self, prompt: Sequence[int]) -> int:
+        """How many positions of the prompt it saves; 0 if it cannot be cut as far back as they go."""
+        shared = self.shared(prompt)
+        return shared if self.session.log.length(0) - shared <= self.shape.max_rollback else 0
+
+
+def roomy_length(needed: int, most: int, offers: Iterable[Offer]) -> int:
+    """How many positions to ask for, so that the next turns of a chat fit too: half as many again as `needed`, or
+    SPARE more, at most `most` in all, where the servers have twice that free. Others must find room as well.
+    """
+    length = min(needed + max(needed // 2, SPARE), most)
+    covered: set[int] = set()
+    blocks: set[int] = set()
+    for offer in offers:
+        span = range(offer.span.start, offer.span.end)
+        blocks.update(span)
+        if offer.record.free_tokens >= 2 * length:
+            covered.update(span)
+    return length if length > needed and covered == blocks else needed
+
+
+class KeptSessions:
+    """The kept sessions of one model, of at most `budget` positions in all. `tasks` owns their timers."""
+
+    def __init__(self, budget: int, tasks: trio.Nursery) -> None:
+        self.budget = budget
+        self._tasks = tasks
+        # The one that was kept last comes last.
+        self._kept: list[_Kept] = []
+
+    def __repr__(self) -> str:
+        return f"<KeptSessions {self.positions} of {self.budget} positions in {len(self._kept)} sessions>"
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def positions(self) -> int:
+        """How many positions the kept sessions hold on each of their servers."""
+        return sum(kept.shape.max_length for kept in self._kept)
+
+    def take(self, prompt: Sequence[int], needed: Shape) -> AnswerSession | None:
+        """The session that has most of the prompt's beginning, or None. It is the caller's from now on."""
+        self._close_outgrown(prompt, needed)
+        found = [kept for kept in self._kept if kept.shape.serves(needed) and not kept.session.closed]
+        best = max(found, key=lambda kept: kept.saves(prompt), default=None)
+        if best is None or (saved := best.saves(prompt)) < LEAST_SHARED:
+            return None
+        self._kept.remove(best)
+        return AnswerSession(best.session, saved, best.shape)
+
+    def keep(self, session: Session, ids: Sequence[int], shape: Shape) -> None:
+        """Keep a session whose row begins with `ids`. The oldest ones are closed to make room."""
+        if session.closed or shape.max_length > self.budget or len(ids) < LEAST_SHARED:
+            session.close()
+            return
+        session.rest()
+        kept = _Kept(session, tuple(ids), shape)
+        self._kept.append(kept)
+        while self.positions > self.budget:
+            self._close(self._kept[0])
+        self._tasks.start_soon(self._close_later, kept)
+
+    def _close_outgrown(self, prompt: Sequence[int], needed: Shape) -> None:
+        """Close what a chat has no room left in: its next turns will not ask for it either."""
+        for kept in list(self._kept):
+            if kept.shape.max_length < needed.max_length and kept.shared(prompt) == len(kept.ids):
+                self._close(kept)
+
+    def _close(self, kept: _Kept) -> None:
+        self._kept.remove(kept)
+        kept.session.close()
+
+    async def _close_later(self, kept: _Kept) -> None:
+        await trio.sleep(KEPT_S)
+        # It may have been taken, and kept again as another one.
+        if kept in self._kept:
+            self._close(kept)
