@@ -99,7 +99,9 @@ class Guard:
         if self._token is not None and not is_open and not self._has_token(headers):
             challenge = {"WWW-Authenticate": "Bearer"}
             return ApiError(401, self._wanted_token(headers, scope), code="invalid_api_key", headers=challenge)
-        if kind == "http" and method == "POST" and not _is_json(headers.get("content-type", "")):
+        # A page cannot send the token without asking first, so with it some clients of Ollama's need not name the type.
+        may_lack_type = self._token is not None and path.startswith("/api/")
+        if kind == "http" and method == "POST" and not may_lack_type and not _is_json(headers.get("content-type", "")):
             return ApiError(415, "the body must be JSON: Content-Type: application/json")
         return None
 

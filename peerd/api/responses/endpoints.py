@@ -54,7 +54,7 @@ class ResponsesApi:
         return JSONResponse(found.body)
 
     def _read(self, fields: Fields) -> ResponsesRequest:
-        return read_responses_request(fields, self._store.get)
+        return read_responses_request(fields, self._store)
 
     def _keep(self, wanted: ResponsesRequest, body: dict[str, Any], message: dict[str, Any]) -> None:
         size_bytes = wanted.size_bytes + memory_of([body["output"], message])

@@ -6,6 +6,7 @@ assistant before them. Reasoning is left out, as OpenAI's API does with that of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from peerd.api.fields import Fields
@@ -17,8 +18,11 @@ _MAX_PARTS = 4096
 _OF_ANSWERS = ("id", "status", "phase", "caller", "namespace")
 
 
-def add_input(fields: Fields, translation: Translation) -> None:
-    """Translate `input`, and add it to the messages. Raises ApiError."""
+def add_input(fields: Fields, translation: Translation, item_of: Callable[[str], dict[str, Any] | None]) -> None:
+    """Translate `input`, and add it to the messages. `item_of` finds an item of an earlier response by its id.
+
+    Raises ApiError.
+    """
     value = fields.take("input")
     if isinstance(value, str):
         translation.add_message("input", {"role": "user", "content": value})
@@ -27,22 +31,33 @@ def add_input(fields: Fields, translation: Translation) -> None:
         raise fields.error("input", "must be a string, or a list of items that is not empty")
     first = len(translation.messages)
     for item in fields.objects("input", _MAX_ITEMS):
-        kind = item.text("type") or "message"
-        if kind == "message":
-            _add_message(item, translation)
-        elif kind == "function_call":
-            _add_call(item, translation, first)
-        elif kind == "function_call_output":
-            _add_output(item, translation)
-        elif kind == "item_reference":
-            raise item.error(
-                "type",
-                "item_reference is not supported here: send the item itself, or previous_response_id",
-                code="unsupported_parameter",
-            )
-        elif kind != "reasoning":
-            problem = f"{kind!r:.40} is not supported here: leave such items out"
-            raise item.error("type", problem, code="unsupported_parameter")
+        _add_item(_referred(item, item_of), translation, first)
+
+
+def _add_item(item: Fields, translation: Translation, first: int) -> None:
+    kind = item.text("type") or "message"
+    if kind == "message":
+        _add_message(item, translation)
+    elif kind == "function_call":
+        _add_call(item, translation, first)
+    elif kind == "function_call_output":
+        _add_output(item, translation)
+    elif kind != "reasoning":
+        problem = f"{kind!r:.40} is not supported here: leave such items out"
+        raise item.error("type", problem, code="unsupported_parameter")
+
+
+def _referred(item: Fields, item_of: Callable[[str], dict[str, Any] | None]) -> Fields:
+    """The item itself, where the client sent only the id of one that it was given."""
+    if item.take("type") != "item_reference":
+        return item
+    item_id = item.required_text("id")
+    found = item_of(item_id)
+    if found is None:
+        raise item.error(
+            "id", "is no item of a response that is kept here: send the item itself", code="item_not_found"
+        )
+    return Fields(found, f"{item.path}.")
 
 
 def _add_message(item: Fields, translation: Translation) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from peerd.api.fields import Fields
 from peerd.api.openai.requests import ChatRequest, read_chat
 from peerd.api.openai.tool_fields import MAX_TOOLS
 from peerd.api.responses.items import add_input
-from peerd.api.responses.store import Stored, memory_of
+from peerd.api.responses.store import ResponseStore, Stored, memory_of
 from peerd.api.translation import Translation
 
 # Fields that change no token of an answer. `max_tool_calls` counts calls of OpenAI's own tools.
@@ -65,12 +64,12 @@ class ResponsesRequest:
     translation: Translation
     messages: tuple[dict[str, Any], ...]
     shown: dict[str, Any]
-    store: bool
+    is_kept: bool
     size_bytes: int
 
 
-def read_responses_request(fields: Fields, stored: Callable[[str], Stored | None]) -> ResponsesRequest:
-    """Read a body of /v1/responses. `stored` finds an earlier response by its id. Raises ApiError."""
+def read_responses_request(fields: Fields, store: ResponseStore) -> ResponsesRequest:
+    """Read a body of /v1/responses, which may go on from what is kept in `store`. Raises ApiError."""
     translation = Translation()
     translation.copy(fields, "model", "stream", "temperature", "top_p", "parallel_tool_calls")
     translation.put("max_completion_tokens", fields.take("max_output_tokens"), "max_output_tokens")
@@ -78,32 +77,32 @@ def read_responses_request(fields: Fields, stored: Callable[[str], Stored | None
     if instructions is not None:
         translation.add_message("instructions", {"role": "system", "content": instructions})
     first = len(translation.messages)
-    earlier = _earlier(fields, stored)
+    earlier = _earlier(fields, store)
     for message in earlier.messages if earlier is not None else ():
         translation.add_message("previous_response_id", message)
-    add_input(fields, translation)
+    add_input(fields, translation, store.item)
     _put_tools(fields, translation)
     _put_text(fields, translation)
     _put_reasoning(fields, translation)
     _check_rest(fields)
-    store = fields.boolean("store") or fields.take("store") is None
+    is_kept = fields.boolean("store") or fields.take("store") is None
     fields.refuse_others()
-    size = memory_of([fields.take(name) for name in fields.names()]) if store else 0
+    size = memory_of([fields.take(name) for name in fields.names()]) if is_kept else 0
     return ResponsesRequest(
         translation.read(read_chat),
         translation,
         tuple(translation.messages[first:]),
-        _shown(fields, store),
-        store,
+        _shown(fields, is_kept),
+        is_kept,
         size + (earlier.size_bytes if earlier is not None else 0),
     )
 
 
-def _earlier(fields: Fields, stored: Callable[[str], Stored | None]) -> Stored | None:
+def _earlier(fields: Fields, store: ResponseStore) -> Stored | None:
     response_id = fields.text("previous_response_id")
     if response_id is None:
         return None
-    found = stored(response_id)
+    found = store.get(response_id)
     if found is None:
         name = "previous_response_id"
         problem = f"{name}: there is no response {response_id[:100]!r} here: one is kept for an hour, if there is room"
@@ -182,7 +181,7 @@ def _check_rest(fields: Fields) -> None:
     fields.ignore(*_WITHOUT_EFFECT)
 
 
-def _shown(fields: Fields, store: bool) -> dict[str, Any]:
+def _shown(fields: Fields, is_kept: bool) -> dict[str, Any]:
     """What a response repeats of its request."""
     text, reasoning = fields.take("text") or {}, fields.take("reasoning") or {}
     names = ("instructions", "max_output_tokens", "previous_response_id", "temperature", "top_p", "user")
@@ -192,7 +191,7 @@ def _shown(fields: Fields, store: bool) -> dict[str, Any]:
         "metadata": fields.take("metadata") or {},
         "parallel_tool_calls": True if parallel is None else parallel,
         "reasoning": {"effort": reasoning.get("effort"), "summary": None},
-        "store": store,
+        "store": is_kept,
         "text": {"format": text.get("format") or {"type": "text"}},
         "tool_choice": fields.take("tool_choice") or "auto",
         "tools": fields.take("tools") or [],

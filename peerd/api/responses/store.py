@@ -39,6 +39,8 @@ class ResponseStore:
         self._most_responses = most_responses
         self._most_bytes = most_bytes
         self._kept: dict[str, Stored] = {}
+        # The response to which each item of output belongs.
+        self._items: dict[str, str] = {}
         self._size_bytes = 0
 
     def __repr__(self) -> str:
@@ -47,6 +49,7 @@ class ResponseStore:
     def keep(self, body: dict[str, Any], messages: tuple[dict[str, Any], ...], size_bytes: int) -> None:
         """Keep a response for an hour, if there is room for one of this size at all."""
         self._kept[body["id"]] = Stored(body, messages, size_bytes, self._clock() + KEPT_S)
+        self._items |= {item["id"]: body["id"] for item in body["output"]}
         self._size_bytes += size_bytes
         self._drop_old()
         while len(self._kept) > self._most_responses or self._size_bytes > self._most_bytes:
@@ -57,11 +60,19 @@ class ResponseStore:
         found = self._kept.get(response_id)
         return found if found is not None and found.until > self._clock() else None
 
+    def item(self, item_id: str) -> dict[str, Any] | None:
+        """The item of output with this id. It may be called in any thread."""
+        found = self.get(self._items.get(item_id, ""))
+        items = found.body["output"] if found is not None else ()
+        return next((item for item in items if item["id"] == item_id), None)
+
     def remove(self, response_id: str) -> bool:
         """Forget a response. False if there is none with this id."""
         found = self._kept.pop(response_id, None)
         if found is not None:
             self._size_bytes -= found.size_bytes
+            for item in found.body["output"]:
+                self._items.pop(item["id"], None)
         return found is not None
 
     def _drop_old(self) -> None:

@@ -75,7 +75,7 @@ class ResponseWriter:
 
     def _finished(self) -> dict[str, Any]:
         body = self._body("incomplete" if self._finish == "length" else "completed")
-        if self._wanted.store:
+        if self._wanted.is_kept:
             self._keep(body, self._as_message())
         return body
 

@@ -86,6 +86,15 @@ async def test_what_a_page_may_send_without_asking_is_refused(content_type):
     assert await status_of(guard(), method="POST", host="localhost", content_type=content_type) == 415
 
 
+async def test_clients_of_ollama_s_need_not_name_the_type_of_a_body_if_they_have_the_token():
+    asked = {"method": "POST", "host": "localhost", "content_type": "text/plain"}
+    token = {"authorization": f"Bearer {TOKEN}"}
+    assert await status_of(guard(TOKEN), "/api/chat", **asked, **token) == 200
+    assert await status_of(guard(TOKEN), "/api/chat", **asked) == 401
+    assert await status_of(guard(), "/api/chat", **asked) == 415
+    assert await status_of(guard(TOKEN), "/v1/chat/completions", **asked, **token) == 415
+
+
 async def test_json_is_let_in():
     assert (
         await status_of(guard(), method="POST", host="localhost", content_type="application/json; charset=utf-8") == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 
 import openai
@@ -44,8 +45,8 @@ def ask(**fields):
     return {"model": "bytes", "input": "Hi", "max_output_tokens": 300} | fields
 
 
-def read(stored=lambda response_id: None, **fields):
-    return read_responses_request(Fields(ask(**fields)), stored)
+def read(**fields):
+    return read_responses_request(Fields(ask(**fields)), ResponseStore(time.monotonic))
 
 
 def events_of(answer):
@@ -162,7 +163,7 @@ async def test_what_asks_for_nothing_is_accepted():
         truncation="disabled",
     )
     assert [tool["function"]["name"] for tool in wanted.chat.tools.tools] == ["weather"]
-    assert not wanted.store
+    assert not wanted.is_kept
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,8 @@ async def test_what_asks_for_nothing_is_accepted():
         ({"input": [{"role": "user", "content": 3}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
         ({"input": [OUTPUT]}, "input[0].call_id"),
         ({"input": [CALL | {"arguments": "[]"}]}, "input[0].arguments"),
         ({"input": [CALL | {"name": ""}]}, "input[0].name"),
@@ -229,6 +231,20 @@ async def test_a_call_is_answered_by_what_its_tool_says(open_api, scripted_head)
     assert (wrong.status, wrong.json["error"]["param"]) == (400, "input[0].call_id")
 
 
+async def test_items_of_a_response_may_be_sent_as_their_ids(open_api, scripted_head):
+    async with open_api(scripted_head(f"I look.{ROME}"), chat_template=TEMPLATE) as (caller, _):
+        first = (await caller.post(PATH, ask(tools=[TOOL]))).json
+        items = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+        answer = OUTPUT | {"call_id": first["output"][1]["call_id"]}
+        by_id = await caller.post(PATH, ask(tools=[TOOL], input=[*items, answer]))
+        whole = await caller.post(PATH, ask(tools=[TOOL], input=[*first["output"], answer]))
+        await caller.request("DELETE", f"{PATH}/{first['id']}")
+        gone = await caller.post(PATH, ask(tools=[TOOL], input=[*items, answer]))
+    assert by_id.status == 200
+    assert by_id.json["usage"]["input_tokens"] == whole.json["usage"]["input_tokens"]
+    assert (gone.status, gone.json["error"]["param"]) == (400, "input[0].id")
+
+
 async def test_responses_are_shown_and_deleted_while_they_are_kept(open_api):
     async with open_api() as (caller, _):
         kept = (await caller.post(PATH, ask(max_output_tokens=2))).json
@@ -248,18 +264,19 @@ def test_a_response_is_kept_for_an_hour_and_the_oldest_make_room():
     now = [0.0]
     store = ResponseStore(lambda: now[0], most_responses=3, most_bytes=100)
     for name, size in (("a", 10), ("b", 10), ("c", 10), ("d", 10)):
-        store.keep({"id": name}, (), size)
+        store.keep({"id": name, "output": [{"id": f"item {name}"}]}, (), size)
     assert [store.get(name) is not None for name in "abcd"] == [False, True, True, True]
-    store.keep({"id": "e"}, (), 85)
+    assert [store.item(f"item {name}") is not None for name in "abcd"] == [False, True, True, True]
+    store.keep({"id": "e", "output": []}, (), 85)
     assert [store.get(name) is not None for name in "cde"] == [False, True, True]
-    store.keep({"id": "f"}, (), 101)
+    store.keep({"id": "f", "output": []}, (), 101)
     assert [store.get(name) is not None for name in "def"] == [False, False, False]
-    store.keep({"id": "g"}, (), 100)
+    store.keep({"id": "g", "output": []}, (), 100)
     now[0] = KEPT_S - 1
     assert store.get("g") is not None
     now[0] = KEPT_S
     assert store.get("g") is None
-    store.keep({"id": "h"}, (), 100)
+    store.keep({"id": "h", "output": []}, (), 100)
     assert repr(store) == "<ResponseStore 1 responses, 100 bytes>"
 
 
