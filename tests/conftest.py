@@ -19,6 +19,8 @@ from trio.testing import MockClock
 
 # A bug that a daemon would contain and outlive must fail the test that meets it, in processes that tests start as well.
 os.environ["PEERD_STRICT"] = "1"
+# The daemon of whoever runs the tests may have a file.
+os.environ["PEERD_CONFIG"] = os.devnull
 
 # A hung real-time test must fail, not stall the suite; simulated time needs no such bound.
 REAL_TIME_LIMIT_S = 120

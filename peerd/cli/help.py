@@ -71,6 +71,7 @@ directory, or a .gguf file.
 
   peerd status             what the daemon on this machine does
   peerd doctor             what is wrong on this machine, and how to mend it
+  peerd config init        a file for options that you always give
   peerd --help             all options of a daemon, and all commands
   peerd COMMAND --help     the options of one command
 """

@@ -15,11 +15,13 @@ from typing import Any, NoReturn, TextIO
 import click
 from click.core import ParameterSource
 
+from peerd.cli.commands.config import config
 from peerd.cli.commands.doctor import doctor
 from peerd.cli.commands.keys import keys
 from peerd.cli.commands.models import calibrate, manifest, models
 from peerd.cli.commands.running import EXIT_CODES, run, run_once
 from peerd.cli.commands.watching import peers, status
+from peerd.cli.config.applying import config_option, configure, configure_command, is_configured
 from peerd.cli.console import say, working
 from peerd.cli.help import SHORT_HELP, write_options
 from peerd.cli.options.daemon import daemon_of, daemon_options
@@ -60,7 +62,14 @@ DEMO_PROMPT = "Explain in two sentences how bees make honey."
 
 
 class _Cli(click.Group):
-    """A group that turns peerd's own errors into messages and exit codes."""
+    """A group that reads the configuration, and turns peerd's own errors into messages and exit codes."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, rest, order = self.make_parser(ctx).parse_args(list(args))
+        # --help and --version end the command before anything is read.
+        if all(param.name == "config" or not param.is_eager for param in order):
+            configure(self, ctx, given.get("config"), rest[0] if rest else None)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_options(self, ctx, formatter)
@@ -90,6 +99,7 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+@config_option
 @daemon_options
 @verbose_option
 @log_format_option
@@ -103,20 +113,25 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     a bootstrap peer, which only keeps the swarm's directory. Once it is up it prints the addresses under
     which others reach it, one a line: give them to others as --bootstrap.
 
+    Every option can also be set in a file, or as PEERD_OPTION in the environment: see peerd config.
+
     SIGTERM tells the swarm that the peer leaves and gives open sessions a minute to end; Ctrl-C gives
     them a second; a second signal stops at once.
     """
     given = [name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if ctx.invoked_subcommand is not None:
+        configure_command(ctx)
+        given = [name for name in given if name != "config"]
         if given:
             option = next(param.opts[-1] for param in cli.params if param.name == given[0])
             raise click.UsageError(
                 f"{option} must come after {ctx.invoked_subcommand}; without a command, it is for a daemon"
             )
         return
-    if not given:
+    if not given and not is_configured(ctx):
         click.echo(SHORT_HELP, nl=False)
         return
+    options.pop("config")
     level = logging.DEBUG if options.pop("verbose") else logging.INFO
     set_up_logging(level, log_format=options.pop("log_format"))
     swarm = joining(options)
@@ -255,7 +270,7 @@ def demo(
     run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
-for command in (calibrate, doctor, keys, manifest, models, peers, status):
+for command in (calibrate, config, doctor, keys, manifest, models, peers, status):
     cli.add_command(command)
 
 

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import trio
 
+from peerd.net.containment import STRICT_VARIABLE
 from peerd.protocol.addresses import Multiaddr
 
 # The time between one signal and the next, harder one: a demonstration's sessions need no longer.
@@ -26,6 +27,10 @@ STOP_S = 0.5
 ANY_PORT = "/ip4/127.0.0.1/tcp/0/ws"
 _LOG_TAIL_CHARS = 2000
 _READ_BYTES = 4096
+
+
+def _is_kept(variable: str) -> bool:
+    return variable == STRICT_VARIABLE or not variable.startswith("PEERD_")
 
 
 class ProcessEnded(Exception):
@@ -54,7 +59,9 @@ class PeerProcesses:
 
     def __init__(self, directory: Path, threads: int) -> None:
         self._directory = directory
-        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # What the user has configured is for the user's own daemon.
+        others = {name: text for name, text in os.environ.items() if _is_kept(name)}
+        self._environment = others | {"OMP_NUM_THREADS": str(threads), "PEERD_CONFIG": os.devnull}
         self._numbers = itertools.count()
         self._running: list[trio.Process] = []
 

@@ -1,0 +1,1 @@
+"""The configuration of a daemon from a file and the environment, beside its options."""

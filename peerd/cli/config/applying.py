@@ -1,0 +1,64 @@
+"""Gives the values of the file and the environment to the command that runs, as defaults of its options.
+
+What is for a daemon must not fail another command: a model's folder that is not there now does not concern
+`peerd status`. So a command gets only the settings that it has itself.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from peerd.cli.config.reading import Config, default_path, read_config
+from peerd.cli.config.settings import settings_of, shared_with
+
+# The options that say what a daemon is to be: one of them has to be set before `peerd` alone starts one.
+_ROLES = ("serve_blocks", "client", "listen")
+# What single commands share with the daemon beside what all do.
+_MORE = {"doctor": ("listen", "identity")}
+_KEY = "peerd.config"
+_VARIABLE = "PEERD_CONFIG"
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    envvar=_VARIABLE,
+    help="Read options from this file too; peerd config init writes one. Default: PEERD_CONFIG, else config.toml in the"
+    " configuration directory, if it is there.",
+)
+
+
+def configure(group: click.Group, ctx: click.Context, path: str | None, command: str | None) -> None:
+    """Read the configuration before the options of `group` are parsed. path: as given with --config.
+
+    command: the name of the command that is to run, None for the daemon. Raises click.UsageError.
+    """
+    known = settings_of(group)
+    wanted = known if command is None else []
+    # The command `config` reads it itself, with all settings; a wrong name of a command is refused later.
+    other = group.commands.get(command) if command is not None else None
+    if other is not None and not isinstance(other, click.Group):
+        wanted = shared_with(other, known, _MORE.get(other.name or "", ()))
+    if other is not None and not wanted:
+        return
+    chosen = path or os.environ.get(_VARIABLE)
+    found = read_config(ctx, Path(chosen).expanduser() if chosen else None, known, wanted)
+    ctx.meta[_KEY] = found
+    if command is None:
+        ctx.default_map = found.values
+
+
+def configure_command(ctx: click.Context) -> None:
+    """Give the values to the command that was invoked."""
+    found = ctx.meta.get(_KEY)
+    if found is not None and ctx.invoked_subcommand is not None:
+        ctx.default_map = {ctx.invoked_subcommand: found.values}
+
+
+def is_configured(ctx: click.Context) -> bool:
+    """Whether the file says what a daemon is to be, so that `peerd` alone starts one."""
+    found: Config = ctx.meta.get(_KEY) or Config(default_path())
+    return found.exists and any(name in found.given for name in _ROLES)
