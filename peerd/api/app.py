@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -22,8 +23,9 @@ from peerd.api.openai.answering import Answering
 from peerd.api.openai.answers import Answers, compiled_grammar, encode_prompt
 from peerd.api.openai.bodies import CompletionShape, Shape
 from peerd.api.openai.chat_templates import ChatTemplates
+from peerd.api.openai.echoes import Echo, scored_echo
 from peerd.api.openai.event_writer import EventWriter
-from peerd.api.openai.requests import CommonFields, read_chat, read_completion
+from peerd.api.openai.requests import CommonFields, CompletionRequest, read_chat, read_completion
 from peerd.api.responses.endpoints import ResponsesApi
 from peerd.api.status import Status
 from peerd.api.tensors.session import serve_session
@@ -32,6 +34,9 @@ from peerd.api.web.files import page_routes
 from peerd.api.web.history import History
 from peerd.api.web.swarm import SwarmView
 from peerd.protocol.errors import PeerdError
+
+if TYPE_CHECKING:
+    from peerd.client.model import SwarmModel
 
 
 class Api:
@@ -92,13 +97,12 @@ class Api:
         model = self._models.named(wanted.common.model)
         prompts = [await encode_prompt(model, prompt) for prompt in wanted.prompts]
         grammar = await compiled_grammar(model, wanted.common)
-        answers = Answers(model, wanted.common, prompts, self._chats.history.count_token, grammar=grammar)
-        echoes = [
-            await model.in_thread(model.decode, prompt) if wanted.echo else ""
-            for prompt in prompts
-            for _ in range(wanted.common.rows)
-        ]
-        shape = CompletionShape(wanted.common.model, model.token_bytes, echoes)
+        scores = wanted.echo and wanted.common.top_logprobs is not None
+        count_token = self._chats.history.count_token
+        answers = Answers(model, wanted.common, prompts, count_token, grammar=grammar, scores_prompts=scores)
+        echoes = [await _echo(model, wanted, prompt) for prompt in prompts for _ in range(wanted.common.rows)]
+        only_prompts = wanted.common.max_tokens == 0
+        shape = CompletionShape(wanted.common.model, model.token_bytes, echoes, only_prompts=only_prompts)
         return self._respond(answers, shape, len(echoes), wanted.common)
 
     async def chat(self, request: Request) -> Response:
@@ -125,6 +129,15 @@ class Api:
     def _respond(self, answers: Answers, shape: Shape, count: int, common: CommonFields) -> Response:
         writer = EventWriter(answers, shape, count, common)
         return self._chats.respond(answers, writer, count=count, stream=common.stream)
+
+
+async def _echo(model: SwarmModel, wanted: CompletionRequest, prompt: Sequence[int]) -> Echo:
+    """The prompt as its answers repeat it."""
+    if not wanted.echo:
+        return Echo()
+    if wanted.common.top_logprobs is None:
+        return Echo(await model.in_thread(model.decode, prompt))
+    return await model.in_thread(scored_echo, model.decode, prompt)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -84,3 +84,8 @@ def logprobs_of(logits: torch.Tensor, token_id: int, top: int) -> TokenLogprobs:
     scores = logits.float().log_softmax(-1)
     values, ids = scores.topk(min(top, len(scores)))
     return TokenLogprobs(float(scores[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def logprobs_of_all(logits: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """For each row of logits `[n, vocabulary]` what `logprobs_of` says of one token."""
+    return [logprobs_of(row, token, top) for row, token in zip(logits, token_ids, strict=True)]

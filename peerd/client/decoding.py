@@ -17,12 +17,13 @@ import trio
 from peerd.client.answer_meter import AnswerMeter
 from peerd.client.choosing import Choice, Chooser
 from peerd.client.decoding_rows import Row, RowAnswer
-from peerd.client.picked import Finish, Picked
+from peerd.client.picked import Finish, Picked, PromptLogprobs
 from peerd.client.sampling import SamplingParams
 from peerd.client.speculation.speculation import MOST_DRAFTED, Speculation, Speculator
 from peerd.client.text_stream import StopFilter, TextStream
 from peerd.client.token_model import TokenModel
 from peerd.protocol.errors import NoChain, Overloaded, PeerdError
+from peerd.protocol.messages.session import Want
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
 
 
 class Decoding:
-    """Answers to `prompt` while they are generated: iterate over `tokens`. `session` is set once that has begun.
+    """Answers to `prompt` while they are generated: iterate over `tokens`.
 
     `stop` texts end a row, and are left out of its text. `top_logprobs` asks for logprobs with that many alternatives.
     `adapter` and `patience` are what `SwarmModel.session` takes. With `speculation`, steps carry guesses too; the
     tokens are the same. `resumable` needs a single row: after NoChain or Overloaded the caller may call `tokens` again.
     It continues with the same session if that still exists, which is kept for a while, and otherwise with a new one.
     `hidden_ends`: tokens among those that end an answer whose text is left out, though it may be ordinary. `decode`
-    turns ids into text in place of the model's own way. `grammar` is the sampling's grammar, where the caller has
-    compiled it already.
+    turns ids into text in place of the model's own way. `grammar` is the sampling's, if it is compiled already. With
+    `prompt_logprobs`, the first token of each row brings those of the prompt, with that many alternatives.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Decoding:
         hidden_ends: Collection[int] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
         grammar: CompiledGrammar | None = None,
+        prompt_logprobs: int | None = None,
     ) -> None:
         #: How many of the prompt's positions had been computed for an earlier answer.
         self.cached = 0
@@ -74,6 +76,7 @@ class Decoding:
         self._hidden_ends = frozenset(hidden_ends)
         self._resumable = resumable
         self._grammar = grammar
+        self._prompt_logprobs = prompt_logprobs
         # The row operations of the next step, and the answers of the last one from which no token was drawn yet.
         self._ops: tuple[Op, ...] = ()
         self._answers: list[RowAnswer] = []
@@ -137,12 +140,14 @@ class Decoding:
         if waits:
             self._model.close_later(self._open_session)
         elif self._held is not None:
-            # The last token was drawn, and never sent.
-            self._model.end_answer(self._held, () if failed or not self._begun else self._rows[0].context[:-1])
+            # The last token was drawn, and never sent. A prompt that was scored is no chat's.
+            lost = failed or not self._begun or self._prompt_logprobs is not None
+            self._model.end_answer(self._held, () if lost else self._rows[0].context[:-1])
 
     async def _start_session(self) -> None:
         self._held = await self._model.start_answer(
-            self._rows[0].context,
+            # To be scored, all of a prompt must be computed.
+            self._rows[0].context if self._prompt_logprobs is None else (),
             max_length=len(self._prompt) + self._sampling.max_new_tokens,
             max_rows=len(self._rows),
             max_rollback=0 if self._speculator is None else MOST_DRAFTED,
@@ -199,18 +204,23 @@ class Decoding:
         """Compute the prompt once for all rows, or each row's text if it has tokens already."""
         forked = [] if live[0].count else live[1:]
         ends = []
+        prompt: PromptLogprobs | None = None
+        top = None if live[0].count else self._prompt_logprobs
+        want: Want = "last" if top is None else "all"
         for row in live[: len(live) - len(forked)]:
             # A kept session has only one row.
             start = self._held.computed if self._held is not None else 0
             embedded = await self._model.in_thread(self._model.embed, row.context[start:], start)
-            hidden = await self._open_session.step(embedded, row=row.number, start=start)
+            hidden = await self._open_session.step(embedded, row=row.number, start=start, want=want)
             ends.append(hidden[-1:])
+            if top is not None:
+                prompt = (None, *await self._model.score(hidden[:-1], self._prompt[1:], top))
         logits = (await self._model.logits(torch.cat(ends))).expand(len(live), -1)
         self._begun = True
         self._step_s = None
         self._dropped = ()
         self._ops = tuple(Fork(0, row.number, len(self._prompt)) for row in forked)
-        return [RowAnswer(row, (), scores[None]) for row, scores in zip(live, logits, strict=True)]
+        return [RowAnswer(row, (), scores[None], prompt) for row, scores in zip(live, logits, strict=True)]
 
     async def _begin_again(self) -> None:
         """Continue in a session whose blocks have computed nothing yet."""
@@ -249,8 +259,8 @@ class Decoding:
 
     def _accepted(self, answer: RowAnswer, chosen: Sequence[Choice]) -> Iterator[Picked]:
         """Take the chosen tokens, up to the one that ends the row."""
-        for choice in chosen:
-            yield self._pick(answer.row, choice)
+        for number, choice in enumerate(chosen):
+            yield self._pick(answer.row, choice, None if number else answer.prompt)
             if answer.row.finished:
                 return
 
@@ -270,7 +280,7 @@ class Decoding:
             for each in answers
         ]
 
-    def _pick(self, row: Row, choice: Choice) -> Picked:
+    def _pick(self, row: Row, choice: Choice, prompt: PromptLogprobs | None) -> Picked:
         token_id, ends = choice.token_id, choice.ends
         position = len(row.context)
         row.context.append(token_id)
@@ -287,4 +297,4 @@ class Decoding:
         if row.finished and self._speculator is not None:
             self._speculator.ended()
         finish: Finish | None = ("stop" if ends else "length") if row.finished else None
-        return Picked(row.number, token_id, position, text, choice.logprobs, finish, row.stops.met)
+        return Picked(row.number, token_id, position, text, choice.logprobs, finish, row.stops.met, prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peerd.client.picked import PromptLogprobs
 from peerd.client.text_stream import StopFilter, TextStream
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowAnswer:
-    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess."""
+    """A step's answer for one row: logits `[1 + guesses, vocabulary]` after its last token and after each guess.
+
+    `prompt` comes with the first one, if it was asked for.
+    """
 
     row: Row
     draft: tuple[int, ...]
     logits: torch.Tensor
+    prompt: PromptLogprobs | None = None

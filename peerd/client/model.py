@@ -10,11 +10,12 @@ import trio
 
 from peerd.client.blocks import Adapter, ModelFacts, ServedBlocks
 from peerd.client.finding.finder import FRESH_S, ChainFinder, Patience
+from peerd.client.grammars.compiling import GrammarCompiler
 from peerd.client.head_task import HeadTask
 from peerd.client.session.kept_sessions import AnswerSession, KeptSessions, Shape, roomy_length
 from peerd.client.session.opener import ChainOpener
 from peerd.client.speculation.speculation import Speculation
-from peerd.client.token_bytes import TokenBytes, special_ids
+from peerd.client.token_bytes import TokenBytes
 from peerd.protocol.errors import ContextTooLong, InvalidRequest, NotServed
 from peerd.routing.directory.directory import CACHE_S
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from peerd.client.generation import Generation
     from peerd.client.grammars.checking import GrammarCheck
     from peerd.client.grammars.grammar import Grammar
-    from peerd.client.grammars.vocabulary import CompiledGrammar, Vocabulary
+    from peerd.client.grammars.vocabulary import CompiledGrammar
+    from peerd.client.picked import TokenLogprobs
     from peerd.client.sampling import SamplingParams
     from peerd.client.training.span_lane import SpanLane
     from peerd.compute.checkpoint.hub.settings import HubSettings
@@ -39,6 +41,9 @@ T = TypeVar("T")
 
 # Texts that are tokenized at the same time. Each takes a core, and a megabyte takes seconds.
 _TOKENIZED_AT_ONCE = 2
+# Prompts that are scored at the same time, and positions of each. Each position takes half a megabyte of logits.
+_SCORING_AT_ONCE = 2
+_SCORED_AT_ONCE = 32
 # A token of some vocabulary may stand for more characters than its own text has.
 _LEAST_LONGEST_TOKEN = 16
 
@@ -71,9 +76,8 @@ class SwarmModel(ServedBlocks):
         self.kept: KeptSessions | None = None
         self._token_bytes = TokenBytes(tokenizer)
         self._tokenizing = trio.CapacityLimiter(_TOKENIZED_AT_ONCE)
-        self._vocabulary: Vocabulary | None = None
-        self._compiling = trio.CapacityLimiter(1)
-        self._grammar_check = grammar_check
+        self._scoring = trio.CapacityLimiter(_SCORING_AT_ONCE)
+        self._grammars = GrammarCompiler(head, tokenizer, self._token_bytes, grammar_check)
 
     def keep_sessions(self, positions: int) -> None:
         """Keep the sessions of answers from now on, of at most so many positions in all (KV on each server)."""
@@ -171,6 +175,18 @@ class SwarmModel(ServedBlocks):
         """
         return await self._head.last_hidden(hidden)
 
+    async def score(self, hidden: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+        """The log-probability of each token after the last block's output before it, `[n, width]`; see `Decoding`."""
+        from peerd.client.choosing import logprobs_of_all
+
+        found: list[TokenLogprobs] = []
+        async with self._scoring:
+            for start in range(0, len(token_ids), _SCORED_AT_ONCE):
+                part = slice(start, start + _SCORED_AT_ONCE)
+                logits = await self.logits(hidden[part])
+                found += await self.in_thread(logprobs_of_all, logits, token_ids[part], top)
+        return found
+
     async def loss(self, hidden: torch.Tensor, texts: Sequence[Sequence[int]]) -> tuple[float, torch.Tensor]:
         """The mean loss of predicting each text's tokens from the second on, and its gradient.
 
@@ -238,20 +254,7 @@ class SwarmModel(ServedBlocks):
 
         The model's first one takes a second longer. Raises InvalidRequest, which says what is wrong with the grammar.
         """
-        if self._grammar_check is not None:
-            await self._grammar_check.check(grammar)
-        return await self._head.in_thread(self._compile, grammar, limiter=self._compiling)
-
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        if self._vocabulary is None:
-            from peerd.client.grammars.vocabulary import Vocabulary
-
-            def encode(text: str) -> list[int]:
-                return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-            tokens = self._token_bytes.all(self.vocab_size)
-            self._vocabulary = Vocabulary(tokens, special_ids(self.tokenizer), encode)
-        return self._vocabulary.compile(grammar)
+        return await self._grammars.compiled(grammar)
 
     def sampling_params(self, **asked: Any) -> SamplingParams:
         """`SamplingParams` with these values; the model's own values replace those left out. Raises ValueError,

@@ -18,10 +18,15 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
+"""Those of each token of a prompt. The first one, which nothing comes before, has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picked:
     """One token of one row. `text` is the text that it completes; `finish` is set on the row's last token, with the
-    reason, and `stop` is the stop text that ended it, if one did.
+    reason, and `stop` is the stop text that ended it, if one did. `prompt` comes with a row's first token, if it was
+    asked for.
     """
 
     row: int
@@ -31,3 +36,4 @@ class Picked:
     logprobs: TokenLogprobs | None
     finish: Finish | None
     stop: str | None = None
+    prompt: PromptLogprobs | None = None

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peerd.client.finding.finder import Patience
     from peerd.client.grammars.grammar import Grammar
     from peerd.client.grammars.vocabulary import CompiledGrammar
+    from peerd.client.picked import TokenLogprobs
     from peerd.client.session.kept_sessions import AnswerSession
     from peerd.client.session.session import Session
     from peerd.meters import Meters
@@ -54,6 +55,9 @@ class TokenModel(Protocol):
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
+
+    async def score(self, hidden: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+        """The log-probability of each token after the last block's output before it, `[n, width]`."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn token ids into text."""

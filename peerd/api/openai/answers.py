@@ -61,9 +61,11 @@ class Answers:
         on_token: Callable[[], None] = lambda: None,
         decode: Callable[[Sequence[int]], str] | None = None,
         grammar: CompiledGrammar | None = None,
+        *,
+        scores_prompts: bool = False,
     ) -> None:
         """`on_token` is called for each token of an answer. `decode` turns ids into text in place of the model's way.
-        `grammar` is the request's.
+        `grammar` is the request's. `scores_prompts`: whether the prompts' log-probabilities are wanted too.
 
         Raises ApiError if a prompt does not fit, before any peer is asked.
         """
@@ -85,6 +87,7 @@ class Answers:
                 hidden_ends=common.stop_token_ids,
                 decode=decode,
                 grammar=grammar,
+                prompt_logprobs=common.top_logprobs if scores_prompts else None,
             )
             for prompt in prompts
         ]
@@ -127,8 +130,9 @@ class Answers:
             if self.first_token_at is None:
                 self.first_token_at = trio.current_time()
             self.usage.cached_tokens = sum(decoding.cached for decoding in self._decodings)
-            self.usage.completion_tokens += 1
-            self._on_token()
+            if self._common.max_tokens != 0:
+                self.usage.completion_tokens += 1
+                self._on_token()
             yield picked
 
 
@@ -168,11 +172,13 @@ def _sampling(model: SwarmModel, common: CommonFields, prompt_tokens: int) -> Sa
     limit = model.facts.max_length
     room = limit - prompt_tokens
     wanted = common.max_tokens if common.max_tokens is not None else min(CHAT_TOKENS, room)
-    if room < 1 or wanted > room:
+    # To score a prompt, a token is drawn and left out.
+    wanted = max(wanted, 1)
+    if wanted > room:
         raise ApiError(
             400,
             f"This model's maximum context length is {limit} tokens. However, you requested"
-            f" {prompt_tokens + max(wanted, 1)} tokens ({prompt_tokens} in the prompt, {max(wanted, 1)} in the"
+            f" {prompt_tokens + wanted} tokens ({prompt_tokens} in the prompt, {wanted} in the"
             " completion). Reduce the length of the prompt or of the completion.",
             code="context_length_exceeded",
         )

@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peerd.client.picked import Picked
+from peerd.api.openai.echoes import Echo
+from peerd.client.picked import Picked, TokenLogprobs
 from peerd.client.token_bytes import shown
 
 BytesOf = Callable[[int], bytes]
@@ -85,25 +86,31 @@ class ChatShape:
 
 
 class CompletionShape:
-    """The answers of /v1/completions. `echoes`: the texts with which the answers begin."""
+    """The answers of /v1/completions. `echoes`: the prompts with which the answers begin.
 
-    def __init__(self, model: str, bytes_of: BytesOf, echoes: Sequence[str]) -> None:
+    With `only_prompts`, the tokens that were drawn are left out: nothing but the prompts' log-probabilities was wanted.
+    """
+
+    def __init__(self, model: str, bytes_of: BytesOf, echoes: Sequence[Echo], *, only_prompts: bool = False) -> None:
         self._model = model
         self._bytes_of = bytes_of
         self._echoes = echoes
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._offsets = [len(echo) for echo in echoes]
+        self._only_prompts = only_prompts
+        self._offsets = [len(echo.text) for echo in echoes]
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first piece of an answer, if the prompt is echoed."""
-        if not self._echoes[index]:
+        """The first piece of an answer, if the prompt is echoed. Log-probabilities of it come with the first token."""
+        echo = self._echoes[index]
+        if not echo.text or echo.ids:
             return None
-        return self._frame([self._choice(index, self._echoes[index], None, None)])
+        return self._frame([self._choice(index, echo.text, None, None)])
 
     def piece(self, picked: Picked) -> dict[str, Any]:
         """The piece for one token."""
-        return self._frame([self._choice(picked.row, picked.text, self._logprobs([picked]), picked.finish)])
+        begins = picked.prompt is not None
+        return self._frame([self._answer(picked.row, [picked], self._echoes[picked.row].text if begins else "")])
 
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
         """The last piece, if the client asked for usage."""
@@ -115,11 +122,15 @@ class CompletionShape:
 
     def whole(self, answers: Sequence[Sequence[Picked]], usage: dict[str, int]) -> dict[str, Any]:
         """All answers in one body."""
-        choices = [
-            self._choice(index, self._echoes[index] + _text(picks), self._logprobs(picks), picks[-1].finish)
-            for index, picks in enumerate(answers)
-        ]
+        choices = [self._answer(index, picks, self._echoes[index].text) for index, picks in enumerate(answers)]
         return self._frame(choices) | {"usage": usage}
+
+    def _answer(self, index: int, picks: Sequence[Picked], before: str) -> dict[str, Any]:
+        """What these tokens say, and the text before them."""
+        logprobs, finish = self._logprobs(picks), picks[-1].finish
+        if self._only_prompts:
+            return self._choice(index, before, logprobs, "length")
+        return self._choice(index, before + _text(picks), logprobs, finish)
 
     def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -137,16 +148,26 @@ class CompletionShape:
         if picks[0].logprobs is None:
             return None
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for picked in picks:
-            assert picked.logprobs is not None
-            # As in OpenAI's API, the chosen token is among the likeliest ones even if it is none of them.
-            top = dict(picked.logprobs.top) | {picked.id: picked.logprobs.logprob}
-            lists["tokens"].append(self._shown(picked.id))
-            lists["token_logprobs"].append(picked.logprobs.logprob)
-            lists["top_logprobs"].append({self._shown(token): value for token, value in top.items()})
-            lists["text_offset"].append(self._offsets[picked.row])
+        echo = self._echoes[picks[0].row]
+        for token, logprobs, offset in zip(echo.ids, picks[0].prompt or (), echo.offsets, strict=False):
+            self._add(lists, token, logprobs, offset)
+        for picked in () if self._only_prompts else picks:
+            self._add(lists, picked.id, picked.logprobs, self._offsets[picked.row])
             self._offsets[picked.row] += len(picked.text)
         return lists
+
+    def _add(self, lists: dict[str, list[Any]], token_id: int, logprobs: TokenLogprobs | None, offset: int) -> None:
+        lists["tokens"].append(self._shown(token_id))
+        lists["text_offset"].append(offset)
+        if logprobs is None:
+            # A prompt's first token, which nothing predicts.
+            lists["token_logprobs"].append(None)
+            lists["top_logprobs"].append(None)
+            return
+        # As in OpenAI's API, the chosen token is among the likeliest ones even if it is none of them.
+        top = dict(logprobs.top) | {token_id: logprobs.logprob}
+        lists["token_logprobs"].append(logprobs.logprob)
+        lists["top_logprobs"].append({self._shown(token): value for token, value in top.items()})
 
     def _shown(self, token_id: int) -> str:
         return shown(self._bytes_of(token_id))

@@ -107,7 +107,10 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """Prompts to be continued, each a text or token ids. `echo`: each answer begins with its prompt."""
+    """Prompts to be continued, each a text or token ids. `echo`: each answer begins with its prompt.
+
+    With `max_tokens` 0 nothing is continued.
+    """
 
     common: CommonFields
     prompts: list[str | list[int]]
@@ -138,19 +141,17 @@ def read_chat(fields: Fields) -> ChatRequest:
 def read_completion(fields: Fields) -> CompletionRequest:
     """Read a body of /v1/completions. Raises ApiError."""
     prompts = _prompts(fields)
-    limit = fields.integer("max_tokens", 1, MAX_TOKENS)
+    limit = fields.integer("max_tokens", 0, MAX_TOKENS)
     logprobs = fields.integer("logprobs", 0, MAX_COMPLETION_LOGPROBS)
     echo = fields.boolean("echo")
     rows = fields.integer("n", 1, MAX_CHOICES) or 1
     best_of = fields.integer("best_of", 1, MAX_CHOICES)
     if best_of not in (None, rows):
         raise fields.error("best_of", "is not supported beyond n: leave it out")
-    if echo and logprobs is not None:
-        raise fields.error("echo", "is not supported together with logprobs")
     if len(prompts) * rows > MAX_ROWS:
         raise fields.error("n", f"asks for more than {MAX_ROWS} answers at once")
     fields.refuse(_UNSUPPORTED_IN_COMPLETIONS)
-    return CompletionRequest(_common(fields, limit or COMPLETION_TOKENS, logprobs), prompts, echo)
+    return CompletionRequest(_common(fields, COMPLETION_TOKENS if limit is None else limit, logprobs), prompts, echo)
 
 
 def _common(fields: Fields, max_tokens: int | None, top_logprobs: int | None) -> CommonFields:

@@ -108,7 +108,7 @@ def test_what_is_wrong_in_a_chat_is_named(fields, param):
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 6}, "logprobs"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"prompt": [10**4000]}, "prompt"),
         ({"add_special_tokens": False}, "add_special_tokens"),
     ],
