@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 KEPT_S: Final = 300.0
 #: A session is not used again for fewer positions than this: a new one can choose better servers.
 LEAST_SHARED: Final = 32
-#: The least that is asked for beyond an answer's own length: a turn or two.
-SPARE: Final = 256
+#: What is asked for beyond an answer's own length, for the next turns: at least this, where it is free; never less than
+#: the second, which is a turn or two.
+SPARE: Final = 2048
+LEAST_SPARE: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +82,29 @@ class _Kept:
         return shared if self.session.log.length(0) - shared <= self.shape.max_rollback else 0
 
 
-def roomy_length(needed: int, most: int, offers: Iterable[Offer]) -> int:
-    """How many positions to ask for, so that the next turns of a chat fit too: half as many again as `needed`, or
-    SPARE more, at most `most` in all, where the servers have twice that free. Others must find room as well.
+def roomy_length(needed: int, most: int, offers: Sequence[Offer]) -> int:
+    """How many positions to ask for, so that the next turns of a chat fit too: twice `needed`, or SPARE more, and at
+    most `most` in all. Half as many more, and so on, where the servers do not have twice that free: others must find
+    room as well.
     """
-    length = min(needed + max(needed // 2, SPARE), most)
-    covered: set[int] = set()
+    spare = min(max(needed, SPARE), most - needed)
+    while spare >= LEAST_SPARE:
+        if _is_free(2 * (needed + spare), offers):
+            return needed + spare
+        spare //= 2
+    return needed
+
+
+def _is_free(length: int, offers: Iterable[Offer]) -> bool:
+    """Whether each block that is offered has a server with so many positions free."""
     blocks: set[int] = set()
+    free: set[int] = set()
     for offer in offers:
         span = range(offer.span.start, offer.span.end)
         blocks.update(span)
-        if offer.record.free_tokens >= 2 * length:
-            covered.update(span)
-    return length if length > needed and covered == blocks else needed
+        if offer.record.free_tokens >= length:
+            free.update(span)
+    return free == blocks
 
 
 class KeptSessions:

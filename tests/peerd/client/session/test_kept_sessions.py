@@ -195,11 +195,11 @@ async def test_two_answers_at_once_never_share_a_session(open_model):
 
 async def test_kept_sessions_end_after_a_time_and_beyond_their_budget(open_model):
     async with open_model() as (model, swarm):
-        model.keep_sessions(700)
+        model.keep_sessions(2200)
         for first in (0, 100, 200):
             await answer(model, [first, *PROMPT])
-        # Each takes 53 positions, and 256 more for the next turns.
-        assert (len(model.kept), model.kept.positions) == (2, 618)
+        # Each takes all 1024 positions of the model, for the next turns.
+        assert (len(model.kept), model.kept.positions) == (2, 2048)
         await trio.sleep(1)
         assert [host.server.sessions for host in swarm.hosts] == [2, 2, 2]
         await trio.sleep(KEPT_S)
@@ -209,12 +209,13 @@ async def test_kept_sessions_end_after_a_time_and_beyond_their_budget(open_model
 
 async def test_a_chat_that_outgrows_its_session_gets_a_larger_one(open_model):
     async with open_model() as (model, _):
-        model.keep_sessions(4096)
+        model.keep_sessions(400)
         first = await answer(model, PROMPT)
-        prompt = [*PROMPT, *first.ids, *range(250)]
+        prompt = [*PROMPT, *first.ids, *[number % 256 for number in range(500)]]
+        model.kept.budget = 4096
         second = await answer(model, prompt)
         assert (second.cached, first.session.closed) == (0, True)
-        assert (len(model.kept), model.kept.positions) == (1, len(prompt) + 12 + 256)
+        assert (len(model.kept), model.kept.positions) == (1, 1024)
         assert second.ids == await fresh(model, prompt)
 
 
@@ -242,17 +243,23 @@ def offer(span, free):
 @pytest.mark.parametrize(
     ("offers", "length"),
     [
-        ([offer("0:9", 3000)], 1500),
-        ([offer("0:9", 2999)], 1000),
+        ([offer("0:9", 6096)], 3048),
+        ([offer("0:9", 6095)], 2024),
+        ([offer("0:9", 2512)], 1256),
+        ([offer("0:9", 2511)], 1000),
         ([offer("0:3", 9000), offer("3:9", 100)], 1000),
-        ([offer("0:3", 9000), offer("3:9", 100), offer("2:9", 9000)], 1500),
-        ([], 1000),
+        ([offer("0:3", 9000), offer("3:9", 100), offer("2:9", 9000)], 3048),
     ],
 )
 def test_room_for_the_next_turns_is_asked_for_where_plenty_is_free(offers, length):
-    assert roomy_length(1000, 4096, offers) == (length if offers else 1500)
-    assert roomy_length(1000, 1200, offers) <= 1200
+    assert roomy_length(1000, 4096, offers) == length
+    assert roomy_length(1000, 2000, offers) <= 2000
+    assert roomy_length(1000, 1200, offers) == 1000
     assert roomy_length(1000, 800, offers) == 1000
+
+
+def test_a_long_chat_asks_for_twice_its_length():
+    assert roomy_length(5000, 32_768, [offer("0:9", 65_536)]) == 10_000
 
 
 async def test_a_session_that_was_closed_is_not_kept():
