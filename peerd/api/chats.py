@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -24,7 +23,7 @@ from peerd.api.openai.chat_prompts import ChatPrompt, chat_prompt
 from peerd.api.openai.chat_templates import ChatTemplates
 from peerd.api.openai.requests import ChatRequest, CompletionRequest
 from peerd.api.openai.responses import AnswerResponse, Writer
-from peerd.api.openai.tool_bodies import ToolChatShape
+from peerd.api.openai.split_bodies import SplitChatShape
 from peerd.api.web.history import History
 from peerd.client.picked import Picked
 from peerd.client.shown_tokens import decoder_showing
@@ -98,10 +97,10 @@ class Chats:
         rendered, prompt = await self._prompt(model, wanted)
         name, rows = wanted.common.model, wanted.common.rows
         shape, decode = ChatShape(name, model.token_bytes), None
-        if wanted.tools is not None and rendered.form is not None:
-            make_reader = partial(rendered.form.reader, wanted.tools.schemas)
-            shape = ToolChatShape(name, model.token_bytes, make_reader, rows, parallel=wanted.tools.parallel)
-            decode = decoder_showing(model.tokenizer, rendered.form.marks)
+        if rendered.reading is not None:
+            parallel = wanted.tools is None or wanted.tools.parallel
+            shape = SplitChatShape(name, model.token_bytes, rendered.reading.make_reader, rows, parallel=parallel)
+            decode = decoder_showing(model.tokenizer, rendered.reading.marks)
         grammar = await compiled_grammar(model, wanted.common)
         return Chat(Answers(model, wanted.common, [prompt], self.history.count_token, decode, grammar), shape)
 

@@ -12,6 +12,8 @@ from peerd.api.errors import invalid
 from peerd.api.openai.chat_templates import ChatTemplates
 from peerd.api.openai.requests import ChatRequest
 from peerd.api.openai.tool_calls.forms import Form, form_of
+from peerd.api.openai.tool_calls.reading import Reading, reading_of
+from peerd.api.openai.tool_calls.thoughts import THINK_MARKS
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -23,10 +25,10 @@ _SHORT_ID_LENGTH = 9
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """The prompt. `form`: how the model writes calls of the tools that it was offered; None if it was offered none."""
+    """The prompt. `reading`: how thoughts and calls are found in the answer; None if it is plain text."""
 
     text: str
-    form: Form | None
+    reading: Reading | None
 
 
 async def chat_prompt(model: SwarmModel, wanted: ChatRequest, templates: ChatTemplates) -> ChatPrompt:
@@ -57,7 +59,17 @@ async def chat_prompt(model: SwarmModel, wanted: ChatRequest, templates: ChatTem
         opens_answer=options.opens_answer,
         continues_last=options.continues_last,
     )
-    return ChatPrompt(text, None if tools is None else form)
+    schemas = None if wanted.tools is None else wanted.tools.schemas
+    return ChatPrompt(text, reading_of(template, form, schemas, begins_inside=_is_thinking(wanted, text)))
+
+
+def _is_thinking(wanted: ChatRequest, text: str) -> bool:
+    """Whether the prompt leaves a thought open."""
+    begin, end = THINK_MARKS
+    if wanted.template.continues_last:
+        said = wanted.messages[-1]["content"] or ""
+        return begin in said and end not in said
+    return text.rstrip().endswith(begin)
 
 
 def _variables(model: SwarmModel, wanted: ChatRequest, template: str) -> dict[str, Any]:
@@ -105,6 +117,9 @@ def _refused(problem: str, param: str) -> Exception:
 def _for_template(message: dict[str, Any], form: Form | None) -> dict[str, Any]:
     """A message as templates of this form take it."""
     message = dict(message)
+    if "reasoning_content" in message:
+        # gpt-oss's name for it.
+        message["thinking"] = message["reasoning_content"]
     if "tool_call_id" in message:
         message["tool_call_id"] = _template_id(message["tool_call_id"], form)
     if "tool_calls" not in message:

@@ -15,8 +15,8 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
     """The messages, each with `role` and `content`, an assistant's perhaps with `tool_calls` (their functions have
-    `arguments`, a JSON text, and `values`, which it stands for), and a tool's with `tool_call_id` and `name`. `content`
-    is None only beside tool calls. Raises ApiError.
+    `arguments`, a JSON text, and `values`, which it stands for), and a tool's with `tool_call_id` and `name`; an
+    assistant's thoughts are in `reasoning_content`. `content` is None only beside tool calls. Raises ApiError.
     """
     value = fields.take("messages")
     if not isinstance(value, list) or not 0 < len(value) <= _MAX_MESSAGES:
@@ -42,6 +42,10 @@ def _message(fields: Fields, path: str, value: object, called: dict[str, str]) -
     message["content"] = None if calls and value.get("content") is None else _content(fields, path, value)
     if isinstance(value.get("name"), str):
         message["name"] = value["name"]
+    thought = value.get("reasoning_content") or value.get("reasoning")
+    if role == "assistant" and isinstance(thought, str):
+        # Most templates show it only while the model works with tools.
+        message["reasoning_content"] = thought
     if calls:
         message["tool_calls"] = calls
     if role == "tool":

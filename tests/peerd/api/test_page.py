@@ -52,8 +52,8 @@ def open_chat(open_daemon, chromium):
     """`async with open_chat(text) as (page, daemon):` the page of a daemon whose model says `text`."""
 
     @asynccontextmanager
-    async def open_it(text):
-        async with open_daemon(ScriptedHead(text)) as daemon, open_page(chromium) as page:
+    async def open_it(text, **how):
+        async with open_daemon(ScriptedHead(text), **how) as daemon, open_page(chromium) as page:
             await page.go(f"{daemon.url}/#token={TOKEN}")
             await page.wait("document.querySelector('#health').textContent === 'ready'")
             yield page, daemon
@@ -83,6 +83,21 @@ async def test_an_answer_is_shown_as_what_its_markdown_means_and_never_as_html(o
         assert await page.run("document.title") == "peerd"
         assert "tokens/s" in await page.run("document.querySelector('.strip').innerText")
         assert "token" not in await page.run("location.href")
+        assert page.errors == []
+
+
+@needs_browser
+async def test_what_the_model_thinks_is_folded_away_beside_its_answer(open_chat):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{# <think> #}"
+    async with open_chat("<think>2 and <b>2</b>.</think>It is 4.", chat_template=template) as (page, _):
+        await ask(page, "2+2?")
+        await page.wait(DONE)
+        thought = f"{LAST}.querySelector('.thought')"
+        assert await page.run(f"[{thought}.hidden, {thought}.open]") == [False, False]
+        assert await page.run(f"{thought}.lastElementChild.textContent") == "2 and <b>2</b>."
+        assert await page.run(f"{LAST}.querySelector('.text').textContent") == "It is 4."
+        await ask(page, "Again")
+        await page.wait(DONE)
         assert page.errors == []
 
 

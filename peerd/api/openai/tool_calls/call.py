@@ -18,7 +18,14 @@ class Call:
     arguments: str
 
 
-Piece = str | Call
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What the model thought before its answer, or a part of it."""
+
+    text: str
+
+
+Piece = str | Call | Thought
 Schemas = Mapping[str, Mapping[str, Any]]
 """The JSON schema of each offered tool's arguments, by the tool's name."""
 Parse = Callable[[str, Schemas], Sequence[Call] | None]
@@ -26,7 +33,7 @@ Parse = Callable[[str, Schemas], Sequence[Call] | None]
 
 
 class Reader(Protocol):
-    """Splits one answer into text and calls, as the answer comes."""
+    """Splits one answer into thoughts, text and calls, as the answer comes."""
 
     def add(self, text: str, *, final: bool = False) -> list[Piece]:
         """What became certain with this text; all that is left if it is the `final` one."""

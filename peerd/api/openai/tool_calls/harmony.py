@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from peerd.api.openai.tool_calls.call import Piece, loaded, made, possible_beginning
+from peerd.api.openai.tool_calls.call import Piece, Thought, loaded, made, possible_beginning
 
 _MESSAGE = "<|message|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
@@ -18,7 +18,7 @@ HARMONY_MARKS = ("<|channel|>", "<|constrain|>", _MESSAGE, *_ENDS)
 
 
 class HarmonyReader:
-    """Gives the calls and the text for the user; thoughts (the channel `analysis`) are left out."""
+    """Gives the calls, the text for the user, and thoughts (the channel `analysis`)."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -71,5 +71,6 @@ class HarmonyReader:
         call = made(name, loaded(body)) if name is not None and whole else None
         if call is not None:
             pieces.append(call)
-        elif body and (name is not None or channel is None or channel[1] != "analysis"):
-            pieces.append(body)
+        elif body:
+            is_thought = name is None and channel is not None and channel[1] == "analysis"
+            pieces.append(Thought(body) if is_thought else body)

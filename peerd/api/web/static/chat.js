@@ -162,9 +162,17 @@ export class Chat {
     if (this.open !== conversation) return;
     const atEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 80;
     fill(bubble.querySelector(".text"), markdown(message.content));
+    this.paintThought(bubble.querySelector(".thought"), message);
     fill(this.strip, chainStrip(answer.chain, answer.figures()));
     this.strip.classList.add("live");
     if (atEnd) this.log.scrollTop = this.log.scrollHeight;
+  }
+
+  paintThought(box, message) {
+    box.hidden = !message.thought;
+    fill(box.lastElementChild, message.thought);
+    // While the model still thinks there is nothing else to see.
+    if (!message.content) box.open = true;
   }
 
   render() {
@@ -223,7 +231,7 @@ export class Chat {
       message.figures?.finish === "length" && el("p", { class: "note" }, "The answer has reached its longest length."),
     ];
     return el("article", { class: `message ${message.role}`, "aria-label": isUser ? "You" : "The model" },
-      text, notes, el("div", { class: "tools" }, tools));
+      !isUser && thoughtBox(message), text, notes, el("div", { class: "tools" }, tools));
   }
 
   edit(message, number) {
@@ -257,6 +265,7 @@ class Answer {
     const [choice] = piece.choices;
     if (!choice) return;
     this.message.content += choice.delta.content ?? "";
+    if (choice.delta.reasoning_content) this.message.thought = (this.message.thought ?? "") + choice.delta.reasoning_content;
     this.finish = choice.finish_reason ?? this.finish;
     if (choice.delta.role) return;
     this.last = performance.now();
@@ -276,6 +285,11 @@ class Answer {
       text: count(this.tokens, "token"),
     };
   }
+}
+
+/** What the model thought before it answered, folded away. */
+function thoughtBox(message) {
+  return el("details", { class: "thought", hidden: !message.thought }, el("summary", {}, "Thoughts"), el("div", {}, message.thought));
 }
 
 /** Paints at most once a frame, however fast the pieces come. */

@@ -65,13 +65,22 @@ async def test_whether_a_template_uses_tools_is_asked_once(byte_tokenizer):
 async def test_tools_calls_and_their_answers_go_through_the_template(render):
     prompt = await render(HERMES, tools=[TOOL])
     assert prompt.text == "[weather]<user>Rome?<assistant><tool_call>Rome</tool_call><tool weather>Rain."
-    assert prompt.form.name == "hermes"
+    assert prompt.reading.marks == ("<tool_call>", "</tool_call>")
 
 
 async def test_without_tools_past_calls_are_still_shown(render):
     prompt = await render(HERMES, tools=[TOOL], tool_choice="none")
     assert prompt.text == "<user>Rome?<assistant><tool_call>Rome</tool_call><tool weather>Rain."
-    assert prompt.form is None
+    assert prompt.reading is None
+
+
+async def test_past_thoughts_are_the_template_s_to_show(render):
+    template = "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content }}{{ m.thinking }};{% endfor %}"
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    user = {"role": "user", "content": "?", "reasoning_content": "not for users"}
+    assert (await render(template, messages=[user, thought, user])).text == "user:;assistant:2+22+2;user:;"
+    older = {"role": "assistant", "content": "4", "reasoning": "2+2"}
+    assert (await render(template, messages=[user, older, user])).text == "user:;assistant:2+22+2;user:;"
 
 
 async def test_smollm3_s_template_takes_xml_tools_and_past_calls_as_text(render):

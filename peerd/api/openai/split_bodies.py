@@ -1,18 +1,19 @@
-"""The JSON of chat answers in which the model may call tools."""
+"""The JSON of chat answers that are split into thoughts, text and tool calls."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from peerd.api.openai.bodies import BytesOf, ChatShape
-from peerd.api.openai.tool_calls.call import Call, Reader
+from peerd.api.openai.tool_calls.call import Call, Reader, Thought
 from peerd.client.picked import Picked
 
 
-class ToolChatShape(ChatShape):
-    """The answers of /v1/chat/completions to a request with tools."""
+class SplitChatShape(ChatShape):
+    """The answers of /v1/chat/completions where the model may think or call tools."""
 
     def __init__(
         self, model: str, bytes_of: BytesOf, make_reader: Callable[[], Reader], count: int, *, parallel: bool
@@ -25,11 +26,14 @@ class ToolChatShape(ChatShape):
         """The piece for one token. A call comes in one piece, as soon as all of it is there."""
         piece = super().piece(picked)
         answer = self._answers[picked.row]
-        text, calls = answer.add(picked)
-        delta: dict[str, Any] = {"content": text} if text or (picked.finish is None and not calls) else {}
-        if calls:
-            first = answer.count - len(calls)
-            delta["tool_calls"] = [{"index": first + number} | call for number, call in enumerate(calls)]
+        part = answer.add(picked)
+        is_empty = not (part.text or part.thought or part.calls)
+        delta: dict[str, Any] = {"content": part.text} if part.text or (is_empty and picked.finish is None) else {}
+        if part.thought:
+            delta["reasoning_content"] = part.thought
+        if part.calls:
+            first = answer.count - len(part.calls)
+            delta["tool_calls"] = [{"index": first + number} | call for number, call in enumerate(part.calls)]
         piece["choices"][0] |= {"delta": delta, "finish_reason": answer.finish(picked)}
         return piece
 
@@ -38,13 +42,24 @@ class ToolChatShape(ChatShape):
         body = super().whole(answers, usage)
         for choice, answer, picks in zip(body["choices"], self._answers, answers, strict=True):
             parts = [answer.add(picked) for picked in picks]
-            text = "".join(text for text, _ in parts)
-            calls = [call for _, some in parts for call in some]
+            text = "".join(part.text for part in parts)
+            calls = [call for part in parts for call in part.calls]
             choice["message"]["content"] = text if text or not calls else None
+            if thought := "".join(part.thought for part in parts):
+                choice["message"]["reasoning_content"] = thought
             if calls:
                 choice["message"]["tool_calls"] = calls
             choice["finish_reason"] = answer.finish(picks[-1])
         return body
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one token completes."""
+
+    thought: str
+    text: str
+    calls: list[dict[str, Any]]
 
 
 class _Answer:
@@ -55,14 +70,18 @@ class _Answer:
         self._reader = reader
         self._parallel = parallel
 
-    def add(self, picked: Picked) -> tuple[str, list[dict[str, Any]]]:
-        """The text and the calls that this token completes."""
+    def add(self, picked: Picked) -> _Part:
+        """What this token completes."""
         pieces = self._reader.add(picked.text, final=picked.finish is not None)
         calls = [piece for piece in pieces if isinstance(piece, Call)]
         if not self._parallel:
             calls = calls[: 1 - self.count]
         self.count += len(calls)
-        return "".join(piece for piece in pieces if isinstance(piece, str)), [_call_json(call) for call in calls]
+        return _Part(
+            "".join(piece.text for piece in pieces if isinstance(piece, Thought)),
+            "".join(piece for piece in pieces if isinstance(piece, str)),
+            [_call_json(call) for call in calls],
+        )
 
     def finish(self, picked: Picked) -> str | None:
         """Why the answer ended with this token, if it did."""
