@@ -274,7 +274,7 @@ async def open_daemon_of(model, swarm, folder):
     )
     endpoint = Endpoint(folder / "p.sock", "127.0.0.1", 0, TOKEN)
     async with open_local_api(client, {"bytes": model}, endpoint) as api:
-        yield SimpleNamespace(swarm=swarm, socket=folder / "p.sock", url=api.urls[1])
+        yield SimpleNamespace(swarm=swarm, model=model, socket=folder / "p.sock", url=api.urls[1])
 
 
 @pytest.fixture

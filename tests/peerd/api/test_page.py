@@ -118,6 +118,19 @@ async def test_a_conversation_outlives_a_reload_and_can_be_edited(open_chat):
 
 
 @needs_browser
+async def test_the_next_turn_says_how_much_of_it_was_read_before(open_chat):
+    async with open_chat("Certainly.") as (page, daemon):
+        daemon.model.keep_sessions(8192)
+        await ask(page, "A question that is long enough to be kept")
+        await page.wait(DONE)
+        figures = "document.querySelector('.strip').innerText"
+        assert "read before" not in await page.run(figures)
+        await ask(page, "And then?")
+        await page.wait(f"{figures}.match(/[0-9]+ of [0-9]+ tokens read before/)")
+        assert page.errors == []
+
+
+@needs_browser
 async def test_stop_ends_the_answer_and_frees_its_session(open_chat):
     async with open_chat(LONG) as (page, daemon):
         await ask(page, "Talk")

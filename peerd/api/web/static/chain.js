@@ -31,6 +31,7 @@ function texts(figures) {
   const found = [figures.text];
   if (figures.tokensPerSecond !== null) found.push(`${figures.tokensPerSecond.toFixed(1)} tokens/s`);
   if (figures.firstTokenMs !== null) found.push(`first after ${figures.firstTokenMs} ms`);
+  if (figures.cached) found.push(`${figures.cached} of ${figures.prompt} tokens read before`);
   if (figures.failovers) found.push(`${count(figures.failovers, "peer")} replaced on the way`);
   return found;
 }

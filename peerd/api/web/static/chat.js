@@ -253,6 +253,8 @@ class Answer {
     this.chain = [];
     this.failovers = 0;
     this.tokens = 0;
+    this.prompt = 0;
+    this.cached = 0;
     this.finish = null;
     this.started = performance.now();
     this.first = null;
@@ -261,7 +263,11 @@ class Answer {
 
   take(piece) {
     if (piece.peerd) ({ chain: this.chain, failovers: this.failovers } = piece.peerd);
-    if (piece.usage) this.tokens = piece.usage.completion_tokens;
+    if (piece.usage) {
+      this.tokens = piece.usage.completion_tokens;
+      this.prompt = piece.usage.prompt_tokens;
+      this.cached = piece.usage.prompt_tokens_details?.cached_tokens ?? 0;
+    }
     const [choice] = piece.choices;
     if (!choice) return;
     this.message.content += choice.delta.content ?? "";
@@ -279,6 +285,8 @@ class Answer {
       chain: this.chain,
       failovers: this.failovers,
       tokens: this.tokens,
+      prompt: this.prompt,
+      cached: this.cached,
       finish: this.finish,
       firstTokenMs: this.first === null ? null : Math.round(this.first - this.started),
       tokensPerSecond: this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : null,
