@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from peerd.api.errors import ApiError
 
+#: Where an error's response leaves the error in its scope, for the log.
+REFUSAL = "peerd.refusal"
 # What Anthropic's clients call these; other errors of the caller's are `invalid_request_error`.
 _ANTHROPIC_KINDS = {
     401: "authentication_error",
@@ -23,9 +26,21 @@ _ANTHROPIC_KINDS = {
 }
 
 
-def error_response(error: ApiError, path: str) -> JSONResponse:
+class ErrorResponse(JSONResponse):
     """The complete response to a request for `path` that fails with `error`."""
-    return JSONResponse(error_body(error, path), error.status, headers=error.headers)
+
+    def __init__(self, error: ApiError, path: str) -> None:
+        super().__init__(error_body(error, path), error.status, headers=error.headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[REFUSAL] = self._error
+        await super().__call__(scope, receive, send)
+
+
+def error_response(error: ApiError, path: str) -> ErrorResponse:
+    """The response to a request for `path` that fails with `error`."""
+    return ErrorResponse(error, path)
 
 
 def error_body(error: ApiError, path: str) -> dict[str, Any]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from typing import Any
 
 import trio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger(__name__)
+from peerd.api.error_shapes import REFUSAL
+from peerd.api.errors import ApiError
 
-# A refusal's body is shorter; a longer body is no refusal.
-_MAX_ERROR_BYTES = 65536
+log = logging.getLogger(__name__)
 
 
 class RequestLog:
@@ -27,31 +25,25 @@ class RequestLog:
             return
         began = trio.current_time()
         status: int | None = None
-        refusal = ""
 
         async def send_noted(message: Message) -> None:
-            nonlocal status, refusal
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif status is not None and status >= 400 and not refusal:
-                refusal = _refusal(message.get("body", b""))
             await send(message)
 
         try:
             await self._app(scope, receive, send_noted)
         finally:
-            ended = "hung up" if status is None else f"{status}{refusal}"
+            ended = "hung up" if status is None else f"{status}{_refusal(scope)}"
             took_s = trio.current_time() - began
             log.debug("%s %s: %s after %.3f s", scope["method"], scope["path"][:200], ended, took_s)
 
 
-def _refusal(body: bytes) -> str:
+def _refusal(scope: Scope) -> str:
     """The error's code, and the field that it names. The message may quote what the client sent, and is left out."""
-    if len(body) > _MAX_ERROR_BYTES:
-        return ""
-    try:
-        error: Any = json.loads(body)["error"]
-        named = [str(error[name]) for name in ("code", "param") if error[name] is not None]
-    except (ValueError, KeyError, TypeError):
-        return ""
-    return f" ({', '.join(named)})" if named else ""
+    error = scope.get(REFUSAL)
+    named = [text for text in (error.code, error.param) if text is not None] if isinstance(error, ApiError) else []
+    # A field's name is the client's word, which must not end the line.
+    shown = "".join(each if each.isprintable() else "\ufffd" for each in ", ".join(named))
+    return f" ({shown})" if shown else ""

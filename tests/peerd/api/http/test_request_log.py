@@ -11,6 +11,8 @@ from peerd.api.error_shapes import error_response
 from peerd.api.errors import invalid
 from peerd.api.http.request_log import RequestLog
 
+from ..conftest import Caller
+
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/completions"}
 
 
@@ -47,11 +49,33 @@ async def hang_up(scope, receive, send):
 )
 async def test_a_request_is_a_line_without_its_text(caplog, app, said):
     with caplog.at_level(logging.DEBUG, RequestLog.__module__):
-        await RequestLog(app)(SCOPE, nothing, unheard)
+        await RequestLog(app)(dict(SCOPE), nothing, unheard)
     assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages", "/api/chat"])
+async def test_the_field_that_was_refused_is_named_whatever_the_error_s_form(caplog, path):
+    async def refuse_forgery(scope, receive, send):
+        await error_response(invalid("no", "a\nforged \x1b[31m"), path)(scope, receive, send)
+
+    with caplog.at_level(logging.DEBUG, RequestLog.__module__):
+        await RequestLog(refuse_forgery)(SCOPE | {"path": path}, nothing, unheard)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"POST {path}: 400 (a\ufffdforged \ufffd[31m) after 0.000 s"
+    ]
+
+
+async def test_an_endpoint_s_refusal_reaches_the_log(caplog, open_api):
+    async with open_api() as (caller, _):
+        with caplog.at_level(logging.DEBUG, RequestLog.__module__):
+            await Caller(RequestLog(caller._app)).post(
+                "/v1/messages", {"model": "bytes", "max_tokens": 1, "messages": 3}
+            )
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("POST /v1/messages: 400 (invalid_value, messages) after ")
 
 
 async def test_nothing_is_logged_unless_debugging_is_on(caplog):
     with caplog.at_level(logging.INFO, RequestLog.__module__):
-        await RequestLog(refuse)(SCOPE, nothing, unheard)
+        await RequestLog(refuse)(dict(SCOPE), nothing, unheard)
     assert not caplog.records
