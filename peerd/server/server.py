@@ -135,6 +135,10 @@ class Server:
         served.task.meter = StepMeter(self._meters)
         self._spans.start(served, self._nursery)
 
+    def lent_tokens(self, served: ServedSpan) -> int:
+        """The KV tokens of a span's sessions that others get as soon as they wait for them."""
+        return self._evictions.lent_tokens(served.task)
+
     def is_leaving(self, served: ServedSpan) -> bool:
         """Whether the span accepts no new sessions."""
         return self.draining or self._spans.is_leaving(served.task)

@@ -51,14 +51,16 @@ class Slot:
         """Make this the final span of an empty slot."""
         self.intended, self._decided = span, True
 
-    def record(self, state: ServerState) -> ServerRecord:
-        """The record of the span here; the announcer fills in `seq` and `expires`."""
+    def record(self, state: ServerState, lent_tokens: int = 0) -> ServerRecord:
+        """The record of the span here; the announcer fills in `seq` and `expires`. `lent_tokens` are free for those who
+        wait for them.
+        """
         assert self.served is not None
         assert self.loaded is not None
-        self._last = self._record(self.served, self.loaded, state)
+        self._last = self._record(self.served, self.loaded, state, lent_tokens)
         return self._last
 
-    def _record(self, served: ServedSpan, loaded: LoadedSpan, state: ServerState) -> ServerRecord:
+    def _record(self, served: ServedSpan, loaded: LoadedSpan, state: ServerState, lent_tokens: int = 0) -> ServerRecord:
         return ServerRecord(
             seq=0,
             expires=0.0,
@@ -70,7 +72,7 @@ class Slot:
             codecs=loaded.codecs,
             throughput=loaded.throughput,
             # While sessions queue, newcomers cannot have the free tokens: announce 0.
-            free_tokens=0 if served.task.admission.is_full else served.task.engine.free_length,
+            free_tokens=0 if served.task.admission.is_full else served.task.engine.free_length + lent_tokens,
             max_length=served.max_length,
             block_roots=loaded.roots,
             adapters=tuple(sorted(served.task.adapters)),
@@ -183,7 +185,8 @@ class Slots:
         found = []
         for slot in self:
             if slot.served is not None:
-                found.append(slot.record("draining" if self._server.is_leaving(slot.served) else "online"))
+                state: ServerState = "draining" if self._server.is_leaving(slot.served) else "online"
+                found.append(slot.record(state, self._server.lent_tokens(slot.served)))
             intention = slot.intention()
             if intention is not None and not self._server.draining:
                 found.append(intention)

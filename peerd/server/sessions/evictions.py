@@ -6,6 +6,7 @@ import trio
 
 from peerd.protocol.errors import Evicted
 from peerd.protocol.messages.session import Failure
+from peerd.server.engine_task import EngineTask
 from peerd.server.served_spans import ServedSpans
 from peerd.server.sessions.hosted_session import HostedSession
 from peerd.server.sessions.session_table import HostedSessions
@@ -43,6 +44,14 @@ class Evictions:
         """Look for unused sessions at once, because a request has waited for KV in vain."""
         self._wanted.set()
 
+    def lent_tokens(self, task: EngineTask) -> int:
+        """The KV tokens of sessions that would be ended if others waited for memory."""
+        return sum(session.tokens for session in self._sessions.on(task) if self._is_unused(session))
+
+    @staticmethod
+    def _is_unused(session: HostedSession) -> bool:
+        return session.admitted and session.unused_s() >= (LENT_S if session.has_begun else NEVER_USED_S)
+
     def _is_room_wanted(self) -> bool:
         return any(task.admission.wanted_tokens for task in self._spans.tasks)
 
@@ -53,12 +62,12 @@ class Evictions:
         for task in self._spans.tasks:
             missing = task.admission.wanted_tokens
             for session in sorted(self._sessions.on(task), key=HostedSession.unused_s, reverse=True):
-                limit_s = LENT_S if session.has_begun else NEVER_USED_S
-                if missing <= 0 or not session.admitted or session.unused_s() < limit_s:
+                if missing <= 0 or not self._is_unused(session):
                     continue
                 missing -= session.tokens
+                unused_s = session.unused_s()
                 session.client.tell(
-                    Failure.of(Evicted(f"the session was idle for {limit_s:g} s while others wait for memory"))
+                    Failure.of(Evicted(f"the session was idle for {unused_s:.0f} s while others wait for memory"))
                 )
                 session.close()
 

@@ -94,6 +94,20 @@ async def test_a_session_that_steps_keeps_its_kv_and_an_idle_one_gives_it_to_wai
         assert isinstance(await next_answer(rested), Evicted)
 
 
+async def test_what_a_resting_session_holds_counts_as_free_for_others(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4, kv_tokens=256)
+        caller = await swarm.caller()
+        stream = await caller.open(host, max_length=128)
+        (served,) = host.server.spans
+        await answer(caller, stream, tokens(3))
+        assert host.server.lent_tokens(served) == 0
+        await trio.sleep(LENT_S)
+        assert host.server.lent_tokens(served) == 128
+        await answer(caller, stream, tokens(1), 1, start=3)
+        assert host.server.lent_tokens(served) == 0
+
+
 async def test_nobody_waits_so_a_session_may_rest(open_swarm):
     async with open_swarm() as swarm:
         host = await swarm.serve(0, 4, kv_tokens=256)
