@@ -19,6 +19,7 @@ _.batch_select_indices
 _.batch_size
 _.bos_token_id
 _.crop
+_.default_map
 _.embed_scale
 _.errorlog
 _.extra_repr
