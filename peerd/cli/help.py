@@ -60,7 +60,8 @@ See it work, on this machine alone:
 
 Join a swarm, at ADDRESS, which any of its peers printed when it started:
   peerd generate MODEL --prompt "Hello" --bootstrap ADDRESS    ask it once
-  peerd --client --model MODEL --bootstrap ADDRESS --open      chat in a browser
+  peerd chat MODEL --bootstrap ADDRESS                         chat here
+  peerd --client --model MODEL --bootstrap ADDRESS --open      in a browser
   peerd --serve-blocks auto --model MODEL --bootstrap ADDRESS  lend it a machine
 
 Start a swarm of your own:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 import click
 from click.core import ParameterSource
 
+from peerd.cli.commands.chat import chat
 from peerd.cli.commands.config import config
 from peerd.cli.commands.doctor import doctor
 from peerd.cli.commands.keys import keys
@@ -270,7 +271,7 @@ def demo(
     run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
-for command in (calibrate, config, doctor, keys, manifest, models, peers, status):
+for command in (calibrate, chat, config, doctor, keys, manifest, models, peers, status):
     cli.add_command(command)
 
 

@@ -1,0 +1,1 @@
+"""`peerd chat`: a conversation in the terminal."""
