@@ -16,11 +16,13 @@ import click
 from click.core import ParameterSource
 
 from peerd.cli.commands.chat import chat
+from peerd.cli.commands.completion import completion
 from peerd.cli.commands.config import config
 from peerd.cli.commands.doctor import doctor
 from peerd.cli.commands.keys import keys
 from peerd.cli.commands.models import calibrate, manifest, models
 from peerd.cli.commands.running import EXIT_CODES, run, run_once
+from peerd.cli.commands.service import service
 from peerd.cli.commands.watching import peers, status
 from peerd.cli.config.applying import config_option, configure, configure_command, is_configured
 from peerd.cli.console import say, working
@@ -67,8 +69,8 @@ class _Cli(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given, rest, order = self.make_parser(ctx).parse_args(list(args))
-        # --help and --version end the command before anything is read.
-        if all(param.name == "config" or not param.is_eager for param in order):
+        # --help and --version end the command before anything is read, and a shell only asks for names.
+        if not ctx.resilient_parsing and all(param.name == "config" or not param.is_eager for param in order):
             configure(self, ctx, given.get("config"), rest[0] if rest else None)
         return super().parse_args(ctx, args)
 
@@ -271,7 +273,7 @@ def demo(
     run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
-for command in (calibrate, chat, config, doctor, keys, manifest, models, peers, status):
+for command in (calibrate, chat, completion, config, doctor, keys, manifest, models, peers, service, status):
     cli.add_command(command)
 
 

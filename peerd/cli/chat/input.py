@@ -84,21 +84,22 @@ def _bindings() -> KeyBindings:
     from prompt_toolkit.key_binding import KeyBindings
 
     bindings = KeyBindings()
-
-    @bindings.add("enter")
-    def send(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.newline(copy_margin=False)
-        else:
-            buffer.validate_and_handle()
-
-    @bindings.add("escape", "enter")
-    def begin_line(event: KeyPressEvent) -> None:
-        event.current_buffer.newline(copy_margin=False)
-
+    bindings.add("enter")(_send)
+    bindings.add("escape", "enter")(_begin_line)
     return bindings
+
+
+def _send(event: KeyPressEvent) -> None:
+    buffer = event.current_buffer
+    if buffer.document.text_before_cursor.endswith("\\"):
+        buffer.delete_before_cursor()
+        buffer.newline(copy_margin=False)
+    else:
+        buffer.validate_and_handle()
+
+
+def _begin_line(event: KeyPressEvent) -> None:
+    event.current_buffer.newline(copy_margin=False)
 
 
 def _make_private(path: Path) -> bool:

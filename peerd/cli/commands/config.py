@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from peerd.cli.config.applying import config_path
 from peerd.cli.config.reading import default_path, read_config
 from peerd.cli.config.settings import settings_of
 from peerd.cli.config.writing import as_json, commented, in_force, write_new
@@ -26,7 +27,7 @@ def config(ctx: click.Context, /, as_json_text: bool) -> None:
         return
     root = ctx.find_root()
     settings = settings_of(root.command)
-    found = read_config(root, root.params["config"], settings, settings)
+    found = read_config(root, config_path(root), settings, settings)
     write((as_json if as_json_text else in_force)(settings, found) + "\n")
 
 

@@ -14,7 +14,7 @@ from peerd.cli.watching.logs import set_up_logging
 EXIT_CODES = """\b
 Exit codes:
   0    done; a daemon: stopped by a signal
-  1    peerd doctor found an error
+  1    peerd doctor found an error; peerd service status: it does not run
   2    a mistake in the command, or a model that cannot be used
   3    some blocks of the model have no server; the message says which
   4    peers failed, or all of them are busy

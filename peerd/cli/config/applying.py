@@ -44,11 +44,20 @@ def configure(group: click.Group, ctx: click.Context, path: str | None, command:
         wanted = shared_with(other, known, _MORE.get(other.name or "", ()))
     if other is not None and not wanted:
         return
-    chosen = path or os.environ.get(_VARIABLE)
-    found = read_config(ctx, Path(chosen).expanduser() if chosen else None, known, wanted)
+    found = read_config(ctx, _chosen(path), known, wanted)
     ctx.meta[_KEY] = found
     if command is None:
         ctx.default_map = found.values
+
+
+def config_path(ctx: click.Context) -> Path | None:
+    """The file that the user named, from the context of the daemon's command; None for the default one."""
+    return _chosen(ctx.params["config"])
+
+
+def _chosen(path: str | Path | None) -> Path | None:
+    named = path or os.environ.get(_VARIABLE)
+    return Path(named).expanduser() if named else None
 
 
 def configure_command(ctx: click.Context) -> None:
@@ -61,4 +70,9 @@ def configure_command(ctx: click.Context) -> None:
 def is_configured(ctx: click.Context) -> bool:
     """Whether the file says what a daemon is to be, so that `peerd` alone starts one."""
     found: Config = ctx.meta.get(_KEY) or Config(default_path())
-    return found.exists and any(name in found.given for name in _ROLES)
+    return found.exists and says_what_to_be(found)
+
+
+def says_what_to_be(config: Config) -> bool:
+    """Whether a configuration describes a daemon."""
+    return any(name in config.given for name in _ROLES)
