@@ -1,7 +1,7 @@
 """Turns Anthropic's messages, whose content is blocks, into those of chats.
 
 One message may hold text, calls and what several tools answered; a chat has a message for each of these. Thoughts of
-past answers are left out, as Anthropic's own API does.
+past answers are the template's to show: most show those that lead to the calls of a turn that is not over.
 """
 
 from __future__ import annotations
@@ -110,14 +110,19 @@ def _add_assistant(message: Fields, translation: Translation) -> None:
         translation.add_message(message.path, {"role": "assistant", "content": content})
         return
     texts: list[str] = []
+    thoughts: list[str] = []
     calls: list[tuple[str, dict[str, Any]]] = []
     for block in _blocks(message, "content"):
         kind = block.take("type")
         if kind == "tool_use":
             calls.append((block.path, _call(block)))
-        elif kind not in ("thinking", "redacted_thinking"):
+        elif kind == "thinking":
+            thoughts.append(block.required_text("thinking"))
+        elif kind != "redacted_thinking":
             texts.append(_text(block))
     said: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+    if thoughts:
+        said["reasoning_content"] = "".join(thoughts)
     if calls:
         said |= {"content": said["content"] or None, "tool_calls": [call for _, call in calls]}
     # The calls have paths of their own in the client's request.

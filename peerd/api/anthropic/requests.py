@@ -136,7 +136,7 @@ def _put_output(fields: Fields, translation: Translation) -> None:
 
 
 def _check_context_management(fields: Fields) -> None:
-    """Accept what leaves the conversation as it is. Past thoughts are never shown to the model."""
+    """Accept what leaves the conversation as it is. Which past thoughts the model sees, its template decides."""
     management = fields.group("context_management")
     if management is None:
         return

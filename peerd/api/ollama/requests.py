@@ -84,8 +84,9 @@ def _add_messages(fields: Fields, translation: Translation) -> None:
         role, content = message.required_text("role"), message.text("content") or ""
         said: dict[str, Any] = {"role": role, "content": content}
         message.refuse({"images": []})
-        # Past thoughts are left out, as templates do.
-        message.ignore("thinking")
+        thought = message.text("thinking")
+        if thought and role == "assistant":
+            said["reasoning_content"] = thought
         calls = [
             _call(call, f"call_{number}_{place}", translation, f"messages[{number}].tool_calls[{place}]")
             for place, call in enumerate(message.objects("tool_calls", _MAX_CALLS))

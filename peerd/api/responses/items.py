@@ -1,7 +1,7 @@
 """Turns the items of a request's input into messages of chats.
 
-A message, each call and what each tool answered are items of their own; in a chat, calls belong to the message of the
-assistant before them. Reasoning is left out, as OpenAI's API does with that of finished turns.
+A message, each call and what each tool answered are items of their own, and so is reasoning; in a chat, calls belong to
+the message of the assistant before them, and reasoning to the one after it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,19 @@ def add_input(fields: Fields, translation: Translation, item_of: Callable[[str],
     if not isinstance(value, list) or not value:
         raise fields.error("input", "must be a string, or a list of items that is not empty")
     first = len(translation.messages)
+    thought = ""
     for item in fields.objects("input", _MAX_ITEMS):
-        _add_item(_referred(item, item_of), translation, first)
+        known = len(translation.messages)
+        item = _referred(item, item_of)
+        if item.take("type") == "reasoning":
+            thought += _thought(item)
+            continue
+        _add_item(item, translation, first)
+        if len(translation.messages) > known:
+            added = translation.messages[-1]
+            if thought and added["role"] == "assistant":
+                added["reasoning_content"] = thought
+            thought = ""
 
 
 def _add_item(item: Fields, translation: Translation, first: int) -> None:
@@ -42,9 +53,15 @@ def _add_item(item: Fields, translation: Translation, first: int) -> None:
         _add_call(item, translation, first)
     elif kind == "function_call_output":
         _add_output(item, translation)
-    elif kind != "reasoning":
+    else:
         problem = f"{kind!r:.40} is not supported here: leave such items out"
         raise item.error("type", problem, code="unsupported_parameter")
+
+
+def _thought(item: Fields) -> str:
+    """The text of reasoning; its summary is another's words."""
+    parts = item.objects("content", _MAX_PARTS)
+    return "".join(part.text("text") or "" for part in parts)
 
 
 def _referred(item: Fields, item_of: Callable[[str], dict[str, Any] | None]) -> Fields:

@@ -80,11 +80,15 @@ class ResponseWriter:
         return body
 
     def _as_message(self) -> dict[str, Any]:
-        texts = [item["content"][0]["text"] for item in self._items if item["type"] == "message"]
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+        message: dict[str, Any] = {"role": "assistant", "content": self._said("message")}
+        if thought := self._said("reasoning"):
+            message["reasoning_content"] = thought
         if self._calls:
             message |= {"content": message["content"] or None, "tool_calls": self._calls}
         return message
+
+    def _said(self, kind: str) -> str:
+        return "".join(item["content"][0]["text"] for item in self._items if item["type"] == kind)
 
     def _body(self, status: str) -> dict[str, Any]:
         is_over = status in ("completed", "incomplete")

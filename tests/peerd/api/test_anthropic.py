@@ -159,7 +159,7 @@ async def test_blocks_become_the_messages_that_templates_know():
     assert found == [
         {"role": "system", "content": "A.\n\nB."},
         {"role": "user", "content": "Be kind.\n\nRome?"},
-        {"role": "assistant", "content": "I"},
+        {"role": "assistant", "content": "I", "reasoning_content": "?"},
         {"role": "tool", "content": "Rain.", "tool_call_id": "t1", "name": "weather"},
         {"role": "user", "content": "And?"},
         {"role": "system", "content": "Soon over."},

@@ -136,6 +136,7 @@ async def test_what_tools_said_answers_calls_by_their_names_in_their_order():
     found = read_chat_request(Fields(chat(messages=messages))).wanted.messages
     ids = [call["id"] for call in found[1]["tool_calls"]]
     assert len(set(ids)) == 3
+    assert found[1]["reasoning_content"] == "?"
     assert [message["tool_call_id"] for message in found[2:]] == [ids[1], ids[0], ids[2]]
     assert found[1]["tool_calls"][0]["function"]["values"] == {"city": "Rome"}
 

@@ -128,7 +128,7 @@ async def test_items_become_messages():
     items = [
         {"role": "developer", "content": [{"type": "input_text", "text": "Be kind."}]},
         {"type": "message", "role": "user", "content": "Rome?"},
-        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
         {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": parts},
         CALL | {"id": "fc_1", "status": "completed"},
         CALL | {"call_id": "c2"},
@@ -141,7 +141,7 @@ async def test_items_become_messages():
         {"role": "system", "content": "Short."},
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Rome?"},
-        {"role": "assistant", "content": "I look."},
+        {"role": "assistant", "content": "I look.", "reasoning_content": "Hm."},
         {"role": "tool", "content": "Rain.", "tool_call_id": "c1", "name": "weather"},
         {"role": "tool", "content": "Sun.", "tool_call_id": "c2", "name": "weather"},
     ]

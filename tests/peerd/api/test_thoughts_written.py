@@ -70,14 +70,15 @@ def test_each_block_of_a_stream_is_ended_before_the_next_begins() -> None:
     assert kinds == ["message_start", "ping", *block, *block, *call, "message_delta", "message_stop"]
 
 
-def test_thoughts_are_an_item_of_their_own_in_responses_and_are_not_kept() -> None:
+def test_thoughts_are_an_item_of_their_own_in_responses_and_are_kept_for_the_template() -> None:
     kept: list[Any] = []
     body = Response.model_validate(response_writer(kept).whole([list(range(len(PARTS)))]))
     reasoning, message, call = body.output
     assert (reasoning.content[0].text, message.content[0].text) == ("Let me see.", "I look.")
     assert call.name == "weather"
     assert body.usage.output_tokens_details.reasoning_tokens == 2
-    assert kept == [{"role": "assistant", "content": "I look.", "tool_calls": [CALL]}]
+    expected = {"role": "assistant", "content": "I look.", "reasoning_content": "Let me see.", "tool_calls": [CALL]}
+    assert kept == [expected]
 
 
 def test_thoughts_are_streamed_as_events_that_openai_s_types_know() -> None:
