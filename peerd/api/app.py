@@ -66,6 +66,8 @@ class Api:
             Route("/peerd/v1/status", self.status),
             Route("/peerd/v1/swarm", self.swarm),
             Route("/healthz", self.health),
+            # What vLLM and llama.cpp call it, which benchmarks ask for before they begin.
+            Route("/health", self.health),
             Route("/readyz", self.readiness),
             WebSocketRoute("/peerd/v1/session", self.session),
             *MessagesApi(self._chats).routes(),
@@ -87,7 +89,9 @@ class Api:
         return Starlette(routes=routes, exception_handlers=errors)
 
     async def list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._models.described(name) for name, _ in self._models]})
+        # Anthropic's clients name the version of its API in every request.
+        is_anthropic = "anthropic-version" in request.headers
+        return JSONResponse(self._models.listed_for_anthropic() if is_anthropic else self._models.listed())
 
     async def show_model(self, request: Request) -> Response:
         return JSONResponse(self._models.described(request.path_params["name"]))

@@ -25,7 +25,7 @@ from peerd.api.web.files import is_page_path
 # The names that a client may use for us when it writes a URL for a unix socket.
 LOCAL_NAMES = frozenset({"localhost", "peerd"})
 # Only tells that the daemon is alive.
-_OPEN_PATHS = frozenset({"/healthz"})
+_OPEN_PATHS = frozenset({"/health", "/healthz"})
 
 
 # A name or IPv4 address, or an IPv6 address in brackets; and a port.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from peerd.api.errors import ApiError
@@ -34,6 +35,18 @@ class Models:
                 404, f"there is no model {name[:100]!r} here; models: {known}", param="model", code="model_not_found"
             )
         return model
+
+    def listed(self) -> dict[str, Any]:
+        """All models in OpenAI's format."""
+        return {"object": "list", "data": [self.described(name) for name in self._models]}
+
+    def listed_for_anthropic(self) -> dict[str, Any]:
+        """All models in Anthropic's format, on one page."""
+        since = datetime.fromtimestamp(self._since, UTC).isoformat().replace("+00:00", "Z")
+        names = list(self._models)
+        data = [{"type": "model", "id": name, "display_name": name, "created_at": since} for name in names]
+        ends = {"first_id": names[0], "last_id": names[-1]} if names else {"first_id": None, "last_id": None}
+        return {"data": data, "has_more": False} | ends
 
     def described(self, name: str) -> dict[str, Any]:
         """One model in OpenAI's format, with some fields of ours. Raises ApiError."""

@@ -84,6 +84,7 @@ def _put_tools(fields: Fields, translation: Translation) -> None:
         translation.put("parallel_tool_calls", False)
     choice.refuse_others()
     translation.put("tool_choice", chosen, "tool_choice")
+    translation.rename("tool_choice.function", "tool_choice")
 
 
 def _tool(number: int, tool: Fields, translation: Translation) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def _put_tools(fields: Fields, translation: Translation) -> None:
     if isinstance(choice, dict) and choice.get("type") == "function":
         choice = {"type": "function", "function": {"name": choice.get("name")}}
     translation.put("tool_choice", choice)
+    translation.rename("tool_choice.function", "tool_choice")
 
 
 def _function(tool: Fields) -> dict[str, Any]:

@@ -227,6 +227,7 @@ async def test_what_asks_for_nothing_is_accepted():
         ({"tools": [TOOL, TOOL]}, "tools[1].name"),
         ({"tools": [TOOL], "tool_choice": {"type": "must"}}, "tool_choice.type"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits[0].type"),
         ({"output_config": {"format": {"type": "grammar"}}}, "output_config.format.type"),
@@ -333,6 +334,8 @@ async def test_anthropic_s_asynchronous_client_streams_and_raises(open_daemon):
                 events = [event async for event in await client.messages.create(**ask(max_tokens=5, stream=True))]
                 with pytest.raises(anthropic.BadRequestError, match="max_tokens must be"):
                     await client.messages.create(**ask(max_tokens=-1))
+                [listed] = [model async for model in client.models.list()]
+                assert (listed.id, listed.display_name, listed.type) == ("bytes", "bytes", "model")
                 with pytest.raises(anthropic.NotFoundError):
                     await client.messages.create(**ask(model="other"))
             async with anthropic.AsyncAnthropic(base_url=daemon.url, api_key="wrong", max_retries=0) as stranger:

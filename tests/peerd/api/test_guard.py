@@ -132,8 +132,9 @@ async def test_who_lacks_the_token_is_told_so_in_the_form_of_the_api_that_was_as
     assert found == body
 
 
-async def test_whether_the_daemon_lives_may_be_asked_without_a_token():
-    assert await status_of(guard(TOKEN), "/healthz", host="localhost") == 200
+@pytest.mark.parametrize("path", ["/health", "/healthz"])
+async def test_whether_the_daemon_lives_may_be_asked_without_a_token(path):
+    assert await status_of(guard(TOKEN), path, host="localhost") == 200
 
 
 async def test_a_websocket_of_a_foreign_page_is_closed_before_it_opens():
