@@ -62,6 +62,9 @@ _.save_adapter
 # Commands: click finds them.
 calibrate
 
+# Keys of the terminal chat: prompt_toolkit calls them.
+begin_line
+
 # For tests and benchmarks: what they start, break, look at and compare with.
 FakeEngine
 HostilePeer
