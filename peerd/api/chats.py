@@ -7,7 +7,7 @@ A dialect translates its request into a `ChatRequest` and writes what `Chat` giv
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -101,8 +101,9 @@ class Chats:
             parallel = wanted.tools is None or wanted.tools.parallel
             shape = SplitChatShape(name, model.token_bytes, rendered.reading.make_reader, rows, parallel=parallel)
             decode = decoder_showing(model.tokenizer, rendered.reading.marks)
-        grammar = await compiled_grammar(model, wanted.common)
-        return Chat(Answers(model, wanted.common, [prompt], self.history.count_token, decode, grammar), shape)
+        common = replace(wanted.common, grammar=rendered.grammar)
+        grammar = await compiled_grammar(model, common)
+        return Chat(Answers(model, common, [prompt], self.history.count_token, decode, grammar), shape)
 
     async def open_text(self, wanted: CompletionRequest) -> Chat:
         """As `open`, for one text that is continued without a template."""

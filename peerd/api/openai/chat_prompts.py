@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from peerd.api.errors import invalid
 from peerd.api.openai.chat_templates import ChatTemplates
+from peerd.api.openai.grammar_fields import AskedGrammar
 from peerd.api.openai.requests import ChatRequest
 from peerd.api.openai.tool_calls.forms import Form, form_of
 from peerd.api.openai.tool_calls.reading import Reading, reading_of
+from peerd.api.openai.tool_calls.rules import Calls, Thinking, answer_grammar
 from peerd.api.openai.tool_calls.thoughts import THINK_MARKS
+from peerd.client.token_bytes import special_ids
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -25,10 +28,13 @@ _SHORT_ID_LENGTH = 9
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """The prompt. `reading`: how thoughts and calls are found in the answer; None if it is plain text."""
+    """The prompt. `reading`: how thoughts and calls are found in the answer; None if it is plain text. `grammar`: the
+    answer's, with its thoughts and calls; None if it may be anything.
+    """
 
     text: str
     reading: Reading | None
+    grammar: AskedGrammar | None
 
 
 async def chat_prompt(model: SwarmModel, wanted: ChatRequest, templates: ChatTemplates) -> ChatPrompt:
@@ -60,7 +66,40 @@ async def chat_prompt(model: SwarmModel, wanted: ChatRequest, templates: ChatTem
         continues_last=options.continues_last,
     )
     schemas = None if wanted.tools is None else wanted.tools.schemas
-    return ChatPrompt(text, reading_of(template, form, schemas, begins_inside=_is_thinking(wanted, text)))
+    inside = _is_thinking(wanted, text)
+    reading = reading_of(template, form, schemas, begins_inside=inside)
+    return ChatPrompt(text, reading, _grammar(model, wanted, template, form, inside))
+
+
+def _grammar(
+    model: SwarmModel, wanted: ChatRequest, template: str, form: Form | None, begins_inside: bool
+) -> AskedGrammar | None:
+    """The grammar of the whole answer. Raises ApiError."""
+    asked, tools = wanted.common.grammar, wanted.tools
+    must_call = () if tools is None else tools.must_call
+    if asked is None and not must_call:
+        return None
+    param = "tool_choice" if must_call else "tools"
+    calls = None
+    if tools is not None and form is not None:
+        schemas = {name: tools.schemas[name] for name in must_call or tools.schemas}
+        calls = Calls(form, schemas, tools.parallel)
+        if not calls.can_be_forced:
+            problem = f"{wanted.common.model} writes calls in a form that has no grammar here"
+            advice = "send auto" if must_call else "send tools, or a form for the answer, but not both"
+            raise _refused(f"{problem}: {advice}", param)
+    thinking = Thinking(any(mark in template for mark in THINK_MARKS), begins_inside, _has_channels(form))
+    special = {str(model.tokenizer.convert_ids_to_tokens(token)) for token in special_ids(model.tokenizer)}
+    own = None if must_call or asked is None else asked.grammar
+    try:
+        grammar = answer_grammar(own, calls, thinking, special)
+    except ValueError as error:
+        raise invalid(f"{param}: the grammar of its calls {error}", param) from None
+    return None if grammar is None else AskedGrammar(grammar, param if own is None or asked is None else asked.param)
+
+
+def _has_channels(form: Form | None) -> bool:
+    return form is not None and form.name == "harmony"
 
 
 def _is_thinking(wanted: ChatRequest, text: str) -> bool:

@@ -132,9 +132,6 @@ def read_chat(fields: Fields) -> ChatRequest:
     template = _template_options(fields)
     wanted = limit if limit is not None else older_limit
     common = _common(fields, wanted, (top_logprobs or 0) if logprobs else None)
-    if tools is not None and common.grammar is not None:
-        problem = f"are excluded by {common.grammar.param}: send it in a request without them"
-        raise fields.error("tools", problem, code="unsupported_parameter")
     return ChatRequest(common, messages, template, tools)
 
 

@@ -16,11 +16,12 @@ _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 @dataclass(frozen=True, slots=True)
 class ToolFields:
     """The tools as templates take them: `{"type": "function", "function": {...}}`. `parallel`: more than one call may
-    be made in an answer.
+    be made in an answer. `must_call`: the names of the tools of which one must be called; none if none must.
     """
 
     tools: list[dict[str, Any]]
     parallel: bool
+    must_call: tuple[str, ...] = ()
 
     @property
     def schemas(self) -> dict[str, dict[str, Any]]:
@@ -32,13 +33,8 @@ def read_tools(fields: Fields) -> ToolFields | None:
     """The tools that the model may call. None if there are none. Raises ApiError."""
     offered, chosen = fields.take("tools"), fields.take("tool_choice")
     parallel = fields.boolean("parallel_tool_calls") or fields.take("parallel_tool_calls") is None
-    if chosen not in (None, "none", "auto"):
-        raise fields.error(
-            "tool_choice",
-            "must be none or auto: a swarm's model cannot be made to call a tool, nor a certain one",
-            code="unsupported_parameter",
-        )
     if not offered or chosen == "none":
+        _check_choice(fields, chosen, [])
         return None
     if not isinstance(offered, list) or len(offered) > MAX_TOOLS:
         raise fields.error("tools", f"must be a list of at most {MAX_TOOLS} tools")
@@ -47,7 +43,30 @@ def read_tools(fields: Fields) -> ToolFields | None:
     for number, name in enumerate(names):
         if name in names[:number]:
             raise fields.error(f"tools[{number}].function.name", "is the name of another tool as well")
-    return ToolFields(tools, parallel)
+    only = _check_choice(fields, chosen, names)
+    # A certain function is called once.
+    return ToolFields(tools, parallel and not isinstance(chosen, dict), only)
+
+
+def _check_choice(fields: Fields, chosen: Any, names: list[str]) -> tuple[str, ...]:
+    """The names of the tools of which one must be called; none if none must."""
+    if chosen in (None, "none", "auto"):
+        return ()
+    if not names:
+        raise fields.error("tool_choice", "needs tools", code="invalid_value")
+    if chosen == "required":
+        return tuple(names)
+    if not isinstance(chosen, dict):
+        raise fields.error("tool_choice", "must be none, auto, required or a function", code="invalid_value")
+    choice = fields.group("tool_choice")
+    assert choice is not None
+    if choice.required_text("type") != "function":
+        raise choice.error("type", "must be function", code="unsupported_parameter")
+    function = choice.group("function")
+    choice.refuse_others()
+    if function is None or function.required_text("name") not in names:
+        raise fields.error("tool_choice.function.name", "must be the name of one of the tools", code="invalid_value")
+    return (function.required_text("name"),)
 
 
 def refuse_functions(fields: Fields) -> None:

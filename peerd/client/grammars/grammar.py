@@ -19,14 +19,14 @@ Kind = Literal["json_schema", "regex", "lark", "ebnf"]
 class Grammar:
     """What an answer may be. Made by the class methods; raises ValueError if it is too long.
 
-    `before`: an expression of Lark's for what comes before the text that `source` describes, such as a model's
-    thoughts. `strict`: a schema with a keyword that cannot be enforced is refused; otherwise such keywords are ignored.
+    `around`: rules of Lark's for an answer in which the text that `source` describes is only a part, `@answer`.
+    `strict`: a schema with a keyword that cannot be enforced is refused; otherwise such keywords are ignored.
     """
 
     kind: Kind
     source: str
     strict: bool = True
-    before: str = ""
+    around: str = ""
 
     def __post_init__(self) -> None:
         if len(self.source) > MAX_CHARACTERS:
@@ -69,9 +69,9 @@ class Grammar:
     def definition(self) -> str:
         """The grammar as llguidance reads it. Raises ValueError for rules that cannot be translated."""
         parts: list[dict[str, Any]] = [self._part()]
-        if self.before:
+        if self.around:
             parts[0]["name"] = "answer"
-            parts.insert(0, {"lark_grammar": f"start: {self.before} @answer"})
+            parts.insert(0, {"lark_grammar": self.around})
         return json.dumps({"grammars": parts})
 
     def _part(self) -> dict[str, Any]:

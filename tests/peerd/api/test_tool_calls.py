@@ -19,6 +19,7 @@ TEMPLATE = (
 ROME = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 OSLO = ROME.replace("Rome", "Oslo")
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def chat(**fields):
@@ -80,6 +81,77 @@ async def test_an_answer_that_is_cut_off_behind_a_call_says_so(answer_of, stream
     (choice,) = (await answer_of(f"{ROME} and more", stream=stream, max_tokens=len(ROME) + 2)).choices
     assert len(choice.message.tool_calls) == 1
     assert choice.finish_reason == "length"
+
+
+NOW = {"type": "function", "function": {"name": "now", "parameters": NO_ARGUMENTS}}
+CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY | {"additionalProperties": False}}}
+
+
+@pytest.fixture
+def forced(open_api, soft_head):
+    """`await forced(**fields)`: the answer of a model that says anything, but for what the request forces."""
+
+    async def forced(template=TEMPLATE, **fields):
+        fields = {"temperature": 1.5, "seed": 4, "tools": [WEATHER, NOW]} | fields
+        async with open_api(soft_head, chat_template=template) as (caller, _):
+            return await caller.post("/v1/chat/completions", chat(**fields))
+
+    return forced
+
+
+async def test_a_call_is_made_where_one_is_required_and_fits_its_tool(forced):
+    answer = await forced(tool_choice="required", parallel_tool_calls=False, n=8, max_tokens=100)
+    called = set()
+    for choice in ChatCompletion.model_validate(answer.json, strict=True).choices:
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        ((name, arguments),) = calls_of(choice.message)
+        called.add(name)
+        assert arguments == {} if name == "now" else arguments["city"] in ("Rome", "Oslo")
+    assert called == {"weather", "now"}
+
+
+async def test_a_certain_tool_is_called_and_streamed_alike(forced):
+    choice = {"type": "function", "function": {"name": "weather"}}
+    whole = await forced(tool_choice=choice)
+    (call,) = whole.json["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    events = (await forced(tool_choice=choice, stream=True)).events
+    deltas = [event["choices"][0]["delta"] for event in events[:-1]]
+    (streamed,) = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert streamed["function"] == call["function"]
+
+
+async def test_a_model_that_thinks_may_do_so_before_a_required_call(open_api, scripted_head):
+    said = f"<think>Rome, I think.</think>\n{ROME}"
+    template = TEMPLATE + "{# <think> #}"
+    async with open_api(scripted_head(said), chat_template=template) as (caller, _):
+        answer = await caller.post("/v1/chat/completions", chat(tool_choice="required", temperature=0))
+    message = answer.json["choices"][0]["message"]
+    assert message["reasoning_content"] == "Rome, I think."
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["weather"]
+
+
+async def test_with_a_form_an_answer_is_of_this_form_or_a_call(forced):
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [True]}}}
+    answer = await forced(response_format=form, parallel_tool_calls=False, n=8, max_tokens=100)
+    assert answer.status == 200, answer.body
+    said = [(choice["message"]["content"], choice["finish_reason"]) for choice in answer.json["choices"]]
+    assert set(said) == {("true", "stop"), (None, "tool_calls")}
+
+
+async def test_where_a_form_of_calls_cannot_be_forced_that_is_refused(forced):
+    template = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]")
+    answer = await forced(template, tool_choice="required")
+    assert (answer.status, answer.json["error"]["param"]) == (400, "tool_choice")
+    assert answer.json["error"]["message"].endswith("writes calls in a form that has no grammar here: send auto")
+
+
+async def test_a_tool_s_schema_that_cannot_be_compiled_is_named(forced):
+    broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}
+    answer = await forced(tools=[broken], tool_choice="required")
+    assert answer.status == 400
+    assert "Invalid type: nothing" in answer.json["error"]["message"]
 
 
 async def test_an_answer_without_text_has_no_content(answer_of):

@@ -26,6 +26,10 @@ def function(**fields):
     return {"tools": [{"type": "function", "function": FUNCTION | fields}]}
 
 
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -44,9 +48,13 @@ def function(**fields):
         (function(strict="yes"), "tools[0].function.strict"),
         (function(arguments={}), "tools[0].function.arguments"),
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function.name"),
+        ({"tools": [TOOL], "tool_choice": named("now")}, "tool_choice.function.name"),
+        ({"tools": [TOOL], "tool_choice": named("weather") | {"more": 1}}, "tool_choice.more"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": named("weather")}, "tool_choice"),
         ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"functions": [FUNCTION]}, "functions"),
         ({"function_call": {"name": "weather"}}, "function_call"),
@@ -116,6 +124,16 @@ def test_several_calls_are_allowed_unless_the_client_says_otherwise(value, paral
     asked = chat(tools=[TOOL], tool_choice="auto", parallel_tool_calls=value).tools
     assert asked is not None
     assert asked.parallel == parallel
+
+
+def test_a_call_may_be_required_and_of_a_certain_tool():
+    now = {"type": "function", "function": {"name": "now"}}
+    both = [TOOL, now]
+    assert chat(tools=both).tools.must_call == ()
+    assert chat(tools=both, tool_choice="required").tools.must_call == ("weather", "now")
+    assert chat(tools=both, tool_choice="required").tools.parallel
+    certain = chat(tools=both, tool_choice=named("now")).tools
+    assert (certain.must_call, certain.parallel, len(certain.tools)) == (("now",), False, 2)
 
 
 @pytest.mark.parametrize("fields", [{"tools": []}, {"tools": [TOOL], "tool_choice": "none"}, {"tool_choice": "auto"}])
