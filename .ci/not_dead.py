@@ -46,6 +46,9 @@ _.same_home_as
 _.special_token_ids
 _.supports_early_init
 _.websocket_max_message_size
+# Functions: prompt_toolkit calls them for keys.
+begin_line
+
 # Arguments that such callers give by name.
 families
 memo
