@@ -22,14 +22,17 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine
 from peerd.compute.kv.layout import PAGE_TOKENS
 from peerd.compute.model.span_model import load_span
+from peerd.compute.model.stored_as import has_grids
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
-#: What peers serve: every dtype that a CPU computes fast enough, with every quantization.
+#: What peers serve of any model: every dtype that a CPU computes fast enough, with every quantization.
 CLASSES = tuple(
     Numerics(dtype, quantization) for quantization in ("none", "int8", "nf4") for dtype in ("float32", "bfloat16")
 )
+#: What they serve beside these of a model that is published as integers in groups.
+PACKED_CLASSES = (Numerics("float32", "packed"), Numerics("bfloat16", "packed"))
 # Two short texts do not show the largest distance that there is. With a margin of 1.5, limits of two texts raised
 # 35 false alarms in 100,000 simulated audits of a third one; with 2, two, the larger of which 2.5 would have let pass.
 MARGIN = 2.5
@@ -93,6 +96,11 @@ def measure(
             on_span(numerics, span)
         reference = found.part[classes[0]][-1]
     return found
+
+
+def classes_of(checkpoint: Checkpoint) -> tuple[Numerics, ...]:
+    """What peers serve of this model."""
+    return (*CLASSES, *PACKED_CLASSES) if has_grids(checkpoint) else CLASSES
 
 
 def thresholds(found: Measured, made: Mapping[str, Any]) -> Thresholds:

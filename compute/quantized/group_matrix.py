@@ -15,11 +15,11 @@ import torch
 
 from peerd.compute.quantized.formats import RUN_VALUES_CPU, RUN_VALUES_GPU
 from peerd.compute.quantized.groups import (
+    KERNEL,
     ROWS_STEP,
     CodeRows,
     GroupForm,
     has_kernel,
-    kernel_product,
     padded_rows,
 )
 from peerd.compute.quantized.matrix import StoredMatrix
@@ -59,11 +59,26 @@ class GroupMatrix(StoredMatrix):
         super().__init__(shape, dtype, transposed=transposed)
         self.form = form
         self.planes, self.scales = form.split(values, scales, self.columns)
-        self.choice = _UNMEASURED
         self.has_kernel = values.device.type == "cpu" and has_kernel(form.group)
+        # The kernel is called some hundred times a token, so that what it needs lies ready.
+        self._group = form.group
+        self._low = self.planes[0]
+        self._high = self.planes[1] if form.planes == 2 else None
+        self._is_padded = padded_rows(self.rows) != self.rows
+        self.choice = _UNMEASURED
 
     def __repr__(self) -> str:
         return f"<GroupMatrix {self.form!r} [{self.rows}, {self.columns}] on {self.planes.device}>"
+
+    @property
+    def choice(self) -> Choice:
+        """How it is multiplied."""
+        return self._choice
+
+    @choice.setter
+    def choice(self, choice: Choice) -> None:
+        self._choice = choice
+        self._kernel_rows = choice.kernel_rows if self.has_kernel else 0
 
     def store(self, weight: torch.Tensor) -> None:
         """Round `weight` to the format's grid."""
@@ -86,10 +101,10 @@ class GroupMatrix(StoredMatrix):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.columns)
-        if 0 < flat.shape[0] <= self.choice.kernel_rows and self.has_kernel:
+        if 0 < flat.shape[0] <= self._kernel_rows:
             result = self.by_kernel(flat)
         else:
-            in_bf16 = self.choice.in_bf16 or x.dtype == torch.bfloat16
+            in_bf16 = self._choice.in_bf16 or x.dtype == torch.bfloat16
             result = self.by_slices(flat, torch.bfloat16 if in_bf16 else torch.float32)
         return result.view(*x.shape[:-1], self.rows)
 
@@ -103,12 +118,13 @@ class GroupMatrix(StoredMatrix):
 
     def by_kernel(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply `[n, columns]` to `[n, rows]` by torch's kernel, which rounds them and the result to bfloat16."""
+        assert KERNEL is not None
         rounded = x.to(torch.bfloat16)
-        result = kernel_product(rounded, self.planes[0], self.form.group, self.scales)
-        if self.form.planes == 2:
-            high = kernel_product(rounded, self.planes[1], self.form.group, self.scales)
+        result = KERNEL(rounded, self._low, self._group, self.scales)
+        if self._high is not None:
+            high = KERNEL(rounded, self._high, self._group, self.scales)
             result = torch.add(result.float(), high, alpha=_HIGH)
-        if result.shape[1] != self.rows:
+        if self._is_padded:
             result = result[:, : self.rows].contiguous()
         return result.to(x.dtype)
 

@@ -16,9 +16,10 @@ The order of half bytes within the kernel's blocks differs from CPU to CPU. It i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -28,6 +29,11 @@ from peerd.compute.quantized.formats import Storage
 GROUPS = (32, 64, 128, 256)
 #: Rows are stored in multiples of this many; what is missing is filled with zeros. All known kernels' blocks divide it.
 ROWS_STEP = 64
+#: Multiplies bfloat16 `[n, columns]` by one plane: (x, plane, group, scales and offsets) to bfloat16 `[n, rows]`. None
+#: in a release of torch without it.
+KERNEL: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor] | None = getattr(
+    torch, "_weight_int4pack_mm_for_cpu", None
+)
 # What stands for 0 in a half byte.
 _MIDDLE = 8
 
@@ -207,8 +213,7 @@ def order_of_halves() -> Order:
 @cache
 def has_kernel(group: int) -> bool:
     """Whether torch's product works here for groups of this size. It is compared with the dequantized matrix once."""
-    order = _kernels_order()
-    if order is None:
+    if _kernels_order() is None or KERNEL is None:
         return False
     form, columns = group_form(4, group), 2 * group
     random = torch.Generator().manual_seed(0)
@@ -220,23 +225,17 @@ def has_kernel(group: int) -> bool:
     form.write(planes, both, 0, own)
     x = torch.randn(2, columns, generator=random).bfloat16()
     try:
-        got = kernel_product(x, planes[0], group, both).float()
+        got = KERNEL(x, planes[0], group, both).float()
     except RuntimeError:
         return False
     wanted = x.float() @ form.read(planes, both, 0, ROWS_STEP, torch.float32)
     return bool((got - wanted).norm() <= 0.02 * wanted.norm())
 
 
-def kernel_product(x: torch.Tensor, plane: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
-    """Multiply bfloat16 `[n, columns]` by one plane: `[n, rows]` in bfloat16."""
-    product: torch.Tensor = _op("_weight_int4pack_mm_for_cpu")(x, plane, group, scales)
-    return product
-
-
 @cache
 def _kernels_order() -> Order | None:
     """The order in which torch packs half bytes for its kernel on this CPU; None if there is no such kernel."""
-    pack = _op("_convert_weight_to_int4pack_for_cpu")
+    pack = getattr(torch, "_convert_weight_to_int4pack_for_cpu", None)
     if pack is None:
         return None
     columns = GROUPS[0]
@@ -250,7 +249,3 @@ def _kernels_order() -> Order | None:
         if torch.equal((low | (high << 4)).flatten(), packed):
             return order
     return None
-
-
-def _op(name: str) -> Any:
-    return getattr(torch.ops.aten, name, None)

@@ -33,19 +33,21 @@ async def print_thresholds(model: Path | str, text: Path) -> None:
 
 
 def _calibrate(model: Path | str, text: Path, display: Working) -> str:
-    from peerd.compute.audits.calibrate import CLASSES, MARGIN, PROMPT, measure, thresholds
+    from peerd.compute.audits.calibrate import MARGIN, PROMPT, classes_of, measure, thresholds
     from peerd.compute.audits.distance import MIN_POSITIONS, QUANTILE
     from peerd.compute.checkpoint.opening import open_checkpoint
 
     with open_checkpoint(model) as checkpoint:
         inputs, words = embedded(checkpoint, [text], ROWS, LENGTH)
         spans = thirds(checkpoint.block_count)
-        runs = iter(range(1, len(CLASSES) * len(spans) + 1))
+        classes = classes_of(checkpoint)
+        total = len(classes) * len(spans)
+        runs = iter(range(1, total + 1))
 
         def on_span(numerics: object, span: object) -> None:
-            display.update(f"{next(runs)} of {len(CLASSES) * len(spans)}: {numerics} over blocks {span}")
+            display.update(f"{next(runs)} of {total}: {numerics} over blocks {span}")
 
-        found = measure(checkpoint, inputs, spans, on_span=on_span)
+        found = measure(checkpoint, inputs, spans, classes, on_span)
         return thresholds(
             found,
             how(checkpoint, words, inputs, spans)

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from peerd.compute.audits.calibrate import CLASSES
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from peerd.compute.audits.calibrate import CLASSES, PACKED_CLASSES, classes_of
 from peerd.compute.audits.thresholds import Numerics, Thresholds, own_thresholds
+from peerd.compute.checkpoint.opening import open_checkpoint
+from tests.compute.gguf_writer import tiny_config, tiny_model, write_model
 
 FULL, HALF, INT8, NF4 = (
     Numerics("float32", "none"),
@@ -11,6 +16,7 @@ FULL, HALF, INT8, NF4 = (
     Numerics("bfloat16", "int8"),
     Numerics("bfloat16", "nf4"),
 )
+ALL = (*CLASSES, *PACKED_CLASSES)
 TABLE = Thresholds(
     {
         frozenset({str(FULL)}): 0.001,
@@ -75,8 +81,8 @@ def test_other_files_are_refused(text: str) -> None:
         Thresholds.from_json(text)
 
 
-@pytest.mark.parametrize("one", CLASSES, ids=str)
-@pytest.mark.parametrize("other", CLASSES, ids=str)
+@pytest.mark.parametrize("one", ALL, ids=str)
+@pytest.mark.parametrize("other", ALL, ids=str)
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_our_own_table_has_every_pair_and_tells_a_skipped_block_from_rounding(
     one: Numerics, other: Numerics, is_whole: bool
@@ -87,3 +93,11 @@ def test_our_own_table_has_every_pair_and_tells_a_skipped_block_from_rounding(
     assert 0 < limit < 0.9
     if "nf4" not in (one.quantization, other.quantization) or one.quantization == other.quantization:
         assert limit < 0.15
+
+
+def test_a_model_of_packed_integers_is_served_in_more_classes(tmp_path: Path) -> None:
+    for name, kind in (("plain", Type.F16), ("packed", Type.Q4_0)):
+        write_model(tmp_path / f"{name}.gguf", "llama", tiny_model(tiny_config("llama")), kind)
+    with open_checkpoint(tmp_path / "plain.gguf") as plain, open_checkpoint(tmp_path / "packed.gguf") as packed:
+        assert classes_of(plain) == CLASSES
+        assert classes_of(packed) == ALL
