@@ -33,6 +33,8 @@ DECODE_TOKENS = 64
 PREFILL_TOKENS = 512
 SESSIONS = (1, 4, 8, 16)
 SERVERS = (1, 2, 3)
+# As the local Transformers beside them computes.
+FLOAT32 = ("--quantize", "none")
 DECODE = "decode, tokens/s"
 FIRST = f"first token of {PREFILL_TOKENS}, s"
 SUM = "{} sessions, sum of tokens/s"
@@ -115,14 +117,17 @@ def memory_mib(pid: int) -> float:
 
 
 @asynccontextmanager
-async def swarm(processes: PeerProcesses, path: Path, blocks: int, servers: int) -> AsyncIterator[Variant]:
-    """Start a swarm, and a client in this process."""
+async def swarm(
+    processes: PeerProcesses, path: Path, blocks: int, servers: int, *options: str
+) -> AsyncIterator[Variant]:
+    """Start a swarm whose servers have these options too, by default FLOAT32, and a client in this process."""
     bootstrap = await processes.start()
     started: list[PeerProcess] = []
     for span in even_spans(blocks, servers):
         started.append(
             await processes.start(
-                "--serve-blocks", str(span), "--model", str(path), "--bootstrap", str(bootstrap.address)
+                *("--serve-blocks", str(span), "--model", str(path), "--bootstrap", str(bootstrap.address)),
+                *(options or FLOAT32),
             )
         )
     async with open_peer(bootstrap=[bootstrap.address]) as peer, peer.model(path) as model:
@@ -134,7 +139,8 @@ async def start_to_first_token(processes: PeerProcesses, path: Path) -> float:
     bootstrap = await processes.start()
     async with open_peer(bootstrap=[bootstrap.address]) as peer, peer.model(path) as model:
         started = time.perf_counter()
-        await processes.start("--serve-blocks", "auto", "--model", str(path), "--bootstrap", str(bootstrap.address))
+        serve = ("--serve-blocks", "auto", "--model", str(path), "--bootstrap", str(bootstrap.address))
+        await processes.start(*serve, *FLOAT32)
         await remote_times(model, prompts_of(1, 4)[0], 1)
         return time.perf_counter() - started
 

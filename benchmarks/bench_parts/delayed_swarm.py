@@ -96,7 +96,7 @@ async def open_delayed_swarm(
         async def start(number: int, span: Span) -> None:
             servers[number] = await processes.start(
                 *("--serve-blocks", str(span), "--model", str(model), "--bootstrap", str(bootstrap.address)),
-                *("--announce", f"/ip4/127.0.0.1/tcp/{proxies.ports[number]}/ws"),
+                *("--quantize", "none", "--announce", f"/ip4/127.0.0.1/tcp/{proxies.ports[number]}/ws"),
                 listen=f"/ip4/127.0.0.1/tcp/{ports[number]}/ws",
             )
 

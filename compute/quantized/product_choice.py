@@ -1,8 +1,8 @@
-"""Measures, when a span is loaded, how its packed matrices are multiplied fastest on this CPU, and remembers it.
+"""Measures how packed matrices are multiplied fastest on this CPU, and whether that is faster than plain ones.
 
-For each shape it compares the kernel with slices at some numbers of rows, on matrices of the span itself, so many that
-they do not all stay in the CPU's cache. Ways are timed alternately, and the fastest turn of each counts, because other
-programs disturb.
+When a span is loaded, the kernel is compared for each shape with slices at some numbers of rows, on matrices of the
+span itself, so many that they do not all stay in the CPU's cache. Ways are timed alternately, and the fastest turn of
+each counts, because other programs disturb. The results are remembered for this CPU.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peerd.compute.device.measurements import device_name, remembered
 from peerd.compute.quantized.group_matrix import Choice, GroupMatrix
+from peerd.compute.quantized.groups import GROUPS, group_form, has_kernel
 from peerd.compute.quantized.modules import matrices_in
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,8 @@ NO_LIMIT = 1 << 20
 _TURNS = 3
 # Some megabytes do not stay in a core's own cache; a full batch takes a tenth of a second for so many.
 _TIMED_BYTES = 3 << 20
+# Matrices that are made for a comparison with plain ones: 24 MiB of float32.
+_MADE, _MADE_SIDE = 6, 1024
 # Results in bfloat16 are a little less exact, so they must be worth it.
 _GAIN = 0.9
 
@@ -55,11 +60,40 @@ def choose_products(module: nn.Module) -> None:
             matrix.choice = choice
 
 
+def packed_is_faster() -> bool:
+    """Whether this CPU multiplies few rows faster by packed weights than by plain ones in float32.
+
+    Torch's kernel is a plain loop on CPUs for which it was not written. Measured the first time, in a tenth of a
+    second.
+    """
+    return (
+        has_kernel(GROUPS[0])
+        and remembered("packed_products", f"{_machine()} | packed over plain", packed_over_plain) < 1
+    )
+
+
+def packed_over_plain(timing: Timing = seconds_of) -> float:
+    """The time of the kernel divided by that of plain products in float32, where that is worst."""
+    random = torch.Generator().manual_seed(0)
+    form, side = group_form(4, GROUPS[0]), _MADE_SIDE
+    plain, packed = torch.randn(_MADE, side, side, generator=random), []
+    for values, scales in zip(*form.empty((side, side), torch.device("cpu"), count=_MADE), strict=True):
+        packed.append(
+            GroupMatrix(form, values.random_(generator=random), scales.fill_(0.01), (side, side), plain.dtype)
+        )
+    ratios = []
+    for rows in ROWS[:2]:
+        x = torch.randn(rows, side, generator=random)
+        kernel, linear = _fastest([_by_kernel(packed, x), partial(_dense, plain, x)], timing)
+        ratios.append(kernel / linear)
+    log.info("packed over plain weights: %s of the time at %s rows", ratios, ROWS[:2])
+    return max(ratios)
+
+
 def choice_for(matrices: Sequence[GroupMatrix]) -> Choice:
     """The choice for matrices of one shape, which all have the same format."""
     first = matrices[0]
-    parts = (device_name(first.planes.device), f"{torch.get_num_threads()} threads", torch.__version__)
-    key = " | ".join((*parts, f"{first.columns}x{first.rows} {first.form!r}"))
+    key = f"{_machine()} | {first.columns}x{first.rows} {first.form!r}"
     ratio = remembered("packed_products", f"{key} | bfloat16 over float32", lambda: bf16_over_fp32(matrices))
     in_bf16 = ratio <= _GAIN
     if not first.has_kernel:
@@ -90,6 +124,17 @@ def rows_of_kernel(matrices: Sequence[GroupMatrix], *, in_bf16: bool, timing: Ti
         # The border lies between two numbers of rows that were measured.
         limit = math.isqrt(rows * more_rows) if more_rows is not None else NO_LIMIT
     return limit
+
+
+def _machine() -> str:
+    cpu = device_name(torch.device("cpu"))
+    parts = (cpu, torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads", torch.__version__)
+    return " | ".join(parts)
+
+
+def _dense(weights: torch.Tensor, x: torch.Tensor) -> None:
+    for weight in weights:
+        F.linear(x, weight)
 
 
 def _by_kernel(matrices: Sequence[GroupMatrix], x: torch.Tensor) -> Way:

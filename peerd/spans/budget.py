@@ -22,6 +22,7 @@ from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
 from peerd.compute.model.stored_as import has_grids
 from peerd.compute.quantized.bitsandbytes_import import check_bitsandbytes
 from peerd.compute.quantized.formats import NONE, PACKED, QUANTIZATIONS
+from peerd.compute.quantized.product_choice import packed_is_faster
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
@@ -75,7 +76,7 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         raise InvalidRequest(
             f"to serve one block of {checkpoint.name} with KV for {tokens} positions takes"
             f" {format_size(budget.total(tokens, on_host=_on_host(spec)))}"
-            f" (the block itself {format_size(block_bytes(checkpoint, dtype, spec.quantize))}),"
+            f" (the block itself {format_size(block_bytes(checkpoint, dtype, quantization_of(spec, checkpoint)))}),"
             f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec, checkpoint)}"
         )
     return fits_on_disk(checkpoint, count)
@@ -117,7 +118,14 @@ def dtype_of(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def quantization_of(spec: ServeSpec, checkpoint: Checkpoint) -> str:
-    """How weights are stored. Raises InvalidRequest if the operator's wish cannot be met."""
+    """How weights are stored. Raises InvalidRequest if the operator's wish cannot be met.
+
+    Without a wish, weights that are published as integers stay packed where the CPU computes faster so. Whoever names a
+    dtype wants products in that dtype, which those of packed weights are not.
+    """
+    if spec.quantize is None:
+        is_open = spec.dtype is None and _on_host(spec)
+        return PACKED if is_open and has_grids(checkpoint) and packed_is_faster() else NONE
     if spec.quantize not in QUANTIZATIONS:
         raise InvalidRequest(f"quantization {spec.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
     if spec.quantize == "nf4":
@@ -205,6 +213,6 @@ def _remedy(spec: ServeSpec, checkpoint: Checkpoint) -> str:
     ways = ["serve fewer blocks", "raise --memory" if spec.memory_bytes else "free some memory"]
     if spec.kv_tokens:
         ways.append("lower --kv-tokens")
-    if spec.quantize == NONE:
+    if quantization_of(spec, checkpoint) == NONE:
         ways.append(f"serve with --quantize {'packed' if packable else 'int8 or nf4'}")
     return ", ".join(ways[:-1]) + f" or {ways[-1]}"

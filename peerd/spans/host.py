@@ -245,8 +245,9 @@ class SpanHost:
 
         # This hashes each weights file once: a server and its clients must mean the same model.
         digest = await trio.to_thread.run_sync(lambda: checkpoint.model_digest)
-        expected = expected_record(spec, checkpoint)
         specs = specs_by_device(spec)
+        # How weights are stored may have to be measured once.
+        expected = await trio.to_thread.run_sync(expected_record, specs[0], checkpoint)
         room = await trio.to_thread.run_sync(rooms, specs, checkpoint) if len(specs) > 1 else [1]
         reserved.append(self._slots.reserve(expected))
         if isinstance(spec.blocks, Span):

@@ -75,7 +75,10 @@ class LoadedSpan:
 
 
 def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
-    """The part of a span's announcement that is known before anything is loaded. Raises InvalidRequest."""
+    """The part of a span's announcement that is known before anything is loaded. `spec` is for one device.
+
+    Raises InvalidRequest.
+    """
     return ServerRecord(
         seq=0,
         expires=0.0,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.compute.quantized.formats import NONE
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 
@@ -34,7 +33,8 @@ class ServeSpec:
     blocks: a span, a number of blocks, or None for all that fit. If no span is named, the swarm's need decides which
         blocks, now and, unless `stay` is set, later too.
     dtype: for computing; defaults to the checkpoint's.
-    quantize: how weights are stored: `none`, `packed` (as a quantized GGUF file has them), `int8` or `nf4`.
+    quantize: how weights are stored: `none`, `packed` (as a quantized GGUF file has them), `int8` or `nf4`; None for
+        `packed` where the file allows it, this CPU is faster so and no dtype is named, else `none`.
     memory_bytes: the limit for what serving takes beyond the program itself, on each device.
     throughput: announced instead of the measured one, in positions a second through one block.
     device: torch's name. Several, separated by commas, divide the blocks (`open_peer` and `Peer.serve` see to that).
@@ -54,7 +54,7 @@ class ServeSpec:
     device: str = "cpu"
     kv_tokens: int | None = None
     memory_bytes: int | None = None
-    quantize: str = NONE
+    quantize: str | None = None
     throughput: float | None = None
     revision: str | None = None
     adapters: tuple[tuple[str, str | Path], ...] = ()

@@ -150,7 +150,7 @@ class LocalSwarm:
     async def _run(
         self, span: peerd.Span, bootstrap: Sequence[peerd.Multiaddr], task_status: trio.TaskStatus[LocalServer]
     ) -> None:
-        spec = peerd.ServeSpec(self._model_path, span, kv_tokens=KV_TOKENS)
+        spec = peerd.ServeSpec(self._model_path, span, kv_tokens=KV_TOKENS, quantize="none")
         stopped = trio.Event()
         with trio.CancelScope() as scope:
             async with peerd.open_peer(listen=[LISTEN], serve=[spec], bootstrap=bootstrap) as peer:
@@ -194,7 +194,7 @@ def open_processes(model_path: Path) -> Callable[..., Any]:
             servers: list[Any] = [None] * len(spans)
 
             async def start(index: int) -> None:
-                join = ("--bootstrap", str(bootstrap.address))
+                join = ("--bootstrap", str(bootstrap.address), "--quantize", "none")
                 servers[index] = await processes.start(
                     "--serve-blocks", spans[index], "--model", str(model_path), "--kv-tokens", str(KV_TOKENS), *join
                 )

@@ -67,7 +67,8 @@ async def test_two_clients_with_different_adapters_and_one_with_none_at_once(ada
     expected = {name: answer_under(reference, folder, ids) for name, folder in adapters.items()}
     expected["none"] = reference.answer(ids, NEW_TOKENS)
     assert len({answer.token_ids for answer in expected.values()}) == 3
-    serve = ("--model", str(model_path), "--kv-tokens", "1024", "--adapter", f"poet={adapters['poet']}")
+    serve = ("--model", str(model_path), "--kv-tokens", "1024", "--quantize", "none")
+    serve += ("--adapter", f"poet={adapters['poet']}")
     async with open_peer_processes(threads=1) as processes:
         first = await processes.start("--serve-blocks", "0:15", *serve)
         await processes.start("--serve-blocks", "15:30", *serve, "--bootstrap", str(first.address))

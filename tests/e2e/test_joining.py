@@ -24,7 +24,7 @@ async def test_a_session_goes_on_as_soon_as_a_server_comes_and_as_one_that_hung_
         bootstrap = await processes.start()
 
         async def serve(span: str):
-            model = ("--model", str(model_path), "--kv-tokens", "1024")
+            model = ("--model", str(model_path), "--kv-tokens", "1024", "--quantize", "none")
             return await processes.start("--serve-blocks", span, *model, "--bootstrap", str(bootstrap.address))
 
         await serve("0:15")

@@ -125,7 +125,9 @@ async def test_a_server_that_drains_finishes_its_answers_and_takes_no_others(ope
 
 async def test_a_server_answers_its_own_questions_with_the_blocks_it_serves(model_path, reference):
     """Each holds one half, and asks as a client too."""
-    first, second = peerd.ServeSpec(model_path, peerd.Span(0, 15)), peerd.ServeSpec(model_path, peerd.Span(15, 30))
+    first, second = (
+        peerd.ServeSpec(model_path, span, quantize="none") for span in (peerd.Span(0, 15), peerd.Span(15, 30))
+    )
     async with (
         peerd.open_peer(listen=[LISTEN], serve=[first]) as one,
         peerd.open_peer(listen=[LISTEN], serve=[second], bootstrap=one.addresses) as two,
@@ -141,7 +143,7 @@ async def test_a_server_answers_its_own_questions_with_the_blocks_it_serves(mode
 
 async def test_devices_of_one_server_are_hops_of_a_chain(model_path, reference):
     """One order for two devices: each gets half of the blocks, and a session crosses both."""
-    spec = peerd.ServeSpec(model_path, peerd.Span(0, 30), device="cpu,cpu", kv_tokens=512)
+    spec = peerd.ServeSpec(model_path, peerd.Span(0, 30), device="cpu,cpu", kv_tokens=512, quantize="none")
     async with (
         peerd.open_peer(listen=[LISTEN], serve=[spec]) as server,
         peerd.open_peer(bootstrap=server.addresses) as client,

@@ -39,7 +39,8 @@ async def test_a_daemon_of_its_own_answers_as_transformers_does(model_path, refe
         client = ["--client", "--model", f"smol={model_path}", "--socket", str(socket), *join]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(processes.start, *client)
-            nursery.start_soon(processes.start, "--serve-blocks", "auto", "--model", str(model_path), *join)
+            exact = ("--serve-blocks", "auto", "--model", str(model_path), "--quantize", "none")
+            nursery.start_soon(processes.start, *exact, *join)
         # A new server is used within 5 s of its announcement.
         with trio.fail_after(5):
             while (await ask(socket, "/readyz"))[0] != 200:

@@ -26,6 +26,7 @@ async def start_servers(processes: PeerProcesses, path: Path, *spans: str) -> li
     """A bootstrap peer, one server a span, and at last one that goes wherever it is needed."""
     bootstrap = await processes.start()
     common = ("--model", str(path), "--bootstrap", str(bootstrap.address), "--kv-tokens", "2048", "--throughput", "500")
+    common += ("--quantize", "none")
     servers: list[PeerProcess] = []
 
     async def start(span: str) -> None:

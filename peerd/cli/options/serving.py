@@ -42,9 +42,10 @@ _OPTIONS = (
     click.option(
         "--quantize",
         type=click.Choice(QUANTIZATIONS),
-        help="How weights are stored: int8 takes half as much as bfloat16, nf4 a little more than a quarter."
-        " packed keeps a quantized GGUF file's weights as they are, on a CPU: the least memory, and the fastest."
-        " Default: none, which is the most exact.",
+        help="How weights are stored: int8 takes half as much as bfloat16, nf4 a little more than a quarter; packed"
+        " keeps a quantized GGUF file's weights as they are, on a CPU: the least memory, and the fastest; none is the"
+        " most exact. Default: packed where the file allows it and this CPU is faster so, unless --dtype is given; else"
+        " none.",
     ),
     click.option(
         "--throughput",
@@ -109,7 +110,6 @@ def serving_options(command: Command) -> Command:
 def spec_of(options: DaemonOptions, model: Path | str, identity_file: Path) -> ServeSpec:
     """What a server with these options serves. identity_file: clients' trained copies are kept beside it."""
     with working("starting"):
-        from peerd.compute.quantized.formats import NONE
         from peerd.spans.devices import check_devices
         from peerd.spans.spec import ServeSpec
 
@@ -123,7 +123,7 @@ def spec_of(options: DaemonOptions, model: Path | str, identity_file: Path) -> S
         device=device,
         kv_tokens=serving.kv_tokens,
         memory_bytes=serving.memory_bytes,
-        quantize=serving.quantize or NONE,
+        quantize=serving.quantize,
         throughput=serving.throughput,
         adapters=serving.adapters,
         client_adapter_bytes=serving.client_adapter_bytes,

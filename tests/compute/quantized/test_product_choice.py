@@ -20,6 +20,8 @@ from peerd.compute.quantized.product_choice import (
     bf16_over_fp32,
     choice_for,
     choose_products,
+    packed_is_faster,
+    packed_over_plain,
     rows_of_kernel,
     seconds_of,
 )
@@ -60,20 +62,20 @@ class Clock:
                 torch.bfloat16: bf16,
             },
         )
-        self._took = 0.0
+        self.took = 0.0
         monkeypatch.setattr(GroupMatrix, "by_kernel", self._by_kernel)
         monkeypatch.setattr(GroupMatrix, "by_slices", self._by_slices)
 
     def __call__(self, way: Way) -> float:
         self.calls += 1
         way()
-        return self._took
+        return self.took
 
     def _by_kernel(self, x: torch.Tensor) -> None:
-        self._took = self._kernel[len(x)]
+        self.took = self._kernel[len(x)]
 
     def _by_slices(self, x: torch.Tensor, dtype: torch.dtype) -> None:
-        self._took = self._slices[dtype]
+        self.took = self._slices[dtype]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,28 @@ def test_a_shape_is_measured_once_and_set_on_all_its_matrices(monkeypatch: pytes
     assert "128x64 int4 in groups of 32" in cache.read_text()
 
 
+@pytest.mark.parametrize(("kernel", "faster"), [(0.3, True), (1.2, False)])
+def test_packed_weights_are_faster_if_the_kernel_is_at_all_rows_of_a_decode(
+    kernel: float, faster: bool, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    clock = Clock(monkeypatch, (0.1, kernel, 9, 9), fp32=5, bf16=5)
+    monkeypatch.setattr(product_choice, "_dense", lambda *_: setattr(clock, "took", 1.0))
+    monkeypatch.setattr(product_choice, "packed_over_plain", lambda: packed_over_plain(clock))
+    assert packed_is_faster() is faster
+    calls = clock.calls
+    assert packed_is_faster() is faster
+    assert clock.calls == calls
+    assert "packed over plain" in cache.read_text()
+
+
+def test_without_a_kernel_packed_weights_are_not_faster(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(product_choice, "has_kernel", lambda _: False)
+    assert not packed_is_faster()
+    assert not cache.exists()
+
+
 def test_both_ways_are_really_timed() -> None:
+    assert packed_over_plain() > 0
     found = [matrix(), matrix()]
     assert bf16_over_fp32(found, seconds_of) > 0
     assert rows_of_kernel(found, in_bf16=False, timing=seconds_of) >= 1

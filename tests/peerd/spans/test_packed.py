@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pytest
@@ -14,6 +15,7 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
+from peerd.spans import budget
 from peerd.spans.budget import how_many_blocks, kv_tokens_of, quantization_of
 from peerd.spans.loading import load
 from peerd.spans.spec import ServeSpec
@@ -40,6 +42,31 @@ def test_a_checkpoint_of_plain_weights_has_nothing_to_keep_packed(tmp_path: Path
         pytest.raises(InvalidRequest, match=r"is not stored as integers in groups.*--quantize none or int8"),
     ):
         quantization_of(ServeSpec(quantize="packed"), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("more", "faster", "chosen"),
+    [
+        ({}, True, "packed"),
+        ({}, False, "none"),
+        ({"quantize": "none"}, True, "none"),
+        ({"quantize": "packed"}, False, "packed"),
+        ({"dtype": "float32"}, True, "none"),
+        ({"device": "cuda:0"}, True, "none"),
+    ],
+)
+def test_a_quantized_file_stays_packed_unless_the_operator_or_the_cpu_speaks_against_it(
+    quantized: Checkpoint, more: dict[str, Any], faster: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "packed_is_faster", lambda: faster)
+    assert quantization_of(ServeSpec(**more), quantized) == chosen
+
+
+def test_plain_weights_stay_plain_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "packed_is_faster", lambda: True)
+    tiny_model(tiny_config("llama")).save_pretrained(tmp_path / "plain")
+    with open_checkpoint(tmp_path / "plain") as checkpoint:
+        assert quantization_of(ServeSpec(), checkpoint) == "none"
 
 
 @pytest.mark.parametrize(("quantize", "advised"), [("none", True), ("packed", False)])
