@@ -47,7 +47,8 @@ class Meters:
 
     Of its server: batch_sessions, batch_positions, batch_s: how many steps and positions a batch had, and how long it
     took. queued_s: how long a step waited before a batch took it. steps: by how they ended.
-    Of its own answers: first_token_s, between_tokens_s: how long tokens took. tokens: how many there were. answers: by
+    Of its own answers: prompt_tokens, cached_tokens: of prompts, and those that earlier sessions had computed.
+    first_token_s, between_tokens_s: how long tokens took. tokens: how many there were. answers: by
     how they ended. drafted, accepted: guesses that were sent, and that were right. failovers: hops that were replaced.
     hop_delay_s: the delay to each hop when it joined a chain.
     Of both: tensor_bytes: hidden states by codec and direction.
@@ -59,6 +60,8 @@ class Meters:
         self.batch_s = Histogram(_SECONDS)
         self.queued_s = Histogram(_SECONDS)
         self.steps: Counter[str] = Counter()
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.first_token_s = Histogram(_LONG_SECONDS)
         self.between_tokens_s = Histogram(_SECONDS)
         self.tokens = 0

@@ -41,6 +41,11 @@ class AnswerMeter:
             self._meters.answers[end] += 1
             self._count_guesses()
 
+    def prompt(self, tokens: int, cached: int) -> None:
+        """Note a prompt, of which an earlier session has computed `cached` tokens."""
+        self._meters.prompt_tokens += tokens
+        self._meters.cached_tokens += cached
+
     def token(self, row: int) -> None:
         """Note one token of a row."""
         now, meters = trio.current_time(), self._meters

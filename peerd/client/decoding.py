@@ -157,6 +157,7 @@ class Decoding:
         )
         if not self._rows[0].count:
             self.cached = self._held.computed
+            self._meter.prompt(len(self._prompt), self.cached)
 
     @property
     def _length(self) -> int:

@@ -80,6 +80,7 @@ async def test_nothing_is_kept_of_steps_that_fail_or_whose_session_ends() -> Non
 async def test_the_time_between_tokens_is_that_of_one_row() -> None:
     meters = Meters()
     meter = AnswerMeter(meters, None)
+    meter.prompt(30, 20)
     with meter.running():
         await trio.sleep(2)
         meter.token(0)
@@ -88,6 +89,7 @@ async def test_the_time_between_tokens_is_that_of_one_row() -> None:
         meter.token(0)
         meter.token(1)
     assert meters.tokens == 4
+    assert (meters.prompt_tokens, meters.cached_tokens) == (30, 20)
     assert (sum(meters.first_token_s.counts), meters.first_token_s.total) == (1, 2)
     assert (sum(meters.between_tokens_s.counts), meters.between_tokens_s.total) == (2, 0.5)
 

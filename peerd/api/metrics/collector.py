@@ -61,6 +61,9 @@ class Figures(Collector):
         coverage = samples[-1].coverage if samples else {}
         return {
             "peerd_tokens": meters.tokens,
+            "peerd_prompt_tokens": meters.prompt_tokens,
+            "peerd_cached_tokens": meters.cached_tokens,
+            "peerd_resting_tokens": sum(model.kept.positions for _, model in self._models if model.kept is not None),
             "peerd_answers": _one_label(meters.answers),
             "peerd_answering": self._answering.count,
             "peerd_first_token_seconds": meters.first_token_s,

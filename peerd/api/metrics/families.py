@@ -38,6 +38,9 @@ FAMILIES = {
         Family("peerd_uptime_seconds", "gauge", "Seconds since the local API was opened."),
         # The answers that programs on this machine get.
         Family("peerd_tokens", "counter", "Tokens of answers to programs on this machine."),
+        Family("peerd_prompt_tokens", "counter", "Tokens of the prompts of these answers."),
+        Family("peerd_cached_tokens", "counter", "Those of them that the session of an earlier answer had computed."),
+        Family("peerd_resting_tokens", "gauge", "Positions of the sessions that rest for a next turn."),
         Family("peerd_answers", "counter", "Those answers, by how they ended.", ("end",)),
         Family("peerd_answering", "gauge", "Requests that are being answered now."),
         Family("peerd_first_token_seconds", "histogram", "From the start of an answer to its first token."),

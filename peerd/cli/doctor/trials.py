@@ -76,17 +76,30 @@ def try_triton() -> str:
     fix = "run: pip install --force-reinstall triton; without it a GPU computes slower"
     if not has_kernel():
         raise TrialFailed("triton is missing or broken", fix)
-    from peerd.compute.quantized.kernel import int8_product
-
-    rows = torch.arange(_SIZE, device="cuda")
-    values = ((rows[:, None] * 7 + rows) % 255 - 127).to(torch.int8)
-    scales = torch.full((_SIZE,), 127.0, device="cuda")
-    x = torch.linspace(-1, 1, 4 * _SIZE, device="cuda").reshape(4, _SIZE)
-    if not torch.allclose(int8_product(x, values, scales, _SIZE), x @ values.float().t(), rtol=1e-3, atol=0.5):
+    try:
+        is_right = kernel_is_right("cuda")
+    except Exception as error:  # It compiles C and loads what it made: what fails there has no common class.
+        raise TrialFailed(
+            f"a kernel of triton cannot be run: {error}", f"install a C compiler (gcc), or {fix}"
+        ) from error
+    if not is_right:
         raise TrialFailed("a kernel of triton computes wrong products", fix)
     import triton
 
     return f"triton {triton.__version__} multiplies"
+
+
+def kernel_is_right(device: str) -> bool:
+    """Whether our kernel's product with an int8 matrix is torch's own."""
+    import torch
+
+    from peerd.compute.quantized.kernel import int8_product
+
+    rows = torch.arange(_SIZE, device=device)
+    values = ((rows[:, None] * 7 + rows) % 255 - 127).to(torch.int8)
+    scales = torch.full((_SIZE,), 127.0, device=device)
+    x = torch.linspace(-1, 1, 4 * _SIZE, device=device).reshape(4, _SIZE)
+    return torch.allclose(int8_product(x, values, scales, _SIZE), x @ values.float().t(), rtol=1e-3, atol=0.5)
 
 
 def try_bitsandbytes() -> str:

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from peerd.cli.doctor.trials import kernel_is_right
 from peerd.compute.quantized.formats import FORMATS
 from peerd.compute.quantized.matrix import QuantizedMatrix
 
@@ -37,6 +38,10 @@ def product(name: str, x: torch.Tensor, values: torch.Tensor, scales: torch.Tens
     if name == "int8":
         return quantized_kernel.int8_product(x, values, scales, rows)
     return quantized_kernel.nf4_product(x, values, scales, _levels(x.device), rows)
+
+
+def test_the_doctor_finds_that_the_kernel_is_right() -> None:
+    assert kernel_is_right(DEVICE)
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
