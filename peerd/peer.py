@@ -112,17 +112,32 @@ class Peer:
             await self._spans.drain(timeout_s)
 
     @asynccontextmanager
-    async def model(self, path: str | Path, *, revision: str | None = None) -> AsyncIterator[SwarmModel]:
+    async def model(
+        self,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        draft: str | Path | None = None,
+        draft_device: str = "cpu",
+    ) -> AsyncIterator[SwarmModel]:
         """A model whose blocks the swarm serves. Its head comes from `path`: a path or hub id, `org/name` or
         `org/name@revision`.
 
-        Waits at most a second for the delays to the servers. Raises CheckpointError.
+        draft: a small model with the same tokenizer, as `path`. It is loaded whole onto `draft_device` of this machine,
+            and guesses tokens for answers of one row; the tokens are the same.
+
+        Waits at most a second for the delays to the servers. Raises CheckpointError, and InvalidRequest for a draft
+        model with another tokenizer.
         """
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
-        from peerd.client.open_model import open_model
+        from peerd.client.open_model import open_drafting, open_model
 
         async with self.checkpoints.open(path, revision) as checkpoint, open_model(self, checkpoint) as model:
-            yield model
+            if draft is None:
+                yield model
+                return
+            async with self.checkpoints.open(draft) as small, open_drafting(model, small, draft_device):
+                yield model
 
     @asynccontextmanager
     async def blocks(

@@ -69,6 +69,7 @@ class Decoding:
         self._held: AnswerSession | None = None
         self._model = model
         self._prompt = list(prompt)
+        self._longest = len(prompt) + sampling.max_new_tokens
         self._sampling = sampling
         self._chooser = Chooser(len(prompt), sampling, top_logprobs)
         self._adapter = adapter
@@ -102,7 +103,7 @@ class Decoding:
         Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
         """
         waits = failed = False
-        decoding = nullcontext() if self._speculator is None else self._speculator.decoding()
+        decoding = nullcontext() if self._speculator is None else self._speculator.decoding(self._prompt, self._longest)
         with self._meter.running():
             await self._constrain()
             if self.session is None or self.session.closed:
@@ -148,7 +149,7 @@ class Decoding:
         self._held = await self._model.start_answer(
             # To be scored, all of a prompt must be computed.
             self._rows[0].context if self._prompt_logprobs is None else (),
-            max_length=len(self._prompt) + self._sampling.max_new_tokens,
+            max_length=self._longest,
             max_rows=len(self._rows),
             max_rollback=0 if self._speculator is None else MOST_DRAFTED,
             prompt_length=self._length if self._ropes_changed else len(self._prompt),
@@ -231,8 +232,8 @@ class Decoding:
 
     async def _step(self, live: Sequence[Row]) -> list[RowAnswer]:
         """Run one step: the last token of each live row, and the guesses after it."""
+        drafts = await self._drafts(live)
         began = trio.current_time()
-        drafts = self._drafts(live)
         inputs, rows = [], []
         for row, draft in zip(live, drafts, strict=True):
             start = len(row.context) - 1
@@ -244,10 +245,10 @@ class Decoding:
         parts = torch.split(logits, [piece.count for piece in rows])
         return [RowAnswer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]
 
-    def _drafts(self, live: Sequence[Row]) -> Sequence[tuple[int, ...]]:
+    async def _drafts(self, live: Sequence[Row]) -> Sequence[tuple[int, ...]]:
         if self._speculator is None:
             return [()] * len(live)
-        return self._speculator.drafts([(row.number, row.context, self._room(row)) for row in live])
+        return await self._speculator.drafts([(row.number, row.context, self._room(row)) for row in live])
 
     def _room(self, row: Row) -> int:
         """How many guesses a row's next step may carry. It gains a token more than it has right guesses."""
@@ -282,8 +283,7 @@ class Decoding:
         ]
 
     def _pick(self, row: Row, choice: Choice, prompt: PromptLogprobs | None) -> Picked:
-        token_id, ends = choice.token_id, choice.ends
-        position = len(row.context)
+        token_id, ends, position = choice.token_id, choice.ends, len(row.context)
         row.context.append(token_id)
         self._meter.token(row.number)
         if self._speculator is not None:

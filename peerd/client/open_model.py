@@ -21,6 +21,7 @@ from peerd.client.grammars.checking import open_grammar_check
 from peerd.client.head_task import HeadTask
 from peerd.client.model import SwarmModel
 from peerd.client.session.opener import ChainOpener
+from peerd.client.speculation.speculation import Speculation
 from peerd.compute.adapters.span_adapters import linear_layers
 from peerd.compute.checkpoint.tokenizer import generation_config, load_tokenizer
 from peerd.compute.families.layer_kinds import layer_kinds
@@ -29,7 +30,7 @@ from peerd.compute.model.rotary import changed_beyond, follow_length
 from peerd.protocol.encoding.tensors import DTYPE_NAMES, DTYPES
 from peerd.protocol.messages.session import MAX_LENGTH
 from peerd.protocol.span import Span
-from peerd.trio_tools import open_tasks
+from peerd.trio_tools import import_in_thread, open_tasks
 
 if TYPE_CHECKING:
     from peerd.client.audits.policy import AuditPolicy
@@ -85,6 +86,25 @@ async def open_model(client: Client, checkpoint: Checkpoint) -> AsyncIterator[Sw
             route.auditor,
             check,
         )
+
+
+@asynccontextmanager
+async def open_drafting(model: SwarmModel, checkpoint: Checkpoint, device: str) -> AsyncIterator[None]:
+    """Let the small model in `checkpoint` guess tokens for the answers that begin in the block.
+
+    Raises CheckpointError, and InvalidRequest if its tokens are others or it does not fit into the device's memory.
+    """
+    # It needs the engine, which other clients do not.
+    await import_in_thread("peerd.client.speculation.draft_model")
+    from peerd.client.speculation.draft_model import open_draft
+
+    before = model.speculation
+    async with open_draft(checkpoint, model.tokenizer, model.vocab_size, model.facts.name, device=device) as draft:
+        model.speculation = Speculation(model=draft)
+        try:
+            yield
+        finally:
+            model.speculation = before
 
 
 @asynccontextmanager

@@ -6,18 +6,16 @@ nothing to learn that a drafter would win.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from peerd.client.speculation.confidence import ALL_GRADES, GRADES, prior_share
 from peerd.client.speculation.drafts import Draft
 
-#: How often a guess is right of whose kind nothing is known yet.
-PRIOR_SHARE = 0.5
 # That opinion, and what earlier answers say, weigh as much as this many guesses.
 _PRIOR_SEEN = 2.0
 # Old guesses fade, so that a text that turns from prose to code is noticed: the last 32 or so of a kind count.
 _FADE = 1 - 1 / 32
-# Guesses from this place on are counted together.
-_LAST_PLACE = 8
 
 
 @dataclass(slots=True)
@@ -45,7 +43,7 @@ class Acceptance:
         chances = []
         chance = 1.0
         for place in range(len(draft)):
-            chance *= self.share(draft.grade, place)
+            chance *= self.share(*draft.kind(place))
             chances.append(chance)
         return chances
 
@@ -54,16 +52,28 @@ class Acceptance:
         count = self._count(grade, place)
         return count.right / count.seen
 
+    @property
+    def by_grade(self) -> Mapping[int, float]:
+        """For each grade of a draft model's guesses, the share of right ones."""
+        return {grade: self.share(grade, 0) for grade in GRADES}
+
+    @property
+    def of_model(self) -> float:
+        """The share of right ones among all of a draft model's guesses."""
+        return self.share(*ALL_GRADES)
+
     def note(self, draft: Draft, place: int, right: bool) -> None:
         """Count the token at `place`, when those before it were right."""
-        self._count(draft.grade, place).note(right)
+        self._count(*draft.kind(place)).note(right)
+        if draft.grades:
+            self._count(*ALL_GRADES).note(right)
         if self._general is not None:
             self._general.note(draft, place, right)
 
     def _count(self, grade: int, place: int) -> _Count:
-        key = (grade, min(place, _LAST_PLACE))
+        key = (grade, place)
         if key not in self._counts:
-            general = PRIOR_SHARE if self._general is None else self._general.share(*key)
+            general = prior_share(grade) if self._general is None else self._general.share(*key)
             self._counts[key] = _Count(_PRIOR_SEEN * general, _PRIOR_SEEN)
         return self._counts[key]
 

@@ -4,6 +4,9 @@ A drafted position is worth the probability that it is right, and costs what it 
 the likeliest positions as long as the expected tokens a second grow. What it does not know yet, it learns within a
 budget: drafted steps may have cost at most one part in a hundred of the answer's time, and half a token.
 
+A draft model takes time before the step. So it is asked only where its guesses should pay for that time too, or now and
+then to learn how good they are, and never where a wrong answer would cost more than half of what is left of the budget.
+
 Others whose sessions run on the same servers wait for our drafts as we wait for theirs. If everybody counted their own
 gain only, all would lose. So a step counts the tokens of all sessions that share it.
 """
@@ -11,6 +14,7 @@ gain only, all would lose. So a step counts the tokens of all sessions that shar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from peerd.client.speculation.step_times import StepTimes
 
@@ -32,10 +36,22 @@ _PLAIN_EVERY = 64
 # likely: the chain may have been loaded when they were measured.
 _RETRY_EVERY = 32
 _LIKELY = 0.5
+# A draft model that should not pay is asked for a single token after so many steps, as far as the budget allows it.
+_ASK_EVERY = 32
+# The share of the allowed losses that asking a draft model may use up. The rest is for guesses that cost nothing.
+_ASKING_SHARE = 0.5
 # A new measurement of a plain step weighs this much. The first few weigh equally.
 _WEIGHT = 0.2
 # A step that takes more than this many times the usual was disturbed (a peer died); it counts as this many.
 _MOST_DISTURBED = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How many tokens to ask of a draft model. Beyond the `least` chance that all are right, another costs too much."""
+
+    count: int
+    least: float
 
 
 class Controller:
@@ -51,6 +67,7 @@ class Controller:
         self._plain_steps = 0
         self._since_plain = 0
         self._since_drafted = 0
+        self._since_asked = _ASK_EVERY
         self._most_drafted = 0
         self._elapsed_s = 0.0
         self._saved_s = 0.0
@@ -63,10 +80,44 @@ class Controller:
         """How many positions may be drafted for the next step of all rows together."""
         if not self._plain_steps or self._since_plain >= _PLAIN_EVERY:
             return 0
-        allowed_s = LOSS_SHARE * self._elapsed_s + LOSS_STEPS * self._plain_s
-        if self._saved_s + allowed_s <= 0:
+        if self._saved_s + self._allowed_s <= 0:
             return 0
         return min(self._times.allowed, max(_FIRST_DRAFTED, 2 * self._most_drafted))
+
+    @property
+    def _allowed_s(self) -> float:
+        """How much time drafting may have cost this answer."""
+        return LOSS_SHARE * self._elapsed_s + LOSS_STEPS * self._plain_s
+
+    def ask(self, free: Sequence[float], share: float, token_s: float, room: int) -> Asking | None:
+        """What to ask of a draft model for the only row of an answer; None if nothing.
+
+        free: the chances of the guesses that cost nothing, as in `choose`. share: how often a guess of the model is
+        right. token_s: how long it takes for each.
+        """
+        if not self._plain_s or room < 1:
+            return None
+        cost = token_s / self._plain_s
+        spare = (self._saved_s + _ASKING_SHARE * self._allowed_s) / self._plain_s
+        best, asking, gain = self.rate(free), None, 0.0
+        for count in range(1, min(self.limit, room) + 1):
+            gain += share**count
+            if count * cost + self._times.ratio(count) - 1 > spare:
+                break
+            rate = self._rate(1, gain, count, count * cost)
+            if rate > best:
+                # Another guess gains its chance, and costs what the same time gains without it.
+                own = (1 + gain) / (self._step(count) + count * cost)
+                best, asking = rate, Asking(count, own * (cost + _POSITION_COST) / share)
+        if asking is None and self._since_asked >= _ASK_EVERY and self.limit and cost <= spare:
+            asking = Asking(1, 1.0)
+        if asking is not None:
+            self._since_asked = 0
+        return asking
+
+    def rate(self, chances: Sequence[float]) -> float:
+        """The tokens in a plain step's time, of all sessions, that a row with these guesses may expect at best."""
+        return self._best(1, sorted((-chance, 0) for chance in chances))[0]
 
     def choose(self, chances: Sequence[Sequence[float]]) -> list[int]:
         """How many of each row's drafted tokens to send.
@@ -75,13 +126,7 @@ class Controller:
         """
         # Within a row they only fall, so the likeliest positions of all rows together begin each draft.
         ranked = sorted(((-chance, row) for row, row_chances in enumerate(chances) for chance in row_chances))
-        tokens = len(chances) + self._others()
-        best, best_count = tokens * _LEAST_GAIN, 0
-        for count, (negative, _) in enumerate(ranked[: self.limit], 1):
-            tokens -= negative
-            rate = tokens / (self._times.ratio(count) + _POSITION_COST * count)
-            if rate > best:
-                best, best_count = rate, count
+        _, best_count = self._best(len(chances), ranked)
         if not best_count and self._may_retry(ranked):
             self._times.doubt()
             best_count = 1
@@ -90,11 +135,35 @@ class Controller:
             chosen[row] += 1
         return chosen
 
+    def _best(self, rows: int, ranked: Sequence[tuple[float, int]]) -> tuple[float, int]:
+        """The highest rate, and with how many of the likeliest guesses; drafting must win something to be chosen."""
+        best, best_count, gain = (rows + self._others()) * _LEAST_GAIN, 0, 0.0
+        for count, (negative, _) in enumerate(ranked[: self.limit], 1):
+            gain -= negative
+            rate = self._rate(rows, gain, count)
+            if rate > best:
+                best, best_count = rate, count
+        return best, best_count
+
+    def _rate(self, rows: int, gain: float, count: int, asking: float = 0.0) -> float:
+        """The tokens in a plain step's time. While a draft model is asked, the others do not wait."""
+        step = self._step(count)
+        return (rows + gain) / (step + asking) + self._others() / step
+
+    def _step(self, count: int) -> float:
+        """How long a step with so many guesses takes, in plain steps."""
+        return self._times.ratio(count) + _POSITION_COST * count
+
     def _may_retry(self, ranked: Sequence[tuple[float, int]]) -> bool:
         return self._since_drafted >= _RETRY_EVERY and self.limit > 0 and bool(ranked) and -ranked[0][0] >= _LIKELY
 
-    def note(self, rows: int, drafted: int, gained: int, seconds: float) -> None:
-        """A step of so many rows, with so many drafted positions, took `seconds` and gained so many tokens."""
+    def note(self, rows: int, drafted: int, gained: int, seconds: float, asking_s: float = 0.0) -> None:
+        """A step of so many rows, with so many drafted positions, took `seconds` and gained so many tokens.
+
+        asking_s: how long a draft model was asked before it.
+        """
+        self._since_asked += 1
+        self._note_asking(asking_s)
         if not drafted:
             self._note_plain(seconds)
             self._elapsed_s += seconds
@@ -110,6 +179,10 @@ class Controller:
         self._elapsed_s += seconds
         saved_s = (gained / rows - counted) * self._plain_s
         self._saved_s = min(self._saved_s + saved_s, _MOST_SAVED_STEPS * self._plain_s)
+
+    def _note_asking(self, seconds: float) -> None:
+        self._elapsed_s += seconds
+        self._saved_s -= seconds
 
     def _note_plain(self, seconds: float) -> None:
         self._since_plain = 0

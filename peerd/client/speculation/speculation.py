@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Protocol
+
+import trio
 
 from peerd.client.speculation.acceptance import Acceptance, Watch
+from peerd.client.speculation.confidence import Ask
 from peerd.client.speculation.controller import Controller
-from peerd.client.speculation.drafts import Drafter
+from peerd.client.speculation.draft_times import DraftTimes
+from peerd.client.speculation.drafts import CostlyDrafter, Draft, Drafter
 from peerd.client.speculation.ngram import NgramDrafter
 from peerd.client.speculation.step_times import MOST_DRAFTED, StepTimes
 
@@ -23,6 +27,20 @@ __all__ = ["MOST_DRAFTED", "Speculation", "Speculator"]
 #: Answers with more rows are not guessed: their steps have enough positions, and each row costs a drafter.
 MOST_ROWS: Final = 8
 
+Text = tuple[int, Sequence[int], int]
+"""A row, all its tokens, and how many guesses it has room for."""
+
+
+class DraftSource(Protocol):
+    """A draft model, which several answers share."""
+
+    @property
+    def times(self) -> DraftTimes:
+        """How long it takes for a token."""
+
+    def drafter(self, prompt: Sequence[int], length: int) -> CostlyDrafter:
+        """Its drafter for an answer that begins with `prompt`, and has at most `length` tokens with it."""
+
 
 class Speculation:
     """What the answers of one model in this process share: measured times, and how often guesses were right.
@@ -30,9 +48,10 @@ class Speculation:
     rows_now: how many rows are decoded now. The sessions of other processes are not known here.
     """
 
-    def __init__(self, drafter: Callable[[], Drafter] = NgramDrafter) -> None:
-        """`drafter` makes one for each row of an answer."""
+    def __init__(self, drafter: Callable[[], Drafter] = NgramDrafter, model: DraftSource | None = None) -> None:
+        """`drafter` makes one for each row of an answer. `model` guesses too, for answers of one row."""
         self.drafter = drafter
+        self.model = model
         self.times = StepTimes()
         self.acceptance = Acceptance()
         self.rows_now = 0
@@ -57,36 +76,77 @@ class Speculator:
         self._acceptance = Acceptance(shared.acceptance)
         self._drafters = [shared.drafter() for _ in range(rows)]
         self._watches = [Watch(self._acceptance) for _ in range(rows)]
+        self._costly: CostlyDrafter | None = None
+        self._times = DraftTimes() if shared.model is None else shared.model.times
+        # How long the draft model was asked before the step that runs.
+        self._asking_s = 0.0
 
     @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """While this answer is decoded, others of the same model count its rows that have not ended."""
+    def decoding(self, prompt: Sequence[int], length: int) -> Iterator[None]:
+        """While this answer is decoded, others of the same model count its rows that have not ended.
+
+        With `prompt`, it has at most `length` tokens.
+        """
         self._shared.rows_now += self._rows
+        if self._shared.model is not None and len(self._drafters) == 1:
+            self._costly = self._shared.model.drafter(prompt, length)
         try:
             yield
         finally:
             self._shared.rows_now -= self._rows
+            if self._costly is not None:
+                self._costly.end()
+                self._costly = None
 
     def ended(self) -> None:
         """Note that a row has ended, while others go on."""
         self._rows -= 1
         self._shared.rows_now -= 1
 
-    def drafts(self, texts: Sequence[tuple[int, Sequence[int], int]]) -> list[tuple[int, ...]]:
-        """The guesses to send for each of `texts`: a row, all its tokens, and how many guesses it has room for."""
-        drafts = [self._drafters[row].propose(text, max(0, min(room, MOST_DRAFTED))) for row, text, room in texts]
+    async def drafts(self, texts: Sequence[Text]) -> list[tuple[int, ...]]:
+        """The guesses to send for each of `texts`."""
+        self._asking_s = 0.0
+        drafts = [self._drafters[row].propose(text, _most(room)) for row, text, room in texts]
         # Guesses are followed whether they are sent or not.
         for (row, text, _), draft in zip(texts, drafts, strict=True):
             self._watches[row].proposed(draft, len(text))
+        if self._costly is not None and self._costly.ready:
+            drafts = [await self._better(self._costly, drafts[0], texts[0])]
         chosen = self._controller.choose([self._acceptance.likely(draft) for draft in drafts])
         return [draft.tokens[:count] for draft, count in zip(drafts, chosen, strict=True)]
+
+    async def _better(self, costly: CostlyDrafter, free: Draft, text: Text) -> Draft:
+        """The free draft, or the draft model's if that is worth more. It is asked only where that may be."""
+        row, tokens, room = text
+        acceptance, times = self._acceptance, self._times
+        chances = acceptance.likely(free)
+        if times.token_s is None:
+            return free
+        asking = self._controller.ask(chances, acceptance.of_model, times.token_s, _most(room))
+        if asking is None:
+            return free
+        began = trio.current_time()
+        draft = await costly.propose(tokens, Ask(asking.count, asking.least, acceptance.by_grade))
+        self._asking_s = trio.current_time() - began
+        if not draft.tokens:
+            return free
+        times.note(len(draft), self._asking_s - costly.reading_s)
+        self._watches[row].proposed(draft, len(tokens))
+        rate = self._controller.rate
+        return draft if rate(acceptance.likely(draft)) > rate(chances) or not free.tokens else free
 
     def came(self, row: int, token: int, position: int) -> None:
         """Note a token that was drawn."""
         self._watches[row].came(token, position)
 
     def note(self, rows: int, drafted: int, gained: int, seconds: float) -> None:
-        """A step of so many rows, with so many guesses, took `seconds` and gained so many tokens."""
+        """A step of so many rows, with so many guesses, took `seconds` and gained so many tokens. The time in `drafts`
+        is not part of it.
+        """
         self.drafted += drafted
         self.accepted += gained - rows if drafted else 0
-        self._controller.note(rows, drafted, gained, seconds)
+        self._controller.note(rows, drafted, gained, seconds, self._asking_s)
+
+
+def _most(room: int) -> int:
+    return max(0, min(room, MOST_DRAFTED))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from peerd.client.speculation.acceptance import PRIOR_SHARE, Acceptance, Watch
+from peerd.client.speculation.acceptance import Acceptance, Watch
+from peerd.client.speculation.confidence import PRIOR_SHARE
 from peerd.client.speculation.drafts import Draft
 
 
