@@ -63,6 +63,7 @@ class Api:
             Route("/v1/models/{name:path}", self.show_model),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/requests/{id}/cancel", self.cancel, methods=["POST"]),
             Route("/peerd/v1/status", self.status),
             Route("/peerd/v1/swarm", self.swarm),
             Route("/healthz", self.health),
@@ -113,6 +114,13 @@ class Api:
         wanted = await self._chats.read(request, read_chat)
         chat = await self._chats.open(wanted)
         return self._respond(chat.answers, chat.shape, wanted.common.rows, wanted.common)
+
+    async def cancel(self, request: Request) -> Response:
+        request_id = request.path_params["id"]
+        if not self._chats.answering.cancel(request_id):
+            problem = f"there is no request {request_id[:100]!r} that is being answered"
+            raise ApiError(404, problem, code="request_not_found")
+        return JSONResponse({"id": request_id, "cancelled": True})
 
     async def status(self, request: Request) -> Response:
         return JSONResponse(await self._status.describe() | {"answering": self._chats.answering.count})

@@ -34,7 +34,7 @@ _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
 _ALLOWED_HEADERS = "Authorization, Content-Type"
 # OpenAI's client sends more than a dozen of its own (X-Stainless-*).
 _ASKED_HEADERS = re.compile(r"[A-Za-z0-9-]{1,64}( ?, ?[A-Za-z0-9-]{1,64}){0,63}")
-_EXPOSED_HEADERS = "Retry-After"
+_EXPOSED_HEADERS = "Retry-After, X-Request-Id"
 
 
 @dataclass(frozen=True, slots=True)

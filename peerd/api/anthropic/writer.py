@@ -22,7 +22,7 @@ class MessageWriter:
     def __init__(self, chat: Chat, model: str) -> None:
         self._chat = chat
         self._model = model
-        self._id = f"msg_{uuid.uuid4().hex}"
+        self.answer_id = f"msg_{uuid.uuid4().hex}"
         # The blocks so far, of which the last one is open in a stream unless it is a call.
         self._blocks: list[dict[str, Any]] = []
         self._is_open = False
@@ -59,7 +59,7 @@ class MessageWriter:
 
     def _message(self) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.answer_id,
             "type": "message",
             "role": "assistant",
             "model": self._model,

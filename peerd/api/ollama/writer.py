@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -47,6 +48,8 @@ class LineWriter:
     content_type = "application/x-ndjson"
 
     def __init__(self, chat: Chat, model: str, shown: Shown) -> None:
+        # Ollama's lines do not show it.
+        self.answer_id = f"req-{uuid.uuid4().hex}"
         self._chat = chat
         self._model = model
         self._shown = shown

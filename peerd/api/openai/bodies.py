@@ -24,7 +24,7 @@ class ChatShape:
     def __init__(self, model: str, bytes_of: BytesOf) -> None:
         self._model = model
         self._bytes_of = bytes_of
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
     def opening(self, index: int) -> dict[str, Any]:
@@ -68,7 +68,13 @@ class ChatShape:
         return self._frame("chat.completion.chunk", choices)
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+        return {
+            "id": self.answer_id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
 
     def _logprobs(self, picks: Sequence[Picked]) -> dict[str, Any] | None:
         if picks[0].logprobs is None:
@@ -95,7 +101,7 @@ class CompletionShape:
         self._model = model
         self._bytes_of = bytes_of
         self._echoes = echoes
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self.answer_id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._only_prompts = only_prompts
         self._offsets = [len(echo.text) for echo in echoes]
@@ -137,7 +143,7 @@ class CompletionShape:
 
     def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.answer_id,
             "object": "text_completion",
             "created": self._created,
             "model": self._model,

@@ -33,6 +33,11 @@ class EventWriter:
         self._common = common
         self._chain: dict[str, Any] | None = None
 
+    @property
+    def answer_id(self) -> str:
+        """The `id` in every piece."""
+        return self._shape.answer_id
+
     def opening(self) -> bytes:
         """The pieces that come before the first token."""
         return self._events([piece for index in range(self._count) if (piece := self._shape.opening(index))])

@@ -6,13 +6,16 @@ nothing was sent. So the first token is awaited before the first byte is sent.
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 import trio
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peerd.api.error_shapes import error_response
 from peerd.api.errors import ApiError, api_error
@@ -22,6 +25,10 @@ from peerd.client.picked import Picked
 from peerd.protocol.errors import PeerdError
 from peerd.trio_tools import open_tasks
 
+# How a client names its request, and is told the name of it.
+_REQUEST_ID = "x-request-id"
+_NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
 
 class Writer(Protocol):
     """Writes the answers to one request in the form of an API."""
@@ -29,6 +36,10 @@ class Writer(Protocol):
     @property
     def content_type(self) -> str:
         """Of a stream."""
+
+    @property
+    def answer_id(self) -> str:
+        """What the client may call the answer by."""
 
     def opening(self) -> bytes:
         """What a stream begins with."""
@@ -49,16 +60,20 @@ class Writer(Protocol):
 class _LongResponse(Response):
     """Takes a place among the answers, and is computed until the client hangs up."""
 
-    def __init__(self, answering: Answering) -> None:
+    def __init__(self, answering: Answering, answer_id: str) -> None:
         super().__init__()
         self._answering = answering
+        self._answer_id = answer_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get(_REQUEST_ID, "")
+        names = [given, self._answer_id] if _NAME.fullmatch(given) else [self._answer_id]
+        named = _naming(send, names[0])
         try:
-            with self._answering.place():
-                await self._answer(scope, receive, send)
+            with self._answering.place(*names) as self._place:
+                await self._answer(scope, receive, named)
         except ApiError as error:
-            await error_response(error, scope["path"])(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, named)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: ASGIApp | None = None
@@ -86,11 +101,11 @@ class ComputedResponse(_LongResponse):
     """A response that `compute` makes, and that comes at once."""
 
     def __init__(self, compute: Callable[[], Awaitable[Response]], answering: Answering) -> None:
-        super().__init__(answering)
+        super().__init__(answering, f"req-{uuid.uuid4().hex}")
         self._make = compute
 
     async def _compute(self, send: Send) -> ASGIApp:
-        async with aclosing(self._only()) as only, aclosing(self._answering.pieces(only)) as responses:
+        async with aclosing(self._only()) as only, aclosing(self._answering.pieces(only, self._place)) as responses:
             return await anext(responses)
 
     async def _only(self) -> AsyncGenerator[Response, None]:
@@ -101,14 +116,14 @@ class AnswerResponse(_LongResponse):
     """A request's answers, in one body or as a stream. `count`: of answers."""
 
     def __init__(self, answers: Answers, writer: Writer, *, count: int, stream: bool, answering: Answering) -> None:
-        super().__init__(answering)
+        super().__init__(answering, writer.answer_id)
         self._answers = answers
         self._writer = writer
         self._count = count
         self._stream = stream
 
     async def _compute(self, send: Send) -> ASGIApp:
-        async with self._answers.open() as picked, aclosing(self._answering.pieces(picked)) as tokens:
+        async with self._answers.open() as picked, aclosing(self._answering.pieces(picked, self._place)) as tokens:
             if self._stream:
                 first = await anext(tokens)
                 await self._send_stream(send, first, tokens)
@@ -139,6 +154,18 @@ class AnswerResponse(_LongResponse):
             await _send_more(send, writer.failure(api_error(error) if isinstance(error, PeerdError) else error))
         else:
             await _send_more(send, writer.closing())
+
+
+def _naming(send: Send, name: str) -> Send:
+    """Tell the client the name of its request."""
+    header = (_REQUEST_ID.encode(), name.encode())
+
+    async def send_named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return send_named
 
 
 async def _end(scope: Scope, receive: Receive, send: Send) -> None:

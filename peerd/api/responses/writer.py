@@ -35,7 +35,7 @@ class ResponseWriter:
         self._chat = chat
         self._wanted = wanted
         self._keep = keep
-        self._id = f"resp_{uuid.uuid4().hex}"
+        self.answer_id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._sequence = 0
         self._reasoning_tokens = 0
@@ -93,7 +93,7 @@ class ResponseWriter:
     def _body(self, status: str) -> dict[str, Any]:
         is_over = status in ("completed", "incomplete")
         return self._wanted.shown | {
-            "id": self._id,
+            "id": self.answer_id,
             "object": "response",
             "created_at": self._created,
             "completed_at": int(time.time()) if status == "completed" else None,

@@ -180,11 +180,12 @@ class Caller:
     def __init__(self, app):
         self._app = app
 
-    async def post(self, path, value, *, hang_up=None, answer=None):
+    async def post(self, path, value, *, hang_up=None, answer=None, headers=()):
         hang_up = trio.Event() if hang_up is None else hang_up
-        return await self.post_bytes(path, json.dumps(value).encode(), hang_up=hang_up, answer=answer)
+        body = json.dumps(value).encode()
+        return await self.post_bytes(path, body, hang_up=hang_up, answer=answer, headers=headers)
 
-    async def post_bytes(self, path, body, *, is_whole=True, hang_up=None, answer=None):
+    async def post_bytes(self, path, body, *, is_whole=True, hang_up=None, answer=None, headers=()):
         answer = answer or Answer()
         if hang_up is None:
             hang_up = trio.Event()
@@ -205,7 +206,8 @@ class Caller:
                 answer.body += message["body"]
             await trio.lowlevel.checkpoint()
 
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "scheme": "http"}
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "scheme": "http"}
+        scope |= {"headers": list(headers)}
         await self._app(scope | {"server": ("localhost", 80), "root_path": ""}, receive, send)
         return answer
 
