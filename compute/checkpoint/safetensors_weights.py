@@ -91,10 +91,23 @@ class SafetensorsWeights:
             yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def grid(self, parameter: str) -> Grid | None:
-        return None
+        recipe, words = self._recipes.get(parameter), self._packing.words if self._packing else None
+        # Experts that are stored one by one are put together from plain numbers.
+        if words is None or recipe is None or recipe.parts:
+            return None
+        pieces = self._pieces.get(recipe.names[0])
+        if pieces is None:
+            return None
+        return words.grid({role: self._header_of(self._shard_of[name])[name].shape for role, name in pieces.items()})
 
     def read_codes(self, parameter: str) -> Iterator[CodeRows]:
-        raise ValueError(f"{parameter} has no grid")
+        words, pieces = (
+            self._packing.words if self._packing else None,
+            self._read_pieces(self._recipe(parameter).names[0]),
+        )
+        if words is None or pieces is None:
+            raise ValueError(f"{parameter} has no grid")
+        yield words.read(pieces)
 
     def stored(self, parameter: str) -> Iterator[StoredBytes]:
         for name in self._stored_names(parameter):

@@ -250,8 +250,8 @@ def _cost(checkpoint: Checkpoint, block: int, layer: torch.nn.Module, dtype: tor
             target, form = found[name]
             n_bytes += target.n_bytes(form)
             if quantize == PACKED:
-                # Rows are read a run at a time.
-                source = 0
+                # Rows are read a run at a time: of GGUF from the file, else from pieces of at most a byte a value.
+                source = 0 if checkpoint.is_gguf else tensor.numel()
             elif target.stacked and not checkpoint.is_gguf:
                 # An expert's pieces, the expert, and the one before it.
                 source = 3 * source // target.count

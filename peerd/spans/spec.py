@@ -33,7 +33,7 @@ class ServeSpec:
     blocks: a span, a number of blocks, or None for all that fit. If no span is named, the swarm's need decides which
         blocks, now and, unless `stay` is set, later too.
     dtype: for computing; defaults to the checkpoint's.
-    quantize: how weights are stored: `none`, `packed` (as a quantized GGUF file has them), `int8` or `nf4`; None for
+    quantize: how weights are stored: `none`, `packed` (as a quantized file has them), `int8` or `nf4`; None for
         `packed` where the file allows it, this CPU is faster so and no dtype is named, else `none`.
     memory_bytes: the limit for what serving takes beyond the program itself, on each device.
     throughput: announced instead of the measured one, in positions a second through one block.

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from peerd.compute.checkpoint.packed.code_rows import Words
 from peerd.compute.checkpoint.packed.four_bits import bnb_four_bit_rows, mxfp4_rows, nvfp4_rows
 from peerd.compute.checkpoint.packed.pieces import Pieces, PlainRows, plain
 from peerd.compute.checkpoint.packed.scaled import bnb_int8_rows, scaled_rows
-from peerd.compute.checkpoint.packed.words import awq_rows, gptq_rows, packed_rows
+from peerd.compute.checkpoint.packed.words import WORD_BITS, GptqRows, awq_rows, gptq_rows, packed_rows
 from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.family import Family
 
@@ -50,6 +51,8 @@ class Packing:
     key: str
     rows: Callable[[Pieces], PlainRows]
     turned: bool = False
+    #: How its integers can be kept; None if they can only be dequantized.
+    words: Words | None = None
 
     def sort(self, stored_names: Iterable[str]) -> dict[str, dict[str, str]]:
         """The quantized parameters by name, each with the stored names of its pieces by role."""
@@ -181,13 +184,20 @@ _WORDS = {
 def _awq(said: _Said) -> Packing:
     said.one_of("bits", (4,), 4)
     said.one_of("version", ("gemm", "GEMM"), "gemm")
-    return Packing("awq", _WORDS, "scale", awq_rows)
+    return Packing("awq", _WORDS, "scale", awq_rows, words=Words("awq", 4, 1, awq_rows))
 
 
 def _gptq(said: _Said) -> Packing:
     bits = said.one_of("bits", (2, 4, 8), None)
     form = said.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
-    return Packing("gptq", _WORDS, "scale", lambda pieces: gptq_rows(pieces, bits, stored_one_less=form != "gptq_v2"))
+
+    def rows(pieces: Pieces) -> GptqRows:
+        return gptq_rows(pieces, bits, stored_one_less=form != "gptq_v2")
+
+    # Otherwise only the pieces themselves would say whether their columns are in order.
+    in_order = said.fields.get("desc_act") is False
+    words = Words("gptq", bits, WORD_BITS // bits, rows) if in_order else None
+    return Packing("gptq", _WORDS, "scale", rows, words=words)
 
 
 def _bitsandbytes(said: _Said) -> Packing:

@@ -13,7 +13,8 @@ import torch
 
 from peerd.compute.checkpoint.packed.pieces import Pieces
 
-_WORD_BITS = 32
+#: The bits of a word.
+WORD_BITS = 32
 # The row that AWQ puts into each half byte of a word, beginning with the lowest.
 _AWQ_BITS = 4
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -21,7 +22,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def unpack_words(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """The unsigned integers in int32 words, lowest bits first, unpacked along `dim`."""
-    per_word = _WORD_BITS // bits
+    per_word = WORD_BITS // bits
     shifts = torch.arange(per_word, dtype=torch.int32) * bits
     spread = (words.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (words.ndim - dim - 1))) & ((1 << bits) - 1)
     return spread.flatten(dim, dim + 1)
@@ -39,16 +40,24 @@ class GptqRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.words.shape[1], self.words.shape[0] * (_WORD_BITS // self.bits)
+        return self.words.shape[1], self.words.shape[0] * (WORD_BITS // self.bits)
 
     def rows(self, start: int, end: int) -> torch.Tensor:
         values = unpack_words(self.words[:, start:end], self.bits, 0).float()
         return ((values - self.zeros[self.groups, start:end]) * self.scales[self.groups, start:end]).t()
 
+    def integers(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = unpack_words(self.words[:, start:end], self.bits, 0)
+        return values.t(), self.scales[:, start:end].t(), self.zeros[:, start:end].t()
+
+    def in_order(self) -> bool:
+        columns, count = len(self.groups), len(self.scales)
+        return columns % count == 0 and torch.equal(self.groups, torch.arange(columns) // (columns // count))
+
 
 def gptq_rows(pieces: Pieces, bits: int, *, stored_one_less: bool) -> GptqRows:
     """One matrix of GPTQ. `stored_one_less`: zero points are stored minus one, as in all files but `gptq_v2`."""
-    per_word = _WORD_BITS // bits
+    per_word = WORD_BITS // bits
     words = pieces.take("values", "int32", ndim=2)
     scales = pieces.take("scale", "numbers", ndim=2).float()
     columns, rows = words.shape[0] * per_word, words.shape[1]
@@ -73,10 +82,17 @@ class AwqRows:
     def shape(self) -> tuple[int, int]:
         return self.scales.shape[1], self.words.shape[0]
 
-    def rows(self, start: int, end: int) -> torch.Tensor:
+    def integers(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         per_word = len(_AWQ_ORDER)
         first, last = start // per_word, -(-end // per_word)
         values = _awq_values(self.words[:, first:last])[:, start - first * per_word :][:, : end - start]
+        return values.t(), self.scales[:, start:end].t(), self.zeros[:, start:end].t()
+
+    def in_order(self) -> bool:
+        return True
+
+    def rows(self, start: int, end: int) -> torch.Tensor:
+        values = self.integers(start, end)[0].t()
         group = self.words.shape[0] // len(self.scales)
         zeros = self.zeros[:, start:end].repeat_interleave(group, dim=0)
         scales = self.scales[:, start:end].repeat_interleave(group, dim=0)
@@ -131,7 +147,7 @@ def packed_rows(pieces: Pieces) -> PackedRows:
     if len(shape) != 2 or shape[0] != len(words) or shape[1] < 1:
         raise pieces.wrong(f"is said to have the shape {shape}, for words of shape {list(words.shape)}")
     columns = shape[1]
-    bits = next((bits for bits in (4, 8) if -(-columns * bits // _WORD_BITS) == words.shape[1]), None)
+    bits = next((bits for bits in (4, 8) if -(-columns * bits // WORD_BITS) == words.shape[1]), None)
     if bits is None:
         raise pieces.wrong(f"packs {columns} columns into {words.shape[1]} words, neither as 4 nor as 8 bits")
     scales = pieces.scale()
@@ -142,7 +158,7 @@ def packed_rows(pieces: Pieces) -> PackedRows:
     zeros = None
     if "zero" in pieces:
         zero_words = pieces.take("zero", "int32", ndim=2)
-        pieces.check_shape("zero", zero_words, (-(-len(words) * bits // _WORD_BITS), scales.shape[1]))
+        pieces.check_shape("zero", zero_words, (-(-len(words) * bits // WORD_BITS), scales.shape[1]))
         zeros = unpack_words(zero_words, bits, 0)[: len(words)].float() - _half(bits)
     return PackedRows(words, zeros, scales, _groups(pieces, columns, scales.shape[1]), bits)
 
