@@ -71,7 +71,12 @@ class _Cli(click.Group):
         given, rest, order = self.make_parser(ctx).parse_args(list(args))
         # --help and --version end the command before anything is read, and a shell only asks for names.
         if not ctx.resilient_parsing and all(param.name == "config" or not param.is_eager for param in order):
-            configure(self, ctx, given.get("config"), rest[0] if rest else None)
+            try:
+                configure(self, ctx, given.get("config"), rest[0] if rest else None)
+            except click.UsageError:
+                # A command's own help is shown, whatever the file says.
+                if not {"-h", "--help"} & set(rest):
+                    raise
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

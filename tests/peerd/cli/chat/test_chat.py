@@ -228,8 +228,11 @@ async def test_ctrl_c_twice_leaves(tmp_path: Path) -> None:
         with pytest.raises(Interrupted) as left:
             await chat_of(daemon, Key.INTERRUPT, "/help", Key.INTERRUPT, Key.INTERRUPT).run()
         assert left.value.exit_code == 130
-        scope = trio.CancelScope()
+        scope, answer = trio.CancelScope(), trio.CancelScope()
         chat = chat_of(daemon)
+        chat._answering = answer
+        chat.signalled(signal.SIGINT, scope)
+        assert (answer.cancel_called, scope.cancel_called) == (True, False)
         chat.signalled(signal.SIGINT, scope)
         assert scope.cancel_called
 

@@ -94,6 +94,9 @@ def test_help_and_version_need_no_file(config: Path) -> None:
     config.write_text("nonsense")
     for option in ("--help", "--version"):
         assert run(option).exit_code == 0
+    assert run("peers", "--help").exit_code == 0
+    assert run("generate", "-h").exit_code == 0
+    assert run("peers").exit_code == 2
     assert run().exit_code == 2
 
 
