@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 import trio
 
 from peerd.cli.processes import open_peer_processes
@@ -53,6 +54,19 @@ async def test_a_daemon_of_its_own_answers_as_transformers_does(model_path, refe
         decisive = reference.tokenizer.decode(expected.decisive, skip_special_tokens=True)
         assert text.startswith(decisive)
         assert decisive
+        forced = request | {"max_tokens": 20, "structured_outputs": {"choice": ["Rome", "Paris", "Oslo"]}}
+        status, body = await ask(socket, "/v1/chat/completions", forced)
+        choice = json.loads(body)["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("Paris", "stop")
+        prompt = reference.encode(f"{QUESTION} It is Paris.")
+        scored = {"model": "smol", "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}
+        status, body = await ask(socket, "/v1/completions", scored)
+        scores = json.loads(body)["choices"][0]["logprobs"]["token_logprobs"]
+        with torch.no_grad():
+            logits = reference.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert scores[1:] == pytest.approx(
+            logits[:-1].gather(1, torch.tensor(prompt)[1:, None])[:, 0].tolist(), abs=1e-3
+        )
         shown = await trio.run_process(
             [sys.executable, "-m", "peerd", "status", "--socket", str(socket)], capture_stdout=True
         )

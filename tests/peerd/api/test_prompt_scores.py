@@ -139,6 +139,20 @@ async def test_a_long_prompt_is_scored_over_pieces_of_the_session(ask, expected)
     assert math.isfinite(sum(values[1:]))
 
 
+async def test_all_of_a_prompt_is_scored_though_an_earlier_answer_has_computed_it(open_api, soft_head):
+    prompt = IDS * 10
+    scored = {"model": "bytes", "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0}
+    plain = {"model": "bytes", "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    async with open_api(soft_head, kept_positions=4096) as (caller, _):
+        before = lists_of(await caller.post("/v1/completions", scored))
+        first = await caller.post("/v1/completions", plain)
+        assert lists_of(await caller.post("/v1/completions", scored)) == before
+        # And its session, which no chat goes on from, takes the place of none that is kept.
+        again = await caller.post("/v1/completions", plain)
+    assert first.json["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert again.json["usage"]["prompt_tokens_details"]["cached_tokens"] == len(prompt) - 1
+
+
 async def test_a_hop_s_death_meanwhile_changes_no_score(open_api, soft_head):
     body = {"model": "bytes", "prompt": IDS * 20, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
     async with open_api(soft_head) as (caller, swarm):
