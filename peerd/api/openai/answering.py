@@ -71,7 +71,7 @@ class Answering:
         place = Place()
         self._count += 1
         self._places.add(place)
-        own = [name for name in names if name not in self._named]
+        own = [name for name in dict.fromkeys(names) if name not in self._named]
         self._named |= dict.fromkeys(own, place)
         try:
             yield place

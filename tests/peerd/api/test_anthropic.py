@@ -146,6 +146,14 @@ async def test_one_call_is_made_if_the_client_wants_no_more(answer_of):
     assert [block["type"] for block in message["content"]] == ["tool_use"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "must_call"),
+    [({"type": "any"}, ("weather", "time")), ({"type": "tool", "name": "time"}, ("time",)), ({"type": "auto"}, ())],
+)
+async def test_a_client_may_require_a_call(choice, must_call):
+    assert read(tools=[TOOL, TOOL | {"name": "time"}], tool_choice=choice).tools.must_call == must_call
+
+
 async def test_blocks_become_the_messages_that_templates_know():
     messages = [
         {"role": "user", "content": [text("Be kind."), text("Rome?")]},
@@ -228,6 +236,8 @@ async def test_what_asks_for_nothing_is_accepted():
         ({"tools": [TOOL], "tool_choice": {"type": "must"}}, "tool_choice.type"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "time"}}, "tool_choice.name"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits[0].type"),
         ({"output_config": {"format": {"type": "grammar"}}}, "output_config.format.type"),

@@ -147,6 +147,14 @@ async def test_items_become_messages():
     ]
 
 
+@pytest.mark.parametrize(
+    ("choice", "must_call"),
+    [("required", ("weather", "time")), ({"type": "function", "name": "time"}, ("time",)), ("auto", ())],
+)
+async def test_a_client_may_require_a_call(choice, must_call):
+    assert read(tools=[TOOL, TOOL | {"name": "time"}], tool_choice=choice).chat.tools.must_call == must_call
+
+
 async def test_what_asks_for_nothing_is_accepted():
     wanted = read(
         background=False,
@@ -187,6 +195,8 @@ async def test_what_asks_for_nothing_is_accepted():
         ({"temperature": "hot"}, "temperature"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"tools": [{"type": "code_interpreter"}]}, "tools[0].type"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "time"}}, "tool_choice.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
         ({"tools": [{"type": "web_search"}, TOOL | {"name": "a b"}]}, "tools[1].name"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
