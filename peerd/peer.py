@@ -130,14 +130,22 @@ class Peer:
         model with another tokenizer.
         """
         await import_in_thread("peerd.compute.model.head", "peerd.client.open_model")
-        from peerd.client.open_model import open_drafting, open_model
+        from peerd.client.open_model import open_model
 
         async with self.checkpoints.open(path, revision) as checkpoint, open_model(self, checkpoint) as model:
             if draft is None:
                 yield model
                 return
-            async with self.checkpoints.open(draft) as small, open_drafting(model, small, draft_device):
+            async with self.drafting(model, draft, device=draft_device):
                 yield model
+
+    @asynccontextmanager
+    async def drafting(self, model: SwarmModel, draft: str | Path, *, device: str = "cpu") -> AsyncIterator[None]:
+        """Let a small model guess tokens for the answers of `model` that begin in the block; see `model`."""
+        from peerd.client.open_model import open_drafting
+
+        async with self.checkpoints.open(draft) as checkpoint, open_drafting(model, checkpoint, device):
+            yield
 
     @asynccontextmanager
     async def blocks(

@@ -56,7 +56,8 @@ class Offered:
     """What the local API offers, and where. If `token_file` is None, TCP needs no token.
 
     `open_page`: whether to show the page to the user who starts the daemon. `names`, `origins`: as in `Endpoint`.
-    `keep_positions`: how many positions the sessions of ended answers may hold, for each model.
+    `keep_positions`: how many positions the sessions of ended answers may hold, for each model. `drafts`: the small
+    models that guess tokens, by the name of the model for which they do (None: the only one), on `draft_device`.
     """
 
     models: tuple[tuple[str | None, Path | str], ...]
@@ -67,6 +68,8 @@ class Offered:
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     keep_positions: int = 0
+    drafts: tuple[tuple[str | None, Path | str], ...] = ()
+    draft_device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +183,18 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
     from peerd.api.serve import Endpoint, load_or_create_token, open_local_api
 
     models: dict[str, SwarmModel] = {}
+    drafts = dict(offered.drafts)
     for name, path in offered.models:
         model = await stack.enter_async_context(peer.model(path))
         if (name := name or model.facts.name) in models:
             raise InvalidRequest(f"two models are called {name}: name one of them, --model NAME={path}")
         if offered.keep_positions:
             model.keep_sessions(offered.keep_positions)
+        if draft := drafts.pop(name, None) or drafts.pop(None, None):
+            await stack.enter_async_context(peer.drafting(model, draft, device=offered.draft_device))
         models[name] = model
+    for name, draft in drafts.items():
+        raise InvalidRequest(f"--draft {name}={draft}: there is no model {name}; there is {', '.join(models)}")
     token = load_or_create_token(offered.token_file) if offered.token_file and offered.http else None
     host, port = offered.http or (None, 0)
     endpoint = Endpoint(offered.socket_path, host, port, token, offered.token_file, offered.names, offered.origins)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peerd.cli.console import say, short, working, write
-from peerd.cli.options.shared import JoinOptions
+from peerd.cli.options.shared import Drafting, JoinOptions
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.peer import open_peer
 from peerd.protocol.errors import InvalidRequest
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request to a model. `sampling` are arguments of `SamplingParams.from_config`; `adapter` and `speculate` are
-    what `SwarmModel.generate` takes.
+    what `SwarmModel.generate` takes. `draft` is the small model that guesses tokens, if one does.
     """
 
     prompt: str
@@ -32,6 +32,7 @@ class Request:
     sampling: Mapping[str, float | int | None]
     adapter: str | Path | None = None
     speculate: bool = True
+    draft: Drafting | None = None
 
 
 async def generate(
@@ -56,6 +57,9 @@ async def generate(
             peer = await stack.enter_async_context(opening)
             display.update(f"reading the head of {Path(model_path).name}")
             model = await stack.enter_async_context(peer.model(model_path))
+            if (draft := request.draft) is not None:
+                display.update(f"reading {Path(draft.model).name}, which drafts")
+                await stack.enter_async_context(peer.drafting(model, draft.model, device=draft.device))
         generation = await answer(model, request, quiet=as_json)
     if as_json:
         write(report(generation) + "\n")

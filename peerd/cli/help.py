@@ -36,6 +36,8 @@ HEADINGS = {
         "names",
         "origins",
         "keep_positions",
+        "drafts",
+        "draft_device",
         "open_page",
     ),
     "Join a swarm": ("bootstrap", "swarm_key", "identity"),

@@ -31,6 +31,8 @@ from peerd.cli.options.daemon import daemon_of, daemon_options
 from peerd.cli.options.parsing import at_revision, parse_model
 from peerd.cli.options.shared import (
     disk_option,
+    draft_options,
+    drafting,
     join_options,
     joining,
     json_option,
@@ -173,6 +175,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 )
 @sampling_options
 @speculate_option
+@draft_options
 @json_option
 @join_options
 @verbose_option
@@ -200,6 +203,7 @@ def generate(
     """
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other: give one of them")
+    draft = drafting(options, speculate=speculate)
     swarm = joining(options)
     if not swarm.bootstrap:
         raise click.UsageError(
@@ -217,7 +221,7 @@ def generate(
     from peerd.cli.generate import Request
     from peerd.cli.generate import generate as run_generate
 
-    request = Request(prompt, chat, options, adapter, speculate)
+    request = Request(prompt, chat, options, adapter, speculate, draft)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     run_once(ctx, work, verbose=verbose)
 

@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING
 import click
 import platformdirs
 
-from peerd.cli.options.parsing import parse_host_name, parse_host_port, parse_origin
+from peerd.cli.options.parsing import parse_host_name, parse_host_port, parse_named_model, parse_origin
 from peerd.cli.options.rules import ApiOptions
-from peerd.cli.options.shared import Command
+from peerd.cli.options.shared import Command, draft_device_option
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Offered
 
 _OPTIONS = (
+    click.option(
+        "--draft",
+        "drafts",
+        type=parse_named_model,
+        multiple=True,
+        metavar="[NAME=]MODEL",
+        help="Let this small model guess tokens for the model that the local API offers as NAME, where that is faster;"
+        " it must have the same tokenizer. It is fetched and run whole on this machine. Answers are the same. Repeat it"
+        " for several.",
+    ),
+    draft_device_option,
     click.option(
         "--client",
         is_flag=True,
@@ -95,4 +106,15 @@ def offered(api: ApiOptions, models: tuple[tuple[str | None, Path | str], ...]) 
     if api.http is not None and not api.no_token and token_file is None:
         token_file = platformdirs.user_state_path("peerd") / "api.token"
     socket_path = api.socket_path or default_socket_path()
-    return Offered(models, socket_path, api.http, token_file, api.open_page, api.names, api.origins, api.keep_positions)
+    return Offered(
+        models,
+        socket_path,
+        api.http,
+        token_file,
+        api.open_page,
+        api.names,
+        api.origins,
+        api.keep_positions,
+        api.drafts,
+        api.draft_device or "cpu",
+    )

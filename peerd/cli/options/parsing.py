@@ -142,6 +142,13 @@ def parse_device(value: str) -> str:
     return value
 
 
+def parse_one_device(value: str) -> str:
+    """One device by torch's name."""
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", value) is None:
+        raise click.BadParameter(f"{value!r} is not cpu, cuda or cuda:N")
+    return value
+
+
 def parse_adapter(value: str) -> tuple[str, str | Path]:
     """`NAME=SOURCE`, a directory or a hub id; or a hub id alone, whose last part is the name."""
     name, equals, source = value.partition("=")

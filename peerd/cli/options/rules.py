@@ -50,6 +50,8 @@ class ApiOptions:
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     keep_positions: int = 0
+    drafts: tuple[tuple[str | None, Path | str], ...] = ()
+    draft_device: str | None = None
 
     @property
     def is_offered(self) -> bool:
@@ -169,6 +171,22 @@ RULES: tuple[Rule, ...] = (
             len({name for name, _ in options.models if name}) < sum(1 for name, _ in options.models if name)
         ),
         "two of --model have the same NAME: give each its own, --model NAME=MODEL",
+    ),
+    (
+        lambda options: options.api.drafts and not (options.api.is_offered and options.models),
+        "--draft guesses for the models that the local API offers: add --client and --model",
+    ),
+    (
+        lambda options: options.api.draft_device and not options.api.drafts,
+        "--draft-device is for --draft MODEL: add it",
+    ),
+    (
+        lambda options: len(options.models) > 1 and any(name is None for name, _ in options.api.drafts),
+        "--draft must say for which --model it guesses: --draft NAME=MODEL",
+    ),
+    (
+        lambda options: len({name for name, _ in options.api.drafts}) < len(options.api.drafts),
+        "two of --draft guess for the same model: give one of them",
     ),
 )
 

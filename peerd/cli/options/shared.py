@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from peerd.cli.options.parsing import parse_bootstrap, parse_memory, parse_peer_id
+from peerd.cli.options.parsing import parse_bootstrap, parse_memory, parse_model, parse_one_device, parse_peer_id
 from peerd.cli.watching.logs import LOG_FORMATS
 from peerd.protocol.addresses import Multiaddr
 
@@ -135,7 +135,45 @@ speculate_option = click.option(
     help="Guess tokens ahead where that is faster, and have the servers check them. The answer is the same."
     " Default: on.",
 )
+draft_device_option = click.option(
+    "--draft-device",
+    type=parse_one_device,
+    metavar="DEVICE",
+    help="Where the model of --draft runs: cpu, cuda (the first GPU) or cuda:N. Default: cpu.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """The small model that guesses tokens, and the device on which it runs."""
+
+    model: Path | str
+    device: str = "cpu"
+
+
+def draft_options(command: Command) -> Command:
+    """Add the options of a model that guesses tokens for another; `drafting` reads them."""
+    draft = click.option(
+        "--draft",
+        type=parse_model,
+        metavar="MODEL",
+        help="Let this small model guess tokens, where that is faster; it must have the same tokenizer. It is fetched"
+        " and run whole on this machine. The answer is the same.",
+    )
+    return draft(draft_device_option(command))
+
+
+def drafting(options: dict[str, Any], *, speculate: bool) -> Drafting | None:
+    """Take the options of `draft_options` out of a command's. Raises click.UsageError."""
+    model, device = options.pop("draft"), options.pop("draft_device")
+    if model is not None and not speculate:
+        raise click.UsageError("--draft guesses tokens, and --no-speculate says that none are guessed: leave out one")
+    if model is None:
+        if device is not None:
+            raise click.UsageError("--draft-device is for --draft MODEL: add it")
+        return None
+    return Drafting(model, device or "cpu")
 
 
 def sampling_options(command: Command) -> Command:

@@ -69,6 +69,8 @@ def _check_tokens(checkpoint: Checkpoint, tokenizer: Any, vocab_size: int, name:
 
 
 def _load(checkpoint: Checkpoint, device: str) -> WholeModel:
+    if (place := torch.device(device)).type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(f"there is no {device} here for the draft model {checkpoint.name}: run it on cpu")
     longest = min(checkpoint.max_length or MAX_LENGTH, _POSITIONS)
     try:
         return load_whole(checkpoint, device=device, positions=_POSITIONS, max_length=longest)

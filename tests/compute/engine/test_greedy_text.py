@@ -85,6 +85,13 @@ def test_right_and_wrong_guesses_and_long_pauses_change_nothing(text, reference)
     check(text, reference, longer)
 
 
+def test_wrong_guesses_and_another_text_are_cut_off(text, reference):
+    tokens = check(text, reference, TEXT)
+    check(text, reference, [*TEXT, (tokens[0] + 1) % 128])
+    check(text, reference, TEXT[::-1])
+    check(text, reference, TEXT[:20])
+
+
 def test_only_what_is_new_is_computed(text, model, monkeypatch):
     counts = []
     compute = WholeModel.compute

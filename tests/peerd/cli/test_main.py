@@ -150,6 +150,11 @@ def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
         (["generate", "MODEL", "--bootstrap", ADDRESS, "--prompt", "x", "--max-new-tokens", "0"], "x>=1"),
         (["demo", "--servers", "0"], "x>=1"),
         (["generate", "MODEL", "--prompt", "x", "--prompt-file", "MODEL/config.json"], "exclude each other"),
+        (["generate", "MODEL", "--prompt", "x", "--draft", "MODEL", "--no-speculate"], "leave out one"),
+        (["generate", "MODEL", "--prompt", "x", "--draft-device", "cuda"], "for --draft MODEL"),
+        (["generate", "MODEL", "--prompt", "x", "--draft", "./nowhere"], "./nowhere does not exist"),
+        (["--client", "--model", "MODEL", "--draft", "MODEL", "--draft-device", "cuda:all"], "cuda or cuda:N"),
+        (["--client", "--draft", "MODEL"], "add --client and --model"),
         (["serve"], "No such command"),
     ],
 )

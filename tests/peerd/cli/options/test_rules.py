@@ -47,8 +47,15 @@ BROKEN = [
     ({"api": CLIENT, "announce": HERE}, "--announce"),
     ({"api": CLIENT, "relay": RelayLimits()}, "--relay"),
     ({"api": CLIENT, "models": (("a", "org/one"), ("a", "org/two"))}, "two of --model"),
+    ({"api": ApiOptions(client=True, drafts=(ONE,))}, "--draft guesses"),
+    ({"serve_blocks": 4, "models": (ONE,), "api": ApiOptions(drafts=(TWO,))}, "--draft guesses"),
+    ({"api": ApiOptions(client=True, draft_device="cuda"), "models": (ONE,)}, "--draft-device is"),
+    ({"api": ApiOptions(client=True, drafts=(ONE,)), "models": (ONE, TWO)}, "--draft must"),
+    ({"api": ApiOptions(client=True, drafts=(ONE, TWO)), "models": (ONE,)}, "two of --draft"),
 ]
 WHOLE = [
+    {"api": ApiOptions(client=True, drafts=(("a", "org/s"), ("b", "org/s")), draft_device="cpu"), "models": (ONE, TWO)},
+    {"api": ApiOptions(client=True, drafts=(ONE,)), "models": (TWO,)},
     {"listen": HERE},
     {"listen": HERE, "announce": HERE, "relay": RelayLimits(), "stop_on_eof": True},
     {"api": CLIENT},

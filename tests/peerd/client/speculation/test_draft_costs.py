@@ -8,9 +8,11 @@ import pytest
 import trio
 
 from peerd.client.speculation.confidence import grade_of
+from peerd.client.speculation.controller import Controller
 from peerd.client.speculation.draft_times import DraftTimes
 from peerd.client.speculation.drafts import Draft
 from peerd.client.speculation.speculation import Speculation
+from peerd.client.speculation.step_times import StepTimes
 
 TOKENS = 400
 PLAIN_S = 0.1
@@ -179,6 +181,34 @@ async def test_answers_of_several_rows_have_no_draft_model():
             assert await speculator.drafts([(0, [1], 8), (1, [1], 8)]) == [(), ()]
             speculator.note(2, 0, 2, PLAIN_S)
     assert (oracle.asked, oracle.ended) == (0, 0)
+
+
+def begun():
+    """A controller that has seen one plain step."""
+    controller = Controller(StepTimes())
+    controller.note(1, 0, 1, PLAIN_S)
+    return controller
+
+
+def test_the_time_of_asking_counts_against_the_budget():
+    controller = begun()
+    assert controller.ask([], 0.9, 0.005, 8).count == 1
+    controller.note(1, 0, 1, PLAIN_S, asking_s=0.6 * PLAIN_S)
+    assert controller.ask([], 0.9, 0.005, 8) is None
+
+
+def test_what_a_wrong_guess_could_cost_must_be_left_in_the_budget():
+    assert begun().ask([], 0.95, 0.2 * PLAIN_S, 8).count == 1
+    assert begun().ask([], 0.95, 0.3 * PLAIN_S, 8) is None
+
+
+def test_a_guess_that_costs_more_than_it_gains_is_asked_for_once_to_learn():
+    controller = begun()
+    for _ in range(4):
+        controller.note(1, 1, 2, PLAIN_S)
+    assert controller.ask([], 0.6, 0.9 * PLAIN_S, 8).count == 1
+    assert controller.ask([], 0.6, 0.9 * PLAIN_S, 8) is None
+    assert controller.ask([], 0.95, 0.1 * PLAIN_S, 8).count > 1
 
 
 def test_the_time_of_a_token_is_a_mean_of_which_disturbances_count_little():
