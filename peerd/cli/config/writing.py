@@ -64,7 +64,8 @@ def in_force(settings: Sequence[Setting], config: Config) -> str:
     for setting in settings:
         given = config.given.get(setting.name)
         if given is None:
-            rows.append((f"# {setting.key}", "default"))
+            default = _default_of(setting)
+            rows.append((f"# {setting.key}" + ("" if default is None else f" = {toml(default)}"), "default"))
         else:
             rows.append((f"{setting.key} = {toml(given.value)}", given.source))
     width = min(_WIDTH // 2, max(len(left) for left, _ in rows))
@@ -73,13 +74,20 @@ def in_force(settings: Sequence[Setting], config: Config) -> str:
 
 
 def as_json(settings: Sequence[Setting], config: Config) -> str:
-    """The same for programs. A setting that nothing sets has no value here; `peerd --help` says what it then means."""
+    """The same for programs. A value of null: nothing sets it, and `peerd --help` says what that means."""
     listed = []
     for setting in settings:
         given = config.given.get(setting.name)
-        value, source = (None, "default") if given is None else (given.value, given.source)
+        value, source = (_default_of(setting), "default") if given is None else (given.value, given.source)
         listed.append({"key": setting.key, "variable": setting.variable, "value": value, "from": source})
     return json.dumps({"file": str(config.path), "exists": config.exists, "settings": listed}, indent=2)
+
+
+def _default_of(setting: Setting) -> Any:
+    """The value that a setting has when nothing sets it. None where that is decided when the daemon starts."""
+    default = setting.option.default
+    # Click has a value of its own for "none".
+    return default if isinstance(default, bool | int | float | str) else None
 
 
 def toml(value: Any) -> str:
