@@ -14,6 +14,10 @@ from peerd.compute.quantized.modules import AnyForm, Quantizable, matrices_of, q
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
 
+# Attention over latents multiplies by this weight itself (attention/latent.py). Packed, it could not, and every decode
+# would expand the whole past.
+_MULTIPLIED = ".kv_b_proj.weight"
+
 
 def forms_of(
     layer: nn.Module, checkpoint: Checkpoint, prefix: str, quantize: str
@@ -62,6 +66,8 @@ def has_grids(checkpoint: Checkpoint) -> bool:
 
 
 def _group_form(checkpoint: Checkpoint, parameter: str, target: Quantizable) -> GroupForm | None:
+    if parameter.endswith(_MULTIPLIED):
+        return None
     grid = checkpoint.grid(parameter)
     if grid is None or grid.transposed != target.transposed or target.columns % grid.group:
         return None

@@ -56,6 +56,11 @@ def choose_products(module: nn.Module) -> None:
             by_shape.setdefault(key, []).append(matrix)
     for matrices in by_shape.values():
         choice = choice_for(matrices)
+        dtype = "bfloat16" if choice.in_bf16 else "float32"
+        log.info(
+            "%d of %r: the kernel up to %d rows, above slices in %s",
+            *(len(matrices), matrices[0], choice.kernel_rows, dtype),
+        )
         for matrix in matrices:
             matrix.choice = choice
 

@@ -62,6 +62,7 @@ class World:
 
     async def serve(self, host: str, blocks: str, model: Path, *arguments: str) -> PeerProcess:
         serving = ("--serve-blocks", blocks, "--model", str(model), "--kv-tokens", "1024", "--throughput", "1000")
+        serving += ("--quantize", "none")
         return await self.start(host, *serving, *arguments)
 
     def generating(self, host: str, model: Path) -> list[str]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Type
+from torch import nn
 
 from peerd.compute.adapters.lora import LoraPair
 from peerd.compute.attention.attention import register_attention
@@ -23,9 +26,10 @@ from peerd.compute.engine.self_test import check_span
 from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import SpanModel, load_span
-from peerd.compute.model.stored_as import has_grids
+from peerd.compute.model.stored_as import forms_of, has_grids
 from peerd.compute.quantized import group_matrix, product_choice
 from peerd.compute.quantized.group_matrix import Choice
+from peerd.compute.quantized.groups import Grid
 from peerd.compute.quantized.modules import matrices_in
 from peerd.compute.steps import EngineStep
 from peerd.compute.training.passes import PassInput
@@ -182,6 +186,14 @@ def test_an_adapter_is_added_beside_packed_layers(checkpoint: Checkpoint) -> Non
     (result,) = engine.collect(batch, engine.run(batch))
     assert result.hidden is not None
     torch.testing.assert_close(result.hidden, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_weight_that_latent_attention_multiplies_by_stays_plain() -> None:
+    block = nn.Module()
+    block.self_attn = nn.Module()
+    block.self_attn.kv_b_proj, block.self_attn.o_proj = nn.Linear(64, 32), nn.Linear(64, 32)
+    everywhere: Any = SimpleNamespace(grid=lambda name: Grid(4, 32, True, "awq"))
+    assert list(forms_of(block, everywhere, "layers.0.", "packed")) == ["self_attn.o_proj.weight"]
 
 
 def test_a_file_of_plain_numbers_has_nothing_to_keep_packed(tmp_path: Path) -> None:
