@@ -138,6 +138,12 @@ class Server:
     def is_absent(self, peer_id: PeerId) -> bool:
         return False
 
+    def is_reached(self, peer_id: PeerId) -> bool:
+        return True
+
+    def lent_tokens(self, served: ServedSpan) -> int:
+        return 0
+
     def is_leaving(self, served: ServedSpan) -> bool:
         return self.leaving
 

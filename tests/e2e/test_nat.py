@@ -16,7 +16,7 @@ import trio
 
 from peerd.cli.main import EXIT_NO_CHAIN
 from peerd.cli.processes import PeerProcess, PeerProcesses, open_peer_processes
-from peerd.cli.watching.status import ask_daemon
+from peerd.cli.watching.asking import ask_daemon
 from tests.fakes.netlab import NAT_A, NAT_B, NEIGHBOUR, PUBLIC_HOSTS, RELAY1, RELAY2, A, B, NetLab, missing, open_lab
 
 pytestmark = [pytest.mark.real_time, pytest.mark.processes]
@@ -149,7 +149,7 @@ async def test_dial_backs_tell_a_nat_from_a_forwarded_port(tmp_path: Path) -> No
         # Its port is forwarded; it announces an address that none of its interfaces has.
         await wait_to_say(peers["neighbour"], f"others can dial us at /ip4/{NAT_A}/tcp/{PORT}/ws")
         await wait_to_say(peers["b"], f"nobody can dial us at /ip4/{NAT_B}/tcp/{PORT}/ws (silent)")
-        states = {host: await ask_daemon(tmp_path / host) for host in ("relay2", "neighbour", "b")}
+        states = {host: await ask_daemon(tmp_path / host, "/peerd/v1/status") for host in ("relay2", "neighbour", "b")}
     reach = {host: state["reachability"]["state"] for host, state in states.items()}
     assert reach == {"relay2": "public", "neighbour": "public", "b": "private"}
     addresses = states["neighbour"]["addresses"]
@@ -182,7 +182,7 @@ async def test_servers_in_two_private_networks_answer_through_relays_even_when_o
         try:
             assert process.stdout is not None
             printed = await process.stdout.receive_some()
-            state = await ask_daemon(tmp_path / "a")
+            state = await ask_daemon(tmp_path / "a", "/peerd/v1/status")
             (pushed_to,) = [peer for peer in state["peers"] if peer["peer_id"] == peers["b"].peer_id]
             (victim,) = [relay for relay in relays if relay.peer_id == pushed_to["relay"]]
             victim.process.send_signal(signal.SIGKILL)
