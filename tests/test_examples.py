@@ -120,4 +120,4 @@ class TestOnTheSwarm:
         said = capsys.readouterr().out.splitlines()
         assert "Paris" in said[0]
         assert said[1].startswith("torch.Size([1, ")
-        assert said[2].startswith("A cat sat ")
+        assert said[2].startswith("A cat sat")

@@ -180,17 +180,18 @@ def test_a_watcher_sees_the_progress_and_can_stop_it(
         pass
 
     seen: list[Transfer] = []
+    go_on = threading.Event()
+    # What is stopped ends with the next data; and if that came before it is stopped, the download would be complete.
+    hub_stalls = threading.Timer(1.0, go_on.set)
 
     def watch(transfer: Transfer) -> None:
         seen.append(transfer)
         if transfer.done_bytes >= 8 * SEND_BYTES:
+            hub_stalls.start()
             raise Enough
 
-    go_on = threading.Event()
     hub.fail("a.safetensors", Fault(cut_after=8 * SEND_BYTES, wait_for=go_on))
     with Files(dataclasses.replace(settings, watch=watch)) as files:
-        hub_stalls = threading.Timer(0.3, go_on.set)
-        hub_stalls.start()
         with pytest.raises(Enough):
             files.obtain("a.safetensors")
         hub_stalls.join()
@@ -326,8 +327,9 @@ def test_what_a_killed_process_fetched_is_not_fetched_again(
         process.send_signal(number)
         if number == signal.SIGINT:
             assert hear(process) == "interrupted"
-            go_on.set()  # what is stopped ends with the next data
-        process.wait(10)
+            # What is stopped ends with the next data; and it is stopped a moment after it has said so.
+            threading.Timer(1.0, go_on.set).start()
+        process.wait(20)
         go_on.set()
         kept = files.partial("a.safetensors").stat().st_size
         assert kept >= 8 * SEND_BYTES
