@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peerd
+from peerd.facade import bridge
 from peerd.facade.bridge import Bridge
 from tests.fakes.hub_server import HubServer, open_hub
 
@@ -24,6 +26,11 @@ class Servers:
     """Peers that serve spans of one model, in a Trio loop of their own."""
 
     def __init__(self) -> None:
+        # A bug ends a server under PEERD_STRICT=1, and only the log of the test that ran then would say so.
+        self._crashes: list[logging.LogRecord] = []
+        noting = logging.Handler(logging.ERROR)
+        noting.emit = self._crashes.append  # type: ignore[method-assign]
+        logging.getLogger(bridge.__name__).addHandler(noting)
         self.bridge = Bridge()
         self.peers: list[peerd.Peer] = []
         self._closes: list[Any] = []
@@ -56,7 +63,9 @@ class Servers:
         return sum(peer.server.sessions for peer in self.peers if peer.server is not None)
 
     def check_answers(self) -> None:
-        """Fail unless the servers' loop turns, and their port takes connections."""
+        """Fail if a server has crashed, or unless the servers' loop turns and their port takes connections."""
+        crashes = [logging.Formatter().format(record) for record in self._crashes]
+        assert not crashes, "\n".join(crashes)
 
         async def connect() -> None:
             with trio.fail_after(10):
