@@ -115,8 +115,9 @@ def _run_all(
     running.
     """
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="peerd-fetch") as pool:
-        pending = {pool.submit(job) for job in jobs}
         try:
+            # In here too: Ctrl-C while the threads start must stop those that run already.
+            pending = {pool.submit(job) for job in jobs}
             while pending:
                 done, pending = wait(pending, _WATCH_EVERY_S, FIRST_EXCEPTION)
                 for future in done:
