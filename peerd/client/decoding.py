@@ -100,7 +100,8 @@ class Decoding:
     async def tokens(self) -> AsyncGenerator[Picked, None]:
         """The tokens of all rows, as they come. Row 0 draws the tokens that a single answer would draw.
 
-        Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session.
+        Raises NoChain, Overloaded, ContextTooLong, InvalidRequest, BadResult. Close the generator to end the session,
+        or to have it kept where the model keeps sessions.
         """
         waits = failed = False
         decoding = nullcontext() if self._speculator is None else self._speculator.decoding(self._prompt, self._longest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -95,30 +95,23 @@ class SwarmModel(ServedBlocks):
         patience: Patience | None = None,
     ) -> AnswerSession:
         """A session for an answer to `prompt`: a kept one that has its beginning, or a new one. For the other arguments
-        see `session`. The caller gives it to `end_answer`.
+        see `session`. The caller gives it to `end_answer`. With an empty prompt it is a new one, which is not kept.
         """
-        kept, name = self.kept, adapter or ""
-        if kept is None or max_rows > 1 or self.facts.ropes_follow_length or not isinstance(name, str) or "/" in name:
-            kept = None
-        needed = Shape(max_length, max_rollback, str(name))
-        if kept is not None and (taken := kept.take(prompt, needed)) is not None:
+        start = partial(self.start_session, prompt_length=prompt_length, patience=patience)
+        # The ropes of some models depend on the first prompt's length; and an adapter's name may change its meaning.
+        is_keepable = bool(prompt) and max_rows == 1 and adapter is None and not self.facts.ropes_follow_length
+        if self.kept is None or not is_keepable:
+            session = await start(max_length=max_length, max_rows=max_rows, max_rollback=max_rollback, adapter=adapter)
+            return AnswerSession(session, 0, None)
+        if (taken := self.kept.take(list(prompt), Shape(max_length, max_rollback))) is not None:
             self._watch(taken.session)
             return taken
-        if kept is not None:
-            offers = await self._tools.finder.offers(CACHE_S)
-            max_length = roomy_length(max_length, min(self.facts.max_length, kept.budget), offers)
-            if not self.facts.has_windows:
-                # It costs nothing there, and chats are edited anywhere.
-                max_rollback = max_length
-        session = await self.start_session(
-            max_length=max_length,
-            max_rows=max_rows,
-            max_rollback=max_rollback,
-            prompt_length=prompt_length,
-            adapter=adapter,
-            patience=patience,
-        )
-        return AnswerSession(session, 0, None if kept is None else Shape(max_length, max_rollback, needed.adapter))
+        offers = await self._tools.finder.offers(CACHE_S)
+        max_length = roomy_length(max_length, min(self.facts.max_length, self.kept.budget), offers)
+        # Without windows it costs nothing, and chats are edited anywhere.
+        shape = Shape(max_length, max_rollback if self.facts.has_windows else max_length)
+        session = await start(max_length=shape.max_length, max_rollback=shape.max_rollback)
+        return AnswerSession(session, 0, shape)
 
     def end_answer(self, answer: AnswerSession, ids: Sequence[int]) -> None:
         """Keep the session of an answer if it can serve another one, or close it. `ids`: what its row has computed."""

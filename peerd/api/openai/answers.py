@@ -94,7 +94,7 @@ class Answers:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[AsyncGenerator[Picked, None]]:
-        """The tokens of all answers as they come; `row` is the answer's number. Leaving the context ends the sessions.
+        """The tokens of all answers as they come; `row` is the answer's number. Leaving the context ends the answers.
 
         Iterating raises PeerdError.
         """

@@ -8,9 +8,10 @@ again, as after any loss.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -31,23 +32,14 @@ LEAST_SPARE: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What must be the same for a session to serve another answer.
-
-    max_length: how many positions its row may have: as many as the answer needs, or more. adapter: its name in the
-        swarm; "" for none.
-    """
+    """The size of a session of one row: how many positions it may have, and how many can be cut off its end."""
 
     max_length: int
     max_rollback: int
-    adapter: str = ""
 
     def serves(self, needed: Shape) -> bool:
         """Whether a session of this shape serves an answer that needs another one."""
-        return (
-            self.max_length >= needed.max_length
-            and self.max_rollback >= needed.max_rollback
-            and self.adapter == needed.adapter
-        )
+        return self.max_length >= needed.max_length and self.max_rollback >= needed.max_rollback
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,17 +58,18 @@ class _Kept:
     """A session whose only row holds `ids`, all of which were computed."""
 
     session: Session
-    ids: Sequence[int]
+    ids: list[int]
     shape: Shape
 
-    def shared(self, prompt: Sequence[int]) -> int:
+    def shared(self, prompt: list[int]) -> int:
         """How many of the prompt's first positions need not be computed again. The last one always is, for its
         result.
         """
-        pairs = zip(self.ids, prompt[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        most = min(len(self.ids), max(0, len(prompt) - 1))
+        # Whole slices are compared, since prompts are long and this runs on the event loop.
+        return bisect_left(range(1, most + 1), True, key=lambda length: self.ids[:length] != prompt[:length])
 
-    def saves(self, prompt: Sequence[int]) -> int:
+    def saves(self, prompt: list[int]) -> int:
         """How many positions of the prompt it saves; 0 if it cannot be cut as far back as they go."""
         shared = self.shared(prompt)
         return shared if self.session.log.length(0) - shared <= self.shape.max_rollback else 0
@@ -127,12 +120,12 @@ class KeptSessions:
         """How many positions the kept sessions hold on each of their servers."""
         return sum(kept.shape.max_length for kept in self._kept)
 
-    def take(self, prompt: Sequence[int], needed: Shape) -> AnswerSession | None:
+    def take(self, prompt: list[int], needed: Shape) -> AnswerSession | None:
         """The session that has most of the prompt's beginning, or None. It is the caller's from now on."""
         self._close_outgrown(prompt, needed)
         found = [kept for kept in self._kept if kept.shape.serves(needed) and not kept.session.closed]
-        best = max(found, key=lambda kept: kept.saves(prompt), default=None)
-        if best is None or (saved := best.saves(prompt)) < LEAST_SHARED:
+        saved, best = max(((kept.saves(prompt), kept) for kept in found), key=itemgetter(0), default=(0, None))
+        if best is None or saved < LEAST_SHARED:
             return None
         self._kept.remove(best)
         return AnswerSession(best.session, saved, best.shape)
@@ -143,13 +136,13 @@ class KeptSessions:
             session.close()
             return
         session.rest()
-        kept = _Kept(session, tuple(ids), shape)
+        kept = _Kept(session, list(ids), shape)
         self._kept.append(kept)
         while self.positions > self.budget:
             self._close(self._kept[0])
         self._tasks.start_soon(self._close_later, kept)
 
-    def _close_outgrown(self, prompt: Sequence[int], needed: Shape) -> None:
+    def _close_outgrown(self, prompt: list[int], needed: Shape) -> None:
         """Close what a chat has no room left in: its next turns will not ask for it either."""
         for kept in list(self._kept):
             if kept.shape.max_length < needed.max_length and kept.shared(prompt) == len(kept.ids):
