@@ -129,12 +129,12 @@ class WebSocketTransport:
         stream = await connect_to_any(await self._names.permitted(address, policy), address.port)
         if not address.secure:
             return stream
-        context = self._ssl_context or ssl.create_default_context()
-        secured = trio.SSLStream(stream, context, server_hostname=address.host, https_compatible=True)
         try:
+            context = self._ssl_context or ssl.create_default_context()
+            secured = trio.SSLStream(stream, context, server_hostname=address.host, https_compatible=True)
             await secured.do_handshake()
         except BaseException:
-            await trio.aclose_forcefully(secured)
+            await trio.aclose_forcefully(stream)
             raise
         return secured
 

@@ -52,29 +52,36 @@ class Names:
 
 
 async def connect_to_any(ips: Sequence[IpAddress], port: int) -> trio.SocketStream:
-    """A TCP stream to the first that answers; each is given a moment before the next is tried. Raises OSError."""
+    """A TCP stream to the first that answers; each is given a moment before the next is tried. Raises OSError.
+
+    All streams but the one that is returned are closed, also if the caller is cancelled while one of them connects.
+    """
     streams: list[trio.SocketStream] = []
     errors: list[OSError] = []
+    chosen: trio.SocketStream | None = None
+    try:
+        async with trio.open_nursery() as nursery:
 
-    async with trio.open_nursery() as nursery:
+            async def attempt(ip: IpAddress, failed: trio.Event) -> None:
+                try:
+                    streams.append(await trio.open_tcp_stream(str(ip), port))
+                except OSError as error:
+                    errors.append(error)
+                    failed.set()
+                else:
+                    nursery.cancel_scope.cancel()
 
-        async def attempt(ip: IpAddress, failed: trio.Event) -> None:
-            try:
-                stream = await trio.open_tcp_stream(str(ip), port)
-            except OSError as error:
-                errors.append(error)
-                failed.set()
-                return
-            streams.append(stream)
-            nursery.cancel_scope.cancel()
-
-        for ip in ips:
-            failed = trio.Event()
-            nursery.start_soon(attempt, ip, failed)
-            with trio.move_on_after(STAGGER_S):
-                await failed.wait()
-    for late in streams[1:]:
-        await trio.aclose_forcefully(late)
-    if not streams:
-        raise errors[0]
-    return streams[0]
+            for ip in ips:
+                failed = trio.Event()
+                nursery.start_soon(attempt, ip, failed)
+                with trio.move_on_after(STAGGER_S):
+                    await failed.wait()
+        if not streams:
+            raise errors[0]
+        chosen = streams[0]
+        return chosen
+    finally:
+        for stream in streams:
+            if stream is not chosen:
+                # Not `aclose`, which is a checkpoint: cancelled, it would leave the next stream open.
+                stream.socket.close()

@@ -144,6 +144,52 @@ async def test_where_nobody_answers_the_first_reason_is_told():
         await connect_to_any([ip_address("127.0.0.9")], 1)
 
 
+@pytest.mark.parametrize("answering", [1, 2])
+async def test_a_caller_cancelled_as_streams_connect_leaves_none_open(monkeypatch, answering):
+    """A search that nobody needs any more ends in the very turn of the loop in which a stream connects."""
+    connected = []
+    connect = trio.open_tcp_stream
+    async with listener() as (port, _came):
+        with trio.CancelScope() as caller:
+
+            async def connect_and_cancel(host, port):
+                stream = await connect(host, port)
+                connected.append(stream)
+                if len(connected) == answering:
+                    caller.cancel()
+                else:
+                    with trio.CancelScope(shield=True):
+                        await other.wait()
+                other.set()
+                return stream
+
+            other = trio.Event()
+            monkeypatch.setattr("peerd.net.dialling.names.STAGGER_S", 0.01)
+            monkeypatch.setattr("peerd.net.dialling.names.trio.open_tcp_stream", connect_and_cancel)
+            await connect_to_any([ip_address("127.0.0.1")] * 2, port)
+    assert caller.cancelled_caught
+    assert [stream.socket.fileno() for stream in connected] == [-1] * answering
+
+
+async def test_certificates_that_cannot_be_read_leave_no_stream_open(monkeypatch):
+    async with listener() as (port, _came):
+        streams = []
+
+        async def connect(ips, port):
+            streams.append(await connect_to_any(ips, port))
+            return streams[0]
+
+        def unreadable():
+            raise FileNotFoundError(2, "No such file or directory")
+
+        monkeypatch.setattr("peerd.net.websocket.connect_to_any", connect)
+        monkeypatch.setattr("peerd.net.websocket.ssl.create_default_context", unreadable)
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(ConnectFailed, match="No such file"):
+                await WebSocketTransport().dial(Multiaddr("ip4", "127.0.0.1", port, secure=True), nursery)
+        assert streams[0].socket.fileno() == -1
+
+
 async def test_a_resolver_that_hangs_keeps_no_threads_from_others(monkeypatch):
     """Lookups of strangers' names only delay each other."""
     release = threading.Event()
