@@ -21,7 +21,7 @@ import trio
 from peerd.net.containment import STRICT_VARIABLE
 from peerd.protocol.addresses import Multiaddr
 
-# The time between one signal and the next, harder one: a demonstration's sessions need no longer.
+# A demonstration's sessions need no longer.
 STOP_S = 0.5
 # Any free port, on this machine only.
 ANY_PORT = "/ip4/127.0.0.1/tcp/0/ws"
@@ -57,8 +57,9 @@ class PeerProcess:
 class PeerProcesses:
     """The processes of one `open_peer_processes`. Several tasks may start processes at the same time."""
 
-    def __init__(self, directory: Path, threads: int) -> None:
+    def __init__(self, directory: Path, threads: int, stop_s: float = STOP_S) -> None:
         self._directory = directory
+        self._stop_s = stop_s
         # What the user has configured is for the user's own daemon.
         others = {name: text for name, text in os.environ.items() if _is_kept(name)}
         self._environment = others | {"OMP_NUM_THREADS": str(threads), "PEERD_CONFIG": os.devnull}
@@ -106,16 +107,19 @@ class PeerProcesses:
         for end in (trio.Process.terminate, trio.Process.terminate, trio.Process.kill):
             for process in self._running:
                 end(process)
-            with trio.move_on_after(STOP_S):
+            with trio.move_on_after(self._stop_s):
                 for process in self._running:
                     await process.wait()
 
 
 @asynccontextmanager
-async def open_peer_processes(*, threads: int) -> AsyncIterator[PeerProcesses]:
-    """A place to start peers in, each with `threads` compute threads. All are stopped when the body ends."""
+async def open_peer_processes(*, threads: int, stop_s: float = STOP_S) -> AsyncIterator[PeerProcesses]:
+    """A place to start peers in, each with `threads` compute threads. All are stopped when the body ends.
+
+    stop_s: the time between one signal and the next, harder one.
+    """
     with TemporaryDirectory(prefix="peerd-") as directory:
-        processes = PeerProcesses(Path(directory), threads)
+        processes = PeerProcesses(Path(directory), threads, stop_s)
         try:
             yield processes
         finally:

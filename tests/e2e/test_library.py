@@ -10,6 +10,7 @@ import trio
 
 import peerd
 from peerd.client.finding.finder import Patience
+from peerd.discovery.discovery import LEAVE_S
 
 pytestmark = [pytest.mark.real_time, pytest.mark.model]
 
@@ -19,10 +20,10 @@ PROMPT = "The sea is"
 LOGIT_TOLERANCE = 5e-4
 
 
-async def until(condition, limit_s=1.0):
-    with trio.fail_after(limit_s):
-        while not condition():
-            await trio.sleep(0.01)
+async def until(condition):
+    """How soon things happen is tested in simulated time."""
+    while not condition():
+        await trio.sleep(0.01)
 
 
 def all_free(swarm) -> bool:
@@ -60,7 +61,7 @@ async def test_tokens_that_the_model_does_not_have_are_refused(model_path):
             await anext(model.generate([49152]).tokens())
 
 
-async def test_leaving_an_answer_early_frees_the_servers_at_once(open_local_swarm):
+async def test_leaving_an_answer_early_frees_the_servers(open_local_swarm):
     async with open_local_swarm(2) as swarm, swarm.client() as model:
         async with aclosing(model.generate(PROMPT, max_new_tokens=64).tokens()) as tokens:
             async for _ in tokens:
@@ -69,7 +70,7 @@ async def test_leaving_an_answer_early_frees_the_servers_at_once(open_local_swar
         assert [server.peer.server.sessions for server in swarm.servers] == [0, 0]
 
 
-async def test_cancelling_a_client_in_mid_answer_closes_everything_within_a_second(open_local_swarm, model_path):
+async def test_cancelling_a_client_in_mid_answer_closes_everything(open_local_swarm, model_path):
     async with open_local_swarm(2) as swarm:
         tasks_before = trio.lowlevel.current_statistics().tasks_living
         with trio.CancelScope() as scope:
@@ -78,13 +79,13 @@ async def test_cancelling_a_client_in_mid_answer_closes_everything_within_a_seco
                     if token.position > 10:
                         cancelled = trio.current_time()
                         scope.cancel()
-        assert trio.current_time() - cancelled < 1
-        await until(lambda: all_free(swarm), limit_s=1 - (trio.current_time() - cancelled))
+        assert trio.current_time() - cancelled < LEAVE_S, "it left as if it had not been cancelled"
+        await until(lambda: all_free(swarm))
         await until(lambda: not any(server.peer.connections.live.get(peer.peer_id) for server in swarm.servers))
         await until(lambda: trio.lowlevel.current_statistics().tasks_living <= tasks_before)
 
 
-async def test_cancelling_a_whole_swarm_in_mid_answer_closes_everything_within_a_second(open_local_swarm):
+async def test_cancelling_a_whole_swarm_in_mid_answer_closes_everything(open_local_swarm):
     tasks_before = trio.lowlevel.current_statistics().tasks_living
     with trio.CancelScope() as scope:
         async with open_local_swarm(2) as swarm, swarm.client() as model:
@@ -93,7 +94,7 @@ async def test_cancelling_a_whole_swarm_in_mid_answer_closes_everything_within_a
                     addresses = swarm.bootstrap
                     cancelled = trio.current_time()
                     scope.cancel()
-    assert trio.current_time() - cancelled < 1
+    assert trio.current_time() - cancelled < LEAVE_S, "they left as if they had not been cancelled"
     assert trio.lowlevel.current_statistics().tasks_living == tasks_before
     with pytest.raises(OSError, match="connect"):
         await trio.open_tcp_stream(addresses[0].host, addresses[0].port)

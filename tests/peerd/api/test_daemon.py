@@ -21,6 +21,7 @@ import trio
 import trio.lowlevel
 from trio_websocket import ConnectionClosed, ConnectionRejected, wrap_client_stream
 
+from peerd.api.http.connection import WRITE_S
 from peerd.api.serve import load_or_create_token
 from peerd.cli.watching.status import describe, show_status
 from peerd.client.model import ModelFacts, SwarmModel
@@ -133,17 +134,15 @@ async def test_hanging_up_frees_the_session_on_every_peer(open_daemon, stream):
             await connection.send_all(asking({"stream": stream}))
             while not all(host.server.sessions for host in daemon.swarm.hosts):
                 await trio.sleep(0.01)
-        with trio.fail_after(1):
-            while any(host.server.sessions for host in daemon.swarm.hosts):
-                await trio.sleep(0.01)
+        while any(host.server.sessions for host in daemon.swarm.hosts):
+            await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_an_answer_ends_the_connection_of_a_client_that_asked_for_that(open_daemon, stream):
     async with open_daemon() as daemon, await trio.open_unix_socket(daemon.socket) as connection:
         await connection.send_all(asking({"stream": stream, "max_tokens": 2}).replace(b"HTTP/1.1", b"HTTP/1.0"))
-        with trio.fail_after(5):
-            answer = b"".join([bytes(chunk) async for chunk in connection])
+        answer = b"".join([bytes(chunk) async for chunk in connection])
     assert b" 200 " in answer
 
 
@@ -157,9 +156,8 @@ async def test_connections_that_programs_close_leave_no_descriptor(open_daemon):
         for _ in range(30):
             async with await trio.open_unix_socket(daemon.socket):
                 pass
-        with trio.fail_after(5):
-            while sockets_open() > before:
-                await trio.sleep(0.01)
+        while sockets_open() > before:
+            await trio.sleep(0.01)
 
 
 async def test_a_client_that_reads_nothing_does_not_keep_the_daemon_alive(open_daemon):
@@ -170,7 +168,8 @@ async def test_a_client_that_reads_nothing_does_not_keep_the_daemon_alive(open_d
         connection.sendall(asking({"stream": True, "n": 20}))
         await trio.sleep(0.5)
         leaving = trio.current_time()
-    assert trio.current_time() - leaving < 2
+    # Not for as long as a write may take.
+    assert trio.current_time() - leaving < WRITE_S / 2
     connection.close()
 
 
@@ -307,9 +306,8 @@ async def test_a_tensor_session_ends_with_its_websocket(open_daemon):
         async with open_tensors(daemon) as session:
             await session.ask(Step(epoch=0, seq=1, rows=(RowSlice(0, 0, 1),)), torch.zeros(1, WIDTH))
             assert all(host.server.sessions for host in daemon.swarm.hosts)
-        with trio.fail_after(2):
-            while any(host.server.sessions for host in daemon.swarm.hosts):
-                await trio.sleep(0.01)
+        while any(host.server.sessions for host in daemon.swarm.hosts):
+            await trio.sleep(0.01)
 
 
 async def test_a_web_page_of_another_origin_gets_no_websocket(open_daemon):
