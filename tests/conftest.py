@@ -7,9 +7,10 @@ threads or real sockets must be marked `real_time`, or the clock would jump past
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,3 +49,21 @@ def _run_under_trio(function: Callable[..., Any], real_time: bool) -> Callable[.
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     if inspect.iscoroutinefunction(pyfuncitem.obj):
         pyfuncitem.obj = _run_under_trio(pyfuncitem.obj, pyfuncitem.get_closest_marker("real_time") is not None)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what lives as long as the run, which is hundreds of thousands of objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaks_of_this_file() -> Iterator[None]:
+    """What a file's tests left open is found now, and fails the last of them, rather than a test of another file."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
