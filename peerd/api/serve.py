@@ -27,6 +27,7 @@ from peerd.api.openai.chat_templates import open_chat_templates
 from peerd.api.sockets import listen_tcp, listen_unix
 from peerd.api.status import Status
 from peerd.api.web.history import History
+from peerd.api.web.invitations import InvitationsApi
 from peerd.api.web.swarm import SwarmView
 from peerd.net.containment import Containment
 from peerd.net.limits.gate import descriptor_limit, local_connections
@@ -82,7 +83,8 @@ async def open_local_api(peer: Peer, models: Mapping[str, SwarmModel], endpoint:
         answering = Answering()
         api = Api(offered, templates, Status(peer, offered), swarm, history, answering)
         figures = MetricsEndpoint(Figures(peer, offered, history, answering))
-        app = CatchAll(api.app(*figures.routes()), containment)
+        invitations = InvitationsApi(peer, offered)
+        app = CatchAll(api.app(*figures.routes(), *invitations.routes()), containment)
         tasks = await stack.enter_async_context(open_tasks())
         keep = partial(containment.keep_running, what="the history of coverage")
         tasks.start_soon(keep, history.run, swarm.coverage)

@@ -5,7 +5,6 @@ The work is done in `cli/daemon.py`, `cli/generate.py` and so on, which are impo
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from functools import partial
@@ -19,15 +18,17 @@ from peerd.cli.commands.chat import chat
 from peerd.cli.commands.completion import completion
 from peerd.cli.commands.config import config
 from peerd.cli.commands.doctor import doctor
+from peerd.cli.commands.invitations import invite, join
 from peerd.cli.commands.keys import keys
 from peerd.cli.commands.models import calibrate, manifest, models
-from peerd.cli.commands.running import EXIT_CODES, run, run_once
+from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.commands.service import service
+from peerd.cli.commands.starting import log_as_asked, start_daemon
 from peerd.cli.commands.watching import peers, status
 from peerd.cli.config.applying import config_option, configure, configure_command, is_configured
 from peerd.cli.console import say, working
 from peerd.cli.help import SHORT_HELP, write_options
-from peerd.cli.options.daemon import daemon_of, daemon_options
+from peerd.cli.options.daemon import daemon_options
 from peerd.cli.options.parsing import at_revision, parse_model
 from peerd.cli.options.shared import (
     disk_option,
@@ -45,7 +46,6 @@ from peerd.cli.options.shared import (
 from peerd.cli.options.train_span import train_span_options
 from peerd.cli.processes import ProcessEnded
 from peerd.cli.standard_files import OutputFailed, flush_standard_files, guard_standard_files
-from peerd.cli.watching.logs import set_up_logging
 from peerd.compute.errors import CheckpointError
 from peerd.protocol.errors import CallerError, LinkFailed, NoChain, Overloaded, PeerFault
 
@@ -142,14 +142,8 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         click.echo(SHORT_HELP, nl=False)
         return
     options.pop("config")
-    level = logging.DEBUG if options.pop("verbose") else logging.INFO
-    set_up_logging(level, log_format=options.pop("log_format"))
-    swarm = joining(options)
-    daemon = daemon_of(swarm, options)
-    from peerd.cli.daemon import raise_descriptor_limit, run_daemon
-
-    raise_descriptor_limit()
-    run(ctx, partial(run_daemon, daemon))
+    log_as_asked(options)
+    start_daemon(ctx, joining(options), options)
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -282,7 +276,9 @@ def demo(
     run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
-for command in (calibrate, chat, completion, config, doctor, keys, manifest, models, peers, service, status):
+for command in (
+    *(calibrate, chat, completion, config, doctor, invite, join, keys, manifest, models, peers, service, status),
+):
     cli.add_command(command)
 
 

@@ -67,6 +67,8 @@ class ModelFacts:
     has_windows: bool = True
     #: The length beyond which they turn all of a text in another way; None: later positions alone, or none.
     ropes_change_at: int | None = None
+    #: The model's name on a hub, with its commit, by which another machine gets the same files; "" if it is on none.
+    hub_name: str = ""
     #: The layers that the client's own adapter may adapt, as (block, name). Empty if they were not determined.
     adaptable: frozenset[BlockModule] = frozenset()
 

@@ -34,6 +34,7 @@ from peerd.protocol.connection.connection import ConnectionMachine, Limits
 from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
 from peerd.protocol.connection.hello import MAX_ITEMS, Hello
 from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.invitation import swarm_digest
 from peerd.protocol.messages.relay import INNER_PAYLOAD_BYTES
 from peerd.trio_tools import open_tasks
 
@@ -149,9 +150,9 @@ class Connections:
         return self._live.watching(connected=connected, lost=lost)
 
     @property
-    def is_private(self) -> bool:
-        """Whether only peers that have our swarm's key get in."""
-        return self._swarm_key is not None
+    def swarm(self) -> bytes | None:
+        """The digest of our private swarm's key, which names the swarm; None if it is open to everybody."""
+        return None if self._swarm_key is None else swarm_digest(self._swarm_key)
 
     async def connect(
         self, peer_id: PeerId | None, addresses: Sequence[Multiaddr], policy: DialPolicy | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peerd.api.status import coverage_of, offers_of, usable
 from peerd.api.web.history import History
+from peerd.api.web.invitations import invitation_of
 
 if TYPE_CHECKING:
     from peerd.api.models import Models
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 _MAX_AGE_S = 2.0
 # How many peers the page lists at most; the figures above the list count all of them.
 _MOST_PEERS = 500
-# How many addresses the command for joining has: with two, one may be gone.
-_MOST_BOOTSTRAP = 2
 
 
 class SwarmView:
@@ -68,7 +67,8 @@ class SwarmView:
             "coverage": [{"start": start, "end": end, "servers": servers} for start, end, servers in runs],
             "server_count": len({offer.peer_id for offer in online}),
             "servers": [self._describe_offer(offer, since) for offer in _in_order(offers)[:_MOST_PEERS]],
-            "join": self._join_command(name),
+            "join": self._join_command(name, model),
+            "invitation": None if (found := invitation_of(self._peer, model.facts)) is None else str(found),
         }
 
     def _describe_offer(self, offer: Offer, since: Mapping[str, float]) -> dict[str, Any]:
@@ -93,21 +93,16 @@ class SwarmView:
             "is_us": offer.peer_id == self._peer.peer_id,
         }
 
-    def _join_command(self, name: str) -> str | None:
+    def _join_command(self, name: str, model: SwarmModel) -> str | None:
         """The command with which another machine serves blocks of the model; None while we have no address to give."""
-        addresses = [
-            str(contact.addresses[0].with_peer(contact.peer_id))
-            for contact in self._peer.discovery.contacts()
-            if contact.addresses
-        ]
-        if not addresses:
+        invitation = invitation_of(self._peer, model.facts)
+        if invitation is None:
             return None
-        # A model without a hub's name is a directory, which has another path on another machine.
-        model = name if "/" in name else f"PATH/TO/{name}"
-        options = " ".join(f"--bootstrap {shlex.quote(address)}" for address in addresses[:_MOST_BOOTSTRAP])
-        if self._peer.connections.is_private:
-            options += " --swarm-key PATH/TO/KEY"
-        return f"peerd --serve-blocks auto --model {shlex.quote(model)} {options}"
+        # A model that is on no hub is a directory, which has another path on another machine.
+        words = [] if model.facts.hub_name else ["--model", f"PATH/TO/{name}"]
+        if invitation.swarm is not None:
+            words += ["--swarm-key", "PATH/TO/KEY"]
+        return shlex.join(["peerd", "join", str(invitation), "--serve-blocks", "auto", *words])
 
 
 def _in_order(offers: Sequence[Offer]) -> list[Offer]:

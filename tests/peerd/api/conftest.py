@@ -262,7 +262,7 @@ async def open_daemon_of(model, swarm, folder):
         addresses=(),
         served=(),
         server=None,
-        connections=SimpleNamespace(live={}, containment=Containment(), is_private=False, meters=Meters()),
+        connections=SimpleNamespace(live={}, containment=Containment(), swarm=None, meters=Meters()),
         discovery=SimpleNamespace(
             directory=_Directory(swarm),
             contacts=lambda: _contacts(swarm),
@@ -276,7 +276,7 @@ async def open_daemon_of(model, swarm, folder):
     )
     endpoint = Endpoint(folder / "p.sock", "127.0.0.1", 0, TOKEN)
     async with open_local_api(client, {"bytes": model}, endpoint) as api:
-        yield SimpleNamespace(swarm=swarm, model=model, socket=folder / "p.sock", url=api.urls[1])
+        yield SimpleNamespace(swarm=swarm, model=model, client=client, socket=folder / "p.sock", url=api.urls[1])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import trio
 
+from peerd.protocol.invitation import Invitation
 from tests.fakes.browser import CHROMIUM, open_page, run_chromium
 
 from .conftest import TOKEN, ScriptedHead
@@ -169,6 +170,9 @@ async def test_the_swarm_is_said_in_words_and_so_is_what_is_missing(open_chat):
         await page.wait("document.querySelector('.verdict.thin')?.textContent.includes('0:9')")
         assert await page.run("document.querySelectorAll('#view-swarm tbody tr').length") == 3
         assert "--serve-blocks auto" in await page.run("document.querySelector('#join-0').textContent")
+        link = await page.run("document.querySelector('#invite-0').textContent")
+        assert Invitation.parse(link.removeprefix("peerd join ")).model == "bytes"
+        await page.wait("document.querySelector('.qr figcaption')?.textContent.startsWith('Works')")
         daemon.swarm.kill(daemon.swarm.hosts[1])
         await page.wait("document.querySelector('.verdict.bad')?.textContent.includes('3:6')")
         await page.wait("document.querySelector('#health').textContent.includes('waiting')")

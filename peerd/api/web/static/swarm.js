@@ -2,7 +2,8 @@
 
 import { getJson } from "./api.js";
 import { delays, inUse } from "./chain.js";
-import { blocks, copyButton, count, duration, el, fill, shortId, svg } from "./dom.js";
+import { blocks, count, duration, el, fill, shortId, svg } from "./dom.js";
+import { join } from "./join.js";
 
 export class Swarm {
   constructor(root) {
@@ -38,7 +39,7 @@ function modelView(model, history, number) {
     servers(model, number),
     el("h3", {}, "The last hour"),
     hour(model, history),
-    el("h3", {}, "Join with another machine"),
+    el("h3", {}, "Invite another machine"),
     join(model, number));
 }
 
@@ -122,13 +123,4 @@ function line(label, values, most, text) {
   const points = values.map((value, at) => `${(at / (values.length - 1)) * 300},${46 - (value / top) * 42}`).join(" ");
   return el("figure", {}, svg("svg", { viewBox: "0 0 300 48", role: "img", "aria-label": `${label}: ${text}`, preserveAspectRatio: "none" },
     svg("polyline", { points })), el("figcaption", {}, `${label}: ${text}`));
-}
-
-function join(model, number) {
-  if (model.join === null) {
-    return el("p", { class: "note" }, "This daemon knows no address that others can dial. A bootstrap peer has one: peerd --listen.");
-  }
-  return el("div", { class: "code" },
-    el("div", { class: "code-bar" }, el("span", {}, "serve some of its blocks"), copyButton(() => model.join)),
-    el("pre", { tabindex: "0", id: `join-${number}`, class: "wrap" }, el("code", {}, model.join)));
 }

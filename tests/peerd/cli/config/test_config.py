@@ -13,8 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from peerd.cli import daemon as cli_daemon
-from peerd.cli import main as cli_main
-from peerd.cli.commands import watching
+from peerd.cli.commands import starting, watching
 from peerd.cli.config.reading import default_path
 from peerd.cli.config.settings import SHARED, settings_of, shared_with
 from peerd.cli.config.writing import commented, toml
@@ -49,7 +48,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Daemon]:
 
     monkeypatch.setattr(cli_daemon, "run_daemon", run_daemon)
     monkeypatch.setattr(cli_daemon, "raise_descriptor_limit", lambda: None)
-    monkeypatch.setattr(cli_main, "set_up_logging", lambda *_arguments, **_options: None)
+    monkeypatch.setattr(starting, "set_up_logging", lambda *_arguments, **_options: None)
     return daemons
 
 
