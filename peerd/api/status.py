@@ -5,13 +5,12 @@ covered.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from peerd import __version__
+from peerd.api.coverage import coverage_of, missing_of, needs, offers_of, usable
 
 if TYPE_CHECKING:
     from peerd.api.models import Models
@@ -36,7 +35,7 @@ class Status:
         self._started = time.monotonic()
 
     async def is_ready(self) -> tuple[bool, str]:
-        """Whether every block of each model has a server; if not, which blocks are missing."""
+        """Whether every block of each model has a server; if not, which blocks each model needs, in words."""
         # Do not report "not ready" from the 2 s cache: look again before saying so.
         gaps = await self._gaps(_MAX_AGE_S) and await self._gaps(0.0)
         return not gaps, "; ".join(gaps)
@@ -45,9 +44,8 @@ class Status:
         gaps = []
         for name, model in self._models:
             coverage = coverage_of(model, await self._offers(model, max_age_s))
-            missing = [_blocks(start, end) for start, end, owners in coverage if not owners]
-            if missing:
-                gaps.append(f"no server for blocks {', '.join(missing)} of {name}")
+            if missing := missing_of(coverage):
+                gaps.append(f"{name} {needs(missing)}")
         return gaps
 
     async def describe(self) -> dict[str, Any]:
@@ -110,35 +108,6 @@ class Status:
 
     async def _offers(self, model: SwarmModel, max_age_s: float = _MAX_AGE_S) -> list[Offer]:
         return usable(await offers_of(self._peer, model, max_age_s), model)
-
-
-async def offers_of(peer: Peer, model: SwarmModel, max_age_s: float) -> list[Offer]:
-    """The spans of a model that peers announce, in any state, looked up at most `max_age_s` ago."""
-    directory, facts = peer.discovery.directory, model.facts
-    return list(await directory.servers(facts.digest, facts.block_count, max_age_s=max_age_s))
-
-
-def usable(offers: Iterable[Offer], model: SwarmModel) -> list[Offer]:
-    """The offers that accept sessions now: not those of servers that are joining or leaving, nor of those that we have
-    found to be gone, whose announcements last for another minute.
-    """
-    gone = model.unreachable()
-    return [offer for offer in offers if offer.record.state == "online" and offer.peer_id not in gone]
-
-
-def coverage_of(model: SwarmModel, offers: Sequence[Offer]) -> list[tuple[int, int, int]]:
-    """Runs of blocks with the same number of servers: start, end, number of servers."""
-    # How many more servers a block has than the one before it: there may be thousands of long spans.
-    changes = [0] * (model.facts.block_count + 1)
-    for offer in offers:
-        changes[offer.span.start] += 1
-        changes[offer.span.end] -= 1
-    owners = list(accumulate(changes))[:-1]
-    runs = []
-    for count, blocks in groupby(range(len(owners)), key=lambda block: owners[block]):
-        numbers = list(blocks)
-        runs.append((numbers[0], numbers[-1] + 1, count))
-    return runs
 
 
 def _reachability(peer: Peer) -> dict[str, Any]:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerd.cli.console import say, short, working, write
+import trio
+
+from peerd.api.coverage import coverage_of, missing_of, needs, offers_of, usable
+from peerd.cli.console import say, screen, short, working, write
 from peerd.cli.options.shared import Drafting, JoinOptions
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.peer import open_peer
-from peerd.protocol.errors import InvalidRequest
+from peerd.protocol.errors import InvalidRequest, NoChain
 
 if TYPE_CHECKING:
     from peerd.client.finding.served_by import ServedBy
     from peerd.client.generation import Generation
     from peerd.client.model import SwarmModel
+    from peerd.peer import Peer
+
+# How often to look for servers of blocks that have none.
+LOOK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request to a model. `sampling` are arguments of `SamplingParams.from_config`; `adapter` and `speculate` are
-    what `SwarmModel.generate` takes. `draft` is the small model that guesses tokens, if one does.
+    what `SwarmModel.generate` takes. `draft` is the small model that guesses tokens, if one does. `waits`: whether to
+    wait for servers where blocks have none.
     """
 
     prompt: str
@@ -33,6 +42,7 @@ class Request:
     adapter: str | Path | None = None
     speculate: bool = True
     draft: Drafting | None = None
+    waits: bool = False
 
 
 async def generate(
@@ -60,25 +70,49 @@ async def generate(
             if (draft := request.draft) is not None:
                 display.update(f"reading {Path(draft.model).name}, which drafts")
                 await stack.enter_async_context(peer.drafting(model, draft.model, device=draft.device))
-        generation = await answer(model, request, quiet=as_json)
+        served = partial(until_served, peer, model) if request.waits else None
+        generation = await answer(model, request, quiet=as_json, until_served=served)
     if as_json:
         write(report(generation) + "\n")
     else:
         say(figures(generation))
 
 
-async def answer(model: SwarmModel, request: Request, *, quiet: bool) -> Generation:
-    """Generate an answer, and stream its text to standard output unless `quiet`. Raises PeerdError."""
-    try:
-        generation = model.generate(
-            request.prompt,
-            chat=request.chat,
-            adapter=request.adapter,
-            speculate=request.speculate,
-            **request.sampling,
-        )
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+async def answer(
+    model: SwarmModel,
+    request: Request,
+    *,
+    quiet: bool,
+    until_served: Callable[[], Awaitable[None]] | None = None,
+) -> Generation:
+    """Generate an answer, and stream its text to standard output unless `quiet`.
+
+    until_served: waits for servers of all blocks. With it, what they cannot begin is begun again. Raises PeerdError.
+    """
+    while True:
+        if until_served is not None:
+            await until_served()
+        try:
+            generation = model.generate(
+                request.prompt,
+                chat=request.chat,
+                adapter=request.adapter,
+                speculate=request.speculate,
+                **request.sampling,
+            )
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        try:
+            await _stream(generation, quiet=quiet)
+            return generation
+        except NoChain:
+            # Peers may announce blocks and not be reached. Once text is out, the answer cannot begin again.
+            if until_served is None or generation.token_ids:
+                raise
+        await trio.sleep(LOOK_S)
+
+
+async def _stream(generation: Generation, *, quiet: bool) -> None:
     async with aclosing(generation.tokens()) as tokens:
         with working("waiting for the first token"):
             token = await anext(tokens)
@@ -86,7 +120,7 @@ async def answer(model: SwarmModel, request: Request, *, quiet: bool) -> Generat
             with working("generating"):
                 async for _ in tokens:
                     pass
-            return generation
+            return
         try:
             write(token.text)
             async for token in tokens:
@@ -94,7 +128,23 @@ async def answer(model: SwarmModel, request: Request, *, quiet: bool) -> Generat
         finally:
             # The next text on the terminal, also an error, begins on a line of its own.
             write("\n")
-    return generation
+
+
+async def until_served(peer: Peer, model: SwarmModel) -> None:
+    """Wait until every block of the model has a server, and say meanwhile which blocks have none."""
+    said = ""
+    with working("looking for servers") as display:
+        while True:
+            offers = usable(await offers_of(peer, model, LOOK_S), model)
+            missing = missing_of(coverage_of(model, offers))
+            if not missing:
+                return
+            lacks = f"{model.facts.name} {needs(missing)}"
+            display.update(f"{lacks}; waiting for servers")
+            if lacks != said and not screen().is_terminal:
+                say(f"{lacks}; waiting for servers")
+            said = lacks
+            await trio.sleep(LOOK_S)
 
 
 def report(generation: Generation) -> str:

@@ -6,7 +6,6 @@ The work is done in `cli/daemon.py`, `cli/generate.py` and so on, which are impo
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -18,29 +17,26 @@ from peerd.cli.commands.chat import chat
 from peerd.cli.commands.completion import completion
 from peerd.cli.commands.config import config
 from peerd.cli.commands.doctor import doctor
+from peerd.cli.commands.generate import generate
 from peerd.cli.commands.invitations import invite, join
 from peerd.cli.commands.keys import keys
 from peerd.cli.commands.models import calibrate, manifest, models
 from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.commands.service import service
 from peerd.cli.commands.starting import log_as_asked, start_daemon
-from peerd.cli.commands.watching import peers, status
+from peerd.cli.commands.watching import peers, status, top
 from peerd.cli.config.applying import config_option, configure, configure_command, is_configured
 from peerd.cli.console import say, working
 from peerd.cli.help import SHORT_HELP, write_options
 from peerd.cli.options.daemon import daemon_options
 from peerd.cli.options.parsing import at_revision, parse_model
 from peerd.cli.options.shared import (
-    disk_option,
-    draft_options,
-    drafting,
     join_options,
     joining,
     json_option,
     log_format_option,
     revision_option,
     sampling_options,
-    speculate_option,
     verbose_option,
 )
 from peerd.cli.options.train_span import train_span_options
@@ -146,80 +142,6 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     start_daemon(ctx, joining(options), options)
 
 
-@cli.command(epilog=EXIT_CODES)
-@click.argument("model", type=parse_model, metavar="MODEL")
-@revision_option
-@disk_option
-@click.option(
-    "--prompt", metavar="TEXT", help="The text to continue, or with --chat to answer. Default, and -: standard input."
-)
-@click.option("--prompt-file", type=click.File(encoding="utf-8"), metavar="FILE", help="Read the prompt from a file.")
-@click.option("--chat", is_flag=True, help="Ask in the model's chat template, as a user would.")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="The most tokens that the answer may have. Default: 256.",
-)
-@click.option(
-    "--adapter",
-    metavar="NAME|DIR",
-    help="Use a LoRA adapter that the swarm serves, by name; or your own, by its directory (with a / in it) or org/name"
-    " on the hub: it is sent to the peers for this answer.",
-)
-@sampling_options
-@speculate_option
-@draft_options
-@json_option
-@join_options
-@verbose_option
-@click.pass_context
-def generate(
-    ctx: click.Context,
-    /,
-    model: Path | str,
-    revision: str | None,
-    disk_bytes: int | None,
-    prompt: str | None,
-    prompt_file: TextIO | None,
-    chat: bool,
-    adapter: str | None,
-    speculate: bool,
-    as_json: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
-    """Generate text with MODEL, whose blocks a swarm runs.
-
-    MODEL is a directory with config.json and safetensors, a .gguf file, or org/name on the model hub (a GGUF file there
-    is org/name:Q4_K_M or org/name/file.gguf); only its embeddings and its head are fetched and read here. The text goes
-    to standard output as it comes; all else to standard error.
-    """
-    if prompt is not None and prompt_file is not None:
-        raise click.UsageError("--prompt and --prompt-file exclude each other: give one of them")
-    draft = drafting(options, speculate=speculate)
-    swarm = joining(options)
-    if not swarm.bootstrap:
-        raise click.UsageError(
-            "--bootstrap is missing: give an address that a peer of the swarm printed, or set PEERD_BOOTSTRAP"
-        )
-    try:
-        if prompt_file is not None:
-            prompt = prompt_file.read()
-        elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-            prompt = sys.stdin.read()
-    except (OSError, UnicodeError) as error:
-        raise click.UsageError(f"cannot read the prompt: {error}") from error
-    if not prompt:
-        raise click.UsageError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or text on standard input")
-    from peerd.cli.generate import Request
-    from peerd.cli.generate import generate as run_generate
-
-    request = Request(prompt, chat, options, adapter, speculate, draft)
-    work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
-    run_once(ctx, work, verbose=verbose)
-
-
 @cli.command("train-span", epilog=EXIT_CODES)
 @click.argument("model", type=parse_model, metavar="MODEL")
 @revision_option
@@ -276,9 +198,11 @@ def demo(
     run_once(ctx, partial(run_demo, request, servers, as_json=as_json), verbose=verbose)
 
 
-for command in (
-    *(calibrate, chat, completion, config, doctor, invite, join, keys, manifest, models, peers, service, status),
-):
+_COMMANDS = (
+    *(calibrate, chat, completion, config, doctor, generate, invite, join),
+    *(keys, manifest, models, peers, service, status, top),
+)
+for command in _COMMANDS:
     cli.add_command(command)
 
 

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peerd.api.status import coverage_of, offers_of, usable
+from peerd.api.coverage import coverage_of, offers_of, usable
 from peerd.api.web.history import History
 from peerd.api.web.invitations import invitation_of
 

@@ -9,6 +9,7 @@ import trio
 
 from peerd.cli.doctor.facts import DaemonFact
 from peerd.cli.watching.asking import ask_daemon
+from peerd.cli.watching.status import lacks
 from peerd.protocol.errors import InvalidRequest, Unresponsive
 
 
@@ -27,11 +28,7 @@ async def look_at_daemon(socket_path: Path) -> DaemonFact:
 
 
 def _read(socket_path: Path, status: dict[str, Any]) -> DaemonFact:
-    gaps = [
-        f"blocks {', '.join(run['blocks'] for run in model['coverage'] if not run['servers'])} of {model['name']}"
-        for model in status["models"]
-        if not model["covered"]
-    ]
+    gaps = [f"{model['name']} {lacks(model)}" for model in status["models"] if not model["covered"]]
     return DaemonFact(
         socket_path,
         version=status["version"],

@@ -111,5 +111,5 @@ def daemon_findings(daemon: DaemonFact, own_version: str) -> list[Finding]:
         fix = "wait a minute, or check its --bootstrap with: peerd doctor --bootstrap ADDRESS"
         found.append(warning(what, "it is connected to no other peer", fix))
     for gap in daemon.gaps:
-        found.append(warning(what, f"no server for {gap}", "wait, or serve these blocks: peerd --serve-blocks A:B ..."))
+        found.append(warning(what, gap, "wait, or serve these blocks: peerd --serve-blocks A:B ..."))
     return found or [ok(what, f"{daemon.peer_id} is up, connected to {daemon.peers} peers")]

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peerd.api.coverage import needs
 from peerd.cli.console import printable, short, table, write
 from peerd.cli.watching.asking import ask_daemon
 from peerd.local.socket_path import default_socket_path
 from peerd.protocol.errors import NoChain
+from peerd.protocol.span import Span
 
 
 async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
@@ -20,13 +22,14 @@ async def show_status(socket_path: Path | None, *, as_json: bool) -> None:
     """
     status = await ask_daemon(socket_path or default_socket_path(), "/peerd/v1/status")
     write((json.dumps(status, indent=2) if as_json else describe(status)) + "\n")
-    missing = [
-        f"{', '.join(run['blocks'] for run in model['coverage'] if not run['servers'])} of {model['name']}"
-        for model in status["models"]
-        if not model["covered"]
-    ]
-    if missing:
-        raise NoChain(f"no server for blocks {'; '.join(missing)}")
+    if lacking := [f"{model['name']} {lacks(model)}" for model in status["models"] if not model["covered"]]:
+        raise NoChain("; ".join(lacking))
+
+
+def lacks(model: dict[str, Any]) -> str:
+    """What a model of the status lacks: `needs 3 more blocks: 40-42`."""
+    spans = [Span.parse(run["blocks"]) for run in model["coverage"] if not run["servers"]]
+    return needs([(span.start, span.end) for span in spans])
 
 
 def describe(status: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def status_of(*states: str, now: str = "", gone: Collection[str] = ()) -> Status
 async def test_a_server_that_accepts_no_sessions_does_not_count(state: str) -> None:
     ready, problem = await status_of(state).is_ready()
     assert not ready
-    assert problem == "no server for blocks 0:4 of tiny"
+    assert problem == "tiny needs 4 more blocks: 0-3"
 
 
 async def test_a_model_is_ready_once_each_block_has_a_server_that_takes_sessions() -> None:
@@ -60,7 +60,7 @@ async def test_a_server_that_we_found_gone_does_not_count_though_it_is_announced
     status = status_of("online", "online", gone={"peer 0"})
     assert await status.is_ready() == (True, "")
     status = status_of("online", "online", gone={"peer 0", "peer 1"})
-    assert await status.is_ready() == (False, "no server for blocks 0:4 of tiny")
+    assert await status.is_ready() == (False, "tiny needs 4 more blocks: 0-3")
 
 
 async def test_a_newcomer_is_not_missed_for_an_older_view() -> None:

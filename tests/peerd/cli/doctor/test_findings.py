@@ -241,9 +241,9 @@ def test_a_daemon_is_named_with_what_it_lacks() -> None:
     up = DaemonFact(SOCKET, version="1", peer_id="12D3x", peers=2)
     check(daemon_findings(up, "1"), Level.OK, "connected to 2 peers", "")
     check(daemon_findings(up, "2"), Level.WARNING, "runs 1, while 2", "start it again")
-    alone = DaemonFact(SOCKET, version="1", peer_id="12D3x", gaps=("blocks 4:6 of smol",))
+    alone = DaemonFact(SOCKET, version="1", peer_id="12D3x", gaps=("smol needs 2 more blocks: 4-5",))
     check(daemon_findings(alone, "1"), Level.WARNING, "no other peer", "--bootstrap")
-    check(daemon_findings(alone, "1"), Level.WARNING, "no server for blocks 4:6 of smol", "--serve-blocks")
+    check(daemon_findings(alone, "1"), Level.WARNING, "smol needs 2 more blocks: 4-5", "--serve-blocks")
 
 
 FINDINGS = [ok("disk", "80 GiB free"), warning("hub", "does not answer", "check the network"), error("x", "y", "z")]
