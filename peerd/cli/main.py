@@ -20,7 +20,7 @@ from peerd.cli.commands.doctor import doctor
 from peerd.cli.commands.generate import generate
 from peerd.cli.commands.invitations import invite, join
 from peerd.cli.commands.keys import keys
-from peerd.cli.commands.models import calibrate, manifest, models
+from peerd.cli.commands.models import blocks, calibrate, manifest, models
 from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.commands.service import service
 from peerd.cli.commands.starting import log_as_asked, start_daemon
@@ -199,7 +199,7 @@ def demo(
 
 
 _COMMANDS = (
-    *(calibrate, chat, completion, config, doctor, generate, invite, join),
+    *(blocks, calibrate, chat, completion, config, doctor, generate, invite, join),
     *(keys, manifest, models, peers, service, status, top),
 )
 for command in _COMMANDS:

@@ -96,7 +96,7 @@ def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, r
 def client_adapter_bytes_of(spec: ServeSpec) -> int:
     if spec.client_adapter_bytes is not None:
         return spec.client_adapter_bytes
-    return min(DEFAULT_CLIENT_ADAPTER_BYTES, int(_given(spec) * CLIENT_ADAPTER_SHARE))
+    return min(DEFAULT_CLIENT_ADAPTER_BYTES, int(given_bytes_of(spec) * CLIENT_ADAPTER_SHARE))
 
 
 def _adapter_bytes(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None) -> int:
@@ -152,7 +152,7 @@ def _on_host(spec: ServeSpec) -> bool:
     return torch.device(spec.device).type == "cpu"
 
 
-def _given(spec: ServeSpec) -> int:
+def given_bytes_of(spec: ServeSpec) -> int:
     """How many bytes of the device may be taken."""
     if spec.memory_bytes:
         return spec.memory_bytes
@@ -164,12 +164,12 @@ def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> 
     """How many of these bytes blocks and KV may take: adapters of `span` (default: all blocks) and training are
     subtracted.
     """
-    return _given(spec) - _adapter_bytes(spec, checkpoint, span) - pass_bytes_of(spec)
+    return given_bytes_of(spec) - _adapter_bytes(spec, checkpoint, span) - pass_bytes_of(spec)
 
 
 def pass_bytes_of(spec: ServeSpec) -> int:
     """The bytes that training passes may take."""
-    return min(PASS_BYTES, int(_given(spec) * PASS_SHARE))
+    return min(PASS_BYTES, int(given_bytes_of(spec) * PASS_SHARE))
 
 
 def memory_budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:

@@ -10,7 +10,7 @@ import platformdirs
 from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.console import working
 from peerd.cli.options.daemon import DEFAULT_IDENTITY
-from peerd.cli.options.parsing import parse_address
+from peerd.cli.options.parsing import parse_address, parse_model
 from peerd.cli.options.shared import bootstrap_option, no_relay_option, socket_option, swarm_key_option, verbose_option
 from peerd.local.socket_path import default_socket_path
 from peerd.protocol.addresses import Multiaddr
@@ -33,6 +33,12 @@ from peerd.protocol.addresses import Multiaddr
     metavar="FILE",
     help="The daemon's key. Default: where a daemon keeps it.",
 )
+@click.option(
+    "--model",
+    type=parse_model,
+    metavar="MODEL",
+    help="Say how many blocks of this model fit here; peerd blocks MODEL says more.",
+)
 @socket_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @verbose_option
@@ -45,6 +51,7 @@ def doctor(
     no_relay: bool,
     listen: tuple[Multiaddr, ...],
     identity: Path | None,
+    model: Path | str | None,
     socket_path: Path | None,
     as_json: bool,
     verbose: bool,
@@ -68,6 +75,7 @@ def doctor(
         listen=listen or (DEFAULT_LISTEN,),
         swarm_key=read_swarm_key(swarm_key) if swarm_key is not None else None,
         may_be_relayed=not no_relay,
+        model=model,
     )
     asked = Doctor(question, as_json=as_json)
     run_once(ctx, asked.run, verbose=verbose)

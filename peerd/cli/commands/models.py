@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from peerd.cli.commands.running import EXIT_CODES, run_once
-from peerd.cli.options.parsing import at_revision, parse_model
-from peerd.cli.options.shared import revision_option
+from peerd.cli.options.parsing import at_revision, parse_device, parse_memory, parse_model
+from peerd.cli.options.shared import DTYPES, revision_option
 
 
 @click.command(epilog=EXIT_CODES)
@@ -39,6 +39,41 @@ def calibrate(ctx: click.Context, /, model: Path | str, text: Path, revision: st
     from peerd.cli.calibrate import print_thresholds
 
     run_once(ctx, partial(print_thresholds, at_revision(model, revision), text), verbose=False)
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("model", type=parse_model, metavar="MODEL")
+@revision_option
+@click.option("--device", "devices", type=parse_device, multiple=True, metavar="DEVICE", help="As of a server.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="As of a server.")
+@click.option("--kv-tokens", type=click.IntRange(min=1), metavar="N", help="As of a server.")
+@click.option(
+    "--memory", "memory_bytes", type=parse_memory, metavar="SIZE", help="As of a server. Default: what is free."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list, with an object for each device.")
+@click.pass_context
+def blocks(
+    ctx: click.Context,
+    /,
+    model: Path | str,
+    revision: str | None,
+    devices: tuple[str, ...],
+    dtype: str | None,
+    kv_tokens: int | None,
+    memory_bytes: int | None,
+    as_json: bool,
+) -> None:
+    """Say how many blocks of MODEL a server on this machine would hold, for each --quantize.
+
+    Computes what peerd --serve-blocks auto computes, and loads nothing: of a model on the hub only its small files are
+    fetched.
+    """
+    from peerd.cli.doctor.show_blocks import Wanted, show_blocks
+
+    wanted = Wanted(
+        model=at_revision(model, revision), devices=devices, dtype=dtype, kv_tokens=kv_tokens, memory_bytes=memory_bytes
+    )
+    run_once(ctx, partial(show_blocks, wanted, as_json=as_json), verbose=False)
 
 
 @click.command()

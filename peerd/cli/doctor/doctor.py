@@ -42,6 +42,7 @@ from peerd.cli.doctor.machine_findings import (
 )
 from peerd.cli.doctor.report import as_json, as_text
 from peerd.cli.doctor.run_trials import run_trial
+from peerd.cli.doctor.show_blocks import look_at_blocks
 from peerd.cli.doctor.swarm_findings import clock_of_swarm, daemon_findings, swarm_findings
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.device.host_memory import free_host_memory
@@ -58,7 +59,7 @@ Look = Callable[[], Awaitable[list[Finding]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What to look at. Without `bootstrap` no peer is asked."""
+    """What to look at. Without `bootstrap` no peer is asked. `model`: one that is to be served here."""
 
     identity: Path
     socket_path: Path
@@ -67,6 +68,7 @@ class Question:
     listen: tuple[Multiaddr, ...] = ()
     swarm_key: bytes | None = None
     may_be_relayed: bool = True
+    model: Path | str | None = None
     hub: HubSettings = field(default_factory=HubSettings)
 
 
@@ -120,6 +122,7 @@ def _looks(question: Question) -> list[tuple[str, Look]]:
         ("versions", _look_at_versions),
         *((name, partial(_look_at_trial, name)) for name in TRIALS),
         ("the hub", partial(_look_at_hub, question.hub)),
+        *([("the model", partial(look_at_blocks, question.model))] if question.model is not None else []),
         ("the swarm", partial(_look_at_swarm, question)),
     ]
 
