@@ -111,6 +111,19 @@ class Peer:
         if self._spans is not None:
             await self._spans.drain(timeout_s)
 
+    async def pause(self, timeout_s: float) -> None:
+        """Serve nothing new until `resume`, announce that, and give what is under way at most `timeout_s` to end.
+
+        Clients of what is left then go on elsewhere. The blocks stay in memory.
+        """
+        if self._spans is not None:
+            await self._spans.pause(timeout_s)
+
+    def resume(self) -> None:
+        """Serve again after `pause`, which must have ended or been cancelled."""
+        if self._spans is not None:
+            self._spans.resume()
+
     @asynccontextmanager
     async def model(
         self,

@@ -99,7 +99,7 @@ class _Post:
 class Server:
     """One server: what `Rebalancer` and `choose_first` need of a daemon, and the world in which they act."""
 
-    draining = False
+    draining = paused = False
     sessions = 1
 
     def __init__(self, swarm: Swarm, number: int) -> None:

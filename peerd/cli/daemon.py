@@ -24,6 +24,7 @@ import trio
 
 from peerd.cli.console import working, write
 from peerd.cli.keys.identity_file import load_or_create_identity
+from peerd.cli.owner.yielding import yielding_to_owner
 from peerd.cli.page_link import page_link, show_page
 from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals
@@ -77,6 +78,7 @@ class Daemon:
     """The configuration of a daemon. Its identity is read from a file when it starts.
 
     stop_on_eof: it stops when its standard input ends. disk_bytes: the limit of its downloads from the hub.
+    idle_only: it serves while nobody else uses the machine. nice: by how much other programs go first.
     """
 
     identity_file: Path
@@ -84,10 +86,15 @@ class Daemon:
     stop_on_eof: bool = False
     offer: Offered | None = None
     disk_bytes: int | None = None
+    idle_only: bool = False
+    nice: int = 0
 
 
 async def run_daemon(daemon: Daemon) -> None:
     """Run a peer until a signal. Raises PeerdError, CheckpointError; Interrupted if it was stopped before it served."""
+    if daemon.nice:
+        # Before there are other threads, which begin with what this one has.
+        os.nice(daemon.nice)
     stopping = _Stopping()
     async with watching_the_loop(), open_tasks() as tasks:
         stopping.at_once = tasks.cancel_scope
@@ -112,7 +119,8 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
         log.info("%s is up%s", peer.peer_id, _roles(peer))
         tell_systemd("READY=1")
         try:
-            await stopping.asked.wait()
+            async with yielding_to_owner(peer, devices_of(daemon.config.serve) if daemon.idle_only else None):
+                await stopping.asked.wait()
             tell_systemd("STOPPING=1")
             has_work = peer.served or (api is not None and api.answering.count)
             log.info("leaving%s", f"; what is under way gets {stopping.drain_s:g} s to end" if has_work else "")
@@ -265,6 +273,11 @@ class _Stopping:
 def state_dir(identity: Path) -> Path:
     """The peer's files belong to its identity: beside `identity.key` is `identity.state`."""
     return identity.with_suffix(".state")
+
+
+def devices_of(specs: Sequence[ServeSpec]) -> list[str]:
+    """The devices on which blocks run."""
+    return [name for spec in specs for name in spec.device.split(",")]
 
 
 def _starting(specs: Sequence[ServeSpec]) -> str:

@@ -117,6 +117,8 @@ class EngineTask:
         self._jobs = WorkQueue()
         self._work = trio.Event()
         self._quiet_until = -math.inf
+        #: The share of the device's time that may be used; what is left belongs to other programs.
+        self.share = 1.0
 
     def __repr__(self) -> str:
         return f"<EngineTask {self.engine.span} sessions={len(self._tenants)} free={self.engine.free_tokens}>"
@@ -124,8 +126,11 @@ class EngineTask:
     async def run(self) -> None:
         """Run batches and turns of works until cancelled."""
         while True:
+            began = trio.current_time()
             if await self._run_one():
                 self.turns += 1
+                if self.share < 1:
+                    await trio.sleep((trio.current_time() - began) * (1 / self.share - 1))
             else:
                 self._work = trio.Event()
                 await self._work.wait()

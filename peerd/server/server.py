@@ -68,6 +68,7 @@ DIALS_AT_ONCE = 16
 # tokens.
 MAX_SESSIONS_A_PEER = 64
 MAX_SESSIONS_A_NETWORK = 256
+PAUSED = "this peer serves nobody at the moment: its owner uses the machine"
 
 
 class Server:
@@ -77,6 +78,8 @@ class Server:
         self, now: Callable[[], float], containment: Containment | None = None, meters: Meters | None = None
     ) -> None:
         self.draining = False
+        #: Whether nothing new is accepted until `resume`.
+        self.paused = False
         #: How much of our devices a client gets, for what it gave us; 1 for a stranger.
         self.weight_of: Callable[[PeerId], float] = lambda _peer_id: 1.0
         self._stopped = False
@@ -141,7 +144,7 @@ class Server:
 
     def is_leaving(self, served: ServedSpan) -> bool:
         """Whether the span accepts no new sessions."""
-        return self.draining or self._spans.is_leaving(served.task)
+        return self.draining or self.paused or self._spans.is_leaving(served.task)
 
     def refuse(self, served: ServedSpan) -> None:
         """Accept no new sessions on one span; the others go on. `resume` takes that back."""
@@ -187,6 +190,21 @@ class Server:
                 if session.client.control is None:
                     session.close()
                 await session.wait_closed()
+
+    async def pause(self, timeout_s: float) -> None:
+        """Accept nothing new until `resume`, and wait at most `timeout_s` for what is under way.
+
+        The clients of what is left are then told to go on elsewhere; their sessions lose no token there.
+        """
+        self.paused = True
+        for served in self.spans:
+            await self.wait_unused(served, timeout_s)
+            timeout_s = 0 if self._sessions.on(served.task) else timeout_s
+            for session in self._sessions.on(served.task):
+                session.client.tell(Failure.of(Draining(PAUSED)))
+                session.close()
+            await self.passes.end_lanes(served.task)
+            await self.trainings.end(served.task)
 
     # Control streams.
 
@@ -263,6 +281,8 @@ class Server:
         """Refuse an `open` that cannot succeed however long it waits. Raises CallerError, Overloaded or Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
+        if self.paused:
+            raise Draining(PAUSED)
         limits = {"a_peer": MAX_SESSIONS_A_PEER, "a_network": MAX_SESSIONS_A_NETWORK}
         if not self._sessions.tally().has_room(owner, 1, **limits):
             raise Overloaded(
@@ -274,6 +294,8 @@ class Server:
         """The span that runs the training passes which a lane asks for. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
+        if self.paused:
+            raise Draining(PAUSED)
         served = self._spans.find(begin.model, begin.start, begin.end, adapter=begin.adapter)
         if served.task.engine.passes is None:
             raise UnsupportedFeature("this peer does not train")

@@ -87,6 +87,17 @@ class SpanHost:
         self._discovery.announce_soon()
         await self._server.drain(timeout_s)
 
+    async def pause(self, timeout_s: float) -> None:
+        """Announce that the spans accept nothing new, and wait as `Server.pause` does. `resume` takes that back."""
+        self._server.paused = True
+        self._discovery.announce_soon()
+        await self._server.pause(timeout_s)
+
+    def resume(self) -> None:
+        """Serve again after `pause`."""
+        self._server.paused = False
+        self._discovery.announce_soon()
+
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:
         """Serve blocks of a model from now on, where others find them: one span for each of the spec's devices.
 

@@ -125,7 +125,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         engine.passes.memory = PassMemory(max(pass_bytes, spare_bytes))
     engine.warm_up()
     digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
-    throughput = spec.throughput or measured_throughput(
+    throughput = spec.throughput or spec.share * measured_throughput(
         engine, checkpoint.model_digest, dtype, quantize, model.device, checkpoint.max_length
     )
     log.info(
@@ -226,4 +226,6 @@ async def load_served(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> tu
     # Loading cannot be interrupted. If this was cancelled meanwhile, the server may have ended, which is to serve it.
     await trio.lowlevel.checkpoint_if_cancelled()
     max_length = checkpoint.max_length or MAX_LENGTH
-    return ServedSpan(checkpoint.model_digest, max_length, EngineTask(loaded.engine), loaded.adapter_room), loaded
+    task = EngineTask(loaded.engine)
+    task.share = spec.share
+    return ServedSpan(checkpoint.model_digest, max_length, task, loaded.adapter_room), loaded

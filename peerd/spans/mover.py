@@ -156,9 +156,11 @@ class Rebalancer:
     async def _look(self, said: Span | None = None) -> Span | None:
         """The span where the swarm needs us now, after we announced `said`. None to stay.
 
-        None also if we cannot see the whole swarm, or not our own announcement in it, or if we do not reach another
-        server for each of our blocks.
+        None also while serving is paused, if we cannot see the whole swarm, or not our own announcement in it, and if
+        we do not reach another server for each of our blocks.
         """
+        if self._server.paused:
+            return None
         try:
             announced = await self._discovery.directory.holdings(self._model, self._block_count)
         except PartialView as error:

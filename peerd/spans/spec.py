@@ -41,6 +41,7 @@ class ServeSpec:
     adapters: names, each with the directory that peft saved, or its hub id.
     client_adapter_bytes: the largest adapter that a client may upload for its session; None for 64 MB, or less if
         memory is short; 0 for none.
+    share: of the device's time, how much serving may take; a measured throughput is announced accordingly.
     uplink: bytes a second that this machine can send, which clients use for planning; None for the measured value.
     look_every_s: how often the peer checks whether it should move; None for every five minutes.
     promised_bytes: the host memory that other spans of this peer may still take; `Peer.serve` fills it in.
@@ -63,6 +64,7 @@ class ServeSpec:
     look_every_s: float | None = None
     among: tuple[str, ...] = ()
     uplink: int | None = None
+    share: float = 1.0
     promised_bytes: int = 0
     trainable: Trainable | None = None
     hub: HubSettings | None = None

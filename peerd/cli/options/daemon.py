@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 DEFAULT_IDENTITY = platformdirs.user_state_path("peerd") / "identity.key"
 
+# Of a server that serves while nobody else uses the machine. Niced time also tells it from its owner's programs.
+IDLE_NICE = 10
+
 _OPTIONS = (
     click.option(
         "--serve-blocks",
@@ -163,6 +166,8 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
         ),
         stop_on_eof=options.stop_on_eof,
         disk_bytes=options.disk_bytes,
+        idle_only=options.serving.idle_only,
+        nice=nice if (nice := options.serving.nice) is not None else IDLE_NICE if options.serving.idle_only else 0,
         offer=offered(options.api, models) if options.api.is_offered else None,
     )
 

@@ -35,6 +35,9 @@ class ServingOptions:
     trainable: tuple[PeerId, ...] = ()
     trainable_rate: float | None = None
     trainable_steps: int | None = None
+    idle_only: bool = False
+    nice: int | None = None
+    gpu_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,14 @@ RULES: tuple[Rule, ...] = (
     (
         lambda options: not options.serves and options.serving != ServingOptions(),
         "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters,"
-        " --uplink, --trainable, --look-every and --no-move say how to serve: add --serve-blocks",
+        " --uplink, --trainable, --look-every, --no-move, --idle-only, --nice and --gpu-share say how to serve: add"
+        " --serve-blocks",
+    ),
+    (
+        lambda options: (
+            options.serving.gpu_share is not None and not any("cuda" in device for device in options.serving.devices)
+        ),
+        "--gpu-share is for --device cuda, whose programs take turns: on a CPU use --nice",
     ),
     (
         lambda options: options.serving.trainable and not (options.names_a_span or options.serving.stay),

@@ -78,6 +78,25 @@ _OPTIONS = (
         " faster lines for long prompts and training. Default: what its connections show.",
     ),
     click.option(
+        "--idle-only",
+        is_flag=True,
+        help="Serve only while nobody else uses this machine: no input for a minute, and other programs take little of"
+        " the processor and of the GPUs that serve. Otherwise sessions get a minute to end, and go on elsewhere."
+        " Serving begins again after five quiet minutes. With it, --nice is 10 unless it is given.",
+    ),
+    click.option(
+        "--nice",
+        type=click.IntRange(0, 19),
+        metavar="N",
+        help="Let other programs go first on the processor: 0 is as they are, 19 is last.",
+    ),
+    click.option(
+        "--gpu-share",
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="SHARE",
+        help="Use this share of a GPU's time at most, such as 0.5: after each batch the server pauses.",
+    ),
+    click.option(
         "--trainable",
         type=parse_peer_id,
         multiple=True,
@@ -130,6 +149,7 @@ def spec_of(options: DaemonOptions, model: Path | str, identity_file: Path) -> S
         stay=serving.stay,
         look_every_s=serving.look_every_s,
         uplink=serving.uplink,
+        share=serving.gpu_share or 1.0,
         trainable=_trainable(options, identity_file),
     )
 

@@ -75,6 +75,20 @@ async def test_results_come_back_in_order_to_their_own_session():
             assert torch.equal(torch.cat(results[name]), fake_forward(row, SPAN))
 
 
+async def test_a_device_of_which_we_may_use_a_share_rests_after_each_batch():
+    async with running() as task:
+        task.share = 0.25
+        took = []
+        await task.open("a", owner("a"), opening(), took.append)
+        began = trio.current_time()
+        for seq in range(3):
+            task.submit("a", step(seq, 1, seq + 1), tokens(1))
+            while len(took) <= seq:
+                await trio.sleep(0.1)
+        # Two rests of three steps' time lie between three batches.
+        assert trio.current_time() - began == pytest.approx(9 * STEP_S, abs=0.5)
+
+
 async def test_the_engines_errors_travel_as_the_wires():
     async with running() as task:
         with pytest.raises(ContextTooLong):

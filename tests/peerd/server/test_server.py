@@ -210,3 +210,31 @@ async def test_a_peer_that_drains_refuses_new_sessions_and_lets_others_end(open_
             stream.reset("closed")
             await trio.sleep(0.1)
             assert drained.is_set()
+
+
+async def test_a_paused_peer_refuses_new_sessions_ends_the_others_late_and_serves_again(open_swarm):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        caller = await swarm.caller()
+        stream = await caller.open(host)
+        paused = trio.Event()
+
+        async def pause():
+            await host.server.pause(60)
+            paused.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pause)
+            await trio.sleep(1)
+            assert all(map(host.server.is_leaving, host.server.spans))
+            assert isinstance(await caller.refused(host, session=b"x" * 16), Draining)
+            assert torch.equal(await answer(caller, stream, tokens(1)), fake_forward(tokens(1), Span(0, 4)))
+            await trio.sleep(58)
+            assert not paused.is_set()
+            await trio.sleep(2)
+            assert paused.is_set()
+            assert isinstance((await caller.hear(stream)).error, Draining)
+        assert host.server.sessions == 0
+        host.server.paused = False
+        again = await caller.open(host, session=b"y" * 16)
+        assert torch.equal(await answer(caller, again, tokens(1)), fake_forward(tokens(1), Span(0, 4)))

@@ -34,6 +34,9 @@ BROKEN = [
     ({"models": (ONE,), "listen": HERE}, "--model is for"),
     ({"api": CLIENT, "serving": ServingOptions(stay=True)}, "--dtype"),
     ({"listen": HERE, "serving": ServingOptions(client_adapter_bytes=0)}, "--dtype"),
+    ({"api": CLIENT, "serving": ServingOptions(idle_only=True)}, "--dtype"),
+    ({"api": CLIENT, "serving": ServingOptions(nice=5)}, "--dtype"),
+    ({"serve_blocks": 4, "models": (ONE,), "serving": ServingOptions(gpu_share=0.5)}, "--gpu-share is"),
     ({"serve_blocks": "auto", "models": (ONE,), "serving": ServingOptions(trainable=(SOMEBODY,))}, "--trainable is"),
     ({"serve_blocks": "auto", "models": (ONE,), "serving": ServingOptions(trainable_rate=0.1)}, "--trainable-rate"),
     ({"serve_blocks": "auto", "models": (ONE,), "serving": ServingOptions(trainable_steps=9)}, "--trainable-rate"),
@@ -71,6 +74,7 @@ WHOLE = [
         "models": (ONE,),
         "serving": ServingOptions(trainable=(SOMEBODY,), trainable_rate=0.1),
     },
+    {"serve_blocks": 4, "models": (ONE,), "serving": ServingOptions(gpu_share=0.5, devices=("cuda:0",))},
     {"serve_blocks": 4, "among": ("org/*",), "disk_bytes": 1, "serving": ServingOptions(devices=("cpu",))},
 ]
 
