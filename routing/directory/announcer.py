@@ -8,7 +8,7 @@ expires no sooner, and no `seq` is used twice, also after a restart (spec/record
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import trio
 from peerd.protocol.identity import Identity
 from peerd.protocol.records.envelope import MAX_TTL_S, Announcement, ServerRecord, SignedRecord, next_seq, sign_record
 from peerd.protocol.records.keys import keys_of
+from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ OTHERS_PERIOD_S = 60.0
 FEW_HOLDERS = 8
 # Pause after an announcement that reached no peer.
 RETRY_S = 5.0
-# A peer whose free KV changes with every step announces it at most this often.
+# A peer whose free KV changes with every step announces it at most this often; a span's new state goes out at once.
 MIN_PERIOD_S = 2.0
 
 
@@ -102,9 +103,21 @@ class Announcer:
             period_s = TTL_S / 3 if delivered else RETRY_S
             with trio.move_on_at(started + period_s):
                 await self._changed.wait()
-            # The first announcement goes out at once; later ones wait MIN_PERIOD_S.
             if self._servers:
-                await trio.sleep_until(started + MIN_PERIOD_S)
+                await self._wait_for_news(started + MIN_PERIOD_S)
+
+    async def _wait_for_news(self, until: float) -> None:
+        """Wait until then, for figures change with every step; or until a span has come, gone, moved or changed its
+        state, for others may be waiting for that.
+        """
+        with trio.move_on_at(until):
+            while not self._has_news():
+                self._changed = trio.Event()
+                await self._changed.wait()
+
+    def _has_news(self) -> bool:
+        spans = [body for body in self._current() if isinstance(body, ServerRecord) and body.state != "offline"]
+        return _states(spans) != _states(self._servers.values())
 
     async def announce(self) -> bool:
         """Sign and store what is due now. Returns whether every record was stored by at least one peer."""
@@ -174,3 +187,8 @@ class Announcer:
 
     def _sign(self, body: Announcement) -> SignedRecord:
         return sign_record(self._identity, body.fitted() if isinstance(body, ServerRecord) else body)
+
+
+def _states(servers: Iterable[ServerRecord]) -> dict[int, tuple[bytes, Span, str]]:
+    """What of each span is worth an announcement of its own."""
+    return {server.slot: (server.model, server.span, server.state) for server in servers}

@@ -176,6 +176,7 @@ async def test_trained_blocks_equal_local_training_and_are_another_model(path: P
         prompt = torch.tensor([TEXTS[0]])
         options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
         for peer in (front, back):
+            peer.discovery.announce_soon()
             await peer.discovery.wait_announced()
         for folder, model in ((tmp_path / "mine", local.model), (path, before)):
             answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

@@ -159,6 +159,37 @@ async def test_the_first_span_is_announced_at_once_and_waiters_learn_it(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("by", ["its state", "its span", "coming", "going"])
+async def test_a_span_that_changes_by_more_than_its_figures_is_announced_at_once(
+    unix_now: Callable[[], float], server_body: MakeServer, by: str
+) -> None:
+    first, other = server_body(state="joining"), server_body(slot=1, span=Span(30, 40))
+    after = {
+        "its state": [server_body(), other],
+        "its span": [server_body(state="joining", span=Span(5, 9)), other],
+        "coming": [first, other, server_body(slot=2)],
+        "going": [first],
+    }
+    setup = Setup(unix_now, first, other)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.announcer.run)
+        await trio.sleep(0.5)
+        # Figures alone wait, and hold up nothing else.
+        setup.bodies = [first, replace(other, free_tokens=1)]
+        setup.announcer.announce_soon()
+        await trio.sleep(0.1)
+        setup.bodies = list(after[by])
+        setup.announcer.announce_soon()
+        await trio.sleep(0.1)
+        assert sorted({at for at, _ in setup.sink.puts}) == [0, 0.6]
+        # Once: what is left to say waits again.
+        for _ in range(100):
+            setup.announcer.announce_soon()
+            await trio.sleep(0.01)
+        assert sorted({at for at, _ in setup.sink.puts}) == [0, 0.6]
+        nursery.cancel_scope.cancel()
+
+
 async def test_an_announcement_that_reached_nobody_is_repeated_soon(
     unix_now: Callable[[], float], server_body: MakeServer
 ) -> None:
