@@ -10,6 +10,7 @@ import functools
 import gc
 import inspect
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,14 @@ def _run_under_trio(function: Callable[..., Any], real_time: bool) -> Callable[.
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     if inspect.iscoroutinefunction(pyfuncitem.obj):
         pyfuncitem.obj = _run_under_trio(pyfuncitem.obj, pyfuncitem.get_closest_marker("real_time") is not None)
+
+
+@pytest.fixture
+def closed_terminals_are_heard() -> Iterator[None]:
+    """Undoes, for a test and what it starts, what `nohup` does to the tests: SIGHUP is heard."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def pytest_collection_finish() -> None:

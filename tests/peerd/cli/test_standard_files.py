@@ -44,6 +44,7 @@ def test_what_cannot_be_said_on_standard_error_ends_nothing_and_goes_nowhere_els
 
 @pytest.mark.processes
 @pytest.mark.real_time
+@pytest.mark.usefixtures("closed_terminals_are_heard")
 async def test_a_daemon_outlives_its_output_and_leaves_in_order_when_its_terminal_is_closed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = f"{PEERD} --listen /ip4/127.0.0.1/tcp/0/ws --identity {tmp_path / 'key'} >/dev/full 2>{log}"

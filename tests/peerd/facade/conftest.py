@@ -28,10 +28,12 @@ class Servers:
     def __init__(self) -> None:
         # A bug ends a server under PEERD_STRICT=1, and only the log of the test that ran then would say so.
         self._crashes: list[logging.LogRecord] = []
-        noting = logging.Handler(logging.ERROR)
-        noting.emit = self._crashes.append  # type: ignore[method-assign]
-        logging.getLogger(bridge.__name__).addHandler(noting)
         self.bridge = Bridge()
+        self._noting = logging.Handler(logging.ERROR)
+        # Other bridges log here too, some of them what a test lets fail.
+        self._noting.addFilter(lambda record: record.thread == self.bridge._thread.ident)
+        self._noting.emit = self._crashes.append  # type: ignore[method-assign]
+        logging.getLogger(bridge.__name__).addHandler(self._noting)
         self.peers: list[peerd.Peer] = []
         self._closes: list[Any] = []
 
@@ -88,6 +90,7 @@ class Servers:
         for close in reversed(self._closes):
             close()
         self.bridge.close()
+        logging.getLogger(bridge.__name__).removeHandler(self._noting)
 
 
 @pytest.fixture(scope="session")

@@ -237,6 +237,7 @@ async def test_ctrl_c_twice_leaves(tmp_path: Path) -> None:
         assert scope.cancel_called
 
 
+@pytest.mark.usefixtures("closed_terminals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 async def test_another_signal_leaves_in_the_middle_of_an_answer(tmp_path: Path, number: int) -> None:
     async with open_daemon(tmp_path) as daemon:
