@@ -31,6 +31,9 @@ CONTRIBUTIONS_FILE: Final = "contributions.json"
 # A disk that takes longer is hanging (a network file system, a dying card). Announcements must not wait for it: they
 # would expire.
 WRITE_S: Final = 5.0
+# How long the write of a caller who was cancelled is waited for before it counts as hanging.
+ABANDONED_S: Final = 0.25
+_LOOK_S: Final = 0.01
 # 10 000 contacts with four addresses each take 3 MB; a larger file was not written by us.
 MAX_FILE_BYTES: Final = 16 * 2**20
 # A greater `seq` in the file is damage: ours count microseconds, and a record can carry at most 2^63 - 1.
@@ -177,6 +180,9 @@ class ThreadWriter:
         self._running: set[Path] = set()
 
     async def __call__(self, path: Path, text: str) -> None:
+        with trio.move_on_after(ABANDONED_S):
+            while path in self._running:  # noqa: ASYNC110  # a thread ends it
+                await trio.sleep(_LOOK_S)
         if path in self._running:
             raise OSError(errno.EBUSY, "the last write to this file still hangs")
         await trio.to_thread.run_sync(self._write, path, text, abandon_on_cancel=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from peerd.discovery.state_files import (
     CONTACTS_FILE,
@@ -148,8 +149,9 @@ async def test_a_disk_that_hangs_is_waited_for_five_seconds(tmp_path: Path, capl
 
 
 @pytest.mark.real_time
-async def test_a_file_whose_last_write_hangs_is_not_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "ends in a moment"])
+async def test_a_file_is_not_written_again_while_its_last_write_of_a_cancelled_caller_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
 ) -> None:
     goes_on, started = threading.Event(), trio.Event()
     token = trio.lowlevel.current_trio_token()
@@ -164,9 +166,16 @@ async def test_a_file_whose_last_write_hangs_is_not_written_again(
         nursery.start_soon(writer, tmp_path / SEQ_FILE, "1")
         await started.wait()
         nursery.cancel_scope.cancel()
-    with pytest.raises(OSError, match="last write to this file still hangs"):
-        await writer(tmp_path / SEQ_FILE, "2")
-    goes_on.set()
+    if hangs:
+        with pytest.raises(OSError, match="last write to this file still hangs"):
+            await writer(tmp_path / SEQ_FILE, "2")
+        goes_on.set()
+        return
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer, tmp_path / SEQ_FILE, "2")
+        await trio.testing.wait_all_tasks_blocked()
+        goes_on.set()
+    assert (tmp_path / SEQ_FILE).read_text() == "2"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
