@@ -25,7 +25,14 @@ from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.commands.service import service
 from peerd.cli.commands.starting import log_as_asked, start_daemon
 from peerd.cli.commands.watching import peers, status, top
-from peerd.cli.config.applying import config_option, configure, configure_command, is_configured
+from peerd.cli.config.applying import (
+    choose_profile,
+    config_option,
+    configure,
+    configure_command,
+    is_configured,
+    profile_option,
+)
 from peerd.cli.console import say, working
 from peerd.cli.help import SHORT_HELP, write_options
 from peerd.cli.options.daemon import daemon_options
@@ -70,6 +77,7 @@ class _Cli(click.Group):
         # --help and --version end the command before anything is read, and a shell only asks for names.
         if not ctx.resilient_parsing and all(param.name == "config" or not param.is_eager for param in order):
             try:
+                choose_profile(given.get("profile"))
                 configure(self, ctx, given.get("config"), rest[0] if rest else None)
             except click.UsageError:
                 # A command's own help is shown, whatever the file says.
@@ -106,6 +114,7 @@ def _fail(ctx: click.Context, error: Exception, code: int) -> None:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @config_option
+@profile_option
 @daemon_options
 @verbose_option
 @log_format_option
@@ -127,7 +136,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     given = [name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if ctx.invoked_subcommand is not None:
         configure_command(ctx)
-        given = [name for name in given if name != "config"]
+        given = [name for name in given if name not in ("config", "profile")]
         if given:
             option = next(param.opts[-1] for param in cli.params if param.name == given[0])
             raise click.UsageError(
@@ -138,6 +147,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         click.echo(SHORT_HELP, nl=False)
         return
     options.pop("config")
+    options.pop("profile")
     log_as_asked(options)
     start_daemon(ctx, joining(options), options)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from peerd.cli.config.applying import config_path
-from peerd.cli.config.reading import default_path, read_config
+from peerd.cli.config.reading import read_config
 from peerd.cli.config.settings import settings_of
 from peerd.cli.config.writing import as_json, commented, in_force, write_new
 from peerd.cli.console import say, write
 from peerd.cli.help import HEADINGS, REST
+from peerd.local.profile import default_config_file
 
 
 @click.group(invoke_without_command=True)
@@ -37,8 +38,8 @@ def config(ctx: click.Context, /, as_json_text: bool) -> None:
 def init(ctx: click.Context, /, path: Path | None) -> None:
     """Write a file in which every option is explained, and nothing is set.
 
-    Default: where peerd reads it. Several daemons on one machine have a file each: peerd --config FILE.
+    Default: where peerd reads it. Several daemons on one machine have a file each: peerd --profile NAME config init.
     """
-    chosen = path or default_path()
+    chosen = path or default_config_file()
     write_new(chosen, commented(settings_of(ctx.find_root().command), HEADINGS, REST))
     say(f"{chosen} explains every option: remove the # before what you want to set, then run peerd")

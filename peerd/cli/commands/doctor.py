@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import platformdirs
 
 from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.console import working
-from peerd.cli.options.daemon import DEFAULT_IDENTITY
 from peerd.cli.options.parsing import parse_address, parse_model
 from peerd.cli.options.shared import bootstrap_option, no_relay_option, socket_option, swarm_key_option, verbose_option
+from peerd.local.profile import default_identity, default_token_file
 from peerd.local.socket_path import default_socket_path
 from peerd.protocol.addresses import Multiaddr
 
@@ -68,9 +67,9 @@ def doctor(
         from peerd.peer import DEFAULT_LISTEN
 
     question = Question(
-        identity=identity or DEFAULT_IDENTITY,
+        identity=identity or default_identity(),
         socket_path=socket_path or default_socket_path(),
-        token_file=platformdirs.user_state_path("peerd") / "api.token",
+        token_file=default_token_file(),
         bootstrap=bootstrap,
         listen=listen or (DEFAULT_LISTEN,),
         swarm_key=read_swarm_key(swarm_key) if swarm_key is not None else None,

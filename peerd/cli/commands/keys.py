@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from peerd.cli.console import say
-from peerd.cli.options.daemon import DEFAULT_IDENTITY
+from peerd.local.profile import state_folder
 
 
 @click.group()
@@ -40,4 +40,4 @@ def show(paths: tuple[Path, ...], as_json: bool) -> None:
     """
     from peerd.cli.doctor.show_keys import show_keys
 
-    show_keys(paths or tuple(sorted(DEFAULT_IDENTITY.parent.glob("*.key"))), as_json=as_json)
+    show_keys(paths or tuple(sorted(state_folder().glob("*.key"))), as_json=as_json)

@@ -16,11 +16,17 @@ from peerd.cli.config.reading import Config, read_config
 from peerd.cli.config.settings import settings_of
 from peerd.cli.service.systemd import parse_limit, parse_name, parse_share
 from peerd.cli.service.unit import Service
+from peerd.local.profile import profile
 from peerd.local.socket_path import default_socket_path
 from peerd.protocol.errors import InvalidRequest
 
 _name_option = click.option(
-    "--name", type=parse_name, default="peerd", show_default=True, metavar="NAME", help="The name of the service."
+    "--name",
+    type=parse_name,
+    default=lambda: f"peerd-{profile()}" if profile() else "peerd",
+    show_default="peerd, and with a profile peerd-PROFILE",
+    metavar="NAME",
+    help="The name of the service.",
 )
 
 
@@ -54,8 +60,8 @@ def service() -> None:
 def install(ctx: click.Context, /, name: str, memory_max: str, cpu_quota: str | None, start: bool) -> None:
     """Write the unit, start it now, and have it started with the machine.
 
-    It runs peerd with the configuration file; peerd --config FILE service install takes another, for a second daemon
-    with another --name. Run it again after you have moved peerd or changed identity, socket or token-file there.
+    It runs peerd with the configuration file; peerd --profile NAME service install takes that of another daemon. Run it
+    again after you have moved peerd or changed identity, socket or token-file there.
     """
     from peerd.cli.service.systemd import install as install_unit
 
@@ -102,12 +108,16 @@ def _service(ctx: click.Context, memory_max: str, cpu_quota: str | None) -> Serv
         )
     devices = config.given["devices"].value if "devices" in config.given else []
     return Service(
-        command=(sys.executable, "-P", "-m", "peerd", "--config", str(config.path.absolute())),
+        command=(sys.executable, "-P", "-m", "peerd", *_profile(), "--config", str(config.path.absolute())),
         writable=tuple(_writable(config)),
         has_gpu=any(device.startswith("cuda") for device in devices),
         memory_max=memory_max,
         cpu_quota=cpu_quota or "",
     )
+
+
+def _profile() -> tuple[str, ...]:
+    return ("--profile", profile()) if profile() else ()
 
 
 def _writable(config: Config) -> list[Path]:

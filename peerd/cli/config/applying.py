@@ -11,8 +11,10 @@ from pathlib import Path
 
 import click
 
-from peerd.cli.config.reading import Config, default_path, read_config
+from peerd.cli.config.reading import Config, read_config
 from peerd.cli.config.settings import settings_of, shared_with
+from peerd.local.profile import VARIABLE as PROFILE_VARIABLE
+from peerd.local.profile import default_config_file, parse_profile
 
 # The options that say what a daemon is to be: one of them has to be set before `peerd` alone starts one.
 _ROLES = ("serve_blocks", "client", "listen")
@@ -29,6 +31,26 @@ config_option = click.option(
     help="Read options from this file too; peerd config init writes one. Default: PEERD_CONFIG, else config.toml in the"
     " configuration directory, if it is there.",
 )
+
+profile_option = click.option(
+    "--profile",
+    metavar="NAME",
+    envvar=PROFILE_VARIABLE,
+    help="Be another daemon of this user, with a configuration file, a key, a token and a socket of its own; before a"
+    " command: speak to that daemon.",
+)
+
+
+def choose_profile(name: str | None) -> None:
+    """Let this process have the profile of `--profile`, else of the environment. Raises click.UsageError."""
+    if name is not None:
+        # The command line counts more than the environment, whose file may be another daemon's.
+        os.environ.pop(_VARIABLE, None)
+    chosen = name if name is not None else os.environ.get(PROFILE_VARIABLE, "")
+    try:
+        os.environ[PROFILE_VARIABLE] = parse_profile(chosen) if chosen or name is not None else ""
+    except ValueError as error:
+        raise click.UsageError(f"--profile: {error}") from None
 
 
 def configure(group: click.Group, ctx: click.Context, path: str | None, command: str | None) -> None:
@@ -69,7 +91,7 @@ def configure_command(ctx: click.Context) -> None:
 
 def is_configured(ctx: click.Context) -> bool:
     """Whether the file says what a daemon is to be, so that `peerd` alone starts one."""
-    found: Config = ctx.meta.get(_KEY) or Config(default_path())
+    found: Config = ctx.meta.get(_KEY) or Config(default_config_file())
     return found.exists and says_what_to_be(found)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import platformdirs
 
 from peerd.cli.config.settings import Setting
+from peerd.local.profile import default_config_file
 
 # A file of all options with a thousand peers each would be smaller.
 _MAX_FILE_BYTES = 2**20
@@ -44,11 +44,6 @@ class Config:
         return {name: given.value for name, given in self.given.items()}
 
 
-def default_path() -> Path:
-    """`$XDG_CONFIG_HOME/peerd/config.toml`, else in `~/.config`."""
-    return platformdirs.user_config_path("peerd") / "config.toml"
-
-
 def read_config(
     ctx: click.Context,
     path: Path | None,
@@ -60,7 +55,7 @@ def read_config(
 
     known: what the file may contain. Raises click.UsageError, which names the place, the mistake and the fix.
     """
-    chosen = path or default_path()
+    chosen = path or default_config_file()
     raw = _read_file(chosen, must_exist=path is not None)
     by_key = {setting.key: setting for setting in known}
     if raw is not None:

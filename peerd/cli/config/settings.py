@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 # What is said before any file is read, or is no property of a daemon.
-_LEFT_OUT = frozenset({"config", "version", "help"})
+_LEFT_OUT = frozenset({"config", "profile", "version", "help"})
 # Options that other commands share with the daemon, which mean the same there.
 SHARED = (
     "bootstrap",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import platformdirs
 
 from peerd.cli.options.parsing import parse_host_name, parse_host_port, parse_named_model, parse_origin
 from peerd.cli.options.rules import ApiOptions
@@ -100,11 +99,12 @@ def api_options(command: Command) -> Command:
 def offered(api: ApiOptions, models: tuple[tuple[str | None, Path | str], ...]) -> Offered:
     """What the local API offers, and where."""
     from peerd.cli.daemon import Offered
+    from peerd.local.profile import default_token_file
     from peerd.local.socket_path import default_socket_path
 
     token_file = api.token_file
     if api.http is not None and not api.no_token and token_file is None:
-        token_file = platformdirs.user_state_path("peerd") / "api.token"
+        token_file = default_token_file()
     socket_path = api.socket_path or default_socket_path()
     return Offered(
         models,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import platformdirs
 
 from peerd.cli.options.api import api_options, offered
 from peerd.cli.options.parsing import at_revision, parse_address, parse_blocks, parse_named_model, parse_probability
@@ -15,13 +14,12 @@ from peerd.cli.options.relay import relay_options, relaying
 from peerd.cli.options.rules import ApiOptions, DaemonOptions, ServingOptions, broken_rule
 from peerd.cli.options.serving import serving_options, spec_of
 from peerd.cli.options.shared import Command, JoinOptions, disk_option, join_options, revision_option
+from peerd.local.profile import default_identity
 from peerd.protocol.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from peerd.cli.daemon import Daemon
     from peerd.compute.audits.thresholds import Thresholds
-
-DEFAULT_IDENTITY = platformdirs.user_state_path("peerd") / "identity.key"
 
 # Of a server that serves while nobody else uses the machine. Niced time also tells it from its owner's programs.
 IDLE_NICE = 10
@@ -146,7 +144,7 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
     from peerd.peer import DEFAULT_LISTEN
     from peerd.peer_parts import PeerConfig
 
-    identity_file = options.identity or DEFAULT_IDENTITY
+    identity_file = options.identity or default_identity()
     specs = (spec_of(options, models[0][1] if models else "", identity_file),) if options.serves else ()
     audit = AuditPolicy.of(options.audit, is_private=joining.swarm_key is not None)
     if options.audit_limits is not None:

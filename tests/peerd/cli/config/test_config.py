@@ -14,13 +14,13 @@ from click.testing import CliRunner, Result
 
 from peerd.cli import daemon as cli_daemon
 from peerd.cli.commands import starting, watching
-from peerd.cli.config.reading import default_path
 from peerd.cli.config.settings import SHARED, settings_of, shared_with
 from peerd.cli.config.writing import commented, toml
 from peerd.cli.daemon import Daemon
 from peerd.cli.help import HEADINGS, REST, SHORT_HELP
 from peerd.cli.main import cli
 from peerd.cli.processes import PeerProcesses
+from peerd.local.profile import default_config_file
 
 ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 SETTINGS = settings_of(cli)
@@ -154,12 +154,12 @@ def test_a_mistake_in_the_environment_is_named_with_its_variable(config: Path) -
 def test_the_default_file_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PEERD_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    assert default_path() == tmp_path / "peerd/config.toml"
+    assert default_config_file() == tmp_path / "peerd/config.toml"
     assert "there is no such file" in run("config").stdout
     assert run("config", "init").exit_code == 0
-    assert run("config").stdout.splitlines()[0] == f"# {default_path()}"
-    default_path().write_text("kv-tokens = 7")
-    assert in_force() == {"kv-tokens": ("7", str(default_path()))}
+    assert run("config").stdout.splitlines()[0] == f"# {default_config_file()}"
+    default_config_file().write_text("kv-tokens = 7")
+    assert in_force() == {"kv-tokens": ("7", str(default_config_file()))}
 
 
 # Other commands.

@@ -44,7 +44,7 @@ def test_a_file_that_is_no_key_is_named_after_the_others(tmp_path: Path) -> None
 def test_without_a_file_the_keys_of_the_state_directory_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_command, "DEFAULT_IDENTITY", tmp_path / "identity.key")
+    monkeypatch.setattr(keys_command, "state_folder", lambda: tmp_path)
     assert "there is no key yet" in run().stderr
     with load_or_create_identity(tmp_path / "training.key") as identity:
         pass
