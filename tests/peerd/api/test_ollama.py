@@ -98,6 +98,16 @@ async def test_nothing_to_answer_only_loads_the_model(open_api, path, asked):
     assert missing.status == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "field"), [("/api/tags", "models"), ("/api/ps", "models"), ("/api/version", "version")]
+)
+async def test_what_clients_ask_for_before_anything_else_is_there(open_api, path, field):
+    async with open_api() as (caller, _):
+        answer = await caller.get(path)
+    assert answer.status == 200
+    assert answer.json[field]
+
+
 async def test_options_are_those_of_chats():
     options = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 7, "repeat_penalty": 1.2}
     options |= {"presence_penalty": 0.1, "frequency_penalty": 0.2, "num_predict": 9, "stop": ["a", "b"]}
