@@ -30,6 +30,7 @@ class GgufFile:
             with mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) as view:
                 header = GgufHeader(view, path, size)
                 self.metadata = header.metadata
+                self.stored_fields = header.stored_fields
                 self.tensors = header.tensors
                 self.bytes_read = header.length
         except BaseException:

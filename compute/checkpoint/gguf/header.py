@@ -88,6 +88,8 @@ class GgufHeader:
         self._path = path
         self._size = size
         self._at = 0
+        #: Each field of the metadata as the file stores it (key, type and value), but for long arrays.
+        self.stored_fields: dict[str, bytes] = {}
         self.metadata, tensor_count = self._read_metadata()
         #: Where the metadata end and the list of tensors begins.
         self.metadata_end = self._at
@@ -108,10 +110,13 @@ class GgufHeader:
         self._check_count(field_count, _MIN_FIELD_BYTES, "metadata fields")
         metadata: dict[str, Value] = {}
         for _ in range(field_count):
+            start = self._at
             key = self._string("a metadata key")
             if key in metadata:
                 raise CheckpointError(f"{self._path}: metadata field {key} occurs twice")
             metadata[key] = self._value(self._unpack(_U32, key), key)
+            if not isinstance(metadata[key], LongArray):
+                self.stored_fields[key] = self._view[start : self._at]
         return metadata, tensor_count
 
     def _value(self, kind: int, key: str) -> Value:

@@ -43,6 +43,7 @@ class HubGguf:
         self._size = folder.download_bytes(name)
         header, self._start = self._read_header()
         self.metadata = header.metadata
+        self.stored_fields = header.stored_fields
         self.tensors = header.tensors
         self.metadata_end = header.metadata_end
         self.bytes_read = header.length

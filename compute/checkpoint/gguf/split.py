@@ -45,6 +45,8 @@ class GgufFiles:
         self._parts: list[GgufFile | HubGguf] = [self._open(path)]
         try:
             self.metadata: Mapping[str, Value] = self._parts[0].metadata
+            #: The metadata as they are stored, without long arrays (`GgufHeader`).
+            self.stored_fields: Mapping[str, bytes] = self._parts[0].stored_fields
             self._parts += [self._open(part) for part in self._others()]
             self._part_of = self._by_tensor()
         except BaseException:

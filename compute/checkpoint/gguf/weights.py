@@ -45,6 +45,11 @@ class GgufWeights:
         self._processor = processor
 
     @property
+    def file(self) -> GgufFiles:
+        """The file, for code that reads its tensors as they are stored."""
+        return self._file
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(self._sources)
 
