@@ -8,7 +8,7 @@ from the configuration alone, by building the model without its weights, so no w
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -211,14 +211,25 @@ def fits(
 
     With `kv_tokens` 0, for one conversation. Never more than the model has; 0 if not even one block fits.
     """
+
+    def budget_of(count: int) -> Budget:
+        return span_budget(checkpoint, count, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
+
     tokens = kv_tokens or default_kv_tokens(checkpoint)
-    one = span_budget(checkpoint, 1, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
-    two = span_budget(checkpoint, 2, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
+    return fitting(budget_of, room, tokens, checkpoint.block_count, on_host=on_host)
+
+
+def fitting(budget_of: Callable[[int], Budget], room: int, tokens: int, most: int, *, on_host: bool = True) -> int:
+    """How many blocks can be served within `room` bytes, at most `most`, each with KV for `tokens` positions.
+
+    budget_of: the memory of a number of blocks.
+    """
+    one, two = budget_of(1), budget_of(2)
     if one.total(tokens, on_host=on_host) > room:
         return 0
     # A budget grows by the same amount with each block, except for loading, which counts once.
     step = two.blocks - one.blocks + (tokens + PAGE_TOKENS) * (two.kv_per_token - one.kv_per_token)
-    count = min(checkpoint.block_count, 1 + (room - one.total(tokens, on_host=on_host)) // step)
+    count = min(most, 1 + (room - one.total(tokens, on_host=on_host)) // step)
     return int(count)
 
 

@@ -117,6 +117,7 @@ def metadata_of(architecture: str, config: Any) -> dict[str, int | float | str]:
         "attention.head_count": heads,
         "attention.head_count_kv": _kv_heads(config),
         "attention.key_length": getattr(config, "head_dim", None),
+        "attention.value_length": getattr(config, "head_dim", None),
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         "attention.layer_norm_epsilon": _first(
             config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"
