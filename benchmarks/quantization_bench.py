@@ -26,7 +26,7 @@ from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.device.free_memory import trim_heap
 from peerd.compute.engine.capacity import block_bytes
-from peerd.compute.engine.engine import Engine
+from peerd.compute.engine.engine import BaseEngine, Engine
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.compute.quantized.formats import QUANTIZATIONS
@@ -137,11 +137,11 @@ def decode_s(engine: Engine, sessions: int, hidden: torch.Tensor) -> float:
     return time.thread_time() - began
 
 
-def submit(engine: Engine, session: int | str, start: int, hidden: torch.Tensor) -> None:
+def submit(engine: BaseEngine, session: int | str, start: int, hidden: torch.Tensor) -> None:
     engine.submit(EngineStep(session, 1, (), (RowSlice(0, start, len(hidden)),), hidden))
 
 
-def run_all(engine: Engine) -> None:
+def run_all(engine: BaseEngine) -> None:
     while batch := engine.plan():
         engine.collect(batch, engine.run(batch))
 

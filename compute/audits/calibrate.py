@@ -19,8 +19,11 @@ from peerd.compute.attention.attention import register_attention
 from peerd.compute.audits.distance import FIRST_POSITION, MIN_POSITIONS, distance
 from peerd.compute.audits.thresholds import Numerics, Thresholds
 from peerd.compute.checkpoint.checkpoint import Checkpoint
-from peerd.compute.engine.engine import Engine
+from peerd.compute.engine.engine import BaseEngine, Engine
 from peerd.compute.kv.layout import PAGE_TOKENS
+from peerd.compute.llamacpp.library import is_usable
+from peerd.compute.llamacpp.loading import load_llama_engine
+from peerd.compute.llamacpp.supported import why_not
 from peerd.compute.model.span_model import load_span
 from peerd.compute.model.stored_as import has_grids
 from peerd.compute.steps import EngineStep
@@ -33,6 +36,8 @@ CLASSES = tuple(
 )
 #: What they serve beside these of a model that is published as integers in groups.
 PACKED_CLASSES = (Numerics("float32", "packed"), Numerics("bfloat16", "packed"))
+#: And what llama.cpp computes of a GGUF file.
+LLAMACPP_CLASS = Numerics("float32", "llamacpp")
 # Two short texts do not show the largest distance that there is. With a margin of 1.5, limits of two texts raised
 # 35 false alarms in 100,000 simulated audits of a third one; with 2, two, the larger of which 2.5 would have let pass.
 MARGIN = 2.5
@@ -76,14 +81,7 @@ def measure(
     for span in spans:
         found.part_inputs.append(reference)
         for numerics in classes:
-            model = load_span(
-                checkpoint,
-                span,
-                dtype=getattr(torch, numerics.dtype),
-                attention=register_attention(),
-                quantize=numerics.quantization,
-            )
-            engine = Engine(model, kv_tokens=len(inputs) * (inputs.shape[1] + PAGE_TOKENS), batch_tokens=BATCH)
+            engine = _load(checkpoint, span, numerics, len(inputs) * (inputs.shape[1] + PAGE_TOKENS))
             alone = _sent(prefill(engine, reference), checkpoint)
             found.part.setdefault(numerics, []).append(alone)
             for decodes in (False, True):
@@ -98,9 +96,19 @@ def measure(
     return found
 
 
+def _load(checkpoint: Checkpoint, span: Span, numerics: Numerics, kv_tokens: int) -> BaseEngine:
+    if numerics == LLAMACPP_CLASS:
+        return load_llama_engine(checkpoint, span, kv_tokens=kv_tokens, batch_tokens=BATCH)
+    dtype: torch.dtype = getattr(torch, numerics.dtype)
+    model = load_span(checkpoint, span, dtype=dtype, attention=register_attention(), quantize=numerics.quantization)
+    return Engine(model, kv_tokens=kv_tokens, batch_tokens=BATCH)
+
+
 def classes_of(checkpoint: Checkpoint) -> tuple[Numerics, ...]:
-    """What peers serve of this model."""
-    return (*CLASSES, *PACKED_CLASSES) if has_grids(checkpoint) else CLASSES
+    """What peers serve of this model, as far as it can be measured here."""
+    packed = PACKED_CLASSES if has_grids(checkpoint) else ()
+    by_llamacpp = (LLAMACPP_CLASS,) if not why_not(checkpoint) and is_usable() else ()
+    return (*CLASSES, *packed, *by_llamacpp)
 
 
 def thresholds(found: Measured, made: Mapping[str, Any]) -> Thresholds:
@@ -139,18 +147,18 @@ def windows(inputs: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> Ite
             yield distance(given[part], first[part], second[part])
 
 
-def prefill(engine: Engine, inputs: torch.Tensor) -> torch.Tensor:
+def prefill(engine: BaseEngine, inputs: torch.Tensor) -> torch.Tensor:
     """The span's outputs for whole texts, each by itself."""
     length = inputs.shape[1]
     return torch.cat([_run(engine, row[None], [(0, length)]) for row in inputs])
 
 
-def decode(engine: Engine, inputs: torch.Tensor) -> torch.Tensor:
+def decode(engine: BaseEngine, inputs: torch.Tensor) -> torch.Tensor:
     """The span's outputs for texts that come as a prompt and then position by position, in batches of all texts."""
     return _run(engine, inputs, [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, inputs.shape[1]))])
 
 
-def _run(engine: Engine, inputs: torch.Tensor, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
+def _run(engine: BaseEngine, inputs: torch.Tensor, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Outputs for rows that come in these pieces, the same piece of all rows in one batch."""
     rows, length, _ = inputs.shape
     outputs: list[list[torch.Tensor]] = [[] for _ in range(rows)]

@@ -17,6 +17,7 @@ HEADINGS = {
         "kv_tokens",
         "dtype",
         "quantize",
+        "engine",
         "adapters",
         "client_adapter_bytes",
         "stay",

@@ -8,7 +8,7 @@ from pathlib import Path
 from peerd.compute.adapters.file import AdapterFile, open_adapter
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.checkpoint.hub.settings import HubSettings
-from peerd.compute.engine.engine import Engine
+from peerd.compute.engine.engine import BaseEngine, Engine
 from peerd.compute.errors import AdapterError
 from peerd.compute.families.family import Family
 from peerd.protocol.messages.adapters import adapter_id, check_name, name_of
@@ -39,8 +39,10 @@ def read_adapter(
         return ReadAdapter(adapter_id(name, file.digest), file, file.read(span))
 
 
-def load_adapter(engine: Engine, adapter: ReadAdapter) -> None:
+def load_adapter(engine: BaseEngine, adapter: ReadAdapter) -> None:
     """Load the adapter into the engine. Device thread. Raises AdapterError."""
+    if not isinstance(engine, Engine):
+        raise AdapterError(f"llama.cpp computes blocks {engine.span}, and runs no adapters: use --engine torch")
     name = name_of(adapter.id)
     if name in {name_of(other) for other in engine.adapters}:
         raise AdapterError(f"there is an adapter called {name} already: give {adapter.file.path} another name")

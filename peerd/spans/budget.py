@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from peerd.compute.adapters.file import open_adapter
@@ -11,14 +13,16 @@ from peerd.compute.device.sizes import format_size
 from peerd.compute.engine.capacity import (
     HEADROOM,
     Budget,
-    block_bytes,
     default_kv_tokens,
-    fits,
     fits_on_disk,
+    fitting,
     span_budget,
 )
-from peerd.compute.engine.engine import PASS_BYTES, Engine
+from peerd.compute.engine.engine import PASS_BYTES, BaseEngine
 from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
+from peerd.compute.llamacpp.budget import llama_budget
+from peerd.compute.llamacpp.library import is_usable, load_library
+from peerd.compute.llamacpp.supported import is_quantized, why_not
 from peerd.compute.model.stored_as import has_grids
 from peerd.compute.quantized.bitsandbytes_import import check_bitsandbytes
 from peerd.compute.quantized.formats import NONE, PACKED, QUANTIZATIONS
@@ -27,10 +31,12 @@ from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.span import Span
 from peerd.server.quotas import AdapterRoom
-from peerd.spans.spec import ServeSpec
+from peerd.spans.spec import AUTO, ENGINES, LLAMACPP, TORCH, ServeSpec
 
 # Enough for 16 sessions of 4096 positions. An operator who wants more uses --kv-tokens.
 DEFAULT_KV_TOKENS = 65536
+# llama.cpp writes zeros over its whole cache when it makes it, so what nobody uses takes memory too.
+LLAMA_KV_TOKENS = 16384
 
 
 # If the operator gives no limit, KV may take this share of the memory that is free beside the blocks.
@@ -60,36 +66,31 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         if not 1 <= spec.blocks <= checkpoint.block_count:
             raise InvalidRequest(f"{checkpoint.name} has {checkpoint.block_count} blocks, not {spec.blocks}")
         return spec.blocks
-    dtype, room = dtype_of(spec, checkpoint), _room(spec, checkpoint)
-    count = fits(
-        checkpoint,
-        room,
-        dtype=dtype,
-        batch_tokens=batch_tokens_of(spec),
-        kv_tokens=spec.kv_tokens or 0,
-        quantize=quantization_of(spec, checkpoint),
-        on_host=_on_host(spec),
+    room, tokens = _room(spec, checkpoint), spec.kv_tokens or default_kv_tokens(checkpoint)
+    count = fitting(
+        partial(memory_budget, spec, checkpoint), room, tokens, checkpoint.block_count, on_host=_on_host(spec)
     )
     if count < 1:
-        tokens = spec.kv_tokens or default_kv_tokens(checkpoint)
         budget = memory_budget(spec, checkpoint, 1)
         raise InvalidRequest(
             f"to serve one block of {checkpoint.name} with KV for {tokens} positions takes"
             f" {format_size(budget.total(tokens, on_host=_on_host(spec)))}"
-            f" (the block itself {format_size(block_bytes(checkpoint, dtype, quantization_of(spec, checkpoint)))}),"
+            f" (the block itself {format_size(budget.blocks)}),"
             f" {format_size(room)} are {'given' if spec.memory_bytes else 'free'}: {_remedy(spec, checkpoint)}"
         )
     return fits_on_disk(checkpoint, count)
 
 
-def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: Engine, room: AdapterRoom) -> int:
+def promised_bytes_of(spec: ServeSpec, checkpoint: Checkpoint, engine: BaseEngine, room: AdapterRoom) -> int:
     """The host memory that a loaded span may still take."""
     budget, on_host = memory_budget(spec, checkpoint, engine.span), _on_host(spec)
     promised = engine.total_tokens * budget.host_per_token
     if on_host:
         passes = engine.passes.memory.total_bytes if engine.passes is not None else 0
         working = budget.working_with(engine.total_tokens)
-        promised += engine.total_tokens * budget.kv_per_token + working + room.total_bytes + passes
+        # llama.cpp has taken the memory for its KV already.
+        kv = 0 if engine_of(spec, checkpoint) == LLAMACPP else engine.total_tokens * budget.kv_per_token
+        promised += kv + working + room.total_bytes + passes
     return promised
 
 
@@ -101,12 +102,46 @@ def client_adapter_bytes_of(spec: ServeSpec) -> int:
 
 def _adapter_bytes(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None) -> int:
     """The bytes of adapters: those that are served, and clients' own."""
+    if engine_of(spec, checkpoint) == LLAMACPP:
+        return 0
     dtype = dtype_of(spec, checkpoint)
     total = AdapterRoom(client_adapter_bytes_of(spec)).total_bytes
     for _, path in spec.adapters:
         with open_adapter(path, checkpoint.family, spec.hub) as file:
             total += file.n_values(span) * dtype.itemsize
     return total
+
+
+def engine_of(spec: ServeSpec, checkpoint: Checkpoint) -> str:
+    """What computes the blocks, TORCH or LLAMACPP.
+
+    Without a wish llama.cpp computes quantized files that torch would dequantize, because it is slow with packed
+    weights here or the file's types have no grid. Torch computes all others: with several sessions and long prompts it
+    is the faster one. Raises InvalidRequest if the operator wants llama.cpp for what it cannot serve, and
+    UnusablePackageError if it does not work here.
+    """
+    if spec.engine not in ENGINES:
+        raise InvalidRequest(f"engine {spec.engine!r} is not one of {', '.join(ENGINES)}")
+    if spec.engine == TORCH:
+        return TORCH
+    reason = _unmet_wish(spec) or why_not(checkpoint)
+    if spec.engine == AUTO:
+        if reason or not is_quantized(checkpoint) or (has_grids(checkpoint) and packed_is_faster()):
+            return TORCH
+        return LLAMACPP if is_usable() else TORCH
+    if reason:
+        raise InvalidRequest(f"llama.cpp cannot serve {checkpoint.name}: it {reason}; leave out --engine llamacpp")
+    load_library()
+    return LLAMACPP
+
+
+def _unmet_wish(spec: ServeSpec) -> str:
+    """What the operator wants that llama.cpp lacks; empty if nothing."""
+    if not _on_host(spec):
+        return f"computes on the CPU only, not on {spec.device}"
+    wishes = {"--dtype": spec.dtype, "--quantize": spec.quantize, "--adapter": spec.adapters}
+    given = [name for name, value in wishes.items() if value]
+    return f"has no {' and no '.join(given)}" if given else ""
 
 
 def dtype_of(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
@@ -144,6 +179,13 @@ def quantization_of(spec: ServeSpec, checkpoint: Checkpoint) -> str:
     return spec.quantize
 
 
+def numerics_of(spec: ServeSpec, checkpoint: Checkpoint) -> tuple[torch.dtype, str]:
+    """The dtype in which results are computed, and how weights are stored, as it is announced."""
+    if engine_of(spec, checkpoint) == LLAMACPP:
+        return torch.float32, LLAMACPP
+    return dtype_of(spec, checkpoint), quantization_of(spec, checkpoint)
+
+
 def batch_tokens_of(spec: ServeSpec) -> int:
     return BATCH_TOKENS if _on_host(spec) else GPU_BATCH_TOKENS
 
@@ -164,7 +206,8 @@ def _room(spec: ServeSpec, checkpoint: Checkpoint, span: Span | None = None) -> 
     """How many of these bytes blocks and KV may take: adapters of `span` (default: all blocks) and training are
     subtracted.
     """
-    return given_bytes_of(spec) - _adapter_bytes(spec, checkpoint, span) - pass_bytes_of(spec)
+    passes = 0 if engine_of(spec, checkpoint) == LLAMACPP else pass_bytes_of(spec)
+    return given_bytes_of(spec) - _adapter_bytes(spec, checkpoint, span) - passes
 
 
 def pass_bytes_of(spec: ServeSpec) -> int:
@@ -173,6 +216,8 @@ def pass_bytes_of(spec: ServeSpec) -> int:
 
 
 def memory_budget(spec: ServeSpec, checkpoint: Checkpoint, span: Span | int) -> Budget:
+    if engine_of(spec, checkpoint) == LLAMACPP:
+        return llama_budget(checkpoint, span, batch_tokens_of(spec))
     dtype = dtype_of(spec, checkpoint)
     return span_budget(
         checkpoint,
@@ -204,7 +249,7 @@ def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
     if spec.memory_bytes is None:
         # Other programs on this machine need some of the free memory, but at least one conversation should fit.
         fit = max(int(fit * KV_SHARE), min(fit, default_kv_tokens(checkpoint)))
-    return min(DEFAULT_KV_TOKENS, fit)
+    return min(LLAMA_KV_TOKENS if engine_of(spec, checkpoint) == LLAMACPP else DEFAULT_KV_TOKENS, fit)
 
 
 def _remedy(spec: ServeSpec, checkpoint: Checkpoint) -> str:
@@ -213,6 +258,6 @@ def _remedy(spec: ServeSpec, checkpoint: Checkpoint) -> str:
     ways = ["serve fewer blocks", "raise --memory" if spec.memory_bytes else "free some memory"]
     if spec.kv_tokens:
         ways.append("lower --kv-tokens")
-    if quantization_of(spec, checkpoint) == NONE:
+    if engine_of(spec, checkpoint) == TORCH and quantization_of(spec, checkpoint) == NONE:
         ways.append(f"serve with --quantize {'packed' if packable else 'int8 or nf4'}")
     return ", ".join(ways[:-1]) + f" or {ways[-1]}"

@@ -20,11 +20,13 @@ from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.device.failures import is_out_of_memory
 from peerd.compute.device.free_memory import free_memory, give_back_memory, trim_heap
 from peerd.compute.device.sizes import format_size
-from peerd.compute.engine.engine import Engine
+from peerd.compute.engine.engine import BaseEngine, Engine
 from peerd.compute.engine.self_test import check_span
 from peerd.compute.engine.throughput import measured_throughput
 from peerd.compute.errors import CheckpointError
 from peerd.compute.families.family import Family
+from peerd.compute.llamacpp.library import package_version
+from peerd.compute.llamacpp.loading import load_llama_engine
 from peerd.compute.model.span_model import load_span
 from peerd.compute.model.stored_as import packing_notes
 from peerd.compute.quantized.formats import NONE, PACKED
@@ -41,13 +43,15 @@ from peerd.spans.budget import (
     batch_tokens_of,
     client_adapter_bytes_of,
     dtype_of,
+    engine_of,
     kv_tokens_of,
     memory_budget,
+    numerics_of,
     pass_bytes_of,
     promised_bytes_of,
     quantization_of,
 )
-from peerd.spans.spec import ServeSpec
+from peerd.spans.spec import LLAMACPP, ServeSpec
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +59,15 @@ log = logging.getLogger(__name__)
 SPARE_PASS_SHARE = 0.25
 # Enough for 4096 positions of the largest models.
 MAX_PASS_BYTES = 8 * 2**30
+# How the log names the ways of storing weights, but for those of `--quantize int8` and `nf4`.
+_WEIGHTS = {NONE: "", PACKED: ", weights packed as published", LLAMACPP: ", weights as published, by llama.cpp"}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedSpan:
     """An engine with its blocks and adapters, and the facts that are announced about them."""
 
-    engine: Engine
+    engine: BaseEngine
     dtype: str
     quantization: str
     codecs: tuple[str, ...]
@@ -79,14 +85,15 @@ def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
 
     Raises InvalidRequest.
     """
+    dtype, stored_as = numerics_of(spec, checkpoint)
     return ServerRecord(
         seq=0,
         expires=0.0,
         model=checkpoint.model_digest,
         span=Span(0, 1),
         state="joining",
-        dtype=DTYPE_NAMES[dtype_of(spec, checkpoint)],
-        quantization=quantization_of(spec, checkpoint),
+        dtype=DTYPE_NAMES[dtype],
+        quantization=stored_as,
         codecs=tuple(sorted(CODECS)),
         throughput=spec.throughput or 0.0,
         free_tokens=0,
@@ -96,6 +103,48 @@ def expected_record(spec: ServeSpec, checkpoint: Checkpoint) -> ServerRecord:
 
 def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
     """Read the span's blocks, make its engine and measure its speed. Raises CheckpointError, InvalidRequest."""
+    dtype, stored_as = numerics_of(spec, checkpoint)
+    is_llama = engine_of(spec, checkpoint) == LLAMACPP
+    engine = _load_llama(spec, checkpoint, span) if is_llama else _load_torch(spec, checkpoint, span)
+    digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
+    measured_as = f"{stored_as} {package_version()}" if is_llama else stored_as
+    throughput = spec.throughput or spec.share * measured_throughput(
+        engine, checkpoint.model_digest, dtype, measured_as, torch.device(spec.device), checkpoint.max_length
+    )
+    log.info(
+        "blocks %s of %s: %s%s, KV for %d positions, %.0f positions a second through a block%s",
+        span,
+        checkpoint.name,
+        DTYPE_NAMES[dtype],
+        _WEIGHTS.get(stored_as, f", weights in {stored_as}"),
+        engine.total_tokens,
+        throughput,
+        ", as --throughput says" if spec.throughput else "",
+    )
+    room = AdapterRoom(0 if is_llama else client_adapter_bytes_of(spec), value_bytes=dtype.itemsize)
+    return LoadedSpan(
+        engine,
+        DTYPE_NAMES[dtype],
+        stored_as,
+        tuple(sorted(CODECS)),
+        throughput,
+        block_roots(span, digests),
+        room,
+        checkpoint.family,
+        float(spec.uplink or 0),
+        promised_bytes_of(spec, checkpoint, engine, room),
+    )
+
+
+def _load_llama(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> BaseEngine:
+    kv_tokens = kv_tokens_of(spec, checkpoint, span)
+    engine = load_llama_engine(checkpoint, span, kv_tokens=kv_tokens, batch_tokens=batch_tokens_of(spec))
+    # What llama.cpp was compared with is no longer needed.
+    trim_heap()
+    return engine
+
+
+def _load_torch(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> BaseEngine:
     dtype, quantize = dtype_of(spec, checkpoint), quantization_of(spec, checkpoint)
     # Computed before anything is read, so that a span that does not fit is refused early.
     kv_tokens, pass_bytes = kv_tokens_of(spec, checkpoint, span), pass_bytes_of(spec)
@@ -124,33 +173,7 @@ def load(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> LoadedSpan:
         spare_bytes = min(MAX_PASS_BYTES, int(free_memory(spec.device) * SPARE_PASS_SHARE))
         engine.passes.memory = PassMemory(max(pass_bytes, spare_bytes))
     engine.warm_up()
-    digests = [checkpoint.block_digest(block) for block in range(span.start, span.end)]
-    throughput = spec.throughput or spec.share * measured_throughput(
-        engine, checkpoint.model_digest, dtype, quantize, model.device, checkpoint.max_length
-    )
-    log.info(
-        "blocks %s of %s: %s%s, KV for %d positions, %.0f positions a second through a block%s",
-        span,
-        checkpoint.name,
-        DTYPE_NAMES[dtype],
-        "" if quantize == NONE else f", weights {'packed as published' if quantize == PACKED else f'in {quantize}'}",
-        engine.total_tokens,
-        throughput,
-        ", as --throughput says" if spec.throughput else "",
-    )
-    room = AdapterRoom(client_adapter_bytes_of(spec), value_bytes=dtype.itemsize)
-    return LoadedSpan(
-        engine,
-        DTYPE_NAMES[dtype],
-        quantize,
-        tuple(sorted(CODECS)),
-        throughput,
-        block_roots(span, digests),
-        room,
-        checkpoint.family,
-        float(spec.uplink or 0),
-        promised_bytes_of(spec, checkpoint, engine, room),
-    )
+    return engine
 
 
 class SpanLoader:

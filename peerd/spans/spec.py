@@ -9,6 +9,9 @@ from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.protocol.identity import PeerId
 from peerd.protocol.span import Span
 
+#: What may compute a server's blocks: our own engine over torch, or llama.cpp; by itself peerd chooses one of them.
+AUTO, TORCH, LLAMACPP = ENGINES = ("auto", "torch", "llamacpp")
+
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
@@ -32,6 +35,8 @@ class ServeSpec:
     among: instead of a model, patterns of the models that may be served, of those in the swarm (`org/*`, or paths).
     blocks: a span, a number of blocks, or None for all that fit. If no span is named, the swarm's need decides which
         blocks, now and, unless `stay` is set, later too.
+    engine: what computes: `torch`, `llamacpp`, or `auto` for llama.cpp where it is installed and torch would
+        dequantize a GGUF file that it can serve.
     dtype: for computing; defaults to the checkpoint's.
     quantize: how weights are stored: `none`, `packed` (as a quantized file has them), `int8` or `nf4`; None for
         `packed` where the file allows it, this CPU is faster so and no dtype is named, else `none`.
@@ -68,3 +73,4 @@ class ServeSpec:
     promised_bytes: int = 0
     trainable: Trainable | None = None
     hub: HubSettings | None = None
+    engine: str = AUTO

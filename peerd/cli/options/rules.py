@@ -26,6 +26,7 @@ class ServingOptions:
     kv_tokens: int | None = None
     memory_bytes: int | None = None
     quantize: str | None = None
+    engine: str = "auto"
     throughput: float | None = None
     adapters: tuple[tuple[str, str | Path], ...] = ()
     client_adapter_bytes: int | None = None
@@ -128,7 +129,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda options: not options.serves and options.serving != ServingOptions(),
-        "--dtype, --device, --kv-tokens, --memory, --quantize, --throughput, --adapter, --client-adapters,"
+        "--dtype, --device, --kv-tokens, --memory, --quantize, --engine, --throughput, --adapter, --client-adapters,"
         " --uplink, --trainable, --look-every, --no-move, --idle-only, --nice and --gpu-share say how to serve: add"
         " --serve-blocks",
     ),

@@ -10,7 +10,7 @@ import click
 from peerd.cli.console import working
 from peerd.cli.options.parsing import parse_adapter, parse_device, parse_limit, parse_memory, parse_peer_id
 from peerd.cli.options.rules import DaemonOptions
-from peerd.cli.options.shared import DTYPES, QUANTIZATIONS, Command
+from peerd.cli.options.shared import DTYPES, ENGINES, QUANTIZATIONS, Command
 
 if TYPE_CHECKING:
     from peerd.spans.spec import ServeSpec, Trainable
@@ -46,6 +46,14 @@ _OPTIONS = (
         " keeps the weights of quantized GGUF, AWQ and GPTQ files as they are, on a CPU: the fastest; none is the"
         " most exact. Default: packed where the file allows it and this CPU is faster so, unless --dtype is given; else"
         " none.",
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(ENGINES),
+        default="auto",
+        help="What computes: torch, or llamacpp, which serves GGUF files of the most common architectures on the CPU as"
+        " they are, without adapters and training; pip install peerd[llamacpp] installs it. Default: auto, which is"
+        " llamacpp where it is installed and torch would dequantize such a file, or else torch.",
     ),
     click.option(
         "--throughput",
@@ -143,6 +151,7 @@ def spec_of(options: DaemonOptions, model: Path | str, identity_file: Path) -> S
         kv_tokens=serving.kv_tokens,
         memory_bytes=serving.memory_bytes,
         quantize=serving.quantize,
+        engine=serving.engine,
         throughput=serving.throughput,
         adapters=serving.adapters,
         client_adapter_bytes=serving.client_adapter_bytes,

@@ -25,6 +25,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 DTYPES = ("float32", "float16", "bfloat16")
 # The formats of compute/quantized/formats.py, whose import would load torch.
 QUANTIZATIONS = ("none", "int8", "nf4", "packed")
+# Those of peerd/spans/spec.py, likewise.
+ENGINES = ("auto", "torch", "llamacpp")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 bootstrap_option = click.option(

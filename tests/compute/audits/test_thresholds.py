@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from peerd.compute.audits.calibrate import CLASSES, PACKED_CLASSES, classes_of
+from peerd.compute.audits import calibrate
+from peerd.compute.audits.calibrate import CLASSES, LLAMACPP_CLASS, PACKED_CLASSES, classes_of
 from peerd.compute.audits.thresholds import Numerics, Thresholds, own_thresholds
 from peerd.compute.checkpoint.opening import open_checkpoint
 from tests.compute.gguf_writer import tiny_config, tiny_model, write_model
@@ -16,7 +17,7 @@ FULL, HALF, INT8, NF4 = (
     Numerics("bfloat16", "int8"),
     Numerics("bfloat16", "nf4"),
 )
-ALL = (*CLASSES, *PACKED_CLASSES)
+ALL = (*CLASSES, *PACKED_CLASSES, LLAMACPP_CLASS)
 TABLE = Thresholds(
     {
         frozenset({str(FULL)}): 0.001,
@@ -95,9 +96,12 @@ def test_our_own_table_has_every_pair_and_tells_a_skipped_block_from_rounding(
         assert limit < 0.15
 
 
-def test_a_model_of_packed_integers_is_served_in_more_classes(tmp_path: Path) -> None:
+def test_a_quantized_file_is_served_in_more_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "is_usable", lambda: False)
     for name, kind in (("plain", Type.F16), ("packed", Type.Q4_0)):
         write_model(tmp_path / f"{name}.gguf", "llama", tiny_model(tiny_config("llama")), kind)
     with open_checkpoint(tmp_path / "plain.gguf") as plain, open_checkpoint(tmp_path / "packed.gguf") as packed:
         assert classes_of(plain) == CLASSES
+        assert classes_of(packed) == (*CLASSES, *PACKED_CLASSES)
+        monkeypatch.setattr(calibrate, "is_usable", lambda: True)
         assert classes_of(packed) == ALL
