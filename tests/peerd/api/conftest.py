@@ -33,12 +33,12 @@ from peerd.reach.reservations import Reservation
 from peerd.routing.dht.table import Contact
 from peerd.routing.failures.track_record import TrackRecord
 from peerd.routing.reach.verdict import Reach
+from tests.fakes.api_fixture import TOKEN
 
 WIDTH = 8
 BLOCKS = 9
 MAX_LENGTH = 1024
 END = 256
-TOKEN = "t" * 32
 RELAY = PeerId("the-relay")
 TERMS = Reserved(expires_s=60, circuits=1, bytes_a_second=1, circuit_s=60)
 TEMPLATE = (

@@ -30,7 +30,7 @@ async def cancel_after(caller, path, asked, request_id=None):
 
 
 async def begin(caller, path, asked, request_id, task_status):
-    from .conftest import Answer
+    from tests.peerd.api.conftest import Answer
 
     answer = Answer()
     answer.ended = trio.Event()

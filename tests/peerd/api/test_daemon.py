@@ -32,21 +32,13 @@ from peerd.protocol.messages.session import Step
 from peerd.protocol.rows import Fork, RowSlice
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import fake_forward
-
-from .conftest import TOKEN
+from tests.fakes.api_fixture import openai_client
 
 pytestmark = pytest.mark.real_time
 
 BLOCKS = 9
 WIDTH = 8
 PROMPT = [1, 2, 3]
-
-
-def openai_client(daemon, over="unix", token=TOKEN):
-    if over == "tcp":
-        return openai.OpenAI(base_url=f"{daemon.url}/v1", api_key=token, max_retries=0)
-    http = httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.socket)))
-    return openai.OpenAI(base_url="http://localhost/v1", api_key="unused", http_client=http, max_retries=0)
 
 
 @pytest.mark.parametrize("over", ["unix", "tcp"])

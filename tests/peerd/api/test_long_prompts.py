@@ -17,8 +17,7 @@ from peerd.api.openai.chat_templates import MOST_OF_A_TEMPLATE, RENDER_LIMIT_S, 
 from peerd.api.web.history import History
 from peerd.client.sampling import Sampler
 from peerd.protocol.errors import InvalidRequest
-
-from .conftest import ByteHead, Caller, InProcessTemplates, NoStatus
+from tests.peerd.api.conftest import ByteHead, Caller, InProcessTemplates, NoStatus
 
 LONG = "word " * 4000
 

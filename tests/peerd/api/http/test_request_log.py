@@ -10,8 +10,7 @@ import pytest
 from peerd.api.error_shapes import error_response
 from peerd.api.errors import invalid
 from peerd.api.http.request_log import RequestLog
-
-from ..conftest import Caller
+from tests.peerd.api.conftest import Caller
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/completions"}
 

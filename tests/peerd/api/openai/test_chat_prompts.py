@@ -11,8 +11,7 @@ from peerd.api.errors import ApiError
 from peerd.api.fields import Fields
 from peerd.api.openai.chat_prompts import chat_prompt
 from peerd.api.openai.requests import read_chat
-
-from ..conftest import InProcessTemplates
+from tests.peerd.api.conftest import InProcessTemplates
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}

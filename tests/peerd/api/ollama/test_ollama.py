@@ -12,9 +12,7 @@ import trio
 from peerd.api.errors import ApiError
 from peerd.api.fields import Fields
 from peerd.api.ollama.requests import read_chat_request, read_generate_request
-
-from .conftest import TOKEN
-from .test_anthropic import ROME, TEMPLATE
+from tests.fakes.api_fixture import ROME, TEMPLATE, TOKEN
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}

@@ -14,8 +14,7 @@ from peerd.api import fields as fields_module
 from peerd.api.openai.answering import Answering
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import fake_forward
-
-from .conftest import Answer
+from tests.peerd.api.conftest import Answer
 
 BLOCKS = 9
 WIDTH = 8

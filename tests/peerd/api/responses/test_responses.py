@@ -16,9 +16,7 @@ from peerd.api.errors import ApiError
 from peerd.api.fields import Fields
 from peerd.api.responses.requests import read_responses_request
 from peerd.api.responses.store import KEPT_S, ResponseStore, memory_of
-
-from .test_anthropic import ROME, TEMPLATE
-from .test_daemon import openai_client
+from tests.fakes.api_fixture import ROME, TEMPLATE, openai_client
 
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": False}

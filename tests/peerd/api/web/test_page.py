@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from peerd.protocol.invitation import Invitation
+from tests.fakes.api_fixture import TOKEN
 from tests.fakes.browser import CHROMIUM, open_page, run_chromium
-
-from .conftest import TOKEN, ScriptedHead
+from tests.peerd.api.conftest import ScriptedHead
 
 pytestmark = [pytest.mark.real_time, pytest.mark.processes]
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

@@ -7,7 +7,7 @@ import math
 import pytest
 import trio
 
-from .conftest import BLOCKS
+from tests.peerd.api.conftest import BLOCKS
 
 TEXT = "Rome: caf\u00e9!"
 IDS = list(TEXT.encode())

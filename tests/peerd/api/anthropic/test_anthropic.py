@@ -13,15 +13,8 @@ import trio
 from peerd.api.anthropic.requests import read_messages_request
 from peerd.api.errors import ApiError
 from peerd.api.fields import Fields
+from tests.fakes.api_fixture import ROME, TEMPLATE, TOKEN
 
-from .conftest import TOKEN
-
-TEMPLATE = (
-    "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}({{ c.function.arguments.city }}){% endfor %}{% endfor %}"
-    "{{ '/no_think' if enable_thinking is false }}{{ '<assistant>' if add_generation_prompt }}"
-)
-ROME = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 TOOL = {"name": "weather", "input_schema": {"type": "object", "properties": {}}}
 USE = {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Rome"}}
 RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "Rain."}]}

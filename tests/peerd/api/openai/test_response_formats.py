@@ -11,8 +11,7 @@ import trio
 from pydantic import BaseModel, Field
 
 from peerd.protocol.errors import InvalidRequest
-
-from .test_daemon import openai_client
+from tests.fakes.api_fixture import openai_client
 
 MESSAGES = [{"role": "user", "content": "Who?"}]
 SCHEMA = {

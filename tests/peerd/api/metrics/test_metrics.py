@@ -24,11 +24,10 @@ from peerd.meters import Meters
 from peerd.net.containment import Containment
 from peerd.peer import Peer
 from peerd.protocol.identity import PeerId
+from tests.fakes.api_fixture import TOKEN
 from tests.fakes.reach_fixture import server_record, world
 
-from .conftest import TOKEN
-
-DASHBOARD = Path(__file__).parents[3] / "contrib/grafana/peerd.json"
+DASHBOARD = Path(__file__).parents[4] / "contrib/grafana/peerd.json"
 
 
 def figures_of(peer: Peer, history: History | None = None) -> dict[str, dict[tuple[str, ...], float]]:

@@ -21,9 +21,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.model.head import load_head
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import fake_forward
-
-from .conftest import TOKEN
-from .test_daemon import openai_client
+from tests.fakes.api_fixture import TOKEN, openai_client
 
 PATH = "/v1/embeddings"
 BLOCKS = 9
