@@ -90,20 +90,21 @@ families: setup
 
 # Five minutes of servers that are killed and stopped beneath sessions, and two more around them.
 chaos: setup
-	$(BIN)/python benchmarks/chaos_bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.chaos.chaos_bench $(ARGS)
 
 # The main table, training, and what quantization costs and saves.
 bench: bench-swarm bench-training bench-quantization
 
-# `make bench-NAME` runs benchmarks/NAME_bench.py (real time) or benchmarks/NAME_sim.py (simulated time); `make bench-list` names
-# them all. Options go into ARGS: make bench-dht ARGS="--hours 0.2". `bench-gpu` needs a CUDA build of torch in .venv.
+# `make bench-NAME` runs NAME_bench.py (real time) or NAME_sim.py (simulated time) in a folder of benchmarks/; `make bench-list`
+# names them all. Options go into ARGS: make bench-dht ARGS="--hours 0.2". `bench-gpu` needs a CUDA build of torch in .venv.
 bench-list:
-	@for file in benchmarks/*_bench.py benchmarks/*_sim.py; do \
+	@for file in benchmarks/*/*_bench.py benchmarks/*/*_sim.py; do \
 		name=$$(basename $$file .py); printf 'make bench-%-14s %s\n' $${name%_*} "$$(sed -n '1s/^"""//; 1s/"""$$//; 1p' $$file)"; done
 
+bench-%: BENCH = $(wildcard benchmarks/*/$*_bench.py benchmarks/*/$*_sim.py)
 bench-%: setup
-	@test -n "$(wildcard benchmarks/$*_bench.py benchmarks/$*_sim.py)" || { echo "there is no benchmark '$*': see 'make bench-list'"; exit 2; }
-	$(BIN)/python $(wildcard benchmarks/$*_bench.py benchmarks/$*_sim.py) $(ARGS)
+	@test -n "$(BENCH)" || { echo "there is no benchmark '$*': see 'make bench-list'"; exit 2; }
+	$(BIN)/python -m $(subst /,.,$(basename $(BENCH))) $(ARGS)
 
 setup: $(STAMP)
 

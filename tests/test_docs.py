@@ -90,7 +90,7 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 def test_make_targets_that_a_page_names_exist(page: Path) -> None:
     lines = re.findall(r"^([a-z][\w -]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     rules = {rule for line in lines for rule in line.split()}
-    benchmarks = {re.sub(r"_(bench|sim)$", "", path.stem) for path in (REPOSITORY / "benchmarks").glob("*.py")}
+    benchmarks = {re.sub(r"_(bench|sim)$", "", path.stem) for path in (REPOSITORY / "benchmarks").rglob("*.py")}
     named = {found for code in code_in(page) for found in re.findall(r"\bmake ([a-z][a-z_-]*[a-z])\b", code)}
     assert {name for name in named if name not in rules and name.removeprefix("bench-") not in benchmarks} == set()
 

@@ -4,7 +4,7 @@ Transformers multiplies in the weights' dtype, which rounds logits to 8 bits in 
 that comes first. Here products are summed and kept in fp32. On a CPU the weights are converted slice by slice in one
 small buffer, so no fp32 copy of all of them exists. For one position that costs about as much as torch's own
 product; for eight, 2.5 times as much on a CPU with bf16 multiplication, and less on one without
-(benchmarks/lm_head_bench.py).
+(benchmarks/compute/lm_head_bench.py).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_parts.quality import TEXT
+from benchmarks.quality import TEXT
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from chaos_bench import Plan, measure
 from rich.console import Console
 
-from bench_parts.chaos_answers import Answer, Counts, Reference
-from bench_parts.chaos_report import Disturbance, Run, Struck, as_json, percentile, show
-from bench_parts.chaos_swarm import ChaosSwarm, Member
+from benchmarks.chaos.answers import Answer, Counts, Reference
+from benchmarks.chaos.chaos_bench import Plan, measure
+from benchmarks.chaos.report import Disturbance, Run, Struck, as_json, percentile, show
+from benchmarks.chaos.swarm import ChaosSwarm, Member
 from peerd.client.sampling import SamplingParams
 from peerd.protocol.span import Span
 

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import peerd
-from bench_parts.curves import METHODS, Training, small_llama
+from benchmarks.training.curves import METHODS, Training, small_llama
 from tests.peerd.facade.conftest import Servers
 
 pytest.importorskip("peft")

@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from delayed_bench import Chained, Figure, HubAndSpoke, Turn, failures, measure_way
 
 import peerd
-from bench_parts.delayed_link import free_port
-from bench_parts.delayed_swarm import DelayedSwarm, open_proxies
+from benchmarks.swarms.delayed_bench import Chained, Figure, HubAndSpoke, Turn, failures, measure_way
+from benchmarks.swarms.delayed_link import free_port
+from benchmarks.swarms.delayed_swarm import DelayedSwarm, open_proxies
 from peerd.cli.demo import even_spans
 
 RTT_MS = 200.0

@@ -7,7 +7,7 @@ import trio
 from trio.testing import memory_stream_pair
 
 import peerd
-from bench_parts.delayed_link import (
+from benchmarks.swarms.delayed_link import (
     BACKLOG_BYTES,
     CHUNK_BYTES,
     READ_AHEAD_S,

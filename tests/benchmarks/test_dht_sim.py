@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import dht_sim
 import pytest
 import trio
 from trio.testing import MockClock
 
-from bench_parts.dht_swarm import Swarm, SwarmPlan
+from benchmarks.simulated import dht_sim
+from benchmarks.simulated.dht_swarm import Swarm, SwarmPlan
 from peerd.routing.dht.record_sets import newest
 
 # An hour of 150 peers, three in ten of them replaced, as the figures of `make bench-dht` are taken.

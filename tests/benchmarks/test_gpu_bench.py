@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-import gpu_bench as gpu
 import pytest
 import torch
 
-from bench_parts import gpu_swarm
-from bench_parts.random_checkpoint import GEOMETRIES, random_checkpoint
+from benchmarks.compute import gpu_bench as gpu
+from benchmarks.compute import gpu_swarm
+from benchmarks.compute.random_checkpoint import GEOMETRIES, random_checkpoint
 from peerd.compute.engine.capacity import block_bytes
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ idle.
 from __future__ import annotations
 
 import pytest
-from overload_sim import as_table, figures_of, run
 
-from bench_parts.overload_swarm import Overload, OverloadPlan
+from benchmarks.simulated.overload_sim import as_table, figures_of, run
+from benchmarks.simulated.overload_swarm import Overload, OverloadPlan
 from peerd.protocol.errors import NoRoom
 
 

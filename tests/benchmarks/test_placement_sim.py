@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import trio
-from placement_sim import against_the_best, simulate
 
-from bench_parts.placement_swarm import Server, Swarm, World, most_flow
+from benchmarks.simulated.placement_sim import against_the_best, simulate
+from benchmarks.simulated.placement_swarm import Server, Swarm, World, most_flow
 from peerd.protocol.span import Span
 from peerd.routing.placement.flow import swarm_flow
 

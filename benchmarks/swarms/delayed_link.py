@@ -2,7 +2,7 @@
 
 Put a proxy before each peer, and let the peer announce the proxy's address instead of its own:
 
-    python benchmarks/bench_parts/delayed_link.py --listen 7001 --target 7000 --rtt-ms 100 --mbit 100
+    python -m benchmarks.swarms.delayed_link --listen 7001 --target 7000 --rtt-ms 100 --mbit 100
     peerd --listen /ip4/127.0.0.1/tcp/7000/ws --announce /ip4/127.0.0.1/tcp/7001/ws ...
 
 Each direction is a line that all connections share. Bytes leave the line one after another at its rate, and each

@@ -30,10 +30,10 @@ import torch
 import trio
 from rich.console import Console
 
-from bench_parts.chaos_answers import Asker, Reference
-from bench_parts.chaos_report import Disturbance, Kind, Run, Struck, as_json, show
-from bench_parts.chaos_swarm import ChaosSwarm, Member, open_chaos_swarm
-from bench_parts.quality import TEXT
+from benchmarks.chaos.answers import Asker, Reference
+from benchmarks.chaos.report import Disturbance, Kind, Run, Struck, as_json, show
+from benchmarks.chaos.swarm import ChaosSwarm, Member, open_chaos_swarm
+from benchmarks.quality import TEXT
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import ProcessEnded
 from peerd.compute.checkpoint.demo_model import demo_model_path

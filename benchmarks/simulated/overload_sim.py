@@ -1,6 +1,7 @@
 """Simulates fifty clients and two servers with room for eight: how long do clients wait, and how often do they ask?
 
-    python benchmarks/overload_sim.py [--clients 50] [--servers 2] [--slots 4] [--later 20] [--json] [--output FILE]
+    python -m benchmarks.simulated.overload_sim [--clients 50] [--servers 2] [--slots 4] [--later 20]
+        [--json] [--output FILE]
 
 Prints a table, or JSON. Time is simulated (overload_swarm.py).
 """
@@ -16,7 +17,7 @@ from typing import Any
 import trio
 from trio.testing import MockClock
 
-from bench_parts.overload_swarm import Overload, OverloadPlan
+from benchmarks.simulated.overload_swarm import Overload, OverloadPlan
 
 
 def run(plan: OverloadPlan) -> Overload:

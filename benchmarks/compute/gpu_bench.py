@@ -1,13 +1,13 @@
 """Measures the blocks on a GPU: their speed beside Transformers' own layers, and beside what its memory allows.
 
-    python benchmarks/gpu_bench.py                       # all, on cuda:0: some 15 minutes
-    python benchmarks/gpu_bench.py --part blocks         # a table of tokens/s a block: below 10 minutes
-    python benchmarks/gpu_bench.py --part swarm          # BLOOM-176B in nf4 behind three peers: below 10 minutes
-    python benchmarks/gpu_bench.py --tiny --device cpu   # the whole script at toy sizes, without a GPU
+    python -m benchmarks.compute.gpu_bench                      # all, on cuda:0: some 15 minutes
+    python -m benchmarks.compute.gpu_bench --part blocks        # a table of tokens/s a block: below 10 minutes
+    python -m benchmarks.compute.gpu_bench --part swarm         # BLOOM-176B in nf4 behind three peers: below 10 minutes
+    python -m benchmarks.compute.gpu_bench --tiny --device cpu  # the whole script at toy sizes, without a GPU
 
 Before the first run on a machine: a CUDA build of torch 2.13, which brings Triton, and `pip install -e . --group dev`.
 Where nothing can be installed, `blocks` needs no more than torch, Triton, transformers, bitsandbytes (for nf4), numpy,
-platformdirs and gguf, with the four folders laid out as `.ci/check-rooms` does it, on PYTHONPATH; `swarm` needs trio,
+platformdirs and gguf, in a folder like the one that `.ci/check-rooms` lays out in `.cache/rooms`; `swarm` needs trio,
 trio-websocket, cryptography, msgpack and kademlia too, all small wheels; tests need pytest and trio. Then check first,
 in a minute or two, that kernels, graphs and copies work there:
 
@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from bench_parts.random_checkpoint import random_checkpoint
+from benchmarks.compute.random_checkpoint import random_checkpoint
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine
@@ -303,7 +303,7 @@ def main() -> None:
     if chosen.part in ("all", "blocks"):
         lines += blocks_part(sizes, device)
     if chosen.part in ("all", "swarm"):
-        from bench_parts.gpu_swarm import swarm_part
+        from benchmarks.compute.gpu_swarm import swarm_part
 
         lines += swarm_part(sizes.swarm_model, device, sizes.dtype, tiny=chosen.tiny, blocks=chosen.blocks)
     text = "\n".join(lines)

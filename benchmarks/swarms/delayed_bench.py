@@ -28,11 +28,11 @@ import torch
 import trio
 from rich.console import Console
 from rich.table import Table
-from swarm_bench import Local, prompts_of
 
-from bench_parts.delayed_link import Passed
-from bench_parts.delayed_swarm import DelayedSwarm, open_delayed_swarm
-from bench_parts.quality import TEXT
+from benchmarks.quality import TEXT
+from benchmarks.swarms.delayed_link import Passed
+from benchmarks.swarms.delayed_swarm import DelayedSwarm, open_delayed_swarm
+from benchmarks.swarms.swarm_bench import Local, prompts_of
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 from peerd.client.model import SwarmModel

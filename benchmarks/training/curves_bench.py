@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peerd
-from bench_parts.curves import METHODS, Curve, Training, small_llama
+from benchmarks.training.curves import METHODS, Curve, Training, small_llama
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 from peerd.compute.checkpoint.demo_model import demo_model_path

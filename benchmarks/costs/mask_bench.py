@@ -1,6 +1,6 @@
 """Measures what a mask for a constrained answer costs a token: llguidance beside xgrammar, over a large vocabulary.
 
-Run `python benchmarks/mask_bench.py [--vocabulary FILE]`. FILE has a token a line, base64 and its rank, as Qwen's
+Run `python -m benchmarks.costs.mask_bench [--vocabulary FILE]`. FILE has a token a line, base64 and its rank, as Qwen's
 `qwen.tiktoken` in the package `dashscope` has 151,643; without it there are as many random words, which share fewer
 prefixes than real ones. xgrammar is measured only where it is installed. Every engine walks through the same answers,
 cut greedily into the longest tokens.

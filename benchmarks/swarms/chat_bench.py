@@ -19,8 +19,8 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from bench_parts.delayed_swarm import open_delayed_swarm
-from bench_parts.quality import TEXT
+from benchmarks.quality import TEXT
+from benchmarks.swarms.delayed_swarm import open_delayed_swarm
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 from peerd.client.model import SwarmModel

@@ -16,12 +16,21 @@ from functools import partial
 
 import torch
 import trio
-from quantization_bench import CONTEXT_TOKENS, PREFILL_TOKENS, SessionSize, decode_s, run_all, submit
 from rich.console import Console
 from rich.table import Table
-from swarm_bench import DECODE_TOKENS, PROMPT_TOKENS, Samples, memory_mib, prompts_of, remote_times, swarm, together
 
-from bench_parts.quality import agreement, divergence, log_probabilities, perplexity, text_tokens
+from benchmarks.compute.quantization_bench import CONTEXT_TOKENS, PREFILL_TOKENS, SessionSize, decode_s, run_all, submit
+from benchmarks.quality import agreement, divergence, log_probabilities, perplexity, text_tokens
+from benchmarks.swarms.swarm_bench import (
+    DECODE_TOKENS,
+    PROMPT_TOKENS,
+    Samples,
+    memory_mib,
+    prompts_of,
+    remote_times,
+    swarm,
+    together,
+)
 from peerd.cli.processes import open_peer_processes
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.demo_model import demo_model_path

@@ -21,6 +21,7 @@ from random import Random
 import torch
 from torch import nn
 
+from benchmarks.quality import TEXT
 from peerd.cli.calibrate import LENGTH, ROWS, embedded, thirds
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.audits.calibrate import BATCH, CLASSES, Measured, decode, measure, prefill, thresholds
@@ -34,7 +35,6 @@ from peerd.compute.kv.layout import PAGE_TOKENS
 from peerd.compute.model.span_model import SpanModel, load_span
 from peerd.protocol.span import Span
 
-TEXT = Path(__file__).parent / "bench_parts/fixed_text.txt"
 WINDOW = 8
 LENGTHS = (16, 32, 64)
 PROBABILITY = 1 / 64

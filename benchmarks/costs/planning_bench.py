@@ -1,6 +1,6 @@
 """Measures how long a client takes to plan: a chain over 128 blocks from the offers of 1000 peers.
 
-    python benchmarks/planning_bench.py
+    python -m benchmarks.costs.planning_bench
 
 Prints the least of many times, in milliseconds of this thread's CPU time: with offers that were just found; with the
 same offers again; for replacing one hop; and for a training pass of 64 requests.

@@ -1,9 +1,11 @@
 """Measures how one engine decodes on one thread: 1 to 32 sessions, sessions beside a long prefill, and forks.
 
-Run `python benchmarks/engine_bench.py [--context 64] [--part sessions|latencies|beams]`. It prints milliseconds a turn
-and tokens a second, as multiples of one session and of Transformers' own decoder with a `DynamicCache`, one sequence at
-a time. All variants alternate, and the fastest turns count, except for latencies, where the spread matters. Time is
-this thread's CPU time, because wall-clock time on a shared machine also measures other programs.
+    python -m benchmarks.compute.engine_bench [--context 64] [--part sessions|latencies|beams]
+
+It prints milliseconds a turn and tokens a second, as multiples of one session and of Transformers' own decoder with a
+`DynamicCache`, one sequence at a time. All variants alternate, and the fastest turns count, except for latencies, where
+the spread matters. Time is this thread's CPU time, because wall-clock time on a shared machine also measures other
+programs.
 """
 
 from __future__ import annotations

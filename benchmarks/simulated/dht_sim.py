@@ -1,6 +1,7 @@
 """Simulates a thousand DHT peers under churn: do lookups find the live servers, how fast, and what does each peer pay?
 
-    python benchmarks/dht_sim.py [--peers 1000] [--hours 1] [--churn 0.3] [--one-shard] [--json] [--output FILE]
+    python -m benchmarks.simulated.dht_sim [--peers 1000] [--hours 1] [--churn 0.3] [--one-shard] [--json]
+        [--output FILE]
 
 Prints a table, or JSON. Time is virtual. The result depends only on the seed, apart from the order in which Trio runs
 tasks that wake at the same moment. The machine's speed only decides how long the simulation takes.
@@ -18,7 +19,7 @@ from typing import Any
 import trio
 from trio.testing import MockClock
 
-from bench_parts.dht_swarm import MODELS, ONE_SHARD, Lookup, Swarm, SwarmPlan
+from benchmarks.simulated.dht_swarm import MODELS, ONE_SHARD, Lookup, Swarm, SwarmPlan
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -7,7 +7,7 @@ embeddings and head are not measured, and would not fit into the table. The figu
 2209.01188, table 3; 2312.08361, table 1): steps a second of one sequence at two lengths, and tokens a second of a
 forward of 128 positions at batch 1 and 64. Here every hop pushes to the next, so a step crosses four links one way.
 
-Run it by `python benchmarks/gpu_bench.py --part swarm`.
+Run it by `python -m benchmarks.compute.gpu_bench --part swarm`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import trio
 
-from bench_parts.delayed_link import DelayedLink, Quality, free_port, open_delayed_link
-from bench_parts.random_checkpoint import random_checkpoint
+from benchmarks.compute.random_checkpoint import random_checkpoint
+from benchmarks.swarms.delayed_link import DelayedLink, Quality, free_port, open_delayed_link
 from peerd.checkpoints import Checkpoints
 from peerd.cli.demo import even_spans
 from peerd.client.finding.finder import SwarmFinder
@@ -44,7 +44,7 @@ from peerd.protocol.span import Span
 from peerd.spans.spec import ServeSpec
 from peerd.trio_tools import open_tasks
 
-BENCHMARKS = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PEERS = 3
 # The papers' axes: round trips, and each link's rate in each direction.
 RTTS_MS = (0, 5, 100)
@@ -188,13 +188,13 @@ async def _peers(
         lines: dict[int, str] = {}
 
         async def start(index: int, span: Span, port: int, bootstrap: Sequence[str]) -> None:
-            command = [sys.executable, "-m", "bench_parts.gpu_swarm", name, str(span), "--device", str(device)]
+            command = [sys.executable, "-m", "benchmarks.compute.gpu_swarm", name, str(span), "--device", str(device)]
             command += ["--dtype", DTYPE_NAMES[dtype], "--port", str(port), "--announce", str(links[index].port)]
             command += ["--kv-tokens", str(kv_tokens)]
             for address in bootstrap:
                 command += ["--bootstrap", address]
             process = await trio.lowlevel.open_process(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=BENCHMARKS
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY
             )
             stack.push_async_callback(_stop, process)
             assert process.stdout is not None

@@ -387,7 +387,8 @@ async def phases(
 
 
 async def attack_from_outside(arguments: argparse.Namespace, server: PeerProcess, model: SwarmModel) -> dict[str, int]:
-    command = [sys.executable, __file__, "--attack", str(server.address), "--digest", model.facts.digest.hex()]
+    command = [sys.executable, "-m", "benchmarks.swarms.hostile_bench", "--attack", str(server.address)]
+    command += ["--digest", model.facts.digest.hex()]
     command += ["--blocks", f"0:{model.facts.block_count}", "--width", str(model.facts.width)]
     command += ["--seconds", str(arguments.seconds), "--rate", str(arguments.rate), "--seed", str(arguments.seed)]
     ended = await trio.run_process(command, capture_stdout=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from bench_parts.chaos_answers import Answer, Counts, Verdict
+from benchmarks.chaos.answers import Answer, Counts, Verdict
 from peerd.protocol.span import Span
 
 Kind = Literal["kill", "stop"]

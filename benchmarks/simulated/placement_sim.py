@@ -1,7 +1,7 @@
 """Simulates whole swarms of servers that choose their blocks with a daemon's own code: how well do they choose?
 
     make bench-placement                      # a quarter of an hour on one core
-    python benchmarks/placement_sim.py --servers 50 200
+    python -m benchmarks.simulated.placement_sim --servers 50 200
 
 Prints for each swarm: when every block had a server for the first time, and for which part of the time after that; what
 the swarm carried, as a share of the most that its servers could carry in any placement (an upper bound, so the true
@@ -21,7 +21,7 @@ from random import Random
 import trio
 from trio.testing import MockClock
 
-from bench_parts.placement_swarm import Swarm, World, fake_record
+from benchmarks.simulated.placement_swarm import Swarm, World, fake_record
 from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span
 from peerd.routing.directory.holding import Holding

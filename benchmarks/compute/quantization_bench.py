@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench_parts.quality import agreement, divergence, log_probabilities, perplexity, text_tokens
+from benchmarks.quality import agreement, divergence, log_probabilities, perplexity, text_tokens
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.checkpoint.demo_model import demo_model_path
@@ -148,7 +148,7 @@ def run_all(engine: BaseEngine) -> None:
 
 def measured_memory(quantize: str) -> int:
     """Bytes that the whole span takes in a process of its own, beyond what the imports take."""
-    command = [sys.executable, __file__, "--memory-of", quantize]
+    command = [sys.executable, "-m", "benchmarks.compute.quantization_bench", "--memory-of", quantize]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import trio
 
-from bench_parts.delayed_link import DelayedLink, Passed, Quality, free_port, open_delayed_link
+from benchmarks.swarms.delayed_link import DelayedLink, Passed, Quality, free_port, open_delayed_link
 from peerd.cli.processes import PeerProcess, PeerProcesses
 from peerd.protocol.span import Span
 
-BENCHMARKS = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 # Sent instead of a round trip time: the process reports what passed, and counts anew.
 REPORT = "report"
 
@@ -61,8 +61,8 @@ class Proxies:
 @asynccontextmanager
 async def open_proxies(targets: Sequence[int]) -> AsyncIterator[Proxies]:
     """Open a proxy before each of these ports, without delay at first, for the block."""
-    command = [sys.executable, "-m", "bench_parts.delayed_swarm", *map(str, targets)]
-    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=BENCHMARKS)
+    command = [sys.executable, "-m", "benchmarks.swarms.delayed_swarm", *map(str, targets)]
+    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY)
     try:
         proxies = Proxies(process)
         proxies.ports = json.loads(await proxies.line())

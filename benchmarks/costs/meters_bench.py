@@ -1,6 +1,6 @@
 """Measures what the daemon's figures (`/metrics`) cost while it works: nanoseconds for a step and for a token.
 
-    python benchmarks/meters_bench.py
+    python -m benchmarks.costs.meters_bench
 
 Prints the least of several times. A step is queued, run in a batch of 1 or 8 steps, and ended, and its hidden states
 come and go once; a token is one of an answer.

@@ -24,8 +24,8 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from bench_parts.counting import CountingTransport
-from bench_parts.facade_rows import measure_facade
+from benchmarks.training.counting import CountingTransport
+from benchmarks.training.facade_rows import measure_facade
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import PeerProcesses, open_peer_processes
 from peerd.client.model import SwarmModel

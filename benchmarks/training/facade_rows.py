@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peerd
-from bench_parts.counting import CountingTransport
+from benchmarks.training.counting import CountingTransport
 from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 

@@ -1,8 +1,9 @@
 """Measures the logits of 1, 8 and 64 positions with a half-precision vocabulary, beside torch's own product.
 
-Run `python benchmarks/lm_head_bench.py [--vocabulary 128000] [--width 2048]`; it uses one thread. torch's product
-rounds its results to the weights' dtype, ours does not. To see a CPU that cannot multiply bf16, set the environment
-variable `ONEDNN_MAX_CPU_ISA=AVX512_CORE`. The fastest of three rounds counts.
+    python -m benchmarks.compute.lm_head_bench [--vocabulary 128000] [--width 2048]
+
+It uses one thread. torch's product rounds its results to the weights' dtype, ours does not. To see a CPU that cannot
+multiply bf16, set the environment variable `ONEDNN_MAX_CPU_ISA=AVX512_CORE`. The fastest of three rounds counts.
 """
 
 from __future__ import annotations

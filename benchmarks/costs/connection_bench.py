@@ -3,7 +3,7 @@
 It measures a direct connection first, then one through a relay, which is a process of its own with limits too high to
 matter.
 
-    python benchmarks/connection_bench.py
+    python -m benchmarks.costs.connection_bench
 
 Prints two tables. The figures depend on the machine. Their ratios show whether priorities work, and what a relay costs.
 """
@@ -170,7 +170,8 @@ async def measure_all(address: Multiaddr) -> None:
 @contextmanager
 def another(*arguments: str) -> Iterator[Multiaddr]:
     """Run this program in a process of its own, and yield the address that it prints."""
-    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.costs.connection_bench", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield Multiaddr.parse(process.stdout.readline().strip())

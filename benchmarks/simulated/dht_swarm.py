@@ -14,7 +14,7 @@ from random import Random
 
 import trio
 
-from bench_parts.dht_world import Node, Trace, World, purpose, trace, unix_now
+from benchmarks.simulated.dht_world import Node, Trace, World, purpose, trace, unix_now
 from peerd.protocol.identity import PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, SignedRecord, shards_of
 from peerd.protocol.span import Span
