@@ -1,6 +1,6 @@
 """Reads and writes the multiaddrs at which a peer can be reached, and says which hosts are private.
 
-The text form is in spec/addresses.md. This file resolves no names and opens no sockets. Addresses come from
+The text form is in spec/connection/addresses.md. This file resolves no names and opens no sockets. Addresses come from
 untrusted peers, so each address has exactly one spelling and a bounded length, and an IPv6 address that leads to a
 private IPv4 address counts as private.
 """

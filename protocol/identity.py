@@ -1,4 +1,4 @@
-"""Identifies peers: an Ed25519 key, and the PeerId that names it (spec/identity.md).
+"""Identifies peers: an Ed25519 key, and the PeerId that names it (spec/connection/identity.md).
 
 A PeerId must have exactly one spelling: one that could be written in two ways would count as two peers in every
 quota and every set. So decoding is strict, and whatever decodes encodes to the same text again. Key files are read

@@ -186,3 +186,15 @@ def test_files_that_prose_names_exist() -> None:
     assert named
     missing = {(where, name) for where, name in named if not any(file.endswith(f"/{name}") for file in there)}
     assert missing == set()
+
+
+def test_pages_of_the_specification_that_code_names_exist() -> None:
+    named = {
+        (path.relative_to(REPOSITORY).as_posix(), page)
+        for folder in (*ROOMS, "tests", "benchmarks", "examples", "docs")
+        for path in (REPOSITORY / folder).rglob("*.*")
+        if path.suffix in (".py", ".md")
+        for page in re.findall(r"\bspec/[a-z/-]+\.md", path.read_text())
+    }
+    assert named
+    assert {(where, page) for where, page in named if not (REPOSITORY / page).exists()} == set()

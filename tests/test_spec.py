@@ -11,7 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ROOMS = ("protocol", "routing", "compute", "peerd")
-PAGES = sorted(path for path in (REPOSITORY / "spec").glob("*.md") if path.name != "README.md")
+SPEC = REPOSITORY / "spec"
+PAGES = sorted(path for path in SPEC.rglob("*.md") if path.name != "README.md")
 # Names that two peers must agree on: of streams, signatures, keys and hashes.
 VERSIONED = re.compile(r"/peerd/[a-z]+/\d+|/peerd/v\d+/\w+|peerd( \w+)?[ ./]\d+\n?|Noise_\w+|noise-libp2p-static-key:")
 # These pass messages on without reading what is in them: they wire, translate, or misuse them on purpose.
@@ -62,8 +63,8 @@ def test_the_table_of_versions_has_exactly_the_names_that_the_code_speaks() -> N
 
 
 def test_every_page_is_listed() -> None:
-    listed = re.findall(r"\]\(([a-z-]+\.md)\)", (REPOSITORY / "spec/README.md").read_text().split("## Versions")[0])
-    assert sorted(listed) == [page.name for page in PAGES]
+    listed = re.findall(r"\]\(([a-z/-]+\.md)\)", (SPEC / "README.md").read_text().split("## Versions")[0])
+    assert sorted(listed) == sorted(page.relative_to(SPEC).as_posix() for page in PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

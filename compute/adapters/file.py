@@ -79,9 +79,9 @@ class AdapterFile:
 
     @property
     def digest(self) -> bytes:
-        """sha256 over the weights file's sha256, then each module's name, a zero byte and its scale (spec/adapters.md).
+        """sha256 over the weights file's sha256, then each module's name, a zero byte and its scale.
 
-        The first call reads the whole file.
+        spec/sessions/adapters.md defines it. The first call reads the whole file.
         """
         if self._digest is None:
             with (self.path / WEIGHTS_FILE).open("rb") as file:

@@ -58,7 +58,7 @@ class Description:
 
     @property
     def model_digest(self) -> bytes:
-        """The trained model's digest, 32 bytes (spec/span-training.md)."""
+        """The trained model's digest, 32 bytes (spec/training/span-training.md)."""
         digest = hashlib.sha256(b"peerd trained 1\n" + self.base_digest)
         for block, own in sorted(self.blocks.items()):
             digest.update(block.to_bytes(4, "big") + own)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PREFILL_SHARE = 4
 # A ready session that was left out of this many batches, as a prefill beside decodes or for its blocks, goes first.
 MAX_PASSED_OVER = 4
-# The longest session that a client may request (spec/session.md): if all blocks have windows, any length fits.
+# The longest session that a client may request (spec/sessions/session.md): if all blocks have windows, any length fits.
 LONGEST_SESSION = 1 << 24
 
 

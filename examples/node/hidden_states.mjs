@@ -47,7 +47,7 @@ function rows({ header, body }, width) {
   return Array.from({ length: numbers.length / width }, (_, row) => numbers.slice(row * width, (row + 1) * width));
 }
 
-// The wire's messages: header length, header in msgpack, body length, body (spec/wire.md).
+// The wire's messages: header length, header in msgpack, body length, body (spec/connection/wire.md).
 function message(header, body) {
   const packed = encode(header);
   const [headerLength, bodyLength] = [Buffer.alloc(4), Buffer.alloc(4)];

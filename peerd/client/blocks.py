@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from peerd.meters import Meters
     from peerd.protocol.identity import PeerId
 
-# A hop without free memory may keep us waiting this long before we try another chain (spec/session.md, "Opening").
+# A hop without free memory may keep us waiting this long before we try another chain (spec/sessions/session.md,
+# "Opening").
 OPEN_TIMEOUT_MS = 2000
 # An interrupted answer can be resumed for this long, because servers keep an idle session that long.
 RESUME_S = 300.0

@@ -1,4 +1,4 @@
-"""Carries the DHT's questions and answers over streams, one question a stream (spec/dht.md).
+"""Carries the DHT's questions and answers over streams, one question a stream (spec/discovery/dht.md).
 
 What the messages mean is decided in `routing/dht`. The answers come from strangers: an address that a peer gives for
 another peer may lie in our own network, so it is checked before it is dialled, and bodies are bounded.

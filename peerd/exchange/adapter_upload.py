@@ -1,8 +1,8 @@
 """Uploads a client's own adapter to each hop of its chain, and receives it there.
 
-Both ends of `/peerd/adapter/1` (spec/adapters.md) are here: `send_adapter` for the client, `receive_adapter` for the
-hop. How much a hop accepts is decided in `peerd/server/quotas.py`. The adapter comes from a stranger whose session may
-end at any moment, so the hop uses nothing of it before the last matrix has arrived.
+Both ends of `/peerd/adapter/1` (spec/sessions/adapters.md) are here: `send_adapter` for the client, `receive_adapter`
+for the hop. How much a hop accepts is decided in `peerd/server/quotas.py`. The adapter comes from a stranger whose
+session may end at any moment, so the hop uses nothing of it before the last matrix has arrived.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ async def _expect(stream: Stream, wanted: type[Message]) -> None:
 
 async def _send_all(stream: Stream, own: Lora) -> None:
     try:
-        # Pairs come first (spec/adapters.md).
+        # Pairs come first (spec/sessions/adapters.md).
         for (block, module), value in sorted(own.items(), key=lambda item: isinstance(item[1], DeepPrompt)):
             if isinstance(value, DeepPrompt):
                 header, body = encode_tensor(value.values)

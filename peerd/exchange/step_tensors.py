@@ -1,6 +1,6 @@
 """Cuts out the positions of a step that its client wants back, and encodes steps with the right priority.
 
-Clients and hops both use it (spec/session.md).
+Clients and hops both use it (spec/sessions/session.md).
 """
 
 from __future__ import annotations

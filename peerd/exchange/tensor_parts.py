@@ -1,4 +1,4 @@
-"""Sends tensors of any size over a stream, as consecutive rows in messages of bounded size (spec/training.md).
+"""Sends tensors of any size over a stream, as consecutive rows in messages of bounded size (spec/training/training.md).
 
 The receiver is told the shape in advance, and accepts no more rows and no other width. So a stranger's messages cannot
 make it allocate more.

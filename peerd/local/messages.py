@@ -29,7 +29,7 @@ class LocalOpen(Message):
 
     model: a name that the daemon was given, or the model's digest in hex.
     max_length: positions of a row. 0: no session, only requests that need none (embeddings, logits, passes).
-    prompt_length: how long the text is that the session begins with (spec/session.md).
+    prompt_length: how long the text is that the session begins with (spec/sessions/session.md).
     adapter: the name of one that the swarm serves. parameters: how many matrices of the client's own follow.
     """
 

@@ -245,7 +245,7 @@ class PeerConnection:
 
     @property
     def is_our_choice(self) -> bool:
-        """Whether we, and not the peer, choose between several connections (spec/connection.md)."""
+        """Whether we, and not the peer, choose between several connections (spec/connection/connection.md)."""
         return self._own < self.peer_id
 
     async def wait_proven(self) -> None:

@@ -2,7 +2,7 @@
 
 Two peers may dial each other at the same moment, or one may dial again because it lost a connection that the other
 still believes in. So the peer with the smaller PeerId chooses. It sends its hello on the connection that it takes,
-before anything else is sent there, and closes the others as duplicates (spec/connection.md).
+before anything else is sent there, and closes the others as duplicates (spec/connection/connection.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds out whether others can dial us, and keeps our announced addresses true (spec/reachability.md).
+"""Finds out whether others can dial us, and keeps our announced addresses true (spec/discovery/reachability.md).
 
 It decides when to ask which peers; `routing/reach/verdict.py` decides what their answers show. The answer changes: a
 laptop sleeps, a router gets another address, a user forwards a port. So peers are asked again, at growing intervals,

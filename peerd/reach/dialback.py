@@ -1,4 +1,4 @@
-"""Dials back the peers that ask for it, and asks others to dial us (spec/reachability.md).
+"""Dials back the peers that ask for it, and asks others to dial us (spec/discovery/reachability.md).
 
 Here are the question, its limits and the probe; `routing/reach/verdict.py` decides what answers mean. The question
 comes from strangers. So it names only ports, we dial only the address from which it came, and only once a minute for

@@ -1,9 +1,9 @@
-"""A relay: carries circuits to peers that nobody can dial, over the connections that they keep to it (spec/relay.md).
+"""A relay: carries circuits to peers that nobody can dial, over the connections that they keep to it.
 
-It holds the reservations and the open circuits; `relay_ledger.py` decides what is allowed. The bytes inside a circuit
-are encrypted for its ends, and the relay does not look at them. Both ends are strangers that may be slow, silent or
-greedy, and must delay only their own circuits. So a circuit reads a message only when the one before has been sent, and
-waits first for its own rate limit, then for that of the whole relay.
+It holds the reservations and the open circuits; `relay_ledger.py` decides what is allowed (spec/discovery/relay.md).
+The bytes inside a circuit are encrypted for its ends, and the relay does not look at them. Both ends are strangers that
+may be slow, silent or greedy, and must delay only their own circuits. So a circuit reads a message only when the one
+before has been sent, and waits first for its own rate limit, then for that of the whole relay.
 """
 
 from __future__ import annotations

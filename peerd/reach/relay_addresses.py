@@ -11,7 +11,7 @@ from peerd.protocol.addresses import Multiaddr
 # How many addresses of each relay are announced; a record has room for four.
 ADDRESSES_A_RELAY = 2
 # A longer address would leave no room for others in a record of 1 KiB. A contact's addresses are no longer either
-# (spec/dht.md).
+# (spec/discovery/dht.md).
 MAX_ANNOUNCED_CHARS = 128
 
 

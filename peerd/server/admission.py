@@ -2,8 +2,8 @@
 
 Requests wait here in order; the engine does the accounting and raises NoRoom. Two clients may each hold half of a chain
 and wait for the other half. This resolves itself: the wait here is bounded, and a client that fails closes everything
-and tries again after a random delay (spec/session.md). Keys cost nothing, so what one peer may hold, and how many of
-its requests may wait, is limited for its network too (`net/limits/owners.py`).
+and tries again after a random delay (spec/sessions/session.md). Keys cost nothing, so what one peer may hold, and how
+many of its requests may wait, is limited for its network too (`net/limits/owners.py`).
 """
 
 from __future__ import annotations

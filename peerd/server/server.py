@@ -58,7 +58,7 @@ from peerd.server.training.lane import PassSpan
 from peerd.server.training.lanes import PassServer
 from peerd.server.training.span_training import SpanTrainings
 
-# A client whose connection broke may come back to its session for this long (spec/session.md).
+# A client whose connection broke may come back to its session for this long (spec/sessions/session.md).
 LINGER_S = 15.0
 # How often the server dials next hops for one client. Failovers of an honest client need fewer dials, and connected
 # hops need none.

@@ -1,9 +1,9 @@
 """What a peer serves, slot by slot, and the records that announce it.
 
-A slot holds the span that is served under one number of our announcements (spec/records.md), or the span that is
-coming there. When a span moves, other peers that plan must hear of the new blocks before the old ones are given up, but
-a slot announces one span at a time. So an intention is announced in a spare slot while the old span is still served or
-the goal may still change, and in the slot itself afterwards.
+A slot holds the span that is served under one number of our announcements (spec/discovery/records.md), or the span that
+is coming there. When a span moves, other peers that plan must hear of the new blocks before the old ones are given up,
+but a slot announces one span at a time. So an intention is announced in a spare slot while the old span is still served
+or the goal may still change, and in the slot itself afterwards.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""One side of a connection between two peers: turns encrypted messages into events and back (spec/connection.md).
+"""One side of a connection between two peers: turns encrypted messages into events and back.
 
 Joins the handshake, frames, streams, their schedule and liveness, without sockets and without a clock: time is an
-argument, the next deadline a result. The next message is made only when it can be sent, so that the most urgent one
-goes first. A hostile peer can cost us only a bounded amount of memory and of answers, and the first byte that breaks
-a rule ends the connection.
+argument, the next deadline a result (spec/connection/connection.md). The next message is made only when it can be sent,
+so that the most urgent one goes first. A hostile peer can cost us only a bounded amount of memory and of answers, and
+the first byte that breaks a rule ends the connection.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Encodes and decodes frames, the units that a connection encrypts, sends and interleaves (spec/frames.md).
+"""Encodes and decodes frames, the units that a connection encrypts, sends and interleaves (spec/connection/frames.md).
 
 A frame has one valid reading or is refused, and nothing in it makes us allocate more than its own length. Which
 frame may come when on a stream is defined in `streams`.

@@ -1,4 +1,4 @@
-"""Hello: the first message that two peers exchange on every connection (spec/connection.md).
+"""Hello: the first message that two peers exchange on every connection (spec/connection/connection.md).
 
 Everything in it is an unproven claim; only the PeerId of the connection is proven.
 """

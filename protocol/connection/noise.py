@@ -1,4 +1,4 @@
-"""The handshake of a connection: Noise XX or XXpsk0, with PeerIds proven as in libp2p-noise (spec/noise.md).
+"""The handshake of a connection: Noise XX or XXpsk0, with PeerIds proven as in libp2p-noise (spec/connection/noise.md).
 
 Adds the identity payload to noise_xx.py; randomness is an argument. An error must leave nothing behind: our identity
 is never shown to a peer that failed to prove the PeerId that we dialled, and a failed handshake can never complete.

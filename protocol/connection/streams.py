@@ -1,4 +1,4 @@
-"""One stream of a connection: its state, and which frames may come next in it (spec/connection.md).
+"""One stream of a connection: its state, and which frames may come next in it (spec/connection/connection.md).
 
 What waits to be sent and to be read is in `stream_queues`. Encryption and the order of streams are decided elsewhere
 (`connection`, `schedule`).
@@ -37,7 +37,7 @@ class Transition(Enum):
 
 
 # A transition that is missing here is an error of the side that made it. Frames for a stream that is CLOSED and
-# forgotten are ignored: they may have crossed our RESET (spec/connection.md).
+# forgotten are ignored: they may have crossed our RESET (spec/connection/connection.md).
 TRANSITIONS: Final[dict[State, dict[Transition, State]]] = {
     State.OPEN: {
         Transition.SEND_DATA: State.OPEN,

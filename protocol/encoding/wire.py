@@ -1,8 +1,9 @@
-"""Splits a stream's bytes into messages: a small header that is checked and a raw body that is not (spec/wire.md).
+"""Splits a stream's bytes into messages: a small header that is checked and a raw body that is not.
 
 A length field must not make us allocate memory: nothing is allocated for the body before the header is complete and
 the body's length is within the caller's limit, and then only as fast as bytes arrive. So a peer that merely claims
-64 MiB costs us 4 KiB. The fields of a header are schema.py's work.
+64 MiB costs us 4 KiB. The format is in spec/connection/wire.md; the fields
+of a header are schema.py's work.
 """
 
 from __future__ import annotations

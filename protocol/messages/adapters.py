@@ -1,4 +1,4 @@
-"""Names of adapters, and the messages with which a client uploads its own adapter to a hop (spec/adapters.md).
+"""Names of adapters, and the messages with which a client uploads its own adapter to a hop (spec/sessions/adapters.md).
 
 The matrices travel as message bodies, encoded as tensors (spec/tensors.md).
 """

@@ -1,7 +1,8 @@
-"""The dial-back messages: a peer asks another peer to dial it, and learns whether that worked (spec/reachability.md).
+"""The dial-back messages: a peer asks another peer to dial it, and learns whether that worked.
 
 Any peer may ask, also one that wants a third party dialled. So the question contains no IP address: the answering
-peer dials the address from which the question came, and only if `may_dial` allows it. This file dials nothing.
+peer dials the address from which the question came, and only if `may_dial` allows it (spec/discovery/reachability.md).
+This file dials nothing.
 """
 
 from __future__ import annotations

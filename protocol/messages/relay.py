@@ -1,4 +1,4 @@
-"""The messages between a peer, its relay and a calling peer (spec/relay.md).
+"""The messages between a peer, its relay and a calling peer (spec/discovery/relay.md).
 
 This file defines fields and limits; the relay and the two ends decide which message may come when. Messages of an
 established circuit have no fields: the relay forwards their bodies unread.

@@ -1,4 +1,4 @@
-"""The messages of a session between a client, its hops, and neighbouring hops (spec/session.md).
+"""The messages of a session between a client, its hops, and neighbouring hops (spec/sessions/session.md).
 
 This file defines each message's fields and limits. Activations travel as the message's body, described by its
 `tensor` field (spec/tensors.md). The rules about which message may come when are in the hosted session (server) and

@@ -1,4 +1,4 @@
-"""The messages with which a client trains a peer's own weights, on one stream (spec/span-training.md).
+"""The messages with which a client trains a peer's own weights, on one stream (spec/training/span-training.md).
 
 Forwards and backwards are those of training passes (`messages/training.py`), without parameters.
 """

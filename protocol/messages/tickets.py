@@ -1,7 +1,7 @@
 """Signs and reads tickets, with which a client lets one peer open a link of its session to another peer.
 
 `open_ticket` checks the bytes, the expiry and the signature. The caller must check that `sender` is the peer on the
-connection and that session, hop and epoch are current (spec/tickets.md).
+connection and that session, hop and epoch are current (spec/sessions/tickets.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The messages of training passes between a client and a hop, on one stream called a lane (spec/training.md).
+"""The messages of training passes between a client and a hop, on one stream called a lane (spec/training/training.md).
 
 This file defines each message's fields and limits. A tensor travels as consecutive rows in `part` messages, so that
 no message is much larger than a mebibyte, however long the pass.

@@ -1,8 +1,8 @@
 """The bodies of the three kinds of record that peers announce.
 
-A peer may move a span while old records of it are still valid on other peers. So each span is announced in a
-numbered slot, and a reader that sees two records of one slot believes the newer one (spec/records.md). Signatures
-are `envelope`'s work, and `keys` says where a record is stored.
+A peer may move a span while old records of it are still valid on other peers. So each span is announced in a numbered
+slot, and a reader that sees two records of one slot believes the newer one (spec/discovery/records.md). Signatures are
+`envelope`'s work, and `keys` says where a record is stored.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class ServerRecord(Announcement):
 
     throughput: positions a second through one block; 0 if not measured.
     free_tokens: positions that one more row could have.
-    adapters: ids of the adapters that sessions may ask for (spec/adapters.md).
+    adapters: ids of the adapters that sessions may ask for (spec/sessions/adapters.md).
     client_adapters: how many bytes of its own adapter a client may upload for one session; 0: none.
     rtts: round-trip seconds to peers to which this peer may push, most useful first.
     block_roots: one for each shard that the span touches (`block_roots`), or empty while they are unknown.

@@ -1,7 +1,7 @@
 """Signs records and checks them: the envelope in which announcements travel.
 
 Cheap checks come before the signature. A payload is verified as it arrived and never encoded again, and every fault
-of a record is one RemoteProtocolError (spec/records.md). The clock is an argument.
+of a record is one RemoteProtocolError (spec/discovery/records.md). The clock is an argument.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The DHT keys under which records are stored, also once a key was full and had to be split (spec/records.md)."""
+"""The DHT keys under which records are stored, also once a full key was split (spec/discovery/records.md)."""
 
 from __future__ import annotations
 

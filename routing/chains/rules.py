@@ -24,7 +24,7 @@ _MAX_FILE_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The digests that a model and each of its blocks must have (spec/records.md)."""
+    """The digests that a model and each of its blocks must have (spec/discovery/records.md)."""
 
     model: bytes
     blocks: tuple[bytes, ...]

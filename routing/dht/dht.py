@@ -51,7 +51,7 @@ MAX_LOOKUPS = 16
 class Dht:
     """One peer of the DHT. Start it with `bootstrap`, then call `refresh` once a minute.
 
-    now: unix seconds, corrected (spec/records.md).
+    now: unix seconds, corrected (spec/discovery/records.md).
     random: chooses the ids that `refresh` looks up.
     addresses: where other peers can dial us. () makes us a client, which asks but is in no other peer's table.
     """

@@ -2,7 +2,7 @@
 
 Peers that have just died each cost a whole request deadline, so the lookup must not wait for them. Requests slide
 over one heap of candidates instead of going in rounds, a slow request gives its place to another, and a lookup that
-needs only a quorum stops when no unasked peer could be nearer (spec/dht.md).
+needs only a quorum stops when no unasked peer could be nearer (spec/discovery/dht.md).
 """
 
 from __future__ import annotations

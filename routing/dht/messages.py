@@ -1,4 +1,4 @@
-"""The messages of the DHT: four questions and their answers (spec/dht.md).
+"""The messages of the DHT: four questions and their answers (spec/discovery/dht.md).
 
 A header holds 16 KiB, so contacts are cut to what 20 of them may take, and records travel in the message's body as
 they were signed.

@@ -1,7 +1,7 @@
 """Puts records to the peers that should hold a key, and counts how many do.
 
 A key's holders change as peers come and go. A renewal asks only for newcomers, and a lookup finds the holders anew when
-one is due (`holders`). If peers refuse a record as full, it goes under the key's part as well (spec/dht.md).
+one is due (`holders`). If peers refuse a record as full, it goes under the key's part as well (spec/discovery/dht.md).
 """
 
 from __future__ import annotations

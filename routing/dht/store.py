@@ -1,7 +1,7 @@
 """The records that we keep for other peers: sets of them under DHT keys, with limits in every direction.
 
 A write that is refused changes nothing, and a peer that fills a key or the store can only replace its own records
-(spec/dht.md).
+(spec/discovery/dht.md).
 
 This is not kademlia's `IStorage`: its `store[key] = value` names no storer and cannot refuse.
 """
@@ -82,7 +82,7 @@ _EMPTY = _Set()
 
 
 class RecordStore:
-    """Sets of valid records by key. `now` gives unix seconds, corrected as spec/records.md says."""
+    """Sets of valid records by key. `now` gives unix seconds, corrected as spec/discovery/records.md says."""
 
     def __init__(self, now: Callable[[], float], limits: StoreLimits | None = None) -> None:
         self._now = now

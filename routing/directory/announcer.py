@@ -1,7 +1,7 @@
 """Keeps our announcements alive: signs them anew before they expire, and withdraws them when we leave.
 
-Copies of a signed record stay valid on peers that we cannot reach. So a record is withdrawn by a newer one that
-expires no sooner, and no `seq` is used twice, also after a restart (spec/records.md). What to announce comes from
+Copies of a signed record stay valid on peers that we cannot reach. So a record is withdrawn by a newer one that expires
+no sooner, and no `seq` is used twice, also after a restart (spec/discovery/records.md). What to announce comes from
 `current`, each time anew.
 """
 

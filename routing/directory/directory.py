@@ -73,7 +73,7 @@ class _Peer:
 
 
 class Directory:
-    """Looks up the peers that serve a model. `now` gives unix seconds, corrected (spec/records.md)."""
+    """Looks up the peers that serve a model. `now` gives unix seconds, corrected (spec/discovery/records.md)."""
 
     def __init__(self, source: RecordSource, now: Callable[[], float], odd_times: OddTimes | None = None) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""The file with a private swarm's key, in the format of libp2p's `swarm.key` (spec/noise.md)."""
+"""The file with a private swarm's key, in the format of libp2p's `swarm.key` (spec/connection/noise.md)."""
 
 from __future__ import annotations
 

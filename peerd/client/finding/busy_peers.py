@@ -21,7 +21,7 @@ from peerd.protocol.span import Span
 FIRST_RANGE_S = 1.0
 MAX_RANGE_S = 30.0
 # How long a client may wait in the queue of one hop if it holds no other hop and found none with free memory. Along a
-# chain the usual time holds, because the other hops would be held meanwhile (spec/session.md, "Opening").
+# chain the usual time holds, because the other hops would be held meanwhile (spec/sessions/session.md, "Opening").
 QUEUE_S = 30.0
 # While all are full, look for new servers this often: a new server should be of use within 5 s.
 NEWCOMER_S = 4.0

@@ -13,7 +13,7 @@ from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.control_stream import ControlStream
 from peerd.protocol.span import Span
 
-# A hop's number is sent as one byte, and is used once (spec/session.md).
+# A hop's number is sent as one byte, and is used once (spec/sessions/session.md).
 MAX_NUMBERS = 256
 # A bridge costs two transfers instead of one, over the client's own line. So after this long the client looks for
 # another route; each next pause is twice as long, up to MAX_REPLAN_S.

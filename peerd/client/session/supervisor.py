@@ -2,10 +2,10 @@
 
 Everything that goes wrong comes to `report` as a value (`troubles.py`). Its effect on the chain is noted at once, so
 that an opening that is under way starts over with the chain as it is now. Work that follows waits in one queue, and one
-task does it, the most urgent first. `hop_messages.py` reads what hops say; `mender.py` chooses the peers that replace
-a dead hop; `first_hop.py` sends the first hop what it lacks. A hop can die between any two messages, also while another
-death is being repaired: so every hop takes a step's number only once, whichever peer sends it again (spec/session.md,
-"When a hop dies").
+task does it, the most urgent first. `hop_messages.py` reads what hops say; `mender.py` chooses the peers that replace a
+dead hop; `first_hop.py` sends the first hop what it lacks. A hop can die between any two messages, also while another
+death is being repaired: so every hop takes a step's number only once, whichever peer sends it again
+(spec/sessions/session.md, "When a hop dies").
 """
 
 from __future__ import annotations

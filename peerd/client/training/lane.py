@@ -1,4 +1,4 @@
-"""A client's lane to one hop: training passes over its blocks, several requests at a time (spec/training.md).
+"""A client's lane to one hop: training passes over its blocks, several requests at a time (spec/training/training.md).
 
 Answers come in the order of the requests, so each request waits for its turn to read. A hop may refuse while the client
 still sends, so a request reads and sends at the same time. A request that fails, or is cancelled half-way, ends the

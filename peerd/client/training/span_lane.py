@@ -1,4 +1,4 @@
-"""A client's stream to a peer that lets it train a copy of its blocks (spec/span-training.md).
+"""A client's stream to a peer that lets it train a copy of its blocks (spec/training/span-training.md).
 
 One request at a time. A request that the peer refuses raises its error and changes nothing; if the stream ends, what
 was saved before can be continued on another one.

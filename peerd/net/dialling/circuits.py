@@ -1,4 +1,4 @@
-"""Both ends of a circuit, which carries a connection to a peer through a relay (spec/relay.md).
+"""Both ends of a circuit, which carries a connection to a peer through a relay (spec/discovery/relay.md).
 
 This file requests and accepts circuits; `dialler.py` and `reach/reservations.py` decide which peers may use one.
 Messages that wait in the outer stream cannot be overtaken by more urgent ones, so a message is handed over only when

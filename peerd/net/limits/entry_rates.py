@@ -28,8 +28,9 @@ _NETWORK_HANDSHAKES: Final = 4
 # What one key may cost that comes from many networks, which before its proof cannot be told apart.
 SETTLED_A_SECOND: Final = 2.0
 SETTLED_AT_ONCE: Final = 32
-# spec/connection.md allows each connection this much, so no honest peer opens streams faster. A public network gets no
-# more than one connection: a quarter of one processor. Its 64 peers could still look up eight keys a second each.
+# spec/connection/connection.md allows each connection this much, so no honest peer opens streams faster. A public
+# network gets no more than one connection: a quarter of one processor. Its 64 peers could still look up eight keys a
+# second each.
 OPENS_A_SECOND: Final = 512.0
 OPENS_AT_ONCE: Final = 1024
 # Refusing costs work too, so a connection on which so many streams were refused is closed. They are forgotten after a

@@ -1,7 +1,7 @@
 """Sends a session's results to the next hop: over one link at a time, or to the client as a bridge if no link works.
 
 When the route changes in mid-flight, the new next hop must get what it lacks before anything newer, while results keep
-coming; and a hop must not be sent what it has already taken (spec/session.md, "When a hop dies").
+coming; and a hop must not be sent what it has already taken (spec/sessions/session.md, "When a hop dies").
 """
 
 from __future__ import annotations

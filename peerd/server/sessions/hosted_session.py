@@ -1,8 +1,9 @@
 """One client's session at one hop: takes steps, and sends results to the next hop or back to the client.
 
-Here are the rules of numbers, epochs and back-pressure (spec/session.md). A step may come twice, by two routes, and the
-next hop may be slow, frozen or absent. So a step's number is taken once, whichever peer brings it. Results never wait
-for a stream: they are queued on it, and a session with too many unsent results is left out of the next batches.
+Here are the rules of numbers, epochs and back-pressure (spec/sessions/session.md). A step may come twice, by two
+routes, and the next hop may be slow, frozen or absent. So a step's number is taken once, whichever peer brings it.
+Results never wait for a stream: they are queued on it, and a session with too many unsent results is left out of the
+next batches.
 """
 
 from __future__ import annotations

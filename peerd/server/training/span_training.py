@@ -1,4 +1,4 @@
-"""Serves clients that train a copy of our own blocks, where our operator allows it (spec/span-training.md).
+"""Serves clients that train a copy of our own blocks, where our operator allows it (spec/training/span-training.md).
 
 A client has one stream, and its requests are computed one after the other. What it has not saved ends with the stream.
 A request that fails changes nothing and leaves the stream as it is; a mistake in the protocol ends it.
