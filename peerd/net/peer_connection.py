@@ -176,7 +176,7 @@ class PeerConnection:
         """
         if self.lost is not None:
             raise self.lost_error()
-        stream = self._adopt(self.core.open_stream(protocol, priority))
+        stream = self._adopt(self.core.streams.open(protocol, priority))
         self.wake()
         return stream
 
@@ -342,9 +342,9 @@ class PeerConnection:
         if not self._rates.may_open(self._owner, now):
             self._refuse_open(core)
         elif handler is None:
-            self.core.reset(core, UnsupportedFeature.code)
+            self.core.streams.reset(core, UnsupportedFeature.code)
         elif self._streams.handled >= MAX_STREAMS:
-            self.core.reset(core, Overloaded.code)
+            self.core.streams.reset(core, Overloaded.code)
         else:
             self._streams.handled += 1
             on_bug = partial(self._fail, what=f"the handler of {core.protocol}")
@@ -352,7 +352,7 @@ class PeerConnection:
 
     def _refuse_open(self, core: streams.StreamMachine) -> None:
         """Refuse a stream of a peer that opens too many; raises Overloaded if it goes on and on."""
-        self.core.reset(core, Overloaded.code)
+        self.core.streams.reset(core, Overloaded.code)
         if self._refused_opens.refused():
             self._score("too many streams", FLOOD)
             raise Overloaded("you, or your network, open streams too fast")

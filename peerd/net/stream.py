@@ -111,7 +111,9 @@ class Stream:
         self._raise_if_ended()
         if self._core.outgoing.finishing:
             raise trio.ClosedResourceError("this stream was finished")
-        self.connection.core.send(self._core, header, body, self._core.priority if priority is None else priority)
+        self.connection.core.streams.send(
+            self._core, header, body, self._core.priority if priority is None else priority
+        )
         self.connection.wake()
 
     async def wait_unsent_below(self, count: int) -> None:
@@ -151,20 +153,20 @@ class Stream:
 
     def finish(self) -> None:
         """Send nothing after what is queued. The peer's messages can still be received."""
-        self.connection.core.finish(self._core)
+        self.connection.core.streams.finish(self._core)
         self.connection.wake()
 
     def reset(self, code: str) -> None:
         """End the stream at once, in both directions, and drop what is unsent. Does nothing if it has ended."""
         self._closed = True
-        self.connection.core.reset(self._core, code)
+        self.connection.core.streams.reset(self._core, code)
         self._wake_and_write()
 
     def close(self) -> None:
         """Receive no more, and finish after what is queued. Repeating it does nothing."""
         if not self._closed:
             self._closed = True
-            self.connection.core.close(self._core)
+            self.connection.core.streams.close(self._core)
             self._wake_and_write()
 
     async def aclose(self) -> None:
@@ -203,7 +205,7 @@ class Stream:
     def _receive_nowait(self, max_body: int) -> RawMessage | None:
         if self._closed:
             raise trio.ClosedResourceError("this stream was closed")
-        message = self.connection.core.read(self._core, max_body)
+        message = self.connection.core.streams.read(self._core, max_body)
         # The read may have made credit due, or a RESET.
         self.connection.wake()
         if message is None and self._core.incoming.ended:

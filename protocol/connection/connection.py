@@ -1,6 +1,6 @@
 """One side of a connection between two peers: turns encrypted messages into events and back.
 
-Joins the handshake, frames, streams, their schedule and liveness, without sockets and without a clock: time is an
+Joins the handshake, encryption, liveness, the streams and the end, without sockets and without a clock: time is an
 argument, the next deadline a result (spec/connection/connection.md). The next message is made only when it can be sent,
 so that the most urgent one goes first. A hostile peer can cost us only a bounded amount of memory and of answers, and
 the first byte that breaks a rule ends the connection.
@@ -9,69 +9,28 @@ the first byte that breaks a rule ends the connection.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections import deque
+from collections.abc import Callable
 
 from peerd.protocol.connection.budget import BufferBudget, Buffers
-from peerd.protocol.connection.events import (
-    Event,
-    GoneAway,
-    HandshakeDone,
-    MessageSent,
-    StreamEnded,
-    StreamOpened,
-    StreamReadable,
-)
+from peerd.protocol.connection.events import Event, GoneAway, HandshakeDone
 from peerd.protocol.connection.frames import (
-    MAX_CREDIT,
     MAX_PAYLOAD_BYTES,
-    CreditFrame,
-    DataFrame,
     Frame,
     GoAwayFrame,
-    OpenFrame,
     PingFrame,
     PongFrame,
-    Priority,
-    ResetFrame,
     decode_frame,
-    encode_data,
     encode_frame,
 )
 from peerd.protocol.connection.liveness import Delivery, Liveness
+from peerd.protocol.connection.multiplexer import Multiplexer
 from peerd.protocol.connection.noise import CipherState, Handshake
-from peerd.protocol.connection.schedule import Schedule
-from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES
-from peerd.protocol.connection.stream_table import Limits, StreamTable
-from peerd.protocol.connection.streams import State, StreamMachine, Transition
-from peerd.protocol.encoding.wire import Buffer, RawMessage
-from peerd.protocol.errors import (
-    HandshakeFailed,
-    LocalProtocolError,
-    Overloaded,
-    PeerdError,
-    RemoteProtocolError,
-)
+from peerd.protocol.connection.stream_table import Limits
+from peerd.protocol.errors import HandshakeFailed, PeerdError, RemoteProtocolError
 from peerd.protocol.identity import Identity, PeerId
 
 __all__ = ["ConnectionMachine", "Limits"]
-
-# Small frames let urgent frames go between them: 16 KiB of bulk delay a decode by 1.3 ms at 100 Mbit/s. A decode step
-# need not be interrupted, and 31 KiB still fit into a frame of a relayed connection.
-_FRAME_BYTES: Final = {
-    Priority.CONTROL: 31 * 1024,
-    Priority.DECODE: 31 * 1024,
-    Priority.PREFILL: 16 * 1024,
-    Priority.BULK: 16 * 1024,
-}
-# The fastest line for which windows are sized: this rate times the round trip is the number of bytes on their way. On a
-# short line that is little, and should be: bytes that the reader cannot keep up with would wait in the operating
-# system's buffers, where our priorities do not apply.
-_LINE_BYTES_A_SECOND = 125_000_000
-_MIN_USEFUL_BYTES = 256 * 1024
-# How many RESETs may wait for a peer that opens streams but does not read.
-_MAX_WAITING_CONTROL = 4096
 
 
 class ConnectionMachine:
@@ -85,8 +44,8 @@ class ConnectionMachine:
     now: the time in seconds, on the clock that all later calls use too.
 
     Feed received messages to `receive`, then drain `next_event`; when the transport can send, send `next_message`;
-    call `check` at `deadline`. Each of these may raise a PeerdError, after which the connection is over;
-    `next_message` then returns one last message that tells the peer why.
+    call `check` at `deadline`. Each of these may raise a PeerdError, after which the connection is over; `next_message`
+    then returns one last message that tells the peer why. `streams` opens, reads and writes streams.
     """
 
     def __init__(
@@ -103,7 +62,6 @@ class ConnectionMachine:
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.initiator = initiator
-        self._payload_bytes = payload_bytes
         self._limits = limits or Limits()
         self._handshake = Handshake(
             identity, initiator=initiator, expected=expected, swarm_key=swarm_key, random_bytes=random_bytes
@@ -115,15 +73,15 @@ class ConnectionMachine:
         self._farewell: GoAwayFrame | None = None
         self._events: deque[Event] = deque()
         self._buffers = buffers or BufferBudget().open()
-        self._streams = StreamTable(self._limits, self._buffers, initiator=initiator, now=now)
-        self._schedule = Schedule()
-        self._control: deque[Frame] = deque()
+        self.streams = Multiplexer(
+            self._limits, self._buffers, self._events, initiator=initiator, payload_bytes=payload_bytes, now=now
+        )
+        """The streams, which can be used from HandshakeDone to the end."""
         self._pong: PongFrame | None = None
-        self._refunds: OrderedDict[int, int] = OrderedDict()
 
     def __repr__(self) -> str:
         state = "over" if self._over else "open" if self._ciphers else "handshake"
-        return f"<Connection {state} streams={len(self._streams)} ready={len(self._schedule)}>"
+        return f"<Connection {state} streams={len(self.streams)} ready={self.streams.ready}>"
 
     # Identity and time.
 
@@ -157,7 +115,7 @@ class ConnectionMachine:
         """When `check` must be called. It moves to an earlier time only at HandshakeDone and when the first stream
         opens.
         """
-        return self._liveness.deadline(in_use=len(self._streams) > 0) if self._liveness else self._handshake_deadline
+        return self._liveness.deadline(in_use=len(self.streams) > 0) if self._liveness else self._handshake_deadline
 
     def check(self, now: float, delivery: Delivery | None = None) -> None:
         """Ask a silent peer whether it lives, or end the connection, as the time demands.
@@ -170,7 +128,7 @@ class ConnectionMachine:
         try:
             if self._liveness is None:
                 raise HandshakeFailed(f"no handshake within {self._limits.timeouts.handshake_s:g} s")
-            self._liveness.check(now, in_use=len(self._streams) > 0, delivery=delivery)
+            self._liveness.check(now, in_use=len(self.streams) > 0, delivery=delivery)
         except PeerdError as error:
             self._fail(error)
             raise
@@ -229,78 +187,13 @@ class ConnectionMachine:
         """Nobody will read what is left: give back all that was held."""
         self._buffers.close()
 
-    # Streams.
-
-    def open_stream(self, protocol: str, priority: Priority) -> StreamMachine:
-        """Open a stream; the peer learns of it with the next message.
-
-        priority: the default priority of the peer's answers. Raises Overloaded beyond 256 streams,
-        LocalProtocolError before the handshake is complete or after the end.
-        """
-        if self._ciphers is None or self._over:
-            raise LocalProtocolError("streams can be opened only on a connection that is open")
-        stream = self._streams.open(protocol, priority)
-        self._control.append(OpenFrame(stream.id, protocol, priority, INITIAL_CREDIT_BYTES))
-        return stream
-
-    def send(
-        self, stream: StreamMachine, header: Mapping[str, Any], body: Sequence[Buffer], priority: Priority
-    ) -> None:
-        """Queue one message. `body` must not change until it was sent. Raises LocalProtocolError on a finished
-        stream.
-        """
-        if stream.outgoing.finishing or stream.state is State.CLOSED:
-            raise LocalProtocolError(f"{stream!r} is finished")
-        stream.outgoing.push(header, body, priority)
-        self._schedule_if_ready(stream)
-
-    def read(self, stream: StreamMachine, max_body: int) -> RawMessage | None:
-        """The stream's next message if all of it has arrived, else None. The peer gets credit for the consumed bytes.
-
-        max_body: how many bytes of body the caller is ready to hold; as much credit may be given at once. Raises
-        RemoteProtocolError for bytes that are not a message, and Overloaded if too many bytes of the peer wait here
-        already, after resetting the stream.
-        """
-        try:
-            message, consumed = stream.incoming.read(max_body)
-        except (RemoteProtocolError, Overloaded) as error:
-            self.reset(stream, error.code)
-            raise
-        if consumed:
-            self._refund(stream)
-        return message
-
-    def finish(self, stream: StreamMachine) -> None:
-        """Send nothing more on the stream after what is queued. A second call changes nothing."""
-        if stream.state is not State.CLOSED and not stream.outgoing.finishing:
-            stream.outgoing.finishing = True
-            self._schedule_if_ready(stream)
-
-    def close(self, stream: StreamMachine) -> None:
-        """Finish the stream and stop reading it. If the peer still sends, it gets a RESET once our queue is sent."""
-        stream.closing = True
-        stream.incoming.drop()
-        if stream.state is State.FINISHED:
-            self.reset(stream, "closed")
-        else:
-            self.finish(stream)
-
-    def reset(self, stream: StreamMachine, code: str) -> None:
-        """End the stream at once, in both directions. Does nothing to a stream that has ended."""
-        stream.incoming.drop()
-        if stream.state is State.CLOSED:
-            return
-        stream.step(Transition.SEND_RESET)
-        self._forget(stream)
-        if not self._over:
-            self._control.append(ResetFrame(stream.id, code))
-
     # Inside.
 
     def _establish(self, now: float) -> None:
         if self._handshake.complete:
             self._ciphers = self._handshake.split()
             self._liveness = Liveness(self._limits.timeouts, now)
+            self.streams.established = True
             self._events.append(HandshakeDone(self._handshake.peer_id))
 
     def _fail(self, error: PeerdError) -> None:
@@ -309,84 +202,23 @@ class ConnectionMachine:
     def _end(self) -> None:
         self._over = True
         self._pong = None
-        self._control.clear()
-        for stream in self._streams:
-            stream.state = State.CLOSED
-            self._forget(stream)
+        self.streams.end()
 
     def _take_frame(self, frame: Frame, now: float) -> None:
         assert self._liveness is not None
         self._liveness.heard(now)
         match frame:
-            case DataFrame(stream_id):
-                if (stream := self._streams.known(stream_id)) is not None:
-                    stream.accept(frame)
-                    self._events.append(StreamReadable(stream))
-                    self._forget_if_closed(stream)
-            case CreditFrame(stream_id, amount):
-                if (stream := self._streams.known(stream_id)) is not None:
-                    stream.step(Transition.CREDIT)
-                    stream.outgoing.add_credit(amount)
-                    self._schedule_if_ready(stream)
-            case OpenFrame():
-                self._take_open(frame, now)
-            case ResetFrame(stream_id, code):
-                if (stream := self._streams.known(stream_id)) is not None:
-                    self._take_reset(stream, code)
             case PingFrame(token):
                 # A newer PING replaces one that is not answered yet, so a flood of PINGs costs one answer.
                 self._pong = PongFrame(token)
             case PongFrame():
                 self._liveness.pong(frame, now)
+                self.streams.best_rtt_s = self._liveness.best_rtt_s
             case GoAwayFrame(code, reason):
                 self._end()
                 self._events.append(GoneAway(code, reason))
-
-    def _take_open(self, frame: OpenFrame, now: float) -> None:
-        if len(self._control) >= _MAX_WAITING_CONTROL:
-            raise RemoteProtocolError("the peer opens streams and does not read what becomes of them")
-        stream = self._streams.accept(frame, now)
-        if stream is None:
-            self._control.append(ResetFrame(frame.stream, Overloaded.code))
-        else:
-            self._events.append(StreamOpened(stream))
-
-    def _take_reset(self, stream: StreamMachine, code: str) -> None:
-        stream.step(Transition.RESET)
-        stream.reset_code = code
-        if not stream.incoming.finished:
-            stream.incoming.drop()
-        self._forget(stream)
-
-    def _schedule_if_ready(self, stream: StreamMachine) -> None:
-        if stream.outgoing.ready:
-            self._schedule.put(stream.id, stream.outgoing.priority(stream.priority))
-
-    def _forget(self, stream: StreamMachine) -> None:
-        if self._streams.forget(stream):
-            stream.outgoing.drop()
-            self._schedule.remove(stream.id)
-            self._refunds.pop(stream.id, None)
-            self._events.append(StreamEnded(stream))
-
-    def _forget_if_closed(self, stream: StreamMachine) -> None:
-        if stream.state is State.CLOSED:
-            self._forget(stream)
-
-    def _refund(self, stream: StreamMachine) -> None:
-        if stream.state is State.CLOSED:
-            return
-        incoming = stream.incoming
-        amount = self._streams.affordable(stream, incoming.wanted_credit(self._useful_credit()))
-        if amount:
-            incoming.outstanding += amount
-            self._refunds[stream.id] = self._refunds.get(stream.id, 0) + amount
-
-    def _useful_credit(self) -> int:
-        best_rtt_s = self._liveness.best_rtt_s if self._liveness else None
-        if best_rtt_s is None:
-            return MAX_CREDIT
-        return min(MAX_CREDIT, max(_MIN_USEFUL_BYTES, int(best_rtt_s * _LINE_BYTES_A_SECOND)))
+            case _:
+                self.streams.take(frame, now)
 
     def _next_frame(self, now: float) -> bytes | None:
         if self._over:
@@ -398,23 +230,4 @@ class ConnectionMachine:
             return encode_frame(pong)
         if self._liveness.ping_due:
             return encode_frame(PingFrame(self._liveness.ping(now)))
-        if self._control:
-            return encode_frame(self._control.popleft())
-        if self._refunds:
-            return encode_frame(CreditFrame(*self._refunds.popitem(last=False)))
-        stream_id = self._schedule.take()
-        return None if stream_id is None else self._next_data(self._streams[stream_id])
-
-    def _next_data(self, stream: StreamMachine) -> bytes:
-        outgoing = stream.outgoing
-        frame_bytes = min(_FRAME_BYTES[outgoing.priority(stream.priority)], self._payload_bytes)
-        pieces, fin, ended = outgoing.cut(frame_bytes)
-        frame = encode_data(stream.id, pieces, fin=fin)
-        stream.note_sent(data=bool(pieces), fin=fin)
-        if ended:
-            self._events.append(MessageSent(stream))
-        if fin and stream.closing:
-            self.reset(stream, "closed")
-        self._schedule_if_ready(stream)
-        self._forget_if_closed(stream)
-        return frame
+        return self.streams.next_frame()

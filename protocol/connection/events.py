@@ -1,6 +1,6 @@
 """The events of a connection, as values for the code that drives it.
 
-An event says that something changed; ask `Connection` for what can be read or sent now.
+An event says that something changed; ask `ConnectionMachine` for what can be read or sent now.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StreamOpened:
 
 @dataclass(frozen=True, slots=True)
 class StreamReadable:
-    """Bytes of a stream, or its end, arrived: `Connection.read` may return more."""
+    """Bytes of a stream, or its end, arrived: `Multiplexer.read` may return more."""
 
     stream: StreamMachine
 

@@ -1,7 +1,7 @@
 """One stream of a connection: its state, and which frames may come next in it (spec/connection/connection.md).
 
 What waits to be sent and to be read is in `stream_queues`. Encryption and the order of streams are decided elsewhere
-(`connection`, `schedule`).
+(`connection`, `multiplexer`, `schedule`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _FROM_PEER: Final = frozenset((Transition.DATA, Transition.FIN, Transition.CREDI
 
 
 class StreamMachine:
-    """Both directions of one stream, and its state. Made by `Connection`."""
+    """Both directions of one stream, and its state. Made by `StreamTable`."""
 
     __slots__ = ("closing", "id", "incoming", "outgoing", "priority", "protocol", "reset_code", "state")
 

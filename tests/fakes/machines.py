@@ -75,14 +75,14 @@ class Pair:
 
     def open(self, priority=Priority.CONTROL):
         """A stream from `one`, as both sides see it."""
-        here = self.one.open_stream("/test/1", priority)
+        here = self.one.streams.open("/test/1", priority)
         self.settle()
         return here, self.of(self.other, StreamOpened)[-1].stream
 
 
 def bodies(connection, stream, max_body=64 * MIB):
     found = []
-    while (message := connection.read(stream, max_body)) is not None:
+    while (message := connection.streams.read(stream, max_body)) is not None:
         found.append(bytes(message.body))
     return found
 

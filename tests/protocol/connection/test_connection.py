@@ -68,14 +68,14 @@ def test_a_silent_peer_has_ten_seconds_for_the_handshake():
 
 def test_streams_need_a_proven_peer():
     with pytest.raises(LocalProtocolError):
-        Pair().one.open_stream("/test/1", Priority.CONTROL)
+        Pair().one.streams.open("/test/1", Priority.CONTROL)
 
 
 def test_a_message_arrives_with_its_header_and_body(pair):
     here, there = pair.open()
-    pair.one.send(here, {"seq": 1}, [b"ab", b"c"], Priority.CONTROL)
+    pair.one.streams.send(here, {"seq": 1}, [b"ab", b"c"], Priority.CONTROL)
     pair.settle()
-    message = pair.other.read(there, 10)
+    message = pair.other.streams.read(there, 10)
     assert (message.header, bytes(message.body)) == ({"seq": 1}, b"abc")
     assert pair.of(pair.one, MessageSent) == [MessageSent(here)]
     assert pair.of(pair.other, StreamReadable) == [StreamReadable(there)]
@@ -83,11 +83,11 @@ def test_a_message_arrives_with_its_header_and_body(pair):
 
 def test_both_sides_may_open_streams_and_both_speak_on_each(pair):
     here, there = pair.open()
-    back = pair.other.open_stream("/test/1", Priority.CONTROL)
+    back = pair.other.streams.open("/test/1", Priority.CONTROL)
     pair.settle()
     back_here = pair.of(pair.one, StreamOpened)[0].stream
-    pair.other.send(there, {}, [b"1"], Priority.CONTROL)
-    pair.one.send(back_here, {}, [b"2"], Priority.CONTROL)
+    pair.other.streams.send(there, {}, [b"1"], Priority.CONTROL)
+    pair.one.streams.send(back_here, {}, [b"2"], Priority.CONTROL)
     pair.settle()
     assert bodies(pair.one, here) == [b"1"]
     assert bodies(pair.other, back) == [b"2"]
@@ -96,16 +96,16 @@ def test_both_sides_may_open_streams_and_both_speak_on_each(pair):
 
 def test_a_finished_stream_ends_after_its_last_message_and_is_then_forgotten(pair):
     here, there = pair.open()
-    pair.one.send(here, {}, [b"x"], Priority.CONTROL)
-    pair.one.finish(here)
-    pair.one.finish(here)
+    pair.one.streams.send(here, {}, [b"x"], Priority.CONTROL)
+    pair.one.streams.finish(here)
+    pair.one.streams.finish(here)
     pair.settle()
     assert not there.incoming.ended
     assert bodies(pair.other, there) == [b"x"]
     assert there.incoming.ended
     with pytest.raises(LocalProtocolError, match="finished"):
-        pair.one.send(here, {}, [], Priority.CONTROL)
-    pair.other.finish(there)
+        pair.one.streams.send(here, {}, [], Priority.CONTROL)
+    pair.other.streams.finish(there)
     pair.settle()
     assert repr(pair.one) == repr(pair.other) == "<Connection open streams=0 ready=0>"
     assert pair.of(pair.one, StreamEnded) == [StreamEnded(here)]
@@ -113,22 +113,22 @@ def test_a_finished_stream_ends_after_its_last_message_and_is_then_forgotten(pai
 
 def test_a_reset_drops_what_is_unsent_and_unread_on_both_sides(pair):
     here, there = pair.open()
-    pair.one.send(here, {}, [bytes(MIB)], Priority.BULK)
+    pair.one.streams.send(here, {}, [bytes(MIB)], Priority.BULK)
     pair.move(pair.one)
-    pair.one.reset(here, "cancelled")
-    pair.one.reset(here, "twice")
+    pair.one.streams.reset(here, "cancelled")
+    pair.one.streams.reset(here, "twice")
     pair.settle()
     assert there.reset_code == "cancelled"
     assert (here.outgoing.unsent_bytes, there.incoming.buffered) == (0, 0)
     assert pair.of(pair.other, StreamEnded) == [StreamEnded(there)]
-    assert pair.other.read(there, MIB) is None
+    assert pair.other.streams.read(there, MIB) is None
 
 
 def test_frames_that_crossed_a_reset_are_ignored(pair):
     here, there = pair.open()
-    pair.other.send(there, {}, [bytes(100)], Priority.CONTROL)
+    pair.other.streams.send(there, {}, [bytes(100)], Priority.CONTROL)
     late = pair.other.next_message(pair.now)
-    pair.one.reset(here, "cancelled")
+    pair.one.streams.reset(here, "cancelled")
     pair.one.receive(late, pair.now)
     pair.settle()
     assert not pair.one.over
@@ -136,9 +136,9 @@ def test_frames_that_crossed_a_reset_are_ignored(pair):
 
 def test_closing_sends_what_is_queued_and_then_tells_a_peer_that_still_talks(pair):
     here, there = pair.open()
-    pair.one.send(here, {}, [b"last words"], Priority.CONTROL)
-    pair.one.close(here)
-    pair.other.send(there, {}, [bytes(MIB)], Priority.BULK)
+    pair.one.streams.send(here, {}, [b"last words"], Priority.CONTROL)
+    pair.one.streams.close(here)
+    pair.other.streams.send(there, {}, [bytes(MIB)], Priority.BULK)
     pair.settle()
     assert bodies(pair.other, there) == [b"last words"]
     assert there.incoming.ended
@@ -148,10 +148,10 @@ def test_closing_sends_what_is_queued_and_then_tells_a_peer_that_still_talks(pai
 
 def test_a_malformed_message_resets_its_stream_and_not_the_connection(pair):
     here, there = pair.open()
-    pair.one.send(here, {}, [bytes(11)], Priority.CONTROL)
+    pair.one.streams.send(here, {}, [bytes(11)], Priority.CONTROL)
     pair.settle()
     with pytest.raises(RemoteProtocolError, match="a body of 11 bytes"):
-        pair.other.read(there, 10)
+        pair.other.streams.read(there, 10)
     pair.settle()
     assert here.reset_code == "protocol"
     assert not pair.one.over
@@ -173,7 +173,7 @@ def test_a_connection_with_open_streams_is_asked_and_found_out_sooner(pair):
     start = pair.now
     here, _ = pair.open()
     assert pair.one.deadline == pair.other.deadline == start + 1
-    pair.one.reset(here, "closed")
+    pair.one.streams.reset(here, "closed")
     assert pair.one.deadline == start + 5
     pair.settle()
     assert pair.other.deadline == start + 5
@@ -190,7 +190,7 @@ def test_a_living_peer_answers_and_the_silence_starts_anew(pair):
 
 def test_going_away_is_the_last_thing_said(pair):
     here, there = pair.open()
-    pair.one.send(here, {}, [bytes(100)], Priority.CONTROL)
+    pair.one.streams.send(here, {}, [bytes(100)], Priority.CONTROL)
     pair.one.go_away("draining", "bye")
     pair.settle()
     assert pair.events[pair.other][-1] == GoneAway("draining", "bye")
@@ -198,14 +198,14 @@ def test_going_away_is_the_last_thing_said(pair):
     assert pair.other.over
     assert pair.one.next_message(pair.now) is None
     with pytest.raises(LocalProtocolError):
-        pair.other.send(there, {}, [], Priority.CONTROL)
+        pair.other.streams.send(there, {}, [], Priority.CONTROL)
     with pytest.raises(LocalProtocolError):
-        pair.other.open_stream("/test/1", Priority.CONTROL)
+        pair.other.streams.open("/test/1", Priority.CONTROL)
 
 
 def test_what_arrived_before_the_end_can_still_be_read(pair):
     here, there = pair.open()
-    pair.one.send(here, {}, [b"x"], Priority.CONTROL)
+    pair.one.streams.send(here, {}, [b"x"], Priority.CONTROL)
     pair.settle()
     pair.one.go_away("closed")
     pair.settle()

@@ -95,9 +95,9 @@ def test_one_stream_too_many_is_refused_and_the_others_live():
 
 def test_we_open_no_more_streams_than_the_peer_takes(pair):
     for _ in range(MAX_STREAMS):
-        pair.one.open_stream("/test/1", Priority.CONTROL)
+        pair.one.streams.open("/test/1", Priority.CONTROL)
     with pytest.raises(Overloaded):
-        pair.one.open_stream("/test/1", Priority.CONTROL)
+        pair.one.streams.open("/test/1", Priority.CONTROL)
 
 
 def test_opening_streams_too_fast_ends_the_connection():
@@ -165,7 +165,7 @@ def test_any_frames_give_events_or_one_typed_error(said):
                 if isinstance(event, StreamReadable):
                     _try_to_read(connection, event.stream)
                 elif isinstance(event, StreamOpened):
-                    connection.send(event.stream, {"got": 1}, [bytes(10)], Priority.DECODE)
+                    connection.streams.send(event.stream, {"got": 1}, [bytes(10)], Priority.DECODE)
     except PeerdError:
         assert connection.over
     assert len(rogue.drain(connection)) <= 4 * len(said) + 4
@@ -173,7 +173,7 @@ def test_any_frames_give_events_or_one_typed_error(said):
 
 def _try_to_read(connection, stream):
     try:
-        while connection.read(stream, 50) is not None:
+        while connection.streams.read(stream, 50) is not None:
             pass
     except RemoteProtocolError:
         return
