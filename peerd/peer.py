@@ -22,7 +22,7 @@ from peerd.discovery.prober import RttProber
 from peerd.meters import Meters
 from peerd.net.connections import Connections
 from peerd.net.containment import Containment
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.peer_parts import PeerConfig, open_net, open_own_discovery, open_own_reach, open_server, open_spans
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest

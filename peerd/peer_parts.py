@@ -19,7 +19,7 @@ from peerd.meters import Meters
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
 from peerd.net.dial_policy import DialPolicy, DialRules
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 from peerd.reach.own_addresses import own_networks

@@ -21,7 +21,7 @@ from statistics import quantiles
 import trio
 
 from peerd.net.connections import Connections, PeerConnection, Stream, open_connections
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity

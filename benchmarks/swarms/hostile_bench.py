@@ -35,7 +35,7 @@ from peerd.client.model import SwarmModel
 from peerd.compute.checkpoint.demo_model import demo_model_path
 from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.net.transport import MessageChannel
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import CreditFrame, PingFrame, ResetFrame, encode_frame

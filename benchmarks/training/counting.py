@@ -7,7 +7,8 @@ from typing import Any
 import trio
 
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
-from peerd.net.websocket import WebSocketChannel, WebSocketTransport
+from peerd.net.websockets.channel import WebSocketChannel
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 
 

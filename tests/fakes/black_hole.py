@@ -14,7 +14,7 @@ import trio
 
 from peerd.net.connections import Connections, open_connections
 from peerd.net.stream import Stream
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
 

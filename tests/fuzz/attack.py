@@ -30,7 +30,7 @@ import trio.lowlevel
 from peerd.exchange.step_tensors import encoded
 from peerd.net.connections import Stream, open_connections
 from peerd.net.transport import MessageChannel
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import (
     CreditFrame,

@@ -48,7 +48,7 @@ from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.compute.device.host_memory import free_host_memory
 from peerd.compute.transformers_compat import NEWEST_TESTED
 from peerd.discovery.kept_clock import is_clock_kept
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 
 DEADLINE_S = 60.0

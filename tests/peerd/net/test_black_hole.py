@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from peerd.net.websocket import delivery_of
+from peerd.net.websockets.tcp import delivery_of
 
 PROGRAM = Path(__file__).parents[2] / "fakes" / "black_hole.py"
 IN_A_NAMESPACE = ("unshare", "--map-root-user", "--net")

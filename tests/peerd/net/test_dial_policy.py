@@ -13,7 +13,7 @@ import trio
 from peerd.net.connections import open_connections
 from peerd.net.dial_policy import ANYWHERE, DialPolicy, DialRules
 from peerd.net.dialling.names import Names, connect_to_any
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed
 from peerd.protocol.identity import Identity
@@ -122,7 +122,7 @@ async def test_what_was_checked_is_what_is_dialled(resolver, monkeypatch, secure
             dialled.extend(map(str, ips))
             raise OSError("nobody there")
 
-        monkeypatch.setattr("peerd.net.websocket.connect_to_any", connect)
+        monkeypatch.setattr("peerd.net.websockets.transport.connect_to_any", connect)
         async with trio.open_nursery() as nursery:
             with pytest.raises(ConnectFailed):
                 await WebSocketTransport().dial(name, nursery, STRANGERS)
@@ -182,8 +182,8 @@ async def test_certificates_that_cannot_be_read_leave_no_stream_open(monkeypatch
         def unreadable():
             raise FileNotFoundError(2, "No such file or directory")
 
-        monkeypatch.setattr("peerd.net.websocket.connect_to_any", connect)
-        monkeypatch.setattr("peerd.net.websocket.ssl.create_default_context", unreadable)
+        monkeypatch.setattr("peerd.net.websockets.transport.connect_to_any", connect)
+        monkeypatch.setattr("peerd.net.websockets.transport.ssl.create_default_context", unreadable)
         async with trio.open_nursery() as nursery:
             with pytest.raises(ConnectFailed, match="No such file"):
                 await WebSocketTransport().dial(Multiaddr("ip4", "127.0.0.1", port, secure=True), nursery)

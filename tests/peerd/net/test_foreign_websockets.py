@@ -9,7 +9,8 @@ from wsproto import ConnectionType, WSConnection
 from wsproto.events import BytesMessage, Ping, Pong, Request, TextMessage
 
 from peerd.net.connections import open_connections
-from peerd.net.websocket import MAX_MESSAGE_BYTES, SUBPROTOCOL, WebSocketTransport
+from peerd.net.websockets.channel import MAX_MESSAGE_BYTES, SUBPROTOCOL
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, PeerFault, RemoteProtocolError, VersionMismatch
 from peerd.protocol.identity import Identity

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from peerd.net.connections import open_connections
-from peerd.net.websocket import WebSocketTransport
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import StreamReset

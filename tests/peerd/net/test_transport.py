@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from peerd.net.websocket import MAX_MESSAGE_BYTES, WebSocketTransport
+from peerd.net.websockets.channel import MAX_MESSAGE_BYTES
+from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, ConnectionLost
 from peerd.protocol.identity import Identity

@@ -1,20 +1,16 @@
-"""Carries connections in websockets: `ws://` directly, or `wss://` through a proxy that ends TLS for us.
+"""One websocket that carries a connection's messages, from the upgrade to the close, on either side.
 
 The library trio-websocket implements the protocol. Each websocket has a reader task of the library in a nursery of its
 own, so that an exception in it ends only that websocket. If a stranger hangs up in the middle of the upgrade, the
-library waits for ever. So the stream beneath it is watched, and its end ends the wait.
+library waits for ever. So the stream beneath it is watched (`watched_stream`), and its end ends the wait.
 """
 
 from __future__ import annotations
 
 import logging
-import ssl
-import struct
-import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 
 import h11
@@ -29,14 +25,13 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
-from peerd.net.dial_policy import ANYWHERE, DialPolicy
-from peerd.net.dialling.names import Names, connect_to_any
-from peerd.net.transport import MessageChannel
+from peerd.net.websockets.tcp import delivery_of, remote_ip
+from peerd.net.websockets.watched_stream import WatchedStream
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import MAX_FRAME_BYTES
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.connection.noise import TAG_BYTES
-from peerd.protocol.errors import ConnectFailed, ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
+from peerd.protocol.errors import ConnectionLost, PeerFault, RemoteProtocolError, VersionMismatch
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +52,6 @@ _LINGER_S: Final = 0.5
 _UPGRADE_REQUIRED = 426
 _FORBIDDEN = 403
 _TOO_BIG = 1009
-# The limit for a peer's HTTP before the websocket is open, and then for what comes before its first message is whole:
-# each has a few hundred bytes.
-_MAX_UPGRADE_BYTES: Final = 64 * 1024
-# The limit for what comes between two whole messages. The library's queue, its buffer and one message that has begun
-# take 0.6 MiB. A message may come in any number of empty parts, each of which costs the library as much as a full one.
-_MAX_BETWEEN_BYTES: Final = 1024 * 1024
 # The exceptions of trio-websocket and the libraries beneath it if the other side breaks a protocol or has gone.
 # trio-websocket also answers a PING while it closes, and a malformed answer as if it were the server, which raises too.
 _LIBRARY_ERRORS: Final = (
@@ -72,85 +61,6 @@ _LIBRARY_ERRORS: Final = (
     trio.ClosedResourceError,
     UnicodeError,
 )
-
-
-class WebSocketTransport:
-    """Dials and listens on TCP. `ssl_context`: for `wss`; None takes the system's certificates."""
-
-    def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
-        self._ssl_context = ssl_context
-        self._names = Names()
-
-    async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> WebSocketChannel:
-        """Connect and upgrade, without a time-out. Raises ConnectFailed, VersionMismatch."""
-        if address.relay is not None or not address.is_dialable:
-            raise ConnectFailed(f"{address} cannot be dialled directly")
-        try:
-            stream = await self._connect(address, policy)
-        except (OSError, trio.BrokenResourceError) as error:
-            raise ConnectFailed(_cause(error)) from error
-        try:
-            channel = WebSocketChannel(stream)
-        except OSError as error:
-            # The process that accepted the connection was killed at that moment.
-            await trio.aclose_forcefully(stream)
-            raise ConnectFailed(_cause(error)) from error
-        readers = await tasks.start(channel.host)
-        try:
-            await channel.request(readers, address)
-        except BaseException as error:
-            channel.abort()
-            if isinstance(error, ConnectionLost | RemoteProtocolError):
-                raise ConnectFailed(str(error)) from error
-            raise
-        return channel
-
-    async def listen(
-        self,
-        address: Multiaddr,
-        handler: Callable[[MessageChannel], Awaitable[None]],
-        *,
-        task_status: trio.TaskStatus[Multiaddr],
-    ) -> None:
-        """Serve websockets on a TCP address until cancelled. Raises OSError. TLS must be ended by a proxy."""
-        if address.secure:
-            raise OSError(f"cannot listen on {address}: let a proxy end TLS, and listen on ws behind it")
-        if address.ip is None:
-            raise OSError(f"cannot listen on {address}: listen on an IP address, names are for dialling")
-        [listener] = await trio.open_tcp_listeners(address.port, host=address.host)
-        port = listener.socket.getsockname()[1]
-        bound = Multiaddr(address.kind, address.host, port, peer_id=address.peer_id)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, partial(_serve, handler), [listener])
-            task_status.started(bound)
-
-    async def _connect(self, address: Multiaddr, policy: DialPolicy) -> trio.abc.Stream:
-        # Connect to an IP address that the policy has seen: a second lookup of a name may give another one.
-        stream = await connect_to_any(await self._names.permitted(address, policy), address.port)
-        if not address.secure:
-            return stream
-        try:
-            context = self._ssl_context or ssl.create_default_context()
-            secured = trio.SSLStream(stream, context, server_hostname=address.host, https_compatible=True)
-            await secured.do_handshake()
-        except BaseException:
-            await trio.aclose_forcefully(stream)
-            raise
-        return secured
-
-
-async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: trio.SocketStream) -> None:
-    try:
-        channel = WebSocketChannel(stream)
-    except OSError:
-        # The other side was gone before we could read its address.
-        return
-    async with trio.open_nursery() as nursery:
-        channel.readers = await nursery.start(channel.host)
-        try:
-            await handler(channel)
-        finally:
-            await channel.aclose()
 
 
 class WebSocketChannel:
@@ -169,7 +79,7 @@ class WebSocketChannel:
         self._failure: BaseException | None = None
         # Whether the websocket is open, plus how many messages were received since.
         self._progress = 0
-        self._remote_ip = _remote_ip(stream)
+        self._remote_ip = remote_ip(stream)
 
     def __repr__(self) -> str:
         return f"<WebSocketChannel {self._remote_ip} {self._websocket or 'opening'}>"
@@ -275,49 +185,7 @@ class WebSocketChannel:
         raise PeerFault(f"refused a websocket: {reason}")
 
     def _watched(self) -> Any:
-        return _WatchedStream(self._stream, self._opening.cancel, lambda: self._progress)
-
-
-class _WatchedStream(trio.abc.Stream):
-    """A stream that reports its end, which trio-websocket does not tell the task that waits for the upgrade.
-
-    It ends where too many bytes come without progress: `progress` grows when the websocket opens and with each message.
-    The library would keep the whole body of a refusal, and read empty parts of one message for ever.
-    """
-
-    def __init__(self, stream: trio.abc.Stream, on_end: Callable[[], None], progress: Callable[[], int]) -> None:
-        self._stream = stream
-        self._on_end = on_end
-        self._progress = progress
-        self._last_progress = 0
-        self._bytes = 0
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        try:
-            data = await self._stream.receive_some(max_bytes)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._on_end()
-            raise
-        progress = self._progress()
-        if progress != self._last_progress:
-            self._last_progress, self._bytes = progress, 0
-        self._bytes += len(data)
-        if self._bytes > (_MAX_UPGRADE_BYTES if progress <= 1 else _MAX_BETWEEN_BYTES):
-            self._on_end()
-            return b""
-        if not data:
-            self._on_end()
-        return data
-
-    async def aclose(self) -> None:
-        self._on_end()
-        await self._stream.aclose()
+        return WatchedStream(self._stream, self._opening.cancel, lambda: self._progress)
 
 
 @contextmanager
@@ -338,38 +206,3 @@ def _lost(closed: ConnectionClosed) -> PeerFault:
     if reason.code == _TOO_BIG:
         return RemoteProtocolError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
     return ConnectionLost(f"the websocket was closed ({reason.code})")
-
-
-def _remote_ip(stream: trio.abc.Stream) -> IPv4Address | IPv6Address | None:
-    inner = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-    if not isinstance(inner, trio.SocketStream):
-        return None
-    host, *_ = inner.socket.getpeername()
-    ip = ip_address(host.partition("%")[0])
-    return ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip
-
-
-def _cause(error: Exception) -> str:
-    """Why a connection could not be made, in the system's words. Of several addresses, for the first."""
-    cause: BaseException = error.__cause__ or error
-    while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
-    return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-
-
-# tcpi_retransmits and tcpi_probes, counted since the last acknowledgement; tcpi_bytes_acked (Linux 4.1).
-_FIELDS = struct.Struct("@2xBB116xQ")
-
-
-def delivery_of(socket: trio.socket.SocketType) -> Delivery | None:
-    """What happened to the bytes sent on a TCP socket; None if the system does not say, or the socket is closed."""
-    if sys.platform != "linux":
-        return None
-    try:
-        info = socket.getsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_INFO, _FIELDS.size)
-    except OSError:
-        return None
-    if len(info) < _FIELDS.size:
-        return None
-    retransmits, probes, acknowledged_bytes = _FIELDS.unpack(info)
-    return Delivery(acknowledged_bytes, max(retransmits, probes))

@@ -1,0 +1,1 @@
+"""Carries connections in websockets."""
