@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from peerd.net.connection.peer_connection import IDLE
 from peerd.net.connections import Connections, PeerConnection
-from peerd.net.peer_connection import IDLE
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import PeerId

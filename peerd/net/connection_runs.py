@@ -13,14 +13,14 @@ from typing import Protocol
 
 import trio
 
+from peerd.net.connection.peer_connection import PeerConnection
+from peerd.net.connection.settling import agree, exchange_hellos, within_settle_time
 from peerd.net.containment import Containment
 from peerd.net.dialling.circuits import CircuitChannel
 from peerd.net.dialling.dialler import Arrived
 from peerd.net.limits.entry_rates import EntryRates
 from peerd.net.limits.gate import Gate, Visit
 from peerd.net.live_connections import LiveConnections
-from peerd.net.peer_connection import PeerConnection
-from peerd.net.settling import agree, exchange_hellos, within_settle_time
 from peerd.net.stream import Carrier
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import IpAddress
@@ -115,7 +115,7 @@ class ConnectionRuns:
 
     async def _wait_proven(self, connection: PeerConnection) -> None:
         """Wait for the proof of the peer's identity. Raises PeerFault for a peer with which we want no connection."""
-        await connection.wait_proven()
+        await connection.agreement.proven.wait()
         if self._containment.refuses(connection.peer_id, connection.remote_ip):
             raise PeerFault("the peer did too much wrong lately")
 
@@ -128,7 +128,7 @@ class ConnectionRuns:
                 arrived(connection)
             self._live.add(connection)
             self._settled(connection)
-            connection.introduce(await exchange_hellos(connection, self._hello_to(connection)))
+            connection.agreement.introduce(await exchange_hellos(connection, self._hello_to(connection)))
 
 
 def relay_of(channel: MessageChannel) -> Carrier | None:

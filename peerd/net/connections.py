@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 import trio
 
 from peerd.meters import Meters
+from peerd.net.connection.peer_connection import PeerConnection
 from peerd.net.connection_runs import ConnectionRuns, relay_of
 from peerd.net.containment import Containment
 from peerd.net.dial_policy import DialPolicy, DialRules
@@ -25,7 +26,6 @@ from peerd.net.limits.entry_rates import EntryRates
 from peerd.net.limits.gate import ConnectionLimits, Gate, connection_limits, descriptor_limit, host_of
 from peerd.net.live_connections import LiveConnections, Observer
 from peerd.net.loopback import loopback
-from peerd.net.peer_connection import PeerConnection
 from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr

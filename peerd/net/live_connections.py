@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import trio
 
+from peerd.net.connection.peer_connection import IDLE, PeerConnection
 from peerd.net.containment import Containment
-from peerd.net.peer_connection import IDLE, PeerConnection
 from peerd.protocol.errors import Overloaded
 from peerd.protocol.identity import PeerId
 
@@ -114,7 +114,7 @@ class LiveConnections:
         else:
             self._make_room(connection)
         self._arriving.discard(connection)
-        connection.settle()
+        connection.agreement.settle()
         self._live[connection.peer_id] = connection
         self._arrival.unpark_all()
         log.log(_log_level(connection), "connected to %s", connection.peer_id)
@@ -125,7 +125,7 @@ class LiveConnections:
         if connection.uplink.bytes_a_second is not None:
             # The remembered value is halved each time, because we may have moved to a slower network.
             self._uplink = max(self._uplink / 2, connection.uplink.bytes_a_second)
-        if connection.settled and self._live.get(connection.peer_id) is connection:
+        if connection.agreement.is_settled and self._live.get(connection.peer_id) is connection:
             del self._live[connection.peer_id]
             log.log(_log_level(connection), "lost %s: %s", connection.peer_id, connection.lost)
             self._tell(self.on_lost, connection)

@@ -12,11 +12,11 @@ from ipaddress import IPv4Address, IPv6Address
 
 import trio
 
+from peerd.net.connection.peer_connection import PeerConnection
+from peerd.net.connection.settling import agree, exchange_hellos
 from peerd.net.containment import Containment
 from peerd.net.handlers import StreamHandler
 from peerd.net.limits.entry_rates import EntryRates
-from peerd.net.peer_connection import PeerConnection
-from peerd.net.settling import agree, exchange_hellos
 from peerd.protocol.connection.connection import ConnectionMachine, Limits
 from peerd.protocol.connection.hello import Hello
 from peerd.protocol.connection.liveness import Delivery
@@ -92,10 +92,10 @@ def loopback(
 
 
 async def _settle(hello_to: Callable[[PeerConnection], Hello], connection: PeerConnection) -> None:
-    await connection.wait_proven()
+    await connection.agreement.proven.wait()
     if await agree(connection, _take):
-        connection.settle()
-        connection.introduce(await exchange_hellos(connection, hello_to(connection)))
+        connection.agreement.settle()
+        connection.agreement.introduce(await exchange_hellos(connection, hello_to(connection)))
 
 
 async def _take(_connection: PeerConnection) -> bool:

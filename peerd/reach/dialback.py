@@ -16,8 +16,8 @@ from ipaddress import IPv6Address, IPv6Network
 
 import trio
 
+from peerd.net.connection.peer_connection import PeerConnection
 from peerd.net.dialling.prove import CONNECT_S, prove
-from peerd.net.peer_connection import PeerConnection
 from peerd.net.stream import Stream
 from peerd.net.transport import Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr

@@ -16,11 +16,11 @@ import trio
 from peerd.exchange.first_message import first_message
 from peerd.exchange.refusals import finish, refuse
 from peerd.meters import Meters
+from peerd.net.connection.peer_connection import CLOSED
 from peerd.net.connections import Connections, Stream
 from peerd.net.containment import Containment
 from peerd.net.limits.owners import Owner
 from peerd.net.limits.rates import Rates
-from peerd.net.peer_connection import CLOSED
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
     ConnectionLost,

@@ -16,7 +16,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, PeerFault, WrongPeer
 
 if TYPE_CHECKING:
-    from peerd.net.peer_connection import PeerConnection
+    from peerd.net.connection.peer_connection import PeerConnection
 
 # RFC 8305 (happy eyeballs), section 5: the delay before the next address is tried beside one that has not answered.
 STAGGER_S = 0.25

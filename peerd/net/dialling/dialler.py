@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import trio
 
+from peerd.net.connection.peer_connection import PeerConnection
+from peerd.net.connection.settling import SETTLE_S
 from peerd.net.containment import Containment
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.dialling.circuits import open_circuit
 from peerd.net.dialling.dial import ADDRESS_TIMEOUT_S, Dial
 from peerd.net.dialling.sightings import Sightings
 from peerd.net.live_connections import LiveConnections
-from peerd.net.peer_connection import PeerConnection
-from peerd.net.settling import SETTLE_S
 from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed, InvalidRequest, PeerFault

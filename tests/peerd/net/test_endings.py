@@ -7,10 +7,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from peerd.net.connection.peer_connection import IDLE
 from peerd.net.connections import open_connections
 from peerd.net.limits.gate import ConnectionLimits
 from peerd.net.live_connections import IDLE_S, MIN_DIALLED, SPARED_S
-from peerd.net.peer_connection import IDLE
 from peerd.protocol.connection.events import StreamOpened
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.errors import (

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import trio
 
+from peerd.net.connection.uplink_meter import MIN_BYTES, UplinkMeter
 from peerd.net.connections import Stream, open_connections
-from peerd.net.uplink_meter import MIN_BYTES, UplinkMeter
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity

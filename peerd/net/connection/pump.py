@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from peerd.net.connection.uplink_meter import UplinkMeter
 from peerd.net.transport import MessageChannel
-from peerd.net.uplink_meter import UplinkMeter
 from peerd.protocol.connection.connection import ConnectionMachine
 
 # How long it may take to send the last messages.

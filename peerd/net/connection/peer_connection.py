@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from ipaddress import IPv4Address, IPv6Address
 
 import trio
 
+from peerd.net.connection.agreement import Agreement
+from peerd.net.connection.incoming_streams import IncomingStreams
+from peerd.net.connection.open_streams import OpenStreams
+from peerd.net.connection.pump import Pump
 from peerd.net.containment import Containment
 from peerd.net.handlers import StreamHandler
-from peerd.net.limits.entry_rates import EntryRates, RefusedOpens
+from peerd.net.limits.entry_rates import EntryRates
 from peerd.net.limits.owners import Owner, network_of
 from peerd.net.limits.scores import FLOOD, MALFORMED
-from peerd.net.open_streams import OpenStreams
-from peerd.net.pump import Pump
 from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel
 from peerd.protocol.connection import streams
@@ -35,7 +37,6 @@ from peerd.protocol.connection.events import (
 )
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.connection.hello import HELLO_PROTOCOL, Hello
-from peerd.protocol.connection.stream_table import MAX_STREAMS
 from peerd.protocol.errors import (
     ConnectionLost,
     InternalError,
@@ -45,7 +46,6 @@ from peerd.protocol.errors import (
     PeerFault,
     RelayLost,
     RemoteProtocolError,
-    UnsupportedFeature,
 )
 from peerd.protocol.identity import PeerId
 
@@ -87,11 +87,10 @@ class PeerConnection:
         """The connection to the relay that carries this one; None for a direct one."""
         self.core = core
         """The protocol machine. Only `Stream` uses it."""
-        self.hello: Hello | None = None
+        self.agreement = Agreement()
+        """How far both sides have come towards using this connection."""
         self.lost: PeerdError | None = None
         """The reason why the connection ended; None while it lives."""
-        self.settled = False
-        """Whether both sides have taken this connection."""
         self.is_duplicate = False
         """Whether we or the peer had a better connection."""
         self.closed_here = False
@@ -100,27 +99,18 @@ class PeerConnection:
         """The code with which the peer ended it; "" if the peer gave none."""
         self._channel = channel
         self._own = own
-        self._handlers = handlers
         self._containment = containment
-        self._rates = rates
-        self._refused_opens = RefusedOpens(trio.current_time())
-        # Formatting an address takes longer than all else that a limit does.
-        self._network: str | None = None
+        self._incoming = IncomingStreams(handlers, rates, trio.current_time())
         self._on_lost = on_lost
         self._streams = OpenStreams()
         self._pump = Pump(core, channel, self._take_events)
         self.uplink = self._pump.uplink
         """How fast the line to the peer takes what we send."""
-        self._greeting: Stream | None = None
-        self._proven = trio.Event()
-        self._greeted = trio.Event()
-        self._settled = trio.Event()
-        self._said_hello = trio.Event()
         self._ended = trio.Event()
         self._moving = trio.CancelScope()
 
     def __repr__(self) -> str:
-        state = f"lost ({self.lost})" if self.lost else "settled" if self.settled else "unsettled"
+        state = f"lost ({self.lost})" if self.lost else "settled" if self.agreement.is_settled else "unsettled"
         return f"<PeerConnection {state} {self._channel!r} streams={len(self._streams)}>"
 
     # For all callers.
@@ -148,6 +138,12 @@ class PeerConnection:
         """The address in whose quota this peer counts: its own, or its relay's."""
         return self.remote_ip if self.relay is None else self.relay.remote_ip
 
+    @cached_property
+    def network(self) -> str:
+        """The public network in whose quota this peer counts; "" if none is counted."""
+        # Kept: formatting an address takes longer than all else that a limit does.
+        return network_of(self.accountable_ip)
+
     @property
     def dialled(self) -> bool:
         """Whether we dialled, rather than the peer."""
@@ -159,9 +155,14 @@ class PeerConnection:
         return self.core.rtt_s
 
     @property
+    def hello(self) -> Hello | None:
+        """What the peer says about itself; None before its hello."""
+        return self.agreement.hello
+
+    @property
     def unused_since(self) -> float | None:
         """When the last stream ended, or the delay was measured, if nothing uses the connection now; else None."""
-        return self._streams.unused_since if self.settled else None
+        return self._streams.unused_since if self.agreement.is_settled else None
 
     @property
     def idle_s(self) -> float:
@@ -182,10 +183,10 @@ class PeerConnection:
 
     async def wait_hello(self) -> Hello:
         """The peer's hello, which comes a moment after the handshake. Raises ConnectionLost."""
-        await self._said_hello.wait()
-        if self.hello is None:
+        hello = await self.agreement.wait_hello()
+        if hello is None:
             raise self.lost_error()
-        return self.hello
+        return hello
 
     async def wait_lost(self) -> PeerdError:
         """Wait for the end of the connection. Returns the reason."""
@@ -248,29 +249,6 @@ class PeerConnection:
         """Whether we, and not the peer, choose between several connections (spec/connection/connection.md)."""
         return self._own < self.peer_id
 
-    async def wait_proven(self) -> None:
-        """Wait until the peer has proved its identity."""
-        await self._proven.wait()
-
-    async def wait_greeted(self) -> Stream:
-        """Wait for the stream of the peer's hello. Where the choice is the peer's, it has then taken this
-        connection.
-        """
-        await self._greeted.wait()
-        assert self._greeting is not None
-        return self._greeting
-
-    def settle(self) -> None:
-        """Note that both sides take this connection: from now on both may open streams."""
-        assert self.lost is None
-        self.settled = True
-        self._settled.set()
-
-    def introduce(self, hello: Hello) -> None:
-        """Note what the peer says about itself."""
-        self.hello = hello
-        self._said_hello.set()
-
     def close_as_duplicate(self) -> None:
         """End it because there is a better connection to the peer."""
         self.is_duplicate = True
@@ -285,9 +263,9 @@ class PeerConnection:
                 async with trio.open_nursery() as nursery:
                     self._moving = nursery.cancel_scope
                     if self.lost is None:
-                        nursery.start_soon(self._until_lost, partial(self._pump.keep_time, self._proven))
+                        nursery.start_soon(self._until_lost, partial(self._pump.keep_time, self.agreement.proven))
                         nursery.start_soon(self._until_lost, settle)
-                        await self._until_lost(partial(self._pump.read, self._wait_settled_if_greeted))
+                        await self._until_lost(partial(self._pump.read, self.agreement.wait_settled_if_greeted))
             finally:
                 self.close()
 
@@ -306,11 +284,6 @@ class PeerConnection:
         self._containment.contain(error, what, self.proven_peer, self.remote_ip)
         self._lose(InternalError(f"a bug of ours in {what}"))
 
-    async def _wait_settled_if_greeted(self) -> None:
-        # The streams behind the peer's hello must find the connection settled here.
-        if self._greeting is not None and not self.settled:
-            await self._settled.wait()
-
     # Events.
 
     def _take_events(self) -> None:
@@ -321,52 +294,32 @@ class PeerConnection:
                 case StreamOpened(core):
                     self._take_stream(core)
                 case HandshakeDone():
-                    self._proven.set()
+                    self.agreement.proven.set()
                 case GoneAway(code, reason):
-                    self.is_duplicate = code == _DUPLICATE and not self.settled
+                    self.is_duplicate = code == _DUPLICATE and not self.agreement.is_settled
                     self.farewell = code
                     self._lose(ConnectionLost(f"the peer ended the connection: {reason or code}"))
 
     def _take_stream(self, core: streams.StreamMachine) -> None:
         if core.protocol == HELLO_PROTOCOL:
-            if self._greeting is not None or self.is_our_choice:
+            if self.agreement.greeting is not None or self.is_our_choice:
                 raise RemoteProtocolError("the peer sent a second hello, or one out of turn")
-            self._greeting = self._adopt(core)
-            self._greeted.set()
+            self.agreement.greet(self._adopt(core))
             return
-        if not self.settled:
+        if not self.agreement.is_settled:
             raise RemoteProtocolError("the peer opened a stream before its hello")
-        handler = self._handlers.get(core.protocol)
-        now = trio.current_time()
-        self._refused_opens.opened(now)
-        if not self._rates.may_open(self._owner, now):
-            self._refuse_open(core)
-        elif handler is None:
-            self.core.streams.reset(core, UnsupportedFeature.code)
-        elif self._streams.handled >= MAX_STREAMS:
-            self.core.streams.reset(core, Overloaded.code)
+        owner = Owner(self.peer_id, self.network)
+        try:
+            handler = self._incoming.handler_of(core.protocol, owner, self._streams.handled, trio.current_time())
+        except PeerdError as refusal:
+            self.core.streams.reset(core, refusal.code)
+            if self._incoming.is_flood:
+                self._score("too many streams", FLOOD)
+                raise
         else:
             self._streams.handled += 1
             on_bug = partial(self._fail, what=f"the handler of {core.protocol}")
             self._handling.start_soon(self._streams.run_handler, handler, self._adopt(core), on_bug)
-
-    def _refuse_open(self, core: streams.StreamMachine) -> None:
-        """Refuse a stream of a peer that opens too many; raises Overloaded if it goes on and on."""
-        self.core.streams.reset(core, Overloaded.code)
-        if self._refused_opens.refused():
-            self._score("too many streams", FLOOD)
-            raise Overloaded("you, or your network, open streams too fast")
-
-    @property
-    def network(self) -> str:
-        """The public network in whose quota this peer counts; "" if none is counted."""
-        if self._network is None:
-            self._network = network_of(self.accountable_ip)
-        return self._network
-
-    @property
-    def _owner(self) -> Owner:
-        return Owner(self.peer_id, self.network)
 
     def _score(self, reason: str, points: float) -> None:
         """Score the peer for what it did.
@@ -392,7 +345,7 @@ class PeerConnection:
         log.debug("%s", self)
         self._on_lost(self)
         self._ended.set()
-        self._said_hello.set()
+        self.agreement.end()
         self._streams.wake_all()
         self._moving.cancel()
         self._pump.stop()

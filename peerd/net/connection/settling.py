@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import trio
 
-from peerd.net.peer_connection import PeerConnection
+from peerd.net.connection.peer_connection import PeerConnection
 from peerd.net.stream import Stream
 from peerd.protocol.connection.hello import HELLO_PROTOCOL, Hello
 from peerd.protocol.errors import HandshakeFailed, RemoteProtocolError
@@ -37,7 +37,7 @@ async def agree(connection: PeerConnection, choose: Callable[[PeerConnection], A
         choice.
     """
     if not connection.is_our_choice:
-        await connection.wait_greeted()
+        await connection.agreement.wait_greeted()
     elif not await choose(connection):
         connection.close_as_duplicate()
     # The connection may have ended in the tick in which we chose, so that no checkpoint has raised yet.
@@ -47,7 +47,7 @@ async def agree(connection: PeerConnection, choose: Callable[[PeerConnection], A
 async def exchange_hellos(connection: PeerConnection, ours: Hello) -> Hello:
     """Send our hello, and return what the peer says about itself. Raises PeerFault."""
     if not connection.is_our_choice:
-        stream = await connection.wait_greeted()
+        stream = await connection.agreement.wait_greeted()
     else:
         stream = connection.open_stream(HELLO_PROTOCOL)
     stream.send_nowait(ours.to_header())

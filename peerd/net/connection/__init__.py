@@ -1,0 +1,1 @@
+"""One live connection: streams, the agreement to use it, and its end."""
