@@ -25,6 +25,10 @@ class StepProgress:
         self.is_ready = False
         self.pace = StepPace()
         self.changed = trio.lowlevel.ParkingLot()
+        # Whether there was a complete chain before, so that a hole is a loss.
+        self.has_stood = False
+        # How often hops were replaced in a chain that had been complete.
+        self.failovers = 0
         # Since when the chain works on the oldest step.
         self.working_since = trio.current_time()
         # Positions that new hops must compute again before they reach the oldest step.

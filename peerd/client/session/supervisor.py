@@ -2,16 +2,15 @@
 
 Everything that goes wrong comes to `report` as a value (`troubles.py`). Its effect on the chain is noted at once, so
 that an opening that is under way starts over with the chain as it is now. Work that follows waits in one queue, and one
-task does it, the most urgent first. `hop_messages.py` reads what hops say; `mender.py` chooses the peers that replace a
-dead hop; `first_hop.py` sends the first hop what it lacks. A hop can die between any two messages, also while another
-death is being repaired: so every hop takes a step's number only once, whichever peer sends it again
-(spec/sessions/session.md, "When a hop dies").
+task does it, the most urgent first: that is decided here, and done in `repairs.py`. `hop_messages.py` reads what hops
+say; `mender.py` chooses the peers that replace a dead hop; `first_hop.py` sends the first hop what it lacks. A hop can
+die between any two messages, also while another death is being repaired: so every hop takes a step's number only once,
+whichever peer sends it again (spec/sessions/session.md, "When a hop dies").
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 
 import trio
 
@@ -24,6 +23,7 @@ from peerd.client.session.live_chain import MAX_NUMBERS, LiveChain
 from peerd.client.session.mender import ChainMender, NumbersUsedUp, SessionSpec, SessionTools
 from peerd.client.session.pace_watch import PaceWatch
 from peerd.client.session.progress import StepProgress
+from peerd.client.session.repairs import Repairs
 from peerd.client.session.step_log import Pending, StepLog
 from peerd.client.session.troubles import (
     Behind,
@@ -32,7 +32,6 @@ from peerd.client.session.troubles import (
     Fatal,
     Hole,
     HopHangs,
-    HopLost,
     LinkBroken,
     News,
     NoAnswer,
@@ -42,8 +41,7 @@ from peerd.client.session.troubles import (
     most_urgent,
     still_stands,
 )
-from peerd.protocol.connection.frames import Priority
-from peerd.protocol.errors import ConnectionLost, Overloaded, PeerdError, PeerFault, Unresponsive
+from peerd.protocol.errors import Overloaded, PeerdError, Unresponsive
 from peerd.protocol.span import Span
 
 log = logging.getLogger(__name__)
@@ -56,8 +54,6 @@ class Supervisor:
     """A chain over `spec.blocks` for the steps in `log`. `run` owns its tasks."""
 
     def __init__(self, tools: SessionTools, spec: SessionSpec, log: StepLog) -> None:
-        # How many hops were replaced after the first chain was complete, because they died or were slow.
-        self.failovers = 0
         # How often open hops were given up, so that the whole chain had to compute the past again.
         self.reopened = 0
         self._finder = tools.finder
@@ -67,8 +63,6 @@ class Supervisor:
         self._first = FirstHop(log, spec.terms, tools.opener.connections.meters)
         self._mender = ChainMender(tools, spec)
         self.progress = StepProgress(log, self._new_chain())
-        # Whether there was a complete chain before, so that a hole is a loss.
-        self._has_stood = False
         # Work that cannot be seen from the chain itself, as an ordered set.
         self._queue: dict[Queued, None] = {}
         self._faults_without_answer = 0
@@ -82,16 +76,30 @@ class Supervisor:
         """Keep a chain open while there is something to send on it, until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
                 self._bridges = Bridges(self._opener, nursery, self.report, self._log, self._spec.width)
-                self._messages = HopMessages(
+                messages = HopMessages(
                     self.progress, self._log, self._spec.width, self._mender, self._bridges, self.report, self._answered
+                )
+                self._repairs = Repairs(
+                    self.progress,
+                    self._log,
+                    self._first,
+                    self._mender,
+                    self._opener,
+                    nursery,
+                    messages.read,
+                    self.report,
                 )
                 task_status.started()
                 nursery.start_soon(PaceWatch(self.progress, self._opener, self._finder, self.report).run)
                 await self._keep_open()
         finally:
             self.chain.close()
+
+    @property
+    def failovers(self) -> int:
+        """How many hops were replaced after the first chain was complete, because they died or were slow."""
+        return self.progress.failovers
 
     @property
     def replayed_positions(self) -> int:
@@ -189,7 +197,7 @@ class Supervisor:
 
     def _start_anew(self) -> None:
         """Close every hop, and begin again from the answered state."""
-        self.reopened += self._has_stood and bool(self.chain.controls)
+        self.reopened += self.progress.has_stood and bool(self.chain.controls)
         self.chain.close()
         self._log.start_anew()
         self.progress.chain = self._new_chain()
@@ -255,15 +263,15 @@ class Supervisor:
                 case Hole(blocks):
                     await self._fill(blocks)
                 case Behind():
-                    await self._catch_up()
+                    await self._repairs.catch_up()
                 case _ if not still_stands(trouble, self.chain, self.progress.oldest_seq):
                     pass
                 case LinkBroken(upstream):
                     await self._bridges.build(self.chain, upstream)
                 case HopHangs():
-                    await self._overtake(trouble)
+                    await self._repairs.overtake(trouble)
                 case BridgeIdle():
-                    await self._replan(trouble)
+                    await self._repairs.replan(trouble)
 
     async def _fill(self, hole: Span) -> None:
         self.progress.is_ready = False
@@ -272,108 +280,12 @@ class Supervisor:
             hole = self.chain.holes[0]
         chain = self.chain
         try:
-            controls = await self._mender.fill(chain, hole)
+            await self._repairs.fill(hole)
         except NumbersUsedUp:
             if chain is self.chain:
                 self._renumber()
-            return
-        if chain is not self.chain:
-            for control in controls:
-                control.close()
-            return
-        chain.put(Span(hole.start, hole.end), controls)
-        await self._adopt(controls)
 
     def _renumber(self) -> None:
         """Begin a new session, with all numbers free."""
         self._start_anew()
         self._count_fault(Overloaded("this session has no numbers left for new hops"))
-
-    async def _overtake(self, trouble: HopHangs) -> None:
-        """Replace a hop that hangs. If no other peer can be had now, the hop is asked again later."""
-        slow = trouble.hop
-        log.info("%s hangs in a step for blocks %s", slow.hop.peer_id, slow.hop.span)
-        if await self._replace(slow, trouble):
-            # If all peers are slow, moving from one to the next would only make it worse: so wait longer from now on.
-            self.progress.pace.doubled()
-
-    async def _replan(self, trouble: BridgeIdle) -> None:
-        """End a bridge: replace the hop that cannot be reached, or else try whether the link works again."""
-        chain, upstream = self.chain, trouble.hop
-        following = chain.after(upstream.hop.span.end)
-        if following is None or await self._replace(following, trouble):
-            return
-        if upstream in chain and following in chain and chain.route(upstream).is_bridged:
-            await self._route(upstream, following, is_bridged=True)
-
-    async def _replace(self, hop: ControlStream, why: HopHangs | BridgeIdle) -> bool:
-        """Replace an open hop without blame, if `why` still holds when the replacement is open.
-
-        Returns False if no other peer can be had.
-        """
-        chain, span = self.chain, hop.hop.span
-        if hop not in chain:
-            return False
-        controls = await self._mender.overtake(chain, span, [hop.hop.peer_id])
-        if controls is None:
-            return False
-        is_wanted = chain is self.chain and still_stands(why, chain, self.progress.oldest_seq)
-        if not is_wanted or not chain.put(span, controls):
-            for other in controls:
-                other.close()
-            return False
-        self._mender.candidates.avoid(hop.hop.peer_id, trio.current_time())
-        self.progress.is_ready = False
-        await self._adopt(controls)
-        return True
-
-    async def _adopt(self, controls: list[ControlStream]) -> None:
-        """Read new hops' messages, and make the hop before them push to them."""
-        for control in controls:
-            self._nursery.start_soon(self._messages.read, control)
-        self._measure(controls)
-        self.failovers += self._has_stood
-        if self._has_stood:
-            log.info("replaced by: %s", ", ".join(f"{each.hop.peer_id} for {each.hop.span}" for each in controls))
-        self.progress.replaying = self._log.positions
-        before = self.chain.before(controls[0].hop.span.start)
-        if before is not None:
-            await self._route(before, controls[0])
-
-    def _measure(self, controls: list[ControlStream]) -> None:
-        """Note the delays to new hops, and whether they replace others."""
-        connections = self._opener.connections
-        for control in controls:
-            connection = connections.live.get(control.hop.peer_id)
-            if connection is not None and connection.rtt_s is not None:
-                connections.meters.hop_delay_s.observe(connection.rtt_s)
-        connections.meters.failovers += self._has_stood
-
-    async def _route(self, upstream: ControlStream, to: ControlStream, *, is_bridged: bool = False) -> None:
-        """Give a hop a route to its new next hop, to which it sends what that hop lacks.
-
-        is_bridged: whether the client carries the hop's results until the link is up.
-        """
-        chain = self.chain
-        route = chain.route(upstream).direct(chain.raise_epoch(), is_bridged=is_bridged)
-        chain.set_route(upstream, route)
-        message = await self._opener.route(chain.session, route.epoch, upstream, to)
-        # If the stream breaks, the task that reads it reports that.
-        with suppress(PeerFault, trio.ClosedResourceError):
-            upstream.send_nowait(message, priority=Priority.CONTROL)
-
-    async def _catch_up(self) -> None:
-        """Send the first hop, if it is new, everything that was answered and everything submitted after that."""
-        head = self.chain.controls[0]
-        try:
-            await self._first.bring_up(head, self.chain.epoch)
-        except PeerFault as error:
-            self.report(HopLost(head, error))
-        except trio.ClosedResourceError:
-            self.report(HopLost(head, ConnectionLost(f"the stream to {head.hop.peer_id} has ended")))
-        if head not in self.chain or not self.chain.is_whole:
-            return
-        self.progress.is_ready = True
-        self._has_stood = True
-        self._first.send_unsent()
-        self.progress.started()
