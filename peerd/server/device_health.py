@@ -2,17 +2,20 @@
 
 A session can make its own batches fail again and again, and must not cost the other sessions the span. So a span is
 given up only if its device is lost, if three failed batches in a row came from three different networks, or if the
-device fails on the server's own test.
+device fails on the server's own test. A result that is not finite is the model's fault or the dtype's, and the
+operator hears of it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import trio
 
+from peerd.compute.errors import NonFiniteError
 from peerd.compute.steps import BatchOutput
 
 log = logging.getLogger(__name__)
@@ -20,6 +23,8 @@ log = logging.getLogger(__name__)
 FAILURES_IN_A_ROW = 3
 # A client that makes the same batch fail again and again must not fill the disk.
 STACK_EVERY_S = 10.0
+# A client that causes overflows again and again must not fill the log.
+BAD_RESULT_EVERY_S = 60.0
 
 
 class DeviceHealth:
@@ -33,6 +38,7 @@ class DeviceHealth:
         # The owners of the steps of each of the last batches that failed completely.
         self._in_a_row: list[frozenset[str]] = []
         self._quiet_until = -math.inf
+        self._no_bad_result_until = -math.inf
 
     def __repr__(self) -> str:
         return f"<DeviceHealth {self.broken or 'works'} failed={self.failed_batches}>"
@@ -61,6 +67,22 @@ class DeviceHealth:
         if not works:
             self.broken = f"{len(self._in_a_row)} batches failed in a row, and so did a test"
         self._in_a_row.clear()
+
+    @contextmanager
+    def noting_bad_results(self) -> Iterator[None]:
+        """Inside this context, a result that is not finite is also reported to the operator."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self.note_bad_result(error)
+            raise
+
+    def note_bad_result(self, error: NonFiniteError) -> None:
+        """Log the error for the operator, who can serve the blocks in another dtype; at most once a minute."""
+        now = trio.current_time()
+        if now >= self._no_bad_result_until:
+            self._no_bad_result_until = now + BAD_RESULT_EVERY_S
+            log.warning("%s", error)
 
     def _log(self, output: BatchOutput, owners: int) -> None:
         now = trio.current_time()

@@ -11,13 +11,10 @@ priority than inference, turns of training (`run_work`; `device_queue.py` decide
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import outcome
 import torch
@@ -26,7 +23,7 @@ import trio
 from peerd.compute.adapters.lora import Lora
 from peerd.compute.device.failures import is_device_lost, is_out_of_memory
 from peerd.compute.engine.batch_parts import run_in_parts
-from peerd.compute.engine.engine import PRIVATE, BaseEngine
+from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.errors import AdapterError, EngineError, NonFiniteError
 from peerd.compute.steps import Batch, BatchOutput, EngineStep, StepResult
 from peerd.meters import Meters
@@ -48,21 +45,16 @@ from peerd.server.admission import Admission
 from peerd.server.busy_meter import BusyMeter
 from peerd.server.device_health import DeviceHealth
 from peerd.server.device_queue import Job, Work, WorkQueue, run_slice
+from peerd.server.device_thread import DeviceThread, RunBatch
+from peerd.server.engine_adapters import EngineAdapters
 from peerd.server.step_meter import StepMeter
 from peerd.server.wire_errors import wire_errors
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-A = TypeVar("A")
 Deliver = Callable[["torch.Tensor | PeerdError"], None]
 """Takes a step's result, `[positions, hidden_size]` on the CPU, or the error of the step."""
-
-
-class RunBatch(Protocol):
-    """Runs a blocking function of one argument, such as an engine's `run`, and waits for it."""
-
-    async def __call__(self, run: Callable[[A], T], argument: A, /) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +71,6 @@ class _Tenant:
 # by KV tokens (`Budget.host_per_token`): three copies of a position's activations, one of which is in transit. A
 # session commits one KV token a position or, with windows, fewer; then this limit is reached first.
 OUTPUTS_A_TOKEN = 2
-# A client that causes overflows again and again must not fill the log.
-BAD_RESULT_EVERY_S = 60.0
 
 
 class EngineTask:
@@ -104,19 +94,11 @@ class EngineTask:
         self.turns = 0
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._free_to_keep = self._total_to_keep = OUTPUTS_A_TOKEN * engine.total_tokens
-        self._limiter = trio.CapacityLimiter(1)
-        # Held while a batch is planned and run, so that work between two batches never meets an older plan.
-        self._device = trio.Lock()
-        self._threaded = run_batch is None
-        self._run_batch = run_batch or self._in_thread
+        self._device = DeviceThread(run_batch)
         self._tenants: dict[Hashable, _Tenant] = {}
-        # Adapters that no new session gets, and those of them that no session uses any more.
-        self._withdrawn: set[str] = set()
-        self._unused: list[str] = []
-        self._own_adapters = count()
+        self._adapters = EngineAdapters(engine)
         self._jobs = WorkQueue()
         self._work = trio.Event()
-        self._quiet_until = -math.inf
         #: The share of the device's time that may be used; what is left belongs to other programs.
         self.share = 1.0
 
@@ -141,13 +123,8 @@ class EngineTask:
         Callers get the device in order of arrival, so batches wait for at most one such call. If cancelled, this
         returns only when `work` has ended.
         """
-        async with self._device:
-            return await self._on_device(work)
-
-    async def _on_device(self, work: Callable[[], T]) -> T:
-        if self._threaded:
-            return await trio.to_thread.run_sync(work, limiter=self._limiter)
-        return work()
+        async with self._device.lock:
+            return await self._device.call(work)
 
     def tokens_of(self, session: Hashable) -> int:
         """The KV tokens that the session holds; 0 if it is not open."""
@@ -178,8 +155,8 @@ class EngineTask:
     async def _failed_work(self, error: Exception) -> PeerdError:
         """The error for the caller of a work that the device could not do."""
         if is_out_of_memory(error):
-            async with self._device:
-                await self._on_device(self.engine.give_back)
+            async with self._device.lock:
+                await self._device.call(self.engine.give_back)
             return NoRoom("there is no memory for this pass now")
         log.error("a turn of training failed on blocks %s", self.engine.span, exc_info=error)
         if is_device_lost(error):
@@ -188,8 +165,8 @@ class EngineTask:
 
     async def _run_one(self) -> bool:
         """Run a turn of a work, or plan, run and collect one batch. Returns False if there is nothing to run."""
-        async with self._device:
-            if self._unused:
+        async with self._device.lock:
+            if self._adapters.are_unused:
                 await self._unload_unused()
                 return True
             job = self._jobs.due(inference_ready=self.engine.ready())
@@ -200,7 +177,7 @@ class EngineTask:
             if batch is None:
                 return False
             began = trio.current_time()
-            output = await self._run_batch(self._run_in_parts, batch)
+            output = await self._device.run_batch(self._run_in_parts, batch)
             ended = trio.current_time()
             self._jobs.spent_on_inference(ended - began)
             self.busy.ran(began, ended)
@@ -226,7 +203,7 @@ class EngineTask:
         tenants = [self._tenants.get(piece.step.session) for piece in batch.pieces]
         owners = {tenant.owner.share for tenant in tenants if tenant is not None}
         if self.health.note(output, owners):
-            self.health.tested(await self._on_device(self.engine.works))
+            self.health.tested(await self._device.call(self.engine.works))
         if self.health.broken:
             self.on_broken()
 
@@ -238,7 +215,7 @@ class EngineTask:
 
     async def _run_turn(self, job: Job) -> None:
         began = trio.current_time()
-        said = await self._run_batch(run_slice, job.work)
+        said = await self._device.run_batch(run_slice, job.work)
         self._jobs.spent_on_job(trio.current_time() - began)
         self.busy.ran(began, trio.current_time())
         if isinstance(said, outcome.Error):
@@ -249,8 +226,7 @@ class EngineTask:
     @property
     def adapters(self) -> frozenset[str]:
         """The adapters that new sessions may ask for."""
-        loaded = self.engine.adapters - self._withdrawn
-        return frozenset(name for name in loaded if not name.startswith(PRIVATE))
+        return self._adapters.offered
 
     async def load_adapter(self, name: str, lora: Lora) -> None:
         """Load an adapter between two batches. Raises AdapterError if it does not fit."""
@@ -260,17 +236,15 @@ class EngineTask:
         """Offer the adapter to no new session, and unload it after its last session. Raises KeyError if it is
         unknown.
         """
-        if name not in self.adapters:
-            raise KeyError(name)
-        self._withdrawn.add(name)
-        self._forget_unused(name)
+        self._adapters.withdraw(name)
+        self._wake_to_unload()
 
     async def give_adapter(self, session: Hashable, lora: Lora) -> None:
         """Put an open session that has not begun under its client's own adapter, which is unloaded with the session.
 
         Raises InvalidRequest if the adapter does not fit, and Evicted if the session has ended meanwhile.
         """
-        name = f"{PRIVATE}{next(self._own_adapters)}"
+        name = self._adapters.new_private_name()
         try:
             await self.load_adapter(name, lora)
         except AdapterError as error:
@@ -281,20 +255,21 @@ class EngineTask:
             with wire_errors():
                 self.engine.use_adapter(session, name)
         else:
-            self._forget_unused(name)
+            self._release_adapter(name)
             raise Evicted("the session has ended")
 
-    def _forget_unused(self, adapter: str) -> None:
-        leaves = adapter.startswith(PRIVATE) or adapter in self._withdrawn
-        if leaves and not self.engine.uses_adapter(adapter):
-            self._unused.append(adapter)
+    def _release_adapter(self, name: str) -> None:
+        self._adapters.released(name)
+        self._wake_to_unload()
+
+    def _wake_to_unload(self) -> None:
+        if self._adapters.are_unused:
             self._work.set()
 
     async def _unload_unused(self) -> None:
-        names, self._unused = self._unused, []
-        for name in names:
-            await self._on_device(partial(self.engine.unload_adapter, name))
-            self._withdrawn.discard(name)
+        for name in self._adapters.take_unused():
+            await self._device.call(partial(self.engine.unload_adapter, name))
+            self._adapters.unloaded(name)
 
     async def open(self, session: Hashable, owner: Owner, opening: OpenSession, deliver: Deliver) -> None:
         """Commit the KV that `opening` asks for, and memory for outputs if there is a next hop.
@@ -353,7 +328,7 @@ class EngineTask:
         self.engine.close(session)
         self._free_to_keep += tenant.kept
         self.admission.release(tenant.owner, tenant.tokens)
-        self._forget_unused(tenant.adapter)
+        self._release_adapter(tenant.adapter)
 
     def _hand_over(self, result: StepResult) -> None:
         self.meter.ended(result)
@@ -368,26 +343,7 @@ class EngineTask:
         if result.hidden is not None:
             tenant.deliver(result.hidden)
         elif isinstance(result.error, NonFiniteError):
-            self._note_bad_result(result.error)
+            self.health.note_bad_result(result.error)
             tenant.deliver(BadResult(str(result.error)))
         else:
             tenant.deliver(InternalError(str(result.error)))
-
-    @contextmanager
-    def noting_bad_results(self) -> Iterator[None]:
-        """Inside this context, a result that is not finite is also reported to the operator."""
-        try:
-            yield
-        except NonFiniteError as error:
-            self._note_bad_result(error)
-            raise
-
-    def _note_bad_result(self, error: NonFiniteError) -> None:
-        """Log the error for the operator, who can serve the blocks in another dtype; at most once a minute."""
-        now = trio.current_time()
-        if now >= self._quiet_until:
-            self._quiet_until = now + BAD_RESULT_EVERY_S
-            log.warning("%s", error)
-
-    async def _in_thread(self, run: Callable[[A], T], argument: A, /) -> T:
-        return await trio.to_thread.run_sync(run, argument, limiter=self._limiter)

@@ -194,7 +194,7 @@ class Lane:
 
     async def _answer_all(self, requests: trio.MemoryReceiveChannel[_Request]) -> None:
         async for request in requests:
-            with wire_errors(), self._found.task.noting_bad_results():
+            with wire_errors(), self._found.task.health.noting_bad_results():
                 if isinstance(request.message, Forward):
                     await self._answer_forward(request.message, request)
                 else:
