@@ -1,4 +1,4 @@
-"""Cuts out the positions of a step that its client wants back, and encodes steps with the right priority.
+"""Checks the tensors of steps, cuts out the positions that a client wants back, and encodes steps with their priority.
 
 Clients and hops both use it (spec/sessions/session.md).
 """
@@ -11,13 +11,36 @@ from typing import Any
 import torch
 
 from peerd.protocol.connection.frames import Priority
-from peerd.protocol.encoding.tensors import encode_tensor
-from peerd.protocol.messages.session import Step
+from peerd.protocol.encoding.tensors import TensorHeader, encode_tensor
+from peerd.protocol.errors import InvalidRequest, RemoteProtocolError
+from peerd.protocol.messages.session import FEATURES, Step
 from peerd.protocol.rows import DECODE_POSITIONS, RowSlice
 
 
 def priority_of(positions: int) -> Priority:
     return Priority.DECODE if positions <= DECODE_POSITIONS else Priority.PREFILL
+
+
+def header_of(step: Step, width: int) -> TensorHeader | None:
+    """The header of a step's activations, `[positions, width]`; None for a step without rows.
+
+    Raises InvalidRequest for a step that needs what we lack, or names a row twice, or has another shape;
+    RemoteProtocolError for one without the tensor that its rows need.
+    """
+    missing = set(step.needs) - FEATURES
+    if missing:
+        raise InvalidRequest(f"this peer lacks {', '.join(sorted(missing))}")
+    rows = [piece.row for piece in step.rows]
+    if len(set(rows)) != len(rows):
+        raise InvalidRequest("a step names each row at most once")
+    if not rows:
+        return None
+    if step.tensor is None:
+        raise RemoteProtocolError("a step with rows carries a tensor")
+    header = TensorHeader.from_fields(step.tensor, max_elements=step.positions * width)
+    if header.shape != (step.positions, width):
+        raise InvalidRequest(f"activations of shape {header.shape}, not {(step.positions, width)}")
+    return header
 
 
 def wanted_rows(step: Step) -> tuple[RowSlice, ...]:

@@ -21,12 +21,10 @@ from peerd.net.connections import Connections, Stream
 from peerd.net.containment import Containment
 from peerd.net.limits.owners import Owner
 from peerd.net.limits.rates import Rates
-from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
     ConnectionLost,
     Draining,
     InternalError,
-    Overloaded,
     PeerdError,
     RemoteProtocolError,
     UnsupportedFeature,
@@ -34,16 +32,11 @@ from peerd.protocol.errors import (
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL
 from peerd.protocol.messages.session import (
-    CONTROL_FROM_CLIENT,
     INFER_PROTOCOL,
     LINK_PROTOCOL,
     PROGRESS_PROTOCOL,
-    REPLAY_SEQ,
-    Bridge,
     Failure,
     OpenSession,
-    Route,
-    Step,
 )
 from peerd.protocol.messages.span_training import SPAN_PROTOCOL
 from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
@@ -51,7 +44,7 @@ from peerd.server.served_spans import ServedSpan, ServedSpans
 from peerd.server.sessions.evictions import Evictions
 from peerd.server.sessions.hosted_session import HostedSession
 from peerd.server.sessions.next_hop import open_link
-from peerd.server.sessions.session_streams import SessionStreams
+from peerd.server.sessions.session_streams import SessionStreams, serve_control
 from peerd.server.sessions.session_table import HostedSessions, SessionKey
 from peerd.server.step_meter import StepMeter
 from peerd.server.training.lane import PassSpan
@@ -64,10 +57,6 @@ LINGER_S = 15.0
 # hops need none.
 DIALS_A_SECOND = 4 / 60
 DIALS_AT_ONCE = 16
-# The limits on sessions of one peer, and of one network, whatever their size: each costs tasks and buffers beside its
-# tokens.
-MAX_SESSIONS_A_PEER = 64
-MAX_SESSIONS_A_NETWORK = 256
 PAUSED = "this peer serves nobody at the moment: its owner uses the machine"
 
 
@@ -221,7 +210,7 @@ class Server:
             return
         try:
             with session.attach(stream):
-                await self._serve(stream, session)
+                await serve_control(stream, session)
             # The session ended before its stream did; the client was told why.
             await finish(stream)
         except ConnectionLost:
@@ -283,11 +272,7 @@ class Server:
             raise Draining("this peer is leaving")
         if self.paused:
             raise Draining(PAUSED)
-        limits = {"a_peer": MAX_SESSIONS_A_PEER, "a_network": MAX_SESSIONS_A_NETWORK}
-        if not self._sessions.tally().has_room(owner, 1, **limits):
-            raise Overloaded(
-                f"{MAX_SESSIONS_A_PEER} sessions of yours, or {MAX_SESSIONS_A_NETWORK} of your network, are open here"
-            )
+        self._sessions.check_room(owner)
         return self._spans.for_session(opening)
 
     def _find_passes(self, begin: Begin) -> PassSpan:
@@ -300,22 +285,6 @@ class Server:
         if served.task.engine.passes is None:
             raise UnsupportedFeature("this peer does not train")
         return PassSpan(served.max_length, served.task, served.task.engine.passes)
-
-    async def _serve(self, stream: Stream, session: HostedSession) -> None:
-        while True:
-            raw = await stream.receive(session.max_body)
-            message = parse(raw.header, CONTROL_FROM_CLIENT)
-            if isinstance(message, Step):
-                if message.seq == REPLAY_SEQ:
-                    # A replay may be long: it waits in the stream, as on a link.
-                    await session.wait_for_room()
-                session.accept_from_client(message, raw.body)
-            elif isinstance(message, Route):
-                session.route(message)
-            elif isinstance(message, Bridge):
-                session.bridge(message)
-            else:
-                raise RemoteProtocolError("a session is opened once")
 
     async def _host(
         self, key: SessionKey, session: HostedSession, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

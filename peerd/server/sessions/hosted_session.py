@@ -16,9 +16,10 @@ import trio
 
 from peerd.compute.errors import StepGapError
 from peerd.exchange.replay_log import ReplayLog
+from peerd.exchange.step_tensors import header_of
 from peerd.net.connections import Stream
 from peerd.net.limits.owners import Owner
-from peerd.protocol.encoding.tensors import DTYPES, MAX_EXACT_VALUE_BYTES, TensorHeader, decode_tensor
+from peerd.protocol.encoding.tensors import DTYPES, MAX_EXACT_VALUE_BYTES, decode_tensor
 from peerd.protocol.errors import (
     BadResult,
     CallerError,
@@ -32,7 +33,6 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.messages.adapters import Upload
 from peerd.protocol.messages.session import (
-    FEATURES,
     MAX_STEP_POSITIONS,
     REPLAY_SEQ,
     Bridge,
@@ -138,9 +138,8 @@ class HostedSession:
         """How many bytes a step may bring: twice what the session holds, so that a step that is slightly too long is
         refused with the fitting error.
         """
-        positions = min(MAX_STEP_POSITIONS, 2 * self.opening.size.positions)
         # The rest of a step's body is smaller than its tensor.
-        return positions * self._engine.engine.hidden_size * MAX_EXACT_VALUE_BYTES
+        return self.max_positions * self._engine.engine.hidden_size * MAX_EXACT_VALUE_BYTES
 
     async def admit(self) -> None:
         """Commit KV, waiting for memory as long as the client allows. Raises NoRoom, ContextTooLong, Draining."""
@@ -307,20 +306,10 @@ class HostedSession:
             raise UnsupportedFeature(f"{error}: {self.opening.dtype} is too narrow for these activations") from None
 
     def _decode(self, step: Step, body: memoryview) -> torch.Tensor:
-        missing = set(step.needs) - FEATURES
-        if missing:
-            raise InvalidRequest(f"this peer lacks {', '.join(sorted(missing))}")
-        rows = [piece.row for piece in step.rows]
-        if len(set(rows)) != len(rows):
-            raise InvalidRequest("a step names each row at most once")
         width = self._engine.engine.hidden_size
-        if not rows:
+        header = header_of(step, width)
+        if header is None:
             return torch.empty((0, width), dtype=self._dtype)
-        if step.tensor is None:
-            raise RemoteProtocolError("a step with rows carries a tensor")
-        header = TensorHeader.from_fields(step.tensor, max_elements=step.positions * width)
-        if header.shape != (step.positions, width):
-            raise InvalidRequest(f"activations of shape {header.shape}, not {(step.positions, width)}")
         self._engine.meter.meters.received(header.codec, body)
         return decode_tensor(header, body)
 

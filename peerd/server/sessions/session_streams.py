@@ -1,6 +1,7 @@
-"""The streams beside a session's control stream: links from upstream hops, adapters' uploads, questions on progress.
+"""Feeds sessions from their streams: the client's control stream, and those beside it.
 
-Each names its session in its first message, and ends with the session.
+Links from upstream hops, adapters' uploads and questions on progress are streams of their own. Each names its session
+in its first message, and ends with the session.
 """
 
 from __future__ import annotations
@@ -15,10 +16,22 @@ from peerd.exchange.refusals import finish, refuse
 from peerd.net.connections import Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
-from peerd.protocol.errors import Evicted, InvalidRequest, Overloaded, PeerdError
+from peerd.protocol.errors import Evicted, InvalidRequest, Overloaded, PeerdError, RemoteProtocolError
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.adapters import Loaded, Upload
-from peerd.protocol.messages.session import LINK_FROM_UPSTREAM, Ask, Failure, Link, Linked
+from peerd.protocol.messages.session import (
+    CONTROL_FROM_CLIENT,
+    LINK_FROM_UPSTREAM,
+    REPLAY_SEQ,
+    Ask,
+    Bridge,
+    Failure,
+    Link,
+    Linked,
+    Route,
+    Step,
+)
+from peerd.server.sessions.hosted_session import HostedSession
 from peerd.server.sessions.session_table import HostedSessions
 
 
@@ -81,3 +94,21 @@ class SessionStreams:
             await refuse(stream, Failure.of, error)
         except trio.EndOfChannel:
             return
+
+
+async def serve_control(stream: Stream, session: HostedSession) -> None:
+    """Feed the session from its client's control stream, after `open`, until the stream ends. Raises PeerFault."""
+    while True:
+        raw = await stream.receive(session.max_body)
+        message = parse(raw.header, CONTROL_FROM_CLIENT)
+        if isinstance(message, Step):
+            if message.seq == REPLAY_SEQ:
+                # A replay may be long: it waits in the stream, as on a link.
+                await session.wait_for_room()
+            session.accept_from_client(message, raw.body)
+        elif isinstance(message, Route):
+            session.route(message)
+        elif isinstance(message, Bridge):
+            session.bridge(message)
+        else:
+            raise RemoteProtocolError("a session is opened once")

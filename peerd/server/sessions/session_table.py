@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from peerd.net.limits.owners import Tally
-from peerd.protocol.errors import TicketRefused
+from peerd.net.limits.owners import Owner, Tally
+from peerd.protocol.errors import Overloaded, TicketRefused
 from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.session import Link
 from peerd.protocol.messages.tickets import Ticket, open_ticket
@@ -21,6 +21,10 @@ from peerd.server.sessions.hosted_session import HostedSession
 
 # A ticket may arrive before the client's `open`, since both travel at the same time.
 LINK_PATIENCE_S = 10.0
+# The limits on sessions of one peer, and of one network, whatever their size: each costs tasks and buffers beside its
+# tokens.
+MAX_SESSIONS_A_PEER = 64
+MAX_SESSIONS_A_NETWORK = 256
 
 SessionKey = tuple[PeerId, bytes, int]
 """The client, its session's id, and the hop's number."""
@@ -53,6 +57,14 @@ class HostedSessions:
         """The session if it holds KV, else None."""
         session = self._sessions.get(key)
         return session if session is not None and session.admitted else None
+
+    def check_room(self, owner: Owner) -> None:
+        """Raise Overloaded if the owner, or its network, has as many sessions as it may have."""
+        limits = {"a_peer": MAX_SESSIONS_A_PEER, "a_network": MAX_SESSIONS_A_NETWORK}
+        if not self.tally().has_room(owner, 1, **limits):
+            raise Overloaded(
+                f"{MAX_SESSIONS_A_PEER} sessions of yours, or {MAX_SESSIONS_A_NETWORK} of your network, are open here"
+            )
 
     def tally(self) -> Tally:
         """How many sessions each owner has."""

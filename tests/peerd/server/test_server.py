@@ -19,7 +19,7 @@ from peerd.protocol.messages.session import (
     Opened,
 )
 from peerd.protocol.span import Span
-from peerd.server.server import MAX_SESSIONS_A_PEER
+from peerd.server.sessions.session_table import MAX_SESSIONS_A_PEER
 from peerd.testing.fake_engine import fake_forward
 from tests.fakes.rude_clients import answer, is_ended, serves_well, tokens
 
