@@ -27,17 +27,16 @@ class DeviceThread:
     def __init__(self, run_batch: RunBatch | None = None) -> None:
         self.lock = trio.Lock()
         """Held while a batch is planned and run, so that work between two batches never meets an older plan."""
-        self._run_batch = run_batch
+        self.run_batch: RunBatch = run_batch or self._in_thread
+        """Runs a batch, or a turn of other work. If cancelled, it returns only when that has ended."""
+        self._is_threaded = run_batch is None
         self._limiter = trio.CapacityLimiter(1)
-
-    async def run_batch(self, run: Callable[[A], T], argument: A) -> T:
-        """`run(argument)`: a batch, or a turn of other work. If cancelled, it returns only when `run` has ended."""
-        if self._run_batch is not None:
-            return await self._run_batch(run, argument)
-        return await trio.to_thread.run_sync(run, argument, limiter=self._limiter)
 
     async def call(self, work: Callable[[], T]) -> T:
         """`work()`, by the task that holds `lock`. If cancelled, it returns only when `work` has ended."""
-        if self._run_batch is not None:
-            return work()
-        return await trio.to_thread.run_sync(work, limiter=self._limiter)
+        if self._is_threaded:
+            return await trio.to_thread.run_sync(work, limiter=self._limiter)
+        return work()
+
+    async def _in_thread(self, run: Callable[[A], T], argument: A, /) -> T:
+        return await trio.to_thread.run_sync(run, argument, limiter=self._limiter)

@@ -94,7 +94,8 @@ class EngineTask:
         self.turns = 0
         self.admission = Admission(engine.total_tokens, lambda: engine.free_tokens)
         self._free_to_keep = self._total_to_keep = OUTPUTS_A_TOKEN * engine.total_tokens
-        self._device = DeviceThread(run_batch)
+        #: The thread that owns the span's tensors.
+        self.device = DeviceThread(run_batch)
         self._tenants: dict[Hashable, _Tenant] = {}
         self._adapters = EngineAdapters(engine)
         self._jobs = WorkQueue()
@@ -123,8 +124,8 @@ class EngineTask:
         Callers get the device in order of arrival, so batches wait for at most one such call. If cancelled, this
         returns only when `work` has ended.
         """
-        async with self._device.lock:
-            return await self._device.call(work)
+        async with self.device.lock:
+            return await self.device.call(work)
 
     def tokens_of(self, session: Hashable) -> int:
         """The KV tokens that the session holds; 0 if it is not open."""
@@ -155,8 +156,8 @@ class EngineTask:
     async def _failed_work(self, error: Exception) -> PeerdError:
         """The error for the caller of a work that the device could not do."""
         if is_out_of_memory(error):
-            async with self._device.lock:
-                await self._device.call(self.engine.give_back)
+            async with self.device.lock:
+                await self.device.call(self.engine.give_back)
             return NoRoom("there is no memory for this pass now")
         log.error("a turn of training failed on blocks %s", self.engine.span, exc_info=error)
         if is_device_lost(error):
@@ -165,7 +166,7 @@ class EngineTask:
 
     async def _run_one(self) -> bool:
         """Run a turn of a work, or plan, run and collect one batch. Returns False if there is nothing to run."""
-        async with self._device.lock:
+        async with self.device.lock:
             if self._adapters.are_unused:
                 await self._unload_unused()
                 return True
@@ -177,7 +178,7 @@ class EngineTask:
             if batch is None:
                 return False
             began = trio.current_time()
-            output = await self._device.run_batch(self._run_in_parts, batch)
+            output = await self.device.run_batch(self._run_in_parts, batch)
             ended = trio.current_time()
             self._jobs.spent_on_inference(ended - began)
             self.busy.ran(began, ended)
@@ -203,7 +204,7 @@ class EngineTask:
         tenants = [self._tenants.get(piece.step.session) for piece in batch.pieces]
         owners = {tenant.owner.share for tenant in tenants if tenant is not None}
         if self.health.note(output, owners):
-            self.health.tested(await self._device.call(self.engine.works))
+            self.health.tested(await self.device.call(self.engine.works))
         if self.health.broken:
             self.on_broken()
 
@@ -215,7 +216,7 @@ class EngineTask:
 
     async def _run_turn(self, job: Job) -> None:
         began = trio.current_time()
-        said = await self._device.run_batch(run_slice, job.work)
+        said = await self.device.run_batch(run_slice, job.work)
         self._jobs.spent_on_job(trio.current_time() - began)
         self.busy.ran(began, trio.current_time())
         if isinstance(said, outcome.Error):
@@ -268,7 +269,7 @@ class EngineTask:
 
     async def _unload_unused(self) -> None:
         for name in self._adapters.take_unused():
-            await self._device.call(partial(self.engine.unload_adapter, name))
+            await self.device.call(partial(self.engine.unload_adapter, name))
             self._adapters.unloaded(name)
 
     async def open(self, session: Hashable, owner: Owner, opening: OpenSession, deliver: Deliver) -> None:

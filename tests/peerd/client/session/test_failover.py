@@ -239,7 +239,7 @@ def wedge(host) -> None:
     async def stuck(run, batch):
         await trio.sleep_forever()
 
-    host.task._run_batch = stuck
+    host.task.device.run_batch = stuck
 
 
 @pytest.mark.parametrize("hop", range(HOPS))
@@ -263,7 +263,7 @@ async def test_a_server_that_is_only_busy_is_neither_overtaken_nor_blamed(open_s
         await session.step(ROW[:40])
         await stall_s(session, ROW, 40, 10)
         await serve(swarm, 1)
-        run_batch = hosts[1].task._run_batch
+        run_batch = hosts[1].task.device.run_batch
         loaded_until = trio.current_time() + 4
 
         async def after_others(run, batch):
@@ -273,7 +273,7 @@ async def test_a_server_that_is_only_busy_is_neither_overtaken_nor_blamed(open_s
                 hosts[1].task.turns += 1
             return await run_batch(run, batch)
 
-        hosts[1].task._run_batch = after_others
+        hosts[1].task.device.run_batch = after_others
         assert await stall_s(session, ROW, 50, 3) > 4
         assert session.failovers == 0
         assert client.finder.failures == []

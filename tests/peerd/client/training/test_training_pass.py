@@ -207,7 +207,7 @@ async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(
             """The victim dies while it works, its twin is known from then on."""
             before = len(deaths)
             task = hosts[victim].task
-            original = task._run_batch
+            original = task.device.run_batch
 
             async def dying(run, argument):
                 if len(deaths) - before < batches:
@@ -217,7 +217,7 @@ async def test_a_hop_that_dies_is_replaced_and_only_its_part_is_done_again(
                 swarm.kill(hosts[victim])
                 await trio.sleep_forever()
 
-            task._run_batch = dying
+            task.device.run_batch = dying
 
         if when == "forward":
             await kill_after(2)
@@ -249,7 +249,7 @@ def strike(host, how) -> None:
         how(host)
         await trio.sleep_forever()
 
-    host.task._run_batch = struck
+    host.task.device.run_batch = struck
 
 
 @pytest.mark.parametrize("victims", [(0, 1), (0, 1, 2)])
