@@ -1,6 +1,6 @@
-"""One client's session at one hop: takes steps, and sends results to the next hop or back to the client.
+"""One client's session at one hop: takes steps for the engine, and hands the results to the `Outlet`.
 
-Here are the rules of numbers, epochs and back-pressure (spec/sessions/session.md). A step may come twice, by two
+Here are the rules of numbers and back-pressure (spec/sessions/session.md). A step may come twice, by two
 routes, and the next hop may be slow, frozen or absent. So a step's number is taken once, whichever peer brings it.
 Results never wait for a stream: they are queued on it, and a session with too many unsent results is left out of the
 next batches.
@@ -21,7 +21,6 @@ from peerd.net.connections import Stream
 from peerd.net.limits.owners import Owner
 from peerd.protocol.encoding.tensors import DTYPES, MAX_EXACT_VALUE_BYTES, decode_tensor
 from peerd.protocol.errors import (
-    BadResult,
     CallerError,
     Draining,
     Evicted,
@@ -29,7 +28,6 @@ from peerd.protocol.errors import (
     PeerdError,
     RemoteProtocolError,
     Superseded,
-    UnsupportedFeature,
 )
 from peerd.protocol.messages.adapters import Upload
 from peerd.protocol.messages.session import (
@@ -38,7 +36,6 @@ from peerd.protocol.messages.session import (
     Bridge,
     Failure,
     Gap,
-    NextHop,
     Opened,
     OpenSession,
     Progress,
@@ -49,6 +46,7 @@ from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
 from peerd.server.sessions.answering import Answering
 from peerd.server.sessions.downstream import Downstream, OpenLink
+from peerd.server.sessions.outlet import Outlet
 from peerd.server.sessions.own_adapter import OwnAdapter
 
 # With more unsent results than this, the session waits. One on the wire and one behind it keep a link busy.
@@ -70,9 +68,8 @@ class HostedSession:
     ) -> None:
         self.opening = opening
         self.owner = owner
-        # The epochs of the route to the next hop and of the link from the upstream hop: a client may change either
-        # alone.
-        self.epoch = opening.epoch
+        # The epoch of the link from the upstream hop. That of the route to the next hop is in `_outlet`: a client may
+        # change either alone.
         self._link_epoch = opening.epoch
         # The last step that was taken, and the last whose result was sent on.
         self.taken = 0
@@ -86,8 +83,8 @@ class HostedSession:
         self._adapter = OwnAdapter(opening, owner, adapter_room or AdapterRoom())
         self._dtype = DTYPES[opening.dtype]
         kept = ReplayLog(opening.max_length, max_positions=opening.size.positions)
-        self._down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report, engine.meter.meters)
-        self._last = opening.next is None
+        down = Downstream(opening.codec, self._dtype, kept, open_link, self.client.report, engine.meter.meters)
+        self._outlet = Outlet(opening, self.client, down, self.max_steps)
         # Steps submitted to the engine, oldest first.
         self._pending: deque[Step] = deque()
         self._upstream = trio.CancelScope()
@@ -98,7 +95,7 @@ class HostedSession:
 
     def __repr__(self) -> str:
         return (
-            f"<HostedSession {self.opening.session.hex()[:8]} hop={self.opening.hop} epoch={self.epoch}"
+            f"<HostedSession {self.opening.session.hex()[:8]} hop={self.opening.hop} epoch={self._outlet.epoch}"
             f" pending={len(self._pending)} of {self.owner.peer_id}>"
         )
 
@@ -162,7 +159,7 @@ class HostedSession:
             self._tasks = nursery
             task_status.started()
             if self.opening.next is not None:
-                nursery.start_soon(self._follow, self.epoch, self.opening.next, False)
+                nursery.start_soon(self._outlet.follow, self.opening.epoch, self.opening.next, False)
             nursery.start_soon(self._hold_back)
             await self._closed.wait()
             nursery.cancel_scope.cancel()
@@ -186,33 +183,25 @@ class HostedSession:
             raise Evicted("the session has ended")
         self._attended = trio.CancelScope()
         have = tuple(sorted(self._engine.engine.lengths(self).items()))
-        self.client.attach(control, Opened(epoch=self.epoch, max_steps=self.max_steps, have=have))
+        self.client.attach(control, Opened(epoch=self._outlet.epoch, max_steps=self.max_steps, have=have))
         if self._closed.is_set():
             self._attended.cancel()
         return self._attended
 
     def route(self, route: Route) -> None:
         """Push to another next hop from now on. Raises Superseded unless the epoch is new."""
-        self._begin_route(route.epoch, is_last=route.next is None)
+        self._outlet.begin(route, has_begun=self.has_begun)
         if route.next is not None:
-            self._tasks.start_soon(self._follow, route.epoch, route.next, True)
+            self._tasks.start_soon(self._outlet.follow, route.epoch, route.next, True)
         self._moved.unpark_all()
 
     def bridge(self, bridge: Bridge) -> None:
         """Push results to the client, which passes them on, from now on. Raises Superseded unless the epoch is new."""
-        self._begin_route(bridge.epoch, is_last=False)
+        self._outlet.begin(bridge, has_begun=self.has_begun)
         control = self.client.control
         if control is not None:
-            self._tasks.start_soon(self._down.bridge, bridge.epoch, control, bridge.taken)
+            self._tasks.start_soon(self._outlet.bridge, bridge, control)
         self._moved.unpark_all()
-
-    def _begin_route(self, epoch: int, *, is_last: bool) -> None:
-        if epoch <= self.epoch:
-            raise Superseded(f"route {epoch} is not newer than {self.epoch}")
-        if self._last and not is_last and (self.taken or self._engine.engine.lengths(self)):
-            raise InvalidRequest("a last hop keeps no results, so it cannot be given a next one")
-        self.epoch = epoch
-        self._last = is_last
 
     @property
     def progress(self) -> Progress:
@@ -283,27 +272,14 @@ class HostedSession:
         try:
             if isinstance(result, PeerdError):
                 raise result
-            self._pass_on(step, result)
+            self._outlet.send(step, result)
         except PeerdError as error:
             self.client.tell(Failure.of(error, step.seq))
         self.done = max(self.done, step.seq)
-        if self._unsent > MAX_UNSENT_RESULTS:
+        if self._outlet.unsent > MAX_UNSENT_RESULTS:
             self._held = True
             self._engine.hold(self, True)
         self._moved.unpark_all()
-
-    def _pass_on(self, step: Step, hidden: torch.Tensor) -> None:
-        try:
-            if not self._last:
-                self._down.push(step, hidden)
-                # A client has no more unanswered steps than were granted, so all hops have taken every step before
-                # those.
-                self._down.kept.fold(step.seq - self.max_steps)
-            elif step.seq != REPLAY_SEQ:
-                self.client.answer(step, hidden)
-        except BadResult as error:
-            # The engine's result was finite, so the wire dtype that the client chose cannot hold it.
-            raise UnsupportedFeature(f"{error}: {self.opening.dtype} is too narrow for these activations") from None
 
     def _decode(self, step: Step, body: memoryview) -> torch.Tensor:
         width = self._engine.engine.hidden_size
@@ -313,22 +289,12 @@ class HostedSession:
         self._engine.meter.meters.received(header.codec, body)
         return decode_tensor(header, body)
 
-    @property
-    def _unsent(self) -> int:
-        return self.client.unsent if self._last else self._down.unsent
-
-    async def _follow(self, epoch: int, next_hop: NextHop, asked: bool) -> None:
-        await self._down.follow(epoch, next_hop, asked=asked)
-
     async def _hold_back(self) -> None:
         """Let a held session run again as soon as its results are sent."""
         while True:
             if not self._held:
                 await self._moved.park()
                 continue
-            if not self._last:
-                await self._down.wait_unsent_at_most(MAX_UNSENT_RESULTS)
-            else:
-                await self.client.wait_unsent_at_most(MAX_UNSENT_RESULTS)
+            await self._outlet.wait_unsent_at_most(MAX_UNSENT_RESULTS)
             self._held = False
             self._engine.hold(self, False)
