@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-import httpx
+import httpx2
 import openai
 
 TOKEN = "t" * 32
@@ -32,5 +32,5 @@ def openai_client(daemon: Daemon, over: str = "unix", token: str = TOKEN) -> ope
     """A client that speaks to the daemon's socket, or to its address if `over` is "tcp"."""
     if over == "tcp":
         return openai.OpenAI(base_url=f"{daemon.url}/v1", api_key=token, max_retries=0)
-    http = httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.socket)))
+    http = httpx2.Client(transport=httpx2.HTTPTransport(uds=str(daemon.socket)))
     return openai.OpenAI(base_url="http://localhost/v1", api_key="unused", http_client=http, max_retries=0)
