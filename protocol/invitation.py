@@ -1,4 +1,4 @@
-"""Reads and writes the link with which a member of a swarm invites another machine (spec/invitation.md).
+"""Reads and writes the link with which a member of a swarm invites another machine (spec/discovery/invitation.md).
 
 A link travels through chats, mails and cameras, and users copy it by hand: it ends with a checksum, so that one that
 was cut off is refused as such. It may hold the key of a private swarm, which no message of ours repeats.

@@ -133,7 +133,7 @@ def _changed(data: bytes, is_packed: bool, random: Random) -> bytes:
 
 def _entries(name: str, field: str) -> Iterator[Mapping[str, Any]]:
     """All objects of a file of vectors that have the field, at any depth."""
-    waiting: list[Any] = [json.loads((VECTORS / f"{name}.json").read_text())]
+    waiting: list[Any] = [json.loads(next(VECTORS.rglob(f"{name}.json")).read_text())]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):

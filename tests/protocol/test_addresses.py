@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peerd.protocol.addresses import MAX_ADDRESS_CHARS, Multiaddr, is_private_ip
 from peerd.protocol.identity import PeerId, peer_id_of
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/addresses.json").read_text())["addresses"]
+VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/connection/addresses.json").read_text())["addresses"]
 VALID = [case for case in VECTORS if "error" not in case]
 INVALID = [case for case in VECTORS if "error" in case]
 PEER, RELAY = peer_id_of(bytes(32)), peer_id_of(bytes(31) + b"\x01")

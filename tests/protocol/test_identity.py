@@ -16,7 +16,7 @@ from peerd.protocol.identity import (
     verify,
 )
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/identity.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/connection/identity.json").read_text())
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 

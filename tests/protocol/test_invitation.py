@@ -1,4 +1,4 @@
-"""Invitations, by the vectors of spec/invitation.md."""
+"""Invitations, by the vectors of spec/discovery/invitation.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import peer_id_of
 from peerd.protocol.invitation import MAX_LINK_CHARS, Invitation, swarm_digest
 
-VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/invitation.json").read_text())["invitations"]
+VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/discovery/invitation.json").read_text())["invitations"]
 VALID = [case for case in VECTORS if "error" not in case]
 INVALID = [case for case in VECTORS if "error" in case]
 ADDRESS = Multiaddr.parse(f"/ip4/203.0.113.7/tcp/31330/ws/p2p/{peer_id_of(bytes(32))}")

@@ -21,7 +21,7 @@ from peerd.compute.errors import CheckpointError
 
 TinyCheckpoint = Callable[[str], Path]
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/digests.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/discovery/digests.json").read_text())
 
 
 @pytest.fixture

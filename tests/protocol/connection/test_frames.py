@@ -1,4 +1,4 @@
-"""Frames against spec/vectors/frames.json, and strictness against anything else."""
+"""Frames against spec/vectors/connection/frames.json, and strictness against anything else."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from peerd.protocol.connection.frames import (
 )
 from peerd.protocol.errors import RemoteProtocolError
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/frames.json").read_text())["frames"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/connection/frames.json").read_text())["frames"]
 
 
 def _bytes(vector):

@@ -12,7 +12,7 @@ from peerd.protocol.connection.noise_xx import MAX_MESSAGE_BYTES, MAX_NONCE, Cip
 from peerd.protocol.errors import HandshakeFailed, LocalProtocolError, PeerdError, RemoteProtocolError, WrongPeer
 from peerd.protocol.identity import Identity, encode_public_key, peer_id_of
 
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[3] / "spec/vectors/noise.json").read_text())
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[3] / "spec/vectors/connection/noise.json").read_text())
 CASE_KEYS = VECTORS["keys_of_the_cases"]
 ALICE, BOB = Identity.from_seed(b"\x01" * 32), Identity.from_seed(b"\x02" * 32)
 SWARM_KEY = bytes(range(32))

@@ -1,4 +1,4 @@
-"""Messages against spec/vectors/wire.json, however their bytes are split, and what a length may cost."""
+"""Messages against spec/vectors/connection/wire.json, however their bytes are split, and what a length may cost."""
 
 import json
 import tracemalloc
@@ -14,7 +14,7 @@ from peerd.protocol.encoding.packing import pack
 from peerd.protocol.encoding.wire import FIRST_ALLOCATION_BYTES, MAX_HEADER_BYTES, MessageReader, encode_message
 from peerd.protocol.errors import LocalProtocolError, RemoteProtocolError
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/wire.json").read_text())["messages"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/connection/wire.json").read_text())["messages"]
 MAX_BODY = 100
 
 

@@ -1,4 +1,4 @@
-"""The names of adapters and the messages that send them, against spec/vectors/adapters.json."""
+"""The names of adapters and the messages that send them, against spec/vectors/sessions/adapters.json."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from peerd.protocol.messages.adapters import (
     name_of,
 )
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/adapters.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/sessions/adapters.json").read_text())
 MESSAGES = VECTORS["messages"]
 EVERYBODY = (Upload, Granted, MatrixA, MatrixB, Prompt, Loaded)
 

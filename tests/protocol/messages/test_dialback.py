@@ -14,7 +14,7 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.messages.dialback import MAX_PORTS, Dialled, DialMe, dial_address, may_dial
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/reachability.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/discovery/reachability.json").read_text())
 KINDS = {"question": DialMe, "answer": Dialled}
 IPS = st.ip_addresses()
 

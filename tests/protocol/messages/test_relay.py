@@ -1,4 +1,4 @@
-"""A relay's messages against spec/vectors/relay.json, and what a circuit carries."""
+"""A relay's messages against spec/vectors/discovery/relay.json, and what a circuit carries."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from peerd.protocol.messages.relay import (
     inner_message,
 )
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/relay.json").read_text())["vectors"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/discovery/relay.json").read_text())["vectors"]
 EVERYBODY = (Reserve, Reserved, Connect, Connected, IncomingCall, Accepted)
 HEADER_BYTES = 6
 

@@ -1,4 +1,4 @@
-"""Session messages against spec/vectors/messages.json, and the rules that all messages share."""
+"""Session messages against spec/vectors/sessions/messages.json, and the rules that all messages share."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from peerd.protocol.messages import session as messages
 from peerd.protocol.messages.session import Step
 from peerd.protocol.rows import Fork
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/messages.json").read_text())["vectors"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/sessions/messages.json").read_text())["vectors"]
 EVERYBODY: tuple[Any, ...] = (
     *messages.CONTROL_FROM_CLIENT,
     *messages.CONTROL_FROM_HOP,

@@ -1,4 +1,4 @@
-"""Messages that train a peer's blocks, against spec/vectors/span-training.json."""
+"""Messages that train a peer's blocks, against spec/vectors/training/span-training.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.messages.span_training import SPAN_FROM_CLIENT, SPAN_FROM_PEER
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/span-training.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/training/span-training.json").read_text())
 EVERYBODY = tuple(dict.fromkeys((*SPAN_FROM_CLIENT, *SPAN_FROM_PEER)))
 
 

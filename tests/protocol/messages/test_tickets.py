@@ -10,7 +10,7 @@ from peerd.protocol.errors import TicketRefused
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.messages.tickets import TICKET_BYTES, Ticket, open_ticket, sign_ticket
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/tickets.json").read_text())["tickets"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/sessions/tickets.json").read_text())["tickets"]
 ALICE, BOB, OWNER = (Identity.from_seed(bytes([seed]) * 32) for seed in (1, 2, 3))
 NOW = 1_700_000_000.0
 TICKET = Ticket(

@@ -1,4 +1,4 @@
-"""Training messages against spec/vectors/training.json."""
+"""Training messages against spec/vectors/training/training.json."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import PeerdError, RemoteProtocolError
 from peerd.protocol.messages import training as pass_messages
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/training.json").read_text())["vectors"]
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/training/training.json").read_text())["vectors"]
 EVERYBODY = (*pass_messages.PASS_FROM_CLIENT, *pass_messages.PASS_FROM_HOP)
 
 

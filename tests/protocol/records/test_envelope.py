@@ -28,7 +28,7 @@ from peerd.protocol.records.envelope import (
 from peerd.protocol.records.keys import keys_of, model_key, peer_key, server_key, split_keys_of
 from peerd.protocol.span import Span
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/records.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/discovery/records.json").read_text())
 VALID = [case for case in VECTORS["records"] if "error" not in case]
 INVALID = [case for case in VECTORS["records"] if "error" in case]
 ALICE, BOB = Identity.from_seed(b"\x01" * 32), Identity.from_seed(b"\x02" * 32)

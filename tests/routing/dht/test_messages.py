@@ -27,7 +27,7 @@ from peerd.routing.dht.messages import (
 )
 from peerd.routing.dht.table import Contact, PeerNode
 
-VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/dht.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[3] / "spec/vectors/discovery/dht.json").read_text())
 MESSAGES = VECTORS["messages"]
 ALLOWED: dict[str, tuple[type[Message], ...]] = {"question": QUESTIONS, "answer": (Pong, Found, Stored)}
 

@@ -13,8 +13,7 @@ from peerd.api.web.qr import qr_rows
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId, peer_id_of
 from peerd.protocol.invitation import Invitation, swarm_digest
-
-from .conftest import TOKEN
+from tests.fakes.api_fixture import TOKEN
 
 ONE, TWO, THREE = (peer_id_of(bytes([number]) * 32) for number in range(3))
 
