@@ -20,16 +20,16 @@ from random import Random
 import trio
 
 from peerd.discovery.dht_streams import StreamTransport, answer_question
+from peerd.discovery.encounters import Encounters
 from peerd.discovery.joining import Joining
 from peerd.discovery.own_records import Models, OwnRecords, Spans
 from peerd.discovery.question_rates import QuestionRates
 from peerd.discovery.rechecks import Rechecks
 from peerd.discovery.state_files import StateFiles, Write
 from peerd.net.connections import Connections, PeerConnection, Stream
-from peerd.net.limits.owners import network_of
 from peerd.net.sleep_watch import watch_sleep
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.errors import ConnectionLost, InvalidRequest, PeerFault
+from peerd.protocol.errors import InvalidRequest, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.routing.clock import SwarmClock
 from peerd.routing.dht.dht import Dht
@@ -50,9 +50,6 @@ log = logging.getLogger(__name__)
 JOIN_WAIT_S = 5.0
 REFRESH_S = 60.0
 REUNITE_S = 600.0
-MEASURE_S = 5.0
-# A connection that survived our sleep answers within this; a peer that gave us up resets the connection at once.
-AWAKE_S = 1.0
 # The time to look up a peer's addresses, dial it and hear from it.
 REACH_S = 5.0
 # The time for taking back our announcements when we leave.
@@ -80,15 +77,17 @@ class Discovery:
         self.clock = clock
         convictions = Convictions(clock)
         state.load_convictions(convictions)
-        self.track_record = TrackRecord(trio.current_time, by_proof=True, convictions=convictions)
         #: What peers gave us, for which our server gives them more.
         self.contributions = Contributions(clock.system)
         state.load_contributions(self.contributions)
-        self.track_record.on_served = self.contributions.served_us
+        self.track_record = TrackRecord(
+            trio.current_time, by_proof=True, convictions=convictions, on_served=self.contributions.served_us
+        )
         self._connections = connections
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
         self.directory = Directory(self.dht, clock, self.dht.odd_times)
+        self._encounters = Encounters(connections, self.directory, self.track_record, self.contributions, clock)
         self._rechecks = Rechecks(connections, self.track_record, self.directory, self.may_dial)
         self._bootstrap = tuple(bootstrap)
         self._state = state
@@ -172,15 +171,13 @@ class Discovery:
         async with trio.open_nursery() as nursery:
 
             def note_connected(connection: PeerConnection) -> None:
-                if connection.dialled:
-                    self.track_record.reached(connection.peer_id, network_of(connection.accountable_ip))
-                    self._note_serving(connection)
+                self._encounters.met(connection)
                 contained = self._connections.containment.contained
-                nursery.start_soon(partial(contained, self._hear_clock, connection, what="hearing a clock"))
+                nursery.start_soon(partial(contained, self._encounters.hear_clock, connection, what="hearing a clock"))
 
             with self._connections.watching(connected=note_connected, lost=self._joining.note_lost):
                 self._keep(nursery, "following where others reach us", self._where.follow, self._move)
-                self._keep(nursery, "measuring delays", self._measure)
+                self._keep(nursery, "measuring delays", self._encounters.measure)
                 self._keep(nursery, "asking doubted peers", self._rechecks.run)
                 self._keep(nursery, "looking for newcomers", self.dht.meet_newcomers)
                 self._keep(nursery, "watching for sleep", watch_sleep, self.clock.system, self._wake)
@@ -196,44 +193,16 @@ class Discovery:
         """Run a task as long as we live. If it fails it starts again, and the other tasks go on."""
         nursery.start_soon(partial(self._connections.containment.keep_running, run, *arguments, what=what))
 
-    async def _hear_clock(self, connection: PeerConnection) -> None:
-        with suppress(ConnectionLost):
-            hello = await connection.wait_hello()
-            # A stranger may dial us many times under different names, so only the clocks of peers that we dialled
-            # count.
-            if connection.dialled:
-                self.clock.observed(connection.peer_id, hello.time_us / 1e6, network_of(connection.accountable_ip))
-
     async def _wake(self, slept_s: float) -> None:
         """After a sleep: close dead connections, forgive failures, and announce anew.
 
         Other peers gave us up while we slept, and our announcements have expired.
         """
         log.info("this peer slept for %.0f s", slept_s)
-        async with trio.open_nursery() as nursery:
-            for connection in self._connections.live.values():
-                nursery.start_soon(self._ask_after_sleep, connection)
+        await self._encounters.close_dead()
         self.track_record.forgive()
         await self.dht.introduce()
         self.announce_soon()
-
-    async def _ask_after_sleep(self, connection: PeerConnection) -> None:
-        if not await connection.answers(AWAKE_S):
-            connection.close("silent", "we slept, and the peer no longer answers")
-
-    async def _measure(self) -> None:
-        """Record the round-trip times that the connections' own pings measured."""
-        while True:
-            for peer_id, connection in self._connections.live.items():
-                self._note_serving(connection)
-                if connection.rtt_s is not None:
-                    self.track_record.measured(peer_id, connection.rtt_s)
-            await trio.sleep(MEASURE_S)
-
-    def _note_serving(self, connection: PeerConnection) -> None:
-        peer_id = connection.peer_id
-        if self.directory.is_server(peer_id) and self.track_record.standing(peer_id).is_reached:
-            self.contributions.seen_serving(peer_id)
 
     async def _join(self, contacts: list[Contact], tried: trio.Event) -> None:
         await self._joining.join(contacts, tried)

@@ -78,18 +78,23 @@ class TrackRecord:
     by_proof: whether the caller asks the peers that `take_doubted` returns and reports the results; otherwise a peer
     returns when its time is over.
     convictions: the peers that computed something else than others, which nothing that is noted here excuses.
+    on_served: called when a peer has answered a session of ours.
     """
 
     def __init__(
-        self, now: Callable[[], float], *, by_proof: bool = False, convictions: Convictions | None = None
+        self,
+        now: Callable[[], float],
+        *,
+        by_proof: bool = False,
+        convictions: Convictions | None = None,
+        on_served: Callable[[PeerId], None] = lambda _peer_id: None,
     ) -> None:
         self.convictions = convictions or Convictions(now)
         self._now = now
         self._by_proof = by_proof
         self._entries: dict[PeerId, _Entry] = {}
         self._doubts: dict[PeerId, _Doubt] = {}
-        self.on_served: Callable[[PeerId], None] = lambda _peer_id: None
-        """Called when a peer has answered a session of ours."""
+        self._on_served = on_served
         self.on_doubt: Callable[[], None] = _nothing
         """Called when a peer is to be asked sooner than before."""
 
@@ -116,7 +121,7 @@ class TrackRecord:
         """Note a success: the peer is as good as one that never failed."""
         entry = self._touch(peer_id)
         entry.has_served = True
-        self.on_served(peer_id)
+        self._on_served(peer_id)
         entry.failures = 0
         entry.avoided_until_s = 0.0
         entry.why = ""

@@ -91,20 +91,18 @@ class Auditor:
         if self._rng.random() < self.probability:
             self.counts["chosen"] += 1
             transcript = Transcript()
-            session.log.on_answer = transcript.note
 
         def ended() -> None:
             self._sessions.discard(session)
             if transcript is None:
                 return
-            session.log.on_answer = lambda step, result: None
             if session.failovers + session.reopened > losses or not _covers(session.chain, blocks):
                 # Part of the answer is another server's, which may be gone by now.
                 self.counts["servers changed"] += 1
             else:
                 self._take(session, transcript, blocks, terms)
 
-        session.on_end = ended
+        session.observe(transcript.note if transcript is not None else None, ended)
 
     def _take(self, session: Session, transcript: Transcript, blocks: Span, terms: Terms) -> None:
         """Put an answer in line for its audit, if it can be audited."""

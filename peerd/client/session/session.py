@@ -14,7 +14,7 @@ import trio
 from peerd.client.finding.finder import Patience
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.mender import SessionSpec, SessionTools
-from peerd.client.session.step_log import Pending, StepLog
+from peerd.client.session.step_log import OnAnswer, Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
 from peerd.protocol.errors import InvalidRequest
@@ -33,14 +33,12 @@ class Session:
     def __init__(self, tools: SessionTools, spec: SessionSpec) -> None:
         terms = spec.terms
         self.spec = spec
-        self.log = StepLog(terms.size)
-        self.log.on_received = tools.opener.connections.meters.received
+        self.log = StepLog(terms.size, on_received=tools.opener.connections.meters.received)
         self._supervisor = Supervisor(tools, spec, self.log)
         self._width = spec.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
-        #: Called once when the session has ended or rests; its chain and log are as they were last.
-        self.on_end: Callable[[], None] = lambda: None
+        self._on_rest: Callable[[], None] | None = None
         self._scope = trio.CancelScope()
 
     def __repr__(self) -> str:
@@ -82,10 +80,19 @@ class Session:
             self._supervisor.changed.unpark_all()
             self.rest()
 
+    def observe(self, on_answer: OnAnswer | None, on_rest: Callable[[], None]) -> None:
+        """Call `on_answer` with each step that is answered and its result, until the session rests or ends; then call
+        `on_rest` once, while its chain and log are as they were last.
+        """
+        self.log.observe(on_answer)
+        self._on_rest = on_rest
+
     def rest(self) -> None:
         """Say that what the session was opened for is done. It may go on for something else."""
-        on_end, self.on_end = self.on_end, lambda: None
-        on_end()
+        self.log.observe(None)
+        on_rest, self._on_rest = self._on_rest, None
+        if on_rest is not None:
+            on_rest()
 
     def close(self) -> None:
         """End the session on every hop."""

@@ -43,20 +43,27 @@ class Pending:
         return self.result
 
 
-class StepLog:
-    """The rows of one session, and what was sent of them."""
+OnAnswer = Callable[[Step, torch.Tensor], None]
+"""Takes a step that was answered, and its result."""
 
-    def __init__(self, size: SessionSize) -> None:
+
+class StepLog:
+    """The rows of one session, and what was sent of them.
+
+    on_received: called with the codec and the body of each tensor that was decoded.
+    """
+
+    def __init__(
+        self, size: SessionSize, *, on_received: Callable[[str, memoryview], None] = lambda codec, body: None
+    ) -> None:
         # All that was sent and not given up, for a first hop that has none of it.
         self.kept = ReplayLog(size.max_length)
         self.pending: dict[int, Pending] = {}
         # The last answered step; and whether steps were given up whose effects hops cannot undo.
         self.answered = 0
         self.is_forked = False
-        #: Called with each step and its result when the step was answered.
-        self.on_answer: Callable[[Step, torch.Tensor], None] = lambda step, result: None
-        #: Called with each message's codec and body that was decoded.
-        self.on_received: Callable[[str, memoryview], None] = lambda codec, body: None
+        self._on_answer: OnAnswer | None = None
+        self._on_received = on_received
         self._size = size
         self._lengths: dict[int, int] = {}
         self._answered_lengths: dict[int, int] = {}
@@ -127,6 +134,10 @@ class StepLog:
         self.kept.add(step, hidden)
         return pending
 
+    def observe(self, on_answer: OnAnswer | None) -> None:
+        """Call `on_answer` with each step that is answered from now on and its result; None ends that."""
+        self._on_answer = on_answer
+
     def answer(self, output: Output, body: memoryview, width: int) -> None:
         """Take the answer to the oldest pending step. Raises BadResult or RemoteProtocolError."""
         oldest = next(iter(self.pending))
@@ -139,7 +150,7 @@ class StepLog:
         if rows:
             pending.result = decode_result(output.tensor, body, (sum(piece.count for piece in rows), width))
             assert output.tensor is not None
-            self.on_received(str(output.tensor["codec"]), body)
+            self._on_received(str(output.tensor["codec"]), body)
         else:
             pending.result = pending.hidden[:0]
         del self.pending[oldest]
@@ -147,7 +158,8 @@ class StepLog:
         self._apply(self._answered_lengths, pending.step.ops)
         self._answered_lengths.update({piece.row: piece.end for piece in pending.step.rows})
         self.kept.fold(oldest)
-        self.on_answer(pending.step, pending.result)
+        if self._on_answer is not None:
+            self._on_answer(pending.step, pending.result)
         pending.done.set()
 
     def fail(self, error: Exception) -> None:
