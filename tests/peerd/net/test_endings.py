@@ -164,8 +164,8 @@ async def test_a_peer_that_talks_and_never_reads_is_shown_out_in_a_bounded_time(
         rogue = Rogue(swarm)
         await rogue.shake()
         hello = (await rogue.until(StreamOpened)).stream
-        rogue.core.send(hello, {"type": "hello", "agent": "rogue", "time_us": 0}, [], Priority.CONTROL)
-        rogue.core.finish(hello)
+        rogue.core.streams.send(hello, {"type": "hello", "agent": "rogue", "time_us": 0}, [], Priority.CONTROL)
+        rogue.core.streams.finish(hello)
         await rogue.flush()
         await trio.sleep(1)
         ends = []
@@ -173,8 +173,8 @@ async def test_a_peer_that_talks_and_never_reads_is_shown_out_in_a_bounded_time(
         start = trio.current_time()
         while not ends:
             # Frames that want an answer, and none is ever taken from the channel.
-            stream = rogue.core.open_stream("/echo/1", Priority.BULK)
-            rogue.core.reset(stream, "cancelled")
+            stream = rogue.core.streams.open("/echo/1", Priority.BULK)
+            rogue.core.streams.reset(stream, "cancelled")
             await rogue.flush()
             await trio.sleep(0.5)
         assert 55 < trio.current_time() - start < 80

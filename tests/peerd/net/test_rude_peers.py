@@ -13,7 +13,7 @@ async def test_a_peer_that_opens_a_stream_before_the_hello_is_shown_out():
         one = await swarm.start(1)
         rogue = Rogue(swarm, number=0)
         await rogue.shake(other=1)
-        rogue.core.open_stream("/echo/1", Priority.CONTROL)
+        rogue.core.streams.open("/echo/1", Priority.CONTROL)
         await rogue.flush()
         gone = await rogue.until(GoneAway)
         assert (gone.code, gone.reason) == ("protocol", "the peer opened a stream before its hello")
@@ -26,7 +26,7 @@ async def test_a_peer_that_says_hello_out_of_turn_is_shown_out():
         rogue = Rogue(swarm)
         await rogue.shake()
         await rogue.until(StreamOpened)
-        rogue.core.open_stream(HELLO_PROTOCOL, Priority.CONTROL)
+        rogue.core.streams.open(HELLO_PROTOCOL, Priority.CONTROL)
         await rogue.flush()
         assert (await rogue.until(GoneAway)).code == "protocol"
 
@@ -48,7 +48,7 @@ async def test_a_peer_that_lies_about_its_hello_is_shown_out():
         rogue = Rogue(swarm)
         await rogue.shake()
         stream = (await rogue.until(StreamOpened)).stream
-        rogue.core.send(stream, {"type": "hello", "agent": 7, "time_us": 0}, [], Priority.CONTROL)
+        rogue.core.streams.send(stream, {"type": "hello", "agent": 7, "time_us": 0}, [], Priority.CONTROL)
         await rogue.flush()
         assert "agent" in (await rogue.until(GoneAway)).reason
         assert not one.live
