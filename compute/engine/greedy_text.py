@@ -18,6 +18,7 @@ from peerd.compute.engine.batch_parts import run_in_parts
 from peerd.compute.engine.engine import BaseEngine, Engine
 from peerd.compute.model.head import Head, load_head
 from peerd.compute.model.span_model import load_span
+from peerd.compute.prefixes import common_length
 from peerd.compute.steps import EngineStep
 from peerd.protocol.rows import DECODE_POSITIONS, RowSlice, SessionSize
 from peerd.protocol.span import Span
@@ -156,12 +157,7 @@ class GreedyText:
 
     def _common(self, text: Sequence[int]) -> int:
         """How many tokens of `text` are computed from its beginning."""
-        most = min(len(text), len(self._computed))
-        sure = min(self._sure, most)
-        place = sure if self._computed[:sure] == list(text[:sure]) else 0
-        while place < most and self._computed[place] == text[place]:
-            place += 1
-        return place
+        return common_length(self._computed, text, likely=self._sure)
 
 
 def _is_the_devices(error: Exception) -> bool:

@@ -10,6 +10,7 @@ import torch
 from llguidance import LLMatcher
 
 from peerd.client.grammars.tokens import NO_TOKENS
+from peerd.compute.prefixes import common_length
 from peerd.protocol.errors import InvalidRequest
 
 _MOST_ERROR_CHARACTERS = 300
@@ -55,10 +56,8 @@ class RowConstraint:
             return self._matcher.is_stopped()
 
     def _go_to(self, answer: Sequence[int]) -> None:
-        same = len(self._at)
-        if list(answer[:same]) != self._at:
-            pairs = zip(self._at, [*answer, None], strict=False)
-            same = next(place for place, (one, other) in enumerate(pairs) if one != other)
+        same = common_length(self._at, answer, likely=len(self._at))
+        if same < len(self._at):
             self._matcher.rollback(len(self._at) - same)
         if len(answer) > same:
             self._matcher.consume_tokens(list(answer[same:]))

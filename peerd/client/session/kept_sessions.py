@@ -8,13 +8,14 @@ again, as after any loss.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 import trio
+
+from peerd.compute.prefixes import common_length
 
 if TYPE_CHECKING:
     from peerd.client.session.session import Session
@@ -65,9 +66,7 @@ class _Kept:
         """How many of the prompt's first positions need not be computed again. The last one always is, for its
         result.
         """
-        most = min(len(self.ids), max(0, len(prompt) - 1))
-        # Whole slices are compared, since prompts are long and this runs on the event loop.
-        return bisect_left(range(1, most + 1), True, key=lambda length: self.ids[:length] != prompt[:length])
+        return common_length(self.ids, prompt[:-1])
 
     def saves(self, prompt: list[int]) -> int:
         """How many positions of the prompt it saves; 0 if it cannot be cut as far back as they go."""
