@@ -56,7 +56,7 @@ class SwarmClock:
         # The offsets by network, or by peer if its address counts as no network; and which keys are networks.
         self._offsets_s: dict[str, float] = {}
         self._networks: set[str] = set()
-        self._said = ""
+        self._warned_of = ""
         self.correction_s = 0.0
 
     def system(self) -> float:
@@ -103,22 +103,22 @@ class SwarmClock:
         which = f"{duration(offset_s)} {'behind' if offset_s > 0 else 'ahead of'}"
         if len(self._offsets_s) < MIN_PEERS:
             kind = "one"
-            said = (
+            warning = (
                 f"this machine's clock is {which} that of {peer_id}, the only peer that says what time it is: one of"
                 " them is wrong, and each may not see what the other announces; set it (NTP)"
             )
         elif abs(offset_s - self.correction_s) <= WARN_S:
             kind = "corrected"
-            said = f"this machine's clock is {which} the swarm's, which peerd makes up for: set it (NTP)"
+            warning = f"this machine's clock is {which} the swarm's, which peerd makes up for: set it (NTP)"
         elif abs(self.correction_s) <= WARN_S and len(self._offsets_s) == MIN_PEERS:
             # The two do not agree, so our own clock is in the middle.
             return
         else:
             kind = "beyond"
-            said = (
+            warning = (
                 f"this machine's clock is {which} the swarm's, more than peerd may make up for: others do not see what"
                 " this peer announces, nor it what they do; set it (NTP)"
             )
-        if kind != self._said:
-            self._said = kind
-            log.warning("%s", said)
+        if kind != self._warned_of:
+            self._warned_of = kind
+            log.warning("%s", warning)

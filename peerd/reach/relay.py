@@ -185,7 +185,7 @@ async def _opened(connection: Carrier, caller: PeerId) -> Stream:
     try:
         with trio.fail_after(ANSWER_S):
             await far.send(IncomingCall(caller).to_header(), priority=Priority.CONTROL)
-            said = parse((await far.receive()).header, FROM_ACCEPTOR)
+            reply = parse((await far.receive()).header, FROM_ACCEPTOR)
     except trio.TooSlowError:
         far.reset(Unresponsive.code)
         raise Unresponsive(f"{far.peer} does not answer") from None
@@ -195,9 +195,9 @@ async def _opened(connection: Carrier, caller: PeerId) -> Stream:
     except BaseException:
         far.reset(ConnectionLost.code)
         raise
-    if isinstance(said, Failure):
+    if isinstance(reply, Failure):
         far.close()
-        raise said.error
+        raise reply.error
     return far
 
 

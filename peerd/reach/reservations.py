@@ -197,8 +197,8 @@ class Reservations:
                 self._on_change(self.relay_addresses)
             with trio.move_on_after(terms.expires_s / 2 * self._random.uniform(0.8, 1.0)):
                 # After this the relay sends only one more message, which ends the reservation.
-                said = parse((await stream.receive()).header, (Failure,))
-                raise said.error
+                reply = parse((await stream.receive()).header, (Failure,))
+                raise reply.error
 
     def _lose(self, relay: PeerId) -> None:
         if self._held.pop(relay, None) is not None:
@@ -261,13 +261,13 @@ async def _reserve(stream: Stream) -> Reserved:
     try:
         with trio.fail_after(ANSWER_S):
             await stream.send(Reserve().to_header())
-            said = parse((await stream.receive()).header, TO_RESERVED)
+            reply = parse((await stream.receive()).header, TO_RESERVED)
     except trio.TooSlowError:
         raise PeerFault(f"no answer within {ANSWER_S:g} s") from None
-    if isinstance(said, Failure):
-        raise said.error
-    assert isinstance(said, Reserved)
-    return said
+    if isinstance(reply, Failure):
+        raise reply.error
+    assert isinstance(reply, Reserved)
+    return reply
 
 
 @asynccontextmanager

@@ -119,6 +119,6 @@ def run_slice(work: Work) -> outcome.Maybe[bool]:
     """Run at least one turn, and more until SLICE_S has passed or the work is done. Device thread."""
     until = time.perf_counter() + SLICE_S
     while True:
-        said: outcome.Maybe[Any] = outcome.capture(work.turn)
-        if isinstance(said, outcome.Error) or said.value or time.perf_counter() >= until:
-            return said
+        result: outcome.Maybe[Any] = outcome.capture(work.turn)
+        if isinstance(result, outcome.Error) or result.value or time.perf_counter() >= until:
+            return result

@@ -216,12 +216,12 @@ class EngineTask:
 
     async def _run_turn(self, job: Job) -> None:
         began = trio.current_time()
-        said = await self.device.run_batch(run_slice, job.work)
+        result = await self.device.run_batch(run_slice, job.work)
         self._jobs.spent_on_job(trio.current_time() - began)
         self.busy.ran(began, trio.current_time())
-        if isinstance(said, outcome.Error):
-            job.end(said)
-        elif said.value:
+        if isinstance(result, outcome.Error):
+            job.end(result)
+        elif result.value:
             job.end(outcome.Value(None))
 
     @property

@@ -39,11 +39,11 @@ class NamedModel:
 async def named_models(source: RecordSource) -> list[NamedModel]:
     """The models of the swarm, those with most announcers first. Raises PartialView."""
     (records,) = await source.get_many([words_for_models()], whole=True)
-    said: dict[bytes, list[VerifiedRecord]] = defaultdict(list)
+    by_model: dict[bytes, list[VerifiedRecord]] = defaultdict(list)
     for record in records:
         if isinstance(record.body, ModelRecord):
-            said[record.body.model].append(record)
-    models = [_named(of_one) for of_one in said.values()]
+            by_model[record.body.model].append(record)
+    models = [_named(of_one) for of_one in by_model.values()]
     return sorted(models, key=lambda model: (-len(model.announcers), model.digest))
 
 

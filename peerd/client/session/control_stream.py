@@ -62,10 +62,10 @@ async def open_control(connections: Connections, hop: Hop, opening: OpenSession,
         )
         try:
             await stream.send(opening.to_header())
-            said = parse((await stream.receive()).header, (Opened, Failure))
-            if isinstance(said, Failure):
-                raise said.error
-            assert isinstance(said, Opened)
+            reply = parse((await stream.receive()).header, (Opened, Failure))
+            if isinstance(reply, Failure):
+                raise reply.error
+            assert isinstance(reply, Opened)
         except trio.EndOfChannel:
             raise ConnectionLost(f"{hop.peer_id} ended the stream") from None
         except StreamReset as reset:
@@ -73,7 +73,7 @@ async def open_control(connections: Connections, hop: Hop, opening: OpenSession,
         except BaseException:
             stream.reset("cancelled")
             raise
-    return ControlStream(hop, opening.hop, opening.epoch, stream, said)
+    return ControlStream(hop, opening.hop, opening.epoch, stream, reply)
 
 
 @contextmanager

@@ -175,13 +175,13 @@ class ChainOpener:
         async with stream:
             await stream.send(Ask(session=chain.session, hop=control.number).to_header())
             try:
-                said = parse((await stream.receive()).header, PROGRESS_FROM_HOP)
+                reply = parse((await stream.receive()).header, PROGRESS_FROM_HOP)
             except trio.EndOfChannel:
                 raise ConnectionLost(f"{control.hop.peer_id} ended the stream") from None
-        if isinstance(said, Failure):
-            raise said.error
-        assert isinstance(said, Progress)
-        return said
+        if isinstance(reply, Failure):
+            raise reply.error
+        assert isinstance(reply, Progress)
+        return reply
 
     def voice(self, peer_id: PeerId) -> str:
         """Who counts as one with a peer: its public network, where a connection shows it, or itself alone."""

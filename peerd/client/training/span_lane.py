@@ -99,9 +99,9 @@ class SpanLane:
         for _, lengths, first in cut(rows, self.begun.max_positions):
             part = hidden[first : first + sum(lengths)]
             async with self._asking(Forward(self._next(), lengths, keep), part) as seq:
-                said = await self._hear(Result, seq)
+                reply = await self._hear(Result, seq)
                 outputs.append(await receive_parts(self._stream, (sum(lengths), self._width)))
-            parts.append(_ForwardPart(lengths, part, seq if said.kept else None))
+            parts.append(_ForwardPart(lengths, part, seq if reply.kept else None))
         return SpanForward(torch.cat(outputs), tuple(parts))
 
     async def backward(self, done: SpanForward, grad: torch.Tensor) -> torch.Tensor:
@@ -118,9 +118,9 @@ class SpanLane:
     async def update(self, rate: float, clip: float = 0.0) -> float:
         """Have the optimizer take a step; returns the norm of the gradients. `clip`: the largest norm; 0 for any."""
         async with self._asking(UpdateWeights(self._next(), rate, clip)) as seq:
-            said = await self._hear(Updated, seq)
-        self.step = said.step
-        return said.norm
+            reply = await self._hear(Updated, seq)
+        self.step = reply.step
+        return reply.norm
 
     async def save(self) -> dict[int, bytes]:
         """Have a snapshot written; returns the digests of the span's blocks."""
@@ -176,14 +176,14 @@ class SpanLane:
 
     async def _hear(self, kind: type[M], seq: int, deadline_s: float = ANSWER_DEADLINE_S) -> M:
         with trio.move_on_after(deadline_s):
-            said = parse((await self._stream.receive()).header, (kind, SpanFailure))
-            if isinstance(said, SpanFailure):
-                self._is_answered = said.seq == seq
-                raise said.error
-            assert isinstance(said, kind)
-            if said.seq != seq:  # type: ignore[attr-defined]
+            reply = parse((await self._stream.receive()).header, (kind, SpanFailure))
+            if isinstance(reply, SpanFailure):
+                self._is_answered = reply.seq == seq
+                raise reply.error
+            assert isinstance(reply, kind)
+            if reply.seq != seq:  # type: ignore[attr-defined]
                 raise RemoteProtocolError(f"an answer to another request than {seq}")
-            return said
+            return reply
         raise Unresponsive(f"{self.peer} computed nothing within {deadline_s:g} s")
 
 
@@ -211,11 +211,11 @@ async def _open(connections: Connections, offer: Offer, begin: SpanBegin, width:
     try:
         await stream.send(begin.to_header(), priority=Priority.BULK)
         with trio.move_on_after(LOAD_DEADLINE_S):
-            said = parse((await stream.receive()).header, (SpanBegun, SpanFailure))
-            if isinstance(said, SpanFailure):
-                raise said.error
-            assert isinstance(said, SpanBegun)
-            return SpanLane(offer.peer_id, Span(begin.start, begin.end), width, stream, said)
+            reply = parse((await stream.receive()).header, (SpanBegun, SpanFailure))
+            if isinstance(reply, SpanFailure):
+                raise reply.error
+            assert isinstance(reply, SpanBegun)
+            return SpanLane(offer.peer_id, Span(begin.start, begin.end), width, stream, reply)
         raise Unresponsive(f"{offer.peer_id} loaded no copy within {LOAD_DEADLINE_S:g} s")
     except trio.EndOfChannel:
         raise ConnectionLost(f"{offer.peer_id} ended the training") from None

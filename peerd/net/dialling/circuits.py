@@ -81,15 +81,15 @@ async def open_circuit(relay: Carrier, peer_id: PeerId) -> CircuitChannel:
         raise ConnectFailed(str(error)) from error
     try:
         await stream.send(Connect(peer_id).to_header(), priority=Priority.CONTROL)
-        said = parse((await stream.receive()).header, TO_CALLER)
+        reply = parse((await stream.receive()).header, TO_CALLER)
     except BaseException as error:
         stream.reset(code_of(error))
         if isinstance(error, PeerdError | trio.EndOfChannel):
             raise ConnectFailed(f"the relay {relay.peer_id} does not answer: {error!r}") from error
         raise
-    if isinstance(said, Failure):
+    if isinstance(reply, Failure):
         stream.close()
-        raise ConnectFailed(f"the relay {relay.peer_id} says: {said.error}")
+        raise ConnectFailed(f"the relay {relay.peer_id} says: {reply.error}")
     return CircuitChannel(stream)
 
 

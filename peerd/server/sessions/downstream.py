@@ -104,13 +104,13 @@ class Downstream:
                     self._report(Routed(epoch=epoch, replayed=replayed))
                 try:
                     # The next hop sends only one more message, with the reason why it ends the link.
-                    said = parse((await link.receive()).header, (Failure,))
+                    reply = parse((await link.receive()).header, (Failure,))
                 except trio.EndOfChannel:
                     raise LinkFailed("the next hop ended the link") from None
                 finally:
                     if self._link is link:
                         self._unlink()
-                raise LinkFailed(f"the next hop ended the link: {said.error}")
+                raise LinkFailed(f"the next hop ended the link: {reply.error}")
 
     async def bridge(self, epoch: int, control: Stream, taken: int) -> None:
         """Push results to the client, which passes them on to a next hop that took the steps up to `taken`."""

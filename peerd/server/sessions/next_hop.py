@@ -68,12 +68,12 @@ async def _dial(connections: Connections, next_hop: NextHop, now: float, may_dia
 async def _answer(stream: Stream) -> Linked:
     try:
         with trio.fail_after(LINK_DEADLINE_S):
-            said = parse((await stream.receive()).header, LINK_FROM_DOWNSTREAM)
+            reply = parse((await stream.receive()).header, LINK_FROM_DOWNSTREAM)
     except (trio.TooSlowError, trio.EndOfChannel):
         raise LinkFailed(f"{stream.peer} did not take the link") from None
     except PeerFault as error:
         raise LinkFailed(f"{stream.peer}: {error}") from error
-    if isinstance(said, Failure):
-        raise LinkFailed(f"{stream.peer}: {said.error}")
-    assert isinstance(said, Linked)
-    return said
+    if isinstance(reply, Failure):
+        raise LinkFailed(f"{stream.peer}: {reply.error}")
+    assert isinstance(reply, Linked)
+    return reply

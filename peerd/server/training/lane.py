@@ -156,17 +156,18 @@ class Lane:
         tensors: dict[tuple[int, str], torch.Tensor] = {}
         left = self._begin.values
         for _ in range(self._begin.parameters):
-            said = parse(await self._next_header(), (Parameter,))
-            left -= math.prod(said.shape)
-            if left < 0 or len(said.shape) < 2:
+            parameter = parse(await self._next_header(), (Parameter,))
+            left -= math.prod(parameter.shape)
+            if left < 0 or len(parameter.shape) < 2:
                 raise RemoteProtocolError(
-                    f"{said.name} of shape {said.shape} is not among the {self._begin.values} values announced"
+                    f"{parameter.name} of shape {parameter.shape} is not among the {self._begin.values} values"
+                    " announced"
                 )
             with wire_errors():
-                self._passes.check_parameter(self._blocks, said.block, said.name, said.shape)
-            if (said.block, said.name) in tensors:
-                raise InvalidRequest(f"{said.name} of block {said.block} came twice")
-            tensors[said.block, said.name] = (await receive_parts(self._stream, said.shape)).float()
+                self._passes.check_parameter(self._blocks, parameter.block, parameter.name, parameter.shape)
+            if (parameter.block, parameter.name) in tensors:
+                raise InvalidRequest(f"{parameter.name} of block {parameter.block} came twice")
+            tensors[parameter.block, parameter.name] = (await receive_parts(self._stream, parameter.shape)).float()
         return Tunables(tensors)
 
     async def _receive_tensors(self, message: Forward | Backward, size_bytes: int) -> _Request:
