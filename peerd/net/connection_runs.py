@@ -9,54 +9,44 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import trio
 
 from peerd.net.connection.peer_connection import PeerConnection
 from peerd.net.connection.settling import agree, exchange_hellos, within_settle_time
+from peerd.net.connection_maker import ConnectionMaker, relay_of
 from peerd.net.containment import Containment
-from peerd.net.dialling.circuits import CircuitChannel
 from peerd.net.dialling.dialler import Arrived
+from peerd.net.introduction import Introduction
 from peerd.net.limits.entry_rates import EntryRates
 from peerd.net.limits.gate import Gate, Visit
 from peerd.net.live_connections import LiveConnections
-from peerd.net.stream import Carrier
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import IpAddress
-from peerd.protocol.connection.hello import Hello
 from peerd.protocol.errors import Overloaded, PeerFault
 from peerd.protocol.identity import PeerId
 
 log = logging.getLogger(__name__)
 
 
-class MakeConnection(Protocol):
-    """Makes a connection over a channel; nothing runs yet. `expected`: the peer that must prove its identity."""
-
-    def __call__(
-        self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None
-    ) -> PeerConnection: ...
-
-
 class ConnectionRuns:
     """Runs connections, of peers that dial us and of peers that we dial.
 
-    hello_to: what we say to a peer. settled: called when both sides have taken a connection.
+    settled: called when both sides have taken a connection.
     """
 
     def __init__(
         self,
-        make: MakeConnection,
-        hello_to: Callable[[PeerConnection], Hello],
+        maker: ConnectionMaker,
+        introduction: Introduction,
         live: LiveConnections,
         gate: Gate,
         rates: EntryRates,
         containment: Containment,
         settled: Callable[[PeerConnection], None],
     ) -> None:
-        self._make = make
-        self._hello_to = hello_to
+        self._maker = maker
+        self._introduction = introduction
         self._live = live
         self._gate = gate
         self._rates = rates
@@ -82,7 +72,7 @@ class ConnectionRuns:
             visit.on_replaced = scope.cancel
             try:
                 with self._containment.around("a connection", ip=channel.remote_ip):
-                    await self._make(channel, initiator=False).run(partial(self._welcome, visit))
+                    await self._maker.make(channel, initiator=False).run(partial(self._welcome, visit))
             finally:
                 visit.leave()
 
@@ -96,7 +86,7 @@ class ConnectionRuns:
 
     async def run_dialled(self, channel: MessageChannel, expected: PeerId | None, arrived: Arrived) -> PeerConnection:
         """Run a connection that we dialled to its end. `arrived` is called when both sides have taken it."""
-        connection = self._make(channel, initiator=True, expected=expected)
+        connection = self._maker.make(channel, initiator=True, expected=expected)
         await connection.run(partial(self._settle_dialled, arrived))
         return connection
 
@@ -128,9 +118,4 @@ class ConnectionRuns:
                 arrived(connection)
             self._live.add(connection)
             self._settled(connection)
-            connection.agreement.introduce(await exchange_hellos(connection, self._hello_to(connection)))
-
-
-def relay_of(channel: MessageChannel) -> Carrier | None:
-    """The connection to the relay through which a channel leads; None for a direct one."""
-    return channel.relay if isinstance(channel, CircuitChannel) else None
+            connection.agreement.introduce(await exchange_hellos(connection, self._introduction.hello_to(connection)))

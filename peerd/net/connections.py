@@ -14,7 +14,8 @@ import trio
 
 from peerd.meters import Meters
 from peerd.net.connection.peer_connection import PeerConnection
-from peerd.net.connection_runs import ConnectionRuns, relay_of
+from peerd.net.connection_maker import ConnectionMaker
+from peerd.net.connection_runs import ConnectionRuns
 from peerd.net.containment import Containment
 from peerd.net.dial_policy import DialPolicy, DialRules
 from peerd.net.dialling.circuits import CircuitChannel
@@ -22,20 +23,19 @@ from peerd.net.dialling.dialler import Dialler
 from peerd.net.dialling.prove import prove
 from peerd.net.dialling.sightings import Sightings
 from peerd.net.handlers import StreamHandler
+from peerd.net.introduction import Introduction
 from peerd.net.limits.entry_rates import EntryRates
-from peerd.net.limits.gate import ConnectionLimits, Gate, connection_limits, descriptor_limit, host_of
+from peerd.net.limits.gate import ConnectionLimits, Gate, connection_limits, descriptor_limit
 from peerd.net.live_connections import LiveConnections, Observer
 from peerd.net.loopback import loopback
 from peerd.net.stream import Carrier, Stream
-from peerd.net.transport import MessageChannel, Transport
+from peerd.net.transport import Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.connection.budget import DEFAULT_TOTAL_BYTES, BufferBudget
-from peerd.protocol.connection.connection import ConnectionMachine, Limits
-from peerd.protocol.connection.frames import MAX_PAYLOAD_BYTES, Priority
-from peerd.protocol.connection.hello import MAX_ITEMS, Hello
+from peerd.protocol.connection.connection import Limits
+from peerd.protocol.connection.frames import Priority
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.invitation import swarm_digest
-from peerd.protocol.messages.relay import INNER_PAYLOAD_BYTES
 from peerd.trio_tools import open_tasks
 
 __all__ = ["Connections", "PeerConnection", "Stream", "StreamHandler", "open_connections"]
@@ -47,7 +47,6 @@ class Connections:
     """Live connections by PeerId. Made by `open_connections`.
 
     handlers: protocol id -> the function that runs for each stream of it that a peer opens. `handle` adds one.
-    listen_as: the addresses that others are told to dial; roles: what we offer to others. `present_as` changes both.
     may_be_relayed: whether we reach others through relays if there is no other way.
     own_policy: which addresses may be dialled for our own purposes; strangers_policy: which ones if a stranger named
         them.
@@ -80,26 +79,24 @@ class Connections:
         self.peer_id = identity.peer_id
         self.handlers = dict(handlers)
         self.listen_addresses: tuple[Multiaddr, ...] = ()
-        self.listen_as: tuple[Multiaddr, ...] = ()
-        self.roles = tuple(roles)
+        self._introduction = Introduction(agent, now, self.handlers, roles)
         self.may_be_relayed = may_be_relayed
         self.own_policy = dial_rules.own
         self.strangers_policy = dial_rules.strangers
-        self._identity = identity
         self._transport = transport
         self._nursery = nursery
         self._swarm_key = swarm_key
-        self._agent = agent
         self._limits = limits
-        self._now = now
-        self._rates = EntryRates()
+        rates = EntryRates()
         self._live = LiveConnections(containment, room.settled)
         self._runs = ConnectionRuns(
-            self._connection,
-            self._hello_to,
+            ConnectionMaker(
+                identity, swarm_key, limits, self.budget, self.handlers, containment, rates, self._live.remove
+            ),
+            self._introduction,
             self._live,
             Gate(room.unproven),
-            self._rates,
+            rates,
             containment,
             lambda connection: self._dialler.note_connected(connection),
         )
@@ -123,6 +120,11 @@ class Connections:
     def live(self) -> Mapping[PeerId, PeerConnection]:
         """The peers that are connected now; a live view."""
         return self._live.by_peer
+
+    @property
+    def listen_as(self) -> tuple[Multiaddr, ...]:
+        """The addresses that others are told to dial."""
+        return tuple(self._introduction.listen_as)
 
     @property
     def uplink(self) -> float:
@@ -221,9 +223,9 @@ class Connections:
     def present_as(self, *, listen_as: Sequence[Multiaddr] | None = None, roles: Sequence[str] | None = None) -> None:
         """Tell peers that connect from now on where to dial us, and what we offer. None leaves it as it is."""
         if listen_as is not None:
-            self.listen_as = tuple(listen_as)
+            self._introduction.listen_as = tuple(listen_as)
         if roles is not None:
-            self.roles = tuple(roles)
+            self._introduction.roles = tuple(roles)
 
     async def listen(self, address: Multiaddr) -> Multiaddr:
         """Accept connections at this address too. Returns it with its real port. Raises OSError."""
@@ -233,7 +235,9 @@ class Connections:
 
     async def _to_ourselves(self) -> PeerConnection:
         if self._loopback is None or self._loopback.lost is not None:
-            self._loopback, run = loopback(self.peer_id, self.handlers, self._hello_to, self.containment, self._limits)
+            self._loopback, run = loopback(
+                self.peer_id, self.handlers, self._introduction, self.containment, self._limits
+            )
             self._nursery.start_soon(self._contained, run, "the connection to ourselves")
         connection = self._loopback
         await connection.wait_hello()
@@ -252,43 +256,6 @@ class Connections:
     async def take(self, channel: CircuitChannel) -> None:
         """Serve the connection of a caller that came through a relay, until it ends."""
         await self._runs.serve(channel)
-
-    def _connection(
-        self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None
-    ) -> PeerConnection:
-        relay = relay_of(channel)
-        core = ConnectionMachine(
-            self._identity,
-            initiator=initiator,
-            now=trio.current_time(),
-            expected=expected,
-            swarm_key=self._swarm_key,
-            limits=self._limits,
-            payload_bytes=MAX_PAYLOAD_BYTES if relay is None else INNER_PAYLOAD_BYTES,
-            # Connections from one network share one owner's limit on buffers. A proxy's address does not identify a
-            # peer.
-            buffers=self.budget.open(host_of(channel.remote_ip if relay is None else relay.remote_ip)),
-        )
-        return PeerConnection(
-            core,
-            channel,
-            own=self.peer_id,
-            handlers=self.handlers,
-            containment=self.containment,
-            rates=self._rates,
-            on_lost=self._live.remove,
-            relay=relay,
-        )
-
-    def _hello_to(self, connection: PeerConnection) -> Hello:
-        return Hello(
-            agent=self._agent,
-            time_us=int(self._now() * 1e6),
-            protocols=tuple(sorted(self.handlers))[:MAX_ITEMS],
-            addresses=tuple(map(str, self.listen_as))[:MAX_ITEMS],
-            observed_ip=str(connection.remote_ip or ""),
-            roles=self.roles[:MAX_ITEMS],
-        )
 
 
 @asynccontextmanager

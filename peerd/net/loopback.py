@@ -16,9 +16,9 @@ from peerd.net.connection.peer_connection import PeerConnection
 from peerd.net.connection.settling import agree, exchange_hellos
 from peerd.net.containment import Containment
 from peerd.net.handlers import StreamHandler
+from peerd.net.introduction import Introduction
 from peerd.net.limits.entry_rates import EntryRates
 from peerd.protocol.connection.connection import ConnectionMachine, Limits
-from peerd.protocol.connection.hello import Hello
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.errors import ConnectionLost
 from peerd.protocol.identity import Identity, PeerId
@@ -63,7 +63,7 @@ class LoopbackConnection(PeerConnection):
 def loopback(
     own: PeerId,
     handlers: Mapping[str, StreamHandler],
-    hello_to: Callable[[PeerConnection], Hello],
+    introduction: Introduction,
     containment: Containment,
     limits: Limits,
 ) -> tuple[PeerConnection, Callable[[], Awaitable[None]]]:
@@ -85,17 +85,17 @@ def loopback(
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(near.run, partial(_settle, hello_to))
-            nursery.start_soon(far.run, partial(_settle, hello_to))
+            nursery.start_soon(near.run, partial(_settle, introduction))
+            nursery.start_soon(far.run, partial(_settle, introduction))
 
     return near, run
 
 
-async def _settle(hello_to: Callable[[PeerConnection], Hello], connection: PeerConnection) -> None:
+async def _settle(introduction: Introduction, connection: PeerConnection) -> None:
     await connection.agreement.proven.wait()
     if await agree(connection, _take):
         connection.agreement.settle()
-        connection.agreement.introduce(await exchange_hellos(connection, hello_to(connection)))
+        connection.agreement.introduce(await exchange_hellos(connection, introduction.hello_to(connection)))
 
 
 async def _take(_connection: PeerConnection) -> bool:
