@@ -1,4 +1,4 @@
-"""What one peer counts and times while it works, for whoever watches it: plain numbers, changed on the event loop.
+"""What one peer counts and times while it works, for its operator: plain numbers, changed on the event loop.
 
 A step may be measured several times, so noting a value takes a fraction of a microsecond: no lock, no label looked up
 by text that a stranger chose. There is one `Meters` for each peer, which its rooms are given; `api/metrics` turns it

@@ -107,7 +107,7 @@ def _open_hub_gguf(folder: HubFolder, hub_id: HubId) -> Checkpoint:
 
     name = choose_gguf(folder.names(), hub_id.gguf, hub_id)
     whole = f"{hub_id.repo}/{name}"
-    # A longer name cannot be announced; whoever wants the model names its file.
+    # A longer name cannot be announced; users then name the model by its file.
     named = len(whole) <= MAX_HUB_ID_CHARS
     return open_gguf(folder.where / name, folder, hub_id=whole if named else "", commit=folder.commit if named else "")
 

@@ -155,8 +155,8 @@ def dtype_of(spec: ServeSpec, checkpoint: Checkpoint) -> torch.dtype:
 def quantization_of(spec: ServeSpec, checkpoint: Checkpoint) -> str:
     """How weights are stored. Raises InvalidRequest if the operator's wish cannot be met.
 
-    Without a wish, weights that are published as integers stay packed where the CPU computes faster so. Whoever names a
-    dtype wants products in that dtype, which those of packed weights are not.
+    Without a wish, weights that are published as integers stay packed where the CPU computes faster so. An operator who
+    names a dtype wants products in that dtype, which those of packed weights are not.
     """
     if spec.quantize is None:
         is_open = spec.dtype is None and _on_host(spec)

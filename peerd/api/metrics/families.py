@@ -1,8 +1,8 @@
 """The names of all figures, with what they mean: the one table from which answers, tests and the dashboard follow.
 
 A label takes one of a few values that we write ourselves, or a model's name, which the operator chose. PeerIds,
-addresses and other text of strangers are in none: keys cost nothing, and each value of a label is kept for ever by
-whoever collects the figures.
+addresses and other text of strangers are in none: keys cost nothing, and a Prometheus server keeps each value of
+a label for ever.
 """
 
 from __future__ import annotations

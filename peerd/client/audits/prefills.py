@@ -30,7 +30,7 @@ from peerd.trio_tools import open_tasks
 PREFILL_S = 120.0
 # How often to look whether the user needs the servers.
 LOOK_S = 0.05
-# One attempt at opening each hop: whoever is full or gone is not waited for.
+# One attempt at opening each hop: a server that is full or gone is not waited for.
 NO_PATIENCE = Patience(missing_s=0.0, busy_s=0.0)
 
 

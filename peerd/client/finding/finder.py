@@ -142,7 +142,7 @@ class SwarmFinder:
         try:
             return plan_chain(self.table, blocks, needs=needs, random=self._random, avoid=avoid)
         except NoChain:
-            # Whoever outvoted the others may turn out not to be there.
+            # The peers that outvoted the others may turn out not to be there.
             if not self._has_reweighed():
                 raise
             return plan_chain(self.table, blocks, needs=needs, random=self._random, avoid=avoid)

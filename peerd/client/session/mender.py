@@ -112,7 +112,7 @@ class ChainMender:
                     case GiveUp(error):
                         raise error from missing
             except HopRefused as refused:
-                # Whoever else there is can be asked at once.
+                # Other peers can be asked at once.
                 self._note(search, refused, hole, asked_at)
                 if self.refusals.are_believed:
                     raise refused.error from refused

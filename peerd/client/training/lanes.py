@@ -219,7 +219,7 @@ class TrainingChain:
         return Refusals(tolerated=0, voice=partial(voice_of, self._connections), now=trio.current_time)
 
     async def _is_served(self, span: Span) -> bool:
-        """Whether there are hops for these blocks at all, whoever is full."""
+        """Whether there are hops for these blocks at all, full ones included."""
         try:
             await self._find(span, self._candidates.barred)
         except NoChain:
