@@ -148,7 +148,9 @@ def test_json_holds_the_answer_its_speed_and_its_chain(swarm: dict[str, Daemon],
 
 
 def test_a_second_daemon_with_the_same_key_is_refused(swarm: dict[str, Daemon], tmp_path: Path) -> None:
-    key = Path(swarm["bootstrap"].process.args[4])
+    arguments = swarm["bootstrap"].process.args
+    assert isinstance(arguments, list)
+    key = Path(arguments[4])
     second = peerd(*LOOPBACK, "--identity", str(key))
     assert second.returncode == 2
     assert "--identity" in second.stderr

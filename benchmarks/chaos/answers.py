@@ -151,10 +151,12 @@ class Reference:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        quiet: Any = logging
+        quiet.disable_progress_bar()
         where: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+        self._model: Any = model.eval()
 
     def judge(self, answers: Sequence[Answer]) -> Verdict:
         """Compare every token with the reference's token after the tokens before it. Slow."""

@@ -80,9 +80,9 @@ class ChaosSwarm:
         self.members.sort(key=lambda member: member.name)
 
     async def _start_one(self, name: str, span: Span, model: Path, bootstrap: Multiaddr) -> None:
-        serve = ("--serve-blocks", str(span), "--model", str(model), "--bootstrap", str(bootstrap))
+        serve = ["--serve-blocks", str(span), "--model", str(model), "--bootstrap", str(bootstrap)]
         # Every token is compared with Transformers' own in float32.
-        serve += ("--quantize", "none")
+        serve += ["--quantize", "none"]
         # Twins announce the same speed, so that they share the work.
         peer = await self._processes.start(*serve, "--kv-tokens", str(KV_TOKENS), "--throughput", "1000")
         member = Member(name, span, peer)

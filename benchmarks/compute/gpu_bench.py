@@ -180,17 +180,18 @@ def as_transformers_quantizes(model: SpanModel, form: str) -> None:
             "output_features": linear.out_features,
             "bias": linear.bias is not None,
         }
+        layers: Any = bnb.nn
         weight = linear.weight.data
         if form == "int8":
-            new: Any = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=6.0)
-            new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            new: Any = layers.Linear8bitLt(**shape, has_fp16_weights=False, threshold=6.0)
+            new.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         else:
-            new = bnb.nn.Linear4bit(**shape, compute_dtype=model.dtype, quant_type="nf4")
-            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            new = layers.Linear4bit(**shape, compute_dtype=model.dtype, quant_type="nf4")
+            new.weight = layers.Params4bit(weight, requires_grad=False, quant_type="nf4")
         if linear.bias is not None:
             new.bias = linear.bias
         model.layers.set_submodule(name, new.to(model.device))
-        linear.weight = None
+        del linear.weight
 
 
 def weight_bytes(model: SpanModel) -> int:

@@ -19,7 +19,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compute.quantization_bench import CONTEXT_TOKENS, PREFILL_TOKENS, SessionSize, decode_s, run_all, submit
+from benchmarks.compute.quantization_bench import CONTEXT_TOKENS, PREFILL_TOKENS, decode_s, run_all, submit
 from benchmarks.quality import agreement, divergence, log_probabilities, perplexity, text_tokens
 from benchmarks.swarms.swarm_bench import (
     DECODE_TOKENS,
@@ -43,6 +43,7 @@ from peerd.compute.quantized.group_matrix import Choice, GroupMatrix
 from peerd.compute.quantized.groups import group_form
 from peerd.compute.quantized.modules import matrices_in
 from peerd.compute.quantized.product_choice import NO_LIMIT
+from peerd.protocol.rows import SessionSize
 from peerd.protocol.span import Span
 
 PLAIN, PACKED = "none", "packed"

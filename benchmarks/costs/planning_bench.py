@@ -8,8 +8,11 @@ same offers again; for replacing one hop; and for a training pass of 64 requests
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from random import Random
 
 from peerd.protocol.identity import Identity, PeerId
@@ -37,7 +40,7 @@ def make_offers(shortest: int, longest: int, random: Random) -> tuple[list[Offer
     record = sign_record(identities[0], PeerRecord(seq=1, expires=1.0, addresses=("/ip4/192.0.2.1/tcp/1/ws",)))
 
     def apart_s(one: tuple[float, float], other: tuple[float, float]) -> float:
-        return 0.002 + 0.15 * ((one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2) ** 0.5
+        return 0.002 + 0.15 * math.dist(one, other)
 
     digests = [bytes([block]) * 32 for block in range(BLOCKS)]
     offers = []
@@ -75,23 +78,23 @@ def least_ms(work: Callable[[], object]) -> float:
     return min(times) * 1000
 
 
+def plan(given: Sequence[Offer] | OfferTable, blocks: Span, needs: ChainNeeds) -> object:
+    return plan_chain(given, blocks, needs=needs, random=Random(1))
+
+
 def main() -> None:
     print("| spans | cold | again | one hop | pass of 64 |\n|---|---|---|---|---|")
     for shortest, longest in ((2, 8), (4, 32), (16, 128)):
         offers, rtts_s = make_offers(shortest, longest, Random(1))
         table, whole = OfferTable(offers), Span(0, BLOCKS)
 
-        def plan(
-            given: list[Offer] | OfferTable, blocks: Span = whole, rtts_s: dict[PeerId, float] = rtts_s, **more: int
-        ) -> object:
-            needs = ChainNeeds(rtts_s, tokens=100, position_bytes=8192, **more)
-            return plan_chain(given, blocks, needs=needs, random=Random(1))
-
+        needs = ChainNeeds(rtts_s, tokens=100, position_bytes=8192)
+        of_a_pass = replace(needs, positions=256, requests=64)
         works: list[Callable[[], object]] = [
-            lambda plan=plan, offers=offers: plan(offers),
-            lambda plan=plan, table=table: plan(table),
-            lambda plan=plan, table=table: plan(table, Span(60, 68)),
-            lambda plan=plan, table=table: plan(table, positions=256, requests=64),
+            partial(plan, offers, whole, needs),
+            partial(plan, table, whole, needs),
+            partial(plan, table, Span(60, 68), needs),
+            partial(plan, table, whole, of_a_pass),
         ]
         print(f"| {shortest} to {longest} blocks |", " | ".join(f"{least_ms(work):.1f}" for work in works), "|")
 

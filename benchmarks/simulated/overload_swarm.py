@@ -21,6 +21,7 @@ from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
 from peerd.net.connections import Connections, Stream, open_connections
+from peerd.net.handlers import StreamHandler
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, PeerId
@@ -200,7 +201,7 @@ class Overload:
         engine = FakeEngine(BLOCKS, hidden_size=WIDTH, kv_tokens=self.plan.slots * self._tokens)
         served = ServedSpan(MODEL, self._tokens, EngineTask(engine, run_batch=_run_batch))
         server = Server(unix_now)
-        handlers = dict(server.handlers)
+        handlers: dict[str, StreamHandler] = dict(server.handlers)
         handlers[INFER_PROTOCOL] = self._noting(serving, handlers[INFER_PROTOCOL])
         async with open_tasks() as tasks:
             await tasks.start(server.run)

@@ -80,7 +80,8 @@ def noise(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     direction = torch.randn(output.shape, generator=generator)
     direction /= direction.norm(dim=-1, keepdim=True)
-    return output + 0.01 * (output - inputs).norm(dim=-1, keepdim=True) * direction
+    added: torch.Tensor = (output - inputs).norm(dim=-1, keepdim=True)
+    return output + 0.01 * added * direction
 
 
 LIES = (
@@ -152,7 +153,8 @@ def run_lie(
 def relative(inputs: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """By row and position, how far apart two outputs are: what `distance` takes a quantile of."""
     added = torch.maximum((one - inputs).norm(dim=-1), (other - inputs).norm(dim=-1))
-    return (one - other).norm(dim=-1) / added
+    apart: torch.Tensor = (one - other).norm(dim=-1)
+    return apart / added
 
 
 def simulated(errors: torch.Tensor, random: Random) -> float:

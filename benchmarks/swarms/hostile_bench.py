@@ -38,7 +38,7 @@ from peerd.net.transport import MessageChannel
 from peerd.net.websockets.transport import WebSocketTransport
 from peerd.peer import open_peer
 from peerd.protocol.addresses import Multiaddr
-from peerd.protocol.connection.frames import CreditFrame, PingFrame, ResetFrame, encode_frame
+from peerd.protocol.connection.frames import CreditFrame, Frame, PingFrame, ResetFrame, encode_frame
 from peerd.protocol.connection.noise import Handshake
 from peerd.protocol.errors import PeerFault
 from peerd.protocol.identity import Identity, PeerId
@@ -195,7 +195,7 @@ class Attackers:
     async def mutated_frames(self) -> None:
         async def attack(peer: HostilePeer) -> None:
             stream = await peer.open(INFER_PROTOCOL)
-            frames = [PingFrame(bytes(8)), CreditFrame(stream, 2**31 - 1), ResetFrame(stream, "cancelled")]
+            frames: list[Frame] = [PingFrame(bytes(8)), CreditFrame(stream, 2**31 - 1), ResetFrame(stream, "cancelled")]
             while True:
                 await peer.send(mutated_bytes(encode_frame(self.random.choice(frames)), self.random))
                 await trio.sleep(0.02)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 PROMPT_POSITIONS, RANK = 8, 4
-_CAUSAL = {"task_type": "CAUSAL_LM"}
+_CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True, slots=True)

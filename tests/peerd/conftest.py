@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -384,7 +384,7 @@ async def _open_swarm() -> AsyncIterator[Swarm]:
 
 
 @pytest.fixture
-def open_swarm() -> Callable[[], object]:
+def open_swarm() -> Callable[[], AbstractAsyncContextManager[Swarm]]:
     """`async with open_swarm() as swarm:` an empty swarm, torn down at the end."""
     return _open_swarm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,6 @@ def test_what_attention_does_not_know_is_refused_rather_than_ignored(name: str):
 
 
 @pytest.mark.parametrize("view", [BatchView, RowView, MixedView])
-def test_a_cache_takes_no_argument_that_it_would_ignore(view: type):
+def test_a_cache_takes_no_argument_that_it_would_ignore(view: Any):
     with pytest.raises(TypeError, match="an_option_of_tomorrow"):
         view.update(None, None, None, 0, an_option_of_tomorrow=1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from peerd.compute.engine import throughput
 from peerd.compute.engine.throughput import measure_throughput, measured_throughput
 from peerd.protocol.span import Span
 from peerd.testing.fake_engine import FakeEngine
@@ -98,7 +98,7 @@ def test_the_rate_is_a_blocks_share_of_a_decode_step(engine: CountingEngine, mon
         return FakeEngine.run(engine, batch)
 
     monkeypatch.setattr(engine, "run", run)
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     assert measure_throughput(engine) == pytest.approx(4 / 0.1)
 
 

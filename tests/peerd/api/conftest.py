@@ -162,6 +162,7 @@ class Answer:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    ended: trio.Event = field(default_factory=trio.Event)
 
     @property
     def json(self):

@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 import trio
 
+from tests.peerd.api.conftest import Answer
+
 ASKED = {"model": "bytes", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 900}
 PATHS = {
     "/v1/chat/completions": ASKED,
@@ -30,10 +32,7 @@ async def cancel_after(caller, path, asked, request_id=None):
 
 
 async def begin(caller, path, asked, request_id, task_status):
-    from tests.peerd.api.conftest import Answer
-
     answer = Answer()
-    answer.ended = trio.Event()
     task_status.started(answer)
     headers = [(b"x-request-id", request_id.encode())] if request_id else []
     await caller.post(path, asked, answer=answer, headers=headers)

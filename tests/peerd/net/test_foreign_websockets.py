@@ -102,6 +102,8 @@ class Client:
     def __init__(self, stream):
         self.stream = stream
         self.websocket = WSConnection(ConnectionType.CLIENT)
+        # What the server answered to the upgrade.
+        self.answer = None
 
     @classmethod
     @asynccontextmanager

@@ -328,6 +328,7 @@ async def test_a_peer_takes_circuits_only_from_relays_where_it_reserved():
         stream = await stranger.open_stream(id_of(10), CIRCUIT_PROTOCOL)
         await stream.send({"type": "circuit", "peer": id_of(20)})
         said = parse((await stream.receive()).header, ALL_ANSWERS)
+        assert isinstance(said, Failure)
         assert (said.code, reservations.circuits) == ("not_served", 0)
 
 

@@ -170,7 +170,8 @@ async def test_no_way_of_breaking_a_question_harms_a_peer(open_swarm, protocol, 
         assert host.connections.budget.used_bytes == 0
 
 
-CODES = [cls.code for cls in (PeerdError, *PeerdError.__subclasses__(), *PeerFault.__subclasses__())]
+ERRORS: list[type[PeerdError]] = [PeerdError, *PeerdError.__subclasses__(), *PeerFault.__subclasses__()]
+CODES = [cls.code for cls in ERRORS]
 ANSWERS = [
     *({"type": "error", "code": code, "message": "boo"} for code in dict.fromkeys([*CODES, "internal", "unheard_of"])),
     {"type": "error"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +177,7 @@ def loaded() -> dict[tuple[Span, Numerics], SpanModel]:
 
 @pytest.fixture
 def open_tribunal(
-    open_swarm: Callable[[], object],
+    open_swarm: Callable[[], AbstractAsyncContextManager[Swarm]],
     checkpoint: Checkpoint,
     measured_thresholds: Thresholds,
     loaded: dict[tuple[Span, Numerics], SpanModel],
