@@ -49,7 +49,7 @@ from peerd.server.sessions.session_table import HostedSessions, SessionKey
 from peerd.server.step_meter import StepMeter
 from peerd.server.training.lane import PassSpan
 from peerd.server.training.lanes import PassServer
-from peerd.server.training.span_training import SpanTrainings
+from peerd.server.training.span_trainings import SpanTrainings
 
 # A client whose connection broke may come back to its session for this long (spec/sessions/session.md).
 LINGER_S = 15.0
