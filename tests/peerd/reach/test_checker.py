@@ -153,8 +153,8 @@ async def test_before_the_first_dial_back_a_peer_behind_a_nat_is_a_client() -> N
 async def test_a_peer_seen_by_proxies_only_is_a_client_and_wants_relays() -> None:
     async with world() as net:
         first = await net.open(PUBLIC[0])
-        say = partial(hello_with, first.connections._runs._hello_to, "127.0.0.1")
-        first.connections._runs._hello_to = say
+        introduction = first.connections._introduction
+        introduction.hello_to = partial(hello_with, introduction.hello_to, "127.0.0.1")
         net.bootstrap = first.addresses
         peer = await net.at_home()
         await trio.sleep(60)

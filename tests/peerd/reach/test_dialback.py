@@ -52,8 +52,8 @@ async def test_strangers_that_dial_us_are_neither_believed_nor_asked() -> None:
         net.bootstrap = ()
         for number, sees in enumerate(["9.9.9.9"] * 6 + [PUBLIC[2]] * 2):
             stranger = await net.open(f"8.8.{number}.8", listen=[])
-            say = partial(hello_with, stranger.connections._runs._hello_to, sees)
-            stranger.connections._runs._hello_to = say
+            introduction = stranger.connections._introduction
+            introduction.hello_to = partial(hello_with, introduction.hello_to, sees)
             stranger.connections.handlers[DIALBACK_PROTOCOL] = lie
             await stranger.connections.connect(peer.peer_id, peer.addresses)
             await trio.sleep(1)
