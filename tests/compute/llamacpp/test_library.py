@@ -14,6 +14,7 @@ import pytest
 from peerd.compute.errors import UnusablePackageError
 from peerd.compute.llamacpp import library
 from peerd.compute.llamacpp.library import PACKAGE, load_library
+from peerd.compute.llamacpp.structs import CONTEXT_DEFAULTS
 from tests.compute.llamacpp.conftest import needs_llamacpp
 
 Install = Callable[..., None]
@@ -71,7 +72,7 @@ def test_a_package_without_a_library_is_as_good_as_missing(install: Install):
 @needs_llamacpp
 def test_a_library_whose_parameters_lie_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch):
     load_library.cache_clear()
-    monkeypatch.setattr(library, "CONTEXT_DEFAULTS", {**library.CONTEXT_DEFAULTS, "n_batch": 512})
+    monkeypatch.setattr(library, "CONTEXT_DEFAULTS", {**CONTEXT_DEFAULTS, "n_batch": 512})
     assert "laid out in a way that peerd does not know (n_batch)" in refusal()
     load_library.cache_clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -57,7 +58,8 @@ def test_a_norm_that_llama_cpp_would_die_of_is_not_given_to_it(tmp_path: Path):
     path = tmp_path / "model.gguf"
     write_gguf(path, "llama", metadata_of("llama", model.config), dict(stored_tensors("llama", model)))
     with open_checkpoint(path) as checkpoint:
-        tensors = dict(checkpoint.weights.file.tensors)
+        weights: Any = checkpoint.weights
+        tensors = dict(weights.file.tensors)
         norm = tensors["blk.3.attn_norm.weight"]
         object.__setattr__(norm, "kind", gguf.GGMLQuantizationType.F16)
         assert why_not(checkpoint) == "stores blk.3.attn_norm.weight as F16, which llama.cpp takes in F32 only"

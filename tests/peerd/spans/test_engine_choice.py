@@ -155,7 +155,8 @@ def test_a_span_is_announced_as_what_computes_it(checkpoint: Checkpoint, caplog:
 def test_its_memory_is_that_of_the_file_and_of_kv_in_fp16(checkpoint: Checkpoint):
     spec = ServeSpec(engine=LLAMACPP)
     wanted = memory_budget(spec, checkpoint, Span(1, 3))
-    stored = checkpoint.weights.file.tensors
+    weights: Any = checkpoint.weights
+    stored = weights.file.tensors
     own = [tensor for name, tensor in stored.items() if name.startswith(("blk.1.", "blk.2."))]
     assert wanted.blocks == sum(tensor.n_bytes for tensor in own)
     # Two blocks, keys and values of two heads of 16, 2 bytes each.
