@@ -21,7 +21,8 @@ from random import Random
 import trio
 from trio.testing import MockClock
 
-from benchmarks.simulated.placement_swarm import Swarm, World, fake_record
+from benchmarks.simulated.placement_swarm import Swarm
+from benchmarks.simulated.placement_world import World, fake_record
 from peerd.protocol.identity import Identity
 from peerd.protocol.span import Span
 from peerd.routing.directory.holding import Holding

@@ -8,7 +8,8 @@ import pytest
 import trio
 
 from benchmarks.simulated.placement_sim import against_the_best, simulate
-from benchmarks.simulated.placement_swarm import Server, Swarm, World, most_flow
+from benchmarks.simulated.placement_swarm import Server, Swarm, most_flow
+from benchmarks.simulated.placement_world import World
 from peerd.protocol.span import Span
 from peerd.routing.placement.flow import swarm_flow
 
