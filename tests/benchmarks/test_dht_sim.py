@@ -13,8 +13,8 @@ from benchmarks.simulated import dht_sim
 from benchmarks.simulated.dht_swarm import Swarm, SwarmPlan
 from peerd.routing.dht.record_sets import newest
 
-# An hour of 150 peers, three in ten of them replaced, as the figures of `make bench-dht` are taken.
-PLAN = SwarmPlan(peers=150, serving=0.05, clients=5, hours=1.0, joins_a_second=5.0)
+# An hour of 100 peers, three in ten of them replaced, as the figures of `make bench-dht` are taken.
+PLAN = SwarmPlan(peers=100, serving=0.07, clients=5, hours=1.0, joins_a_second=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_tables_hold_few_that_are_gone(figures: dict[str, Any]) -> None:
 
 def test_the_table_and_the_json_say_the_same(figures: dict[str, Any]) -> None:
     table = dht_sim.as_table(json.loads(json.dumps(figures)))
-    assert "150 peers" in table
+    assert "100 peers" in table
     assert "100%" in table
 
 

@@ -29,7 +29,7 @@ from peerd.server.quotas import AdapterRoom
 from peerd.server.served_spans import ServedSpan
 from peerd.server.server import Server
 from peerd.spans.loading import LoadedSpan
-from peerd.spans.mover import LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MAX_HESITATION_S, Rebalancer
+from peerd.spans.mover import LOOK_S, LOOK_SPREAD, MAX_DRAIN_S, MoveTiming, Rebalancer
 from peerd.spans.slots import Slot, Slots
 from peerd.testing.fake_engine import FakeEngine
 from peerd.testing.network import MemoryNetwork
@@ -59,7 +59,9 @@ EXPECTED = ServerRecord(
     max_length=MAX_LENGTH,
 )
 
-ROUND_S = LOOK_S * (1 + LOOK_SPREAD) + MAX_HESITATION_S + 10
+# Servers look three times as often as they usually do, for a third of the time is to be simulated.
+TIMING = MoveTiming(look_s=LOOK_S / 3)
+ROUND_S = TIMING.look_s * (1 + LOOK_SPREAD) + TIMING.hesitation_s + 10
 
 
 def unix_now() -> float:
@@ -133,7 +135,7 @@ class Peer:
 
     def start_moving(self, seed: int) -> None:
         self.rebalancer = Rebalancer(
-            self.slot, self.loader, self.server, self.discovery, self.identity.peer_id, BLOCKS, Random(seed)
+            self.slot, self.loader, self.server, self.discovery, self.identity.peer_id, BLOCKS, Random(seed), TIMING
         )
         self.tasks.start_soon(self.rebalancer.run)
 

@@ -11,10 +11,10 @@ import trio
 
 from peerd.compute.errors import CheckpointError, DiskFullError
 from peerd.protocol.span import Span
-from peerd.spans.mover import LOOK_S, LOOK_SPREAD, MAX_DRAIN_S
+from peerd.spans.mover import LOOK_SPREAD, MAX_DRAIN_S
 from peerd.testing.fake_engine import fake_forward
 from peerd.trio_tools import open_tasks
-from tests.fakes.moving_fixture import BLOCKS, MODEL, ROUND_S, Peer, open_swarm, tokens, until
+from tests.fakes.moving_fixture import BLOCKS, MODEL, ROUND_S, TIMING, Peer, open_swarm, tokens, until
 
 
 async def test_a_spare_server_closes_a_gap() -> None:
@@ -184,7 +184,7 @@ async def test_a_load_that_fails_goes_back_and_is_tried_again_ever_later(caplog:
         assert spare.loader.loads == [Span(4, 8), Span(0, 4)] * 3
         assert spare.states() == {"0:4": "online"}
         assert "cannot load blocks 4:8: a shard is damaged; going back to 0:4" in caplog.text
-        assert times[4] - times[2] > 2 * LOOK_S * (1 - LOOK_SPREAD) * 2
+        assert times[4] - times[2] > 2 * TIMING.look_s * (1 - LOOK_SPREAD) * 2
         async with swarm.session() as session:
             assert session is not None
         spare.loader.failing.clear()
