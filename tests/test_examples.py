@@ -39,7 +39,7 @@ def test_a_trio_program_can_hold_a_swarm_and_ask_it() -> None:
         [sys.executable, EXAMPLES / "embed_in_trio.py", "What is the capital of France?"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
