@@ -8,6 +8,8 @@ STAMP := $(VENV)/.ready
 # uv resolves pins; nothing else needs it.
 TOOLS := .venv-tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# What one process has compiled, the next ones read, also where a container's image forbids it: tests start a hundred.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: audit sbom fuzz dead-code demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
 
