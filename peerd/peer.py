@@ -231,6 +231,7 @@ async def open_peer(
     hub: HubSettings | None = None,
     relay: RelayLimits | None = None,
     may_be_relayed: bool = True,
+    may_punch: bool = True,
     transport: Transport | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Peer]:
@@ -247,6 +248,8 @@ async def open_peer(
         else; 0 for never. None takes 1/50, and 0 in a private swarm. An audit shows the answer to those servers.
     relay: the limits of our relay for peers that nobody can dial; None for no relay.
     may_be_relayed: whether we may use relays, to be reached if nobody can dial us, and to reach such peers.
+    may_punch: whether we try to reach peers behind relays directly, through their NATs and ours. They learn our IP
+        address then.
     hub: how models with a hub id are downloaded; None takes huggingface_hub's environment variables.
 
     Raises OSError if an address is taken, ValueError for a malformed one, CheckpointError, PeerdError.
@@ -264,6 +267,7 @@ async def open_peer(
         hub=hub or HubSettings(),
         relay=relay,
         may_be_relayed=may_be_relayed,
+        may_punch=may_punch,
         transport=transport or WebSocketTransport(),
         now=now,
     )

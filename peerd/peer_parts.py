@@ -53,6 +53,7 @@ class PeerConfig:
     hub: HubSettings = field(default_factory=HubSettings)
     relay: RelayLimits | None = None
     may_be_relayed: bool = True
+    may_punch: bool = True
     transport: Transport = field(default_factory=WebSocketTransport)
     now: Callable[[], float] = time.time
 
@@ -88,6 +89,7 @@ async def open_net(
         handlers=server.handlers if server is not None else {},
         swarm_key=config.swarm_key,
         may_be_relayed=config.may_be_relayed,
+        may_punch=config.may_punch,
         dial_rules=_dial_rules(config.bootstrap, where),
         now=config.now,
         containment=containment,

@@ -64,6 +64,7 @@ class Status:
                 {
                     "peer_id": str(peer_id),
                     "rtt_ms": _milliseconds(connection.rtt_s),
+                    "way": connection.way,
                     "relay": None if connection.relay is None else str(connection.relay.peer_id),
                 }
                 for peer_id, connection in sorted(connections.items(), key=lambda item: str(item[0]))

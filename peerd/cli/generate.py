@@ -62,6 +62,7 @@ async def generate(
                 swarm_key=joining.swarm_key,
                 rules=joining.rules,
                 may_be_relayed=joining.may_be_relayed,
+                may_punch=joining.may_punch,
                 hub=hub,
             )
             peer = await stack.enter_async_context(opening)

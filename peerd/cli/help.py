@@ -46,7 +46,7 @@ HEADINGS = {
     ),
     "Join a swarm": ("bootstrap", "swarm_key", "identity"),
     "Choose whose blocks to use": ("allowed", "blocked", "trusted", "manifests", "audit", "audit_limits"),
-    "Be reached by others": ("listen", "announce", "no_relay"),
+    "Be reached by others": ("listen", "announce", "no_relay", "no_punch"),
     "Relay for peers behind NATs": (
         "relay",
         "slots",

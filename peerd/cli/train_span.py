@@ -63,6 +63,7 @@ async def train_span(model_path: Path | str, joining: JoinOptions, request: Trai
                     swarm_key=joining.swarm_key,
                     rules=joining.rules,
                     may_be_relayed=joining.may_be_relayed,
+                    may_punch=joining.may_punch,
                 )
             )
             checkpoint = await stack.enter_async_context(peer.checkpoints.open(model_path))

@@ -39,10 +39,13 @@ class ConnectionMaker:
     rates: EntryRates
     on_lost: Callable[[PeerConnection], None]
 
-    def make(self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None) -> PeerConnection:
+    def make(
+        self, channel: MessageChannel, *, initiator: bool, expected: PeerId | None = None, punched: bool = False
+    ) -> PeerConnection:
         """Make a connection; nothing runs yet.
 
-        initiator: whether we dialled. expected: the peer that must prove its identity; None takes any.
+        initiator: whether we dialled. expected: the peer that must prove its identity; None takes any. punched: whether
+            both sides dialled, and `initiator` is what they agreed on.
         """
         relay = relay_of(channel)
         # Connections from one network share one owner's limit on buffers. A proxy's address does not identify a peer.
@@ -66,6 +69,8 @@ class ConnectionMaker:
             rates=self.rates,
             on_lost=self.on_lost,
             relay=relay,
+            far_ip=channel.far_ip if isinstance(channel, CircuitChannel) else None,
+            punched=punched,
         )
 
 

@@ -90,10 +90,21 @@ class ConnectionRuns:
         await connection.run(partial(self._settle_dialled, arrived))
         return connection
 
+    async def run_met(
+        self, channel: MessageChannel, peer_id: PeerId, arrived: Arrived, *, initiator: bool
+    ) -> PeerConnection:
+        """Run a connection for which both sides dialled to its end, as `run_dialled` does. `initiator`: whether we
+        count as the side that dialled.
+        """
+        connection = self._maker.make(channel, initiator=initiator, expected=peer_id, punched=True)
+        await connection.run(partial(self._settle_dialled, arrived))
+        return connection
+
     async def _settle_dialled(self, arrived: Arrived, connection: PeerConnection) -> None:
         await self._wait_proven(connection)
         await self._settle(connection, arrived)
-        await self._live.close_when_unused(connection)
+        if connection.dialled:
+            await self._live.close_when_unused(connection)
 
     async def _welcome(self, visit: Visit, connection: PeerConnection) -> None:
         await self._wait_proven(connection)

@@ -20,6 +20,7 @@ from peerd.net.containment import Containment
 from peerd.net.dial_policy import DialPolicy, DialRules
 from peerd.net.dialling.circuits import CircuitChannel
 from peerd.net.dialling.dialler import Dialler
+from peerd.net.dialling.meeting import Meetings
 from peerd.net.dialling.prove import prove
 from peerd.net.dialling.sightings import Sightings
 from peerd.net.handlers import StreamHandler
@@ -48,6 +49,7 @@ class Connections:
 
     handlers: protocol id -> the function that runs for each stream of it that a peer opens. `handle` adds one.
     may_be_relayed: whether we reach others through relays if there is no other way.
+    may_punch: whether we try to reach others directly beside a relay, for which relays may tell them our IP address.
     own_policy: which addresses may be dialled for our own purposes; strangers_policy: which ones if a stranger named
         them.
     """
@@ -63,6 +65,7 @@ class Connections:
         agent: str,
         roles: Sequence[str],
         may_be_relayed: bool,
+        may_punch: bool,
         dial_rules: DialRules,
         limits: Limits,
         now: Callable[[], float],
@@ -81,6 +84,7 @@ class Connections:
         self.listen_addresses: tuple[Multiaddr, ...] = ()
         self._introduction = Introduction(agent, now, self.handlers, roles)
         self.may_be_relayed = may_be_relayed
+        self.may_punch = may_punch
         self.own_policy = dial_rules.own
         self.strangers_policy = dial_rules.strangers
         self._transport = transport
@@ -108,8 +112,11 @@ class Connections:
             containment,
             nursery,
             may_be_relayed=may_be_relayed,
+            shows_ip=may_punch,
             trusted=dial_rules.trusted,
         )
+        #: Meets peers behind NATs that dial us at the same moment.
+        self.meetings = Meetings(transport, self._runs.run_met, self._introduction, swarm_key, containment, nursery)
         self._loopback: PeerConnection | None = None
 
     def __repr__(self) -> str:
@@ -269,6 +276,7 @@ async def open_connections(
     agent: str = DEFAULT_AGENT,
     roles: Sequence[str] = (),
     may_be_relayed: bool = True,
+    may_punch: bool = True,
     dial_rules: DialRules | None = None,
     limits: Limits | None = None,
     now: Callable[[], float] = time.time,
@@ -281,6 +289,7 @@ async def open_connections(
 
     swarm_key: the private swarm's 32 bytes. agent, roles, now: what our hellos say; `now` is in seconds since 1970.
     may_be_relayed: whether we reach others through relays if there is no other way.
+    may_punch: whether relays may tell the peers that we reach through them our IP address.
     dial_rules: which addresses may be dialled; None means all.
     containment: handles bugs, also those in handlers; None makes one for these connections.
     buffer_bytes: how many bytes peers may make us hold in buffers, over all connections.
@@ -299,6 +308,7 @@ async def open_connections(
             agent=agent,
             roles=roles,
             may_be_relayed=may_be_relayed,
+            may_punch=may_punch,
             dial_rules=dial_rules or DialRules(),
             limits=limits or Limits(),
             now=now,

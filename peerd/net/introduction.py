@@ -26,7 +26,7 @@ class Introduction:
     listen_as: Sequence[Multiaddr] = ()
 
     def hello_to(self, connection: PeerConnection) -> Hello:
-        """Our hello for the peer at the other end, which also says at which address we see that peer."""
+        """Our hello for the peer at the other end, which also says at which address and port we see that peer."""
         return Hello(
             agent=self.agent,
             time_us=int(self.now() * 1e6),
@@ -34,4 +34,5 @@ class Introduction:
             addresses=tuple(map(str, self.listen_as))[:MAX_ITEMS],
             observed_ip=str(connection.remote_ip or ""),
             roles=tuple(self.roles)[:MAX_ITEMS],
+            observed_port=connection.remote_port,
         )

@@ -34,6 +34,11 @@ SHARE_OF_A_NETWORK = 4
 IDLE_S = 120.0
 # The pause between two checks whether an unused connection may be closed.
 LOOK_AGAIN_S = 15.0
+# A relayed connection whose place a direct one has taken is closed when it was unused for this long. The peer may have
+# opened one more stream on it before it knew of the direct one.
+RETIRED_S = 10.0
+
+_REPLACED = "replaced"
 
 Observer = Callable[[PeerConnection], None]
 
@@ -54,6 +59,8 @@ class LiveConnections:
         self._live: dict[PeerId, PeerConnection] = {}
         # Connections of peers that dialled us and have proved their identity, but are not among the live ones yet.
         self._arriving: set[PeerConnection] = set()
+        # Relayed connections whose streams go on although a direct one has taken their place.
+        self._retired: dict[PeerId, PeerConnection] = {}
         self._arrival = trio.lowlevel.ParkingLot()
         # Bytes a second of the fastest line among the connections that have ended.
         self._uplink = 0.0
@@ -88,12 +95,17 @@ class LiveConnections:
         return connection
 
     async def is_better(self, connection: PeerConnection) -> bool:
-        """Whether a new connection is better than our connection to the same peer, which may no longer answer."""
+        """Whether a new connection is better than our connection to the same peer, which may no longer answer.
+
+        One that both sides have punched is better than one through a relay, and does not end it: see `add`.
+        """
         while (old := self._live.get(connection.peer_id)) is not None:
             await trio.lowlevel.checkpoint()
+            if connection.punched and old.relay is not None:
+                return True
             if await old.answers(PROBE_S):
                 return False
-            old.close("replaced", "there is a newer connection")
+            old.close(_REPLACED, "there is a newer connection")
         return True
 
     @contextmanager
@@ -109,7 +121,10 @@ class LiveConnections:
     def add(self, connection: PeerConnection) -> None:
         """Note that both sides take this connection. Raises Overloaded if the peer dialled and there is no room."""
         if (old := self._live.get(connection.peer_id)) is not None:
-            old.close("replaced", "there is a newer connection")
+            if connection.punched and old.relay is not None:
+                self._retire(old)
+            else:
+                old.close(_REPLACED, "there is a newer connection")
         # Only for a peer that has proved its identity is another connection closed.
         else:
             self._make_room(connection)
@@ -125,6 +140,8 @@ class LiveConnections:
         if connection.uplink.bytes_a_second is not None:
             # The remembered value is halved each time, because we may have moved to a slower network.
             self._uplink = max(self._uplink / 2, connection.uplink.bytes_a_second)
+        if connection.retired.is_set() and self._retired.get(connection.peer_id) is connection:
+            del self._retired[connection.peer_id]
         if connection.agreement.is_settled and self._live.get(connection.peer_id) is connection:
             del self._live[connection.peer_id]
             log.log(_log_level(connection), "lost %s: %s", connection.peer_id, connection.lost)
@@ -136,19 +153,26 @@ class LiveConnections:
 
     async def close_when_unused(self, connection: PeerConnection) -> None:
         """Close a connection that we dialled when it was unused for IDLE_S, if enough others that we dialled are
-        left.
+        left; or, if a direct connection has taken its place, soon after its last stream.
         """
-        while True:
+        while not connection.retired.is_set():
             since, now = connection.unused_since, trio.current_time()
+            wake_at = now + LOOK_AGAIN_S
             if since is None:
-                await trio.sleep(IDLE_S)
+                wake_at = now + IDLE_S
             elif since + IDLE_S > now:
-                await trio.sleep_until(since + IDLE_S)
+                wake_at = since + IDLE_S
             elif sum(other.dialled for other in self._live.values()) > MIN_DIALLED:
                 connection.close(IDLE, f"it was not used for {IDLE_S:g} s")
                 return
-            else:
-                await trio.sleep(LOOK_AGAIN_S)
+            with trio.move_on_at(wake_at):
+                await connection.retired.wait()
+        while True:
+            left_s = RETIRED_S - connection.idle_s
+            if left_s <= 0:
+                break
+            await trio.sleep(left_s)
+        connection.close(_REPLACED, "there is a direct connection")
 
     @contextmanager
     def watching(self, *, connected: Observer | None = None, lost: Observer | None = None) -> Iterator[None]:
@@ -168,6 +192,19 @@ class LiveConnections:
             for observers, observer in pairs:
                 if observer is not None:
                     observers.remove(observer)
+
+    def _retire(self, old: PeerConnection) -> None:
+        """Open no more streams on a relayed connection. The peer that dialled it closes it when its streams have
+        ended.
+        """
+        if (older := self._retired.get(old.peer_id)) is not None:
+            # Direct connections to this peer come and go: what still uses the older relayed one goes to the new.
+            older.close(_REPLACED, "there is a newer connection")
+        self._retired[old.peer_id] = old
+        del self._live[old.peer_id]
+        old.retired.set()
+        log.debug("%s is reached directly now, and no longer through %s", old.peer_id, old.relay)
+        self._tell(self.on_lost, old)
 
     def _make_room(self, connection: PeerConnection) -> None:
         if len(self._live) < self._max_live:

@@ -121,6 +121,10 @@ class _Pipe:
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
         return None
 
+    @property
+    def remote_port(self) -> int:
+        return 0
+
     def delivery(self) -> Delivery | None:
         return None
 

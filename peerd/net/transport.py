@@ -7,6 +7,7 @@ other end, and does not encrypt: the handshake inside does both.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
@@ -23,6 +24,10 @@ class MessageChannel(Protocol):
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
         """The address at which the other side is seen; None if it is unknown."""
+
+    @property
+    def remote_port(self) -> int:
+        """The TCP port from which the other side is seen; 0 if it is unknown."""
 
     async def send(self, message: bytes) -> None:
         """Send one message. Raises ConnectionLost.
@@ -51,6 +56,29 @@ class Transport(Protocol):
 
         `tasks` holds what the channel needs to run, until it is closed. policy: to which of the IP addresses that the
         address stands for it may connect.
+        """
+
+    async def dial_from_own_port(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
+        """Connect to an address from the port on which we listen, or, if we listen on none, from one that stays the
+        same.
+
+        So the other side sees where a NAT puts that port. As `dial`, but the address has an IP, and no TLS; and what
+        was not sent when the channel is closed is lost.
+        """
+
+    def expecting(self, address: Multiaddr) -> AbstractContextManager[object]:
+        """Keep a connection that comes from this address during the block for `meet`, which dials it a little later.
+
+        The other side may dial earlier than we do. Where no NAT keeps its connection out, it would be served as any
+        other.
+        """
+
+    async def meet(self, address: Multiaddr, tasks: trio.Nursery, *, as_server: bool) -> MessageChannel:
+        """Connect to a peer that connects to us at this moment, both from their own ports to the other's.
+
+        Two NATs that would let neither side in take the other's first packet for an answer. One side is the server of
+        the websocket, and the other its client, whichever side's connection is the one that comes about. Tries until
+        it is cancelled, as often as a connection is refused. Raises ConnectFailed, VersionMismatch.
         """
 
     async def listen(

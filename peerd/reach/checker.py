@@ -186,7 +186,8 @@ class ReachChecker:
         """Note where a peer sees us. Only peers that we dialled count: a stranger could dial us many times."""
         with suppress(ConnectionLost):
             hello = await connection.wait_hello()
-            if connection.lost is not None:
+            if connection.lost is not None or connection.punched:
+                # Each of us has let the other in: that says nothing of peers that come without being asked.
                 return
             if not connection.dialled:
                 self._was_reached(connection, hello)
@@ -267,6 +268,8 @@ class ReachChecker:
             connection
             for connection in self._connections.live.values()
             if connection.dialled
+            # A NAT may let in whatever comes from an address to which our own port has sent something.
+            and not self._connections.meetings.has_reached(connection.remote_ip)
             and connection.hello is not None
             and connection.hello.seen_at == ip
             and DIALBACK_PROTOCOL in connection.hello.protocols

@@ -20,10 +20,12 @@ from peerd.net.connections import Connections
 from peerd.net.transport import Transport
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
+from peerd.protocol.messages.punch import PUNCH_PROTOCOL
 from peerd.protocol.messages.relay import RELAY_PROTOCOL, RELAY_ROLE
 from peerd.reach.checker import ReachChecker, ReachReport, ReachState
 from peerd.reach.dialback import DialbackAnswerer
 from peerd.reach.own_addresses import dialable_forms
+from peerd.reach.puncher import Puncher
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import Reservations, open_reservations
@@ -163,4 +165,9 @@ async def open_reach(
         connections.handle(DIALBACK_PROTOCOL, answerer.answer)
     async with open_tasks() as tasks:
         tasks.start_soon(reachability.run)
+        if connections.may_punch and connections.may_be_relayed:
+            puncher = Puncher(connections)
+            connections.handle(PUNCH_PROTOCOL, puncher.answer)
+            keep = connections.containment.keep_running
+            tasks.start_soon(partial(keep, puncher.run, what="punching holes"))
         yield reachability

@@ -15,6 +15,7 @@ import trio
 from peerd.net.dialling.circuits import CIRCUIT_PRIORITY
 from peerd.net.limits.rates import TokenBucket
 from peerd.net.stream import Carrier, Stream
+from peerd.protocol.addresses import IpAddress
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import (
@@ -87,9 +88,10 @@ class Relay:
         try:
             self._check(stream)
             if isinstance(asked, Connect):
-                await self._call(stream, asked.peer)
+                await self._call(stream, asked)
             else:
-                await self._reserve(stream)
+                assert isinstance(asked, Reserve)
+                await self._reserve(stream, shows_ip=asked.shows_ip)
         except _Refused as refused:
             log.debug("refused %s: %s", stream.peer, refused.error)
             await stream.send(Failure.of(refused.error).to_header(), priority=Priority.CONTROL)
@@ -102,7 +104,7 @@ class Relay:
 
     # Reservations.
 
-    async def _reserve(self, stream: Stream) -> None:
+    async def _reserve(self, stream: Stream, *, shows_ip: bool) -> None:
         peer = stream.peer
         try:
             self.ledger.reserve(peer, stream.connection.accountable_ip)
@@ -110,7 +112,7 @@ class Relay:
             raise _Refused(error) from error
         if (old := self._reservations.get(peer)) is not None:
             old.replaced.cancel()
-        reservation = self._reservations[peer] = _Reservation(stream.connection)
+        reservation = self._reservations[peer] = _Reservation(stream.connection, shows_ip=shows_ip)
         log.info("reserved a slot for %s: %d of %d taken", peer, self.ledger.slots, self._limits.slots)
         try:
             with reservation.replaced:
@@ -144,7 +146,8 @@ class Relay:
 
     # Circuits.
 
-    async def _call(self, stream: Stream, peer: PeerId) -> None:
+    async def _call(self, stream: Stream, asked: Connect) -> None:
+        peer = asked.peer
         if peer in (stream.peer, self._peer_id):
             raise _Refused(InvalidRequest("a circuit leads to a third peer"))
         reservation = self._reservations.get(peer)
@@ -152,16 +155,19 @@ class Relay:
             raise _Refused(ConnectFailed(f"{peer} has no reservation here"))
         try:
             with self.ledger.circuit(stream.peer, stream.connection.accountable_ip, peer, trio.current_time()):
-                far = await _opened(reservation.connection, stream.peer)
-                await self._stand(stream, far)
+                # A peer is told the other's address only if it shows its own.
+                show = asked.shows_ip and reservation.shows_ip
+                caller = IncomingCall(stream.peer, stream.connection.remote_ip if show else None)
+                far = await _opened(reservation.connection, caller)
+                await self._stand(stream, far, reservation.connection.remote_ip if show else None)
         except PeerdError as error:
             raise _Refused(error) from error
 
-    async def _stand(self, near: Stream, far: Stream) -> None:
+    async def _stand(self, near: Stream, far: Stream, far_ip: IpAddress | None) -> None:
         limits = self._limits
         circuit = _Circuit(near, far, limits, self)
         log.debug("%s has a circuit to %s", near.peer, far.peer)
-        answer = Connected(bytes_a_second=limits.bytes_a_second, circuit_s=limits.circuit_s)
+        answer = Connected(bytes_a_second=limits.bytes_a_second, circuit_s=limits.circuit_s, ip=far_ip)
         try:
             near.send_nowait(answer.to_header(), priority=Priority.CONTROL)
             await circuit.run()
@@ -179,12 +185,12 @@ class Relay:
         await trio.sleep(self._line.take(max(count, MIN_CHARGED_BYTES), trio.current_time()))
 
 
-async def _opened(connection: Carrier, caller: PeerId) -> Stream:
+async def _opened(connection: Carrier, call: IncomingCall) -> Stream:
     """Open the reserved peer's side of a circuit. Raises the error with which the peer refuses, or a PeerFault."""
     far = connection.open_stream(CIRCUIT_PROTOCOL, priority=CIRCUIT_PRIORITY)
     try:
         with trio.fail_after(ANSWER_S):
-            await far.send(IncomingCall(caller).to_header(), priority=Priority.CONTROL)
+            await far.send(call.to_header(), priority=Priority.CONTROL)
             reply = parse((await far.receive()).header, FROM_ACCEPTOR)
     except trio.TooSlowError:
         far.reset(Unresponsive.code)
@@ -203,11 +209,12 @@ async def _opened(connection: Carrier, caller: PeerId) -> Stream:
 
 class _Reservation:
     """The connection over which a peer with a reservation is reached. `replaced` ends it when the peer reserves
-    anew.
+    anew. `shows_ip`: callers that show their address may learn that of the peer.
     """
 
-    def __init__(self, connection: Carrier) -> None:
+    def __init__(self, connection: Carrier, *, shows_ip: bool) -> None:
         self.connection = connection
+        self.shows_ip = shows_ip
         self.replaced = trio.CancelScope()
 
 

@@ -126,18 +126,18 @@ class Reservations:
         """Handle a circuit that a relay brings, for as long as it is open."""
         try:
             with trio.fail_after(ANSWER_S):
-                caller = await hear_caller(stream)
+                call = await hear_caller(stream)
         except trio.TooSlowError:
             stream.reset(Unresponsive.code)
             return
-        if (refusal := self._refusal(stream, caller)) is not None:
-            log.debug("refused a circuit from %s through %s: %s", caller, stream.peer, refusal)
+        if (refusal := self._refusal(stream, call.peer)) is not None:
+            log.debug("refused a circuit from %s through %s: %s", call.peer, stream.peer, refusal)
             await stream.send(Failure.of(refusal).to_header(), priority=Priority.CONTROL)
             return
-        log.debug("accepted a circuit from %s through the relay %s", caller, stream.peer)
+        log.debug("accepted a circuit from %s through the relay %s", call.peer, stream.peer)
         self.circuits += 1
         try:
-            await self._connections.take(take_circuit(stream))
+            await self._connections.take(take_circuit(stream, call))
         finally:
             self.circuits -= 1
 
@@ -187,7 +187,7 @@ class Reservations:
 
     async def _renew_for_ever(self, relay: PeerConnection, stream: Stream) -> None:
         while True:
-            terms = await _reserve(stream)
+            terms = await _reserve(stream, Reserve(shows_ip=self._connections.may_punch))
             hello = await relay.wait_hello()
             if relay.peer_id not in self._held:
                 self._faults.succeeded(relay.peer_id)
@@ -256,11 +256,11 @@ class Reservations:
         )
 
 
-async def _reserve(stream: Stream) -> Reserved:
+async def _reserve(stream: Stream, asked: Reserve) -> Reserved:
     """Ask the relay for a reservation, or renew it. Raises the error with which the relay refuses, or a PeerFault."""
     try:
         with trio.fail_after(ANSWER_S):
-            await stream.send(Reserve().to_header())
+            await stream.send(asked.to_header())
             reply = parse((await stream.receive()).header, TO_RESERVED)
     except trio.TooSlowError:
         raise PeerFault(f"no answer within {ANSWER_S:g} s") from None

@@ -50,6 +50,7 @@ class MemoryChannel:
         self.host = host
         self.remote_host = remote_host
         self.remote_ip: IPv4Address | IPv6Address | None = ip_address(remote_host)
+        self.remote_port = 0
         self._inbox: deque[tuple[float, bytes]] = deque()
         self._inbox_bytes = 0
         self._moved = trio.lowlevel.ParkingLot()

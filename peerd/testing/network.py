@@ -9,6 +9,7 @@ the kernel of a stopped process acknowledges what the process cannot read, and a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from ipaddress import ip_address
 
 import trio
@@ -17,7 +18,9 @@ from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.transport import MessageChannel
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed
+from peerd.testing.meetings import Meetings
 from peerd.testing.memory_channel import MemoryChannel
+from peerd.testing.nats import NatKind, Nats
 
 _FIRST_PORT = 49152
 
@@ -44,9 +47,11 @@ class MemoryNetwork:
         self._stopped: set[str] = set()
         self._channels: set[MemoryChannel] = set()
         self._listeners: dict[tuple[str, int], tuple[trio.Nursery, Handler]] = {}
-        self._nats: dict[str, str] = {}
-        self._forwards: dict[tuple[str, int], tuple[str, int]] = {}
         self._next_port = _FIRST_PORT
+        #: The NATs in front of hosts.
+        self.nats = Nats()
+        #: Hosts that dial each other now.
+        self.meetings = Meetings(self.nats, self.latency, self._pipe, self.dialled)
 
     def __repr__(self) -> str:
         return f"<MemoryNetwork channels={len(self._channels)} listeners={len(self._listeners)}>"
@@ -105,13 +110,13 @@ class MemoryNetwork:
         for key in [key for key in self._listeners if key[0] == host]:
             del self._listeners[key]
 
-    def put_behind_nat(self, host: str, outside: str) -> None:
+    def put_behind_nat(self, host: str, outside: str, kind: NatKind = "port_preserving") -> None:
         """From now on others see the host at `outside`; only hosts behind the same address can dial it."""
-        self._nats[host] = outside
+        self.nats.put(host, outside, kind)
 
     def forward(self, outside: str, port: int, host: str) -> None:
         """Forward dials to a NAT's port to the same port of a host behind it."""
-        self._forwards[outside, port] = (host, port)
+        self.nats.forward(outside, port, host)
 
     def latency(self, one: str, other: str) -> float:
         """The seconds that a message takes one way."""
@@ -143,30 +148,36 @@ class MemoryNetwork:
         if self._listeners.get((host, port), (None,))[0] is nursery:
             del self._listeners[host, port]
 
-    def swallows(self, host: str, remote_host: str, port: int) -> bool:
-        """Whether a NAT drops dials to this address without an answer."""
-        inside = self._nats.get(remote_host)
-        if inside is not None and inside != self._nats.get(host):
-            return True
-        return remote_host in self._nats.values() and (remote_host, port) not in self._forwards
-
-    def connect(self, host: str, remote_host: str, port: int) -> MemoryChannel:
-        """A channel to the host that listens there. Raises ConnectFailed."""
-        seen_at = self._nats.get(host, host)
-        if self._nats.get(remote_host) == seen_at:
-            seen_at = host
-        dialled = ip_address(remote_host)
-        remote_host, port = self._forwards.get((remote_host, port), (remote_host, port))
+    def connect(self, host: str, remote_host: str, port: int, own_port: int | None = None) -> MemoryChannel:
+        """A channel to the host that listens there. Raises ConnectFailed. own_port: from which port; None: any."""
+        if own_port is None:
+            own_port, self._next_port = self._next_port, self._next_port + 1
+        dialled, dialled_port = ip_address(remote_host), port
+        seen_at, seen_port = self.nats.outside((host, own_port), (remote_host, port))
+        remote_host, port = self.nats.forwarded(remote_host, port)
         if (remote_host, port) not in self._listeners:
             refusal = ConnectionRefusedError(f"{remote_host}:{port} refused the connection")
             raise ConnectFailed(str(refusal)) from refusal
         nursery, handler = self._listeners[remote_host, port]
-        here, there = MemoryChannel(self, host, remote_host), MemoryChannel(self, remote_host, host)
-        here.other, there.other = there, here
-        here.remote_ip, there.remote_ip = dialled, ip_address(seen_at)
-        self._channels |= {here, there}
+        here, there = self._pipe(host, remote_host)
+        here.remote_ip, here.remote_port = dialled, dialled_port
+        there.remote_ip, there.remote_port = ip_address(seen_at), seen_port
         nursery.start_soon(_serve, handler, there)
         return here
+
+    def _pipe(self, one: str, other: str) -> tuple[MemoryChannel, MemoryChannel]:
+        here, there = MemoryChannel(self, one, other), MemoryChannel(self, other, one)
+        here.other, there.other = there, here
+        self._channels |= {here, there}
+        return here, there
+
+    def port_of(self, host: str) -> int:
+        """The port on which a host listens, or else a free one."""
+        for name, port in self._listeners:
+            if name == host:
+                return port
+        self._next_port += 1
+        return self._next_port - 1
 
     def forget(self, channel: MemoryChannel) -> None:
         self._channels.discard(channel)
@@ -185,6 +196,8 @@ class MemoryTransport:
     def __init__(self, network: MemoryNetwork, host: str) -> None:
         self._network = network
         self.host = host
+        # The port from which it dials peers that are to see where it is.
+        self._own_port = 0
 
     async def dial(
         self, address: Multiaddr, tasks: trio.Nursery | None = None, policy: DialPolicy = ANYWHERE
@@ -195,13 +208,34 @@ class MemoryTransport:
             raise ConnectFailed(f"there is no name {address.host}")
         if not policy.permits(ip_address(remote)):
             raise ConnectFailed(f"{address.host} leads into a private network that is not ours")
+        return await self._dial(remote, address.port)
+
+    async def dial_from_own_port(self, address: Multiaddr, tasks: trio.Nursery | None = None) -> MemoryChannel:
+        """As `dial`, from the port on which this host listens first, or else from one that stays the same."""
+        return await self._dial(address.host, address.port, self._port())
+
+    def expecting(self, address: Multiaddr) -> AbstractContextManager[None]:
+        """Do nothing: hosts here meet only while both dial."""
+        return nullcontext()
+
+    async def meet(
+        self, address: Multiaddr, tasks: trio.Nursery | None = None, *, as_server: bool = False
+    ) -> MemoryChannel:
+        """Dial a host that dials us. The two sides of a channel in memory are alike."""
+        return await self._network.meetings.dial((self.host, self._port()), (address.host, address.port))
+
+    def _port(self) -> int:
+        self._own_port = self._own_port or self._network.port_of(self.host)
+        return self._own_port
+
+    async def _dial(self, remote: str, port: int, own_port: int | None = None) -> MemoryChannel:
         self._network.dialled.append((self.host, remote))
         await trio.sleep(2 * self._network.latency(self.host, remote))
         if self._network.parted(self.host, remote):
             await trio.sleep_forever()
-        if self._network.swallows(self.host, remote, address.port):
+        if self._network.nats.swallow(self.host, remote, port):
             await trio.sleep_forever()
-        return self._network.connect(self.host, remote, address.port)
+        return self._network.connect(self.host, remote, port, own_port)
 
     async def listen(self, address: Multiaddr, handler: Handler, *, task_status: trio.TaskStatus[Multiaddr]) -> None:
         """Listen on this host, whichever of its addresses is given. Raises OSError."""

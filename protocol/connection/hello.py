@@ -30,6 +30,7 @@ class Hello(Message):
     addresses: multiaddrs at which the peer listens; as text, since a newer peer may have kinds that we cannot read.
     observed_ip: the IP address from which it sees us connect; "" if it cannot tell.
     roles: what the peer does, such as `serve` or `relay`.
+    observed_port: the TCP port from which it sees us connect; 0 if it cannot tell.
     """
 
     TYPE: ClassVar[str] = "hello"
@@ -40,6 +41,7 @@ class Hello(Message):
     addresses: tuple[str, ...] = optional(many(text(MAX_ADDRESS_CHARS), MAX_ITEMS), ())
     observed_ip: str = optional(text(MAX_IP_CHARS), "")
     roles: tuple[str, ...] = optional(many(text(MAX_ROLE_CHARS), MAX_ITEMS), ())
+    observed_port: int = optional(integer(0, 65535), 0)
 
     @property
     def seen_at(self) -> IPv4Address | IPv6Address | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from peerd.protocol.addresses import MAX_IP_CHARS, IpAddress, canonical_ip
 from peerd.protocol.connection.frames import HEADER_BYTES
 from peerd.protocol.connection.noise import TAG_BYTES
-from peerd.protocol.encoding.schema import Message, integer, required
+from peerd.protocol.encoding.schema import Message, boolean, integer, optional, required, text
 from peerd.protocol.encoding.wire import RawMessage
 from peerd.protocol.errors import RemoteProtocolError
 from peerd.protocol.identity import PeerId, public_key_of
@@ -41,15 +42,29 @@ def _peer_id(value: Any) -> PeerId:
     return PeerId(value)
 
 
+_ip_text = text(MAX_IP_CHARS)
+
+
+def _ip(value: Any) -> IpAddress:
+    try:
+        return canonical_ip(_ip_text(value))
+    except ValueError:
+        raise ValueError("an IP address") from None
+
+
 _rate = integer(1, MAX_RATE)
 _circuit_s = integer(1, MAX_CIRCUIT_S)
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve(Message):
-    """Peer to relay: accept calls for me and pass them over this connection. Sent again to renew."""
+    """Peer to relay: accept calls for me and pass them over this connection. Sent again to renew.
+
+    shows_ip: callers that show theirs may be told the IP address at which the relay sees this peer.
+    """
 
     TYPE: ClassVar[str] = "reserve"
+    shows_ip: bool = optional(boolean, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +80,26 @@ class Reserved(Message):
 
 @dataclass(frozen=True, slots=True)
 class Connect(Message):
-    """Caller to relay: open a circuit to this peer."""
+    """Caller to relay: open a circuit to this peer.
+
+    shows_ip: the peer, if it shows its own, may be told the IP address at which the relay sees the caller.
+    """
 
     TYPE: ClassVar[str] = "connect"
     peer: PeerId = required(_peer_id)
+    shows_ip: bool = optional(boolean, False)
 
 
 @dataclass(frozen=True, slots=True)
 class IncomingCall(Message):
-    """Relay to reserved peer, first on a new stream: `peer` calls. Its connection to the relay proved that PeerId."""
+    """Relay to reserved peer, first on a new stream: `peer` calls. Its connection to the relay proved that PeerId.
+
+    ip: the address at which the relay sees the caller; None unless both ends show theirs.
+    """
 
     TYPE: ClassVar[str] = "circuit"
     peer: PeerId = required(_peer_id)
+    ip: IpAddress | None = optional(_ip, None, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +111,15 @@ class Accepted(Message):
 
 @dataclass(frozen=True, slots=True)
 class Connected(Message):
-    """Relay to caller: the next message reaches the peer. Gives the circuit's limits."""
+    """Relay to caller: the next message reaches the peer. Gives the circuit's limits.
+
+    ip: the address at which the relay sees the reserved peer; None unless both ends show theirs.
+    """
 
     TYPE: ClassVar[str] = "connected"
     bytes_a_second: int = required(_rate)
     circuit_s: int = required(_circuit_s)
+    ip: IpAddress | None = optional(_ip, None, str)
 
 
 # The messages that each receiver accepts.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SOON_S = 60.0
 PROMPT = "Once upon a time"
 # Time enough for a relay to be killed between the first and the last of them.
 NEW_TOKENS = 40
+PUNCHING_PEER = Path(__file__).parents[1] / "fakes" / "punching_peer.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -163,6 +165,8 @@ async def test_servers_in_two_private_networks_answer_through_relays_even_when_o
 ) -> None:
     """The client in one network, a server in each: what one hop pushes to the next crosses both NATs too."""
     async with open_world() as world:
+        # Otherwise the servers would meet directly.
+        await world.lab.map_ports("nat_a", "symmetric")
         relays = [await world.start("relay1", "--relay"), await world.start("relay2", "--relay")]
         peers: dict[str, PeerProcess] = {}
 
@@ -197,6 +201,54 @@ async def test_servers_in_two_private_networks_answer_through_relays_even_when_o
         assert state["reachability"]["state"] == "private"
     assert process.returncode == 0
     assert printed.decode().startswith(expected)
+
+
+@asynccontextmanager
+async def open_punching(lab: NetLab) -> AsyncIterator[tuple[str, ...]]:
+    """Two relays, and a peer on `b` that they reach; yields what a caller needs to know."""
+    async with AsyncExitStack() as stack:
+        relays = []
+        for host, ip in PUBLIC_HOSTS.items():
+            peer_id = (await stack.enter_async_context(running(lab, host, "relay")))["peer_id"]
+            relays.append(f"/ip4/{ip}/tcp/{PORT}/ws/p2p/{peer_id}")
+        reserved = await stack.enter_async_context(running(lab, "b", "reserved", *relays))
+        yield (str(reserved["peer_id"]), *relays)
+
+
+@asynccontextmanager
+async def running(lab: NetLab, host: str, *arguments: str) -> AsyncIterator[dict[str, Any]]:
+    """A peer of `punching_peer.py`, and the first line that it prints."""
+    command = [*lab.under(host), sys.executable, str(PUNCHING_PEER), *arguments]
+    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        with trio.fail_after(SOON_S):
+            yield json.loads(await process.stdout.receive_some())
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+async def calls(lab: NetLab, count: int, known: Sequence[str]) -> list[dict[str, Any]]:
+    """How `count` calls from `a` went."""
+    printed = await lab.run("a", sys.executable, str(PUNCHING_PEER), "caller", str(count), *known)
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+async def test_peers_behind_two_nats_meet_directly_and_every_time() -> None:
+    async with open_lab() as lab, open_punching(lab) as known:
+        found = await calls(lab, 20, known)
+        await lab.map_ports("nat_a", "endpoint independent")
+        found += await calls(lab, 1, known)
+    assert [each["way"] for each in found] == ["punched"] * 21
+
+
+async def test_behind_a_symmetric_nat_a_peer_stays_with_the_relay() -> None:
+    async with open_lab() as lab, open_punching(lab) as known:
+        await lab.map_ports("nat_a", "symmetric")
+        (found,) = await calls(lab, 1, known)
+    assert found["way"] == "relayed"
 
 
 @pytest.mark.model

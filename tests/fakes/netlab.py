@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import trio
 
@@ -31,6 +32,12 @@ PRIVATE_HOSTS = {"nat_a": (NAT_A, {"a": A, "neighbour": NEIGHBOUR}), "nat_b": (N
 SETUP_S = 20.0
 _TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "nft": "nftables"}
 
+Mapping = Literal["port preserving", "endpoint independent", "symmetric"]
+_MAPPINGS = {
+    "port preserving": ["masquerade"],
+    "endpoint independent": ["tcp sport 31330 masquerade to :40404", "masquerade"],
+    "symmetric": ["masquerade fully-random"],
+}
 # Inside to outside and what answers it; in from outside only what a port is forwarded for.
 _NAT_RULES = """
 table ip nat {
@@ -75,6 +82,12 @@ class NetLab:
         """Forward the router's port to the same port of a host behind it."""
         rule = f'add rule ip nat pre iifname "out" tcp dport {port} dnat to {ip}:{port}'
         await self.run(router, "nft", rule)
+
+    async def map_ports(self, router: str, mapping: Mapping) -> None:
+        """Change how a router maps the ports of new connections; at first it preserves them."""
+        await self.run(router, "nft", "flush chain ip nat post")
+        for rule in _MAPPINGS[mapping]:
+            await self.run(router, "nft", f'add rule ip nat post oifname "out" {rule}')
 
     async def can_connect(self, host: str, ip: str, port: int) -> bool:
         """Whether a plain TCP connection succeeds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -49,6 +49,15 @@ class NotingTransport:
         if address.host == NAME:
             address = replace(address, kind="ip4", host=PUBLIC[0])
         return await self.transport.dial(address, tasks, policy)
+
+    async def dial_from_own_port(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
+        return await self.transport.dial_from_own_port(address, tasks)
+
+    def expecting(self, address: Multiaddr) -> AbstractContextManager[object]:
+        return self.transport.expecting(address)
+
+    async def meet(self, address: Multiaddr, tasks: trio.Nursery, *, as_server: bool) -> MessageChannel:
+        return await self.transport.meet(address, tasks, as_server=as_server)
 
     async def listen(
         self,

@@ -31,7 +31,7 @@ from peerd.protocol.encoding.tensors import TensorHeader, decode_tensor
 from peerd.protocol.encoding.wire import MessageReader
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, decode_public_key, public_key_of
-from peerd.protocol.messages import adapters, dialback, relay, session, training
+from peerd.protocol.messages import adapters, dialback, punch, relay, session, training
 from peerd.protocol.messages.tickets import open_ticket
 from peerd.protocol.records.envelope import SignedRecord, _signed_bytes, open_record, open_untimely
 from peerd.routing.dht import messages as dht
@@ -68,10 +68,10 @@ class Found(AssertionError):
 def decoders() -> list[Decoder]:
     """All decoders, each with the specification's vectors."""
     wire = tuple(bytes.fromhex(entry["message"]) for entry in _entries("wire", "message"))
-    headers = _hex("messages", "dht", "relay", "training", "adapters", "reachability", field="header")
+    headers = _hex("messages", "dht", "relay", "training", "adapters", "reachability", "punching", field="header")
     records = _hex("records", field="record")
     kinds = [*_messages(session), *_messages(relay), *_messages(training), *_messages(adapters)]
-    kinds += [*_messages(dialback), *_messages(dht), Hello]
+    kinds += [*_messages(dialback), *_messages(punch), *_messages(dht), Hello]
     hello = message_bytes(hello_message(NOW))[4:-4]
     found = [
         Decoder("frames", decode_frame, _hex("frames", field="frame")),

@@ -6,9 +6,10 @@ It runs on the event loop, where nothing changes meanwhile, and waits for nothin
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import trio
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -18,6 +19,7 @@ from prometheus_client.registry import Collector
 from peerd import __version__
 from peerd.api.metrics.families import FAMILIES
 from peerd.meters import Histogram
+from peerd.net.connection.peer_connection import Way
 from peerd.routing.reach.verdict import Reach
 
 if TYPE_CHECKING:
@@ -94,12 +96,12 @@ class Figures(Collector):
 
     def _of_network(self) -> dict[str, float | Labelled | Histogram]:
         peer = self._peer
-        relayed = sum(connection.relay is not None for connection in peer.connections.live.values())
+        ways = Counter(connection.way for connection in peer.connections.live.values())
         ledger = peer.relay.ledger if peer.relay is not None else None
         tensor_bytes = peer.connections.meters.tensor_bytes
         return {
             "peerd_tensor_bytes": {(codec, way): count for (codec, way), count in tensor_bytes.items()},
-            "peerd_connected_peers": {("direct",): len(peer.connections.live) - relayed, ("relayed",): relayed},
+            "peerd_connected_peers": {(way,): ways[way] for way in get_args(Way)},
             "peerd_dht_contacts": len(peer.discovery.contacts()),
             "peerd_reach": {(reach.value,): reach is peer.reachability.reach for reach in Reach},
             "peerd_relays_used": len(peer.reservations.held) if peer.reservations is not None else 0,

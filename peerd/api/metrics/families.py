@@ -62,7 +62,7 @@ FAMILIES = {
         Family("peerd_batch_seconds", "histogram", "How long a batch took."),
         # The network.
         Family("peerd_tensor_bytes", "counter", "Bytes of hidden states, by codec.", ("codec", "direction")),
-        Family("peerd_connected_peers", "gauge", "Peers that are connected, by whether a relay is between.", ("way",)),
+        Family("peerd_connected_peers", "gauge", "Peers that are connected, by the way to them.", ("way",)),
         Family("peerd_dht_contacts", "gauge", "Peers in the routing table of the DHT."),
         Family("peerd_reach", "gauge", "1 for whether others can dial this peer.", ("state",)),
         Family("peerd_relays_used", "gauge", "Relays that reach this peer."),

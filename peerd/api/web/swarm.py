@@ -87,7 +87,7 @@ class SwarmView:
             "quantization": record.quantization,
             "adapters": list(record.adapters),
             "rtt_ms": None if rtt_s is None else round(rtt_s * 1000, 2),
-            "way": None if connection is None else "relayed" if connection.relay is not None else "direct",
+            "way": None if connection is None else connection.way,
             "address": str(offer.addresses[0]) if offer.addresses else None,
             "seen_since": round(since[str(offer.peer_id)]),
             "is_us": offer.peer_id == self._peer.peer_id,

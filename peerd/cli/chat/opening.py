@@ -112,6 +112,7 @@ async def _open_own(asked: Asked, path: Path | str) -> AsyncIterator[tuple[ApiCl
                 swarm_key=joining.swarm_key,
                 rules=joining.rules,
                 may_be_relayed=joining.may_be_relayed,
+                may_punch=joining.may_punch,
                 hub=HubSettings(asked.disk_bytes, watch=display.transferred),
             )
             peer = await stack.enter_async_context(opening)

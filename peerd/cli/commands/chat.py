@@ -22,7 +22,7 @@ from peerd.cli.options.shared import (
 )
 from peerd.cli.watching.logs import set_up_logging
 
-_JOINS = ("bootstrap", "swarm_key", "allowed", "blocked", "trusted", "manifests", "no_relay")
+_JOINS = ("bootstrap", "swarm_key", "allowed", "blocked", "trusted", "manifests", "no_relay", "no_punch")
 
 
 @click.command(epilog=EXIT_CODES)

@@ -20,6 +20,7 @@ SHARED = (
     "bootstrap",
     "swarm-key",
     "no-relay",
+    "no-punch",
     "allow",
     "block",
     "trusted",

@@ -161,6 +161,7 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
             serve=specs,
             relay=options.relay,
             may_be_relayed=joining.may_be_relayed,
+            may_punch=joining.may_punch,
         ),
         stop_on_eof=options.stop_on_eof,
         disk_bytes=options.disk_bytes,

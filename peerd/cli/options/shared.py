@@ -49,16 +49,23 @@ no_relay_option = click.option(
     is_flag=True,
     help="Use no relays: neither to reach peers behind NATs, which cannot be dialled, nor to be reached behind a NAT.",
 )
+no_punch_option = click.option(
+    "--no-punch",
+    is_flag=True,
+    help="Stay with the relay where there is one, and do not try to reach the peer behind it directly, through its NAT"
+    " and ours. The peer learns our IP address only if we try.",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class JoinOptions:
-    """Which swarm to join, which of its peers to use, and whether through relays."""
+    """Which swarm to join, which of its peers to use, and whether through relays or beside them."""
 
     bootstrap: tuple[Multiaddr, ...]
     swarm_key: bytes | None
     rules: ChainRules | None
     may_be_relayed: bool = True
+    may_punch: bool = True
 
 
 def joining(options: dict[str, Any]) -> JoinOptions:
@@ -73,7 +80,8 @@ def joining(options: dict[str, Any]) -> JoinOptions:
         pinned = tuple(Manifest.read(path) for path in manifests)
         rules = ChainRules(allowed or None, blocked, trusted, pinned)
     key = read_swarm_key(key_file) if key_file else None
-    return JoinOptions(options.pop("bootstrap"), key, rules, may_be_relayed=not options.pop("no_relay"))
+    may_be_relayed, may_punch = not options.pop("no_relay"), not options.pop("no_punch")
+    return JoinOptions(options.pop("bootstrap"), key, rules, may_be_relayed, may_punch)
 
 
 def join_options(command: Command) -> Command:
@@ -99,6 +107,7 @@ def join_options(command: Command) -> Command:
                 help="Use only peers that announce exactly these weights; peerd manifest MODEL makes the file.",
             ),
             no_relay_option,
+            no_punch_option,
         )
     ):
         command = option(command)

@@ -67,8 +67,7 @@ def _server(server: Mapping[str, Any], now: float) -> Sequence[str]:
 
 
 def _other(peer: Mapping[str, Any]) -> Sequence[str]:
-    way = "direct" if peer["relay"] is None else "relayed"
-    return (short(peer["peer_id"]), "", "", "", "", _delay(peer["rtt_ms"]), way, "")
+    return (short(peer["peer_id"]), "", "", "", "", _delay(peer["rtt_ms"]), peer["way"], "")
 
 
 def _paragraph(row: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ def describe(status: dict[str, Any]) -> str:
     lines += [f"refused   {_refused(score)}" for score in status["refused"]]
     lines += [f"avoided   {short(one['peer_id'])} {_avoided(one)}" for one in status["avoided"]]
     lines += [f"convicted {short(one['peer_id'])} {_convicted(one)}" for one in status["convicted"]]
-    rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"]), _way(peer["relay"])) for peer in status["peers"]]
+    rows = [(short(peer["peer_id"]), _rtt(peer["rtt_ms"]), _way(peer)) for peer in status["peers"]]
     return "\n".join(lines) + f"\n\n{_count(len(rows), 'peer')} connected" + (f"\n{table(rows)}" if rows else "")
 
 
@@ -106,8 +106,10 @@ def _rtt(milliseconds: float | None) -> str:
     return "" if milliseconds is None else f"{milliseconds:.1f} ms"
 
 
-def _way(relay: str | None) -> str:
-    return "" if relay is None else f"through {short(relay)}"
+def _way(peer: dict[str, Any]) -> str:
+    """How the bytes reach a peer."""
+    relay = peer["relay"]
+    return str(peer["way"]) if relay is None else f"relayed by {short(relay)}"
 
 
 def duration(seconds: float) -> str:

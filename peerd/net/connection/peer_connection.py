@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property, partial
 from ipaddress import IPv4Address, IPv6Address
+from typing import Literal
 
 import trio
 
@@ -25,6 +26,7 @@ from peerd.net.limits.owners import Owner, network_of
 from peerd.net.limits.scores import FLOOD, MALFORMED
 from peerd.net.stream import Carrier, Stream
 from peerd.net.transport import MessageChannel
+from peerd.protocol.addresses import IpAddress
 from peerd.protocol.connection import streams
 from peerd.protocol.connection.connection import ConnectionMachine
 from peerd.protocol.connection.events import (
@@ -63,6 +65,10 @@ _DUPLICATE = "duplicate"
 IDLE = "idle"
 
 
+Way = Literal["direct", "punched", "relayed"]
+"""direct: one side dialled the other; punched: both dialled, through their NATs; relayed: through a third peer."""
+
+
 class PeerConnection:
     """A connection to `peer_id`. Streams may be opened on it once it is settled. Made by `Connections`.
 
@@ -82,9 +88,15 @@ class PeerConnection:
         rates: EntryRates,
         on_lost: Callable[[PeerConnection], None],
         relay: Carrier | None = None,
+        far_ip: IpAddress | None = None,
+        punched: bool = False,
     ) -> None:
         self.relay = relay
         """The connection to the relay that carries this one; None for a direct one."""
+        self.far_ip = far_ip
+        """The address at which the relay says that it sees the peer; None for a direct connection, or if unknown."""
+        self.punched = punched
+        """Whether both sides dialled at the same moment, through NATs that let neither of them in."""
         self.core = core
         """The protocol machine. Only `Stream` uses it."""
         self.agreement = Agreement()
@@ -95,6 +107,8 @@ class PeerConnection:
         """Whether we or the peer had a better connection."""
         self.closed_here = False
         """Whether we closed it without an error."""
+        self.retired = trio.Event()
+        """Set when a direct connection has taken its place: its streams go on, and new ones are opened on the other."""
         self.farewell = ""
         """The code with which the peer ended it; "" if the peer gave none."""
         self._channel = channel
@@ -132,6 +146,16 @@ class PeerConnection:
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
         """The address at which we see the peer, or that of the last proxy. None behind a relay."""
         return self._channel.remote_ip
+
+    @property
+    def remote_port(self) -> int:
+        """The port from which we see the peer; 0 behind a relay."""
+        return self._channel.remote_port
+
+    @property
+    def way(self) -> Way:
+        """How the bytes reach the peer."""
+        return "relayed" if self.relay is not None else "punched" if self.punched else "direct"
 
     @property
     def accountable_ip(self) -> IPv4Address | IPv6Address | None:

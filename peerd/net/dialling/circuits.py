@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv6Address
 import trio
 
 from peerd.net.stream import Carrier, Stream, code_of
+from peerd.protocol.addresses import IpAddress
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.connection.liveness import Delivery
 from peerd.protocol.encoding.schema import parse
@@ -23,6 +24,7 @@ from peerd.protocol.messages.relay import (
     TO_CALLER,
     Accepted,
     Connect,
+    Connected,
     IncomingCall,
     inner_message,
 )
@@ -33,9 +35,13 @@ CIRCUIT_PRIORITY = Priority.PREFILL
 
 
 class CircuitChannel:
-    """A MessageChannel over one stream to a relay, once both ends have agreed."""
+    """A MessageChannel over one stream to a relay, once both ends have agreed.
 
-    def __init__(self, stream: Stream) -> None:
+    far_ip: the address at which the relay says that it sees the other end; None if the relay does not say.
+    """
+
+    def __init__(self, stream: Stream, far_ip: IpAddress | None = None) -> None:
+        self.far_ip = far_ip
         self._stream = stream
 
     def __repr__(self) -> str:
@@ -50,6 +56,11 @@ class CircuitChannel:
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
         """Unknown: the relay's address is not the peer's."""
         return None
+
+    @property
+    def remote_port(self) -> int:
+        """Unknown, as `remote_ip` is."""
+        return 0
 
     def delivery(self) -> Delivery | None:
         """Unknown: our system sees only the way to the relay."""
@@ -73,14 +84,17 @@ class CircuitChannel:
         await self._stream.aclose()
 
 
-async def open_circuit(relay: Carrier, peer_id: PeerId) -> CircuitChannel:
-    """Ask a relay for a circuit to a peer; sets no time-out. Raises ConnectFailed with the reason."""
+async def open_circuit(relay: Carrier, peer_id: PeerId, *, shows_ip: bool = False) -> CircuitChannel:
+    """Ask a relay for a circuit to a peer; sets no time-out. Raises ConnectFailed with the reason.
+
+    shows_ip: whether the relay may tell the peer our IP address.
+    """
     try:
         stream = relay.open_stream(RELAY_PROTOCOL, priority=CIRCUIT_PRIORITY)
     except PeerdError as error:
         raise ConnectFailed(str(error)) from error
     try:
-        await stream.send(Connect(peer_id).to_header(), priority=Priority.CONTROL)
+        await stream.send(Connect(peer_id, shows_ip).to_header(), priority=Priority.CONTROL)
         reply = parse((await stream.receive()).header, TO_CALLER)
     except BaseException as error:
         stream.reset(code_of(error))
@@ -90,18 +104,19 @@ async def open_circuit(relay: Carrier, peer_id: PeerId) -> CircuitChannel:
     if isinstance(reply, Failure):
         stream.close()
         raise ConnectFailed(f"the relay {relay.peer_id} says: {reply.error}")
-    return CircuitChannel(stream)
+    assert isinstance(reply, Connected)
+    return CircuitChannel(stream, reply.ip)
 
 
-async def hear_caller(stream: Stream) -> PeerId:
-    """The caller that the relay names on a stream which it opened. Raises RemoteProtocolError, trio.EndOfChannel."""
-    return IncomingCall.from_header((await stream.receive()).header).peer
+async def hear_caller(stream: Stream) -> IncomingCall:
+    """The call that the relay announces on a stream which it opened. Raises RemoteProtocolError, trio.EndOfChannel."""
+    return IncomingCall.from_header((await stream.receive()).header)
 
 
-def take_circuit(stream: Stream) -> CircuitChannel:
+def take_circuit(stream: Stream, call: IncomingCall) -> CircuitChannel:
     """Accept the call: the caller may now send."""
     stream.send_nowait(Accepted().to_header(), priority=Priority.CONTROL)
-    return CircuitChannel(stream)
+    return CircuitChannel(stream, call.ip)
 
 
 def _lost(error: Exception) -> ConnectionLost:

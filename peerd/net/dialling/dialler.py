@@ -33,6 +33,7 @@ class Dialler:
     """Searches for connections to peers. Attempts run in `nursery`, because one of them becomes the connection.
 
     may_be_relayed: whether ways through relays are tried.
+    shows_ip: whether relays may tell the peers behind them our IP address.
     trusted: addresses that our operator gave us: wherever they lead, they may be dialled.
     """
 
@@ -46,6 +47,7 @@ class Dialler:
         nursery: trio.Nursery,
         *,
         may_be_relayed: bool,
+        shows_ip: bool = False,
         trusted: Sequence[Multiaddr] = (),
     ) -> None:
         self._own = own
@@ -55,6 +57,7 @@ class Dialler:
         self._containment = containment
         self._nursery = nursery
         self._may_be_relayed = may_be_relayed
+        self._shows_ip = shows_ip
         self._trusted = frozenset(address.with_peer(None) for address in trusted)
         #: Where peers were found.
         self.sightings = Sightings()
@@ -150,7 +153,7 @@ class Dialler:
             raise ConnectFailed(
                 "we reach this relay only through another relay, and circuits through two relays are not possible"
             )
-        return await open_circuit(relay, address.peer_id)
+        return await open_circuit(relay, address.peer_id, shows_ip=self._shows_ip)
 
     async def _take_other(self, refused: PeerConnection, dial: Dial) -> None:
         """Use the better connection that one of the two sides has, and which may not have arrived yet."""

@@ -25,7 +25,7 @@ from trio_websocket import (
     wrap_server_stream,
 )
 
-from peerd.net.websockets.tcp import delivery_of, remote_ip
+from peerd.net.websockets.tcp import delivery_of, remote
 from peerd.net.websockets.watched_stream import WatchedStream
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.frames import MAX_FRAME_BYTES
@@ -70,7 +70,7 @@ class WebSocketChannel:
     """
 
     def __init__(self, stream: trio.abc.Stream) -> None:
-        # The nursery in which a server's side upgrades; None on a client's side.
+        # The nursery in which the library's reader runs; None before `host` has started.
         self.readers: trio.Nursery | None = None
         self._stream = stream
         self._websocket: WebSocketConnection | None = None
@@ -79,7 +79,7 @@ class WebSocketChannel:
         self._failure: BaseException | None = None
         # Whether the websocket is open, plus how many messages were received since.
         self._progress = 0
-        self._remote_ip = remote_ip(stream)
+        self._remote_ip, self._remote_port = remote(stream)
 
     def __repr__(self) -> str:
         return f"<WebSocketChannel {self._remote_ip} {self._websocket or 'opening'}>"
@@ -87,6 +87,14 @@ class WebSocketChannel:
     @property
     def remote_ip(self) -> IPv4Address | IPv6Address | None:
         return self._remote_ip
+
+    @property
+    def remote_port(self) -> int:
+        return self._remote_port
+
+    async def wait_closed(self) -> None:
+        """Wait until `abort` or `aclose` ends the channel."""
+        await self._closed.wait()
 
     async def host(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
         """Own the nursery of the library's reader until the channel is closed.
@@ -105,12 +113,14 @@ class WebSocketChannel:
             self._opening.cancel()
             await trio.aclose_forcefully(self._stream)
 
-    async def request(self, readers: trio.Nursery, address: Multiaddr) -> None:
+    async def request(self, address: Multiaddr) -> None:
         """Upgrade a client's side. Raises ConnectionLost, VersionMismatch."""
+        if self.readers is None:
+            raise ConnectionLost("the websocket is closed")
         host = f"[{address.host}]" if address.kind == "ip6" else address.host
         with self._opening, _as_lost():
             self._websocket = await wrap_client_stream(
-                readers, self._watched(), f"{host}:{address.port}", "/", subprotocols=[SUBPROTOCOL], **_OPTIONS
+                self.readers, self._watched(), f"{host}:{address.port}", "/", subprotocols=[SUBPROTOCOL], **_OPTIONS
             )
         if isinstance(self._failure, ConnectionRejected):
             status = self._failure.status_code

@@ -14,14 +14,16 @@ from peerd.protocol.connection.liveness import Delivery
 _FIELDS = struct.Struct("@2xBB116xQ")
 
 
-def remote_ip(stream: trio.abc.Stream) -> IPv4Address | IPv6Address | None:
-    """The address at the other end; None if it is not TCP. Raises OSError if the other side has reset it already."""
+def remote(stream: trio.abc.Stream) -> tuple[IPv4Address | IPv6Address | None, int]:
+    """The address and port at the other end; None and 0 if it is not TCP. Raises OSError if the other side has reset it
+    already.
+    """
     inner = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
     if not isinstance(inner, trio.SocketStream):
-        return None
-    host, *_ = inner.socket.getpeername()
+        return None, 0
+    host, port, *_ = inner.socket.getpeername()
     ip = ip_address(host.partition("%")[0])
-    return ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip
+    return (ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip), port
 
 
 def delivery_of(socket: trio.socket.SocketType) -> Delivery | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import trio
 
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.dialling.names import Names, connect_to_any
+from peerd.net.dialling.own_port import OwnPort
 from peerd.net.transport import MessageChannel
 from peerd.net.websockets.channel import WebSocketChannel
 from peerd.protocol.addresses import Multiaddr
@@ -22,30 +24,56 @@ class WebSocketTransport:
     def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
         self._ssl_context = ssl_context
         self._names = Names()
+        self._own_port: OwnPort[WebSocketChannel] = OwnPort()
 
     async def dial(self, address: Multiaddr, tasks: trio.Nursery, policy: DialPolicy = ANYWHERE) -> WebSocketChannel:
         """Connect and upgrade, without a time-out. Raises ConnectFailed, VersionMismatch."""
         if address.relay is not None or not address.is_dialable:
             raise ConnectFailed(f"{address} cannot be dialled directly")
-        try:
-            stream = await self._connect(address, policy)
-        except (OSError, trio.BrokenResourceError) as error:
-            raise ConnectFailed(_cause(error)) from error
-        try:
-            channel = WebSocketChannel(stream)
-        except OSError as error:
-            # The process that accepted the connection was killed at that moment.
-            await trio.aclose_forcefully(stream)
-            raise ConnectFailed(_cause(error)) from error
-        readers = await tasks.start(channel.host)
-        try:
-            await channel.request(readers, address)
-        except BaseException as error:
-            channel.abort()
-            if isinstance(error, ConnectionLost | RemoteProtocolError):
-                raise ConnectFailed(str(error)) from error
-            raise
+        channel = await _hosted(partial(self._connect, address, policy), tasks)
+        await _request(channel, address)
         return channel
+
+    async def dial_from_own_port(self, address: Multiaddr, tasks: trio.Nursery) -> WebSocketChannel:
+        """Connect and upgrade from the port on which we listen; see `Transport.dial_from_own_port`."""
+        if address.ip is None or address.secure:
+            raise ConnectFailed(f"{address} cannot be dialled from our own port")
+        connect = partial(self._own_port.connect, address.ip, address.port, forgets=True)
+        channel = await _hosted(connect, tasks)
+        await _request(channel, address)
+        return channel
+
+    def expecting(self, address: Multiaddr) -> AbstractContextManager[object]:
+        """Keep what comes from an address for `meet`; see `Transport.expecting`."""
+        assert address.ip is not None
+        return self._own_port.awaiting(address.ip, address.port)
+
+    async def meet(self, address: Multiaddr, tasks: trio.Nursery, *, as_server: bool) -> WebSocketChannel:
+        """Connect to a peer that connects to us at this moment; see `Transport.meet`."""
+        ip = address.ip
+        assert ip is not None
+        met: list[WebSocketChannel] = []
+        with self._own_port.awaiting(ip, address.port) as accepted:
+            try:
+                async with trio.open_nursery() as nursery:
+
+                    async def accept() -> None:
+                        met.append(await accepted.receive())
+                        nursery.cancel_scope.cancel()
+
+                    async def connect() -> None:
+                        met.append(await _hosted(partial(self._own_port.connect_until_open, ip, address.port), tasks))
+                        nursery.cancel_scope.cancel()
+
+                    nursery.start_soon(accept)
+                    nursery.start_soon(connect)
+            except BaseException:
+                _abort(met)
+                raise
+            _abort(met[1:])
+        if not as_server:
+            await _request(met[0], address)
+        return met[0]
 
     async def listen(
         self,
@@ -60,10 +88,11 @@ class WebSocketTransport:
         if address.ip is None:
             raise OSError(f"cannot listen on {address}: listen on an IP address, names are for dialling")
         [listener] = await trio.open_tcp_listeners(address.port, host=address.host)
+        self._own_port.share(listener.socket)
         port = listener.socket.getsockname()[1]
         bound = Multiaddr(address.kind, address.host, port, peer_id=address.peer_id)
         async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, partial(_serve, handler), [listener])
+            await nursery.start(trio.serve_listeners, partial(_serve, self._own_port, handler), [listener])
             task_status.started(bound)
 
     async def _connect(self, address: Multiaddr, policy: DialPolicy) -> trio.abc.Stream:
@@ -81,7 +110,45 @@ class WebSocketTransport:
         return secured
 
 
-async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: trio.SocketStream) -> None:
+def _abort(channels: Iterable[WebSocketChannel]) -> None:
+    for channel in channels:
+        channel.abort()
+
+
+async def _hosted(connect: Callable[[], Awaitable[trio.abc.Stream]], tasks: trio.Nursery) -> WebSocketChannel:
+    """A channel over a new stream, whose reader runs in `tasks`. Raises ConnectFailed."""
+    try:
+        stream = await connect()
+    except (OSError, trio.BrokenResourceError) as error:
+        raise ConnectFailed(_cause(error)) from error
+    try:
+        channel = WebSocketChannel(stream)
+        channel.readers = await tasks.start(channel.host)
+    except BaseException as error:
+        await trio.aclose_forcefully(stream)
+        if isinstance(error, OSError):
+            # The process that accepted the connection was killed at that moment.
+            raise ConnectFailed(_cause(error)) from error
+        raise
+    return channel
+
+
+async def _request(channel: WebSocketChannel, address: Multiaddr) -> None:
+    """Upgrade a client's side. Raises ConnectFailed, VersionMismatch; the channel is closed then."""
+    try:
+        await channel.request(address)
+    except BaseException as error:
+        channel.abort()
+        if isinstance(error, ConnectionLost | RemoteProtocolError):
+            raise ConnectFailed(str(error)) from error
+        raise
+
+
+async def _serve(
+    own_port: OwnPort[WebSocketChannel],
+    handler: Callable[[MessageChannel], Awaitable[None]],
+    stream: trio.SocketStream,
+) -> None:
     try:
         channel = WebSocketChannel(stream)
     except OSError:
@@ -90,7 +157,10 @@ async def _serve(handler: Callable[[MessageChannel], Awaitable[None]], stream: t
     async with trio.open_nursery() as nursery:
         channel.readers = await nursery.start(channel.host)
         try:
-            await handler(channel)
+            if own_port.hand_over(channel, channel.remote_ip, channel.remote_port):
+                await channel.wait_closed()
+            else:
+                await handler(channel)
         finally:
             await channel.aclose()
 

@@ -213,7 +213,7 @@ def test_what_an_operator_gives_away_as_a_relay_reaches_the_daemon(monkeypatch: 
     monkeypatch.setattr(cli_serve, "run_daemon", be)
     listening = ("--listen", "/ip4/127.0.0.1/tcp/0/ws")
     limits = ("--relay-slots", "3", "--relay-circuits", "4", "--relay-rate", "1MiB", "--relay-total-rate", "5MiB")
-    for arguments in ((), ("--relay",), ("--relay", *limits, "--relay-hours", "0.5"), ("--no-relay",)):
+    for arguments in ((), ("--relay",), ("--relay", *limits, "--relay-hours", "0.5"), ("--no-relay", "--no-punch")):
         result = run(*listening, *arguments)
         assert result.exit_code == 0, result.stderr
     assert [daemon.config.relay for daemon in daemons] == [
@@ -223,6 +223,7 @@ def test_what_an_operator_gives_away_as_a_relay_reaches_the_daemon(monkeypatch: 
         None,
     ]
     assert [daemon.config.may_be_relayed for daemon in daemons] == [True, True, True, False]
+    assert [daemon.config.may_punch for daemon in daemons] == [True, True, True, False]
 
 
 def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_key_and_a_manifest_that_it_makes_are_taken_again(tmp_path: Path) -> N
     manifest.write_text(Manifest(b"m" * 32, (b"b" * 32,)).to_json())
     peer = ADDRESS.rpartition("/")[2]
     options = {"bootstrap": (), "swarm_key": key, "manifests": (manifest,), "allowed": (), "blocked": (peer,)}
-    swarm = joining(options | {"trusted": (), "no_relay": True})
+    swarm = joining(options | {"trusted": (), "no_relay": True, "no_punch": False})
     assert swarm.swarm_key == read_swarm_key(key)
     assert swarm.rules is not None
     assert (swarm.rules.allowed, swarm.rules.blocked) == (None, {peer})

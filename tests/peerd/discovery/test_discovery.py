@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -79,6 +79,15 @@ class NotingTransport:
         if policy.of([address]):
             self.dialled.setdefault(self.transport.host, []).append(address)
         return await self.transport.dial(address, tasks, policy)
+
+    async def dial_from_own_port(self, address: Multiaddr, tasks: trio.Nursery) -> MessageChannel:
+        return await self.transport.dial_from_own_port(address, tasks)
+
+    def expecting(self, address: Multiaddr) -> AbstractContextManager[object]:
+        return self.transport.expecting(address)
+
+    async def meet(self, address: Multiaddr, tasks: trio.Nursery, *, as_server: bool) -> MessageChannel:
+        return await self.transport.meet(address, tasks, as_server=as_server)
 
     async def listen(
         self,

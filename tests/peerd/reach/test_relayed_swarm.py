@@ -18,6 +18,7 @@ from peerd.client.session.session import Patience
 from peerd.peer import Peer
 from peerd.protocol.identity import PeerId
 from peerd.reach.relay_ledger import RelayLimits
+from peerd.testing.nats import NatKind
 from peerd.testing.network import MemoryNetwork
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.real_time
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-# Two networks behind NATs: nothing that was not asked for comes in.
+# Three networks behind NATs: nothing that was not asked for comes in.
 CLIENT, FIRST, SECOND = "10.1.0.1", "10.2.0.1", "10.3.0.1"
 RELAYS = ("9.9.9.1", "9.9.9.2")
 
@@ -84,11 +85,14 @@ class RelayedSwarm:
 
 @asynccontextmanager
 async def open_relayed_swarm(
-    path: Path, *, swarm_key: bytes | None = None, limits: RelayLimits | None = None
+    path: Path, *, nats: NatKind = "symmetric", swarm_key: bytes | None = None, limits: RelayLimits | None = None
 ) -> AsyncIterator[RelayedSwarm]:
+    """`nats`: the kind of NAT in front of each server and of the client."""
     async with AsyncExitStack() as stack:
         network = MemoryNetwork(latency_s=0.002)
         swarm = RelayedSwarm(network, swarm_key)
+        for ip in (CLIENT, FIRST, SECOND):
+            network.put_behind_nat(ip, ip.replace("10", "7", 1), nats)
 
         async def start(ip: str, **more: object) -> Peer:
             opening = peerd.open_peer(
@@ -120,6 +124,33 @@ async def test_a_model_answers_through_relays_alone_and_servers_push_to_each_oth
         # The servers are in no peer's routing table.
         for peer in (*swarm.relays, client):
             assert not {first.peer_id, second.peer_id} & {c.peer_id for c in peer.discovery.dht.contacts}
+
+
+async def test_where_nats_allow_it_all_peers_meet_in_the_middle_of_an_answer_which_loses_nothing(
+    tiny_model: Path, local_answer: list[int]
+) -> None:
+    async with (
+        open_relayed_swarm(tiny_model, nats="port_preserving", swarm_key=b"k" * 32) as swarm,
+        swarm.client(tiny_model) as (client, model),
+    ):
+        first, second = swarm.servers
+
+        def ways() -> set[str]:
+            pairs = [(client, first), (client, second), (first, second)]
+            return {peer.connections.live[other.peer_id].way for peer, other in pairs}
+
+        generation = model.generate(PROMPT, temperature=0, max_new_tokens=40, eos_token_ids=())
+        tokens = []
+        async for token in generation.tokens():
+            tokens.append(token.id)
+            if len(tokens) == 5:
+                assert "relayed" in ways()
+                await until(lambda: ways() == {"punched"})
+        assert tokens == local_answer
+        assert generation.failovers == 0
+        again = model.generate(PROMPT, temperature=0, max_new_tokens=5, eos_token_ids=())
+        assert [token.id async for token in again.tokens()] == local_answer[:5]
+        assert ways() == {"punched"}
 
 
 async def test_a_private_swarm_answers_through_its_relays(tiny_model: Path, local_answer: list[int]) -> None:

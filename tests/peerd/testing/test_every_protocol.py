@@ -19,11 +19,13 @@ from peerd.protocol.errors import PeerdError, PeerFault
 from peerd.protocol.identity import Identity
 from peerd.protocol.messages.adapters import ADAPTER_PROTOCOL
 from peerd.protocol.messages.dialback import DIALBACK_PROTOCOL
+from peerd.protocol.messages.punch import PUNCH_PROTOCOL
 from peerd.protocol.messages.relay import CIRCUIT_PROTOCOL, RELAY_PROTOCOL
 from peerd.protocol.messages.session import INFER_PROTOCOL, LINK_PROTOCOL, PROGRESS_PROTOCOL
 from peerd.protocol.messages.span_training import SPAN_PROTOCOL
 from peerd.protocol.messages.training import PASS_PROTOCOL
 from peerd.reach.dialback import DialbackAnswerer, ask_to_be_dialled
+from peerd.reach.puncher import Puncher
 from peerd.reach.relay import Relay
 from peerd.reach.relay_ledger import RelayLimits
 from peerd.reach.reservations import Reservations
@@ -44,6 +46,7 @@ FIRST = {
     RELAY_PROTOCOL: ({"type": "reserve"}, {"type": "connect", "peer": str(SOMEBODY)}),
     CIRCUIT_PROTOCOL: ({"type": "incoming", "peer": str(SOMEBODY)},),
     DIALBACK_PROTOCOL: ({"type": "dial_me", "ports": [1]},),
+    PUNCH_PROTOCOL: ({"type": "punch", "at": "/ip4/9.9.9.9/tcp/1/ws"},),
     DHT_PROTOCOL: ({"type": "ping"}, {"type": "find_node", "key": bytes(20)}, {"type": "store", "key": bytes(20)}),
     INFER_PROTOCOL: (
         {
@@ -108,6 +111,7 @@ async def host_of_everything(open_swarm):
             DIALBACK_PROTOCOL: DialbackAnswerer(transport, lambda: addresses).answer,
             RELAY_PROTOCOL: Relay(host.peer_id, RelayLimits()).answer,
             CIRCUIT_PROTOCOL: Reservations(connections, lambda: (), lambda _: None, Random(1)).answer,
+            PUNCH_PROTOCOL: Puncher(connections).answer,
         }
         assert connections.handlers.keys() == FIRST.keys()
         yield swarm, host

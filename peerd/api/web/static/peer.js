@@ -68,7 +68,7 @@ function peers(status) {
   if (!status.peers.length) return null;
   const rows = status.peers.map((peer) => el("tr", {}, el("th", { scope: "row", title: peer.peer_id }, shortId(peer.peer_id)),
     el("td", {}, peer.rtt_ms === null ? "not measured" : `${peer.rtt_ms} ms`),
-    el("td", {}, peer.relay === null ? "direct" : `relayed by ${shortId(peer.relay)}`)));
+    el("td", {}, peer.relay === null ? peer.way : `relayed by ${shortId(peer.relay)}`)));
   const head = ["Peer", "Delay", "Way"].map((name) => el("th", { scope: "col" }, name));
   return el("article", {}, el("h2", {}, "Connected peers"),
     el("div", { class: "scroll", tabindex: "0" }, el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows))));

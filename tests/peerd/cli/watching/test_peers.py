@@ -30,8 +30,8 @@ SWARM = {
 }
 STATUS = {
     "peers": [
-        {"peer_id": ONE, "rtt_ms": 7.25, "relay": US},
-        {"peer_id": OTHER, "rtt_ms": None, "relay": None},
+        {"peer_id": ONE, "rtt_ms": 7.25, "way": "relayed", "relay": US},
+        {"peer_id": OTHER, "rtt_ms": None, "way": "punched", "relay": None},
     ]
 }
 
