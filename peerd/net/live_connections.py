@@ -204,7 +204,6 @@ class LiveConnections:
         del self._live[old.peer_id]
         old.retired.set()
         log.debug("%s is reached directly now, and no longer through %s", old.peer_id, old.relay)
-        self._tell(self.on_lost, old)
 
     def _make_room(self, connection: PeerConnection) -> None:
         if len(self._live) < self._max_live:

@@ -25,7 +25,7 @@ from peerd.net.transport import MessageChannel, Transport
 from peerd.protocol.addresses import IpAddress, Multiaddr
 from peerd.protocol.connection.connection import ConnectionMachine
 from peerd.protocol.connection.hello import Hello
-from peerd.protocol.errors import ConnectFailed, ConnectionLost
+from peerd.protocol.errors import ConnectFailed, PeerFault
 from peerd.protocol.identity import Identity, PeerId
 from peerd.trio_tools import open_tasks
 
@@ -90,7 +90,7 @@ class Meetings:
         with trio.move_on_after(within_s):
             try:
                 channel = await self._transport.meet(address, self._nursery, as_server=not as_dialler)
-            except ConnectFailed:
+            except PeerFault:
                 return None
         if channel is None:
             return None
@@ -164,13 +164,13 @@ class Meetings:
 
 @contextmanager
 def _as_failed() -> Iterator[None]:
-    """Limit the block to SIGHT_S. Raises ConnectFailed if it takes longer, or if the connection is lost."""
+    """Limit the block to SIGHT_S. Raises ConnectFailed if it takes longer, or for what the other side does."""
     try:
         with trio.fail_after(SIGHT_S):
             yield
     except trio.TooSlowError:
         raise ConnectFailed(f"no answer within {SIGHT_S:g} s") from None
-    except ConnectionLost as error:
+    except PeerFault as error:
         raise ConnectFailed(str(error)) from error
 
 

@@ -73,6 +73,8 @@ class OwnPort(Generic[Channel]):
                 raise OSError("this system does not let two sockets share a port")
             # Otherwise connections that ended a moment ago would keep a daemon that restarts from its port.
             dial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                dial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if forgets:
                 dial.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             await dial.bind(self._bound.get(family, (_ANY_HOST[family], 0)))

@@ -136,6 +136,16 @@ async def test_a_stream_of_the_relayed_connection_goes_on_and_new_ones_take_the_
         assert await ask(here, RESERVED) == b"hi"
 
 
+async def test_a_peer_that_is_met_was_never_lost():
+    async with natted() as (world, here, there):
+        lost = []
+        await call(world, here)
+        with here.watching(lost=lost.append):
+            await until_direct(here, there)
+            await trio.sleep(RETIRED_S + 2)
+        assert lost == []
+
+
 async def test_a_peer_whose_direct_connection_is_lost_is_reached_through_the_relay_again():
     async with natted() as (world, here, there):
         relayed = await call(world, here)
