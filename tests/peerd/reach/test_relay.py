@@ -1,5 +1,6 @@
 """Circuits in a network in memory: which peers are reached through a relay, by which callers, and how circuits end."""
 
+from dataclasses import replace
 from ipaddress import ip_address
 from random import Random
 
@@ -140,7 +141,8 @@ async def test_a_private_swarm_s_key_is_proven_inside_the_circuit():
         for one in (client, stranger):
             await one.connect(id_of(1), [address(1)])
         # What is dialled and taken from now on is the private swarm's.
-        server._swarm_key = client._swarm_key = KEY
+        for one in (server, client):
+            one._runs._maker = replace(one._runs._maker, swarm_key=KEY)
         with pytest.raises(ConnectFailed):
             await stranger.connect(id_of(10), [way(1, 10)])
         assert await ask(client, 10, way(1, 10)) == b"hi"
