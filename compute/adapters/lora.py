@@ -57,9 +57,11 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeepPrompt:
-    """Values added to the first positions of each row where they enter a block: `values` `[positions, width]`.
+    """Values for the first positions of each row in one block: `values` `[positions, width]`.
 
-    In an adapter its key is the block's number and PROMPT, which is not the name of any layer.
+    In an adapter its key is the block's number and one of three names, none of which is a layer's. PROMPT: the values
+    are added where the positions enter the block. PREFIX_K and PREFIX_V: they take the place of the keys or values of
+    the block's attention, `width` being that of all its key heads together.
     """
 
     values: torch.Tensor
@@ -81,7 +83,7 @@ class DeepPrompt:
         return DeepPrompt(self.values.to(device, dtype))
 
 
-PROMPT = "prompt"
+PROMPT, PREFIX_K, PREFIX_V = "prompt", "prefix_k", "prefix_v"
 Lora = Mapping[BlockModule, LoraPair | DeepPrompt]
 """The weights of an adapter, or those of some blocks: pairs, and deep prompts."""
 
@@ -113,7 +115,7 @@ def _checked_prompt(block: int, prompt: DeepPrompt) -> DeepPrompt:
     values = prompt.values.detach().cpu()
     if values.dim() != 2 or not values.is_floating_point() or not values.numel() or not values.isfinite().all():
         raise AdapterError(
-            f"block {block}: a deep prompt is [positions, width] of finite numbers, not {list(values.shape)}"
+            f"block {block}: a deep prompt or prefix is [positions, width] of finite numbers, not {list(values.shape)}"
         )
     return DeepPrompt(values)
 
@@ -146,17 +148,20 @@ def bytes_of(lora: Lora, dtype: torch.dtype | None = None) -> int:
     return sum(value.n_values * dtype.itemsize for value in lora.values())
 
 
-def check_fits(lora: Lora, features: Mapping[BlockModule, tuple[int, int]], width: int) -> None:
+def check_fits(
+    lora: Lora,
+    features: Mapping[BlockModule, tuple[int, int]],
+    width: int,
+    caches: Mapping[int, tuple[int, int] | None],
+) -> None:
     """Raise AdapterError unless every pair fits a layer of `features`, which gives (out_features, in_features).
 
-    Deep prompts must be as wide as the hidden states, `width`.
+    Deep prompts must be as wide as the hidden states, `width`, and prefixes as what `caches` gives: the widths of a
+    block's keys and of its values; None if prefixes cannot take their place.
     """
     for (block, name), pair in lora.items():
         if isinstance(pair, DeepPrompt):
-            if pair.values.shape[1] != width:
-                raise AdapterError(
-                    f"block {block}: a deep prompt {pair.values.shape[1]} wide, the model is {width} wide"
-                )
+            _check_width(block, name, pair.values.shape[1], width, caches.get(block))
             continue
         if pair.rank > MAX_RANK:
             raise AdapterError(f"block {block}: {name} has an adapter of rank {pair.rank}, more than {MAX_RANK}")
@@ -166,3 +171,15 @@ def check_fits(lora: Lora, features: Mapping[BlockModule, tuple[int, int]], widt
         if (pair.a.shape, pair.b.shape) != ((pair.rank, wanted[1]), (wanted[0], pair.rank)):
             got = f"{list(pair.b.shape)} x {list(pair.a.shape)}"
             raise AdapterError(f"block {block}: {name} maps {wanted[1]} to {wanted[0]} values, not {got}")
+
+
+def _check_width(block: int, name: str, found: int, width: int, cache: tuple[int, int] | None) -> None:
+    if name == PROMPT:
+        if found != width:
+            raise AdapterError(f"block {block}: a deep prompt {found} wide, the model is {width} wide")
+        return
+    if cache is None:
+        raise AdapterError(f"block {block} takes no {name}: its attention caches no plain keys and values")
+    wanted = cache[name == PREFIX_V]
+    if found != wanted:
+        raise AdapterError(f"block {block}: a {name} {found} wide, its heads together are {wanted} wide")

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from peerd.compute.adapters.lora import (
+    PROMPT,
     BlockModule,
     DeepPrompt,
     Lora,
@@ -31,6 +32,8 @@ from peerd.compute.adapters.lora import (
     lora_delta,
     within,
 )
+from peerd.compute.adapters.prefixes import prefix_of
+from peerd.compute.attention.prefix import BatchPrefix, widths_of_cache
 from peerd.compute.errors import AdapterError, UnknownAdapterError
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.steps import Segment
@@ -101,7 +104,12 @@ class SpanAdapters:
     def check(self, lora: Lora) -> None:
         """Raise AdapterError unless every layer is one of this span that can be adapted, and has fitting shapes."""
         layers = {key: _features(module) for key, module in self._adaptable().items()}
-        check_fits(lora, layers, self._model.hidden_size)
+        interface = self._model.family.attention_interface
+        caches = {
+            block: widths_of_cache(kind, attention_interface=interface)
+            for block, kind in enumerate(self._model.kinds, self._model.span.start)
+        }
+        check_fits(lora, layers, self._model.hidden_size, caches)
 
     def check_complete(self, file: AdapterFile) -> None:
         """Raise AdapterError if the file's list of targets names a layer of this span that it has no weights for."""
@@ -116,6 +124,10 @@ class SpanAdapters:
             return
         with self._routed(_Routing(segments, {name: self._loaded[name] for name in sorted(names)}, self._model.device)):
             yield
+
+    def prefix_of(self, segments: Sequence[Segment]) -> BatchPrefix | None:
+        """What these segments' adapters put in the place of keys and values; None if that is nothing."""
+        return prefix_of(segments, self._loaded, self._model.span.start)
 
     @contextmanager
     def under(self, name: str) -> Iterator[None]:
@@ -139,7 +151,8 @@ class SpanAdapters:
     def _hook(self, lora: Lora) -> None:
         """Add hooks to these layers, and to the blocks that have deep prompts."""
         for key, value in lora.items():
-            if key in self._hooks:
+            if key in self._hooks or (isinstance(value, DeepPrompt) and key[1] != PROMPT):
+                # A prefix acts where keys and values are cached, without a hook.
                 continue
             if isinstance(value, DeepPrompt):
                 block = self._model.layers[key[0] - self._model.span.start]

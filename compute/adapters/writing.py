@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def write_adapter(folder: Path, adapter: LoraAdapter, family: Family, base: str) -> None:
     """Write an adapter for a model of `family` into a folder, which is made if it is missing.
 
-    base: the model's hub id or path, for those who read the adapter. Raises AdapterError for deep prompts, which the
-    format does not have, and if the files cannot be written.
+    base: the model's hub id or path, for those who read the adapter. Raises AdapterError for deep prompts and prefixes,
+    which the format does not have, and if the files cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -27,7 +27,9 @@ def write_adapter(folder: Path, adapter: LoraAdapter, family: Family, base: str)
     root = _root(family)
     for (block, name), pair in adapter.weights.items():
         if not isinstance(pair, LoraPair):
-            raise AdapterError(f"block {block} has a deep prompt, which peft's format does not hold: save LoRA alone")
+            raise AdapterError(
+                f"block {block} has a {name}, which peft's format for LoRA does not hold: save LoRA alone"
+            )
         pairs[f"{root}.{block}.{name}"] = pair
     tensors = {}
     for module, pair in pairs.items():

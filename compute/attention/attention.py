@@ -13,7 +13,8 @@ multiplied with it as one matrix, without copies of the key.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from peerd.compute.attention.latent import LatentAttention
 from peerd.compute.attention.own_attention import KeyBias
+from peerd.compute.attention.prefix import BatchPrefix, replace_first
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.kv.pool import KVPool, KVWriter, RowSlots
 from peerd.compute.steps import Segment
@@ -76,8 +78,9 @@ class BatchView:
     # Our attention makes its own masks; a decoder's other uses of a cache are the same for every batch.
     needs_mask = False
 
-    def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
+    def __init__(self, pool: KVPool, segments: Sequence[Segment], prefix: BatchPrefix | None = None) -> None:
         self.pool = pool
+        self._prefix = prefix
         self.segments = segments
         #: By group of blocks, then by segment.
         self.rows = [[pool.slots(segment, group) for segment in segments] for group in range(pool.layout.groups)]
@@ -89,6 +92,8 @@ class BatchView:
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache a block's new keys and values, `[1, kv_heads, positions, width]`. Attention reads the pool itself."""
+        if self._prefix is not None:
+            keys, values = self._prefix.put(layer, keys, values)
         writer = self._writers[self.pool.layout.group_of[layer]]
         writer.write(self.pool.keys[layer], keys[0])
         writer.write(self.pool.values[layer], values[0])
@@ -193,12 +198,15 @@ class BlockAttention:
         self._layer = layer
         self._kind = kind
         self._latent = latent
+        # A training pass puts its own keys and values here, for as long as it runs the block.
+        self.prefix: Prefix = (None, None)
 
     def __call__(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores) -> torch.Tensor:
         """`query`: `[batch, heads, positions, width]`. Returns `[batch, positions, heads, value_dim]`."""
         view = self._owner.view
         if view is None:
             visible = Visible(self._kind, 0, query.shape[2], query.device)
+            keys, values = replace_first(keys, self.prefix[0]), replace_first(values, self.prefix[1])
             return attend(query, keys, values, visible, scores)
         if not isinstance(view, BatchView):
             return view.attend(self._layer, self._kind, query, scores)
@@ -232,6 +240,25 @@ class BlockAttention:
         if scores.scaling is None:
             scores = Scores(query.shape[-1] ** -0.5, scores.softcap, scores.sinks)
         return self._latent(query, keys, values, lambda q, k, v: attend(q, k, v, visible, scores))
+
+
+Prefix = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Keys and values for the first positions of rows, each `[positions, width of all key heads]`, or None."""
+
+
+@contextmanager
+def with_prefix(layer: nn.Module, prefix: Prefix) -> Iterator[None]:
+    """Inside this context, a block that runs over whole sequences has these keys and values at their beginning."""
+    attentions: list[BlockAttention] = []
+    if any(each is not None for each in prefix):
+        attentions = [getattr(module, _ATTRIBUTE) for module in layer.modules() if hasattr(module, _ATTRIBUTE)]
+    try:
+        for each in attentions:
+            each.prefix = prefix
+        yield
+    finally:
+        for each in attentions:
+            each.prefix = (None, None)
 
 
 class Scores:

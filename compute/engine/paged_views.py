@@ -16,6 +16,7 @@ import torch
 from peerd.compute.attention.attention import Scores, Visible, attend
 from peerd.compute.attention.paged import paged_decode
 from peerd.compute.attention.paged_rows import PagedRows
+from peerd.compute.attention.prefix import BatchPrefix
 from peerd.compute.device.staging import upload
 from peerd.compute.engine.decode_rows import DecodeRows, is_short, slots_of
 from peerd.compute.families.layer_kinds import LayerKind
@@ -30,8 +31,16 @@ class _View:
     # Transformers asks this of any cache.
     is_compileable = False
 
-    def __init__(self, pool: KVPool, slots: Sequence[torch.Tensor], rows: DecodeRows, positions: torch.Tensor) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        slots: Sequence[torch.Tensor],
+        rows: DecodeRows,
+        positions: torch.Tensor,
+        prefix: BatchPrefix | None = None,
+    ) -> None:
         self.pool = pool
+        self._prefix = prefix
         #: The absolute position of each new one, `[1, positions]`.
         self.positions = positions
         self._slots = slots
@@ -42,6 +51,8 @@ class _View:
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache a block's new keys and values, `[1, kv_heads, positions, width]`. Attention reads the pool itself."""
+        if self._prefix is not None:
+            keys, values = self._prefix.put(layer, keys, values)
         slots = self._slots[self.pool.layout.group_of[layer]]
         self.pool.keys[layer].index_copy_(1, slots, keys[0])
         self.pool.values[layer].index_copy_(1, slots, values[0])
@@ -95,7 +106,7 @@ class DecodeView(_View):
 class MixedView(_View):
     """A batch of short and long segments."""
 
-    def __init__(self, pool: KVPool, segments: Sequence[Segment]) -> None:
+    def __init__(self, pool: KVPool, segments: Sequence[Segment], prefix: BatchPrefix | None = None) -> None:
         short = [segment for segment in segments if is_short(segment)]
         pages = max((len(row_pages.pages) for segment in short for row_pages in segment.groups), default=0)
         rows = DecodeRows(pool, sum(segment.count for segment in short), pages)
@@ -103,7 +114,7 @@ class MixedView(_View):
         rows.device.copy_(rows.host, non_blocking=True)
         slots = [_slots(pool, segments, group) for group in range(pool.layout.groups)]
         positions = [position for segment in segments for position in range(segment.start, segment.end)]
-        super().__init__(pool, slots, rows, upload(positions, pool.device)[None])
+        super().__init__(pool, slots, rows, upload(positions, pool.device)[None], prefix)
         self._long: list[tuple[int, Segment, list[RowSlots]]] = []
         short_rows: list[int] = []
         offset = 0

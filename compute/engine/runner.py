@@ -133,7 +133,8 @@ class SpanRunner:
         )
 
     def _run_ragged(self, model: SpanModel, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        view = MixedView(self._pool, segments) if self._paged else BatchView(self._pool, segments)
+        kind = MixedView if self._paged else BatchView
+        view = kind(self._pool, segments, self.adapters.prefix_of(segments))
         self._attention.view = view
         try:
             return self._forward(model, hidden, segments, view)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from peerd.compute.adapters.span_adapters import SpanAdapters
+from peerd.compute.attention.prefix import widths_of_cache
 from peerd.compute.errors import InvalidStepError, NonFiniteError
 from peerd.compute.model.span_model import SpanModel
 from peerd.compute.training.memory import (
@@ -26,7 +27,15 @@ from peerd.compute.training.memory import (
     signature,
 )
 from peerd.compute.training.micro_batches import MicroBatch, cut_rows
-from peerd.compute.training.tunables import BlockLeaves, Tunables, check_shape, linear_widths, with_lora, with_prompt
+from peerd.compute.training.tunables import (
+    BlockLeaves,
+    BlockShapes,
+    Tunables,
+    check_shape,
+    linear_widths,
+    with_leaves,
+    with_prompt,
+)
 from peerd.protocol.span import Span
 
 # More positions at once make no CPU faster, and inference waits for one block of a micro-batch.
@@ -98,7 +107,7 @@ class PassRunner:
         self.whole = whole
         self.adapters = adapters
         self._part = part
-        self._widths: dict[int, dict[str, tuple[int, int]]] = {}
+        self._known: dict[int, BlockShapes] = {}
         self._costs: dict[int, GraphBytes] = {}
         self._largest_weight_bytes = 0
 
@@ -155,25 +164,27 @@ class PassRunner:
         return SpanCost(costs, self.whole.hidden_size * self.whole.dtype.itemsize, self._largest_weight_bytes)
 
     def check_count(self, blocks: Span, parameters: int) -> None:
-        """Whether these blocks can have so many prompts and LoRA tensors. Raises InvalidStepError."""
-        most = sum(2 * len(self._linear_widths(block)) + 1 for block in self._own(blocks))
+        """Whether these blocks can have so many prompts, prefixes and LoRA tensors. Raises InvalidStepError."""
+        most = sum(self._shapes(block).most_tensors for block in self._own(blocks))
         if parameters > most:
             raise InvalidStepError(f"{parameters} parameters for blocks {blocks}, which have {most} at most")
 
     def check_parameter(self, blocks: Span, block: int, name: str, shape: Sequence[int]) -> None:
-        """Whether one of these blocks has such a prompt or LoRA tensor. Raises InvalidStepError."""
+        """Whether one of these blocks can have such a prompt, prefix or LoRA tensor. Raises InvalidStepError."""
         if not blocks.start <= block < blocks.end or block not in self._own(blocks):
             raise InvalidStepError(f"{name} is for block {block}, which this pass does not run")
-        check_shape(name, shape, self._linear_widths(block), self.whole.hidden_size)
+        check_shape(name, shape, self._shapes(block))
 
     def _own(self, blocks: Span) -> range:
         span = self.whole.span
         return range(max(span.start, blocks.start), min(span.end, blocks.end))
 
-    def _linear_widths(self, block: int) -> dict[str, tuple[int, int]]:
-        if block not in self._widths:
-            self._widths[block] = linear_widths(self.whole.layers[block - self.whole.span.start])
-        return self._widths[block]
+    def _shapes(self, block: int) -> BlockShapes:
+        if block not in self._known:
+            whole, index = self.whole, block - self.whole.span.start
+            cache = widths_of_cache(whole.kinds[index], attention_interface=whole.family.attention_interface)
+            self._known[block] = BlockShapes(linear_widths(whole.layers[index]), whole.hidden_size, cache)
+        return self._known[block]
 
     def forward(self, given: PassInput, micros: list[MicroBatch], tape_bytes: int = 0) -> ForwardWork:
         """A forward pass, which leaves a tape if `tape_bytes` suffice for one."""
@@ -205,7 +216,7 @@ class PassRunner:
         if model.follows_length:
             # A row's embeddings scale with its own length, not with its neighbours'.
             lengths = torch.tensor(micro.lengths, device=hidden.device)[:, None]
-        with self.adapters.under(adapter), with_lora(model.layers[0], leaves):
+        with self.adapters.under(adapter), with_leaves(model.layers[0], leaves):
             return model.forward(hidden, positions, rope_lengths=lengths)
 
     def finite(self, values: torch.Tensor, given: PassInput, what: str) -> torch.Tensor:
@@ -242,8 +253,8 @@ class PassRunner:
             raise InvalidStepError(
                 f"hidden states have shape {list(given.hidden.shape)}, not {[sum(given.rows), self.whole.hidden_size]}"
             )
-        layers = {block: self.whole.layers[block - span.start] for block in range(given.blocks.start, given.blocks.end)}
-        given.tunables.check(layers, given.rows, self.whole.hidden_size)
+        shapes = {block: self._shapes(block) for block in range(given.blocks.start, given.blocks.end)}
+        given.tunables.check(shapes, given.rows)
 
 
 class ForwardWork(TrainingWork):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peerd.client.audits.auditor import Auditor
     from peerd.client.finding.scout import Scout
     from peerd.client.training.pass_maker import PassMaker
-    from peerd.client.training.trained import LoraPairs
+    from peerd.client.training.trained import LoraPairs, Prefixes
     from peerd.client.training.training_pass import Pass
     from peerd.compute.checkpoint.hub.settings import HubSettings
     from peerd.meters import Meters
@@ -211,6 +211,7 @@ class ServedBlocks:
         prompts: torch.Tensor | None = None,
         lora: LoraPairs | None = None,
         lora_scaling: float = 1.0,
+        prefixes: Prefixes | None = None,
         adapter: str = "",
         codec: str = "exact",
         keep: bool = True,
@@ -221,8 +222,10 @@ class ServedBlocks:
 
         `inputs` are hidden states `[rows, positions, width]`, or packed `[sum of rows, width]` with the lengths in
         `rows`, or token ids, a list a row. `prompts` `[blocks, 1 or rows, P, width]` are added to the first P positions
-        of each block's input. `lora` pairs act beside linear modules; `adapter` is one that the servers have. Without
-        `keep` there can be no backward. Raises InvalidRequest, NoChain, Overloaded, ContextTooLong.
+        of each block's input. `lora` pairs act beside linear modules; `adapter` is one that the servers have.
+        `prefixes`, by block, take the place of the keys and values of each row's first P positions, each `[P, width of
+        all key heads]`. Without `keep` there can be no backward. Raises InvalidRequest, NoChain, Overloaded,
+        ContextTooLong.
         """
         from peerd.client.training.pass_maker import PassMaker
         from peerd.client.training.rows import as_rows
@@ -244,7 +247,7 @@ class ServedBlocks:
             hidden,
             lengths,
             blocks,
-            Trained(prompts, lora or {}, lora_scaling),
+            Trained(prompts, lora or {}, lora_scaling, prefixes or {}),
             adapter=await self._adapter_id(adapter, blocks) if adapter else "",
             codec=codec,
             keep=keep,

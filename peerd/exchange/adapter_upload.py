@@ -27,7 +27,9 @@ from peerd.protocol.errors import (
 from peerd.protocol.messages.adapters import (
     ADAPTER_PROTOCOL,
     MAX_PAIRS_A_BLOCK,
+    MAX_PROMPTS_A_BLOCK,
     OWN_ADAPTER,
+    OWN_PREFIXES,
     OWN_PROMPTS,
     Granted,
     Loaded,
@@ -51,16 +53,21 @@ def needs_of(own: Lora) -> tuple[str, ...]:
     """The features that a hop must have whose blocks' part of the client's adapter is `own`."""
     if not own:
         return ()
-    has_prompts = any(isinstance(value, DeepPrompt) for value in own.values())
-    return (OWN_ADAPTER, OWN_PROMPTS) if has_prompts else (OWN_ADAPTER,)
+    names = {name for (_, name), value in own.items() if isinstance(value, DeepPrompt)}
+    prompts = (OWN_PROMPTS,) if PROMPT in names else ()
+    prefixes = (OWN_PREFIXES,) if names - {PROMPT} else ()
+    return (OWN_ADAPTER, *prompts, *prefixes)
 
 
 async def receive_adapter(stream: Stream, upload: Upload, blocks: Span) -> dict[BlockModule, LoraPair | DeepPrompt]:
     """Grant an upload and receive what it holds, all of it for `blocks`. Raises InvalidRequest or a PeerFault."""
     if upload.pairs > MAX_PAIRS_A_BLOCK * len(blocks):
         raise InvalidRequest(f"{upload.pairs} pairs for blocks {blocks}: at most {MAX_PAIRS_A_BLOCK} for each block")
-    if upload.prompts > len(blocks):
-        raise InvalidRequest(f"{upload.prompts} deep prompts for blocks {blocks}: one for each block")
+    if upload.prompts > MAX_PROMPTS_A_BLOCK * len(blocks):
+        raise InvalidRequest(
+            f"{upload.prompts} deep prompts and prefixes for blocks {blocks}: at most {MAX_PROMPTS_A_BLOCK} for each"
+            " block"
+        )
     await stream.send(Granted().to_header())
     receiving = _Receiving(stream, blocks, upload.values)
     try:
@@ -69,7 +76,7 @@ async def receive_adapter(stream: Stream, upload: Upload, blocks: Span) -> dict[
         for _ in range(upload.prompts):
             await receiving.prompt()
     except trio.EndOfChannel:
-        announced = f"{upload.pairs} pairs and {upload.prompts} deep prompts"
+        announced = f"{upload.pairs} pairs and {upload.prompts} deep prompts and prefixes"
         raise RemoteProtocolError(f"an upload of {announced} ended after {len(receiving.found)}") from None
     return receiving.found
 
@@ -95,11 +102,11 @@ class _Receiving:
 
     async def prompt(self) -> None:
         said, values = await self._next(Prompt)
-        if not self._is_new(said.block, PROMPT):
+        if not self._is_new(said.block, said.name):
             raise InvalidRequest(
-                f"a deep prompt for block {said.block}: the session runs blocks {self._blocks}, and each has one"
+                f"a {said.name} for block {said.block}: the session runs blocks {self._blocks}, and each has one"
             )
-        self.found[said.block, PROMPT] = DeepPrompt(values)
+        self.found[said.block, said.name] = DeepPrompt(values)
 
     def _is_new(self, block: int, name: str) -> bool:
         return self._blocks.start <= block < self._blocks.end and (block, name) not in self.found
@@ -159,7 +166,7 @@ async def _send_all(stream: Stream, own: Lora) -> None:
         for (block, module), value in sorted(own.items(), key=lambda item: isinstance(item[1], DeepPrompt)):
             if isinstance(value, DeepPrompt):
                 header, body = encode_tensor(value.values)
-                await stream.send(Prompt(block=block, tensor=header.to_fields()).to_header(), body)
+                await stream.send(Prompt(block=block, tensor=header.to_fields(), name=module).to_header(), body)
                 continue
             header, body = encode_tensor(value.a)
             first = MatrixA(block=block, module=module, scale=value.scale, tensor=header.to_fields())

@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from peerd.facade.backend import AnySession
 from peerd.facade.lora import Pairs
+from peerd.facade.prefix import Prefix, prefix_of
 from peerd.protocol.rows import Drop, Fork
 from peerd.protocol.span import Span
 
@@ -76,7 +77,9 @@ class Run:
 
 
 class RemoteCache(DynamicCache):
-    """Made by the model. An empty `DynamicCache` of the program's own becomes one when it is first used."""
+    """Made by the model. A `DynamicCache` of the program's own becomes one when it is first used: an empty one, or one
+    with a prefix.
+    """
 
     def __init__(self, blocks: int, *, max_length: int = 0, max_rollback: int = 0) -> None:
         self._setup(blocks, max_length, max_rollback)
@@ -85,12 +88,14 @@ class RemoteCache(DynamicCache):
         self.layer_class_to_replicate = None
         self.offloading = False
         self.columns = 0
-        #: Which columns are real, bool `[rows, columns]`; None: all of them.
+        #: Which of the columns behind the prefix are real, bool `[rows, columns]`; None: all of them.
         self.mask: torch.Tensor | None = None
         #: The position id that the caller gave to each row's first real position, int64 `[rows]`; -1 before there is
         #: one.
         self.shift: torch.Tensor | None = None
         self.rows = 0
+        #: Keys and values with which the cache began. They are the first columns, and those that no step computes.
+        self.prefix: Prefix | None = None
         self.runs: dict[RunKey, Run] = {}
         #: A lazy cache was not requested by the caller. It opens no session until the caller uses it for a second call,
         #: and keeps each run's input, `[rows, columns, width]`, from which a session is then filled.
@@ -102,7 +107,10 @@ class RemoteCache(DynamicCache):
 
     @classmethod
     def adopt(cls, cache: Any, blocks: int, *, max_length: int = 0, max_rollback: int = 0) -> RemoteCache:
-        """Turn a program's own empty DynamicCache into a remote one, in place. Raises TypeError, ValueError."""
+        """Turn a program's own DynamicCache into a remote one, in place. Raises TypeError, ValueError.
+
+        If it is filled, all its rows must be the same: a prefix.
+        """
         if isinstance(cache, cls):
             return cache
         if type(cache) is not DynamicCache:
@@ -110,15 +118,12 @@ class RemoteCache(DynamicCache):
                 f"a {type(cache).__name__} cannot hold the keys and values of remote blocks: leave the cache out, or"
                 " pass an empty DynamicCache"
             )
-        if cache.get_seq_length():
-            raise ValueError(
-                "this cache holds keys and values of local blocks: pass an empty DynamicCache. peft's PrefixTuning"
-                " fills one: use tuning_mode='deep_ptune', PromptTuningConfig or LoraConfig instead"
-            )
+        prefix, rows = prefix_of(cache, blocks) if cache.get_seq_length() else (None, 0)
         remote: Any = cache
         remote.__class__ = cls
         remote._setup(blocks, max_length, max_rollback)
         result: RemoteCache = remote
+        result.prefix, result.rows, result.columns = prefix, rows, prefix.length if prefix is not None else 0
         return result
 
     def __repr__(self) -> str:
@@ -131,6 +136,16 @@ class RemoteCache(DynamicCache):
         raise TypeError("a remote cache cannot be copied: use it, and crop it back")
 
     @property
+    def prefix_length(self) -> int:
+        """How many of the first columns are a prefix."""
+        return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def computed(self) -> int:
+        """How many columns were computed: all but those of the prefix."""
+        return self.columns - self.prefix_length
+
+    @property
     def batch_size(self) -> int:
         """The number of rows of the batch; -1 before the first step."""
         return self.rows or -1
@@ -141,15 +156,15 @@ class RemoteCache(DynamicCache):
         return self.columns > 0
 
     def lengths(self) -> list[int]:
-        """The number of real positions of each row."""
+        """The number of real positions of each row that were computed."""
         if self.mask is None:
-            return [self.columns] * self.rows
+            return [self.computed] * self.rows
         return [int(length) for length in self.mask.sum(1)]
 
     def note(self, mask: torch.Tensor | None, rows: int, columns: int) -> None:
         """Note that these new columns were computed. `mask` is theirs."""
         if mask is not None or self.mask is not None:
-            old = self.mask if self.mask is not None else torch.ones(rows, self.columns, dtype=torch.bool)
+            old = self.mask if self.mask is not None else torch.ones(rows, self.computed, dtype=torch.bool)
             new = mask if mask is not None else torch.ones(rows, columns, dtype=torch.bool)
             self.mask = torch.cat((old, new), 1)
         self.rows = rows
@@ -163,9 +178,12 @@ class RemoteCache(DynamicCache):
         """
         count = int(tokens_to_remove)
         columns = min(self.columns, count) if count > 0 else max(0, self.columns + count)
+        computed = columns - self.prefix_length
+        if computed < 0:
+            raise ValueError(f"{columns} columns cut into the prefix of {self.prefix_length}: begin a new cache")
         if self.mask is not None:
-            self.mask = self.mask[:, :columns]
-        self.inputs = {key: hidden[:, :columns] for key, hidden in self.inputs.items()}
+            self.mask = self.mask[:, :computed]
+        self.inputs = {key: hidden[:, :computed] for key, hidden in self.inputs.items()}
         self.columns = columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -9,12 +9,13 @@ import inspect
 import threading
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 
 from peerd.compute.transformers_compat import CACHE_NAMES, cache_argument
 from peerd.facade.blocks import Call, RemoteBlock, is_watched_after, plan_runs, pop, push
 from peerd.facade.cache import RemoteCache
-from peerd.facade.inputs import check_inputs
+from peerd.facade.inputs import check_inputs, check_prefix_mask
 from peerd.facade.steps import ROLLBACK
 
 _hints = threading.local()
@@ -105,7 +106,12 @@ class _BeforeDecoder:
         if cache is not None:
             if not isinstance(cache, Cache):
                 raise TypeError("a tuple of keys and values cannot hold those of remote blocks: leave the cache out")
+            was_ours = isinstance(cache, RemoteCache)
             cache = RemoteCache.adopt(cache, self._blocks, max_rollback=ROLLBACK)
+            if cache.prefix is not None and not was_ours:
+                check_prefix_mask(given.get("attention_mask"), cache.prefix_length)
+                # peft gives a prefix in training too, where a pass brings its gradients.
+                cache.lazy = torch.is_grad_enabled() or not given.get("use_cache")
         elif given.get("use_cache"):
             cache = RemoteCache(self._blocks)
         elif given.get("use_cache") is None and decoder.config.use_cache and lazily:

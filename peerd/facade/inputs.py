@@ -57,6 +57,15 @@ def check_slice_mask(mask: torch.Tensor | None, hidden: torch.Tensor) -> None:
         raise ValueError(f"attention_mask of {list(mask.shape)} for hidden states of {list(hidden.shape[:2])} columns")
 
 
+def check_prefix_mask(mask: torch.Tensor | None, length: int) -> None:
+    """Raise ValueError if a mask `[rows, columns]` hides some of the `length` columns with which a cache begins."""
+    if mask is not None and mask.shape[1] > length and not bool(mask[:, :length].all()):
+        raise ValueError(
+            f"an attention_mask that hides some of the cache's {length} positions: a cache with which a text begins"
+            " holds no padding"
+        )
+
+
 def _check_mask(mask: Any, rows: int, columns: int, past: int) -> None:
     if mask is None:
         return

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from peerd.compute.adapters.lora import PROMPT, BlockModule, DeepPrompt, LoraAdapter, LoraPair
+from peerd.compute.adapters.lora import (
+    PREFIX_K,
+    PREFIX_V,
+    PROMPT,
+    BlockModule,
+    DeepPrompt,
+    LoraAdapter,
+    LoraPair,
+)
 from peerd.facade.weights import RemoteWeight
 
 
@@ -64,16 +72,25 @@ def states(pairs: Pairs) -> list[object]:
     return [pair.state() for pair in pairs.values()]
 
 
-def as_adapter(pairs: Pairs, first_block: int = 0, deep: torch.Tensor | None = None) -> LoraAdapter | None:
-    """The pairs as they are now, and deep prompts `[blocks, positions, width]`, as an adapter for opening a session.
+def as_adapter(
+    pairs: Pairs,
+    first_block: int,
+    deep: torch.Tensor | None,
+    prefixes: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+) -> LoraAdapter | None:
+    """The pairs as they are now, deep prompts `[blocks, positions, width]`, and prefixes by block, as an adapter for
+    opening a session.
 
-    None if there are neither.
+    None if there is nothing.
     """
     weights: dict[BlockModule, LoraPair | DeepPrompt] = {
         key: LoraPair(_values(pair.a), _values(pair.b), 1.0) for key, pair in pairs.items()
     }
     for block, values in enumerate(() if deep is None else deep, first_block):
         weights[block, PROMPT] = DeepPrompt(_values(values))
+    for block, prefix in prefixes.items():
+        for name, tensor in zip((PREFIX_K, PREFIX_V), prefix, strict=True):
+            weights[block, name] = DeepPrompt(_values(tensor))
     return LoraAdapter(weights) if weights else None
 
 

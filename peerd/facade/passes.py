@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,17 +34,30 @@ def run_pass(
         raise ValueError("every position is masked: attention_mask is 1 where a token is real")
     packed = hidden[mask] if mask is not None else hidden.reshape(-1, width)
     prefix, deep = prompts_of(backend, call, span)
+    cached = None if call.cache is None else call.cache.prefix
+    if cached is not None:
+        check_alone(prefix)
+        if len(lengths) > rows:
+            raise ValueError("position_ids of several sequences in a row, behind a prefix: give each a row of its own")
+        prefix = cached.space(width).to(hidden)
     if prefix is not None:
         pieces = torch.split(packed, lengths)
         packed = torch.cat([part for piece in pieces for part in (prefix.to(packed), piece)])
     extra = 0 if prefix is None else len(prefix)
-    output = _differentiable(backend, span, packed, [length + extra for length in lengths], deep, lora)
+    beside = _Beside(deep, lora, {} if cached is None else cached.within(span))
+    output = _differentiable(backend, span, packed, [length + extra for length in lengths], beside)
     if extra:
         pieces = torch.split(output, [length + extra for length in lengths])
         output = torch.cat([piece[extra:] for piece in pieces])
     if mask is None:
         return output.view(rows, columns, width)
     return torch.zeros_like(hidden).masked_scatter(mask[..., None].to(hidden.device), output.to(hidden))
+
+
+def check_alone(prompts: torch.Tensor | None) -> None:
+    """Raise NotImplementedError if a model with prompts of its own is given a cache with a prefix."""
+    if prompts is not None:
+        raise NotImplementedError("prompts of tuning_mode and a prefix of keys and values: train one of them")
 
 
 def prompts_of(backend: Backend, call: Call, span: Span) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -88,20 +102,40 @@ def _sequences(positions: torch.Tensor) -> list[int]:
     return [end - start for start, end in itertools.pairwise(starts)]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Beside:
+    """What acts beside a span's weights: deep prompts, LoRA pairs, and prefixes by block."""
+
+    deep: torch.Tensor | None
+    lora: dict[BlockModule, LoraTensors]
+    prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        """LoRA's and the prefixes', two by two."""
+        return [each for pair in self.lora.values() for each in (pair.a, pair.b)] + [
+            each for pair in self.prefixes.values() for each in pair
+        ]
+
+    def wire(self, matrices: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """`matrices` as arguments of a pass."""
+        pairs = [(_wire(a), _wire(b)) for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
+        count = len(self.lora)
+        return {
+            "lora": dict(zip(self.lora, pairs[:count], strict=True)),
+            "prefixes": dict(zip(self.prefixes, pairs[count:], strict=True)),
+        }
+
+
 def _differentiable(
-    backend: Backend,
-    span: Span,
-    packed: torch.Tensor,
-    lengths: Sequence[int],
-    deep: torch.Tensor | None,
-    lora: dict[BlockModule, LoraTensors],
+    backend: Backend, span: Span, packed: torch.Tensor, lengths: Sequence[int], beside: _Beside
 ) -> torch.Tensor:
-    tensors = [tensor for pair in lora.values() for tensor in (pair.a, pair.b)]
-    leaves = [packed, *tensors] if deep is None else [packed, deep, *tensors]
+    deep, matrices = beside.deep, beside.matrices
+    leaves = [packed, *matrices] if deep is None else [packed, deep, *matrices]
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     backend.passes += 1
     apply: Any = _Through.apply
-    result: torch.Tensor = apply(backend, span, lengths, list(lora), keep, deep, packed, *tensors)
+    result: torch.Tensor = apply(backend, span, lengths, beside, keep, deep, packed, *matrices)
     return result
 
 
@@ -130,26 +164,25 @@ class _Through(torch.autograd.Function):
         backend: Backend,
         span: Span,
         lengths: Sequence[int],
-        keys: Sequence[BlockModule],
+        beside: _Beside,
         keep: bool,
         deep: torch.Tensor | None,
         packed: torch.Tensor,
-        *lora: torch.Tensor,
+        *matrices: torch.Tensor,
     ) -> torch.Tensor:
-        pairs = {key: (_wire(lora[2 * i]), _wire(lora[2 * i + 1])) for i, key in enumerate(keys)}
         ask: Any = partial(
             backend.blocks.forward,
             _wire(packed, backend.dtype),
             rows=lengths,
             blocks=span,
             prompts=None if deep is None else _wire(deep),
-            lora=pairs,
             keep=keep,
+            **beside.wire(matrices),
         )
         done: AnyPass = backend.bridge.call(ask)
         ctx.held = _Held(backend.bridge, done) if keep else None
-        ctx.keys = keys
-        ctx.likes = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in (deep, packed, *lora)]
+        ctx.pairs, ctx.prefixes = tuple(beside.lora), tuple(beside.prefixes)
+        ctx.likes = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in (deep, packed, *matrices)]
         output: torch.Tensor = done.output.to(packed.device, packed.dtype)
         return output
 
@@ -162,7 +195,8 @@ class _Through(torch.autograd.Function):
                 "a second backward through remote blocks: run forward again, servers keep a pass for one"
             )
         found = held.backward(_wire(grad))
-        matrices = [matrix for key in ctx.keys for matrix in found.lora[key]]
+        pairs = [found.lora[key] for key in ctx.pairs] + [found.prefixes[block] for block in ctx.prefixes]
+        matrices = [each for pair in pairs for each in pair]
         gradients = []
         for like, gradient in zip(ctx.likes, (found.prompts, found.hidden, *matrices), strict=True):
             gradients.append(None if like is None or gradient is None else gradient.to(*like))

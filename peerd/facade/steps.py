@@ -17,7 +17,7 @@ from peerd.facade.backend import AnySession, Backend
 from peerd.facade.blocks import Call
 from peerd.facade.cache import RemoteCache, Run, settle
 from peerd.facade.lora import Pairs, as_adapter, states
-from peerd.facade.passes import prompts_of
+from peerd.facade.passes import check_alone, prompts_of
 from peerd.protocol.errors import ContextTooLong, InvalidRequest
 from peerd.protocol.messages.session import MAX_ROWS, Want
 from peerd.protocol.rows import Op, RowSlice
@@ -62,7 +62,11 @@ def new_mask(call: Call, rows: int, columns: int) -> torch.Tensor | None:
 
 
 class _Step:
-    """One step of one run. `past` and `counts`: each row's real positions before the new columns, and in them."""
+    """One step of one run. `past` and `counts`: each row's real positions before the new columns, and in them.
+
+    `prefix`: what stands before each row in its session and not in the batch: trained prompts, or space for keys and
+    values.
+    """
 
     def __init__(self, backend: Backend, call: Call, cache: RemoteCache, span: Span, hidden: torch.Tensor) -> None:
         self._backend, self._call, self._cache, self._span, self._hidden = backend, call, cache, span, hidden
@@ -70,21 +74,25 @@ class _Step:
         if cache.columns and self._rows != cache.rows:
             raise ValueError(f"{self._rows} rows, where the cache has {cache.rows}")
         self._mask = new_mask(call, self._rows, self._columns)
-        self._past = cache.lengths() if cache.columns else [0] * self._rows
+        self._past = cache.lengths() if cache.computed else [0] * self._rows
         counts = [self._columns] * self._rows if self._mask is None else self._mask.sum(1).tolist()
         self._counts = [int(count) for count in counts]
         prefix, deep = prompts_of(backend, call, span)
+        if cache.prefix is not None:
+            check_alone(prefix)
+            prefix = cache.prefix.space(self._width)
+        self._prefixes = {} if cache.prefix is None else cache.prefix.within(span)
         self._prefix = None if prefix is None else prefix.detach().to("cpu", backend.dtype)
         self._extra = 0 if self._prefix is None else len(self._prefix)
         self._deep = None if deep is None else deep[:, 0]
-        prompts = backend.prompts if prefix is not None else None
+        prompts = backend.prompts if prefix is not None and cache.prefix is None else None
         self._prompt_states = [] if prompts is None else prompts.states()
 
     def run(self, lora: Pairs) -> torch.Tensor:
         shift = _checked_shift(self._call, self._cache, self._mask, self._past, self._rows, self._columns)
         wire = self._hidden.detach().to("cpu", self._backend.dtype)
         run = self._ready_run(wire, lora)
-        if self._cache.columns:
+        if self._cache.computed:
             held = run.session.log.lengths
             targets, ops = settle(run.sources, [self._start(past) for past in self._past], list(held), run.max_rows)
         else:
@@ -110,19 +118,19 @@ class _Step:
         cache, key = self._cache, self._call.run_key
         run = cache.runs.get(key)
         if run is None:
-            if cache.columns and key not in cache.inputs:
+            if cache.computed and key not in cache.inputs:
                 known = ", ".join(str(span) for _, span in cache.runs)
                 raise ValueError(
                     f"this cache was filled by runs of blocks {known}, not by {self._span}: begin a new cache"
                 )
-            run = self._open(cache.columns + self._columns + self._extra, lora)
+            run = self._open(cache.computed + self._columns + self._extra, lora)
             run.sources = _distinct(wire, self._mask)
             if key in cache.inputs:
                 self._fill(run, cache.inputs[key].to("cpu", self._backend.dtype))
                 del cache.inputs[key]
             # Only now: if the servers failed to fill it, the cache is unchanged, and the session becomes garbage.
             cache.runs[key] = run
-        elif not cache.columns:
+        elif not cache.computed:
             run.sources = _distinct(wire, self._mask)
         elif run.states != states(run.lora) + self._prompt_states:
             raise ValueError("the adapter or prompts have changed since this cache was opened: begin a new cache")
@@ -148,7 +156,7 @@ class _Step:
             max_rollback=rollback,
             prompt_length=prompt,
             blocks=self._span,
-            adapter=as_adapter(lora, self._span.start, self._deep),
+            adapter=as_adapter(lora, self._span.start, self._deep, self._prefixes),
         )
         session: AnySession = backend.bridge.call(start)
         backend.sessions_opened += 1

@@ -32,7 +32,7 @@ class Swarm(Backend):
         lora = run.lora if run is not None else lora_of(self.layers[span.start : span.end])
         if cache is None:
             return run_pass(self, call, span, hidden, dict(lora))
-        if not (cache.lazy and not cache.columns):
+        if not (cache.lazy and not cache.computed):
             return run_step(self, call, cache, span, hidden, lora)
         output = run_pass(self, call, span, hidden, dict(lora))
         cache.inputs[call.run_key] = hidden.detach()

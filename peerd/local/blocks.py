@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.client.blocks import ModelFacts, check_session_size
-from peerd.client.training.trained import LORA_A, LORA_B, LoraPairs, Trained
+from peerd.client.training.trained import LORA_A, LORA_B, LoraPairs, Prefixes, Trained
 from peerd.compute.adapters.lora import DeepPrompt, LoraAdapter
 from peerd.local.channel import Parameters, open_channel
 from peerd.local.messages import LocalOpen, SessionOpened
@@ -74,6 +74,7 @@ class DaemonBlocks:
         prompts: torch.Tensor | None = None,
         lora: LoraPairs | None = None,
         lora_scaling: float = 1.0,
+        prefixes: Prefixes | None = None,
         keep: bool = True,
     ) -> DaemonPass:
         """Like `ServedBlocks.forward`, for hidden states `[sum of rows, width]`. Raises the same errors."""
@@ -82,7 +83,7 @@ class DaemonBlocks:
                 f"a row of {max(rows)} positions, {self.facts.name} takes {self.facts.max_length}: shorten it"
             )
         blocks = blocks or Span(0, self.facts.block_count)
-        trained = Trained(prompts, lora or {}, lora_scaling)
+        trained = Trained(prompts, lora or {}, lora_scaling, prefixes or {})
         trained.check(blocks, rows, self.facts.width)
         wanted = LocalOpen(self.facts.digest.hex(), start=blocks.start, end=blocks.end)
         done = DaemonPass(self._path, wanted, PassRequest(inputs, tuple(rows), blocks, trained, keep))

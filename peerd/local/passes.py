@@ -9,6 +9,7 @@ import torch
 import trio
 
 from peerd.client.training.trained import LORA_A, LORA_B, Gradients, Trained
+from peerd.compute.adapters.lora import PREFIX_K, PREFIX_V, PROMPT
 from peerd.local.channel import Channel, open_channel, tensors_of
 from peerd.local.messages import GradientsOutput, LocalBackward, LocalForward, LocalOpen, LocalParameter, SessionOpened
 from peerd.protocol.errors import InvalidRequest, PeerdError, RemoteProtocolError
@@ -68,13 +69,14 @@ class DaemonPass:
 
     async def _forward(self, channel: Channel) -> None:
         asked = self._asked
-        lora = {key: tensor for key, tensor in asked.trained.parameters(asked.blocks, ()).items() if "." in key[1]}
-        await channel.open(self._wanted, lora)
+        # Prompts follow with the rows.
+        tensors = asked.trained.parameters(asked.blocks, ())
+        await channel.open(self._wanted, {key: tensor for key, tensor in tensors.items() if key[1] != PROMPT})
         await channel.receive(SessionOpened)
-        tensors = {"tensor": asked.hidden}
+        sent = {"tensor": asked.hidden}
         if asked.trained.prompts is not None:
-            tensors["prompts"] = asked.trained.prompts.detach().float()
-        await channel.send(LocalForward(_FORWARD, asked.rows, {}, keep=asked.keep), **tensors)
+            sent["prompts"] = asked.trained.prompts.detach().float()
+        await channel.send(LocalForward(_FORWARD, asked.rows, {}, keep=asked.keep), **sent)
         said, body = await channel.receive(Output)
         if said.tensor is None:
             raise RemoteProtocolError("the daemon answered a forward without its tensor")
@@ -91,18 +93,22 @@ class DaemonPass:
             said, body = await self._channel.receive(GradientsOutput)
             headers = [said.tensor] if said.prompts is None else [said.tensor, said.prompts]
             hidden, *prompts = tensors_of(body, headers)
-            lora = await self._lora(self._channel, said.parameters)
+            found = await _parameters(self._channel, said.parameters)
         finally:
             self.close()
-        return Gradients(hidden, prompts[0] if prompts else None, lora)
-
-    async def _lora(self, channel: Channel, count: int) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-        found: dict[tuple[int, str], torch.Tensor] = {}
-        for _ in range(count):
-            said, body = await channel.receive(LocalParameter)
-            [found[said.block, said.name]] = tensors_of(body, [said.tensor])
-        scaling = self._asked.trained.scaling
-        return {
-            (block, name): (found[block, name + LORA_A], found[block, name + LORA_B] * scaling)
-            for block, name in self._asked.trained.lora
+        trained = self._asked.trained
+        lora = {
+            (block, name): (found[block, name + LORA_A], found[block, name + LORA_B] * trained.scaling)
+            for block, name in trained.lora
         }
+        prefixes = {block: (found[block, PREFIX_K], found[block, PREFIX_V]) for block in trained.prefixes}
+        return Gradients(hidden, prompts[0] if prompts else None, lora, prefixes)
+
+
+async def _parameters(channel: Channel, count: int) -> dict[tuple[int, str], torch.Tensor]:
+    """The gradients that follow, by block and name."""
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    for _ in range(count):
+        said, body = await channel.receive(LocalParameter)
+        [found[said.block, said.name]] = tensors_of(body, [said.tensor])
+    return found

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from peerd.compute.adapters.lora import BlockModule, DeepPrompt, Lora, LoraPair, check_fits, within
+from peerd.compute.adapters.lora import DeepPrompt, Lora, LoraPair, check_fits, within
 from peerd.compute.engine.engine import BaseEngine
 from peerd.compute.errors import AdapterError
 from peerd.compute.kv.layout import EVERYTHING, Keep, group
@@ -83,7 +83,7 @@ class FakeEngine(BaseEngine):
         own = within(lora, self.span)
         square = (self.hidden_size, self.hidden_size)
         layers = {(block, FAKE_LAYER): square for block in range(self.span.start, self.span.end)}
-        check_fits(own, layers, self.hidden_size)
+        check_fits(own, layers, self.hidden_size, dict.fromkeys(range(self.span.start, self.span.end), square))
         self._salts[name] = _salts(own)
 
     def unload_adapter(self, name: str) -> None:
@@ -125,9 +125,11 @@ def fake_forward(
 
 
 def _salts(lora: Lora) -> dict[int, int]:
-    """For each adapted block a number that depends on every value of its matrices, or of its deep prompt."""
-    salts: Mapping[BlockModule, int] = {key: _salt(value) for key, value in lora.items()}
-    return {block: salt for (block, _), salt in salts.items()}
+    """For each adapted block a number that depends on every value of its matrices, deep prompt or prefix."""
+    salts: dict[int, int] = {}
+    for (block, _), value in lora.items():
+        salts[block] = salts.get(block, 0) + _salt(value)
+    return salts
 
 
 def _salt(value: LoraPair | DeepPrompt) -> int:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peerd.protocol.encoding.schema import Message, binary, integer, mapping, optional, required
+from peerd.protocol.encoding.schema import Message, binary, choice, integer, mapping, optional, required
 from peerd.protocol.span import MAX_BLOCKS
 
 ADAPTER_PROTOCOL = "/peerd/adapter/1"
@@ -18,6 +18,8 @@ ADAPTER_PROTOCOL = "/peerd/adapter/1"
 OWN_ADAPTER = "own_adapter"
 # The feature that it needs beside that if its adapter has deep prompts.
 OWN_PROMPTS = "own_prompts"
+# The same for keys and values that take the place of those of rows' first positions.
+OWN_PREFIXES = "own_prefixes"
 # Long enough that two adapters never share a tag by mistake. Deliberate collisions gain nothing.
 TAG_BYTES = 8
 MAX_SCALE = 1e9
@@ -25,6 +27,8 @@ MAX_SCALE = 1e9
 # memory beside its values, so the number of tiny ones must be bounded too.
 MAX_PAIRS_A_BLOCK = 64
 MAX_PAIRS = MAX_PAIRS_A_BLOCK * MAX_BLOCKS
+# A deep prompt, and a prefix of keys and one of values.
+MAX_PROMPTS_A_BLOCK = 3
 MAX_VALUES = 1 << 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(rf"({_NAME.pattern})@[0-9a-f]{{{2 * TAG_BYTES}}}")
@@ -70,8 +74,8 @@ _block = integer(0, MAX_BLOCKS - 1)
 
 @dataclass(frozen=True, slots=True)
 class Upload(Message):
-    """Client to hop, first: the adapter has `pairs` pairs of matrices and `prompts` deep prompts, with `values` values
-    in all.
+    """Client to hop, first: the adapter has `pairs` pairs of matrices and `prompts` deep prompts and prefixes, with
+    `values` values in all.
 
     `session` and `hop` name a session that is open on this hop.
     """
@@ -81,7 +85,7 @@ class Upload(Message):
     hop: int = required(integer(0, 255))
     pairs: int = required(integer(0, MAX_PAIRS))
     values: int = required(integer(0, MAX_VALUES))
-    prompts: int = optional(integer(0, MAX_BLOCKS), 0)
+    prompts: int = optional(integer(0, MAX_PROMPTS_A_BLOCK * MAX_BLOCKS), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +116,17 @@ class MatrixB(Message):
 
 @dataclass(frozen=True, slots=True)
 class Prompt(Message):
-    """Client to hop, behind all pairs: what a block adds to each row's first positions, `[positions, width]` in the
+    """Client to hop, behind all pairs: values for each row's first positions in a block, `[positions, width]` in the
     body.
+
+    name: what becomes of them. `prompt`: they are added to the block's input. `prefix_k`, `prefix_v`: they take the
+        place of its attention's keys, or values.
     """
 
     TYPE: ClassVar[str] = "prompt"
     block: int = required(_block)
     tensor: dict[str, Any] = required(mapping)
+    name: str = optional(choice("prompt", "prefix_k", "prefix_v"), "prompt")
 
 
 @dataclass(frozen=True, slots=True)

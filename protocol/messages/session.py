@@ -45,7 +45,7 @@ MAX_RETRY_MS = 600_000
 REPLAY_SEQ = 0
 # The features of this version that a client may `need`.
 PROMPT_LENGTH = "prompt_length"
-FEATURES = frozenset({"bridge", "fork", "own_adapter", "own_prompts", PROMPT_LENGTH, "route"})
+FEATURES = frozenset({"bridge", "fork", "own_adapter", "own_prefixes", "own_prompts", PROMPT_LENGTH, "route"})
 
 Want = Literal["none", "last", "all"]
 

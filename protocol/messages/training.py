@@ -35,7 +35,8 @@ MAX_REQUESTS = 2
 PART_BYTES = 2**20
 MAX_PARAMETERS = 2**16
 # The features of this version that a client may `need` on a lane.
-PASS_FEATURES = frozenset({"lora", "prompts"})
+PREFIXES = "prefixes"
+PASS_FEATURES = frozenset({"lora", PREFIXES, "prompts"})
 
 _blocks_start, _blocks_end = integer(0, 4095), integer(1, 4096)
 _lengths = many(integer(1, MAX_LENGTH), MAX_PASS_ROWS)
@@ -47,7 +48,7 @@ _shape = many(integer(1, 2**31 - 1), 3)
 class Begin(Message):
     """Client to hop, first on a lane: names the blocks that the passes run through.
 
-    parameters: how many parameters (deep prompts and LoRA tensors) follow.
+    parameters: how many parameters (deep prompts, prefixes and LoRA tensors) follow.
     values: how many numbers those have in all.
     """
 

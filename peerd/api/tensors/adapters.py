@@ -1,4 +1,4 @@
-"""A program's own LoRA matrices, which follow its first message, and their gradients."""
+"""A program's own LoRA matrices and prefixes, which follow its first message, and their gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from peerd.api.tensors.bodies import decoded, header_of
-from peerd.client.training.trained import LORA_A, LORA_B, Gradients, LoraPairs
-from peerd.compute.adapters.lora import PROMPT, BlockModule, DeepPrompt, LoraAdapter, LoraPair
+from peerd.client.training.trained import LORA_A, LORA_B, Gradients, LoraPairs, Prefixes
+from peerd.compute.adapters.lora import PREFIX_K, PREFIX_V, PROMPT, BlockModule, DeepPrompt, LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.local.messages import LocalParameter, message_bytes, read_parameter
 from peerd.protocol.encoding.tensors import encode_tensor
@@ -19,12 +19,17 @@ from peerd.protocol.errors import InvalidRequest
 if TYPE_CHECKING:
     import torch
 
+_PREFIX = (PREFIX_K, PREFIX_V)
+
 
 class OwnAdapter:
-    """A program's own matrices: LoRA `pairs`, which act in sessions and forwards, and the deep prompts of sessions."""
+    """A program's own matrices: LoRA `pairs` and `prefixes`, which act in sessions and forwards, and the deep prompts
+    of sessions.
+    """
 
-    def __init__(self, pairs: LoraPairs, prompts: Mapping[int, torch.Tensor]) -> None:
+    def __init__(self, pairs: LoraPairs, prefixes: Prefixes, prompts: Mapping[int, torch.Tensor]) -> None:
         self.pairs = pairs
+        self.prefixes = prefixes
         self._prompts = prompts
 
     def for_session(self) -> LoraAdapter | None:
@@ -33,6 +38,8 @@ class OwnAdapter:
             key: LoraPair(a, b, 1.0) for key, (a, b) in self.pairs.items()
         }
         weights |= {(block, PROMPT): DeepPrompt(values) for block, values in self._prompts.items()}
+        for block, prefix in self.prefixes.items():
+            weights |= {(block, name): DeepPrompt(each) for name, each in zip(_PREFIX, prefix, strict=True)}
         try:
             return LoraAdapter(weights) if weights else None
         except AdapterError as error:
@@ -48,20 +55,36 @@ async def read_own_adapter(receive: trio.MemoryReceiveChannel[RawMessage], count
         found[said.block, said.name] = decoded(header_of(said.tensor), raw.body)
     prompts = {block: values for (block, name), values in found.items() if name == PROMPT}
     pairs: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
+    prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for block, name in found:
         if name == PROMPT:
             continue
+        if name in _PREFIX:
+            prefixes[block] = _both(found, block, name, *_PREFIX)
+            continue
         module = name.removesuffix(LORA_A).removesuffix(LORA_B)
-        try:
-            pairs[block, module] = found[block, module + LORA_A], found[block, module + LORA_B]
-        except KeyError:
-            raise InvalidRequest(f"block {block}: {name} is one of a pair {module}{LORA_A} and {LORA_B}") from None
-    return OwnAdapter(pairs, prompts)
+        pairs[block, module] = _both(found, block, name, module + LORA_A, module + LORA_B)
+    return OwnAdapter(pairs, prefixes, prompts)
+
+
+def _both(
+    found: Mapping[tuple[int, str], torch.Tensor], block: int, name: str, first: str, second: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return found[block, first], found[block, second]
+    except KeyError:
+        raise InvalidRequest(f"block {block}: {name} is one of a pair, {first} and {second}") from None
 
 
 def gradient_messages(gradients: Gradients) -> Iterator[bytes]:
     """A websocket message for each matrix's gradient."""
-    for (block, module), pair in gradients.lora.items():
-        for suffix, gradient in zip((LORA_A, LORA_B), pair, strict=True):
-            header, body = encode_tensor(gradient)
-            yield message_bytes(LocalParameter(block, module + suffix, header.to_fields()), body)
+    named = [
+        (block, name, gradient)
+        for (block, module), pair in gradients.lora.items()
+        for name, gradient in zip((module + LORA_A, module + LORA_B), pair, strict=True)
+    ]
+    for block, prefix in gradients.prefixes.items():
+        named += [(block, name, gradient) for name, gradient in zip(_PREFIX, prefix, strict=True)]
+    for block, name, gradient in named:
+        header, body = encode_tensor(gradient)
+        yield message_bytes(LocalParameter(block, name, header.to_fields()), body)

@@ -217,6 +217,7 @@ class _Answers:
             blocks=self._blocks,
             prompts=prompts,
             lora=self._adapter.own.pairs,
+            prefixes=self._adapter.own.prefixes,
             adapter=self._adapter.name,
             keep=asked.keep,
         )
@@ -237,7 +238,8 @@ class _Answers:
         if found.prompts is not None:
             prompt_header, prompt_parts = encode_tensor(found.prompts)
             prompts, parts = prompt_header.to_fields(), [*parts, *prompt_parts]
-        said = GradientsOutput(asked.seq, header.to_fields(), prompts, 2 * len(found.lora))
+        parameters = 2 * (len(found.lora) + len(found.prefixes))
+        said = GradientsOutput(asked.seq, header.to_fields(), prompts, parameters)
         return itertools.chain([message_bytes(said, parts)], gradient_messages(found))
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import trio
 
+from peerd.compute.adapters.lora import PREFIX_K, PREFIX_V
 from peerd.exchange.tensor_parts import receive_parts, send_parts
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
@@ -31,6 +32,7 @@ from peerd.protocol.errors import (
 )
 from peerd.protocol.messages.training import (
     PASS_PROTOCOL,
+    PREFIXES,
     Backward,
     Begin,
     Begun,
@@ -232,6 +234,8 @@ async def open_lane(connections: Connections, hop: Hop, terms: LaneTerms, width:
         adapter=terms.adapter,
         parameters=len(own),
         values=sum(tensor.numel() for tensor in own.values()),
+        # Hops of the first releases know no prefixes, and everything else that is sent.
+        needs=(PREFIXES,) if any(name in (PREFIX_K, PREFIX_V) for _, name in own) else (),
     )
     try:
         async with open_tasks() as tasks:

@@ -16,7 +16,8 @@ import torch
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.training.lane import TrainingLane
 from peerd.client.training.lanes import BACKWARD, FORWARD, TrainingChain
-from peerd.client.training.trained import LORA_A, LORA_B, PROMPT, Gradients, Trained
+from peerd.client.training.trained import LORA_A, LORA_B, Gradients, Trained
+from peerd.compute.adapters.lora import PREFIX_K, PREFIX_V, PROMPT
 from peerd.protocol.errors import BadResult, InvalidRequest, PeerdError
 from peerd.protocol.span import Span
 from peerd.trio_tools import at_once
@@ -140,7 +141,7 @@ class Pass:
             self.close()
         found = [each for _, each in parts]
         hidden = torch.cat([grad.float() for grad, _ in parts]).view(self.output.shape)
-        return _scaled(Gradients(hidden, self._prompts(found), self._lora(found)), exponent)
+        return _scaled(Gradients(hidden, self._prompts(found), self._lora(found), self._prefixes(found)), exponent)
 
     def close(self) -> None:
         """Let the hops free what they keep for the pass."""
@@ -172,14 +173,23 @@ class Pass:
     def _lora(
         self, found: Sequence[Mapping[tuple[int, str], torch.Tensor]]
     ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-        def total(block: int, name: str) -> torch.Tensor:
-            return torch.stack([gradients[block, name] for gradients in found]).sum(0)
-
         scaling = self._trained.scaling
         return {
-            (block, module): (total(block, module + LORA_A), total(block, module + LORA_B) * scaling)
+            (block, module): (_total(found, block, module + LORA_A), _total(found, block, module + LORA_B) * scaling)
             for block, module in self._trained.lora
         }
+
+    def _prefixes(
+        self, found: Sequence[Mapping[tuple[int, str], torch.Tensor]]
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        return {
+            block: (_total(found, block, PREFIX_K), _total(found, block, PREFIX_V)) for block in self._trained.prefixes
+        }
+
+
+def _total(found: Sequence[Mapping[tuple[int, str], torch.Tensor]], block: int, name: str) -> torch.Tensor:
+    """The sum of the micro-batches' gradients of one tensor."""
+    return torch.stack([gradients[block, name] for gradients in found]).sum(0)
 
 
 def _near_one(grad: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -206,9 +216,10 @@ def _scaled(gradients: Gradients, exponent: int) -> Gradients:
         _times_power(gradients.hidden, exponent),
         None if gradients.prompts is None else _times_power(gradients.prompts, exponent),
         {key: (_times_power(a, exponent), _times_power(b, exponent)) for key, (a, b) in gradients.lora.items()},
+        {key: (_times_power(k, exponent), _times_power(v, exponent)) for key, (k, v) in gradients.prefixes.items()},
     )
     prompts = [] if scaled.prompts is None else [scaled.prompts]
-    matrices = (matrix for pair in scaled.lora.values() for matrix in pair)
+    matrices = (matrix for pair in (*scaled.lora.values(), *scaled.prefixes.values()) for matrix in pair)
     if not all(values.isfinite().all() for values in (scaled.hidden, *prompts, *matrices)):
         raise BadResult("a gradient is larger than float32 can hold: scale the loss down")
     return scaled

@@ -64,7 +64,7 @@ def test_peft_and_peerd_read_what_was_written(family: str, tmp_path: Path) -> No
 
 def test_what_the_format_does_not_hold_is_refused(tmp_path: Path) -> None:
     prompt = LoraAdapter({(0, PROMPT): DeepPrompt(torch.ones(2, 32))})
-    with pytest.raises(AdapterError, match="block 0 has a deep prompt, which peft's format does not hold"):
+    with pytest.raises(AdapterError, match="block 0 has a prompt, which peft's format for LoRA does not hold"):
         write_adapter(tmp_path / "prompt", prompt, FAMILIES["llama"], "org/name")
     assert not (tmp_path / "prompt").exists()
     (tmp_path / "file").touch()

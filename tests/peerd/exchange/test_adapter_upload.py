@@ -6,7 +6,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerd.compute.adapters.lora import PROMPT, DeepPrompt, LoraAdapter, LoraPair
+from peerd.compute.adapters.lora import PREFIX_K, PREFIX_V, PROMPT, DeepPrompt, LoraAdapter, LoraPair
 from peerd.compute.errors import AdapterError
 from peerd.exchange.adapter_upload import send_adapter
 from peerd.net.limits.owners import Owner
@@ -304,6 +304,16 @@ async def test_deep_prompts_reach_the_hops_of_their_blocks_and_those_that_replac
         assert torch.equal(await session.step(row[5:9]), expected(row, lora(1) | prompts)[8:9])
 
 
+async def test_prefixes_reach_the_hops_of_their_blocks(open_swarm):
+    prefixes = {(block, name): DeepPrompt(tokens(2, block)) for block in (1, 8) for name in (PREFIX_K, PREFIX_V)}
+    async with open_swarm() as swarm:
+        await serve(swarm, client_adapters=LIMIT)
+        session = await (await swarm.client()).session(BLOCKS, own_adapter=prefixes)
+        row = tokens(5)
+        assert torch.equal(await session.step(row), expected(row, prefixes)[4:5])
+        assert not torch.equal(expected(row, prefixes), expected(row, {}))
+
+
 async def test_an_upload_that_breaks_a_rule_is_refused_and_leaves_nothing(open_swarm):
     async with open_swarm() as swarm:
         (host,) = await serve(swarm, spans=[(0, 3)], client_adapters=LIMIT)
@@ -334,11 +344,20 @@ async def test_an_upload_that_breaks_a_rule_is_refused_and_leaves_nothing(open_s
             (InvalidRequest, upload(), matrix_a(block=3), matrix_b()),
             (InvalidRequest, upload(), matrix_a(module="other"), matrix_b()),
             (InvalidRequest, upload(pairs=2, values=64), matrix_a(), matrix_b(), matrix_a(), matrix_b()),
-            (InvalidRequest, upload(prompts=4)),
+            (InvalidRequest, upload(prompts=10)),
             (RemoteProtocolError, upload(values=64, prompts=1), matrix_a(), matrix_b(), matrix_a()),
             (InvalidRequest, upload(values=64, prompts=1), matrix_a(), matrix_b(), prompt(block=3)),
             (InvalidRequest, upload(values=64, prompts=2), matrix_a(), matrix_b(), prompt(), prompt()),
             (InvalidRequest, upload(values=64, prompts=1), matrix_a(), matrix_b(), prompt(wide)),
+            (InvalidRequest, upload(values=64, prompts=1), matrix_a(), matrix_b(), prompt(wide, name="prefix_k")),
+            (
+                InvalidRequest,
+                upload(values=96, prompts=2),
+                matrix_a(),
+                matrix_b(),
+                prompt(name="prefix_v"),
+                prompt(name="prefix_v"),
+            ),
             (StreamReset, upload(values=33, prompts=1), matrix_a(), matrix_b(), prompt()),
         ]
         for error, first, *messages in cases:

@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     # peft 0.21 asks Transformers by an old name, with local models too.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79], [32, 38, 46, 26, 43, 38, 32, 79]])
@@ -121,6 +122,25 @@ def test_lora_and_deep_prompts_have_the_gradients_of_the_local_model(
             assert len(found) == 2 * 2 * 8 + 2
             gradients.append(found)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_prefix_has_the_gradients_and_answers_that_it_has_over_a_peer_of_its_own(
+    daemon: Daemon, servers: Servers, llama_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    gradients, answers = [], []
+    for where in ({"daemon": daemon.socket}, {"bootstrap": servers.bootstrap}):
+        torch.manual_seed(1)
+        with peerd.RemoteModelForCausalLM.from_pretrained(llama_path, **where) as model:
+            adapted = peft.get_peft_model(model, config)
+            adapted(input_ids=IDS, labels=IDS).loss.backward()
+            [leaf] = [each for each in adapted.parameters() if each.requires_grad]
+            gradients.append(leaf.grad)
+            answers.append(adapted.eval().generate(**ONE, max_new_tokens=6, **GREEDY))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    assert torch.equal(*answers)
 
 
 def test_an_adapter_acts_in_sessions_too(remote: Any, local: Any) -> None:

@@ -232,9 +232,9 @@ def test_what_servers_cannot_do_is_refused_with_what_to_do_instead(local: Any, r
     static = StaticCache(config=local.config, max_cache_len=64)
     with pytest.raises(TypeError, match=r"StaticCache cannot hold .* empty DynamicCache"):
         remote.generate(**ONE, max_new_tokens=3, **given(remote, static))
-    filled = cache_of(local(**ONE, use_cache=True), local)
-    with pytest.raises(ValueError, match="keys and values of local blocks"):
-        remote(torch.tensor([[1]]), **given(remote, filled))
+    filled = cache_of(local(**ids(7, 7), use_cache=True), local)
+    with pytest.raises(ValueError, match=r"local blocks that differ from row to row.* or one row at a time"):
+        remote(torch.tensor([[1], [2]]), **given(remote, filled))
     with pytest.raises(ValueError, match=r"attention_mask of \[rows, columns\]"):
         remote(ONE["input_ids"], attention_mask=torch.ones(1, 1, 7, 7))
     with pytest.raises(ValueError, match="output_attentions"):
@@ -242,3 +242,55 @@ def test_what_servers_cannot_do_is_refused_with_what_to_do_instead(local: Any, r
     with pytest.raises(ContextTooLong, match="shorten the prompt or max_new_tokens"):
         remote.generate(**ONE, max_new_tokens=10**6)
     assert sequences(remote, ONE, max_new_tokens=2, **GREEDY).shape == (1, 9)
+
+
+def filled_by(local: Any) -> DynamicCache:
+    """A cache with the keys and values of a text that local blocks have computed."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        local(**ONE, use_cache=True, **given(local, cache))
+    return cache
+
+
+def test_remote_blocks_go_on_over_keys_and_values_that_local_ones_computed(local: Any, remote: Any) -> None:
+    more = torch.tensor([[9, 8, 7]])
+    text = torch.cat((ONE["input_ids"], more), 1)
+    expected = local.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=8, **GREEDY)
+    cache = filled_by(local)
+    found = remote.generate(
+        text, attention_mask=torch.ones_like(text), **given(remote, cache), max_new_tokens=8, **GREEDY
+    )
+    assert torch.equal(found, expected)
+    assert isinstance(cache, RemoteCache)
+    cache.crop(12 - cache.columns)
+    with torch.no_grad():
+        logits = remote(expected[:, 12:14], use_cache=True, **given(remote, cache)).logits
+        torch.testing.assert_close(logits, local(expected[:, :14]).logits[:, -2:], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="cut into the prefix of 7"):
+        cache.crop(-10)
+
+
+def test_hidden_states_behind_a_prefix_are_the_local_ones(local: Any, remote: Any) -> None:
+    """Every run of blocks has a session of its own, with its part of the prefix."""
+    more = torch.tensor([[9, 8, 7]])
+    found = []
+    for model in (remote, local):
+        cache = filled_by(local)
+        with torch.no_grad():
+            steps = [
+                model(more, **given(model, cache), use_cache=True, output_hidden_states=True).hidden_states
+                for _ in range(2)
+            ]
+        found.append(steps)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_prefix_that_cannot_be_one_is_refused(remote: Any, local: Any) -> None:
+    mask = torch.ones(1, 8, dtype=torch.long)
+    mask[0, 2] = 0
+    with pytest.raises(ValueError, match="hides some of the cache's 7 positions"):
+        remote(torch.tensor([[1]]), attention_mask=mask, **given(remote, filled_by(local)))
+    short = filled_by(local)
+    del short.layers[-1]
+    with pytest.raises(ValueError, match=r"values of 7 blocks, .* for each of 8.*LoraConfig"):
+        remote(torch.tensor([[1]]), **given(remote, short))

@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.real_time,
     # peft 0.21 calls Transformers by old names, with local models too.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning"),
 ]
 
@@ -185,10 +186,46 @@ def test_merging_is_refused(remote: Any) -> None:
         wrapped.merge_adapter()
 
 
-def test_prefix_tuning_is_refused_with_what_to_use_instead(remote: Any) -> None:
-    wrapped = peft.get_peft_model(remote, peft.PrefixTuningConfig(**CAUSAL, num_virtual_tokens=4))
-    with pytest.raises(ValueError, match=r"PrefixTuning.*deep_ptune"):
-        wrapped(input_ids=IDS)
+PREFIXES: dict[str, dict[str, Any]] = {
+    "as values": {},
+    "through a small network": {"prefix_projection": True, "encoder_hidden_size": 16},
+}
+
+
+@pytest.mark.parametrize("case", PREFIXES)
+def test_prefix_tuning_trains_as_locally_and_answers_as_greedy_by_hand(
+    case: str, remote: Any, whole: Any, tmp_path: Path
+) -> None:
+    found = []
+    config = peft.PrefixTuningConfig(**CAUSAL, num_virtual_tokens=4, **PREFIXES[case])
+    for model in (remote, whole):
+        wrapped = adapted(model, config)
+        found.append(losses(wrapped, rate=1e-2))
+        wrapped.eval()
+        if model is not remote:
+            continue
+        by_hand = IDS[:1]
+        with torch.no_grad():
+            for _ in range(6):
+                logits = wrapped(input_ids=by_hand).logits
+                by_hand = torch.cat((by_hand, logits[:, -1:].argmax(-1)), 1)
+        ones = torch.ones_like(IDS)
+        opened = remote.swarm.sessions_opened
+        answer = wrapped.generate(input_ids=IDS[:1], attention_mask=ones[:1], max_new_tokens=6, do_sample=False)
+        assert torch.equal(answer, by_hand)
+        assert remote.swarm.sessions_opened == opened + 1, "it keeps a cache"
+        beams = wrapped.generate(input_ids=IDS, attention_mask=ones, max_new_tokens=6, do_sample=False, num_beams=3)
+        wrapped.save_pretrained(tmp_path)
+        expected = wrapped(input_ids=IDS).logits.detach()
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert found[0][-1] < found[0][0]
+    plain = peft.PeftModel.from_pretrained(whole, tmp_path).eval()
+    torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    again = peft.PeftModel.from_pretrained(remote, tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(
+        again.generate(input_ids=IDS, attention_mask=ones, max_new_tokens=6, do_sample=False, num_beams=3), beams
+    )
 
 
 def test_preparing_for_few_bits_takes_no_memory(remote: Any) -> None:

@@ -472,6 +472,9 @@ async def test_a_peer_that_does_not_train_is_passed_over_without_blame(open_swar
         (ROWS, Trained(lora={(9, "self_attn.q_proj"): (normal(2, WIDTH), normal(WIDTH, 2))})),
         (ROWS, Trained(lora={(0, "self_attn.other"): (normal(2, WIDTH), normal(WIDTH, 2))})),
         (ROWS, Trained(lora={(0, "self_attn.q_proj"): (normal(2, WIDTH + 1), normal(WIDTH, 2))})),
+        (ROWS, Trained(prefixes={9: (normal(3, WIDTH), normal(3, WIDTH))})),
+        (ROWS, Trained(prefixes={0: (normal(8, WIDTH), normal(8, WIDTH))})),
+        (ROWS, Trained(prefixes={0: (normal(3, WIDTH + 1), normal(3, WIDTH))})),
     ],
 )
 async def test_what_does_not_fit_is_the_callers_fault(open_swarm, serve_tiny, rows, what):
@@ -581,6 +584,10 @@ async def test_what_is_trained_must_be_finite_and_is_named(open_swarm, serve_tin
         for what, reason in (
             (Trained(prompts, {}), "the prompts have values that are not finite"),
             (Trained(None, lora), r"the LoRA pair for self_attn\.q_proj of block 4 has values that are not finite"),
+            (
+                Trained(prefixes={3: (normal(3, WIDTH), normal(3, WIDTH) * torch.nan)}),
+                "the prefix of block 3 has values that are not finite",
+            ),
         ):
             with pytest.raises(InvalidRequest, match=reason):
                 await maker_of(client).forward(INPUT, ROWS, BLOCKS, what)
