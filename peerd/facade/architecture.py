@@ -38,13 +38,15 @@ def remote_type(mixin: type, kind: type) -> type[Any]:
     if (mixin, kind) not in _TYPES:
         body = {"__module__": kind.__module__}
         if hasattr(kind, "prepare_inputs_for_generation"):
-            body["prepare_inputs_for_generation"] = _named_as_peft_knows(kind.prepare_inputs_for_generation)
+            body["prepare_inputs_for_generation"] = _preparing(kind.prepare_inputs_for_generation)
         _TYPES[mixin, kind] = type(kind.__name__, (mixin, kind), body)
     return _TYPES[mixin, kind]
 
 
-def _named_as_peft_knows(original: Any) -> Any:
-    """`prepare_inputs_for_generation` for a model that peft may wrap.
+def _preparing(original: Any) -> Any:
+    """`prepare_inputs_for_generation` for batches that are padded on the right, and for a model that peft may wrap.
+
+    Transformers counts the positions of a row's new tokens on from the padding before them; they are corrected here.
 
     peft 0.21 puts a method of its own in its place and knows the cache only as `past_key_values`: without it, peft
     would give its prompts again with every token. The causal model's pre-hook names the cache back.
@@ -54,11 +56,19 @@ def _named_as_peft_knows(original: Any) -> Any:
     @functools.wraps(original)
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = original(self, *args, **kwargs)
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if isinstance(mask, torch.Tensor) and positions is not None and _is_padded_behind(mask):
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -positions.shape[-1] :]
         if "prepare_inputs_for_generation" in self.__dict__ and "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
 
     return prepare_inputs_for_generation
+
+
+def _is_padded_behind(mask: torch.Tensor) -> bool:
+    """Whether padding follows a token in some row of `[rows, columns]`."""
+    return mask.dim() == 2 and bool((mask[:, 1:] < mask[:, :-1]).any())
 
 
 def use_no_masks(config: Any) -> None:

@@ -51,6 +51,10 @@ def run_pass(
         output = torch.cat([piece[extra:] for piece in pieces])
     if mask is None:
         return output.view(rows, columns, width)
+    if call.last_only and call.is_last and len(lengths) == rows:
+        # The last column's logits are wanted: those of each row's last real position, even where padding follows it.
+        last = torch.stack([part[-1] for part in torch.split(output, lengths)])[:, None]
+        return torch.cat((torch.zeros_like(hidden)[:, :-1], last.to(hidden)), 1)
     return torch.zeros_like(hidden).masked_scatter(mask[..., None].to(hidden.device), output.to(hidden))
 
 

@@ -98,8 +98,7 @@ class _Step:
         else:
             targets, ops = list(run.sources), []
         pieces, piece_of = self._pieces(wire, targets)
-        is_last = self._call.last_only and self._call.is_last
-        only_last = is_last or (self._columns == 1 and not self._extra)
+        only_last = self._last_only or (self._columns == 1 and not self._extra)
         want: Want = "last" if only_last else "all"
         answers = self._backend.bridge.call(_ask, run.session, pieces, ops, want)
         self._backend.steps += 1
@@ -108,6 +107,13 @@ class _Step:
         output = self._spread(answers, targets, piece_of)
         finish_run(self._call, self._cache, self._mask, self._rows, self._columns)
         return output.to(self._hidden.device, self._hidden.dtype)
+
+    @property
+    def _last_only(self) -> bool:
+        """Whether nothing but the last column's logits is needed: those of each row's last real position, even where
+        padding stands on the right.
+        """
+        return self._call.last_only and self._call.is_last
 
     def _start(self, past: int) -> int:
         """Where a row's new positions begin in its session: after the prompts, if it has any."""
@@ -227,7 +233,9 @@ class _Step:
             if not count:
                 continue
             found = answers[piece_of[target]][-count:]
-            if self._mask is None:
+            if self._last_only:
+                output[index, -1] = found[-1]
+            elif self._mask is None:
                 output[index, self._columns - len(found) :] = found
             else:
                 real = self._mask[index].nonzero()[:, 0]

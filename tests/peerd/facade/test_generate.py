@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessorList, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from peerd.compute.transformers_compat import cache_argument
@@ -75,6 +76,8 @@ CASES: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
     "prefill in chunks": (THREE, {"prefill_chunk_size": 4, **GREEDY}),
     "min_p and typical_p": (ONE, {"do_sample": True, "min_p": 0.05, "typical_p": 0.9}),
     "guidance, a second cache": (ONE, {"guidance_scale": 1.5, "max_new_tokens": 6, **GREEDY}),
+    "an answer of a least length": (ONE, {"min_new_tokens": 4, "eos_token_id": list(range(0, 260, 3)), **GREEDY}),
+    "rows that end at different times": (THREE, {"eos_token_id": list(range(0, 260, 4)), **GREEDY}),
     "allowed tokens": (THREE, {"prefix_allowed_tokens_fn": lambda row, _: [10 + row, 20, 30, 40], **GREEDY}),
 }
 
@@ -88,6 +91,8 @@ def test_generate_gives_the_tokens_of_the_local_model(case: str, local: Any, rem
 def test_an_assistant_may_be_local_and_its_target_remote_or_the_other_way_round(local: Any, remote: Any) -> None:
     expected = sequences(local, ONE, **GREEDY)
     assert torch.equal(sequences(remote, ONE, assistant_model=local, **GREEDY), expected)
+    drawn = [sequences(model, ONE, assistant_model=local, do_sample=True) for model in (remote, local)]
+    assert torch.equal(*drawn)
     assert torch.equal(sequences(local, ONE, assistant_model=remote, **GREEDY), expected)
 
 
@@ -103,6 +108,47 @@ def test_scores_and_hidden_states_come_with_the_tokens(local: Any, remote: Any) 
 def test_a_prompt_may_be_embeddings(local: Any, remote: Any) -> None:
     embeds = {"inputs_embeds": local.get_input_embeddings()(ONE["input_ids"]), "attention_mask": ONE["attention_mask"]}
     assert torch.equal(sequences(remote, embeds, **GREEDY), sequences(local, embeds, **GREEDY))
+
+
+@pytest.mark.filterwarnings("ignore:A decoder-only architecture is being used, but right-padding:UserWarning")
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_right_padded_batch_gives_what_each_row_gives_alone(use_cache: bool, local: Any, remote: Any) -> None:
+    """The whole model predicts the first token from padding there, and Transformers warns of it."""
+    lengths = THREE["attention_mask"].sum(1).tolist()
+    rows = torch.full_like(THREE["input_ids"], PAD)
+    for row, text, length in zip(rows, THREE["input_ids"], lengths, strict=True):
+        row[:length] = text[-length:]
+    found = sequences(
+        remote,
+        {"input_ids": rows, "attention_mask": (rows != PAD).long()},
+        use_cache=use_cache,
+        max_new_tokens=6,
+        **GREEDY,
+    )
+    for row, text, length in zip(found, THREE["input_ids"], lengths, strict=True):
+        alone = {"input_ids": text[None, -length:], "attention_mask": torch.ones(1, length)}
+        expected = sequences(local, alone, max_new_tokens=6, **GREEDY)[0, length:]
+        assert torch.equal(row[rows.shape[1] :], expected)
+
+
+def test_a_generate_of_the_programs_own_may_reorder_the_cache(local: Any, remote: Any) -> None:
+    """As diverse beams do, which Transformers ships apart: `custom_generate`."""
+
+    def swap_and_step(model: Any, input_ids: torch.Tensor, generation_config: Any, **others: Any) -> torch.Tensor:
+        """Greedy, but each row goes on from its neighbour's text, as a beam that was replaced does."""
+        cache, turned, text = others[cache_argument(type(model).forward)], torch.tensor([1, 2, 0]), input_ids
+        new = text
+        for _ in range(generation_config.max_new_tokens):
+            output = model(new, use_cache=True, **given(model, cache))
+            text = torch.cat((text, output.logits[:, -1:].argmax(-1)), 1)[turned]
+            cache.reorder_cache(turned)
+            new = text[:, -1:]
+        return text
+
+    options: dict[str, Any] = {"custom_generate": swap_and_step, "max_new_tokens": 9}
+    equal_rows = ids(7, 7, 7)
+    found, expected = (model.generate(**equal_rows, **options, **GREEDY) for model in (remote, local))
+    assert torch.equal(found, expected)
 
 
 def test_a_streamer_hears_each_token_while_another_thread_generates(local: Any, remote: Any) -> None:
@@ -190,6 +236,44 @@ def test_a_cache_can_be_cropped_repeated_and_selected(local: Any, remote: Any) -
         return found
 
     torch.testing.assert_close(answers(remote), answers(local), rtol=1e-3, atol=2e-3)
+
+
+def test_a_cache_can_be_cropped_further_than_its_session_was_opened_for(local: Any, remote: Any) -> None:
+    text, found = ids(150)["input_ids"], []
+    for model in (remote, local):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(text, use_cache=True, **given(model, cache))
+            model(text[:, :1], use_cache=True, **given(model, cache))
+            cache.crop(-100)
+            found.append(model(torch.tensor([[7, 8]]), use_cache=True, **given(model, cache)).logits)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_a_loop_that_never_asks_for_a_cache_gets_one_that_goes_on(local: Any, remote: Any) -> None:
+    found, opened = [], remote.swarm.sessions_opened
+    for model in (remote, local):
+        with torch.no_grad():
+            output, steps = model(ONE["input_ids"]), []
+            assert remote.swarm.sessions_opened == opened + (model is local)
+            for token in (5, 6):
+                output = model(torch.tensor([[token]]), **given(model, cache_of(output, model)))
+                steps.append(output.logits)
+        found.append(steps)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def test_an_exception_in_generate_leaves_no_session_behind(remote: Any, servers: Any) -> None:
+    def fail(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 10:
+            raise ArithmeticError("of the program's own")
+        return scores
+
+    with pytest.raises(ArithmeticError, match="of the program's own"):
+        sequences(remote, ONE, logits_processor=LogitsProcessorList([fail]), **GREEDY)
+    # The traceback, which has the cache, is in a circle of references.
+    gc.collect()
+    wait_until(lambda: servers.sessions == 0)
 
 
 def test_a_forgotten_cache_frees_its_sessions(remote: Any, servers: Any) -> None:

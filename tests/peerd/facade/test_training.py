@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,15 @@ def test_a_users_module_between_blocks_is_called_in_generate_too(local: Any, rem
         finally:
             handle.remove()
     assert torch.equal(*found)
+
+
+def test_sequences_packed_into_one_row_do_not_see_each_other(local: Any, remote: Any) -> None:
+    packed = torch.cat((IDS[0, :5], IDS[1, :3]))[None]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    with torch.no_grad():
+        found = remote(packed, position_ids=positions, use_cache=False).logits[0]
+        expected = torch.cat((local(IDS[:1, :5]).logits[0], local(IDS[1:, :3]).logits[0]))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
@@ -243,8 +253,9 @@ def test_a_second_backward_and_copies_are_refused(remote: Any, tmp_path: Path) -
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="run forward again"):
         loss.backward()
-    with pytest.raises(TypeError, match="cannot be copied or pickled"):
-        copy.deepcopy(remote)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copied(remote)
     with pytest.raises(ValueError, match="nothing was trained here"):
         remote.save_pretrained(tmp_path)
 
