@@ -21,6 +21,7 @@ from peerd.cli.demo import even_spans
 from peerd.cli.processes import open_peer_processes
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 48
+EMPTY_CALLS = 500
 LIBRARY, FACADE = "async library", "facade"
 
 
@@ -44,9 +45,24 @@ class Pair:
         return time.perf_counter() - began, self._carried.carried - before
 
     async def _by_library(self) -> None:
-        generation = self._library.generate(self._prompt, temperature=0, max_new_tokens=NEW_TOKENS, eos_token_ids=())
-        async for _ in generation:
+        # Without guesses, which Transformers' greedy decoding has none of: from the second round on, the library would
+        # guess the whole answer.
+        options: dict[str, Any] = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "eos_token_ids": ()}
+        async for _ in self._library.generate(self._prompt, speculate=False, **options):
             pass
+
+    async def bridge_ms(self) -> float:
+        """The milliseconds from one thread to the bridge's loop and back, with nothing to do there; a median."""
+
+        def call_often() -> float:
+            took = []
+            for _ in range(EMPTY_CALLS):
+                began = time.perf_counter()
+                self._facade.swarm.bridge.call(trio.lowlevel.checkpoint)
+                took.append(time.perf_counter() - began)
+            return 1000 * statistics.median(took)
+
+        return await trio.to_thread.run_sync(call_often)
 
     def _by_facade(self) -> None:
         ids = torch.tensor([self._prompt])
@@ -86,10 +102,17 @@ async def measure_facade(
                         times[count, which].append(1000 * took_s / NEW_TOKENS)
                         if which == FACADE:
                             carried[count] = carried_bytes / NEW_TOKENS
-    _show(name, times, carried, console)
+        bridges = {count: await pair.bridge_ms() for count, pair in pairs.items()}
+    _show(name, times, carried, bridges, console)
 
 
-def _show(name: str, times: dict[tuple[int, str], list[float]], carried: dict[int, float], console: Console) -> None:
+def _show(
+    name: str,
+    times: dict[tuple[int, str], list[float]],
+    carried: dict[int, float],
+    bridges: dict[int, float],
+    console: Console,
+) -> None:
     table = Table("", *(f"{count} server{'s' if count > 1 else ''}" for count in carried))
     table.title = f"{name}, fp32, {NEW_TOKENS} greedy tokens behind {PROMPT_TOKENS}; medians"
     for which in (LIBRARY, FACADE):
@@ -99,5 +122,6 @@ def _show(name: str, times: dict[tuple[int, str], list[float]], carried: dict[in
         for count in carried
     ]
     table.add_row("the facade adds, ms a token", *(f"{each:+.2f}" for each in added))
+    table.add_row("of which the bridge, an empty call, ms", *(f"{bridges[count]:.3f}" for count in carried))
     table.add_row("client's wire bytes a token", *(f"{carried[count]:.0f}" for count in carried))
     console.print(table)

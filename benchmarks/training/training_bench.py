@@ -152,7 +152,6 @@ async def measure(name: str, path: Path, rounds: int, console: Console) -> None:
                     if number:
                         rates[row, column].append(ROWS * POSITIONS / took_s)
     show(name, rates, carried, list(columns), console)
-    await measure_facade(name, path, blocks, SERVERS, rounds, console)
 
 
 def show(
@@ -174,18 +173,25 @@ def show(
     console.print(table)
 
 
-async def run(rounds: int, console: Console) -> None:
+async def run(rounds: int, only_facade: bool, console: Console) -> None:
     with TemporaryDirectory(prefix="peerd-bench-") as folder:
-        await measure("SmolLM2-135M", demo_model_path(), rounds, console)
-        await measure("random Llama, 16 blocks of 1024", random_llama(Path(folder)), rounds, console)
+        models = {
+            "SmolLM2-135M": (demo_model_path(), 30),
+            "random Llama, 16 blocks of 1024": (random_llama(Path(folder)), 16),
+        }
+        for name, (path, blocks) in models.items():
+            if not only_facade:
+                await measure(name, path, rounds, console)
+            await measure_facade(name, path, blocks, SERVERS, rounds, console)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--facade", action="store_true", help="measure only what the facade adds to the async library")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    trio.run(run, arguments.rounds, Console(width=120))
+    trio.run(run, arguments.rounds, arguments.facade, Console(width=120))
 
 
 if __name__ == "__main__":

@@ -37,18 +37,18 @@ class Servers:
         self.peers: list[peerd.Peer] = []
         self._closes: list[Any] = []
 
-    def serve(self, path: Path, *spans: tuple[int, int]) -> None:
+    def serve(self, path: Path, *spans: tuple[int, int], **settings: Any) -> None:
         """Start a peer for each span. They open in parallel behind the first, because a peer waits for answers while it
-        opens.
+        opens. `settings`: more of `ServeSpec`.
         """
         waiting = list(spans)
         if not self.peers and waiting:
-            self._open(path, [waiting.pop(0)])
-        self._open(path, waiting)
+            self._open(path, [waiting.pop(0)], settings)
+        self._open(path, waiting, settings)
 
-    def _open(self, path: Path, spans: list[tuple[int, int]]) -> None:
+    def _open(self, path: Path, spans: list[tuple[int, int]], settings: dict[str, Any]) -> None:
         def open_one(span: tuple[int, int]) -> tuple[peerd.Peer, Any]:
-            spec = peerd.ServeSpec(path, peerd.Span(*span), kv_tokens=8192, throughput=1000.0, stay=True)
+            spec = peerd.ServeSpec(path, peerd.Span(*span), kv_tokens=8192, throughput=1000.0, stay=True, **settings)
             return self.bridge.hold(peerd.open_peer(listen=[LISTEN], serve=[spec], bootstrap=self.bootstrap))
 
         with ThreadPoolExecutor(max_workers=8) as threads:
