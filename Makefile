@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # What one process has compiled, the next ones read, also where a container's image forbids it: tests start a hundred.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: audit sbom fuzz dead-code demo test test-families test-oldest test-newest test-installs check docs fix lint lock families chaos bench bench-list clean setup
+.PHONY: audit sbom fuzz dead-code demo test test-families test-oldest test-newest test-installs test-trl check docs fix lint lock families chaos bench bench-list clean setup
 
 demo: setup
 	@$(BIN)/peerd demo
@@ -86,6 +86,14 @@ docs: setup
 test-families: setup
 	PEERD_ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests/peerd/facade/test_families.py
 
+# TRL's SFTTrainer on a remote model, and the example that uses it, in an environment of its own: 270 MB more than `make test` has.
+test-trl:
+	@$(MAKE) --no-print-directory setup VENV=.venv-trl
+	@# Groups need this pip.
+	@.venv-trl/bin/pip install -q 'pip>=25.1'
+	@.venv-trl/bin/pip install -q --constraint $(LOCK) --group trl
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -q tests/peerd/facade/test_trainers.py tests/test_examples.py -k "sft or persona"
+
 # Architectures that the installed Transformers has and the family table does not mention. A list to work through, no failure.
 families: setup
 	@$(BIN)/python -m peerd.compute.families.survey
@@ -134,4 +142,4 @@ $(TOOLS)/.audit: $(TOOLS)/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TOOLS) .venv-oldest .venv-newest build dist *.egg-info .cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) .venv-oldest .venv-newest .venv-trl build dist *.egg-info .cache .ruff_cache .pytest_cache .hypothesis

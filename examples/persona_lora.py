@@ -1,6 +1,6 @@
 """A persona: teach a swarm's model to talk like a pirate, by a LoRA adapter of your own, with TRL's SFTTrainer.
 
-    pip install trl "datasets<5"
+    pip install trl peft
     python examples/persona_lora.py
 
 The adapter's matrices and the optimizer stay in this program. Servers compute with the matrices that each step sends,

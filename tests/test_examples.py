@@ -100,7 +100,7 @@ class TestOnTheSwarm:
         assert min(perplexities, key=lambda name: perplexities[name]) == "all blocks"
         assert perplexities["all blocks"] == pytest.approx(15.2, abs=0.2)
 
-    @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+    @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed: make test-trl")
     def test_a_persona_is_trained_and_saved_in_pefts_format(self, run: Run, tmp_path: Path) -> None:
         lines = run("persona_lora.py", "--steps", "2", "--output", str(tmp_path))
         assert [line.split(":")[0] for line in lines if line.startswith(("before", "after"))] == ["before", "after"]

@@ -98,7 +98,8 @@ class Scheduler:
         total = self._pool.total_tokens
         if self._tokens_for(demands, size.max_rows) > total:
             raise ContextTooLongError(
-                f"{size.max_rows} rows of {size.max_length} positions exceed this peer's {total} KV tokens"
+                f"{size.max_rows} rows of {size.max_length} positions exceed this peer's {total} KV tokens: ask for"
+                " fewer rows or positions at once"
             )
         reserve = self._pool.reserve(size.max_rows, demands)
         retention = Retention(demands, size.max_rollback)

@@ -135,6 +135,16 @@ CASES: dict[str, Case] = {
         InvalidRequest,
         "257 rows at once, a session has at most 256: generate in several calls",
     ),
+    "more rows and positions than a server has memory for": (
+        lambda m: m(ids(100, 300), use_cache=True),
+        ContextTooLong,
+        "100 rows of 556 positions exceed this peer's 8192 KV tokens: ask for fewer rows or positions at once",
+    ),
+    "an answer that needs more memory than a server has": (
+        lambda m: m.generate(ids(50, 300), attention_mask=ids(50, 300), max_new_tokens=2),
+        ContextTooLong,
+        "50 rows of 302 positions exceed this peer's 8192 KV tokens",
+    ),
     "narrow hidden states for a slice": (
         lambda m: m.model.layers[2:4](torch.ones(1, 2, 32)),
         ValueError,

@@ -116,7 +116,7 @@ def test_trainer_saves_prompts_without_peft(open_remote: Callable[..., Any], tmp
     assert not torch.equal(again.prompts.prefix, before)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed: make test-trl")
 def test_sft_trainer_gives_the_losses_of_local_training(
     open_remote: Callable[..., Any], local: Any, byte_tokenizer: Any, tmp_path: Path
 ) -> None:
