@@ -10,7 +10,7 @@ and early exits, and a plain forward is one pass or one step.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -142,7 +142,7 @@ class RemoteBlocks(nn.ModuleList):
         positions.
         """
         check_slice_mask(attention_mask, hidden_states)
-        runs = plan_runs(list(self), cut_everywhere=False)
+        runs = plan_runs(list(self))
         mask = None if attention_mask is None else attention_mask.bool()
         with during(Call(tuple(runs), mask)):
             for layer in self:
@@ -151,17 +151,19 @@ class RemoteBlocks(nn.ModuleList):
         return hidden_states
 
 
-def plan_runs(layers: Sequence[nn.Module], *, cut_everywhere: bool) -> list[Span]:
-    """The spans of consecutive remote blocks among `layers`, cut where something reads the values between two
-    blocks.
+def plan_runs(layers: Sequence[nn.Module], read_before: Collection[int] = ()) -> list[Span]:
+    """The spans of consecutive remote blocks among `layers`, cut where something reads the values between two blocks.
+
+    read_before: the places in `layers` whose inputs the caller reads.
     """
     runs: list[Span] = []
     joins = False
-    for layer in layers:
+    for place, layer in enumerate(layers):
         if not isinstance(layer, RemoteBlock):
             joins = False
             continue
-        if joins and runs[-1].end == layer.index and not cut_everywhere and not _is_watched_before(layer):
+        is_read = place in read_before or _is_watched_before(layer)
+        if joins and runs[-1].end == layer.index and not is_read:
             runs[-1] = Span(runs[-1].start, layer.index + 1)
         else:
             runs.append(Span(layer.index, layer.index + 1))

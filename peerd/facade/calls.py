@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.utils import output_capturing
 
 from peerd.compute.transformers_compat import CACHE_NAMES, cache_argument
 from peerd.facade.blocks import Call, RemoteBlock, is_watched_after, plan_runs, pop, push
@@ -19,6 +21,7 @@ from peerd.facade.inputs import check_inputs, check_prefix_mask
 from peerd.facade.steps import ROLLBACK
 
 _hints = threading.local()
+_SELECTS = hasattr(output_capturing, "selected_hidden_states")
 
 
 def watch_calls(causal: Any, decoder: Any, *, layers: str, embeddings: str) -> None:
@@ -84,9 +87,10 @@ class _BeforeDecoder:
 
     def _call(self, decoder: Any, given: dict[str, Any]) -> Call:
         layers = list(getattr(decoder, self._layers)._modules.values())[: decoder.config.num_hidden_layers]
-        hidden = given.get("output_hidden_states")
-        hidden = bool(decoder.config.output_hidden_states if hidden is None else hidden)
-        runs = plan_runs(layers, cut_everywhere=hidden)
+        wanted = given.get("output_hidden_states")
+        read_before = _read_before(decoder, decoder.config.output_hidden_states if wanted is None else wanted)
+        hidden = bool(read_before)
+        runs = plan_runs(layers, read_before)
         mask = given.get("attention_mask")
         cache = self._cache(decoder, given, lazily=not hidden)
         ends_here = runs and isinstance(layers[-1], RemoteBlock) and not is_watched_after(layers[-1])
@@ -123,6 +127,19 @@ class _BeforeDecoder:
             return None
         given[self._cache_name] = cache
         return cache
+
+
+def _read_before(decoder: Any, wanted: bool | int | Sequence[int]) -> Collection[int]:
+    """Before which blocks `output_hidden_states` reads values, as places in the decoder's list: all, some or none.
+
+    Transformers counts them with the output of the last block. It takes single ones since 5.24 or so, of decoders
+    whose outputs it records itself.
+    """
+    count = decoder.config.num_hidden_layers + 1
+    if isinstance(wanted, bool) or not _SELECTS or "hidden_states" not in (decoder._can_record_outputs or {}):
+        return range(count) if wanted else ()
+    places = [wanted] if isinstance(wanted, int) else wanted
+    return {place % count for place in places if -count <= place < count}
 
 
 def _after_decoder(decoder: Any, args: Any, kwargs: Any, output: Any) -> None:

@@ -74,12 +74,13 @@ def test_a_plain_forward_is_one_run_and_what_looks_between_blocks_cuts_it() -> N
     handle = layers[9].register_forward_hook(lambda *_: None)
     layers[20].register_forward_pre_hook(lambda *_: None)
     blocks = list(layers)
-    assert plan_runs(blocks, cut_everywhere=False) == [Span(0, 10), Span(10, 20), Span(20, 80)]
+    assert plan_runs(blocks) == [Span(0, 10), Span(10, 20), Span(20, 80)]
     handle.remove()
-    assert plan_runs(blocks, cut_everywhere=False) == [Span(0, 20), Span(20, 80)]
-    assert len(plan_runs(blocks, cut_everywhere=True)) == 80
+    assert plan_runs(blocks) == [Span(0, 20), Span(20, 80)]
+    assert plan_runs(blocks, {0, 40, 80}) == [Span(0, 20), Span(20, 40), Span(40, 80)]
+    assert len(plan_runs(blocks, range(81))) == 80
     mixed = [*blocks[:2], nn.Identity(), *blocks[2:4], *blocks[3:5]]
-    assert plan_runs(mixed, cut_everywhere=False) == [Span(0, 2), Span(2, 4), Span(3, 5)]
+    assert plan_runs(mixed) == [Span(0, 2), Span(2, 4), Span(3, 5)]
 
 
 def test_blocks_may_be_repeated_skipped_and_reordered() -> None:

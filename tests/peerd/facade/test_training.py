@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers.utils import output_capturing
 
 import peerd
 from peerd.facade.weights import RemoteWeight
@@ -69,6 +70,25 @@ def test_loss_and_hidden_states_are_the_local_models(local: Any, remote: Any) ->
     assert len(found.hidden_states) == len(expected.hidden_states) == 9
     for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("wanted", "runs"), [([3, 8], 2), ([0, -2], 2), ([1, 2, 5], 4)])
+def test_chosen_hidden_states_cost_one_journey_for_each_place_between_blocks(
+    wanted: list[int], runs: int, local: Any, remote: Any
+) -> None:
+    if not hasattr(output_capturing, "selected_hidden_states"):
+        pytest.skip("this release of Transformers gives all hidden states or none")
+    passes = remote.swarm.passes
+    with torch.no_grad():
+        found, expected = (
+            model(IDS, output_hidden_states=wanted, use_cache=False).hidden_states for model in (remote, local)
+        )
+    assert remote.swarm.passes == passes + runs
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) is (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_forward_without_gradients_or_cache_opens_no_session(remote: Any, servers: Any) -> None:
