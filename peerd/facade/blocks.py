@@ -137,6 +137,12 @@ class RemoteBlock:
 class RemoteBlocks(nn.ModuleList):
     """The decoder's list of layers. The list and its slices can be called: `model.model.layers[3:7](hidden)`."""
 
+    def __getitem__(self, index: Any) -> Any:
+        """A block, or a list of some of them. Decoders take all of them at every token, for which no list is made."""
+        if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
+            return self
+        return super().__getitem__(index)
+
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Run `[rows, columns, width]` through the list's blocks. `attention_mask` `[rows, columns]` is 1 for real
         positions.

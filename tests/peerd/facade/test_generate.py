@@ -296,6 +296,13 @@ def test_beams_of_one_prompt_are_prefilled_once(remote: Any, servers: Any) -> No
     assert [engine.positions_computed - was for engine, was in zip(engines, before, strict=True)] == [7, 7]
 
 
+def test_padding_does_not_travel(remote: Any, servers: Any) -> None:
+    engines = [peer.served[0].task.engine for peer in servers.peers]
+    before = [engine.positions_computed for engine in engines]
+    sequences(remote, THREE, max_new_tokens=1, **GREEDY)
+    assert [engine.positions_computed - was for engine, was in zip(engines, before, strict=True)] == [17, 17]
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     """For what happens in another thread's loop, soon."""
     told = threading.Event()

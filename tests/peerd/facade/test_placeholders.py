@@ -70,6 +70,8 @@ def test_a_plain_forward_is_one_run_and_what_looks_between_blocks_cuts_it() -> N
     hidden = torch.zeros(1, 2, 8)
     layers(hidden)
     layers[3:7](hidden)
+    assert layers[:80] is layers
+    assert len(layers[:79]) == 79
     assert swarm.asked == [Span(0, 80), Span(3, 7)]
     handle = layers[9].register_forward_hook(lambda *_: None)
     layers[20].register_forward_pre_hook(lambda *_: None)
