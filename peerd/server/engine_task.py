@@ -284,7 +284,10 @@ class EngineTask:
         blocks, size = Span(opening.start, opening.end), opening.size
         kept = size.positions if opening.next is not None else 0
         if kept > self._total_to_keep:
-            raise ContextTooLong(f"{kept} positions of outputs to keep exceed this peer's {self._total_to_keep}")
+            raise ContextTooLong(
+                f"{kept} positions of outputs to keep exceed this peer's {self._total_to_keep}: ask for fewer rows or"
+                " positions at once"
+            )
 
         def attempt() -> None:
             if kept > self._free_to_keep:
