@@ -1,7 +1,7 @@
 """Keys and values that a program puts before a text, as peft's prefix tuning does: a `DynamicCache` that is filled.
 
 The same prefix stands before every row. Servers put it in the place of the keys and values of as many first positions
-(spec/training.md), so rows are sent with that many zeros in front.
+(spec/training/training.md), so rows are sent with that many zeros in front.
 """
 
 from __future__ import annotations

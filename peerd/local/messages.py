@@ -48,7 +48,7 @@ class LocalOpen(Message):
 @dataclass(frozen=True, slots=True)
 class LocalParameter(Message):
     """A matrix of a LoRA pair beside a block's linear layer, `NAME.lora_A` or `NAME.lora_B`; a session's deep prompt,
-    `prompt`; a block's `prefix_k` and `prefix_v` (spec/training.md); or the gradient of one of them.
+    `prompt`; a block's `prefix_k` and `prefix_v` (spec/training/training.md); or the gradient of one of them.
 
     The client sends matrices after `open`, the daemon sends gradients after `gradients`. The scaling is part of B.
     """
