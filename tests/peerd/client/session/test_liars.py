@@ -57,7 +57,9 @@ class Lies:
         honest, honest_nowait = Downstream._send, Downstream._send_nowait
 
         def is_liars(down) -> bool:
-            return self.begun and any(session._down is down for host in self.hosts for session in host.server._sessions)
+            return self.begun and any(
+                session._outlet._down is down for host in self.hosts for session in host.server._sessions
+            )
 
         async def later(down, link, step, hidden):
             if is_liars(down):
