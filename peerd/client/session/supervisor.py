@@ -77,7 +77,7 @@ class Supervisor:
         try:
             async with trio.open_nursery() as nursery:
                 self._bridges = Bridges(self._opener, nursery, self.report, self._log, self._spec.width)
-                messages = HopMessages(
+                self._messages = HopMessages(
                     self.progress, self._log, self._spec.width, self._mender, self._bridges, self.report, self._answered
                 )
                 self._repairs = Repairs(
@@ -87,7 +87,7 @@ class Supervisor:
                     self._mender,
                     self._opener,
                     nursery,
-                    messages.read,
+                    self._messages.read,
                     self.report,
                 )
                 task_status.started()
