@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-GUIDE = Path(__file__).parents[3] / "docs/transformers.md"
+GUIDE = Path(__file__).parents[4] / "docs/transformers.md"
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 pytestmark = [

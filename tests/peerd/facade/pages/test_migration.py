@@ -17,7 +17,7 @@ from peerd.compute.adapters.lora import PROMPT, LoraPair
 from tests.peerd.facade.conftest import Servers, make_byte_tokenizer
 from tests.peerd.facade.test_generate import given
 
-PAGE = Path(__file__).parents[3] / "docs/from-petals.md"
+PAGE = Path(__file__).parents[4] / "docs/from-petals.md"
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
 GREEDY = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
 
