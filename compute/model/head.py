@@ -40,7 +40,12 @@ class Head:
         # `logits` runs the model on the last block's output, to which the input side must not be applied.
         self._input_side = take_off_input_side(decoder, family)
         self._decoder: Any = decoder
-        setattr(model, family.lm_head, LmHead(getattr(model, family.lm_head)))
+        self._lm_head = LmHead(getattr(model, family.lm_head))
+        setattr(model, family.lm_head, self._lm_head)
+
+    def make_shortlist(self) -> None:
+        """Prepare to find the most likely tokens sooner, if this CPU gains by it. Blocks the thread."""
+        self._lm_head.make_shortlist()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -79,11 +84,14 @@ class Head:
         with torch.no_grad():
             return self._input_side(self._embeddings(token_ids.to(self.embedding_weight.device)), positions)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, fp32 [n, vocabulary], on the head's device, for the last block's output [n, hidden size]."""
+    def logits(self, hidden: torch.Tensor, most: int | None = None) -> torch.Tensor:
+        """Logits, fp32 [n, vocabulary], on the head's device, for the last block's output [n, hidden size].
+
+        With `most`, only the `most` largest of each position must be right: the others may be smaller than they are.
+        """
         weight = self.embedding_weight
         result = torch.empty(len(hidden), self.vocab_size, device=weight.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._lm_head.only_best(most):
             for start in range(0, len(hidden), POSITIONS_AT_ONCE):
                 part = hidden[start : start + POSITIONS_AT_ONCE].to(device=weight.device, dtype=weight.dtype)
                 # As n sequences of one position: for one sequence of n, the model would build a mask of n x n.

@@ -1,22 +1,28 @@
-"""Computes logits from hidden states if the vocabulary's weights are half precision.
+"""Computes logits from hidden states.
 
-Transformers multiplies in the weights' dtype, which rounds logits to 8 bits in bf16: near ties then go to the token
-that comes first. Here products are summed and kept in fp32. On a CPU the weights are converted slice by slice in one
-small buffer, so no fp32 copy of all of them exists. For one position that costs about as much as torch's own
-product; for eight, 2.5 times as much on a CPU with bf16 multiplication, and less on one without
-(benchmarks/compute/lm_head_bench.py).
+If the vocabulary's weights are half precision, Transformers multiplies in their dtype, which rounds logits to 8 bits in
+bf16: near ties then go to the token that comes first. Here products are summed and kept in fp32. On a CPU the weights
+are converted slice by slice in one small buffer, so no fp32 copy of all of them exists. For one position that costs
+about as much as torch's own product; for eight, 2.5 times as much on a CPU with bf16 multiplication, and less on one
+without (benchmarks/compute/lm_head_bench.py).
+
+If only the most likely tokens are wanted, a shortlist finds them sooner, where this CPU gains by it (`shortlist`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from threading import Barrier
 from typing import Any
 
 import torch
 from torch import nn
+
+from peerd.compute.model.shortlist import SHORTLIST, Shortlist, most_positions
 
 # Slices that stay in a core's cache: 4 MiB was as fast as 1 and 2, and 16 MiB took twice as long.
 SLICE_BYTES = 4 << 20
@@ -31,29 +37,57 @@ class LmHead(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self._shortlist: Shortlist | None = None
+        self._shortlist_positions = 0
+        # The head runs inside Transformers' own forward, which has no argument for this; and in several threads.
+        self._most: ContextVar[int | None] = ContextVar("most", default=None)
+
+    def make_shortlist(self) -> None:
+        """Prepare for `only_best`, if this CPU gains by it: a byte for each weight. Blocks the thread."""
+        self._shortlist_positions = most_positions(self.weight, product)
+        if self._shortlist_positions:
+            self._shortlist = Shortlist.of(self.weight.detach())
+
+    @contextmanager
+    def only_best(self, most: int | None) -> Iterator[None]:
+        """Within the context only the best `most` logits of each position must be exact; the others may be -inf.
+
+        None: all must be.
+        """
+        token = self._most.set(most)
+        try:
+            yield
+        finally:
+            self._most.reset(token)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., width] to fp32 [..., vocabulary]."""
-        weight = self.weight
+        weight, most = self.weight, self._most.get()
+        if self._shortlist is not None and most is not None and most <= SHORTLIST:
+            rows = hidden.reshape(-1, hidden.shape[-1]).float()
+            if len(rows) <= self._shortlist_positions:
+                bias = None if self.bias is None else self.bias.float()
+                best = self._shortlist.logits(rows, weight, bias, most, product)
+                return best.view(*hidden.shape[:-1], len(weight))
         if weight.dtype == torch.float32:
             return nn.functional.linear(hidden, weight, self.bias)
         if weight.device.type != "cpu":
             # Other devices sum the product in fp32; only its result is rounded.
             return nn.functional.linear(hidden, weight, self.bias).float()
-        product: Any = _Product.apply
-        logits: torch.Tensor = product(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
+        apply: Any = _Product.apply
+        logits: torch.Tensor = apply(hidden.reshape(-1, hidden.shape[-1]).float(), weight)
         if self.bias is not None:
             logits += self.bias.float()
         return logits.view(*hidden.shape[:-1], len(weight))
 
 
 class _Product(torch.autograd.Function):
-    """`_product`, whose first argument has a gradient."""
+    """`_sliced_product`, whose first argument has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return _product(hidden, weight)
+        return _sliced_product(hidden, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -64,7 +98,14 @@ class _Product(torch.autograd.Function):
         return hidden, None
 
 
-def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product of fp32 [n, width] and transposed [vocabulary, width] on the CPU: fp32 [n, vocabulary]."""
+    if weight.dtype == torch.float32:
+        return nn.functional.linear(hidden, weight)
+    return _sliced_product(hidden, weight)
+
+
+def _sliced_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The product of fp32 [n, width] and transposed half-precision [vocabulary, width]: fp32 [n, vocabulary].
 
     Each thread has its own rows of the vocabulary. If torch divided each slice among its threads, they would wait for

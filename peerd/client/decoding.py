@@ -72,6 +72,8 @@ class Decoding:
         self._longest = len(prompt) + sampling.max_new_tokens
         self._sampling = sampling
         self._chooser = Chooser(len(prompt), sampling, top_logprobs)
+        # How many of the largest logits must be right. A log-probability takes them all.
+        self._most = sampling.deciding if top_logprobs is None else None
         self._adapter = adapter
         self._patience = patience
         self._hidden_ends = frozenset(hidden_ends)
@@ -218,7 +220,7 @@ class Decoding:
             ends.append(hidden[-1:])
             if top is not None:
                 prompt = (None, *await self._model.score(hidden[:-1], self._prompt[1:], top))
-        logits = (await self._model.logits(torch.cat(ends))).expand(len(live), -1)
+        logits = (await self._model.logits(torch.cat(ends), self._most)).expand(len(live), -1)
         self._begun = True
         self._step_s = None
         self._dropped = ()
@@ -241,7 +243,7 @@ class Decoding:
             inputs.append(self._model.embed((row.context[-1], *draft), start))
             rows.append(RowSlice(row.number, start, 1 + len(draft)))
         hidden = await self._open_session.step(torch.cat(inputs), rows=rows, ops=self._ops, want="all")
-        logits = await self._model.logits(hidden)
+        logits = await self._model.logits(hidden, self._most)
         self._step_s = trio.current_time() - began
         parts = torch.split(logits, [piece.count for piece in rows])
         return [RowAnswer(row, draft, part) for row, draft, part in zip(live, drafts, parts, strict=True)]

@@ -22,6 +22,7 @@ T = TypeVar("T")
 @dataclass(slots=True, eq=False)
 class _Request:
     hidden: torch.Tensor
+    most: int | None
     done: trio.Event = field(default_factory=trio.Event)
     logits: torch.Tensor | None = None
 
@@ -54,9 +55,9 @@ class HeadTask:
         positions = torch.arange(start, end)
         return self._head.embed(torch.tensor(token_ids, dtype=torch.long), positions)
 
-    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Turn `[n, width]` into float32 logits, `[n, vocabulary]`."""
-        request = _Request(hidden)
+    async def logits(self, hidden: torch.Tensor, most: int | None = None) -> torch.Tensor:
+        """Turn `[n, width]` into float32 logits, `[n, vocabulary]`. `most`: see `Head.logits`."""
+        request = _Request(hidden, most)
         self._requests.append(request)
         self._work.set()
         await request.done.wait()
@@ -83,8 +84,16 @@ class HeadTask:
             await self._work.wait()
             self._work = trio.Event()
             requests, self._requests = self._requests, []
-            hidden = torch.cat([request.hidden for request in requests])
-            logits = await trio.to_thread.run_sync(self._head.logits, hidden, limiter=self._limiter)
-            for request, part in zip(requests, torch.split(logits, [len(r.hidden) for r in requests]), strict=True):
-                request.logits = part
-                request.done.set()
+            await self._compute([request for request in requests if request.most is not None])
+            await self._compute([request for request in requests if request.most is None])
+
+    async def _compute(self, requests: Sequence[_Request]) -> None:
+        """Compute requests that all want either the best logits or all."""
+        if not requests:
+            return
+        hidden = torch.cat([request.hidden for request in requests])
+        most = max((request.most for request in requests if request.most is not None), default=None)
+        logits = await trio.to_thread.run_sync(self._head.logits, hidden, most, limiter=self._limiter)
+        for request, part in zip(requests, torch.split(logits, [len(r.hidden) for r in requests]), strict=True):
+            request.logits = part
+            request.done.set()

@@ -189,9 +189,11 @@ def _read_client_side(checkpoint: Checkpoint) -> _ClientSide:
     tokenizer = load_tokenizer(checkpoint)
     built = load_head_model(checkpoint)
     adaptable = frozenset(linear_layers(built.layers, layer_kinds(checkpoint.config)))
+    head = Head(built.model, checkpoint.family)
+    head.make_shortlist()
     return _ClientSide(
         replace(facts_of(checkpoint), adaptable=adaptable),
-        Head(built.model, checkpoint.family),
+        head,
         tokenizer,
         generation_config(checkpoint, tokenizer),
     )

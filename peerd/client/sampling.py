@@ -83,6 +83,19 @@ class SamplingParams:
         eos_fit = all(_is_integer(token) and token >= 0 for token in self.eos_token_ids)
         _check("eos_token_ids", self.eos_token_ids, eos_fit, "token ids")
 
+    @property
+    def deciding(self) -> int | None:
+        """How many of the largest logits decide the draw; None if others may, too.
+
+        Penalties, biases and grammars may lift any token above the largest.
+        """
+        moved = self.frequency_penalty or self.presence_penalty or self.logit_bias or self.repetition_penalty != 1
+        if moved or self.grammar is not None:
+            return None
+        most = 1 if self.temperature == 0 else self.top_k
+        # The tokens that would end the answer too soon are taken from the largest.
+        return most + (len(self.eos_token_ids) if self.min_new_tokens else 0) if most else None
+
     @classmethod
     def from_config(
         cls,

@@ -53,7 +53,7 @@ class TokenModel(Protocol):
     def embed(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Turn token ids into the first block's input, `[n, width]`."""
 
-    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    async def logits(self, hidden: torch.Tensor, most: int | None = None) -> torch.Tensor:
         """Turn the last block's output, `[n, width]`, into float32 logits, `[n, vocabulary]`."""
 
     async def score(self, hidden: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:

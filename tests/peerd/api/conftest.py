@@ -57,7 +57,7 @@ class ByteHead:
             raise InvalidRequest(f"tokens are 0 to {END}, not {token_ids}")
         return torch.tensor(list(token_ids)).float()[:, None].expand(-1, WIDTH).clone()
 
-    async def logits(self, hidden):
+    async def logits(self, hidden, most=None):
         await trio.lowlevel.checkpoint()
         return 5 * torch.nn.functional.one_hot(hidden[:, 0].long(), END + 1).float()
 
@@ -77,7 +77,7 @@ class ScriptedHead(ByteHead):
         self._script = [*text.encode(), END]
         self._said = 0
 
-    async def logits(self, hidden):
+    async def logits(self, hidden, most=None):
         await trio.lowlevel.checkpoint()
         token = self._script[min(self._said, len(self._script) - 1)]
         self._said += 1
@@ -91,7 +91,7 @@ class SoftHead(ByteHead):
         positions = torch.arange(start, start + len(token_ids))[:, None]
         return super().embed(token_ids) * 1000 + positions
 
-    async def logits(self, hidden):
+    async def logits(self, hidden, most=None):
         await trio.lowlevel.checkpoint()
         scores = torch.stack(
             [torch.randn(END + 1, generator=torch.Generator().manual_seed(int(row[0]))) for row in hidden]

@@ -26,7 +26,7 @@ class ByteHead:
     def embed(self, token_ids, start=0):
         return torch.tensor(token_ids).float()[:, None].expand(-1, WIDTH).clone()
 
-    async def logits(self, hidden):
+    async def logits(self, hidden, most=None):
         await trio.lowlevel.checkpoint()
         return torch.nn.functional.one_hot(hidden[:, 0].long(), END + 1).float()
 
@@ -48,7 +48,7 @@ class ScriptedHead(ByteHead):
     def __init__(self, token_ids):
         self._script = iter(token_ids)
 
-    async def logits(self, hidden):
+    async def logits(self, hidden, most=None):
         await trio.lowlevel.checkpoint()
         return torch.nn.functional.one_hot(torch.tensor([next(self._script)]), END + 1).float()
 

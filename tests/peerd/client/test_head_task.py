@@ -21,7 +21,7 @@ class TableHead:
     def embed(self, token_ids, positions):
         return torch.stack([token_ids, positions], dim=1).float()
 
-    def logits(self, hidden):
+    def logits(self, hidden, most=None):
         self.calls += 1
         return hidden * 2
 

@@ -44,7 +44,7 @@ class SoftHead:
         await trio.lowlevel.checkpoint()
         return function(*arguments)
 
-    async def logits(self, hidden):
+    async def logits(self, hidden, most=None):
         await trio.lowlevel.checkpoint()
         return torch.nn.functional.layer_norm(hidden.float(), (WIDTH,)) @ self._out
 
