@@ -19,7 +19,7 @@ from peerd.client.audits.case import Case
 from peerd.client.audits.others import Others, Planner
 from peerd.client.audits.policy import AuditPolicy
 from peerd.client.audits.prefills import Prefills
-from peerd.client.audits.transcript import ROW, Transcript
+from peerd.client.audits.transcript import Transcript
 from peerd.client.finding.served_by import ServedBy
 from peerd.client.session.opener import ChainOpener, Terms
 from peerd.client.session.session import Session
@@ -90,7 +90,8 @@ class Auditor:
         transcript: Transcript | None = None
         if self._rng.random() < self.probability:
             self.counts["chosen"] += 1
-            transcript = Transcript()
+            # Chance also decides which of several answers to one prompt.
+            transcript = Transcript(self._rng.randrange(terms.size.max_rows), session.log.sent)
 
         def ended() -> None:
             self._sessions.discard(session)
@@ -106,21 +107,18 @@ class Auditor:
 
     def _take(self, session: Session, transcript: Transcript, blocks: Span, terms: Terms) -> None:
         """Put an answer in line for its audit, if it can be audited."""
-        length = max(transcript.positions, default=-1) + 1
-        width = transcript.results.shape[1] if transcript else 0
-        if len(transcript) < MIN_POSITIONS:
+        text = transcript.text()
+        if text is None or len(text.positions) < MIN_POSITIONS:
             why = "too short"
         elif terms.own_adapter is not None:
             # Other servers must not get the user's own weights.
             why = "own adapter"
-        elif 4 * width * (length + len(transcript)) > MAX_BYTES or session.log.length(ROW) < length:
+        elif text.inputs.nbytes + text.results.nbytes > MAX_BYTES or len(text.inputs) <= text.positions[-1]:
             why = "too long"
         else:
-            inputs = session.log.sent(ROW, length)
-            positions = tuple(transcript.positions)
             if len(self._waiting) == MAX_WAITING:
                 self.counts["too many waiting"] += 1
-            self._waiting.append(Case(blocks, terms, inputs, positions, transcript.results, session.chain))
+            self._waiting.append(Case(blocks, terms, text.inputs, text.positions, text.results, session.chain))
             self._came.set()
             return
         self.counts[why] += 1

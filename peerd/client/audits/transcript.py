@@ -1,62 +1,99 @@
 """Keeps what came back in one session, so that other servers can compute it again afterwards.
 
 A client gets results only for the positions that it asks for: of a prompt mostly the last one, and then each token.
-They are kept for one row. What was sent is in the session's own log.
+What was sent is in the session's own log. Of a session with several rows, one row is audited, but the results of all
+are kept: a row may become a copy of another one, as in a beam search, and then it has that row's results. A row that
+ends before the others leaves the session's log, so what was sent of it is copied at that moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from peerd.compute.audits.distance import FIRST_POSITION
 from peerd.exchange.step_tensors import wanted_rows
 from peerd.protocol.messages.session import Step
-from peerd.protocol.rows import Fork
+from peerd.protocol.rows import Fork, RowSlice
 
-# The row that is checked: the first answer of several, or the only one.
-ROW = 0
-# More results than this make no verdict surer, and take memory: 4 MB at a width of 8192 in bfloat16.
+# More results of a row than this make no verdict surer, and take memory: 4 MB at a width of 8192 in bfloat16.
 MAX_RESULTS = 256
+# What is kept of all rows together.
+MAX_RESULTS_OF_ALL = 4 * MAX_RESULTS
+
+Sent = Callable[[int, int], torch.Tensor]
+"""A copy of a row's first so many hidden states as they were sent, `[end, width]`; fewer if there are no more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowText:
+    """One row: inputs `[length, width]`, and results `[len(positions), width]` for these positions, in order."""
+
+    inputs: torch.Tensor
+    positions: tuple[int, ...]
+    results: torch.Tensor
 
 
 class Transcript:
-    """The results of one row, by position."""
+    """The results of a session's rows, of which `row` will be audited. `sent` says what was sent of a row."""
 
-    def __init__(self) -> None:
-        self._results: dict[int, torch.Tensor] = {}
+    def __init__(self, row: int, sent: Sent) -> None:
+        self._row = row
+        self._sent = sent
+        self._rows: dict[int, dict[int, torch.Tensor]] = {}
+        self._noted = 0
+        self._ended: RowText | None = None
 
     def __repr__(self) -> str:
-        return f"<Transcript of {len(self._results)} positions>"
-
-    def __len__(self) -> int:
-        return len(self._results)
+        return f"<Transcript of row {self._row}, {len(self.positions)} positions>"
 
     @property
     def positions(self) -> Sequence[int]:
-        """The positions whose results are kept, in order."""
-        return sorted(self._results)
+        """The positions of the row whose results are kept, in order. Empty once the row has ended."""
+        return sorted(self._rows.get(self._row, ()))
 
-    @property
-    def results(self) -> torch.Tensor:
-        """Their results, `[positions, width]`."""
-        return torch.stack([self._results[position] for position in self.positions])
+    def text(self) -> RowText | None:
+        """The row as it is, or as it was when it ended; None if nothing came back."""
+        return self._text() or self._ended
 
     def note(self, step: Step, result: torch.Tensor) -> None:
-        """Note the answer to a step, `[wanted positions, width]`. Later results of a position replace earlier ones."""
-        if any((op.target if isinstance(op, Fork) else op.row) == ROW for op in step.ops):
-            # The row is another one now.
-            self._results.clear()
+        """Note the answer to a step, `[wanted positions, width]`, before the step changes the session's log. Later
+        results of a position replace earlier ones.
+        """
+        for op in step.ops:
+            if isinstance(op, Fork):
+                source = self._rows.get(op.source, {})
+                self._rows[op.target] = {at: kept for at, kept in source.items() if at < op.length}
+            else:
+                self._end(op.row)
         for piece in step.rows:
-            if piece.row == ROW:
-                self._results = {at: kept for at, kept in self._results.items() if at < piece.start}
+            row = self._rows.get(piece.row, {})
+            self._rows[piece.row] = {at: kept for at, kept in row.items() if at < piece.start}
         offset = 0
         for piece in wanted_rows(step):
-            if piece.row == ROW:
-                for number in range(piece.count):
-                    at = piece.start + number
-                    if at >= FIRST_POSITION and len(self._results) < MAX_RESULTS:
-                        # A row of a large tensor would keep all of it in memory.
-                        self._results[at] = result[offset + number].clone()
+            self._keep(piece, result[offset : offset + piece.count])
             offset += piece.count
+
+    def _keep(self, piece: RowSlice, result: torch.Tensor) -> None:
+        row = self._rows[piece.row]
+        for number in range(piece.count):
+            at = piece.start + number
+            if at >= FIRST_POSITION and len(row) < MAX_RESULTS and self._noted < MAX_RESULTS_OF_ALL:
+                # A row of a large tensor would keep all of it in memory.
+                row[at] = result[number].clone()
+                self._noted += 1
+
+    def _end(self, row: int) -> None:
+        if row == self._row:
+            self._ended = self._text() or self._ended
+        self._rows.pop(row, None)
+
+    def _text(self) -> RowText | None:
+        positions = tuple(self.positions)
+        if not positions:
+            return None
+        results = self._rows[self._row]
+        inputs = self._sent(self._row, positions[-1] + 1)
+        return RowText(inputs, positions, torch.stack([results[position] for position in positions]))

@@ -101,9 +101,10 @@ class StepLog:
     def sent(self, row: int, end: int) -> torch.Tensor:
         """A copy of the row's first `end` hidden states as they were sent, `[end, width]`.
 
-        Only positions whose steps were answered are available.
+        Only positions whose steps were answered are available; if they are fewer, that many are returned.
         """
-        return self.kept.row_buffers.copy(row, 0, end)
+        end = min(end, self.kept.row_buffers.lengths.get(row, 0))
+        return self.kept.row_buffers.copy(row, 0, end) if end else torch.empty((0, 0))
 
     @property
     def positions(self) -> int:
@@ -135,7 +136,9 @@ class StepLog:
         return pending
 
     def observe(self, on_answer: OnAnswer | None) -> None:
-        """Call `on_answer` with each step that is answered from now on and its result; None ends that."""
+        """Call `on_answer` with each step that is answered from now on and its result, before `sent` knows the step's
+        rows; None ends that.
+        """
         self._on_answer = on_answer
 
     def answer(self, output: Output, body: memoryview, width: int) -> None:
@@ -157,9 +160,9 @@ class StepLog:
         self.answered = oldest
         self._apply(self._answered_lengths, pending.step.ops)
         self._answered_lengths.update({piece.row: piece.end for piece in pending.step.rows})
-        self.kept.fold(oldest)
         if self._on_answer is not None:
             self._on_answer(pending.step, pending.result)
+        self.kept.fold(oldest)
         pending.done.set()
 
     def fail(self, error: Exception) -> None:

@@ -139,10 +139,10 @@ class Tribunal:
         """Honest servers of all blocks."""
         return [await self.serve(span, numerics) for span in SPANS]
 
-    async def open(self, prompt_length: int = 10, max_rollback: int = 0) -> Session:
+    async def open(self, prompt_length: int = 10, max_rollback: int = 0, max_rows: int = 1) -> Session:
         """A session of the user's, which is watched."""
         client = self.client
-        size = SessionSize(128, max_rollback=max_rollback, prompt_length=prompt_length)
+        size = SessionSize(64 if max_rows > 1 else 128, max_rows, max_rollback, prompt_length)
         terms = Terms(MODEL, size, max_steps=4, dtype="float32", codec="exact", timeout_ms=2000)
         tools = SessionTools(client.finder, client.opener, client.rng)
         session = Session(tools, SessionSpec(BLOCKS, WIDTH, terms, Patience()))

@@ -12,7 +12,7 @@ import trio.testing
 
 from peerd.client.audits.policy import AuditPolicy
 from peerd.client.session.opener import Terms
-from peerd.protocol.rows import SessionSize
+from peerd.protocol.rows import Drop, Fork, RowSlice, SessionSize
 from tests.peerd.client.audits.conftest import FULL, HALF, INT8, LENGTH, NF4, SPANS, Lie, run_text, texts
 from tests.peerd.conftest import MODEL
 
@@ -173,6 +173,46 @@ async def test_each_answer_of_a_session_that_rests_is_audited_by_itself(open_tri
         await trio.testing.wait_all_tasks_blocked()
         await tribunal.audit()
         assert tribunal.auditor.counts == {"chosen": 2, "agreed": 2}
+
+
+async def run_several(session, rows, ends_first):
+    """Several answers to one prompt, of which one ends before the others."""
+    (text,) = texts(1, 5)
+    await session.step(text[:10], row=0)
+    ops = tuple(Fork(0, row, 10) for row in range(1, rows))
+    live = list(range(rows))
+    for position in range(10, LENGTH):
+        if position == LENGTH - 4:
+            live.remove(ends_first)
+            ops = (Drop(ends_first),)
+        inputs = torch.stack([text[position] + row for row in live])
+        await session.step(inputs, rows=[RowSlice(row, position, 1) for row in live], ops=ops, want="all")
+        ops = ()
+    session.close()
+    await trio.testing.wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize("ends_first", range(3))
+async def test_one_of_several_answers_to_a_prompt_is_audited_whichever_ends_first(open_tribunal, ends_first):
+    async with open_tribunal() as tribunal:
+        liar = [await tribunal.serve(span, lie=SkipsABlock() if hop == 1 else None) for hop, span in enumerate(SPANS)][
+            1
+        ]
+        await run_several(await tribunal.open(max_rows=3, max_rollback=10), 3, ends_first)
+        for _ in range(2):
+            await tribunal.serve_all()
+        await tribunal.audit()
+        assert tribunal.convicted == [liar.peer_id]
+
+
+async def test_honest_servers_of_several_answers_agree(open_tribunal):
+    async with open_tribunal() as tribunal:
+        await tribunal.serve_all()
+        for ends_first in range(3):
+            await run_several(await tribunal.open(max_rows=3, max_rollback=10), 3, ends_first)
+        await tribunal.serve_all()
+        await tribunal.audit()
+        assert tribunal.auditor.counts == {"chosen": 3, "agreed": 3}
 
 
 async def test_servers_of_one_network_do_not_check_one_another(open_tribunal):

@@ -1,8 +1,10 @@
+"""A transcript keeps what came back of the row that will be audited, whatever becomes of the rows."""
+
 from __future__ import annotations
 
 import torch
 
-from peerd.client.audits.transcript import MAX_RESULTS, Transcript
+from peerd.client.audits.transcript import MAX_RESULTS, MAX_RESULTS_OF_ALL, RowText, Transcript
 from peerd.protocol.messages.session import Step, Want
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice
 
@@ -15,40 +17,79 @@ def values(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float32)[:, None]
 
 
+def sent(row: int, end: int) -> torch.Tensor:
+    return torch.full((end, 1), float(row))
+
+
+def of(row: int) -> Transcript:
+    return Transcript(row, sent)
+
+
+def found(transcript: Transcript) -> RowText:
+    text = transcript.text()
+    assert text is not None
+    return text
+
+
 def test_it_keeps_the_results_of_one_row_by_position() -> None:
-    transcript = Transcript()
+    transcript = of(0)
     transcript.note(step((0, 0, 5)), values(4))
     transcript.note(step((0, 5, 1), (1, 5, 1)), values(5, 500))
     transcript.note(step((1, 6, 1), (0, 6, 2), want="all"), values(600, 6, 7))
     transcript.note(step((0, 8, 1), want="none"), values())
     assert transcript.positions == [4, 5, 6, 7]
-    assert transcript.results.flatten().tolist() == [4, 5, 6, 7]
+    assert found(transcript).results.flatten().tolist() == [4, 5, 6, 7]
 
 
 def test_the_first_position_is_left_out() -> None:
-    transcript = Transcript()
+    transcript = of(0)
     transcript.note(step((0, 0, 3), want="all"), values(0, 1, 2))
     assert transcript.positions == [1, 2]
 
 
 def test_a_row_that_is_cut_loses_what_comes_later() -> None:
-    transcript = Transcript()
+    transcript = of(0)
     transcript.note(step((0, 0, 6), want="all"), values(0, 1, 2, 3, 4, 5))
     transcript.note(step((0, 3, 1)), values(30))
     assert transcript.positions == [1, 2, 3]
-    assert transcript.results.flatten().tolist() == [1, 2, 30]
+    assert found(transcript).results.flatten().tolist() == [1, 2, 30]
 
 
-def test_a_row_that_another_takes_the_place_of_begins_anew_and_a_fork_of_it_changes_nothing() -> None:
-    transcript = Transcript()
+def test_a_row_that_becomes_a_copy_of_another_has_that_rows_results() -> None:
+    transcript = of(0)
     transcript.note(step((0, 0, 4), want="all"), values(0, 1, 2, 3))
-    transcript.note(step((0, 4, 1), ops=(Fork(0, 1, 4), Drop(2))), values(4))
-    assert transcript.positions == [1, 2, 3, 4]
-    transcript.note(step((0, 5, 1), ops=(Fork(1, 0, 5),)), values(5))
-    assert transcript.positions == [5]
+    transcript.note(step((0, 4, 1), (1, 4, 1), ops=(Fork(0, 1, 4), Drop(2))), values(4, 40))
+    assert found(transcript).results.flatten().tolist() == [1, 2, 3, 4]
+    transcript.note(step((0, 5, 1), ops=(Fork(1, 0, 5),)), values(50))
+    assert found(transcript).results.flatten().tolist() == [1, 2, 3, 40, 50]
+
+
+def test_a_row_that_ends_before_the_others_is_kept_as_it_was() -> None:
+    transcript = of(1)
+    transcript.note(step((0, 0, 4), want="all"), values(0, 1, 2, 3))
+    transcript.note(step((0, 4, 1), (1, 4, 1), ops=(Fork(0, 1, 4),)), values(4, 40))
+    transcript.note(step((0, 5, 1), ops=(Drop(1),)), values(5))
+    transcript.note(step((0, 6, 1)), values(6))
+    text = found(transcript)
+    assert text.positions == (1, 2, 3, 4)
+    assert text.results.flatten().tolist() == [1, 2, 3, 40]
+    assert text.inputs.flatten().tolist() == [1.0] * 5
+
+
+def test_nothing_is_kept_of_a_row_that_gave_nothing_back() -> None:
+    transcript = of(0)
+    transcript.note(step((0, 0, 4), want="none"), values())
+    assert transcript.text() is None
 
 
 def test_long_answers_take_bounded_memory() -> None:
-    transcript = Transcript()
+    transcript = of(0)
     transcript.note(step((0, 0, 2000), want="all"), torch.zeros(2000, 1))
-    assert len(transcript) == MAX_RESULTS
+    assert len(found(transcript).positions) == MAX_RESULTS
+
+
+def test_many_rows_take_bounded_memory() -> None:
+    rows = 2 * MAX_RESULTS_OF_ALL // MAX_RESULTS
+    last = of(rows - 1)
+    last.note(step(*((row, 0, MAX_RESULTS) for row in range(rows)), want="all"), torch.zeros(rows * MAX_RESULTS, 1))
+    assert last.text() is None
