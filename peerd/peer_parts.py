@@ -90,7 +90,7 @@ async def open_net(
         swarm_key=config.swarm_key,
         may_be_relayed=config.may_be_relayed,
         may_punch=config.may_punch,
-        dial_rules=_dial_rules(config.bootstrap, where),
+        dial_rules=dial_rules(config.bootstrap, where),
         now=config.now,
         containment=containment,
         meters=meters,
@@ -99,7 +99,7 @@ async def open_net(
         yield connections
 
 
-def _dial_rules(bootstrap: Sequence[Multiaddr], where: Watched[Whereabouts]) -> DialRules:
+def dial_rules(bootstrap: Sequence[Multiaddr], where: Watched[Whereabouts]) -> DialRules:
     """What we are told in records leads into no network that we do not live in."""
 
     def ours() -> Sequence[Multiaddr]:
@@ -108,8 +108,9 @@ def _dial_rules(bootstrap: Sequence[Multiaddr], where: Watched[Whereabouts]) -> 
 
     def swarms() -> Sequence[Multiaddr]:
         # Strangers must not aim us at our own network. But if we joined a swarm in a private range, its peers live
-        # there.
-        return (*bootstrap, *where.value.contacts)
+        # there. A peer that listens on all addresses listens on loopback too, though its swarm is elsewhere.
+        contacts = where.value.contacts
+        return (*bootstrap, *([one for one in contacts if not one.is_loopback] or contacts))
 
     return DialRules(DialPolicy(ours), DialPolicy(swarms), tuple(bootstrap))
 

@@ -1,7 +1,8 @@
 """Decides which IP addresses may be dialled when another peer named them.
 
 A public address may always be dialled. A loopback or private address may be dialled only if we have an address in the
-same range ourselves; otherwise strangers could aim us at our own machine and network. A name alone decides nothing: the
+same range ourselves, and if who names it is not on the public internet; otherwise strangers could aim us at our own
+machine and network. A name alone decides nothing: the
 transport looks it up, asks the policy about each address, and connects to one that is permitted.
 """
 
@@ -28,11 +29,21 @@ class DialPolicy:
         known = private_range(ip)
         return known is not None and any(one.ip is not None and private_range(one.ip) == known for one in self.ours())
 
+    def named_from(self, ip: IpAddress | None) -> DialPolicy:
+        """The policy for addresses that a peer at `ip` names: one on the public internet has none to name in our
+        networks. None: a peer whose address is unknown.
+        """
+        return self if self.ours is None or ip is None or is_private_ip(ip) else DialPolicy(_nothing)
+
     def of(self, claimed: Iterable[Multiaddr]) -> tuple[Multiaddr, ...]:
         """The addresses without those that are certainly not permitted. For a name this is decided when it is
         dialled.
         """
         return tuple(one for one in claimed if one.ip is None or self.permits(one.ip))
+
+
+def _nothing() -> Iterable[Multiaddr]:
+    return ()
 
 
 # For addresses that our own operator gave us.

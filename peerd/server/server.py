@@ -113,13 +113,14 @@ class Server:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run engines and sessions until cancelled. Streams that are still open then are told that we leave."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
                 await self._containment.keep_running(self._evictions.run, what="taking back unused KV")
-        finally:
-            self.draining = self._stopped = True
+            finally:
+                # Before the nursery waits for the sessions: meanwhile it takes no new tasks.
+                self.draining = self._stopped = True
 
     def serve(self, served: ServedSpan) -> None:
         """Accept sessions on one more span from now on."""
@@ -232,7 +233,8 @@ class Server:
             if known.client.control is not None or not known.admitted:
                 raise RemoteProtocolError("this session is open already")
             return known
-        owner = Owner.at(stream.peer, stream.connection.accountable_ip, self.weight_of(stream.peer))
+        ip = stream.connection.accountable_ip
+        owner = Owner.at(stream.peer, ip, self.weight_of(stream.peer))
         served = self._check(owner, opening)
         session = HostedSession(
             opening,
@@ -244,6 +246,7 @@ class Server:
                 opening.session,
                 now=self._now,
                 may_dial=lambda: self._dials.may(owner, trio.current_time()),
+                policy=self._connections.strangers_policy.named_from(ip),
             ),
             served.adapter_room,
         )

@@ -1,8 +1,8 @@
 """Dials the next hop of a session and shows it the ticket.
 
-Only addresses that the next hop itself signed are dialled, if `Connections.strangers_policy` permits them, and only a
-limited number in a minute for one client. Otherwise clients could aim us at our own network, or at others. For the same
-reason a client learns that the next hop cannot be reached, but not why.
+Only addresses that the next hop itself signed are dialled, if the policy for what that client names permits them, and
+only a limited number in a minute for one client. Otherwise clients could aim us at our own network, or at others. For
+the same reason a client learns that the next hop cannot be reached, but not why.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from peerd.net.connections import Connections, Stream
+from peerd.net.dial_policy import DialPolicy
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import parse
 from peerd.protocol.errors import CallerError, LinkFailed, Overloaded, PeerFault
@@ -34,14 +35,17 @@ async def open_link(
     next_hop: NextHop,
     now: Callable[[], float],
     may_dial: Callable[[], bool] = lambda: True,
+    *,
+    policy: DialPolicy,
 ) -> AsyncIterator[tuple[Stream, Linked]]:
     """Yield the link to the next hop, and which steps that hop has. Raises LinkFailed.
 
     may_dial: called only if a dial is needed; returns whether another one may be made for this client.
+    policy: which addresses the client may name.
     """
     try:
         with trio.fail_after(LINK_DEADLINE_S):
-            stream = await _dial(connections, next_hop, now(), may_dial)
+            stream = await _dial(connections, next_hop, now(), may_dial, policy)
             await stream.send(Link(session=session, ticket=next_hop.ticket).to_header())
     except (PeerFault, CallerError, Overloaded, trio.TooSlowError) as error:
         log.debug("a next hop cannot be reached: %r", error)
@@ -50,7 +54,9 @@ async def open_link(
         yield stream, await _answer(stream)
 
 
-async def _dial(connections: Connections, next_hop: NextHop, now: float, may_dial: Callable[[], bool]) -> Stream:
+async def _dial(
+    connections: Connections, next_hop: NextHop, now: float, may_dial: Callable[[], bool], policy: DialPolicy
+) -> Stream:
     record = open_record(SignedRecord.decode(next_hop.record), now=now)
     if not isinstance(record.body, PeerRecord):
         raise LinkFailed("the next hop's record is not a peer record")
@@ -61,7 +67,7 @@ async def _dial(connections: Connections, next_hop: NextHop, now: float, may_dia
         LINK_PROTOCOL,
         addresses=record.body.ways_to(record.peer_id),
         priority=Priority.DECODE,
-        policy=connections.strangers_policy,
+        policy=policy,
     )
 
 

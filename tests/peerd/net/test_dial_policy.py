@@ -14,10 +14,13 @@ from peerd.net.connections import open_connections
 from peerd.net.dial_policy import ANYWHERE, DialPolicy, DialRules
 from peerd.net.dialling.names import Names, connect_to_any
 from peerd.net.websockets.transport import WebSocketTransport
+from peerd.peer_parts import dial_rules
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import ConnectFailed
 from peerd.protocol.identity import Identity
+from peerd.routing.reach.verdict import Whereabouts
 from peerd.testing.network import MemoryNetwork
+from peerd.trio_tools import Watched
 
 
 def addresses(*texts: str) -> tuple[Multiaddr, ...]:
@@ -238,3 +241,24 @@ async def test_only_our_operators_addresses_lead_into_private_networks():
                 await connections.connect(there.peer_id, [address])
         assert not network.dialled
         assert await trusting.connect(there.peer_id, [lan])
+
+
+def test_a_peer_on_the_internet_names_nothing_in_our_networks():
+    policy = DialPolicy(lambda: (LAN, LOOPBACK))
+    everything = (LOOPBACK, LAN, OTHER_LAN, PUBLIC)
+    assert policy.named_from(PUBLIC.ip).of(everything) == (PUBLIC,)
+    assert policy.named_from(LAN.ip).of(everything) == policy.named_from(None).of(everything) == (LOOPBACK, LAN, PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("contacts", "permitted"),
+    [
+        (addresses("/ip4/192.168.7.1/tcp/1/ws", "/ip4/127.0.0.1/tcp/1/ws"), (LAN, PUBLIC)),
+        # All of the swarm that it knows is on this machine.
+        (addresses("/ip4/127.0.0.1/tcp/1/ws"), (LOOPBACK, PUBLIC)),
+        ((), (PUBLIC,)),
+    ],
+)
+def test_listening_on_all_addresses_lets_nobody_aim_us_at_our_own_machine(contacts, permitted):
+    rules = dial_rules((), Watched(Whereabouts(contacts, contacts)))
+    assert rules.strangers.of((LOOPBACK, LAN, OTHER_LAN, PUBLIC)) == permitted

@@ -304,6 +304,20 @@ async def test_a_hop_is_not_aimed_at_networks_that_it_does_not_live_in(open_swar
         assert not [dialled for dialled in swarm.network.dialled if dialled[0] == hop.ip]
 
 
+async def test_a_client_on_the_internet_aims_no_hop_into_the_network_where_it_lives(open_swarm):
+    async with open_swarm() as swarm:
+        hop, after = await swarm.serve(0, 4), await swarm.serve(4, 8)
+        hop.connections.strangers_policy = DialPolicy(lambda: addresses("/ip4/10.0.0.1/tcp/1/ws"))
+        neighbour = await swarm.caller()
+        swarm.ips = "93.184.216.{}"
+        stranger = await swarm.caller()
+        for client, taken in ((stranger, False), (neighbour, True)):
+            await client.open(after, hop=1)
+            said = await told(client, hop, after, client.next_hop(hop, after))
+            assert isinstance(said, LinkDown) != taken
+            assert bool([dialled for dialled in swarm.network.dialled if dialled[0] == hop.ip]) == taken
+
+
 async def test_a_client_is_told_nothing_of_what_was_found_where_a_next_hop_should_be(open_swarm):
     async with open_swarm() as swarm:
         host, after, other = [await swarm.serve(0, 4), await swarm.serve(4, 8), await swarm.serve(4, 8)]

@@ -206,3 +206,18 @@ async def test_a_client_that_vanishes_is_forgotten(open_swarm):
         assert host.server.sessions == 0
         assert host.task.engine.free_tokens == 4096
         assert not host.connections.live
+
+
+@pytest.mark.parametrize("ticks", range(6))
+async def test_a_handler_that_is_cancelled_while_the_server_stops_is_no_bug(open_swarm, ticks):
+    async with open_swarm() as swarm:
+        host = await swarm.serve(0, 4)
+        caller = await swarm.caller()
+        await answer(caller, await caller.open(host), tokens(1))
+        (connection,) = host.connections.live.values()
+        host.server._nursery.cancel_scope.cancel()
+        for _ in range(ticks):
+            await trio.lowlevel.checkpoint()
+        connection._handling.cancel_scope.cancel()
+        await trio.sleep(1)
+        assert host.server.draining
