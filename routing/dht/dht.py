@@ -25,6 +25,7 @@ from peerd.routing.dht.lost_contacts import MAX_LOST, LostContacts
 from peerd.routing.dht.messages import (
     MAX_CONTACTS,
     MAX_STORED_AT_ONCE,
+    SALT_BYTES,
     Packet,
     contact_addresses,
 )
@@ -33,6 +34,7 @@ from peerd.routing.dht.odd_times import OddTimes
 from peerd.routing.dht.record_sets import PartialView, RecordKey, newest
 from peerd.routing.dht.replication import Replication
 from peerd.routing.dht.rpc import DhtProtocol, DhtTransport, FindReply
+from peerd.routing.dht.set_reading import SetReader
 from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Contact, PeerNode, dump_contacts
 
@@ -281,12 +283,13 @@ class Dht:
         return nodes, crawl
 
     async def _get_key(self, key: bytes, whole: bool) -> tuple[list[VerifiedRecord], bool]:
-        _, crawl = await self._look_up(Node(key), self._protocol.call_find_value, QUORUM)
-        if whole:
-            self._check_whole(crawl)
+        reader = SetReader(self._protocol, self._random.randbytes(SALT_BYTES))
+        _, crawl = await self._look_up(Node(key), reader.ask, QUORUM)
         replies = list(crawl.replies.values())
         # Most replicas answer the same bytes; check each record once.
-        data = {record for reply in replies for record in reply.records}
+        data = await reader.complete(Node(key), self._store.get_encoded(key))
+        if whole:
+            self._check_whole(crawl, len(reader.unsent))
         records = self._store.get(key)
         refused = []
         for one in data.difference(self._store.get_encoded(key)):
@@ -302,10 +305,12 @@ class Dht:
         is_split = split >= min(2, len(replies)) > 0 or self._store.is_split(key)
         return newest(records), is_split
 
-    def _check_whole(self, crawl: Crawl[FindReply]) -> None:
+    def _check_whole(self, crawl: Crawl[FindReply], unsent: int) -> None:
+        """Raise PartialView if too few peers answered, of which `unsent` kept back what they have."""
         # Count ourselves as an answer only if we store records.
         own = bool(self.addresses)
-        answered, asked = len(crawl.replies) + own, crawl.asked + own
+        whole = len(crawl.replies) - unsent
+        answered, asked = whole + own, crawl.asked + own
         lost = crawl.asked == 0 and not self._is_first
         if lost or answered < min(QUORUM, asked // 2 + 1):
-            raise PartialView(f"{len(crawl.replies)} of {crawl.asked} peers answered")
+            raise PartialView(f"{whole} of {crawl.asked} peers answered")

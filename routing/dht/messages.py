@@ -42,6 +42,11 @@ MAX_CONTACT_ADDRESSES = 4
 MAX_CONTACT_ADDRESS_CHARS = 128
 # The most records under one key.
 MAX_RECORDS = 256
+# Digests of records stand for a set that is larger than this: asking for what is missing takes another round trip.
+WHOLE_SET_BYTES = 4096
+# A lookup salts its digests, so that nobody can make a record with the digest of another one.
+SALT_BYTES = 8
+DIGEST_BYTES = 6
 # An announcer mostly puts one record at a time; a few more let one request carry several spans.
 MAX_STORED_AT_ONCE = 16
 
@@ -93,6 +98,16 @@ def _named(value: Any) -> PeerNode:
 _nodes = many(_named, MAX_CONTACTS)
 
 
+_joined_digests = binary(0, DIGEST_BYTES * MAX_RECORDS)
+
+
+def _digests(value: Any) -> tuple[bytes, ...]:
+    joined = _joined_digests(value)
+    if len(joined) % DIGEST_BYTES:
+        raise ValueError(f"digests of {DIGEST_BYTES} bytes each")
+    return tuple(joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES))
+
+
 def _dump_addresses(addresses: Sequence[Multiaddr]) -> list[str]:
     return [str(address) for address in addresses]
 
@@ -130,12 +145,18 @@ class FindNode(Message):
 
 @dataclass(frozen=True, slots=True)
 class FindValue(Message):
-    """Asks for the records under `key`, and for the known peers nearest to it."""
+    """Asks for the records under `key`, and for the known peers nearest to it.
+
+    salt: with it, the answer may hold digests instead of records. only: the digests, under that salt, of the records
+    that are wanted; () for all.
+    """
 
     TYPE: ClassVar[str] = "find_value"
 
     key: bytes = required(_key)
     addresses: tuple[Multiaddr, ...] = optional(_addresses, (), _dump_addresses)
+    salt: bytes = optional(binary(SALT_BYTES, SALT_BYTES), b"")
+    only: tuple[bytes, ...] = optional(_digests, (), b"".join)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +183,14 @@ class Found(Message):
     """The nearest peers, nearest first; the records are in the message's body.
 
     split: whether the set did not fit under this key, so that some records are under the keys by nibble.
+    digests: of the records, in place of them.
     """
 
     TYPE: ClassVar[str] = "found"
 
     nodes: tuple[PeerNode, ...] = optional(_nodes, (), _dump_nodes)
     split: bool = optional(boolean, False)
+    digests: tuple[bytes, ...] = optional(_digests, (), b"".join)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import trio
 from kademlia.node import Node
 from kademlia.protocol import KademliaProtocol
 
-from peerd.protocol.addresses import Multiaddr
+from peerd.protocol.addresses import Multiaddr, public_network
 from peerd.protocol.encoding.schema import Message, parse
 from peerd.protocol.errors import CallerError, InvalidRequest, LinkFailed, Overloaded, PeerFault, RemoteProtocolError
 from peerd.protocol.identity import PeerId
@@ -36,6 +36,7 @@ from peerd.routing.dht.messages import (
     Stored,
 )
 from peerd.routing.dht.newcomers import Newcomers
+from peerd.routing.dht.set_reading import answer_of, digests_of
 from peerd.routing.dht.store import RecordStore
 from peerd.routing.dht.table import Bucket, Contact, ContactTable, PeerNode
 
@@ -76,6 +77,7 @@ class FindReply:
     nodes: list[PeerNode]
     records: tuple[bytes, ...]
     split: bool
+    digests: tuple[bytes, ...] = ()
 
 
 M = TypeVar("M", bound=Message)
@@ -111,8 +113,10 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         question = FindNode(node_to_find.id, self.addresses)
         return _find_reply(await self._ask(node_to_ask, question, Found))
 
-    async def call_find_value(self, node_to_ask: PeerNode, node_to_find: Node) -> FindReply | None:
-        question = FindValue(node_to_find.id, self.addresses)
+    async def call_find_value(
+        self, node_to_ask: PeerNode, node_to_find: Node, salt: bytes = b"", only: Sequence[bytes] = ()
+    ) -> FindReply | None:
+        question = FindValue(node_to_find.id, self.addresses, salt, tuple(only))
         return _find_reply(await self._ask(node_to_ask, question, Found))
 
     async def call_store(self, node_to_ask: PeerNode, key: bytes, records: Sequence[bytes]) -> tuple[Outcome, ...]:
@@ -185,15 +189,15 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
             question: Question = parse(packet.header, QUESTIONS)
         except RemoteProtocolError as error:
             raise InvalidRequest(str(error)) from None
-        node = PeerNode(Contact(sender, question.addresses))
+        node = PeerNode(Contact(sender, nameable(question.addresses, source)))
         self.welcome_if_new(node)
         match question:
             case Ping():
                 return Packet(self.rpc_ping().to_header())
             case FindNode(key):
                 return Packet(self.rpc_find_node(node, key).to_header())
-            case FindValue(key):
-                found, records = self.rpc_find_value(node, key)
+            case FindValue():
+                found, records = self.rpc_find_value(node, question)
                 return Packet(found.to_header(), records)
             case Store(key):
                 return Packet(self.rpc_store(node, key, packet.records, source).to_header())
@@ -204,10 +208,13 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
     def rpc_find_node(self, sender: PeerNode, key: bytes) -> Found:
         return Found(tuple(self._neighbors(sender, key)))
 
-    def rpc_find_value(self, sender: PeerNode, key: bytes) -> tuple[Found, tuple[bytes, ...]]:
+    def rpc_find_value(self, sender: PeerNode, question: FindValue) -> tuple[Found, tuple[bytes, ...]]:
+        held = self.storage.get_encoded(question.key)
+        records, by_digest = answer_of(held, question.salt, question.only)
+        digests = digests_of(question.salt, held) if by_digest else ()
         # Contacts go along with records: a lookup does not stop at the first peer that has some.
-        found = Found(tuple(self._neighbors(sender, key)), self.storage.is_split(key))
-        return found, self.storage.get_encoded(key)
+        nodes = tuple(self._neighbors(sender, question.key))
+        return Found(nodes, self.storage.is_split(question.key), digests), records
 
     def rpc_store(
         self, sender: PeerNode, key: bytes, records: Sequence[bytes], source: IPv4Address | IPv6Address | None
@@ -221,8 +228,15 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia publishes
         return self.router.find_neighbors(Node(key), exclude=sender)
 
 
+def nameable(addresses: tuple[Multiaddr, ...], source: IPv4Address | IPv6Address | None) -> tuple[Multiaddr, ...]:
+    """The addresses that a peer which we see at `source` may name as its own: none in private networks if it is on the
+    public internet, for strangers would aim us there.
+    """
+    return addresses if public_network(source) is None else tuple(one for one in addresses if not one.is_private)
+
+
 def _find_reply(answer: tuple[Found, tuple[bytes, ...]] | None) -> FindReply | None:
     if answer is None:
         return None
     found, records = answer
-    return FindReply(list(found.nodes), records, found.split)
+    return FindReply(list(found.nodes), records, found.split, found.digests)
