@@ -27,6 +27,7 @@ from peerd.protocol.connection.liveness import Delivery, Liveness
 from peerd.protocol.connection.multiplexer import Multiplexer
 from peerd.protocol.connection.noise import CipherState, Handshake
 from peerd.protocol.connection.stream_table import Limits
+from peerd.protocol.connection.unasked import PingRate
 from peerd.protocol.errors import HandshakeFailed, PeerdError, RemoteProtocolError
 from peerd.protocol.identity import Identity, PeerId
 
@@ -78,6 +79,7 @@ class ConnectionMachine:
         )
         """The streams, which can be used from HandshakeDone to the end."""
         self._pong: PongFrame | None = None
+        self._pings = PingRate(now)
 
     def __repr__(self) -> str:
         state = "over" if self._over else "open" if self._ciphers else "handshake"
@@ -209,6 +211,7 @@ class ConnectionMachine:
         self._liveness.heard(now)
         match frame:
             case PingFrame(token):
+                self._pings.note(now)
                 # A newer PING replaces one that is not answered yet, so a flood of PINGs costs one answer.
                 self._pong = PongFrame(token)
             case PongFrame():

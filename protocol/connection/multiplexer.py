@@ -28,6 +28,7 @@ from peerd.protocol.connection.schedule import Schedule
 from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES
 from peerd.protocol.connection.stream_table import Limits, StreamTable
 from peerd.protocol.connection.streams import State, StreamMachine, Transition
+from peerd.protocol.connection.unasked import CreditRate
 from peerd.protocol.encoding.wire import Buffer, RawMessage
 from peerd.protocol.errors import LocalProtocolError, Overloaded, RemoteProtocolError
 
@@ -76,6 +77,7 @@ class Multiplexer:
         self._schedule = Schedule()
         self._control: deque[Frame] = deque()
         self._refunds: OrderedDict[int, int] = OrderedDict()
+        self._credits = CreditRate()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -160,6 +162,8 @@ class Multiplexer:
         if isinstance(frame, OpenFrame):
             self._take_open(frame, now)
             return
+        if isinstance(frame, CreditFrame):
+            self._credits.note()
         stream = self._table.known(frame.stream)
         if stream is None:
             return
@@ -244,6 +248,7 @@ class Multiplexer:
         frame_bytes = min(_FRAME_BYTES[outgoing.priority(stream.priority)], self._payload_bytes)
         pieces, fin, ended = outgoing.cut(frame_bytes)
         frame = encode_data(stream.id, pieces, fin=fin)
+        self._credits.sent_data()
         stream.note_sent(data=bool(pieces), fin=fin)
         if ended:
             self._events.append(MessageSent(stream))

@@ -41,6 +41,8 @@ class StreamTable:
         self._limits = limits
         self._buffers = buffers
         self._streams: dict[int, StreamMachine] = {}
+        # How many of them the peer opened: a flood of OPENs must not count them each time.
+        self._theirs = 0
         self._next_id = 1 if initiator else 2
         self._last_peer_id = 0
         self._allowance = float(limits.opens_burst)
@@ -57,7 +59,7 @@ class StreamTable:
 
     def open(self, protocol: str, priority: Priority) -> StreamMachine:
         """Open a new stream of ours. Raises Overloaded beyond 256, ConnectionLost when all numbers are used."""
-        if self._count(ours=True) >= MAX_STREAMS:
+        if len(self._streams) - self._theirs >= MAX_STREAMS:
             raise Overloaded(f"{MAX_STREAMS} streams to this peer are open already")
         if self._next_id > MAX_STREAM_ID:
             raise ConnectionLost("all stream numbers of this connection are used")
@@ -79,10 +81,11 @@ class StreamTable:
         if self._allowance < 0:
             raise RemoteProtocolError("the peer opens streams too fast")
         self._last_peer_id = frame.stream
-        if self._count(ours=False) >= MAX_STREAMS:
+        if self._theirs >= MAX_STREAMS:
             return None
         stream = StreamMachine(frame.stream, frame.protocol, frame.priority, frame.credit, self._buffers)
         self._streams[stream.id] = stream
+        self._theirs += 1
         return stream
 
     def known(self, stream_id: int) -> StreamMachine | None:
@@ -99,7 +102,10 @@ class StreamTable:
 
     def forget(self, stream: StreamMachine) -> bool:
         """Remove a stream that has ended. Returns whether it was still in the table."""
-        return self._streams.pop(stream.id, None) is not None
+        if self._streams.pop(stream.id, None) is None:
+            return False
+        self._theirs -= not self._is_ours(stream.id)
+        return True
 
     def affordable(self, stream: StreamMachine, credit: int) -> int:
         """How much of `credit` the stream may be given within the limit that all streams share."""
@@ -115,6 +121,3 @@ class StreamTable:
 
     def _is_ours(self, stream_id: int) -> bool:
         return stream_id % 2 == self._next_id % 2
-
-    def _count(self, *, ours: bool) -> int:
-        return sum(self._is_ours(stream_id) is ours for stream_id in self._streams)

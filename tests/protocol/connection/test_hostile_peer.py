@@ -25,6 +25,7 @@ from peerd.protocol.connection.frames import (
 )
 from peerd.protocol.connection.stream_queues import INITIAL_CREDIT_BYTES
 from peerd.protocol.connection.stream_table import MAX_STREAMS
+from peerd.protocol.connection.unasked import CREDITS_AT_ONCE, PINGS_A_SECOND, PINGS_AT_ONCE
 from peerd.protocol.errors import (
     Overloaded,
     PeerdError,
@@ -122,12 +123,40 @@ def test_opening_streams_at_an_honest_rate_does_not():
         )
 
 
-def test_a_flood_of_pings_costs_one_answer():
+def test_pings_at_once_cost_one_answer():
     rogue, connection = rogue_and_connection()
     rogue.drain(connection)
-    for number in range(100):
+    for number in range(PINGS_AT_ONCE):
         rogue.say(connection, PingFrame(number.to_bytes(8, "big")))
-    assert rogue.drain(connection) == [PongFrame((99).to_bytes(8, "big"))]
+    assert rogue.drain(connection) == [PongFrame((PINGS_AT_ONCE - 1).to_bytes(8, "big"))]
+
+
+def test_a_flood_of_pings_ends_the_connection_and_as_many_as_are_of_use_do_not():
+    rogue, connection = rogue_and_connection()
+    for number in range(1000):
+        rogue.say(connection, PingFrame(bytes(8)), now=1000 + number / PINGS_A_SECOND)
+    with pytest.raises(RemoteProtocolError, match="PINGs"):
+        rogue.say(connection, *[PingFrame(bytes(8))] * (PINGS_AT_ONCE + 1), now=1125)
+    assert connection.over
+
+
+def test_credit_that_nothing_was_sent_for_ends_the_connection():
+    rogue, connection = rogue_and_connection()
+    rogue.say(connection, OPEN)
+    with pytest.raises(RemoteProtocolError, match="credit"):
+        rogue.say(connection, *[CreditFrame(1, 1)] * (CREDITS_AT_ONCE + 1))
+    assert connection.over
+
+
+def test_credit_for_what_was_sent_is_taken_for_ever():
+    rogue, connection = rogue_and_connection()
+    rogue.say(connection, OPEN)
+    stream = next(event.stream for event in iter(connection.next_event, None) if isinstance(event, StreamOpened))
+    for _ in range(10 * CREDITS_AT_ONCE):
+        connection.streams.send(stream, {}, [bytes(100)], Priority.BULK)
+        sent = sum(len(frame.payload) for frame in rogue.drain(connection) if isinstance(frame, DataFrame))
+        rogue.say(connection, CreditFrame(1, sent))
+    assert not connection.over
 
 
 @given(st.lists(st.binary(max_size=300), max_size=4))
