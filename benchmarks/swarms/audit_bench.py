@@ -6,7 +6,9 @@ block, at each). Half of the texts make the
 limits, as `peerd calibrate` does; the other half are the answers.
 
 An answer is simulated as a block bootstrap: windows of 8 neighbouring positions from random places of random texts, 16
-to 64 positions together. Everything that is random follows from --seed.
+to 64 positions together. So a hundred thousand simulated answers say how often chance puts bad windows together, and
+little about texts and models that were not computed: of those there are as many as --rows. Everything that is random
+follows from --seed.
 """
 
 from __future__ import annotations
@@ -204,7 +206,12 @@ def false_alarms(world: World, audits: int, random: Random) -> Iterator[str]:
         ratios.append(simulated(errors, random) / limit)
     found = torch.tensor(ratios)
     alarms = int((found > 1).sum())
-    yield f"{audits} simulated audits, {len(pairs)} pairs of chains: {alarms} false alarms."
+    texts = len(answers[0][1][held])
+    windows = texts * ((world.found.inputs.shape[1] - FIRST_POSITION) // WINDOW)
+    yield (
+        f"{audits} simulated audits, {len(pairs)} pairs of chains: {alarms} false alarms. They are put together from"
+        f" {windows} separate windows of {texts} texts; the limits come from {len(first.inputs)} others."
+    )
     quantiles = [float(found.quantile(q)) for q in (0.5, 0.99, 0.9999)]
     yield (
         f"The distance as a part of its limit: median {quantiles[0]:.2f}, 99 % {quantiles[1]:.2f},"
