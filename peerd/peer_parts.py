@@ -167,5 +167,6 @@ async def open_spans(
             random = Random(os.urandom(16))
             await stack.enter_async_context(reachability.holding_reservations(discovery.contacts, random))
         server.weight_of = discovery.contributions.weight
+        server.on_receipt = discovery.receipts.add
         server.attach(connections)
         yield SpanHost(config.identity.peer_id, connections, discovery, server, checkpoints, tasks, config.rules)

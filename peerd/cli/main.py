@@ -21,6 +21,7 @@ from peerd.cli.commands.generate import generate
 from peerd.cli.commands.invitations import invite, join
 from peerd.cli.commands.keys import keys
 from peerd.cli.commands.models import blocks, calibrate, manifest, models
+from peerd.cli.commands.receipts import receipts
 from peerd.cli.commands.running import EXIT_CODES, run_once
 from peerd.cli.commands.service import service
 from peerd.cli.commands.starting import log_as_asked, start_daemon
@@ -210,7 +211,7 @@ def demo(
 
 _COMMANDS = (
     *(blocks, calibrate, chat, completion, config, doctor, generate, invite, join),
-    *(keys, manifest, models, peers, service, status, top),
+    *(keys, manifest, models, peers, receipts, service, status, top),
 )
 for command in _COMMANDS:
     cli.add_command(command)

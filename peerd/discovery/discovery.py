@@ -40,6 +40,7 @@ from peerd.routing.directory.announcer import Announcer
 from peerd.routing.directory.directory import Directory
 from peerd.routing.failures.contributions import Contributions
 from peerd.routing.failures.convictions import Convictions
+from peerd.routing.failures.receipts import ReceiptBook
 from peerd.routing.failures.track_record import TrackRecord
 from peerd.routing.reach.verdict import Whereabouts
 from peerd.trio_tools import Watched, open_tasks
@@ -83,6 +84,9 @@ class Discovery:
         self.track_record = TrackRecord(
             trio.current_time, by_proof=True, convictions=convictions, on_served=self.contributions.served_us
         )
+        #: What our server's clients acknowledged.
+        self.receipts = ReceiptBook(clock)
+        state.load_receipts(self.receipts)
         self._connections = connections
         self._transport = StreamTransport(connections)
         self.dht = Dht(identity.peer_id, self._transport, RecordStore(clock), now=clock, random=random)
@@ -231,6 +235,7 @@ class Discovery:
             await self.dht.refresh()
             await self._state.save_contacts(self.dht)
             await self._state.save_contributions(self.contributions)
+            await self._state.save_receipts(self.receipts)
 
     async def leave(self) -> None:
         """Take back what we announced, and save our contacts for the next start. Takes at most 10 s."""
@@ -240,6 +245,7 @@ class Discovery:
         with trio.move_on_after(CANCELLED_LEAVE_S if cancelled else LEAVE_S, shield=True):
             await self._state.save_contacts(self.dht)
             await self._state.save_contributions(self.contributions)
+            await self._state.save_receipts(self.receipts)
 
 
 @asynccontextmanager

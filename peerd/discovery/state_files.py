@@ -1,4 +1,5 @@
-"""The files in which a peer saves its sequence number, its contacts, whom it convicted, and what peers gave it.
+"""The files in which a peer saves its sequence number, its contacts, whom it convicted, what peers gave it, and what
+its clients acknowledged.
 
 A peer works without them. A disk that is full, read-only or broken, or a damaged file, costs a warning and a slower
 start. What could not be written stays in memory and is written with the next save.
@@ -21,6 +22,7 @@ from peerd.routing.dht.dht import Dht
 from peerd.routing.dht.table import Contact, load_contacts
 from peerd.routing.failures.contributions import Contributions
 from peerd.routing.failures.convictions import Convictions
+from peerd.routing.failures.receipts import ReceiptBook
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ SEQ_FILE: Final = "seq"
 CONTACTS_FILE: Final = "contacts.json"
 CONVICTIONS_FILE: Final = "convictions.json"
 CONTRIBUTIONS_FILE: Final = "contributions.json"
+RECEIPTS_FILE: Final = "receipts.json"
 # A disk that takes longer is hanging (a network file system, a dying card). Announcements must not wait for it: they
 # would expire.
 WRITE_S: Final = 5.0
@@ -44,8 +47,8 @@ Write = Callable[[Path, str], Awaitable[None]]
 
 
 class StateFiles:
-    """The state that survives a restart, in a directory: the routing table, the last `seq`, the convictions, and what
-    peers gave us. None saves nothing.
+    """The state that survives a restart, in a directory: the routing table, the last `seq`, the convictions, what
+    peers gave us, and what clients acknowledged. None saves nothing.
 
     No method raises. `write` replaces a file; the default does so in a worker thread.
     """
@@ -117,6 +120,20 @@ class StateFiles:
     async def save_contributions(self, contributions: Contributions) -> None:
         """Save what peers gave us. Waits at most 5 s for the disk."""
         await self._save(CONTRIBUTIONS_FILE, contributions.dump())
+
+    def load_receipts(self, receipts: ReceiptBook) -> None:
+        """Add what our clients acknowledged before the last stop, as far as it was saved."""
+        text = self._read(RECEIPTS_FILE)
+        try:
+            if text:
+                receipts.load(text)
+        except ValueError as error:
+            log.warning("cannot use %s: %s", self._path(RECEIPTS_FILE), error)
+
+    async def save_receipts(self, receipts: ReceiptBook) -> None:
+        """Save what our clients acknowledged, if that is anything. Waits at most 5 s for the disk."""
+        if receipts.is_used:
+            await self._save(RECEIPTS_FILE, receipts.dump())
 
     def _path(self, name: str) -> Path:
         assert self._directory is not None

@@ -41,6 +41,7 @@ from peerd.protocol.messages.session import (
 from peerd.protocol.messages.span_training import SPAN_PROTOCOL
 from peerd.protocol.messages.training import PASS_PROTOCOL, Begin
 from peerd.server.served_spans import ServedSpan, ServedSpans
+from peerd.server.sessions.acknowledged import Acknowledged, OnReceipt
 from peerd.server.sessions.evictions import Evictions
 from peerd.server.sessions.hosted_session import HostedSession
 from peerd.server.sessions.next_hop import open_link
@@ -71,6 +72,8 @@ class Server:
         self.paused = False
         #: How much of our devices a client gets, for what it gave us; 1 for a stranger.
         self.weight_of: Callable[[PeerId], float] = lambda _peer_id: 1.0
+        #: Takes the clients' valid receipts; None asks for none.
+        self.on_receipt: OnReceipt | None = None
         self._stopped = False
         self._now = now
         self._containment = containment or Containment()
@@ -249,6 +252,7 @@ class Server:
                 policy=self._connections.strangers_policy.named_from(ip),
             ),
             served.adapter_room,
+            self._receipts(owner, opening),
         )
         # It is in the table before it is admitted, so that a client cannot open the same session twice while it waits.
         self._sessions.add(key, session)
@@ -268,6 +272,11 @@ class Server:
         await self._nursery.start(self._host, key, session)
         self._sessions.arrived()
         return session
+
+    def _receipts(self, owner: Owner, opening: OpenSession) -> Acknowledged | None:
+        if self.on_receipt is None:
+            return None
+        return Acknowledged(opening, owner.peer_id, self._connections.peer_id, self.on_receipt)
 
     def _check(self, owner: Owner, opening: OpenSession) -> ServedSpan:
         """Refuse an `open` that cannot succeed however long it waits. Raises CallerError, Overloaded or Draining."""

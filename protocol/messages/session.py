@@ -25,6 +25,7 @@ from peerd.protocol.encoding.schema import (
     text,
 )
 from peerd.protocol.errors import NoRoom, Overloaded, PeerdError, from_wire
+from peerd.protocol.messages.receipts import Acknowledge, receipt_every
 from peerd.protocol.rows import Drop, Fork, Op, RowSlice, SessionSize
 
 INFER_PROTOCOL = "/peerd/infer/2"
@@ -131,12 +132,17 @@ class OpenSession(Message):
 
 @dataclass(frozen=True, slots=True)
 class Opened(Message):
-    """Hop to client: the KV memory is committed. `have`: how many positions of each row the hop already caches."""
+    """Hop to client: the KV memory is committed.
+
+    have: how many positions of each row the hop already caches. receipt_every: after how many positions it wants a
+    receipt; 0: never.
+    """
 
     TYPE: ClassVar[str] = "opened"
     epoch: int = required(integer(0, U32))
     max_steps: int = required(integer(1, 64))
     have: tuple[tuple[int, int], ...] = optional(_lengths, ())
+    receipt_every: int = optional(receipt_every, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +295,7 @@ class Linked(Message):
 
 
 # The messages that each side may send on each kind of stream.
-CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (OpenSession, Step, Route, Bridge)
+CONTROL_FROM_CLIENT: tuple[type[Message], ...] = (OpenSession, Step, Route, Bridge, Acknowledge)
 CONTROL_FROM_HOP: tuple[type[Message], ...] = (Output, Opened, Routed, Gap, LinkDown, Failure, Step)
 PROGRESS_FROM_CLIENT: tuple[type[Message], ...] = (Ask,)
 PROGRESS_FROM_HOP: tuple[type[Message], ...] = (Progress, Failure)

@@ -32,6 +32,7 @@ from peerd.protocol.encoding.wire import MessageReader
 from peerd.protocol.errors import PeerdError
 from peerd.protocol.identity import Identity, decode_public_key, public_key_of
 from peerd.protocol.messages import adapters, dialback, punch, relay, session, training
+from peerd.protocol.messages.receipts import open_receipt
 from peerd.protocol.messages.tickets import open_ticket
 from peerd.protocol.records.envelope import SignedRecord, _signed_bytes, open_record, open_untimely
 from peerd.routing.dht import messages as dht
@@ -83,6 +84,7 @@ def decoders() -> list[Decoder]:
         Decoder("bodies of signed records", _sign_and_open, tuple(_payloads(records)), is_packed=True),
         Decoder("lists of records", unpack_records, _hex("dht", field="body")),
         Decoder("tickets", _open_ticket, _hex("tickets", field="ticket")),
+        Decoder("receipts", _open_receipt, _hex("receipts", field="receipt")),
         Decoder("tensors", _decode_tensor, tuple(_tensors())),
         Decoder("public keys", decode_public_key, (b"\x08\x01\x12\x20" + bytes(32),), (ValueError,)),
         Decoder("peer ids", _of_text(public_key_of), (OWNER.peer_id.encode(),), (ValueError,)),
@@ -190,6 +192,10 @@ def _parse_as_any(kinds: list[type[Message]]) -> Callable[[bytes], object]:
 
 def _of_text(read: Callable[[str], object]) -> Callable[[bytes], object]:
     return lambda data: read(data.decode(errors="replace"))
+
+
+def _open_receipt(data: bytes) -> object:
+    return open_receipt(data, client=OWNER.peer_id)
 
 
 def _open_ticket(data: bytes) -> object:

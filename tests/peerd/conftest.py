@@ -41,6 +41,7 @@ from peerd.protocol.span import Span
 from peerd.routing.chains.adapter_choice import NO_ADAPTER, AdapterNeed, choose_adapter
 from peerd.routing.chains.chain import Between, Chain, ChainNeeds, plan_chain
 from peerd.routing.directory.offer import Offer
+from peerd.routing.failures.receipts import ReceiptBook
 from peerd.routing.failures.track_record import TrackRecord
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
@@ -76,6 +77,7 @@ class Host:
     online: bool = True
     dtype: str = "float32"
     quantization: str = "none"
+    receipts: ReceiptBook = field(default_factory=lambda: ReceiptBook(unix_now))
 
     @property
     def peer_id(self) -> PeerId:
@@ -331,7 +333,9 @@ class Swarm:
             ) as connections:
                 server.attach(connections)
                 server.serve(ServedSpan(MODEL, MAX_LENGTH, task, room))
-                task_status.started(Host(ip, identity, task.engine.span, server, task, connections))
+                host = Host(ip, identity, task.engine.span, server, task, connections)
+                server.on_receipt = host.receipts.add
+                task_status.started(host)
                 await trio.sleep_forever()
 
     async def peer_record(self, peer_id: PeerId) -> SignedRecord | None:

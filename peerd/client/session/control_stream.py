@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import trio
 
 from peerd.net.connections import Connections, Stream
 from peerd.protocol.connection.frames import Priority
 from peerd.protocol.encoding.schema import Message, parse
-from peerd.protocol.errors import ConnectionLost, StreamReset, Unresponsive
+from peerd.protocol.errors import ConnectionLost, PeerFault, StreamReset, Unresponsive
 from peerd.protocol.messages.session import CONTROL_FROM_HOP, INFER_PROTOCOL, Failure, Opened, OpenSession
 from peerd.routing.chains.chain import Hop
 
@@ -29,6 +29,10 @@ class ControlStream:
         self.epoch = epoch
         self.stream = stream
         self.opened = opened
+        #: How many positions it has computed in answered steps, and how many of them we acknowledged.
+        self.served = 0
+        self.acknowledged = 0
+        self._is_closing = False
 
     def __repr__(self) -> str:
         return f"<ControlStream hop={self.hop.index} {self.hop.span} {self.stream}>"
@@ -45,9 +49,22 @@ class ControlStream:
         except trio.EndOfChannel:
             raise ConnectionLost(f"{self.hop.peer_id} ended the session") from None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing that we sent to it is still on its way to the line."""
+        return not self.stream.unsent_messages
+
+    def close_after(self, last: Message) -> None:
+        """End the session on this hop once it has been sent a last message."""
+        with suppress(PeerFault, trio.ClosedResourceError):
+            self.send_nowait(last, priority=Priority.DECODE)
+            self._is_closing = True
+            self.stream.close()
+
     def close(self) -> None:
-        """End the session on this hop at once."""
-        self.stream.reset("closed")
+        """End the session on this hop at once, unless it is about to end after a last message."""
+        if not self._is_closing:
+            self.stream.reset("closed")
 
 
 async def open_control(connections: Connections, hop: Hop, opening: OpenSession, margin_s: float) -> ControlStream:

@@ -25,8 +25,9 @@ from peerd.protocol.messages.session import MAX_STEP_POSITIONS, Failure, Gap, Li
 
 
 class HopMessages:
-    """Handles the messages of all hops of one session. `answered` is called for each answer to a pending
-    step."""
+    """Handles the messages of all hops of one session. `answered` is called for each answer to a pending step, with
+    the step's positions.
+    """
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class HopMessages:
         mender: ChainMender,
         bridges: Bridges,
         report: Callable[[News | Fatal], None],
-        answered: Callable[[ControlStream], None],
+        answered: Callable[[ControlStream, int], None],
     ) -> None:
         self._progress = progress
         self._log = log
@@ -85,7 +86,7 @@ class HopMessages:
             return
         positions = self._log.pending[output.seq].step.positions
         self._log.answer(output, body, self._width)
-        self._answered(control)
+        self._answered(control, positions)
         self._progress.answered(positions)
 
     def _on_failure(self, control: ControlStream, failure: Failure) -> None:

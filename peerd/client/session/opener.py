@@ -111,6 +111,11 @@ class ChainOpener:
         self._random_bytes = random_bytes
 
     @property
+    def identity(self) -> Identity:
+        """The client's identity."""
+        return self._identity
+
+    @property
     def connections(self) -> Connections:
         """The connections over which hops are opened."""
         return self._connections

@@ -15,6 +15,7 @@ import logging
 import trio
 
 from peerd.client.finding.candidates import MAX_FAULTS_WITHOUT_ANSWER
+from peerd.client.session.acknowledging import Acknowledging
 from peerd.client.session.bridges import Bridges
 from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.first_hop import FirstHop
@@ -62,6 +63,7 @@ class Supervisor:
         self._log = log
         self._first = FirstHop(log, spec.terms, tools.opener.connections.meters)
         self._mender = ChainMender(tools, spec)
+        self._acknowledging = Acknowledging(tools.opener.identity, spec.terms.model)
         self.progress = StepProgress(log, self._new_chain())
         # Work that cannot be seen from the chain itself, as an ordered set.
         self._queue: dict[Queued, None] = {}
@@ -94,7 +96,7 @@ class Supervisor:
                 nursery.start_soon(PaceWatch(self.progress, self._opener, self._finder, self.report).run)
                 await self._keep_open()
         finally:
-            self.chain.close()
+            self._acknowledging.close(self.chain)
 
     @property
     def failovers(self) -> int:
@@ -135,11 +137,12 @@ class Supervisor:
         else:
             self._wake()
 
-    def _answered(self, control: ControlStream) -> None:
-        """Note that a hop has answered a pending step."""
+    def _answered(self, control: ControlStream, positions: int) -> None:
+        """Note that a hop has answered a pending step of so many positions."""
         self._faults_without_answer = 0
         self._finder.succeeded(control.hop.peer_id)
         self._mender.answered(self.chain)
+        self._acknowledging.answered(self.chain, positions)
 
     # What went wrong, and what follows from it.
 

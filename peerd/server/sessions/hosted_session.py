@@ -44,6 +44,7 @@ from peerd.protocol.messages.session import (
 )
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import AdapterRoom
+from peerd.server.sessions.acknowledged import RECEIPT_EVERY, Acknowledged
 from peerd.server.sessions.answering import Answering
 from peerd.server.sessions.downstream import Downstream, OpenLink
 from peerd.server.sessions.outlet import Outlet
@@ -65,8 +66,11 @@ class HostedSession:
         engine: EngineTask,
         open_link: OpenLink,
         adapter_room: AdapterRoom | None = None,
+        receipts: Acknowledged | None = None,
     ) -> None:
         self.opening = opening
+        #: What the client has acknowledged; None if we want no receipts.
+        self.receipts = receipts
         self.owner = owner
         # The epoch of the link from the upstream hop. That of the route to the next hop is in `_outlet`: a client may
         # change either alone.
@@ -183,10 +187,20 @@ class HostedSession:
             raise Evicted("the session has ended")
         self._attended = trio.CancelScope()
         have = tuple(sorted(self._engine.engine.lengths(self).items()))
-        self.client.attach(control, Opened(epoch=self._outlet.epoch, max_steps=self.max_steps, have=have))
+        self.client.attach(control, self._opened(have))
         if self._closed.is_set():
             self._attended.cancel()
         return self._attended
+
+    def _opened(self, have: tuple[tuple[int, int], ...]) -> Opened:
+        every = RECEIPT_EVERY if self.receipts is not None else 0
+        return Opened(epoch=self._outlet.epoch, max_steps=self.max_steps, have=have, receipt_every=every)
+
+    def acknowledge(self, signed: bytes) -> None:
+        """Count a receipt of the client's. Raises RemoteProtocolError."""
+        if self.receipts is None:
+            raise RemoteProtocolError("a receipt that was not asked for")
+        self.receipts.take(signed)
 
     def route(self, route: Route) -> None:
         """Push to another next hop from now on. Raises Superseded unless the epoch is new."""
@@ -272,6 +286,8 @@ class HostedSession:
         try:
             if isinstance(result, PeerdError):
                 raise result
+            if self.receipts is not None:
+                self.receipts.computed += step.positions
             self._outlet.send(step, result)
         except PeerdError as error:
             self.client.tell(Failure.of(error, step.seq))

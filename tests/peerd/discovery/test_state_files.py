@@ -16,6 +16,7 @@ from peerd.discovery.state_files import (
     CONTACTS_FILE,
     CONTRIBUTIONS_FILE,
     CONVICTIONS_FILE,
+    RECEIPTS_FILE,
     SEQ_FILE,
     WRITE_S,
     StateFiles,
@@ -23,8 +24,10 @@ from peerd.discovery.state_files import (
     write_durably,
 )
 from peerd.protocol.identity import Identity, PeerId
+from peerd.protocol.messages.receipts import RECEIPT_BYTES, Receipt
 from peerd.routing.failures.contributions import Contributions
 from peerd.routing.failures.convictions import Convictions
+from peerd.routing.failures.receipts import ReceiptBook
 from peerd.routing.failures.track_record import TrackRecord
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -230,3 +233,25 @@ async def test_what_peers_gave_us_survives_a_restart_but_not_damage(
     StateFiles(tmp_path).load_contributions(again)
     assert again.weight(PeerId("a")) == 1
     assert f"cannot use {tmp_path / CONTRIBUTIONS_FILE}" in caplog.text
+
+
+async def test_what_clients_acknowledged_survives_a_restart_but_not_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    book, disk = ReceiptBook(lambda: 1_800_000_000.0), FakeDisk()
+    files = StateFiles(tmp_path, disk.write)
+    await files.save_receipts(book)
+    assert disk.written == []
+    client = Identity.from_seed(bytes(32)).peer_id
+    book.add(client, Receipt(bytes(16), 0, client, bytes(32), 0, 4, 10), bytes(RECEIPT_BYTES), 10, True)
+    await files.save_receipts(book)
+    assert disk.written == [(RECEIPTS_FILE, book.dump())]
+    (tmp_path / RECEIPTS_FILE).write_text(book.dump())
+    again = ReceiptBook(lambda: 1_800_000_000.0)
+    StateFiles(tmp_path).load_receipts(again)
+    assert list(again) == list(book)
+    (tmp_path / RECEIPTS_FILE).write_bytes(b"{\xff")
+    again = ReceiptBook(lambda: 1_800_000_000.0)
+    StateFiles(tmp_path).load_receipts(again)
+    assert list(again) == []
+    assert f"cannot use {tmp_path / RECEIPTS_FILE}" in caplog.text
