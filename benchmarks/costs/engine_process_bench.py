@@ -38,10 +38,16 @@ def plan(steps: int, positions: int) -> bytes:
     return pickle.dumps(pieces)
 
 
+def cells_of(memory: SharedMemory) -> Bytes:
+    """The shared memory as bytes."""
+    assert memory.buf is not None
+    return np.frombuffer(memory.buf, np.uint8)
+
+
 def serve(name: str, read: int, write: int) -> None:
     """The engine's process: take a batch, copy it, and give it back, until the pipe ends."""
     memory = SharedMemory(name)
-    cells = np.frombuffer(memory.buf, np.uint8)
+    cells = cells_of(memory)
     while message := os.read(read, 65536):
         size, pieces = pickle.loads(message)
         pickle.loads(pieces)
@@ -95,7 +101,7 @@ def main() -> None:
     (down_read, down_write), (up_read, up_write) = os.pipe(), os.pipe()
     engine = multiprocessing.get_context("fork").Process(target=serve, args=(memory.name, down_read, up_write))
     engine.start()
-    cells = np.frombuffer(memory.buf, np.uint8)
+    cells = cells_of(memory)
     os.set_blocking(up_read, False)
     try:
         trio.run(measure, cells, up_read, down_write)
