@@ -23,7 +23,15 @@ from peerd.meters import Meters
 from peerd.net.connections import Connections
 from peerd.net.containment import Containment
 from peerd.net.websockets.transport import WebSocketTransport
-from peerd.peer_parts import PeerConfig, open_net, open_own_discovery, open_own_reach, open_server, open_spans
+from peerd.peer_parts import (
+    PeerConfig,
+    open_neighbourhood,
+    open_net,
+    open_own_discovery,
+    open_own_reach,
+    open_server,
+    open_spans,
+)
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.errors import InvalidRequest
 from peerd.protocol.identity import Identity, PeerId
@@ -288,11 +296,13 @@ async def open_configured(config: PeerConfig) -> AsyncIterator[Peer]:
     containment, meters = Containment(), Meters()
     # How others reach us, which also says into which networks we may dial.
     where = Watched(Whereabouts())
+    neighbours: list[Multiaddr] = []
     async with (
         open_server(config, clock, containment, meters) as server,
-        open_net(config, server, containment, where, meters) as connections,
+        open_net(config, server, containment, where, meters, neighbours) as connections,
         open_own_reach(config, connections, where) as reachability,
         open_own_discovery(config, connections, reachability, clock) as discovery,
+        open_neighbourhood(config, connections, discovery, where, neighbours),
         open_spans(config, connections, discovery, reachability, server, checkpoints) as spans,
     ):
         peer = Peer(config, connections, discovery, reachability, server, spans, checkpoints)

@@ -15,6 +15,7 @@ from peerd.checkpoints import Checkpoints
 from peerd.client.audits.policy import AuditPolicy
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.discovery.discovery import Discovery, open_discovery
+from peerd.discovery.lan import OpenMulticast, open_lan
 from peerd.meters import Meters
 from peerd.net.connections import Connections, open_connections
 from peerd.net.containment import Containment
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:
-    """The arguments of `open_peer`, which says what each of them means."""
+    """The arguments of `open_peer`, which says what each of them means.
+
+    multicast: how peers in the local network find each other; None: not at all.
+    """
 
     identity: Identity = field(default_factory=Identity.generate)
     listen: tuple[Multiaddr, ...] = ()
@@ -54,6 +58,7 @@ class PeerConfig:
     relay: RelayLimits | None = None
     may_be_relayed: bool = True
     may_punch: bool = True
+    multicast: OpenMulticast | None = None
     transport: Transport = field(default_factory=WebSocketTransport)
     now: Callable[[], float] = time.time
 
@@ -81,7 +86,9 @@ async def open_net(
     containment: Containment,
     where: Watched[Whereabouts],
     meters: Meters,
+    neighbours: Sequence[Multiaddr],
 ) -> AsyncIterator[Connections]:
+    """neighbours: addresses that were found in the local network, now and later."""
     opening = open_connections(
         config.identity,
         transport=config.transport,
@@ -90,7 +97,7 @@ async def open_net(
         swarm_key=config.swarm_key,
         may_be_relayed=config.may_be_relayed,
         may_punch=config.may_punch,
-        dial_rules=dial_rules(config.bootstrap, where),
+        dial_rules=dial_rules(config.bootstrap, where, neighbours),
         now=config.now,
         containment=containment,
         meters=meters,
@@ -99,7 +106,9 @@ async def open_net(
         yield connections
 
 
-def dial_rules(bootstrap: Sequence[Multiaddr], where: Watched[Whereabouts]) -> DialRules:
+def dial_rules(
+    bootstrap: Sequence[Multiaddr], where: Watched[Whereabouts], neighbours: Sequence[Multiaddr] = ()
+) -> DialRules:
     """What we are told in records leads into no network that we do not live in."""
 
     def ours() -> Sequence[Multiaddr]:
@@ -108,9 +117,10 @@ def dial_rules(bootstrap: Sequence[Multiaddr], where: Watched[Whereabouts]) -> D
 
     def swarms() -> Sequence[Multiaddr]:
         # Strangers must not aim us at our own network. But if we joined a swarm in a private range, its peers live
-        # there. A peer that listens on all addresses listens on loopback too, though its swarm is elsewhere.
+        # there. A peer that listens on all addresses listens on loopback too, though its swarm is elsewhere. A peer
+        # without bootstrap peers is in the swarm of its neighbours.
         contacts = where.value.contacts
-        return (*bootstrap, *([one for one in contacts if not one.is_loopback] or contacts))
+        return (*(bootstrap or neighbours), *([one for one in contacts if not one.is_loopback] or contacts))
 
     return DialRules(DialPolicy(ours), DialPolicy(swarms), tuple(bootstrap))
 
@@ -147,6 +157,25 @@ async def open_own_discovery(
         # Nobody's blocks are nearer than our own.
         discovery.track_record.measured(config.identity.peer_id, 0.0)
         yield discovery
+
+
+def open_neighbourhood(
+    config: PeerConfig,
+    connections: Connections,
+    discovery: Discovery,
+    where: Watched[Whereabouts],
+    neighbours: list[Multiaddr],
+) -> AbstractAsyncContextManager[None]:
+    random = Random(os.urandom(16))
+    return open_lan(
+        connections,
+        discovery,
+        where,
+        config.multicast,
+        neighbours,
+        swarm_key=config.swarm_key,
+        random=random,
+    )
 
 
 @asynccontextmanager

@@ -44,7 +44,7 @@ HEADINGS = {
         "draft_device",
         "open_page",
     ),
-    "Join a swarm": ("bootstrap", "swarm_key", "identity"),
+    "Join a swarm": ("bootstrap", "swarm_key", "identity", "no_mdns"),
     "Choose whose blocks to use": ("allowed", "blocked", "trusted", "manifests", "audit", "audit_limits"),
     "Be reached by others": ("listen", "announce", "no_relay", "no_punch"),
     "Relay for peers behind NATs": (

@@ -63,6 +63,8 @@ class PeerProcesses:
         # What the user has configured is for the user's own daemon.
         others = {name: text for name, text in os.environ.items() if _is_kept(name)}
         self._environment = others | {"OMP_NUM_THREADS": str(threads), "PEERD_CONFIG": os.devnull}
+        # Several of them on one machine are a swarm of their own.
+        self._environment["PEERD_NO_MDNS"] = "true"
         self._numbers = itertools.count()
         self._running: list[trio.Process] = []
 

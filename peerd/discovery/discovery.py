@@ -128,6 +128,14 @@ class Discovery:
         """
         return self._connections.strangers_policy.of(addresses)
 
+    async def meet(self, contact: Contact) -> bool:
+        """Get to know a peer that somebody else than the DHT has named. Returns whether it answered."""
+        if not await self.dht.meet(contact):
+            return False
+        # If we knew nobody so far, only we ourselves have our announcement.
+        self.announce_soon()
+        return True
+
     async def reaches(self, peer_id: PeerId) -> bool:
         """Whether the peer answers us now, connected or dialled at its announced addresses. Takes at most 5 s."""
         with trio.move_on_after(REACH_S), suppress(PeerFault, InvalidRequest):

@@ -118,6 +118,12 @@ class Dht:
         self._seeds = [PeerNode(contact) for contact in contacts if contact.peer_id != self._own.contact.peer_id]
         return await self._join()
 
+    async def meet(self, contact: Contact) -> bool:
+        """Get to know a peer, and through it those that are nearest to us. Returns whether it answered."""
+        node = PeerNode(contact)
+        await self._look_up(Node(self._own.id), self._protocol.call_find_node, start=[node])
+        return any(known.id == node.id for known in self._table)
+
     async def introduce(self) -> None:
         """Send a question to the peers nearest to us and to all known peers, so that they learn our changed
         addresses.

@@ -104,6 +104,11 @@ _OPTIONS = (
         help="The file with this peer's key; created if it is missing. Each daemon needs its own. The files that the"
         " peer keeps across restarts lie beside it.",
     ),
+    click.option(
+        "--no-mdns",
+        is_flag=True,
+        help="Neither look for peers in the local network nor be found there, by multicast DNS.",
+    ),
     serving_options,
     relay_options,
     click.option("--stop-on-eof", is_flag=True, help="Stop when standard input ends: for programs that start peers."),
@@ -141,6 +146,7 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
     models = tuple((name, at_revision(model, options.revision)) for name, model in options.models)
     from peerd.cli.daemon import Daemon
     from peerd.client.audits.policy import AuditPolicy
+    from peerd.discovery.mdns import open_zeroconf
     from peerd.peer import DEFAULT_LISTEN
     from peerd.peer_parts import PeerConfig
 
@@ -162,6 +168,7 @@ def daemon_of(joining: JoinOptions, given: dict[str, Any]) -> Daemon:
             relay=options.relay,
             may_be_relayed=joining.may_be_relayed,
             may_punch=joining.may_punch,
+            multicast=open_zeroconf if options.meets_neighbours else None,
         ),
         stop_on_eof=options.stop_on_eof,
         disk_bytes=options.disk_bytes,

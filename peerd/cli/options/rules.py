@@ -81,7 +81,13 @@ class DaemonOptions:
     relay: RelayLimits | None = None
     audit: float | None = None
     audit_limits: Path | None = None
+    no_mdns: bool = False
     stop_on_eof: bool = False
+
+    @property
+    def meets_neighbours(self) -> bool:
+        """Whether peers in the local network find it; not one that listens on this machine alone."""
+        return not self.no_mdns and not (self.listen and all(one.is_loopback for one in self.listen))
 
     @property
     def serves(self) -> bool:

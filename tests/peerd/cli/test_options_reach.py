@@ -18,6 +18,7 @@ from peerd.cli.commands import generate as generate_command
 from peerd.cli.commands import running, starting, watching
 from peerd.cli.daemon import Daemon
 from peerd.cli.main import cli
+from peerd.discovery.mdns import open_zeroconf
 from peerd.protocol.identity import PeerId, peer_id_of
 from tests.compute.gguf_writer import tiny_config, tiny_model
 
@@ -68,6 +69,20 @@ def test_what_the_local_api_offers(daemon: Callable[..., Daemon]) -> None:
     offer = daemon(*CLIENT, "--keep-sessions", "0", "--open").offer
     assert offer is not None
     assert (offer.keep_positions, offer.open_page, offer.http) == (0, True, ("127.0.0.1", 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meets"),
+    [
+        ((), True),
+        (("--no-mdns",), False),
+        (("--listen", "/ip4/0.0.0.0/tcp/0/ws"), True),
+        (("--listen", "/ip4/127.0.0.1/tcp/0/ws"), False),
+        (("--listen", "/ip4/127.0.0.1/tcp/0/ws", "--listen", "/ip4/192.168.1.2/tcp/0/ws"), True),
+    ],
+)
+def test_whether_neighbours_are_met(daemon: Callable[..., Daemon], arguments: tuple[str, ...], meets: bool) -> None:
+    assert (daemon(*CLIENT, *arguments).config.multicast is open_zeroconf) == meets
 
 
 @pytest.mark.parametrize(
