@@ -1,0 +1,64 @@
+"""The page by axe-core's rules (WCAG 2.2 to level AA, and best practice), in light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.fakes.browser import CHROMIUM, Page, open_page, run_chromium
+
+from .conftest import TOKEN, ScriptedHead
+
+AXE = Path(__file__).parents[3] / ".cache/node_modules/axe-core/axe.min.js"
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+ANSWER = "Yes:\n\n1. **One**\n\n|a|b|\n|-|-|\n|1|`2`|\n\n```py\nf()\n```\n\n> quoted\n\n[b](https://example.org/)"
+RUN = f"""axe.run(document, {{runOnly: {json.dumps(RULES)}}}).then((found) => [
+    found.passes.length,
+    found.violations.map((one) => [one.id, one.help, one.nodes.map((node) => node.target.join(" "))]),
+])"""
+pytestmark = [
+    pytest.mark.real_time,
+    pytest.mark.processes,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not here: npm install --prefix .cache axe-core"),
+]
+
+
+async def violations(page: Page) -> list[object]:
+    passed, violated = await page.run(RUN)
+    assert passed > 10, "axe has looked at nothing"
+    return list(violated)
+
+
+@pytest.mark.parametrize("width", [1280, 390], ids=["wide", "narrow"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+async def test_every_view_follows_the_rules(open_daemon, tmp_path: Path, width: int, dark: bool) -> None:
+    axe = await trio.Path(AXE).read_text()
+    with run_chromium(tmp_path) as browser:
+        async with open_daemon(ScriptedHead(ANSWER)) as daemon, open_page(browser) as page:
+            await page.look(width, 900, dark=dark)
+            await page.go(f"{daemon.url}/#token={TOKEN}")
+            await page.run(f"{axe}; 0")
+            await page.wait("document.querySelector('#health').textContent === 'ready'")
+            await page.run("document.querySelector('#prompt').focus()")
+            await page.type("What is two?")
+            await page.press("Enter")
+            await page.wait("document.querySelector('.message.assistant:last-child .tools button')")
+            assert await violations(page) == []
+            await page.run("document.querySelector('.settings').open = true")
+            assert await violations(page) == []
+            await page.run("location.hash = 'swarm'")
+            await page.wait("document.querySelector('.qr figcaption') && !document.querySelector('#view-swarm').hidden")
+            assert await violations(page) == []
+            await page.run("location.hash = 'peer'")
+            await page.wait("document.querySelector('#uptime') && !document.querySelector('#view-peer').hidden")
+            assert await violations(page) == []
+            daemon.swarm.kill(daemon.swarm.hosts[1])
+            await page.run("location.hash = 'swarm'")
+            await page.wait("document.querySelector('.verdict.bad')")
+            assert await violations(page) == []
+            assert page.errors == []
