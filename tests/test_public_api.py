@@ -33,6 +33,7 @@ BETWEEN_ROOMS = {
         "SwarmModel.end_answer",
         "SwarmModel.meters",
         "SwarmModel.open_span",
+        "SwarmModel.prepare_grammars",
         "SwarmModel.score",
         "SwarmModel.start_answer",
         "ChainRules.permitted",

@@ -194,6 +194,8 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
     drafts = dict(offered.drafts)
     for name, path in offered.models:
         model = await stack.enter_async_context(peer.model(path))
+        # Nobody is answered yet, so nobody notices that the event loop stops.
+        await model.prepare_grammars()
         if (name := name or model.facts.name) in models:
             raise InvalidRequest(f"two models are called {name}: name one of them, --model NAME={path}")
         if offered.keep_positions:

@@ -246,6 +246,10 @@ class SwarmModel(ServedBlocks):
         """The bytes that a token stands for, which may be a part of a character."""
         return self._token_bytes.of(token_id)
 
+    async def prepare_grammars(self) -> None:
+        """Do now what the first grammar would wait for, and what would stop the event loop for a second or two then."""
+        await self._grammars.prepare()
+
     async def compiled(self, grammar: Grammar) -> CompiledGrammar:
         """A grammar over the model's tokens, compiled in a worker thread, one at a time.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class GrammarCompiler:
-    """Compiles one grammar at a time. The model's tokens are indexed with the first one."""
+    """Compiles one grammar at a time. The model's tokens are indexed by `prepare`, else with the first one."""
 
     def __init__(self, head: HeadTask, tokenizer: Any, token_bytes: TokenBytes, check: GrammarCheck | None) -> None:
         """check: where grammars are compiled first, in case that they never end; None for trusted ones."""
@@ -33,7 +34,16 @@ class GrammarCompiler:
             await self._check.check(grammar)
         return await self._head.in_thread(self._compile, grammar, limiter=self._limiter)
 
+    async def prepare(self) -> None:
+        """Index the model's tokens now: with 150,000 of them that stops all threads for a second or two."""
+        # A tokenizer that the library cannot use fails the grammars, and nothing else.
+        with suppress(ValueError):
+            await self._head.in_thread(self._indexed, limiter=self._limiter)
+
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        return self._indexed().compile(grammar)
+
+    def _indexed(self) -> Vocabulary:
         if self._vocabulary is None:
             from peerd.client.grammars.vocabulary import Vocabulary
 
@@ -42,4 +52,4 @@ class GrammarCompiler:
 
             tokens = self._token_bytes.all(self._head.vocab_size)
             self._vocabulary = Vocabulary(tokens, special_ids(self._tokenizer), encode)
-        return self._vocabulary.compile(grammar)
+        return self._vocabulary

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trio
 
 from peerd.api import serve
 from peerd.cli.daemon import Offered, _offer
@@ -25,7 +26,8 @@ class Peer:
 
     @asynccontextmanager
     async def model(self, path: str) -> Any:
-        yield SimpleNamespace(facts=SimpleNamespace(name=path.partition("/")[2]))
+        facts = SimpleNamespace(name=path.partition("/")[2])
+        yield SimpleNamespace(facts=facts, prepare_grammars=trio.lowlevel.checkpoint)
 
     @asynccontextmanager
     async def drafting(self, model: Any, draft: str, *, device: str) -> Any:
