@@ -67,7 +67,7 @@ class SwarmView:
             "coverage": [{"start": start, "end": end, "servers": servers} for start, end, servers in runs],
             "server_count": len({offer.peer_id for offer in online}),
             "servers": [self._describe_offer(offer, since) for offer in _in_order(offers)[:_MOST_PEERS]],
-            "join": self._join_command(name, model),
+            "join": self._join_command(model),
             "invitation": None if (found := invitation_of(self._peer, model.facts)) is None else str(found),
         }
 
@@ -93,13 +93,13 @@ class SwarmView:
             "is_us": offer.peer_id == self._peer.peer_id,
         }
 
-    def _join_command(self, name: str, model: SwarmModel) -> str | None:
+    def _join_command(self, model: SwarmModel) -> str | None:
         """The command with which another machine serves blocks of the model; None while we have no address to give."""
         invitation = invitation_of(self._peer, model.facts)
         if invitation is None:
             return None
         # A model that is on no hub is a directory, which has another path on another machine.
-        words = [] if model.facts.hub_name else ["--model", f"PATH/TO/{name}"]
+        words = [] if model.facts.hub_name else ["--model", f"PATH/TO/{model.facts.name}"]
         if invitation.swarm is not None:
             words += ["--swarm-key", "PATH/TO/KEY"]
         return shlex.join(["peerd", "join", str(invitation), "--serve-blocks", "auto", *words])
