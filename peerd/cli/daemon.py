@@ -92,9 +92,8 @@ class Daemon:
 
 async def run_daemon(daemon: Daemon) -> None:
     """Run a peer until a signal. Raises PeerdError, CheckpointError; Interrupted if it was stopped before it served."""
-    if daemon.nice:
-        # Before there are other threads, which begin with what this one has.
-        os.nice(daemon.nice)
+    # Before there are other threads, which begin with what this one has. Only root may go back.
+    os.nice(max(0, daemon.nice - os.getpriority(os.PRIO_PROCESS, 0)))
     stopping = _Stopping()
     async with watching_the_loop(), open_tasks() as tasks:
         stopping.at_once = tasks.cancel_scope

@@ -190,9 +190,9 @@ class Server:
         The clients of what is left are then told to go on elsewhere; their sessions lose no token there.
         """
         self.paused = True
+        until = trio.current_time() + timeout_s
         for served in self.spans:
-            await self.wait_unused(served, timeout_s)
-            timeout_s = 0 if self._sessions.on(served.task) else timeout_s
+            await self.wait_unused(served, max(0.0, until - trio.current_time()))
             for session in self._sessions.on(served.task):
                 session.client.tell(Failure.of(Draining(PAUSED)))
                 session.close()
@@ -262,10 +262,12 @@ class Server:
             self._sessions.forget(key)
             session.close()
             raise
-        if self._stopped or self._spans.is_leaving(served.task):
+        if self._stopped or self.paused or self._spans.is_leaving(served.task):
             session.release()
             session.close()
             self._sessions.forget(key)
+            if self.paused:
+                raise Draining(PAUSED)
             raise Draining(
                 "this peer is leaving" if self._stopped else "this peer is about to stop serving these blocks"
             )

@@ -69,9 +69,18 @@ async def _found(asked: Inviting) -> Invitation:
         except NoDaemon as error:
             if not asked.bootstrap:
                 raise InvalidRequest(f"{error}; or name peers of the swarm, --bootstrap ADDRESS") from None
+    return _of_options(asked)
+
+
+def _of_options(asked: Inviting) -> Invitation:
+    """The invitation that the options describe, without a daemon. Raises InvalidRequest."""
     key = read_swarm_key(asked.key_file) if asked.key_file is not None else None
+    model = asked.model or ""
+    if Path(model).expanduser().exists():
+        # A path means nothing elsewhere, and is nobody's business.
+        model = Path(model).expanduser().resolve().name
     try:
-        return Invitation(asked.bootstrap[:MAX_PEERS], asked.model or "", swarm_digest(key) if key else None)
+        return Invitation(asked.bootstrap[:MAX_PEERS], model, swarm_digest(key) if key else None)
     except ValueError as error:
         raise InvalidRequest(str(error)) from None
 

@@ -69,6 +69,12 @@ def test_without_a_daemon_the_named_peers_and_model_are_in_the_link() -> None:
     assert "peerd join LINK" in result.stderr
 
 
+def test_a_folder_of_this_machine_is_named_without_its_path(tmp_path: Path) -> None:
+    (tmp_path / "My-Model").mkdir()
+    found = Invitation.parse(run(str(tmp_path / "My-Model"), "--bootstrap", str(ADDRESS)).stdout)
+    assert found.model == "My-Model"
+
+
 def test_neither_a_daemon_nor_a_peer_is_a_mistake_that_names_both_ways_out() -> None:
     result = run("org/name")
     assert result.exit_code == 2
