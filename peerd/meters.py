@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 # From a batch of one decode on a GPU to a prefill on a slow CPU.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -42,8 +42,24 @@ class Histogram:
         self.total += value
 
 
+class AnswerTrace(Protocol):
+    """Follows one answer for whoever reads traces. It must not wait."""
+
+    def serving(self, hops: Sequence[tuple[str, str]]) -> None:
+        """The hops of the chain now, each a PeerId and its blocks."""
+
+    def end(self, how: str, tokens: int) -> None:
+        """How the answer ended, and how many tokens it had."""
+
+
+class Traces(Protocol):
+    """Begins a trace for each answer."""
+
+    def begin(self) -> AnswerTrace: ...
+
+
 class Meters:
-    """One peer's figures since it started.
+    """One peer's figures since it started. `traces`: what follows its own answers one by one, if anything does.
 
     Of its server: batch_sessions, batch_positions, batch_s: how many steps and positions a batch had, and how long it
     took. queued_s: how long a step waited before a batch took it. steps: by how they ended.
@@ -71,6 +87,7 @@ class Meters:
         self.failovers = 0
         self.hop_delay_s = Histogram(_SECONDS)
         self.tensor_bytes: Counter[tuple[str, Direction]] = Counter()
+        self.traces: Traces | None = None
 
     def __repr__(self) -> str:
         return f"<Meters tokens={self.tokens} steps={self.steps.total()}>"

@@ -28,6 +28,7 @@ from peerd.cli.owner.yielding import yielding_to_owner
 from peerd.cli.page_link import page_link, show_page
 from peerd.cli.standard_files import OutputFailed
 from peerd.cli.stopping import Interrupted, stop_signals
+from peerd.cli.watching.traces import open_traces
 from peerd.compute.checkpoint.hub.settings import HubSettings
 from peerd.net.limits.gate import MAX_CONNECTIONS, connection_limits, descriptor_limit
 from peerd.peer import open_configured
@@ -54,9 +55,8 @@ WANTED_FILES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """What the local API offers, and where. If `token_file` is None, TCP needs no token.
-
-    `open_page`: whether to show the page to the user who starts the daemon. `names`, `origins`: as in `Endpoint`.
+    """What the local API offers, and where. If `token_file` is None, TCP needs no token. `traces`: whether answers are
+    traced. `open_page`: whether to show the page to whoever starts the daemon. `names`, `origins`: as in `Endpoint`.
     `keep_positions`: how many positions the sessions of ended answers may hold, for each model. `drafts`: the small
     models that guess tokens, by the name of the model for which they do (None: the only one), on `draft_device`.
     """
@@ -71,6 +71,7 @@ class Offered:
     keep_positions: int = 0
     drafts: tuple[tuple[str | None, Path | str], ...] = ()
     draft_device: str = "cpu"
+    traces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,8 @@ async def _be_a_peer(daemon: Daemon, stopping: _Stopping) -> None:
     async with AsyncExitStack() as stack:
         with working(_starting(daemon.config.serve)) as display:
             peer = await _open(stack, daemon, HubSettings(daemon.disk_bytes, watch=display.transferred))
+            if daemon.offer is not None and daemon.offer.traces:
+                peer.connections.meters.traces = await stack.enter_async_context(open_traces())
             api = await _offer(stack, peer, daemon.offer) if daemon.offer is not None else None
         stopping.serving = True
         if api is not None and daemon.offer is not None:
@@ -193,8 +196,7 @@ async def _offer(stack: AsyncExitStack, peer: Peer, offered: Offered) -> LocalAp
     drafts = dict(offered.drafts)
     for name, path in offered.models:
         model = await stack.enter_async_context(peer.model(path))
-        # Nobody is answered yet, so nobody notices that the event loop stops.
-        await model.prepare_grammars()
+        await model.prepare_grammars()  # The event loop stops meanwhile, but nobody is answered yet.
         if (name := name or model.facts.name) in models:
             raise InvalidRequest(f"two models are called {name}: name one of them, --model NAME={path}")
         if offered.keep_positions:

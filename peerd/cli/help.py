@@ -42,6 +42,7 @@ HEADINGS = {
         "keep_positions",
         "drafts",
         "draft_device",
+        "traces",
         "open_page",
     ),
     "Join a swarm": ("bootstrap", "swarm_key", "identity", "no_mdns"),

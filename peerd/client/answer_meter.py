@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
-from peerd.meters import Meters
+from peerd.meters import AnswerTrace, Meters
 from peerd.protocol.errors import CallerError, NoChain, Overloaded, PeerdError
 
 if TYPE_CHECKING:
+    from peerd.client.finding.served_by import ServedBy
     from peerd.client.speculation.speculation import Speculator
 
 
@@ -23,6 +24,8 @@ class AnswerMeter:
         self._speculator = speculator
         self._counted = (0, 0)
         self._began = 0.0
+        self._tokens = 0
+        self._trace: AnswerTrace | None = None
         # When each row's last token came.
         self._last: dict[int, float] = {}
 
@@ -31,6 +34,8 @@ class AnswerMeter:
         """While the tokens come. It may run again if the answer goes on after an error."""
         self._began, end = trio.current_time(), "abandoned"
         self._last.clear()
+        self._tokens = 0
+        self._trace = self._meters.traces.begin() if self._meters.traces is not None else None
         try:
             yield
             end = "complete"
@@ -39,6 +44,8 @@ class AnswerMeter:
             raise
         finally:
             self._meters.answers[end] += 1
+            if self._trace is not None:
+                self._trace.end(end, self._tokens)
             self._count_guesses()
 
     def prompt(self, tokens: int, cached: int) -> None:
@@ -46,10 +53,16 @@ class AnswerMeter:
         self._meters.prompt_tokens += tokens
         self._meters.cached_tokens += cached
 
+    def chain(self, served_by: Callable[[], Sequence[ServedBy]]) -> None:
+        """Note which peers compute the answer now, if anybody wants to know."""
+        if self._trace is not None:
+            self._trace.serving([(str(hop.peer), str(hop.span)) for hop in served_by()])
+
     def token(self, row: int) -> None:
         """Note one token of a row."""
         now, meters = trio.current_time(), self._meters
         meters.tokens += 1
+        self._tokens += 1
         if not self._last:
             meters.first_token_s.observe(now - self._began)
         elif row in self._last:

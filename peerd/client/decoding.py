@@ -289,6 +289,7 @@ class Decoding:
         token_id, ends, position = choice.token_id, choice.ends, len(row.context)
         row.context.append(token_id)
         self._meter.token(row.number)
+        self._meter.chain(lambda: self._open_session.chain)
         if self._speculator is not None:
             self._speculator.came(row.number, token_id, position)
         final = ends or row.count == self._sampling.max_new_tokens

@@ -80,6 +80,12 @@ _OPTIONS = (
         " computes only what is new. 0: keep none.",
     ),
     click.option(
+        "--traces",
+        is_flag=True,
+        help="Send a trace of each answer, with a span for each hop, to where OTEL_EXPORTER_OTLP_ENDPOINT says. It"
+        " holds nothing of what was said. Needs peerd[traces].",
+    ),
+    click.option(
         "--open",
         "open_page",
         is_flag=True,
@@ -117,4 +123,5 @@ def offered(api: ApiOptions, models: tuple[tuple[str | None, Path | str], ...]) 
         api.keep_positions,
         api.drafts,
         api.draft_device or "cpu",
+        api.traces,
     )

@@ -56,6 +56,7 @@ class ApiOptions:
     keep_positions: int = 0
     drafts: tuple[tuple[str | None, Path | str], ...] = ()
     draft_device: str | None = None
+    traces: bool = False
 
     @property
     def is_offered(self) -> bool:
@@ -192,6 +193,10 @@ RULES: tuple[Rule, ...] = (
     (
         lambda options: options.api.drafts and not (options.api.is_offered and options.models),
         "--draft guesses for the models that the local API offers: add --client and --model",
+    ),
+    (
+        lambda options: options.api.traces and not options.api.is_offered,
+        "--traces are of the answers that programs on this machine get: add --client",
     ),
     (
         lambda options: options.api.draft_device and not options.api.drafts,

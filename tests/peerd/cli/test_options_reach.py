@@ -69,6 +69,10 @@ def test_what_the_local_api_offers(daemon: Callable[..., Daemon]) -> None:
     offer = daemon(*CLIENT, "--keep-sessions", "0", "--open").offer
     assert offer is not None
     assert (offer.keep_positions, offer.open_page, offer.http) == (0, True, ("127.0.0.1", 0))
+    assert not offer.traces
+    offer = daemon(*CLIENT, "--traces").offer
+    assert offer is not None
+    assert offer.traces
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ BROKEN = [
     ({"api": CLIENT, "models": (("a", "org/one"), ("a", "org/two"))}, "two of --model"),
     ({"api": ApiOptions(client=True, drafts=(ONE,))}, "--draft guesses"),
     ({"serve_blocks": 4, "models": (ONE,), "api": ApiOptions(drafts=(TWO,))}, "--draft guesses"),
+    ({"listen": HERE, "api": ApiOptions(traces=True)}, "--traces"),
     ({"api": ApiOptions(client=True, draft_device="cuda"), "models": (ONE,)}, "--draft-device is"),
     ({"api": ApiOptions(client=True, drafts=(ONE,)), "models": (ONE, TWO)}, "--draft must"),
     ({"api": ApiOptions(client=True, drafts=(ONE, TWO)), "models": (ONE,)}, "two of --draft"),
