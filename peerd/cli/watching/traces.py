@@ -45,7 +45,7 @@ class AnswerSpans:
         for hop in now:
             if hop not in self._hops:
                 number, peer, blocks = hop
-                named = {"peerd.hop": number, "peerd.peer": peer, "peerd.blocks": blocks}
+                named: dict[str, str | int] = {"peerd.hop": number, "peerd.peer": peer, "peerd.blocks": blocks}
                 context = set_span_in_context(self._answer)
                 self._hops[hop] = self._tracer.start_span("hop", context=context, attributes=named)
 
