@@ -170,7 +170,8 @@ def memory_of(name: str, samples: Sequence[float]) -> Memory:
 
 async def measure(chosen: argparse.Namespace, console: Console) -> Figures:
     path = demo_model_path()
-    api, samples = Tally(), {}
+    api = Tally()
+    samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         socket = Path(folder) / "peerd.sock"
         async with open_peer_processes(threads=1) as processes:

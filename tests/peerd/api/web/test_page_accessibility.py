@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.fakes.api_fixture import TOKEN
 from tests.fakes.browser import CHROMIUM, Page, open_page, run_chromium
 
-from .conftest import TOKEN, ScriptedHead
-
-AXE = Path(__file__).parents[3] / ".cache/node_modules/axe-core/axe.min.js"
+AXE = Path(__file__).parents[4] / ".cache/node_modules/axe-core/axe.min.js"
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 ANSWER = "Yes:\n\n1. **One**\n\n|a|b|\n|-|-|\n|1|`2`|\n\n```py\nf()\n```\n\n> quoted\n\n[b](https://example.org/)"
 RUN = f"""axe.run(document, {{runOnly: {json.dumps(RULES)}}}).then((found) => [
@@ -36,10 +35,10 @@ async def violations(page: Page) -> list[object]:
 
 @pytest.mark.parametrize("width", [1280, 390], ids=["wide", "narrow"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-async def test_every_view_follows_the_rules(open_daemon, tmp_path: Path, width: int, dark: bool) -> None:
+async def test_every_view_follows_the_rules(open_daemon, scripted_head, tmp_path: Path, width: int, dark: bool) -> None:
     axe = await trio.Path(AXE).read_text()
     with run_chromium(tmp_path) as browser:
-        async with open_daemon(ScriptedHead(ANSWER)) as daemon, open_page(browser) as page:
+        async with open_daemon(scripted_head(ANSWER)) as daemon, open_page(browser) as page:
             await page.look(width, 900, dark=dark)
             await page.go(f"{daemon.url}/#token={TOKEN}")
             await page.run(f"{axe}; 0")
