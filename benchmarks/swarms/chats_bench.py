@@ -144,11 +144,11 @@ async def chat_for(seconds: float, chats: int, tally: Tally, one: Callable[[Tall
 
 
 def resident_mib(process: PeerProcess) -> float:
-    """The memory that the process has of its own: without files that others map too."""
-    for line in Path(f"/proc/{process.process.pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError("the kernel does not say RssAnon")
+    """The process's memory: without files that others map too, where the kernel tells them apart."""
+    lines = dict(
+        line.partition(":")[::2] for line in Path(f"/proc/{process.process.pid}/status").read_text().splitlines()
+    )
+    return int((lines.get("RssAnon") or lines["VmRSS"]).split()[0]) / 1024
 
 
 async def watch_memory(
