@@ -43,7 +43,7 @@ BULK_MESSAGES = 64
 async def echo(stream: Stream) -> None:
     """Answer every message with its own body, at the priority of decoding."""
     while True:
-        message = await stream.receive()
+        message = await stream.receive(SMALL_BYTES)
         stream.send_nowait(message.header, [message.body], priority=Priority.DECODE)
 
 
@@ -111,7 +111,7 @@ async def round_trips(connection: PeerConnection, count: int) -> list[float]:
         for _ in range(count):
             start = trio.current_time()
             await stream.send({}, [body])
-            await stream.receive()
+            await stream.receive(SMALL_BYTES)
             times.append((trio.current_time() - start) * 1000)
     return times
 
