@@ -25,6 +25,13 @@ _.errorlog
 _.extra_repr
 _.format_options
 _.get_mask_sizes
+_.get_conv_state
+_.get_recurrent_state
+_.has_previous_state
+_.is_recording_past
+_.record_past
+_.update_conv_state
+_.update_recurrent_state
 _.get_max_length
 _.get_query_offset
 _.include_date_header

@@ -55,6 +55,17 @@ class RowPages:
     pages: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StateHome:
+    """Where a row of a session keeps its running states, as long as the session lives: `pages` of the pool.
+
+    room: how many positions from its end the row can certainly be cut.
+    """
+
+    pages: Sequence[int]
+    room: int
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive new positions of one row in a batch.
@@ -63,6 +74,8 @@ class Segment:
         or see from here, to the last position of this segment.
     prompt_length: the length of the text that the session began with (`SessionSize`).
     adapter: the LoRA weights that the session asked for beside the span's own; "" for none.
+    state: where the row keeps running states, if the span has blocks with some. floor: the length below which the row
+        will not be cut any more, except to 0.
     """
 
     start: int
@@ -70,6 +83,8 @@ class Segment:
     groups: Sequence[RowPages]
     prompt_length: int
     adapter: str = ""
+    state: StateHome | None = None
+    floor: int = 0
 
     @property
     def end(self) -> int:
@@ -99,6 +114,18 @@ class PageCopy:
     target: int
 
 
+@dataclass(slots=True, eq=False)
+class StateCopy:
+    """Copy a row's running states to another row before the batch runs. `done`: they were copied.
+
+    If a batch fails and runs again, the source may have gone on meanwhile, so a copy is made once only.
+    """
+
+    source: StateHome
+    target: StateHome
+    done: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One turn of the engine: pieces of many sessions' steps, run through the same blocks."""
@@ -106,6 +133,7 @@ class Batch:
     blocks: Span
     pieces: tuple[Piece, ...]
     copies: tuple[PageCopy, ...]
+    state_copies: tuple[StateCopy, ...] = ()
 
     @property
     def positions(self) -> int:

@@ -119,10 +119,8 @@ class SpanAdapters:
     def applied(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Inside this context, the model's next positions are those of `segments`, each under its own adapter."""
         names = {segment.adapter for segment in segments} - {""}
-        if not names:
-            yield
-            return
-        with self._routed(_Routing(segments, {name: self._loaded[name] for name in sorted(names)}, self._model.device)):
+        loaded = {name: self._loaded[name] for name in sorted(names)}
+        with self._routed(_Routing(segments, loaded, self._model.device) if names else None):
             yield
 
     def prefix_of(self, segments: Sequence[Segment]) -> BatchPrefix | None:

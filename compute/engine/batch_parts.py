@@ -79,7 +79,9 @@ class _Parts:
 
     def batch(self, sessions: Sequence[object]) -> Batch:
         pieces: list[Piece] = [self._batch.pieces[index] for index in self._indexes(sessions)]
-        return Batch(self._batch.blocks, tuple(pieces), () if self._copied else self._batch.copies)
+        copies = () if self._copied else self._batch.copies
+        # A copy of running states knows itself whether it was made.
+        return Batch(self._batch.blocks, tuple(pieces), copies, self._batch.state_copies)
 
     def succeed(self, sessions: Sequence[object], output: BatchOutput) -> None:
         # The copied pages have been written to, so they must not be copied again.

@@ -18,7 +18,7 @@ from peerd.compute.checkpoint.packed.pieces import RUN_VALUES
 from peerd.compute.families.layer_kinds import LayerKind, layer_kinds
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.families.meta_build import build_on_meta
-from peerd.compute.kv.layout import PAGE_TOKENS, lay_out
+from peerd.compute.kv.layout import PAGE_TOKENS, lay_out, pool_shapes
 from peerd.compute.model.stored_as import forms_of
 from peerd.compute.quantized.formats import NONE, PACKED, RUN_VALUES_CPU, RUN_VALUES_GPU
 from peerd.protocol.span import Span
@@ -126,7 +126,7 @@ def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str = NONE
 
 def kv_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """The bytes of one position in the KV cache of one block; of the largest, if blocks differ."""
-    return max(kind.values_per_token for kind in layer_kinds(checkpoint.config)) * dtype.itemsize
+    return max(_token_bytes([kind], dtype) for kind in layer_kinds(checkpoint.config))
 
 
 def span_budget(
@@ -141,13 +141,12 @@ def span_budget(
     """The memory for serving a span; or that many blocks, each counted as the largest."""
     costs = block_costs(checkpoint, dtype, quantize)
     kinds = layer_kinds(checkpoint.config)
-    sizes = [kind.values_per_token * dtype.itemsize for kind in kinds]
     if isinstance(span, Span):
         own = slice(span.start, span.end)
         kinds = kinds[own]
-        blocks, kv = sum(cost.n_bytes for cost in costs[own]), sum(sizes[own])
+        blocks, kv = sum(cost.n_bytes for cost in costs[own]), _token_bytes(kinds, dtype)
     else:
-        blocks, kv = span * max(cost.n_bytes for cost in costs), span * max(sizes)
+        blocks, kv = span * max(cost.n_bytes for cost in costs), span * kv_bytes_per_token(checkpoint, dtype)
     return Budget(
         blocks=blocks,
         loading=max(cost.loading_bytes for cost in costs),
@@ -160,9 +159,27 @@ def span_budget(
     )
 
 
-def default_kv_tokens(checkpoint: Checkpoint) -> int:
+def default_kv_tokens(checkpoint: Checkpoint, dtype: torch.dtype, span: Span | None = None) -> int:
+    """The KV tokens of one conversation in these blocks (default: all): its positions, and its running states."""
+    kinds = layer_kinds(checkpoint.config)
+    own = kinds if span is None else kinds[span.start : span.end]
+    return _conversation(checkpoint) + lay_out(own, dtype.itemsize).state_tokens()
+
+
+def least_kv_tokens(checkpoint: Checkpoint, dtype: torch.dtype, span: Span) -> int:
+    """The KV tokens that a session of one position takes in these blocks: a page, and the row's running states."""
+    return PAGE_TOKENS + lay_out(layer_kinds(checkpoint.config)[span.start : span.end], dtype.itemsize).state_tokens()
+
+
+def _conversation(checkpoint: Checkpoint) -> int:
     """The positions of one conversation: the model's context, or 8192 if that is less."""
     return min(checkpoint.max_length or LONG_SESSION_POSITIONS, LONG_SESSION_POSITIONS)
+
+
+def _token_bytes(kinds: Sequence[LayerKind], dtype: torch.dtype) -> int:
+    """The bytes of one position in the KV caches of these blocks; if they have none, of a page's slot."""
+    values = sum(kind.values_per_token for kind in kinds)
+    return (values or pool_shapes(kinds, lay_out(kinds))[0].values_per_token) * dtype.itemsize
 
 
 def working_bytes(
@@ -179,7 +196,7 @@ def working_bytes(
     inner = max(int(getattr(config, name, None) or 0) for name in _INNER_WIDTHS) or 4 * checkpoint.hidden_size
     copies = max(int(getattr(config, name, None) or 0) for name in _EXPERTS_A_TOKEN) or 1
     values = 8 * checkpoint.hidden_size + 4 * heads * width + 4 * copies * (inner + checkpoint.hidden_size)
-    context = default_kv_tokens(checkpoint) * _bytes_per_position(checkpoint, dtype, batch_tokens)
+    context = _conversation(checkpoint) * _bytes_per_position(checkpoint, dtype, batch_tokens)
     dequantized = (
         2 * (RUN_VALUES_CPU if on_host else RUN_VALUES_GPU) * torch.float32.itemsize if quantize != NONE else 0
     )
@@ -215,7 +232,7 @@ def fits(
     def budget_of(count: int) -> Budget:
         return span_budget(checkpoint, count, dtype, quantize, batch_tokens=batch_tokens, on_host=on_host)
 
-    tokens = kv_tokens or default_kv_tokens(checkpoint)
+    tokens = kv_tokens or default_kv_tokens(checkpoint, dtype)
     return fitting(budget_of, room, tokens, checkpoint.block_count, on_host=on_host)
 
 

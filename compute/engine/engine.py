@@ -218,7 +218,7 @@ class Engine(BaseEngine):
         super().__init__(
             model.span,
             model.hidden_size,
-            layout := lay_out(model.kinds),
+            layout := lay_out(model.kinds, model.dtype.itemsize),
             kv_tokens=kv_tokens,
             page_tokens=page_tokens,
             batch_tokens=batch_tokens,

@@ -159,7 +159,7 @@ class MixedView(_View):
 
 def can_page(model: SpanModel) -> bool:
     """Whether these views work for all of a span's blocks: their attention calls our function, with plain keys."""
-    return model.family.attention_interface and not any(kind.latent for kind in model.kinds)
+    return model.family.attention_interface and not any(kind.latent or kind.state for kind in model.kinds)
 
 
 def _slots(pool: KVPool, segments: Sequence[Segment], group: int) -> torch.Tensor:

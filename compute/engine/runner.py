@@ -7,6 +7,7 @@ A batch becomes one ragged forward `[1, positions, hidden_size]`. A model whose 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -20,6 +21,8 @@ from peerd.compute.kv.pool import KVPool
 from peerd.compute.model.linear_choice import pack_linears
 from peerd.compute.model.span_model import SpanModel, part_of
 from peerd.compute.quantized.product_choice import choose_products
+from peerd.compute.state.mixers import SpanMixers
+from peerd.compute.state.store import StateStore
 from peerd.compute.steps import Batch, BatchOutput, Segment
 from peerd.protocol.span import Span
 
@@ -42,6 +45,10 @@ class SpanRunner:
         self._attention = SpanAttention(model.layers, model.kinds)
         #: Changed on the device thread only, between batches.
         self.adapters = SpanAdapters(model)
+        self._mixers: SpanMixers | None = None
+        if layout.states is not None:
+            store = StateStore(self._pool, layout.states, model.kinds)
+            self._mixers = SpanMixers(model.layers, model.kinds, store, self.adapters)
         self._staging = Staging(model.hidden_size, device=model.device, dtype=model.dtype)
         self._paged = can_page(model) and (model.device.type == "cuda" if paged is None else paged)
         self._graphs = DecodeGraphs(self._model, model, self._pool, self._attention, self._staging)
@@ -56,6 +63,8 @@ class SpanRunner:
         """Run a batch. The results are on the CPU, in the model's dtype."""
         with on_device(self._whole.device), torch.inference_mode():
             self._pool.copy_pages(batch.copies)
+            if self._mixers is not None:
+                self._mixers.store.copy(batch.state_copies)
             output, finite = self._staging.fetch(self._run_blocks(batch))
         counts = [piece.count for piece in batch.pieces]
         # Cloned outside of inference mode, so that the caller may write to the tensors and none is larger than its
@@ -87,19 +96,25 @@ class SpanRunner:
                 stored[:, slots] = _UNWRITTEN
 
     def unwritten(self, batch: Batch) -> list[int]:
-        """The blocks that left some of these slots as they were, once the batch has run."""
-        return [
-            block
-            for block in range(batch.blocks.start, batch.blocks.end)
-            if any(
-                bool((stored[:, slots] == _UNWRITTEN).all(2).any()) for stored, slots in self._new_slots(batch, block)
-            )
-        ]
+        """The blocks that left some of these slots as they were, once the batch has run, or did not keep a state."""
+        return [block for block in range(batch.blocks.start, batch.blocks.end) if not self._has_written(batch, block)]
+
+    def _has_written(self, batch: Batch, block: int) -> bool:
+        layer = block - self._whole.span.start
+        if self._mixers is not None and self._whole.kinds[layer].state is not None:
+            segments = [segment for piece in batch.pieces for segment in piece.segments]
+            if not self._mixers.has_run(layer, segments):
+                return False
+        return not any(
+            bool((stored[:, slots] == _UNWRITTEN).all(2).any()) for stored, slots in self._new_slots(batch, block)
+        )
 
     def _new_slots(self, batch: Batch, block: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | slice]]:
         """Where one block keeps the keys and values of a batch's new positions."""
         layer = block - self._whole.span.start
         group = self._pool.layout.group_of[layer]
+        if not self._whole.kinds[layer].kv_heads:
+            return
         for segment in (segment for piece in batch.pieces for segment in piece.segments):
             tail = self._pool.slots(segment, group).tail(segment.start)
             slots = slice(tail.start, tail.stop) if isinstance(tail, range) else tail
@@ -137,7 +152,8 @@ class SpanRunner:
         view = kind(self._pool, segments, self.adapters.prefix_of(segments))
         self._attention.view = view
         try:
-            return self._forward(model, hidden, segments, view)
+            with nullcontext() if self._mixers is None else self._mixers.running(segments):
+                return self._forward(model, hidden, segments, view)
         finally:
             self._attention.view = None
 

@@ -18,7 +18,7 @@ from peerd.compute.errors import BatchFailedError, ContextTooLongError, EngineEr
 from peerd.compute.kv.layout import Demand, KVLayout
 from peerd.compute.kv.pages import PagePool
 from peerd.compute.kv.row_cache import Retention, RowState
-from peerd.compute.steps import Batch, BatchOutput, EngineStep, PageCopy, Piece, Segment, StepResult
+from peerd.compute.steps import Batch, BatchOutput, EngineStep, PageCopy, Piece, Segment, StateCopy, StepResult
 from peerd.protocol.rows import RowSlice, SessionSize
 from peerd.protocol.span import Span
 
@@ -172,7 +172,7 @@ class Scheduler:
         for _, session in ready:
             session.passed_over = 0 if session.running else session.passed_over + 1
         self._running = packing.owners
-        return Batch(blocks, tuple(packing.pieces), tuple(packing.copies))
+        return Batch(blocks, tuple(packing.pieces), tuple(packing.copies), tuple(packing.state_copies))
 
     def _leader(self, decodes: Sequence[_Entry], prefills: Sequence[_Entry]) -> _Entry:
         """Choose the session that goes first and so determines the batch's blocks: a decode, unless another session has
@@ -232,6 +232,7 @@ class _Packing:
     def __init__(self, budget: int, beside_decodes: bool) -> None:
         self.pieces: list[Piece] = []
         self.copies: list[PageCopy] = []
+        self.state_copies: list[StateCopy] = []
         self.owners: list[tuple[EngineSession, QueuedStep]] = []
         #: How many more positions may be added.
         self.budget = budget
@@ -259,7 +260,9 @@ class _Packing:
 
     def _take(self, session: EngineSession, queued: QueuedStep, count: int) -> None:
         if queued.taken == 0:
-            session.apply(queued.step.ops)
+            self.state_copies += session.apply(queued.step.ops)
+        if session.retention.has_states:
+            count = queued.without_long_ends(count, session.retention.room)
         segments = tuple(self._segment(session, piece) for piece in queued.slices(count))
         self.pieces.append(Piece(queued.step, queued.taken, count, segments))
         self.owners.append((session, queued))
@@ -272,4 +275,12 @@ class _Packing:
         row = session.row(piece.row)
         row.cut(piece.start)
         self.copies.extend(row.grow(piece.count))
-        return Segment(piece.start, piece.count, row.snapshot(), session.size.prompt_length, session.adapter)
+        return Segment(
+            piece.start,
+            piece.count,
+            row.snapshot(),
+            session.size.prompt_length,
+            session.adapter,
+            row.state_home,
+            row.floor,
+        )

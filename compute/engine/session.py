@@ -16,7 +16,7 @@ import torch
 from peerd.compute.errors import ContextTooLongError, EngineError, InvalidStepError, StepGapError
 from peerd.compute.kv.pages import PageReserve
 from peerd.compute.kv.row_cache import Retention, RowCache, RowState
-from peerd.compute.steps import EngineStep, StepResult
+from peerd.compute.steps import EngineStep, StateCopy, StepResult
 from peerd.protocol.rows import DECODE_POSITIONS, Fork, Op, RowSlice, SessionSize
 from peerd.protocol.span import Span
 
@@ -43,6 +43,21 @@ class QueuedStep:
             if begin < end:
                 yield RowSlice(piece.row, piece.start + begin, end - begin)
             first += piece.count
+
+    def without_long_ends(self, count: int, room: int) -> int:
+        """The next `count` positions, or fewer: so many that no row takes more than `room` in one go up to the end of
+        its slice, or to less than `room` before it.
+
+        Inputs of running states are logged for so many positions only, and a row can be cut within the last `room`.
+        """
+        first = 0
+        for piece in self.step.rows:
+            begin = max(self.taken - first, 0)
+            end = min(self.taken + count - first, piece.count)
+            if end - begin > room and end > piece.count - room:
+                return first + piece.count - room - self.taken
+            first += piece.count
+        return count
 
     def succeed(self) -> StepResult:
         hidden = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
@@ -107,16 +122,23 @@ class EngineSession:
         return states
 
     def is_continued_by(self, step: EngineStep) -> bool:
-        """Whether the step only adds to its rows, so that it can share a batch with the step before it."""
+        """Whether the step only adds to its rows, so that it can share a batch with the step before it.
+
+        Where blocks have running states it cannot: it goes on from states that the batch computes.
+        """
+        if self.retention.has_states:
+            return False
         return not step.ops and all(piece.start == self.row(piece.row).length for piece in step.rows)
 
-    def apply(self, ops: tuple[Op, ...]) -> None:
-        """Fork and drop rows, one after the other."""
+    def apply(self, ops: tuple[Op, ...]) -> list[StateCopy]:
+        """Fork and drop rows, one after the other. Returns the copies of running states that this needs first."""
+        copies: list[StateCopy] = []
         for op in ops:
             if isinstance(op, Fork):
-                self.row(op.target).become(self.row(op.source), op.length)
+                copies += self.row(op.target).become(self.row(op.source), op.length)
             else:
                 self.row(op.row).cut(0)
+        return copies
 
     def undo(self, failed: QueuedStep) -> None:
         """Cut a failed step's rows where it began, and drop the rest of the step."""

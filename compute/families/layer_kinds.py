@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.lookup import family_named
+from peerd.compute.families.running_state import RunningState, running_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,6 +29,8 @@ class LayerKind:
 
     For each position the cache holds `kv_heads` keys of `key_dim` values, and as many values of width `value_dim`. If
     `latent`, these are one compressed key and its rotary part, which the block's attention module expands (MLA).
+
+    A block with a running `state` keeps that of each row; if it has no attention beside it, `kv_heads` is 0.
     """
 
     window: int | None
@@ -36,6 +39,7 @@ class LayerKind:
     key_dim: int
     value_dim: int
     latent: bool = False
+    state: RunningState | None = None
 
     @property
     def values_per_token(self) -> int:
@@ -55,10 +59,14 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
         "local": (getattr(config, "window_size", None), None),
         "chunked_attention": (None, getattr(config, "attention_chunk_size", None)),
     }
-    if unknown := set(types) - set(rules):
+    states = {layer_type: running_state(config, layer_type) for layer_type in types}
+    if unknown := {layer_type for layer_type in set(types) - set(rules) if states[layer_type] is None}:
         _refuse(config, sorted(unknown))
     kinds = []
     for layer_type in types:
+        if layer_type not in rules:
+            kinds.append(LayerKind(None, None, 0, 0, 0, state=states[layer_type]))
+            continue
         # A model without the attention interface masks in its own code, and needs all positions.
         window, chunk = rules[layer_type] if family.attention_interface else (None, None)
         heads, key_dim, value_dim = _shape(config, layer_type)
@@ -78,13 +86,13 @@ def _refuse(config: PreTrainedConfig, types: list[str]) -> None:
     listed = ", ".join(types)
     if state := [name for name in types if name in _RUNNING_STATES]:
         raise UnsupportedModelError(
-            f"{config.model_type} has blocks of type {listed}: {state[0]} keeps a running state, "
-            "which cannot go back to an earlier position"
+            f"{config.model_type} has blocks of type {listed}: {state[0]} keeps a running state of a kind that peerd "
+            "does not keep yet"
         )
     raise UnsupportedModelError(f"{config.model_type} has blocks of type {listed}")
 
 
-# Transformers' names of blocks that keep no keys and values.
+# Transformers' names of blocks that keep a running state, beside keys and values or without any.
 _RUNNING_STATES = frozenset({"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"})
 
 

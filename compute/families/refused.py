@@ -1,7 +1,8 @@
 """The architectures that cannot be served, with the reasons that `family_named` gives.
 
 A hop passes hidden states of one width to the next hop, and a session can go back to an earlier position. An
-architecture that needs to pass more, or cannot go back, is refused by name. Together with the table of families this
+architecture that needs to pass more, or whose blocks keep of a row what peerd does not keep yet, is refused by name.
+Together with the table of families this
 covers every causal language model of Transformers (`tests/compute/families/test_refused.py`).
 """
 
@@ -13,7 +14,7 @@ from types import MappingProxyType
 _SHARES_KV = "its blocks share KV caches and take per-layer inputs"
 _DRAFTS = "it drafts for another model, from that model's hidden states and KV caches"
 _ZAMBA = "its blocks share one attention block and take the embeddings again"
-_RUNNING_STATE = "its {} keep a running state, which cannot go back to an earlier position"
+_RUNNING_STATE = "its {} keep a running state of a kind that peerd does not keep yet"
 _MAMBA = _RUNNING_STATE.format("Mamba blocks")
 _LINEAR = _RUNNING_STATE.format("blocks of linear attention")
 _CONVOLUTION = _RUNNING_STATE.format("convolutions")
@@ -28,23 +29,9 @@ _REASONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_DRAFTS, ("gemma4_assistant", "gemma4_unified_assistant")),
     (_ZAMBA, ("zamba", "zamba2")),
     (_MAMBA, ("bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h")),
-    (
-        _LINEAR,
-        (
-            "bailing_hybrid",
-            "kimi_linear",
-            "lara_mini",
-            "minimax",
-            "olmo_hybrid",
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen3_5_moe_text",
-            "qwen3_5_text",
-            "qwen3_next",
-        ),
-    ),
+    (_LINEAR, ("bailing_hybrid", "kimi_linear", "lara_mini", "minimax", "olmo_hybrid")),
     (_RUNNING_STATE.format("recurrent blocks"), ("recurrent_gemma", "rwkv", "xlstm")),
-    (_CONVOLUTION, ("inkling2_text", "inkling_text", "lfm2", "lfm2_moe", "lfm3", "zaya")),
+    (_CONVOLUTION, ("inkling2_text", "inkling_text", "lfm3", "zaya")),
     (
         _INDEXED,
         (

@@ -21,6 +21,13 @@ _MIXTRAL_EXPERTS = (
     Fused("mlp.experts.gate_up_proj", ("mlp.experts.{expert}.w1.weight", "mlp.experts.{expert}.w3.weight")),
     Fused("mlp.experts.down_proj", ("mlp.experts.{expert}.w2.weight",)),
 )
+_LFM_EXPERTS = (
+    Fused(
+        "feed_forward.experts.gate_up_proj",
+        ("feed_forward.experts.{expert}.w1.weight", "feed_forward.experts.{expert}.w3.weight"),
+    ),
+    Fused("feed_forward.experts.down_proj", ("feed_forward.experts.{expert}.w2.weight",)),
+)
 _MIXTRAL_NAMES = (("block_sparse_moe.", "mlp."),)
 _GRANITE_NAMES = (
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
@@ -228,6 +235,25 @@ ROWS = (
     Family("qwen2_moe", "Qwen2Moe", fused=_EXPERTS),
     Family("qwen3_moe", "Qwen3Moe", fused=_EXPERTS, uniform_window=True),
     Family("solar_open", "SolarOpen", fused=_EXPERTS),
+    # Running states: short convolutions, or linear attention, in most blocks (`running_state.py`).
+    Family("lfm2", "Lfm2", norm="embedding_norm"),
+    Family("lfm2_moe", "Lfm2Moe", norm="embedding_norm", fused=_LFM_EXPERTS),
+    Family("qwen3_next", "Qwen3Next", fused=_EXPERTS),
+    Family(
+        "qwen3_5_text",
+        "Qwen3_5",
+        module="qwen3_5",
+        config_class="Qwen3_5TextConfig",
+        decoder_class="Qwen3_5TextModel",
+    ),
+    Family(
+        "qwen3_5_moe_text",
+        "Qwen3_5Moe",
+        module="qwen3_5_moe",
+        config_class="Qwen3_5MoeTextConfig",
+        decoder_class="Qwen3_5MoeTextModel",
+        fused=_EXPERTS,
+    ),
     # Compressed latents in the cache (MLA).
     Family("axk1", "AXK1", fused=_EXPERTS, renamed=(("post_mlp_layernorm", "mlp.post_mlp_layernorm"),), latent=True),
     Family("deepseek_v2", "DeepseekV2", fused=_EXPERTS, latent=True),

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peerd.compute.families.layer_kinds import LayerKind
+from peerd.compute.kv.state_layout import StateLayout
 
 # The last page of a row is seldom full: on average half a page a row is lost. Smaller pages would cost bookkeeping.
 PAGE_TOKENS = 16
@@ -36,26 +37,35 @@ _LIMITED_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Which positions of a row a block still needs: all of them if neither `window` nor `chunk` is set."""
+    """Which positions of a row a block still needs: all of them if neither `window` nor `chunk` is set.
+
+    running: a running state, which stands for all positions before one, and takes the same memory for any length.
+    """
 
     window: int | None = None
     chunk: int | None = None
+    running: bool = False
 
     @property
     def reach(self) -> int | None:
         """How many positions before its own a query may see; None for all."""
+        if self.running:
+            return 0
         if self.window is not None:
             return self.window - 1
         return None if self.chunk is None else self.chunk - 1
 
     def first_seen(self, query: int) -> int:
         """The first position that the query at `query` sees; it sees all later ones up to its own."""
+        if self.running:
+            return query
         if self.window is not None:
             return max(query - self.window + 1, 0)
         return 0 if self.chunk is None else query // self.chunk * self.chunk
 
 
 EVERYTHING = Keep()
+RUNNING_STATE = Keep(running=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,7 @@ class KVLayout:
     """How a span's blocks share pages.
 
     `group_of` and `page_index_of` give a block's group and its index within the pages of that group; blocks
-    are numbered from 0 within the span.
+    are numbered from 0 within the span. Both are 0 for a block without keys and values, which uses neither.
     """
 
     blocks_per_page: int
@@ -82,6 +92,10 @@ class KVLayout:
     kinds: tuple[tuple[Keep, int], ...]
     group_of: tuple[int, ...]
     page_index_of: tuple[int, ...]
+    #: How many blocks have keys and values. A span without any still has pages, as for one block.
+    caching: int
+    #: Where rows keep running states, which lie in the same pages; None if no block has one.
+    states: StateLayout | None = None
 
     @property
     def groups(self) -> int:
@@ -89,7 +103,7 @@ class KVLayout:
 
     def page_sets(self, kv_tokens: int, page_tokens: int) -> int:
         """How many sets, of one page in every group, fit into the memory of `kv_tokens` KV tokens."""
-        return kv_tokens * len(self.group_of) // (self.groups * self.blocks_per_page * page_tokens)
+        return kv_tokens * self.caching // (self.groups * self.blocks_per_page * page_tokens)
 
     def demands(self, max_length: int, max_rollback: int, batch_tokens: int, page_tokens: int) -> tuple[Demand, ...]:
         """What one row of a session needs of each kind of block. A kind that needs pages for all positions keeps
@@ -104,6 +118,9 @@ class KVLayout:
                 positions = keep.reach + rollback_room(max_rollback) + batch_tokens
                 pages = min(whole, pages_for(positions - 1, page_tokens) + 1)
             demands.append(Demand(EVERYTHING if pages == whole else keep, groups, pages))
+        if self.states is not None:
+            places = self.states.places(rollback_room(max_rollback), page_tokens)
+            demands.append(Demand(RUNNING_STATE, 1, places.pages))
         return tuple(demands)
 
     def sets_wanted(self, demands: Sequence[Demand], max_rows: int) -> int:
@@ -123,11 +140,18 @@ class KVLayout:
         demands = self.demands(max_length, max_rollback, batch_tokens, page_tokens)
         return self.sets_wanted(demands, max_rows) * page_tokens
 
+    def state_tokens(self, *, max_rollback: int = 0, page_tokens: int = PAGE_TOKENS) -> int:
+        """How many KV tokens the running states of one row take."""
+        if self.states is None:
+            return 0
+        return pages_for(self.states.places(rollback_room(max_rollback), page_tokens).pages, self.groups) * page_tokens
+
     def bytes_per_token(self, kinds: Sequence[LayerKind], itemsize: int) -> int:
         """Bytes of a KV token: one position in every block, `kinds`, and the unused parts of incomplete groups."""
+        shapes = pool_shapes(kinds, self)
         if self.groups == 1:
-            return sum(kind.values_per_token for kind in kinds) * itemsize
-        return self.groups * self.blocks_per_page * kinds[0].values_per_token * itemsize
+            return sum(shape.values_per_token for shape in shapes) * itemsize
+        return self.groups * self.blocks_per_page * shapes[0].values_per_token * itemsize
 
 
 def pages_for(count: int, size: int) -> int:
@@ -140,15 +164,36 @@ def rollback_room(max_rollback: int) -> int:
     return max_rollback + RESENT_POSITIONS
 
 
-def lay_out(kinds: Sequence[LayerKind]) -> KVLayout:
-    """The page layout of a span of these blocks.
+def pool_shapes(kinds: Sequence[LayerKind], layout: KVLayout) -> list[LayerKind]:
+    """For each index within a page a block that has it, which says the shapes of keys and of values.
+
+    A span without keys and values has pages of the width of its states' inputs, for the states and for counting
+    positions.
+    """
+    caching = {index: kind for index, kind in zip(layout.page_index_of, kinds, strict=True) if kind.kv_heads}
+    if not caching:
+        width = max(kind.state.width for kind in kinds if kind.state is not None)
+        return [LayerKind(None, None, 1, width, 0)]
+    return [caching[index] for index in range(layout.blocks_per_page)]
+
+
+def lay_out(kinds: Sequence[LayerKind], itemsize: int = 4) -> KVLayout:
+    """The page layout of a span of these blocks, computed in a dtype of `itemsize` bytes.
 
     If the shapes of their caches differ, all blocks keep everything: a page of one shape could not serve the other.
     """
-    shapes = {(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in kinds}
-    if len(shapes) > 1:
-        return group([EVERYTHING] * len(kinds))
-    return group([Keep(kind.window, kind.chunk) for kind in kinds])
+    caching = [kind for kind in kinds if kind.kv_heads]
+    shapes = {(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in caching}
+    whole = [EVERYTHING] * max(len(caching), 1)
+    own = group(whole if len(shapes) != 1 else [Keep(kind.window, kind.chunk) for kind in caching])
+    if all(kind.state is None for kind in kinds):
+        return own
+    places = iter(zip(own.group_of, own.page_index_of, strict=True))
+    group_of, page_index_of = zip(*(next(places) if kind.kv_heads else (0, 0) for kind in kinds), strict=True)
+    layout = replace(own, group_of=group_of, page_index_of=page_index_of)
+    matrices = [(shape.kv_heads, shape.key_dim) for shape in pool_shapes(kinds, layout)]
+    matrices += [(shape.kv_heads, shape.value_dim) for shape in pool_shapes(kinds, layout)]
+    return replace(layout, states=StateLayout(kinds, matrices, itemsize))
 
 
 def group(keeps: Sequence[Keep]) -> KVLayout:
@@ -168,7 +213,7 @@ def group(keeps: Sequence[Keep]) -> KVLayout:
         group_of.append(first_group[keep] + number)
         page_index_of.append(page_index)
         seen[keep] += 1
-    return KVLayout(size, kinds, tuple(group_of), tuple(page_index_of))
+    return KVLayout(size, kinds, tuple(group_of), tuple(page_index_of), len(keeps))
 
 
 def _cost(counts: Counter[Keep], size: int) -> float:

@@ -55,14 +55,14 @@ class PagePool:
             free, tokens = self.free_tokens, wanted * self.page_tokens
             raise NoRoomError(f"{tokens} KV tokens wanted, {free} free", free)
         self.free_sets -= wanted
-        stocks = tuple(
-            PageStock(
-                self.page_tokens,
-                [[self._take_home(demand.pages_per_row) for _ in range(rows)] for _ in range(demand.groups)],
-            )
-            for demand in demands
-        )
-        return PageReserve(self, wanted, stocks)
+        stocks, states = [], []
+        for demand in demands:
+            homes = [[self._take_home(demand.pages_per_row) for _ in range(rows)] for _ in range(demand.groups)]
+            if demand.keep.running:
+                states = homes[0]
+            else:
+                stocks.append(PageStock(self.page_tokens, homes))
+        return PageReserve(self, wanted, tuple(stocks), states)
 
     def give_back(self, sets: int, homes: Sequence[Sequence[int]]) -> None:
         """Free what a reserve took: its page sets and the pages of its `homes`."""
@@ -88,10 +88,14 @@ class PagePool:
 
 
 class PageReserve:
-    """One session's pages, as one stock for each retention rule."""
+    """One session's pages: a stock for each retention rule, and for each row the pages of its running states."""
 
-    def __init__(self, pool: PagePool, sets: int, stocks: tuple[PageStock, ...]) -> None:
+    def __init__(
+        self, pool: PagePool, sets: int, stocks: tuple[PageStock, ...], states: Sequence[Sequence[int]] = ()
+    ) -> None:
         self.stocks = stocks
+        #: By row; empty if no block has a running state.
+        self.states = states
         self._pool = pool
         self._sets = sets
 
@@ -100,9 +104,9 @@ class PageReserve:
 
     def close(self) -> None:
         """Return all pages to the pool."""
-        self._pool.give_back(self._sets, [home for stock in self.stocks for home in stock.homes])
+        self._pool.give_back(self._sets, [*(home for stock in self.stocks for home in stock.homes), *self.states])
         self._sets = 0
-        self.stocks = ()
+        self.stocks, self.states = (), ()
 
 
 class PageStock:

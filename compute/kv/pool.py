@@ -15,7 +15,7 @@ import torch
 
 from peerd.compute.device.staging import upload
 from peerd.compute.families.layer_kinds import LayerKind
-from peerd.compute.kv.layout import KVLayout
+from peerd.compute.kv.layout import KVLayout, pool_shapes
 from peerd.compute.steps import PageCopy, RowPages, Segment
 
 
@@ -38,16 +38,23 @@ class KVPool:
     ) -> None:
         self.page_tokens = page_tokens
         self.device = device
+        self.dtype = dtype
         self.layout = layout
         #: The slot into which a decode's padding writes: the first of a page beyond all that rows own.
         self.scratch_slot = pages * page_tokens
-        slots = (pages + 1) * page_tokens
-        first = [kinds[layout.page_index_of.index(page_index)] for page_index in range(layout.blocks_per_page)]
+        #: The slots of all pages together, that one included.
+        self.slots_in_all = slots = (pages + 1) * page_tokens
+        first = pool_shapes(kinds, layout)
         # On the CPU untouched memory costs nothing, so a pool may be larger than what is in use.
         self._keys = [torch.empty(kind.kv_heads, slots, kind.key_dim, device=device, dtype=dtype) for kind in first]
         self._values = [torch.empty(kind.kv_heads, slots, kind.value_dim, device=device, dtype=dtype) for kind in first]
         self.keys = [self._keys[page_index] for page_index in layout.page_index_of]
         self.values = [self._values[page_index] for page_index in layout.page_index_of]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the pool, each once: those of keys, then those of values."""
+        return [*self._keys, *self._values]
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy whole pages. All sources are read before any target is written."""
@@ -55,7 +62,7 @@ class KVPool:
             return
         sources = self._page_slots([copy.source for copy in copies])
         targets = self._page_slots([copy.target for copy in copies])
-        for stored in (*self._keys, *self._values):
+        for stored in self.tensors:
             stored.index_copy_(1, targets, stored.index_select(1, sources))
 
     def slots(self, segment: Segment, group: int) -> RowSlots:

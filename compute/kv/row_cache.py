@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from peerd.compute.kv.layout import Demand, rollback_room
 from peerd.compute.kv.pages import PageReserve, PageTable
-from peerd.compute.steps import PageCopy, RowPages
+from peerd.compute.steps import PageCopy, RowPages, StateCopy, StateHome
 
 
 class RowState(NamedTuple):
@@ -30,7 +30,10 @@ class Retention:
     def __init__(self, demands: Sequence[Demand], max_rollback: int) -> None:
         self._keeps = tuple(demand.keep for demand in demands)
         self._limited = tuple(keep for keep in self._keeps if keep.reach is not None)
-        self._back = rollback_room(max_rollback)
+        #: How many positions from its end a row can certainly be cut.
+        self.room = rollback_room(max_rollback)
+        #: Whether some blocks keep running states.
+        self.has_states = any(keep.running for keep in self._keeps)
 
     @property
     def keeps_everything(self) -> bool:
@@ -47,11 +50,11 @@ class Retention:
         """The row's state after it was cut at `start` and grew to `end`."""
         if not self._limited:
             return RowState(end)
-        return RowState(end, max(state.floor if start else 0, end - self._back, 0))
+        return RowState(end, max(state.floor if start else 0, end - self.room, 0))
 
     def first_needed(self, floor: int) -> tuple[int, ...]:
-        """For each retention rule, the first position that a row with this floor needs."""
-        return tuple(keep.first_seen(floor) for keep in self._keeps)
+        """For each retention rule with pages, the first position that a row with this floor needs."""
+        return tuple(keep.first_seen(floor) for keep in self._keeps if not keep.running)
 
 
 class RowCache:
@@ -59,6 +62,8 @@ class RowCache:
 
     def __init__(self, reserve: PageReserve, row: int, retention: Retention) -> None:
         self.floor = 0
+        #: Where the row keeps running states; None if no block has one.
+        self.state_home = StateHome(reserve.states[row], retention.room) if reserve.states else None
         self._tables = [PageTable(stock, row) for stock in reserve.stocks]
         self._retention = retention
 
@@ -99,11 +104,16 @@ class RowCache:
             return self._tables[0].grow(count)
         return [copy for table in self._tables for copy in table.grow(count)]
 
-    def become(self, source: RowCache, length: int) -> None:
-        """Share the first `length` positions of `source` in place of what this row had."""
+    def become(self, source: RowCache, length: int) -> list[StateCopy]:
+        """Share the first `length` positions of `source` in place of what this row had. Returns the copies of running
+        states that this needs first.
+        """
         for table, other in zip(self._tables, source._tables, strict=True):
             table.become(other, length)
         self.floor = source.floor if length else 0
+        if self.state_home is None or source.state_home is None or source is self or not length:
+            return []
+        return [StateCopy(source.state_home, self.state_home)]
 
     def settle(self) -> None:
         """Give back the pages that no promised rollback needs. Call it only while no batch uses the row."""

@@ -64,8 +64,9 @@ class ModelFacts:
     model_type: str = ""
     #: Whether rotary embeddings follow a text's length (`SessionSize.prompt_length`).
     ropes_follow_length: bool = False
-    #: Whether some blocks forget positions that they see no longer, so that rows cannot be cut anywhere.
-    has_windows: bool = True
+    #: Whether some blocks forget positions that they see no longer, or keep running states, so that a row can be cut
+    #: only as far back as its session promised.
+    limits_rollback: bool = True
     #: The length beyond which they turn all of a text in another way; None: later positions alone, or none.
     ropes_change_at: int | None = None
     #: The model's name on a hub, with its commit, by which another machine gets the same files; "" if it is on none.

@@ -109,7 +109,7 @@ class SwarmModel(ServedBlocks):
         offers = await self._tools.finder.offers(CACHE_S)
         max_length = roomy_length(max_length, min(self.facts.max_length, self.kept.budget), offers)
         # Without windows it costs nothing, and chats are edited anywhere.
-        shape = Shape(max_length, max_rollback if self.facts.has_windows else max_length)
+        shape = Shape(max_length, max_rollback if self.facts.limits_rollback else max_length)
         session = await start(max_length=shape.max_length, max_rollback=shape.max_rollback)
         return AnswerSession(session, 0, shape)
 

@@ -127,7 +127,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         ropes_follow_length=follow_length(checkpoint.config),
         ropes_change_at=changed_beyond(checkpoint.config),
         hub_name=f"{checkpoint.hub_id}@{checkpoint.commit}" if checkpoint.hub_id else "",
-        has_windows=any(kind.window or kind.chunk for kind in layer_kinds(checkpoint.config)),
+        limits_rollback=any(kind.window or kind.chunk or kind.state for kind in layer_kinds(checkpoint.config)),
     )
 
 

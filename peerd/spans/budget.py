@@ -16,10 +16,11 @@ from peerd.compute.engine.capacity import (
     default_kv_tokens,
     fits_on_disk,
     fitting,
+    least_kv_tokens,
     span_budget,
 )
 from peerd.compute.engine.engine import PASS_BYTES, BaseEngine
-from peerd.compute.kv.layout import BATCH_TOKENS, PAGE_TOKENS
+from peerd.compute.kv.layout import BATCH_TOKENS
 from peerd.compute.llamacpp.budget import llama_budget
 from peerd.compute.llamacpp.library import is_usable, load_library
 from peerd.compute.llamacpp.supported import is_quantized, why_not
@@ -66,7 +67,8 @@ def how_many_blocks(spec: ServeSpec, checkpoint: Checkpoint) -> int:
         if not 1 <= spec.blocks <= checkpoint.block_count:
             raise InvalidRequest(f"{checkpoint.name} has {checkpoint.block_count} blocks, not {spec.blocks}")
         return spec.blocks
-    room, tokens = _room(spec, checkpoint), spec.kv_tokens or default_kv_tokens(checkpoint)
+    room = _room(spec, checkpoint)
+    tokens = spec.kv_tokens or default_kv_tokens(checkpoint, dtype_of(spec, checkpoint))
     count = fitting(
         partial(memory_budget, spec, checkpoint), room, tokens, checkpoint.block_count, on_host=_on_host(spec)
     )
@@ -237,7 +239,10 @@ def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
         # The device holds the KV, but the host holds the activations that sessions keep.
         host = int((free_memory() - spec.promised_bytes) * (1 - HEADROOM)) - budget.process
         fit = min(fit, host // budget.host_per_token)
-    wanted = spec.kv_tokens or PAGE_TOKENS
+    least = least_kv_tokens(checkpoint, dtype_of(spec, checkpoint), span)
+    wanted = spec.kv_tokens or least
+    if wanted < least:
+        raise InvalidRequest(f"--kv-tokens {wanted} is less than one session takes in blocks {span}: {least}")
     if fit < wanted:
         raise InvalidRequest(
             f"blocks {span} with KV for {wanted} positions take"
@@ -248,7 +253,7 @@ def kv_tokens_of(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> int:
         return spec.kv_tokens
     if spec.memory_bytes is None:
         # Other programs on this machine need some of the free memory, but at least one conversation should fit.
-        fit = max(int(fit * KV_SHARE), min(fit, default_kv_tokens(checkpoint)))
+        fit = max(int(fit * KV_SHARE), min(fit, default_kv_tokens(checkpoint, dtype_of(spec, checkpoint), span)))
     return min(LLAMA_KV_TOKENS if engine_of(spec, checkpoint) == LLAMACPP else DEFAULT_KV_TOKENS, fit)
 
 

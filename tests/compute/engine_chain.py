@@ -10,6 +10,7 @@ import torch
 from peerd.compute.attention.attention import register_attention
 from peerd.compute.checkpoint.checkpoint import Checkpoint
 from peerd.compute.engine.engine import Engine, EngineStep
+from peerd.compute.families.layer_kinds import layer_kinds
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.rows import Op, RowSlice, SessionSize
 from peerd.protocol.span import Span
@@ -19,6 +20,9 @@ CUT = (Span(0, 3), Span(3, 7), Span(7, 8))
 LENGTH = 40
 # Outputs are of size 1 to 20.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+# Linear attention solves equations over the positions that run together. Transformers itself, given half of a text,
+# differs by 1.5e-4 at the same positions.
+TOLERANCE_LINEAR = {"rtol": 1e-3, "atol": 1e-3}
 
 
 @dataclass
@@ -48,7 +52,11 @@ class Chain:
         self, whole: Reference, spans: Sequence[Span] = CUT, *, quantize: str = "none", **settings: int
     ) -> None:
         self.whole = whole
-        small = {"kv_tokens": 512, "page_tokens": 4, "batch_tokens": 64} | settings
+        # Running states take as much of such small pages as hundreds of positions.
+        states = [kind.state for kind in layer_kinds(whole.checkpoint.config) if kind.state is not None]
+        tokens = 16384 if states else 512
+        self._tolerance = TOLERANCE_LINEAR if any(state.recurrent for state in states) else TOLERANCE
+        small = {"kv_tokens": tokens, "page_tokens": 4, "batch_tokens": 64} | settings
         self.spans = [
             load_span(whole.checkpoint, span, dtype=torch.float32, attention=register_attention(), quantize=quantize)
             for span in spans
@@ -87,4 +95,4 @@ class Chain:
         """Run parts and compare with the whole model."""
         for part, result in zip(parts, self.run(*parts, ops=ops), strict=True):
             expected = self.whole.outputs[part.text, part.start : part.start + part.count]
-            torch.testing.assert_close(result, expected, **TOLERANCE)
+            torch.testing.assert_close(result, expected, **self._tolerance)

@@ -67,6 +67,16 @@ _LATENT = {
 }
 _AXIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 3, 3]}}
 _NARROW = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1]}}
+# Cuts at 3 and 7 leave spans with both kinds of blocks, and one of a single block without attention.
+_CONVOLVED = ["conv", "conv", "full_attention", "conv"] * 2
+_DELTA_NET = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
 _FEW_DENSE = {"mlp_layer_types": ["dense", "dense"] + ["sparse"] * 6}
 
 #: What a family has beside the common fields; None takes a common one away. Those not here have nothing.
@@ -118,6 +128,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"layer_rope_theta": [500.0, 0, 50.0, 50.0] * 2},
     "helium": {"head_dim": 8},
     "laguna": {"layer_types": _MIXED, "num_attention_heads_per_layer": [4, 8] * 4, "rope_parameters": _BY_TYPE},
+    "lfm2": {"layer_types": _CONVOLVED, "conv_L_cache": 3, "conv_bias": True, "block_multiple_of": 8},
+    "lfm2_moe": {"layer_types": _CONVOLVED, "conv_L_cache": 3, "num_dense_layers": 2},
     "llama4_text": {
         "attn_temperature_tuning": True,
         "floor_scale": 4,
@@ -167,6 +179,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_vl_text": _AXIAL,
     "qwen3_vl_moe_text": {**_AXIAL, "mlp_only_layers": [1, 5]},
     "sarvam_mla": {**_LATENT, "first_k_dense_replace": 1},
+    "qwen3_next": {**_DELTA_NET, "partial_rotary_factor": 0.5, "mlp_only_layers": [1, 5], "decoder_sparse_step": 1},
+    "qwen3_5_text": {**_DELTA_NET, **_AXIAL},
+    "qwen3_5_moe_text": {**_DELTA_NET, **_AXIAL},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 5},
     "qwen3_moe": {"mlp_only_layers": [1, 5]},
     "smollm3": {"use_sliding_window": True, "no_rope_layer_interval": 3, "layer_types": _MIXED},

@@ -6,6 +6,7 @@ and run in every way that an engine can. The whole model is run once.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from peerd.compute.checkpoint.opening import open_checkpoint
 from peerd.compute.engine.capacity import block_bytes, block_costs, kv_bytes_per_token
 from peerd.compute.errors import UnsupportedModelError
 from peerd.compute.families.lookup import FAMILIES
+from peerd.compute.families.running_state import StateTensor
 from peerd.compute.model.head import load_head
 from peerd.compute.model.span_model import load_span
 from peerd.protocol.rows import Fork
@@ -111,6 +113,9 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, int]] = {}
+        #: Of running states: by block, the shape of the convolution's, then that of the recurrence's.
+        self.states: dict[int, list[StateTensor]] = {}
+        self.layers = defaultdict(lambda: self)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
         heads, _, key_dim = keys.shape[1:]
@@ -122,6 +127,29 @@ class _Recorder:
         return 0
 
     get_query_offset = get_seq_length
+    record_past = False
+
+    def has_previous_state(self, *_: Any) -> bool:
+        return False
+
+    def is_recording_past(self, _layer: int) -> bool:
+        return False
+
+    def get_conv_state(self, _layer: int, **_: Any) -> None:
+        return None
+
+    def get_recurrent_state(self, _layer: int, **_: Any) -> None:
+        return None
+
+    def update_conv_state(
+        self, new: torch.Tensor, layer: int, conv_kernel_size: int | None = None, **_: Any
+    ) -> torch.Tensor:
+        self.states[layer] = [StateTensor((new.shape[1], conv_kernel_size or new.shape[2]))]
+        return new
+
+    def update_recurrent_state(self, new: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
+        self.states[layer].append(StateTensor(tuple(new.shape[1:]), in_fp32=True))
+        return new
 
     def get_mask_sizes(self, length: int, _layer: int) -> tuple[int, int]:
         return length, 0
@@ -136,7 +164,9 @@ def test_sizes_follow_from_the_configuration(tiny: Tiny) -> None:
         with torch.no_grad():
             span(torch.zeros(1, 5, span.hidden_size), torch.arange(5)[None], recorder, rope_lengths=5)
         own = [(kind.kv_heads, kind.key_dim, kind.value_dim) for kind in span.kinds]
-        assert [recorder.shapes[layer] for layer in range(len(own))] == own
+        assert [recorder.shapes.get(layer, (0, 0, 0)) for layer in range(len(own))] == own
+        states = [list(kind.state.tensors) if kind.state is not None else [] for kind in span.kinds]
+        assert [recorder.states.get(layer, []) for layer in range(len(own))] == states
         kinds += own
         sizes += [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in span.layers]
     assert kv_bytes_per_token(checkpoint, torch.float16) == max(h * (k + v) for h, k, v in kinds) * 2

@@ -54,7 +54,7 @@ def open_model(open_swarm, byte_tokenizer):
             for start in range(0, BLOCKS, 3):
                 await swarm.serve(start, start + 3)
             client = await swarm.client()
-            facts = {"has_windows": False} | facts
+            facts = {"limits_rollback": False} | facts
             known = ModelFacts("bytes", bytes(range(32)), BLOCKS, WIDTH, MAX_LENGTH, "float32", **facts)
             config = GenerationConfig(eos_token_id=256)
             yield SwarmModel(known, Head(), byte_tokenizer, config, client.finder, client.opener, client.tasks), swarm
@@ -115,7 +115,7 @@ async def test_an_edited_turn_cuts_the_session_where_it_differs(open_model, at):
 
 
 async def test_a_model_with_windows_is_cut_only_as_far_as_its_blocks_remember(open_model):
-    async with open_model(has_windows=True) as (model, _):
+    async with open_model(limits_rollback=True) as (model, _):
         model.keep_sessions(4096)
         first = await answer(model, PROMPT, count=60)
         far, near = ([*[*PROMPT, *first.ids][:at], 1, 2] for at in (50, 80))

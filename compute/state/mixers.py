@@ -1,0 +1,161 @@
+"""Runs mixers (convolutions, linear attention, state spaces) on the rows of a batch, each from its own state.
+
+A batch is one ragged sequence of the new positions of many rows, but a mixer of Transformers takes rows of one length.
+So rows that add equally many positions run together: all decodes in one call. The rest of a block, and blocks with
+attention, see the ragged batch as ever. Without a batch in view (forward and training) a mixer runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerd.compute.adapters.span_adapters import SpanAdapters
+from peerd.compute.families.layer_kinds import LayerKind
+from peerd.compute.state.mixer_cache import MixerCache
+from peerd.compute.state.store import RowStates, States, StateStore
+from peerd.compute.steps import Segment
+
+# The names by which blocks pass hidden states, masks and caches to their mixers.
+_HIDDEN = ("hidden_states", "input_states", "x")
+_CACHES = ("cache", "past_key_values", "cache_params")
+
+
+class SpanMixers:
+    """Connects a span's mixers with the running batch. One for each engine."""
+
+    def __init__(
+        self, layers: nn.ModuleList, kinds: Sequence[LayerKind], store: StateStore, adapters: SpanAdapters
+    ) -> None:
+        self.store = store
+        self.adapters = adapters
+        self.segments: Sequence[Segment] | None = None
+        for layer, (block, kind) in enumerate(zip(layers, kinds, strict=True)):
+            if kind.state is not None:
+                mixer: Any = block.get_submodule(kind.state.mixer)
+                mixer.forward = BlockMixer(self, layer, mixer.forward)
+
+    @contextmanager
+    def running(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Inside this context, mixers get the new positions of these segments."""
+        self.segments = segments
+        try:
+            yield
+        finally:
+            self.segments = None
+
+    def has_run(self, layer: int, segments: Sequence[Segment]) -> bool:
+        """Whether the block has kept the states at the ends of these segments."""
+        return all(
+            self.store.row(segment.state).trails[layer].kept[-1].position == segment.end
+            for segment in segments
+            if segment.state is not None
+        )
+
+
+class BlockMixer:
+    """The forward of one block's mixer."""
+
+    def __init__(self, owner: SpanMixers, layer: int, forward: Callable[..., torch.Tensor]) -> None:
+        self._owner = owner
+        self._layer = layer
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`hidden_states` `[1, positions, width]` of the batch in view; without one, of whole sequences."""
+        segments = self._owner.segments
+        if segments is None:
+            return self._forward(*args, **kwargs)
+        hidden, others = _arguments(args, kwargs)
+        return self._run(hidden, segments, others)
+
+    def _run(self, hidden: torch.Tensor, segments: Sequence[Segment], others: dict[str, Any]) -> torch.Tensor:
+        inputs = torch.split(hidden[0], [segment.count for segment in segments])
+        alike: dict[int, list[int]] = {}
+        for index, segment in enumerate(segments):
+            alike.setdefault(segment.count, []).append(index)
+        outputs: list[torch.Tensor] = [hidden] * len(segments)
+        for indexes in alike.values():
+            rows = [self._begin(segments[index], others) for index in indexes]
+            given = torch.stack([inputs[index] for index in indexes])
+            states = tuple(torch.stack(tensors) for tensors in zip(*(states for _, states in rows), strict=True))
+            together = [segments[index] for index in indexes]
+            output, after = self._mix(given, states, together, others)
+            for number, index in enumerate(indexes):
+                row, own = rows[number][0], tuple(tensor[number] for tensor in after)
+                self._end(row, segments[index], inputs[index], own)
+                outputs[index] = output[number]
+        return torch.cat(outputs)[None]
+
+    def _mix(
+        self, hidden: torch.Tensor, states: States, segments: Sequence[Segment], others: dict[str, Any]
+    ) -> tuple[torch.Tensor, States]:
+        """Run rows of one length `[rows, positions, width]` from their states; the output, and the states after."""
+        conv, recurrent = (*states, None)[:2]
+        assert conv is not None
+        cache = MixerCache(conv, recurrent)
+        with self._owner.adapters.applied(segments):
+            output = self._forward(hidden, **{self._cache_name(others): cache}, **_without_cache(others))
+        return output, cache.states()
+
+    def _begin(self, segment: Segment, others: dict[str, Any]) -> tuple[RowStates, States]:
+        """A row's state at the segment's start; computed again from an older one if need be."""
+        assert segment.state is not None
+        row = self._owner.store.row(segment.state)
+        trail = row.trails[self._layer]
+        trail.go_to(segment.start, segment.floor)
+        if segment.count <= segment.state.room and segment.end - trail.oldest.position > row.log_size:
+            position = trail.oldest.position
+            states = row.load(self._layer, trail.oldest.place)
+            states = self._replay(row, states, segment, position, segment.floor, others)
+            place = trail.drop_oldest()
+            row.save(self._layer, place, states)
+            trail.put_oldest(segment.floor, place)
+        newest = trail.kept[-1]
+        states = row.load(self._layer, newest.place)
+        return row, self._replay(row, states, segment, newest.position, segment.start, others)
+
+    def _replay(
+        self, row: RowStates, states: States, segment: Segment, start: int, end: int, others: dict[str, Any]
+    ) -> States:
+        """Bring a state from `start` to `end` by the inputs in the log."""
+        if start == end:
+            return states
+        logged = row.inputs(self._layer, start, end)
+        again = Segment(start, end - start, (), segment.prompt_length, segment.adapter)
+        _, after = self._mix(logged[None], tuple(tensor[None] for tensor in states), [again], others)
+        return tuple(tensor[0] for tensor in after)
+
+    def _end(self, row: RowStates, segment: Segment, inputs: torch.Tensor, states: States) -> None:
+        """Keep a row's state after the segment, and log the inputs unless there are too many."""
+        assert segment.state is not None
+        is_logged = segment.count <= segment.state.room
+        if is_logged:
+            row.log(self._layer, segment.start, inputs)
+        trail = row.trails[self._layer]
+        place = trail.place_for_next()
+        row.save(self._layer, place, states)
+        trail.add(segment.end, place, begins=not is_logged)
+
+    @staticmethod
+    def _cache_name(others: dict[str, Any]) -> str:
+        return next(name for name in _CACHES if name in others)
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The hidden states, and the other arguments by name. Raises TypeError for what does not fit each row."""
+    others = dict(kwargs)
+    hidden = args[0] if args else next(others.pop(name) for name in _HIDDEN if name in others)
+    if len(args) > 1 or not any(name in others for name in _CACHES):
+        raise TypeError("a block gives its mixer arguments that peerd does not know")
+    if tensors := [name for name, value in others.items() if isinstance(value, torch.Tensor)]:
+        raise TypeError(f"a block gives its mixer {', '.join(tensors)}, which peerd cannot cut by rows")
+    return hidden, others
+
+
+def _without_cache(others: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in others.items() if name not in _CACHES}
