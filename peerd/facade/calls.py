@@ -111,9 +111,11 @@ class _BeforeDecoder:
             if not isinstance(cache, Cache):
                 raise TypeError("a tuple of keys and values cannot hold those of remote blocks: leave the cache out")
             was_ours = isinstance(cache, RemoteCache)
+            if not was_ours:
+                # Before the cache becomes a remote one, so that an error leaves it as it was.
+                check_prefix_mask(given.get("attention_mask"), cache.get_seq_length())
             cache = RemoteCache.adopt(cache, self._blocks, max_rollback=ROLLBACK)
             if cache.prefix is not None and not was_ours:
-                check_prefix_mask(given.get("attention_mask"), cache.prefix_length)
                 # peft gives a prefix in training too, where a pass brings its gradients.
                 cache.lazy = torch.is_grad_enabled() or not given.get("use_cache")
         elif given.get("use_cache"):

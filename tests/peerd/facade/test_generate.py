@@ -379,8 +379,10 @@ def test_hidden_states_behind_a_prefix_are_the_local_ones(local: Any, remote: An
 def test_a_prefix_that_cannot_be_one_is_refused(remote: Any, local: Any) -> None:
     mask = torch.ones(1, 8, dtype=torch.long)
     mask[0, 2] = 0
+    cache = filled_by(local)
     with pytest.raises(ValueError, match="hides some of the cache's 7 positions"):
-        remote(torch.tensor([[1]]), attention_mask=mask, **given(remote, filled_by(local)))
+        remote(torch.tensor([[1]]), attention_mask=mask, **given(remote, cache))
+    assert type(cache) is DynamicCache
     short = filled_by(local)
     del short.layers[-1]
     with pytest.raises(ValueError, match=r"values of 7 blocks, .* for each of 8.*LoraConfig"):

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.utils import output_capturing
 
 import peerd
+from peerd.compute.transformers_compat import cache_argument
 from peerd.facade.weights import RemoteWeight
 
 pytestmark = [
@@ -324,6 +325,18 @@ def test_prompts_and_what_looks_between_blocks_exclude_each_other(servers: Any, 
         with pytest.raises(NotImplementedError, match=r"leave out output_hidden_states.*PromptTuningConfig"):
             model(IDS, output_hidden_states=True)
         assert model.model.layers[2:4](torch.randn(1, 2, 64)).shape == (1, 2, 64)
+
+
+def test_prompts_and_a_cache_with_a_prefix_exclude_each_other(servers: Any, llama_path: Path, local: Any) -> None:
+    with peerd.RemoteModelForCausalLM.from_pretrained(
+        llama_path, bootstrap=servers.bootstrap, tuning_mode="ptune", pre_seq_len=3
+    ) as model:
+        for use_cache in (True, False):
+            cache = DynamicCache()
+            with torch.no_grad():
+                local(IDS[:1], use_cache=True, **{cache_argument(type(local).forward): cache})
+                with pytest.raises(NotImplementedError, match="train one of them"):
+                    model(IDS[:1], use_cache=use_cache, **{cache_argument(type(model).forward): cache})
 
 
 def test_a_model_that_cannot_be_connected_leaves_no_thread_behind(
