@@ -68,7 +68,9 @@ async def measure(path: Path, arguments: Any, console: Console) -> dict[str, Cur
         for name in arguments.only or METHODS:
             console.log(name)
             run = partial(METHODS[name], open_remote, partial(open_local, path), training)
-            found[name] = await trio.to_thread.run_sync(run)
+            curve = found[name] = await trio.to_thread.run_sync(run)
+            # A long run may end early.
+            console.log(f"{name}: {curve.apart:.1e} from local, {curve.rounding:.1e} by rounding")
     return found
 
 
@@ -77,7 +79,11 @@ def open_local(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     where = {"gguf_file": path.name} if path.is_file() else {}
-    return AutoModelForCausalLM.from_pretrained(path.parent if path.is_file() else path, dtype=torch.float32, **where)
+    folder = path.parent if path.is_file() else path
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+    # Once it is read, a GGUF file's model is plain float32, but Trainer still takes it for a quantized one.
+    model.is_quantized = False
+    return model
 
 
 def show(found: dict[str, Curve], arguments: Any, console: Console) -> None:
