@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Literal
 
 import trio
@@ -30,6 +31,7 @@ PUBLIC_HOSTS = {"relay1": RELAY1, "relay2": RELAY2}
 # Router: its public address, and the hosts behind it.
 PRIVATE_HOSTS = {"nat_a": (NAT_A, {"a": A, "neighbour": NEIGHBOUR}), "nat_b": (NAT_B, {"b": B})}
 SETUP_S = 20.0
+_DELAYING_WIRE = Path(__file__).with_name("delaying_wire.py")
 _TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "nft": "nftables"}
 
 Mapping = Literal["port preserving", "endpoint independent", "symmetric"]
@@ -68,10 +70,13 @@ class NetLab:
     def __init__(self, holder: int) -> None:
         self._holder = holder
 
+    @property
+    def _enter(self) -> tuple[str, ...]:
+        return ("nsenter", f"--target={self._holder}", "--user", "--mount", "--net", "--preserve-credentials")
+
     def under(self, host: str) -> tuple[str, ...]:
         """The prefix that makes a command run on a host."""
-        enter = ("nsenter", f"--target={self._holder}", "--user", "--mount", "--net", "--preserve-credentials")
-        return (*enter, "ip", "netns", "exec", host)
+        return (*self._enter, "ip", "netns", "exec", host)
 
     async def run(self, host: str, *command: str) -> str:
         """The output of a command on a host. Raises subprocess.CalledProcessError."""
@@ -88,6 +93,30 @@ class NetLab:
         await self.run(router, "nft", "flush chain ip nat post")
         for rule in _MAPPINGS[mapping]:
             await self.run(router, "nft", f'add rule ip nat post oifname "out" {rule}')
+
+    @asynccontextmanager
+    async def slowed(self, host: str, delay_ms: float) -> AsyncIterator[None]:
+        """Let each packet between a host with a public address and the internet travel that much longer, each way."""
+        ip = PUBLIC_HOSTS.get(host) or PRIVATE_HOSTS[host][0]
+        end, wire = f"to_{host}", f"wire_{host}"
+        lines = [
+            f"ip netns add {wire}",
+            f"ip -n internet link set {end} netns {wire}",
+            f"ip -n {wire} link set {end} up",
+            f"ip link add {end} netns internet type veth peer name far netns {wire}",
+            f"ip -n {wire} link set far up",
+            f"ip -n internet addr add {_first_of(ip)}/24 dev {end}",
+            f"ip -n internet link set {end} up",
+        ]
+        await trio.run_process([*self._enter, "sh", "-ec", "\n".join(lines)])
+        command = [*self.under(wire), sys.executable, str(_DELAYING_WIRE), str(delay_ms), end, "far"]
+        process = await trio.lowlevel.open_process(command)
+        try:
+            yield
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
 
     async def can_connect(self, host: str, ip: str, port: int) -> bool:
         """Whether a plain TCP connection succeeds."""
