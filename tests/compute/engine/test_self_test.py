@@ -42,13 +42,27 @@ def load(tmp_path: Path) -> Iterator[LoadSpan]:
 
 
 def check(span: SpanModel, quantize: str = "none", **settings: Any) -> Engine:
-    engine = Engine(span, **{"kv_tokens": 256, "page_tokens": 4} | settings)
+    engine = Engine(span, **{"kv_tokens": 8192, "page_tokens": 4} | settings)
     check_span(engine, span, quantize)
     return engine
 
 
-# Of its own attention in some releases and in all, with windows, sinks, compressed keys, experts, rows one by one.
-EACH_KIND = ("bloom", "codegen", "deepseek_v3", "gemma2", "gpt_oss", "gptj", "jetmoe", "llama", "mixtral", "mpt")
+# Of its own attention in some releases and in all, with running states, windows, sinks, compressed keys, experts, and
+# rows one by one.
+EACH_KIND = (
+    "bloom",
+    "codegen",
+    "deepseek_v3",
+    "gemma2",
+    "gpt_oss",
+    "gptj",
+    "jetmoe",
+    "lfm2",
+    "llama",
+    "mixtral",
+    "mpt",
+    "qwen3_next",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
