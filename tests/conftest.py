@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -51,6 +52,18 @@ def _run_under_trio(function: Callable[..., Any], real_time: bool) -> Callable[.
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     if inspect.iscoroutinefunction(pyfuncitem.obj):
         pyfuncitem.obj = _run_under_trio(pyfuncitem.obj, pyfuncitem.get_closest_marker("real_time") is not None)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo what a command that runs inside a test does to logging, for the tests after it."""
+    root, own = logging.getLogger(), logging.getLogger("peerd")
+    before, levels = tuple(root.handlers), (root.level, own.level)
+    yield
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+    for logger, level in zip((root, own), levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
