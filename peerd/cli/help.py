@@ -70,6 +70,7 @@ Join a swarm, at ADDRESS, which any of its peers printed when it started:
   peerd chat MODEL --bootstrap ADDRESS                         chat here
   peerd --client --model MODEL --bootstrap ADDRESS --open      in a browser
   peerd --serve-blocks auto --model MODEL --bootstrap ADDRESS  lend it a machine
+  peerd join LINK                                              by an invitation
 
 Start a swarm of your own:
   peerd --serve-blocks auto --model MODEL                      print its ADDRESS
@@ -92,7 +93,8 @@ def write_options(command: click.Command, ctx: click.Context, formatter: click.H
     order = [name for names in HEADINGS.values() for name in names]
     ranked = sorted(command.get_params(ctx), key=lambda param: order.index(param.name) if param.name in order else -1)
     for param in ranked:
-        if (record := param.get_help_record(ctx)) is not None:
+        # The usage names the arguments.
+        if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
             sections[heading_of.get(param.name or "", REST)].append(record)
     for heading, records in sections.items():
         if records:

@@ -187,8 +187,22 @@ def train_span(
 
 @cli.command(epilog=EXIT_CODES)
 @click.option("--prompt", default=DEMO_PROMPT, show_default=True, metavar="TEXT", help="What to ask the model.")
-@click.option("--servers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="How many.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=96, show_default=True, metavar="N")
+@click.option(
+    "--servers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="How many servers share the model's blocks.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=96,
+    show_default=True,
+    metavar="N",
+    help="The most tokens that the answer may have.",
+)
 @sampling_options
 @json_option
 @verbose_option

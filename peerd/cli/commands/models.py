@@ -44,11 +44,24 @@ def calibrate(ctx: click.Context, /, model: Path | str, text: Path, revision: st
 @click.command(epilog=EXIT_CODES)
 @click.argument("model", type=parse_model, metavar="MODEL")
 @revision_option
-@click.option("--device", "devices", type=parse_device, multiple=True, metavar="DEVICE", help="As of a server.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="As of a server.")
-@click.option("--kv-tokens", type=click.IntRange(min=1), metavar="N", help="As of a server.")
 @click.option(
-    "--memory", "memory_bytes", type=parse_memory, metavar="SIZE", help="As of a server. Default: what is free."
+    "--device",
+    "devices",
+    type=parse_device,
+    multiple=True,
+    metavar="DEVICE",
+    help="As of a server; repeat it for several. Default: cpu.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="As of a server. Default: the checkpoint's.")
+@click.option(
+    "--kv-tokens", type=click.IntRange(min=1), metavar="N", help="As of a server: positions, of all sessions."
+)
+@click.option(
+    "--memory",
+    "memory_bytes",
+    type=parse_memory,
+    metavar="SIZE",
+    help="As of a server, such as 6GiB. Default: what is free.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list, with an object for each device.")
 @click.pass_context

@@ -24,9 +24,8 @@ _name_option = click.option(
     "--name",
     type=parse_name,
     default=lambda: f"peerd-{profile()}" if profile() else "peerd",
-    show_default="peerd, and with a profile peerd-PROFILE",
     metavar="NAME",
-    help="The name of the service.",
+    help="The name of the service. Default: peerd, or peerd-PROFILE with --profile.",
 )
 
 

@@ -88,21 +88,23 @@ _OPTIONS = (
         type=parse_address,
         multiple=True,
         metavar="MULTIADDR",
-        help="Where to listen. Default for a server: /ip4/0.0.0.0/tcp/0/ws, any free port.",
+        help="Where to listen; port 0 is any free one. Repeat it for several. Default for a server:"
+        " /ip4/0.0.0.0/tcp/0/ws.",
     ),
     click.option(
         "--announce",
         type=parse_address,
         multiple=True,
         metavar="MULTIADDR",
-        help="Announced instead of the listen addresses, for forwarded ports and proxies.",
+        help="Announce this address instead of those of --listen, for forwarded ports and proxies. Repeat it for"
+        " several.",
     ),
     click.option(
         "--identity",
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="FILE",
         help="The file with this peer's key; created if it is missing. Each daemon needs its own. The files that the"
-        " peer keeps across restarts lie beside it.",
+        " peer keeps across restarts lie beside it. Default: in the state directory.",
     ),
     click.option(
         "--no-mdns",

@@ -30,7 +30,8 @@ _OPTIONS = (
         "--kv-tokens",
         type=click.IntRange(min=1),
         metavar="N",
-        help="How many positions' KV to keep, for all sessions together.",
+        help="How many positions' KV to keep, for all sessions together. Default: what fits into"
+        " --memory, else into half of what is free; at most 65536, with llamacpp 16384.",
     ),
     click.option(
         "--memory",
@@ -52,7 +53,7 @@ _OPTIONS = (
         type=click.Choice(ENGINES),
         default="auto",
         help="What computes: torch, or llamacpp, which serves GGUF files of the most common architectures on the CPU as"
-        " they are, without adapters and training; pip install peerd[llamacpp] installs it. Default: auto, which is"
+        " they are, without adapters and training; pip install 'peerd[llamacpp]' installs it. Default: auto, which is"
         " llamacpp where it is installed and torch would dequantize such a file, or else torch.",
     ),
     click.option(

@@ -52,8 +52,8 @@ no_relay_option = click.option(
 no_punch_option = click.option(
     "--no-punch",
     is_flag=True,
-    help="Stay with the relay where there is one, and do not try to reach the peer behind it directly, through its NAT"
-    " and ours. The peer learns our IP address only if we try.",
+    help="Reach a peer behind a relay only through that relay, and do not try to connect directly through both NATs, by"
+    " which the peer would learn this machine's IP address.",
 )
 
 
@@ -129,8 +129,9 @@ disk_option = click.option(
     "disk_bytes",
     type=parse_memory,
     metavar="SIZE",
-    help="The disk space for all of peerd's downloads from the hub, such as 200GB. The least recently used files are"
-    " deleted first; files that a running peer reads, or that other programs put into the cache, never are.",
+    help="The most disk space for all of peerd's downloads from the hub, such as 200GB. peerd deletes the least"
+    " recently used files first, and never those that a running peer reads or that other programs put into the cache."
+    " Default: no limit.",
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail.")
 log_format_option = click.option(
@@ -201,19 +202,19 @@ def sampling_options(command: Command) -> Command:
                 "--top-k",
                 type=click.IntRange(min=0),
                 metavar="K",
-                help="Choose among the K most likely tokens; 0: all.",
+                help="Choose among the K most likely tokens; 0: all. Default: the model's.",
             ),
             click.option(
                 "--top-p",
                 type=click.FloatRange(0, 1, min_open=True),
                 metavar="P",
-                help="Choose among the most likely tokens that together have probability P.",
+                help="Choose among the most likely tokens that together have probability P. Default: the model's.",
             ),
             click.option(
                 "--seed",
                 type=click.IntRange(min=0),
                 metavar="N",
-                help="The same seed draws the same tokens.",
+                help="The same seed draws the same tokens. Default: another one each time.",
             ),
         )
     ):

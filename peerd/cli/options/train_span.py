@@ -53,14 +53,46 @@ _OPTIONS = (
         metavar="N",
         help="Train until N steps are taken, those of earlier runs included.",
     ),
-    click.option("--rate", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="The learning rate."),
-    click.option("--optimizer", type=click.Choice(("adamw", "sgd")), default="adamw", show_default=True),
-    click.option("--decay", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="The weight decay."),
     click.option(
-        "--clip", type=click.FloatRange(min=0), default=1.0, show_default=True, help="The largest norm; 0 for any."
+        "--rate",
+        type=click.FloatRange(min=0),
+        default=1e-4,
+        show_default=True,
+        metavar="RATE",
+        help="The learning rate.",
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(("adamw", "sgd")),
+        default="adamw",
+        show_default=True,
+        help="How the servers step: adamw takes 16 bytes of their memory for each parameter, sgd 8.",
+    ),
+    click.option(
+        "--decay",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        show_default=True,
+        metavar="DECAY",
+        help="The weight decay.",
+    ),
+    click.option(
+        "--clip",
+        type=click.FloatRange(min=0),
+        default=1.0,
+        show_default=True,
+        metavar="NORM",
+        help="The largest norm of a step's gradient; 0 for any.",
     ),
     click.option("--rows", type=POSITIVE, default=4, show_default=True, metavar="N", help="Pieces of text in a step."),
-    click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens in a piece."),
+    click.option(
+        "--length",
+        type=click.IntRange(min=2),
+        default=128,
+        show_default=True,
+        metavar="N",
+        help="Tokens in a piece.",
+    ),
     click.option(
         "--save-every",
         type=POSITIVE,
@@ -77,7 +109,9 @@ _OPTIONS = (
     ),
     click.option("--publish", is_flag=True, help="Have the servers serve what was trained, as another model."),
     click.option("--peer", type=parse_peer_id, metavar="PEERID", help="Train on this server only."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Decides which pieces a step gets."),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, metavar="N", help="Decides which pieces a step gets."
+    ),
     click.option(
         "--identity",
         type=click.Path(dir_okay=False, path_type=Path),

@@ -81,6 +81,10 @@ def test_each_option_is_in_the_help_once_and_each_heading_names_options_that_exi
         )
 
 
+def test_an_argument_is_not_listed_among_the_options_of_a_daemon() -> None:
+    assert re.search(r"^  LINK\b", run("join", "--help").stdout.partition("Options:")[2], re.MULTILINE) is None
+
+
 def test_help_teaches_by_examples_and_lists_the_exit_codes() -> None:
     text = run("--help").stdout
     assert "peerd demo" in text
