@@ -367,12 +367,15 @@ class PeerConnection:
         self.lost = error
         self.core.go_away(error.code, str(error))
         log.debug("%s", self)
-        self._on_lost(self)
-        self._ended.set()
-        self.agreement.end()
-        self._streams.wake_all()
-        self._moving.cancel()
-        self._pump.stop()
+        try:
+            self._on_lost(self)
+        finally:
+            # Whatever an observer raises, the tasks of a connection that has ended must not wait for ever.
+            self._ended.set()
+            self.agreement.end()
+            self._streams.wake_all()
+            self._moving.cancel()
+            self._pump.stop()
 
     @property
     def _name(self) -> str:

@@ -284,6 +284,26 @@ async def test_observers_hear_of_peers_as_they_come_and_go():
         assert heard == [("connected", other.peer_id), ("lost", other.peer_id)]
 
 
+async def test_an_exception_while_others_are_told_of_the_end_leaves_no_task_waiting():
+    async with open_connected() as swarm:
+        one, other = await swarm.pair({"/echo/1": echo, "/sink/1": sink})
+        connection = await one.connect(other.peer_id, [address_of(1)])
+        stream = connection.open_stream("/sink/1")
+
+        def fail(_connection):
+            raise ValueError("a bug in an observer")
+
+        connection._on_lost = fail
+        with pytest.raises(ValueError, match="a bug in an observer"):
+            connection.close()
+        with trio.fail_after(1):
+            assert isinstance(await connection.wait_lost(), ConnectionLost)
+            with pytest.raises(ConnectionLost):
+                await stream.receive()
+            while other.live:
+                await trio.sleep(0.01)
+
+
 async def test_cancelling_closes_everything_within_a_second():
     async with open_connected(bytes_a_second=1000.0) as swarm:
         other = await swarm.start(1, {"/sink/1": sink})
