@@ -91,7 +91,7 @@ class Auditor:
         if self._rng.random() < self.probability:
             self.counts["chosen"] += 1
             # Chance also decides which of several answers to one prompt.
-            transcript = Transcript(self._rng.randrange(terms.size.max_rows), session.log.sent)
+            transcript = Transcript(self._rng.randrange(terms.size.max_rows), session.log.sent, MAX_BYTES)
 
         def ended() -> None:
             self._sessions.discard(session)

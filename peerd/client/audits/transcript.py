@@ -29,7 +29,10 @@ Sent = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowText:
-    """One row: inputs `[length, width]`, and results `[len(positions), width]` for these positions, in order."""
+    """One row: inputs `[length, width]`, and results `[len(positions), width]` for these positions, in order.
+
+    The inputs are empty if they were too many to copy.
+    """
 
     inputs: torch.Tensor
     positions: tuple[int, ...]
@@ -37,11 +40,15 @@ class RowText:
 
 
 class Transcript:
-    """The results of a session's rows, of which `row` will be audited. `sent` says what was sent of a row."""
+    """The results of a session's rows, of which `row` will be audited. `sent` says what was sent of a row.
 
-    def __init__(self, row: int, sent: Sent) -> None:
+    max_bytes: of a row that takes more, the inputs are not copied: those of a long text would take gigabytes.
+    """
+
+    def __init__(self, row: int, sent: Sent, max_bytes: int) -> None:
         self._row = row
         self._sent = sent
+        self._max_bytes = max_bytes
         self._rows: dict[int, dict[int, torch.Tensor]] = {}
         self._noted = 0
         self._ended: RowText | None = None
@@ -94,6 +101,7 @@ class Transcript:
         positions = tuple(self.positions)
         if not positions:
             return None
-        results = self._rows[self._row]
-        inputs = self._sent(self._row, positions[-1] + 1)
-        return RowText(inputs, positions, torch.stack([results[position] for position in positions]))
+        results = torch.stack([self._rows[self._row][position] for position in positions])
+        length = positions[-1] + 1
+        fits = results[0].nbytes * (length + len(positions)) <= self._max_bytes
+        return RowText(self._sent(self._row, length if fits else 0), positions, results)

@@ -22,7 +22,7 @@ def sent(row: int, end: int) -> torch.Tensor:
 
 
 def of(row: int) -> Transcript:
-    return Transcript(row, sent)
+    return Transcript(row, sent, max_bytes=10**6)
 
 
 def found(transcript: Transcript) -> RowText:
@@ -93,3 +93,18 @@ def test_many_rows_take_bounded_memory() -> None:
     last = of(rows - 1)
     last.note(step(*((row, 0, MAX_RESULTS) for row in range(rows)), want="all"), torch.zeros(rows * MAX_RESULTS, 1))
     assert last.text() is None
+
+
+def test_what_was_sent_of_a_row_that_is_too_long_is_not_copied() -> None:
+    copied: list[int] = []
+
+    def note_copy(row: int, end: int) -> torch.Tensor:
+        copied.append(end)
+        return sent(row, end)
+
+    # A position takes 4 bytes of inputs, and one of results.
+    for max_bytes, length in ((44, 10), (43, 0)):
+        transcript = Transcript(0, note_copy, max_bytes)
+        transcript.note(step((0, 0, 10)), values(9))
+        assert len(found(transcript).inputs) == length
+        assert copied.pop() == length
