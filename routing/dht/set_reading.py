@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import trio
 from kademlia.node import Node
 
+from peerd.routing.dht.lookup import GIVE_UP_S
 from peerd.routing.dht.messages import DIGEST_BYTES, WHOLE_SET_BYTES
 from peerd.routing.dht.table import PeerNode
 
@@ -74,6 +75,13 @@ class SetReader(Generic[R]):
         self.unsent: set[bytes] = set()
         self._is_asked_for_all = False
         self._answers: list[tuple[PeerNode, R]] = []
+        self._data: set[bytes] = set()
+        # The digests that were named, and those of records that we have.
+        self._claimed: set[bytes] = set()
+        self._known: set[bytes] = set()
+        # The peers that were asked for single records and have not answered yet.
+        self._waiting: set[bytes] = set()
+        self._heard = trio.lowlevel.ParkingLot()
 
     def __repr__(self) -> str:
         return f"<SetReader {self._salt.hex()}>"
@@ -88,29 +96,42 @@ class SetReader(Generic[R]):
         return reply
 
     async def complete(self, target: Node, held: Iterable[bytes]) -> set[bytes]:
-        """All records that were answered, and those that peers have beyond these and those `held` here."""
+        """All records that were answered, and those that peers have beyond these and those `held` here. Takes at most
+        2 s.
+        """
         replies = self._answers
-        data = {record for _, reply in replies for record in reply.records}
-        if not any(reply.digests for _, reply in replies):
-            return data
-        known = set(digests_of(self._salt, data | set(held)))
+        self._data = {record for _, reply in replies for record in reply.records}
+        self._claimed = {digest for _, reply in replies for digest in reply.digests}
+        if not self._claimed:
+            return self._data
+        self._known = set(digests_of(self._salt, self._data | set(held)))
         asked: set[bytes] = set()
-        for once in (True, False):
-            shares = _shares(replies, known, asked, once=once)
-            fetched: set[bytes] = set()
-            async with trio.open_nursery() as nursery:
-                for node, digests in shares:
-                    asked.add(node.id)
-                    nursery.start_soon(self._fetch, node, target, digests, fetched)
-            data |= fetched
-            known.update(digests_of(self._salt, fetched))
-        self.unsent = {node.id for node, reply in replies if not known.issuperset(reply.digests)}
-        return data
+        async with trio.open_nursery() as nursery:
+            await self._fetch_missing(nursery, target, asked, once=True)
+            await self._fetch_missing(nursery, target, asked, once=False)
+            nursery.cancel_scope.cancel()
+        self.unsent = {node.id for node, reply in replies if not self._known.issuperset(reply.digests)}
+        return self._data
 
-    async def _fetch(self, node: PeerNode, target: Node, digests: Sequence[bytes], fetched: set[bytes]) -> None:
+    async def _fetch_missing(self, nursery: trio.Nursery, target: Node, asked: set[bytes], *, once: bool) -> None:
+        """Ask peers that were not asked yet, and wait until nothing is missing or all have answered; but not for long:
+        a peer may say what it has and then be silent.
+        """
+        for node, digests in _shares(self._answers, self._known, asked, once=once):
+            asked.add(node.id)
+            self._waiting.add(node.id)
+            nursery.start_soon(self._fetch, node, target, digests)
+        with trio.move_on_after(GIVE_UP_S):
+            while self._waiting and not self._claimed <= self._known:
+                await self._heard.park()
+
+    async def _fetch(self, node: PeerNode, target: Node, digests: Sequence[bytes]) -> None:
         reply = await self._protocol.call_find_value(node, target, self._salt, digests)
         if reply is not None:
-            fetched.update(reply.records)
+            self._data.update(reply.records)
+            self._known.update(digests_of(self._salt, reply.records))
+        self._waiting.discard(node.id)
+        self._heard.unpark_all()
 
 
 def _shares(

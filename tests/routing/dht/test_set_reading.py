@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import trio
 
 from peerd.protocol.identity import Identity
 from peerd.protocol.records.envelope import ServerRecord, sign_record
@@ -144,3 +145,27 @@ async def test_one_that_keeps_back_what_it_claims_makes_no_view_partial(big, ser
     for peer in list(big.peers.values())[1:]:
         found = await peer.dht.get(servers_of(MODEL, 0), whole=True)
         assert {one.signed.encode() for one in found} == set(records)
+
+
+async def test_one_that_names_what_it_has_and_is_silent_then_holds_nobody_up(big, server_body, monkeypatch):
+    records = await filled(big, server_body, 60)
+    client = await reader_of(big)
+    transport = type(client.dht._protocol._transport)
+    original = transport.request
+    silent: list[Any] = []
+
+    async def request(carrier, contact, packet):
+        if packet.header["type"] == "find_value":
+            if "salt" not in packet.header:
+                return Packet(Found().to_header())
+            if "only" in packet.header and not silent:
+                silent.append(contact.peer_id)
+                await trio.sleep_forever()
+        return await original(carrier, contact, packet)
+
+    monkeypatch.setattr(transport, "request", request)
+    started = trio.current_time()
+    found = await client.dht.get(servers_of(MODEL, 0))
+    assert {one.signed.encode() for one in found} == set(records)
+    assert silent
+    assert trio.current_time() - started < 1.5
