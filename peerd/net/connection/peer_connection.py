@@ -259,14 +259,16 @@ class PeerConnection:
             connection ends, it is cancelled.
         A bug, also in a handler, ends this connection with `internal`; it is raised only under PEERD_STRICT=1.
         """
-        async with trio.open_nursery() as handling:
-            self._handling = handling
-            try:
-                await self._move(partial(settle, self))
-            finally:
-                await self._channel.aclose()
-            handling.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
-        self.core.release()
+        try:
+            async with trio.open_nursery() as handling:
+                self._handling = handling
+                try:
+                    await self._move(partial(settle, self))
+                finally:
+                    await self._channel.aclose()
+                handling.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
+        finally:
+            self.core.release()
 
     @property
     def is_our_choice(self) -> bool:

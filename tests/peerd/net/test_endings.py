@@ -304,6 +304,25 @@ async def test_an_exception_while_others_are_told_of_the_end_leaves_no_task_wait
                 await trio.sleep(0.01)
 
 
+async def test_a_dial_that_is_cancelled_in_the_handshake_holds_no_memory(monkeypatch):
+    async with open_connected() as swarm:
+        one, other = await swarm.pair()
+        opened = []
+        open_buffers = one.budget.open
+
+        def open_noted(owner=""):
+            opened.append(open_buffers(owner))
+            return opened[-1]
+
+        monkeypatch.setattr(one.budget, "open", open_noted)
+        swarm.network.stop("10.0.0.1")
+        with trio.move_on_after(2) as waiting:
+            await one.connect(other.peer_id, [address_of(1)])
+        assert waiting.cancelled_caught
+        await trio.sleep(1)
+        assert [buffers.is_closed for buffers in opened] == [True]
+
+
 async def test_cancelling_closes_everything_within_a_second():
     async with open_connected(bytes_a_second=1000.0) as swarm:
         other = await swarm.start(1, {"/sink/1": sink})
