@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.families.running_state import RunningState
@@ -18,6 +19,8 @@ from peerd.protocol.rows import DECODE_POSITIONS
 
 #: The states that a row keeps in each block: one from which it can go back, the last one, and one between them.
 STATES = 3
+# Clients choose how far back their rows can be cut, so not all layouts that were ever asked for are kept.
+_KEPT_LAYOUTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +33,39 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Inputs of a log that lie side by side: `inputs` of them, of which each takes `rows` matrix rows of one tensor."""
+
+    tensor: int
+    first: int
+    rows: int
+    inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlaces:
+    """Where a block's log of inputs lies. A client says how long it is, so it is not a list of all places."""
+
+    runs: tuple[Run, ...]
+
+    def __len__(self) -> int:
+        return sum(run.inputs for run in self.runs)
+
+    def __getitem__(self, number: int) -> Place:
+        left = number
+        for run in self.runs:
+            if left < run.inputs:
+                return Place(run.tensor, run.first + left * run.rows, run.rows)
+            left -= run.inputs
+        raise IndexError(f"input {number} of a log of {len(self)}")
+
+
+@dataclass(frozen=True, slots=True)
 class BlockPlaces:
     """Where one block's states (each a place for every tensor of the state) and its log of inputs lie."""
 
     states: tuple[tuple[Place, ...], ...]
-    log: tuple[Place, ...]
+    log: LogPlaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +95,16 @@ class StateLayout:
         self._states = [kind.state for kind in kinds]
         self._tensors = tuple(tensors)
         self._itemsize = itemsize
-        self._found: dict[tuple[int, int], StatePlaces] = {}
+        # Both the main thread and the device thread ask.
+        self._found = lru_cache(_KEPT_LAYOUTS)(self._places)
 
     def places(self, room: int, page_tokens: int) -> StatePlaces:
         """The places for a row that can be cut `room` positions behind its end, in pages of `page_tokens` slots."""
-        found = self._found.get((room, page_tokens))
-        if found is None:
-            matrices = [(heads * page_tokens, width) for heads, width in self._tensors]
-            found = self._found[room, page_tokens] = self._place(log_positions(room), matrices)
-        return found
+        return self._found(room, page_tokens)
+
+    def _places(self, room: int, page_tokens: int) -> StatePlaces:
+        matrices = [(heads * page_tokens, width) for heads, width in self._tensors]
+        return self._place(log_positions(room), matrices)
 
     def _place(self, inputs: int, matrices: list[tuple[int, int]]) -> StatePlaces:
         values = sum(
@@ -92,9 +124,7 @@ class StateLayout:
         try:
             states = [None if state is None else self._take_states(free, state) for state in self._states]
             return tuple(
-                None
-                if state is None or kept is None
-                else BlockPlaces(kept, tuple(free.take(state.width) for _ in range(inputs)))
+                None if state is None or kept is None else BlockPlaces(kept, free.take_log(state.width, inputs))
                 for state, kept in zip(self._states, states, strict=True)
             )
         except _Full:
@@ -122,3 +152,16 @@ class _Free:
                 self._taken[tensor] += wanted
                 return Place(tensor, first, wanted)
         raise _Full
+
+    def take_log(self, values: int, inputs: int) -> LogPlaces:
+        """Places for a log of so many inputs of `values` numbers."""
+        runs = []
+        for tensor, (rows, width) in enumerate(self._matrices):
+            each, first = -(-values // width) if width else rows + 1, self._taken[tensor]
+            if count := min((rows - first) // each, inputs):
+                self._taken[tensor] += count * each
+                runs.append(Run(tensor, first, each, count))
+                inputs -= count
+        if inputs:
+            raise _Full
+        return LogPlaces(tuple(runs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from peerd.compute.families.layer_kinds import LayerKind
 from peerd.compute.families.running_state import RunningState, StateTensor
 from peerd.compute.kv.layout import PAGE_TOKENS, lay_out, rollback_room
 from peerd.compute.kv.state_layout import STATES, Place, log_positions
+from peerd.protocol.messages.session import MAX_LENGTH
 
 CONVOLVED = LayerKind(None, None, 0, 0, 0, state=RunningState("conv", 2048, StateTensor((2048, 3))))
 DELTA = LayerKind(
@@ -43,7 +45,8 @@ def test_nothing_overlaps_and_little_is_wasted(name: str) -> None:
             assert block is None
             continue
         assert block is not None
-        taken += [place for state in block.states for place in state] + list(block.log)
+        taken += [place for state in block.states for place in state]
+        taken += [block.log[number] for number in range(len(block.log))]
         assert (len(block.states), len(block.log)) == (STATES, log_positions(64))
         values += STATES * sum(tensor.values(2) for tensor in kind.state.tensors) + len(block.log) * kind.state.width
     in_order = sorted(taken, key=lambda place: (place.tensor, place.first))
@@ -69,3 +72,20 @@ def test_a_longer_way_back_takes_a_longer_log_and_no_more_states() -> None:
     near, far = (layout.places(rollback_room(back), PAGE_TOKENS) for back in (0, 100))
     values = (far.pages - near.pages) * PAGE_TOKENS * FULL.values_per_token
     assert values == pytest.approx(200 * 2048, rel=0.1)
+
+
+def test_a_way_back_of_any_length_costs_nothing_to_refuse() -> None:
+    layout = lay_out(SPANS["lfm2"], itemsize=2)
+    assert layout.states is not None
+    tracemalloc.start()
+    try:
+        # The longest that a client may ask for: a list of places would be of gigabytes.
+        tokens = layout.tokens_wanted(max_length=1, max_rollback=MAX_LENGTH)
+        for back in range(1000):
+            layout.states.places(rollback_room(back), PAGE_TOKENS)
+        kept_bytes, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tokens > MAX_LENGTH
+    assert most_bytes < 8e6
+    assert kept_bytes < 2e6
