@@ -16,10 +16,13 @@ from torch import nn
 
 from peerd.compute.adapters.span_adapters import SpanAdapters
 from peerd.compute.families.layer_kinds import LayerKind
+from peerd.compute.kv.layout import BATCH_TOKENS
 from peerd.compute.state.mixer_cache import MixerCache
 from peerd.compute.state.store import RowStates, States, StateStore
 from peerd.compute.steps import Segment
 
+#: How many logged inputs run through a mixer at once.
+REPLAYED_AT_ONCE = BATCH_TOKENS
 # The names by which blocks pass hidden states, masks and caches to their mixers.
 _HIDDEN = ("hidden_states", "input_states", "x")
 _CACHES = ("cache", "past_key_values", "cache_params")
@@ -123,12 +126,14 @@ class BlockMixer:
         self, row: RowStates, states: States, segment: Segment, start: int, end: int, others: dict[str, Any]
     ) -> States:
         """Bring a state from `start` to `end` by the inputs in the log."""
-        if start == end:
-            return states
-        logged = row.inputs(self._layer, start, end)
-        again = Segment(start, end - start, (), segment.prompt_length, segment.adapter)
-        _, after = self._mix(logged[None], tuple(tensor[None] for tensor in states), [again], others)
-        return tuple(tensor[0] for tensor in after)
+        # A client says how far its rows go back, but there is memory for the activations of one batch.
+        for first in range(start, end, REPLAYED_AT_ONCE):
+            last = min(first + REPLAYED_AT_ONCE, end)
+            logged = row.inputs(self._layer, first, last)
+            again = Segment(first, last - first, (), segment.prompt_length, segment.adapter)
+            _, after = self._mix(logged[None], tuple(tensor[None] for tensor in states), [again], others)
+            states = tuple(tensor[0] for tensor in after)
+        return states
 
     def _end(self, row: RowStates, segment: Segment, inputs: torch.Tensor, states: States) -> None:
         """Keep a row's state after the segment, and log the inputs unless there are too many."""

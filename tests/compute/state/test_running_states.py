@@ -19,6 +19,7 @@ from peerd.compute.errors import InvalidStepError, NoRoomError, StepGapError, Un
 from peerd.compute.families.lookup import FAMILIES
 from peerd.compute.kv.layout import RESENT_POSITIONS
 from peerd.compute.model.span_model import load_span
+from peerd.compute.state import mixers
 from peerd.compute.state.mixers import BlockMixer
 from peerd.compute.state.store import RowStates
 from peerd.protocol.rows import Fork, RowSlice, SessionSize
@@ -194,6 +195,25 @@ def test_a_batch_that_fails_halfway_and_runs_again_changes_nothing(
         for seq, part in enumerate(parts):
             expected = convolved.outputs[part.text, part.start : part.start + part.count]
             torch.testing.assert_close(results[seq], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_run_again_a_few_at_a_time_however_far_a_row_goes_back(
+    whole: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(whole, batch_tokens=16)
+    chain.open("a", max_length=LONG, max_rollback=LONG)
+    chain.check(Part("a", 0, 0, 0, 100))
+    monkeypatch.setattr(mixers, "REPLAYED_AT_ONCE", 16)
+    mix, lengths = BlockMixer._mix, []
+
+    def watched(self: BlockMixer, hidden: torch.Tensor, *others: Any) -> Any:
+        lengths.append(hidden.shape[1])
+        return mix(self, hidden, *others)
+
+    monkeypatch.setattr(BlockMixer, "_mix", watched)
+    chain.check(Part("a", 0, 0, 75, 2))
+    assert sum(lengths) > 50
+    assert max(lengths) == 16
 
 
 def test_states_take_kv_tokens_for_as_long_as_their_session_lives(whole: Reference) -> None:
