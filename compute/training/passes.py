@@ -152,9 +152,10 @@ class PassRunner:
         return micros
 
     def tape_bytes(self, given: PassInput, micros: Sequence[MicroBatch]) -> tuple[int, int]:
-        """The bytes of a tape at least (inputs alone) and at most (with all graphs)."""
+        """The bytes of a tape at least (inputs, and what the client trains) and at most (with all graphs)."""
         cost = self.cost(given.blocks)
-        least = sum(cost.inputs_bytes(micro.positions) for micro in micros)
+        # Each tape has leaves of its own, which may be far larger than the inputs of a short row.
+        least = given.tunables.leaves_bytes + sum(cost.inputs_bytes(micro.positions) for micro in micros)
         graphs = sum(block.kept_bytes(len(m.rows), m.longest) for m in micros for block in cost.blocks)
         return least, least + graphs
 
@@ -271,10 +272,10 @@ class ForwardWork(TrainingWork):
 
     def _run(self) -> Generator[None, None, None]:
         runner, given = self._runner, self._given
-        inputs_bytes, _ = runner.tape_bytes(given, self._micros)
+        least_bytes, _ = runner.tape_bytes(given, self._micros)
         leaves = runner.leaves(given)
-        taping = 0 < inputs_bytes <= self._tape_bytes
-        tape = Tape(given, self._micros, leaves, inputs_bytes) if taping else None
+        taping = 0 < least_bytes <= self._tape_bytes
+        tape = Tape(given, self._micros, leaves, least_bytes) if taping else None
         output = torch.empty(given.hidden.shape, dtype=runner.whole.dtype)
         for micro in self._micros:
             hidden = runner.on_device(micro.gather(given.hidden))

@@ -71,13 +71,18 @@ class Tunables:
             else:
                 self._check_lora(block, name, tensor, shapes[block].linears)
 
+    @property
+    def leaves_bytes(self) -> int:
+        """What their copies with gradients (`BlockLeaves`) take, in fp32, without the gradients."""
+        return _FP32_BYTES * sum(tensor.numel() for tensor in self.tensors.values())
+
     def working_bytes(self) -> tuple[int, int]:
         """What they take on the device beside a pass: once, and for each position of a micro-batch.
 
         Each is there with its gradient, both in fp32. A block's LoRA pairs keep their inner values and their inputs in
         fp32 for the backward.
         """
-        once = 2 * _FP32_BYTES * sum(tensor.numel() for tensor in self.tensors.values())
+        once = 2 * self.leaves_bytes
         by_block: dict[int, int] = {}
         for (block, name), tensor in self.tensors.items():
             if tensor.dim() == 2 and name not in _PREFIXES:

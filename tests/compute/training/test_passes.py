@@ -240,6 +240,20 @@ def test_a_tape_never_takes_more_than_it_may_and_changes_no_result(llama: Whole,
     assert_close_to_its_size(backward.grad, by_autograd(llama, hidden, grad, Tunables()).grad)
 
 
+def test_a_tape_is_charged_for_its_copies_of_what_the_client_trains(llama: Whole):
+    span = Span(0, 8)
+    runner, hidden, rows = passes_of(llama, span), random(3, WIDTH, seed=1), (3,)
+    bare, own = (PassInput(span, rows, hidden, tunables) for tunables in (Tunables(), tunables_of(llama, span, 1)))
+    (before, _), (least, _) = (runner.tape_bytes(given, runner.plan(given)) for given in (bare, own))
+    forwards = [runner.forward(own, runner.plan(own), allowed) for allowed in (least - 1, least)]
+    device_turns(forwards)
+    assert forwards[0].tape is None
+    assert forwards[1].tape is not None
+    leaves = [leaf for block in forwards[1].tape.leaves.values() for leaf in block.named().values()]
+    assert forwards[1].tape.size_bytes == before + sum(leaf.nbytes for leaf in leaves)
+    assert sum(leaf.nbytes for leaf in leaves) > before
+
+
 def test_a_pass_over_some_blocks_of_a_span_runs_those(llama: Whole):
     whole, inner = passes_of(llama, Span(0, 8)), passes_of(llama, Span(2, 5))
     hidden = random(12, WIDTH)
