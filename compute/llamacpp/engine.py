@@ -75,6 +75,13 @@ class LlamaEngine(BaseEngine):
         self._sequences = Sequences(MAX_SEQUENCES, first=_SCRATCH + 1)
         self._planned: _Planned | None = None
 
+    def tokens_wanted(self, size: SessionSize) -> int:
+        """As `BaseEngine.tokens_wanted`, but at least the part of the pool that the rows take of the sequences.
+
+        So who holds most of the sequences, with rows of a few positions, counts as who holds most of the pool.
+        """
+        return max(super().tokens_wanted(size), self._sequences.share_of(self.total_tokens, size.max_rows))
+
     def open(
         self,
         session: Hashable,

@@ -41,6 +41,10 @@ class Sequences:
         if rows > len(self._free):
             raise NoRoomError(f"{rows} rows wanted, llama.cpp has {len(self._free)} of {self._all} free", free_tokens)
 
+    def share_of(self, tokens: int, rows: int) -> int:
+        """The part of so many KV tokens that belongs to `rows` of all sequences, rounded up."""
+        return -(-rows * tokens // self._all)
+
     def open(self, session: Hashable, rows: int) -> None:
         """Give the session a sequence for each row. `check_room` said that there are enough."""
         self._of[session] = tuple(self._free.pop() for _ in range(rows))

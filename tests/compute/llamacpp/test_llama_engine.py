@@ -188,6 +188,14 @@ def test_rows_beyond_the_sequences_are_refused_until_some_are_free(llama_engine:
     engine.open("more", SessionSize(1, max_rows=100))
 
 
+def test_many_short_rows_count_as_the_sequences_that_they_hold(llama_engine: Load):
+    engine = llama_engine(SPAN, kv_tokens=8192)
+    # Half of the sequences are half of the pool, which is what admission looks at; a usual row costs its positions.
+    assert engine.tokens_wanted(SessionSize(1, max_rows=128)) > engine.total_tokens // 2
+    assert engine.tokens_wanted(SessionSize(1, max_rows=255)) == engine.total_tokens
+    assert engine.tokens_wanted(SessionSize(100)) == 112
+
+
 def test_a_session_that_closes_in_a_running_batch_is_freed_behind_it(llama_engine: Load):
     engine = llama_engine(SPAN, kv_tokens=64)
     engine.open("a", SessionSize(64))
