@@ -141,7 +141,12 @@ def _unmet_wish(spec: ServeSpec) -> str:
     """What the operator wants that llama.cpp lacks; empty if nothing."""
     if not _on_host(spec):
         return f"computes on the CPU only, not on {spec.device}"
-    wishes = {"--dtype": spec.dtype, "--quantize": spec.quantize, "--adapter": spec.adapters}
+    wishes = {
+        "--dtype": spec.dtype,
+        "--quantize": spec.quantize,
+        "--adapter": spec.adapters,
+        "--client-adapters": spec.client_adapter_bytes,
+    }
     given = [name for name, value in wishes.items() if value]
     return f"has no {' and no '.join(given)}" if given else ""
 

@@ -65,6 +65,8 @@ def break_llamacpp(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"quantize": "none"}, TORCH),
         ({"quantize": "packed"}, TORCH),
         ({"adapters": (("one", "folder"),)}, TORCH),
+        ({"client_adapter_bytes": 10**6}, TORCH),
+        ({"client_adapter_bytes": 0}, LLAMACPP),
         ({"device": "cuda:0"}, TORCH),
     ],
     ids=str,
