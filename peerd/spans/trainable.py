@@ -42,7 +42,7 @@ from peerd.protocol.messages.span_training import MAX_SNAPSHOTS, MAX_TRAINED_BLO
 from peerd.protocol.span import Span
 from peerd.spans.budget import pass_bytes_of
 from peerd.spans.slots import Slot, Slots
-from peerd.spans.spec import ServeSpec, Trainable
+from peerd.spans.spec import AUTO, ServeSpec, Trainable
 
 if TYPE_CHECKING:
     from peerd.compute.checkpoint.checkpoint import Checkpoint
@@ -133,7 +133,9 @@ class TrainableSpans:
             return digest
         await _writing("trained blocks", _lay_out, folder, description, copy.newest)
         span = _around(copy.trainer.model.span, copy.served, description)
-        spec = replace(copy.spec, model=folder, revision=None, blocks=span, stay=True, adapters=(), trainable=None)
+        spec = replace(
+            copy.spec, model=folder, revision=None, blocks=span, stay=True, adapters=(), trainable=None, engine=AUTO
+        )
         try:
             await self._serve(spec)
             log.info("serving blocks %s that were trained in %d steps, as %s", span, copy.trainer.step, folder)

@@ -317,6 +317,8 @@ async def test_what_was_published_before_goes_when_the_new_is_served_however_tha
     slots, withdrawn = [other, old], []
 
     async def serve(spec: peerd.ServeSpec) -> None:
+        # The base may be a GGUF file that llama.cpp computes; trained blocks are none.
+        assert spec.engine == "auto"
         if ends != "refused":
             slots.append(slot(Path(spec.model), description.model_digest))
         if ends == "cancelled":
@@ -336,7 +338,7 @@ async def test_what_was_published_before_goes_when_the_new_is_served_however_tha
         folder=tmp_path / "copy",
         newest=None,
         served=peerd.Span(0, 4),
-        spec=peerd.ServeSpec(path, stay=True),
+        spec=peerd.ServeSpec(path, stay=True, engine="llamacpp"),
         trainer=SimpleNamespace(model=model, step=1),
     )
     spans: Any = TrainableSpans(slots, serve, withdraw)  # type: ignore[arg-type]
