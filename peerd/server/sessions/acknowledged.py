@@ -15,6 +15,9 @@ from peerd.protocol.messages.session import OpenSession
 
 # A client that vanishes leaves less than this unacknowledged; signing and checking take 0.3 ms together.
 RECEIPT_EVERY = 1024
+# Receipts that may come beyond one for each RECEIPT_EVERY positions that we computed: the last one of the hop, and those
+# of positions that the hop before us computed. An honest client sends one or two of them.
+_SPARE_RECEIPTS = 16
 
 OnReceipt = Callable[[PeerId, Receipt, bytes, int, bool], None]
 """Takes the client, a valid receipt, its bytes, how many positions it acknowledges beyond those before it, and whether
@@ -36,6 +39,7 @@ class Acknowledged:
         self.positions = 0
         # How many the last receipt said.
         self._said = 0
+        self._taken = 0
         self._opening = opening
         self._client = client
         self._server = server
@@ -46,6 +50,10 @@ class Acknowledged:
 
     def take(self, signed: bytes) -> None:
         """Count a receipt. Raises RemoteProtocolError for one that no honest client sends."""
+        # Before the signature, whose check is what a flood of receipts would cost us.
+        self._taken += 1
+        if self._taken > self.computed // RECEIPT_EVERY + _SPARE_RECEIPTS:
+            raise RemoteProtocolError(f"{self._taken} receipts of {self.computed} positions")
         receipt = open_receipt(signed, client=self._client)
         opening = self._opening
         theirs = receipt.session, receipt.hop, receipt.model, receipt.start, receipt.end, receipt.server

@@ -149,6 +149,17 @@ async def test_a_receipt_counts_once(open_swarm):
         assert acknowledged(host) == [(caller.identity.peer_id, 1, 5, 20)]
 
 
+async def test_a_flood_of_valid_receipts_ends_the_session(open_swarm):
+    """Each says more than the one before it, and costs the check of a signature; none of it was computed."""
+    async with open_swarm() as swarm:
+        host, caller, stream, receipt = await opened(swarm)
+        for number in range(17):
+            await acknowledge(stream, caller.identity, replace(receipt, positions=100 + number))
+        assert await is_refused(caller, stream)
+        assert acknowledged(host) == [(caller.identity.peer_id, 1, 5, 20)]
+        assert host.server.sessions == 0
+
+
 @pytest.mark.parametrize("data", [b"", bytes(157), bytes(159), bytes(15_000)], ids=len)
 async def test_bytes_that_are_no_receipt_are_refused(open_swarm, data):
     async with open_swarm() as swarm:
