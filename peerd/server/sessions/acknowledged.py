@@ -15,8 +15,8 @@ from peerd.protocol.messages.session import OpenSession
 
 # A client that vanishes leaves less than this unacknowledged; signing and checking take 0.3 ms together.
 RECEIPT_EVERY = 1024
-# Receipts that may come beyond one for each RECEIPT_EVERY positions that we computed: the last one of the hop, and those
-# of positions that the hop before us computed. An honest client sends one or two of them.
+# Receipts that may come beyond one for each RECEIPT_EVERY positions that we computed: the last one of the hop, and
+# those of positions that the hop before us computed. An honest client sends one or two of them.
 _SPARE_RECEIPTS = 16
 
 OnReceipt = Callable[[PeerId, Receipt, bytes, int, bool], None]

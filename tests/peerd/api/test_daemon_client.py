@@ -138,8 +138,12 @@ async def test_a_daemon_that_goes_is_said_by_every_session(open_daemon):
     [
         ({"model": "nobody's"}, {}, 'there is no model "nobody\'s" here; models: bytes'),
         ({"model": "bytes", "end": 10}, {}, "has blocks 0:9, not 0:10"),
-        ({"model": "bytes"}, {(0, "layer.lora_A"): ROW[:2]}, r"layer\.lora_A is one of a pair, layer\.lora_A and layer\.lora_B"),
-        ({"model": "bytes", "max_length": 8}, {(0, "prompt"): torch.ones(3)}, r"a deep prompt or prefix is \[positions, width\]"),
+        ({"model": "bytes"}, {(0, "layer.lora_A"): ROW[:2]}, r"one of a pair, layer\.lora_A and layer\.lora_B"),
+        (
+            {"model": "bytes", "max_length": 8},
+            {(0, "prompt"): torch.ones(3)},
+            r"prompt or prefix is \[positions, width\]",
+        ),
         ({"model": "bytes", "adapter": "poet"}, {(0, PROMPT): ROW[:2]}, "a session has one of both"),
         ({"model": "bytes", "adapter": "../poet"}, {}, "an adapter's name in the swarm; send your own"),
         ({"model": "bytes", "max_length": 8, "adapter": "poet"}, {}, "poet"),

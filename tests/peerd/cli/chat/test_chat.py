@@ -63,7 +63,9 @@ class Daemon:
             elif target == "/peerd/v1/swarm":
                 await stream.send_all(_json({"peer_id": PEER, "models": []}))
             elif target == "/peerd/v1/status":
-                await stream.send_all(_json({"peers": [{"peer_id": PEER, "rtt_ms": 1.5, "way": "direct", "relay": None}]}))
+                await stream.send_all(
+                    _json({"peers": [{"peer_id": PEER, "rtt_ms": 1.5, "way": "direct", "relay": None}]})
+                )
             else:
                 self.asked.append(json.loads(body))
                 for part in self.answers.pop(0):
