@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -23,6 +23,7 @@ from typing import Generic, Protocol, TypeVar
 import trio
 
 from peerd.protocol.addresses import IpAddress
+from peerd.protocol.errors import ConnectFailed
 
 # The wait before a dial that was refused is repeated, each time twice as long: the other side may not have dialled yet,
 # so that its machine, or its NAT, answered for it.
@@ -86,16 +87,6 @@ class OwnPort(Generic[Channel]):
             dial.close()
             raise
 
-    async def connect_until_open(self, ip: IpAddress, port: int) -> trio.SocketStream:
-        """As `connect`, but tries again until it is cancelled."""
-        pause_s = FIRST_PAUSE_S
-        while True:
-            try:
-                return await self.connect(ip, port)
-            except OSError:
-                await trio.sleep(pause_s)
-                pause_s *= 2
-
     @contextmanager
     def awaiting(self, ip: IpAddress, port: int) -> Iterator[trio.MemoryReceiveChannel[Channel]]:
         """Receive the channel that a peer opens from this address; one at most. Who comes second is served as others
@@ -124,6 +115,19 @@ class OwnPort(Generic[Channel]):
         except trio.WouldBlock:
             return False
         return True
+
+
+async def until_open(dial: Callable[[], Awaitable[Channel]]) -> Channel:
+    """Dial again, after ever longer pauses, until a dial does not raise ConnectFailed. A NAT may refuse a connection,
+    and may also reset one that was open for a moment.
+    """
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return await dial()
+        except ConnectFailed:
+            await trio.sleep(pause_s)
+            pause_s *= 2
 
 
 def _may_share(sock: trio.socket.SocketType) -> bool:

@@ -11,7 +11,7 @@ import trio
 
 from peerd.net.dial_policy import ANYWHERE, DialPolicy
 from peerd.net.dialling.names import Names, connect_to_any
-from peerd.net.dialling.own_port import OwnPort
+from peerd.net.dialling.own_port import OwnPort, until_open
 from peerd.net.transport import MessageChannel
 from peerd.net.websockets.channel import WebSocketChannel
 from peerd.protocol.addresses import Multiaddr
@@ -52,6 +52,7 @@ class WebSocketTransport:
         """Connect to a peer that connects to us at this moment; see `Transport.meet`."""
         ip = address.ip
         assert ip is not None
+        dial = partial(self._own_port.connect, ip, address.port)
         met: list[WebSocketChannel] = []
         with self._own_port.awaiting(ip, address.port) as accepted:
             try:
@@ -62,7 +63,7 @@ class WebSocketTransport:
                         nursery.cancel_scope.cancel()
 
                     async def connect() -> None:
-                        met.append(await _hosted(partial(self._own_port.connect_until_open, ip, address.port), tasks))
+                        met.append(await until_open(partial(_hosted, dial, tasks)))
                         nursery.cancel_scope.cancel()
 
                     nursery.start_soon(accept)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import trio
 
+from peerd.net.websockets import channel as channels
 from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.trio_tools import open_tasks
@@ -96,3 +97,23 @@ async def test_a_meeting_that_is_cancelled_leaves_nothing_behind():
         with trio.move_on_after(0.1):
             await client.meet(at(there), tasks, as_server=False)
         assert repr(client._own_port).endswith("awaited=0>")
+
+
+async def test_a_connection_that_is_reset_as_soon_as_it_is_open_is_dialled_again(monkeypatch):
+    resets = []
+    remote = channels.remote
+
+    def remote_or_reset(stream):
+        ip, port = remote(stream)
+        if port == there and not resets:
+            resets.append(port)
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return ip, port
+
+    async with two_listening() as ((client, _), (_, there), tasks):
+        monkeypatch.setattr(channels, "remote", remote_or_reset)
+        with trio.fail_after(10):
+            met = await client.meet(at(there), tasks, as_server=True)
+        assert met.remote_port == there
+        met.abort()
+    assert resets == [there]
