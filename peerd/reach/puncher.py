@@ -166,11 +166,12 @@ class Puncher:
 
     def _checked(self, connection: PeerConnection, at: Multiaddr) -> Multiaddr:
         """The address that a peer names, if we may dial it. Raises InvalidRequest, UnsupportedFeature."""
-        if connection.far_ip is None or at.ip is None:
+        if connection.relay is None or connection.far_ip is None or at.ip is None:
             raise UnsupportedFeature("the relay does not say where it sees you")
         if at.ip != connection.far_ip:
             raise InvalidRequest("the relay does not see you at that address")
-        if not self._connections.strangers_policy.permits(at.ip):
+        # A relay on the internet that says it sees the peer in our own network lies.
+        if not self._connections.strangers_policy.named_from(connection.relay.remote_ip).permits(at.ip):
             raise UnsupportedFeature("we dial no private address for a stranger")
         return at
 

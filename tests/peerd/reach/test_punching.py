@@ -6,6 +6,7 @@ from ipaddress import ip_address
 import pytest
 import trio
 
+from peerd.net.dial_policy import DialPolicy
 from peerd.net.live_connections import RETIRED_S
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.hello import Hello
@@ -238,6 +239,20 @@ async def test_nobody_is_dialled_whom_the_relay_does_not_see_as_that_peer(victim
         await trio.sleep(10)
         assert dials_of(world, CALLER) == before
         assert not world.network.meetings
+
+
+async def test_a_relay_on_the_internet_names_no_address_in_a_private_one():
+    async with natted(punches=False) as (world, here, there):
+        await start_puncher(world, here)
+        # Our swarm has peers in our own network too.
+        here.strangers_policy = DialPolicy(lambda: [Multiaddr("ip4", "192.168.1.2", 1)])
+        await call(world, here)
+        await until(lambda: id_of(CALLER) in there.live)
+        here.live[id_of(RESERVED)].far_ip = ip_address("192.168.1.1")
+        stream = there.live[id_of(CALLER)].open_stream(PUNCH_PROTOCOL)
+        said = await say(stream, Punch(Multiaddr("ip4", "192.168.1.1", 80)), (Punch, Failure))
+        assert isinstance(said, Failure)
+        assert said.code == "unsupported"
 
 
 async def test_an_agreed_dial_is_repeated_a_few_times_and_no_more_whatever_the_peer_says():
