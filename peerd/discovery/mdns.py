@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -68,10 +69,12 @@ async def open_zeroconf() -> AsyncIterator[Multicast]:
             return
         token = trio.lowlevel.current_trio_token()
         try:
-            browser = await trio.to_thread.run_sync(partial(_browse, zeroconf, send, token))
+            stopping = Event()
+            browser = await trio.to_thread.run_sync(partial(_browse, zeroconf, send, token, stopping))
             try:
                 yield _Zeroconf(zeroconf, receive)
             finally:
+                stopping.set()
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(browser.cancel)
         finally:
@@ -94,8 +97,13 @@ def _start() -> Zeroconf:
     return Zeroconf()
 
 
-def _browse(zeroconf: Zeroconf, send: trio.MemorySendChannel[Sighting], token: trio.lowlevel.TrioToken) -> Any:
-    from zeroconf import ServiceBrowser, ServiceStateChange
+def _browse(
+    zeroconf: Zeroconf, send: trio.MemorySendChannel[Sighting], token: trio.lowlevel.TrioToken, stopping: Event
+) -> Any:
+    """Look for our service. stopping: is set before the browser is cancelled, which waits for the names that it has not
+    looked up yet.
+    """
+    from zeroconf import Error, ServiceBrowser, ServiceStateChange
 
     def hand_over(sighting: Sighting) -> None:
         try:
@@ -104,9 +112,14 @@ def _browse(zeroconf: Zeroconf, send: trio.MemorySendChannel[Sighting], token: t
             return
 
     def changed(zeroconf: Zeroconf, service_type: str, name: str, state_change: Any) -> None:
-        if state_change is ServiceStateChange.Removed:
+        if state_change is ServiceStateChange.Removed or stopping.is_set():
             return
-        info = zeroconf.get_service_info(service_type, name, timeout=_ASK_MS)
+        try:
+            info = zeroconf.get_service_info(service_type, name, timeout=_ASK_MS)
+        except Error as error:
+            # Anybody can announce a name that the package refuses. An exception would end the browser's thread.
+            log.debug("passed over what a neighbour in this network announces: %r", error)
+            return
         if info is None or info.port is None:
             return
         words = {

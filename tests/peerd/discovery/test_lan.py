@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -255,6 +257,58 @@ async def test_real_multicasts_arrive_with_all_that_was_said_and_follow_changes(
                     pass
                 continue
             pytest.skip("this machine's network passes on no multicasts")
+
+
+class FakeZeroconf:
+    """The package's thread that browses, which passes names to our handler until one raises."""
+
+    class Error(Exception):
+        pass
+
+    class ServiceStateChange(Enum):
+        Added, Removed = 1, 2
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.changed: Callable[..., None] | None = None
+
+    def Zeroconf(self) -> FakeZeroconf:
+        return self
+
+    def ServiceBrowser(self, _zeroconf: object, _service: str, handlers: list[Callable[..., None]]) -> FakeZeroconf:
+        [self.changed] = handlers
+        return self
+
+    def get_service_info(self, _service: str, name: str, timeout: int) -> object:
+        assert timeout > 0
+        self.asked.append(name)
+        if "\x01" in name:
+            raise self.Error("control characters")
+        return SimpleNamespace(port=4000, properties={b"v": b"1"}, parsed_addresses=lambda: [A])
+
+    def announced(self, label: str) -> None:
+        assert self.changed is not None
+        self.changed(self, SERVICE, f"{label}.{SERVICE}", self.ServiceStateChange.Added)
+
+    def cancel(self) -> None:
+        # It passes on what waits before it ends.
+        self.announced("late")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.real_time
+async def test_a_name_that_the_package_refuses_is_passed_over_and_the_end_waits_for_no_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeZeroconf()
+    monkeypatch.setitem(sys.modules, "zeroconf", fake)
+    async with open_zeroconf() as multicast:
+        for label in ("a\x01b", "good"):
+            await trio.to_thread.run_sync(fake.announced, label)
+        assert await multicast.sightings.receive() == Sighting("good", (A,), 4000, {"v": "1"})
+    assert fake.asked == [f"a\x01b.{SERVICE}", f"good.{SERVICE}"]
 
 
 async def test_without_the_package_nothing_is_found_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
