@@ -124,7 +124,8 @@ class Neighbourhood:
     async def meet(self) -> None:
         """Get to know the peers of our swarm that announce themselves, until cancelled."""
         async for sighting in self._multicast.sightings:
-            if self._is_new(sighting) and self._is_of_ours(sighting):
+            # Only those that could be ours are remembered: many peers of other swarms may be in the same network.
+            if self._is_of_ours(sighting) and self._is_new(sighting):
                 await self._meet(sighting)
 
     def _is_new(self, sighting: Sighting) -> bool:
