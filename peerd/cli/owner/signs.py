@@ -145,7 +145,10 @@ def _answer_of(command: list[str]) -> str:
     if shutil.which(command[0]) is None:
         return ""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, stdin=subprocess.DEVNULL)
+        # The names of other processes may hold any bytes.
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_ASK_S, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -144,3 +144,11 @@ def test_torch_s_numbers_become_the_driver_s() -> None:
     assert gpus_of(["cpu", "cuda:0", "cuda:1"], "") == [0, 1]
     assert gpus_of(["cuda:0", "cuda:1"], "3,1") == [3, 1]
     assert gpus_of(["cuda:0"], "GPU-8932f937") == [0]
+
+
+def test_an_answer_that_is_no_text_is_read_as_far_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "loginctl"
+    program.write_text("#!/bin/sh\nprintf 'Name=\\303\\nActiveSession=c1\\nIdleHint=no\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert Watch(root=tmp_path).look().input_idle_s == 0.0
