@@ -47,8 +47,13 @@ class OwnEndpoint:
 
     async def run(self) -> None:
         """Hold the connections of `seen_by`, until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            await trio.sleep_forever()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await trio.sleep_forever()
+            finally:
+                # A handler may still run, which must not start a task in a nursery that has ended.
+                self._nursery = None
 
     @asynccontextmanager
     async def seen_by(self, relay: PeerConnection) -> AsyncIterator[Multiaddr]:

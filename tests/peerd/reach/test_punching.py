@@ -10,10 +10,11 @@ from peerd.net.dial_policy import DialPolicy
 from peerd.net.live_connections import RETIRED_S
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.connection.hello import Hello
-from peerd.protocol.errors import StreamReset
+from peerd.protocol.errors import ConnectFailed, StreamReset
 from peerd.protocol.messages.punch import PUNCH_PROTOCOL, Now, Punch
 from peerd.protocol.messages.relay import Connect, Connected, Reserve
 from peerd.protocol.messages.session import Failure
+from peerd.reach.own_endpoint import OwnEndpoint
 from peerd.reach.puncher import MAX_AT_ONCE, PUNCHES_BURST, Puncher
 from tests.fakes.relay_fixture import LISTEN, World, address, ask, id_of, open_world, say, until
 
@@ -209,6 +210,20 @@ async def test_a_peer_that_many_call_at_once_meets_all_of_them_and_keeps_one_con
         await until(lambda: all(direct(each, RESERVED) for each in (here, *others)))
         # One to each relay, and one to each peer.
         assert len(dials_of(world, RESERVED)) - before == 2 + 5
+
+
+async def test_a_peer_that_is_about_to_end_learns_nothing_more_and_starts_nothing():
+    async with natted(punches=False) as (_, here, _there):
+        endpoint = OwnEndpoint(here)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(endpoint.run)
+            await trio.sleep(1)
+            async with endpoint.seen_by(here.live[id_of(1)]) as at:
+                assert at.host == outside(CALLER)
+            nursery.cancel_scope.cancel()
+        with pytest.raises(ConnectFailed):
+            async with endpoint.seen_by(here.live[id_of(1)]):
+                pass
 
 
 # Peers that want somebody else dialled.
