@@ -149,7 +149,7 @@ class LiveConnections:
 
     def has_room(self) -> bool:
         """Whether one more peer may dial us."""
-        return len(self._live) + len(self._arriving) < self._max_live or _most_idle(self._live.values()) is not None
+        return len(self._open) + len(self._arriving) < self._max_live or _most_idle(self._open) is not None
 
     async def close_when_unused(self, connection: PeerConnection) -> None:
         """Close a connection that we dialled when it was unused for IDLE_S, if enough others that we dialled are
@@ -205,10 +205,15 @@ class LiveConnections:
         old.retired.set()
         log.debug("%s is reached directly now, and no longer through %s", old.peer_id, old.relay)
 
+    @property
+    def _open(self) -> tuple[PeerConnection, ...]:
+        """All that take a place: also relayed ones whose peers are reached directly, or were until they left."""
+        return (*self._live.values(), *self._retired.values())
+
     def _make_room(self, connection: PeerConnection) -> None:
-        if len(self._live) < self._max_live:
+        if len(self._open) < self._max_live:
             return
-        if (spared := _most_idle(self._live.values())) is not None:
+        if (spared := _most_idle(self._open)) is not None:
             spared.close(IDLE, "others need the room")
         elif not connection.dialled:
             raise Overloaded(f"{self._max_live} peers are connected here, and all are busy")
@@ -219,9 +224,7 @@ class LiveConnections:
         share = max(1, self._max_live // SHARE_OF_A_NETWORK)
         if not network or connection.peer_id in self._live:
             return
-        others = [
-            other for other in (*self._live.values(), *self._arriving) if not other.dialled and other.network == network
-        ]
+        others = [other for other in (*self._open, *self._arriving) if not other.dialled and other.network == network]
         if len(others) < share:
             return
         if (spared := _most_idle(others)) is None:

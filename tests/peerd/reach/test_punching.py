@@ -138,6 +138,23 @@ async def test_a_stream_of_the_relayed_connection_goes_on_and_new_ones_take_the_
         assert await ask(here, RESERVED) == b"hi"
 
 
+async def test_a_relayed_connection_takes_a_place_as_long_as_it_is_open():
+    async with natted() as (world, here, there):
+        relayed = await call(world, here)
+        stream = relayed.open_stream("/echo/1")
+        await stream.send({"n": 0})
+        await until_direct(here, there)
+        # Both relays, the caller, and the caller through a relay.
+        there._live._max_live = 4
+        assert not there._live.has_room()
+        world.network.disconnect(inside(CALLER), inside(RESERVED))
+        await until(lambda: id_of(CALLER) not in there.live)
+        there._live._max_live = 3
+        assert not there._live.has_room()
+        stream.reset("closed")
+        await until(lambda: there._live.has_room())
+
+
 async def test_a_peer_that_is_met_was_never_lost():
     async with natted() as (world, here, there):
         lost = []
