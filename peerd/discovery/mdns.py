@@ -63,7 +63,8 @@ async def open_zeroconf() -> AsyncIterator[Multicast]:
     async with send, receive:
         try:
             zeroconf = await trio.to_thread.run_sync(_start)
-        except (ImportError, OSError) as error:
+        # The package raises RuntimeError if no interface has an IPv4 address.
+        except (ImportError, OSError, RuntimeError) as error:
             log.info("peers in this network do not find each other by multicast DNS: %s", error)
             yield _Nothing(receive)
             return

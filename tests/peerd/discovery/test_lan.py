@@ -323,6 +323,21 @@ async def test_a_name_that_the_package_refuses_is_passed_over_and_the_end_waits_
     assert fake.asked == [f"a\x01b.{SERVICE}", f"good.{SERVICE}"]
 
 
+@pytest.mark.real_time
+@pytest.mark.parametrize("error", [OSError("no such device"), RuntimeError("No interfaces to listen on")], ids=repr)
+async def test_without_a_network_nothing_is_found_and_nothing_fails(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "zeroconf", SimpleNamespace(Zeroconf=fail))
+    async with open_zeroconf() as nothing:
+        await nothing.announce(Sighting("x", (A,), 1))
+        with pytest.raises(trio.WouldBlock):
+            nothing.sightings.receive_nowait()
+
+
 async def test_without_the_package_nothing_is_found_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run_sync(work, *arguments):
         await trio.lowlevel.checkpoint()
