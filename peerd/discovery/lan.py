@@ -159,11 +159,15 @@ class Neighbourhood:
         known = peer_id in {contact.peer_id for contact in self._discovery.contacts()}
         if known:
             return
-        # Only then may we dial what the DHT says of this network.
+        # Only then may we dial what the DHT says of this network, and this peer itself.
+        before = len(self._neighbours)
         self._neighbours += addresses
         if await self._discovery.meet(Contact(peer_id, addresses)):
             log.info("found %s in this network", peer_id)
-        del self._neighbours[:-MAX_NEIGHBOURS]
+            del self._neighbours[:-MAX_NEIGHBOURS]
+        else:
+            # Nobody has proved that the swarm is in this network.
+            del self._neighbours[before:]
 
     async def _who_is(self, sighting: Sighting, addresses: Sequence[Multiaddr]) -> PeerId:
         """The PeerId; in a private swarm only the handshake tells it. Raises PeerFault, InvalidRequest, ValueError."""

@@ -214,6 +214,22 @@ async def test_one_that_does_not_answer_is_asked_again_only_after_a_while() -> N
         assert 0 < first < len(around.network.dialled)
 
 
+async def test_only_a_neighbour_that_answers_shows_that_the_swarm_is_in_this_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peer_parts, "own_networks", lambda: (Multiaddr("ip4", A, 0),))
+    async with world() as around:
+        client = await around.peer(A, listens=False)
+        gone = Identity.from_seed(b"x" * 32).peer_id
+        around.lan.tell(Sighting("gone", (B,), 4000, {"v": "1", "peer": str(gone)}))
+        await trio.sleep(20)
+        assert (A, B) in around.network.dialled
+        assert client.discovery.may_dial([Multiaddr("ip4", B, 1)]) == ()
+        await around.peer(C)
+        await trio.sleep(20)
+        assert client.discovery.may_dial([Multiaddr("ip4", B, 1)]) == (Multiaddr("ip4", B, 1),)
+
+
 async def test_a_flood_of_names_is_forgotten_in_the_end() -> None:
     async with world() as around:
         one = await around.peer(A)
