@@ -9,8 +9,8 @@ is lost if this fails.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -48,6 +48,8 @@ ROUNDS, MEET_S = 2, 2.0
 # How often one peer, and the peers of one public network, may make us dial: each time costs that network ten packets.
 PUNCHES_BURST, PUNCHES_A_SECOND, NETWORK_FACTOR = 3, 1 / 60, 8
 MAX_AT_ONCE = 8
+# For a place among those, while the other end waits for our answer.
+PLACE_S = 5.0
 
 
 class Puncher:
@@ -59,12 +61,13 @@ class Puncher:
         self._connections = connections
         self._own_endpoint = OwnEndpoint(connections)
         self._rates = Rates(PUNCHES_A_SECOND, PUNCHES_BURST, network_factor=NETWORK_FACTOR)
-        self._running = 0
+        # Many may call at once, as after a restart of their relay: the others wait.
+        self._places = trio.Semaphore(MAX_AT_ONCE)
         # The peers that we could not meet, each left alone for longer every time.
         self._faults = TrackRecord(trio.current_time)
 
     def __repr__(self) -> str:
-        return f"<Puncher running={self._running}>"
+        return f"<Puncher running={MAX_AT_ONCE - self._places.value}>"
 
     async def run(self) -> None:
         """Ask each peer that calls us through a relay to dial us, while we dial it, until cancelled."""
@@ -86,10 +89,12 @@ class Puncher:
         try:
             hello = await connection.wait_hello()
             await trio.sleep(PATIENCE_S)
-            is_gone = connection.lost is not None
-            if is_gone or PUNCH_PROTOCOL not in hello.protocols or self._faults.is_avoided(peer):
+            if PUNCH_PROTOCOL not in hello.protocols or self._faults.is_avoided(peer):
                 return
-            with self._room(connection):
+            async with self._places:
+                if connection.lost is not None:
+                    return
+                self._count(connection)
                 await self._meet_asked(connection)
             self._faults.succeeded(peer)
             log.info("connected to %s directly: both sides dialled, and the relay is no longer needed", peer)
@@ -129,7 +134,8 @@ class Puncher:
             if connection is not stream.connection or connection is None or not connection.dialled:
                 raise InvalidRequest("only a peer that we called through a relay asks us to dial it")
             target = self._checked(connection, asked.at)
-            with self._room(connection):
+            async with self._place():
+                self._count(connection)
                 async with self._own_endpoint.seen_by(self._relay_of(connection)) as at:
                     with self._connections.meetings.expecting(target):
                         await stream.send(Punch(at).to_header())
@@ -175,17 +181,24 @@ class Puncher:
             raise UnsupportedFeature("we dial no private address for a stranger")
         return at
 
-    @contextmanager
-    def _room(self, connection: PeerConnection) -> Iterator[None]:
-        """Count one meeting. Raises Overloaded if the peer or its network has had too many, or too many run."""
-        owner = Owner.at(connection.peer_id, connection.far_ip)
-        if self._running >= MAX_AT_ONCE or not self._rates.may(owner, trio.current_time()):
-            raise Overloaded("too many holes to punch: stay with the relay")
-        self._running += 1
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """One of the places for meetings, while the peer that asks waits. Raises Overloaded if none becomes free."""
+        try:
+            with trio.fail_after(PLACE_S):
+                await self._places.acquire()
+        except trio.TooSlowError:
+            raise Overloaded("too many holes to punch: stay with the relay") from None
         try:
             yield
         finally:
-            self._running -= 1
+            self._places.release()
+
+    def _count(self, connection: PeerConnection) -> None:
+        """Count one meeting. Raises Overloaded if the peer or its network has had too many."""
+        owner = Owner.at(connection.peer_id, connection.far_ip)
+        if not self._rates.may(owner, trio.current_time()):
+            raise Overloaded("too many holes to punch for you: stay with the relay")
 
 
 async def _agree(stream: Stream, at: Multiaddr) -> Punch:

@@ -211,22 +211,32 @@ async def test_a_connection_that_was_only_measured_is_not_punched():
         assert len(world.network.dialled) == before
 
 
+async def all_meet(world, here, more):
+    """Let the caller and `more` others, each behind a NAT of its own, call at once, and meet whom they call."""
+    callers = [here]
+    for number in range(30, 30 + more):
+        world.network.put_behind_nat(inside(number), outside(number))
+        callers.append(await world.start(number))
+        for relay in (1, 2):
+            await callers[-1].connect(id_of(relay), [address(relay)])
+        await start_puncher(world, callers[-1])
+    before = len(dials_of(world, RESERVED))
+    async with trio.open_nursery() as nursery:
+        for each in callers:
+            nursery.start_soon(call, world, each)
+    await until(lambda: all(direct(each, RESERVED) for each in callers))
+    return len(dials_of(world, RESERVED)) - before
+
+
 async def test_a_peer_that_many_call_at_once_meets_all_of_them_and_keeps_one_connection_to_learn_where_it_is():
     async with natted() as (world, here, _):
-        others = []
-        for number in range(30, 34):
-            world.network.put_behind_nat(inside(number), outside(number))
-            others.append(await world.start(number))
-            for relay in (1, 2):
-                await others[-1].connect(id_of(relay), [address(relay)])
-            await start_puncher(world, others[-1])
-        before = len(dials_of(world, RESERVED))
-        async with trio.open_nursery() as nursery:
-            for each in (here, *others):
-                nursery.start_soon(call, world, each)
-        await until(lambda: all(direct(each, RESERVED) for each in (here, *others)))
         # One to each relay, and one to each peer.
-        assert len(dials_of(world, RESERVED)) - before == 2 + 5
+        assert await all_meet(world, here, 4) == 2 + 5
+
+
+async def test_those_for_whom_there_is_no_place_at_first_are_met_a_little_later():
+    async with natted() as (world, here, _):
+        await all_meet(world, here, MAX_AT_ONCE)
 
 
 async def test_a_peer_that_is_about_to_end_learns_nothing_more_and_starts_nothing():
@@ -362,7 +372,8 @@ async def test_at_most_a_few_meetings_run_at_a_time():
         puncher = await start_puncher(world, here)
         await call(world, here)
         await until(lambda: id_of(CALLER) in there.live)
-        puncher._running = MAX_AT_ONCE
+        for _ in range(MAX_AT_ONCE):
+            await puncher._places.acquire()
         stream = there.live[id_of(CALLER)].open_stream(PUNCH_PROTOCOL)
         said = await say(stream, Punch(Multiaddr("ip4", outside(RESERVED), 4444)), (Punch, Failure))
         assert isinstance(said, Failure)
