@@ -58,6 +58,10 @@ class Invitation:
             raise ValueError(f"a model's name has at most {MAX_MODEL_CHARS} printable characters")
         if self.key is not None and (len(self.key) != SWARM_KEY_BYTES or self.swarm != swarm_digest(self.key)):
             raise ValueError("the key is not that of the swarm")
+        if len(str(self)) > MAX_LINK_CHARS:
+            raise ValueError(
+                f"the link would have more than {MAX_LINK_CHARS} characters: give the model a shorter name"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Invitation:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import peer_id_of
-from peerd.protocol.invitation import MAX_LINK_CHARS, Invitation, swarm_digest
+from peerd.protocol.invitation import MAX_LINK_CHARS, MAX_MODEL_CHARS, Invitation, swarm_digest
 
 VECTORS = json.loads((Path(__file__).parents[2] / "spec/vectors/discovery/invitation.json").read_text())["invitations"]
 VALID = [case for case in VECTORS if "error" not in case]
@@ -66,6 +66,13 @@ def test_no_key_is_shown_but_in_the_link_itself() -> None:
 def test_a_key_of_another_swarm_cannot_be_put_into_a_link() -> None:
     with pytest.raises(ValueError, match="not that of the swarm"):
         Invitation((ADDRESS,), "", swarm_digest(KEY), bytes(32))
+
+
+def test_no_link_is_written_that_would_be_too_long_to_be_read() -> None:
+    longest = Invitation((ADDRESS,), "x" * MAX_MODEL_CHARS)
+    assert Invitation.parse(str(longest)) == longest
+    with pytest.raises(ValueError, match="shorter name"):
+        Invitation((ADDRESS,), "模" * MAX_MODEL_CHARS)
 
 
 @given(st.text(max_size=200))

@@ -32,8 +32,10 @@ def invitation_of(peer: Peer, facts: ModelFacts) -> Invitation | None:
     """The invitation to a model of the swarm; None while we have no address to give."""
     known = [(contact.peer_id, contact.addresses) for contact in peer.discovery.contacts()]
     peers = addresses_to_give([*known, (peer.peer_id, peer.addresses)])
-    name = (facts.hub_name or facts.name)[:MAX_MODEL_CHARS]
-    return Invitation(peers, name if name.isprintable() else "", peer.connections.swarm) if peers else None
+    name = facts.hub_name or facts.name
+    # A letter that is not ASCII takes up to twelve characters of a link.
+    is_sayable = name.isprintable() and len(name.encode()) <= MAX_MODEL_CHARS
+    return Invitation(peers, name if is_sayable else "", peer.connections.swarm) if peers else None
 
 
 def addresses_to_give(peers: Iterable[tuple[PeerId, Iterable[Multiaddr]]]) -> tuple[Multiaddr, ...]:
