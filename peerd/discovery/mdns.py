@@ -33,7 +33,13 @@ class _Zeroconf:
         self._announced: Any = None
 
     async def announce(self, sighting: Sighting | None) -> None:
-        await trio.to_thread.run_sync(self._announce, sighting)
+        from zeroconf import Error
+
+        try:
+            await trio.to_thread.run_sync(self._announce, sighting)
+        except (Error, OSError) as error:
+            # Of a machine that is too busy for it, or whose interfaces have changed. The next change is announced anew.
+            log.info("this peer is not announced by multicast DNS: %r", error)
 
     def _announce(self, sighting: Sighting | None) -> None:
         from zeroconf import ServiceInfo
@@ -81,7 +87,7 @@ async def open_zeroconf() -> AsyncIterator[Multicast]:
         finally:
             # Takes back what was announced.
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(zeroconf.close)
+                await trio.to_thread.run_sync(_close, zeroconf)
 
 
 class _Nothing:
@@ -96,6 +102,16 @@ def _start() -> Zeroconf:
     from zeroconf import Zeroconf
 
     return Zeroconf()
+
+
+def _close(zeroconf: Zeroconf) -> None:
+    from zeroconf import Error
+
+    try:
+        zeroconf.close()
+    except Error as error:
+        # Of a machine that is too busy for it: the others' caches forget us in time.
+        log.info("this peer's announcement by multicast DNS was not taken back: %r", error)
 
 
 def _browse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -337,6 +338,27 @@ async def test_a_name_that_the_package_refuses_is_passed_over_and_the_end_waits_
             await trio.to_thread.run_sync(fake.announced, label)
         assert await multicast.sightings.receive() == Sighting("good", (A,), 4000, {"v": "1"})
     assert fake.asked == [f"a\x01b.{SERVICE}", f"good.{SERVICE}"]
+
+
+@pytest.mark.real_time
+async def test_a_machine_too_busy_to_announce_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The package waits ten seconds for its own thread, and then raises, also when it is closed."""
+    caplog.set_level(logging.INFO)
+    fake = FakeZeroconf()
+
+    def busy(*_arguments: object) -> None:
+        raise fake.Error
+
+    monkeypatch.setattr(fake, "register_service", busy, raising=False)
+    monkeypatch.setattr(fake, "close", busy)
+    monkeypatch.setattr(fake, "ServiceInfo", lambda *_arguments, **_fields: None, raising=False)
+    monkeypatch.setitem(sys.modules, "zeroconf", fake)
+    async with open_zeroconf() as multicast:
+        await multicast.announce(Sighting("x", (A,), 1))
+    assert "is not announced" in caplog.text
+    assert "not taken back" in caplog.text
 
 
 @pytest.mark.real_time

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from peerd.net.websockets import channel as channels
+from peerd.net.websockets.tcp import remote
 from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 from peerd.trio_tools import open_tasks
@@ -101,7 +102,6 @@ async def test_a_meeting_that_is_cancelled_leaves_nothing_behind():
 
 async def test_a_connection_that_is_reset_as_soon_as_it_is_open_is_dialled_again(monkeypatch):
     resets = []
-    remote = channels.remote
 
     def remote_or_reset(stream):
         ip, port = remote(stream)
