@@ -24,7 +24,8 @@ def figures() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["servers_of_a_shard", "addresses_of_a_server"])
 def test_through_an_hour_of_churn_every_live_server_is_found(figures: dict[str, Any], kind: str) -> None:
-    assert figures["replaced"] > 25
+    # Of 100 peers 30 are to be replaced in the hour, give or take twice the root of that.
+    assert figures["replaced"] > 18
     assert figures[kind]["lookups"] > 180
     assert figures[kind]["records_expected"] >= figures[kind]["lookups"]
     assert figures[kind]["records_missing"] == 0

@@ -8,10 +8,12 @@ from pathlib import Path
 from starlette.routing import Route
 
 from peerd.api.app import Api
+from peerd.api.metrics.endpoint import MetricsEndpoint
 from peerd.api.models import Models
 from peerd.api.openai.answering import Answering
 from peerd.api.web.files import is_page_path
 from peerd.api.web.history import History
+from peerd.api.web.invitations import InvitationsApi
 
 PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 
@@ -22,9 +24,18 @@ def named():
     return set(re.findall(r"`(GET|POST|DELETE) ([^`]+)`", table))
 
 
+class NoFigures:
+    """A daemon that has nothing to count yet."""
+
+    def collect(self):
+        return ()
+
+
 def offered():
-    api = Api(Models({}), None, None, None, History(), Answering())
-    routes = [route for route in api.app().routes if isinstance(route, Route) and not is_page_path(route.path)]
+    models = Models({})
+    api = Api(models, None, None, None, History(), Answering())
+    app = api.app(*MetricsEndpoint(NoFigures()).routes(), *InvitationsApi(None, models).routes())
+    routes = [route for route in app.routes if isinstance(route, Route) and not is_page_path(route.path)]
     return {
         (method, re.sub(r"\{(\w+)(:path)?\}", lambda found: found[1].upper(), route.path))
         for route in routes
