@@ -216,6 +216,16 @@ class TrackRecord:
         if doubt is None or seq <= doubt.announced_seq:
             return
         doubt.announced_seq = seq
+        self._ask_soon(doubt)
+
+    def wanted(self, peer_id: PeerId) -> None:
+        """Note that no other peer serves what this one announces: if it could not be reached, ask it soon, since it may
+        be back.
+        """
+        if (doubt := self._doubts.get(peer_id)) is not None:
+            self._ask_soon(doubt)
+
+    def _ask_soon(self, doubt: _Doubt) -> None:
         is_being_asked = doubt.ask_at_s == float("inf") and doubt.unanswered < MAX_UNANSWERED
         if doubt.unanswered and not is_being_asked:
             doubt.ask_at_s = min(doubt.ask_at_s, max(self._now(), doubt.asked_at_s + MIN_ASKING_S))

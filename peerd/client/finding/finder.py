@@ -6,7 +6,7 @@ announcements say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
@@ -100,14 +100,24 @@ class SwarmFinder:
             try:
                 return await self._plan(blocks, needs, exclude, FRESH_S)
             except NoChain as error:
+                self._look_for_the_missing(error)
                 raise self._explained(error) from None
+
+    def _look_for_the_missing(self, error: NoChain) -> None:
+        """Have the peers asked that announce the missing blocks and could not be reached: the pauses between questions
+        grow, and one of them may have been back for a while.
+        """
+        if self._track_record.has_doubts:
+            for offer in self._permitted:
+                if _overlaps(offer.span, error.missing):
+                    self._track_record.wanted(offer.peer_id)
 
     def _explained(self, error: NoChain) -> NoChain:
         """The error with the reasons why the peers that announce the missing blocks cannot be reached."""
         reasons = dict.fromkeys(
             why
             for offer in self._permitted
-            if any(offer.span.start < end and start < offer.span.end for start, end in error.missing)
+            if _overlaps(offer.span, error.missing)
             if (why := self._track_record.why_avoided(offer.peer_id))
         )
         reasons |= dict.fromkeys(self._directory.odd_clocks(self._model, error.missing))
@@ -209,6 +219,10 @@ class SwarmFinder:
     def succeeded(self, peer: PeerId) -> None:
         """Forget that the peer failed."""
         self._track_record.succeeded(peer)
+
+
+def _overlaps(span: Span, ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(span.start < end and start < span.end for start, end in ranges)
 
 
 @dataclass(frozen=True, slots=True)

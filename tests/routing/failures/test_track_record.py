@@ -185,6 +185,21 @@ def test_a_new_announcement_of_a_gone_peer_is_a_reason_to_ask_but_an_old_one_is_
         assert proving.take_doubted() == [A]
 
 
+def test_a_peer_that_is_wanted_is_asked_soon_but_not_all_the_time(proving: TrackRecord, clock: Clock) -> None:
+    proving.wanted(A)
+    assert not proving.has_doubts
+    proving.doubt(A)
+    proving.take_doubted()
+    proving.wanted(A)
+    assert proving.take_doubted() == [], "it is being asked"
+    for _ in range(12):
+        proving.unanswered(A)
+        proving.wanted(A)
+        assert proving.take_doubted() == []
+        clock.now += MIN_ASKING_S
+        assert proving.take_doubted() == [A]
+
+
 def test_a_broken_connection_is_no_failure(proving: TrackRecord, clock: Clock) -> None:
     proving.doubt(A)
     assert proving.is_avoided(A)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from random import Random
 
+import pytest
 import trio
 
 from peerd.client.finding.finder import SwarmFinder
+from peerd.protocol.errors import NoChain
 from peerd.protocol.identity import Identity, PeerId
 from peerd.protocol.records.envelope import PeerRecord, ServerRecord, sign_record
 from peerd.protocol.span import Span
@@ -49,6 +52,9 @@ class Announced:
     def doubt(self, peer_id: PeerId) -> None:
         self.doubted.append(peer_id)
 
+    def odd_clocks(self, model: bytes, missing: Collection[tuple[int, int]]) -> list[str]:
+        return []
+
 
 def finder_of(announced: Announced, seed: int) -> SwarmFinder:
     track_record = TrackRecord(trio.current_time)
@@ -86,3 +92,26 @@ async def test_a_client_keeps_its_opinion_when_announcements_are_renewed() -> No
     for seq in range(2, 12):
         announced.offers = [replace(o, record=replace(o.record, seq=seq)) for o in announced.offers]
         assert await chosen(finder) == before
+
+
+async def test_where_nobody_else_is_left_a_peer_that_did_not_answer_is_asked_again_soon() -> None:
+    """It may be back long before its next question is due."""
+    gone, elsewhere = offer(0, span=Span(0, 4)), offer(1, span=Span(4, 8))
+    record = TrackRecord(trio.current_time, by_proof=True)
+    finder = SwarmFinder(Announced([gone, elsewhere]), record, MODEL, 8, Random(0))
+    await finder.offers(0.0)
+    for each in (gone, elsewhere):
+        record.doubt(each.peer_id)
+    for _ in range(4):
+        for peer_id in record.take_doubted():
+            record.unanswered(peer_id)
+        await trio.sleep(record.asks_at_s - trio.current_time())
+    for peer_id in record.take_doubted():
+        record.unanswered(peer_id)
+    assert record.asks_at_s > trio.current_time() + 30
+    await trio.sleep(2)
+    with pytest.raises(NoChain):
+        await finder.find(Span(0, 4), tokens=10, exclude=())
+    assert record.take_doubted() == [gone.peer_id]
+    record.answered(gone.peer_id)
+    assert (await finder.find(Span(0, 4), tokens=10, exclude=())).hops[0].peer_id == gone.peer_id
