@@ -44,9 +44,10 @@ class LmHead(nn.Module):
 
     def make_shortlist(self) -> None:
         """Prepare for `only_best`, if this CPU gains by it: a byte for each weight. Blocks the thread."""
-        self._shortlist_positions = most_positions(self.weight, product)
+        weight = self.weight.detach()
+        self._shortlist_positions = most_positions(weight, product)
         if self._shortlist_positions:
-            self._shortlist = Shortlist.of(self.weight.detach())
+            self._shortlist = Shortlist.of(weight)
 
     @contextmanager
     def only_best(self, most: int | None) -> Iterator[None]:

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 
 from peerd.compute.device.measurements import device_name, remembered
+from peerd.compute.quantized.formats import INT8_STRIDE
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,13 @@ class Shortlist:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Shortlist:
-        """Quantize row by row. Blocks the thread for a second for each gigabyte or so."""
+        """Quantize row by row. Blocks the thread for a second for each gigabyte or so.
+
+        Raises ValueError for a width that torch's int8 product cannot read, since that does not check it.
+        """
         vocabulary, width = weight.shape
+        if width % INT8_STRIDE:
+            raise ValueError(f"a width of {width} is no multiple of {INT8_STRIDE}")
         quantized = torch.empty(vocabulary, width, dtype=torch.int8)
         gains = torch.empty(vocabulary, dtype=torch.bfloat16)
         errors, norms = torch.empty(vocabulary), torch.empty(vocabulary)
@@ -129,7 +135,7 @@ def most_positions(weight: torch.Tensor, product: Product) -> int:
     Measured the first time for this CPU, shape, dtype, number of threads and release of torch: a tenth of a second.
     """
     vocabulary, width = weight.shape
-    if weight.device.type != "cpu" or weight.numel() < _SMALLEST or vocabulary < 4 * SHORTLIST:
+    if weight.device.type != "cpu" or weight.numel() < _SMALLEST or vocabulary < 4 * SHORTLIST or width % INT8_STRIDE:
         return 0
     shape = f"{vocabulary}x{width} {str(weight.dtype).removeprefix('torch.')}"
     parts = (device_name(weight.device), f"{torch.get_num_threads()} threads", torch.__version__, shape)

@@ -133,7 +133,7 @@ class Int8(Format):
             x.dtype == torch.bfloat16
             and x.device.type == "cpu"
             and 0 < len(x) <= _FEW_ROWS
-            and not x.shape[1] % _STRIDE
+            and not x.shape[1] % INT8_STRIDE
         ):
             product: torch.Tensor = torch._weight_int8pack_mm(x, weights, gains)
             return product
@@ -154,7 +154,7 @@ class Int8(Format):
 # Up to this many rows torch's own product of bf16 and int8 is faster (one row: 3 ms instead of 8).
 _FEW_ROWS = 8
 # That product does not check widths, and reads past the end of rows that end within one of its vectors.
-_STRIDE = 64
+INT8_STRIDE = 64
 
 
 class Nf4(Format):

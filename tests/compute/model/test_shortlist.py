@@ -13,7 +13,7 @@ from peerd.compute.model.head import Head
 from peerd.compute.model.lm_head import LmHead, product
 from peerd.compute.model.shortlist import SHORTLIST, Shortlist, most_positions
 
-VOCABULARY, WIDTH = 5000, 96
+VOCABULARY, WIDTH = 5001, 128
 
 
 def weights(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -135,6 +135,15 @@ def test_a_family_that_caps_its_logits_keeps_the_best() -> None:
     short = head.logits(hidden(3), 10)
     assert not torch.equal(short, exact)
     torch.testing.assert_close(short.topk(10).values, exact.topk(10).values)
+
+
+@pytest.mark.parametrize("width", [33, 96, 100])
+def test_widths_that_the_product_would_read_beyond_get_none(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr(shortlists, "_SMALLEST", 0)
+    weight = torch.zeros(VOCABULARY, width)
+    assert most_positions(weight, product) == 0
+    with pytest.raises(ValueError, match=f"width of {width}"):
+        Shortlist.of(weight)
 
 
 def test_small_heads_and_those_on_other_devices_get_none() -> None:

@@ -21,7 +21,7 @@ PARAMS = {
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 def test_the_same_tokens_are_drawn_as_from_all_logits(params: SamplingParams) -> None:
     generator = torch.Generator().manual_seed(3)
-    weight, states = torch.randn(5000, 96, generator=generator) * 0.3, torch.randn(64, 96, generator=generator)
+    weight, states = torch.randn(5000, 128, generator=generator) * 0.3, torch.randn(64, 128, generator=generator)
     assert params.deciding is not None
     short = Shortlist.of(weight).logits(states, weight, None, params.deciding, product)
     exact = product(states, weight)
