@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from peerd.compute.adapters.base import ANY_BASE, TrainedFor, trained_for
 from peerd.compute.adapters.config import LoraConfig, parse_config
 from peerd.compute.adapters.lora import BlockModule, LoraPair
 from peerd.compute.adapters.source import (
@@ -59,12 +61,16 @@ class _StoredPair:
 class AdapterFile:
     """An open adapter for models of one family. Made by `open_adapter`.
 
-    `digest`: 32 bytes that are equal for copies of the same weights with the same scales.
+    `digest`: 32 bytes that are equal for copies of the same weights with the same scales. `base`: the model that it
+    was trained for.
     """
 
-    def __init__(self, path: Path, config: LoraConfig, tensors: SafetensorsFile, family: Family) -> None:
+    def __init__(
+        self, path: Path, config: LoraConfig, base: TrainedFor, tensors: SafetensorsFile, family: Family
+    ) -> None:
         self.path = path
         self.config = config
+        self.base = base
         self._tensors = tensors
         self._root, self._pairs = _pairs(tensors, config, family, path)
         self._digest: bytes | None = None
@@ -94,6 +100,12 @@ class AdapterFile:
     def targets(self, block: int, module: str) -> bool:
         """Whether the configuration's list of targets names this module of a block, whatever is stored."""
         return self.config.targets_module(f"{self._root}.{block}.{module}", block)
+
+    def check_base(self, model_digest: bytes) -> None:
+        """Raise AdapterError if the files say that the adapter was trained for a model of another digest."""
+        wrong = self.base.mismatch(model_digest.hex())
+        if wrong is not None:
+            raise AdapterError(f"{self.path} {wrong}: {ANY_BASE}")
 
     def check_complete(self, adaptable: Iterable[BlockModule]) -> None:
         """Raise AdapterError if the list of targets names one of these layers that the file has no weights for."""
@@ -136,14 +148,15 @@ class AdapterFile:
 def open_adapter(source: str | Path, family: Family, hub: HubSettings | None = None) -> Iterator[AdapterFile]:
     """Open an adapter in peft's format, for models of `family`: a directory, or a hub id. Raises AdapterError."""
     with open_directory(source, hub) as path:
-        config = _read_config(path / CONFIG_FILE)
+        fields = _read_config(path / CONFIG_FILE)
+        config = parse_config(fields, path / CONFIG_FILE)
         with as_adapter_errors():
             tensors = SafetensorsFile(path / WEIGHTS_FILE)
         with tensors:
-            yield AdapterFile(path, config, tensors, family)
+            yield AdapterFile(path, config, trained_for(fields, tensors.metadata), tensors, family)
 
 
-def _read_config(path: Path) -> LoraConfig:
+def _read_config(path: Path) -> Any:
     try:
         check_config_size(path.stat().st_size, path)
         fields = json.loads(path.read_bytes())
@@ -151,7 +164,7 @@ def _read_config(path: Path) -> LoraConfig:
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON") from error
-    return parse_config(fields, path)
+    return fields
 
 
 def _pairs(

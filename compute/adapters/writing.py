@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peerd.compute.adapters.base import METADATA_DIGEST, TrainedFor
 from peerd.compute.adapters.lora import LoraAdapter, LoraPair
 from peerd.compute.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from peerd.compute.errors import AdapterError
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
     from peerd.compute.families.family import Family
 
 
-def write_adapter(folder: Path, adapter: LoraAdapter, family: Family, base: str) -> None:
+def write_adapter(folder: Path, adapter: LoraAdapter, family: Family, base: TrainedFor) -> None:
     """Write an adapter for a model of `family` into a folder, which is made if it is missing.
 
-    base: the model's hub id or path, for those who read the adapter. Raises AdapterError for deep prompts and prefixes,
-    which the format does not have, and if the files cannot be written.
+    base: the model, for those who read the adapter; its name is a hub id or a path. Raises AdapterError for deep
+    prompts and prefixes, which the format does not have, and if the files cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -37,8 +38,8 @@ def write_adapter(folder: Path, adapter: LoraAdapter, family: Family, base: str)
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.b.contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(_config(pairs, base), indent=2) + "\n")
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", METADATA_DIGEST: base.digest})
+        (folder / CONFIG_FILE).write_text(json.dumps(_config(pairs, base.name), indent=2) + "\n")
     except OSError as error:
         raise AdapterError(f"{folder} cannot be written: {error.strerror}") from error
 

@@ -54,7 +54,10 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """An open safetensors file. Raises CheckpointError on opening if the file is incomplete or malformed."""
+    """An open safetensors file. Raises CheckpointError on opening if the file is incomplete or malformed.
+
+    `tensors`: by name. `metadata`: texts that the program which wrote the file has noted.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +67,8 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
         try:
-            self.tensors: Mapping[str, StoredTensor] = self._read_header()
+            header, size = self._read_header()
+            self.metadata, self.tensors = _parse(header, size, path)
         except BaseException:
             self.close()
             raise
@@ -119,7 +123,8 @@ class SafetensorsFile:
         self._read_into(memoryview(out.numpy().data), stored.offset, stored.name)
         return out
 
-    def _read_header(self) -> dict[str, StoredTensor]:
+    def _read_header(self) -> tuple[bytearray, int]:
+        """The header's bytes, and the file's size."""
         size = os.fstat(self._fd).st_size
         prefix = bytearray(8)
         if size < 8:
@@ -127,7 +132,7 @@ class SafetensorsFile:
         self._read_into(memoryview(prefix), 0, "header length")
         header = bytearray(header_length(prefix, size, self.path))
         self._read_into(memoryview(header), 8, "header")
-        return parse_header(header, size, self.path)
+        return header, size
 
     def _read_into(self, out: memoryview, offset: int, what: str) -> None:
         done = 0
@@ -154,17 +159,24 @@ def header_length(prefix: bytes | bytearray, size: int, path: Path) -> int:
 
 def parse_header(header: bytes | bytearray, size: int, path: Path) -> dict[str, StoredTensor]:
     """The tensors in a file of `size` bytes, by name, with their offsets. Raises CheckpointError."""
+    return _parse(header, size, path)[1]
+
+
+def _parse(header: bytes | bytearray, size: int, path: Path) -> tuple[Mapping[str, str], dict[str, StoredTensor]]:
+    """The metadata and the tensors. Metadata of other types than the format allows are left out."""
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not JSON") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: its header is not a JSON object")
-    entries.pop("__metadata__", None)
+    noted = entries.pop("__metadata__", None)
+    texts = noted.items() if isinstance(noted, dict) else ()
+    metadata = {name: text for name, text in texts if isinstance(text, str)}
     data_start = 8 + len(header)
     tensors = {name: _entry(name, entry, data_start, path) for name, entry in entries.items()}
     _check_layout(tensors, data_start, size, path)
-    return tensors
+    return metadata, tensors
 
 
 def _entry(name: str, entry: Any, data_start: int, path: Path) -> StoredTensor:

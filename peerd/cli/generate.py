@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peerd.client.finding.served_by import ServedBy
     from peerd.client.generation import Generation
     from peerd.client.model import SwarmModel
+    from peerd.compute.adapters.lora import LoraAdapter
     from peerd.peer import Peer
 
 # How often to look for servers of blocks that have none.
@@ -33,7 +34,7 @@ LOOK_S = 2.0
 class Request:
     """A request to a model. `sampling` are arguments of `SamplingParams.from_config`; `adapter` and `speculate` are
     what `SwarmModel.generate` takes. `draft` is the small model that guesses tokens, if one does. `waits`: whether to
-    wait for servers where blocks have none.
+    wait for servers where blocks have none. `any_base`: `adapter` is the client's own, of whatever model.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Request:
     speculate: bool = True
     draft: Drafting | None = None
     waits: bool = False
+    any_base: bool = False
 
 
 async def generate(
@@ -88,8 +90,12 @@ async def answer(
 ) -> Generation:
     """Generate an answer, and stream its text to standard output unless `quiet`.
 
-    until_served: waits for servers of all blocks. With it, what they cannot begin is begun again. Raises PeerdError.
+    until_served: waits for servers of all blocks. With it, what they cannot begin is begun again. Raises PeerdError,
+    AdapterError.
     """
+    adapter: str | Path | LoraAdapter | None = request.adapter
+    if request.adapter is not None and request.any_base:
+        adapter = await model.read_adapter(request.adapter, any_base=True)
     while True:
         if until_served is not None:
             await until_served()
@@ -97,7 +103,7 @@ async def answer(
             generation = model.generate(
                 request.prompt,
                 chat=request.chat,
-                adapter=request.adapter,
+                adapter=adapter,
                 speculate=request.speculate,
                 **request.sampling,
             )

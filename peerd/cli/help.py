@@ -19,6 +19,7 @@ HEADINGS = {
         "quantize",
         "engine",
         "adapters",
+        "any_base",
         "client_adapter_bytes",
         "stay",
         "look_every_s",

@@ -11,6 +11,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -255,20 +256,27 @@ class ServedBlocks:
             patience=patience,
         )
 
-    async def read_adapter(self, path: str | Path) -> LoraAdapter:
-        """An adapter for this model, from the directory that peft saved, or by its hub id. Raises AdapterError."""
-        return await trio.to_thread.run_sync(_read_adapter, path, self.facts, self._hub, abandon_on_cancel=True)
+    async def read_adapter(self, path: str | Path, *, any_base: bool = False) -> LoraAdapter:
+        """An adapter for this model, from the directory that peft saved, or by its hub id.
+
+        any_base: take one that was trained for another model too, such as another quantization of this one. Raises
+        AdapterError.
+        """
+        read = partial(_read_adapter, path, self.facts, self._hub, any_base=any_base)
+        return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
 
     async def save_adapter(self, adapter: LoraAdapter, path: str | Path, *, base: str = "") -> None:
         """Write an adapter of your own in peft's format, which `read_adapter`, servers and peft read.
 
         base: the model's hub id or path, for those who read it; the default is the model's name. Raises AdapterError.
         """
+        from peerd.compute.adapters.base import TrainedFor
         from peerd.compute.adapters.writing import write_adapter
         from peerd.compute.families.lookup import family_named
 
         family = family_named(self.facts.model_type)
-        await trio.to_thread.run_sync(write_adapter, Path(path), adapter, family, base or self.facts.name)
+        made_for = TrainedFor(base or self.facts.name, self.facts.digest.hex())
+        await trio.to_thread.run_sync(write_adapter, Path(path), adapter, family, made_for)
 
     async def _adapter_id(self, adapter: str, blocks: Span) -> str:
         if _is_own(adapter):
@@ -304,12 +312,14 @@ def _is_own(adapter: str) -> bool:
     return "/" in adapter or os.sep in adapter or adapter in (".", "..", "~")
 
 
-def _read_adapter(path: str | Path, facts: ModelFacts, hub: HubSettings | None) -> LoraAdapter:
+def _read_adapter(path: str | Path, facts: ModelFacts, hub: HubSettings | None, *, any_base: bool) -> LoraAdapter:
     """Blocks; run it in a thread."""
     from peerd.compute.adapters.file import open_adapter
     from peerd.compute.families.lookup import family_named
 
     with open_adapter(path, family_named(facts.model_type), hub) as file:
+        if not any_base:
+            file.check_base(facts.digest)
         last = max(block for block, _ in file.modules)
         if last >= facts.block_count:
             raise AdapterError(f"{file.path}: it adapts block {last}, {facts.name} has {facts.block_count}")

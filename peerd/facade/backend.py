@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Backend:
         #: The decoder's remote layers, in the model's order.
         self.layers: Sequence[Any] = ()
         self.prompts: Prompts | None = None
+        #: Called with the names of the adapters with which blocks are about to run; raises to refuse them.
+        self.check_adapters: Callable[[Collection[str]], object] = set
         self.sessions_opened = 0
         self.passes = 0
         self.steps = 0

@@ -67,6 +67,11 @@ def lora_of(layers: Sequence[Any]) -> dict[BlockModule, LoraTensors]:
     return found
 
 
+def adapters_of(pairs: Pairs) -> set[str]:
+    """The names of the adapters that these pairs are of."""
+    return {name for pair in pairs.values() for name in pair.module.active_adapters}
+
+
 def states(pairs: Pairs) -> list[object]:
     """Values that change when any of the pairs changes."""
     return [pair.state() for pair in pairs.values()]

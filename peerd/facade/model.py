@@ -24,6 +24,7 @@ from peerd.facade.bridge import Bridge
 from peerd.facade.cache import RemoteCache
 from peerd.facade.calls import watch_calls
 from peerd.facade.opening import check_options, open_daemon, open_swarm, socket_of
+from peerd.facade.sharing.adapters import Adapters
 from peerd.facade.sharing.card import Base
 from peerd.facade.sharing.saving import Sharing
 from peerd.facade.sharing.trained import TrainedFile, read_trained
@@ -60,6 +61,7 @@ class RemotePreTrainedModel(Sharing):
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
         trained: str | Path | None = None,
+        any_base: bool = False,
         **options: Any,
     ) -> Self:
         """Open a model of a swarm: a directory, a GGUF file or a hub id, of which only the head is loaded.
@@ -70,6 +72,8 @@ class RemotePreTrainedModel(Sharing):
         tuning_mode: `ptune` trains `pre_seq_len` positions before each row; `deep_ptune` also trains values that are
             added to them in every block.
         trained: what `save_pretrained` saved, a directory or a hub id; it says tuning_mode and pre_seq_len itself.
+        any_base: take prompts, heads and adapters that were trained for another model too, such as another
+            quantization of this one.
         daemon: use the peer of the `peerd --client` on this machine instead of one of the model's own. True, or the
             path of its socket. The daemon was started with this model, and knows the swarm: give no `bootstrap`.
         Other options are those of `peerd.open_peer`, such as `swarm_key`, `rules` and `hub`.
@@ -103,8 +107,10 @@ class RemotePreTrainedModel(Sharing):
             head, family, base = built.pop()
             made: Any = head.model
             made._connect(head, family, Swarm(bridge, blocks), (close, bridge.close))
-            object.__setattr__(made, "_base", base)
-            object.__setattr__(made, "_hub", hub)
+            adapters = Adapters(base, any_base=any_base)
+            made.swarm.check_adapters = adapters.check
+            for name, value in (("_base", base), ("_hub", hub), ("_any_base", any_base), ("_adapters", adapters)):
+                object.__setattr__(made, name, value)
         except BaseException:
             bridge.close()
             raise

@@ -6,7 +6,7 @@ import torch
 
 from peerd.facade.backend import Backend
 from peerd.facade.blocks import Call
-from peerd.facade.lora import lora_of
+from peerd.facade.lora import adapters_of, lora_of
 from peerd.facade.passes import run_pass
 from peerd.facade.steps import finish_run, new_mask, run_step
 from peerd.protocol.span import Span
@@ -30,6 +30,8 @@ class Swarm(Backend):
         # A session keeps the adapter with which it was opened; finding it again at every token would cost a
         # millisecond.
         lora = run.lora if run is not None else lora_of(self.layers[span.start : span.end])
+        if run is None:
+            self.check_adapters(adapters_of(lora))
         if cache is None:
             return run_pass(self, call, span, hidden, dict(lora))
         if not (cache.lazy and not cache.computed):

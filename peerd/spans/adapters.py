@@ -25,17 +25,25 @@ class ReadAdapter:
 
 
 def read_adapter(
-    name: str, path: str | Path, family: Family, span: Span, hub: HubSettings | None = None
+    name: str,
+    path: str | Path,
+    family: Family,
+    span: Span,
+    hub: HubSettings | None = None,
+    *,
+    model_digest: bytes | None,
 ) -> ReadAdapter:
     """Read what a span needs of an adapter: a directory's, or, fetched as `hub` says, one's on the hub. Blocks.
 
-    Raises AdapterError.
+    model_digest: the model's; None takes adapters of other models too. Raises AdapterError.
     """
     try:
         check_name(name)
     except ValueError as error:
         raise AdapterError(str(error)) from None
     with open_adapter(path, family, hub) as file:
+        if model_digest is not None:
+            file.check_base(model_digest)
         return ReadAdapter(adapter_id(name, file.digest), file, file.read(span))
 
 

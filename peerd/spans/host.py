@@ -211,7 +211,8 @@ class SpanHost:
     async def load_adapter(self, served: ServedSpan, name: str, path: str | Path) -> str:
         """Serve one more LoRA adapter, a directory or hub id, while sessions run; returns its id.
 
-        Raises AdapterError if it does not fit, and InvalidRequest if no more adapters can be announced.
+        Raises AdapterError if it does not fit, or was trained for another model and the spec does not say `any_base`;
+        InvalidRequest if no more adapters can be announced.
         """
         from peerd.spans.adapters import load_adapter, read_adapter
 
@@ -219,7 +220,17 @@ class SpanHost:
         assert slot.loaded is not None
         engine = slot.loaded.engine
         hub = self._checkpoints.settings
-        adapter = await trio.to_thread.run_sync(read_adapter, name, path, slot.loaded.family, served.span, hub)
+        any_base = slot.loader is not None and slot.loader.spec.any_base
+        read = partial(
+            read_adapter,
+            name,
+            path,
+            slot.loaded.family,
+            served.span,
+            hub,
+            model_digest=None if any_base else served.model,
+        )
+        adapter = await trio.to_thread.run_sync(read)
         await served.task.run_blocking(partial(load_adapter, engine, adapter))
         try:
             # The span may have moved meanwhile.

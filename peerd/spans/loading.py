@@ -148,6 +148,10 @@ def _load_torch(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> BaseEngi
     dtype, quantize = dtype_of(spec, checkpoint), quantization_of(spec, checkpoint)
     # Computed before anything is read, so that a span that does not fit is refused early.
     kv_tokens, pass_bytes = kv_tokens_of(spec, checkpoint, span), pass_bytes_of(spec)
+    digest = None if spec.any_base else checkpoint.model_digest
+    adapters = [
+        read_adapter(name, path, checkpoint.family, span, spec.hub, model_digest=digest) for name, path in spec.adapters
+    ]
     if checkpoint.packing:
         log.info(
             "blocks %s of %s are stored as %s: read as %s, they take %s",
@@ -164,8 +168,8 @@ def _load_torch(spec: ServeSpec, checkpoint: Checkpoint, span: Span) -> BaseEngi
         log.info("blocks %s of %s: %s", span, checkpoint.name, note)
     engine = Engine(model, kv_tokens=kv_tokens, batch_tokens=batch_tokens_of(spec), pass_bytes=pass_bytes)
     check_span(engine, model, quantize)
-    for name, path in spec.adapters:
-        load_adapter(engine, read_adapter(name, path, checkpoint.family, span, spec.hub))
+    for adapter in adapters:
+        load_adapter(engine, adapter)
     # The engine has reordered weights, which leaves free memory in the heap.
     trim_heap()
     if spec.memory_bytes is None and engine.passes is not None:

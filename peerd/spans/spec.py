@@ -44,6 +44,7 @@ class ServeSpec:
     throughput: announced instead of the measured one, in positions a second through one block.
     device: torch's name. Several, separated by commas, divide the blocks (`open_peer` and `Peer.serve` see to that).
     adapters: names, each with the directory that peft saved, or its hub id.
+    any_base: serve adapters that were trained for another model too, such as another quantization of this one.
     client_adapter_bytes: the largest adapter that a client may upload for its session; None for 64 MB, or less if
         memory is short; 0 for none.
     share: of the device's time, how much serving may take; a measured throughput is announced accordingly.
@@ -64,6 +65,7 @@ class ServeSpec:
     throughput: float | None = None
     revision: str | None = None
     adapters: tuple[tuple[str, str | Path], ...] = ()
+    any_base: bool = False
     client_adapter_bytes: int | None = None
     stay: bool = False
     look_every_s: float | None = None

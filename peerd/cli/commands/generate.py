@@ -47,6 +47,11 @@ from peerd.cli.options.shared import (
     " on the hub: it is sent to the peers for this answer.",
 )
 @click.option(
+    "--any-base",
+    is_flag=True,
+    help="Use your own adapter although it was trained for another model, such as another quantization of this one.",
+)
+@click.option(
     "--wait",
     "waits",
     is_flag=True,
@@ -69,6 +74,7 @@ def generate(
     prompt_file: TextIO | None,
     chat: bool,
     adapter: str | None,
+    any_base: bool,
     waits: bool,
     speculate: bool,
     as_json: bool,
@@ -83,6 +89,8 @@ def generate(
     """
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other: give one of them")
+    if any_base and adapter is None:
+        raise click.UsageError("--any-base is for an adapter: add --adapter")
     draft = drafting(options, speculate=speculate)
     swarm = joining(options)
     if not swarm.bootstrap:
@@ -101,6 +109,6 @@ def generate(
     from peerd.cli.generate import Request
     from peerd.cli.generate import generate as run_generate
 
-    request = Request(prompt, chat, options, adapter, speculate, draft, waits)
+    request = Request(prompt, chat, options, adapter, speculate, draft, waits, any_base)
     work = partial(run_generate, at_revision(model, revision), swarm, request, as_json=as_json, disk_bytes=disk_bytes)
     run_once(ctx, work, verbose=verbose)

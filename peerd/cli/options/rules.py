@@ -29,6 +29,7 @@ class ServingOptions:
     engine: str = "auto"
     throughput: float | None = None
     adapters: tuple[tuple[str, str | Path], ...] = ()
+    any_base: bool = False
     client_adapter_bytes: int | None = None
     stay: bool = False
     look_every_s: float | None = None
@@ -136,9 +137,9 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda options: not options.serves and options.serving != ServingOptions(),
-        "--dtype, --device, --kv-tokens, --memory, --quantize, --engine, --throughput, --adapter, --client-adapters,"
-        " --uplink, --trainable, --look-every, --no-move, --idle-only, --nice and --gpu-share say how to serve: add"
-        " --serve-blocks",
+        "--dtype, --device, --kv-tokens, --memory, --quantize, --engine, --throughput, --adapter, --any-base,"
+        " --client-adapters, --uplink, --trainable, --look-every, --no-move, --idle-only, --nice and --gpu-share say"
+        " how to serve: add --serve-blocks",
     ),
     (
         lambda options: (

@@ -72,6 +72,11 @@ _OPTIONS = (
         " on the hub, whose NAME may be left out. Repeat it for several.",
     ),
     click.option(
+        "--any-base",
+        is_flag=True,
+        help="Serve adapters that were trained for another model too, such as another quantization of this one.",
+    ),
+    click.option(
         "--client-adapters",
         "client_adapter_bytes",
         type=parse_limit,
@@ -155,6 +160,7 @@ def spec_of(options: DaemonOptions, model: Path | str, identity_file: Path) -> S
         engine=serving.engine,
         throughput=serving.throughput,
         adapters=serving.adapters,
+        any_base=serving.any_base,
         client_adapter_bytes=serving.client_adapter_bytes,
         stay=serving.stay,
         look_every_s=serving.look_every_s,

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from peerd.compute.adapters.base import ANY_BASE, TrainedFor
 from peerd.compute.adapters.source import WEIGHTS_FILE
 from peerd.compute.checkpoint.hub.settings import HubSettings
+from peerd.facade.sharing.adapters import Adapters
 from peerd.facade.sharing.card import Base, card_of
 from peerd.facade.sharing.trained import TrainedFile, read_trained, write_trained
 from peerd.facade.swarm import Swarm
@@ -32,6 +34,25 @@ class Sharing:
     swarm: Swarm
     _base: Base
     _hub: HubSettings
+    _any_base: bool
+    _adapters: Adapters
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configurations of the adapters that peft has put beside the blocks, by name; peft sets it."""
+        configs = self._adapters.configs
+        if configs is None:
+            raise AttributeError("peft has put no adapter beside this model")
+        return configs
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        me: Any = self
+        self._adapters.set_configs(configs, me)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self._adapters.configs = None
 
     def save_pretrained(
         self, save_directory: str | Path, *, figures: Mapping[str, object] | None = None, **options: Any
@@ -79,18 +100,17 @@ class Sharing:
     def load_trained(self, source: str | Path) -> None:
         """Read what `save_pretrained` saved: a directory, or a hub id.
 
-        Raises ValueError where it belongs to another model or does not fit.
+        Raises ValueError where it belongs to another model and the model was not opened with `any_base=True`, and
+        where it does not fit.
         """
         self._take(read_trained(source, self._hub))
 
     def _take(self, trained: TrainedFile) -> None:
         me: Any = self
         own = {name: parameter for name, parameter in me.named_parameters() if parameter.requires_grad}
-        if trained.digest != self._base.digest:
-            raise ValueError(
-                f"{trained.where} was trained for another model, {trained.base_model or 'of an unknown name'} (digest"
-                f" {trained.digest[:16]}, this one has {self._base.digest[:16]}): load that model instead"
-            )
+        wrong = TrainedFor(trained.base_model, trained.digest).mismatch(self._base.digest)
+        if wrong is not None and not self._any_base:
+            raise ValueError(f"{trained.where} {wrong}: {ANY_BASE}")
         if trained.tensors.keys() != own.keys():
             names = ", ".join(sorted(trained.tensors.keys() ^ own.keys()))
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from peerd.compute.adapters.base import TrainedFor
 from peerd.compute.adapters.file import open_adapter
 from peerd.compute.adapters.lora import PROMPT, DeepPrompt, LoraAdapter, LoraPair
 from peerd.compute.adapters.writing import write_adapter
@@ -15,6 +16,7 @@ from peerd.compute.errors import AdapterError
 from peerd.compute.families.lookup import FAMILIES
 from tests.compute.tiny_families import tiny_model
 
+BASE = TrainedFor("org/name", "ab" * 32)
 #: An ordinary decoder, one inside another module, and one whose linear layers are transposed.
 MODULES = {
     "llama": ("model.layers", "self_attn.q_proj", "mlp.down_proj"),
@@ -42,9 +44,10 @@ def test_peft_and_peerd_read_what_was_written(family: str, tmp_path: Path) -> No
     peft = pytest.importorskip("peft")
     model = tiny_model(FAMILIES[family])
     adapter = adapter_for(family, model)
-    write_adapter(tmp_path, adapter, FAMILIES[family], "org/name")
+    write_adapter(tmp_path, adapter, FAMILIES[family], BASE)
     with open_adapter(tmp_path, FAMILIES[family]) as file:
         found = file.read()
+        assert file.base == BASE
         file.check_complete(adapter.weights)
     assert found.keys() == adapter.weights.keys()
     adapted = peft.PeftModel.from_pretrained(model, tmp_path)
@@ -65,9 +68,9 @@ def test_peft_and_peerd_read_what_was_written(family: str, tmp_path: Path) -> No
 def test_what_the_format_does_not_hold_is_refused(tmp_path: Path) -> None:
     prompt = LoraAdapter({(0, PROMPT): DeepPrompt(torch.ones(2, 32))})
     with pytest.raises(AdapterError, match="block 0 has a prompt, which peft's format for LoRA does not hold"):
-        write_adapter(tmp_path / "prompt", prompt, FAMILIES["llama"], "org/name")
+        write_adapter(tmp_path / "prompt", prompt, FAMILIES["llama"], BASE)
     assert not (tmp_path / "prompt").exists()
     (tmp_path / "file").touch()
     lora = LoraAdapter({(0, "self_attn.q_proj"): LoraPair(torch.ones(1, 32), torch.ones(32, 1), 1.0)})
     with pytest.raises(AdapterError, match="cannot be written"):
-        write_adapter(tmp_path / "file", lora, FAMILIES["llama"], "org/name")
+        write_adapter(tmp_path / "file", lora, FAMILIES["llama"], BASE)

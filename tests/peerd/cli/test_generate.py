@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -95,3 +96,23 @@ async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
 async def test_without_waiting_the_first_failure_ends_it() -> None:
     with pytest.raises(NoChain):
         await answer(model_of(Swarm(), Generation(NoChain("nobody"))), Request("Hello", False, {}), quiet=True)
+
+
+async def test_an_adapter_of_another_model_is_read_as_the_user_allows_it() -> None:
+    read: list[tuple[str, bool]] = []
+    given: list[Any] = []
+
+    async def read_adapter(path: str, *, any_base: bool) -> str:
+        await trio.lowlevel.checkpoint()
+        read.append((path, any_base))
+        return "what was read"
+
+    def generate(*_arguments: Any, adapter: Any, **_options: Any) -> Generation:
+        given.append(adapter)
+        return Generation("Hi")
+
+    model: Any = SimpleNamespace(read_adapter=read_adapter, generate=generate)
+    await answer(model, replace(ASKED, adapter="./own", any_base=True), quiet=True)
+    await answer(model, replace(ASKED, adapter="./own"), quiet=True)
+    assert read == [("./own", True)]
+    assert given == ["what was read", "./own"]

@@ -105,6 +105,12 @@ def test_whether_and_how_a_server_yields(
     assert (found.idle_only, found.nice) == (idle_only, nice)
 
 
+def test_whose_adapters_are_served(monkeypatch: pytest.MonkeyPatch, daemon: Callable[..., Daemon]) -> None:
+    for given, any_base in (((), False), (("--any-base",), True)):
+        spec = daemon(*SERVER, "--adapter", "org/rhymes", *given).config.serve[0]
+        assert (spec.adapters, spec.any_base) == ((("rhymes", "org/rhymes"),), any_base)
+
+
 def asked_of(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> partial[Any]:
     """The work that a command would run."""
     works: list[partial[Any]] = []
@@ -117,6 +123,15 @@ def test_an_answer_waits_for_servers_if_asked_to(monkeypatch: pytest.MonkeyPatch
     asking = ("generate", "org/name", "--prompt", "Hi", "--bootstrap", ADDRESS)
     assert asked_of(generate_command, monkeypatch, *asking, "--wait").args[2].waits
     assert not asked_of(generate_command, monkeypatch, *asking).args[2].waits
+
+
+def test_an_adapter_of_another_model_is_used_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = ("generate", "org/name", "--prompt", "Hi", "--bootstrap", ADDRESS, "--adapter", "./own")
+    assert asked_of(generate_command, monkeypatch, *asking, "--any-base").args[2].any_base
+    assert not asked_of(generate_command, monkeypatch, *asking).args[2].any_base
+    result = CliRunner().invoke(cli, [*asking[:-2], "--any-base"])
+    assert result.exit_code == 2
+    assert "--any-base is for an adapter: add --adapter" in result.output
 
 
 def test_how_often_the_swarm_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

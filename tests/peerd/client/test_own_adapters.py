@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,24 @@ async def test_a_module_that_is_named_and_not_stored_is_refused_as_in_served_ada
         path.joinpath("adapter_config.json").read_text().replace("o_proj", "w1")
     )
     await model.read_adapter(path)
+
+
+async def test_an_adapter_that_was_saved_beside_another_model_is_refused_unless_the_program_allows_it(
+    model: ServedBlocks, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = await model.read_adapter(adapter())
+    await model.save_adapter(own, tmp_path / "saved")
+    assert (await model.read_adapter(tmp_path / "saved")).weights.keys() == own.weights.keys()
+    other = replace(model.facts, digest=b"other" + bytes(27))
+    nobody: Any = SimpleNamespace(connections=None)
+    blocks = ServedBlocks(other, nobody, nobody, nobody)
+    refused = r"saved was trained for another model, tiny \(digest 0000000000000000, .*\): .* any_base=True"
+    with pytest.raises(AdapterError, match=refused):
+        await blocks.read_adapter(tmp_path / "saved")
+    with pytest.raises(AdapterError, match=refused):
+        await blocks._with_adapter(TERMS, tmp_path / "saved", BLOCKS)
+    allowed = await blocks.read_adapter(tmp_path / "saved", any_base=True)
+    assert allowed.weights.keys() == own.weights.keys()
 
 
 def test_what_can_be_adapted_is_every_linear_layer_of_a_block(adaptable: frozenset[BlockModule]) -> None:

@@ -206,7 +206,7 @@ def test_what_belongs_to_another_model_is_refused(
     with peerd.RemoteModelForCausalLM.from_pretrained(llama_path, bootstrap=servers.bootstrap) as model:
         with pytest.raises(
             ValueError,
-            match=r"was trained for another model, .* \(digest \w+, this one has \w+\): load that model instead",
+            match=r"was trained for another model, .* \(digest \w+, this one has \w+\): load it beside that model",
         ):
             model.load_trained(tmp_path / "prompts")
         # This is peft's own refusal. It leaves its layers in the model, where they change nothing.

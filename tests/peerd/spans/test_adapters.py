@@ -40,9 +40,9 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def write_adapter(tmp_path):
-    """Call it with a name for the directory of an adapter; `width` and `blocks` may be wrong."""
+    """Call it with a name for the directory of an adapter; `width`, `blocks` and `digest` may be wrong."""
 
-    def write(name, *, width=HIDDEN, blocks=range(BLOCKS), alpha=2):
+    def write(name, *, width=HIDDEN, blocks=range(BLOCKS), alpha=2, digest=""):
         folder = tmp_path / name
         folder.mkdir()
         config = {"peft_type": "LORA", "r": 1, "lora_alpha": alpha, "target_modules": ["q_proj"]}
@@ -53,7 +53,7 @@ def write_adapter(tmp_path):
             for block in blocks
             for side, shape in (("A", (1, width)), ("B", (HIDDEN, 1)))
         }
-        save_file(tensors, folder / "adapter_model.safetensors")
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"model_digest": digest})
         return folder
 
     return write
@@ -116,6 +116,26 @@ async def test_an_adapter_of_another_model_or_with_missing_blocks_is_refused_at_
     with pytest.raises(AdapterError, match=reason):
         async with serving(model_folder, ("poet", write_adapter("poet", **settings))):
             pass
+
+
+@pytest.mark.real_time
+async def test_an_adapter_that_was_trained_for_another_model_is_served_only_where_the_operator_says_so(
+    model_folder, write_adapter
+):
+    foreign = write_adapter("foreign", digest="ab" * 32)
+    refused = r"foreign was trained for another model, .* \(digest abababababababab, this one has .*--any-base"
+    with pytest.raises(AdapterError, match=refused):
+        async with serving(model_folder, ("foreign", foreign)):
+            pass
+    async with serving(model_folder) as peer:
+        (served,) = peer.served
+        with pytest.raises(AdapterError, match=refused):
+            await peer.load_adapter(served, "foreign", foreign)
+        await peer.load_adapter(served, "ours", write_adapter("ours", digest=served.model.hex()))
+    async with serving(model_folder, ("foreign", foreign), any_base=True) as peer:
+        (served,) = peer.served
+        await peer.load_adapter(served, "more", foreign)
+        assert [name_of(adapter) for adapter in sorted(served.task.adapters)] == ["foreign", "more"]
 
 
 @pytest.mark.real_time

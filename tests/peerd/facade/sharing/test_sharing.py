@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peerd
 from tests.fakes.hub_server import HubServer
@@ -234,7 +236,7 @@ def test_what_does_not_fit_is_said_and_the_model_stays_usable(
         tmp_path / "trained.safetensors",
         metadata={"model_digest": "00" * 32, "base_model": "org/other"},
     )
-    with pytest.raises(ValueError, match=r"trained for another model, org/other .*: load that model instead"):
+    with pytest.raises(ValueError, match=r"trained for another model, org/other .*: load it beside that model"):
         open_remote(trained=tmp_path)
     with pytest.raises(peerd.CheckpointError, match="has no model me/nothing"):
         open_remote(trained="me/nothing")
@@ -248,6 +250,74 @@ def test_what_does_not_fit_is_said_and_the_model_stays_usable(
     with pytest.raises(ValueError, match=r"nothing was trained here"):
         open_remote().save_pretrained(tmp_path / "none")
     longer.load_trained(_saved(longer, tmp_path / "longer"))
+
+
+SAVED_BY: dict[str, Callable[[Any, Any, Path], None]] = {
+    "the model": lambda model, wrapped, folder: model.save_pretrained(folder),
+    "peft": lambda model, wrapped, folder: wrapped.save_pretrained(folder),
+}
+
+
+@pytest.fixture
+def another(tmp_path: Path) -> Path:
+    """A model of the same shapes with other weights. No server has it, which loading an adapter does not notice."""
+    torch.manual_seed(8)
+    config = LlamaConfig(
+        num_hidden_layers=8, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=260, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "another")
+    return tmp_path / "another"
+
+
+# peft says that a configuration was renamed, and looks for the base model's vocabulary on the hub when it saves.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("saved_by", SAVED_BY)
+def test_a_lora_of_the_same_shapes_that_was_trained_for_another_model_is_refused(
+    saved_by: str, open_remote: Any, another: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    other = open_remote(model=another)
+    wrapped = peft.get_peft_model(other, config)
+    shaken([parameter for name, parameter in wrapped.named_parameters() if "lora_" in name])
+    SAVED_BY[saved_by](other, wrapped, tmp_path / "foreign")
+    # A configuration that was used for one model may be used for the next.
+    model = open_remote()
+    own = peft.get_peft_model(model, config)
+    SAVED_BY[saved_by](model, own, tmp_path / "ours")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        refused = r"was trained for another model, .*another \(digest \w+, this one has \w+\): .* any_base=True"
+        # peft says nothing when it puts a further adapter beside the first; the first forward with it is refused.
+        own.load_adapter(tmp_path / "foreign", "second")
+        own.set_adapter("second")
+        with pytest.raises(ValueError, match=f"adapter 'second' {refused}"):
+            own(input_ids=IDS)
+        own.set_adapter("default")
+        torch.testing.assert_close(own(input_ids=IDS).logits, expected)
+        fresh = open_remote()
+        with pytest.raises(ValueError, match=f"adapter 'default' {refused}"):
+            peft.PeftModel.from_pretrained(fresh, tmp_path / "foreign")
+        # peft had put its layers into the model already.
+        assert isinstance(fresh.model.layers[3].self_attn.q_proj, nn.Linear)
+        assert isinstance(fresh.lm_head, nn.Linear)
+        torch.testing.assert_close(fresh(IDS).logits, expected)
+        again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")
+        torch.testing.assert_close(again(input_ids=IDS).logits, expected)
+        allowed = peft.PeftModel.from_pretrained(open_remote(any_base=True), tmp_path / "foreign")
+        assert (allowed(input_ids=IDS).logits - expected).abs().max() > 0.01
+
+
+def test_prompts_of_another_model_are_taken_where_the_program_allows_it(
+    open_remote: Any, another: Path, tmp_path: Path
+) -> None:
+    prompts = open_remote(model=another, tuning_mode="ptune", pre_seq_len=2)
+    folder = _saved(prompts, tmp_path / "prompts")
+    with pytest.raises(ValueError, match=r"trained for another model, .*: load it beside that model.* any_base=True"):
+        open_remote(trained=folder)
+    allowed = open_remote(trained=folder, any_base=True)
+    assert torch.equal(allowed.prompts.prefix, prompts.prompts.prefix)
 
 
 def _saved(model: Any, folder: Path) -> Path:
