@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import peerd
 from peerd.client.training.training_pass import Pass
 from tests.peerd.facade.conftest import Servers
+from tests.peerd.facade.test_scripts import LIMIT_S, PREAMBLE
 
 pytestmark = [pytest.mark.real_time, pytest.mark.slow]
 
@@ -128,3 +132,72 @@ def test_gradients_are_exact_when_a_server_dies(when: str, local: Any, remote: A
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
     assert passes[0].failovers == 1
     assert len(servers.peers) == len(SPANS) - 1
+
+
+#: A user's program in a process of its own. It prints the peer whose server is to die next, and waits until it is dead.
+SCRIPT = """
+from transformers import LogitsProcessor, LogitsProcessorList
+
+local, blocks, used = LlamaForCausalLM.from_pretrained(PATH), model.swarm.blocks, []
+
+def noted(call):
+    async def ask(*args, **options):
+        made = await call(*args, **options)
+        used.append(made)
+        return made
+    return ask
+
+blocks.start_session, blocks.forward = noted(blocks.start_session), noted(blocks.forward)
+
+def let_die(hop):
+    print(used[-1].chain[hop].peer, flush=True)
+    sys.stdin.readline()
+
+class DieAtTheThirdToken(LogitsProcessor):
+    def __call__(self, ids, scores):
+        if ids.shape[1] == IDS.shape[1] + 2:
+            let_die(1)
+        return scores
+
+found = model.generate(
+    IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False,
+    logits_processor=LogitsProcessorList([DieAtTheThirdToken()]),
+)
+print(torch.equal(found, answer(local, 8)), flush=True)
+
+gradients = []
+for each in (local, model):
+    leaf = each.get_input_embeddings()(IDS).detach().requires_grad_()
+    for turn in range(2):
+        loss = each(inputs_embeds=leaf, labels=IDS, use_cache=False).loss
+        if each is model and turn == 0:
+            let_die(0)
+        loss.backward()
+    gradients.append(leaf.grad)
+print(torch.allclose(*gradients, rtol=1e-4, atol=1e-6), flush=True)
+"""
+
+
+@pytest.mark.processes
+def test_a_script_goes_on_exactly_when_servers_die_beneath_it(servers: Servers, llama_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", PREAMBLE + SCRIPT, str(llama_path), str(servers.bootstrap[0])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    said, died = [], []
+    with subprocess.Popen(command, env=env, **pipes) as process:  # type: ignore[call-overload]
+        late = threading.Timer(LIMIT_S, process.kill)
+        late.start()
+        try:
+            for line in process.stdout:
+                victim = next((peer for peer in servers.peers if str(peer.peer_id) == line.strip()), None)
+                if victim is None:
+                    said.append(line.strip())
+                    continue
+                died.append(servers.kill(servers.peers.index(victim)).served[0].span)
+                process.stdin.write("it is dead\n")
+                process.stdin.flush()
+            errors = process.stderr.read()
+        finally:
+            late.cancel()
+            process.kill()
+    assert (said, died) == (["True", "True"], [peerd.Span(3, 8), peerd.Span(0, 3)]), errors

@@ -182,6 +182,16 @@ def test_a_stopping_criterion_ends_the_answer(local: Any, remote: Any) -> None:
     assert torch.equal(*found)
 
 
+def test_a_stop_string_ends_each_row_where_it_ends_it_locally(local: Any, remote: Any, byte_tokenizer: Any) -> None:
+    plain = sequences(local, THREE, **GREEDY)[:, THREE["input_ids"].shape[1] :]
+    # Two letters that some row says, not at its beginning.
+    stop = byte_tokenizer.decode(plain[1, 5:7])
+    options = {"stop_strings": [stop], "tokenizer": byte_tokenizer, **GREEDY}
+    found, expected = (sequences(model, THREE, **options) for model in (remote, local))
+    assert torch.equal(found, expected)
+    assert (found == PAD).sum() > (THREE["input_ids"] == PAD).sum()
+
+
 @pytest.mark.parametrize("make", [lambda model: DynamicCache(config=model.config), lambda _: DynamicCache()])
 def test_a_chat_goes_on_over_the_cache_that_the_program_made(
     make: Callable[[Any], Any], local: Any, remote: Any
