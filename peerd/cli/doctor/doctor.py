@@ -52,7 +52,7 @@ from peerd.net.websockets.transport import WebSocketTransport
 from peerd.protocol.addresses import Multiaddr
 
 DEADLINE_S = 60.0
-TRIALS = ("device", "triton", "bitsandbytes")
+TRIALS = ("device", "triton", "bitsandbytes", "llamacpp")
 
 Look = Callable[[], Awaitable[list[Finding]]]
 

@@ -14,7 +14,7 @@ from peerd.cli.doctor.facts import TrialFact
 
 # Importing torch takes some seconds, on a busy machine with a slow disk many more.
 DEADLINE_S = 50.0
-# The device alone: without Triton or bitsandbytes a peer serves.
+# The device alone: without the other packages a peer serves.
 NEEDED = "device"
 _MAX_PROBLEM_CHARS = 300
 _FIX_CRASH = "install the package {name} and torch again; the command shows the crash: {command}"

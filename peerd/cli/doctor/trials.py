@@ -118,10 +118,27 @@ def try_bitsandbytes() -> str:
     return f"bitsandbytes {load_bitsandbytes().__version__} quantizes on {device}"
 
 
+def try_llamacpp() -> str:
+    """Compute a tiny block with llama.cpp, and compare with torch."""
+    from peerd.compute.errors import CheckpointError
+    from peerd.compute.llamacpp.library import PACKAGE, is_installed, package_version
+    from peerd.compute.llamacpp.trial import check_llamacpp
+
+    if not is_installed():
+        return f"not installed: torch computes GGUF files too; pip install 'peerd[llamacpp]' adds {PACKAGE}"
+    fix = "run: pip install --force-reinstall 'peerd[llamacpp]'; without it torch computes GGUF files"
+    try:
+        check_llamacpp()
+    except (CheckpointError, MemoryError) as error:
+        raise TrialFailed(f"llama.cpp does not compute right here: {error}", fix) from error
+    return f"{PACKAGE} {package_version()} computes a block as torch does"
+
+
 TRIALS: dict[str, Callable[[], str]] = {
     "device": try_device,
     "triton": try_triton,
     "bitsandbytes": try_bitsandbytes,
+    "llamacpp": try_llamacpp,
 }
 
 

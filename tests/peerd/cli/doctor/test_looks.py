@@ -34,8 +34,11 @@ from peerd.cli.doctor.trials import TRIALS, TrialFailed, result_of
 from peerd.cli.keys.identity_file import load_or_create_identity
 from peerd.cli.main import cli
 from peerd.compute.checkpoint.hub.settings import HubSettings
+from peerd.compute.llamacpp import library
+from peerd.compute.llamacpp.span_model import LlamaSpan
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import Identity
+from tests.compute.llamacpp.conftest import needs_llamacpp
 from tests.fakes.hub_server import open_hub
 from tests.fakes.reach_fixture import EPOCH, HOME, PUBLIC, ROUTER, World, world
 
@@ -153,6 +156,20 @@ async def test_a_trial_that_cannot_start_is_a_finding() -> None:
 @pytest.mark.parametrize("name", TRIALS)
 def test_the_trials_compute_here(name: str) -> None:
     assert "said" in result_of(TRIALS[name])
+
+
+def test_llamacpp_is_no_problem_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "is_installed", bool)
+    assert "pip install 'peerd[llamacpp]'" in result_of(TRIALS["llamacpp"])["said"]
+
+
+@needs_llamacpp
+def test_a_llamacpp_that_computes_something_else_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = LlamaSpan.trace
+    monkeypatch.setattr(LlamaSpan, "trace", lambda self, *given: [2 * output for output in run(self, *given)])
+    result = result_of(TRIALS["llamacpp"])
+    assert "differs by" in result["problem"]
+    assert "pip install --force-reinstall" in result["fix"]
 
 
 def test_a_trial_says_why_it_failed() -> None:
