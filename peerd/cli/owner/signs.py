@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Watch:
     def _gpu_used(self) -> float | None:
         if not self._gpus or not (text := self._ask(["nvidia-smi", "pmon", "-c", "1", "-s", "u"])):
             return None
-        return gpu_share_of_others(text, self._gpus, os.getpid())
+        return gpu_share_of_others(text, self._gpus, os.getpid(), own_names())
 
     def _input_idle_s(self) -> float | None:
         """Seconds since input at a terminal, here or through ssh, or at a desktop that tells the system."""
@@ -116,17 +117,50 @@ def gpus_of(devices: Iterable[str], visible: str) -> list[int]:
     return [shown[number] if number < len(shown) else number for number in numbers]
 
 
-def gpu_share_of_others(text: str, gpus: Iterable[int], own: int) -> float:
-    """Of `nvidia-smi pmon`, the greatest share of one of the GPUs that other processes use, 0 to 1."""
-    shares = dict.fromkeys(gpus, 0.0)
+def gpu_share_of_others(text: str, gpus: Iterable[int], own: int, names: Collection[str]) -> float:
+    """Of `nvidia-smi pmon`, the greatest share of one of the GPUs that other processes use, 0 to 1.
+
+    own, names: our process's number, and what it may be called. In a container the driver counts processes of another
+    namespace: our number is not listed, or is another process's. There, of each GPU's processes that may be ours by
+    their names, the busiest counts as ours, so that we never take ourselves for the owner.
+    """
+    found: dict[int, list[_OnGpu]] = {gpu: [] for gpu in gpus}
+    for gpu, process in _processes_on_gpus(text):
+        if gpu in found:
+            found[gpu].append(process)
+    return max((_share_of_others(processes, own, names) for processes in found.values()), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _OnGpu:
+    """A process that uses a GPU; `share` of its time, 0 to 1."""
+
+    number: int
+    share: float
+    name: str
+
+    def may_be(self, names: Collection[str]) -> bool:
+        # The driver cuts long names, and cannot read those of processes of another namespace.
+        return self.name == "-" or any(name.startswith(self.name) for name in names)
+
+
+def _processes_on_gpus(text: str) -> Iterator[tuple[int, _OnGpu]]:
     for line in text.splitlines():
         words = line.split()
-        if len(words) < 4 or line.startswith("#") or not (words[0].isdigit() and words[1].isdigit()):
-            continue
-        gpu, process, percent = int(words[0]), int(words[1]), words[3]
-        if gpu in shares and process != own and percent.isdigit():
-            shares[gpu] += int(percent) / 100
-    return max(shares.values(), default=0.0)
+        if len(words) > 4 and words[0].isdigit() and words[1].isdigit():
+            share = int(words[3]) / 100 if words[3].isdigit() else 0.0
+            yield int(words[0]), _OnGpu(int(words[1]), share, words[-1])
+
+
+def _share_of_others(processes: Sequence[_OnGpu], own: int, names: Collection[str]) -> float:
+    ours = [one for one in processes if one.may_be(names)]
+    known = [one for one in ours if one.number == own]
+    return sum(one.share for one in processes) - max((one.share for one in known or ours), default=0.0)
+
+
+def own_names() -> frozenset[str]:
+    """What a driver may call this process: by its interpreter, or by its command."""
+    return frozenset(Path(name).name for name in (sys.executable, os.path.realpath(sys.executable), sys.argv[0]))
 
 
 def desktop_idle_s(text: str, now: float) -> float | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from peerd.cli.owner.signs import Watch, desktop_idle_s, gpu_share_of_others, gpus_of
+from peerd.cli.owner.signs import Watch, desktop_idle_s, gpu_share_of_others, gpus_of, own_names
 
 TICKS = os.sysconf("SC_CLK_TCK")
 PMON = """\
@@ -128,10 +129,36 @@ def test_what_a_desktop_says(text: str, idle: float | None) -> None:
     assert desktop_idle_s(text, 1000.0) == idle
 
 
+NAMES = frozenset({"python", "python3.11", "peerd"})
+
+
 def test_the_gpu_that_others_use_most_counts_without_our_own_share() -> None:
-    assert gpu_share_of_others(PMON, (0, 1), own=1234) == pytest.approx(0.25)
-    assert gpu_share_of_others(PMON, (1,), own=1234) == 0.0
-    assert gpu_share_of_others("no devices were found", (0,), own=1) == 0.0
+    assert gpu_share_of_others(PMON, (0, 1), 1234, NAMES) == pytest.approx(0.25)
+    assert gpu_share_of_others(PMON, (1,), 1234, NAMES) == 0.0
+    assert gpu_share_of_others("no devices were found", (0,), 1, NAMES) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("processes", "others"),
+    [
+        (["1234 C 90 5 - - - - python3.11"], 0.0),
+        (["1234 C 90 5 - - - - -"], 0.0),
+        (["1234 C 90 5 - - - - python3", "2345 G 20 1 - - - - game"], 0.2),
+        (["1234 C 90 5 - - - - -", "2345 G 20 1 - - - - -"], 0.2),
+        # Two that may be ours: what surely others use is the share of the lesser.
+        (["1234 C 90 5 - - - - python", "2345 C 30 1 - - - - python"], 0.3),
+        # Another's process has by chance the number that we have in our namespace.
+        (["7 G 60 1 - - - - game", "1234 C 30 5 - - - - peerd"], 0.6),
+        ([], 0.0),
+    ],
+)
+def test_in_a_container_our_own_use_is_never_taken_for_the_owner_s(processes: list[str], others: float) -> None:
+    text = "\n".join(f"    0 {line}" for line in processes)
+    assert gpu_share_of_others(text, (0,), 7, NAMES) == pytest.approx(others)
+
+
+def test_our_own_names_are_the_interpreter_s_and_the_command_s() -> None:
+    assert Path(sys.executable).name in own_names()
 
 
 def test_gpus_are_asked_only_where_blocks_run_on_them(machine: Machine) -> None:
