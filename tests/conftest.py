@@ -24,6 +24,8 @@ from trio.testing import MockClock
 os.environ["PEERD_STRICT"] = "1"
 # The daemon of whoever runs the tests may have a file.
 os.environ["PEERD_CONFIG"] = os.devnull
+# Daemons of tests must not meet those of other machines, nor each other.
+os.environ["PEERD_NO_MDNS"] = "true"
 
 # A hung real-time test must fail, not stall the suite; simulated time needs no such bound. Where much else runs, half a
 # dozen processes that import torch take a minute or two.

@@ -26,6 +26,12 @@ ADDRESS = "/ip4/127.0.0.1/tcp/31330/ws/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z
 SETTINGS = settings_of(cli)
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests say to all daemons that they start is not what is tested here."""
+    monkeypatch.delenv("PEERD_NO_MDNS")
+
+
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that peerd reads; it is not there yet."""
