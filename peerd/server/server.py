@@ -68,8 +68,9 @@ class Server:
         self, now: Callable[[], float], containment: Containment | None = None, meters: Meters | None = None
     ) -> None:
         self.draining = False
-        #: Whether nothing new is accepted until `resume`.
+        #: Whether nothing new is accepted from others until it is False again. Our own programs are served.
         self.paused = False
+        self._own: PeerId | None = None
         #: How much of our devices a client gets, for what it gave us; 1 for a stranger.
         self.weight_of: Callable[[PeerId], float] = lambda _peer_id: 1.0
         #: Takes the clients' valid receipts; None asks for none.
@@ -112,6 +113,7 @@ class Server:
     def attach(self, connections: Connections) -> None:
         """Dial next hops over these connections. Streams that came before have waited for this."""
         self._connections = connections
+        self._own = connections.peer_id
         self._attached.set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -147,14 +149,17 @@ class Server:
         """Accept sessions on the span again."""
         self._spans.resume(served)
 
-    async def wait_unused(self, served: ServedSpan, timeout_s: float) -> None:
-        """Wait until the sessions of a span that refuses new ones have ended, at most `timeout_s`."""
-        for session in self._sessions.on(served.task):
+    async def wait_unused(self, served: ServedSpan, timeout_s: float, *, spared: PeerId | None = None) -> None:
+        """Wait until the sessions of a span that refuses new ones have ended, at most `timeout_s`.
+
+        spared: the client whose sessions are not waited for, if any.
+        """
+        for session in self._sessions.on(served.task, spared=spared):
             # As in `drain`, absent clients are not waited for.
             if session.admitted and session.client.control is None:
                 session.close()
         with trio.move_on_after(timeout_s):
-            await self._sessions.wait_unused(served.task)
+            await self._sessions.wait_unused(served.task, spared=spared)
 
     async def withdraw(self, served: ServedSpan) -> None:
         """Stop serving a span: end its sessions and lanes, whose clients go elsewhere, and its engine's task.
@@ -185,18 +190,19 @@ class Server:
                 await session.wait_closed()
 
     async def pause(self, timeout_s: float) -> None:
-        """Accept nothing new until `resume`, and wait at most `timeout_s` for what is under way.
+        """Accept nothing new from others while `paused`, and wait at most `timeout_s` for what is under way.
 
-        The clients of what is left are then told to go on elsewhere; their sessions lose no token there.
+        The clients of what is left are then told to go on elsewhere; their sessions lose no token there. Our own
+        sessions and lanes go on.
         """
         self.paused = True
         until = trio.current_time() + timeout_s
         for served in self.spans:
-            await self.wait_unused(served, max(0.0, until - trio.current_time()))
-            for session in self._sessions.on(served.task):
+            await self.wait_unused(served, max(0.0, until - trio.current_time()), spared=self._own)
+            for session in self._sessions.on(served.task, spared=self._own):
                 session.client.tell(Failure.of(Draining(PAUSED)))
                 session.close()
-            await self.passes.end_lanes(served.task)
+            await self.passes.end_lanes(served.task, spared=self._own)
             await self.trainings.end(served.task)
 
     # Control streams.
@@ -262,11 +268,12 @@ class Server:
             self._sessions.forget(key)
             session.close()
             raise
-        if self._stopped or self.paused or self._spans.is_leaving(served.task):
+        rests = self._rests_for(owner.peer_id)
+        if self._stopped or rests or self._spans.is_leaving(served.task):
             session.release()
             session.close()
             self._sessions.forget(key)
-            if self.paused:
+            if rests:
                 raise Draining(PAUSED)
             raise Draining(
                 "this peer is leaving" if self._stopped else "this peer is about to stop serving these blocks"
@@ -280,20 +287,24 @@ class Server:
             return None
         return Acknowledged(opening, owner.peer_id, self._connections.peer_id, self.on_receipt)
 
+    def _rests_for(self, peer: PeerId) -> bool:
+        """Whether a peer is refused because our owner uses the machine. The owner's own programs are not."""
+        return self.paused and peer != self._own
+
     def _check(self, owner: Owner, opening: OpenSession) -> ServedSpan:
         """Refuse an `open` that cannot succeed however long it waits. Raises CallerError, Overloaded or Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
-        if self.paused:
+        if self._rests_for(owner.peer_id):
             raise Draining(PAUSED)
         self._sessions.check_room(owner)
         return self._spans.for_session(opening)
 
-    def _find_passes(self, begin: Begin) -> PassSpan:
-        """The span that runs the training passes which a lane asks for. Raises CallerError, Draining."""
+    def _find_passes(self, peer: PeerId, begin: Begin) -> PassSpan:
+        """The span that runs the training passes which a peer's lane asks for. Raises CallerError, Draining."""
         if self.draining:
             raise Draining("this peer is leaving")
-        if self.paused:
+        if self._rests_for(peer):
             raise Draining(PAUSED)
         served = self._spans.find(begin.model, begin.start, begin.end, adapter=begin.adapter)
         if served.task.engine.passes is None:

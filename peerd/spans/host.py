@@ -88,14 +88,19 @@ class SpanHost:
         await self._server.drain(timeout_s)
 
     async def pause(self, timeout_s: float) -> None:
-        """Announce that the spans accept nothing new, and wait as `Server.pause` does. `resume` takes that back."""
+        """Announce that the spans accept nothing new, and wait as `Server.pause` does. `resume` takes that back.
+
+        Our own programs go on using them.
+        """
         self._server.paused = True
+        self._discovery.directory.open_to_us.add(self._peer_id)
         self._discovery.announce_soon()
         await self._server.pause(timeout_s)
 
     def resume(self) -> None:
         """Serve again after `pause`."""
         self._server.paused = False
+        self._discovery.directory.open_to_us.discard(self._peer_id)
         self._discovery.announce_soon()
 
     async def serve(self, spec: ServeSpec) -> tuple[ServedSpan, ...]:

@@ -7,7 +7,7 @@ wherever and whenever it was seen, so that a span that moved or went offline is 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peerd.protocol.addresses import Multiaddr
 from peerd.protocol.identity import PeerId
@@ -79,6 +79,9 @@ class Directory:
         self._source = source
         self._now = now
         self._odd_times = odd_times or OddTimes()
+        #: Peers that take our sessions though they announce that they take none: ourselves, while we serve only
+        #: programs on this machine.
+        self.open_to_us: set[PeerId] = set()
         self._models: dict[bytes, _Model] = {}
         self._peers: dict[PeerId, _Peer] = {}
 
@@ -97,7 +100,7 @@ class Directory:
             found = self._peers.get(server.peer_id)
             if found is not None and (peer := found.record) is not None:
                 key = (server.signed.signature, peer.signed.signature)
-                offers[key] = known.offers[key] if key in known.offers else _offer(server, peer)
+                offers[key] = known.offers[key] if key in known.offers else self._offer(server, peer)
         known.offers = offers
         latest = [o for o in known.offers.values() if o is not None and o.span.end <= block_count]
         if len(latest) != len(known.latest) or any(a is not b for a, b in zip(latest, known.latest, strict=True)):
@@ -187,9 +190,10 @@ class Directory:
         later = set(missed[RETRIES_AT_ONCE:])
         return [peer for peer in due if peer not in later]
 
-
-def _offer(record: VerifiedRecord, peer: VerifiedRecord) -> Offer | None:
-    server = record.body
-    if not isinstance(server, ServerRecord) or not isinstance(peer.body, PeerRecord) or server.state == "offline":
-        return None
-    return Offer(record.peer_id, server, peer.body.ways_to(record.peer_id), peer.signed)
+    def _offer(self, record: VerifiedRecord, peer: VerifiedRecord) -> Offer | None:
+        server = record.body
+        if not isinstance(server, ServerRecord) or not isinstance(peer.body, PeerRecord) or server.state == "offline":
+            return None
+        if server.state == "draining" and record.peer_id in self.open_to_us:
+            server = replace(server, state="online")
+        return Offer(record.peer_id, server, peer.body.ways_to(record.peer_id), peer.signed)

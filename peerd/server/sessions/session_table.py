@@ -73,9 +73,9 @@ class HostedSessions:
             tally.add(session.owner, 1)
         return tally
 
-    def on(self, task: EngineTask) -> list[HostedSession]:
-        """The sessions that use this engine."""
-        return [session for session in self._sessions.values() if session.task is task]
+    def on(self, task: EngineTask, *, spared: PeerId | None = None) -> list[HostedSession]:
+        """The sessions that use this engine, but for those of one client, if it is named."""
+        return [one for one in self._sessions.values() if one.task is task and one.owner.peer_id != spared]
 
     def add(self, key: SessionKey, session: HostedSession) -> None:
         """Add a session, so that it cannot be opened twice."""
@@ -90,9 +90,9 @@ class HostedSessions:
         del self._sessions[key]
         self._departure.unpark_all()
 
-    async def wait_unused(self, task: EngineTask) -> None:
-        """Wait until no session uses this engine."""
-        while self.on(task):
+    async def wait_unused(self, task: EngineTask, *, spared: PeerId | None = None) -> None:
+        """Wait until no session uses this engine, but for those of one client, if it is named."""
+        while self.on(task, spared=spared):
             await self._departure.park()
 
     async def of_link(self, link: Link, sender: PeerId, receiver: PeerId) -> tuple[HostedSession, int]:

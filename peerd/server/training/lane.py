@@ -77,7 +77,7 @@ class Lane:
 
     def __init__(self, stream: Stream, owner: Owner, begin: Begin, found: PassSpan, quota: HostQuota) -> None:
         self._stream = stream
-        self._owner = owner
+        self.owner = owner
         self._begin = begin
         self._blocks = Span(begin.start, begin.end)
         self._found = found
@@ -117,11 +117,11 @@ class Lane:
         """Give back everything that the lane holds."""
         for seq in list(self._tapes):
             self._drop(seq)
-        self._quota.give(self._owner, self._held_bytes)
+        self._quota.give(self.owner, self._held_bytes)
         self._held_bytes = 0
 
     def _hold(self, size_bytes: int) -> None:
-        self._quota.take(self._owner, size_bytes)
+        self._quota.take(self.owner, size_bytes)
         self._held_bytes += size_bytes
 
     # Reading.
@@ -201,7 +201,7 @@ class Lane:
                 else:
                     await self._answer_backward(request.message, request)
             self._unanswered -= 1
-            self._quota.give(self._owner, request.size_bytes)
+            self._quota.give(self.owner, request.size_bytes)
             self._held_bytes -= request.size_bytes
 
     async def _answer_forward(self, message: Forward, request: _Request) -> None:
@@ -210,9 +210,9 @@ class Lane:
         micros = self._passes.plan(given)
         with self._tape_room(message, self._passes.tape_bytes(given, micros)) as allowed:
             work = self._passes.forward(given, micros, allowed)
-            await self._found.task.run_work(self._owner.share, work)
+            await self._found.task.run_work(self.owner.share, work)
         if work.tape is not None:
-            self._passes.memory.take(self._owner.share, work.tape.size_bytes)
+            self._passes.memory.take(self.owner.share, work.tape.size_bytes)
             self._tapes[message.seq] = work.tape, work.tape.size_bytes
         await self._stream.send(Result(message.seq, kept=work.tape is not None).to_header())
         await self._send(work.output)
@@ -221,7 +221,7 @@ class Lane:
     def _tape_room(self, message: Forward, sizes: tuple[int, int]) -> Iterator[int]:
         """Reserve memory for a tape while its forward runs. Yields how many bytes it may take."""
         least, most = sizes
-        memory, owner = self._passes.memory, self._owner.share
+        memory, owner = self._passes.memory, self.owner.share
         free = memory.next_tape_bytes if message.keep else 0
         allowed = min(free, most) if free >= least else 0
         memory.take(owner, allowed)
@@ -240,7 +240,7 @@ class Lane:
             given = PassInput(self._blocks, message.rows, request.hidden, self._tunables, self._begin.adapter)
             work = self._passes.backward(given, self._passes.plan(given), request.grad)
         try:
-            await self._found.task.run_work(self._owner.share, work)
+            await self._found.task.run_work(self.owner.share, work)
         finally:
             if message.of is not None:
                 self._drop(message.of)
@@ -262,4 +262,4 @@ class Lane:
 
     def _drop(self, seq: int) -> None:
         _, size_bytes = self._tapes.pop(seq)
-        self._passes.memory.take(self._owner.share, -size_bytes)
+        self._passes.memory.take(self.owner.share, -size_bytes)

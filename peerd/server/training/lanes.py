@@ -24,6 +24,7 @@ from peerd.protocol.errors import (
     RemoteProtocolError,
     UnsupportedFeature,
 )
+from peerd.protocol.identity import PeerId
 from peerd.protocol.messages.training import PASS_FEATURES, Begin, PassFailure
 from peerd.server.engine_task import EngineTask
 from peerd.server.quotas import HOST_BYTES, HostQuota
@@ -37,8 +38,8 @@ MAX_LANES = 256
 # The hint for a client that found no room: passes take seconds.
 RETRY_MS = 1000
 
-Find = Callable[[Begin], PassSpan]
-"""The span that a lane asks for. Raises NotServed, Draining, UnsupportedFeature."""
+Find = Callable[[PeerId, Begin], PassSpan]
+"""The span that a peer's lane asks for. Raises NotServed, Draining, UnsupportedFeature."""
 
 
 class PassServer:
@@ -61,9 +62,14 @@ class PassServer:
         """The bytes that lanes hold in parameters and requests."""
         return self._quota.held_bytes
 
-    async def end_lanes(self, task: EngineTask) -> None:
-        """End the lanes over a span that leaves; their clients find other peers. Waits for the turn that is running."""
-        while scopes := [scope for lane, scope in self._running.items() if lane.task is task]:
+    async def end_lanes(self, task: EngineTask, *, spared: PeerId | None = None) -> None:
+        """End the lanes over a span that leaves; their clients find other peers. Waits for the turn that is running.
+
+        spared: the client whose lanes go on, if any.
+        """
+        while scopes := [
+            scope for lane, scope in self._running.items() if lane.task is task and lane.owner.peer_id != spared
+        ]:
             for scope in scopes:
                 scope.cancel()
             await self._lane_ended.park()
@@ -93,7 +99,7 @@ class PassServer:
 
     async def _serve(self, stream: Stream, owner: Owner) -> None:
         begin = await first_message(stream, (Begin,))
-        found = self._find(begin)
+        found = self._find(owner.peer_id, begin)
         if missing := sorted(set(begin.needs) - PASS_FEATURES):
             raise UnsupportedFeature(f"this peer lacks {', '.join(missing)} in training")
         if begin.codec not in CODECS:

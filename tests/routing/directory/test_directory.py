@@ -80,6 +80,16 @@ async def test_offline_unreachable_and_unsuitable_servers_are_not_offered(
     assert [offer.peer_id for offer in await directory.servers(MODEL, 8)] == [draining]
 
 
+async def test_our_own_spans_are_offered_to_us_though_others_are_told_that_they_drain(
+    swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
+) -> None:
+    own = swarm.announce(1, server_body(state="draining"), peer_body())
+    other = swarm.announce(2, server_body(state="draining"), peer_body())
+    directory.open_to_us.add(PeerId(own))
+    states = {offer.peer_id: offer.record.state for offer in await directory.servers(MODEL, 8)}
+    assert states == {own: "online", other: "draining"}
+
+
 async def test_a_span_that_moved_is_offered_once(
     swarm: Swarm, directory: Directory, server_body: MakeServer, peer_body: MakePeer
 ) -> None:
