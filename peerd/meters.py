@@ -48,6 +48,11 @@ class AnswerTrace(Protocol):
     def serving(self, hops: Sequence[tuple[str, str]]) -> None:
         """The hops of the chain now, each a PeerId and its blocks."""
 
+    def prompt(self, number: int, hop: tuple[str, str], ago_s: float, took_s: float) -> None:
+        """A hop began to compute a prompt `ago_s` seconds ago, and took `took_s` for it. number: its place in the
+        chain.
+        """
+
     def end(self, how: str, tokens: int) -> None:
         """How the answer ended, and how many tokens it had."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
+from peerd.client.prompt_watch import watching_prompt
 from peerd.meters import AnswerTrace, Meters
 from peerd.protocol.errors import CallerError, NoChain, Overloaded, PeerdError
 
 if TYPE_CHECKING:
     from peerd.client.finding.served_by import ServedBy
+    from peerd.client.session.session import Session
     from peerd.client.speculation.speculation import Speculator
 
 
@@ -47,6 +49,12 @@ class AnswerMeter:
             if self._trace is not None:
                 self._trace.end(end, self._tokens)
             self._count_guesses()
+
+    def watching_prompt(self, session: Session) -> AbstractAsyncContextManager[None]:
+        """While the block computes a prompt in this session, find out how long each hop takes, if anybody wants to
+        know.
+        """
+        return watching_prompt(session, self._trace)
 
     def prompt(self, tokens: int, cached: int) -> None:
         """Note a prompt, of which an earlier session has computed `cached` tokens."""

@@ -216,7 +216,8 @@ class Decoding:
             # A kept session has only one row.
             start = self._held.computed if self._held is not None else 0
             embedded = await self._model.in_thread(self._model.embed, row.context[start:], start)
-            hidden = await self._open_session.step(embedded, row=row.number, start=start, want=want)
+            async with self._meter.watching_prompt(self._open_session):
+                hidden = await self._open_session.step(embedded, row=row.number, start=start, want=want)
             ends.append(hidden[-1:])
             if top is not None:
                 prompt = (None, *await self._model.score(hidden[:-1], self._prompt[1:], top))

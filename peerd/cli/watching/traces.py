@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of a daemon's answers: a span for each answer, and in it one for each hop while it computes.
+"""OpenTelemetry traces of a daemon's answers: a span for each answer, and in it spans for what each hop computes.
 
 Where they go is said by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT and the like). They hold PeerIds,
 blocks, times and how answers ended, and nothing of what was asked or answered.
@@ -6,6 +6,7 @@ blocks, times and how answers ended, and nothing of what was asked or answered.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -36,8 +37,6 @@ class AnswerSpans:
         """Begin a span for each hop that is new, and end those of hops that were replaced."""
         if hops == self._serving:
             return
-        from opentelemetry.trace import set_span_in_context
-
         self._serving = hops
         now = [(number, peer, blocks) for number, (peer, blocks) in enumerate(hops)]
         for gone in self._hops.keys() - set(now):
@@ -45,9 +44,12 @@ class AnswerSpans:
         for hop in now:
             if hop not in self._hops:
                 number, peer, blocks = hop
-                named: dict[str, str | int] = {"peerd.hop": number, "peerd.peer": peer, "peerd.blocks": blocks}
-                context = set_span_in_context(self._answer)
-                self._hops[hop] = self._tracer.start_span("hop", context=context, attributes=named)
+                self._hops[hop] = self._begin("hop", number, (peer, blocks))
+
+    def prompt(self, number: int, hop: tuple[str, str], ago_s: float, took_s: float) -> None:
+        """Note a span for a hop's part of a prompt, which lies in the past."""
+        began = time.time_ns() - round(1e9 * ago_s)
+        self._begin("prompt", number, hop, began).end(began + round(1e9 * took_s))
 
     def end(self, how: str, tokens: int) -> None:
         """End all spans."""
@@ -59,6 +61,13 @@ class AnswerSpans:
         if how not in _GOOD_ENDS:
             self._answer.set_status(Status(StatusCode.ERROR, how))
         self._answer.end()
+
+    def _begin(self, name: str, number: int, hop: tuple[str, str], at_ns: int | None = None) -> Span:
+        from opentelemetry.trace import set_span_in_context
+
+        named: dict[str, str | int] = {"peerd.hop": number, "peerd.peer": hop[0], "peerd.blocks": hop[1]}
+        context = set_span_in_context(self._answer)
+        return self._tracer.start_span(name, context=context, attributes=named, start_time=at_ns)
 
     def _end_hop(self, hop: tuple[int, str, str], *, replaced: bool) -> None:
         span = self._hops.pop(hop)

@@ -7,19 +7,23 @@ work on them at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 import trio
 
 from peerd.client.finding.finder import Patience
 from peerd.client.finding.served_by import ServedBy
+from peerd.client.session.control_stream import ControlStream
 from peerd.client.session.mender import SessionSpec, SessionTools
 from peerd.client.session.step_log import OnAnswer, Pending, StepLog
 from peerd.client.session.supervisor import Supervisor
 from peerd.protocol.encoding.tensors import DTYPES
-from peerd.protocol.errors import InvalidRequest
-from peerd.protocol.messages.session import Want
+from peerd.protocol.errors import InvalidRequest, PeerdError
+from peerd.protocol.messages.session import Progress, Want
 from peerd.protocol.rows import PREFILL_POSITIONS, Op, RowSlice
+from peerd.trio_tools import at_once
 
 __all__ = ["Patience", "Session"]
 
@@ -35,6 +39,7 @@ class Session:
         self.spec = spec
         self.log = StepLog(terms.size, on_received=tools.opener.connections.meters.received)
         self._supervisor = Supervisor(tools, spec, self.log)
+        self._opener = tools.opener
         self._width = spec.width
         self._dtype = DTYPES[terms.dtype]
         self._closed = False
@@ -68,6 +73,18 @@ class Session:
     def reopened(self) -> int:
         """How often no hop of a chain could be kept, so that all hops had to compute the past again."""
         return self._supervisor.reopened
+
+    async def how_far(self, timeout_s: float) -> list[tuple[ServedBy, Progress | None]]:
+        """Ask each hop of the chain how far it is; None for a hop that does not answer within `timeout_s`."""
+        chain, controls = self._supervisor.chain, self._supervisor.chain.controls
+
+        async def ask(control: ControlStream) -> Progress | None:
+            with trio.move_on_after(timeout_s), suppress(PeerdError, trio.ClosedResourceError):
+                return await self._opener.ask(chain, control)
+            return None
+
+        answers = await at_once([partial(ask, control) for control in controls])
+        return [(ServedBy(one.hop.peer_id, one.hop.span), said) for one, said in zip(controls, answers, strict=True)]
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the session's chain open until `close`. Steps that are pending then end with ClosedResourceError."""

@@ -54,6 +54,21 @@ async def test_an_answer_is_a_span_with_one_for_each_hop(finished: Any) -> None:
     assert whole.status.is_unset
 
 
+async def test_a_hop_s_part_of_the_prompt_is_a_span_of_its_own_in_the_past(finished: Any) -> None:
+    meters = finished.meters
+    trace = meters.traces.begin()
+    trace.prompt(1, ("b", "4:8"), 3.0, 2.0)
+    trace.end("complete", 0)
+    prompt, whole = finished.get_finished_spans()
+    assert (prompt.name, dict(prompt.attributes)) == (
+        "prompt",
+        {"peerd.hop": 1, "peerd.peer": "b", "peerd.blocks": "4:8"},
+    )
+    assert prompt.parent.span_id == whole.context.span_id
+    assert (prompt.end_time - prompt.start_time) / 1e9 == pytest.approx(2.0)
+    assert (whole.end_time - prompt.end_time) / 1e9 == pytest.approx(1.0, abs=0.5)
+
+
 async def test_a_hop_that_is_replaced_ends_where_the_next_begins(finished: Any) -> None:
     await answer(finished.meters, FIRST, MENDED)
     spans = {span.attributes.get("peerd.peer"): span for span in finished.get_finished_spans()}
