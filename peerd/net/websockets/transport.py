@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager
@@ -171,4 +173,10 @@ def _cause(error: Exception) -> str:
     cause: BaseException = error.__cause__ or error
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
-    return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    if not isinstance(cause, OSError) or cause.errno is None:
+        return str(cause)
+    # These have numbers of their own.
+    if isinstance(cause, ssl.SSLError | socket.gaierror):
+        return cause.strerror or str(cause)
+    # Trio puts the address in front of the system's words, in Python's form.
+    return os.strerror(cause.errno)

@@ -77,7 +77,7 @@ async def test_using_a_closed_channel_says_so():
 async def test_nobody_listening_is_a_failed_dial():
     async with listening(echo) as bound:
         pass
-    with pytest.raises(ConnectFailed, match=str(bound.port)):
+    with pytest.raises(ConnectFailed, match=r"^Connection refused$"):
         async with dial(WebSocketTransport(), bound):
             pass
 
